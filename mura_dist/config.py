@@ -1,0 +1,175 @@
+"""The settings of a run: one flat list of names, in a recipe (TOML) and on the command line (`key=value`) alike.
+
+    defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, checked once, frozen
+
+A key nobody knows is refused with the nearest name. `CHANGEABLE` may differ when a run is resumed; every other key makes
+another run.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .refusal import Refusal
+
+CHANGEABLE = frozenset(
+    {"epochs", "workers", "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "timeout_s"}
+)
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Every setting of a run. Each field's description is its documentation; `mura-dist train --help` prints them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shards: str = Field(description="folder of shards, made by `mura-dist shards`")
+    run: str = Field(description="folder of the run; the same command with the same folder resumes it")
+
+    architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
+        "densenet169", description="torchvision's network"
+    )
+    pretrained: str = Field("", description="ImageNet weights, a torchvision .pth or .safetensors file; empty: none")
+
+    epochs: Annotated[int, Field(ge=0)] = Field(10, description="passes over the train split")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="decides initial weights, order and augmentation"
+    )
+    global_batch: Positive = Field(8, description="radiographs an optimiser step sees, over all ranks")
+    micro_batch: Annotated[int, Field(ge=2)] = Field(
+        8, description="radiographs a rank forwards at once: BatchNorm's group"
+    )
+
+    flip: bool = Field(True, description="flip left-right with probability 1/2")
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        30.0, description="rotate uniformly within +- this many degrees"
+    )
+
+    optimiser: Literal["adam", "adamw", "sgd"] = Field("adam", description="adam: (0.9, 0.999); sgd: momentum 0.9")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="before warm-up and plateau drops")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="the optimiser's own")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the learning rate grows linearly to its value"
+    )
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="the learning rate's factor at a plateau"
+    )
+    plateau_patience: Annotated[int, Field(ge=0)] = Field(
+        1, description="epochs without a better loss that are borne before a drop"
+    )
+    plateau_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        1e-4, description="relative improvement that counts as better"
+    )
+    loss_weights: Literal["study_type", "none"] = Field(
+        "study_type", description="study_type: the paper's w0, w1 per study type"
+    )
+    select_on: Literal["tune", "valid"] = Field(
+        "tune", description="split that drives plateau and choice; valid makes the report optimistic"
+    )
+
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast over fp32 parameters; evaluation is fp32 always"
+    )
+    zero_stage: Literal[0, 1] = Field(
+        0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
+    )
+    pipeline: Literal["auto", "dali", "cpu"] = Field(
+        "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA, cpu elsewhere"
+    )
+
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="loading threads a rank; 0: chosen from the machine")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write TensorBoard events into RUN/tensorboard")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between checkpoints; 0: at each epoch's end only"
+    )
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints kept, besides the best")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="seconds a rank waits for the others before it gives up"
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` where something known is near, else nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
+    """Settings of a recipe file and `key=value` words. Raises Refusal naming the key, its value and the remedy."""
+    values = _read_recipe(recipe) if recipe is not None else {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise Refusal(f"{word!r} is not key=value; write for example epochs=5")
+        values[key.strip()] = _value(text.strip())
+    return check(values, where=str(recipe) if recipe is not None else "command line")
+
+
+def check(values: dict[str, Any], where: str) -> Settings:
+    for key in values:
+        if key not in Settings.model_fields:
+            raise Refusal(
+                f"{where}: unknown setting {key!r}{nearest(key, Settings.model_fields)}; see mura-dist train --help"
+            )
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise Refusal(
+                f"{where}: setting {key!r} is missing; add {key}=... ({Settings.model_fields[key].description})"
+            ) from None
+        raise Refusal(
+            f"{where}: {key}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}; see mura-dist train --help"
+        ) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such recipe; launch/recipes/ has some") from None
+    except IsADirectoryError:
+        raise Refusal(f"{path} is a folder; give a recipe, a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not TOML ({error}); write one `key = value` a line") from None
+
+
+def _value(text: str) -> Any:
+    """A command line's value as TOML reads it; what is no TOML is taken as text, so paths need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as a recipe that gives them again."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.model_dump().items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)
+
+
+def help_text() -> str:
+    """One line a setting: name, default, what it means."""
+    lines = []
+    for key, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else f"default {_toml(field.default)}"
+        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+        among = f" [{', '.join(str(choice) for choice in choices)}]" if choices else ""
+        lines.append(f"  {key:18} {field.description}{among} ({default})")
+    return "\n".join(lines)

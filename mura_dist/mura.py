@@ -1,0 +1,85 @@
+"""MURA's own words: the study types, the folder layout, what version 1.1 must contain, the terms it comes with.
+
+    MURA-v1.1/{train,valid}/XR_<TYPE>/patient<digits>/study<k>_{positive,negative}/image<k>.png
+
+A path says everything about a radiograph; `parse` reads it. Sources: arXiv 1712.06957 and the data set's own files.
+"""
+
+import re
+from dataclasses import dataclass
+
+STUDY_TYPES = ("XR_ELBOW", "XR_FINGER", "XR_FOREARM", "XR_HAND", "XR_HUMERUS", "XR_SHOULDER", "XR_WRIST")
+
+# The order of splits in a manifest, hence of rows. `tune` is cut from train by us, it has no folder of its own.
+SPLITS = ("train", "tune", "valid", "test")
+
+TERMS = "research only, not a medical device; a disclaimer does not make clinical use lawful"
+LICENCE = (
+    "MURA's research-use agreement: personal, non-commercial research; no sharing of any portion of the data; results "
+    "obtained with MURA may not be relied on in patient care; ask Stanford before you share shards or trained weights"
+)
+
+# (normal, abnormal) radiographs of v1.1, by split and study type.
+IMAGES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
+    "train": {
+        "XR_ELBOW": (2925, 2006),
+        "XR_FINGER": (3138, 1968),
+        "XR_FOREARM": (1164, 661),
+        "XR_HAND": (4059, 1484),
+        "XR_HUMERUS": (673, 599),
+        "XR_SHOULDER": (4211, 4168),
+        "XR_WRIST": (5765, 3987),
+    },
+    "valid": {
+        "XR_ELBOW": (235, 230),
+        "XR_FINGER": (214, 247),
+        "XR_FOREARM": (150, 151),
+        "XR_HAND": (271, 189),
+        "XR_HUMERUS": (148, 140),
+        "XR_SHOULDER": (285, 278),
+        "XR_WRIST": (364, 295),
+    },
+}
+NUM_IMAGES_V1_1 = 40_005  # train and valid; the 40,561 of the paper include the hidden test set
+NUM_IMAGES_V1_0 = 40_895  # withdrawn: held patient data
+
+_LAYOUT = re.compile(
+    r"(?:^|.*/)(?P<split>train|valid|test)/(?P<study_type>XR_[A-Z0-9_]+)/(?P<patient>patient[^/]+)"
+    r"/(?P<study>study[^/]*?)(?:_(?P<label>positive|negative))?/(?P<view>[^/]+)$"
+)
+_VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)")
+
+
+@dataclass(frozen=True, slots=True)
+class Radiograph:
+    """One image file, as its path tells it. `label`: 1 positive (abnormal), 0 negative (normal), None where not told."""
+
+    split: str
+    study_type: str
+    patient: str
+    study: str  # the study's folder from the split on, label included: unique in a data set
+    view: int
+    label: int | None
+    path: str  # relative to the data set's root, "/" between parts
+
+
+def parse(path: str) -> Radiograph | None:
+    """What `path` says of itself, or None where it does not follow MURA's layout.
+
+    `path` may be absolute or relative, of any depth above the split folder; it uses "/" between its parts. The view is the
+    last number in the file's name (0 where there is none).
+    """
+    match = _LAYOUT.match(path)
+    if match is None:
+        return None
+    part = match.groupdict()
+    number = _VIEW_NUMBER.search(part["view"].rsplit(".", 1)[0])
+    return Radiograph(
+        split=part["split"],
+        study_type=part["study_type"],
+        patient=part["patient"],
+        study=path[match.start("split") : match.start("view") - 1],
+        view=int(number[1]) if number else 0,
+        label={"positive": 1, "negative": 0, None: None}[part["label"]],
+        path=path[match.start("split") :],
+    )

@@ -1,0 +1,18 @@
+"""The three ways a command ends without its result, none of them a traceback.
+
+`Refusal`: the request was wrong (exit status 2). Its text is one line that names the value, the limit and the remedy.
+`Failure`: the request was right, the work failed (exit status 1).
+`Stopped`: stopped on request (exit status 3); the same command goes on.
+"""
+
+
+class Refusal(ValueError):
+    """The user asked for something that cannot be done as asked. `str(refusal)` is the line to print."""
+
+
+class Stopped(Exception):
+    """A signal asked the work to stop; everything done so far is on disk."""
+
+
+class Failure(RuntimeError):
+    """The request was right and the work failed (exit status 1). `str(failure)` is the line to print."""

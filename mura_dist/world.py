@@ -1,0 +1,69 @@
+"""The ranks of a run: who am I, how many are we, on which device; sum and gather over all of us.
+
+One rank is the general case with n = 1: nccl on CUDA, gloo on CPU, never "no process group". The launcher (torchrun,
+deepspeed) tells rank and world size by environment variables; without one we are rank 0 of 1.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from . import launcher
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64; the same bits on every rank."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
+        mine = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        all_of_us = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_of_us, mine)
+        return torch.stack(all_of_us).cpu().numpy()
+
+    def barrier(self) -> None:
+        self.sum([0.0])
+
+
+@contextlib.contextmanager
+def join(timeout_s: float) -> Iterator[World]:
+    """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises."""
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, alone)
+    rank, size, local_rank = launcher.rank(), launcher.world_size(), launcher.local_rank()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    backend, timeout = ("nccl" if cuda else "gloo"), timedelta(seconds=timeout_s)
+    if size == 1 and "MASTER_ADDR" not in os.environ:  # alone, and no launcher to meet at
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield World(rank, size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
