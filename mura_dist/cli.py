@@ -1,0 +1,334 @@
+"""`mura-dist` and its subcommands: parse, call one function, print a short summary. Nothing is decided here.
+
+Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped on request, the same command goes on. Progress goes
+to stderr, results to files, the summary to stdout.
+"""
+
+import contextlib
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import __version__, config, launcher, mura
+from .refusal import Failure, Refusal, Stopped
+
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
+_EXTRAS = dict.fromkeys(
+    ("torch", "torchvision", "deepspeed", "nvidia", "cv2", "onnx", "onnxscript", "safetensors", "matplotlib"), "train"
+)
+
+
+class Commands(click.Group):
+    """A group that answers a mistyped command with the nearest one."""
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        command = super().get_command(context, name)
+        if command is None:
+            names = self.list_commands(context)
+            raise Refusal(f"no command {name!r}{config.nearest(name, names)}; there are {', '.join(names)}")
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mura-dist")
+def cli() -> None:
+    """From a folder of bone radiographs to a trained, honestly measured, deployable model.
+
+    Research only, not a medical device; a disclaimer does not make clinical use lawful.
+    """
+
+
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+a_path = click.Path(path_type=Path)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A callable (done, total) that moves a bar on a terminal, and is silent elsewhere."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@cli.command()
+@click.argument("out", type=a_path)
+@click.option(
+    "--studies", type=int, default=400, show_default=True, help="Studies over all splits, both labels in each."
+)
+@click.option("--size", type=int, default=512, show_default=True, help="Longest side of the largest, in pixels.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same bytes.")
+@quiet_option
+def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None:
+    """Draw bones in MURA's own layout into OUT, some with breaks to find."""
+    from .phantoms import draw
+
+    with progress_bar("drawing", quiet) as progress:
+        counts = draw(out, studies=studies, size=size, seed=seed, progress=progress)
+    click.echo(f"{out}: {', '.join(f'{value} {name}' for name, value in counts.items() if isinstance(value, int))}")
+
+
+@cli.command()
+@click.argument("source", type=a_path)
+@click.argument("out", type=a_path)
+@click.option("--size", type=int, default=320, show_default=True, help="Pixels of a side; the aspect is not kept.")
+@click.option("--encoding", default="raw", show_default=True, help="raw, png or jpeg: how pixels are stored.")
+@click.option("--workers", type=int, default=None, help="Processes that read.  [default: one per processor]")
+@click.option(
+    "--tune", type=float, default=0.1, show_default=True, help="Share of the train patients that becomes tune."
+)
+@click.option("--labels", type=a_path, default=None, help="CSV of study,label lines that correct labels.")
+@click.option("--strict", is_flag=True, help="Any defect of SOURCE, any unreadable file, is an error.")
+@quiet_option
+def shards(source: Path, out: Path, quiet: bool, **options: Any) -> None:
+    """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes."""
+    from .convert import convert
+
+    with progress_bar("converting", quiet) as progress:
+        index = convert(source, out, progress=progress, **options)
+    for split, part in index["splits"].items():
+        click.echo(f"{split}: {part['num_radiographs']} radiographs of {part['num_studies']} studies")
+    for name, seen in index["defects"].items():
+        click.echo(f"{name}: {len(seen)}, the first is {seen[0]}")
+    for item in index["unreadable"]:
+        click.echo(f"unreadable: {item['path']}: {item['reason']} ({item['code']})")
+    click.echo(f"{out}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
+
+
+@cli.command()
+@click.argument("out", type=a_path)
+@quiet_option
+def verify(out: Path, quiet: bool) -> None:
+    """Check shards: counts, digests, rows, readability; name each damaged sample."""
+    from .shards import Shards
+    from .shards import verify as problems_of
+
+    problems = 0
+    for problem in problems_of(out):
+        problems += 1
+        click.echo(problem)
+    if problems:
+        raise Failure(
+            f"{out}: {problems} problems; delete the damaged shards' .idx files and index.json, then convert again"
+        )
+    num = sum(part["num_radiographs"] for part in Shards.open(out).index["splits"].values())
+    click.echo(f"{out}: {num} radiographs, all sound")
+
+
+@cli.command()
+@click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_path)
+@click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
+@quiet_option
+def describe(folder: Path, out: Path, quiet: bool) -> None:
+    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page."""
+    from .describe import describe as page_of
+    from .describe import summary_text
+
+    click.echo(summary_text(page_of(folder, out)))
+    click.echo(f"page: {out}")
+
+
+SETTINGS = "\b\nSettings, in the recipe and as key=value alike:\n" + config.help_text()
+
+
+@cli.command(epilog=SETTINGS)
+@click.argument("words", metavar="RECIPE.toml [key=value ...]", nargs=-1)
+@click.option(
+    "--local_rank",
+    "--local-rank",
+    type=int,
+    hidden=True,
+    help="The deepspeed launcher adds it; the environment says it too.",
+)
+@quiet_option
+def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
+    """Train, or go on with, the run that RECIPE.toml and key=value settings describe.
+
+    On several ranks: `torchrun --nproc-per-node N -m mura_dist.train ...` or `deepspeed --module mura_dist.train ...`.
+    """
+    recipe = next((Path(word) for word in words if "=" not in word), None)
+    settings = config.load(recipe, [word for word in words if word != str(recipe)])
+    from .train import summary_text
+    from .train import train as run
+
+    summary = run(settings, quiet=quiet)
+    if launcher.is_first():
+        click.echo(summary_text(summary))
+
+
+@cli.command()
+@click.argument("target", metavar="RUN_OR_ONNX", type=a_path)
+@click.argument("shards", type=a_path)
+@click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
+@click.option(
+    "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
+)
+@click.option("--out", type=a_path, default=None, help="Where to write.  [default: the run]")
+@quiet_option
+def evaluate(target: Path, shards: Path, split: str, which: str, out: Path | None, quiet: bool) -> None:
+    """Measure a run's checkpoint, or an exported model, on a split: metrics.json, report.html, tables."""
+    from . import evaluate as room
+    from .metrics import summary_table
+
+    if split not in mura.SPLITS:
+        raise Refusal(f"--split {split!r}{config.nearest(split, mura.SPLITS)}: must be train, tune or valid")
+    say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
+    if target.is_file():
+        if out is None:
+            raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
+        measured = _evaluate_onnx(target, shards, split, out)
+    else:
+        measured = room.evaluate_run(target, shards, split=split, which=which, out=out, say=say)
+    if launcher.is_first():
+        click.echo(summary_table(measured))
+        click.echo(f"report: {(out or target) / 'report.html'}")
+
+
+def _evaluate_onnx(target: Path, folder: Path, split: str, out: Path) -> dict[str, Any]:
+    from . import evaluate as room
+    from .predict import Model
+    from .shards import Shards
+
+    opened, model = Shards.open(folder), Model.load(target)
+    if opened.size != model.size:
+        raise Refusal(
+            f"{folder} has radiographs of {opened.size} px, {target} wants {model.size}; convert with --size {model.size}"
+        )
+    facts = {
+        "title": f"{target.name} on {split}",
+        "checkpoint": model.card.checkpoint,
+        "selected_on": model.card.selected_on,
+        "trained_on": model.card.trained_on.kind,
+        "settings": model.card.recipe,
+    }
+    return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts)
+
+
+@cli.command()
+@click.argument("run", type=a_path)
+@click.option("--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N.")
+@click.option("--out", type=a_path, default=None, help="The file to write.  [default: RUN/model.onnx]")
+@click.option(
+    "--triton", type=a_path, default=None, metavar="DIR", help="Also write a model repository for NVIDIA Triton."
+)
+@quiet_option
+def export(run: Path, which: str, out: Path | None, triton: Path | None, quiet: bool) -> None:
+    """Write a run's checkpoint as one self-describing ONNX file, if it agrees with torch."""
+    from .export import export_run
+
+    out = out or run / "model.onnx"
+    facts = export_run(run, which=which, out=out, triton_folder=triton)
+    click.echo(
+        f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
+        f"logits within {facts['max_logit_difference']:.2g} of torch's; {mura.TERMS}"
+    )
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL.onnx", type=a_path)
+@click.argument("directory", type=a_path)
+@click.option("--out", type=a_path, required=True, help="Folder for predictions, studies and failures.")
+@click.option("--study-by", default="auto", show_default=True, help="auto, folder or file: what makes a study.")
+@click.option(
+    "--study-type",
+    default=None,
+    help="A study type for all, or a CSV of path,study_type.  [default: as paths and DICOM tell]",
+)
+@click.option(
+    "--provider", default="cpu", show_default=True, help="ONNX Runtime's execution provider: cpu, cuda, tensorrt."
+)
+@click.option("--format", default="csv", show_default=True, help="csv or parquet.")
+@click.option("--batch-size", type=int, default=None, help="Radiographs at once.  [default: by provider]")
+@click.option("--workers", type=int, default=None, help="Threads that read.  [default: by processors]")
+@quiet_option
+def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any) -> None:
+    """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table."""
+    from .predict import predict as run
+
+    with progress_bar("predicting", quiet) as progress:
+        summary = run(model, directory, out, progress=progress, **options)
+    click.echo(
+        f"{out}: {summary['num_radiographs']} radiographs of {summary['num_studies']} studies, "
+        f"{summary['num_positive']} of {summary['num_calls']} calls positive, {summary['num_failures']} failures, {summary['seconds']:.1f} s"
+    )
+    for warning in summary["warnings"]:
+        click.echo(f"warning: {warning}")
+    click.echo(mura.TERMS)
+
+
+@cli.command()
+@click.argument("what")
+@click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
+@quiet_option
+def bench(what: str, as_json: bool, quiet: bool) -> None:
+    """Measure WHAT (shards, pipeline, train or predict), side by side with what a user would use instead."""
+    from .bench import run, table
+
+    measured = run(what, say=Console(stderr=True, quiet=quiet).print)
+    click.echo(json.dumps(measured, indent=2) if as_json else table(measured))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status. One line on stderr says why it is not 0."""
+    try:
+        cli.main(list(arguments) if arguments is not None else None, prog_name="mura-dist", standalone_mode=False)
+    except Refusal as error:
+        return _end(WRONG, str(error), only_first=True)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return WRONG
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mura-dist"
+        return _end(WRONG, f"{error.format_message()} See {command} --help.", only_first=True)
+    except Stopped as error:
+        return _end(STOPPED, str(error), only_first=True)
+    except (KeyboardInterrupt, click.Abort):
+        return _end(STOPPED, "stopped; the same command goes on", only_first=True)
+    except Failure as error:
+        return _end(FAILED, str(error), only_first=False)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _end(
+            WRONG,
+            f"this command needs {error.name}, which is not installed; pip install 'mura-dist[{extra}]'",
+            only_first=True,
+        )
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, as `| head` does
+        return FAILED
+    except OSError as error:
+        remedy = (
+            "free some space, then the same command goes on"
+            if error.errno == errno.ENOSPC
+            else "mend it, then the same command"
+        )
+        return _end(
+            FAILED,
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; {remedy}",
+            only_first=False,
+        )
+    return DONE
+
+
+def _end(status: int, line: str, *, only_first: bool) -> int:
+    if not only_first or launcher.is_first():
+        click.echo(f"mura-dist: {' '.join(line.split())}", err=True)
+    return status
+
+
+def entry() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()
