@@ -1,7 +1,7 @@
 """Files that are either the old one or the new one, never half of either.
 
-Write aside in the same folder, fsync, rename. Whoever is killed in between leaves only a `.NAME.*.partial` file, which
-nothing reads and the next write of the same name replaces.
+Write aside in the same folder, fsync, rename. Whoever is killed in between leaves only a `.NAME.partial` file, which nothing
+reads and the next write of the same name replaces. A folder has one writer: two would share that name.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def sync_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.partial")
     try:
         with open(aside, "wb") as file:
             yield file

@@ -230,6 +230,10 @@ def export(run: Path, which: str, out: Path | None, triton: Path | None, quiet: 
         f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
         f"logits within {facts['max_logit_difference']:.2g} of torch's; {mura.TERMS}"
     )
+    if not facts["num_thresholds"]:
+        click.echo(
+            f"no threshold: predictions will have no call; first run `mura-dist evaluate {run} SHARDS`, then export again"
+        )
 
 
 @cli.command()
@@ -257,7 +261,8 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         summary = run(model, directory, out, progress=progress, **options)
     click.echo(
         f"{out}: {summary['num_radiographs']} radiographs of {summary['num_studies']} studies, "
-        f"{summary['num_positive']} of {summary['num_calls']} calls positive, {summary['num_failures']} failures, {summary['seconds']:.1f} s"
+        f"{summary['num_positive']} of {summary['num_calls']} calls positive, "
+        f"{summary['num_failures']} failures, {summary['seconds']:.1f} s"
     )
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")

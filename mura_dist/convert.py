@@ -10,10 +10,8 @@ conversion into the same folder is refused.
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import tarfile
 import time
 import zlib
@@ -30,6 +28,8 @@ import numpy as np
 from . import __version__, atomic, mura, radiograph, shards
 from .manifest import Manifest, Scan, cut_tune, scan
 from .refusal import Failure, Refusal, Stopped
+from .workers import processors
+from .workers import start as start_workers
 
 SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, 2048)
@@ -73,7 +73,8 @@ def convert(
     """Convert `source` into shards in `out`; returns index.json's content. Finished shards are not made again.
 
     size: pixels of a side; encoding: raw, png or jpeg; tune: share of the train patients; labels: a file of corrections;
-    strict: any defect of the source, any unreadable file, ends it. Raises Refusal, Failure, Stopped; OSError when the disk is full.
+    strict: any defect of the source, any unreadable file, ends it. Raises Refusal, Failure, Stopped; OSError when
+    the disk is full.
     """
     _check(source, out, size, encoding, workers)
     scanned = scan(source, labels)
@@ -89,7 +90,7 @@ def convert(
         return json.loads((out / "index.json").read_bytes())
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or processors()
     _record(conversion, workers, state="running", started=started)
     manifest.save(out / "manifest.csv")
     unreadable = _write_all(conversion, workers, progress)
@@ -203,10 +204,9 @@ class _Reader:
 _reader: _Reader  # in a worker process: its own
 
 
-def _start_worker(reader: _Reader) -> None:
+def _hold(reader: _Reader) -> None:
     global _reader
     _reader = reader
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
 
 def _read_chunk(rows: list[int]) -> list[Sample]:
@@ -217,8 +217,7 @@ def _read_chunk(rows: list[int]) -> list[Sample]:
 def _samples(conversion: Conversion, rows: np.ndarray, workers: int) -> Iterator[Iterator[Sample]]:
     """An iterator of Samples in row order, decoded ahead by `workers` processes, never far ahead."""
     workers = max(1, min(workers, -(-len(rows) // _CHUNK)))
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (_Reader(conversion),))
+    pool = start_workers(workers, _hold, _Reader(conversion))
     try:
         yield _in_order(pool, rows.tolist(), window=4 * workers)
     except KeyboardInterrupt as error:

@@ -43,7 +43,9 @@ class RunningStatistics:
     def __init__(self, module: nn.Module) -> None:
         self.norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
         buffers = [buffer for norm in self.norms for buffer in (norm.running_mean, norm.running_var)]
-        self.values = torch.cat([buffer.detach().clone() for buffer in buffers])  # (sum of 2 x channels,) float32
+        self.values = torch.cat(
+            [buffer for buffer in buffers if buffer is not None]
+        ).detach()  # (sum of 2 x channels,) float32
         self._last = self.values.clone()
         self._sum = torch.zeros_like(self.values)
         start = 0
@@ -71,7 +73,7 @@ class RunningStatistics:
         """Put the running statistics where the modules look for them: before evaluation and before a checkpoint."""
         self._last.copy_(self.values)
         for norm in self.norms:
-            norm.num_batches_tracked.fill_(steps)
+            norm.num_batches_tracked = torch.full((), steps, dtype=torch.int64, device=self.values.device)
 
 
 class Engine:
@@ -156,11 +158,11 @@ class Engine:
 
 
 def _optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=0.9, **options)
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
     kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), betas=(0.9, 0.999), **options)
+    return kind(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=decay)
 
 
 def _deepspeed(model: nn.Module, settings: Settings, accumulation: int):  # type: ignore[no-untyped-def]

@@ -5,8 +5,6 @@
 Writes into a folder (a run's, or --out): metrics.json, predictions.csv, studies.csv, report.html, pictures/.
 """
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from .pipeline import Targets, batches
 from .refusal import Refusal
 from .runs import Run, environment
 from .shards import Shards
+from .workers import processors
 from .world import World
 
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
@@ -67,7 +66,8 @@ def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, world: World
     values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)
     real = places >= 0
     found, at = np.unique(places[real], return_index=True)
-    assert np.array_equal(found, rows) and real.sum() == len(rows), "every row exactly once"
+    assert np.array_equal(found, rows), "every row"
+    assert real.sum() == len(rows), "once"
     return values[real][at]
 
 
@@ -77,12 +77,8 @@ def weighted_loss(logit: np.ndarray, rows: np.ndarray, targets: Targets) -> floa
     return float((targets.weight[rows] * (np.logaddexp(0, z) - y * z)).mean())
 
 
-def sigmoid(logit: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logit.astype(np.float64)))
-
-
 def study_scores(shards: Shards, rows: np.ndarray, logit: np.ndarray) -> pd.DataFrame:
-    return metrics.study_table(rows, sigmoid(logit), shards.manifest.frame)
+    return metrics.study_table(rows, metrics.sigmoid(logit), shards.manifest.frame)
 
 
 def evaluate_run(
@@ -99,10 +95,11 @@ def evaluate_run(
     run, shards = Run.load(folder), Shards.open(shards_folder)
     rows = shards.rows(split)
     chosen = checkpoint.select(run.checkpoints, which)
-    data = json.loads((folder / "data.json").read_bytes())
+    data = run.data()
     if data["size"] != shards.size:
         raise Refusal(
-            f"{shards_folder} has radiographs of {shards.size} px, {folder} was trained on {data['size']}; convert with --size {data['size']}"
+            f"{shards_folder} has radiographs of {shards.size} px, {folder} was trained on {data['size']}; "
+            f"convert with --size {data['size']}"
         )
     started = time.perf_counter()
     with world.join(run.settings.timeout_s) as ranks:
@@ -195,7 +192,9 @@ def write(
 
 def _write_tables(out: Path, shards: Shards, rows: np.ndarray, scores: np.ndarray, studies: pd.DataFrame) -> None:
     frame = shards.manifest.frame.loc[rows]
-    predictions = frame[["path", "study", "study_type"]].assign(logit=scores, probability=sigmoid(scores), gate="")
+    predictions = frame[["path", "study", "study_type"]].assign(
+        logit=scores, probability=metrics.sigmoid(scores), gate=""
+    )
     called = studies.assign(threshold=THRESHOLD, call=(studies["probability"] > THRESHOLD).astype(int))
     for name, table in (("predictions", predictions), ("studies", called)):
         text = table.to_csv(index=False, lineterminator="\n")
@@ -209,4 +208,4 @@ def pipeline_for(wanted: str, ranks: World) -> str:
 
 def loading_threads(wanted: int) -> int:
     """Loading threads of this rank: what was asked for, else this rank's share of the processors, four at most."""
-    return wanted or min(4, max(1, (os.cpu_count() or 1) // launcher.ranks_here()))
+    return wanted or min(4, max(1, processors() // launcher.ranks_here()))

@@ -3,10 +3,11 @@
 One object; on ranks other than the first it does nothing, so that the loop has no `if`. Lines of metrics.jsonl:
 
     {"kind": "step", "step", "epoch", "loss", "learning_rate", "images_per_s", "data_wait_share", "time_s"}
-    {"kind": "epoch", "step", "epoch", "train_loss", "tune_loss", "tune_kappa", "tune_auroc", "learning_rate", "evaluation_s", "time_s"}
+    {"kind": "epoch", "step", "epoch", "split", "train_loss", "tune_loss", "tune_kappa", "tune_auroc", "learning_rate",
+     "evaluation_s", "time_s"}
 
-`step` counts finished optimiser steps, `time_s` seconds since this process started the loop; `tune_*` are of the split the
-run selects on.
+`step` counts finished optimiser steps, `time_s` seconds since this process started the loop; `tune_*` are of the
+split the run selects on, `split`.
 """
 
 import contextlib

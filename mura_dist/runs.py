@@ -59,6 +59,10 @@ class Run:
             raise Refusal(f"{folder} is not a run (no recipe.toml); give the folder that run= named")
         return cls(folder, config.load(path))
 
+    def data(self) -> dict[str, Any]:
+        """data.json's content: which shards the run learns from."""
+        return json.loads((self.folder / "data.json").read_bytes())
+
     def status(self) -> dict[str, Any]:
         """status.json's content; empty where there is none yet."""
         try:
@@ -82,7 +86,7 @@ class Run:
                     f"run={self.folder} was started with {key}={before[key]!r}, now it says {key}={value!r}; "
                     "set it back, or give run=NEW for another run"
                 )
-        data = json.loads((self.folder / "data.json").read_bytes())
+        data = self.data()
         for key, value in _data(shards).items():
             if data[key] != value:
                 raise Refusal(
@@ -127,6 +131,8 @@ def _data(shards: Shards) -> dict[str, Any]:
         "size": index["size"],
         "encoding": index["encoding"],
         "holds": index["holds"],
+        "splits": {name: part["num_radiographs"] for name, part in index["splits"].items()},
+        "study_types": sorted(shards.manifest.frame.loc[shards.rows("train"), "study_type"].unique().tolist()),
     }
 
 

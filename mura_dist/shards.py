@@ -44,7 +44,7 @@ def encode(pixels: np.ndarray, encoding: str) -> bytes:
     return data.getvalue()
 
 
-def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
+def decode(data: bytes, encoding: str) -> np.ndarray:
     """The bytes of a sample's image member -> uint8 (S, S)."""
     if encoding == "raw":
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -181,7 +181,7 @@ class Shards:
         data = self.encoded(row)
         if self.encoding == "raw":
             return data[self._npy_header_bytes :].reshape(self.size, self.size)
-        return decode(memoryview(data), self.encoding)
+        return decode(data.tobytes(), self.encoding)
 
 
 def verify(folder: Path) -> Iterator[str]:

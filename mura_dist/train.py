@@ -118,7 +118,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: 
     if saved is not None:
         network.load_state_dict(saved.model())
     elif settings.pretrained:
-        model.load_pretrained(network, Path(settings.pretrained))
+        model.load_pretrained(network, Path(settings.pretrained).expanduser())
     engine = Engine(network, settings, ranks)
     state = State()
     if saved is not None:
@@ -178,7 +178,8 @@ def _loop(
         if not np.isfinite(result.loss):
             rows = ", ".join(str(row) for batch in micros for row in batch.row.tolist())
             raise Failure(
-                f"the loss of step {state.step} is {result.loss} (rows of rank {ranks.rank}: {rows}); lower learning_rate, then the same command"
+                f"the loss of step {state.step} is {result.loss} (rows of rank {ranks.rank}: {rows}); "
+                "the last checkpoint is sound; give run=NEW and a lower learning_rate"
             )
         state.step += 1
         state.train_loss_sum += result.loss
@@ -222,7 +223,7 @@ def _evaluate(plan: Plan, engine: Engine, state: State, loading: Loading, journa
         state.plateau = state.plateau.after(loss, plan.settings)
     state.select_loss = loss if epoch > 0 and np.isfinite(loss) else None
     state.evaluated_step = state.step
-    line = {"step": state.step, "epoch": epoch, "split": plan.settings.select_on}
+    line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": plan.settings.select_on}
     if epoch > 0:
         line["train_loss"] = state.train_loss_sum / plan.steps_per_epoch
     line |= {"tune_loss": loss, "tune_kappa": quick["kappa"], "tune_auroc": quick["auroc"]}
@@ -319,7 +320,10 @@ def summary_text(summary: dict[str, Any]) -> str:
     scores = ", ".join(
         f"{key} {last[key]:.4f}" for key in ("tune_loss", "tune_auroc", "tune_kappa") if last.get(key) is not None
     )
-    return f"{summary['run']}: {summary['epochs']} epochs, {summary['step']} steps; last on {summary['select_on']}: {scores}; best {summary['best_checkpoint']}"
+    return (
+        f"{summary['run']}: {summary['epochs']} epochs, {summary['step']} steps; "
+        f"last on {summary['select_on']}: {scores}; best {summary['best_checkpoint']}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from . import launcher
 
@@ -60,7 +61,7 @@ def join(timeout_s: float) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     backend, timeout = ("nccl" if cuda else "gloo"), timedelta(seconds=timeout_s)
     if size == 1 and "MASTER_ADDR" not in os.environ:  # alone, and no launcher to meet at
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     try:

@@ -61,9 +61,9 @@ def _feed(shards: Shards, micros: Sequence[Micro]) -> Iterator[tuple[list[np.nda
         yield samples, micro.angles, micro.flips.astype(np.int32)
 
 
-@pipeline_def
+@pipeline_def  # type: ignore[untyped-decorator]
 def _pipeline(feed: Iterator[Any], *, raw: bool, on_gpu: bool) -> Any:
-    layout = ["HWC", None, None] if raw else None
+    layout = ["HWC", "", ""] if raw else None
     data, angle, flip = fn.external_source(source=feed, num_outputs=3, batch=True, layout=layout)
     if raw:
         pixels = data.gpu() if on_gpu else data

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Everything mura_dist does, once, on this machine:
+#   bash launch/demo.sh            on drawn bones (phantoms); under 10 minutes on 2 CPU cores after the install
+#   bash launch/demo.sh FOLDER     on your own folder in MURA's layout
+# The same command again goes on where it stopped; what is finished is not done twice.
+set -euo pipefail
+folder=${1:+$(realpath -m -- "$1")}
+cd "$(dirname "$0")/.."
+bash launch/setup.sh train
+export PATH="$PWD/.venv/bin:$PATH"
+
+stages=()
+stage() { # stage NAME COMMAND ...: run the command, remember its seconds
+  local name=$1 started=$SECONDS
+  shift
+  printf '\n== %s: %s\n' "$name" "$*"
+  "$@"
+  stages+=("$name=$((SECONDS - started))")
+}
+
+# 1. Radiographs: drawn here, or yours.
+if [ -z "$folder" ]; then
+  name=demo folder=data/phantoms
+  stage phantoms mura-dist phantoms "$folder" --studies "${STUDIES:-1200}" --size 128 --seed "${SEED:-0}"
+else
+  name=demo-$(basename "$folder")
+fi
+shards=shards/$name run=runs/$name
+
+# 2. Shards: decoded and resized once, for training and serving alike.
+stage shards mura-dist shards "$folder" "$shards" --size 64
+
+# 3. What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
+plan=$(python tools/demo_plan.py "$shards" "$folder")
+eval "$plan" # ranks=... settings=(...) valid=...
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
+train=(torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train launch/recipes/demo.toml
+  "shards=$shards" "run=$run" "seed=${SEED:-0}" "${settings[@]}")
+
+# 4. The untrained model, measured as the trained one will be: zero epochs, a checkpoint all the same.
+if [ ! -e "$run/untrained/metrics.json" ]; then
+  stage untrained "${train[@]}" epochs=0
+  stage evaluate_untrained mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained"
+fi
+
+# 5. Train DenseNet-169 on all ranks; it goes on from the checkpoint of step 0.
+stage train "${train[@]}"
+
+# 6. Measure on valid, which chose nothing; export; predict a directory as a hospital would.
+stage evaluate mura-dist evaluate "$run" "$shards"
+stage export mura-dist export "$run"
+stage predict mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
+
+# 7. The summary, and where everything lies.
+python tools/demo_summary.py "$run" "${stages[@]}"

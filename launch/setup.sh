@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make .venv and install mura_dist into it, with every version pinned by constraints.txt.
+#   bash launch/setup.sh [EXTRAS]      EXTRAS: train (default), or several: train,dev
+# Needs Python 3.11 or newer (PYTHON=... names another one) and the network; does nothing when nothing changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-train}
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "launch/setup.sh: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed; name one: PYTHON=python3.12 bash launch/setup.sh" >&2
+  exit 2
+}
+if [ ! -x .venv/bin/python ]; then
+  "$python" -m venv .venv || {
+    rm -rf .venv
+    echo "launch/setup.sh: $python cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
+    exit 1
+  }
+fi
+
+# The stamp says what was installed from which files: written last, so an install that was cut short is done again.
+wanted="$extras $(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+stamp=.venv/installed-$extras
+[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+
+echo "installing mura_dist[$extras] into .venv (with train: some minutes, 7 GB)"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
+echo "$wanted" > "$stamp"

@@ -1,0 +1,255 @@
+"""Checkpoint -> one self-contained ONNX file, through a parity gate.
+
+    model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
+        -> parity: the same images through torch and through predict.Model -> written, or nothing is
+
+    image uint8 (N, 1, S, S) -> logit float32 (N,), activation_map float32 (N, h, w)
+
+The file is written when the gate has passed, never before. Operator set 18 is the oldest that torch.onnx writes without
+a conversion, hence what most runtimes read.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from . import __version__, atomic, checkpoint
+from .card import KEY, PRODUCER, Card, TrainedOn
+from .model import build
+from .predict import Model
+from .refusal import Failure, Refusal
+from .runs import Run
+from .shards import Shards
+
+OPSET = 18
+BATCH_SIZES = (1, 2, 7)
+NUM_RADIOGRAPHS = 16  # of the run's own, for the gate
+TRITON_MAX_BATCH = 64
+
+
+def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+    """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
+
+    The card carries the run's metrics.json where it is of this very checkpoint; only study types measured there, with both
+    classes, get a threshold. Raises Refusal where there is no such run or checkpoint, Failure where the gate stays shut.
+    """
+    run = Run.load(run_folder)
+    chosen = checkpoint.select(run.checkpoints, which)
+    model = build(run.settings.architecture)
+    model.load_state_dict(chosen.model())
+    card = _card(run, chosen.name)
+    facts = export(model.eval(), card, out, radiographs=_some_radiographs(run))
+    if triton_folder is not None:
+        triton(triton_folder, out, card)
+    return facts | {"checkpoint": chosen.name, "num_thresholds": len(card.thresholds)}
+
+
+def _card(run: Run, name: str) -> Card:
+    data, path = run.data(), run.folder / "metrics.json"
+    measured = json.loads(path.read_bytes()) if path.is_file() else {}
+    if measured.get("checkpoint") != name:
+        measured = {}
+    by_type = measured.get("by_study_type", {})
+    return Card(
+        size=data["size"],
+        study_types=data["study_types"],
+        thresholds={key: measured["threshold"] for key, found in by_type.items() if found["kappa"] is not None},
+        metrics=measured,
+        trained_on=TrainedOn(
+            kind=data["holds"],
+            manifest_sha256=data["manifest_sha256"],
+            num_radiographs=data["splits"]["train"],
+            splits=data["splits"],
+        ),
+        selected_on=run.settings.select_on,
+        recipe=run.settings.model_dump(),
+        checkpoint=name,
+    )
+
+
+def _some_radiographs(run: Run) -> np.ndarray | None:
+    """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
+    try:
+        shards = Shards.open(run.settings.shards)
+        rows = shards.rows(run.settings.select_on)[:NUM_RADIOGRAPHS]
+    except Refusal:
+        return None
+    if shards.index["manifest"]["sha256"] != run.data()["manifest_sha256"] or shards.size != run.data()["size"]:
+        return None
+    return np.stack([shards.pixels(row) for row in rows])[:, None]
+
+
+def export(
+    model: torch.nn.Module, card: Card, out: Path, *, tolerance: float = 1e-4, radiographs: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Write `model` (mura_dist.model.DenseNet in eval mode, on the CPU, fp32) to `out`; returns what was measured.
+
+    tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
+    drawn images. Raises Failure where torch and ONNX Runtime disagree; then `out` is as it was before.
+    """
+    assert not model.training
+    started = time.perf_counter()
+    data = graph(model, card)
+    images = probe_images(card.size)
+    if radiographs is not None:
+        images = np.concatenate([images, radiographs])
+    difference = parity(model, data, images, tolerance)
+    atomic.write_bytes(out, data)
+    return {
+        "max_logit_difference": difference,
+        "bytes": len(data),
+        "opset": OPSET,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def graph(model: torch.nn.Module, card: Card) -> bytes:
+    """The ONNX file's content: the graph of `model` for images of `card.size`, any batch size, with `card` inside."""
+    example = torch.zeros(2, 1, card.size, card.size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["logit", "activation_map"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _tidy(proto, card)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
+
+
+def _tidy(proto: onnx.ModelProto, card: Card) -> None:
+    """Drop torch's traces (they hold the paths of this machine), add who made it and the card."""
+    del proto.graph.value_info[:]
+    for thing in (
+        proto,
+        proto.graph,
+        *proto.graph.node,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
+        del thing.metadata_props[:]
+        thing.doc_string = ""
+    proto.producer_name, proto.producer_version = PRODUCER, __version__
+    proto.doc_string = card.terms
+    onnx.helper.set_model_props(proto, {KEY: card.model_copy(update={"opset": OPSET}).text()})
+
+
+def probe_images(size: int) -> np.ndarray:
+    """Images that a preprocessing or a border handled differently would show up on: uint8 (7, 1, size, size)."""
+    random = np.random.Generator(np.random.Philox(key=[size, 0]))
+    ramp = np.broadcast_to(np.linspace(0, 255, size), (size, size))
+    point = np.zeros((size, size))
+    point[size // 3, size // 4] = 255
+    faint, loud = random.normal(128, 4, (size, size)), random.integers(0, 256, (size, size))
+    images = [np.zeros((size, size)), np.full((size, size), 255), ramp, ramp.T, point, faint, loud]
+    return np.stack(images).round().astype(np.uint8)[:, None]  # (7, 1, size, size) uint8
+
+
+def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: float = 1e-4) -> float:
+    """The largest difference of a logit between `model` and the ONNX file `data`, on `images` uint8 (N, 1, S, S).
+
+    Compared at batch sizes 1, 2 and 7: logits, maps, and the mean of a map with its logit. The limit is `tolerance`,
+    relative to the value beyond +-1: fp32 carries about 7 digits. Raises Failure naming value and limit.
+    """
+    exported = Model.from_bytes(data, "the exported model")
+    wanted_logit, wanted_map = _torch_outputs(model, images)
+    worst = 0.0
+    for batch_size in BATCH_SIZES:
+        batches = [exported.outputs(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+        logit, cells = (np.concatenate(part) for part in zip(*batches, strict=True))  # (N,), (N, h, w)
+        _compare("logit", logit, wanted_logit, tolerance, batch_size)
+        _compare("activation_map", cells, wanted_map, tolerance, batch_size)
+        _compare(
+            "mean of activation_map", cells.mean(axis=(1, 2), dtype=np.float64), wanted_logit, tolerance, batch_size
+        )
+        worst = max(worst, float(np.abs(logit - wanted_logit).max()))
+    return worst
+
+
+def _torch_outputs(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """logit (N,), activation_map (N, h, w), both float32."""
+    with torch.inference_mode():
+        batches = [model(batch) for batch in torch.from_numpy(images).split(max(BATCH_SIZES))]
+    logit, cells = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
+    return logit, cells
+
+
+def _compare(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float, batch_size: int) -> None:
+    if got.shape != wanted.shape:
+        raise Failure(
+            f"{what} of the exported model has shape {got.shape}, torch's has {wanted.shape}; nothing was written"
+        )
+    excess = np.abs(got - wanted) / np.maximum(1, np.abs(wanted))
+    if not (excess <= tolerance).all():  # so written, a NaN fails too
+        worst = np.unravel_index(np.nanargmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+        raise Failure(
+            f"{what} of the exported model is {got[worst]:.6g} where torch gives {wanted[worst]:.6g} (batch size "
+            f"{batch_size}), the limit of the difference is {tolerance:g}; nothing was written; look for NaN in the "
+            "checkpoint, try another one, or report it with the versions of torch and onnxruntime"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx tells its progress on stdout and its worries in logs; what matters of them, the gate measures."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def triton(out_dir: Path, onnx_path: Path, card: Card) -> None:
+    """Lay `onnx_path` out as a model repository of NVIDIA Triton: out_dir/mura_dist/{config.pbtxt, 1/model.onnx}.
+
+    Served with dynamic batching: a request is one or more images (1, S, S) uint8, the answer to each a logit (1) and a
+    map (h, w).
+    """
+    data = onnx_path.read_bytes()
+    outputs = {output.name: output for output in onnx.load_from_string(data).graph.output}
+    height, width = (dim.dim_value for dim in outputs["activation_map"].type.tensor_type.shape.dim[1:])
+    folder = out_dir / "mura_dist"
+    atomic.write_bytes(folder / "1" / "model.onnx", data)
+    atomic.write_text(
+        folder / "config.pbtxt", _TRITON.format(batch=TRITON_MAX_BATCH, size=card.size, height=height, width=width)
+    )
+
+
+# The reshape: Triton has no output of no dimensions, so a client sees (N, 1) where the model gives (N,).
+_TRITON = """\
+name: "mura_dist"
+platform: "onnxruntime_onnx"
+max_batch_size: {batch}
+input [
+  {{ name: "image" data_type: TYPE_UINT8 dims: [ 1, {size}, {size} ] }}
+]
+output [
+  {{ name: "logit" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }},
+  {{ name: "activation_map" data_type: TYPE_FP32 dims: [ {height}, {width} ] }}
+]
+dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
+"""

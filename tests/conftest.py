@@ -1,0 +1,77 @@
+"""What several tests start from: the shared data, drawn phantoms, shards of them, and a way to run a command."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real radiographs and hostile files, beside the checkout; the test skips where they are not."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data beside the checkout ({folder} is not there)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drawn data set in MURA's layout: 60 studies."""
+    from mura_dist.phantoms import draw
+
+    folder = tmp_path_factory.mktemp("phantoms") / "set"
+    draw(folder, studies=60, size=128, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shard_folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw shards of the phantoms at 64 px."""
+    from mura_dist.convert import convert
+
+    folder = tmp_path_factory.mktemp("shards") / "raw"
+    convert(phantoms, folder, size=64, workers=2)
+    return folder
+
+
+def run(*words: object, cwd: Path | None = None, timeout_s: float = 240, env: dict[str, str] | None = None):
+    """Run a command of this environment to its end; its output as text."""
+    command = [str(word) for word in words]
+    command[0] = str(BIN / command[0])
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def torchrun(ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None):
+    """`torchrun` on this machine with a free port; the module's words follow."""
+    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env)
+
+
+TINY = (
+    "architecture=tiny",
+    "global_batch=12",
+    "micro_batch=2",
+    "learning_rate=1e-3",
+    "epochs=2",
+    "log_every=1",
+    "tensorboard=false",
+)
+"""Settings of a run that takes seconds: a small DenseNet of the same class."""

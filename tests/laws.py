@@ -1,0 +1,73 @@
+"""The laws of the house, each a function that several tests call over a grid."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mura_dist import order
+from mura_dist.cli import WRONG, main
+
+
+def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[order.Micro]], *, dropped: int = 0) -> None:
+    """Over all ranks each of `rows` is there exactly once, up to `dropped` of them; every rank has as many micro-batches."""
+    assert len({len(micros) for micros in micros_of_ranks}) == 1
+    seen = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
+    assert len(seen) == len(rows) - dropped
+    assert len(np.unique(seen)) == len(seen)
+    assert np.isin(seen, rows).all()
+
+
+def same_order(a: Sequence[order.Micro], b: Sequence[order.Micro]) -> None:
+    """Two ways to the same micro-batches: rows, angles, flips and masks equal bit for bit."""
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        for name in ("rows", "angles", "flips", "mask"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def same_metrics(a: dict[int, float], b: dict[int, float], threshold: float = 0.5) -> None:
+    """Logits by row within 1e-4; calls equal unless that near the threshold."""
+    assert a.keys() == b.keys()
+    x, y = np.array(list(a.values())), np.array([b[row] for row in a])
+    np.testing.assert_allclose(x, y, atol=1e-4, rtol=0)
+    cut = np.log(threshold / (1 - threshold))
+    near = np.abs(x - cut) <= 1e-4
+    np.testing.assert_array_equal((x > cut)[~near], (y > cut)[~near])
+
+
+def same_bytes(a: Path, b: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Two folders hold the same files with the same bytes, but for `leave_out`."""
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in leave_out)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    ours, theirs = contents(a), contents(b)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: Sequence[int]) -> None:
+    """Killed at each of `moments` (the number of the write), then started again: `check` finds the new state, whole.
+
+    `work(moment)` runs the work in a process that is killed at that write (0: never); it returns the exit status.
+    """
+    for moment in moments:
+        assert work(moment) == -9, f"write {moment} was never reached"
+        assert work(0) == 0
+        check()
+
+
+def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
+    """The command line is refused: status 2, one line on stderr with all of `words`, no traceback. Returns the line."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (status, out) == (WRONG, ""), (status, out, err)
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    missing = [word for word in words if not re.search(re.escape(word), err)]
+    assert not missing, (missing, err)
+    return err

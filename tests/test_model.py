@@ -1,0 +1,139 @@
+"""model.py, loss.py, schedule.py: torchvision's network, the paper's loss, the plateau."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from mura_dist import model, schedule
+from mura_dist.config import Settings
+from mura_dist.evaluate import weighted_loss
+from mura_dist.loss import weighted_bce
+from mura_dist.pipeline import Targets
+from mura_dist.refusal import Refusal
+from mura_dist.schedule import Plateau
+
+SETTINGS = Settings(shards="s", run="r", learning_rate=1e-4, plateau_patience=1)
+
+
+def test_it_is_torchvisions_densenet169() -> None:
+    ours = model.build("densenet169", seed=3).eval()
+    theirs = torchvision.models.densenet169(num_classes=1).eval()
+    theirs.load_state_dict(ours.state_dict())  # key by key
+    image = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.IMAGENET_MEAN, model.IMAGENET_DEVIATION))
+    with torch.inference_mode():
+        logit, activation_map = ours(image)
+        wanted = theirs((image.expand(-1, 3, -1, -1) / 255 - mean) / deviation)[:, 0]
+    torch.testing.assert_close(logit, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(activation_map.mean(dim=(1, 2)), logit)
+    assert activation_map.shape == (2, 2, 2)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    a, b, c = (model.build("tiny", seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_the_head_starts_at_the_base_rate() -> None:
+    assert torch.sigmoid(model.build("tiny", base_rate=0.25).classifier.bias).item() == pytest.approx(0.25)
+
+
+def pretrained(tmp_path: Path, change, suffix: str = ".pth") -> Path:
+    """A file as ImageNet training leaves it: 1,000 classes."""
+    growth, blocks, stem = model.ARCHITECTURES["tiny"]
+    network = torchvision.models.DenseNet(growth, blocks, stem)
+    state = change({key: torch.full_like(value, 0.5) for key, value in network.state_dict().items()})
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    return path
+
+
+def old_keys(state: dict) -> dict:
+    """`denselayer1.norm1.weight` was `denselayer1.norm.1.weight` in 2017."""
+    return {k.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2"): v
+            for k, v in state.items() if not k.endswith("num_batches_tracked")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "suffix"), [(dict, ".pth"), (old_keys, ".pth"), (dict, ".safetensors")])
+def test_pretrained_weights_fill_the_whole_backbone(tmp_path: Path, change, suffix: str) -> None:
+    network = model.build("tiny")
+    head = network.classifier.weight.clone()
+    model.load_pretrained(network, pretrained(tmp_path, change, suffix))
+    for key, value in network.state_dict().items():
+        if not key.startswith("classifier.") and value.is_floating_point():
+            assert (value == 0.5).all(), key
+    assert torch.equal(network.classifier.weight, head)
+
+
+def test_pretrained_weights_that_do_not_fill_it_are_refused(tmp_path: Path) -> None:
+    network = model.build("tiny")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+
+    def lacking(state: dict) -> dict:
+        return {key: value for key, value in state.items() if "denseblock3" not in key}
+
+    with pytest.raises(Refusal, match=r"fills \d+ of \d+ backbone tensors.*denseblock3"):
+        model.load_pretrained(network, pretrained(tmp_path, lacking))
+    with pytest.raises(Refusal, match="no such file"):
+        model.load_pretrained(network, tmp_path / "none.pth")
+    (tmp_path / "bad.pth").write_bytes(b"<html>")
+    with pytest.raises(Refusal, match="not a file of tensors"):
+        model.load_pretrained(network, tmp_path / "bad.pth")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_the_loss_is_the_papers() -> None:
+    """FIELD: HAND has w1 .732275, w0 .267725; loss(y=1, p=.9) = .077153, loss(y=0, p=.9) = .616460."""
+    logit = torch.tensor([math.log(9), math.log(9)], dtype=torch.float64).float()
+    label, weight = torch.tensor([1.0, 0.0]), torch.tensor([0.732275, 0.267725])
+    assert weighted_bce(logit[:1], label[:1], weight[:1]).item() == pytest.approx(0.077153, abs=1e-6)
+    assert weighted_bce(logit[1:], label[1:], weight[1:]).item() == pytest.approx(0.616460, abs=1e-6)
+    assert weighted_bce(logit, label, weight).item() == pytest.approx(0.693613, abs=2e-6)
+    targets = Targets(label.numpy(), weight.numpy())
+    assert weighted_loss(logit.numpy(), np.array([0, 1]), targets) == pytest.approx(0.693613 / 2, abs=1e-6)
+
+
+def test_the_loss_bears_any_logit() -> None:
+    logit = torch.tensor([1e4, -1e4, 0.0])
+    assert torch.isfinite(weighted_bce(logit, torch.tensor([0.0, 1.0, 1.0]), torch.ones(3)))
+    assert np.isfinite(
+        weighted_loss(logit.numpy(), np.arange(3), Targets(np.ones(3, np.float32), np.ones(3, np.float32)))
+    )
+
+
+def trajectory(losses: list[float]) -> list[float]:
+    plateau, rates = Plateau(), []
+    for loss in losses:
+        plateau = plateau.after(loss, SETTINGS)
+        rates.append(schedule.learning_rate(SETTINGS, plateau, step=10))
+    return rates
+
+
+def test_the_plateau_is_torchs() -> None:
+    losses = [1.0, 0.9, 0.95, 0.91, 0.89, 0.9, 0.9, 0.9, 0.9, 0.5, 0.49999, 0.51, 0.4]
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=1, threshold=1e-4)
+    wanted = []
+    for loss in losses:
+        torchs.step(loss)
+        wanted.append(optimiser.param_groups[0]["lr"])
+    assert trajectory(losses) == pytest.approx(wanted)
+    assert len(set(wanted)) > 2  # it did drop, more than once
+
+
+def test_a_loss_that_is_not_finite_drives_nothing() -> None:
+    plateau = Plateau(best=0.5, bad_epochs=1)
+    for loss in (math.nan, math.inf):
+        assert plateau.after(loss, SETTINGS) == plateau
+
+
+def test_warm_up_is_linear_and_ends() -> None:
+    settings = SETTINGS.model_copy(update={"warmup_steps": 4})
+    rates = [schedule.learning_rate(settings, Plateau(drops=1), step) for step in range(6)]
+    assert rates == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5, 1e-5])

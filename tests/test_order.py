@@ -1,0 +1,110 @@
+"""order.py: pure functions of (rows, seed, epoch, step); laws `once` and `order` over many worlds."""
+
+import laws
+import numpy as np
+import pytest
+
+from mura_dist import order
+
+ROWS = np.arange(100, 347)  # 247 rows that do not begin at 0
+WORLDS = [1, 2, 3, 5]
+
+# order.epoch_order(np.arange(8), 7, 1, ...), written down on 2026-11-23 with NumPy 2.4.6.
+GOLDEN_ROWS = [1, 7, 6, 5, 0, 4, 3, 2]
+GOLDEN_ANGLES = [18.65533, 25.5478, 11.30007, -3.98275, -27.07561, -22.2658, -10.69085, -9.39391]
+GOLDEN_FLIPS = [True, True, True, True, False, False, False, False]
+
+
+def epoch_of(seed: int = 3, epoch: int = 2, **options) -> order.Epoch:
+    return order.epoch_order(ROWS, seed, epoch, **{"rotate_deg": 30.0, "flip": True} | options)
+
+
+def whole_step(
+    epoch: order.Epoch, step: int, world_size: int, *, global_batch: int, micro_batch: int
+) -> list[order.Micro]:
+    options = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
+    return [micro for rank in range(world_size) for micro in order.step_micros(epoch, step, rank=rank, **options)]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("global_batch", "micro_batch"), [(60, 2), (120, 4), (30, 1)])
+def test_a_step_does_not_depend_on_the_ranks(world_size: int, global_batch: int, micro_batch: int) -> None:
+    sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
+    for step in range(order.steps_per_epoch(len(ROWS), global_batch)):
+        laws.same_order(whole_step(epoch_of(), step, world_size, **sizes), whole_step(epoch_of(), step, 1, **sizes))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_an_epoch_has_each_row_once(world_size: int, micro_batch: int) -> None:
+    global_batch = micro_batch * world_size * 3
+    steps = range(order.steps_per_epoch(len(ROWS), global_batch))
+    options = {"global_batch": global_batch, "micro_batch": micro_batch, "world_size": world_size}
+    ranks = [
+        [micro for step in steps for micro in order.step_micros(epoch_of(), step, rank=rank, **options)]
+        for rank in range(world_size)
+    ]
+    laws.once(ROWS, ranks, dropped=len(ROWS) % global_batch)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 7, 64, 300])
+def test_an_evaluation_has_each_row_once(world_size: int, micro_batch: int) -> None:
+    options = {"micro_batch": micro_batch, "world_size": world_size}
+    ranks = [order.evaluation_micros(ROWS, rank=rank, **options) for rank in range(world_size)]
+    laws.once(ROWS, ranks)
+    assert all(len(micro.rows) == micro_batch for micros in ranks for micro in micros)
+    assert not any(micro.angles.any() or micro.flips.any() for micros in ranks for micro in micros)
+
+
+def test_order_changes_with_epoch_and_seed_and_nothing_else() -> None:
+    same = epoch_of()
+    np.testing.assert_array_equal(epoch_of().rows, same.rows)
+    for other in (epoch_of(epoch=3), epoch_of(seed=4)):
+        assert sorted(other.rows) == sorted(same.rows)
+        assert (other.rows != same.rows).mean() > 0.9
+        assert (other.angles != same.angles).mean() > 0.9
+
+
+def test_the_order_is_this_one_for_ever() -> None:
+    """Philox's raw output is promised not to change; a run resumed years later must find its order again."""
+    epoch = order.epoch_order(np.arange(8), 7, 1, rotate_deg=30.0, flip=True)
+    assert epoch.rows.tolist() == GOLDEN_ROWS
+    np.testing.assert_allclose(epoch.angles, GOLDEN_ANGLES, atol=1e-5)
+    assert epoch.flips.tolist() == GOLDEN_FLIPS
+
+
+def test_an_augmentation_belongs_to_the_radiograph() -> None:
+    """Not to its place: another global batch gives a radiograph the same angle and flip in that epoch."""
+    epoch = epoch_of()
+    by_row = dict(zip(epoch.rows.tolist(), epoch.angles.tolist(), strict=True))
+    again = epoch_of()
+    assert by_row == dict(zip(again.rows.tolist(), again.angles.tolist(), strict=True))
+
+
+def test_angles_and_flips_are_as_asked() -> None:
+    rows = np.arange(20_000)
+    epoch = order.epoch_order(rows, 0, 0, rotate_deg=30.0, flip=True)
+    assert np.abs(epoch.angles).max() <= 30
+    assert abs(epoch.angles.mean()) < 0.5
+    assert abs(epoch.angles.std() - 30 / np.sqrt(3)) < 0.3
+    assert abs(epoch.flips.mean() - 0.5) < 0.015
+    assert abs(np.corrcoef(epoch.angles, epoch.flips)[0, 1]) < 0.03
+    still = order.epoch_order(rows, 0, 0, rotate_deg=0.0, flip=False)
+    assert not still.angles.any()
+    assert not still.flips.any()
+
+
+def test_the_shuffle_is_whole() -> None:
+    """Not a buffer's: where a row lands says nothing about where it was."""
+    rows = np.arange(20_000)
+    landed = np.argsort(order.epoch_order(rows, 0, 0, rotate_deg=0, flip=False).rows)
+    assert abs(np.corrcoef(rows, landed)[0, 1]) < 0.03
+    assert abs(np.abs(landed - rows).mean() / len(rows) - 1 / 3) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "unit", "nearest"), [(10, 4, 8), (11, 4, 12), (1, 8, 8), (100, 24, 96), (24, 24, 24)]
+)
+def test_the_nearest_global_batch(given: int, unit: int, nearest: int) -> None:
+    assert order.nearest_global_batch(given, unit) == nearest

@@ -1,0 +1,8 @@
+"""The same as `mura-dist shards`, for those who look for a script: python tools/make_shards.py SOURCE OUT [options]."""
+
+import sys
+
+from mura_dist.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["shards", *sys.argv[1:]]))
