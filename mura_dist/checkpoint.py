@@ -92,7 +92,7 @@ def save(
     if rank == 0:
         digests = {path.name: _durable_digest(path) for path in sorted(aside.iterdir())}
         atomic.write_json(aside / MARK, digests)
-        shutil.rmtree(folder, ignore_errors=True)  # the same step, written again after a resume
+        _delete(folder)  # the same step, written again after a resume
         os.replace(aside, folder)
         atomic.sync_folder(parent)
     barrier()
@@ -177,9 +177,18 @@ def prune(parent: Path, keep: int) -> None:
     """Delete all but the newest `keep` and the best; and what a kill left half written."""
     present = folders(parent)
     kept = {*present[-keep:], *([best(present)] if present else [])}
-    for folder in [*present, *parent.glob(".step-*.partial")]:
+    for folder in [*parent.glob("step-*"), *parent.glob(".step-*")]:
         if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Out of sight in one rename, then file by file: a kill in between leaves nothing that looks like a checkpoint."""
+    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.deleted")
+    if folder.exists() and hidden != folder:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -161,16 +161,12 @@ def skeleton(study_type: str, dice: Dice) -> list[Bone]:
     origin = np.zeros(3)
     elbow = _towards(origin, 0.0, 27.0)
     wrist = _towards(elbow, flexion, 23.0)
-    bones = [*_shoulder(origin, dice), *_forearm(elbow, wrist, flexion), *_hand(wrist, flexion, dice)]
-    bones.insert(
-        2,
-        Bone(
-            "humerus", "scapula", origin, _towards(elbow, 0.0, -1.1), (2.1, 1.15, 1.9), 4.2, dice.between(-0.02, 0.02)
-        ),
-    )
+    upper = Bone("humerus", "scapula", origin, _towards(elbow, 0.0, -1.1), (2.1, 1.15, 1.9), 4.2)
+    bones = [*_shoulder(origin, dice), upper, *_forearm(elbow, wrist, flexion), *_hand(wrist, flexion, dice)]
     plates = (0.1, 0.9) if dice.chance(0.2) else ()
     return [
-        replace(b, radius=_scaled(b.radius, stout), growth_plates=plates if b.radius[1] < 1.3 else ()) for b in bones
+        replace(bone, radius=_scaled(bone.radius, stout), growth_plates=plates if bone.radius[1] < 1.3 else ())
+        for bone in bones
     ]
 
 
@@ -180,7 +176,7 @@ def _scaled(radius: tuple[float, float, float], by: float) -> tuple[float, float
 
 def _shoulder(joint: Point, dice: Dice) -> Iterator[Bone]:
     sternum = joint + np.array([-13.0, -1.5 + dice.between(-1, 1), 1.0])
-    yield Bone("clavicle", "", sternum, joint + np.array([-0.5, -3.0, 0.5]), (1.0, 0.62, 0.9), 2.5, dice.sign() * 0.06)
+    yield Bone("clavicle", "", sternum, joint + np.array([-0.5, -3.0, 0.5]), (1.0, 0.72, 0.95), 2.5, dice.sign() * 0.06)
     blade = joint + np.array([-2.4, 0.4, -1.0])
     yield Bone("scapula", "clavicle", blade, blade + np.array([-5.0, 11.0, -1.0]), (2.0, 3.4, 0.7), 5.0, 0.0, 0.25)
     yield Bone(
@@ -252,16 +248,16 @@ class Field:
     breaks: tuple[tuple[str, float, float], ...]  # a bone, and between which places it breaks
 
 
-_PHALANGES = tuple((f"finger2.{part}", 0.25, 0.7) for part in (1, 1, 2))
+_NECK = (("humerus", 0.12, 0.19),)  # of the humerus, where it breaks most often near the shoulder
 _METACARPALS = tuple((f"finger{finger}.0", 0.3, 0.75) for finger in (1, 2, 3))
 FIELDS = {
-    "XR_SHOULDER": Field("humerus", 0.08, (12, 15), (0.0, 0.5), (("humerus", 0.13, 0.22), ("clavicle", 0.68, 0.85))),
+    "XR_SHOULDER": Field("humerus", 0.06, (12, 14), (0.0, 0.5), (*_NECK, *_NECK, *_NECK, ("clavicle", 0.78, 0.88))),
     "XR_HUMERUS": Field("humerus", 0.5, (14, 18), (0.0, 1.5), (("humerus", 0.4, 0.62),)),
-    "XR_ELBOW": Field("humerus", 1.0, (10, 13), (0.0, 0.4), (("humerus", 0.84, 0.9), ("ulna", 0.08, 0.14))),
+    "XR_ELBOW": Field("humerus", 1.0, (11.5, 14), (0.0, 0.4), (("humerus", 0.86, 0.91), ("ulna", 0.08, 0.14))),
     "XR_FOREARM": Field("radius", 0.5, (12, 15), (0.0, 1.2), (("radius", 0.38, 0.62), ("ulna", 0.38, 0.62))),
     "XR_WRIST": Field("radius", 0.97, (8, 10), (0.0, 1.2), (("radius", 0.85, 0.92), ("ulna", 0.85, 0.92))),
     "XR_HAND": Field("finger2.0", 0.7, (8.5, 10), (0.0, 0.6), (*_METACARPALS, ("finger2.1", 0.2, 0.5))),
-    "XR_FINGER": Field("finger2.1", 0.8, (6.5, 8), (0.0, 1.0), _PHALANGES),
+    "XR_FINGER": Field("finger2.1", 0.65, (6.5, 8), (0.0, 1.0), (("finger2.1", 0.25, 0.75),)),
 }
 
 
@@ -279,14 +275,8 @@ def break_bone(bones: list[Bone], study_type: str, dice: Dice) -> list[Bone]:
     shift = shift + severity * dice.between(-0.2, 0.9) * radius * np.array([0.0, 1.0, 0.0])
     turn = _rotation(around, severity * dice.between(0.25, 0.7))
     move = partial(_moved, centre=centre, turn=turn, shift=shift)
-    cut = Cut(
-        place,
-        -1,
-        dice.between(-0.9, 0.9),
-        dice.between(0.3, 0.8),
-        dice.between(0, 6.28),
-        max(0.0, dice.between(-0.6, 1.0)),
-    )
+    callus = max(0.0, dice.between(-0.6, 1.0))
+    cut = Cut(place, -1, dice.between(-0.9, 0.9), dice.between(0.3, 0.8), dice.between(0, 2 * math.pi), callus)
     moved, pieces = {name}, []
     for bone in bones:
         if bone.name == name:
@@ -300,13 +290,10 @@ def break_bone(bones: list[Bone], study_type: str, dice: Dice) -> list[Bone]:
 
 
 def _splinters(centre: Point, radius: float, dice: Dice) -> Iterator[Bone]:
-    """Splinters beside the break."""
     for number in range(dice.below(4)):
         start = _towards(centre, dice.between(0, 6.28), dice.between(0.6, 1.6) * radius, dice.between(-1, 1))
-        tip, thick = (
-            _towards(start, dice.between(0, 6.28), dice.between(0.3, 1.0) * radius),
-            dice.between(0.2, 0.4) * radius,
-        )
+        tip = _towards(start, dice.between(0, 6.28), dice.between(0.3, 1.0) * radius)
+        thick = dice.between(0.2, 0.4) * radius
         yield Bone(f"splinter{number}", "", start, tip, (thick, thick, thick), 0.0, 0.0, 1.3)
 
 
@@ -342,17 +329,11 @@ def project(bones: list[Bone], study_type: str, height: int, width: int, dice: D
         x, y = x * math.cos(roll) - y * math.sin(roll), x * math.sin(roll) + y * math.cos(roll)
         return middle + scale * np.array([x, y])
 
-    return [
-        replace(
-            b,
-            head=seen(b.head),
-            tail=seen(b.tail),
-            radius=_scaled(b.radius, scale),
-            flesh=b.flesh * scale,
-            bow=b.bow * flip,
-        )
-        for b in bones
-    ]
+    def flat(bone: Bone) -> Bone:
+        head, tail, radius = seen(bone.head), seen(bone.tail), _scaled(bone.radius, scale)
+        return replace(bone, head=head, tail=tail, radius=radius, flesh=bone.flesh * scale, bow=bone.bow * flip)
+
+    return [flat(bone) for bone in bones]
 
 
 # -------------------------------------------------------------------------------------------------------- attenuate
@@ -372,7 +353,9 @@ def _along_and_across(bone: Bone, x: Array, y: Array) -> tuple[Array, Array, flo
     return along, across, length
 
 
-def _box(bone: Bone, reach: float, height: int, width: int) -> tuple[slice, slice]:
+def _box(bone: Bone, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns outside of which the bone is not."""
+    reach = 1.05 * max(bone.radius) + (bone.cut.callus * bone.radius[1] if bone.cut else 0)
     reach += abs(bone.bow) * float(np.hypot(*(bone.tail - bone.head)))
     low, high = np.minimum(bone.head, bone.tail) - reach, np.maximum(bone.head, bone.tail) + reach
     x0, x1 = np.clip([math.floor(low[0]), math.ceil(high[0])], 0, width)
@@ -404,12 +387,9 @@ def _bone_depth(bone: Bone, x: Array, y: Array, wall: float) -> Array:
 
 def _kept(cut: Cut, along: Array, across: Array, radius: float) -> Array:
     """1 on the kept side of the break, 0 beyond, one pixel of transition."""
-    jag = (
-        0.22
-        * radius
-        * (np.sin(across * (3.1 / radius) + cut.phase) + 0.6 * np.sin(across * (7.3 / radius) + cut.phase))
-    )
-    return np.clip(0.5 + cut.side * (along - cut.slope * across - jag) - cut.gap * radius / 2, 0, 1)
+    teeth = np.sin(across * (3.1 / radius) + cut.phase) + 0.6 * np.sin(across * (7.3 / radius) + cut.phase)
+    beyond = along - cut.slope * across - 0.22 * radius * teeth
+    return np.clip(0.5 + cut.side * beyond - cut.gap * radius / 2, 0, 1)
 
 
 def bone_depth(bones: list[Bone], height: int, width: int, wall: float) -> Array:
@@ -418,7 +398,7 @@ def bone_depth(bones: list[Bone], height: int, width: int, wall: float) -> Array
     y, x = np.ogrid[:height, :width]
     x, y = x.astype(np.float32), y.astype(np.float32)
     for bone in bones:
-        rows, columns = _box(bone, 1.05 * max(bone.radius), height, width)
+        rows, columns = _box(bone, height, width)
         if rows.stop > rows.start and columns.stop > columns.start:
             depth[rows, columns] += _bone_depth(bone, x[:, columns], y[rows], wall)
     return depth
@@ -490,12 +470,10 @@ def _marker(grey: Array, dice: Dice) -> Array:
     x0, y0 = dice.between(0.02, 0.9) * width, (dice.between(0.02, 0.2) + (0.7 if dice.chance(0.5) else 0)) * height
     layer = Image.new("L", (width, height))
     pen = ImageDraw.Draw(layer)
+    cos, sin = math.cos(angle), math.sin(angle)
     for stroke in _LETTERS["LR"[dice.below(2)]]:
-        turned = [
-            (x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)) for x, y in stroke
-        ]
-        points = [(x0 + side * x, y0 + side * y) for x, y in turned]
-        pen.line(points, fill=255, width=max(1, round(side / 6)))
+        turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in stroke]
+        pen.line([(x0 + side * x, y0 + side * y) for x, y in turned], fill=255, width=max(1, round(side / 6)))
     return np.maximum(grey, np.asarray(layer, np.float32) / 255 * dice.between(0.85, 1.0))
 
 
@@ -505,14 +483,12 @@ def develop(bone: Array, flesh: Array, dice: Dice) -> NDArray[np.uint8]:
     absorbed = bone * dice.between(0.9, 1.4) + flesh * dice.between(0.12, 0.3)
     low, high = float(np.percentile(absorbed, 2)), float(np.percentile(absorbed, 99.5))
     window = (absorbed - low) / max(high - low, 1e-3) * dice.between(0.65, 1.0)
-    window = (
-        window - 0.07 * dice.sign() * _folds(height, width, dice) + _slope(height, width, dice) * dice.between(0, 1)
-    )
+    window -= 0.07 * dice.sign() * _folds(height, width, dice)
+    window += _slope(height, width, dice) * dice.between(0, 1)
     noise = dice.between(0.01, 0.04) * (0.5 + np.clip(window, 0, 1))  # fewer photons where more is absorbed
-    window = window + noise * dice.normal(height, width)
-    grey = np.clip(window * dice.between(0.8, 1.05) + dice.between(0.0, 0.12), 0, 1) ** np.float32(
-        dice.between(0.7, 1.4)
-    )
+    window += noise * dice.normal(height, width)
+    grey: Array = np.clip(window * dice.between(0.8, 1.05) + dice.between(0.0, 0.12), 0, 1).astype(np.float32)
+    grey **= np.float32(dice.between(0.7, 1.4))
     if dice.chance(0.5):
         grey = _collimated(grey, dice)
     if dice.chance(0.6):
@@ -581,7 +557,7 @@ def draw(
                 progress(done, studies)
         _write_tables(out, planned)
         atomic.write_json(out / MARK, mark)
-        (out / STARTED).unlink()
+    (out / STARTED).unlink(missing_ok=True)
     return _counts(planned)
 
 
@@ -594,14 +570,10 @@ def _finished(out: Path, mark: dict[str, Any]) -> bool:
             there = _read_mark(out / name)
             if there != mark:
                 told = ", ".join(f"{key}={there.get(key)}" for key in ("studies", "size", "seed", "version"))
-                raise Refusal(
-                    f"out={out} holds another phantom set ({told}); one folder holds one set; give a new folder"
-                )
+                raise Refusal(f"out={out} holds another set ({told}); one folder holds one set; give a new folder")
             return name == MARK
-    if out.is_dir() and any(out.iterdir()):
-        raise Refusal(
-            f"out={out} is not empty and holds no phantoms; drawings are not mixed with other files; give a new folder"
-        )
+    if out.is_dir() and any(not there.name.endswith(".partial") for there in out.iterdir()):
+        raise Refusal(f"out={out} is not empty and holds no phantoms; they are not mixed in; give a new folder")
     return False
 
 
@@ -614,9 +586,8 @@ def _read_mark(path: Path) -> dict[str, Any]:
 
 
 def _each(work: Callable[[Study], int], planned: list[Study], workers: int | None) -> Iterator[int]:
-    workers = workers or min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 32
-    )
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or min(processors, 32)
     if workers == 1 or len(planned) < PARALLEL_FROM:
         yield from map(work, planned)
         return

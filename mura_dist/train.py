@@ -327,6 +327,6 @@ def summary_text(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from .cli import main
+    from .cli import entry
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    entry(["train", *sys.argv[1:]])

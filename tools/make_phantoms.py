@@ -2,7 +2,7 @@
 
 import sys
 
-from mura_dist.cli import main
+from mura_dist.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["phantoms", *sys.argv[1:]]))
+    entry(["phantoms", *sys.argv[1:]])

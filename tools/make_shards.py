@@ -2,7 +2,7 @@
 
 import sys
 
-from mura_dist.cli import main
+from mura_dist.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["shards", *sys.argv[1:]]))
+    entry(["shards", *sys.argv[1:]])

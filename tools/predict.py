@@ -5,7 +5,7 @@ python tools/predict.py MODEL.onnx DIRECTORY --out OUT [options]
 
 import sys
 
-from mura_dist.cli import main
+from mura_dist.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main(["predict", *sys.argv[1:]]))
+    entry(["predict", *sys.argv[1:]])

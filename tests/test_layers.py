@@ -1,0 +1,127 @@
+"""The house: arrows point down, heavy imports stay in their rooms, the base needs no torch."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+PACKAGE = ROOT / "mura_dist"
+
+# From the ground up. A module may import from its own floor and from those below; the roof holds the house together.
+FLOORS = [
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card"}},
+    {"on disk": {"atomic", "workers", "manifest", "radiograph", "shards", "convert", "phantoms"}},
+    {"numbers": {"metrics", "html", "order"}},
+    {"the world": {"world", "journal"}},
+    {"batches": {"pipeline", "pipeline.cpu", "pipeline.dali"}},
+    {"learning": {"model", "loss", "schedule", "engine", "checkpoint", "runs"}},
+    {"loops": {"report", "describe", "evaluate", "train"}},
+    {"delivery": {"walk", "tables", "predict", "export"}},
+    {"roof": {"cli", "bench"}},
+]
+FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
+
+CONFINED = {
+    "nvidia": {"pipeline.dali"},
+    "deepspeed": {"engine"},
+    "streamlit": {"page"},
+    "onnxruntime": {"predict", "bench"},
+    "cv2": {"pipeline.cpu"},
+    "pydicom": {"radiograph"},
+    "onnx": {"export"},
+    "webdataset": {"bench"},
+}
+BASE = {"card", "walk", "tables", "predict", "describe", "metrics", "html", "order", "cli"} | {
+    name for floor in FLOORS[:2] for names in floor.values() for name in names
+}
+NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def without_entry(tree: ast.Module) -> list[ast.stmt]:
+    """A module's body but for `if __name__ == "__main__"`, where a page hands itself to the command line."""
+    return [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.dump(node.test))]
+
+
+def imports(name: str, *, everywhere: bool = True) -> tuple[set[str], set[str]]:
+    """(modules of ours, packages of others) that a module imports; `everywhere`: inside functions too."""
+    ours, others = set(), set()
+    for statement in without_entry(MODULES[name]):
+        nodes = ast.walk(statement) if everywhere else [statement]
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                others |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                others.add((node.module or "").partition(".")[0])
+            elif isinstance(node, ast.ImportFrom):
+                inside = name.split(".")[:-1] if "." in name or name == "pipeline" else []
+                base = (
+                    ["pipeline"] if name == "pipeline" and node.level == 1 else inside[: len(inside) - node.level + 1]
+                ) + (node.module.split(".") if node.module else [])
+                for alias in node.names:
+                    whole = ".".join([*base, alias.name])
+                    ours.add(whole if whole in MODULES else ".".join(base) or "__init__")
+    return ours - {name}, others
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(MODULES) == set(FLOOR), set(MODULES) ^ set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_arrows_point_down(name: str) -> None:
+    ours, _ = imports(name)
+    up = {other for other in ours if FLOOR[other] > FLOOR[name]}
+    assert not up, f"{name} imports {up}, which lie above it"
+
+
+def test_there_is_no_cycle() -> None:
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        for other in imports(name)[0]:
+            visit(other, (*path, name))
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("package", sorted(CONFINED))
+def test_heavy_packages_stay_in_their_room(package: str) -> None:
+    users = {name for name in MODULES if package in imports(name)[1]}
+    assert users <= CONFINED[package]
+
+
+@pytest.mark.parametrize("name", sorted(BASE & set(MODULES)))
+def test_the_base_imports_without_the_extras(name: str) -> None:
+    _, others = imports(name, everywhere=False)
+    assert not others & set(NOT_IN_BASE)
+
+
+def test_predict_loads_no_torch() -> None:
+    code = (
+        "import sys, mura_dist.cli, mura_dist.predict, mura_dist.describe; print([n for n in {} if n in sys.modules])"
+    )
+    assert run("python", "-c", code.format(NOT_IN_BASE)).stdout.strip() == "[]"
+
+
+def test_no_room_without_a_name() -> None:
+    assert not {"utils", "common", "helpers", "misc"} & set(MODULES)
+
+
+def test_nothing_of_this_machine_is_in_the_files() -> None:
+    host = re.compile(
+        "|".join(["py" + "pi", "python" + "hosted", "npm" + "js"]) + r"|/(?:home|root|work)/\w", re.IGNORECASE
+    )
+    for folder in ("mura_dist", "tools", "launch", "tests", "docs", "shards"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".toml", ".md") and "/shards/demo" not in path.as_posix():
+                found = host.search(path.read_text())
+                assert not found, f"{path}: {found and found[0]}"

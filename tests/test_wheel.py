@@ -1,0 +1,54 @@
+"""The wheel with the base alone, in an empty environment: it predicts, and there is no torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, run
+
+
+def call(*words: object, cwd: Path | None = None) -> str:
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=env, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_base_predicts(phantoms: Path, shard_folder: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "run", tmp_path / "run" / "model.onnx"
+    for words in (
+        ["train", *TINY, f"shards={shard_folder}", f"run={folder}", "epochs=1", "--quiet"],
+        ["evaluate", folder, shard_folder, "--quiet"],
+        ["export", folder],
+    ):
+        result = run("mura-dist", *words)
+        assert result.returncode == 0, result.stderr
+
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
+    call(sys.executable, "-m", "venv", tmp_path / "venv")
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    python = tmp_path / "venv" / "bin" / "python"
+    call(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    installed = call(python, "-m", "pip", "list", "--format", "freeze").lower()
+    assert not any(
+        f"\n{name}" in f"\n{installed}"
+        for name in ("torch", "opencv", "matplotlib", "onnx==", "deepspeed", "nvidia-dali")
+    )
+
+    command = tmp_path / "venv" / "bin" / "mura-dist"
+    call(command, "predict", model, phantoms / "valid", "--out", tmp_path / "base", cwd=tmp_path)
+    assert run("mura-dist", "predict", model, phantoms / "valid", "--out", tmp_path / "full").returncode == 0
+    for table in ("predictions.csv", "studies.csv", "failures.csv"):
+        assert (tmp_path / "base" / table).read_bytes() == (tmp_path / "full" / table).read_bytes()
+    call(command, "phantoms", tmp_path / "drawn", "--studies", "12", "--size", "96")
+    call(command, "shards", tmp_path / "drawn", tmp_path / "shards", "--size", "48")
+    call(command, "verify", tmp_path / "shards")
+    call(command, "describe", tmp_path / "shards", "--out", tmp_path / "page.html")
+    refused = subprocess.run([command, "train", "shards=a", "run=b"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "pip install 'mura-dist[train]'" in refused.stderr
