@@ -13,12 +13,7 @@ radiograph is a pure function of (seed, study, view); on another processor or Nu
 
 import json
 import math
-import multiprocessing
-import multiprocessing.process
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +26,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from . import atomic
 from .mura import STUDY_TYPES
 from .refusal import Refusal
+from .workers import processors
+from .workers import start as start_workers
 
 VERSION = 1  # of the drawings: another number, other pixels
 MARK = "phantoms.json"  # written last: the set is complete
@@ -585,27 +582,13 @@ def _read_mark(path: Path) -> dict[str, Any]:
     return there if isinstance(there, dict) else {}
 
 
-def _each(work: Callable[[Study], int], planned: list[Study], workers: int | None) -> Iterator[int]:
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = workers or min(processors, 32)
-    if workers == 1 or len(planned) < PARALLEL_FROM:
+def _each(work: Callable[[Study], int], planned: list[Study], count: int | None) -> Iterator[int]:
+    count = count or min(processors(), 32)
+    if count == 1 or len(planned) < PARALLEL_FROM:
         yield from map(work, planned)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
+    with start_workers(count) as pool:
         yield from pool.map(work, planned, chunksize=8)
-
-
-def _die_with_parent() -> None:
-    """A worker whose launcher was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(parent: multiprocessing.process.BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def _write_tables(out: Path, planned: list[Study]) -> None:
