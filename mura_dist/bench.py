@@ -17,7 +17,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -86,7 +85,7 @@ class Contender:
 
 
 def run(what: str, say: Callable[[str], None], options: Options | None = None) -> dict[str, Any]:
-    """Measure `what`; `say` hears a line for each contender and round.
+    """Measure `what`; `say` hears a line for each contender and round, and of phantoms that are drawn.
 
     Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
     {median, min, max}) and ratios {"ours / theirs": {median, min, max}}. Raises Refusal for another `what` and for a
@@ -97,7 +96,8 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
     options = options or Options()
     measured = {"what": what, "command": _command(what, options), "hardware": _hardware(), "versions": _versions()}
     with tempfile.TemporaryDirectory(prefix="mura-dist-bench-") as scratch:
-        say(f"preparing {what}")
+        if options.data is None:
+            say("drawing phantoms")
         load = _load(what, options, Path(scratch))
         measured["workload"] = {
             "data": str(options.data or "phantoms"),
@@ -142,12 +142,9 @@ def _command(what: str, options: Options) -> str:
 def _versions() -> dict[str, str]:
     from .runs import environment
 
-    here = environment()
-    versions = {name: here[name] for name in ("mura_dist", "python")} | here["versions"]
-    for name in ("pillow", "webdataset"):  # of the contenders that are not ours
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    here, theirs = environment(), ("pillow", "webdataset")
+    known = {name: here[name] for name in ("mura_dist", "python")} | here["versions"]
+    return known | {name: metadata.version(name) for name in theirs}
 
 
 def _hardware() -> dict[str, Any]:
@@ -201,7 +198,9 @@ def _play(contenders: list[Contender], load: Load, options: Options, say: Callab
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:
         with contextlib.ExitStack() as stack:
-            pools = {contender.name: _enter(stack, contender, load) for contender in contenders}
+            pools = {contender.name: stack.enter_context(workers.start(1)) for contender in contenders}
+            for ready in [pools[contender.name].submit(_prepare, contender, load) for contender in contenders]:
+                ready.result()
             for number, (name, pool) in itertools.product(range(1, options.rounds + 1), pools.items()):
                 num_images, seconds = pool.submit(_measure, options.seconds, load.scratch).result()
                 images[name].append(num_images)
@@ -220,12 +219,6 @@ def _play(contenders: list[Contender], load: Load, options: Options, say: Callab
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _enter(stack: contextlib.ExitStack, contender: Contender, load: Load) -> ProcessPoolExecutor:
-    pool = stack.enter_context(workers.start(1))
-    pool.submit(_prepare, contender, load).result()
-    return pool
 
 
 _work: Work  # in a contender's process: its own
@@ -305,7 +298,7 @@ def _batches(folder: Path, backend: str, load: Load) -> Work:
     from .pipeline import Targets, batches
 
     shards, device = Shards.open(folder), _device()
-    targets, epochs = Targets.of(shards, weighted=True), itertools.count()
+    targets, epochs = Targets.of(shards, weighted=False), itertools.count()
     rows = np.concatenate([shards.rows(name) for name, part in shards.index["splits"].items() if part["shards"]])
     steps = range(order.steps_per_epoch(len(rows), BATCH))
 
