@@ -2,30 +2,29 @@
 # Everything mura_dist does, once, on this machine:
 #   bash launch/demo.sh            on drawn bones (phantoms); under 10 minutes on 2 CPU cores after the install
 #   bash launch/demo.sh FOLDER     on your own folder in MURA's layout
-# The same command again goes on where it stopped; what is finished is not done twice.
+# The same command again goes on where it stopped: nothing is drawn, converted, trained or predicted twice.
 set -euo pipefail
 folder=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
 bash launch/setup.sh train
 export PATH="$PWD/.venv/bin:$PATH"
 
-stages=()
-stage() { # stage NAME COMMAND ...: run the command, remember its seconds
-  local name=$1 started=$SECONDS
+stage() { # stage NAME COMMAND ...: run the command, write down its seconds
+  local stage=$1 started=$SECONDS
   shift
-  printf '\n== %s: %s\n' "$name" "$*"
+  printf '\n== %s: %s\n' "$stage" "$*"
   "$@"
-  stages+=("$name=$((SECONDS - started))")
+  echo "$stage $((SECONDS - started))" >> "$seconds"
 }
 
 # 1. Radiographs: drawn here, or yours.
+name=demo${folder:+-$(basename "$folder")}
+shards=shards/$name run=runs/$name seconds=runs/$name.seconds
+mkdir -p runs
 if [ -z "$folder" ]; then
-  name=demo folder=data/phantoms
+  folder=data/phantoms
   stage phantoms mura-dist phantoms "$folder" --studies "${STUDIES:-1200}" --size 128 --seed "${SEED:-0}"
-else
-  name=demo-$(basename "$folder")
 fi
-shards=shards/$name run=runs/$name
 
 # 2. Shards: decoded and resized once, for training and serving alike.
 stage shards mura-dist shards "$folder" "$shards" --size 64
@@ -52,4 +51,4 @@ stage export mura-dist export "$run"
 stage predict mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
 
 # 7. The summary, and where everything lies.
-python tools/demo_summary.py "$run" "${stages[@]}"
+python tools/demo_summary.py "$run" "$seconds"

@@ -19,11 +19,17 @@ if [ ! -x .venv/bin/python ]; then
   }
 fi
 
-# The stamp says what was installed from which files: written last, so an install that was cut short is done again.
-wanted="$extras $(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
-stamp=.venv/installed-$extras
-[ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
+# The stamp says which extras were installed from which files: written last, so an install that was cut short is done again.
+stamp=.venv/installed
+digest=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+{ read -r before present < "$stamp"; } 2>/dev/null || true
+[ "${before:-}" = "$digest" ] || present=
+missing=
+for extra in ${extras//,/ }; do
+  [[ ",${present:-}," == *",$extra,"* ]] || missing=1
+done
+[ -n "$missing" ] || exit 0
 
 echo "installing mura_dist[$extras] into .venv (with train: some minutes, 7 GB)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
-echo "$wanted" > "$stamp"
+echo "$digest ${present:+$present,}$extras" > "$stamp"

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import config, mura, order, phantoms, radiograph, workers
+from . import config, order, phantoms, radiograph, workers
 from .card import Card, TrainedOn
 from .convert import convert
 from .manifest import scan
@@ -112,7 +112,7 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
 
 def table(measured: dict[str, Any]) -> str:
     """What `run` returned, to read."""
-    columns = ("median", "min", "max")
+    columns, about = ("median", "min", "max"), ("workload", "hardware", "versions")
     rates = {one["name"]: one["images_per_s"] | {"images": one["num_images"]} for one in measured["contenders"]}
     width = max(map(len, (*rates, *measured["ratios"])))
 
@@ -124,10 +124,7 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join(
         [
             measured["command"],
-            *(
-                ", ".join(f"{k} {v}" for k, v in measured[part].items())
-                for part in ("workload", "hardware", "versions")
-            ),
+            *(", ".join(f"{k} {v}" for k, v in measured[part].items()) for part in about),
             *lines("images/s", rates, (*columns, "images")),
             *lines("times as fast", measured["ratios"], columns),
         ]
@@ -170,14 +167,14 @@ def _load(what: str, options: Options, scratch: Path) -> Load:
         studies = round(min(number, _MAX_PHANTOMS) / _VIEWS_PER_STUDY)
         phantoms.draw(source, studies=max(phantoms.MIN_STUDIES, studies))
     scanned = scan(source)
-    known = scanned.manifest.frame["path"].tolist()
+    known = list(zip(scanned.manifest.frame["path"], scanned.manifest.frame["patient"], strict=True))
     taken = [known[place * len(known) // number] for place in range(number)] if number < len(known) else known
-    usable = [path for path in taken if _everyone_reads(scanned.root / path)]
+    usable = [(path, patient) for path, patient in taken if _everyone_reads(scanned.root / path)]
     if not usable:
         raise Refusal(f"--data {source}: none of its files is a sound PNG or JPEG; give a folder that has some")
     paths = []
-    for copy, path in itertools.islice(((copy, path) for copy in itertools.count() for path in usable), number):
-        patient = mura.parse(path).patient  # type: ignore[union-attr]
+    for place in range(number):
+        copy, (path, patient) = place // len(usable), usable[place % len(usable)]
         paths.append(path.replace(f"/{patient}/", f"/{patient}x{copy}/", 1) if copy else path)
         (folder / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
         (folder / paths[-1]).symlink_to((scanned.root / path).resolve())
@@ -309,7 +306,7 @@ def _batches(folder: Path, backend: str, load: Load) -> Work:
             alone = {"global_batch": BATCH, "micro_batch": BATCH, "rank": 0, "world_size": 1}
             micros += [micro for step in steps for micro in order.step_micros(epoch, step, **alone)]
         made = batches(shards, targets, micros, backend=backend, device=device, workers=load.workers)
-        return _count(batch.image for batch in made)
+        return _count(load.size, (batch.image for batch in made))
 
     return work
 
@@ -360,7 +357,7 @@ def _loaded(load: Load, samples: Any, **how: Any) -> Work:
     device = _device()
     how |= {"multiprocessing_context": "fork", "persistent_workers": True, "pin_memory": device.type == "cuda"}
     loader = DataLoader(samples, num_workers=load.workers, **how)
-    return lambda out: _count(batch.to(device, non_blocking=True) for batch in loader)
+    return lambda out: _count(load.size, (batch.to(device, non_blocking=True) for batch in loader))
 
 
 def _device() -> Any:
@@ -369,11 +366,14 @@ def _device() -> Any:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _count(images: Iterable[Any]) -> int:
-    """How many, once all of them are on the device."""
+def _count(size: int, images: Iterable[Any]) -> int:
+    """How many, once all of them are on the device; the same kind of them from every contender."""
     import torch
 
-    number = sum(len(batch) for batch in images)
+    number = 0
+    for batch in images:
+        assert (batch.dtype, batch.shape[1:]) == (torch.uint8, (1, size, size)), (batch.dtype, batch.shape)
+        number += len(batch)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return number

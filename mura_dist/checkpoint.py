@@ -54,7 +54,7 @@ class Checkpoint:
             raise Refusal(
                 f"zero_stage={zero_stage}: {self.folder} was written with zero_stage={saved}; keep it, or give run=NEW"
             )
-        if shares > 1 and shares != world_size:
+        if saved and shares != world_size:
             raise Refusal(
                 f"{world_size} ranks: {self.folder} holds the optimiser of {shares} ranks under zero_stage={saved}; "
                 f"start {shares} ranks, or train with zero_stage=0, whose checkpoints fit any number"
@@ -132,12 +132,18 @@ def _step_of(folder: Path) -> int:
 
 
 def latest(parent: Path, report: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest sound checkpoint; damaged ones are reported and passed over."""
-    for folder in reversed(folders(parent)):
+    """The newest sound checkpoint, None where there is none at all; damaged ones are reported and passed over.
+
+    Raises Refusal where all are damaged: to begin anew would throw away what may still be saved.
+    """
+    present = folders(parent)
+    for folder in reversed(present):
         try:
             return read(folder)
         except ValueError as error:
             report(f"{error}; taking the one before")
+    if present:
+        raise Refusal(f"none of the {len(present)} checkpoints in {parent} can be read; restore one, or give run=NEW")
     return None
 
 
@@ -167,7 +173,10 @@ def best(present: list[Path]) -> Path:
     """The folder whose state has the lowest finite `select_loss`; the last one where none has."""
 
     def loss(folder: Path) -> float:
-        value = json.loads((folder / "state.json").read_bytes())["select_loss"]
+        try:
+            value = json.loads((folder / "state.json").read_bytes())["select_loss"]
+        except (OSError, ValueError, KeyError):
+            return float("inf")  # damaged: `read` says so when it is taken
         return float("inf") if value is None else value
 
     return min(reversed(present), key=loss)

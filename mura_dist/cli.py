@@ -156,8 +156,8 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
 
     On several ranks: `torchrun --nproc-per-node N -m mura_dist.train ...` or `deepspeed --module mura_dist.train ...`.
     """
-    recipe = next((Path(word) for word in words if "=" not in word), None)
-    settings = config.load(recipe, [word for word in words if word != str(recipe)])
+    recipe = next((word for word in words if "=" not in word), None)
+    settings = config.load(Path(recipe) if recipe is not None else None, [word for word in words if word != recipe])
     from .train import summary_text
     from .train import train as run
 
@@ -186,6 +186,10 @@ def evaluate(target: Path, shards: Path, split: str, which: str, out: Path | Non
     if target.is_file():
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
+        if which != "best":
+            raise Refusal(
+                f"--checkpoint {which}: {target} is one exported checkpoint; leave --checkpoint out, or give the run"
+            )
         measured = _evaluate_onnx(target, shards, split, out)
     else:
         measured = room.evaluate_run(target, shards, split=split, which=which, out=out, say=say)

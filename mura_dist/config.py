@@ -94,6 +94,11 @@ class Settings(BaseModel):
     )
 
 
+def shareable(settings: Settings) -> dict[str, Any]:
+    """The settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
+    return settings.model_dump(exclude={"shards", "run"}) | {"pretrained": Path(settings.pretrained).name}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where something known is near, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -107,7 +112,7 @@ def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
         key, equals, text = word.partition("=")
         if not equals:
             raise Refusal(f"{word!r} is not key=value; write for example epochs=5")
-        values[key.strip()] = _value(text.strip())
+        values[key.strip()] = _value(key.strip(), text.strip())
     return check(values, where=str(recipe) if recipe is not None else "command line")
 
 
@@ -142,8 +147,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise Refusal(f"{path} is not TOML ({error}); write one `key = value` a line") from None
 
 
-def _value(text: str) -> Any:
-    """A command line's value as TOML reads it; what is no TOML is taken as text, so paths need no quotes."""
+def _value(key: str, text: str) -> Any:
+    """A command line's value as TOML reads it. A text needs no quotes: `run=7` and `run=a/b c` name folders."""
+    field = Settings.model_fields.get(key)
+    if field is not None and field.annotation is str and text[:1] not in ("'", '"'):
+        return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -87,17 +87,16 @@ def convert(
     plan |= {"manifest_sha256": manifest.digest, "version": __version__}
     conversion = Conversion(out, scanned.root, manifest, size, encoding, plan)
     if _finished(conversion):
-        return json.loads((out / "index.json").read_bytes())
+        index = json.loads((out / "index.json").read_bytes())
+        _refuse_unreadable(index["unreadable"], strict)
+        return index
     out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     workers = workers or processors()
     _record(conversion, workers, state="running", started=started)
     manifest.save(out / "manifest.csv")
     unreadable = _write_all(conversion, workers, progress)
-    if strict and unreadable:
-        raise Failure(
-            f"--strict: {len(unreadable)} files cannot be read, the first is {unreadable[0]['path']}: {unreadable[0]['reason']}"
-        )
+    _refuse_unreadable(unreadable, strict)
     index = _index(conversion, scanned, unreadable)
     atomic.write_json(out / "index.json", index)
     _record(conversion, workers, state="done", started=started, seconds=time.time() - started)
@@ -116,6 +115,14 @@ def _check(source: Path, out: Path, size: int, encoding: str, workers: int | Non
         raise Refusal(f"{out} is a file; give a folder for the shards")
     if source.is_dir() and out.resolve() == source.resolve():
         raise Refusal(f"{out} is the source itself; give another folder for the shards")
+
+
+def _refuse_unreadable(unreadable: list[dict[str, Any]], strict: bool) -> None:
+    if strict and unreadable:
+        first = unreadable[0]
+        raise Failure(
+            f"--strict: {len(unreadable)} files cannot be read, the first is {first['path']}: {first['reason']}"
+        )
 
 
 def _first_defect(scanned: Scan) -> str:

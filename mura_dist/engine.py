@@ -37,7 +37,7 @@ class RunningStatistics:
     """BatchNorm's running statistics as one flat vector that moves once a step.
 
     The modules' own buffers become views into `_last` with momentum 1: a forward leaves the micro-batch's mean and (unbiased)
-    variance there. `_sum` collects them over a step; `values` are what evaluation and checkpoints see.
+    variance there. `sum` collects them over a step; `values` are what evaluation and checkpoints see.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -47,7 +47,7 @@ class RunningStatistics:
             [buffer for buffer in buffers if buffer is not None]
         ).detach()  # (sum of 2 x channels,) float32
         self._last = self.values.clone()
-        self._sum = torch.zeros_like(self.values)
+        self.sum = torch.zeros_like(self.values)
         start = 0
         for norm in self.norms:
             size, norm.momentum = norm.num_features, 1.0
@@ -59,15 +59,12 @@ class RunningStatistics:
 
     def collect(self) -> None:
         """After a micro-batch's forward."""
-        self._sum += self._last
+        self.sum += self._last
 
     def move(self, total: Tensor, num_micros: int) -> None:
         """`total`: the sums over all ranks; `num_micros`: micro-batches in the global batch."""
         self.values.lerp_(total / num_micros, _MOMENTUM)
-        self._sum.zero_()
-
-    def take_sum(self) -> Tensor:
-        return self._sum
+        self.sum.zero_()
 
     def expose(self, steps: int) -> None:
         """Put the running statistics where the modules look for them: before evaluation and before a checkpoint."""
@@ -113,7 +110,7 @@ class Engine:
 
     def _agree(self, loss_sum: Tensor, stop: bool) -> StepResult:
         flags = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
-        vector = torch.cat([flags, self.statistics.take_sum()])  # under 1 MB
+        vector = torch.cat([flags, self.statistics.sum])  # under 1 MB
         dist.all_reduce(vector)
         self.statistics.move(vector[2:], self.num_micros)
         loss, stops = vector[:2].tolist()

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, checkpoint, launcher, metrics, mura, order, report, world
+from . import atomic, checkpoint, config, launcher, metrics, mura, order, report, world
 from .journal import read as read_journal
 from .model import DenseNet, build
 from .order import Micro
@@ -88,7 +88,6 @@ def evaluate_run(
     split: str = "valid",
     which: str = "best",
     out: Path | None = None,
-    workers: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
@@ -106,7 +105,7 @@ def evaluate_run(
         model = load(run, chosen).to(ranks.device).eval()
         targets = Targets.of(shards, weighted=False)
         name = pipeline_for(run.settings.pipeline, ranks)
-        loading = Loading(shards, targets, name, run.settings.micro_batch, loading_threads(workers))
+        loading = Loading(shards, targets, name, run.settings.micro_batch, loading_threads(run.settings.workers))
         say(f"evaluating {chosen.name} on {split}: {len(rows)} radiographs")
         scores = logits(model, rows, loading, ranks)
         if not ranks.is_first:
@@ -116,7 +115,7 @@ def evaluate_run(
         "checkpoint": chosen.name,
         "selected_on": run.settings.select_on,
         "trained_on": data["holds"],
-        "settings": run.settings.model_dump(),
+        "settings": config.shareable(run.settings),
         "history": read_journal(folder / "metrics.jsonl"),
         "same_data": data["manifest_sha256"] == shards.index["manifest"]["sha256"],
     }
@@ -157,12 +156,11 @@ def write(
 ) -> dict[str, Any]:
     """Measure, and write everything an evaluation leaves behind; metrics.json last."""
     studies = study_scores(shards, rows, scores)
-    chose = facts.get("selected_on") == split
     measured = metrics.measure(studies, threshold=THRESHOLD) | {
         "split": split,
         "threshold": THRESHOLD,
         "selected_on": facts.get("selected_on"),
-        "note": "optimistic: this split chose the model" if chose else None,
+        "note": _note(split, facts.get("selected_on")),
         "checkpoint": facts.get("checkpoint"),
         "trained_on": facts.get("trained_on"),
         "measured_on": shards.trained_on,
@@ -188,6 +186,12 @@ def write(
     report.write(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)
     return measured
+
+
+def _note(split: str, selected_on: str | None) -> str | None:
+    if split == "train":
+        return "optimistic: this split fitted the model"
+    return "optimistic: this split chose the model" if split == selected_on else None
 
 
 def _write_tables(out: Path, shards: Shards, rows: np.ndarray, scores: np.ndarray, studies: pd.DataFrame) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import torch
 
-from . import __version__, atomic, checkpoint
+from . import __version__, atomic, checkpoint, config
 from .card import KEY, PRODUCER, Card, TrainedOn
 from .model import build
 from .predict import Model
@@ -40,8 +40,9 @@ TRITON_MAX_BATCH = 64
 def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
     """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
 
-    The card carries the run's metrics.json where it is of this very checkpoint; only study types measured there, with both
-    classes, get a threshold. Raises Refusal where there is no such run or checkpoint, Failure where the gate stays shut.
+    The card carries the run's metrics.json where it is of this very checkpoint on `valid` of the run's own shards; only study
+    types measured there, with both classes, get a threshold. Raises Refusal where there is no such run or checkpoint, Failure
+    where the gate stays shut.
     """
     run = Run.load(run_folder)
     chosen = checkpoint.select(run.checkpoints, which)
@@ -57,7 +58,8 @@ def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path |
 def _card(run: Run, name: str) -> Card:
     data, path = run.data(), run.folder / "metrics.json"
     measured = json.loads(path.read_bytes()) if path.is_file() else {}
-    if measured.get("checkpoint") != name:
+    reported = (measured.get("checkpoint"), measured.get("split"), measured.get("manifest_sha256"))
+    if reported != (name, "valid", data["manifest_sha256"]):
         measured = {}
     by_type = measured.get("by_study_type", {})
     return Card(
@@ -72,7 +74,7 @@ def _card(run: Run, name: str) -> Card:
             splits=data["splits"],
         ),
         selected_on=run.settings.select_on,
-        recipe=run.settings.model_dump(),
+        recipe=config.shareable(run.settings),
         checkpoint=name,
     )
 

@@ -85,9 +85,13 @@ class Journal:
         before = [line for line in read(self.path) if line["step"] <= start_step]
         atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         if tensorboard:
-            with contextlib.suppress(ImportError):
+            try:
                 from torch.utils.tensorboard import SummaryWriter
-
+            except ImportError:
+                self.say(
+                    "tensorboard=true, but it is not installed: no events are written; metrics.jsonl has everything"
+                )
+            else:
                 self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> Self:

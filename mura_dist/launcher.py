@@ -16,8 +16,8 @@ def local_rank() -> int:
 
 
 def ranks_here() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Ranks on this machine: torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def is_first() -> bool:

@@ -109,8 +109,8 @@ class Run:
                 yield
             except Refusal:  # nothing was done: what the folder says stays true
                 raise
-            except Stopped as stopped:
-                self.write_status("stopped", reason=str(stopped))
+            except (Stopped, KeyboardInterrupt) as stopped:
+                self.write_status("stopped", reason=str(stopped) or "interrupted; the same command goes on")
                 raise
             except BaseException as error:
                 with contextlib.suppress(OSError):  # the disk may be what failed
@@ -154,10 +154,9 @@ def environment() -> dict[str, Any]:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One writer: a file with host, process and heartbeat. A stale one is reported and taken."""
-    owner = {"host": platform.node(), "process": os.getpid()}
+    owner = {"host": platform.node(), "process": os.getpid(), "started": time.time_ns()}
     while not _create(path, owner):
-        _refuse_unless_stale(path)
-        path.unlink(missing_ok=True)
+        _take_away(path, _judge(path))
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="heartbeat")
     heart.start()
@@ -166,7 +165,8 @@ def _lock(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        if _owner(path) == owner:  # else somebody took it for stale, and it is theirs
+            path.unlink(missing_ok=True)
 
 
 def _create(path: Path, owner: dict[str, Any]) -> bool:
@@ -178,20 +178,39 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
     return True
 
 
-def _refuse_unless_stale(path: Path) -> None:
+def _owner(path: Path) -> dict[str, Any]:
     try:
-        owner, age_s = json.loads(path.read_bytes()), time.time() - path.stat().st_mtime
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):  # gone, or its writer was killed between creating and writing it
+        return {"host": "unknown", "process": 0}
+
+
+def _judge(path: Path) -> int | None:
+    """The inode of a stale lock, None where it is gone by now; Refusal where its owner lives."""
+    try:
+        found = path.stat()
     except FileNotFoundError:
-        return
-    except ValueError:  # killed between creating and writing it
-        owner, age_s = {"host": "unknown", "process": 0}, time.time() - path.stat().st_mtime
+        return None
+    owner, age_s = _owner(path), time.time() - found.st_mtime
     here = owner["host"] == platform.node()
-    if (here and _is_alive(owner["process"])) or (not here and age_s < STALE_S):
+    gone = here and (owner["process"] == os.getpid() or not _is_alive(owner["process"]))
+    if not gone and age_s < STALE_S:
         raise Refusal(
             f"run={path.parent} is being written by process {owner['process']} on {owner['host']} "
             f"(heartbeat {age_s:.0f} s ago); wait for it or stop it, or give run=NEW"
         )
     print(f"taking over a stale lock of process {owner['process']} on {owner['host']}", file=sys.stderr)  # noqa: T201
+    return found.st_ino
+
+
+def _take_away(path: Path, inode: int | None) -> None:
+    """Remove the lock that was judged, and no other: two starts may have judged the same one."""
+    aside = path.with_name(f".lock.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, aside)
+        if aside.stat().st_ino != inode:
+            os.replace(aside, path)
+        aside.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

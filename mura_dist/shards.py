@@ -110,6 +110,12 @@ class Shards:
         try:
             index = json.loads(path.read_bytes())
             version = index["format"]
+            whole = version != FORMAT or all(
+                key in index for key in ("size", "encoding", "holds", "splits", "unreadable")
+            )
+            digest = index["manifest"]["sha256"] if version == FORMAT else ""
+            if not whole:
+                raise KeyError("a key is missing")
         except (ValueError, KeyError, TypeError) as error:
             raise Refusal(f"{path} is damaged ({error}); make the shards again") from error
         if version != FORMAT:
@@ -118,7 +124,7 @@ class Shards:
                 "make them again, or install the version that wrote them"
             )
         shards = cls(folder, index, Manifest.load(folder / "manifest.csv"))
-        if shards.manifest.digest != index["manifest"]["sha256"]:
+        if shards.manifest.digest != digest:
             raise Refusal(f"{folder}/manifest.csv is not the one index.json was written with; make the shards again")
         return shards
 

@@ -51,7 +51,11 @@ class State:
 
     def to_json(self) -> dict[str, Any]:
         plateau = asdict(self.plateau)
-        return asdict(self) | {"plateau": plateau | {"best": plateau["best"] if np.isfinite(plateau["best"]) else None}}
+        return asdict(self) | {
+            "plateau": plateau | {"best": plateau["best"] if np.isfinite(plateau["best"]) else None},
+            # Of these very weights, or of none: a checkpoint in mid-epoch was not evaluated and cannot be the best.
+            "select_loss": self.select_loss if self.evaluated_step == self.step else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -157,16 +161,18 @@ def _loop(
     stop: threading.Event,
 ) -> None:
     """Evaluate before stepping, once more than there are epochs: first, periodic and last evaluation are one piece of code."""
-    settings, watch = plan.settings, Stopwatch()
+    settings, watch, stopping = plan.settings, Stopwatch(), False
     steps: Iterator[list[Batch]] = iter(())
     while True:
         epoch, within = divmod(state.step, plan.steps_per_epoch)
         if within == 0 and state.evaluated_step != state.step:
             _evaluate(plan, engine, state, loading, journal, ranks)
-            _save(run, engine, state, ranks)
+            _save(run, plan, engine, state, ranks)
             journal.draw(report.curves)
         if state.step >= plan.num_steps:
             return
+        if stopping:
+            raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; the same command goes on")
         if within == 0 or state.step == journal.start_step:
             steps = _steps_of_epoch(plan, epoch, within, loading, ranks)
 
@@ -187,11 +193,10 @@ def _loop(
         if state.step % settings.log_every == 0:
             images = settings.global_batch * min(settings.log_every, state.step - journal.start_step)
             journal.steps(state.step, epoch, loss=result.loss, learning_rate=lr, images=images, watch=watch)
+        stopping = result.stop
         due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
-        if (due and state.step % plan.steps_per_epoch) or result.stop:
-            _save(run, engine, state, ranks)
-        if result.stop:
-            raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; the same command goes on")
+        if (due or stopping) and state.step % plan.steps_per_epoch:  # at an epoch's end: once, when it is evaluated
+            _save(run, plan, engine, state, ranks)
 
 
 def _steps_of_epoch(plan: Plan, epoch: int, first: int, loading: Loading, ranks: World) -> Iterator[list[Batch]]:
@@ -233,13 +238,19 @@ def _evaluate(plan: Plan, engine: Engine, state: State, loading: Loading, journa
     journal.epoch(line)
 
 
-def _save(run: Run, engine: Engine, state: State, ranks: World) -> None:
-    network = engine.expose(state.step)
+def _save(run: Run, plan: Plan, engine: Engine, state: State, ranks: World) -> None:
+    """Write a checkpoint, on all ranks; Failure where the weights are no numbers any more, so that the last sound one stays."""
+    weights = checkpoint.to_cpu(engine.expose(state.step).state_dict())
     stage = run.settings.zero_stage
+    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise Failure(
+            f"the weights are not finite after step {state.step}; the last checkpoint is sound; "
+            "give run=NEW and a lower learning_rate"
+        )
     checkpoint.save(
         run.checkpoints,
         {**state.to_json(), "zero_stage": stage, "world_size": ranks.size},
-        checkpoint.to_cpu(network.state_dict()),
+        weights,
         checkpoint.to_cpu(engine.optimiser_state()),
         rank=ranks.rank,
         shares=ranks.size if stage else 1,
@@ -247,7 +258,7 @@ def _save(run: Run, engine: Engine, state: State, ranks: World) -> None:
     )
     if ranks.is_first:
         checkpoint.prune(run.checkpoints, run.settings.keep_checkpoints)
-        run.write_status("running", step=state.step)
+        run.write_status("running", step=state.step, num_steps=plan.num_steps)
 
 
 def _resume_point(run: Run, ranks: World) -> checkpoint.Checkpoint | None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from . import launcher
+from .refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,6 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-
-    def any(self, flag: bool) -> bool:
-        return self.sum([float(flag)])[0] > 0
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
@@ -57,10 +55,16 @@ def join(timeout_s: float) -> Iterator[World]:
     rank, size, local_rank = launcher.rank(), launcher.world_size(), launcher.local_rank()
     cuda = torch.cuda.is_available()
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise Refusal(
+                f"rank {rank} is number {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs; "
+                "start at most one rank a GPU"
+            )
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     backend, timeout = ("nccl" if cuda else "gloo"), timedelta(seconds=timeout_s)
-    if size == 1 and "MASTER_ADDR" not in os.environ:  # alone, and no launcher to meet at
+    if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)

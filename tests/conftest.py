@@ -45,6 +45,11 @@ def shard_folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+NO_GPU = {
+    "CUDA_VISIBLE_DEVICES": ""
+}  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
+
+
 def run(*words: object, cwd: Path | None = None, timeout_s: float = 240, env: dict[str, str] | None = None):
     """Run a command of this environment to its end; its output as text."""
     command = [str(word) for word in words]
@@ -55,7 +60,7 @@ def run(*words: object, cwd: Path | None = None, timeout_s: float = 240, env: di
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **NO_GPU, **(env or {})},
         check=False,
     )
 

@@ -19,6 +19,15 @@ def test_later_wins(tmp_path: Path) -> None:
     assert (settings.learning_rate, settings.flip, settings.seed) == (1e-3, False, 0)
 
 
+def test_a_text_needs_no_quotes() -> None:
+    settings = config.load(None, ["shards=2024-05-01", "run=7"])
+    assert (settings.shards, settings.run) == ("2024-05-01", "7")
+    assert config.load(None, ["shards='a b'", 'run="c"']).model_dump(include={"shards", "run"}) == {
+        "shards": "a b",
+        "run": "c",
+    }
+
+
 def test_settings_survive_their_file(tmp_path: Path) -> None:
     settings = config.load(
         None, [*NEEDED, "learning_rate=3e-5", 'pretrained=C:\\w\\"x"\n.pth', "flip=false", "epochs=7"]

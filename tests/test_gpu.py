@@ -34,7 +34,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(shard_folder: Path, backend: st
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_on_the_gpu(shard_folder: Path, tmp_path: Path, precision: str) -> None:
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", f"precision={precision}")
-    result = torchrun(1, "mura_dist.train", *words)
+    result = torchrun(1, "mura_dist.train", *words, env={"CUDA_VISIBLE_DEVICES": "0"})
     assert result.returncode == 0, result.stderr
     losses = [line["loss"] for line in journal.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     assert np.isfinite(losses).all()

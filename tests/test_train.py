@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mura_dist import checkpoint, journal
 from mura_dist.engine import RunningStatistics
 from mura_dist.model import build
+from mura_dist.refusal import Refusal
 from mura_dist.runs import Run
 
 
@@ -145,6 +146,12 @@ def test_killed_it_goes_on_from_the_last_complete_checkpoint(shard_folder: Path,
     result = run(*command[:1], *command[1:])
     assert result.returncode == 0, result.stderr
     assert "stale lock" in result.stderr
+    for folder in checkpoint.folders(
+        whole / "checkpoints"
+    ):  # a checkpoint of mid-epoch was not evaluated: it is never the best
+        state = checkpoint.read(folder).state
+        assert (state["select_loss"] is not None) == (state["evaluated_step"] == state["step"] > 0)
+    assert checkpoint.select(whole / "checkpoints", "best").state["select_loss"] is not None
     last = checkpoint.select(whole / "checkpoints", "last").step
     assert equal(tensors(whole, last), tensors(torn, last))
     assert losses(whole) == losses(torn)
@@ -197,15 +204,32 @@ def test_other_settings_learn_too(shard_folder: Path, tmp_path: Path, one: Path,
     assert losses(tmp_path / "run") != losses(one)[: steps_an_epoch(one)]  # the setting did something
 
 
+def test_a_machine_without_a_compiler_trains(shard_folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed would build C++ operators when first used; it is told to build none."""
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    nothing = {"TORCH_EXTENSIONS_DIR": str(extensions), "PATH": str(BIN), "CC": "no-compiler", "CXX": "no-compiler"}
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1", "--quiet")
+    result = run("mura-dist", "train", *words, env=nothing)
+    assert result.returncode == 0, result.stderr
+    assert list(extensions.iterdir()) == []
+
+
 def test_only_one_writes(shard_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     owner = {"host": os.uname().nodename, "process": os.getpid()}
     (folder / "lock").write_text(json.dumps(owner))
-    result = train(1, shard_folder, folder)
+    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=0", "--quiet")
+    result = run("mura-dist", "train", *words)
+    assert result.returncode == 2
     assert f"being written by process {os.getpid()}" in result.stderr
-    assert "Traceback" not in result.stderr.split("mura-dist: ")[1].splitlines()[0]
-    assert not (folder / "recipe.toml").exists()
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["lock"]
+    os.utime(folder / "lock", (0, 0))  # a process of that number lives, but its heart has not beaten since 1970
+    result = run("mura-dist", "train", *words)
+    assert result.returncode == 0, result.stderr
+    assert "stale lock" in result.stderr
 
 
 def test_what_may_not_change_is_refused(shard_folder: Path, one: Path, tmp_path: Path, capsys) -> None:
@@ -244,6 +268,11 @@ def test_a_damaged_checkpoint_is_passed_over(one: Path, tmp_path: Path) -> None:
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "model.safetensors").write_bytes(data)
+    (checkpoint.folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
+    assert (
+        checkpoint.best(checkpoint.folders(folder)).name
+        == checkpoint.best(checkpoint.folders(one / "checkpoints")).name
+    )
     said: list[str] = []
     found = checkpoint.latest(folder, said.append)
     assert found is not None
@@ -252,6 +281,8 @@ def test_a_damaged_checkpoint_is_passed_over(one: Path, tmp_path: Path) -> None:
     present = checkpoint.folders(folder)
     (found.folder / checkpoint.MARK).unlink()
     assert checkpoint.folders(folder) == [other for other in present if other != found.folder]
+    with pytest.raises(Refusal, match="none of the 2 checkpoints"):
+        checkpoint.latest(folder)
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
@@ -279,7 +310,7 @@ def test_running_statistics_move_once_a_step_by_the_mean() -> None:
     for image in images:
         model(image)
         statistics.collect()
-    statistics.move(statistics.take_sum().clone(), 3)
+    statistics.move(statistics.sum.clone(), 3)
     statistics.expose(steps=1)
     torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean(0).detach())
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0).detach())

@@ -1,6 +1,6 @@
 """The last page of launch/demo.sh: a table on the screen, RUN/summary.json on disk.
 
-python tools/demo_summary.py RUN STAGE=SECONDS ...
+python tools/demo_summary.py RUN SECONDS      SECONDS: a file with a line "STAGE SECONDS" for each stage that ended
 """
 
 import json
@@ -11,9 +11,8 @@ from mura_dist import atomic, metrics, mura
 
 
 def main() -> None:
-    run, stages = Path(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:])
+    run, seconds = Path(sys.argv[1]), stage_seconds(Path(sys.argv[2]))
     trained, untrained = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "untrained/metrics.json"))
-    seconds = _earlier(run) | {name: int(value) for name, value in stages.items()}
     overall = trained["overall"]
     summary = {
         "auroc_untrained": untrained["overall"]["auroc"],
@@ -42,10 +41,13 @@ def main() -> None:
     print(mura.TERMS)
 
 
-def _earlier(run: Path) -> dict[str, int]:
-    """Seconds of stages an earlier start of the demo finished."""
-    path = run / "summary.json"
-    return json.loads(path.read_bytes())["seconds"] if path.is_file() else {}
+def stage_seconds(path: Path) -> dict[str, int]:
+    """The longest time of each stage: a second start finds its work done and takes next to none."""
+    seconds: dict[str, int] = {}
+    for line in path.read_text().splitlines():
+        stage, _, value = line.partition(" ")
+        seconds[stage] = max(seconds.get(stage, 0), int(value))
+    return seconds
 
 
 if __name__ == "__main__":
