@@ -17,7 +17,7 @@ from mura_dist.refusal import Refusal
 from mura_dist.shards import Shards
 
 RECIPE = Path("launch/recipes/demo.toml")
-PASSES = 22_000  # radiographs the demo's training sees
+PASSES = 19_000  # radiographs the demo's training sees
 
 
 def main() -> int:
@@ -29,7 +29,10 @@ def main() -> int:
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     micro = max(2, min(recipe.micro_batch, num_train // 4))
     epochs = recipe.epochs if shards.trained_on == "phantoms" else max(1, round(PASSES / num_train))
-    settings = [f"micro_batch={micro}", f"global_batch={2 * micro}", f"epochs={epochs}"]
+    patience = max(
+        1, round(recipe.plateau_patience * epochs / recipe.epochs)
+    )  # as many radiographs, however short an epoch
+    settings = [f"micro_batch={micro}", f"global_batch={2 * micro}", f"epochs={epochs}", f"plateau_patience={patience}"]
     valid = scan(folder).root / "valid"
     print(f"ranks={ranks} settings=({' '.join(settings)}) valid={shlex.quote(str(valid))}")
     return 0
