@@ -61,7 +61,7 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@cli.command()
+@cli.command(short_help="Draw bones in MURA's layout, some broken.")
 @click.argument("out", type=a_path)
 @click.option(
     "--studies", type=int, default=400, show_default=True, help="Studies over all splits, both labels in each."
@@ -78,7 +78,7 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
     click.echo(f"{out}: {', '.join(f'{value} {name}' for name, value in counts.items() if isinstance(value, int))}")
 
 
-@cli.command()
+@cli.command(short_help="Convert a folder in MURA's layout to shards.")
 @click.argument("source", type=a_path)
 @click.argument("out", type=a_path)
 @click.option("--size", type=int, default=320, show_default=True, help="Pixels of a side; the aspect is not kept.")
@@ -105,7 +105,7 @@ def shards(source: Path, out: Path, quiet: bool, **options: Any) -> None:
     click.echo(f"{out}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
 
 
-@cli.command()
+@cli.command(short_help="Check shards to the bit.")
 @click.argument("out", type=a_path)
 @quiet_option
 def verify(out: Path, quiet: bool) -> None:
@@ -125,7 +125,7 @@ def verify(out: Path, quiet: bool) -> None:
     click.echo(f"{out}: {num} radiographs, all sound")
 
 
-@cli.command()
+@cli.command(short_help="Counts, sizes, exposure, defects, as a page.")
 @click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_path)
 @click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
 @quiet_option
@@ -141,7 +141,7 @@ def describe(folder: Path, out: Path, quiet: bool) -> None:
 SETTINGS = "\b\nSettings, in the recipe and as key=value alike:\n" + config.help_text()
 
 
-@cli.command(epilog=SETTINGS)
+@cli.command(epilog=SETTINGS, short_help="Train a run, or go on with it.")
 @click.argument("words", metavar="RECIPE.toml [key=value ...]", nargs=-1)
 @click.option(
     "--local_rank",
@@ -166,7 +166,7 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
         click.echo(summary_text(summary))
 
 
-@cli.command()
+@cli.command(short_help="Measure a run or an exported model on a split.")
 @click.argument("target", metavar="RUN_OR_ONNX", type=a_path)
 @click.argument("shards", type=a_path)
 @click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
@@ -218,7 +218,7 @@ def _evaluate_onnx(target: Path, folder: Path, split: str, out: Path) -> dict[st
     return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts)
 
 
-@cli.command()
+@cli.command(short_help="Write a checkpoint as one ONNX file.")
 @click.argument("run", type=a_path)
 @click.option("--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N.")
 @click.option("--out", type=a_path, default=None, help="The file to write.  [default: RUN/model.onnx]")
@@ -242,7 +242,7 @@ def export(run: Path, which: str, out: Path | None, triton: Path | None, quiet: 
         )
 
 
-@cli.command()
+@cli.command(short_help="Predict a directory of radiographs.")
 @click.argument("model", metavar="MODEL.onnx", type=a_path)
 @click.argument("directory", type=a_path)
 @click.option("--out", type=a_path, required=True, help="Folder for predictions, studies and failures.")
@@ -275,7 +275,7 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     click.echo(mura.TERMS)
 
 
-@cli.command()
+@cli.command(short_help="Measure against what one would use instead.")
 @click.argument("what")
 @click.option("--data", type=a_path, default=None, help="A folder in MURA's layout.  [default: phantoms, drawn for it]")
 @click.option(

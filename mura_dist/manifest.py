@@ -183,8 +183,10 @@ def _walk(source: Path) -> tuple[Path, list[Radiograph], list[str]]:
             "{train,valid}/XR_TYPE/patientN/studyN_{positive,negative}/imageN.png; give the folder that holds train/"
         )
     if len(found) > 1:
-        roots = ", ".join(sorted(str(root) for root in found))
-        raise Refusal(f"{source} holds {len(found)} data sets ({roots}); give one of them")
+        first, second, *others = sorted(str(root) for root in found)
+        raise Refusal(
+            f"{source} holds {len(found)} data sets ({first}, {second}{', ...' if others else ''}); give one of them"
+        )
     [(root, radiographs)] = found.items()
     return root, radiographs, junk
 

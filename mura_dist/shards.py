@@ -204,8 +204,9 @@ def verify(folder: Path) -> Iterator[str]:
     expected = [
         row for split in shards.index["splits"] if shards.index["splits"][split]["shards"] for row in shards.rows(split)
     ]
+    paths = shards.manifest.frame["path"].to_numpy()
     for row in sorted(set(expected) - set(seen)):
-        yield f"row {row} ({shards.manifest.frame.at[row, 'path']}): no sample in any shard"
+        yield f"row {row} ({paths[row]}): no sample in any shard"
 
 
 def _verify_shard(shards: Shards, split: str, shard: dict[str, Any], seen: list[int]) -> Iterator[str]:
