@@ -21,7 +21,7 @@ from mura_dist.bench import Contender, Load, Options
 from mura_dist.manifest import scan
 from mura_dist.refusal import Failure, Refusal
 
-NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (2, 3), "train": (2, 2), "predict": (1, 2)}  # ours, theirs
+NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (2, 3), "train": (2, 2), "predict": (1, 3)}  # ours, theirs
 
 
 def sleeper(pause_s: float, load: Load) -> Callable[[Path], int]:
@@ -91,11 +91,11 @@ def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str
     lines: list[str] = []
     measured = bench._play(contenders, nothing, Options(rounds=3, seconds=0.15), lines.append)
     quick, slow = measured["contenders"]
-    assert 50 < quick["images_per_s"]["max"] <= 100
+    assert quick["images_per_s"]["max"] <= 100  # a sleep lasts as long as asked or longer: only upper bounds are sure
     assert slow["images_per_s"]["max"] <= 10
-    assert slow["num_images"] == 3 * 2  # two make 0.15 s; the warm-up does not count
+    assert 3 <= slow["num_images"] <= 3 * 2  # two make 0.15 s, on a busy machine one may; the warm-up does not count
     assert (
-        2 < measured["ratios"]["quick / slow"]["median"] <= quick["images_per_s"]["max"] / slow["images_per_s"]["min"]
+        1 < measured["ratios"]["quick / slow"]["median"] <= quick["images_per_s"]["max"] / slow["images_per_s"]["min"]
     )
     assert [line.split(": ")[1] for line in lines] == ["quick", "slow"] * 3
     out, err = capfd.readouterr()
