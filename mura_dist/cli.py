@@ -23,7 +23,19 @@ from .refusal import Failure, Refusal, Stopped
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
 _EXTRAS = dict.fromkeys(
-    ("torch", "torchvision", "deepspeed", "nvidia", "cv2", "onnx", "onnxscript", "safetensors", "matplotlib"), "train"
+    (
+        "torch",
+        "torchvision",
+        "deepspeed",
+        "nvidia",
+        "cv2",
+        "onnx",
+        "onnxscript",
+        "safetensors",
+        "matplotlib",
+        "webdataset",
+    ),
+    "train",
 )
 
 
