@@ -1,7 +1,7 @@
 """Files that are either the old one or the new one, never half of either.
 
 Write aside in the same folder, fsync, rename. Whoever is killed in between leaves only a `.NAME.partial` file, which nothing
-reads and the next write of the same name replaces. A folder has one writer: two would share that name.
+reads and the next write of the same name replaces. Two writers of one name would share that file: `aside` tells them apart.
 """
 
 import contextlib
@@ -24,19 +24,22 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends well, and vanishes when it does not."""
+def replacing(path: Path, *, aside: str = "") -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    `aside`: tells writers of the same name apart, where there is more than one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{aside}.partial")
     try:
-        with open(aside, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(partial, path)
         sync_folder(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

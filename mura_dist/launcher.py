@@ -23,3 +23,13 @@ def ranks_here() -> int:
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes for all."""
     return rank() == 0
+
+
+def share() -> tuple[int, int]:
+    """(which, of how many) this process is of those that share a work without talking: torchrun's ranks, or Slurm's tasks.
+
+    SLURM_STEP_NUM_TASKS is set by srun alone; a batch script outside srun, which knows SLURM_NTASKS too, is one process.
+    """
+    if "RANK" in os.environ:
+        return rank(), world_size()
+    return int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))

@@ -20,12 +20,17 @@ def start(count: int, prepare: Callable[..., None] | None = None, *arguments: An
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    end_with_parent()
+    if prepare is not None:
+        prepare(*arguments)
+
+
+def end_with_parent() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True, name="watch-parent").start()
-    if prepare is not None:
-        prepare(*arguments)
 
 
 def _end_with(parent: BaseProcess) -> None:
