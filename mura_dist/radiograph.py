@@ -10,7 +10,7 @@ training and serving. The rules, in the order in which they apply:
 - first frame of an animated or multi-page file; EXIF orientation applied; colour profiles and PNG gamma ignored;
 - colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colours, transparency over black;
 - deeper than 8 bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
-  (16-bit colour in PNG and TIFF is the exception: Pillow keeps the high bytes);
+  (16-bit colour in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
 - DICOM: modality LUT or rescale, then VOI LUT or the first window; where there is neither, 8 bits as they are and other
   depths from minimum to maximum of what is not padding; MONOCHROME1 inverted; padding black. In scope are single-frame
   CR, DX, RG and secondary captures;
@@ -28,7 +28,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -41,6 +41,7 @@ Code = Literal["not_image", "out_of_scope", "unreadable", "too_large"]
 
 MAX_PIXELS = 50_000_000  # a stitched whole-leg radiograph has about 30 million, a hand on the finest detector 15
 MAX_BYTES = 4 * MAX_PIXELS
+BLOCK_PIXELS = 1 << 20  # turned into grey at a time: what lies between is up to 24 times as large as the grey
 HEADER_BYTES = 1 << 20  # what `identity` looks at: groups 0008 to 0020 open a DICOM
 
 _PILLOW_KINDS = {
@@ -67,6 +68,7 @@ _BARE_DICOM = re.compile(rb"\x02\0[\0\1]\0|\x08\0[\0\1\x05\x08\x16]\0")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _BARE_SYNTAX = {(True, True): "1.2.840.10008.1.2", (False, True): "1.2.840.10008.1.2.1"}  # by (implicit, little endian)
 _RLE = "1.2.840.10008.1.2.5"
+_PNG_KIND, _PNG_GREY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and colour type
 _SIZ = b"\xff\x4f\xff\x51"  # JPEG 2000: start of codestream, image and tile size
 _SCAN = 0xDA
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE, 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG, its hierarchical kind, JPEG-LS
@@ -203,15 +205,33 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _from_pillow(data: bytes, kind: str) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=(kind,))
+    disguised = data[:8] in _PILLOW_KINDS and data[_PNG_KIND] == _PNG_GREY_ALPHA_16
+    image: Image.Image = Image.open(io.BytesIO(_disguised(data) if disguised else data), formats=(kind,))
     _check_size(*image.size)
     if kind == "PNG":
         _check_png(data)
     with _hushed() if kind == "TIFF" else contextlib.nullcontext():
         image.load()
     orientation = _orientation(image)
-    grey = _from_deep(image) if image.mode[0] in "IF" else _from_shallow(image)
+    deep = image.mode[0] in "IF"
+    grey = _from_disguised(image) if disguised else _from_deep(image) if deep else _from_shallow(image)
     return grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey
+
+
+def _disguised(data: bytes) -> bytes:
+    """Of 16-bit grey with alpha in a PNG Pillow keeps the high bytes alone: 12 bits of grey would come out black. To the
+    format two samples of 16 bits are four of 8, byte for byte: given out as RGBA, all of them come through."""
+    header = data[12:24] + _PNG_RGBA_8 + data[26:29]
+    checksum = zlib.crc32(data[12:29]) ^ int.from_bytes(data[29:33], "big")  # not 0: wrong before, wrong after
+    return data[:12] + header + (zlib.crc32(header) ^ checksum).to_bytes(4, "big") + data[33:]
+
+
+def _from_disguised(image: Image.Image) -> Image.Image:
+    """Red and green are the grey's bytes, blue and alpha the alpha's."""
+    samples = np.asarray(image).view(">u2")  # (H, W, 2)
+    values, alpha = samples[..., 0], samples[..., 1]
+    grey, shown = _scale(values, *_extent(values)), _by_blocks(lambda block: np.rint(block / 257), alpha)
+    return Image.composite(Image.fromarray(grey), Image.new("L", image.size), Image.fromarray(shown))
 
 
 def _check_png(data: bytes) -> None:
@@ -264,10 +284,23 @@ def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """low..high to 0..255, linear, rounded, clipped; uint8 of the same shape. All 0 where there is no range."""
     if not high > low:
         return np.zeros(values.shape, np.uint8)
-    with np.errstate(all="ignore"):
-        grey = np.subtract(values, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
+
+    def scaled(block: np.ndarray) -> np.ndarray:
+        grey = np.subtract(block, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
         grey *= 255 / (high - low)
-        return np.nan_to_num(np.clip(np.rint(grey, out=grey), 0, 255, out=grey), copy=False).astype(np.uint8)
+        return np.nan_to_num(np.clip(np.rint(grey, out=grey), 0, 255, out=grey), copy=False)
+
+    with np.errstate(all="ignore"):
+        return _by_blocks(scaled, values)
+
+
+def _by_blocks(grey_of: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """uint8 of the shape of `values`, BLOCK_PIXELS at a time, in whole rows."""
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, BLOCK_PIXELS * len(values) // max(1, values.size))
+    for start in range(0, len(values), rows):
+        grey[start : start + rows] = grey_of(values[start : start + rows])
+    return grey
 
 
 @contextlib.contextmanager
@@ -316,12 +349,24 @@ def _from_dicom(data: bytes) -> Image.Image:
     if samples not in (1, 3):
         raise Unreadable("unreadable", f"{samples} samples a pixel, neither grey nor colour")
     if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        _check_syntax(dataset.file_meta.TransferSyntaxUID)
         _check_codestream(dataset, (width, height, samples))
     # One decoder for each syntax: lossy pixels must not depend on what else is installed.
     pixels = pixel_array(dataset, decoding_plugin="pylibjpeg")  # (H, W), or (H, W, 3) with YBR already turned into RGB
     if str(dataset.PhotometricInterpretation).startswith("MONOCHROME"):
         return Image.fromarray(_from_monochrome(pixels, dataset))
     return _from_colour(pixels, dataset)
+
+
+def _check_syntax(syntax: Any) -> None:
+    from pydicom.pixels import get_decoder
+
+    try:
+        decodes = "pylibjpeg" in get_decoder(syntax).available_plugins
+    except NotImplementedError:  # video, JPEG XL, JPIP and what has been retired
+        decodes = False
+    if not decodes:
+        raise Unreadable("out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000")
 
 
 def _check_codestream(dataset: Any, promised: tuple[int, int, int]) -> None:
@@ -381,7 +426,7 @@ def _from_monochrome(stored: np.ndarray, dataset: Any) -> np.ndarray:
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         table = 255 - table
     table[(values >= low) & (values <= high)] = 0
-    return table[np.subtract(stored, first, dtype=np.int32)]
+    return _by_blocks(lambda block: table[np.subtract(block, first, dtype=np.int32)], stored)
 
 
 def _padding(dataset: Any) -> tuple[int, int]:
@@ -444,5 +489,7 @@ def _from_colour(pixels: np.ndarray, dataset: Any) -> Image.Image:
         pixels = apply_color_lut(pixels, dataset)
     if pixels.dtype == np.uint8:
         return Image.fromarray(pixels[..., :3]).convert("L")
-    luma = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])  # (H, W) float64
+    luma = np.zeros(pixels.shape[:2], np.float32)  # (H, W)
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):
+        luma += np.multiply(pixels[..., channel], weight, dtype=np.float32)
     return Image.fromarray(_scale(luma, *_extent(luma)))

@@ -1,16 +1,17 @@
 """radiograph.py: what every kind of file gives, what every broken one says, and that nothing else ever comes out.
 
-Drawn files first (they need no data), then the real and hostile ones beside the checkout.
+Drawn files first (they need no data), then the real and hostile ones beside the checkout. tools/fuzz_radiograph.py draws the
+same files and breaks them by the thousand.
 """
 
 import csv
+import fnmatch
 import io
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,16 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_windowing
 from pydicom.sequence import Sequence
+from pydicom.uid import AllTransferSyntaxes
 
 from mura_dist import radiograph
 from mura_dist.radiograph import MAX_BYTES, MAX_PIXELS, Unreadable, decode, identity, read
 
 CR, DX_PROCESSING, SC = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7"
 IMPLICIT, EXPLICIT, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
 RLE, J2K_LOSSLESS, J2K, JPEG = "1.2.840.10008.1.2.5", *(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 50))
+JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1 = (f"1.2.840.10008.1.2.4.{n}" for n in (51, 57, 70))
 
 
 def drawn() -> np.ndarray:
@@ -55,7 +59,7 @@ def dicom(pixels: np.ndarray, *, bits: int = 8, syntax: str = EXPLICIT, **values
     """A secondary capture of `pixels` ((H, W) or (H, W, 3)), `values` set last; None takes an element out."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax if syntax in (IMPLICIT, DEFLATED) else EXPLICIT
+    dataset.file_meta.TransferSyntaxUID = syntax if syntax in (IMPLICIT, BIG_ENDIAN, DEFLATED) else EXPLICIT
     dataset.SOPClassUID, dataset.SOPInstanceUID, dataset.Modality = SC, "1.2.3", "OT"
     dataset.Rows, dataset.Columns = pixels.shape[:2]
     dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
@@ -65,7 +69,7 @@ def dicom(pixels: np.ndarray, *, bits: int = 8, syntax: str = EXPLICIT, **values
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
     dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
     if syntax in (RLE, J2K_LOSSLESS):
-        dataset.compress(syntax)
+        dataset.compress(syntax, generate_instance_uid=False)
     for name, value in values.items():
         if value is None:
             del dataset[name]
@@ -123,6 +127,8 @@ SAME: dict[str, Callable[[], bytes]] = {
     "rgba png": lambda: saved(GREY_IMAGE.convert("RGBA"), "PNG"),
     "palette png": palette_png,
     "animated png": animated_png,
+    "interlaced png": lambda: png(GREY[..., None], GREY_KIND, 8, interlaced=True),
+    "16-bit grey alpha png": lambda: png(np.dstack([DEEP, np.full_like(DEEP, 0xFFFF)]), GREY_ALPHA, 16),
     "16-bit png": lambda: saved(Image.fromarray(DEEP), "PNG"),
     "png and rubbish behind it": lambda: saved(GREY_IMAGE, "PNG") + b"rubbish" * 9,
     "tiff": lambda: saved(GREY_IMAGE, "TIFF"),
@@ -141,6 +147,10 @@ SAME: dict[str, Callable[[], bytes]] = {
     "bare implicit dicom without meta": lambda: without_meta(dicom(GREY, syntax=IMPLICIT)),
     "rle dicom": lambda: dicom(GREY, syntax=RLE),
     "jpeg 2000 dicom": lambda: dicom(GREY, syntax=J2K_LOSSLESS),
+    "lossless jpeg dicom": lambda: encapsulated(jpeg_lossless(GREY, 8), JPEG_LOSSLESS_SV1),
+    "big-endian dicom": lambda: dicom(
+        DEEP.astype(">u2"), bits=16, syntax=BIG_ENDIAN
+    ),  # retired; archives still hold it
     "rgb dicom": lambda: dicom(np.dstack([GREY] * 3)),
     "jpeg 2000 rgb dicom": lambda: dicom(np.dstack([GREY] * 3), syntax=J2K_LOSSLESS),
     "16-bit rgb dicom": lambda: dicom(np.dstack([DEEP] * 3), bits=16),
@@ -179,14 +189,214 @@ def test_jpeg_in_dicom() -> None:
     assert np.abs(difference).max() <= 2, "another decoder's rounding"
 
 
-def encapsulated(frame: bytes, syntax: str) -> bytes:
-    """A DICOM that says 60 x 45, with `frame` in it."""
-    dataset = pydicom.dcmread(io.BytesIO(dicom(GREY)))
+def encapsulated(frame: bytes, syntax: str, *, bits: int = 8, **values: Any) -> bytes:
+    """A DICOM that says 60 x 45, if `values` do not say otherwise, with `frame` in it."""
+    dataset = pydicom.dcmread(io.BytesIO(dicom(GREY if bits == 8 else GREY.astype(np.uint16), bits=bits, **values)))
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encapsulate([frame])
     buffer = io.BytesIO()
     dataset.save_as(buffer)
     return buffer.getvalue()
+
+
+# ---- PNG: every bit depth, interlaced and not
+
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]  # y, x, steps
+GREY_KIND, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+PNG_KINDS = [(GREY_KIND, 1), (GREY_KIND, 2), (GREY_KIND, 4), (GREY_KIND, 8), (GREY_KIND, 16), (COLOUR, 8), (COLOUR, 16)]
+PNG_KINDS += [(PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8), (GREY_ALPHA, 8), (GREY_ALPHA, 16)]
+PNG_KINDS += [(COLOUR_ALPHA, 8), (COLOUR_ALPHA, 16)]  # all that there are
+
+
+def png_lines(samples: np.ndarray, depth: int) -> bytes:
+    """samples (H, W, C) -> filtered lines; the filter is None, for Pillow's own encoder and PngSuite bring the others."""
+    bits = samples[..., None] >> np.arange(depth - 1, -1, -1) & 1  # (H, W, C, depth)
+    lines = np.packbits(bits.reshape(len(samples), -1).astype(np.uint8), axis=1)
+    return b"".join(b"\0" + line.tobytes() for line in lines)
+
+
+def png(samples: np.ndarray, kind: int, depth: int, *, interlaced: bool = False, extra: bytes = b"") -> bytes:
+    """A PNG of samples (H, W, C), `extra` chunks before its pixels."""
+    height, width = samples.shape[:2]
+    passes = [samples[y::dy, x::dx] for y, x, dy, dx in ADAM7] if interlaced else [samples]
+    lines = b"".join(png_lines(part, depth) for part in passes if part.size)
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
+    chunks = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", len(body), name) + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[bytes, np.ndarray]:
+    """(the file, the grey that its samples mean): random samples; random alpha and random palette where there is one."""
+    rng, top = np.random.default_rng(seed), (1 << depth) - 1
+    channels = {GREY_KIND: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}[kind]
+    samples = rng.integers(0, top + 1, (13, 19, channels))
+    alpha = samples[..., -1] / top if kind in (GREY_ALPHA, COLOUR_ALPHA) else np.ones((13, 19))
+    luma = np.array([0.299, 0.587, 0.114])
+    if kind == PALETTE:
+        palette = rng.integers(0, 256, (top + 1, 3))
+        data = png(
+            samples, kind, depth, interlaced=interlaced, extra=chunk(b"PLTE", palette.astype(np.uint8).tobytes())
+        )
+        return data, (palette @ luma)[samples[..., 0]]
+    if kind in (COLOUR, COLOUR_ALPHA):
+        grey = (samples[..., :3] >> (depth - 8)) @ luma
+    elif depth == 16:
+        values = samples[..., 0]
+        grey = (values - values.min()) * 255 / (values.max() - values.min())
+    else:
+        grey = samples[..., 0] * 255 / top
+    return png(samples, kind, depth, interlaced=interlaced), grey * alpha
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("kind", "depth"), PNG_KINDS)
+def test_every_kind_of_png(kind: int, depth: int, interlaced: bool) -> None:
+    data, wanted = png_of(kind, depth, interlaced=interlaced)
+    np.testing.assert_allclose(
+        decode(io.BytesIO(data)), wanted, atol=1.51 if kind in (GREY_ALPHA, COLOUR_ALPHA) else 1.01
+    )
+
+
+def test_12_bits_in_16_with_alpha_keep_their_steps() -> None:
+    """Pillow alone would keep the high bytes: 16 steps of 0 to 15, black to the eye."""
+    samples = np.stack([np.arange(4096).reshape(64, 64), np.full((64, 64), 0xFFFF)], axis=2)
+    wanted = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
+    for interlaced in (False, True):
+        np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GREY_ALPHA, 16, interlaced=interlaced))), wanted)
+    for place in range(16, 33):  # the header is read with other eyes; its checksum is still looked at
+        data = bytearray(png(samples, GREY_ALPHA, 16))
+        data[place] ^= 1
+        assert refusal(bytes(data)).code == "unreadable"
+
+
+# ---- lossy kinds, and what DICOM compresses with
+
+LOSSY: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: saved(GREY_IMAGE, "JPEG"),
+    "progressive jpeg": lambda: saved(GREY_IMAGE, "JPEG", progressive=True),
+    "rgb jpeg": lambda: saved(GREY_IMAGE.convert("RGB"), "JPEG"),
+    "cmyk jpeg": lambda: saved(GREY_IMAGE.convert("CMYK"), "JPEG"),
+    "jpeg in dicom": lambda: encapsulated(saved(GREY_IMAGE, "JPEG"), JPEG),
+    "jpeg 2000 in dicom": lambda: encapsulated(
+        saved(GREY_IMAGE, "JPEG2000", no_jp2=True, irreversible=True, quality_layers=[4]), J2K
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_lossy_files_stay_close(name: str) -> None:
+    difference = np.abs(decode(io.BytesIO(LOSSY[name]())).astype(int) - GREY)
+    assert difference[10:].mean() < 4.5, (
+        "the noise is of 6 grey levels; the first rows, every value in turn, are no picture"
+    )
+
+
+def jpeg_lossless(values: np.ndarray, precision: int, predictor: int = 1) -> bytes:
+    """Process 14, the lossless JPEG of most CR and DX: differences to the pixel before (1) or above (2), Huffman codes of
+    five bits for their 17 lengths."""
+    table = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
+    frame = b"\xff\xc3" + struct.pack(">HBHHB", 11, precision, *values.shape, 1) + b"\1\x11\0"
+    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + bytes([1, 0, predictor, 0, 0])
+    whole = values.astype(np.int64)
+    before = np.empty_like(whole)
+    before[:, 1:], before[1:, 0] = whole[:, :-1], whole[:-1, 0]
+    if predictor == 2:
+        before[1:] = whole[:-1]
+    before[0, 0] = 1 << (precision - 1)
+    before[0, 1:] = whole[0, :-1]
+    coded = _coded((whole - before + 0x8000) % 0x10000 - 0x8000)
+    return b"\xff\xd8" + frame + table + scan + coded + b"\xff\xd9"
+
+
+def _coded(differences: np.ndarray, end: str = "") -> bytes:
+    """JPEG's entropy-coded data: each difference, then `end`."""
+    bits = "".join(_difference_bits(int(difference)) + end for difference in differences.flat)
+    bits += "1" * (-len(bits) % 8)
+    return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+
+
+def _difference_bits(difference: int) -> str:
+    length = abs(difference).bit_length()
+    if length in (0, 16):  # -32768: its length says it all
+        return f"{length:05b}"
+    return f"{length:05b}{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}"
+
+
+@pytest.mark.parametrize(("syntax", "predictor"), [(JPEG_LOSSLESS, 1), (JPEG_LOSSLESS, 2), (JPEG_LOSSLESS_SV1, 1)])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_lossless_jpeg_in_dicom(bits: int, syntax: str, predictor: int) -> None:
+    rng = np.random.default_rng(bits)
+    stored = rng.integers(0, 1 << bits, (60, 45), dtype=np.uint16)
+    stored.flat[:2] = 0, (1 << bits) - 1
+    wanted = np.rint(stored * (255 / ((1 << bits) - 1)))
+    data = encapsulated(jpeg_lossless(stored, bits, predictor), syntax, bits=bits)
+    np.testing.assert_array_equal(decode(io.BytesIO(data)), wanted)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, RLE, J2K_LOSSLESS])
+def test_deep_dicom_however_compressed(syntax: str, bits: int) -> None:
+    stored = np.random.default_rng(bits).integers(0, 1 << bits, (60, 45), dtype=np.uint16)
+    low, high = int(stored.min()), int(stored.max())
+    wanted = np.rint((stored.astype(float) - low) * (255 / (high - low)))
+    np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=bits, syntax=syntax))), wanted)
+
+
+COMPRESSED = [str(uid) for uid in AllTransferSyntaxes if uid.is_encapsulated]
+DECODED = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)} | {RLE}
+
+
+@pytest.mark.parametrize("syntax", COMPRESSED)
+def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
+    """Rubbish in every syntax that pydicom knows: where there is a decoder the data is at fault, elsewhere the syntax."""
+    refused = refusal(encapsulated(b"\xff\xd8rubbish", syntax))
+    if syntax in DECODED:
+        assert refused.code == "unreadable"
+    else:
+        assert str(refused) == "out_of_scope: a DICOM compressed as none here is; store it uncompressed or as JPEG 2000"
+
+
+def flat_jpeg(values: np.ndarray, precision: int) -> bytes:
+    """JPEG's extended process: blocks of 8 x 8 pixels of one value each, so that nothing is lost. values: (H / 8, W / 8)."""
+    height, width = (8 * side for side in values.shape)
+    quantisation = b"\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
+    frame = b"\xff\xc1" + struct.pack(">HBHHB", 11, precision, height, width, 1) + b"\1\x11\0"
+    means = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
+    ends = b"\xff\xc4" + struct.pack(">HB16B", 20, 0x10, 1, *[0] * 15) + b"\0"  # "0": the rest of the block is 0
+    levels = 8 * (values.astype(np.int64).ravel() - (1 << (precision - 1)))
+    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + b"\1\0\0\x3f\0"
+    return (
+        b"\xff\xd8" + quantisation + frame + means + ends + scan + _coded(np.diff(levels, prepend=0), "0") + b"\xff\xd9"
+    )
+
+
+def test_jpeg_of_12_bits_in_dicom() -> None:
+    stored = np.random.default_rng(0).integers(0, 4096, (6, 5))
+    stored.flat[:2] = 0, 4095
+    data = encapsulated(flat_jpeg(stored, 12), JPEG_EXTENDED, bits=12, Rows=48, Columns=40)
+    wanted = np.kron(np.rint(stored * (255 / 4095)), np.ones((8, 8)))
+    np.testing.assert_array_equal(decode(io.BytesIO(data)), wanted)
+
+
+@pytest.mark.shared
+def test_jpeg_ls_and_htj2k_give_a_picture(hostile: Path) -> None:
+    """No encoder of theirs is installed: files made elsewhere must decode into something smooth, not into noise."""
+    for name in ("JLSL_08_07_0_1F", "JLSL_16_15_1_1F", "HTJ2KLossless_08_RGB"):
+        grey = decode(hostile / f"dicom/{name}.dcm").astype(int)
+        assert np.ptp(grey) > 200
+        assert np.abs(np.diff(grey, axis=1)).mean() < 12
 
 
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -438,27 +648,6 @@ def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
         assert refusal(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]).code == "unreadable"
 
 
-def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.integers(1, 8)):
-        place = int(rng.integers(0, len(changed) if rng.random() < 0.5 else min(len(changed), 700)))
-        changed[place : place + int(rng.integers(1, 5))] = bytes(rng.choice([0, 1, 0x7F, 0x80, 0xFF, 0x4F], 2).tolist())
-    return bytes(changed[: rng.integers(1, len(changed))] if rng.random() < 0.2 else changed)
-
-
-@pytest.mark.parametrize("name", SEEDS)
-def test_fuzz(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(sorted(SEEDS).index(name))
-    for _ in range(30):
-        data = mutated(SEEDS[name], rng)
-        start = time.monotonic()
-        outcome(data)
-        assert time.monotonic() - start < 3
-        (tmp_path / "mutated").write_bytes(data)
-        identity(tmp_path / "mutated")
-    assert capfd.readouterr().err == "", "a library spoke on stderr"
-
-
 # ---- identity, imports
 
 
@@ -494,24 +683,103 @@ radiograph.read(sys.argv[2], 8); print(heavy())
 
 # ---- real and hostile files
 
-# What does not read, and why; all others of the 180 do.
-HOSTILE = {
-    # Wrong from the first byte: no image at all, or a signature that a text-mode transfer has eaten.
-    "not_image": "appledouble/._nuclick.png appledouble/._swin_unetr.png generated/git_lfs_pointer.png "
-    "generated/html_error_page.png generated/zero_byte.png pillow/pngtest_bad.png.bin pngsuite/xcrn0g04.png "
-    "pngsuite/xs1n0g01.png pngsuite/xs4n0g01.png",
-    # Ultrasound, MRI (of ten frames), and formats nobody keeps radiographs in.
-    "out_of_scope": "dicom/JPGLosslessP14SV1_1s_1f_8b.dcm dicom/OBXXXX1A_rle.dcm dicom/emri_small_jpeg_ls_lossless.dcm "
-    "dicom/emri_small_jpeg_2k_lossless_too_short.dcm pillow/decompression_bomb.gif pillow/decompression_bomb.ico "
-    "pillow/decompression_bomb_extents.gif pillow/zero_width.gif",
-    "too_large": "generated/bomb_30000x30000_gray8.png generated/bomb_60000x60000_1bit.png "
-    "generated/bomb_header_100000x100000.png",
-    # Cut short, impossible headers, broken checksums or streams, and JPEG of 12 bits, which Pillow does not decode.
-    "unreadable": "generated/header_only_8_bytes.png generated/truncated_50pct.jpg generated/truncated_60pct_16bit.png "
-    "libjpeg_turbo/monkey12.jpg pillow/apng_syntax_num_frames_zero.png pillow/broken.png pillow/broken_data_stream.png "
-    "pillow/truncated_end_chunk.png pillow/truncated_image.png pillow/truncated_jpeg.jpg pillow/zero_height.j2k "
-    "pngsuite/xc1n0g08.png pngsuite/xd0n2c08.png pngsuite/xd9n2c08.png pngsuite/xhdn0g08.png",
-}
+# Every file of shared/hostile: (outcome, why that is right, the files). A file is of the first group that one of its words
+# matches, so that exceptions stand before the kinds they belong to.
+HOSTILE: list[tuple[str, str, str]] = [
+    # -- no image at all
+    ("not_image", "macOS's notes about another file, under that file's name", "appledouble/*"),
+    ("not_image", "no bytes", "generated/zero_byte.png"),
+    ("not_image", "a server's page, saved under a picture's name", "generated/html_error_page.png"),
+    ("not_image", "the text that Git LFS keeps in the place of a file", "generated/git_lfs_pointer.png"),
+    (
+        "not_image",
+        "a transfer as text has changed or dropped bytes of the signature, which is there to tell just that",
+        "pngsuite/xs1n0g01.png pngsuite/xs4n0g01.png pngsuite/xcrn0g04.png pillow/pngtest_bad.png.bin",
+    ),
+    # -- another thing than a radiograph
+    ("out_of_scope", "ultrasound (US)", "dicom/JPGLosslessP14SV1_1s_1f_8b.dcm dicom/OBXXXX1A_rle.dcm"),
+    ("out_of_scope", "magnetic resonance, ten frames", "dicom/emri_small_jpeg_*.dcm"),
+    (
+        "out_of_scope",
+        "GIF and icon: nobody keeps radiographs so; whatever size they promise",
+        "pillow/*.gif pillow/*.ico",
+    ),
+    # -- more pixels promised than MAX_PIXELS
+    (
+        "too_large",
+        "900, 3,600 and 10,000 million pixels in the header, behind a file of 200 to 900,000 bytes",
+        "generated/bomb_30000x30000_gray8.png generated/bomb_60000x60000_1bit.png generated/bomb_header_100000x100000.png",
+    ),
+    # -- pixels are missing or wrong: a radiograph of which half is black or noise would be judged as if it were whole
+    ("unreadable", "the signature and nothing behind it", "generated/header_only_8_bytes.png"),
+    (
+        "unreadable",
+        "cut in its pixels",
+        "generated/truncated_*pct* pillow/truncated_image.png pillow/truncated_jpeg.jpg",
+    ),
+    ("unreadable", "cut within the head of a chunk, before the pixels' end", "pillow/truncated_end_chunk.png"),
+    ("unreadable", "the signature, and noise behind it", "pillow/broken.png"),
+    ("unreadable", "an animation of no frame: a header without pixels", "pillow/apng_syntax_num_frames_zero.png"),
+    ("unreadable", "damage in its pixels' compressed stream", "pillow/broken_data_stream.png"),
+    ("unreadable", "a width or height of 0", "pillow/zero_height.j2k"),
+    (
+        "unreadable",
+        "an impossible colour type (1), bit depth (0, 99) or a header that belies its checksum",
+        "pngsuite/xc1n0g08.png pngsuite/xd0n2c08.png pngsuite/xd9n2c08.png pngsuite/xhdn0g08.png",
+    ),
+    ("unreadable", "JPEG of 12 bits outside of DICOM: Pillow has no decoder for it", "libjpeg_turbo/monkey12.jpg"),
+    # -- oddities around whole pixels: the pixels count
+    ("read", "all pixels are there, only the end mark is cut off", "generated/truncated_last_12_bytes.png"),
+    (
+        "read",
+        "whole, and bytes behind the end or between the chunks that no decoder looks at",
+        "generated/trailing_garbage.png pillow/hopper_idat_after_image_end.png",
+    ),
+    ("read", "the first bytes say what a file is, not its name", "generated/*_inside.*"),
+    ("read", "the name has a space, an accent, capitals", "generated/image1?copy*.PNG"),
+    (
+        "read",
+        "legal sizes at the edge: a single pixel, 4000 x 3, one value throughout",
+        "generated/one_pixel.png generated/extreme_aspect_4000x3.png generated/all_black.png pillow/tRNS_null_1x1.png",
+    ),
+    (
+        "read",
+        "EXIF, XMP, Adobe segment, colour profile or quantisation tables broken or odd; the pixels beside them are whole",
+        "pillow/*exif* pillow/truncated_app14.jpg pillow/icc_profile_big.jpg pillow/hopper_16bit_qtables.jpg pillow/xmp_*",
+    ),
+    (
+        "read",
+        "an animation's default picture is a whole PNG",
+        "pillow/apng_mode_*.png pillow/apng_single_frame_default.png",
+    ),
+    # -- the kinds the reader takes; test_same_pixels and the tests behind it compare what comes out
+    (
+        "read",
+        "grey, palette, alpha, 1 bit, CMYK, progressive, turned by EXIF: one radiograph in many kinds",
+        "generated/*",
+    ),
+    ("read", "baseline JPEG by other encoders, PNG of 16 bits in colour", "libjpeg_turbo/*"),
+    (
+        "read",
+        "the kinds Pillow writes for its own tests: transparency, palettes, 16 bits, eight EXIF orientations",
+        "pillow/*",
+    ),
+    ("read", "computed radiography in JPEG 2000, MONOCHROME1", "dicom/RG?_J2K?.dcm"),
+    ("read", "secondary captures (class SC, or modality OT): JPEG-LS, HTJ2K, palette, 16 bits in colour", "dicom/*"),
+    (
+        "read",
+        "the format's own test set: depths, colour types, interlace, filters, sizes, gamma, order of chunks",
+        "pngsuite/*",
+    ),
+]
+
+
+def awaited(name: str) -> str:
+    """The outcome that HOSTILE gives for a file."""
+    for code, _, words in HOSTILE:
+        if any(fnmatch.fnmatchcase(name, word) for word in words.split()):
+            return code
+    raise AssertionError(f"{name} is in no group of HOSTILE")
 
 
 @pytest.fixture
@@ -524,20 +792,26 @@ def test_hostile_files_each_with_its_outcome(hostile: Path) -> None:
     with open(hostile / "what-each-is.csv", newline="", encoding="utf-8") as file:
         names = [line["file"] for line in csv.DictReader(file)]
     assert len(names) == 180
-    wanted = {name: code for code, group in HOSTILE.items() for name in group.split()}
-    assert {name: outcome((hostile / name).read_bytes()) for name in names} == {
-        name: wanted.get(name, "read") for name in names
-    }
+    assert {name: outcome((hostile / name).read_bytes()) for name in names} == {name: awaited(name) for name in names}
 
 
 @pytest.mark.shared
+def test_every_word_of_the_hostile_table_names_a_file(hostile: Path) -> None:
+    """Or a group would be a promise about nothing."""
+    names = [path.relative_to(hostile).as_posix() for path in hostile.rglob("*")]
+    words = [word for _, _, group in HOSTILE for word in group.split()]
+    assert [word for word in words if not fnmatch.filter(names, word)] == []
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
 def test_hostile_files_cost_little_memory_and_no_noise(hostile: Path) -> None:
-    """The limit is 300 MiB above the interpreter with NumPy and Pillow; measured 69, half of it pydicom's own."""
+    """The limit is 300 MiB above the interpreter with NumPy and Pillow; measured 59, half of it pydicom's own."""
     code = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from mura_dist import radiograph
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform != "darwin" else 1024)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's, too
 before = peak()
 for path in sorted(Path(sys.argv[1]).rglob("*.*")):
     radiograph.identity(path)
@@ -549,7 +823,7 @@ print((peak() - before) // 1024)
 """
     done = run_python(code, str(hostile))
     assert done.stderr == ""
-    assert int(done.stdout) <= 300
+    assert 10 <= int(done.stdout) <= 300, "MiB; pydicom alone takes 30"
 
 
 SAME_PIXELS = [
