@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import atomic
+from .places import sha256
 from .refusal import Refusal
-from .shards import sha256
 
 FORMAT = 1
 MARK = "COMPLETE"

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import __version__, config, launcher, mura
-from .refusal import Failure, Refusal, Stopped
+from . import __version__, launcher, mura
+from .refusal import Failure, Refusal, Stopped, nearest
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
 _EXTRAS = dict.fromkeys(
@@ -36,7 +34,7 @@ _EXTRAS = dict.fromkeys(
         "webdataset",
     ),
     "train",
-)
+) | {"fsspec": "remote", "s3fs": "remote"}
 
 
 class Commands(click.Group):
@@ -46,7 +44,7 @@ class Commands(click.Group):
         command = super().get_command(context, name)
         if command is None:
             names = self.list_commands(context)
-            raise Refusal(f"no command {name!r}{config.nearest(name, names)}; there are {', '.join(names)}")
+            raise Refusal(f"no command {name!r}{nearest(name, names)}; there are {', '.join(names)}")
         return command
 
 
@@ -59,13 +57,26 @@ def cli() -> None:
     """
 
 
+class Place(click.ParamType):
+    """A folder of this machine (a Path), or a URL (a str), which a Path would mangle."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        return value if "://" in str(value) else Path(value)
+
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 a_path = click.Path(path_type=Path)
+a_place = Place()
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A callable (done, total) that moves a bar on a terminal, and is silent elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True, quiet=quiet)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
@@ -91,8 +102,8 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
 
 
 @cli.command(short_help="Convert a folder in MURA's layout to shards.")
-@click.argument("source", type=a_path)
-@click.argument("out", type=a_path)
+@click.argument("source", type=a_place)
+@click.argument("out", type=a_place)
 @click.option("--size", type=int, default=320, show_default=True, help="Pixels of a side; the aspect is not kept.")
 @click.option("--encoding", default="raw", show_default=True, help="raw, png or jpeg: how pixels are stored.")
 @click.option("--workers", type=int, default=None, help="Processes that read.  [default: one per processor]")
@@ -102,25 +113,27 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
 @click.option("--labels", type=a_path, default=None, help="CSV of study,label lines that correct labels.")
 @click.option("--strict", is_flag=True, help="Any defect of SOURCE, any unreadable file, is an error.")
 @quiet_option
-def shards(source: Path, out: Path, quiet: bool, **options: Any) -> None:
-    """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes."""
+def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> None:
+    """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes.
+
+    Both may be URLs (s3://bucket/folder; pip install 'mura-dist[remote]'). Started by torchrun or srun on several machines, the
+    ranks share the work; the bytes are the same.
+    """
+    from . import audit, places
     from .convert import convert
 
     with progress_bar("converting", quiet) as progress:
         index = convert(source, out, progress=progress, **options)
-    for split, part in index["splits"].items():
-        click.echo(f"{split}: {part['num_radiographs']} radiographs of {part['num_studies']} studies")
-    for name, seen in index["defects"].items():
-        click.echo(f"{name}: {len(seen)}, the first is {seen[0]}")
-    for item in index["unreadable"]:
-        click.echo(f"unreadable: {item['path']}: {item['reason']} ({item['code']})")
+    if index is None:  # another rank's: the first one speaks
+        return
+    click.echo(audit.text(json.loads(places.of(out).read("report.json"))))
     click.echo(f"{out}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
 
 
 @cli.command(short_help="Check shards to the bit.")
-@click.argument("out", type=a_path)
+@click.argument("out", type=a_place)
 @quiet_option
-def verify(out: Path, quiet: bool) -> None:
+def verify(out: Path | str, quiet: bool) -> None:
     """Check shards: counts, digests, rows, readability; name each damaged sample."""
     from .shards import Shards
     from .shards import verify as problems_of
@@ -131,17 +144,17 @@ def verify(out: Path, quiet: bool) -> None:
         click.echo(problem)
     if problems:
         raise Failure(
-            f"{out}: {problems} problems; delete the damaged shards' .idx files and index.json, then convert again"
+            f"{out}: {problems} problems; delete the damaged shards' .json files and index.json, then convert again"
         )
     num = sum(part["num_radiographs"] for part in Shards.open(out).index["splits"].values())
     click.echo(f"{out}: {num} radiographs, all sound")
 
 
 @cli.command(short_help="Counts, sizes, exposure, defects, as a page.")
-@click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_path)
+@click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_place)
 @click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
 @quiet_option
-def describe(folder: Path, out: Path, quiet: bool) -> None:
+def describe(folder: Path | str, out: Path, quiet: bool) -> None:
     """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page."""
     from .describe import describe as page_of
     from .describe import summary_text
@@ -150,10 +163,16 @@ def describe(folder: Path, out: Path, quiet: bool) -> None:
     click.echo(f"page: {out}")
 
 
-SETTINGS = "\b\nSettings, in the recipe and as key=value alike:\n" + config.help_text()
+class WithSettings(click.Command):
+    """A command whose help ends with all settings; read then only: every worker process imports this file."""
+
+    def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        from . import config
+
+        formatter.write(f"\nSettings, in the recipe and as key=value alike:\n{config.help_text()}\n")
 
 
-@cli.command(epilog=SETTINGS, short_help="Train a run, or go on with it.")
+@cli.command(cls=WithSettings, short_help="Train a run, or go on with it.")
 @click.argument("words", metavar="RECIPE.toml [key=value ...]", nargs=-1)
 @click.option(
     "--local_rank",
@@ -169,6 +188,8 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
     On several ranks: `torchrun --nproc-per-node N -m mura_dist.train ...` or `deepspeed --module mura_dist.train ...`.
     """
     recipe = next((word for word in words if "=" not in word), None)
+    from . import config
+
     settings = config.load(Path(recipe) if recipe is not None else None, [word for word in words if word != recipe])
     from .train import summary_text
     from .train import train as run
@@ -180,20 +201,22 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
 
 @cli.command(short_help="Measure a run or an exported model on a split.")
 @click.argument("target", metavar="RUN_OR_ONNX", type=a_path)
-@click.argument("shards", type=a_path)
+@click.argument("shards", type=a_place)
 @click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
 @click.option(
     "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
 )
 @click.option("--out", type=a_path, default=None, help="Where to write.  [default: the run]")
 @quiet_option
-def evaluate(target: Path, shards: Path, split: str, which: str, out: Path | None, quiet: bool) -> None:
+def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path | None, quiet: bool) -> None:
     """Measure a run's checkpoint, or an exported model, on a split: metrics.json, report.html, tables."""
+    from rich.console import Console
+
     from . import evaluate as room
     from .metrics import summary_table
 
     if split not in mura.SPLITS:
-        raise Refusal(f"--split {split!r}{config.nearest(split, mura.SPLITS)}: must be train, tune or valid")
+        raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
     if target.is_file():
         if out is None:
@@ -210,7 +233,9 @@ def evaluate(target: Path, shards: Path, split: str, which: str, out: Path | Non
         click.echo(f"report: {(out or target) / 'report.html'}")
 
 
-def _evaluate_onnx(target: Path, folder: Path, split: str, out: Path) -> dict[str, Any]:
+def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> dict[str, Any]:
+    from rich.console import Console
+
     from . import evaluate as room
     from .predict import Model
     from .shards import Shards
@@ -227,7 +252,7 @@ def _evaluate_onnx(target: Path, folder: Path, split: str, out: Path) -> dict[st
         "trained_on": model.card.trained_on.kind,
         "settings": model.card.recipe,
     }
-    return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts)
+    return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts, say=Console(stderr=True).print)
 
 
 @cli.command(short_help="Write a checkpoint as one ONNX file.")
@@ -302,17 +327,28 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Processes or threads that load, on each side.",
+    help="Processes or threads that load, on each side; peers of pipeline are tried with 1, 2 and 4.",
 )
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Radiographs of a batch.")
+@click.option(
+    "--model", type=a_path, default=None, metavar="MODEL.onnx", help="Of encodings: whose probabilities are compared."
+)
+@click.option("--plot", type=a_path, default=None, metavar="FILE.png", help="Also draw what was measured.")
 @click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
 @quiet_option
-def bench(what: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Measure WHAT (shards, pipeline, train or predict), side by side with what a user would use instead."""
-    from .bench import Options, run, table
+def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure WHAT (shards, pipeline, encodings, train or predict), side by side with what a user would use instead."""
+    from .bench import Options, plots, run, table
+
+    if plot is not None:
+        plots.check(plot)
+    from rich.console import Console
 
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print
     measured = run(what, say, Options(**options))
     click.echo(json.dumps(measured, indent=2) if as_json else table(measured))
+    if plot is not None:
+        plots.draw(measured, plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

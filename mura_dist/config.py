@@ -6,7 +6,6 @@ A key nobody knows is refused with the nearest name. `CHANGEABLE` may differ whe
 another run.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +13,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .refusal import Refusal
+from .refusal import Refusal, nearest
 
 CHANGEABLE = frozenset(
-    {"epochs", "workers", "tensorboard", "log_every", "checkpoint_every", "keep_checkpoints", "timeout_s"}
+    {
+        "epochs",
+        "workers",
+        "prefetch",
+        "mirror",
+        "strict",
+        "tensorboard",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "timeout_s",
+    }
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -28,7 +38,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shards: str = Field(description="folder of shards, made by `mura-dist shards`")
+    shards: str = Field(description="folder of shards, made by `mura-dist shards`; or its URL")
     run: str = Field(description="folder of the run; the same command with the same folder resumes it")
 
     architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
@@ -83,6 +93,13 @@ class Settings(BaseModel):
     )
 
     workers: Annotated[int, Field(ge=0)] = Field(0, description="loading threads a rank; 0: chosen from the machine")
+    prefetch: Annotated[int, Field(ge=0)] = Field(
+        0, description="micro-batches a rank makes ahead; 0: chosen from the machine"
+    )
+    mirror: str = Field(
+        "", description="folder of this node's disk that shards are copied to first; empty: only those behind a URL"
+    )
+    strict: bool = Field(False, description="a damaged sample ends the run; false: it is named, counted and left out")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(True, description="write TensorBoard events into RUN/tensorboard")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
@@ -96,13 +113,7 @@ class Settings(BaseModel):
 
 def shareable(settings: Settings) -> dict[str, Any]:
     """The settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
-    return settings.model_dump(exclude={"shards", "run"}) | {"pretrained": Path(settings.pretrained).name}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` where something known is near, else nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    return settings.model_dump(exclude={"shards", "run", "mirror"}) | {"pretrained": Path(settings.pretrained).name}
 
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:

@@ -1,65 +1,70 @@
 """From a folder in MURA's layout to shards.
 
-    scan -> cut_tune -> manifest.csv -> for each shard: read radiographs in worker processes, write tar, .crc, .idx -> index.json
+    scan -> cut_tune -> manifest.csv -> for each shard: read radiographs in guarded processes, pack -> report.json -> index.json
 
-Workers decode, one process writes, in row order: the bytes do not depend on the number of workers. A shard whose .idx is
-there is finished; the same command again makes the others. conversion.json, written first, holds the plan, so that another
-conversion into the same folder is refused.
+Workers decode, one process writes, in row order: the bytes do not depend on the number of workers. A shard whose mark is there is
+finished (pack.py); the same command again makes the others. conversion.json, written first, holds the plan, so that another
+conversion into the same folder is refused. Source and target may be URLs.
+
+Several ranks (torchrun's or Slurm's) share the work: each takes every n-th shard, the first one writes the other files, and makes
+itself what a rank that fell silent has left undone. Nobody talks to anybody but through the target.
 """
 
 import contextlib
-import io
+import itertools
 import json
-import os
 import platform
-import tarfile
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from . import __version__, atomic, mura, radiograph, shards
-from .manifest import Manifest, Scan, cut_tune, scan
+from . import __version__, audit, guarded, launcher, mura, pack, places, radiograph, samples, shards
+from .guarded import Limits, Lost
+from .manifest import Manifest, cut_tune
+from .places import Place, Where
 from .refusal import Failure, Refusal, Stopped
+from .samples import Reader, Sample, Task
+from .scan import Scan, scan
 from .workers import processors
-from .workers import start as start_workers
 
 SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, 2048)
+PLAN_WAIT_S = 120.0  # how long a rank waits for the first one's plan
+SILENCE_S = 60.0  # without a new shard for so long, the first rank makes the missing ones itself
 _CHUNK = 8  # radiographs a worker takes at once
-
-
-class Sample(NamedTuple):
-    """A radiograph on its way into a tar, or the reason it has no place there."""
-
-    row: int
-    data: bytes | None
-    code: str
-    reason: str
+_FETCHING_THREADS = 4  # chunks of a remote source on their way at once
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is made, where. `plan` is all that decides the bytes."""
+    """What is made, where, by whom. `plan` is all that decides the bytes."""
 
-    out: Path
-    root: Path
+    out: Place
+    root: Where
     manifest: Manifest
     size: int
     encoding: str
     plan: dict[str, Any]
+    workers: int
+    limits: Limits
+    rank: int
+    num_ranks: int
+
+    @property
+    def aside(self) -> str:
+        """Tells the half-written files of ranks apart: two may make the same shard."""
+        return f".{self.rank}" if self.rank else ""
 
 
 def convert(
-    source: Path,
-    out: Path,
+    source: Where,
+    out: Where,
     *,
     size: int = 320,
     encoding: str = "raw",
@@ -68,16 +73,19 @@ def convert(
     seed: int = 0,
     labels: Path | None = None,
     strict: bool = False,
+    limits: Limits = guarded.DEFAULT,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Convert `source` into shards in `out`; returns index.json's content. Finished shards are not made again.
+) -> dict[str, Any] | None:
+    """Convert `source` into shards in `out`; returns index.json's content, on ranks but the first None. Finished shards stay.
 
     size: pixels of a side; encoding: raw, png or jpeg; tune: share of the train patients; labels: a file of corrections;
-    strict: any defect of the source, any unreadable file, ends it. Raises Refusal, Failure, Stopped; OSError when
-    the disk is full.
+    strict: any defect of the source, any unreadable file, ends it; limits: what reading one file may take. Raises Refusal,
+    Failure, Stopped; OSError when the disk is full.
     """
     _check(source, out, size, encoding, workers)
-    scanned = scan(source, labels)
+    target = places.of(out)  # before the source is scanned: a wrong URL is said at once
+    rank, num_ranks = launcher.share()
+    scanned = scan(source, labels, duplicates=rank == 0)
     if strict and scanned.defects:
         raise Failure(
             f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
@@ -85,43 +93,80 @@ def convert(
     manifest = cut_tune(scanned.manifest, tune, seed)
     plan = {"format": shards.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
     plan |= {"manifest_sha256": manifest.digest, "version": __version__}
-    conversion = Conversion(out, scanned.root, manifest, size, encoding, plan)
+    conversion = Conversion(
+        target, scanned.root, manifest, size, encoding, plan, workers or processors(), limits, rank, num_ranks
+    )
+    if rank:
+        _follow(conversion, progress)
+        return None
     if _finished(conversion):
-        index = json.loads((out / "index.json").read_bytes())
+        index = json.loads(conversion.out.read("index.json"))
         _refuse_unreadable(index["unreadable"], strict)
         return index
-    out.mkdir(parents=True, exist_ok=True)
+    return _lead(conversion, scanned, strict, progress)
+
+
+def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """The first rank's part, which is all of it where it is alone."""
     started = time.time()
-    workers = workers or processors()
-    _record(conversion, workers, state="running", started=started)
-    manifest.save(out / "manifest.csv")
-    unreadable = _write_all(conversion, workers, progress)
+    _record(conversion, state="running", started=started)
+    conversion.out.write("manifest.csv", conversion.manifest.to_csv())
+    _write_shards(conversion, _Work(conversion, progress))
+    marks = _marks(conversion)
+    unreadable = _unreadable(conversion, marks)
     _refuse_unreadable(unreadable, strict)
-    index = _index(conversion, scanned, unreadable)
-    atomic.write_json(out / "index.json", index)
-    _record(conversion, workers, state="done", started=started, seconds=time.time() - started)
+    report = audit.report(scanned, conversion.manifest, unreadable)
+    index = _index(conversion, scanned, marks, unreadable)
+    conversion.out.write("report.json", _json(report))
+    conversion.out.write("index.json", _json(index))
+    _record(conversion, state="done", started=started, seconds=time.time() - started)
     return index
 
 
-def _check(source: Path, out: Path, size: int, encoding: str, workers: int | None) -> None:
+def _follow(conversion: Conversion, progress: Callable[[int, int], None]) -> None:
+    """Another rank's part: wait for the same plan, make the shards that are ours."""
+    deadline = time.monotonic() + PLAN_WAIT_S
+    while not conversion.out.exists("conversion.json"):
+        if time.monotonic() > deadline:
+            raise Failure(
+                f"rank {conversion.rank} of {conversion.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in "
+                f"{conversion.out}; see what rank 0 says, and that all ranks see the same folder"
+            )
+        time.sleep(0.2)
+    if not _finished(conversion):
+        _write_shards(conversion, _Work(conversion, progress))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
+
+
+def _check(source: Where, out: Where, size: int, encoding: str, workers: int | None) -> None:
     low, high = SIZE_LIMITS
     if not low <= size <= high:
         raise Refusal(f"--size {size}: must lie between {low} and {high} pixels; MURA's paper uses 320")
-    if encoding not in shards.SUFFIX:
-        raise Refusal(f"--encoding {encoding!r}: must be one of {', '.join(shards.SUFFIX)}; raw is the default")
+    if encoding not in samples.SUFFIX:
+        raise Refusal(f"--encoding {encoding!r}: must be one of {', '.join(samples.SUFFIX)}; raw is the default")
     if workers is not None and workers < 1:
         raise Refusal(f"--workers {workers}: must be at least 1; leave it out for one per processor")
-    if out.exists() and not out.is_dir():
+    if isinstance(out, Path) and out.exists() and not out.is_dir():
         raise Refusal(f"{out} is a file; give a folder for the shards")
-    if source.is_dir() and out.resolve() == source.resolve():
+    if _same(source, out):
         raise Refusal(f"{out} is the source itself; give another folder for the shards")
+
+
+def _same(one: Where, other: Where) -> bool:
+    if places.is_remote(one) or places.is_remote(other):
+        return str(one).rstrip("/") == str(other).rstrip("/")
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _refuse_unreadable(unreadable: list[dict[str, Any]], strict: bool) -> None:
     if strict and unreadable:
         first = unreadable[0]
         raise Failure(
-            f"--strict: {len(unreadable)} files cannot be read, the first is {first['path']}: {first['reason']}"
+            f"--strict: {len(unreadable)} files cannot be read, the first is {first['path']}: {first['reason']}; "
+            "mend them, or leave --strict out to go on and list them"
         )
 
 
@@ -131,165 +176,192 @@ def _first_defect(scanned: Scan) -> str:
 
 
 def _finished(conversion: Conversion) -> bool:
-    """True where `out` holds these very shards already; Refusal where it holds anything else."""
-    out, path = conversion.out, conversion.out / "conversion.json"
-    if not path.is_file():
-        if out.is_dir() and any(not name.startswith(".") for name in os.listdir(out)):
+    """True where the target holds these very shards already; Refusal where it holds anything else."""
+    out = conversion.out
+    names = out.names()
+    if "conversion.json" not in names:
+        if any(not name.startswith(".") for name in names):
             raise Refusal(f"{out} is not empty and holds no shards; give an empty or new folder")
         return False
     try:
-        before = json.loads(path.read_bytes())["plan"]
+        before = json.loads(out.read("conversion.json"))["plan"]
     except (ValueError, KeyError) as error:
-        raise Refusal(f"{path} is damaged; delete {out} or give another folder") from error
+        raise Refusal(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
     for key, value in conversion.plan.items():
         if before.get(key) != value:
             raise Refusal(
                 f"{out} holds shards with {key}={before.get(key)}, this conversion has {key}={value}; give another folder"
             )
-    return (out / "index.json").is_file()
+    return "index.json" in names
 
 
-def _record(conversion: Conversion, workers: int, **facts: Any) -> None:
-    machine = {"host": platform.node(), "platform": platform.platform(), "workers": workers}
-    atomic.write_json(conversion.out / "conversion.json", {"plan": conversion.plan, **machine, **facts})
+def _record(conversion: Conversion, **facts: Any) -> None:
+    machine: dict[str, Any] = {"host": platform.node(), "platform": platform.platform()}
+    machine |= {"workers": conversion.workers, "ranks": conversion.num_ranks}
+    conversion.out.write("conversion.json", _json({"plan": conversion.plan, **machine, **facts}))
 
 
-def _shards_of(manifest: Manifest) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(split, tar's name, the rows planned for it), in row order."""
-    for split in mura.SPLITS:
-        rows = manifest.rows(split)
-        for number, start in enumerate(range(0, len(rows), SAMPLES_PER_SHARD)):
-            yield split, f"{split}-{number:06d}.tar", rows[start : start + SAMPLES_PER_SHARD]
+# ---- the shards
 
 
-def _write_all(conversion: Conversion, workers: int, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """Write the shards that are not there yet; returns the unreadable files of all of them, in row order."""
-    todo: list[tuple[str, np.ndarray]] = []
-    unreadable: list[dict[str, Any]] = []
-    total, done = len(conversion.manifest.frame), 0
-    for _, name, rows in _shards_of(conversion.manifest):
-        index = (conversion.out / name).with_suffix(".idx")
-        if index.is_file():
-            missing = sorted(set(rows.tolist()) - {sample[0].row for sample in shards.read_index(index)})
-            unreadable += [_failure(conversion, sample) for sample in map(_Reader(conversion), missing)]
-            done += len(rows)
+@dataclass(frozen=True)
+class _Planned:
+    """A shard to be: its split, its tar's name, the rows planned for it."""
+
+    split: str
+    name: str
+    rows: np.ndarray
+
+
+def _planned(manifest: Manifest) -> list[_Planned]:
+    return [
+        _Planned(split, f"{split}-{number:06d}.tar", rows[start : start + SAMPLES_PER_SHARD])
+        for split in mura.SPLITS
+        for rows in [manifest.rows(split)]
+        for number, start in enumerate(range(0, len(rows), SAMPLES_PER_SHARD))
+    ]
+
+
+class _Work:
+    """Which shards there are still to make, and how far all of us are."""
+
+    def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]) -> None:
+        self.conversion, self.progress = conversion, progress
+        self.all = _planned(conversion.manifest)
+        self.total, self.done = len(conversion.manifest.frame), 0
+
+    def missing(self) -> list[_Planned]:
+        """Those without a mark, whoever was to make them."""
+        names = self.conversion.out.names()
+        missing = [shard for shard in self.all if pack.mark_of(shard.name) not in names]
+        self.done = self.total - sum(len(shard.rows) for shard in missing)
+        self.progress(self.done, self.total)
+        return missing
+
+    def made(self, shard: _Planned) -> None:
+        self.done += len(shard.rows)
+        self.progress(self.done, self.total)
+
+    def mine(self) -> list[_Planned]:
+        share = {shard.name for shard in self.all[self.conversion.rank :: self.conversion.num_ranks]}
+        return [shard for shard in self.missing() if shard.name in share]
+
+
+def _write_shards(conversion: Conversion, work: _Work) -> None:
+    """Ours; on the first rank also, when all is quiet, those another rank should have made."""
+    _write(conversion, work.mine(), work)
+    if conversion.rank:
+        return
+    before, since = len(work.all), time.monotonic()
+    while missing := work.missing():
+        if len(missing) < before:
+            before, since = len(missing), time.monotonic()
+        elif time.monotonic() - since > SILENCE_S:
+            _write(conversion, missing[:1], work)
         else:
-            todo.append((name, rows))
-    progress(done, total)
-    with _samples(
-        conversion, np.concatenate([rows for _, rows in todo] or [np.zeros(0, np.int64)]), workers
-    ) as samples:
-        for name, rows in todo:
-            failures = _write_shard(conversion, name, (next(samples) for _ in rows))
-            unreadable += [_failure(conversion, sample) for sample in failures]
-            done += len(rows)
-            progress(done, total)
-    return sorted(unreadable, key=lambda item: item["row"])
+            time.sleep(0.2)
 
 
-def _failure(conversion: Conversion, sample: Sample) -> dict[str, Any]:
-    path = conversion.manifest.frame.at[sample.row, "path"]
-    return {"row": sample.row, "path": path, "code": sample.code, "reason": sample.reason}
-
-
-class _Reader:
-    """row -> Sample. Sent to the worker processes once, with the table of paths."""
-
-    def __init__(self, conversion: Conversion) -> None:
-        self.root = conversion.root
-        self.paths = conversion.manifest.frame["path"].to_numpy()
-        self.size, self.encoding = conversion.size, conversion.encoding
-
-    def __call__(self, row: int) -> Sample:
+def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> None:
+    if not todo:
+        return
+    labels = conversion.manifest.frame["label"].to_numpy()
+    rows = np.concatenate([shard.rows for shard in todo])
+    with contextlib.closing(_samples(conversion, rows)) as stream:
         try:
-            pixels = radiograph.read(self.root / self.paths[row], self.size)
-        except radiograph.Unreadable as error:
-            return Sample(row, None, error.code, error.reason)
-        return Sample(row, shards.encode(pixels, self.encoding), "", "")
+            for shard in todo:
+                ours = itertools.islice(stream, len(shard.rows))
+                pack.write(
+                    conversion.out, shard.name, ours, labels, encoding=conversion.encoding, aside=conversion.aside
+                )
+                work.made(shard)
+        except KeyboardInterrupt as error:
+            raise Stopped("stopped; the finished shards stay, the same command goes on") from error
 
 
-_reader: _Reader  # in a worker process: its own
+def _marks(conversion: Conversion) -> list[dict[str, Any]]:
+    """Of all shards, in order."""
+    names = [pack.mark_of(shard.name) for shard in _planned(conversion.manifest)]
+    contents = conversion.out.read_many(names)
+    for data in contents:
+        if isinstance(data, OSError):
+            raise data
+    return [pack.read_mark(data) for data in contents if isinstance(data, bytes)]
 
 
-def _hold(reader: _Reader) -> None:
-    global _reader
-    _reader = reader
+def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files that could not be read, in row order."""
+    paths = conversion.manifest.frame["path"].to_numpy()
+    found = [item for mark in marks for item in mark["unreadable"]]
+    return [
+        {"row": item["row"], "path": paths[item["row"]], "code": item["code"], "reason": item["reason"]}
+        for item in sorted(found, key=lambda item: item["row"])
+    ]
 
 
-def _read_chunk(rows: list[int]) -> list[Sample]:
-    return [_reader(row) for row in rows]
+# ---- the samples
 
 
-@contextlib.contextmanager
-def _samples(conversion: Conversion, rows: np.ndarray, workers: int) -> Iterator[Iterator[Sample]]:
-    """An iterator of Samples in row order, decoded ahead by `workers` processes, never far ahead."""
-    workers = max(1, min(workers, -(-len(rows) // _CHUNK)))
-    pool = start_workers(workers, _hold, _Reader(conversion))
+def _samples(conversion: Conversion, rows: np.ndarray) -> Generator[Sample, None, None]:
+    """Samples in row order, decoded ahead by guarded processes, never far ahead."""
+    paths = conversion.manifest.frame["path"].to_numpy()
+    local = None if places.is_remote(conversion.root) else Path(conversion.root)
+    arguments = (local, paths if local else paths[:0], conversion.size, conversion.encoding)
+    workers = max(1, min(conversion.workers, -(-len(rows) // _CHUNK)))
+    chunks = (rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK))
+    tasks = chunks if local else _fetched(places.of(conversion.root), paths, chunks)
+    results = guarded.results(Reader, arguments, tasks, workers=workers, limits=conversion.limits)
+    with contextlib.closing(results):
+        for row, result in zip(rows.tolist(), results, strict=True):
+            yield Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+
+
+def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
+    """The contents of each chunk's files, some chunks ahead."""
+    sizes = dict(place.files())
+
+    def fetch(rows: list[int]) -> list[Task]:
+        wanted = [row for row in rows if sizes.get(paths[row], 0) <= radiograph.MAX_BYTES]
+        contents = place.read_many([paths[row] for row in wanted])
+        found = {row: _told(place, paths[row], one) for row, one in zip(wanted, contents, strict=True)}
+        return [(row, found.get(row, _TOO_LARGE)) for row in rows]
+
+    pool, ahead = ThreadPoolExecutor(_FETCHING_THREADS, "fetch"), deque[Future[Any]]()
     try:
-        yield _in_order(pool, rows.tolist(), window=4 * workers)
-    except KeyboardInterrupt as error:
-        raise Stopped("stopped; the finished shards stay, the same command goes on") from error
-    except BrokenProcessPool as error:
-        raise Failure("a worker process died, perhaps out of memory; try again with fewer --workers") from error
+        for rows in chunks:
+            ahead.append(pool.submit(fetch, rows))
+            if len(ahead) > _FETCHING_THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, rows: list[int], window: int) -> Iterator[Sample]:
-    ahead: deque[Future[list[Sample]]] = deque()
-    for start in range(0, len(rows), _CHUNK):
-        ahead.append(pool.submit(_read_chunk, rows[start : start + _CHUNK]))
-        if len(ahead) > window:
-            yield from ahead.popleft().result()
-    while ahead:
-        yield from ahead.popleft().result()
+_TOO_LARGE = radiograph.Unreadable("too_large", f"the file is larger than {radiograph.MAX_BYTES:,} bytes")
 
 
-def _write_shard(conversion: Conversion, name: str, samples: Iterable[Sample]) -> list[Sample]:
-    """One tar with its .crc and .idx, the .idx last; returns the samples that could not be read."""
-    path, suffix = conversion.out / name, shards.SUFFIX[conversion.encoding]
-    labels = conversion.manifest.frame["label"]
-    failures, index, crcs = [], [], []
-    with atomic.replacing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            if sample.data is None:
-                failures.append(sample)
-                continue
-            key = f"{sample.row:09d}"  # the row and nothing else: a key never tells the label
-            parts = ((suffix, sample.data), ("cls", str(labels[sample.row]).encode()), ("id", str(sample.row).encode()))
-            index.append(" ".join(_add(tar, key, extension, data) for extension, data in parts))
-            crcs.append(f"{key} {zlib.crc32(sample.data):08x}")
-    if index:
-        atomic.write_text(path.with_suffix(".crc"), "\n".join(crcs) + "\n")
-        atomic.write_text(path.with_suffix(".idx"), "\n".join([f"{shards.INDEX_HEADER} {len(index)}", *index]) + "\n")
-    else:
-        path.unlink()  # an empty tar would only trip its readers
-    return failures
+def _told(place: Place, name: str, content: bytes | OSError) -> bytes | radiograph.Unreadable:
+    """What is wrong with a file is its row's business, what is wrong with the way to it ends the conversion."""
+    if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
+        why = (content.strerror or type(content).__name__).lower()
+        return radiograph.Unreadable("unreadable", f"cannot be opened: {why}")
+    if isinstance(content, OSError):
+        raise Failure(f"{place}/{name}: {content}; the finished shards stay, the same command goes on") from content
+    return content
 
 
-def _add(tar: tarfile.TarFile, key: str, extension: str, data: bytes) -> str:
-    """Append a member without times, owners or modes of this machine; returns its entry in the index."""
-    member = tarfile.TarInfo(f"{key}.{extension}")
-    member.size, member.mode = len(data), 0o644
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(data))
-    return f"{extension} {offset} {len(data)} {member.name}"
-
-
-def _index(conversion: Conversion, scanned: Scan, unreadable: list[dict[str, Any]]) -> dict[str, Any]:
+def _index(
+    conversion: Conversion, scanned: Scan, marks: list[dict[str, Any]], unreadable: list[dict[str, Any]]
+) -> dict[str, Any]:
     frame = conversion.manifest.frame
-    lost = {item["row"] for item in unreadable}
     splits: dict[str, dict[str, Any]] = {}
-    for split, name, rows in _shards_of(conversion.manifest):
-        studies = int(frame.loc[frame["split"] == split, "study"].nunique())
-        part = splits.setdefault(split, {"num_studies": studies, "num_radiographs": 0, "shards": []})
-        num_samples = sum(row not in lost for row in rows.tolist())
-        part["num_radiographs"] += num_samples
-        if num_samples:
-            path = conversion.out / name
-            part["shards"].append(
-                {"name": name, "num_samples": num_samples, "bytes": path.stat().st_size, "sha256": shards.sha256(path)}
-            )
+    for shard, mark in zip(_planned(conversion.manifest), marks, strict=True):
+        studies = int(frame.loc[frame["split"] == shard.split, "study"].nunique())
+        part = splits.setdefault(shard.split, {"num_studies": studies, "num_radiographs": 0, "shards": []})
+        part["num_radiographs"] += mark["num_samples"]
+        if mark["num_samples"]:
+            part["shards"].append({key: mark[key] for key in ("name", "num_samples", "bytes", "sha256")})
     return {
         "what": "bone radiographs as WebDataset tars, by mura-dist; see shards/README.md for the format",
         "format": shards.FORMAT,
@@ -303,6 +375,7 @@ def _index(conversion: Conversion, scanned: Scan, unreadable: list[dict[str, Any
         "splits": splits,
         "unreadable": unreadable,
         "defects": scanned.defects,
+        "corrections": scanned.corrections,
         "terms": mura.TERMS,
         "licence": mura.LICENCE,
     }

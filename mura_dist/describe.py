@@ -1,11 +1,12 @@
 """What a folder of radiographs, or of shards, holds: counts, sizes, exposure, defects; as numbers and as a page.
 
-    folder -> manifest.scan (or Shards.open) -> counts by split, study type and label
+    folder -> scan (or Shards.open) -> counts by split, study type and label
            -> headers of all files -> sizes      -> pixels of some, evenly chosen -> exposure      -> one page of HTML
 
 The page holds no radiograph.
 """
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +17,27 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from . import atomic, manifest, mura, radiograph
+from . import atomic, audit, mura, places, radiograph
 from .html import Html, banner, bars, element, facts, figure, page, section, table
-from .shards import Shards
+from .places import Where
+from .scan import scan as look_through
+from .shards import Damaged, Shards
 
 NUM_SAMPLED = 500  # radiographs whose pixels are looked at
 _READING_THREADS = 8  # they wait for the disk most of the time
+_HEADER_BYTES = 1 << 16  # what is fetched of a file behind a URL to find its header in
 _GREY_EDGES = np.linspace(0, 256, 17)
-_LABELS = ("normal", "abnormal")
+_LABELS = audit.LABELS
 
 
-def describe(folder: Path, out: Path) -> dict[str, Any]:
-    """Describe `folder` (shards, or MURA's layout) in a page at `out`; returns the same as standard JSON values.
+def describe(folder: Where, out: Path) -> dict[str, Any]:
+    """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out`; returns the same as standard JSON values.
 
     Raises Refusal where the folder is neither.
     """
-    is_shards = any((folder / name).is_file() for name in ("index.json", "conversion.json"))
+    is_shards = any(places.of(folder).exists(name) for name in ("index.json", "conversion.json"))
     found = _shards(folder) if is_shards else _folder(folder)
-    atomic.write_text(out, page(f"What {folder.resolve().name} holds", *_body(found)))
+    atomic.write_text(out, page(f"What {_name(folder)} holds", *_body(found)))
     return found
 
 
@@ -48,21 +52,25 @@ def summary_text(found: dict[str, Any]) -> str:
 # ---- numbers
 
 
-def _folder(folder: Path) -> dict[str, Any]:
-    scan = manifest.scan(folder)
+def _name(folder: Where) -> str:
+    return str(folder).rstrip("/").rpartition("/")[2] if places.is_remote(folder) else Path(folder).resolve().name
+
+
+def _folder(folder: Where) -> dict[str, Any]:
+    scan = look_through(folder)
     frame = scan.manifest.frame
-    paths = [scan.root / path for path in frame["path"]]
+    paths = frame["path"].tolist()
     rows = _evenly(frame.index.to_numpy())
-    grey, failures = _means(rows, lambda row: radiograph.decode(paths[row]))
+    grey, failures = _means(rows, lambda row: radiograph.decode(_source(scan.root, paths[row])))
     defects = {name: len(seen) for name, seen in scan.defects.items()}
     defects |= _tally(failures, f"among {len(rows)} that were read")
     with ThreadPoolExecutor(_READING_THREADS) as pool:
-        headers = list(pool.map(_header, paths))
-    about = {"name": folder.resolve().name, "kind": "folder", "holds": "phantoms" if scan.phantoms else "radiographs"}
+        headers = list(pool.map(lambda path: _header(scan.root, path), paths))
+    about = {"name": _name(folder), "kind": "folder", "holds": "phantoms" if scan.phantoms else "radiographs"}
     return about | _counts(frame) | {"sizes": _sizes(headers)} | _exposure(frame, grey) | {"defects": defects}
 
 
-def _shards(folder: Path) -> dict[str, Any]:
+def _shards(folder: Where) -> dict[str, Any]:
     shards = Shards.open(folder)
     frame, index = shards.manifest.frame, shards.index
     unreadable = [item["row"] for item in index["unreadable"]]
@@ -71,7 +79,7 @@ def _shards(folder: Path) -> dict[str, Any]:
     defects = {name: len(seen) for name, seen in index["defects"].items()}
     defects |= _tally((item["code"] for item in index["unreadable"]), "left out of the shards")
     defects |= _tally(failures, f"among {len(rows)} that were read")
-    about = {"name": folder.resolve().name, "kind": "shards", "holds": shards.trained_on}
+    about = {"name": _name(folder), "kind": "shards", "holds": shards.trained_on}
     sizes = {"size_px": shards.size, "encoding": shards.encoding}
     return about | _counts(frame) | {"sizes": sizes} | _exposure(frame, grey) | {"defects": defects}
 
@@ -83,47 +91,34 @@ def _tally(codes: Iterable[str], where: str) -> dict[str, int]:
 def _counts(frame: pd.DataFrame) -> dict[str, Any]:
     views = frame["study"].value_counts().value_counts().sort_index()
     by_type = [
-        {"split": split, "study_type": study_type} | _count(part)
+        {"split": split, "study_type": study_type} | audit.count(part)
         for split in mura.SPLITS
         for study_type, part in frame[frame["split"] == split].groupby("study_type")
     ]
     return {
-        **_count(frame),
+        **audit.count(frame),
         "splits": {
-            name: _count(frame[frame["split"] == name]) for name in mura.SPLITS if (frame["split"] == name).any()
+            name: audit.count(frame[frame["split"] == name]) for name in mura.SPLITS if (frame["split"] == name).any()
         },
         "by_study_type": by_type,
         "views_per_study": {str(num): int(count) for num, count in views.items()},
-        "unknown_study_types": sorted(set(frame["study_type"]) - set(mura.STUDY_TYPES)),
-        "is_mura_v1_1": _is_v1_1(frame),
+        "unknown_study_types": audit.unknown_study_types(frame),
+        "is_mura_v1_1": not audit.against_v1_1(frame),
     }
 
 
-def _count(part: pd.DataFrame) -> dict[str, int]:
-    """How many there are; `normal_*` and `abnormal_*` by label."""
-    found = {"num_patients": part["patient"].nunique()}
-    for unit, lines in (("studies", part.drop_duplicates("study")), ("radiographs", part)):
-        found[f"num_{unit}"] = len(lines)
-        found |= {f"{name}_{unit}": int((lines["label"] == label).sum()) for label, name in enumerate(_LABELS)}
-    return found
+def _source(root: Where, path: str, num_bytes: int | None = None) -> Path | io.BytesIO:
+    """A file as Pillow and radiograph take it; `num_bytes`: no more of it need be fetched."""
+    if not places.is_remote(root):
+        return Path(root, path)
+    place = places.of(root)
+    return io.BytesIO(place.read(path) if num_bytes is None else place.read_part(path, 0, num_bytes))
 
 
-def _is_v1_1(frame: pd.DataFrame) -> bool:
-    folder = frame["split"].replace("tune", "train")
-    counts = Counter(zip(folder, frame["study_type"], frame["label"], strict=True))
-    expected = {
-        (split, study_type, label): pair[label]
-        for split, types in mura.IMAGES_V1_1.items()
-        for study_type, pair in types.items()
-        for label in (0, 1)
-    }
-    return counts == expected
-
-
-def _header(path: Path) -> tuple[int, int, str] | None:
+def _header(root: Where, path: str) -> tuple[int, int, str] | None:
     """Width, height and Pillow's mode; None where Pillow cannot tell (a DICOM, a damaged file)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(_source(root, path, _HEADER_BYTES)) as image:
             return *image.size, image.mode
     except Exception:  # Pillow raises many kinds; radiograph.read says properly what is wrong with a file
         return None
@@ -159,7 +154,7 @@ def _means(rows: np.ndarray, pixels: Any) -> tuple[pd.Series, list[str]]:
             means[row] = float(pixels(row).mean())
         except radiograph.Unreadable as error:
             failures.append(error.code)
-        except (OSError, ValueError):  # a damaged shard
+        except (OSError, ValueError, Damaged):  # of a damaged shard
             failures.append("damaged, see mura-dist verify")
     return pd.Series(means, dtype=np.float64), failures
 

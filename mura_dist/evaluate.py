@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, checkpoint, config, launcher, metrics, mura, order, report, world
+from . import atomic, checkpoint, config, metrics, mura, order, report, world
 from .journal import read as read_journal
 from .model import DenseNet, build
 from .order import Micro
-from .pipeline import Targets, batches
-from .refusal import Refusal
+from .pipeline import Loading, Targets
+from .places import Where
+from .refusal import Failure, Refusal
 from .runs import Run, environment
-from .shards import Shards
-from .workers import processors
+from .shards import Damaged, Shards
 from .world import World
 
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
@@ -37,53 +37,55 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How batches are made for an evaluation."""
+class Scores:
+    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
 
-    shards: Shards
-    targets: Targets
-    pipeline: str
-    micro_batch: int
-    workers: int
+    rows: np.ndarray
+    logit: np.ndarray
+    damaged: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
+        """Of all rows of a split; `sound` bool (n,)."""
+        return cls(rows[sound], logit[sound], rows[~sound])
 
 
-def logits(model: torch.nn.Module, rows: np.ndarray, loading: Loading, world: World) -> np.ndarray:
-    """float32 (n,), the logit of each of `rows`, on every rank; fp32. Called by all ranks."""
+def scores(model: torch.nn.Module, rows: np.ndarray, loading: Loading, world: World) -> Scores:
+    """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks."""
     micros = order.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
     mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
-    stream = batches(
-        loading.shards, loading.targets, micros, backend=loading.pipeline, device=world.device, workers=loading.workers
-    )
+    sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
     with torch.inference_mode():
-        for place, batch in enumerate(stream):
-            mine[place] = model(batch.image)[0]
-    return by_row(rows, micros, mine, world)
+        for place, batch in enumerate(loading.batches(micros, world.device)):
+            mine[place], sound[place] = model(batch.image)[0], batch.mask
+    return by_row(rows, micros, mine, sound, world)
 
 
-def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, world: World) -> np.ndarray:
+def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tensor, world: World) -> Scores:
     """Put each rank's results where their rows are: padding vanishes, nothing is counted twice."""
     places = world.gather(np.concatenate([micro.rows for micro in micros]))  # (ranks, n)
     values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)
+    whole = world.gather(sound.flatten().to(torch.uint8).cpu().numpy())  # (ranks, n)
     real = places >= 0
     found, at = np.unique(places[real], return_index=True)
     assert np.array_equal(found, rows), "every row"
     assert real.sum() == len(rows), "once"
-    return values[real][at]
+    return Scores.of(rows, values[real][at], whole[real][at] > 0)
 
 
-def weighted_loss(logit: np.ndarray, rows: np.ndarray, targets: Targets) -> float:
+def weighted_loss(found: Scores, targets: Targets) -> float:
     """Mean over radiographs of weight x BCE, in float64."""
-    z, y = logit.astype(np.float64), targets.label[rows].astype(np.float64)
-    return float((targets.weight[rows] * (np.logaddexp(0, z) - y * z)).mean())
+    z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
+    return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
 
 
-def study_scores(shards: Shards, rows: np.ndarray, logit: np.ndarray) -> pd.DataFrame:
-    return metrics.study_table(rows, metrics.sigmoid(logit), shards.manifest.frame)
+def study_scores(shards: Shards, found: Scores) -> pd.DataFrame:
+    return metrics.study_table(found.rows, metrics.sigmoid(found.logit), shards.manifest.frame)
 
 
 def evaluate_run(
     folder: Path,
-    shards_folder: Path,
+    shards_folder: Where,
     *,
     split: str = "valid",
     which: str = "best",
@@ -91,8 +93,10 @@ def evaluate_run(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
-    run, shards = Run.load(folder), Shards.open(shards_folder)
+    run = Run.load(folder)
+    shards = Shards.open(shards_folder, Path(run.settings.mirror) if run.settings.mirror else None)
     rows = shards.rows(split)
+    shards.require(split)
     chosen = checkpoint.select(run.checkpoints, which)
     data = run.data()
     if data["size"] != shards.size:
@@ -104,10 +108,9 @@ def evaluate_run(
     with world.join(run.settings.timeout_s) as ranks:
         model = load(run, chosen).to(ranks.device).eval()
         targets = Targets.of(shards, weighted=False)
-        name = pipeline_for(run.settings.pipeline, ranks)
-        loading = Loading(shards, targets, name, run.settings.micro_batch, loading_threads(run.settings.workers))
+        loading = Loading.of(run.settings, shards, targets, ranks.device)
         say(f"evaluating {chosen.name} on {split}: {len(rows)} radiographs")
-        scores = logits(model, rows, loading, ranks)
+        found = scores(model, rows, loading, ranks)
         if not ranks.is_first:
             return {}
     facts = {
@@ -119,7 +122,7 @@ def evaluate_run(
         "history": read_journal(folder / "metrics.jsonl"),
         "same_data": data["manifest_sha256"] == shards.index["manifest"]["sha256"],
     }
-    return write(out or folder, shards, rows, scores, split=split, facts=facts, seconds=time.perf_counter() - started)
+    return write(out or folder, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
 
 
 def load(run: Run, chosen: checkpoint.Checkpoint) -> DenseNet:
@@ -136,26 +139,40 @@ def evaluate_scores(
     out: Path,
     facts: dict[str, Any],
     batch_size: int = 16,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The same for anything that turns images uint8 (B, 1, S, S) into logits (B,): an exported model, in one process."""
     rows, started = shards.rows(split), time.perf_counter()
-    parts = np.array_split(rows, -(-len(rows) // batch_size))
-    scores = np.concatenate([score(np.stack([shards.pixels(row) for row in part])[:, None]) for part in parts])
-    return write(out, shards, rows, scores, split=split, facts=facts, seconds=time.perf_counter() - started)
+    shards.require(split)
+    blank = np.zeros((shards.size, shards.size), np.uint8)
+    logit, sound = [], np.ones(len(rows), bool)
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size)):
+        images = []
+        for place in part.tolist():
+            try:
+                images.append(shards.pixels(int(rows[place])))
+            except Damaged as damaged:
+                say(f"{damaged}; left out")
+                images.append(blank)
+                sound[place] = False
+        logit.append(score(np.stack(images)[:, None]))
+    found = Scores.of(rows, np.concatenate(logit), sound)
+    return write(out, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
 
 
 def write(
     out: Path,
     shards: Shards,
-    rows: np.ndarray,
-    scores: np.ndarray,
+    found: Scores,
     *,
     split: str,
     facts: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     """Measure, and write everything an evaluation leaves behind; metrics.json last."""
-    studies = study_scores(shards, rows, scores)
+    if not len(found.rows):
+        raise Failure(f"{shards.folder}: every sample of split {split!r} is damaged; `mura-dist verify` names them")
+    studies = study_scores(shards, found)
     measured = metrics.measure(studies, threshold=THRESHOLD) | {
         "split": split,
         "threshold": THRESHOLD,
@@ -166,6 +183,7 @@ def write(
         "measured_on": shards.trained_on,
         "manifest_sha256": shards.index["manifest"]["sha256"],
         "num_unreadable": len(shards.index["unreadable"]),
+        "num_damaged": len(found.damaged),
         "terms": mura.TERMS,
     }
     roles = ROLES if facts.get("selected_on") != "valid" else ROLES | {"valid": "chooses, and is reported: optimistic"}
@@ -182,7 +200,7 @@ def write(
         "conversion": {key: shards.index[key] for key in ("size", "encoding", "defects", "unreadable", "splits")},
         "seconds": seconds,
     }
-    _write_tables(out, shards, rows, scores, studies)
+    _write_tables(out, shards, found, studies)
     report.write(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)
     return measured
@@ -194,22 +212,12 @@ def _note(split: str, selected_on: str | None) -> str | None:
     return "optimistic: this split chose the model" if split == selected_on else None
 
 
-def _write_tables(out: Path, shards: Shards, rows: np.ndarray, scores: np.ndarray, studies: pd.DataFrame) -> None:
-    frame = shards.manifest.frame.loc[rows]
+def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFrame) -> None:
+    frame = shards.manifest.frame.loc[found.rows]
     predictions = frame[["path", "study", "study_type"]].assign(
-        logit=scores, probability=metrics.sigmoid(scores), gate=""
+        logit=found.logit, probability=metrics.sigmoid(found.logit), gate=""
     )
     called = studies.assign(threshold=THRESHOLD, call=(studies["probability"] > THRESHOLD).astype(int))
     for name, table in (("predictions", predictions), ("studies", called)):
         text = table.to_csv(index=False, lineterminator="\n")
         atomic.write_text(out / f"{name}.csv", text)
-
-
-def pipeline_for(wanted: str, ranks: World) -> str:
-    """`auto`: DALI on CUDA, OpenCV elsewhere."""
-    return wanted if wanted != "auto" else "dali" if ranks.device.type == "cuda" else "cpu"
-
-
-def loading_threads(wanted: int) -> int:
-    """Loading threads of this rank: what was asked for, else this rank's share of the processors, four at most."""
-    return wanted or min(4, max(1, processors() // launcher.ranks_here()))

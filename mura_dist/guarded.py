@@ -27,7 +27,7 @@ from .workers import end_with_parent
 Prepare = Callable[..., Callable[[Any], Any]]
 """Called once in each process with what `results` was given; what it returns does one task."""
 
-_TICK_S = 0.5  # how often clocks are looked at
+_TICK_S = 0.5  # how often clocks are looked at, at least
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class _Guard(threading.Thread):
         self.again: deque[_Chunk] = deque()  # begun, to be gone on with
         self.staff: list[_Worker] = []
         self.failure: BaseException | None = None
+        self.tick_s = min(_TICK_S, limits.processor_s / 4, limits.wall_s / 4)
         self.ending = False
+        self.stillborn = 0  # workers in a row that ended before they began
         self.bell_in, self.bell = multiprocessing.Pipe(duplex=False)
 
     # ---- for whoever reads the results
@@ -199,7 +201,7 @@ class _Guard(threading.Thread):
     def _listen(self) -> None:
         """Take in what has come, waiting a little where nothing has."""
         pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self.staff}
-        for pipe in connection.wait([self.bell_in, *pipes], timeout=_TICK_S):
+        for pipe in connection.wait([self.bell_in, *pipes], timeout=self.tick_s):
             if pipe is self.bell_in:
                 self.bell_in.recv_bytes()
             else:
@@ -212,7 +214,7 @@ class _Guard(threading.Thread):
             self._replace(worker, "crashed")
             return
         if not worker.ready:
-            worker.ready = True
+            worker.ready, self.stillborn = True, 0
             return
         chunk = worker.chunk
         assert chunk is not None
@@ -246,9 +248,10 @@ class _Guard(threading.Thread):
     def _replace(self, worker: _Worker, why: str) -> None:
         """End a worker, hire another; what it had at hand is tried once more, or lost."""
         _end(worker)
-        if not worker.ready:
+        self.stillborn += not worker.ready
+        if self.stillborn > self.count + 2:
             raise Failure(
-                f"a worker process ended before it began (exit status {worker.process.exitcode}); is there enough memory? "
+                f"worker processes end before they begin (exit status {worker.process.exitcode}); is there enough memory? "
                 "try again with fewer --workers"
             )
         self.staff[self.staff.index(worker)] = self._hire()

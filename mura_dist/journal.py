@@ -4,10 +4,12 @@ One object; on ranks other than the first it does nothing, so that the loop has 
 
     {"kind": "step", "step", "epoch", "loss", "learning_rate", "images_per_s", "data_wait_share", "time_s"}
     {"kind": "epoch", "step", "epoch", "split", "train_loss", "tune_loss", "tune_kappa", "tune_auroc", "learning_rate",
-     "evaluation_s", "time_s"}
+     "evaluation_s", "damaged_samples", "data_wait_share", "limited_by", "time_s"}
 
-`step` counts finished optimiser steps, `time_s` seconds since this process started the loop; `tune_*` are of the
-split the run selects on, `split`.
+`step` counts finished optimiser steps, `time_s` seconds since this process started the loop; `tune_*` are of the split
+the run selects on, `split`. `data_wait_share` is the part of the steps' time spent waiting for batches, on the first
+rank; `limited_by` says `data` where it is over 5 %, else `compute`. `damaged_samples` counts different radiographs, over
+all ranks, since this start.
 """
 
 import contextlib
@@ -25,12 +27,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import atomic
 
+_WAITING = 0.05  # of the time: with more than this, faster steps would hardly make a faster run
+
 
 class Stopwatch:
-    """Seconds by name: `with watch("data"): ...`."""
+    """Seconds by name: `with watch("data"): ...`. `seconds` since the last reset, `total` since the last epoch."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.total: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -38,11 +43,17 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - started
+            taken = time.perf_counter() - started
+            self.seconds[name] += taken
+            self.total[name] += taken
 
     def reset(self) -> dict[str, float]:
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         return seconds
+
+    def epoch(self) -> dict[str, float]:
+        total, self.total = self.total, defaultdict(float)
+        return total
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -114,14 +125,18 @@ class Journal:
         self._write({"kind": "step", **line, "images_per_s": round(speed, 3), "data_wait_share": round(wait, 5)})
         self.progress.update(self.task, completed=step, epoch=epoch, loss=loss, speed=speed, wait=wait)
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: dict[str, Any], watch: Stopwatch) -> None:
+        """After an evaluation; `watch` knows the seconds of "data" and "step" since the one before."""
+        spent = watch.epoch()
+        said = "".join(f", {count} damaged samples" for count in [line["damaged_samples"]] if count)
+        parts = [f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float)]
+        if busy := spent["data"] + spent["step"]:
+            wait = spent["data"] / busy
+            line |= {"data_wait_share": round(wait, 5), "limited_by": "data" if wait > _WAITING else "compute"}
+            remedy = "; more workers=, a faster disk or mirror= would help" if wait > _WAITING else ""
+            said += f", data wait {wait:.1%}: {line['limited_by']} limits{remedy}"
         self._write({"kind": "epoch", **line})
-        parts = [
-            f"{name} {value:.4g}"
-            for name, value in line.items()
-            if isinstance(value, float) and name not in ("time_s",)
-        ]
-        self.say(f"epoch {line['epoch']} (step {line['step']}): {', '.join(parts)}")
+        self.say(f"epoch {line['epoch']} (step {line['step']}): {', '.join(parts)}{said}")
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -40,14 +40,37 @@ IMAGES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
         "XR_WRIST": (364, 295),
     },
 }
+# (normal, abnormal) studies of v1.1, likewise; and patients, none of whom is in both splits.
+STUDIES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
+    "train": {
+        "XR_ELBOW": (1094, 660),
+        "XR_FINGER": (1280, 655),
+        "XR_FOREARM": (590, 287),
+        "XR_HAND": (1497, 521),
+        "XR_HUMERUS": (321, 271),
+        "XR_SHOULDER": (1364, 1457),
+        "XR_WRIST": (2134, 1326),
+    },
+    "valid": {
+        "XR_ELBOW": (92, 66),
+        "XR_FINGER": (92, 83),
+        "XR_FOREARM": (69, 64),
+        "XR_HAND": (101, 66),
+        "XR_HUMERUS": (68, 67),
+        "XR_SHOULDER": (99, 95),
+        "XR_WRIST": (140, 97),
+    },
+}
+PATIENTS_V1_1 = {"train": 11_184, "valid": 783}
 NUM_IMAGES_V1_1 = 40_005  # train and valid; the 40,561 of the paper include the hidden test set
 NUM_IMAGES_V1_0 = 40_895  # withdrawn: held patient data
 
 _LAYOUT = re.compile(
-    r"(?:^|.*/)(?P<split>train|valid|test)/(?P<study_type>XR_[A-Z0-9_]+)/(?P<patient>patient[^/]+)"
+    r"(?s:^|.*/)(?P<split>train|valid|test)/(?P<study_type>XR_[A-Z0-9_]+)/(?P<patient>patient[^/]+)"
     r"/(?P<study>study[^/]*?)(?:_(?P<label>positive|negative))?/(?P<view>[^/]+)$"
 )
-_VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)")
+_VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)", re.DOTALL)
+_MAX_DIGITS = 18  # what int64 holds; the last number of a DICOM's UID may be longer and is nobody's view
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +90,7 @@ def parse(path: str) -> Radiograph | None:
     """What `path` says of itself, or None where it does not follow MURA's layout.
 
     `path` may be absolute or relative, of any depth above the split folder; it uses "/" between its parts. The view is the
-    last number in the file's name (0 where there is none).
+    last number in the file's name (0 where there is none, or one of more than 18 digits).
     """
     match = _LAYOUT.match(path)
     if match is None:
@@ -79,7 +102,7 @@ def parse(path: str) -> Radiograph | None:
         study_type=part["study_type"],
         patient=part["patient"],
         study=path[match.start("split") : match.start("view") - 1],
-        view=int(number[1]) if number else 0,
+        view=int(number[1]) if number and len(number[1]) <= _MAX_DIGITS else 0,
         label={"positive": 1, "negative": 0, None: None}[part["label"]],
         path=path[match.start("split") :],
     )

@@ -5,6 +5,9 @@
 `Stopped`: stopped on request (exit status 3); the same command goes on.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class Refusal(ValueError):
     """The user asked for something that cannot be done as asked. `str(refusal)` is the line to print."""
@@ -16,3 +19,9 @@ class Stopped(Exception):
 
 class Failure(RuntimeError):
     """The request was right and the work failed (exit status 1). `str(failure)` is the line to print."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` where something known is near, else nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""

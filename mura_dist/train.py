@@ -23,9 +23,9 @@ import numpy as np
 from . import checkpoint, launcher, metrics, model, order, report, schedule, world
 from .config import Settings
 from .engine import Engine
-from .evaluate import Loading, loading_threads, logits, pipeline_for, study_scores, weighted_loss
+from .evaluate import scores, study_scores, weighted_loss
 from .journal import Journal, Stopwatch
-from .pipeline import Batch, Targets, batches
+from .pipeline import Batch, Loading, Targets
 from .refusal import Failure, Refusal, Stopped
 from .runs import Run
 from .schedule import Plateau
@@ -72,8 +72,9 @@ class Plan:
     @classmethod
     def of(cls, settings: Settings, world_size: int) -> "Plan":
         """Raises Refusal where shards, settings and ranks do not go together."""
-        shards = Shards.open(settings.shards)
+        shards = Shards.open(settings.shards, Path(settings.mirror).expanduser() if settings.mirror else None)
         train, select = shards.rows("train"), shards.rows(settings.select_on)
+        shards.require("train", settings.select_on)
         micro, unit = settings.micro_batch, settings.micro_batch * world_size
         if unit > len(train):
             raise Refusal(
@@ -128,12 +129,10 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: 
     if saved is not None:
         engine.load_optimiser_state(saved.optimiser(ranks.rank, ranks.size, settings.zero_stage))
         state = State.of(saved.state)
-    loading = Loading(
-        shards, targets, pipeline_for(settings.pipeline, ranks), settings.micro_batch, loading_threads(settings.workers)
-    )
+    loading = Loading.of(settings, shards, targets, ranks.device)
     if ranks.is_first:
         run.describe(
-            shards, world_size=ranks.size, device=str(ranks.device), pipeline=loading.pipeline, threads=loading.workers
+            shards, world_size=ranks.size, device=str(ranks.device), pipeline=loading.backend, threads=loading.workers
         )
         run.write_status("running", step=state.step, num_steps=plan.num_steps)
     journal = Journal(
@@ -166,7 +165,7 @@ def _loop(
     while True:
         epoch, within = divmod(state.step, plan.steps_per_epoch)
         if within == 0 and state.evaluated_step != state.step:
-            _evaluate(plan, engine, state, loading, journal, ranks)
+            _evaluate(plan, engine, state, loading, journal, ranks, watch)
             _save(run, plan, engine, state, ranks)
             journal.draw(report.curves)
         if state.step >= plan.num_steps:
@@ -204,25 +203,21 @@ def _steps_of_epoch(plan: Plan, epoch: int, first: int, loading: Loading, ranks:
     s = plan.settings
     ordered = order.epoch_order(plan.train, s.seed, epoch, rotate_deg=s.rotate_deg, flip=s.flip)
     share = {"global_batch": s.global_batch, "micro_batch": s.micro_batch, "rank": ranks.rank, "world_size": ranks.size}
-    micros = [order.step_micros(ordered, step, **share) for step in range(first, plan.steps_per_epoch)]
-    stream = batches(
-        loading.shards,
-        loading.targets,
-        list(itertools.chain(*micros)),
-        backend=loading.pipeline,
-        device=ranks.device,
-        workers=loading.workers,
-    )
-    for group in micros:
-        yield list(itertools.islice(stream, len(group)))
+    steps = range(first, plan.steps_per_epoch)
+    micros = (micro for step in steps for micro in order.step_micros(ordered, step, **share))
+    with contextlib.closing(loading.batches(micros, ranks.device)) as stream:
+        for _ in steps:
+            yield list(itertools.islice(stream, s.global_batch // (s.micro_batch * ranks.size)))
 
 
-def _evaluate(plan: Plan, engine: Engine, state: State, loading: Loading, journal: Journal, ranks: World) -> None:
+def _evaluate(
+    plan: Plan, engine: Engine, state: State, loading: Loading, journal: Journal, ranks: World, watch: Stopwatch
+) -> None:
     """Score the selecting split; at an epoch's end the plateau hears of it. Changes `state`, logs a line."""
     started, network = time.perf_counter(), engine.expose(state.step)
-    scores = logits(network, plan.select, loading, ranks)
-    loss = weighted_loss(scores, plan.select, loading.targets)
-    quick = metrics.measure(study_scores(plan.shards, plan.select, scores), resamples=0)["overall"]
+    found = scores(network, plan.select, loading, ranks)
+    loss = weighted_loss(found, loading.targets)
+    quick = metrics.measure(study_scores(plan.shards, found), resamples=0)["overall"]
     epoch = state.step // plan.steps_per_epoch
     if epoch > 0:
         state.plateau = state.plateau.after(loss, plan.settings)
@@ -234,8 +229,9 @@ def _evaluate(plan: Plan, engine: Engine, state: State, loading: Loading, journa
     line |= {"tune_loss": loss, "tune_kappa": quick["kappa"], "tune_auroc": quick["auroc"]}
     line["learning_rate"] = schedule.learning_rate(plan.settings, state.plateau, state.step)
     line["evaluation_s"] = round(time.perf_counter() - started, 3)
+    line["damaged_samples"] = len(ranks.union(np.array(sorted(plan.shards.damaged), np.int64)))
     state.train_loss_sum = 0.0
-    journal.epoch(line)
+    journal.epoch(line, watch)
 
 
 def _save(run: Run, plan: Plan, engine: Engine, state: State, ranks: World) -> None:
@@ -285,7 +281,7 @@ def _introduce(journal: Journal, plan: Plan, ranks: World, loading: Loading, sta
         f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
         f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {accumulation}; "
         f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
-        f"{s.precision} on {ranks.device.type}, batches by {loading.pipeline}, {loading.workers} threads a rank"
+        f"{s.precision} on {ranks.device.type}, {loading}"
     )
 
 

@@ -43,6 +43,14 @@ class World:
         dist.all_gather(all_of_us, mine)
         return torch.stack(all_of_us).cpu().numpy()
 
+    def union(self, values: np.ndarray) -> np.ndarray:
+        """The different values of all ranks, int64 (n,) ascending; each rank may have another number of them, none below 0."""
+        most = int(self.gather(np.array([len(values)], np.int64)).max())
+        mine = np.full(max(most, 1), -1, np.int64)
+        mine[: len(values)] = values
+        found = np.unique(self.gather(mine))
+        return found[found >= 0]
+
     def barrier(self) -> None:
         self.sum([0.0])
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mura_dist import order
 from mura_dist.cli import WRONG, main
+from mura_dist.shards import Shards, read_index
 
 
 def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[order.Micro]], *, dropped: int = 0) -> None:
@@ -71,3 +72,17 @@ def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
     missing = [word for word in words if not re.search(re.escape(word), err)]
     assert not missing, (missing, err)
     return err
+
+
+def damage(shards: Shards, row: int) -> str:
+    """Flip a bit in the pixels of a row's sample; returns the name of its tar."""
+    for name in shards.names():
+        for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
+            if image.row == row:
+                with open(shards.folder / name, "r+b") as file:
+                    file.seek(image.offset + image.size // 2)
+                    byte = file.read(1)[0]
+                    file.seek(image.offset + image.size // 2)
+                    file.write(bytes([byte ^ 1]))
+                return name
+    raise AssertionError(f"row {row} has no sample")

@@ -88,7 +88,7 @@ def dies_at_once(notes: Path) -> Callable[[Any], Any]:
 
 
 def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"ended before it began \(exit status 7\)"):
+    with pytest.raises(Failure, match=r"end before they begin \(exit status 7\)"):
         list(results(dies_at_once, (tmp_path,), [[1]], workers=2, limits=QUICK))
 
 

@@ -10,28 +10,58 @@ from conftest import ROOT, run
 PACKAGE = ROOT / "mura_dist"
 
 # From the ground up. A module may import from its own floor and from those below; the roof holds the house together.
+BENCHES = (
+    "",
+    ".clock",
+    ".workload",
+    ".shards",
+    ".pipeline",
+    ".peers",
+    ".streams",
+    ".footprint",
+    ".encodings",
+    ".plots",
+)
+BENCHES += (".training", ".prediction")
 FLOORS = [
     {"words": {"__init__", "refusal", "mura", "config", "launcher", "card"}},
-    {"on disk": {"atomic", "workers", "manifest", "radiograph", "shards", "convert", "phantoms"}},
+    {
+        "on disk": {
+            *(
+                "atomic",
+                "places",
+                "workers",
+                "guarded",
+                "manifest",
+                "audit",
+                "radiograph",
+                "samples",
+                "shards",
+                "mirror",
+            ),
+            *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms"),
+        }
+    },
     {"numbers": {"metrics", "html", "order"}},
     {"the world": {"world", "journal"}},
-    {"batches": {"pipeline", "pipeline.cpu", "pipeline.dali"}},
+    {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
     {"learning": {"model", "loss", "schedule", "engine", "checkpoint", "runs"}},
     {"loops": {"report", "describe", "evaluate", "train"}},
     {"delivery": {"walk", "tables", "predict", "export"}},
-    {"roof": {"cli", "bench"}},
+    {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
 
 CONFINED = {
-    "nvidia": {"pipeline.dali"},
+    "nvidia": {"pipeline.dali", "bench.peers"},
     "deepspeed": {"engine"},
     "streamlit": {"page"},
-    "onnxruntime": {"predict", "bench"},
-    "cv2": {"pipeline.cpu"},
+    "fsspec": {"places"},
+    "onnxruntime": {"predict", "bench.prediction"},
+    "cv2": {"pipeline.cpu", "bench.pipeline"},
     "pydicom": {"radiograph"},
     "onnx": {"export"},
-    "webdataset": {"bench"},
+    "webdataset": {"bench.peers"},
 }
 BASE = {"card", "walk", "tables", "predict", "describe", "metrics", "html", "order", "cli"} | {
     name for floor in FLOORS[:2] for names in floor.values() for name in names
@@ -43,6 +73,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
+PACKAGES = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 MODULES = {name_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -62,10 +93,8 @@ def imports(name: str, *, everywhere: bool = True) -> tuple[set[str], set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 others.add((node.module or "").partition(".")[0])
             elif isinstance(node, ast.ImportFrom):
-                inside = name.split(".")[:-1] if "." in name or name == "pipeline" else []
-                base = (
-                    ["pipeline"] if name == "pipeline" and node.level == 1 else inside[: len(inside) - node.level + 1]
-                ) + (node.module.split(".") if node.module else [])
+                inside = name.split(".") if name in PACKAGES else name.split(".")[:-1]
+                base = inside[: len(inside) - node.level + 1] + (node.module.split(".") if node.module else [])
                 for alias in node.names:
                     whole = ".".join([*base, alias.name])
                     ours.add(whole if whole in MODULES else ".".join(base) or "__init__")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from mura_dist import model, schedule
 from mura_dist.config import Settings
-from mura_dist.evaluate import weighted_loss
+from mura_dist.evaluate import Scores, weighted_loss
 from mura_dist.loss import weighted_bce
 from mura_dist.pipeline import Targets
 from mura_dist.refusal import Refusal
@@ -96,15 +96,15 @@ def test_the_loss_is_the_papers() -> None:
     assert weighted_bce(logit[1:], label[1:], weight[1:]).item() == pytest.approx(0.616460, abs=1e-6)
     assert weighted_bce(logit, label, weight).item() == pytest.approx(0.693613, abs=2e-6)
     targets = Targets(label.numpy(), weight.numpy())
-    assert weighted_loss(logit.numpy(), np.array([0, 1]), targets) == pytest.approx(0.693613 / 2, abs=1e-6)
+    found = Scores.of(np.array([0, 1]), logit.numpy(), np.ones(2, bool))
+    assert weighted_loss(found, targets) == pytest.approx(0.693613 / 2, abs=1e-6)
 
 
 def test_the_loss_bears_any_logit() -> None:
     logit = torch.tensor([1e4, -1e4, 0.0])
     assert torch.isfinite(weighted_bce(logit, torch.tensor([0.0, 1.0, 1.0]), torch.ones(3)))
-    assert np.isfinite(
-        weighted_loss(logit.numpy(), np.arange(3), Targets(np.ones(3, np.float32), np.ones(3, np.float32)))
-    )
+    found = Scores.of(np.arange(3), logit.numpy(), np.ones(3, bool))
+    assert np.isfinite(weighted_loss(found, Targets(np.ones(3, np.float32), np.ones(3, np.float32))))
 
 
 def trajectory(losses: list[float]) -> list[float]:

@@ -1,15 +1,20 @@
 """pipeline/: two backends behind one contract, the same pixels, our order."""
 
+import os
+import shutil
 from pathlib import Path
 
+import laws
 import numpy as np
 import pytest
 import torch
 
-from mura_dist import order
+from mura_dist import order, pipeline
+from mura_dist.config import Settings
 from mura_dist.convert import convert
-from mura_dist.pipeline import Targets, batches, cpu, dali
-from mura_dist.shards import Shards
+from mura_dist.pipeline import Loading, Targets, batches, cpu, dali
+from mura_dist.refusal import Failure
+from mura_dist.shards import Damaged, Shards
 
 CPU = torch.device("cpu")
 
@@ -29,8 +34,12 @@ def micros_of(shards: Shards, *, rotate_deg: float, flip: bool, micro_batch: int
 
 
 def both(shards: Shards, micros: list[order.Micro]) -> tuple[np.ndarray, np.ndarray]:
-    by_dali = torch.cat(list(dali.images(shards, micros, workers=2, device=CPU))).numpy()
-    return np.concatenate(list(cpu.images(shards, micros, workers=2))), by_dali
+    by_dali = torch.cat([made.pixels for made in dali.images(shards, micros, workers=2, device=CPU, prefetch=4)])
+    return by_cpu(shards, micros, workers=2), by_dali.numpy()
+
+
+def by_cpu(shards: Shards, micros: list[order.Micro], workers: int) -> np.ndarray:
+    return np.concatenate([made.pixels for made in cpu.images(shards, micros, workers=workers, prefetch=2 * workers)])
 
 
 def test_the_backends_agree_within_two_grey_levels(opened: Shards) -> None:
@@ -49,7 +58,7 @@ def test_a_wrong_sign_or_centre_would_be_seen(opened: Shards) -> None:
     micros = micros_of(opened, rotate_deg=30, flip=True)
     _, theirs = both(opened, micros)
     wrong = [order.Micro(m.rows, -m.angles, m.flips, m.mask) for m in micros]
-    ours = np.concatenate(list(cpu.images(opened, wrong, workers=1)))
+    ours = by_cpu(opened, wrong, workers=1)
     assert (np.abs(ours.astype(int) - theirs) <= 2).mean() < 0.9
 
 
@@ -75,7 +84,7 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
 
 def test_the_same_batches_from_any_number_of_threads(opened: Shards) -> None:
     micros = micros_of(opened, rotate_deg=30, flip=True)
-    one, four = (np.concatenate(list(cpu.images(opened, micros, workers=workers))) for workers in (1, 4))
+    one, four = (by_cpu(opened, micros, workers=workers) for workers in (1, 4))
     np.testing.assert_array_equal(one, four)
 
 
@@ -96,7 +105,7 @@ def test_rotation_is_counter_clockwise_then_mirrored() -> None:
 def test_leaving_early_ends_the_threads(opened: Shards) -> None:
     import threading
 
-    stream = cpu.images(opened, micros_of(opened, rotate_deg=30, flip=True), workers=3)
+    stream = cpu.images(opened, micros_of(opened, rotate_deg=30, flip=True), workers=3, prefetch=6)
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
@@ -110,3 +119,91 @@ def test_weights_follow_study_type_and_label(opened: Shards) -> None:
         sums = {label: weighted.weight[part.index[part["label"] == label]].sum() for label in (0, 1)}
         if part["label"].nunique() == 2:  # both classes pull equally hard
             assert sums[0] == pytest.approx(sums[1], rel=1e-5), study_type
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_damaged_sample_is_named_once_and_left_out(
+    opened: Shards, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All others come as they would have; with strict, it ends there."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    bad = sorted(opened.rows("train").tolist())[3]
+    tar = laws.damage(Shards.open(folder), bad)
+    broken, micros = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
+    assert sum(bad in micro.rows for micro in micros) == 2, "seen in both epochs"
+    how = {"backend": backend, "device": CPU, "workers": 2}
+    targets = Targets.of(opened, weighted=True)
+    capfd.readouterr()
+    pairs = zip(batches(opened, targets, micros, **how), batches(broken, targets, micros, **how), strict=True)
+    for sound, batch in pairs:
+        here = batch.row == bad
+        assert (batch.mask == (sound.mask & ~here)).all()
+        assert not batch.image[here].any()
+        assert (batch.weight == torch.where(here, 0, sound.weight)).all()
+        for name in ("image", "label"):
+            assert torch.equal(getattr(batch, name)[~here], getattr(sound, name)[~here])
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "damaged sample" in line]
+    path = opened.manifest.frame.at[bad, "path"]
+    assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
+    assert list(broken.damaged) == [bad]
+    with pytest.raises(Failure, match=rf"row {bad} .*strict=true ends here: mend it"):
+        list(batches(Shards.open(folder), targets, micros, strict=True, **how))
+
+
+def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: Path) -> None:
+    """A tar that vanishes, or shrinks, under a running training: an error by row, not a dead process."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    broken = Shards.open(folder)
+    first, last = broken.rows("train")[[0, -1]].tolist()
+    broken.pixels(first)
+    [tar] = broken.names("train")
+    os.truncate(folder / tar, 40_000)
+    with pytest.raises(Damaged, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
+        broken.pixels(last)
+    (folder / tar).unlink()
+    with pytest.raises(Damaged, match=r"cannot be read: no such file or directory"):
+        Shards.open(folder).pixels(first)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, micro_batch: int) -> None:
+    """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
+    rows, targets = opened.rows("train"), Targets.of(opened, weighted=False)
+    assert len(opened.names("train")) == 1
+    epoch = order.epoch_order(rows, 0, 0, rotate_deg=30, flip=True)
+    sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
+    num_steps = order.steps_per_epoch(len(rows), sizes["global_batch"])
+    seen = []
+    for rank in range(world_size):
+        micros = (m for step in range(num_steps) for m in order.step_micros(epoch, step, rank=rank, **sizes))
+        made = list(batches(opened, targets, micros, backend="cpu", device=CPU, workers=1))
+        assert len(made) == num_steps
+        seen += [row for batch in made for row in batch.row.tolist()]
+    assert len(seen) == len(set(seen)) == len(rows) - len(rows) % sizes["global_batch"]
+    assert set(seen) <= set(rows.tolist())
+
+
+def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = Targets.of(opened, weighted=False)
+
+    def chosen(device: str = "cpu", **settings: object) -> Loading:
+        return Loading.of(Settings(shards="s", run="r", **settings), opened, targets, torch.device(device))
+
+    monkeypatch.setattr(pipeline, "processors", lambda: 8)
+    assert (chosen().backend, chosen().workers) == ("cpu", 4)
+    assert (chosen("cuda").backend, chosen("cuda").workers) == ("dali", 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (chosen().workers, chosen("cuda").workers) == (2, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert chosen().workers == 1
+    assert chosen(micro_batch=8).prefetch == 16, (
+        "64 MiB of these small pixels would be far more: sixteen a thread at most"
+    )
+    assert chosen(micro_batch=4096).prefetch == 2, "two a thread at least"
+    told = chosen(workers=3, prefetch=5, pipeline="dali", strict=True)
+    assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
+    assert "dali" in str(told)
+    assert "3 threads a rank, 5 micro-batches ahead" in str(told)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import run
 
-from mura_dist import radiograph, shards
+from mura_dist import radiograph, samples, shards
 from mura_dist.convert import convert
 from mura_dist.refusal import Failure, Refusal
 from mura_dist.shards import Shards, verify
@@ -27,7 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     for study in sorted((phantoms / "train").glob("*/*/*"))[:12] + sorted((phantoms / "valid").glob("*/*/*"))[:4]:
         shutil.copytree(study, folder / study.relative_to(phantoms))
     first, second, *_ = sorted(folder.rglob("image1.png"))
-    (first.parent / "image7.png").write_bytes(b"<html>not found</html>")
+    (first.parent / f"image{len(list(first.parent.iterdir())) + 1}.png").write_bytes(b"<html>not found</html>")
     second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
     return folder
 
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
 def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
     """Law of parity: what training sees of a file is bit for bit what prediction sees of it (raw, png)."""
     source = shared / "radiographs" / "fracatlas-mura"
-    folders = {encoding: tmp_path / encoding for encoding in shards.SUFFIX}
+    folders = {encoding: tmp_path / encoding for encoding in samples.SUFFIX}
     for encoding, out in folders.items():
         convert(source, out, size=96, encoding=encoding, workers=2)
     raw, png, jpeg = (Shards.open(folder) for folder in folders.values())
@@ -57,7 +57,7 @@ def test_webdataset_reads_them_without_us(small: Path, tmp_path: Path, encoding:
     tars = [str(ours.folder / name) for name in ours.names()]
     seen = []
     for sample in webdataset.WebDataset(tars, shardshuffle=False).decode("l8"):
-        row, image = int(sample["id"]), sample[shards.SUFFIX[encoding]]
+        row, image = int(sample["id"]), sample[samples.SUFFIX[encoding]]
         np.testing.assert_array_equal(image, ours.pixels(row))
         assert sample["cls"] == ours.manifest.frame.at[row, "label"]
         assert sample["__key__"] == f"{row:09d}"  # a key tells the row, never the label

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import laws
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import BIN, TINY, run, torchrun
@@ -21,6 +24,7 @@ from mura_dist.engine import RunningStatistics
 from mura_dist.model import build
 from mura_dist.refusal import Refusal
 from mura_dist.runs import Run
+from mura_dist.shards import Shards
 
 
 def train(ranks: int, shards: Path, folder: Path, *words: str):
@@ -175,6 +179,62 @@ def test_asked_to_stop_it_saves_and_says_so(shard_folder: Path, tmp_path: Path, 
     per_epoch = steps_an_epoch(one)
     assert run("mura-dist", "train", *words, f"epochs={step // per_epoch + 1}").returncode == 0
     assert len(losses(tmp_path / "run")) == per_epoch * (step // per_epoch + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+    """Named once a rank at most, counted once over all ranks in metrics.jsonl; strict=true ends the run and names it."""
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    opened = Shards.open(shards)
+    bad = [int(opened.rows("train")[5]), int(opened.rows("tune")[1])]
+    for row in bad:
+        laws.damage(opened, row)
+    result = train(ranks, shards, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in journal.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["damaged_samples"] for line in epochs] == [1, 2, 2], "tune's is found first, before training"
+    named = [line for line in result.stderr.splitlines() if "damaged sample: row" in line]
+    assert {int(line.split("row ")[1].split()[0]) for line in named} == set(bad)
+    assert len(named) <= 2 * ranks
+    assert all(np.isfinite(losses(tmp_path / "run")))
+    strict = train(ranks, shards, tmp_path / "strict", "strict=true")
+    assert strict.returncode == 1
+    assert f"mura-dist: damaged sample: row {bad[1]}" in strict.stderr
+    done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert f"damaged sample: row {bad[1]}" in done.stderr
+    assert json.loads((tmp_path / "report" / "metrics.json").read_bytes())["num_damaged"] == 1
+    predictions = pd.read_csv(tmp_path / "report" / "predictions.csv")
+    assert len(predictions) == len(opened.rows("tune")) - 1
+
+
+def test_a_missing_or_shortened_tar_is_refused_before_anything_is_written(
+    shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    words = ["train", *TINY, f"shards={shards}", f"run={tmp_path / 'run'}"]
+    os.truncate(shards / "tune-000000.tar", 1000)
+    laws.refusal(
+        capsys, words, "tune-000000.tar has 1,000 bytes, index.json says", "delete tune-000000.json and index.json"
+    )
+    (shards / "train-000000.tar").unlink()
+    laws.refusal(capsys, words, "train-000000.tar is missing", "run the same `mura-dist shards` command again")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_where_its_time_goes(one: Path, shard_folder: Path, tmp_path: Path) -> None:
+    epochs = [line for line in journal.read(one / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert "limited_by" not in epochs[0], "nothing was trained before the first"
+    for line in epochs[1:]:
+        assert 0 <= line["data_wait_share"] <= 1
+        assert line["limited_by"] == ("data" if line["data_wait_share"] > 0.05 else "compute")
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1")
+    told = run("mura-dist", "train", *words).stderr
+    assert re.search(r"batches by cpu from raw shards, \d threads a rank, \d+ micro-batches ahead", told)
+    assert re.search(r"epoch 1 .*data wait \d+\.\d%: (compute|data) limits", told)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from mura_dist import config
-from mura_dist.manifest import scan
 from mura_dist.refusal import Refusal
+from mura_dist.scan import scan
 from mura_dist.shards import Shards
 
 RECIPE = Path("launch/recipes/demo.toml")
@@ -33,7 +33,7 @@ def main() -> int:
         1, round(recipe.plateau_patience * epochs / recipe.epochs)
     )  # as many radiographs, however short an epoch
     settings = [f"micro_batch={micro}", f"global_batch={2 * micro}", f"epochs={epochs}", f"plateau_patience={patience}"]
-    valid = scan(folder).root / "valid"
+    valid = Path(scan(folder).root) / "valid"
     print(f"ranks={ranks} settings=({' '.join(settings)}) valid={shlex.quote(str(valid))}")
     return 0
 

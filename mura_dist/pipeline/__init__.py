@@ -1,26 +1,39 @@
 """From shards to batches: one contract, two backends with the same pixels.
 
-    Micro (rows, angles, flips, mask) -> images of a backend -> Batch on the device
+    Micro (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
 
-`dali` (made for the GPU) and `cpu` (OpenCV over memory-mapped shards) both rotate counter-clockwise about the centre, bilinear,
-fill 0, canvas kept, then flip left-right. Where there is neither rotation nor flip, the pixels are the stored ones.
+`dali` (made for the GPU) and `cpu` (OpenCV) both rotate counter-clockwise about the centre, bilinear, fill 0, canvas
+kept, then flip left-right. Where there is neither rotation nor flip, the pixels are the stored ones.
+
+A damaged sample is named on stderr once, its place is masked like one that only fills the shape, and the work goes on;
+with `strict` it ends.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import launcher
+from ..config import Settings
 from ..manifest import class_weights
 from ..order import Micro
+from ..refusal import Failure
 from ..shards import Shards
+from ..workers import processors
+from .images import Images
+
+_PREFETCHED_BYTES = (
+    64 << 20
+)  # of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device. Where mask is False: row -1, image 0, label 0, weight 0."""
+    """One micro-batch on the device. Where mask is False: image 0, label 0, weight 0, and row -1 unless its sample is damaged."""
 
     image: Tensor  # (B, 1, S, S) uint8
     label: Tensor  # (B,) float32, 0 or 1
@@ -52,26 +65,88 @@ class Targets:
         return cls(label.astype(np.float32), weight)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How one rank's batches are made."""
+
+    shards: Shards
+    targets: Targets
+    backend: str  # dali or cpu
+    micro_batch: int
+    workers: int  # threads
+    prefetch: int  # micro-batches ready ahead of the step
+    strict: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "Loading":
+        """What the settings leave open is chosen from the machine: DALI on CUDA and OpenCV elsewhere; this rank's share of the
+        processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as 64 MiB hold, from two a
+        thread to sixteen a thread."""
+        cuda = device.type == "cuda"
+        backend = settings.pipeline if settings.pipeline != "auto" else "dali" if cuda else "cpu"
+        workers = settings.workers or min(8 if cuda else 4, max(1, processors() // launcher.ranks_here()))
+        fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
+        prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
+        return cls(shards, targets, backend, settings.micro_batch, workers, prefetch, settings.strict)
+
+    def batches(self, micros: Iterable[Micro], device: torch.device) -> Generator[Batch, None, None]:
+        return batches(
+            self.shards,
+            self.targets,
+            micros,
+            backend=self.backend,
+            device=device,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            strict=self.strict,
+        )
+
+    def __str__(self) -> str:
+        how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
+        return f"batches by {self.backend} from {self.shards.encoding} shards, {how}"
+
+
 def batches(
-    shards: Shards, targets: Targets, micros: Sequence[Micro], *, backend: str, device: torch.device, workers: int
-) -> Iterator[Batch]:
-    """A Batch for each of `micros`, in their order. Closing the iterator ends its threads."""
+    shards: Shards,
+    targets: Targets,
+    micros: Iterable[Micro],
+    *,
+    backend: str,
+    device: torch.device,
+    workers: int,
+    prefetch: int | None = None,
+    strict: bool = False,
+) -> Generator[Batch, None, None]:
+    """A Batch for each of `micros` (all of one B), in their order. Closing the iterator ends its threads.
+
+    prefetch: micro-batches made ahead, two a thread by default; strict: Failure at the first damaged sample.
+    """
+    ahead = prefetch or 2 * workers
     if backend == "dali":
         from . import dali
 
-        images = dali.images(shards, micros, workers=workers, device=device)
+        made = dali.images(shards, micros, workers=workers, device=device, prefetch=ahead)
     else:
         from . import cpu
 
-        images = (torch.from_numpy(array) for array in cpu.images(shards, micros, workers=workers))
-    for micro, image in zip(micros, images, strict=True):
-        yield _batch(micro, image, targets, device)
+        made = cpu.images(shards, micros, workers=workers, prefetch=ahead)
+    for images in made:
+        for damaged in images.damaged:
+            if strict:
+                raise Failure(
+                    f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
+                )
+            if shards.note_damaged(damaged):
+                print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
+        yield _batch(images, targets, device)
 
 
-def _batch(micro: Micro, image: Tensor, targets: Targets, device: torch.device) -> Batch:
-    label = np.where(micro.mask, targets.label[micro.rows], 0).astype(np.float32)
-    weight = np.where(micro.mask, targets.weight[micro.rows], 0).astype(np.float32)
-    if device.type == "cuda" and not image.is_cuda:
-        image = image.pin_memory()
-    on_device = [torch.from_numpy(array).to(device) for array in (label, weight, micro.rows, micro.mask)]
-    return Batch(image.to(device, non_blocking=True), *on_device)
+def _batch(images: Images, targets: Targets, device: torch.device) -> Batch:
+    rows, mask = images.rows, images.mask
+    label = np.where(mask, targets.label[rows], 0).astype(np.float32)
+    weight = np.where(mask, targets.weight[rows], 0).astype(np.float32)
+    pixels = images.pixels if isinstance(images.pixels, Tensor) else torch.from_numpy(images.pixels)
+    if device.type == "cuda" and not pixels.is_cuda:
+        pixels = pixels.pin_memory()
+    on_device = [torch.from_numpy(array).to(device) for array in (label, weight, rows, mask)]
+    return Batch(pixels.to(device, non_blocking=True), *on_device)

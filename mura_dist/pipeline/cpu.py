@@ -1,11 +1,11 @@
-"""Batches without a GPU: OpenCV over memory-mapped shards.
+"""Batches without a GPU: OpenCV over raw shards.
 
-Raw samples are views into the mapped tar; rotation and flip are one affine warp into the batch. A few threads stay a few
-micro-batches ahead (OpenCV and zlib release the interpreter's lock); results come in the order asked for.
+Rotation and flip are one affine warp from the stored pixels into the batch. A few threads stay some micro-batches ahead
+(OpenCV, zlib and reading release the interpreter's lock); results come in the order asked for.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
@@ -13,19 +13,18 @@ import numpy as np
 
 from ..order import Micro
 from ..shards import Shards
+from .images import Images, stored
 
-_AHEAD = 2  # micro-batches a thread may be ahead
 
-
-def images(shards: Shards, micros: Sequence[Micro], *, workers: int) -> Iterator[np.ndarray]:
-    """uint8 (B, 1, S, S) for each of `micros`, in order."""
+def images(shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: int) -> Iterator[Images]:
+    """pixels: a NumPy array; for each of `micros`, in order."""
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
-    ahead: deque[Future[np.ndarray]] = deque()
+    ahead: deque[Future[Images]] = deque()
     try:
         for micro in micros:
             ahead.append(pool.submit(load, shards, micro))
-            if len(ahead) > _AHEAD * workers:
+            if len(ahead) > prefetch:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -33,13 +32,14 @@ def images(shards: Shards, micros: Sequence[Micro], *, workers: int) -> Iterator
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(shards: Shards, micro: Micro) -> np.ndarray:
-    """uint8 (B, 1, S, S)."""
+def load(shards: Shards, micro: Micro) -> Images:
     size = shards.size
-    batch = np.zeros((len(micro.rows), 1, size, size), np.uint8)
-    for place in np.flatnonzero(micro.mask):
-        augment(shards.pixels(micro.rows[place]), float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
-    return batch
+    samples, mask, damaged = stored(shards, micro, encoded=False)
+    batch = np.zeros((len(samples), 1, size, size), np.uint8)
+    for place, pixels in enumerate(samples):
+        if pixels is not None:
+            augment(pixels, float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
+    return Images(batch, micro.rows, mask, damaged)
 
 
 def augment(source: np.ndarray, angle_deg: float, flip: bool, out: np.ndarray) -> None:

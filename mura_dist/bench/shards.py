@@ -1,0 +1,59 @@
+"""bench shards: the whole `mura-dist shards` command, against processes that only decode and resize the same files.
+
+Both sides start their interpreters within the time that is measured; the other side imports nothing but the reader.
+"""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from ..refusal import Failure
+from .clock import Contender, Work
+from .workload import Load
+
+_READ = """
+import sys
+from mura_dist import radiograph
+size = int(sys.argv[1])
+for path in sys.stdin.read().split("\\0"):
+    radiograph.read(path, size)
+"""
+
+
+def contenders(load: Load) -> list[Contender]:
+    return [
+        Contender("mura-dist shards (raw)", partial(conversion, "raw"), ours=True),
+        Contender("decode and resize only", reading),
+    ]
+
+
+def conversion(encoding: str, load: Load) -> Work:
+    def work(out: Path) -> int:
+        command = [sys.executable, "-m", "mura_dist.cli", "shards", str(load.folder), str(out / "shards"), "--quiet"]
+        options = {"size": load.size, "encoding": encoding, "workers": load.workers}
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        _succeed(subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL))
+        return len(load.paths)
+
+    return work
+
+
+def reading(load: Load) -> Work:
+    def work(out: Path) -> int:
+        command, files = [sys.executable, "-c", _READ, str(load.size)], [str(load.folder / path) for path in load.paths]
+        readers = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(load.workers)]
+        for number, reader in enumerate(readers):
+            assert reader.stdin is not None
+            reader.stdin.write("\0".join(files[number :: load.workers]))
+            reader.stdin.close()
+        for reader in readers:
+            _succeed(reader)
+        return len(files)
+
+    return work
+
+
+def _succeed(process: subprocess.Popen) -> None:
+    if process.wait():
+        raise Failure(f"a process of the benchmark ended with status {process.returncode}; its words are above")
