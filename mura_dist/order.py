@@ -5,10 +5,11 @@
 The bits come from Philox, a counter-based generator keyed by (seed, epoch and stream); only its raw output is used, which
 NumPy promises not to change. The order is a sort of keys that are all different (random upper bits, the place in the
 lower ones), so that no sorting algorithm can give another one. Angles and flips belong to the places of that order and
-are made for a micro-batch at a time, by setting Philox's counter. Nothing here knows threads, workers or what ran before;
+are made for a block of them at a time, by setting Philox's counter. Nothing here knows threads, workers or what ran before;
 the world size only decides who takes which micro-batch.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 _ORDER, _ANGLE, _FLIP = 0, 1, 2
 _STREAMS = 4
 _WORDS = 4  # uint64 that Philox gives for a step of its counter
+_BLOCK = 1024  # places whose angles and flips are drawn at once
 
 
 @dataclass(frozen=True)
@@ -41,26 +43,32 @@ class Epoch:
 
     def micro(self, start: int, size: int) -> Micro:
         """The radiographs at places start .. start + size, and how they are turned."""
-        # The upper 24 bits as a fraction in [0, 1): exact in float32.
-        bits = _bits(self.seed, self.epoch, _ANGLE, start, size)
-        fraction = (bits >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-        flips = (_bits(self.seed, self.epoch, _FLIP, start, size) & np.uint64(1)).astype(bool) & self.flip
-        angles = (2 * fraction - 1) * np.float32(self.rotate_deg)
-        return Micro(self.rows[start : start + size], angles, flips, np.ones(size, bool))
+        first, last = start // _BLOCK, (start + max(size, 1) - 1) // _BLOCK
+        blocks = [_turns(self.seed, self.epoch, block, self.rotate_deg, self.flip) for block in range(first, last + 1)]
+        here = slice(start - first * _BLOCK, start - first * _BLOCK + size)
+        angles, flips = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        return Micro(self.rows[start : start + size], angles[here], flips[here], np.ones(size, bool))
 
 
-def _bits(seed: int, epoch: int, stream: int, start: int, count: int) -> np.ndarray:
-    """Words start .. start + count of a stream's random uint64."""
+@functools.lru_cache(maxsize=4)  # of a few KB each: setting Philox up costs more than what it gives for one micro-batch
+def _turns(seed: int, epoch: int, block: int, rotate_deg: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Angles float32 and flips bool of the places of a block, (_BLOCK,) each; nobody writes to them."""
+    # The upper 24 bits as a fraction in [0, 1): exact in float32.
+    fraction = (_bits(seed, epoch, _ANGLE, block) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    flips = (_bits(seed, epoch, _FLIP, block) & np.uint64(1)).astype(bool) & flip
+    return (2 * fraction - 1) * np.float32(rotate_deg), flips
+
+
+def _bits(seed: int, epoch: int, stream: int, block: int = 0, count: int = _BLOCK) -> np.ndarray:
+    """`count` of a stream's random uint64, from the start of a block on."""
     key = np.array([seed, epoch * _STREAMS + stream], dtype=np.uint64)
-    skipped = start // _WORDS
-    words = np.random.Philox(key=key, counter=skipped).random_raw(start - skipped * _WORDS + count)
-    return words[start - skipped * _WORDS :]
+    return np.random.Philox(key=key, counter=block * (_BLOCK // _WORDS)).random_raw(count)
 
 
 def epoch_order(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
     """The whole order of an epoch. Ten million rows take 0.3 s and 160 MB (docs/benchmarks.md)."""
     place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
-    keys = _bits(seed, epoch, _ORDER, 0, len(rows))  # the only other array there is besides the result
+    keys = _bits(seed, epoch, _ORDER, count=len(rows))  # the only other array there is besides the result
     keys >>= place_bits
     keys <<= place_bits
     keys |= np.arange(len(rows), dtype=np.uint64)

@@ -207,3 +207,19 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
     assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
     assert "dali" in str(told)
     assert "3 threads a rank, 5 micro-batches ahead" in str(told)
+
+
+def test_dali_goes_on_from_epoch_to_epoch(opened: Shards) -> None:
+    """One graph for all epochs; one that was left in mid-epoch leaves nothing behind in the next."""
+    epochs = [micros_of(opened, rotate_deg=30, flip=True, micro_batch=size)[:count] for size, count in ((5, 9), (4, 3))]
+    for _ in range(3):
+        for micros in epochs:
+            left = dali.images(opened, micros, workers=2, device=CPU, prefetch=4)
+            next(left)
+            left.close()
+            ours, theirs = both(opened, micros)
+            assert (np.abs(ours.astype(int) - theirs) <= (2 if opened.encoding != "jpeg" else 4)).mean() >= 0.999
+            one = [made.rows.tolist() for made in dali.images(opened, micros[:1], workers=2, device=CPU, prefetch=4)]
+            assert one == [micros[0].rows.tolist()]
+    assert all(graph.pipe is not None for graph in dali._graphs.values())
+    assert 1 <= len(dali._graphs) <= 6, "one for each encoding, batch size and number of threads used so far"

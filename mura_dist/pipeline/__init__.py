@@ -146,7 +146,9 @@ def _batch(images: Images, targets: Targets, device: torch.device) -> Batch:
     label = np.where(mask, targets.label[rows], 0).astype(np.float32)
     weight = np.where(mask, targets.weight[rows], 0).astype(np.float32)
     pixels = images.pixels if isinstance(images.pixels, Tensor) else torch.from_numpy(images.pixels)
-    if device.type == "cuda" and not pixels.is_cuda:
+    told = [torch.from_numpy(array) for array in (label, weight, rows, mask)]
+    if device.type == "cpu":  # `to` would do nothing, at 10 microseconds each
+        return Batch(pixels, *told)
+    if not pixels.is_cuda:
         pixels = pixels.pin_memory()
-    on_device = [torch.from_numpy(array).to(device) for array in (label, weight, rows, mask)]
-    return Batch(pixels.to(device, non_blocking=True), *on_device)
+    return Batch(pixels.to(device, non_blocking=True), *(one.to(device) for one in told))

@@ -35,9 +35,11 @@ def images(shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: i
 def load(shards: Shards, micro: Micro) -> Images:
     size = shards.size
     samples, mask, damaged = stored(shards, micro, encoded=False)
-    batch = np.zeros((len(samples), 1, size, size), np.uint8)
+    batch = np.empty((len(samples), 1, size, size), np.uint8)
     for place, pixels in enumerate(samples):
-        if pixels is not None:
+        if pixels is None:
+            batch[place] = 0
+        else:
             augment(pixels, float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
     return Images(batch, micro.rows, mask, damaged)
 

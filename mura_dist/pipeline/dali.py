@@ -7,6 +7,7 @@ benchmark's peer import DALI.
 number of shards it reads at once.
 """
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -35,48 +36,85 @@ def images(
     on_gpu = device.type == "cuda"
     index = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
     size, batch = shards.size, len(first.rows)
-    fed: deque[Images] = deque()  # what DALI was given, and has not given back
-    pipe = _pipeline(
-        _feed(shards, itertools.chain([first], coming), fed),
-        raw=shards.encoding == "raw",
-        on_gpu=on_gpu,
-        batch_size=batch,
-        num_threads=workers,
-        device_id=index,
-        prefetch_queue_depth=min(max(2, prefetch), _DEEPEST),
-    )
-    pipe.build()
-    while True:
-        try:
-            (pixels,) = pipe.run()
-        except StopIteration:
-            return
+    key = (shards.encoding == "raw", batch, workers, index, min(max(2, prefetch), _DEEPEST))
+    feed = _Feed(shards, itertools.chain([first], coming))
+    graph = _graphs.pop(key, None)
+    if graph is None:
+        graph = _Graph(feed, *key)
+    else:
+        graph.start(feed)
+    while not feed.all_out():
+        (pixels,) = graph.pipe.run()
         image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
         feed_ndarray(pixels.as_tensor(), image, cuda_stream=torch.cuda.current_stream(device) if on_gpu else None)
-        given = fed.popleft()
+        given = feed.given.popleft()
         if not given.mask.all():
             image[torch.from_numpy(~given.mask).to(device)] = 0
+        if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
+            _graphs[key] = graph
         yield Images(image.view(batch, 1, size, size), given.rows, given.mask, given.damaged)
 
 
-def _feed(
-    shards: Shards, micros: Iterable[Micro], fed: deque[Images]
-) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-    """What external_source is given for each micro-batch: samples, angles float32 (B,), flips int32 (B,)."""
-    raw = shards.encoding == "raw"
-    black = np.zeros((shards.size, shards.size), np.uint8)
-    blank = black[..., None] if raw else np.frombuffer(encode(black, shards.encoding), np.uint8)
-    for micro in micros:
-        samples, mask, damaged = stored(shards, micro, encoded=not raw)
-        fed.append(Images(None, micro.rows, mask, damaged))
-        given = [blank if one is None else one[..., None] if raw else np.frombuffer(one, np.uint8) for one in samples]
-        yield given, micro.angles, micro.flips.astype(np.int32)
+class _Feed:
+    """What external_source is given: for each micro-batch samples, angles float32 (B,), flips int32 (B,)."""
+
+    def __init__(self, shards: Shards, micros: Iterable[Micro]) -> None:
+        self.shards, self.micros = shards, micros
+        self.given: deque[Images] = deque()  # what DALI has, and has not given back
+        self.ended = False
+
+    def all_out(self) -> bool:
+        return self.ended and not self.given
+
+    def __iter__(self) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+        size, encoding = self.shards.size, self.shards.encoding
+        raw, black = encoding == "raw", np.zeros((size, size), np.uint8)
+        blank = black[..., None] if raw else np.frombuffer(encode(black, encoding), np.uint8)
+        for micro in self.micros:
+            samples, mask, damaged = stored(self.shards, micro, encoded=not raw)
+            self.given.append(Images(None, micro.rows, mask, damaged))
+            given = [
+                blank if one is None else one[..., None] if raw else np.frombuffer(one, np.uint8) for one in samples
+            ]
+            yield given, micro.angles, micro.flips.astype(np.int32)
+        self.ended = True
+
+
+class _Graph:
+    """A DALI pipeline, kept from one epoch to the next: built anew each time, its memory grew by 2 MiB an epoch."""
+
+    def __init__(self, feed: Iterable[Any], raw: bool, batch: int, workers: int, index: int | None, depth: int) -> None:
+        self.feed = feed
+        self.pipe = _pipeline(
+            self,
+            raw=raw,
+            on_gpu=index is not None,
+            batch_size=batch,
+            num_threads=workers,
+            device_id=index,
+            prefetch_queue_depth=depth,
+        )
+        self.pipe.build()
+
+    def start(self, feed: Iterable[Any]) -> None:
+        """Once more, after everything of the last feed came out."""
+        with contextlib.suppress(StopIteration):
+            self.pipe.run()
+        self.feed = feed
+        self.pipe.reset()
+
+    def __iter__(self) -> Iterator[Any]:
+        """DALI asks for the next epoch's iterator at the end of the one before: what it goes over is looked up when it starts."""
+        yield from self.feed
+
+
+_graphs: dict[tuple[Any, ...], _Graph] = {}  # idle ones; one in use, or left in mid-epoch, is not in here
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _pipeline(feed: Iterator[Any], *, raw: bool, on_gpu: bool) -> Any:
+def _pipeline(feed: Iterable[Any], *, raw: bool, on_gpu: bool) -> Any:
     layout = ["HWC", "", ""] if raw else None
-    data, angle, flip = fn.external_source(source=feed, num_outputs=3, batch=True, layout=layout)
+    data, angle, flip = fn.external_source(source=feed, num_outputs=3, batch=True, layout=layout, cycle="raise")
     if raw:
         pixels = data.gpu() if on_gpu else data
     else:
