@@ -10,13 +10,13 @@ Several ranks (torchrun's or Slurm's) share the work: each takes every n-th shar
 itself what a rank that fell silent has left undone. Nobody talks to anybody but through the target.
 """
 
-import contextlib
 import itertools
 import json
+import os
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from . import __version__, audit, guarded, launcher, mura, pack, places, radiograph, samples, shards
-from .guarded import Limits, Lost
+from .guarded import Crew, Limits, Lost
 from .manifest import Manifest, cut_tune
 from .places import Place, Where
 from .refusal import Failure, Refusal, Stopped
 from .samples import Reader, Sample, Task
-from .scan import Scan, scan
+from .scan import Scan, scan, with_duplicates
 from .workers import processors
 
 SAMPLES_PER_SHARD = 512
@@ -51,8 +51,7 @@ class Conversion:
     size: int
     encoding: str
     plan: dict[str, Any]
-    workers: int
-    limits: Limits
+    crew: Crew
     rank: int
     num_ranks: int
 
@@ -84,26 +83,27 @@ def convert(
     """
     _check(source, out, size, encoding, workers)
     target = places.of(out)  # before the source is scanned: a wrong URL is said at once
-    rank, num_ranks = launcher.share()
-    scanned = scan(source, labels, duplicates=rank == 0)
-    if strict and scanned.defects:
-        raise Failure(
-            f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
-        )
-    manifest = cut_tune(scanned.manifest, tune, seed)
-    plan = {"format": shards.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
-    plan |= {"manifest_sha256": manifest.digest, "version": __version__}
-    conversion = Conversion(
-        target, scanned.root, manifest, size, encoding, plan, workers or processors(), limits, rank, num_ranks
-    )
-    if rank:
-        _follow(conversion, progress)
-        return None
-    if _finished(conversion):
-        index = json.loads(conversion.out.read("index.json"))
-        _refuse_unreadable(index["unreadable"], strict)
-        return index
-    return _lead(conversion, scanned, strict, progress)
+    (rank, num_ranks), workers = launcher.share(), workers or processors()
+    with guarded.crew(
+        Reader, (size, encoding), workers=workers, limits=limits
+    ) as crew:  # they get ready during the scan
+        scanned = scan(source, labels, duplicates=strict)
+        if strict and scanned.defects:
+            raise Failure(
+                f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
+            )
+        manifest = cut_tune(scanned.manifest, tune, seed)
+        plan = {"format": shards.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
+        plan |= {"manifest_sha256": manifest.digest, "version": __version__}
+        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, rank, num_ranks)
+        if rank:
+            _follow(conversion, progress)
+            return None
+        if _finished(conversion):
+            index = json.loads(conversion.out.read("index.json"))
+            _refuse_unreadable(index["unreadable"], strict)
+            return index
+        return _lead(conversion, scanned, strict, progress)
 
 
 def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -111,7 +111,10 @@ def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callabl
     started = time.time()
     _record(conversion, state="running", started=started)
     conversion.out.write("manifest.csv", conversion.manifest.to_csv())
-    _write_shards(conversion, _Work(conversion, progress))
+    with ThreadPoolExecutor(1, "duplicates") as aside:  # looked for beside the decoding, which has the processors busy
+        whole = aside.submit(with_duplicates, scanned)
+        _write_shards(conversion, _Work(conversion, progress))
+        scanned = whole.result()
     marks = _marks(conversion)
     unreadable = _unreadable(conversion, marks)
     _refuse_unreadable(unreadable, strict)
@@ -197,7 +200,7 @@ def _finished(conversion: Conversion) -> bool:
 
 def _record(conversion: Conversion, **facts: Any) -> None:
     machine: dict[str, Any] = {"host": platform.node(), "platform": platform.platform()}
-    machine |= {"workers": conversion.workers, "ranks": conversion.num_ranks}
+    machine |= {"workers": conversion.crew.workers, "ranks": conversion.num_ranks}
     conversion.out.write("conversion.json", _json({"plan": conversion.plan, **machine, **facts}))
 
 
@@ -267,16 +270,14 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
         return
     labels = conversion.manifest.frame["label"].to_numpy()
     rows = np.concatenate([shard.rows for shard in todo])
-    with contextlib.closing(_samples(conversion, rows)) as stream:
-        try:
-            for shard in todo:
-                ours = itertools.islice(stream, len(shard.rows))
-                pack.write(
-                    conversion.out, shard.name, ours, labels, encoding=conversion.encoding, aside=conversion.aside
-                )
-                work.made(shard)
-        except KeyboardInterrupt as error:
-            raise Stopped("stopped; the finished shards stay, the same command goes on") from error
+    stream = _samples(conversion, rows)
+    try:
+        for shard in todo:
+            ours = itertools.islice(stream, len(shard.rows))
+            pack.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding, aside=conversion.aside)
+            work.made(shard)
+    except KeyboardInterrupt as error:
+        raise Stopped("stopped; the finished shards stay, the same command goes on") from error
 
 
 def _marks(conversion: Conversion) -> list[dict[str, Any]]:
@@ -302,18 +303,17 @@ def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dic
 # ---- the samples
 
 
-def _samples(conversion: Conversion, rows: np.ndarray) -> Generator[Sample, None, None]:
+def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     """Samples in row order, decoded ahead by guarded processes, never far ahead."""
-    paths = conversion.manifest.frame["path"].to_numpy()
-    local = None if places.is_remote(conversion.root) else Path(conversion.root)
-    arguments = (local, paths if local else paths[:0], conversion.size, conversion.encoding)
-    workers = max(1, min(conversion.workers, -(-len(rows) // _CHUNK)))
+    paths, root = conversion.manifest.frame["path"].to_numpy(), conversion.root
     chunks = (rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK))
-    tasks = chunks if local else _fetched(places.of(conversion.root), paths, chunks)
-    results = guarded.results(Reader, arguments, tasks, workers=workers, limits=conversion.limits)
-    with contextlib.closing(results):
-        for row, result in zip(rows.tolist(), results, strict=True):
-            yield Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+    tasks: Iterable[list[Task]]
+    if places.is_remote(root):
+        tasks = _fetched(places.of(root), paths, chunks)
+    else:
+        tasks = ([(row, os.path.join(root, paths[row])) for row in chunk] for chunk in chunks)
+    for row, result in zip(rows.tolist(), conversion.crew.results(tasks), strict=True):
+        yield Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
 
 
 def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:

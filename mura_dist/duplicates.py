@@ -4,16 +4,18 @@ size -> 4 KiB from the middle -> SHA-256 of the whole; whoever is alone at one s
 """
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from . import mura
-from .places import Place
+from .places import Place, Remote
 
 _PART_BYTES = 4096  # of files of one size; where these differ, no more is read
 _PIECE_BYTES = 8 << 20
-_READING_THREADS = 16  # they wait for the disk, or the store, most of the time
+_AT_ONCE = 32  # files a thread takes: handing out costs as much as looking into one
+_READING_THREADS = {True: 16, False: 4}  # by whether the place is remote: a store is waited for most of the time
 
 
 def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
@@ -36,17 +38,19 @@ def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[s
     for path in paths:
         by_size[sizes[path]].append(path)
     groups = [group for size, group in by_size.items() if size and len(group) > 1]
-    groups = _alike(_alike(groups, middle), whole)
+    threads = _READING_THREADS[isinstance(place, Remote)]
+    groups = _alike(_alike(groups, middle, threads), whole, threads)
     return sorted(pair for group in groups for pair in _pairs(group))
 
 
-def _alike(groups: list[list[str]], key: Callable[[str], Hashable]) -> list[list[str]]:
+def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int) -> list[list[str]]:
     """Each group cut into those of one key; who is left alone, or cannot be read, is dropped."""
     members = [(number, path) for number, group in enumerate(groups) for path in group]
     parts: dict[Hashable, list[str]] = defaultdict(list)
-    with ThreadPoolExecutor(_READING_THREADS, "duplicates") as pool:
-        keys = pool.map(lambda member: _or_none(key, member[1]), members)
-        for (number, path), found in zip(members, keys, strict=True):
+    hands = [members[start : start + _AT_ONCE] for start in range(0, len(members), _AT_ONCE)]
+    with ThreadPoolExecutor(threads, "duplicates") as pool:
+        keys = pool.map(lambda hand: [_or_none(key, path) for _, path in hand], hands)
+        for (number, path), found in zip(members, itertools.chain.from_iterable(keys), strict=True):
             if found is not None:
                 parts[number, found].append(path)
     return [part for part in parts.values() if len(part) > 1]

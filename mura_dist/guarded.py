@@ -11,12 +11,12 @@ one does; a clock on the wall, ten times slower, ends those that wait for ever.
 import contextlib
 import multiprocessing
 import os
+import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -70,47 +70,44 @@ class _Worker:
     spent_s: float = 0.0  # processor time of the process when that task began
 
 
-def results(
-    prepare: Prepare,
-    arguments: tuple[Any, ...],
-    chunks: Iterable[Sequence[Any]],
-    *,
-    workers: int,
-    limits: Limits = DEFAULT,
-    ahead: int = 4,
-) -> Generator[Any, None, None]:
-    """For every task of every chunk, in order, what `prepare(*arguments)(task)` returned, or Lost.
-
-    Everything sent must pickle; an exception a task raises is raised here. `ahead`: chunks a worker may be ahead of whoever
-    reads. Closing the iterator ends the processes.
-    """
-    guard = _Guard(prepare, arguments, iter(chunks), workers, limits, ahead * workers)
+@contextlib.contextmanager
+def crew(prepare: Prepare, arguments: tuple[Any, ...], *, workers: int, limits: Limits = DEFAULT) -> Iterator["Crew"]:
+    """Processes that get ready at once, to do what is asked of the Crew; they end with the block. Everything sent must pickle."""
+    guard = _Guard(prepare, arguments, workers, limits)
     guard.start()
     try:
-        while (chunk := guard.next()) is not None:
+        yield Crew(guard, workers)
+    finally:
+        guard.stop()
+
+
+@dataclass(frozen=True)
+class Crew:
+    _guard: "_Guard"
+    workers: int
+
+    def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = 4) -> Iterator[Any]:
+        """For every task of every chunk, in order, what `prepare(*arguments)(task)` returned, or Lost.
+
+        An exception a task raises is raised here. `ahead`: chunks a worker may be ahead of whoever reads. To be read to its
+        end before the next is asked for.
+        """
+        self._guard.feed(iter(chunks), ahead * self.workers)
+        while (chunk := self._guard.next()) is not None:
             for result in chunk.results:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
-    finally:
-        guard.stop()
 
 
 class _Guard(threading.Thread):
     """Hands out chunks, takes in results, watches the clocks; a thread, so that no worker waits while the caller writes."""
 
-    def __init__(
-        self,
-        prepare: Prepare,
-        arguments: tuple[Any, ...],
-        chunks: Iterator[Sequence[Any]],
-        workers: int,
-        limits: Limits,
-        ahead: int,
-    ) -> None:
+    def __init__(self, prepare: Prepare, arguments: tuple[Any, ...], workers: int, limits: Limits) -> None:
         super().__init__(daemon=True, name="guard")
-        self.prepared, self.limits, self.ahead, self.count = (prepare, arguments), limits, ahead, workers
-        self.coming, self.exhausted = chunks, False
+        self.prepared, self.limits, self.count = (prepare, arguments), limits, workers
+        self.coming: Iterator[Sequence[Any]] = iter(())
+        self.exhausted, self.ahead = True, 0
         self.changed = threading.Condition()
         self.ordered: deque[_Chunk] = deque()  # handed out, not yet read
         self.again: deque[_Chunk] = deque()  # begun, to be gone on with
@@ -120,8 +117,17 @@ class _Guard(threading.Thread):
         self.ending = False
         self.stillborn = 0  # workers in a row that ended before they began
         self.bell_in, self.bell = multiprocessing.Pipe(duplex=False)
+        self.ears = selectors.DefaultSelector()  # kept: `connection.wait` would make one for each message
+        self.ears.register(self.bell_in, selectors.EVENT_READ)
 
     # ---- for whoever reads the results
+
+    def feed(self, chunks: Iterator[Sequence[Any]], ahead: int) -> None:
+        with self.changed:
+            assert self.exhausted, "one stream of tasks at a time"
+            assert not self.ordered
+            self.coming, self.ahead, self.exhausted = chunks, ahead, False
+        self._ring()
 
     def next(self) -> _Chunk | None:
         """The next chunk, whole; None at the end."""
@@ -163,6 +169,7 @@ class _Guard(threading.Thread):
         finally:
             for worker in self.staff:
                 _end(worker)
+            self.ears.close()
 
     def _hire(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -170,7 +177,9 @@ class _Guard(threading.Thread):
         process = context.Process(target=_work, args=(theirs, self.limits.memory_bytes, *self.prepared), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        worker = _Worker(process, ours)
+        self.ears.register(ours, selectors.EVENT_READ, worker)
+        return worker
 
     def _hand_out(self) -> None:
         for worker in list(self.staff):
@@ -200,12 +209,11 @@ class _Guard(threading.Thread):
 
     def _listen(self) -> None:
         """Take in what has come, waiting a little where nothing has."""
-        pipes: dict[Any, _Worker] = {worker.pipe: worker for worker in self.staff}
-        for pipe in connection.wait([self.bell_in, *pipes], timeout=self.tick_s):
-            if pipe is self.bell_in:
+        for key, _ in self.ears.select(self.tick_s):
+            if key.data is None:
                 self.bell_in.recv_bytes()
             else:
-                self._hear(pipes[pipe])
+                self._hear(key.data)
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -247,6 +255,7 @@ class _Guard(threading.Thread):
 
     def _replace(self, worker: _Worker, why: str) -> None:
         """End a worker, hire another; what it had at hand is tried once more, or lost."""
+        self.ears.unregister(worker.pipe)
         _end(worker)
         self.stillborn += not worker.ready
         if self.stillborn > self.count + 2:

@@ -72,10 +72,9 @@ class _Tar:
         blocks: list[bytes] = []
         entries, end = [], self.bytes
         for suffix, data in ((SUFFIX[encoding], sample.data), ("cls", b"%d" % label), ("id", b"%d" % sample.row)):
-            member = tarfile.TarInfo(f"{sample.row:09d}.{suffix}")
-            member.size, member.mode = len(data), 0o644
-            entries.append(f"{suffix} {end + tarfile.BLOCKSIZE} {len(data)} {member.name}")
-            blocks += [member.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+            name = f"{sample.row:09d}.{suffix}"
+            entries.append(f"{suffix} {end + tarfile.BLOCKSIZE} {len(data)} {name}")
+            blocks += [_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
             end += tarfile.BLOCKSIZE + len(data) + len(blocks[-1])
         self._write(b"".join(blocks))
         return " ".join(entries)
@@ -89,3 +88,25 @@ class _Tar:
         self.digest.update(data)
         self.bytes += len(data)
         self.file.write(data)
+
+
+def _header(name: str, size: int) -> bytes:
+    """A member's block, as tarfile writes it in the USTAR format with mode 644 and no owner, host or time.
+
+    Patched into one that tarfile made: its own way costs 25 microseconds a member, three members a radiograph.
+    """
+    block = bytearray(_BLANK)
+    block[: len(name)] = name.encode("ascii")
+    block[124:135] = b"%011o" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def _blank() -> bytes:
+    member = tarfile.TarInfo("")
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+_BLANK = _blank()

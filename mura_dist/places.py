@@ -105,15 +105,16 @@ class Local(Place):
         return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
 
     def files(self) -> Iterator[tuple[str, int]]:
-        waiting = [self.folder]
+        waiting = [""]
         while waiting:
-            with os.scandir(waiting.pop()) as entries:
+            below = waiting.pop()
+            with os.scandir(self.folder / below) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         if not entry.name.startswith("."):
-                            waiting.append(Path(entry.path))
-                    elif not entry.is_dir():  # a link to a folder is not followed
-                        yield Path(entry.path).relative_to(self.folder).as_posix(), _size(entry)
+                            waiting.append(f"{below}{entry.name}/")
+                    elif not (entry.is_symlink() and entry.is_dir()):  # a link to a folder is not followed
+                        yield f"{below}{entry.name}", _size(entry)
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).is_file()

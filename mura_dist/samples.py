@@ -3,10 +3,11 @@
 row (or the file's content) -> radiograph.read -> uint8 (S, S) -> encode -> Sample
 """
 
+import functools
 import io
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,8 +17,8 @@ from . import radiograph
 SUFFIX = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 JPEG_QUALITY = 95
 
-Task = int | tuple[int, bytes | radiograph.Unreadable]
-"""A row, or (row, its file's content) where only the main process reaches the source."""
+Task = tuple[int, str | bytes | radiograph.Unreadable]
+"""A row, and its file's path; or its content, or why there is none, where only the main process reaches the source."""
 
 
 class Sample(NamedTuple):
@@ -31,14 +32,22 @@ class Sample(NamedTuple):
 
 def encode(pixels: np.ndarray, encoding: str) -> bytes:
     """uint8 (S, S) -> the bytes of a sample's image member."""
-    data = io.BytesIO()
     if encoding == "raw":
-        np.lib.format.write_array(data, pixels, version=(1, 0), allow_pickle=False)
-    elif encoding == "png":
+        return npy_header(pixels.shape) + pixels.tobytes()
+    data = io.BytesIO()
+    if encoding == "png":
         Image.fromarray(pixels).save(data, "PNG", compress_level=6)
     else:
         Image.fromarray(pixels).save(data, "JPEG", quality=JPEG_QUALITY)
     return data.getvalue()
+
+
+@functools.cache
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What NumPy writes before the pixels, uint8 of `shape` in C order."""
+    data = io.BytesIO()
+    np.lib.format.write_array(data, np.zeros(shape, np.uint8), version=(1, 0), allow_pickle=False)
+    return data.getvalue()[: -math.prod(shape)]
 
 
 def decode(data: bytes, encoding: str) -> np.ndarray:
@@ -51,25 +60,17 @@ def decode(data: bytes, encoding: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reader:
-    """Does one task. `root`: where `paths` (by row) begin; None where the tasks bring the contents."""
+    """Does one task."""
 
-    root: Path | None
-    paths: Any
     size: int
     encoding: str
 
     def __call__(self, task: Task) -> Sample:
-        row = task if isinstance(task, int) else task[0]
+        row, source = task
         try:
-            pixels = radiograph.read(self._source(task), self.size)
+            if isinstance(source, radiograph.Unreadable):
+                raise source
+            pixels = radiograph.read(io.BytesIO(source) if isinstance(source, bytes) else source, self.size)
         except radiograph.Unreadable as error:
             return Sample(row, None, error.code, error.reason)
         return Sample(row, encode(pixels, self.encoding), "", "")
-
-    def _source(self, task: Task) -> Path | io.BytesIO:
-        if isinstance(task, int):
-            assert self.root is not None
-            return self.root / self.paths[task]
-        if isinstance(task[1], radiograph.Unreadable):
-            raise task[1]
-        return io.BytesIO(task[1])

@@ -64,13 +64,14 @@ class Scan:
     corrections: dict[str, int]
     needless: list[str]
     duplicates: list[tuple[str, str]]
+    sizes: dict[str, int]  # bytes of each radiograph's file, by path
 
 
 def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) -> Scan:
     """Read a folder in MURA's layout, local or behind a URL; `labels` is an optional local file of corrections (`study,label`).
 
     Where MURA's CSVs are present they say which files and labels count; the folders are checked against them. `duplicates`:
-    look for files that are byte for byte the same, the only part that opens radiographs. Raises Refusal where there is no
+    also look for files that are byte for byte the same. Raises Refusal where there is no
     such folder, nothing in it follows the layout, or it is MURA-v1.0.
     """
     tree = walk(source)
@@ -86,13 +87,24 @@ def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) 
     radiographs = [r for r in radiographs if r.label is not None]
     _refuse(source, radiographs, csvs)
     defects["patient in train and valid"] += _patients_in_both(radiographs)
-    pairs = copies.pairs(places.of(tree.root), tree.sizes, [r.path for r in radiographs]) if duplicates else []
+    phantoms = any(place.exists(PHANTOMS_MARK) for place in (places.of(tree.root), places.of(source)))
+    sizes = {r.path: tree.sizes[r.path] for r in radiographs}
+    found = Scan(tree.root, Manifest.of(radiographs), _told(defects), phantoms, corrections, needless, [], sizes)
+    return with_duplicates(found) if duplicates else found
+
+
+def with_duplicates(scan: Scan) -> Scan:
+    """The same, looked through for files that are byte for byte the same: the only part that opens radiographs."""
+    pairs = copies.pairs(places.of(scan.root), scan.sizes, list(scan.sizes))
+    defects = defaultdict(list, scan.defects)
     for one, other in pairs:
         across = one.partition("/")[0] != other.partition("/")[0]
         defects["duplicate across splits" if across else "duplicate within a split"].append(f"{one} = {other}")
-    phantoms = any(place.exists(PHANTOMS_MARK) for place in (places.of(tree.root), places.of(source)))
-    told = {name: defects[name] for name in DEFECTS if defects[name]}
-    return Scan(tree.root, Manifest.of(radiographs), told, phantoms, corrections, needless, pairs)
+    return replace(scan, defects=_told(defects), duplicates=pairs)
+
+
+def _told(defects: Defects) -> Defects:
+    return {name: defects[name] for name in DEFECTS if defects.get(name)}
 
 
 def _check_files(tree: Tree, csvs: Csvs, defects: Defects) -> None:

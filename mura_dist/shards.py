@@ -30,7 +30,7 @@ from . import mirror as mirrors
 from .manifest import Manifest
 from .places import Where
 from .refusal import Refusal
-from .samples import decode, encode
+from .samples import decode, npy_header
 
 FORMAT = 1
 INDEX_HEADER = "v1.2"
@@ -229,7 +229,7 @@ class Shards:
 
     @cached_property
     def _npy_header_bytes(self) -> int:
-        return len(encode(np.zeros((self.size, self.size), np.uint8), "raw")) - self.size**2
+        return len(npy_header((self.size, self.size)))
 
     def pixels(self, row: int) -> np.ndarray:
         """uint8 (S, S), read-only. Raises as `encoded`."""

@@ -99,7 +99,14 @@ def test_what_differs_is_told_exactly(frame: pd.DataFrame) -> None:
 
 
 def lines_of(frame: pd.DataFrame, **more: Any) -> list[str]:
-    empty: dict[str, Any] = {"defects": {}, "phantoms": False, "corrections": {}, "needless": [], "duplicates": []}
+    empty: dict[str, Any] = {
+        "defects": {},
+        "phantoms": False,
+        "corrections": {},
+        "needless": [],
+        "duplicates": [],
+        "sizes": {},
+    }
     report = checked(Scan(Path("where/it/lay"), Manifest(frame), **(empty | more)), Manifest(frame))
     return audit.text(report).splitlines()
 

@@ -152,7 +152,7 @@ def workers_being_killed() -> Iterator[list[int]]:
     ended = threading.Event()
 
     def kill() -> None:
-        while len(killed) < 3 and not ended.wait(0.7):
+        while len(killed) < 3 and not ended.wait(0.2):
             for pid in children()[:1]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -180,7 +180,7 @@ def children() -> list[int]:
 def test_workers_killed_from_outside_leave_no_trace(phantoms: Path, tmp_path: Path) -> None:
     """An operator, or the kernel short of memory: the file at hand is tried again, no good radiograph becomes a failure."""
     source = tmp_path / "set"
-    for copy in range(6):
+    for copy in range(12):
         for path in phantoms.rglob("*.png"):
             name = path.relative_to(phantoms).as_posix().replace("/patient", f"/patient{copy}")
             (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mura_dist.guarded import Limits, Lost, results
+from mura_dist.guarded import Limits, Lost, crew
 from mura_dist.refusal import Failure
 
 QUICK = Limits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
@@ -49,7 +49,8 @@ def work(
     notes: Path, tasks: list[tuple[str, int]], *, workers: int, chunk: int = 3, limits: Limits = QUICK
 ) -> list[Any]:
     chunks = (tasks[start : start + chunk] for start in range(0, len(tasks), chunk))
-    return list(results(worker, (notes,), chunks, workers=workers, limits=limits))
+    with crew(worker, (notes,), workers=workers, limits=limits) as people:
+        return list(people.results(chunks))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -88,21 +89,35 @@ def dies_at_once(notes: Path) -> Callable[[Any], Any]:
 
 
 def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"end before they begin \(exit status 7\)"):
-        list(results(dies_at_once, (tmp_path,), [[1]], workers=2, limits=QUICK))
+    with (
+        crew(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as people,
+        pytest.raises(Failure, match=r"end before they begin \(exit status 7\)"),
+    ):
+        list(people.results([[1]]))
 
 
-def test_workers_stay_a_little_ahead_and_end_with_the_iterator(tmp_path: Path) -> None:
+def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> None:
     handed_out = itertools.count()
     chunks = ([("do", next(handed_out))] for _ in range(1000))
-    stream = results(worker, (tmp_path,), chunks, workers=2, limits=QUICK, ahead=4)
-    assert next(stream) == 0
-    time.sleep(0.5)
-    assert next(handed_out) <= 12, "never far ahead"
-    stream.close()
+    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
+        stream = people.results(chunks, ahead=4)
+        assert next(stream) == 0
+        time.sleep(0.5)
+        assert next(handed_out) <= 12, "never far ahead"
     pids = {int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()}
     assert pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert not [thread for thread in threading.enumerate() if thread.name == "guard"]
+
+
+def test_a_crew_does_one_work_after_another(tmp_path: Path) -> None:
+    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
+        time.sleep(0.3)  # ready, and idle
+        for start in (0, 100, 200):
+            tasks = [[("do", start + n)] for n in range(20)]
+            assert list(people.results(tasks)) == list(range(start, start + 20))
+        assert list(people.results([])) == []
+    pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().split()}
+    assert len(pids) <= 2, "the same processes"

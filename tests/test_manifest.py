@@ -441,7 +441,7 @@ def test_what_cannot_be_read_has_no_duplicate(tmp_path: Path) -> None:
             raise PermissionError(path)
         return "same"
 
-    assert duplicates._alike([["a", "c", "b"], ["d"]], key) == [["a", "b"]]
+    assert duplicates._alike([["a", "c", "b"], ["d"]], key, 2) == [["a", "b"]]
     make(tmp_path, view())
     for n in (2, 3):  # links to nowhere, and empty files
         make(tmp_path, view(patient=n))

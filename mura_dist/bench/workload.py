@@ -63,7 +63,7 @@ class Load:
 
 
 def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
-    """Link `number` radiographs of --data, or of phantoms, of which no more are drawn than it takes.
+    """`number` radiographs of --data, or of phantoms, of which no more are drawn than it takes; as links, repeated as copies.
 
     Raises Refusal for a folder that does not serve.
     """
@@ -83,9 +83,18 @@ def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
         copy, (path, patient) = place // len(usable), usable[place % len(usable)]
         paths.append(path.replace(f"/{patient}/", f"/{patient}x{copy}/", 1) if copy else path)
         (folder / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
-        (folder / paths[-1]).symlink_to((scanned.root / path).resolve())
+        _place((scanned.root / path).resolve(), folder / paths[-1], copy)
     distinct = min(number, len(usable))
     return Load(folder, scratch, paths, distinct, size, options.workers, options.batch, options.architecture)
+
+
+def _place(source: Path, target: Path, copy: int) -> None:
+    """A link, or the file with some bytes behind its end, which no reader minds: a data set of equal files is none, and a
+    conversion, which looks for them, would be measured at that."""
+    if copy:
+        target.write_bytes(source.read_bytes() + bytes(copy))
+    else:
+        target.symlink_to(source)
 
 
 def _draw(folder: Path, number: int) -> None:
