@@ -30,8 +30,9 @@ def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[s
 
     def whole(path: str) -> Hashable:
         digest = hashlib.sha256()
-        for start in range(0, sizes[path] if sizes[path] > _PART_BYTES else 0, _PIECE_BYTES):
-            digest.update(place.read_part(path, start, _PIECE_BYTES))
+        size = sizes[path]
+        for start in range(0, size if size > _PART_BYTES else 0, _PIECE_BYTES):
+            digest.update(place.read_part(path, start, min(_PIECE_BYTES, size - start)))
         return digest.digest()
 
     by_size: dict[int, list[str]] = defaultdict(list)

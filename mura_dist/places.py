@@ -123,7 +123,7 @@ class Local(Place):
         return (self.folder / name).read_bytes()
 
     def read_part(self, name: str, start: int, length: int) -> bytes:
-        with open(self.folder / name, "rb") as file:
+        with open(os.path.join(self.folder, name), "rb", buffering=0) as file:  # a Path, and a buffer, cost more than the reading
             file.seek(start)
             return file.read(length)
 
