@@ -37,7 +37,7 @@ SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, 2048)
 PLAN_WAIT_S = 120.0  # how long a rank waits for the first one's plan
 SILENCE_S = 60.0  # without a new shard for so long, the first rank makes the missing ones itself
-_CHUNK = 8  # radiographs a worker takes at once
+_CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs a worker takes at once, and their pixels at most
 _FETCHING_THREADS = 4  # chunks of a remote source on their way at once
 
 
@@ -306,7 +306,8 @@ def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dic
 def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     """Samples in row order, decoded ahead by guarded processes, never far ahead."""
     paths, root = conversion.manifest.frame["path"].to_numpy(), conversion.root
-    chunks = (rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK))
+    at_once = max(1, min(_CHUNK, _CHUNK_BYTES // conversion.size**2))
+    chunks = (rows[start : start + at_once].tolist() for start in range(0, len(rows), at_once))
     tasks: Iterable[list[Task]]
     if places.is_remote(root):
         tasks = _fetched(places.of(root), paths, chunks)

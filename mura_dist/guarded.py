@@ -92,7 +92,7 @@ class Crew:
         An exception a task raises is raised here. `ahead`: chunks a worker may be ahead of whoever reads. To be read to its
         end before the next is asked for.
         """
-        self._guard.feed(iter(chunks), ahead * self.workers)
+        self._guard.feed((chunk for chunk in chunks if chunk), ahead * self.workers)
         while (chunk := self._guard.next()) is not None:
             for result in chunk.results:
                 if isinstance(result, BaseException):
@@ -319,6 +319,5 @@ def _limit_memory(memory_bytes: int) -> None:
     except (ImportError, OSError, StopIteration):
         return
     resource.setrlimit(resource.RLIMIT_DATA, (held + memory_bytes, resource.RLIM_INFINITY))
-    resource.setrlimit(
-        resource.RLIMIT_CORE, (0, 0)
-    )  # a decoder's crash is no reason to leave a patient's pixels on the disk
+    # A decoder's crash is no reason to leave a patient's pixels on the disk.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -123,7 +123,8 @@ class Local(Place):
         return (self.folder / name).read_bytes()
 
     def read_part(self, name: str, start: int, length: int) -> bytes:
-        with open(os.path.join(self.folder, name), "rb", buffering=0) as file:  # a Path, and a buffer, cost more than the reading
+        # A Path and a buffer would cost more than the reading.
+        with open(os.path.join(self.folder, name), "rb", buffering=0) as file:
             file.seek(start)
             return file.read(length)
 
@@ -186,6 +187,7 @@ class Remote(Place):
 
     def exists(self, name: str) -> bool:
         with _spoken(self.url):
+            self.store.invalidate_cache()
             return self.store.isfile(self._at(name))
 
     def read(self, name: str) -> bytes:

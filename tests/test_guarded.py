@@ -119,5 +119,6 @@ def test_a_crew_does_one_work_after_another(tmp_path: Path) -> None:
             tasks = [[("do", start + n)] for n in range(20)]
             assert list(people.results(tasks)) == list(range(start, start + 20))
         assert list(people.results([])) == []
+        assert list(people.results([[], [("do", 7)], []])) == [7]
     pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().split()}
     assert len(pids) <= 2, "the same processes"
