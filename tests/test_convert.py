@@ -47,7 +47,8 @@ if __name__ == "__main__":
 def start_rank(script: Path, environment: dict[str, Any], *words: object) -> subprocess.Popen[str]:
     known = {name: str(value) for name, value in environment.items()}
     command = [sys.executable, str(script), *map(str, words)]
-    return subprocess.Popen(command, env=os.environ | known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(command, env=others | known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 LAUNCHERS = {
