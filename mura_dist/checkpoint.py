@@ -1,22 +1,28 @@
 """Checkpoints: a resumable state in a folder, complete or not there.
 
-    checkpoints/step-00012000/model.safetensors                      torchvision's keys, one copy
-                              optimiser-00000-of-00001.safetensors   one a rank under ZeRO stage 1, else one
-                              state.json                             step, epoch, plateau, scores, sizes
+    checkpoints/step-00012000/model.safetensors                      torchvision's keys, one copy: what the run offers
+                              training.safetensors                   with a moving average: the weights training goes on from
+                              optimiser-00000-of-00001.safetensors   one a rank under ZeRO stage 1, else one; end to end they
+                                                                     are the whole, so any number of ranks can read them
+                              state.json                             step, plateau, scores, sums of the epoch so far
                               COMPLETE                               SHA-256 of each file above; written last
 
-Everything is written into `.step-00012000.partial`, which is then renamed. Nothing is pickled.
+Everything is written into `.step-00012000.partial`, which is then renamed. Nothing is pickled. Where one rank writes all,
+it does so beside the next steps: what is written was copied first.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +30,7 @@ from . import atomic
 from .places import sha256
 from .refusal import Refusal
 
-FORMAT = 1
+FORMAT = 2
 MARK = "COMPLETE"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -47,56 +53,84 @@ class Checkpoint:
     def model(self) -> dict[str, Tensor]:
         return load_file(self.folder / "model.safetensors")
 
-    def optimiser(self, rank: int, world_size: int, zero_stage: int) -> dict[str, Tensor]:
-        """What `save` was given by this rank. Refusal where ZeRO's shares were cut for another number of ranks."""
-        saved, shares = self.state["zero_stage"], self.state["optimiser_shares"]
-        if saved != zero_stage:
-            raise Refusal(
-                f"zero_stage={zero_stage}: {self.folder} was written with zero_stage={saved}; keep it, or give run=NEW"
-            )
-        if saved and shares != world_size:
-            raise Refusal(
-                f"{world_size} ranks: {self.folder} holds the optimiser of {shares} ranks under zero_stage={saved}; "
-                f"start {shares} ranks, or train with zero_stage=0, whose checkpoints fit any number"
-            )
-        return load_file(self.folder / _optimiser_name(rank if shares > 1 else 0, shares))
+    def training(self) -> dict[str, Tensor]:
+        """What `Engine.state` was; empty for a run without a moving average."""
+        path = self.folder / "training.safetensors"
+        return load_file(path) if path.is_file() else {}
+
+    def optimiser(self) -> dict[str, Tensor]:
+        """What all ranks' `Engine.optimiser_state` were, end to end: vectors joined, counters as they are."""
+        shares = [load_file(path) for path in sorted(self.folder.glob("optimiser-*.safetensors"))]
+        return {
+            name: torch.cat([share[name] for share in shares]) if value.ndim else value
+            for name, value in shares[0].items()
+        }
+
+
+Tensors = dict[str, Tensor]
 
 
 def _optimiser_name(rank: int, shares: int) -> str:
     return f"optimiser-{rank:05d}-of-{shares:05d}.safetensors"
 
 
-def save(
-    parent: Path,
-    state: dict[str, Any],
-    model: dict[str, Tensor],
-    optimiser: dict[str, Tensor],
-    *,
-    rank: int,
-    shares: int,
-    barrier: Callable[[], None],
-) -> Path:
-    """Write a checkpoint of `state["step"]`; called by all ranks. `shares`: ranks that hold a share of the optimiser."""
-    folder = parent / f"step-{state['step']:08d}"
-    aside = parent / f".{folder.name}.partial"
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    barrier()
-    if rank < shares:
-        save_file(optimiser, aside / _optimiser_name(rank, shares))
-    if rank == 0:
-        save_file({key: value.contiguous() for key, value in model.items()}, aside / "model.safetensors")
-        atomic.write_json(aside / "state.json", {"format": FORMAT, "optimiser_shares": shares, **state})
-    barrier()
-    if rank == 0:
-        digests = {path.name: _durable_digest(path) for path in sorted(aside.iterdir())}
-        atomic.write_json(aside / MARK, digests)
-        _delete(folder)  # the same step, written again after a resume
-        os.replace(aside, folder)
-        atomic.sync_folder(parent)
-    barrier()
+def _aside(parent: Path, step: int) -> Path:
+    return parent / f".step-{step:08d}.partial"
+
+
+def write(parent: Path, state: dict[str, Any], files: dict[str, Tensors], optimiser: Tensors) -> Path:
+    """A whole checkpoint of `state["step"]`, by one process. `files`: by stem, `model` among them; tensors on the CPU."""
+    begin(parent, state["step"])
+    write_share(parent, state["step"], optimiser)
+    return complete(parent, state, files)
+
+
+def begin(parent: Path, step: int) -> None:
+    """An empty place for a checkpoint that is on its way; one rank."""
+    shutil.rmtree(_aside(parent, step), ignore_errors=True)
+    _aside(parent, step).mkdir(parents=True)
+
+
+def write_share(parent: Path, step: int, optimiser: Tensors, *, rank: int = 0, shares: int = 1) -> None:
+    """A rank's share of the optimiser's state, after `begin`."""
+    save_file(optimiser, _aside(parent, step) / _optimiser_name(rank, shares))
+
+
+def complete(parent: Path, state: dict[str, Any], files: dict[str, Tensors]) -> Path:
+    """The rest of a checkpoint whose shares are all there, then its mark; one rank."""
+    folder, aside = parent / f"step-{state['step']:08d}", _aside(parent, state["step"])
+    for stem, tensors in files.items():
+        save_file(tensors, aside / f"{stem}.safetensors")
+    atomic.write_json(aside / "state.json", {"format": FORMAT, **state})
+    digests = {path.name: _durable_digest(path) for path in sorted(aside.iterdir())}
+    atomic.write_json(aside / MARK, digests)
+    _delete(folder)  # the same step, written again after a resume
+    os.replace(aside, folder)
+    atomic.sync_folder(parent)
     return folder
+
+
+class Beside:
+    """Does one piece of work after another in a thread of its own; what fails there is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Waits for the piece before."""
+        self.wait()
+        self._last = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until all is done; raises what the last piece raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """End the thread when its piece is done, whatever became of it."""
+        self._pool.shutdown(wait=True)
 
 
 def _durable_digest(path: Path) -> str:
@@ -108,15 +142,17 @@ def _durable_digest(path: Path) -> str:
 def read(folder: Path) -> Checkpoint:
     """Raises ValueError naming what is wrong where `folder` is not a complete, undamaged checkpoint of this format."""
     try:
-        digests = json.loads((folder / MARK).read_bytes())
-        state = json.loads((folder / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
+        digests = dict(json.loads((folder / MARK).read_bytes()))
+        state = dict(json.loads((folder / "state.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is not complete ({error})") from error
+    if missing := {"model.safetensors", "state.json"} - digests.keys():
+        raise ValueError(f"{folder}/{MARK} does not name {', '.join(sorted(missing))}")
     for name, digest in digests.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{folder}/{name} is damaged or missing")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{folder} is of format {state['format']}, this mura-dist reads {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder} is of format {state.get('format')}, this mura-dist reads {FORMAT}")
     return Checkpoint(folder, state)
 
 
@@ -171,21 +207,28 @@ def select(parent: Path, which: str) -> Checkpoint:
 
 def best(present: list[Path]) -> Path:
     """The folder whose state has the lowest finite `select_loss`; the last one where none has."""
-
-    def loss(folder: Path) -> float:
-        try:
-            value = json.loads((folder / "state.json").read_bytes())["select_loss"]
-        except (OSError, ValueError, KeyError):
-            return float("inf")  # damaged: `read` says so when it is taken
-        return float("inf") if value is None else value
-
-    return min(reversed(present), key=loss)
+    return next(iter(ranking(present)), present[-1])
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Delete all but the newest `keep` and the best; and what a kill left half written."""
+def ranking(present: list[Path]) -> list[Path]:
+    """Those that were evaluated, by their finite `select_loss`, lowest first; among equals the newest first."""
+    losses = {folder: loss for folder in reversed(present) if (loss := select_loss(folder)) is not None}
+    return sorted(losses, key=losses.__getitem__)
+
+
+def select_loss(folder: Path) -> float | None:
+    """Of a checkpoint that was evaluated at an epoch's end, on the split the run selects on; None of any other."""
+    try:
+        value = json.loads((folder / "state.json").read_bytes())["select_loss"]
+    except (OSError, ValueError, KeyError):
+        return None  # damaged: `read` says so when it is taken
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def prune(parent: Path, keep: int, keep_best: int = 1) -> None:
+    """Delete all but the newest `keep` and the `keep_best` of lowest loss; and what a kill left half written."""
     present = folders(parent)
-    kept = {*present[-keep:], *([best(present)] if present else [])}
+    kept = {*present[-keep:], *ranking(present)[:keep_best]}
     for folder in [*parent.glob("step-*"), *parent.glob(".step-*")]:
         if folder not in kept:
             _delete(folder)
@@ -200,5 +243,6 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu(tensors: Tensors) -> Tensors:
+    """Copies, which later steps do not touch."""
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .refusal import Refusal, nearest
 
@@ -26,11 +26,25 @@ CHANGEABLE = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_best",
+        "early_stop",
+        "skip_limit",
+        "stop_signal",
+        "wait_s",
         "timeout_s",
     }
 )
 
 Positive = Annotated[int, Field(ge=1)]
+AUTO = 0  # micro_batch="auto", until it is tried
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int) and value < 2 and value != AUTO:
+        raise ValueError("must be at least 2, BatchNorm needs a group; or auto")
+    return value
 
 
 class Settings(BaseModel):
@@ -44,15 +58,21 @@ class Settings(BaseModel):
     architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
         "densenet169", description="torchvision's network"
     )
-    pretrained: str = Field("", description="ImageNet weights, a torchvision .pth or .safetensors file; empty: none")
+    pretrained: str = Field(
+        "",
+        description="ImageNet weights: imagenet (torchvision's file, from its cache or the network), or a .pth or "
+        ".safetensors file; empty: none",
+    )
 
     epochs: Annotated[int, Field(ge=0)] = Field(10, description="passes over the train split")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="decides initial weights, order and augmentation"
     )
     global_batch: Positive = Field(8, description="radiographs an optimiser step sees, over all ranks")
-    micro_batch: Annotated[int, Field(ge=2)] = Field(
-        8, description="radiographs a rank forwards at once: BatchNorm's group"
+    micro_batch: Annotated[int, BeforeValidator(_number_or_auto)] = Field(
+        8,
+        description="radiographs a rank forwards at once: BatchNorm's group, at least 2; auto: the largest that fits on "
+        "every rank, tried once and written into the run",
     )
 
     flip: bool = Field(True, description="flip left-right with probability 1/2")
@@ -62,6 +82,11 @@ class Settings(BaseModel):
 
     optimiser: Literal["adam", "adamw", "sgd"] = Field("adam", description="adam: (0.9, 0.999); sgd: momentum 0.9")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="before warm-up and plateau drops")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "none",
+        description="learning rate times (global_batch / reference_batch): its root (Adam's rule), or itself (SGD's)",
+    )
+    reference_batch: Positive = Field(8, description="the global batch that learning_rate is meant for, see lr_scaling")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="the optimiser's own")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps over which the learning rate grows linearly to its value"
@@ -75,6 +100,19 @@ class Settings(BaseModel):
     plateau_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
         1e-4, description="relative improvement that counts as better"
     )
+    clip_norm: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="largest norm of a step's whole gradient; a larger one is scaled down to it; 0: none"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="decay of a moving average of the weights, which is then what is evaluated, chosen and exported; 0: none",
+    )
+    early_stop: Annotated[int, Field(ge=0)] = Field(
+        0, description="epochs without a better loss after which the run is done; 0: never"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="training labels are drawn this far towards 1/2; evaluation's are not"
+    )
     loss_weights: Literal["study_type", "none"] = Field(
         "study_type", description="study_type: the paper's w0, w1 per study type"
     )
@@ -82,9 +120,14 @@ class Settings(BaseModel):
         "tune", description="split that drives plateau and choice; valid makes the report optimistic"
     )
 
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast over fp32 parameters; evaluation is fp32 always"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="bf16, fp16 (with loss scaling): autocast over fp32 parameters; evaluation is fp32 always"
     )
+    channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
+        "none", description="mode of torch.compile; needs a C++ compiler, or Triton on a GPU"
+    )
+    deepspeed: str = Field("", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe")
     zero_stage: Literal[0, 1] = Field(
         0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
     )
@@ -105,7 +148,18 @@ class Settings(BaseModel):
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
         0, description="steps between checkpoints; 0: at each epoch's end only"
     )
-    keep_checkpoints: Positive = Field(3, description="newest checkpoints kept, besides the best")
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints kept")
+    keep_best: Positive = Field(1, description="checkpoints of lowest loss kept besides; an ensemble's members")
+    skip_limit: Positive = Field(
+        10, description="steps in a row left out for a loss or gradient that is not finite, after which the run ends"
+    )
+    stop_signal: str = Field(
+        "SIGUSR2",
+        description="signal that, like SIGTERM and SIGINT, saves and stops; a scheduler's warning, for example",
+    )
+    wait_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="seconds a start waits for a former writer of the run to end"
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="seconds a rank waits for the others before it gives up"
     )
@@ -113,7 +167,8 @@ class Settings(BaseModel):
 
 def shareable(settings: Settings) -> dict[str, Any]:
     """The settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
-    return settings.model_dump(exclude={"shards", "run", "mirror"}) | {"pretrained": Path(settings.pretrained).name}
+    named = {"pretrained": Path(settings.pretrained).name, "deepspeed": Path(settings.deepspeed).name}
+    return settings.model_dump(exclude={"shards", "run", "mirror"}) | named
 
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:

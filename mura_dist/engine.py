@@ -1,76 +1,64 @@
 """The training engine: DeepSpeed around a model. The only file that imports DeepSpeed.
 
-    Batches of one step -> forward, backward, accumulate -> all-reduce of gradients (DeepSpeed) and of one small vector
-    (loss, stop flag, BatchNorm's sums) -> optimiser step
+    micro-batches of one step -> forward, backward, accumulated into the flat gradient (flat.py)
+        -> all-reduce of that gradient (DeepSpeed) and of one small vector: every micro-batch's loss, BatchNorm's sums, flags
+        -> all of it finite?  optimiser step, running statistics, moving average  |  no: nothing has happened
 
-BatchNorm's group is the micro-batch. Its running statistics move once a step, by the mean over all the global batch's
-micro-batches on all ranks; so every rank holds the same model at every step and the world size leaves no trace in it.
+DeepSpeed sees one parameter, the flat vector. Every rank does the same collectives whatever happens to it (out of memory, a
+loss that is not finite, a wish to stop), and reads the same answer; so all take the step, or leave it out, or end, together.
 """
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import deepspeed_json, memory
+from .average import Average
+from .batchnorm import RunningStatistics
 from .config import Settings
+from .flat import Flat
 from .loss import weighted_bce
 from .pipeline import Batch
+from .refusal import Failure
 from .world import World
 
-_MOMENTUM = 0.1  # BatchNorm's, torchvision's default
+_STOP, _OUT_OF_MEMORY = 1.0, 2.0  # a rank's flags in the small vector, added
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Over all ranks: the loss sum(weight x BCE) / global batch, and whether any rank wants to stop."""
+    """Over all ranks. `loss`: sum(weight x BCE) / global batch; `gradient_norm`: of the whole gradient, before clipping.
+
+    applied: False where the loss or the gradient is not finite: weights, statistics and average are what they were.
+    bad_micros: places in the global batch of the micro-batches whose loss is not finite; stop: some rank was asked to.
+    """
 
     loss: float
+    gradient_norm: float
+    applied: bool
+    bad_micros: tuple[int, ...]
     stop: bool
 
 
-class RunningStatistics:
-    """BatchNorm's running statistics as one flat vector that moves once a step.
+class _Seen(nn.Module):
+    """What DeepSpeed sees of a model: one parameter, and a forward. The model itself is no submodule of it."""
 
-    The modules' own buffers become views into `_last` with momentum 1: a forward leaves the micro-batch's mean and (unbiased)
-    variance there. `sum` collects them over a step; `values` are what evaluation and checkpoints see.
-    """
+    def __init__(self, network: Any, weights: nn.Parameter) -> None:
+        super().__init__()
+        self.weights = weights
+        self._call = [network]  # in a list: nn.Module would register it
 
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
-        buffers = [buffer for norm in self.norms for buffer in (norm.running_mean, norm.running_var)]
-        self.values = torch.cat(
-            [buffer for buffer in buffers if buffer is not None]
-        ).detach()  # (sum of 2 x channels,) float32
-        self._last = self.values.clone()
-        self.sum = torch.zeros_like(self.values)
-        start = 0
-        for norm in self.norms:
-            size, norm.momentum = norm.num_features, 1.0
-            norm.running_mean, norm.running_var = (
-                self._last[start : start + size],
-                self._last[start + size : start + 2 * size],
-            )
-            start += 2 * size
-
-    def collect(self) -> None:
-        """After a micro-batch's forward."""
-        self.sum += self._last
-
-    def move(self, total: Tensor, num_micros: int) -> None:
-        """`total`: the sums over all ranks; `num_micros`: micro-batches in the global batch."""
-        self.values.lerp_(total / num_micros, _MOMENTUM)
-        self.sum.zero_()
-
-    def expose(self, steps: int) -> None:
-        """Put the running statistics where the modules look for them: before evaluation and before a checkpoint."""
-        self._last.copy_(self.values)
-        for norm in self.norms:
-            norm.num_batches_tracked = torch.full((), steps, dtype=torch.int64, device=self.values.device)
+    def forward(self, image: Tensor) -> Any:
+        return self._call[0](image)
 
 
 class Engine:
@@ -84,85 +72,190 @@ class Engine:
         self.num_micros = settings.global_batch // settings.micro_batch
         self.model = model.to(world.device)
         torch.set_flush_denormal(True)  # activations that become denormal slow a CPU several times
-        self._engine = _deepspeed(self.model, settings, accumulation=self.num_micros // world.size)
-        if (
-            settings.zero_stage == 0
-        ):  # ZeRO keeps the weights as views of its flat buffers, whose layout is not ours to change
-            self.model.to(memory_format=torch.channels_last)
+        self.flat = Flat(self.model, channels_last=settings.channels_last)
         self.statistics = RunningStatistics(self.model)
+        self.average = (
+            Average(settings.ema, self.flat.weights.detach().clone(), self.statistics.values.clone())
+            if settings.ema
+            else None
+        )
+        network = self.model if settings.compile == "none" else _compiled(self.model, settings.compile)
+        self._engine = _deepspeed(_Seen(network, self.flat.weights), self.flat, settings, world)
+        self.flat.attach()
 
-    def step(self, batches: Iterable[Batch], learning_rate: float, *, stop: bool = False) -> StepResult:
-        """One optimiser step over this rank's micro-batches. `stop`: this rank was asked to stop."""
+    # ---- one step
+
+    def step(
+        self, batches: Iterable[Batch], learning_rate: float, *, loss_scale: float = 1.0, stop: bool = False
+    ) -> StepResult:
+        """One optimiser step over this rank's micro-batches. `stop`: this rank was asked to stop.
+
+        Raises Failure on all ranks where one of them runs out of memory.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.world.device)
-        for batch in batches:
-            with self._autocast():
-                logit, _ = self._engine(batch.image)
-            loss = weighted_bce(logit, batch.label, batch.weight)
-            self.statistics.collect()
-            # DeepSpeed divides by the accumulation steps and averages over ranks: together with this, by the global batch.
-            self._engine.backward(loss / self.settings.micro_batch)
-            self._engine.step()
-            loss_sum += loss.detach()
-        return self._agree(loss_sum, stop)
+        self._begin()
+        losses, enough = self._accumulate(batches, loss_scale)
+        gradients = self._reduce(loss_scale)
+        flags = _STOP * stop + _OUT_OF_MEMORY * (not enough)
+        result, mean = self._agree(flags, losses, gradients)
+        if result.applied:
+            self._apply(gradients, result.gradient_norm, mean)
+        elif self.settings.zero_stage:
+            self._engine.optimizer.averaged_gradients[0] = None
+        return result
 
-    def _agree(self, loss_sum: Tensor, stop: bool) -> StepResult:
-        flags = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
-        vector = torch.cat([flags, self.statistics.sum])  # under 1 MB
+    def _begin(self) -> None:
+        self.flat.attach()  # DeepSpeed lets go of gradients after a step
+        self.flat.gradient.zero_()
+        self.statistics.forget()
+        self._engine.set_gradient_accumulation_boundary(False)
+
+    def _accumulate(self, batches: Iterable[Batch], loss_scale: float) -> tuple[Tensor, bool]:
+        """(losses (micro-batches of the global batch,), 0 where they are others'; whether memory was enough)."""
+        losses = torch.zeros(self.num_micros, device=self.world.device)
+        first = self.world.rank * self.num_micros // self.world.size
+        # DeepSpeed takes the mean over ranks: together with this, the sum over the global batch is divided by its size.
+        factor = loss_scale * self.world.size / self.settings.global_batch
+        try:
+            for place, batch in enumerate(batches, first):
+                with self._autocast():
+                    logit, _ = self._engine(batch.image)
+                loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
+                self.statistics.collect()
+                self._engine.backward(loss * factor, scale_wrt_gas=False)
+                losses[place] = loss.detach()
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+            if not memory.is_exhausted(error):
+                raise
+            return losses, False
+        return losses, True
+
+    def _reduce(self, loss_scale: float) -> list[Tensor]:
+        """The gradient's mean over all ranks: whole, or under ZeRO this rank's share of it."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+        shares = self._engine.optimizer.averaged_gradients[0] if self.settings.zero_stage else [self.flat.gradient]
+        if loss_scale != 1:
+            torch._foreach_mul_(shares, 1 / loss_scale)
+        return shares
+
+    def _agree(self, flags: float, losses: Tensor, gradients: list[Tensor]) -> tuple[StepResult, Tensor]:
+        """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device."""
+        ranks, micros = self.world.size, self.num_micros
+        head = torch.zeros(ranks + 1, device=losses.device)
+        head[self.world.rank] = flags
+        if self.settings.zero_stage or self.world.is_first:  # without ZeRO every rank holds the same gradient
+            head[-1] = torch.stack([torch.linalg.vector_norm(share) for share in gradients]).square().sum()
+        vector = torch.cat([head, losses, self.statistics.sum])
         dist.all_reduce(vector)
-        self.statistics.move(vector[2:], self.num_micros)
-        loss, stops = vector[:2].tolist()
-        return StepResult(loss / self.settings.global_batch, stops > 0)
+        told = vector[: ranks + 1 + micros].tolist()
+        by_rank, norm, by_micro = told[:ranks], math.sqrt(max(told[ranks], 0.0)), told[ranks + 1 :]
+        if short := [rank for rank, flag in enumerate(by_rank) if flag >= _OUT_OF_MEMORY]:
+            raise Failure(memory.exhausted(short, self.settings.micro_batch))
+        bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
+        loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
+        applied = not bad and math.isfinite(norm)
+        return StepResult(loss, norm, applied, bad, stop=any(by_rank)), vector[ranks + 1 + micros :] / micros
+
+    def _apply(self, gradients: list[Tensor], norm: float, mean: Tensor) -> None:
+        limit = self.settings.clip_norm
+        if limit and norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
+        self._engine.step()
+        self.statistics.move(mean)
+        if self.average is not None:
+            self.average.update(self.flat.weights.detach(), mean)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.settings.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.world.device.type, dtype=_DTYPES[self.settings.precision])
 
-    def expose(self, steps: int) -> nn.Module:
-        """The model ready to evaluate or to save, after `steps` optimiser steps."""
-        self.statistics.expose(steps)
-        return self.model.eval()
+    # ---- what is evaluated and kept
+
+    @contextlib.contextmanager
+    def offered(self) -> Iterator[nn.Module]:
+        """The model as the run offers it, ready to evaluate or to save: the moving average where there is one."""
+        trained = None
+        if self.average is None:
+            self.statistics.show(self.statistics.values)
+        else:
+            trained = self.flat.weights.detach().clone()
+            self._set(self.average.weights)
+            self.statistics.show(self.average.statistics)
+        try:
+            yield self.model.eval()
+        finally:
+            if trained is not None:
+                self._set(trained)
+
+    def _set(self, weights: Tensor) -> None:
+        self.flat.weights.data.copy_(weights)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the checkpoint needs besides the offered model, and is the same on every rank: empty without a moving average."""
+        if self.average is None:
+            return {}
+        updates = torch.tensor(self.average.updates)
+        return {"weights": self.flat.weights.detach(), "statistics": self.statistics.values, "updates": updates}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The rest of a checkpoint whose model, the average, was in place when this engine was made."""
+        if self.average is None:
+            return
+        self._set(tensors["weights"])
+        self.statistics.values.copy_(tensors["statistics"])
+        self.average.updates = int(tensors["updates"])
+        if self.settings.zero_stage:
+            self._engine.optimizer.refresh_fp32_params()
 
     @property
     def _optimiser(self) -> torch.optim.Optimizer:
-        """torch's own optimiser; under ZeRO it works on this rank's flat partition."""
+        """torch's own optimiser; under ZeRO it works on this rank's flat share."""
         return self._engine.optimizer.optimizer if self.settings.zero_stage else self._engine.optimizer
 
+    @property
+    def _trained(self) -> Tensor:
+        """What the optimiser moves: all weights, or under ZeRO this rank's share."""
+        return self._optimiser.param_groups[0]["params"][0]
+
     def optimiser_state(self) -> dict[str, Tensor]:
-        """`<place of the parameter>.<name>` -> tensor; with ZeRO stage 1 this rank's share."""
-        state = self._optimiser.state
-        return {
-            f"{place}.{name}": value.contiguous()
-            for place, parameter in enumerate(self._parameters())
-            for name, value in state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
-        }
+        """Name -> tensor, (n,) or (); with ZeRO stage 1 this rank's share."""
+        return {k: v for k, v in self._optimiser.state.get(self._trained, {}).items() if isinstance(v, Tensor)}
 
-    def load_optimiser_state(self, tensors: dict[str, Tensor]) -> None:
-        parameters = self._parameters()
-        for key, value in tensors.items():
-            place, _, name = key.partition(".")
-            parameter = parameters[int(place)]
-            # Counters stay where torch keeps them (on the CPU), moments take the parameter's device and layout.
-            like = value.clone() if value.ndim == 0 else torch.empty_like(parameter).copy_(value)
-            self._optimiser.state[parameter][name] = like
+    def load_optimiser_state(self, whole: dict[str, Tensor]) -> None:
+        """What all ranks' `optimiser_state` are together, end to end; of any number of ranks."""
+        for name, value in whole.items():
+            # Counters stay where torch keeps them (on the CPU), moments lie beside the weights.
+            like = value.clone() if value.ndim == 0 else self._share(value.to(self._trained.device))
+            self._optimiser.state[self._trained][name] = like
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self._optimiser.param_groups for parameter in group["params"]]
+    def _share(self, whole: Tensor) -> Tensor:
+        size = self._trained.numel()
+        start = self.world.rank * size if self.settings.zero_stage else 0
+        share = torch.zeros_like(self._trained)  # a last share is longer than what is left: ZeRO pads
+        piece = whole[start : start + size]
+        share[: len(piece)] = piece
+        return share
 
 
-def _optimiser(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def _compiled(model: nn.Module, mode: str) -> Any:
+    if torch.device("cpu") == next(model.parameters()).device and mode != "default":
+        mode = "default"  # the others are about CUDA graphs and Triton
+    return torch.compile(model, mode=mode, dynamic=False)
+
+
+def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+        return torch.optim.SGD([weights], lr=lr, momentum=0.9, weight_decay=decay, fused=True)
     kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=decay)
+    return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
 
-def _deepspeed(model: nn.Module, settings: Settings, accumulation: int):  # type: ignore[no-untyped-def]
+def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) -> Any:
     """A DeepSpeedEngine. Imported here, and told so: it is to compile nothing (we use torch's optimisers and collectives)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -171,14 +264,11 @@ def _deepspeed(model: nn.Module, settings: Settings, accumulation: int):  # type
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__ = {}
-    config = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=_optimiser(model, settings), config=config, dist_init_required=False
+        model=seen,
+        optimizer=_optimiser(flat.weights, settings),
+        config=deepspeed_json.config(settings, world.size, num_weights=flat.weights.numel()),
+        dist_init_required=False,
     )
+    engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
     return engine

@@ -5,6 +5,7 @@
 Writes into a folder (a run's, or --out): metrics.json, predictions.csv, studies.csv, report.html, pictures/.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, checkpoint, config, metrics, mura, order, report, world
+from . import atomic, metrics, mura, order, report, world
+from .ensemble import Weights
 from .journal import read as read_journal
-from .model import DenseNet, build
 from .order import Micro
 from .pipeline import Loading, Targets
 from .places import Where
 from .refusal import Failure, Refusal
-from .runs import Run, environment
+from .runs import environment
 from .shards import Damaged, Shards
 from .world import World
 
+_ASK_EVERY = 8  # micro-batches: seconds on a CPU, and a GPU is not kept waiting
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 
 ROLES = {
@@ -50,13 +52,29 @@ class Scores:
         return cls(rows[sound], logit[sound], rows[~sound])
 
 
-def scores(model: torch.nn.Module, rows: np.ndarray, loading: Loading, world: World) -> Scores:
-    """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks."""
+class Interrupted(Exception):
+    """An evaluation that was asked to stop, on all ranks at the same place."""
+
+
+def scores(
+    model: torch.nn.Module,
+    rows: np.ndarray,
+    loading: Loading,
+    world: World,
+    *,
+    asked: Callable[[], bool] | None = None,
+) -> Scores:
+    """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks.
+
+    asked: says whether this rank was asked to stop; every few micro-batches the ranks tell each other, and raise Interrupted.
+    """
     micros = order.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
     mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
     sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
-    with torch.inference_mode():
-        for place, batch in enumerate(loading.batches(micros, world.device)):
+    with torch.inference_mode(), contextlib.closing(loading.batches(micros, world.device)) as stream:
+        for place, batch in enumerate(stream):
+            if asked is not None and place % _ASK_EVERY == 0 and world.any(asked()):
+                raise Interrupted
             mine[place], sound[place] = model(batch.image)[0], batch.mask
     return by_row(rows, micros, mine, sound, world)
 
@@ -93,42 +111,63 @@ def evaluate_run(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
-    run = Run.load(folder)
-    shards = Shards.open(shards_folder, Path(run.settings.mirror) if run.settings.mirror else None)
+    weights = Weights.of_run(folder, which)
+    facts = {"title": folder.name, "history": read_journal(folder / "metrics.jsonl")}
+    return _evaluate(weights, shards_folder, split=split, out=out or folder, facts=facts, say=say)
+
+
+def evaluate_list(
+    path: Path,
+    shards_folder: Where,
+    *,
+    out: Path,
+    split: str = "valid",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The same of a model list's ensemble. Refusal where a member is not what it was, or `out` is a run."""
+    weights = Weights.of_list(path)
+    if (out / "recipe.toml").exists():
+        raise Refusal(f"--out {out} is a run, whose report would be overwritten; give another folder")
+    return _evaluate(weights, shards_folder, split=split, out=out, facts={"title": path.stem}, say=say)
+
+
+def _evaluate(
+    weights: Weights,
+    shards_folder: Where,
+    *,
+    split: str,
+    out: Path,
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    settings, data = weights.settings, weights.data()
+    shards = Shards.open(shards_folder, Path(settings.mirror) if settings.mirror else None)
     rows = shards.rows(split)
     shards.require(split)
-    chosen = checkpoint.select(run.checkpoints, which)
-    data = run.data()
     if data["size"] != shards.size:
         raise Refusal(
-            f"{shards_folder} has radiographs of {shards.size} px, {folder} was trained on {data['size']}; "
+            f"{shards_folder} has radiographs of {shards.size} px, {facts['title']} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
     started = time.perf_counter()
-    with world.join(run.settings.timeout_s) as ranks:
-        model = load(run, chosen).to(ranks.device).eval()
+    with world.join(settings.timeout_s) as ranks:
+        model = weights.model().to(ranks.device)
         targets = Targets.of(shards, weighted=False)
-        loading = Loading.of(run.settings, shards, targets, ranks.device)
-        say(f"evaluating {chosen.name} on {split}: {len(rows)} radiographs")
+        loading = Loading.of(settings, shards, targets, ranks.device)
+        say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs")
         found = scores(model, rows, loading, ranks)
         if not ranks.is_first:
             return {}
-    facts = {
-        "title": f"{folder.name}: {chosen.name} on {split}",
-        "checkpoint": chosen.name,
-        "selected_on": run.settings.select_on,
+    facts |= {
+        "title": f"{facts['title']}: {weights.name} on {split}",
+        "checkpoint": weights.name,
+        "members": [member.model_dump() for member in weights.members],
+        "selected_on": settings.select_on,
         "trained_on": data["holds"],
-        "settings": config.shareable(run.settings),
-        "history": read_journal(folder / "metrics.jsonl"),
+        "settings": weights.recipe(),
         "same_data": data["manifest_sha256"] == shards.index["manifest"]["sha256"],
     }
-    return write(out or folder, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
-
-
-def load(run: Run, chosen: checkpoint.Checkpoint) -> DenseNet:
-    model = build(run.settings.architecture)
-    model.load_state_dict(chosen.model())
-    return model
+    return write(out, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
 
 
 def evaluate_scores(
@@ -179,6 +218,7 @@ def write(
         "selected_on": facts.get("selected_on"),
         "note": _note(split, facts.get("selected_on")),
         "checkpoint": facts.get("checkpoint"),
+        "members": facts.get("members", []),  # of an ensemble
         "trained_on": facts.get("trained_on"),
         "measured_on": shards.trained_on,
         "manifest_sha256": shards.index["manifest"]["sha256"],

@@ -2,19 +2,26 @@
 
 One object; on ranks other than the first it does nothing, so that the loop has no `if`. Lines of metrics.jsonl:
 
-    {"kind": "step", "step", "epoch", "loss", "learning_rate", "images_per_s", "data_wait_share", "time_s"}
+    {"kind": "step", "step", "epoch", "loss", "gradient_norm", "learning_rate", "images_per_s", "data_wait_share", "time_s"}
+    {"kind": "skip", "step", "epoch", "what", "rows", "time_s"}
     {"kind": "epoch", "step", "epoch", "split", "train_loss", "tune_loss", "tune_kappa", "tune_auroc", "learning_rate",
-     "evaluation_s", "damaged_samples", "data_wait_share", "limited_by", "time_s"}
+     "skipped_steps", "damaged_samples", "evaluation_s", "overhead_share", "data_wait_share", "limited_by", "time_s"}
 
-`step` counts finished optimiser steps, `time_s` seconds since this process started the loop; `tune_*` are of the split
-the run selects on, `split`. `data_wait_share` is the part of the steps' time spent waiting for batches, on the first
-rank; `limited_by` says `data` where it is over 5 %, else `compute`. `damaged_samples` counts different radiographs, over
-all ranks, since this start.
+`step` counts steps done. `loss` is sum(weight x BCE) / global batch of that one step, `gradient_norm` that of its whole gradient
+before clipping. A step that was left out has a line of its own: `what` was not finite (loss or gradient), over which `rows`.
+`tune_*` are of the split the run selects on, `split`; null where a logit is not finite. `skipped_steps` and
+`damaged_samples` (different radiographs) count over all ranks since the run began.
+
+Wall-clock: `time_s`, seconds since this process started the loop; `evaluation_s`; `images_per_s`; `data_wait_share`, the part
+of the steps' time spent waiting for batches, on the first rank, whence `limited_by`, `data` where it is over 5 %, else
+`compute`; `overhead_share`, the part of the time since the epoch line before that was neither step nor evaluation. All other
+fields are the same whatever interrupted the run: on resuming, the file is cut back to the checkpoint.
 """
 
 import contextlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -67,13 +74,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Writes into `folder` from `start_step` on; what an earlier start wrote beyond that step is cut away."""
+    """Writes into `folder` from `start_step` on; what an earlier start wrote beyond that step, or beyond the last evaluation
+    its checkpoint knows of, is cut away."""
 
     def __init__(
-        self, folder: Path, *, enabled: bool, quiet: bool, start_step: int, num_steps: int, tensorboard: bool
+        self,
+        folder: Path,
+        *,
+        enabled: bool,
+        quiet: bool,
+        start_step: int,
+        evaluated_step: int,
+        num_steps: int,
+        tensorboard: bool,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self.enabled, self.started, self.start_step = enabled, time.perf_counter(), start_step
+        self.enabled, self.start_step = enabled, start_step
+        self.started = self.line_before = time.perf_counter()
         self.console = Console(stderr=True, quiet=quiet or not enabled)
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -93,7 +110,8 @@ class Journal:
         self.writer: Any = None
         if not enabled:
             return
-        before = [line for line in read(self.path) if line["step"] <= start_step]
+        ends = {"epoch": evaluated_step}
+        before = [line for line in read(self.path) if line["step"] <= ends.get(line["kind"], start_step)]
         atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         if tensorboard:
             try:
@@ -116,27 +134,46 @@ class Journal:
         if self.writer is not None:
             self.writer.close()
 
-    def steps(self, step: int, epoch: int, *, loss: float, learning_rate: float, images: int, watch: Stopwatch) -> None:
+    def steps(self, line: dict[str, Any], *, images: int, watch: Stopwatch) -> None:
         """After some steps: `images` went through them, `watch` knows the seconds of "data" and "step" since the last call."""
         seconds = watch.reset()
         busy = seconds["data"] + seconds["step"]
         speed, wait = images / busy, seconds["data"] / busy
-        line = {"step": step, "epoch": epoch, "loss": loss, "learning_rate": learning_rate}
         self._write({"kind": "step", **line, "images_per_s": round(speed, 3), "data_wait_share": round(wait, 5)})
-        self.progress.update(self.task, completed=step, epoch=epoch, loss=loss, speed=speed, wait=wait)
+        shown = {"epoch": line["epoch"], "loss": line["loss"]}
+        self.progress.update(self.task, completed=line["step"], **shown, speed=speed, wait=wait)
+
+    def skip(self, line: dict[str, Any]) -> None:
+        """A step was left out."""
+        self._write({"kind": "skip", **line})
+        rows = ", ".join(map(str, line["rows"]))
+        self.say(f"step {line['step']} left out: its {line['what']} is not finite (rows {rows})")
 
     def epoch(self, line: dict[str, Any], watch: Stopwatch) -> None:
-        """After an evaluation; `watch` knows the seconds of "data" and "step" since the one before."""
-        spent = watch.epoch()
-        said = "".join(f", {count} damaged samples" for count in [line["damaged_samples"]] if count)
+        """After an evaluation; `watch` knows the seconds of "data", "step" and "evaluation" since the one before."""
+        spent, now = watch.epoch(), time.perf_counter()
+        wall, self.line_before = now - self.line_before, now
         parts = [f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, float)]
+        said = "".join(
+            f", {line[name]} {what}"
+            for name, what in (("skipped_steps", "steps left out"), ("damaged_samples", "damaged samples"))
+            if line[name]
+        )
+        line |= {"evaluation_s": round(spent["evaluation"], 3)}
         if busy := spent["data"] + spent["step"]:
-            wait = spent["data"] / busy
-            line |= {"data_wait_share": round(wait, 5), "limited_by": "data" if wait > _WAITING else "compute"}
+            wait, other = spent["data"] / busy, 1 - (spent["step"] + spent["evaluation"]) / wall
+            line |= {"overhead_share": round(other, 5), "data_wait_share": round(wait, 5)}
+            line |= {"limited_by": "data" if wait > _WAITING else "compute"}
             remedy = "; more workers=, a faster disk or mirror= would help" if wait > _WAITING else ""
             said += f", data wait {wait:.1%}: {line['limited_by']} limits{remedy}"
         self._write({"kind": "epoch", **line})
         self.say(f"epoch {line['epoch']} (step {line['step']}): {', '.join(parts)}{said}")
+
+    def sync(self) -> None:
+        """What was written is on the disk: before a checkpoint that counts on it."""
+        if self.enabled and self.path.is_file():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

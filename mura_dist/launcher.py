@@ -2,6 +2,13 @@
 
 import os
 
+VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's and deepspeed's own; RANK alone may be set by hand
+
+
+def is_there() -> bool:
+    """Whether torchrun or deepspeed started this process, and so is to outlive it."""
+    return any(name in os.environ for name in VARIABLES)
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))

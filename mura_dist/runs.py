@@ -3,7 +3,7 @@
     runs/NAME/recipe.toml        every setting as it runs           status.json     running, stopped, done, failed
               data.json          which shards it learns from        environment.json   versions and machine
               metrics.jsonl, tensorboard/, curves.png   journal.py  checkpoints/    checkpoint.py
-              lock               host, process, heartbeat of the one writer
+              lock               host, process, heartbeat of the one writer; a second one waits for it, then is refused
 
 Opening decides: a new run, one to go on with, one that is finished, or another one (Refusal naming the key).
 """
@@ -22,13 +22,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, atomic, config
+from . import __version__, atomic, config, workers
 from .config import Settings
 from .refusal import Refusal, Stopped
 from .shards import Shards
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0  # a lock of another host whose heart has not beaten for so long is taken over
+POLL_S = 0.5  # how often a start that waits looks at the lock
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -59,6 +60,14 @@ class Run:
             raise Refusal(f"{folder} is not a run (no recipe.toml); give the folder that run= named")
         return cls(folder, config.load(path))
 
+    def settled(self) -> "Run":
+        """The same, with `micro_batch="auto"` as the run found it when it began; left open where it has not."""
+        path = self.folder / "recipe.toml"
+        if self.settings.micro_batch != config.AUTO or not path.is_file():
+            return self
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("micro_batch", config.AUTO)
+        return Run(self.folder, self.settings.model_copy(update={"micro_batch": found}))
+
     def data(self) -> dict[str, Any]:
         """data.json's content: which shards the run learns from."""
         return json.loads((self.folder / "data.json").read_bytes())
@@ -81,7 +90,7 @@ class Run:
             return
         before = tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
         for key, value in self.settings.model_dump().items():
-            if key not in config.CHANGEABLE | {"shards", "run"} and before.get(key, value) != value:
+            if key not in config.CHANGEABLE | {"shards", "run", "deepspeed"} and before.get(key, value) != value:
                 raise Refusal(
                     f"run={self.folder} was started with {key}={before[key]!r}, now it says {key}={value!r}; "
                     "set it back, or give run=NEW for another run"
@@ -94,17 +103,34 @@ class Run:
                     "give those shards, or run=NEW"
                 )
 
-    def describe(self, shards: Shards, **facts: Any) -> None:
-        """Write what this run is, as it starts or goes on."""
+    def check_deepspeed(self, theirs: dict[str, Any]) -> None:
+        """Refusal where what a user's DeepSpeed file adds is not what it was."""
+        path = self.folder / "deepspeed.json"
+        before = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not (self.folder / "recipe.toml").is_file() or before == theirs:
+            return
+        key = next(key for key in sorted(before.keys() | theirs.keys()) if before.get(key) != theirs.get(key))
+        raise Refusal(
+            f"run={self.folder} was started with {key} = {json.dumps(before.get(key))} of a DeepSpeed file, deepspeed="
+            f"{self.settings.deepspeed} says {json.dumps(theirs.get(key))}; set it back, or give run=NEW for another run"
+        )
+
+    def describe(self, shards: Shards, deepspeed: dict[str, Any], **facts: Any) -> None:
+        """Write what this run is, as it starts or goes on; `deepspeed`: what a user's DeepSpeed file adds."""
+        if deepspeed:
+            atomic.write_json(self.folder / "deepspeed.json", deepspeed)
         atomic.write_json(self.folder / "data.json", _data(shards))
         atomic.write_json(self.folder / "environment.json", {**environment(), **facts})
         atomic.write_text(self.folder / "recipe.toml", config.to_toml(self.settings))  # last: it makes the folder a run
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Hold the lock; leave status.json saying how the block ended."""
+    def writing(self, stop: threading.Event | None = None) -> Iterator[None]:
+        """Hold the lock; leave status.json saying how the block ended.
+
+        Where another writer lives, wait up to `wait_s` for it to end; then Refusal. `stop`, when set, ends the wait: Stopped.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder / "lock"):
+        with _lock(self.folder / "lock", self.settings.wait_s, stop or threading.Event()):
             try:
                 yield
             except Refusal:  # nothing was done: what the folder says stays true
@@ -120,7 +146,7 @@ class Run:
 
 def _is_ours(folder: Path) -> bool:
     """An empty folder, or a run killed before its recipe was written."""
-    begun = {"lock", "status.json", "data.json", "environment.json"}
+    begun = {"lock", "status.json", "data.json", "environment.json", "deepspeed.json"}
     return folder.is_dir() and all(path.name in begun or path.name.startswith(".") for path in folder.iterdir())
 
 
@@ -152,11 +178,10 @@ def environment() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One writer: a file with host, process and heartbeat. A stale one is reported and taken."""
-    owner = {"host": platform.node(), "process": os.getpid(), "started": time.time_ns()}
-    while not _create(path, owner):
-        _take_away(path, _judge(path))
+def _lock(path: Path, wait_s: float, stop: threading.Event) -> Iterator[None]:
+    """One writer: a file with host, process and heartbeat. A stale one is reported and taken, a living one waited for."""
+    owner = {**_self(), "started": time.time_ns()}
+    _take(path, owner, wait_s, stop)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="heartbeat")
     heart.start()
@@ -169,7 +194,83 @@ def _lock(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _self() -> dict[str, Any]:
+    """This process among all: host and boot (hosts share names, after a boot numbers begin anew), process, when it was born."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "host": platform.node(),
+        "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else "",
+        "process": os.getpid(),
+        "born": workers.born(os.getpid()),
+    }
+
+
+def _take(path: Path, owner: dict[str, Any], wait_s: float, stop: threading.Event) -> None:
+    """Make the lock ours. Raises Refusal where its writer still lives after `wait_s`, Stopped where `stop` is set before."""
+    end, waiting = time.monotonic() + wait_s, False
+    while (found := _try(path, owner)) is not None:
+        (writer, age_s), left_s = found, end - time.monotonic()
+        if left_s <= 0:
+            raise Refusal(
+                f"run={path.parent} is being written by process {writer['process']} on {writer['host']} "
+                f"(heartbeat {age_s:.0f} s ago, waited {wait_s:.0f} s); wait for it or stop it, or give run=NEW"
+            )
+        if not waiting:
+            _say(
+                f"waiting up to {wait_s:.0f} s for process {writer['process']} on host {writer['host']}, "
+                f"which writes run={path.parent}"
+            )
+        waiting = True
+        if stop.wait(min(POLL_S, left_s)):
+            raise Stopped(f"stopped while waiting for the writer of run={path.parent}; the same command goes on")
+
+
+def _try(path: Path, owner: dict[str, Any]) -> tuple[dict[str, Any], float] | None:
+    """None: the lock is ours. Else who has it, and seconds since its last heartbeat."""
+    with _alone(path.parent):
+        while not _create(path, owner):
+            if (found := _judge(path)) is not None:
+                return found
+    return None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time: of two that find the same lock stale, the second is not to take the first one's."""
+    if os.name != "posix":  # cannot open folders; there `_take_away` knows the lock by its inode, as between machines
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):  # a disk without flock
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _create(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether the lock is ours now. It appears with its content: a kill in between leaves no lock that nobody owns."""
+    aside = path.with_name(f".lock.{owner['host']}.{owner['process']}")
+    aside.write_text(json.dumps(owner), encoding="utf-8")
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return _owner(path) == owner  # a network disk may have done it and say it again
+    except OSError:  # a disk without links
+        return _create_in_place(path, owner)
+    finally:
+        aside.unlink(missing_ok=True)
+    return True
+
+
+def _create_in_place(path: Path, owner: dict[str, Any]) -> bool:
     try:
         with open(path, "x", encoding="utf-8") as file:
             json.dump(owner, file)
@@ -185,25 +286,31 @@ def _owner(path: Path) -> dict[str, Any]:
         return {"host": "unknown", "process": 0}
 
 
-def _judge(path: Path) -> int | None:
-    """The inode of a stale lock, None where it is gone by now; Refusal where its owner lives."""
+def _judge(path: Path) -> tuple[dict[str, Any], float] | None:
+    """(the living owner, seconds since its last heartbeat); None where there is no lock any more: a stale one is taken away."""
     try:
-        found = path.stat()
+        owner, found = _owner(path), path.stat()
     except FileNotFoundError:
         return None
-    owner, age_s = _owner(path), time.time() - found.st_mtime
-    here = owner["host"] == platform.node()
-    gone = here and (owner["process"] == os.getpid() or not _is_alive(owner["process"]))
-    if not gone and age_s < STALE_S:
-        raise Refusal(
-            f"run={path.parent} is being written by process {owner['process']} on {owner['host']} "
-            f"(heartbeat {age_s:.0f} s ago); wait for it or stop it, or give run=NEW"
-        )
-    print(f"taking over a stale lock of process {owner['process']} on {owner['host']}", file=sys.stderr)  # noqa: T201
-    return found.st_ino
+    age_s = time.time() - found.st_mtime
+    if not _is_gone(owner) and age_s < STALE_S:
+        return owner, age_s
+    _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
+    _take_away(path, found.st_ino)
+    return None
 
 
-def _take_away(path: Path, inode: int | None) -> None:
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the lock's owner surely lives no more; of another host only its heartbeat tells."""
+    ours = _self()
+    if owner["host"] != ours["host"] or owner.get("boot", ours["boot"]) != ours["boot"]:
+        return False
+    since = workers.born(owner["process"])
+    recycled = bool(since) and since != owner.get("born", since)  # its number is another process's by now
+    return since is None or recycled or owner["process"] == ours["process"]
+
+
+def _take_away(path: Path, inode: int) -> None:
     """Remove the lock that was judged, and no other: two starts may have judged the same one."""
     aside = path.with_name(f".lock.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
@@ -211,18 +318,6 @@ def _take_away(path: Path, inode: int | None) -> None:
         if aside.stat().st_ino != inode:
             os.replace(aside, path)
         aside.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    if os.name != "posix" or process <= 0:
-        return process > 0  # where we cannot ask, the heartbeat must go stale first
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _beat(path: Path, ended: threading.Event) -> None:

@@ -9,255 +9,302 @@ The same command again goes on from the last complete checkpoint; a finished run
 
 import contextlib
 import itertools
-import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import checkpoint, launcher, metrics, model, order, report, schedule, world
-from .config import Settings
-from .engine import Engine
-from .evaluate import scores, study_scores, weighted_loss
+from . import checkpoint, launcher, memory, metrics, model, report, schedule, workers, world
+from .checkpoint import Checkpoint
+from .config import AUTO, Settings
+from .engine import Engine, StepResult
+from .evaluate import Interrupted, scores, study_scores, weighted_loss
 from .journal import Journal, Stopwatch
 from .pipeline import Batch, Loading, Targets
-from .refusal import Failure, Refusal, Stopped
+from .plan import Plan
+from .refusal import Failure, Stopped
 from .runs import Run
-from .schedule import Plateau
-from .shards import Shards
+from .signals import asked_to_stop
+from .state import State
 from .world import World
-
-
-@dataclass
-class State:
-    """What a run is, besides tensors: state.json of a checkpoint."""
-
-    step: int = 0  # finished optimiser steps
-    plateau: Plateau = field(default_factory=Plateau)
-    evaluated_step: int = -1  # the last step whose evaluation is in here
-    select_loss: float | None = None  # of that evaluation; None before the first epoch and where not finite
-    train_loss_sum: float = 0.0  # over the steps of the epoch so far
-
-    @classmethod
-    def of(cls, saved: dict[str, Any]) -> "State":
-        fields = {name: saved[name] for name in ("step", "evaluated_step", "select_loss", "train_loss_sum")}
-        best = saved["plateau"]["best"]
-        return cls(**fields, plateau=Plateau(**saved["plateau"] | {"best": float("inf") if best is None else best}))
-
-    def to_json(self) -> dict[str, Any]:
-        plateau = asdict(self.plateau)
-        return asdict(self) | {
-            "plateau": plateau | {"best": plateau["best"] if np.isfinite(plateau["best"]) else None},
-            # Of these very weights, or of none: a checkpoint in mid-epoch was not evaluated and cannot be the best.
-            "select_loss": self.select_loss if self.evaluated_step == self.step else None,
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What follows from settings, shards and ranks before the first step; computed once, checked, printed."""
-
-    settings: Settings
-    shards: Shards
-    train: np.ndarray  # rows, int64
-    select: np.ndarray  # rows of the split that drives plateau and choice
-    steps_per_epoch: int
-    num_steps: int
-
-    @classmethod
-    def of(cls, settings: Settings, world_size: int) -> "Plan":
-        """Raises Refusal where shards, settings and ranks do not go together."""
-        shards = Shards.open(settings.shards, Path(settings.mirror).expanduser() if settings.mirror else None)
-        train, select = shards.rows("train"), shards.rows(settings.select_on)
-        shards.require("train", settings.select_on)
-        micro, unit = settings.micro_batch, settings.micro_batch * world_size
-        if unit > len(train):
-            raise Refusal(
-                f"{world_size} ranks x micro_batch {micro} = {unit} radiographs a step, the train split has {len(train)}; "
-                "start fewer ranks or give a smaller micro_batch"
-            )
-        if settings.global_batch % unit:
-            near = order.nearest_global_batch(settings.global_batch, unit)
-            raise Refusal(
-                f"global_batch={settings.global_batch} is not a multiple of micro_batch {micro} x {world_size} ranks = {unit}; "
-                f"the nearest is global_batch={near}"
-            )
-        per_epoch = order.steps_per_epoch(len(train), settings.global_batch)
-        if per_epoch == 0:
-            raise Refusal(
-                f"global_batch={settings.global_batch}: the train split has only {len(train)} radiographs; give a smaller one"
-            )
-        return cls(settings, shards, train, select, per_epoch, settings.epochs * per_epoch)
 
 
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped."""
-    run, world_size = Run(Path(settings.run), settings), launcher.world_size()
-    plan = Plan.of(settings, world_size)
+    workers.end_with_launcher()
+    run = Run(Path(settings.run), settings).settled()
+    plan = Plan.of(run.settings, launcher.world_size())
     if launcher.is_first():  # the others meet it in `join`; the folder is its to judge, before it writes there
         run.check(plan.shards)
-    if (before := run.status()).get("state") == "done" and before["summary"]["step"] >= plan.num_steps:
+        run.check_deepspeed(plan.deepspeed)
+    if _is_finished(before := run.status(), plan):
         return before["summary"]
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         if launcher.is_first():
-            stack.enter_context(run.writing())
-        stop = stack.enter_context(stop_signals())
-        ranks = stack.enter_context(world.join(settings.timeout_s))
-        summary = _train(run, plan, ranks, stop, quiet=quiet)
+            stack.enter_context(run.writing(stop))
+        ranks = stack.enter_context(world.join(settings.timeout_s, patience_s=settings.wait_s))
+        run, plan = _with_micro_batch(run, plan, ranks)
+        try:
+            summary = _train(run, plan, ranks, stop, quiet=quiet)
+        except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
+            if memory.is_exhausted(error):
+                raise Failure(memory.exhausted([ranks.rank], plan.settings.micro_batch)) from error
+            raise
         if ranks.is_first:
             run.write_status("done", summary=summary)
         ranks.barrier()
     return summary
 
 
+def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
+    if status.get("state") != "done":
+        return False
+    summary, stop_at = status["summary"], plan.settings.early_stop
+    return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
+
+
+def _with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
+    """The same, with the micro-batch that fits where the settings say auto and the run has none yet."""
+    if run.settings.micro_batch != AUTO:
+        return run, plan
+    plan = plan.with_micro_batch(memory.fitting_micro_batch(run.settings, plan.shards.size, ranks))
+    if ranks.is_first:
+        run.check_deepspeed(plan.deepspeed)
+    return Run(run.folder, plan.settings), plan
+
+
 def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: bool) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = Targets.of(shards, weighted=settings.loss_weights == "study_type")
     saved = _resume_point(run, ranks)
-    network = model.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
-    if saved is not None:
-        network.load_state_dict(saved.model())
-    elif settings.pretrained:
-        model.load_pretrained(network, Path(settings.pretrained).expanduser())
-    engine = Engine(network, settings, ranks)
-    state = State()
-    if saved is not None:
-        engine.load_optimiser_state(saved.optimiser(ranks.rank, ranks.size, settings.zero_stage))
-        state = State.of(saved.state)
+    state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
+    engine = _engine(plan, targets, saved, ranks)
     loading = Loading.of(settings, shards, targets, ranks.device)
     if ranks.is_first:
-        run.describe(
-            shards, world_size=ranks.size, device=str(ranks.device), pipeline=loading.backend, threads=loading.workers
-        )
+        how = {"world_size": ranks.size, "device": str(ranks.device)}
+        run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)
         run.write_status("running", step=state.step, num_steps=plan.num_steps)
     journal = Journal(
         run.folder,
         enabled=ranks.is_first,
         quiet=quiet,
         start_step=state.step,
+        evaluated_step=state.evaluated_step,
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    with journal:
-        _introduce(journal, plan, ranks, loading, state)
-        _loop(run, plan, engine, state, loading, journal, ranks, stop)
+    with journal, contextlib.closing(checkpoint.Beside()) as beside:
+        journal.say(_introduction(plan, ranks, loading, state))
+        Training(run, plan, engine, state, loading, journal, ranks, stop, beside).loop()
+        beside.wait()
         return _summary(run, plan, state, journal)
 
 
-def _loop(
-    run: Run,
-    plan: Plan,
-    engine: Engine,
-    state: State,
-    loading: Loading,
-    journal: Journal,
-    ranks: World,
-    stop: threading.Event,
-) -> None:
-    """Evaluate before stepping, once more than there are epochs: first, periodic and last evaluation are one piece of code."""
-    settings, watch, stopping = plan.settings, Stopwatch(), False
-    steps: Iterator[list[Batch]] = iter(())
-    while True:
-        epoch, within = divmod(state.step, plan.steps_per_epoch)
-        if within == 0 and state.evaluated_step != state.step:
-            _evaluate(plan, engine, state, loading, journal, ranks, watch)
-            _save(run, plan, engine, state, ranks)
-            journal.draw(report.curves)
-        if state.step >= plan.num_steps:
-            return
-        if stopping:
-            raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; the same command goes on")
-        if within == 0 or state.step == journal.start_step:
-            steps = _steps_of_epoch(plan, epoch, within, loading, ranks)
+def _engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World) -> Engine:
+    """With the weights, and what the optimiser knows, of a checkpoint; or with those a run begins with."""
+    settings = plan.settings
+    network = model.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
+    if saved is not None:
+        network.load_state_dict(saved.model())
+    elif settings.pretrained:
+        _load_pretrained(network, settings.pretrained, ranks)
+    engine = Engine(network, settings, ranks)
+    if saved is not None:
+        engine.load_state(saved.training())
+        engine.load_optimiser_state(saved.optimiser())
+    return engine
 
-        with watch("data"):
-            micros = next(steps)
-        with watch("step"):
-            lr = schedule.learning_rate(settings, state.plateau, state.step)
-            result = engine.step(micros, lr, stop=stop.is_set())
-        if not np.isfinite(result.loss):
-            rows = ", ".join(str(row) for batch in micros for row in batch.row.tolist())
+
+def _load_pretrained(network: model.DenseNet, name: str, ranks: World) -> None:
+    """One rank of a machine goes first: it may have to fetch the file."""
+    if ranks.local_rank == 0:
+        model.load_pretrained(network, name)
+    ranks.barrier()
+    if ranks.local_rank != 0:
+        model.load_pretrained(network, name)
+
+
+@dataclass
+class Training:
+    """One rank of a run that goes on."""
+
+    run: Run
+    plan: Plan
+    engine: Engine
+    state: State
+    loading: Loading
+    journal: Journal
+    ranks: World
+    stop: threading.Event
+    beside: checkpoint.Beside
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def loop(self) -> None:
+        """Evaluate before stepping, once more than there are epochs: first, periodic, last evaluation are one piece of code."""
+        plan, state, stopping = self.plan, self.state, False
+        steps: Iterator[list[Batch]] = iter(())
+        while True:
+            epoch, within = divmod(state.step, plan.steps_per_epoch)
+            if within == 0 and state.evaluated_step != state.step:
+                stopping = not self.evaluate(epoch)
+                self.save()
+                self.draw()
+            if state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings)):
+                return
+            if stopping:
+                self.beside.wait()
+                raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; the same command goes on")
+            if within == 0 or state.step == self.journal.start_step:
+                steps = self.steps_of_epoch(epoch, within)
+
+            with self.watch("data"):
+                micros = next(steps)
+            with self.watch("step"):
+                rate = schedule.learning_rate(plan.settings, state.plateau, state.step)
+                result = self.engine.step(micros, rate, loss_scale=state.loss_scale.value, stop=self.stop.is_set())
+            self.take(result, epoch, within)
+            self.log(result, epoch, rate)
+            stopping = result.stop
+            every = plan.settings.checkpoint_every
+            # At an epoch's end once only, when it is evaluated.
+            if (stopping or (every and state.step % every == 0)) and state.step % plan.steps_per_epoch:
+                self.save()
+
+    def steps_of_epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches, step by step, from step `first` of the epoch on."""
+        plan, ordered = self.plan, self.plan.order(epoch)
+        steps = range(first, plan.steps_per_epoch)
+        micros = (micro for step in steps for micro in plan.micros(ordered, step, self.ranks.rank))
+        with contextlib.closing(self.loading.batches(micros, self.ranks.device)) as stream:
+            for _ in steps:
+                yield list(itertools.islice(stream, plan.accumulation))
+
+    def take(self, result: StepResult, epoch: int, within: int) -> None:
+        """Count the step, taken or left out. Raises Failure, on all ranks, where too many in a row were left out."""
+        settings, state = self.plan.settings, self.state
+        if result.applied:
+            state.took(result.loss)
+        else:
+            state.left_out()
+            rows = self.rows_of(epoch, within, result.bad_micros)
+            what = "loss" if result.bad_micros else "gradient"
+            self.journal.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
+            if state.skipped_in_row >= settings.skip_limit:
+                raise Failure(
+                    f"{state.skipped_in_row} steps in a row were left out, the last of them step {state.step}: {what} not finite "
+                    f"(rows {', '.join(map(str, rows))}); skip_limit={settings.skip_limit}; the last checkpoint is sound; "
+                    "give run=NEW and a lower learning_rate, or clip_norm"
+                )
+        state.loss_scale = state.loss_scale.after(result.applied, settings)
+
+    def rows_of(self, epoch: int, within: int, micros: tuple[int, ...]) -> list[int]:
+        """The radiographs of some micro-batches of a step; of none named: all of the step's, over all ranks."""
+        ordered, ranks = self.plan.order(epoch), range(self.ranks.size)
+        whole = [micro for rank in ranks for micro in self.plan.micros(ordered, within, rank)]
+        return [int(row) for place in micros or range(len(whole)) for row in whole[place].rows]
+
+    def log(self, result: StepResult, epoch: int, learning_rate: float) -> None:
+        settings, step = self.plan.settings, self.state.step
+        if step % settings.log_every == 0:
+            images = settings.global_batch * min(settings.log_every, step - self.journal.start_step)
+            line = {"step": step, "epoch": epoch, "loss": result.loss, "gradient_norm": result.gradient_norm}
+            self.journal.steps({**line, "learning_rate": learning_rate}, images=images, watch=self.watch)
+
+    def evaluate(self, epoch: int) -> bool:
+        """Score the selecting split, tell `state`, log a line; False where a wish to stop came first, and nothing was done."""
+        settings, state = self.plan.settings, self.state
+        try:
+            with self.watch("evaluation"), self.engine.offered() as network:
+                found = scores(network, self.plan.select, self.loading, self.ranks, asked=self.stop.is_set)
+        except Interrupted:
+            return False
+        loss, strange = weighted_loss(found, self.loading.targets), int((~np.isfinite(found.logit)).sum())
+        quick: dict[str, Any] = {"kappa": None, "auroc": None}
+        if not strange and len(found.rows):
+            quick = metrics.measure(study_scores(self.plan.shards, found), resamples=0)["overall"]
+        line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": settings.select_on}
+        if epoch > 0:
+            line["train_loss"] = state.train_loss_sum / state.taken_steps if state.taken_steps else None
+        state.evaluated(epoch, loss, settings)
+        self.notice_damage()
+        line |= {"tune_loss": loss, "tune_kappa": quick["kappa"], "tune_auroc": quick["auroc"]}
+        line["learning_rate"] = schedule.learning_rate(settings, state.plateau, state.step)
+        line |= {"skipped_steps": state.skipped_steps, "damaged_samples": len(state.damaged)}
+        if strange:
+            self.journal.say(f"{strange} of {len(found.rows)} logits are not finite: this evaluation decides nothing")
+        self.journal.epoch(line, self.watch)
+        return True
+
+    def notice_damage(self) -> None:
+        """What any rank met, now or before an interruption."""
+        met = {*self.state.damaged, *self.plan.shards.damaged}
+        self.state.damaged = self.ranks.union(np.array(sorted(met), np.int64)).tolist()
+
+    def save(self) -> None:
+        """A checkpoint, on all ranks; where one writes all, it does so beside the next steps."""
+        self.check_weights()
+        self.notice_damage()
+        stage, ranks, parent = self.plan.settings.zero_stage, self.ranks, self.run.checkpoints
+        state = {**self.state.to_json(), "zero_stage": stage, "world_size": ranks.size}
+        step = self.state.step
+        if stage:
+            if ranks.is_first:
+                self.beside.wait()
+                checkpoint.begin(parent, step)
+            ranks.barrier()
+            share = checkpoint.to_cpu(self.engine.optimiser_state())
+            checkpoint.write_share(parent, step, share, rank=ranks.rank, shares=ranks.size)
+            ranks.barrier()
+        if ranks.is_first:
+            files = self.files()
+            if stage:
+                write = partial(checkpoint.complete, parent, state, files)
+            else:
+                write = partial(
+                    checkpoint.write, parent, state, files, checkpoint.to_cpu(self.engine.optimiser_state())
+                )
+            self.beside.do(partial(self._written, write, step))
+
+    def _written(self, write: Any, step: int) -> None:
+        settings = self.plan.settings
+        self.journal.sync()
+        write()
+        checkpoint.prune(self.run.checkpoints, settings.keep_checkpoints, settings.keep_best)
+        self.run.write_status("running", step=step, num_steps=self.plan.num_steps)
+
+    def files(self) -> dict[str, checkpoint.Tensors]:
+        with self.engine.offered() as network:
+            files = {"model": checkpoint.to_cpu(network.state_dict())}
+        rest = checkpoint.to_cpu(self.engine.state())
+        return files | ({"training": rest} if rest else {})
+
+    def check_weights(self) -> None:
+        """Failure, on all ranks, where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
+        weights = self.engine.flat.weights
+        mine = np.array([self.engine.flat.digest(), int(weights.isfinite().all())], np.int64)
+        told = self.ranks.gather(mine)  # (ranks, 2)
+        where, remedy = f"after step {self.state.step}", "the last checkpoint is sound"
+        if not told[:, 1].all():
+            raise Failure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
+        if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
             raise Failure(
-                f"the loss of step {state.step} is {result.loss} (rows of rank {ranks.rank}: {rows}); "
-                "the last checkpoint is sound; give run=NEW and a lower learning_rate"
+                f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "
+                "look for faulty memory or different versions on its machine"
             )
-        state.step += 1
-        state.train_loss_sum += result.loss
 
-        if state.step % settings.log_every == 0:
-            images = settings.global_batch * min(settings.log_every, state.step - journal.start_step)
-            journal.steps(state.step, epoch, loss=result.loss, learning_rate=lr, images=images, watch=watch)
-        stopping = result.stop
-        due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
-        if (due or stopping) and state.step % plan.steps_per_epoch:  # at an epoch's end: once, when it is evaluated
-            _save(run, plan, engine, state, ranks)
+    def draw(self) -> None:
+        """Refresh curves.png, beside the next steps."""
+        if self.ranks.is_first:
+            self.beside.do(partial(self.journal.draw, report.curves))
 
 
-def _steps_of_epoch(plan: Plan, epoch: int, first: int, loading: Loading, ranks: World) -> Iterator[list[Batch]]:
-    """This rank's micro-batches, step by step, from step `first` of the epoch on."""
-    s = plan.settings
-    ordered = order.epoch_order(plan.train, s.seed, epoch, rotate_deg=s.rotate_deg, flip=s.flip)
-    share = {"global_batch": s.global_batch, "micro_batch": s.micro_batch, "rank": ranks.rank, "world_size": ranks.size}
-    steps = range(first, plan.steps_per_epoch)
-    micros = (micro for step in steps for micro in order.step_micros(ordered, step, **share))
-    with contextlib.closing(loading.batches(micros, ranks.device)) as stream:
-        for _ in steps:
-            yield list(itertools.islice(stream, s.global_batch // (s.micro_batch * ranks.size)))
-
-
-def _evaluate(
-    plan: Plan, engine: Engine, state: State, loading: Loading, journal: Journal, ranks: World, watch: Stopwatch
-) -> None:
-    """Score the selecting split; at an epoch's end the plateau hears of it. Changes `state`, logs a line."""
-    started, network = time.perf_counter(), engine.expose(state.step)
-    found = scores(network, plan.select, loading, ranks)
-    loss = weighted_loss(found, loading.targets)
-    quick = metrics.measure(study_scores(plan.shards, found), resamples=0)["overall"]
-    epoch = state.step // plan.steps_per_epoch
-    if epoch > 0:
-        state.plateau = state.plateau.after(loss, plan.settings)
-    state.select_loss = loss if epoch > 0 and np.isfinite(loss) else None
-    state.evaluated_step = state.step
-    line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": plan.settings.select_on}
-    if epoch > 0:
-        line["train_loss"] = state.train_loss_sum / plan.steps_per_epoch
-    line |= {"tune_loss": loss, "tune_kappa": quick["kappa"], "tune_auroc": quick["auroc"]}
-    line["learning_rate"] = schedule.learning_rate(plan.settings, state.plateau, state.step)
-    line["evaluation_s"] = round(time.perf_counter() - started, 3)
-    line["damaged_samples"] = len(ranks.union(np.array(sorted(plan.shards.damaged), np.int64)))
-    state.train_loss_sum = 0.0
-    journal.epoch(line, watch)
-
-
-def _save(run: Run, plan: Plan, engine: Engine, state: State, ranks: World) -> None:
-    """Write a checkpoint, on all ranks; Failure where the weights are no numbers any more, so that the last sound one stays."""
-    weights = checkpoint.to_cpu(engine.expose(state.step).state_dict())
-    stage = run.settings.zero_stage
-    if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-        raise Failure(
-            f"the weights are not finite after step {state.step}; the last checkpoint is sound; "
-            "give run=NEW and a lower learning_rate"
-        )
-    checkpoint.save(
-        run.checkpoints,
-        {**state.to_json(), "zero_stage": stage, "world_size": ranks.size},
-        weights,
-        checkpoint.to_cpu(engine.optimiser_state()),
-        rank=ranks.rank,
-        shares=ranks.size if stage else 1,
-        barrier=ranks.barrier,
-    )
-    if ranks.is_first:
-        checkpoint.prune(run.checkpoints, run.settings.keep_checkpoints)
-        run.write_status("running", step=state.step, num_steps=plan.num_steps)
-
-
-def _resume_point(run: Run, ranks: World) -> checkpoint.Checkpoint | None:
+def _resume_point(run: Run, ranks: World) -> Checkpoint | None:
     """The newest sound checkpoint, the same on every rank: the first rank decides."""
     found = None
     if ranks.is_first:
@@ -274,12 +321,16 @@ def _base_rate(targets: Targets, rows: np.ndarray) -> float:
     return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
 
 
-def _introduce(journal: Journal, plan: Plan, ranks: World, loading: Loading, state: State) -> None:
-    s = plan.settings
-    accumulation = s.global_batch // (s.micro_batch * ranks.size)
-    journal.say(
+def _introduction(plan: Plan, ranks: World, loading: Loading, state: State) -> str:
+    s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
+    scaled = (
+        f" (learning rate {rate:.4g} by {s.lr_scaling} from a batch of {s.reference_batch})"
+        if s.lr_scaling != "none"
+        else ""
+    )
+    return (
         f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
-        f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {accumulation}; "
+        f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
         f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
         f"{s.precision} on {ranks.device.type}, {loading}"
     )
@@ -291,34 +342,14 @@ def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, 
     return {
         "run": str(run.folder),
         "step": state.step,
-        "epochs": plan.settings.epochs,
+        "epochs": state.step // plan.steps_per_epoch,
         "best_checkpoint": chosen.name if chosen else None,
         "select_on": plan.settings.select_on,
         "last": epochs[-1] if epochs else None,
         "drops": state.plateau.drops,
+        "stale_epochs": state.stale_epochs,
+        "skipped_steps": state.skipped_steps,
     }
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT or SIGUSR2 sets; the loop saves at the next step and leaves. Twice: at once."""
-    event = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield event
-        return
-    names = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
-    before = {name: signal.signal(name, handle) for name in names}
-    try:
-        yield event
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def summary_text(summary: dict[str, Any]) -> str:

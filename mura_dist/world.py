@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from . import launcher
-from .refusal import Refusal
+from .refusal import Failure, Refusal
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank; the same answer on every rank."""
+        return self.sum([float(mine)])[0] > 0
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
@@ -56,27 +61,78 @@ class World:
 
 
 @contextlib.contextmanager
-def join(timeout_s: float) -> Iterator[World]:
-    """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises."""
-    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, alone)
+def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
+    """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises.
+
+    patience_s: how much longer the first meeting may take. Raises Failure where another rank is lost.
+    """
     rank, size, local_rank = launcher.rank(), launcher.world_size(), launcher.local_rank()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise Refusal(
-                f"rank {rank} is number {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs; "
-                "start at most one rank a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    backend, timeout = ("nccl" if cuda else "gloo"), timedelta(seconds=timeout_s)
-    if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    device, timeout = _device(rank, local_rank), timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _environment(), _losing_others(rank, size):
+        if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            meeting = timedelta(seconds=timeout_s + patience_s)
+            store, *_ = next(rendezvous("env://", rank, size, timeout=meeting))
+            store.set_timeout(meeting)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        try:
+            yield World(rank, size, local_rank, device)
+        finally:
+            dist.destroy_process_group()
+
+
+def _device(rank: int, local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise Refusal(
+            f"rank {rank} is number {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs; "
+            "start at most one rank a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """DeepSpeed reads these even where there is no launcher; processes started later must not take them for one's."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    ours = [name for name in alone if name not in os.environ]
+    os.environ.update({name: alone[name] for name in ours})
     try:
-        yield World(rank, size, local_rank, device)
+        yield
     finally:
-        dist.destroy_process_group()
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+_LOST = (
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+    "Socket",
+    "NCCL",
+)
+
+
+@contextlib.contextmanager
+def _losing_others(rank: int, size: int) -> Iterator[None]:
+    """A rank that ends takes the connection with it; the others' libraries say so in many ways, none of them for a reader."""
+    try:
+        yield
+    except (Failure, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if size == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        reason = str(error).splitlines()[0][:160]
+        raise Failure(
+            f"rank {rank} lost another rank ({reason}); what ended first says why in a line of its own, or was killed; "
+            "the same command goes on from the last checkpoint"
+        ) from error

@@ -1,0 +1,60 @@
+"""All parameters of a model as one vector, and their gradients as another.
+
+    model's 508 parameters (DenseNet-169)  =  views into weights (n,)
+    their .grad                            =  views into gradient (n,)
+
+One all-reduce, one norm, one optimiser kernel, one average over time instead of 508. The views keep their shapes; a
+convolution's weight may lie in channels-last order. Each starts at a multiple of 64 bytes, as vector kernels like it;
+the gaps are zeros, whose gradient is zero, and stay so.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 16  # float32 numbers
+
+
+class Flat:
+    """`weights` (n,) float32 is the parameter an optimiser is given, `gradient` (n,) its .grad."""
+
+    def __init__(self, model: nn.Module, *, channels_last: bool) -> None:
+        self._parameters = list(model.parameters())
+        self._channels_last = channels_last
+        self._starts, end = [], 0
+        for parameter in self._parameters:
+            self._starts.append(end)
+            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        device = self._parameters[0].device
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self.weights = nn.Parameter(torch.zeros(end, device=device))
+        self.gradient = torch.zeros(end, device=device)
+        self.attach()
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, before, strict=True):
+                parameter.copy_(value)
+
+    def attach(self) -> None:
+        """Let the model's tensors be views of the vectors; again where somebody moved `weights` (DeepSpeed's ZeRO does)."""
+        self.weights.grad = self.gradient
+        weights, gradients = (self.views(vector) for vector in (self.weights.data, self.gradient))
+        for parameter, weight, gradient in zip(self._parameters, weights, gradients, strict=True):
+            parameter.data, parameter.grad = weight, gradient
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """`vector` (n,) as tensors of the parameters' shapes, in their order."""
+        return [
+            self._shaped(vector[start : start + parameter.numel()], parameter)
+            for start, parameter in zip(self._starts, self._parameters, strict=True)
+        ]
+
+    def _shaped(self, piece: Tensor, like: Tensor) -> Tensor:
+        if self._channels_last and like.ndim == 4:
+            out, channels, height, width = like.shape
+            return piece.view(out, height, width, channels).permute(0, 3, 1, 2)
+        return piece.view(like.shape)
+
+    def digest(self) -> int:
+        """A number that differs where a weight differs by a bit."""
+        return zlib.crc32(self.weights.detach().cpu().numpy().data)

@@ -1,0 +1,127 @@
+"""Out of memory: how it is told from other errors, what is said of it, and the largest micro-batch that fits.
+
+`micro_batch="auto"` tries forward and backward of one micro-batch, alone and without the other ranks, from the largest
+candidate down; the least of what fits on any rank wins. On a GPU the allocator says no. A CPU's never does: Linux promises
+memory it does not have and then kills; so there a small micro-batch is measured and the larger ones are reckoned from it.
+"""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import launcher
+from .config import Settings
+from .loss import weighted_bce
+from .model import build
+from .refusal import Failure, Refusal
+from .world import World
+
+_SHARE = 0.8  # of a machine's free memory that its ranks may take together
+_WORKSPACE = (
+    2.0  # of what is kept for the backward pass: a CPU's step needs gradients on their way and convolutions' copies too
+)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether it says that there was no memory left; a CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def exhausted(ranks: Sequence[int], micro_batch: int) -> str:
+    """What a run says that ends so."""
+    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return (
+        f"out of memory on {who} with micro_batch={micro_batch}; free some and the same command goes on, or give a smaller "
+        "micro_batch= and run=NEW (that changes BatchNorm, whose group it is, so it cannot go on with this run)"
+    )
+
+
+def candidates(global_batch: int, world_size: int) -> list[int]:
+    """Micro-batches that cut a global batch evenly over the ranks, largest first; BatchNorm needs two radiographs."""
+    share = global_batch // world_size
+    return [size for size in range(share, 1, -1) if share % size == 0] if share * world_size == global_batch else []
+
+
+def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
+    """The largest micro-batch of radiographs of `size` px that fits on every rank. Called by all ranks.
+
+    Raises Refusal where the global batch cannot be shared out, Failure where not even the smallest fits.
+    """
+    sizes = candidates(settings.global_batch, world.size)
+    if not sizes:
+        unit = 2 * world.size
+        near = max(1, round(settings.global_batch / unit)) * unit
+        raise Refusal(
+            f"global_batch={settings.global_batch} cannot be cut into micro-batches of 2 or more over {world.size} ranks; "
+            f"the nearest is global_batch={near}"
+        )
+    mine = next(
+        (
+            candidate
+            for candidate in _plausible(settings, size, sizes, world)
+            if _fits(settings, size, candidate, world)
+        ),
+        0,
+    )
+    found = int(world.gather(np.array([mine], np.int64)).min())
+    if not found:
+        raise Failure(
+            f"micro_batch=auto: not even {sizes[-1]} radiographs of {size} px fit; free memory, or convert smaller ones"
+        )
+    return found
+
+
+def _plausible(settings: Settings, size: int, sizes: list[int], world: World) -> list[int]:
+    """On a CPU, those of `sizes` that a measured small micro-batch says will fit; on a GPU all."""
+    if world.device.type != "cpu":
+        return sizes
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        _fits(settings, size, 2, world)
+    free = _free_bytes() * _SHARE / launcher.ranks_here()
+    return [candidate for candidate in sizes if candidate * kept / 2 * _WORKSPACE <= free]
+
+
+def _fits(settings: Settings, size: int, candidate: int, world: World) -> bool:
+    """Forward and backward of one micro-batch, beside what an optimiser will hold."""
+    device = world.device
+    try:
+        network = build(settings.architecture).to(device).train()
+        number = sum(parameter.numel() for parameter in network.parameters())
+        beside = torch.zeros(4 * number, device=device)  # flat gradient, Adam's two moments, a copy while one saves
+        image = torch.zeros(candidate, 1, size, size, dtype=torch.uint8, device=device)
+        half = settings.precision != "fp32"
+        dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype=dtype, enabled=half):
+            logit, _ = network(image)
+        ones = torch.ones(candidate, device=device)
+        weighted_bce(logit, ones, ones).backward()
+        del network, beside, image, logit, ones
+    except (MemoryError, RuntimeError) as error:
+        if not is_exhausted(error):
+            raise
+        return False
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
+
+
+def _free_bytes() -> int:
+    """Memory that may be had without swapping; where the system does not tell, 8 GiB is assumed."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 8 << 30
+    [line] = [line for line in lines if line.startswith("MemAvailable")]
+    return int(line.split()[1]) << 10

@@ -1,0 +1,240 @@
+"""The engine of one rank, in this process: against autograd and definitions; and what a step that is left out leaves alone."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mura_dist import config, world
+from mura_dist.average import Average
+from mura_dist.batchnorm import RunningStatistics
+from mura_dist.engine import Engine
+from mura_dist.flat import Flat
+from mura_dist.model import DenseNet, build
+from mura_dist.pipeline import Batch
+from mura_dist.world import World
+
+MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[World]:
+    with world.join(30) as ranks:
+        yield ranks
+
+
+def settings(**values: object) -> config.Settings:
+    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": MICROS * SIZE}
+    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
+
+
+def some_batches(seed: int) -> list[Batch]:
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
+    label = torch.randint(0, 2, (MICROS, SIZE), generator=random).float()
+    weight = torch.rand(MICROS, SIZE, generator=random)
+    ones = torch.ones(SIZE)
+    return [Batch(image[i], label[i], weight[i], ones.long(), ones.bool()) for i in range(MICROS)]
+
+
+def by_hand(model: DenseNet, batches: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
+    """(loss, gradient end to end) of sum(weight x BCE) / global batch, by autograd and nothing else."""
+    model.train()
+    total = torch.zeros(())
+    for batch in batches:
+        logit, _ = model(batch.image)
+        target = batch.label * (1 - smoothing) + smoothing / 2
+        each = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+        total = total + (batch.weight * each).sum() / (MICROS * SIZE)
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def weights_of(model: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    with engine.offered() as model:
+        found = {key: value.clone() for key, value in model.state_dict().items()}
+    return (
+        found
+        | {f"optimiser.{k}": v.clone() for k, v in engine.optimiser_state().items()}
+        | {key: value.clone() for key, value in engine.state().items()}
+    )
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, smoothing: float) -> None:
+    """Loss, gradient norm and the optimiser's step against autograd; SGD's first momentum is the gradient."""
+    chosen = settings(optimiser="sgd", channels_last=channels_last, label_smoothing=smoothing)
+    engine = Engine(build("tiny", seed=1), chosen, alone)
+    before = weights_of(engine.model)
+    result = engine.step(some_batches(1), 0.5)
+    loss, gradient = by_hand(build("tiny", seed=1), some_batches(1), smoothing)
+    assert result.applied
+    assert not result.bad_micros
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+    torch.testing.assert_close(weights_of(engine.model), before - 0.5 * gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e6])
+def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
+    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", clip_norm=limit), alone)
+    before = weights_of(engine.model)
+    norm = engine.step(some_batches(1), 1.0).gradient_norm
+    moved = (weights_of(engine.model) - before).norm().item()
+    assert moved == pytest.approx(min(limit, norm), rel=1e-3)
+    assert 0.01 < norm < 1e6
+
+
+@pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words: dict[str, object]) -> None:
+    """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""
+    engines = [Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2)]
+    first = [engine.step(some_batches(1), 1e-2) for engine in engines]
+    assert first[0] == first[1]
+    before, calls = everything(engines[0]), 0
+
+    def spoil(module: object, given: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        logit, cells = output
+        if calls == 2 and fault == "gradient":
+            logit.register_hook(lambda gradient: gradient * math.inf)
+        return (logit * math.nan if calls == 2 and fault == "loss" else logit), cells
+
+    handle = engines[0].model.register_forward_hook(spoil)
+    result = engines[0].step(some_batches(2), 1e-2)
+    handle.remove()
+    assert calls == MICROS
+    assert not result.applied
+    assert result.bad_micros == ((1,) if fault == "loss" else ())
+    assert same(everything(engines[0]), before)
+    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    assert after[0] == after[1]
+    assert same(everything(engines[0]), everything(engines[1]))
+    assert not same(everything(engines[0]), before)
+
+
+def test_the_moving_average_is_what_is_offered(alone: World) -> None:
+    """Against the definition, weights and statistics; the weights that train are not touched by showing it."""
+    engine = Engine(build("tiny", seed=3), settings(ema=0.5), alone)
+    plain = Engine(build("tiny", seed=3), settings(), alone)
+    averaged = weights_of(engine.model)
+    for step in range(4):
+        for one in (engine, plain):
+            one.step(some_batches(step), 1e-2)
+        share = 1 - min(0.5, (1 + step) / (10 + step))
+        averaged = averaged + share * (weights_of(engine.model) - averaged)
+    trained = weights_of(engine.model)
+    assert torch.equal(trained, weights_of(plain.model)), "averaging does not change training"
+    with engine.offered() as model:
+        assert not model.training
+        torch.testing.assert_close(weights_of(model), averaged, rtol=1e-5, atol=1e-6)
+        offered = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    assert torch.equal(weights_of(engine.model), trained)
+    assert not torch.allclose(averaged, trained)
+    with plain.offered() as model:
+        moved = [key for key in offered if not torch.allclose(offered[key], model.state_dict()[key])]
+    assert len(moved) > len(offered) / 2, "its statistics are its own"
+
+
+def test_the_average_forgets_the_start() -> None:
+    average = Average(0.999, torch.zeros(1), torch.zeros(1))
+    shares = []
+    for _ in range(3):
+        before = average.weights.item()
+        average.update(torch.ones(1), torch.ones(1))
+        shares.append((average.weights.item() - before) / (1 - before))
+    assert shares == pytest.approx([0.9, 1 - 2 / 11, 1 - 3 / 12], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_full(alone: World, precision: str) -> None:
+    full = Engine(build("tiny", seed=4), settings(), alone).step(some_batches(1), 1e-3)
+    half = Engine(build("tiny", seed=4), settings(precision=precision), alone).step(
+        some_batches(1), 1e-3, loss_scale=1024.0 if precision == "fp16" else 1.0
+    )
+    assert half.applied
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+    assert half.loss != full.loss
+    assert half.gradient_norm == pytest.approx(full.gradient_norm, rel=0.1)
+
+
+def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
+    engine = Engine(build("tiny", seed=4), settings(precision="fp16"), alone)
+    before = everything(engine)
+    result = engine.step(some_batches(1), 1e-3, loss_scale=2.0**40)
+    assert not result.applied
+    assert result.bad_micros == (), "the loss is sound"
+    assert same(everything(engine), before)
+
+
+@pytest.mark.slow
+def test_compiled_is_near_eager(alone: World) -> None:
+    """Needs a C++ compiler, as the setting says."""
+    eager = Engine(build("tiny", seed=5), settings(), alone)
+    compiled = Engine(build("tiny", seed=5), settings(compile="default"), alone)
+    for seed in range(2):
+        a, b = eager.step(some_batches(seed), 1e-3), compiled.step(some_batches(seed), 1e-3)
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
+    assert a.loss != 0
+    torch.testing.assert_close(eager.statistics.values, compiled.statistics.values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
+    model = build("tiny", seed=6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flat = Flat(model, channels_last=channels_last)
+    assert same({key: value.clone() for key, value in model.state_dict().items()}, before)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert int((flat.weights != 0).sum()) <= number <= flat.weights.numel()
+    model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))[0].sum().backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    assert flat.gradient.norm() == pytest.approx(gradients.norm().item(), rel=1e-6)
+    assert flat.gradient.norm() > 0
+    digest = flat.digest()
+    with torch.no_grad():
+        flat.weights += 1
+    assert digest != flat.digest()
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value, before[key] + 1)
+    convolution = model.features.conv0.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_running_statistics_move_once_a_step_by_the_mean() -> None:
+    """Against the definition: the mean over the step's micro-batches of their mean and unbiased variance, momentum 0.1."""
+    model = build("tiny").train()
+    norm = model.features.norm0
+    statistics = RunningStatistics(model)
+    before = statistics.values.clone()
+    images = torch.randint(0, 256, (3, 4, 1, 32, 32), dtype=torch.uint8)
+    means, variances = [], []
+    norm.register_forward_pre_hook(
+        lambda _, given: (means.append(given[0].mean((0, 2, 3))), variances.append(given[0].var((0, 2, 3))), None)[-1]
+    )
+    for image in images:
+        model(image)
+        statistics.collect()
+    statistics.move(statistics.sum / 3)
+    statistics.show(statistics.values)
+    torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean(0).detach())
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0).detach())
+    assert not torch.equal(before, statistics.values)
+    assert norm.num_batches_tracked == 1
+    statistics.forget()
+    assert not statistics.sum.any()
