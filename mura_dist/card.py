@@ -31,6 +31,18 @@ class TrainedOn(BaseModel):
     splits: dict[str, int] = {}
 
 
+class Member(BaseModel):
+    """A checkpoint of an ensemble. `sha256` of its model.safetensors is its identity; the rest is for people."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str  # in a list: the folder, relative to the list's; in a card or a report: the folder's name alone
+    checkpoint: str
+    architecture: str
+    select_loss: Annotated[float, Field(allow_inf_nan=False)]  # what it was chosen by
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class Card(BaseModel):
     """The metadata of an exported model; see each field."""
 
@@ -48,6 +60,7 @@ class Card(BaseModel):
     selected_on: str  # the split that chose the checkpoint
     recipe: dict[str, Any]
     checkpoint: str
+    members: list[Member] = []  # of an ensemble, whose map is the mean of theirs; empty: one checkpoint
     terms: str = mura.TERMS
     licence: str = mura.LICENCE
     version: str = __version__

@@ -199,38 +199,75 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
         click.echo(summary_text(summary))
 
 
-@cli.command(short_help="Measure a run or an exported model on a split.")
-@click.argument("target", metavar="RUN_OR_ONNX", type=a_path)
+@cli.command(short_help="Choose the best checkpoints of runs as one model.")
+@click.argument("runs", metavar="RUN [RUN ...]", type=a_path, nargs=-1, required=True)
+@click.option("--out", type=a_path, required=True, metavar="FILE.json", help="The model list to write.")
+@click.option("--top", type=int, default=5, show_default=True, help="How many checkpoints, over all runs together.")
+@quiet_option
+def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
+    """Choose, of all checkpoints in the runs, the --top of lowest tune loss; write their names as a model list.
+
+    evaluate and export take the list in place of a run: a model that averages the members' probabilities. The runs must share
+    shards and select_on. A run keeps its newest checkpoints and the keep_best=N of lowest loss (a setting of train, 1 unless
+    set). The list names checkpoints, it holds none: move it together with its runs.
+    """
+    from rich.console import Console
+
+    from .ensemble import choose
+
+    made = choose(runs, out, top=top, say=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
+    click.echo(f"{out}: {len(made.members)} members by their loss on {made.select_on}")
+    for member in made.members:
+        click.echo(f"  {member.select_loss:.6f}  {member.architecture}  {member.run}  {member.checkpoint}")
+
+
+@cli.command(short_help="Measure a run, an ensemble or an exported model on a split.")
+@click.argument("target", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
 @click.argument("shards", type=a_place)
 @click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
 @click.option(
     "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
 )
-@click.option("--out", type=a_path, default=None, help="Where to write.  [default: the run]")
+@click.option(
+    "--out",
+    type=a_path,
+    default=None,
+    help="Where to write.  [default: the run; of a list NAME.json, NAME; of an ONNX file it must be given]",
+)
 @quiet_option
 def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path | None, quiet: bool) -> None:
-    """Measure a run's checkpoint, or an exported model, on a split: metrics.json, report.html, tables."""
+    """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
+
+    Writes metrics.json, report.html and tables.
+    """
     from rich.console import Console
 
     from . import evaluate as room
+    from .members import is_list, report_folder
     from .metrics import summary_table
 
     if split not in mura.SPLITS:
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
-    if target.is_file():
+    if is_list(target):
+        _check_which(which, f"{target} is a list of chosen checkpoints")
+        out = out or report_folder(target)
+        measured = room.evaluate_list(target, shards, split=split, out=out, say=say)
+    elif target.is_file():
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
-        if which != "best":
-            raise Refusal(
-                f"--checkpoint {which}: {target} is one exported checkpoint; leave --checkpoint out, or give the run"
-            )
+        _check_which(which, f"{target} is one exported checkpoint")
         measured = _evaluate_onnx(target, shards, split, out)
     else:
         measured = room.evaluate_run(target, shards, split=split, which=which, out=out, say=say)
     if launcher.is_first():
         click.echo(summary_table(measured))
         click.echo(f"report: {(out or target) / 'report.html'}")
+
+
+def _check_which(which: str, why: str) -> None:
+    if which != "best":
+        raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")
 
 
 def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> dict[str, Any]:
@@ -248,6 +285,7 @@ def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> d
     facts = {
         "title": f"{target.name} on {split}",
         "checkpoint": model.card.checkpoint,
+        "members": [member.model_dump() for member in model.card.members],
         "selected_on": model.card.selected_on,
         "trained_on": model.card.trained_on.kind,
         "settings": model.card.recipe,
@@ -255,27 +293,40 @@ def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> d
     return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts, say=Console(stderr=True).print)
 
 
-@cli.command(short_help="Write a checkpoint as one ONNX file.")
-@click.argument("run", type=a_path)
-@click.option("--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N.")
-@click.option("--out", type=a_path, default=None, help="The file to write.  [default: RUN/model.onnx]")
+@cli.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")
+@click.argument("target", metavar="RUN_OR_LIST", type=a_path)
+@click.option(
+    "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
+)
+@click.option(
+    "--out",
+    type=a_path,
+    default=None,
+    help="The file to write.  [default: RUN/model.onnx; of a list NAME.json, NAME.onnx]",
+)
 @click.option(
     "--triton", type=a_path, default=None, metavar="DIR", help="Also write a model repository for NVIDIA Triton."
 )
 @quiet_option
-def export(run: Path, which: str, out: Path | None, triton: Path | None, quiet: bool) -> None:
-    """Write a run's checkpoint as one self-describing ONNX file, if it agrees with torch."""
-    from .export import export_run
+def export(target: Path, which: str, out: Path | None, triton: Path | None, quiet: bool) -> None:
+    """Write a run's checkpoint, or a model list's ensemble, as one self-describing ONNX file, if it agrees with torch."""
+    from .export import export_list, export_run
+    from .members import exported, is_list
 
-    out = out or run / "model.onnx"
-    facts = export_run(run, which=which, out=out, triton_folder=triton)
+    if is_list(target):
+        _check_which(which, f"{target} is a list of chosen checkpoints")
+        out = out or exported(target)
+        facts = export_list(target, out=out, triton_folder=triton)
+    else:
+        out = out or target / "model.onnx"
+        facts = export_run(target, which=which, out=out, triton_folder=triton)
     click.echo(
         f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
         f"logits within {facts['max_logit_difference']:.2g} of torch's; {mura.TERMS}"
     )
     if not facts["num_thresholds"]:
         click.echo(
-            f"no threshold: predictions will have no call; first run `mura-dist evaluate {run} SHARDS`, then export again"
+            f"no threshold: predictions will have no call; first run `mura-dist evaluate {target} SHARDS`, then export again"
         )
 
 
@@ -297,7 +348,10 @@ def export(run: Path, which: str, out: Path | None, triton: Path | None, quiet: 
 @click.option("--workers", type=int, default=None, help="Threads that read.  [default: by processors]")
 @quiet_option
 def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any) -> None:
-    """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table."""
+    """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table.
+
+    Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed.
+    """
     from .predict import predict as run
 
     with progress_bar("predicting", quiet) as progress:

@@ -1,4 +1,4 @@
-"""Checkpoint -> one self-contained ONNX file, through a parity gate.
+"""Checkpoints -> one self-contained ONNX file, through a parity gate.
 
     model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
         -> parity: the same images through torch and through predict.Model -> written, or nothing is
@@ -15,7 +15,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,19 @@ import numpy as np
 import onnx
 import torch
 
-from . import __version__, atomic, checkpoint, config
+from . import __version__, atomic, members
 from .card import KEY, PRODUCER, Card, TrainedOn
-from .model import build
+from .ensemble import Weights
 from .predict import Model
 from .refusal import Failure, Refusal
-from .runs import Run
 from .shards import Shards
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7)
 NUM_RADIOGRAPHS = 16  # of the run's own, for the gate
 TRITON_MAX_BATCH = 64
+LIMIT_BYTES = 2**31 - 1  # protobuf's, of one message
+OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
 
 
 def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
@@ -44,24 +45,41 @@ def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path |
     types measured there, with both classes, get a threshold. Raises Refusal where there is no such run or checkpoint, Failure
     where the gate stays shut.
     """
-    run = Run.load(run_folder)
-    chosen = checkpoint.select(run.checkpoints, which)
-    model = build(run.settings.architecture)
-    model.load_state_dict(chosen.model())
-    card = _card(run, chosen.name)
-    facts = export(model.eval(), card, out, radiographs=_some_radiographs(run))
+    weights = Weights.of_run(run_folder, which)
+    return _export(weights, _measured(weights, [run_folder]), out, triton_folder)
+
+
+def export_list(path: Path, *, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+    """The same of a model list: one file with all members inside, which averages their probabilities.
+
+    Its metrics.json is looked for where `evaluate` writes it, then beside the list.
+    """
+    weights = Weights.of_list(path)
+    return _export(weights, _measured(weights, [members.report_folder(path), path.parent]), out, triton_folder)
+
+
+def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder: Path | None) -> dict[str, Any]:
+    card, model = _card(weights, measured), weights.model()
+    facts = export(model, card, out, radiographs=_some_radiographs(weights))
     if triton_folder is not None:
         triton(triton_folder, out, card)
-    return facts | {"checkpoint": chosen.name, "num_thresholds": len(card.thresholds)}
+    return facts | {"checkpoint": weights.name, "num_thresholds": len(card.thresholds)}
 
 
-def _card(run: Run, name: str) -> Card:
-    data, path = run.data(), run.folder / "metrics.json"
-    measured = json.loads(path.read_bytes()) if path.is_file() else {}
-    reported = (measured.get("checkpoint"), measured.get("split"), measured.get("manifest_sha256"))
-    if reported != (name, "valid", data["manifest_sha256"]):
-        measured = {}
-    by_type = measured.get("by_study_type", {})
+def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
+    """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
+    ours = [member.sha256 for member in weights.members]
+    wanted = (weights.name, ours, "valid", weights.data()["manifest_sha256"])
+    for path in (folder / "metrics.json" for folder in folders):
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        digests = [member["sha256"] for member in found.get("members", [])]
+        if wanted == (found.get("checkpoint"), digests, found.get("split"), found.get("manifest_sha256")):
+            return found
+    return {}
+
+
+def _card(weights: Weights, measured: dict[str, Any]) -> Card:
+    data, by_type = weights.data(), measured.get("by_study_type", {})
     return Card(
         size=data["size"],
         study_types=data["study_types"],
@@ -73,20 +91,22 @@ def _card(run: Run, name: str) -> Card:
             num_radiographs=data["splits"]["train"],
             splits=data["splits"],
         ),
-        selected_on=run.settings.select_on,
-        recipe=config.shareable(run.settings),
-        checkpoint=name,
+        selected_on=weights.settings.select_on,
+        recipe=weights.recipe(),
+        checkpoint=weights.name,
+        members=list(weights.members),
     )
 
 
-def _some_radiographs(run: Run) -> np.ndarray | None:
+def _some_radiographs(weights: Weights) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
+    settings, data = weights.settings, weights.data()
     try:
-        shards = Shards.open(run.settings.shards)
-        rows = shards.rows(run.settings.select_on)[:NUM_RADIOGRAPHS]
+        shards = Shards.open(settings.shards)
+        rows = shards.rows(settings.select_on)[:NUM_RADIOGRAPHS]
     except Refusal:
         return None
-    if shards.index["manifest"]["sha256"] != run.data()["manifest_sha256"] or shards.size != run.data()["size"]:
+    if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
         return None
     return np.stack([shards.pixels(row) for row in rows])[:, None]
 
@@ -94,12 +114,14 @@ def _some_radiographs(run: Run) -> np.ndarray | None:
 def export(
     model: torch.nn.Module, card: Card, out: Path, *, tolerance: float = 1e-4, radiographs: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Write `model` (mura_dist.model.DenseNet in eval mode, on the CPU, fp32) to `out`; returns what was measured.
+    """Write `model` (a DenseNet or an Ensemble in eval mode, on the CPU, fp32) to `out`; returns what was measured.
 
     tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
-    drawn images. Raises Failure where torch and ONNX Runtime disagree; then `out` is as it was before.
+    drawn images. Raises Refusal where the model is too large for one file, Failure where torch and ONNX Runtime disagree;
+    then `out` is as it was before.
     """
     assert not model.training
+    _fits(model, card)
     started = time.perf_counter()
     data = graph(model, card)
     images = probe_images(card.size)
@@ -113,6 +135,15 @@ def export(
         "opset": OPSET,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _fits(model: torch.nn.Module, card: Card) -> None:
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + OTHER_BYTES * max(1, len(card.members))
+    if num_bytes > LIMIT_BYTES:
+        raise Refusal(
+            f"{card.checkpoint}: the weights would make a file of {num_bytes / 1e9:.2f} GB, the limit of one ONNX file is "
+            f"{LIMIT_BYTES / 1e9:.2f} GB; give fewer members (mura-dist ensemble --top)"
+        )
 
 
 def graph(model: torch.nn.Module, card: Card) -> bytes:
@@ -168,8 +199,9 @@ def probe_images(size: int) -> np.ndarray:
 def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: float = 1e-4) -> float:
     """The largest difference of a logit between `model` and the ONNX file `data`, on `images` uint8 (N, 1, S, S).
 
-    Compared at batch sizes 1, 2 and 7: logits, maps, and the mean of a map with its logit. The limit is `tolerance`,
-    relative to the value beyond +-1: fp32 carries about 7 digits. Raises Failure naming value and limit.
+    Compared at batch sizes 1, 2 and 7: logits, maps, and the mean of a map with its logit (not of an ensemble: its map's
+    mean is the mean of the logits, its logit that of the mean probability). The limit is `tolerance`, relative to the
+    value beyond +-1: fp32 carries about 7 digits. Raises Failure naming value and limit.
     """
     exported = Model.from_bytes(data, "the exported model")
     wanted_logit, wanted_map = _torch_outputs(model, images)
@@ -179,9 +211,9 @@ def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: f
         logit, cells = (np.concatenate(part) for part in zip(*batches, strict=True))  # (N,), (N, h, w)
         _compare("logit", logit, wanted_logit, tolerance, batch_size)
         _compare("activation_map", cells, wanted_map, tolerance, batch_size)
-        _compare(
-            "mean of activation_map", cells.mean(axis=(1, 2), dtype=np.float64), wanted_logit, tolerance, batch_size
-        )
+        if len(exported.card.members) <= 1:
+            mean = cells.mean(axis=(1, 2), dtype=np.float64)
+            _compare("mean of activation_map", mean, wanted_logit, tolerance, batch_size)
         worst = max(worst, float(np.abs(logit - wanted_logit).max()))
     return worst
 

@@ -34,7 +34,7 @@ import onnxruntime
 import pandas as pd
 import PIL
 
-from . import __version__, atomic, mura, radiograph, tables, walk
+from . import __version__, atomic, members, mura, radiograph, tables, walk
 from .card import KEY, Card
 from .refusal import Refusal, Stopped
 
@@ -53,15 +53,29 @@ class Model:
 
     @classmethod
     def load(cls, path: Path, provider: str = "cpu", threads: int | None = None) -> "Model":
-        """The model of an ONNX file.
+        """The model of an ONNX file, or of the one beside a model list.
 
         provider: cpu, cuda, tensorrt or a name of ONNX Runtime's; threads: None for all cores. Raises Refusal for a
-        file that is not there, not ONNX or not ours, and for a provider that does not start.
+        file that is not there, not ONNX or not ours, for a list that was not exported, and for a provider that does not
+        start.
         """
+        if members.is_list(path):
+            return cls._of_list(path, provider, threads)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "no such file"
             raise Refusal(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
         return cls.from_bytes(path.read_bytes(), str(path), provider, threads)
+
+    @classmethod
+    def _of_list(cls, path: Path, provider: str, threads: int | None) -> "Model":
+        listed, file = members.ModelList.load(path), members.exported(path)
+        remedy = f"export it first: mura-dist export {path}"
+        if not file.is_file():
+            raise Refusal(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
+        model = cls.load(file, provider, threads)
+        if not members.same(model.card.members, listed.members):
+            raise Refusal(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
+        return model
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str, provider: str = "cpu", threads: int | None = None) -> "Model":

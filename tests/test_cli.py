@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, run
 from mura_dist import __version__
 from mura_dist.cli import DONE, FAILED, WRONG, cli, main
 
-COMMANDS = ("phantoms", "shards", "verify", "describe", "train", "evaluate", "export", "predict", "bench")
+COMMANDS = ("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "export", "predict", "bench")
 
 
 def test_the_commands_are_the_contracts() -> None:
@@ -64,6 +64,7 @@ WRONG_REQUESTS = {
     "no number": (["shards", "a", "b", "--size", "big"], ["--size", "big"]),
     "a missing argument": (["predict", "a"], ["DIRECTORY", "mura-dist predict --help"]),
     "a missing folder": (["shards", "{tmp}/none", "{tmp}/out"], ["none: no such folder"]),
+    "no such list": (["evaluate", "{tmp}/none.json", "{shards}"], ["none.json: no such file"]),
     "not MURA's layout": (["shards", "{tmp}/flat", "{tmp}/out"], ["not in MURA's layout", "imageN.png"]),
     "no shards": (["verify", "{tmp}/flat"], ["holds no shards", "mura-dist shards"]),
     "shards of another version": (["verify", "{tmp}/future"], ["format 99", "reads format 1"]),

@@ -22,9 +22,9 @@ BENCHES = (
     ".encodings",
     ".plots",
 )
-BENCHES += (".training", ".prediction")
+BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card", "signals"}},
     {
         "on disk": {
             *(
@@ -38,6 +38,7 @@ FLOORS = [
                 "samples",
                 "shards",
                 "mirror",
+                "members",
             ),
             *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms"),
         }
@@ -45,8 +46,13 @@ FLOORS = [
     {"numbers": {"metrics", "html", "order"}},
     {"the world": {"world", "journal"}},
     {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
-    {"learning": {"model", "loss", "schedule", "engine", "checkpoint", "runs"}},
-    {"loops": {"report", "describe", "evaluate", "train"}},
+    {
+        "learning": {
+            *("model", "blocks", "loss", "schedule", "flat", "batchnorm", "average", "memory", "deepspeed_json"),
+            *("engine", "checkpoint", "runs", "state", "plan"),
+        }
+    },
+    {"loops": {"report", "describe", "ensemble", "evaluate", "train"}},
     {"delivery": {"walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
