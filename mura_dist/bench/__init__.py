@@ -2,7 +2,7 @@
 
     workload.py  radiographs (--data, or phantoms), as links, as many as wanted -> Load
     clock.py     contenders of WHAT, each in a process of its own, in turn -> images/s; ratios of the same round, ours over theirs
-    shards.py pipeline.py (its peers in peers.py) training.py prediction.py encodings.py   the contenders of each WHAT
+    shards.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
     footprint.py start and memory of the pipeline    plots.py  a picture of it all
 
 Little is imported above the functions: processes whose start is measured come through here.
@@ -34,12 +34,13 @@ class Defaults(NamedTuple):
     data: int
 
 
-# The paper's 320 px, but for training on a CPU.
+# The paper's 320 px, but for two ranks on one CPU.
 BENCHES = {
     "shards": Defaults(320, 2000, 3000),
     "pipeline": Defaults(320, 400, 3000),
     "encodings": Defaults(320, 400, 1500),
-    "train": Defaults(160, 32, 32),
+    "train": Defaults(320, 32, 32),
+    "ranks": Defaults(224, 32, 32),
     "predict": Defaults(320, 48, 48),
 }
 _COLUMNS = ("median", "min", "max")
@@ -50,7 +51,8 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
 
     Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
     {median, min, max}, workers, and `tried`, images/s with each number of workers a peer was tried with) and ratios {"ours /
-    theirs": {median, min, max}}; of pipeline also `start` (footprint.py), of encodings `encodings`. Raises Refusal for another
+    theirs": {median, min, max}}; of pipeline also `start` (footprint.py), of encodings `encodings`, of train
+    `activations`. Raises Refusal for another
     `what`, for options that do not serve it and for a folder that does not serve, Failure where a contender dies.
     """
     options = options or Options()
@@ -90,10 +92,10 @@ def _settle(what: str, options: Options) -> tuple[int, int]:
 
 
 def _measure(what: str, load: Load, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    from . import clock, encodings, pipeline, prediction, shards, training
+    from . import clock, encodings, pipeline, prediction, ranks, shards, training
 
     rooms: dict[str, Any] = {"shards": shards, "pipeline": pipeline, "encodings": encodings}
-    room = (rooms | {"train": training, "predict": prediction})[what]
+    room = (rooms | {"train": training, "ranks": ranks, "predict": prediction})[what]
     results = clock.play(room.contenders(load), load, rounds=options.rounds, seconds=options.seconds, say=say)
     return results | (room.more(load, options, results, say) if hasattr(room, "more") else {})
 
@@ -111,6 +113,7 @@ def table(measured: dict[str, Any]) -> str:
         _lines("times as fast", measured["ratios"], _COLUMNS),
         _start_lines(measured.get("start", [])),
         _encoding_lines(measured.get("encodings", [])),
+        _activation_lines(measured.get("activations", [])),
     ]
     return "\n".join(line for part in parts for line in part)
 
@@ -176,6 +179,11 @@ def _encoding_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:
     }
     rows = {one["encoding"]: {title: one[key] for title, key in columns.items()} for one in encodings}
     return [*_lines("a radiograph", rows, tuple(columns)), *_change_lines(encodings)]
+
+
+def _activation_lines(activations: Sequence[dict[str, Any]]) -> list[str]:
+    rows = {one["network"]: {"MB": one["mb_per_radiograph"]} for one in activations}
+    return _lines("kept for the backward pass, bf16, a radiograph", rows, ("MB",))
 
 
 def _change_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:

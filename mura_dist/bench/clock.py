@@ -45,6 +45,7 @@ class Contender:
     ours: bool = False
     tries: tuple[int, ...] = ()
     streams: bool = False  # its queues fill while others work
+    family: str = ""  # ratios are taken within one
 
 
 def play(
@@ -71,7 +72,7 @@ def play(
         | chosen[c.name]
         for c in contenders
     ]
-    pairs = [(a.name, b.name) for b in contenders if not b.ours for a in contenders if a.ours]
+    pairs = [(a.name, b.name) for b in contenders if not b.ours for a in contenders if a.ours and a.family == b.family]
     ratios = {f"{a} / {b}": spread([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in pairs}
     return {"rounds": rounds, "contenders": results, "ratios": ratios}
 

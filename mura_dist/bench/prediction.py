@@ -9,7 +9,7 @@ from typing import Any
 
 from .clock import Contender, Work
 from .streams import device
-from .training import densenet
+from .training import their_network
 from .workload import Load
 
 
@@ -63,7 +63,7 @@ def _one_by_one(threads: int, load: Load) -> Work:
     from ..model import IMAGENET_DEVIATION, IMAGENET_MEAN
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    network, place, size = densenet(load.architecture).eval(), device(), (load.size, load.size)
+    network, place, size = their_network(load.architecture).eval(), device(), (load.size, load.size)
     transform = t.Compose([t.Resize(size), t.ToTensor(), t.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION)])
 
     @torch.inference_mode()

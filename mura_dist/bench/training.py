@@ -1,6 +1,12 @@
-"""bench train: steps on pixels in memory, against the loop one would write first, with and without autocast."""
+"""bench train: steps on pixels in memory. Our engine against the loop one would write first, and against the same settings bare.
+
+one process    bench train: our default settings and fp32; torchvision's DenseNet fp32 (the step most projects have), bf16
+               autocast + channels-last, and a bare loop around our own network (what the engine itself costs)
+memory         what is kept for the backward pass, by network, bytes of different storages
+"""
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,71 +16,114 @@ import numpy as np
 from .. import config
 from .clock import Contender, Work, process
 from .streams import device
-from .workload import Load
+from .workload import Load, Options
 
 
 def contenders(load: Load) -> list[Contender]:
     return [
-        Contender("mura-dist Engine, fp32", partial(_engine, "fp32"), ours=True),
-        Contender("bare torch loop, fp32", partial(_bare, "fp32")),
-        Contender("mura-dist Engine, bf16", partial(_engine, "bf16"), ours=True),
-        Contender("bare torch loop, bf16 autocast", partial(_bare, "bf16")),
+        Contender("mura-dist, default settings (bf16)", partial(engine, "bf16"), ours=True),
+        Contender("mura-dist, fp32", partial(engine, "fp32"), ours=True),
+        Contender("torchvision, fp32, eager", partial(bare, "fp32", ours=False)),
+        Contender("torchvision, bf16, channels-last", partial(bare, "bf16", ours=False)),
+        Contender("bare loop, our network, bf16", partial(bare, "bf16", ours=True)),
     ]
 
 
-def _labels(load: Load) -> Any:
-    """Both classes, float32 (B,)."""
+def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """`activations`: MB a radiograph kept for the backward pass, under bf16 autocast."""
+    networks = {
+        "mura-dist": lambda: our_network(load.architecture),
+        "torchvision": lambda: their_network(load.architecture),
+        "torchvision, memory_efficient": lambda: their_network(load.architecture, memory_efficient=True),
+    }
+    return {
+        "activations": [
+            {"network": name, "mb_per_radiograph": kept_mb(build(), load)} for name, build in networks.items()
+        ]
+    }
+
+
+def labels(number: int) -> Any:
+    """Both classes, float32 (number,)."""
     import torch
 
-    return torch.arange(load.batch, device=device()) % 2.0
+    return torch.arange(number, device=device()) % 2.0
 
 
-def _engine(precision: str, load: Load) -> Work:
+def settings_of(load: Load, precision: str, *, ranks: int = 1) -> config.Settings:
+    values = {"shards": "", "run": "", "architecture": load.architecture, "precision": precision}
+    return config.check(values | {"global_batch": load.batch * ranks, "micro_batch": load.batch}, "bench")
+
+
+def batches(load: Load) -> Iterator[Any]:
+    """The same again and again, on the device."""
     import torch
 
-    from .. import model, world
-    from ..engine import Engine
     from ..pipeline import Batch
 
-    values = {"shards": "", "run": "", "architecture": load.architecture, "precision": precision}
-    settings = config.check(values | {"global_batch": load.batch, "micro_batch": load.batch}, "bench")
+    label, ones = labels(load.batch), torch.ones(load.batch, device=device())
+    images = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
+    return itertools.cycle([Batch(image, label, ones, ones.long(), ones.bool()) for image in images])
+
+
+def engine(precision: str, load: Load) -> Work:
+    from .. import model, world
+    from ..engine import Engine
+
+    settings = settings_of(load, precision)
     ranks = process.enter_context(world.join(settings.timeout_s))
-    engine, ones = Engine(model.build(load.architecture), settings, ranks), torch.ones(load.batch, device=device())
-    images = [torch.from_numpy(batch).to(ranks.device) for batch in load.pixels()]
-    batches = itertools.cycle([Batch(image, _labels(load), ones, ones.long(), ones.bool()) for image in images])
+    trained, stream = Engine(model.build(load.architecture), settings, ranks), batches(load)
 
     def work(out: Path) -> int:
-        assert np.isfinite(engine.step([next(batches)], settings.learning_rate).loss)
+        assert np.isfinite(trained.step([next(stream)], settings.learning_rate).loss)
         return load.batch
 
     return work
 
 
-def densenet(architecture: str) -> Any:
+def our_network(architecture: str) -> Any:
+    import torch
+
+    from .. import model
+
+    return model.build(architecture).to(device(), memory_format=torch.channels_last)
+
+
+def their_network(architecture: str, *, memory_efficient: bool = False) -> Any:
     """torchvision's own, with one logit, as a user would build it."""
     from torchvision.models.densenet import DenseNet
 
     from ..model import ARCHITECTURES
 
-    return DenseNet(*ARCHITECTURES[architecture], num_classes=1).to(device())
+    return DenseNet(*ARCHITECTURES[architecture], num_classes=1, memory_efficient=memory_efficient).to(device())
 
 
-def _bare(precision: str, load: Load) -> Work:
-    import torch
-    from torch.nn.functional import binary_cross_entropy_with_logits
+def normalised(image: Any) -> Any:
+    """uint8 (B, 1, S, S) -> what torchvision's network wants, float32 (B, 3, S, S)."""
     from torchvision.transforms.functional import normalize
 
     from ..model import IMAGENET_DEVIATION, IMAGENET_MEAN
 
-    network, place, label = densenet(load.architecture).train(), device(), _labels(load)
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
-    grey = [torch.from_numpy(batch).expand(-1, 3, -1, -1) / 255 for batch in load.pixels()]  # (B, 3, S, S) float32
-    images = itertools.cycle([normalize(image, IMAGENET_MEAN, IMAGENET_DEVIATION).to(place) for image in grey])
+    return normalize(image.expand(-1, 3, -1, -1) / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
+
+
+def bare(precision: str, load: Load, *, ours: bool) -> Work:
+    """A loop in a few lines, around our network or torchvision's; bf16 with channels-last."""
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    network, images, logit_of = _network(load, ours=ours, channels_last=precision == "bf16")
+    optimiser, stream, label = (
+        torch.optim.Adam(network.parameters(), lr=1e-4),
+        itertools.cycle(images),
+        labels(load.batch),
+    )
+    place = device().type
 
     def work(out: Path) -> int:
         optimiser.zero_grad()
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            logit = network(next(images))[:, 0]
+        with torch.autocast(place, torch.bfloat16, enabled=precision == "bf16"):
+            logit = logit_of(network(next(stream)))
         loss = binary_cross_entropy_with_logits(logit.float(), label)
         loss.backward()
         optimiser.step()
@@ -82,3 +131,42 @@ def _bare(precision: str, load: Load) -> Work:
         return load.batch
 
     return work
+
+
+def _network(load: Load, *, ours: bool, channels_last: bool) -> tuple[Any, Sequence[Any], Callable[[Any], Any]]:
+    """(network in training mode, its batches, logits (B,) of what it returns)."""
+    import torch
+
+    pixels = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
+    if ours:
+        torch.set_flush_denormal(True)
+        return our_network(load.architecture).train(), pixels, lambda found: found[0]
+    network = their_network(load.architecture).train()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = [normalised(image).to(memory_format=layout) for image in pixels]
+    return network.to(memory_format=layout), images, lambda found: found[:, 0]
+
+
+def kept_mb(network: Any, load: Load) -> float:
+    """Of activations, for the backward pass of one micro-batch, a radiograph; parameters not counted."""
+    import torch
+
+    image = torch.from_numpy(load.pixels()[0]).to(device())
+    given = image if hasattr(network, "mean") else normalised(image).to(memory_format=torch.channels_last)
+    own = {parameter.untyped_storage().data_ptr() for parameter in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding it, so that no other storage comes to lie in its place
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device().type, torch.bfloat16),
+    ):
+        found = network.to(memory_format=torch.channels_last).train()(given)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del found
+    return total / load.batch / 1e6

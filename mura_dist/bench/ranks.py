@@ -1,0 +1,121 @@
+"""bench ranks: a step of two ranks on this machine, our engine against torch's DistributedDataParallel around the same network.
+
+A contender's process is rank 0 and starts rank 1, which takes a step whenever rank 0 says so. The same network, settings,
+batches, loss and collectives' library on both sides; DistributedDataParallel averages BatchNorm nothing, as it does by default.
+"""
+
+import math
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .clock import Contender, Work, process
+from .streams import device
+from .training import batches, labels, our_network, settings_of
+from .workload import Load
+
+RANKS = 2
+_TIMEOUT_S = 300.0
+
+Step = Callable[[], None]
+
+
+def contenders(load: Load) -> list[Contender]:
+    kinds = {"mura-dist": "engine", "DistributedDataParallel": "ddp"}
+    return [
+        Contender(f"{name}, {precision}", partial(work, kind, precision), ours=kind == "engine", family=precision)
+        for precision in ("bf16", "fp32")
+        for name, kind in kinds.items()
+    ]
+
+
+def work(kind: str, precision: str, load: Load) -> Work:
+    """Of rank 0; the other ranks are started here and end with this process."""
+    port = _free_port()
+    context = multiprocessing.get_context("spawn")
+    for rank in range(1, RANKS):
+        context.Process(target=_follow, args=(rank, port, kind, precision, load), daemon=True).start()
+    step = _join(0, port, kind, precision, load)
+
+    def lead(out: Path) -> int:
+        _go()
+        step()
+        return load.batch * RANKS
+
+    return lead
+
+
+def _follow(rank: int, port: int, kind: str, precision: str, load: Load) -> None:
+    from ..workers import end_with_parent
+
+    end_with_parent()
+    step = _join(rank, port, kind, precision, load)
+    while True:
+        _go()
+        step()
+
+
+def _go() -> None:
+    """Both sides pay for it alike: who follows waits here between turns, however long they are."""
+    import torch
+    import torch.distributed as dist
+
+    dist.broadcast(torch.zeros(1, device=device()), 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _join(rank: int, port: int, kind: str, precision: str, load: Load) -> Step:
+    import torch
+
+    from .. import world
+
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in known.items()})
+    torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
+    ranks = process.enter_context(world.join(_TIMEOUT_S))
+    return (_engine if kind == "engine" else _ddp)(precision, load, ranks)
+
+
+def _engine(precision: str, load: Load, ranks: Any) -> Step:
+    from .. import model
+    from ..engine import Engine
+
+    settings = settings_of(load, precision, ranks=RANKS)
+    trained, stream = Engine(model.build(load.architecture), settings, ranks), batches(load)
+    return lambda: _finite(trained.step([next(stream)], settings.learning_rate).loss)
+
+
+def _ddp(precision: str, load: Load, ranks: Any) -> Step:
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_flush_denormal(True)
+    network = DistributedDataParallel(
+        our_network(load.architecture).train(), broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    optimiser, stream, label = torch.optim.Adam(network.parameters(), lr=1e-4), batches(load), labels(load.batch)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+            logit, _ = network(next(stream).image)
+        loss = binary_cross_entropy_with_logits(logit.float(), label)
+        loss.backward()
+        optimiser.step()
+        _finite(loss.item())
+
+    return step
+
+
+def _finite(loss: float) -> None:
+    assert math.isfinite(loss)
