@@ -6,6 +6,7 @@ deepspeed) tells rank and world size by environment variables; without one we ar
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,7 +132,9 @@ def _losing_others(rank: int, size: int) -> Iterator[None]:
     except (RuntimeError, dist.DistError) as error:
         if size == 1 or not any(word in str(error) for word in _LOST):
             raise
-        reason = str(error).splitlines()[0][:160]
+        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])[
+            :100
+        ]  # without the library's own place in its sources
         raise Failure(
             f"rank {rank} lost another rank ({reason}); what ended first says why in a line of its own, or was killed; "
             "the same command goes on from the last checkpoint"
