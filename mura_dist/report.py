@@ -450,7 +450,8 @@ _COLOURS = {"step": "#8995a1", "train": NEGATIVE_COLOUR, "tune": POSITIVE_COLOUR
 
 
 def _draw_panel(axes: Any, title: str, lines: Series, scale: str) -> None:
-    axes.set(title=title, xlabel="step")
+    axes.set_title(title, loc="left")  # the legend stands to its right, on no line
+    axes.set_xlabel("step")
     if not lines:
         axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", fontstyle="italic")
         axes.set(xticks=[], yticks=[])
@@ -464,7 +465,8 @@ def _draw_panel(axes: Any, title: str, lines: Series, scale: str) -> None:
     if scale == "zero":
         axes.set_ylim(bottom=0)
     if lines.keys() != {"step"}:
-        axes.legend(fontsize=8, handlelength=1.2)
+        style = {"ncols": len(lines), "fontsize": 8, "handlelength": 1.2, "columnspacing": 1}
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3, **style)
     axes.grid(axis="y")
 
 

@@ -9,8 +9,10 @@ The same command again goes on from the last complete checkpoint; a finished run
 
 import contextlib
 import itertools
+import math
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +34,8 @@ from .runs import Run
 from .signals import asked_to_stop
 from .state import State
 from .world import World
+
+_DRAW_EVERY_S = 5.0
 
 
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
@@ -144,6 +148,7 @@ class Training:
     stop: threading.Event
     beside: checkpoint.Beside
     watch: Stopwatch = field(default_factory=Stopwatch)
+    drawn: float = -math.inf  # when curves.png last was
 
     def loop(self) -> None:
         """Evaluate before stepping, once more than there are epochs: first, periodic, last evaluation are one piece of code."""
@@ -156,6 +161,7 @@ class Training:
                 self.save()
                 self.draw()
             if state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings)):
+                self.draw(last=True)
                 return
             if stopping:
                 self.beside.wait()
@@ -298,9 +304,11 @@ class Training:
                 "look for faulty memory or different versions on its machine"
             )
 
-    def draw(self) -> None:
-        """Refresh curves.png, beside the next steps."""
-        if self.ranks.is_first:
+    def draw(self, *, last: bool = False) -> None:
+        """Refresh curves.png, beside the next steps; epochs of moments do not each get a picture that takes longer than they."""
+        now = time.monotonic()
+        if self.ranks.is_first and (last or now - self.drawn >= _DRAW_EVERY_S):
+            self.drawn = now
             self.beside.do(partial(self.journal.draw, report.curves))
 
 
