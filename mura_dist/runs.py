@@ -60,13 +60,10 @@ class Run:
             raise Refusal(f"{folder} is not a run (no recipe.toml); give the folder that run= named")
         return cls(folder, config.load(path))
 
-    def settled(self) -> "Run":
-        """The same, with `micro_batch="auto"` as the run found it when it began; left open where it has not."""
+    def begun_with(self, key: str, otherwise: Any) -> Any:
+        """A setting as the run's recipe has it; `otherwise` where it has not begun."""
         path = self.folder / "recipe.toml"
-        if self.settings.micro_batch != config.AUTO or not path.is_file():
-            return self
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("micro_batch", config.AUTO)
-        return Run(self.folder, self.settings.model_copy(update={"micro_batch": found}))
+        return tomllib.loads(path.read_text(encoding="utf-8")).get(key, otherwise) if path.is_file() else otherwise
 
     def data(self) -> dict[str, Any]:
         """data.json's content: which shards the run learns from."""
@@ -89,8 +86,10 @@ class Run:
                 raise Refusal(f"run={self.folder} exists and is no run; give run=NEW")
             return
         before = tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
+        free = config.CHANGEABLE | {"shards", "run", "deepspeed"}  # others look at these
+        free |= {"micro_batch"} if self.settings.micro_batch == config.AUTO else set()
         for key, value in self.settings.model_dump().items():
-            if key not in config.CHANGEABLE | {"shards", "run", "deepspeed"} and before.get(key, value) != value:
+            if key not in free and before.get(key, value) != value:
                 raise Refusal(
                     f"run={self.folder} was started with {key}={before[key]!r}, now it says {key}={value!r}; "
                     "set it back, or give run=NEW for another run"

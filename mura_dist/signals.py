@@ -39,6 +39,19 @@ def asked_to_stop(also: str) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Where there is nothing to save and Python's handlers may not be heard: SIGINT ends the process, as SIGTERM does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _number(name: str) -> signal.Signals:
     known = [one.name for one in signal.valid_signals() if isinstance(one, signal.Signals)]
     usable = sorted(set(known) - {"SIGKILL", "SIGSTOP"})

@@ -31,7 +31,7 @@ from .pipeline import Batch, Loading, Targets
 from .plan import Plan
 from .refusal import Failure, Stopped
 from .runs import Run
-from .signals import asked_to_stop
+from .signals import asked_to_stop, at_once
 from .state import State
 from .world import World
 
@@ -41,18 +41,15 @@ _DRAW_EVERY_S = 5.0
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped."""
     workers.end_with_launcher()
-    run = Run(Path(settings.run), settings).settled()
+    run = Run(Path(settings.run), settings)
     plan = Plan.of(run.settings, launcher.world_size())
-    if launcher.is_first():  # the others meet it in `join`; the folder is its to judge, before it writes there
-        run.check(plan.shards)
-        run.check_deepspeed(plan.deepspeed)
-    if _is_finished(before := run.status(), plan):
-        return before["summary"]
     with contextlib.ExitStack() as stack:
+        finished = launcher.is_first() and not _begin(run, plan, stack)
+        with at_once():  # torch waits for the others in C++, where no handler of ours is heard
+            ranks = stack.enter_context(world.join(settings.timeout_s, patience_s=settings.wait_s))
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
-        if launcher.is_first():
-            stack.enter_context(run.writing(stop))
-        ranks = stack.enter_context(world.join(settings.timeout_s, patience_s=settings.wait_s))
+        if ranks.any(finished):
+            return run.status()["summary"]
         run, plan = _with_micro_batch(run, plan, ranks)
         try:
             summary = _train(run, plan, ranks, stop, quiet=quiet)
@@ -66,6 +63,25 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
+def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
+    """On the first rank, whose folder it is to judge while the others wait in `join`: hold the lock; False where all is done."""
+    with asked_to_stop(run.settings.stop_signal) as early:
+        if not _is_ours_to_do(run, plan):
+            return False
+        stack.enter_context(run.writing(early))
+        if not _is_ours_to_do(run, plan):  # who wrote until now may have made it another run, or finished it
+            return False
+        if early.is_set():
+            raise Stopped("stopped before it began; the same command goes on")
+    return True
+
+
+def _is_ours_to_do(run: Run, plan: Plan) -> bool:
+    run.check(plan.shards)
+    run.check_deepspeed(plan.deepspeed)
+    return not _is_finished(run.status(), plan)
+
+
 def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
     if status.get("state") != "done":
         return False
@@ -74,10 +90,11 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
 
 
 def _with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
-    """The same, with the micro-batch that fits where the settings say auto and the run has none yet."""
+    """The same; where the settings say auto, with the micro-batch the run began with, or the one that fits."""
     if run.settings.micro_batch != AUTO:
         return run, plan
-    plan = plan.with_micro_batch(memory.fitting_micro_batch(run.settings, plan.shards.size, ranks))
+    begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
+    plan = plan.with_micro_batch(begun or memory.fitting_micro_batch(run.settings, plan.shards.size, ranks))
     if ranks.is_first:
         run.check_deepspeed(plan.deepspeed)
     return Run(run.folder, plan.settings), plan
@@ -160,7 +177,8 @@ class Training:
                 stopping = not self.evaluate(epoch)
                 self.save()
                 self.draw()
-            if state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings)):
+            unevaluated = stopping and within == 0  # the wish came first: not done yet, even at the last step
+            if not unevaluated and (state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings))):
                 self.draw(last=True)
                 return
             if stopping:
