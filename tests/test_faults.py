@@ -36,8 +36,15 @@ def rows_of(shards: Path, step: int) -> list[list[int]]:
     return [micro.rows.tolist() for micro in order.step_micros(epoch, step, **sizes)]
 
 
-@pytest.mark.parametrize(("fault", "what"), [("nan", "loss"), ("gradient", "gradient")])
-@pytest.mark.parametrize("ranks", [1, 2])
+NOT_FINITE = [
+    (2, "nan", "loss"),
+    (1, "gradient", "gradient"),
+    pytest.param(1, "nan", "loss", marks=pytest.mark.slow),
+    pytest.param(2, "gradient", "gradient", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "fault", "what"), NOT_FINITE)
 def test_a_step_that_is_not_finite_is_left_out_and_named(
     shard_folder: Path, tmp_path: Path, ranks: int, fault: str, what: str
 ) -> None:
@@ -78,7 +85,7 @@ def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> No
     assert last.state["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("words", [(), ("zero_stage=1",)])
+@pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.slow)])
 def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *words)
     assert result.returncode == 1

@@ -88,6 +88,49 @@ def test_pretrained_weights_that_do_not_fill_it_are_refused(tmp_path: Path) -> N
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+DIGESTS = {"densenet121": "a639ec97", "densenet169": "b2777c0a"}  # in the names of torchvision's files
+
+
+def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> Path:
+    """Where torch.hub would keep torchvision's file; and no way out, so that nothing is fetched."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return folder / "hub" / "checkpoints" / f"{architecture}-{DIGESTS[architecture]}.pth"
+
+
+@pytest.mark.parametrize("change", [dict, old_keys])
+@pytest.mark.parametrize("architecture", ["densenet121", "densenet169"])
+def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
+    path = imagenet_cache(tmp_path, monkeypatch, architecture)
+    path.parent.mkdir(parents=True)
+    published = getattr(torchvision.models, architecture)()  # 1,000 classes
+    torch.save(change(published.state_dict()), path)
+    network = model.build(architecture, seed=5)
+    model.load_pretrained(network, "imagenet")
+    for key, value in network.state_dict().items():
+        assert key.startswith("classifier.") or torch.equal(value, published.state_dict()[key]), key
+
+
+def test_imagenet_without_a_file_or_a_network_is_refused(tmp_path: Path, monkeypatch) -> None:
+    path = imagenet_cache(tmp_path, monkeypatch, "densenet169")
+    with pytest.raises(Refusal, match=r"cannot fetch densenet169-\w+\.pth .* give pretrained=FILE") as refusal:
+        model.load_pretrained(model.build("densenet169"), "imagenet")
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not path.exists()
+    with pytest.raises(Refusal, match=r"no such weights of architecture=tiny, only of densenet121, densenet169"):
+        model.load_pretrained(model.build("tiny"), "imagenet")
+
+
+def test_the_transition_pools_first_and_the_keys_are_torchvisions() -> None:
+    ours, theirs = model.build("densenet169"), torchvision.models.densenet169(num_classes=1)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [name for name, _ in ours.features.transition2.named_children()] == ["norm", "relu", "pool", "conv"]
+
+
 def test_the_loss_is_the_papers() -> None:
     """FIELD: HAND has w1 .732275, w0 .267725; loss(y=1, p=.9) = .077153, loss(y=0, p=.9) = .616460."""
     logit = torch.tensor([math.log(9), math.log(9)], dtype=torch.float64).float()
