@@ -41,8 +41,9 @@ class RunningStatistics:
         self.moves += 1
 
     def forget(self) -> None:
-        """Before the next step."""
+        """Before the next step. The buffers too: a module adds 0 times what was there, which is NaN where that is NaN."""
         self.sum.zero_()
+        torch._foreach_zero_(self._buffers)
 
     def show(self, values: Tensor) -> None:
         """Put `values` where the modules look for them: before evaluation and before a checkpoint."""

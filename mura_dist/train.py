@@ -144,11 +144,12 @@ def _engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World
 
 def _load_pretrained(network: model.DenseNet, name: str, ranks: World) -> None:
     """One rank of a machine goes first: it may have to fetch the file."""
+    where = name if name == model.IMAGENET else Path(name).expanduser()
     if ranks.local_rank == 0:
-        model.load_pretrained(network, name)
+        model.load_pretrained(network, where)
     ranks.barrier()
     if ranks.local_rank != 0:
-        model.load_pretrained(network, name)
+        model.load_pretrained(network, where)
 
 
 @dataclass

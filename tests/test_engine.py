@@ -1,5 +1,6 @@
 """The engine of one rank, in this process: against autograd and definitions; and what a step that is left out leaves alone."""
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -95,6 +96,28 @@ def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
     moved = (weights_of(engine.model) - before).norm().item()
     assert moved == pytest.approx(min(limit, norm), rel=1e-3)
     assert 0.01 < norm < 1e6
+
+
+def spoil_stem(calls: list[int], module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
+    """NaN from the first convolution of the second micro-batch on: every BatchNorm sees it."""
+    calls.append(1)
+    return output * (math.nan if len(calls) == 2 else 1.0)
+
+
+def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
+    """BatchNorm's own buffers forget as well: (1 - momentum) times NaN would stay for good."""
+    engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
+    for engine in engines:
+        engine.step(some_batches(1), 1e-2)
+    calls: list[int] = []
+    handle = engines[0].model.features.conv0.register_forward_hook(functools.partial(spoil_stem, calls))
+    result = engines[0].step(some_batches(2), 1e-2)
+    handle.remove()
+    assert (result.applied, result.bad_micros, len(calls)) == (False, (1,), MICROS)
+    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    assert after[0] == after[1]
+    assert after[0].applied
+    assert same(everything(engines[0]), everything(engines[1]))
 
 
 @pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
@@ -224,8 +247,8 @@ def test_running_statistics_move_once_a_step_by_the_mean() -> None:
     before = statistics.values.clone()
     images = torch.randint(0, 256, (3, 4, 1, 32, 32), dtype=torch.uint8)
     means, variances = [], []
-    norm.register_forward_pre_hook(
-        lambda _, given: (means.append(given[0].mean((0, 2, 3))), variances.append(given[0].var((0, 2, 3))), None)[-1]
+    model.features.conv0.register_forward_hook(
+        lambda _, __, read: (means.append(read.mean((0, 2, 3))), variances.append(read.var((0, 2, 3))), None)[-1]
     )
     for image in images:
         model(image)
