@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__, launcher, mura
-from .refusal import Failure, Refusal, Stopped, nearest
+from .refusal import CommonFailure, Failure, Refusal, Stopped, nearest
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
 _EXTRAS = dict.fromkeys(
@@ -422,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _end(STOPPED, "stopped; the same command goes on", only_first=True)
     except Failure as error:
-        return _end(FAILED, str(error), only_first=False)
+        return _end(FAILED, str(error), only_first=isinstance(error, CommonFailure))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:

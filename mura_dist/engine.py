@@ -27,7 +27,7 @@ from .config import Settings
 from .flat import Flat
 from .loss import weighted_bce
 from .pipeline import Batch
-from .refusal import Failure
+from .refusal import CommonFailure
 from .world import World
 
 _STOP, _OUT_OF_MEMORY = 1.0, 2.0  # a rank's flags in the small vector, added
@@ -90,7 +90,7 @@ class Engine:
     ) -> StepResult:
         """One optimiser step over this rank's micro-batches. `stop`: this rank was asked to stop.
 
-        Raises Failure on all ranks where one of them runs out of memory.
+        Raises CommonFailure where one of them runs out of memory.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -153,7 +153,7 @@ class Engine:
         told = vector[: ranks + 1 + micros].tolist()
         by_rank, norm, by_micro = told[:ranks], math.sqrt(max(told[ranks], 0.0)), told[ranks + 1 :]
         if short := [rank for rank, flag in enumerate(by_rank) if flag >= _OUT_OF_MEMORY]:
-            raise Failure(memory.exhausted(short, self.settings.micro_batch))
+            raise CommonFailure(memory.exhausted(short, self.settings.micro_batch))
         bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
         loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
         applied = not bad and math.isfinite(norm)

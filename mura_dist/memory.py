@@ -16,7 +16,7 @@ from . import launcher
 from .config import Settings
 from .loss import weighted_bce
 from .model import build
-from .refusal import Failure, Refusal
+from .refusal import CommonFailure, Refusal
 from .world import World
 
 _SHARE = 0.8  # of a machine's free memory that its ranks may take together
@@ -48,7 +48,7 @@ def candidates(global_batch: int, world_size: int) -> list[int]:
 def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
     """The largest micro-batch of radiographs of `size` px that fits on every rank. Called by all ranks.
 
-    Raises Refusal where the global batch cannot be shared out, Failure where not even the smallest fits.
+    Raises Refusal where the global batch cannot be shared out, CommonFailure where not even the smallest fits.
     """
     sizes = candidates(settings.global_batch, world.size)
     if not sizes:
@@ -68,7 +68,7 @@ def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
     )
     found = int(world.gather(np.array([mine], np.int64)).min())
     if not found:
-        raise Failure(
+        raise CommonFailure(
             f"micro_batch=auto: not even {sizes[-1]} radiographs of {size} px fit; free memory, or convert smaller ones"
         )
     return found

@@ -21,6 +21,10 @@ class Failure(RuntimeError):
     """The request was right and the work failed (exit status 1). `str(failure)` is the line to print."""
 
 
+class CommonFailure(Failure):
+    """Raised on every rank in the same words: the first one prints them for all."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where something known is near, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

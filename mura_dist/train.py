@@ -29,7 +29,7 @@ from .evaluate import Interrupted, scores, study_scores, weighted_loss
 from .journal import Journal, Stopwatch
 from .pipeline import Batch, Loading, Targets
 from .plan import Plan
-from .refusal import Failure, Stopped
+from .refusal import CommonFailure, Failure, Stopped
 from .runs import Run
 from .signals import asked_to_stop, at_once
 from .state import State
@@ -211,7 +211,7 @@ class Training:
                 yield list(itertools.islice(stream, plan.accumulation))
 
     def take(self, result: StepResult, epoch: int, within: int) -> None:
-        """Count the step, taken or left out. Raises Failure, on all ranks, where too many in a row were left out."""
+        """Count the step, taken or left out. Raises CommonFailure where too many in a row were left out."""
         settings, state = self.plan.settings, self.state
         if result.applied:
             state.took(result.loss)
@@ -221,7 +221,7 @@ class Training:
             what = "loss" if result.bad_micros else "gradient"
             self.journal.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
             if state.skipped_in_row >= settings.skip_limit:
-                raise Failure(
+                raise CommonFailure(
                     f"{state.skipped_in_row} steps in a row were left out, the last of them step {state.step}: {what} not finite "
                     f"(rows {', '.join(map(str, rows))}); skip_limit={settings.skip_limit}; the last checkpoint is sound; "
                     "give run=NEW and a lower learning_rate, or clip_norm"
@@ -310,15 +310,15 @@ class Training:
         return files | ({"training": rest} if rest else {})
 
     def check_weights(self) -> None:
-        """Failure, on all ranks, where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
+        """CommonFailure where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
         weights = self.engine.flat.weights
         mine = np.array([self.engine.flat.digest(), int(weights.isfinite().all())], np.int64)
         told = self.ranks.gather(mine)  # (ranks, 2)
         where, remedy = f"after step {self.state.step}", "the last checkpoint is sound"
         if not told[:, 1].all():
-            raise Failure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
+            raise CommonFailure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
         if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
-            raise Failure(
+            raise CommonFailure(
                 f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "
                 "look for faulty memory or different versions on its machine"
             )
