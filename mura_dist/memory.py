@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from . import launcher
 from .config import Settings
@@ -58,14 +59,8 @@ def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
             f"global_batch={settings.global_batch} cannot be cut into micro-batches of 2 or more over {world.size} ranks; "
             f"the nearest is global_batch={near}"
         )
-    mine = next(
-        (
-            candidate
-            for candidate in _plausible(settings, size, sizes, world)
-            if _fits(settings, size, candidate, world)
-        ),
-        0,
-    )
+    plausible = _plausible(settings, size, sizes, world)
+    mine = next((number for number in plausible if _fits(settings, size, number, world)), 0)
     found = int(world.gather(np.array([mine], np.int64)).min())
     if not found:
         raise CommonFailure(
@@ -78,32 +73,46 @@ def _plausible(settings: Settings, size: int, sizes: list[int], world: World) ->
     """On a CPU, those of `sizes` that a measured small micro-batch says will fit; on a GPU all."""
     if world.device.type != "cpu":
         return sizes
-    kept = 0
+    network = build(settings.architecture).train()
+    image = torch.zeros(2, 1, size, size, dtype=torch.uint8)
+    with _autocast(settings, world.device):
+        each = kept_bytes(network, image) / len(image)
+    free = _free_bytes() * _SHARE / launcher.ranks_here()
+    return [number for number in sizes if number * each * _WORKSPACE <= free]
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size()
+
+def kept_bytes(network: nn.Module, image: Tensor) -> int:
+    """What `network(image)` keeps for the backward pass: bytes of different storages, its parameters and buffers not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding it, so that no other storage comes to lie in its place
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        _fits(settings, size, 2, world)
-    free = _free_bytes() * _SHARE / launcher.ranks_here()
-    return [candidate for candidate in sizes if candidate * kept / 2 * _WORKSPACE <= free]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(image)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def _fits(settings: Settings, size: int, candidate: int, world: World) -> bool:
+def _autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=settings.precision != "fp32")
+
+
+def _fits(settings: Settings, size: int, number: int, world: World) -> bool:
     """Forward and backward of one micro-batch, beside what an optimiser will hold."""
     device = world.device
     try:
         network = build(settings.architecture).to(device).train()
-        number = sum(parameter.numel() for parameter in network.parameters())
-        beside = torch.zeros(4 * number, device=device)  # flat gradient, Adam's two moments, a copy while one saves
-        image = torch.zeros(candidate, 1, size, size, dtype=torch.uint8, device=device)
-        half = settings.precision != "fp32"
-        dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype=dtype, enabled=half):
+        weights = sum(parameter.numel() for parameter in network.parameters())
+        beside = torch.zeros(4 * weights, device=device)  # flat gradient, Adam's two moments, a copy while one saves
+        image = torch.zeros(number, 1, size, size, dtype=torch.uint8, device=device)
+        with _autocast(settings, device):
             logit, _ = network(image)
-        ones = torch.ones(candidate, device=device)
+        ones = torch.ones(number, device=device)
         weighted_bce(logit, ones, ones).backward()
         del network, beside, image, logit, ones
     except (MemoryError, RuntimeError) as error:

@@ -148,25 +148,12 @@ def _network(load: Load, *, ours: bool, channels_last: bool) -> tuple[Any, Seque
 
 
 def kept_mb(network: Any, load: Load) -> float:
-    """Of activations, for the backward pass of one micro-batch, a radiograph; parameters not counted."""
+    """For the backward pass of one micro-batch under bf16 autocast, a radiograph."""
     import torch
+
+    from ..memory import kept_bytes
 
     image = torch.from_numpy(load.pixels()[0]).to(device())
     given = image if hasattr(network, "mean") else normalised(image).to(memory_format=torch.channels_last)
-    own = {parameter.untyped_storage().data_ptr() for parameter in (*network.parameters(), *network.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding it, so that no other storage comes to lie in its place
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast(device().type, torch.bfloat16),
-    ):
-        found = network.to(memory_format=torch.channels_last).train()(given)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del found
-    return total / load.batch / 1e6
+    with torch.autocast(device().type, torch.bfloat16):
+        return kept_bytes(network.to(memory_format=torch.channels_last).train(), given) / load.batch / 1e6
