@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 hostfile=${1:?which hostfile? bash launch/deepspeed.sh HOSTFILE RECIPE.toml}
 shift
 export PATH="$PWD/.venv/bin:$PATH"
-exec deepspeed --hostfile "$hostfile" --module mura_dist.train "$@"
+source launch/outcome.sh # exit status: 0 done; 3 stopped on request (as RUN/status.json says); else deepspeed's
+outcome deepspeed --hostfile "$hostfile" --module mura_dist.train -- "$@"

@@ -49,4 +49,5 @@ class RunningStatistics:
         """Put `values` where the modules look for them: before evaluation and before a checkpoint."""
         torch._foreach_copy_(self._buffers, self.views(values))
         for norm in self._norms:
-            norm.num_batches_tracked = torch.full((), self.moves, dtype=torch.int64, device=values.device)
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.fill_(self.moves)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from . import atomic
@@ -32,6 +33,7 @@ from .refusal import Refusal
 
 FORMAT = 2
 MARK = "COMPLETE"
+_DAMAGED = ".damaged"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -93,21 +95,44 @@ def begin(parent: Path, step: int) -> None:
 
 def write_share(parent: Path, step: int, optimiser: Tensors, *, rank: int = 0, shares: int = 1) -> None:
     """A rank's share of the optimiser's state, after `begin`."""
-    save_file(optimiser, _aside(parent, step) / _optimiser_name(rank, shares))
+    _write_tensors(_aside(parent, step) / _optimiser_name(rank, shares), optimiser)
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> None:
+    """As any other file: readable for whom the umask says, OSError where the disk is full (safetensors' own way is neither)."""
+    path.write_bytes(serialised(tensors))
 
 
 def complete(parent: Path, state: dict[str, Any], files: dict[str, Tensors]) -> Path:
     """The rest of a checkpoint whose shares are all there, then its mark; one rank."""
-    folder, aside = parent / f"step-{state['step']:08d}", _aside(parent, state["step"])
+    folder, aside = folder_of(parent, state["step"]), _aside(parent, state["step"])
     for stem, tensors in files.items():
-        save_file(tensors, aside / f"{stem}.safetensors")
+        _write_tensors(aside / f"{stem}.safetensors", tensors)
     atomic.write_json(aside / "state.json", {"format": FORMAT, **state})
     digests = {path.name: _durable_digest(path) for path in sorted(aside.iterdir())}
     atomic.write_json(aside / MARK, digests)
-    _delete(folder)  # the same step, written again after a resume
-    os.replace(aside, folder)
-    atomic.sync_folder(parent)
+    _take_place(aside, folder)
     return folder
+
+
+def _take_place(aside: Path, folder: Path) -> None:
+    """A complete one becomes `folder`, which may hold the same step of before an interruption: killed in between, `aside` carries
+    the mark and `latest` finishes."""
+    before = _hidden(folder)
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
+    os.replace(aside, folder)
+    atomic.sync_folder(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def folder_of(parent: Path, step: int) -> Path:
+    return parent / f"step-{step:08d}"
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleted")
 
 
 class Beside:
@@ -168,19 +193,36 @@ def _step_of(folder: Path) -> int:
 
 
 def latest(parent: Path, report: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest sound checkpoint, None where there is none at all; damaged ones are reported and passed over.
+    """The newest sound checkpoint, None where there is none at all. By the one writer of the run, as it begins.
+
+    Damaged ones that are newer are reported and put out of the way, as `.step-N.damaged`: they are not to be the newest for
+    whoever prunes. One that was complete but for its last rename gets it.
 
     Raises Refusal where all are damaged: to begin anew would throw away what may still be saved.
     """
-    present = folders(parent)
+    for aside in parent.glob(".step-*.partial"):
+        if (aside / MARK).is_file() and not (folder := parent / aside.name[1 : -len(".partial")]).exists():
+            _take_place(aside, folder)
+    present, damaged = folders(parent), []
     for folder in reversed(present):
         try:
-            return read(folder)
+            found = read(folder)
         except ValueError as error:
             report(f"{error}; taking the one before")
+            damaged.append(folder)
+        else:
+            for other in damaged:
+                _put_away(other)
+            return found
     if present:
         raise Refusal(f"none of the {len(present)} checkpoints in {parent} can be read; restore one, or give run=NEW")
     return None
+
+
+def _put_away(folder: Path) -> None:
+    away = folder.with_name(f".{folder.name}{_DAMAGED}")
+    shutil.rmtree(away, ignore_errors=True)
+    os.replace(folder, away)
 
 
 def select(parent: Path, which: str) -> Checkpoint:
@@ -230,13 +272,13 @@ def prune(parent: Path, keep: int, keep_best: int = 1) -> None:
     present = folders(parent)
     kept = {*present[-keep:], *ranking(present)[:keep_best]}
     for folder in [*parent.glob("step-*"), *parent.glob(".step-*")]:
-        if folder not in kept:
+        if folder not in kept and not folder.name.endswith(_DAMAGED):
             _delete(folder)
 
 
 def _delete(folder: Path) -> None:
     """Out of sight in one rename, then file by file: a kill in between leaves nothing that looks like a checkpoint."""
-    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.deleted")
+    hidden = folder if folder.name.startswith(".") else _hidden(folder)
     if folder.exists() and hidden != folder:
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)

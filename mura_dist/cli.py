@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__, launcher, mura
-from .refusal import CommonFailure, Failure, Refusal, Stopped, nearest
+from .refusal import CommonFailure, Failure, OwnRefusal, Refusal, Stopped, nearest
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
 _EXTRAS = dict.fromkeys(
@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cli.main(list(arguments) if arguments is not None else None, prog_name="mura-dist", standalone_mode=False)
     except Refusal as error:
-        return _end(WRONG, str(error), only_first=True)
+        return _end(WRONG, str(error), only_first=not isinstance(error, OwnRefusal))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return WRONG
@@ -450,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(status: int, line: str, *, only_first: bool) -> int:
-    if not only_first or launcher.is_first():
+    if not only_first or launcher.local_rank() == 0:  # each machine's first: what it lacks, the others may have
         click.echo(f"mura-dist: {' '.join(line.split())}", err=True)
     return status
 

@@ -85,10 +85,10 @@ def _said_by_recipe(settings: Settings, world_size: int) -> dict[str, tuple[str,
         "optimizer.params.weight_decay": (f"{decay[0]}={decay[1]}", (decay[1],)),
         "optimizer.params.betas": (f"optimiser={settings.optimiser}, whose betas are 0.9, 0.999", ([0.9, 0.999],)),
         "optimizer.params.momentum": (f"optimiser={settings.optimiser}, whose momentum is 0.9", (0.9,)),
-        "bf16.enabled": (precision, (settings.precision == "bf16", False)),
-        "fp16.enabled": (precision, (settings.precision == "fp16", False)),
+        "bf16.enabled": (precision, (settings.precision == "bf16",)),
+        "fp16.enabled": (precision, (settings.precision == "fp16",)),
         "amp.enabled": (precision, (False,)),
-        "torch_autocast.enabled": (precision, (settings.precision != "fp32", False)),
+        "torch_autocast.enabled": (precision, (settings.precision != "fp32",)),
         "torch_autocast.dtype": (precision, {"bf16": ("bfloat16",), "fp16": ("float16",)}.get(settings.precision, ())),
     }
 

@@ -12,7 +12,9 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,8 @@ from .pipeline import Batch
 from .refusal import CommonFailure
 from .world import World
 
-_STOP, _OUT_OF_MEMORY = 1.0, 2.0  # a rank's flags in the small vector, added
+_STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
+_LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,6 +43,7 @@ class StepResult:
 
     applied: False where the loss or the gradient is not finite: weights, statistics and average are what they were.
     bad_micros: places in the global batch of the micro-batches whose loss is not finite; stop: some rank was asked to.
+    abandoned: for that wish the step was left half done; it did not happen, and is done again.
     """
 
     loss: float
@@ -47,6 +51,7 @@ class StepResult:
     applied: bool
     bad_micros: tuple[int, ...]
     stop: bool
+    abandoned: bool = False
 
 
 class _Seen(nn.Module):
@@ -71,7 +76,6 @@ class Engine:
         self.settings, self.world = settings, world
         self.num_micros = settings.global_batch // settings.micro_batch
         self.model = model.to(world.device)
-        torch.set_flush_denormal(True)  # activations that become denormal slow a CPU several times
         self.flat = Flat(self.model, channels_last=settings.channels_last)
         self.statistics = RunningStatistics(self.model)
         self.average = (
@@ -86,9 +90,14 @@ class Engine:
     # ---- one step
 
     def step(
-        self, batches: Iterable[Batch], learning_rate: float, *, loss_scale: float = 1.0, stop: bool = False
+        self,
+        batches: Iterable[Batch],
+        learning_rate: float,
+        *,
+        loss_scale: float = 1.0,
+        asked: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One optimiser step over this rank's micro-batches. `stop`: this rank was asked to stop.
+        """One optimiser step over this rank's micro-batches. `asked` says whether this rank was asked to stop.
 
         Raises CommonFailure where one of them runs out of memory.
         """
@@ -96,9 +105,9 @@ class Engine:
             group["lr"] = learning_rate
         self.model.train()
         self._begin()
-        losses, enough = self._accumulate(batches, loss_scale)
+        losses, flags = self._accumulate(batches, loss_scale, asked)
         gradients = self._reduce(loss_scale)
-        flags = _STOP * stop + _OUT_OF_MEMORY * (not enough)
+        flags += _STOP * asked()
         result, mean = self._agree(flags, losses, gradients)
         if result.applied:
             self._apply(gradients, result.gradient_norm, mean)
@@ -112,14 +121,19 @@ class Engine:
         self.statistics.forget()
         self._engine.set_gradient_accumulation_boundary(False)
 
-    def _accumulate(self, batches: Iterable[Batch], loss_scale: float) -> tuple[Tensor, bool]:
-        """(losses (micro-batches of the global batch,), 0 where they are others'; whether memory was enough)."""
+    def _accumulate(
+        self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]
+    ) -> tuple[Tensor, float]:
+        """(losses (micro-batches of the global batch,), 0 where they are others'; _OUT_OF_MEMORY, _ABANDON or 0)."""
+        started = time.perf_counter()
         losses = torch.zeros(self.num_micros, device=self.world.device)
         first = self.world.rank * self.num_micros // self.world.size
         # DeepSpeed takes the mean over ranks: together with this, the sum over the global batch is divided by its size.
         factor = loss_scale * self.world.size / self.settings.global_batch
         try:
             for place, batch in enumerate(batches, first):
+                if place > first and asked() and time.perf_counter() - started > _LONG_S:
+                    return losses, _ABANDON
                 with self._autocast():
                     logit, _ = self._engine(batch.image)
                 loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
@@ -129,8 +143,8 @@ class Engine:
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
             if not memory.is_exhausted(error):
                 raise
-            return losses, False
-        return losses, True
+            return losses, _OUT_OF_MEMORY
+        return losses, 0.0
 
     def _reduce(self, loss_scale: float) -> list[Tensor]:
         """The gradient's mean over all ranks: whole, or under ZeRO this rank's share of it."""
@@ -156,8 +170,10 @@ class Engine:
             raise CommonFailure(memory.exhausted(short, self.settings.micro_batch))
         bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
         loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
-        applied = not bad and math.isfinite(norm)
-        return StepResult(loss, norm, applied, bad, stop=any(by_rank)), vector[ranks + 1 + micros :] / micros
+        abandoned = any(flag >= _ABANDON for flag in by_rank)
+        applied = not bad and not abandoned and math.isfinite(norm)
+        mean = vector[ranks + 1 + micros :] / micros
+        return StepResult(loss, norm, applied, bad, stop=any(by_rank), abandoned=abandoned), mean
 
     def _apply(self, gradients: list[Tensor], norm: float, mean: Tensor) -> None:
         limit = self.settings.clip_norm
@@ -174,6 +190,15 @@ class Engine:
         return torch.autocast(self.world.device.type, dtype=_DTYPES[self.settings.precision])
 
     # ---- what is evaluated and kept
+
+    def fingerprint(self) -> tuple[int, bool]:
+        """(a number that differs where a weight, a statistic or an average differs by a bit; whether all of them are finite)."""
+        average = [] if self.average is None else [self.average.weights, self.average.statistics]
+        vectors = [self.flat.weights.detach(), self.statistics.values, *average]
+        digest = 0
+        for vector in vectors:
+            digest = zlib.crc32(vector.cpu().numpy().data, digest)
+        return digest, all(bool(vector.isfinite().all()) for vector in vectors)
 
     @contextlib.contextmanager
     def offered(self) -> Iterator[nn.Module]:
@@ -228,9 +253,8 @@ class Engine:
     def load_optimiser_state(self, whole: dict[str, Tensor]) -> None:
         """What all ranks' `optimiser_state` are together, end to end; of any number of ranks."""
         for name, value in whole.items():
-            # Counters stay where torch keeps them (on the CPU), moments lie beside the weights.
-            like = value.clone() if value.ndim == 0 else self._share(value.to(self._trained.device))
-            self._optimiser.state[self._trained][name] = like
+            there = value.to(self._trained.device)
+            self._optimiser.state[self._trained][name] = there.clone() if value.ndim == 0 else self._share(there)
 
     def _share(self, whole: Tensor) -> Tensor:
         size = self._trained.numel()

@@ -28,7 +28,7 @@ from .runs import environment
 from .shards import Damaged, Shards
 from .world import World
 
-_ASK_EVERY = 8  # micro-batches: seconds on a CPU, and a GPU is not kept waiting
+_ASK_EVERY = 64  # radiographs of a rank: seconds on a CPU, and a GPU is not kept waiting
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 
 ROLES = {
@@ -71,9 +71,10 @@ def scores(
     micros = order.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
     mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
     sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
+    every = max(1, _ASK_EVERY // loading.micro_batch)
     with torch.inference_mode(), contextlib.closing(loading.batches(micros, world.device)) as stream:
         for place, batch in enumerate(stream):
-            if asked is not None and place % _ASK_EVERY == 0 and world.any(asked()):
+            if asked is not None and place % every == 0 and world.any(asked()):
                 raise Interrupted
             mine[place], sound[place] = model(batch.image)[0], batch.mask
     return by_row(rows, micros, mine, sound, world)
@@ -141,7 +142,7 @@ def _evaluate(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     settings, data = weights.settings, weights.data()
-    shards = Shards.open(shards_folder, Path(settings.mirror) if settings.mirror else None)
+    shards = Shards.open(shards_folder, Path(settings.mirror).expanduser() if settings.mirror else None)
     rows = shards.rows(split)
     shards.require(split)
     if data["size"] != shards.size:

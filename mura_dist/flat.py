@@ -8,8 +8,6 @@ convolution's weight may lie in channels-last order. Each starts at a multiple o
 the gaps are zeros, whose gradient is zero, and stay so.
 """
 
-import zlib
-
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +52,3 @@ class Flat:
             out, channels, height, width = like.shape
             return piece.view(out, height, width, channels).permute(0, 3, 1, 2)
         return piece.view(like.shape)
-
-    def digest(self) -> int:
-        """A number that differs where a weight differs by a bit."""
-        return zlib.crc32(self.weights.detach().cpu().numpy().data)

@@ -185,7 +185,10 @@ class Journal:
     def draw(self, curves: Callable[[list[dict[str, Any]], Path], None]) -> None:
         """Refresh curves.png."""
         if self.enabled:
-            curves(self.lines(), self.path.with_name("curves.png"))
+            try:
+                curves(self.lines(), self.path.with_name("curves.png"))
+            except Exception as error:  # a picture is no reason to end a training
+                self.say(f"curves.png was not drawn: {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.enabled:

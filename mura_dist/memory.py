@@ -5,8 +5,9 @@ candidate down; the least of what fits on any rank wins. On a GPU the allocator 
 memory it does not have and then kills; so there a small micro-batch is measured and the larger ones are reckoned from it.
 """
 
+import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,15 @@ _WORKSPACE = (
 )
 
 
+_SAID = (
+    *("can't allocate memory", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
 def is_exhausted(error: BaseException) -> bool:
     """Whether it says that there was no memory left; a CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _SAID)
 
 
 def exhausted(ranks: Sequence[int], micro_batch: int) -> str:
@@ -109,12 +116,16 @@ def _fits(settings: Settings, size: int, number: int, world: World) -> bool:
         network = build(settings.architecture).to(device).train()
         weights = sum(parameter.numel() for parameter in network.parameters())
         beside = torch.zeros(4 * weights, device=device)  # flat gradient, Adam's two moments, a copy while one saves
+        margin = (
+            torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
+        )  # nccl's, and of batches on their way
+        others = torch.zeros(margin, dtype=torch.uint8, device=device)
         image = torch.zeros(number, 1, size, size, dtype=torch.uint8, device=device)
         with _autocast(settings, device):
             logit, _ = network(image)
         ones = torch.ones(number, device=device)
         weighted_bce(logit, ones, ones).backward()
-        del network, beside, image, logit, ones
+        del network, beside, others, image, logit, ones
     except (MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise
@@ -133,4 +144,14 @@ def _free_bytes() -> int:
     except OSError:
         return 8 << 30
     [line] = [line for line in lines if line.startswith("MemAvailable")]
-    return int(line.split()[1]) << 10
+    return min([int(line.split()[1]) << 10, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What the limits of this process's control groups (version 2: a container's, a scheduler's) leave, bytes each."""
+    with contextlib.suppress(OSError, StopIteration):
+        known = Path("/proc/self/cgroup").read_text().splitlines()
+        path = Path("/sys/fs/cgroup") / next(line for line in known if line.startswith("0::")).removeprefix("0::/")
+        for group in (path, *path.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit of its own: no file, or "max"
+                yield int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())

@@ -13,6 +13,10 @@ class Refusal(ValueError):
     """The user asked for something that cannot be done as asked. `str(refusal)` is the line to print."""
 
 
+class OwnRefusal(Refusal):
+    """Of one rank, whichever it is: the others know nothing of it, so that it has to say it itself."""
+
+
 class Stopped(Exception):
     """A signal asked the work to stop; everything done so far is on disk."""
 

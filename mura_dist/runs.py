@@ -182,7 +182,7 @@ def _lock(path: Path, wait_s: float, stop: threading.Event) -> Iterator[None]:
     owner = {**_self(), "started": time.time_ns()}
     _take(path, owner, wait_s, stop)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="heartbeat")
+    heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True, name="heartbeat")
     heart.start()
     try:
         yield
@@ -200,6 +200,7 @@ def _self() -> dict[str, Any]:
         "host": platform.node(),
         "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else "",
         "process": os.getpid(),
+        "numbers": os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else "",
         "born": workers.born(os.getpid()),
     }
 
@@ -278,11 +279,14 @@ def _create_in_place(path: Path, owner: dict[str, Any]) -> bool:
     return True
 
 
+_NOBODY = {"host": "unknown", "process": 0}
+
+
 def _owner(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):  # gone, or its writer was killed between creating and writing it
-        return {"host": "unknown", "process": 0}
+        return _NOBODY
 
 
 def _judge(path: Path) -> tuple[dict[str, Any], float] | None:
@@ -291,22 +295,26 @@ def _judge(path: Path) -> tuple[dict[str, Any], float] | None:
         owner, found = _owner(path), path.stat()
     except FileNotFoundError:
         return None
-    age_s = time.time() - found.st_mtime
-    if not _is_gone(owner) and age_s < STALE_S:
+    age_s, lives = time.time() - found.st_mtime, _lives(owner)
+    if lives or (lives is None and age_s < STALE_S):
         return owner, age_s
     _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
     _take_away(path, found.st_ino)
     return None
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the lock's owner surely lives no more; of another host only its heartbeat tells."""
+def _lives(owner: dict[str, Any]) -> bool | None:
+    """Whether the lock's owner lives; None where only its heartbeat can tell: on another host, or in another container, whose
+    process numbers are not ours. Here it lives even if it has not beaten for long: stopped, or its machine was asleep."""
     ours = _self()
-    if owner["host"] != ours["host"] or owner.get("boot", ours["boot"]) != ours["boot"]:
-        return False
+    if any(owner.get(name, ours[name]) != ours[name] for name in ("host", "boot", "numbers")):
+        return None
     since = workers.born(owner["process"])
-    recycled = bool(since) and since != owner.get("born", since)  # its number is another process's by now
-    return since is None or recycled or owner["process"] == ours["process"]
+    if since is None or owner["process"] == ours["process"]:
+        return False
+    if not since or "born" not in owner:
+        return None
+    return since == owner["born"]  # else its number is another process's by now
 
 
 def _take_away(path: Path, inode: int) -> None:
@@ -319,7 +327,12 @@ def _take_away(path: Path, inode: int) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, owner: dict[str, Any], ended: threading.Event) -> None:
+    """A writer that finds the lock another's, who took it for dead, ends at once: there are to be no two."""
     while not ended.wait(HEARTBEAT_S):
+        now = _owner(path)
+        if now != owner and now["host"] != _NOBODY["host"]:
+            _say(f"process {now['process']} on {now['host']} has taken over {path.parent}; this one ends")
+            os._exit(1)
         with contextlib.suppress(OSError):
             os.utime(path)

@@ -9,15 +9,17 @@ The same command again goes on from the last complete checkpoint; a finished run
 
 import contextlib
 import itertools
+import json
 import math
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,7 +31,7 @@ from .evaluate import Interrupted, scores, study_scores, weighted_loss
 from .journal import Journal, Stopwatch
 from .pipeline import Batch, Loading, Targets
 from .plan import Plan
-from .refusal import CommonFailure, Failure, Stopped
+from .refusal import CommonFailure, Failure, Refusal, Stopped
 from .runs import Run
 from .signals import asked_to_stop, at_once
 from .state import State
@@ -50,6 +52,7 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         if ranks.any(finished):
             return run.status()["summary"]
+        _agree(plan, ranks)
         run, plan = _with_micro_batch(run, plan, ranks)
         try:
             summary = _train(run, plan, ranks, stop, quiet=quiet)
@@ -57,9 +60,9 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
             if memory.is_exhausted(error):
                 raise Failure(memory.exhausted([ranks.rank], plan.settings.micro_batch)) from error
             raise
-        if ranks.is_first:
-            run.write_status("done", summary=summary)
         ranks.barrier()
+        if ranks.is_first:  # last: nobody's end can make a failure of it any more
+            run.write_status("done", summary=summary)
     return summary
 
 
@@ -87,6 +90,19 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
         return False
     summary, stop_at = status["summary"], plan.settings.early_stop
     return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
+
+
+def _agree(plan: Plan, ranks: World) -> None:
+    """Refusal, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
+    settings = plan.settings.model_dump(exclude={"shards", "mirror", "workers", "prefetch", "pretrained", "deepspeed"})
+    index = plan.shards.index
+    text = json.dumps([settings, index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True)
+    told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
+    if others := np.flatnonzero(told != told[0]).tolist():
+        raise Refusal(
+            f"rank {others[0]} was started with other settings or other shards than rank 0; give all the same recipe, "
+            "key=value words and shards"
+        )
 
 
 def _with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
@@ -183,8 +199,7 @@ class Training:
                 self.draw(last=True)
                 return
             if stopping:
-                self.beside.wait()
-                raise Stopped(f"stopped at step {state.step} of {plan.num_steps}; the same command goes on")
+                self.leave()
             if within == 0 or state.step == self.journal.start_step:
                 steps = self.steps_of_epoch(epoch, within)
 
@@ -192,7 +207,11 @@ class Training:
                 micros = next(steps)
             with self.watch("step"):
                 rate = schedule.learning_rate(plan.settings, state.plateau, state.step)
-                result = self.engine.step(micros, rate, loss_scale=state.loss_scale.value, stop=self.stop.is_set())
+                scale = state.loss_scale.value
+                result = self.engine.step(micros, rate, loss_scale=scale, asked=self.stop.is_set)
+            if result.abandoned:
+                self.save()
+                self.leave()
             self.take(result, epoch, within)
             self.log(result, epoch, rate)
             stopping = result.stop
@@ -200,6 +219,12 @@ class Training:
             # At an epoch's end once only, when it is evaluated.
             if (stopping or (every and state.step % every == 0)) and state.step % plan.steps_per_epoch:
                 self.save()
+
+    def leave(self) -> NoReturn:
+        """When what the first rank writes is on the disk: a launcher that sees one rank end may kill the others."""
+        self.beside.wait()
+        self.ranks.barrier()
+        raise Stopped(f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on")
 
     def steps_of_epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, step by step, from step `first` of the epoch on."""
@@ -311,9 +336,7 @@ class Training:
 
     def check_weights(self) -> None:
         """CommonFailure where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
-        weights = self.engine.flat.weights
-        mine = np.array([self.engine.flat.digest(), int(weights.isfinite().all())], np.int64)
-        told = self.ranks.gather(mine)  # (ranks, 2)
+        told = self.ranks.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
         where, remedy = f"after step {self.state.step}", "the last checkpoint is sound"
         if not told[:, 1].all():
             raise CommonFailure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
@@ -339,7 +362,10 @@ def _resume_point(run: Run, ranks: World) -> Checkpoint | None:
     step = int(ranks.sum([found.step if found is not None else -1.0 if ranks.is_first else 0.0])[0])
     if step < 0:
         return None
-    return found or checkpoint.select(run.checkpoints, f"step-{step}")
+    try:
+        return found or checkpoint.read(checkpoint.folder_of(run.checkpoints, step))
+    except ValueError as error:
+        raise Failure(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
 
 
 def _base_rate(targets: Targets, rows: np.ndarray) -> float:

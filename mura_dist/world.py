@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from . import launcher
-from .refusal import Failure, Refusal
+from .refusal import Failure, OwnRefusal
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
 
     patience_s: how much longer the first meeting may take. Raises Failure where another rank is lost.
     """
+    # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
+    # that began its threads before it would compute with other bits than one that did not.
+    torch.set_flush_denormal(True)
     rank, size, local_rank = launcher.rank(), launcher.world_size(), launcher.local_rank()
     device, timeout = _device(rank, local_rank), timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -80,15 +83,18 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             yield World(rank, size, local_rank, device)
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            if backend == "gloo":  # nccl would wait for ranks that wait for us; this process is about to end
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 def _device(rank: int, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise Refusal(
+        raise OwnRefusal(
             f"rank {rank} is number {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs; "
             "start at most one rank a GPU"
         )
@@ -111,14 +117,8 @@ def _environment() -> Iterator[None]:
 
 
 _LOST = (
-    "Connection closed",
-    "Connection reset",
-    "Connection refused",
-    "Broken pipe",
-    "Timed out",
-    "timed out",
-    "Socket",
-    "NCCL",
+    *("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timed out", "Socket"),
+    *("NCCL communicator was aborted", "collective operation timeout", "ncclRemoteError", "remote process exited"),
 )
 
 

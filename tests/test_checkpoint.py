@@ -1,8 +1,10 @@
 """Checkpoints on disk: complete or not there, checked when read, pruned; and the deepspeed.json and memory beside them."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,13 +39,66 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
     said: list[str] = []
     found = checkpoint.latest(folder, said.append)
     assert found is not None
-    assert found.folder == checkpoint.folders(folder)[-2]
+    assert found.folder == checkpoint.folders(folder)[-1], "the damaged one is out of the way"
     assert "model.safetensors is damaged" in said[0]
-    present = checkpoint.folders(folder)
-    (found.folder / checkpoint.MARK).unlink()
-    assert checkpoint.folders(folder) == [other for other in present if other != found.folder]
-    with pytest.raises(Refusal, match="none of the 2 checkpoints"):
+    assert (folder / ".step-00000003.damaged" / "model.safetensors").exists(), "and not lost"
+    write(folder, 4)
+    checkpoint.prune(folder, keep=1)
+    assert (folder / ".step-00000003.damaged").is_dir()
+    assert checkpoint.read(checkpoint.folders(folder)[-1]).step == 4
+    for path in checkpoint.folders(folder):
+        (path / "state.json").write_text("{")
+    present = [path.name for path in checkpoint.folders(folder)]
+    with pytest.raises(Refusal, match=f"none of the {len(present)} checkpoints"):
         checkpoint.latest(folder)
+    assert [path.name for path in checkpoint.folders(folder)] == present, "nothing sound: nothing is moved"
+
+
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_the_same_step_again_is_the_old_one_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Law of the torn write: killed between any two of the renames and deletions, `latest` finds one of them, whole."""
+    write(tmp_path, 5, 0.5)
+    aside, calls = ready(tmp_path, 5, 0.25), 0
+
+    def counted(work: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise KeyboardInterrupt  # as a kill: nothing after it happens
+            return work(*given, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", counted(os.replace))
+        patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            checkpoint._take_place(aside, tmp_path / "step-00000005")
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert found.state["select_loss"] in (0.5, 0.25)
+    assert calls >= moment
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def ready(parent: Path, step: int, loss: float) -> Path:
+    """A complete checkpoint that lacks its last rename."""
+    aside = parent / f".step-{step:08d}.partial"
+    os.replace(write(parent / "elsewhere", step, loss), aside)
+    shutil.rmtree(parent / "elsewhere")
+    return aside
+
+
+def test_a_colleague_may_read_it_and_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._write_tensors(Path("/dev/full"), {"w": torch.ones(1 << 16)})
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run
 from torch import Tensor
 
 from mura_dist import config, world
+from mura_dist import engine as room
 from mura_dist.average import Average
 from mura_dist.batchnorm import RunningStatistics
 from mura_dist.engine import Engine
@@ -118,6 +120,44 @@ def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
     assert after[0] == after[1]
     assert after[0].applied
     assert same(everything(engines[0]), everything(engines[1]))
+
+
+@pytest.mark.parametrize("long_s", [0.0, 100.0])
+def test_a_wish_to_stop_does_not_wait_for_a_long_step(
+    alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float
+) -> None:
+    """Given up between micro-batches, as if it had not begun; a short one is finished."""
+    monkeypatch.setattr(room, "_LONG_S", long_s)
+    engine, other = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
+    before = everything(engine)
+    result = engine.step(some_batches(1), 1e-2, asked=lambda: True)
+    assert result.stop
+    assert result.abandoned == (not result.applied) == (long_s == 0)
+    assert same(everything(engine), before) == (long_s == 0)
+    if result.abandoned:
+        assert engine.step(some_batches(1), 1e-2) == other.step(some_batches(1), 1e-2)
+        assert same(everything(engine), everything(other)), "done again, it is what it would have been"
+
+
+def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
+    engine = Engine(build("tiny", seed=2), settings(ema=0.5), alone)
+    engine.step(some_batches(1), 1e-2)
+    assert engine.average is not None
+    known = engine.fingerprint()
+    assert known[1]
+    for vector in (
+        engine.flat.weights.data,
+        engine.statistics.values,
+        engine.average.weights,
+        engine.average.statistics,
+    ):
+        kept = vector[5].item()
+        vector[5] = math.nextafter(kept, math.inf) + 1e-3
+        assert engine.fingerprint()[0] != known[0]
+        vector[5] = math.nan
+        assert not engine.fingerprint()[1]
+        vector[5] = kept
+        assert engine.fingerprint() == known
 
 
 @pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
@@ -229,10 +269,8 @@ def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     assert flat.gradient.norm() == pytest.approx(gradients.norm().item(), rel=1e-6)
     assert flat.gradient.norm() > 0
-    digest = flat.digest()
     with torch.no_grad():
         flat.weights += 1
-    assert digest != flat.digest()
     for key, value in model.named_parameters():
         torch.testing.assert_close(value, before[key] + 1)
     convolution = model.features.conv0.weight
@@ -261,3 +299,20 @@ def test_running_statistics_move_once_a_step_by_the_mean() -> None:
     assert norm.num_batches_tracked == 1
     statistics.forget()
     assert not statistics.sum.any()
+
+
+THREADS = """
+import torch
+from mura_dist import world
+with world.join(30):
+    big = torch.zeros(400_000)
+    big.copy_(torch.ones(400_000))  # as load_state_dict does: threads begin
+    tiny = torch.full((400_000,), 1e-20) * torch.full((400_000,), 1e-20)  # 1e-40 is denormal
+    print(torch.get_num_threads(), int((tiny != 0).sum()))
+"""
+
+
+def test_every_thread_flushes_denormals() -> None:
+    """A resumed run begins its threads earlier than a fresh one; both have to compute with the same bits."""
+    said = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
+    assert said.stdout.split() == ["2", "0"], said.stderr

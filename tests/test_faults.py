@@ -109,6 +109,24 @@ def test_a_rank_that_fails_takes_the_others_with_it_in_one_line_each(shard_folde
     assert Run.load(tmp_path / "run").status()["state"] in ("failed", "stopped")
 
 
+def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, tmp_path: Path) -> None:
+    """A second machine with another recipe: its weights would agree, its radiographs not."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mura_dist.cli import entry\n"
+        "if __name__ == '__main__':\n"
+        "    entry([*sys.argv[1:], *(['rotate_deg=5'] if os.environ['RANK'] == '1' else [])])\n"
+    )
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
+    result = run("torchrun", "--standalone", "--nproc-per-node", 2, script, "train", *words)
+    assert result.returncode == 1, "torchrun's"
+    [line] = told(result.stderr)
+    assert "rank 1 was started with other settings or other shards than rank 0" in line
+    assert "exitcode  : 2" in result.stderr
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
 def settings(**values: object) -> Settings:
     return config.check({"shards": "s", "run": "r", "global_batch": 32, "clip_norm": 1.0, **values}, "test")
 
