@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BIN, NO_GPU, TINY
+from conftest import BIN, NO_GPU, ROOT, TINY
 from test_tools import tool
 
 from mura_dist import config, journal, workers
@@ -96,7 +96,10 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 LOCKS = {
     "living": ({}, 0, False),
     "living, of another version": ({"born": None}, 0, False),
-    "living, its heart stands still": ({}, 1000, True),
+    "living, its heart stands still": ({}, 1000, False),  # stopped by Ctrl-Z, or its machine was asleep
+    "its heart stands still, of another version": ({"born": None}, 1000, True),
+    "of another container, whose numbers are not ours": ({"numbers": "pid:[1]", "process": 2**22 + 1}, 0, False),
+    "of another container, its heart stands still": ({"numbers": "pid:[1]", "process": 2**22 + 1}, 1000, True),
     "its number is another's by now": ({"born": 1}, 0, True),
     "of another host": ({"host": "elsewhere", "process": 2**22 + 1}, 0, False),
     "of another host, its heart stands still": ({"host": "elsewhere", "process": 2**22 + 1}, 1000, True),
@@ -369,6 +372,24 @@ def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
     assert (chaos.last_line(run)["kind"], chaos.last_line(run)["step"]) == ("epoch", 16), (
         "the last weights were evaluated"
     )
+
+
+@pytest.mark.slow
+def test_the_page_says_by_its_status_that_it_was_stopped(shard_folder: Path, tmp_path: Path) -> None:
+    """launch/local.sh: SIGTERM to it is passed on, and its exit status is what status.json says, not torchrun's."""
+    run = tmp_path / "run"
+    words = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
+    with open(tmp_path / "log", "wb") as log:
+        page = subprocess.Popen(["bash", ROOT / "launch" / "local.sh", "2", *words], stdout=log, stderr=log)
+        try:
+            until_it_trains(run, page)
+            page.send_signal(signal.SIGTERM)
+            assert page.wait(30) == 3, (tmp_path / "log").read_text()
+        finally:
+            for process in chaos.processes_of(run):
+                os.kill(process, signal.SIGKILL)
+            page.wait(10)
+    assert Run.load(run).status()["state"] == "stopped"
 
 
 @pytest.mark.slow

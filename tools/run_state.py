@@ -12,8 +12,9 @@ from mura_dist.runs import Run
 
 
 def main() -> int:
-    recipe = next((Path(word) for word in sys.argv[1:] if "=" not in word), None)
-    settings = config.load(recipe, [word for word in sys.argv[1:] if "=" in word])
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]  # without --quiet
+    recipe = next((Path(word) for word in words if "=" not in word), None)
+    settings = config.load(recipe, [word for word in words if "=" in word])
     print(Run(Path(settings.run), settings).status().get("state", ""))
     return 0
 
