@@ -192,11 +192,11 @@ class Training:
             epoch, within = divmod(state.step, plan.steps_per_epoch)
             if within == 0 and state.evaluated_step != state.step:
                 stopping = not self.evaluate(epoch)
-                self.save()
-                self.draw()
+                self.save(picture=True)
             unevaluated = stopping and within == 0  # the wish came first: not done yet, even at the last step
             if not unevaluated and (state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings))):
-                self.draw(last=True)
+                if self.ranks.is_first:
+                    self.beside.do(self.draw)
                 return
             if stopping:
                 self.leave()
@@ -296,8 +296,8 @@ class Training:
         met = {*self.state.damaged, *self.plan.shards.damaged}
         self.state.damaged = self.ranks.union(np.array(sorted(met), np.int64)).tolist()
 
-    def save(self) -> None:
-        """A checkpoint, on all ranks; where one writes all, it does so beside the next steps."""
+    def save(self, *, picture: bool = False) -> None:
+        """A checkpoint, on all ranks; where one writes all, it does so beside the next steps, and so is a picture drawn."""
         self.check_weights()
         self.notice_damage()
         stage, ranks, parent = self.plan.settings.zero_stage, self.ranks, self.run.checkpoints
@@ -319,14 +319,17 @@ class Training:
                 write = partial(
                     checkpoint.write, parent, state, files, checkpoint.to_cpu(self.engine.optimiser_state())
                 )
-            self.beside.do(partial(self._written, write, step))
+            self.beside.do(partial(self._written, write, step, picture))
 
-    def _written(self, write: Any, step: int) -> None:
+    def _written(self, write: Any, step: int, picture: bool) -> None:
         settings = self.plan.settings
         self.journal.sync()
         write()
         checkpoint.prune(self.run.checkpoints, settings.keep_checkpoints, settings.keep_best)
         self.run.write_status("running", step=step, num_steps=self.plan.num_steps)
+        # Epochs of moments do not each get a picture that takes longer than they.
+        if picture and time.monotonic() - self.drawn >= _DRAW_EVERY_S:
+            self.draw()
 
     def files(self) -> dict[str, checkpoint.Tensors]:
         with self.engine.offered() as network:
@@ -346,12 +349,10 @@ class Training:
                 "look for faulty memory or different versions on its machine"
             )
 
-    def draw(self, *, last: bool = False) -> None:
-        """Refresh curves.png, beside the next steps; epochs of moments do not each get a picture that takes longer than they."""
-        now = time.monotonic()
-        if self.ranks.is_first and (last or now - self.drawn >= _DRAW_EVERY_S):
-            self.drawn = now
-            self.beside.do(partial(self.journal.draw, report.curves))
+    def draw(self) -> None:
+        """Refresh curves.png."""
+        self.drawn = time.monotonic()
+        self.journal.draw(report.curves)
 
 
 def _resume_point(run: Run, ranks: World) -> Checkpoint | None:
