@@ -458,3 +458,15 @@ def test_settings_that_cannot_be(shard_folder: Path, tmp_path: Path, capsys) -> 
     laws.refusal(capsys, [*words, "micro_batch=1"], "micro_batch=1", "at least 2")
     laws.refusal(capsys, [*words, "micro_batch=auto", "global_batch=1"], "global_batch=1", "nearest is global_batch=2")
     assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+@pytest.mark.slow
+def test_a_real_network_on_two_threads_resumes_to_the_bit(shard_folder: Path, tmp_path: Path) -> None:
+    """What the small network on one thread cannot show: threads, and tensors large enough for them."""
+    words = (*TINY, "architecture=densenet121", "global_batch=24", "micro_batch=8", "precision=bf16")
+    for folder, epochs in (("never", 2), ("torn", 1), ("torn", 2)):
+        settings = (f"shards={shard_folder}", f"run={tmp_path / folder}", f"epochs={epochs}", "--quiet")
+        result = run("mura-dist", "train", *words, *settings, env={"OMP_NUM_THREADS": "2"})
+        assert result.returncode == 0, result.stderr
+    assert told(tmp_path / "never") == told(tmp_path / "torn")
+    assert equal(tensors(tmp_path / "never", 8), tensors(tmp_path / "torn", 8))
