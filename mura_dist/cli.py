@@ -243,8 +243,8 @@ def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path
     from rich.console import Console
 
     from . import evaluate as room
+    from .measure import summary_table
     from .members import is_list, report_folder
-    from .metrics import summary_table
 
     if split not in mura.SPLITS:
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import atomic, metrics, mura, order, report, world
 from .ensemble import Weights
 from .journal import read as read_journal
+from .measure import measure
 from .order import Micro
 from .pipeline import Loading, Targets
 from .places import Where
@@ -213,7 +214,7 @@ def write(
     if not len(found.rows):
         raise Failure(f"{shards.folder}: every sample of split {split!r} is damaged; `mura-dist verify` names them")
     studies = study_scores(shards, found)
-    measured = metrics.measure(studies, threshold=THRESHOLD) | {
+    measured = measure(studies, threshold=THRESHOLD) | {
         "split": split,
         "threshold": THRESHOLD,
         "selected_on": facts.get("selected_on"),

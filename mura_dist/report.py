@@ -34,7 +34,8 @@ from .html import (
     table,
     tile,
 )
-from .metrics import CELLS, METRICS, absences, groups, number, roc, with_interval
+from .measure import METRICS, absences, groups, number, with_interval
+from .metrics import CELLS, roc
 
 INK = "#1b1f24"  # stands for the page's own ink in inline pictures
 FEW_STUDIES, FEW_OF_A_CLASS = 50, 10

@@ -23,12 +23,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import checkpoint, launcher, memory, metrics, model, report, schedule, workers, world
+from . import checkpoint, launcher, memory, model, report, schedule, workers, world
 from .checkpoint import Checkpoint
 from .config import AUTO, Settings
 from .engine import Engine, StepResult
 from .evaluate import Interrupted, scores, study_scores, weighted_loss
 from .journal import Journal, Stopwatch
+from .measure import measure
 from .pipeline import Batch, Loading, Targets
 from .plan import Plan
 from .refusal import CommonFailure, Failure, Refusal, Stopped
@@ -277,7 +278,7 @@ class Training:
         loss, strange = weighted_loss(found, self.loading.targets), int((~np.isfinite(found.logit)).sum())
         quick: dict[str, Any] = {"kappa": None, "auroc": None}
         if not strange and len(found.rows):
-            quick = metrics.measure(study_scores(self.plan.shards, found), resamples=0)["overall"]
+            quick = measure(study_scores(self.plan.shards, found), resamples=0)["overall"]
         line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": settings.select_on}
         if epoch > 0:
             line["train_loss"] = state.train_loss_sum / state.taken_steps if state.taken_steps else None

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from mura_dist import metrics
+from mura_dist import intervals, measure, metrics
 
 KEYS = {
     *("num_studies", "num_patients", "kappa", "kappa_low", "kappa_high", "interval_method", "num_resamples_dropped"),
@@ -49,7 +49,7 @@ def check_group(group: dict) -> None:
     assert nulls == set(group["reasons"])
     assert not nulls & NOT_NULLABLE
     assert all(isinstance(reason, str) and reason for reason in group["reasons"].values())
-    for name in metrics.METRICS:
+    for name in measure.METRICS:
         low, high = group[f"{name}_low"], group[f"{name}_high"]
         assert (low is None) == (high is None)
         assert low is None or -1 <= low < high <= 1
@@ -59,7 +59,7 @@ def check(found: dict) -> dict:
     """Contract of metrics.json; returns `overall`."""
     assert set(found) == {"overall", "by_study_type"}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    for group in metrics.groups(found).values():
+    for group in measure.groups(found).values():
         check_group(group)
     return found["overall"]
 
@@ -69,7 +69,7 @@ def test_official_vectors(shared: Path) -> None:
     assert len(submissions) == 20
     for submission in submissions:
         for name, cells in submission["confusion_tn_fp_fn_tp"].items():
-            group = check(metrics.measure(of_confusion(cells), resamples=0))
+            group = check(measure.measure(of_confusion(cells), resamples=0))
             found = [group[key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
             assert found == pytest.approx(submission["official_kappa"][name], abs=1e-9), (submission["id"], name)
 
@@ -78,7 +78,7 @@ def test_validation_vectors(shared: Path) -> None:
     rows = json.loads((shared / "vectors/validation_studies.json").read_text())["rows"]
     assert len(rows) == 24
     for row in rows:
-        group = check(metrics.measure(of_confusion(row["tn_fp_fn_tp"]), resamples=0))
+        group = check(measure.measure(of_confusion(row["tn_fp_fn_tp"]), resamples=0))
         assert group["kappa"] == pytest.approx(row["kappa"], abs=1e-9)
         balanced = (group["sensitivity"] + group["specificity"]) / 2
         assert balanced == pytest.approx(row["balanced_accuracy_reported_as_roc_auc"], abs=1e-9)
@@ -88,8 +88,8 @@ def test_validation_vectors(shared: Path) -> None:
 
 
 def test_the_paper() -> None:
-    group = check(metrics.measure(of_confusion(PAPER)))
-    assert metrics.fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
+    group = check(measure.measure(of_confusion(PAPER)))
+    assert intervals.fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
     assert [round(group[key], 3) for key in ("kappa", "kappa_fce_low", "kappa_fce_high")] == [0.705, 0.608, 0.803]
     assert [round(group[key], 3) for key in ("sensitivity", "specificity")] == [0.815, 0.887]
     # Each patient has one study, so the bootstrap must agree with the asymptotic interval.
@@ -99,7 +99,7 @@ def test_the_paper() -> None:
 def test_asymptotic_error_is_the_spread_of_kappa() -> None:
     """On tables drawn from one true table, kappa scatters as the formula says."""
     tables = np.random.default_rng(0).multinomial(600, [0.5, 0.1, 0.15, 0.25], size=20_000)
-    predicted = metrics.fce_standard_error(np.array([300, 60, 90, 150]))
+    predicted = intervals.fce_standard_error(np.array([300, 60, 90, 150]))
     assert np.std(metrics.kappa(tables)) == pytest.approx(predicted, rel=0.02)
 
 
@@ -139,7 +139,7 @@ def draws(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
 
 
 def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_CELLS_AT_ONCE", 100)  # several chunks
+    monkeypatch.setattr(measure, "_CELLS_AT_ONCE", 100)  # several chunks
     studies = simulated(40, 12, seed=3)
     patients = sorted(set(studies["patient"]))
     kappas, areas, dropped = [], [], 0
@@ -150,7 +150,7 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         kappas.append(cohen_kappa_score(sample["label"], sample["probability"] > 0.5))
         areas.append(roc_auc_score(sample["label"], sample["probability"]))
-    group = check(metrics.measure(studies, resamples=60, seed=7))
+    group = check(measure.measure(studies, resamples=60, seed=7))
     assert [group["kappa_low"], group["kappa_high"]] == pytest.approx(np.quantile(kappas, (0.025, 0.975)), abs=1e-12)
     assert [group["auroc_low"], group["auroc_high"]] == pytest.approx(np.quantile(areas, (0.025, 0.975)), abs=1e-12)
     assert group["num_resamples_dropped"] == dropped
@@ -160,7 +160,7 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_class_resamples_are_dropped_and_counted() -> None:
     studies = of_confusion((6, 1, 1, 1))
     expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in draws(400, 9, seed=0))
-    group = check(metrics.measure(studies, resamples=400))
+    group = check(measure.measure(studies, resamples=400))
     assert 10 < expected < 200
     assert group["num_resamples_dropped"] == expected
     assert f"{expected} resamples of one class only dropped" in group["interval_method"]
@@ -169,9 +169,9 @@ def test_one_class_resamples_are_dropped_and_counted() -> None:
 
 def test_deterministic_in_seed_and_free_of_order() -> None:
     studies = simulated(200, 60)
-    found = metrics.measure(studies, resamples=200, seed=1)
-    assert metrics.measure(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == found
-    assert metrics.measure(studies, resamples=200, seed=2)["overall"]["kappa_low"] != found["overall"]["kappa_low"]
+    found = measure.measure(studies, resamples=200, seed=1)
+    assert measure.measure(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == found
+    assert measure.measure(studies, resamples=200, seed=2)["overall"]["kappa_low"] != found["overall"]["kappa_low"]
 
 
 def test_clusters_widen_the_interval() -> None:
@@ -182,7 +182,7 @@ def test_clusters_widen_the_interval() -> None:
     width = {
         name: found["kappa_high"] - found["kappa_low"]
         for name, studies in (("one", one), ("clustered", copies), ("naive", naive))
-        for found in [check(metrics.measure(studies, resamples=1000))]
+        for found in [check(measure.measure(studies, resamples=1000))]
     }
     assert width["clustered"] == pytest.approx(width["one"], rel=1e-9)
     assert width["clustered"] / width["naive"] == pytest.approx(2, rel=0.15)
@@ -190,11 +190,11 @@ def test_clusters_widen_the_interval() -> None:
 
 def test_unknown_patients_are_said() -> None:
     studies = simulated(100, 50)
-    group = check(metrics.measure(studies.assign(patient=None), resamples=100))
+    group = check(measure.measure(studies.assign(patient=None), resamples=100))
     assert group["num_patients"] is None
     assert "100 studies, clustering unknown" in group["interval_method"]
     studies.loc[:9, "patient"] = None
-    group = check(metrics.measure(studies, resamples=100))
+    group = check(measure.measure(studies, resamples=100))
     assert group["num_patients"] == studies["patient"].nunique()
     assert "10 studies name none" in group["interval_method"]
 
@@ -202,7 +202,7 @@ def test_unknown_patients_are_said() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("cells", "known"), [((5, 2, 0, 0), "specificity"), ((0, 0, 1, 0), "sensitivity")])
 def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
-    group = check(metrics.measure(of_confusion(cells), resamples=50))
+    group = check(measure.measure(of_confusion(cells), resamples=50))
     assert group["kappa"] is group["auroc"] is None
     assert group["reasons"]["auroc"] == "one class only"
     assert group[known] == pytest.approx(cells[0] / sum(cells) if known == "specificity" else 0)
@@ -212,11 +212,11 @@ def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_empty_and_unlabelled() -> None:
-    empty = check(metrics.measure(of_confusion((0, 0, 0, 0))))
+    empty = check(measure.measure(of_confusion((0, 0, 0, 0))))
     assert (empty["num_studies"], empty["num_patients"], empty["confusion"]) == (0, 0, None)
     assert empty["reasons"]["kappa"] == "no labelled studies"
     studies = pd.concat([of_confusion((3, 1, 1, 3)), of_confusion((2, 0, 0, 2), "XR_LEG").assign(label=None)])
-    found = metrics.measure(studies, resamples=10)
+    found = measure.measure(studies, resamples=10)
     assert check(found)["num_studies"] == 8
     assert found["by_study_type"]["XR_LEG"]["num_studies"] == 0
 
@@ -226,14 +226,14 @@ def test_a_diverged_network_measures_nothing() -> None:
     """NaN > threshold is False: left alone, it would count as a call of normal."""
     studies = of_confusion((20, 5, 5, 20))
     studies.loc[3, "probability"] = np.nan
-    group = check(metrics.measure(studies, resamples=10))
+    group = check(measure.measure(studies, resamples=10))
     assert group["kappa"] is None
     assert group["reasons"]["kappa"] == "1 of 50 studies have no finite probability"
 
 
 @pytest.mark.filterwarnings("error")
 def test_perfect_calls_claim_no_certainty() -> None:
-    group = check(metrics.measure(of_confusion((20, 0, 0, 20)), resamples=100))
+    group = check(measure.measure(of_confusion((20, 0, 0, 20)), resamples=100))
     assert group["kappa"] == group["auroc"] == 1
     assert group["kappa_low"] is group["kappa_fce_low"] is None
     assert "exactly 1" in group["reasons"]["kappa_fce_low"]
@@ -242,16 +242,16 @@ def test_perfect_calls_claim_no_certainty() -> None:
 
 
 def test_few_of_a_class_have_no_asymptotic_interval() -> None:
-    assert check(metrics.measure(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith("9 studies")
-    assert check(metrics.measure(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
+    assert check(measure.measure(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith("9 studies")
+    assert check(measure.measure(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
 
 
 def test_asymptotic_interval_is_clipped() -> None:
-    assert check(metrics.measure(of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
+    assert check(measure.measure(of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
 
 
 def test_one_patient_has_no_interval() -> None:
-    group = check(metrics.measure(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
+    group = check(measure.measure(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
     assert group["kappa"] is not None
     assert group["reasons"]["kappa_low"] == "one patient only"
 
@@ -260,8 +260,8 @@ def test_call_is_strictly_above_the_threshold() -> None:
     studies = pd.DataFrame(
         {"study_type": "XR_HAND", "patient": ["a", "b"], "label": [0, 1], "probability": [0.5, 0.500001]}
     )
-    assert metrics.measure(studies)["overall"]["confusion"] == {"tn": 1, "fp": 0, "fn": 0, "tp": 1}
-    cells = metrics.measure(studies, threshold=0.4)["overall"]["confusion"]
+    assert measure.measure(studies)["overall"]["confusion"] == {"tn": 1, "fp": 0, "fn": 0, "tp": 1}
+    cells = measure.measure(studies, threshold=0.4)["overall"]["confusion"]
     assert cells == {"tn": 0, "fp": 1, "fn": 0, "tp": 1}
 
 
@@ -297,7 +297,7 @@ def test_study_table_keeps_nan_and_refuses_a_row_twice() -> None:
 
 def test_summary_table_fits_the_terminal() -> None:
     studies = pd.concat([simulated(300, 100), of_confusion((0, 0, 2, 1), "XR_SOMETHING_VERY_LONG")])
-    text = metrics.summary_table(metrics.measure(studies, resamples=50))
+    text = measure.summary_table(measure.measure(studies, resamples=50))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines[1:5]] == ["overall", "XR_ELBOW", "XR_HAND", "XR_SOMETHING_VER"]

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mura_dist import describe, html, metrics, mura, report
+from mura_dist import describe, html, measure, mura, report
 from mura_dist.convert import convert
 from mura_dist.refusal import Refusal
 
@@ -143,7 +143,7 @@ CONTEXT: dict[str, Any] = {
 
 def written(out: Path, **changes: Any) -> Page:
     table = changes.pop("studies", studies())
-    measured = metrics.measure(table, resamples=100)
+    measured = measure.measure(table, resamples=100)
     path = report.write(out, metrics=measured, studies=table, context=CONTEXT | changes)
     assert path == out / "report.html"
     return check_page(path)
@@ -152,8 +152,8 @@ def written(out: Path, **changes: Any) -> Page:
 @pytest.mark.filterwarnings("error")
 def test_report_says_everything(tmp_path: Path) -> None:
     page = written(tmp_path)
-    overall = metrics.measure(studies(), resamples=100)["overall"]
-    for name in metrics.METRICS:
+    overall = measure.measure(studies(), resamples=100)["overall"]
+    for name in measure.METRICS:
         assert f"{overall[name]:.3f}" in page.text
         assert f"95 %: {overall[f'{name}_low']:.3f} to {overall[f'{name}_high']:.3f}" in page.text
     for words in (
@@ -230,7 +230,7 @@ def test_stamps(changes: dict[str, Any], stamp: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.filterwarnings("error")
 def test_nothing_given_is_said(tmp_path: Path) -> None:
     empty = studies().iloc[:0]
-    report.write(tmp_path, metrics=metrics.measure(empty), studies=empty, context={})
+    report.write(tmp_path, metrics=measure.measure(empty), studies=empty, context={})
     page = check_page(tmp_path / "report.html")
     assert "Measured on 0 studies of 0 patients" in page.text
     assert "Nothing could be measured." in page.text

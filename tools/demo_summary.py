@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mura_dist import atomic, metrics, mura
+from mura_dist import atomic, measure, mura
 
 
 def main() -> None:
@@ -26,9 +26,9 @@ def main() -> None:
         "seconds_total": sum(seconds.values()),
     }
     atomic.write_json(run / "summary.json", summary)
-    print(f"\n{metrics.summary_table(trained)}\n")
-    shown = metrics.number(summary["auroc_untrained"])
-    print(f"AUROC untrained {shown}, trained {metrics.number(summary['auroc'])}; {summary['seconds_total']} s in all")
+    print(f"\n{measure.summary_table(trained)}\n")
+    shown = measure.number(summary["auroc_untrained"])
+    print(f"AUROC untrained {shown}, trained {measure.number(summary['auroc'])}; {summary['seconds_total']} s in all")
     for what, where in {
         "report": "report.html",
         "metrics": "metrics.json",
