@@ -265,6 +265,69 @@ def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path
         click.echo(f"report: {(out or target) / 'report.html'}")
 
 
+@cli.command(short_help="Score a file of predictions against labels.")
+@click.argument("predictions", metavar="PREDICTIONS", type=a_path)
+@click.argument("labels", metavar="LABELS", type=a_path)
+@click.option(
+    "--json", "as_json", is_flag=True, help="metrics.json on stdout, and nothing else; no report unless --out."
+)
+@click.option(
+    "--out",
+    type=a_path,
+    default=None,
+    metavar="DIR",
+    help="Where to write.  [default: of PREDICTIONS NAME.csv, NAME-score beside it; with --json, nowhere]",
+)
+@click.option(
+    "--against", type=a_path, default=None, metavar="B.csv", help="A second file of predictions, to compare with."
+)
+@click.option(
+    "--threshold",
+    type=float,
+    default=None,
+    metavar="T",
+    help="Call abnormal what is above T.  [default: the calls in the file, else 0.5]",
+)
+@click.option(
+    "--prevalence",
+    type=float,
+    default=None,
+    metavar="P",
+    help="Also predictive values where a share P of studies is abnormal.",
+)
+@click.option("--allow-inverted", is_flag=True, help="Score calls that are surely worse than chance.")
+@quiet_option
+def score(
+    predictions: Path, labels: Path, as_json: bool, out: Path | None, against: Path | None, quiet: bool, **options: Any
+) -> None:
+    """Score PREDICTIONS, a line a study, against LABELS of the same studies. No model is needed.
+
+    PREDICTIONS: `path/,1` without a header (the official format; a probability may stand in place of 0 or 1), or studies.csv
+    of predict or evaluate. LABELS: `Study,Label`, `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own
+    valid_labeled_studies.csv, or study,label[,patient][,study_type] with a header. A study missing, unknown, or there twice
+    is refused, and so is a line an image.
+
+    Writes metrics.json, report.html and studies.csv.
+    """
+    from rich.console import Console
+
+    from . import score as room
+    from .measure import summary_table
+
+    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
+    out = out or (None if as_json else room.default_folder(predictions))
+    measured = room.score(predictions, labels, against=against, out=out, say=say, **options)
+    if as_json:
+        click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    click.echo(summary_table(measured))
+    if against is not None:
+        click.echo(room.summary_text(measured["comparison"], predictions.name, against.name))
+    if measured["note"]:
+        click.echo(f"note: {measured['note']}")
+    click.echo(f"report: {out}/report.html")
+
+
 def _check_which(which: str, why: str) -> None:
     if which != "best":
         raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")

@@ -12,7 +12,10 @@ from conftest import ROOT, TINY, run
 from mura_dist import __version__
 from mura_dist.cli import DONE, FAILED, WRONG, cli, main
 
-COMMANDS = ("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "export", "predict", "bench")
+COMMANDS = (
+    *("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "score", "export", "predict"),
+    "bench",
+)
 
 
 def test_the_commands_are_the_contracts() -> None:
