@@ -42,6 +42,21 @@ _NEAR = 0.7  # how alike a column's name must be to one that is known to be take
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """What a column of numbers may hold, and the words for it."""
+
+    fits: Callable[[float], bool]
+    range: str
+    wanted: str
+
+
+_UNIT = _Kind(lambda value: 0 <= value <= 1, "[0, 1]", "0 or 1, or a probability")
+_BINARY = _Kind(lambda value: value in (0, 1), "0/1", "0 (normal) or 1 (abnormal)")
+_VIEWS = _Kind(lambda value: 1 <= value < 1 << 31 and value % 1 == 0, "1 ..", "a whole number")
+_GREY = _Kind(lambda value: 0 <= value <= 255, "[0, 255]", "a grey level")
+
+
+@dataclass(frozen=True)
 class Predictions:
     """`frame`: one line a study, columns study (its key), call (int64), and what the file holds of: study_type, num_views,
     exposure, probability, calibrated_probability, band."""
@@ -127,14 +142,14 @@ def _values(sheet: Sheet, keys: list[str]) -> tuple[np.ndarray | None, np.ndarra
     """(probability float64 (n,), call int64 (n,)): what there is. A column of 0 and 1 holds calls, unless named probability."""
     named, call = sheet.find("probability"), sheet.find("call")
     place = 1 if sheet.header is None else sheet.find("probability", "prediction")
-    values = None if place is None else np.array(_checked(sheet, place, keys, _in_unit, "prediction"))
+    values = None if place is None else np.array(_checked(sheet, place, keys, _UNIT, "prediction"))
     if call is not None and all(sheet.column(call)):
-        return values, np.array(_checked(sheet, call, keys, _is_binary, "call")).astype(np.int64)
+        return values, np.array(_checked(sheet, call, keys, _BINARY, "call")).astype(np.int64)
     if values is not None and named is None and set(values.tolist()) <= {0.0, 1.0}:
         return None, values.astype(np.int64)
     if values is None:
         assert call is not None
-        _checked(sheet, call, keys, _is_binary, "call")  # one is empty: refused
+        _checked(sheet, call, keys, _BINARY, "call")  # one is empty: refused
     return values, None
 
 
@@ -158,22 +173,20 @@ def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:
     for name in ("study_type", "band"):
         if (place := sheet.find(name)) is not None and any(sheet.column(place)):
             columns[name] = pd.Series(sheet.column(place), dtype=object)
-    for name in ("num_views", "exposure"):
-        if (place := sheet.find(name)) is not None:
-            values = [sheets.number(cell) for cell in sheet.column(place)]
-            if all(value is not None and np.isfinite(value) for value in values):
-                columns[name] = np.array(values, dtype=np.int64 if name == "num_views" else np.float64)
+    for name, kind in (("num_views", _VIEWS), ("exposure", _GREY)):
+        values = _numbers(sheet, sheet.find(name))
+        if values and all(map(kind.fits, values)):
+            columns[name] = np.array(values).astype(np.int64 if kind is _VIEWS else np.float64)
     if (place := sheet.find("calibrated_probability")) is not None and all(sheet.column(place)):
-        found = _checked(sheet, place, keys, _in_unit, "calibrated probability")
+        found = _checked(sheet, place, keys, _UNIT, "calibrated probability")
         columns["calibrated_probability"] = np.array(found, dtype=np.float64)
     return columns
 
 
 def _own_threshold(sheet: Sheet) -> float | None:
     """The file's, where it has one for all studies."""
-    place = sheet.find("threshold")
-    told = {sheets.number(cell) for cell in sheet.column(place)} if place is not None else set()
-    return told.pop() if len(told) == 1 else None
+    told = set(_numbers(sheet, sheet.find("threshold")))
+    return told.pop() if len(told) == 1 and all(map(_UNIT.fits, told)) else None
 
 
 # ---- labels
@@ -223,8 +236,8 @@ def _label(sheet: Sheet, keys: list[str]) -> list[int]:
     if not (raters := _radiologists(sheet)):
         place = 1 if sheet.header is None else sheet.find("label")
         assert place is not None
-        return [int(value) for value in _checked(sheet, place, keys, _is_binary, "label")]
-    told = [_checked(sheet, place, keys, _is_binary, "radiologist's label") for place in raters]
+        return [int(value) for value in _checked(sheet, place, keys, _BINARY, "label")]
+    told = [_checked(sheet, place, keys, _BINARY, "radiologist's label") for place in raters]
     votes = np.sum(told, axis=0)
     split = [key for key, num in zip(keys, votes.tolist(), strict=True) if 2 * num == len(raters)]
     if split:
@@ -371,31 +384,24 @@ def _check_once(sheet: Sheet, keys: list[str]) -> None:
         )
 
 
-def _in_unit(value: float) -> bool:
-    return 0 <= value <= 1
+def _numbers(sheet: Sheet, place: int | None) -> list[float]:
+    """A column's numbers, NaN where a cell is none; [] where there is no such column."""
+    cells = [] if place is None else sheet.column(place)
+    return [math.nan if (value := sheets.number(cell)) is None else value for cell in cells]
 
 
-def _is_binary(value: float) -> bool:
-    return value in (0, 1)
-
-
-_RANGE = {_in_unit: "[0, 1]", _is_binary: "0/1"}
-_WANTED = {_in_unit: "0 or 1, or a probability", _is_binary: "0 (normal) or 1 (abnormal)"}
-
-
-def _checked(sheet: Sheet, place: int, keys: list[str], fits: Callable[[float], bool], what: str) -> list[float]:
+def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) -> list[float]:
     """A column's numbers, all of which fit; else a refusal that names the first that does not."""
-    cells = sheet.column(place)
-    values = [math.nan if (value := sheets.number(cell)) is None else value for cell in cells]
-    bad = [line for line, value in enumerate(values) if not fits(value)]
+    cells, values = sheet.column(place), _numbers(sheet, place)
+    bad = [line for line, value in enumerate(values) if not kind.fits(value)]
     if not bad:
         return values
     cell, names = cells[bad[0]], [keys[line] for line in bad]
-    wrong = f"{shown(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + _RANGE[fits]}"
-    swapped = fits is _is_binary and "label" in what and all(map(_in_unit, values))
+    wrong = f"{shown(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + kind.range}"
+    swapped = what == "label" and all(map(_UNIT.fits, values))
     raise Refusal(
         f"{sheet.at(bad[0])}: {what} {wrong if cell else 'is empty'} ({_studies(names)} of {len(keys):,} so: {some(names)}); "
-        f"it must be {_WANTED[fits]}{'; are these predictions? the order is PREDICTIONS LABELS' if swapped else ''}"
+        f"it must be {kind.wanted}{'; are these predictions? the order is PREDICTIONS LABELS' if swapped else ''}"
     )
 
 

@@ -233,6 +233,18 @@ def test_whose_calls(
     assert found["subgroups"]["num_views"]["2"]["num_studies"] == 4
 
 
+@pytest.mark.parametrize("value", ["", "2.5", "-1", "nan", "1e30", "many"])
+def test_what_is_not_needed_may_be_wrong(value: str, tmp_path: Path, capsys) -> None:
+    """Cells beside the prediction that make no sense are as if they were not there."""
+    table = own_table([0, 1, 1, 0], threshold=value if value != "2.5" else 7)
+    table[2][2] = value
+    predictions, labels = write(tmp_path / "studies.csv", table), write(tmp_path / "l.csv", LABELLED)
+    assert "num_views" not in joined(predictions, labels)
+    found = printed(capsys, predictions, labels)
+    assert found["threshold"] is None
+    assert found["subgroups"] == {}
+
+
 def test_parquet_is_csv(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     table = own_table([0, 1, 1, None])
