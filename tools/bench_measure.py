@@ -73,7 +73,8 @@ def main() -> None:
             work()
             seconds[name].append(time.perf_counter() - started)
     print(
-        f"{len(studies)} studies of {studies['patient'].nunique()} patients, {options.resamples} resamples, {options.rounds} rounds"
+        f"{len(studies)} studies of {studies['patient'].nunique()} patients, {options.resamples} resamples, "
+        f"{options.rounds} rounds"
     )
     for name, taken in seconds.items():
         print(f"{name:<40} {statistics.median(taken):6.2f} s ({min(taken):.2f} to {max(taken):.2f})")
