@@ -24,7 +24,7 @@ BENCHES = (
 )
 BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card", "signals"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals"}},
     {
         "on disk": {
             *(
@@ -43,7 +43,7 @@ FLOORS = [
             *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms"),
         }
     },
-    {"numbers": {"metrics", "intervals", "measure", "html", "order"}},
+    {"numbers": {"metrics", "intervals", "measure", "calibration", "html", "order"}},
     {"the world": {"world", "journal"}},
     {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
     {
@@ -69,9 +69,11 @@ CONFINED = {
     "onnx": {"export"},
     "webdataset": {"bench.peers"},
 }
-BASE = {"card", "walk", "tables", "predict", "describe", "metrics", "intervals", "measure", "html", "order", "cli"} | {
-    name for floor in FLOORS[:2] for names in floor.values() for name in names
-}
+BASE = (
+    {"card", "walk", "tables", "predict", "describe", "metrics", "intervals", "measure", "html", "order", "cli"}
+    | {"calibration"}
+    | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
+)
 NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
 
 
