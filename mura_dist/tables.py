@@ -39,15 +39,16 @@ def build(parts: list[dict[str, Any]], card: Card) -> dict[str, pd.DataFrame]:
 
 def _studies(views: pd.DataFrame, card: Card) -> pd.DataFrame:
     """A line a study, in the order of its first view. Views that disagree on the study type leave it unknown."""
-    groups = views.groupby("study", sort=False)
-    types = groups["study_type"]
+    code, names = pd.factorize(views["study"])
+    types = views["study_type"].groupby(code)
     studies = pd.DataFrame(
         {
+            "study": names,
             "study_type": types.first().where(types.nunique() == 1, walk.UNKNOWN),
-            "num_views": groups.size(),
-            "probability": groups["probability"].mean(),
+            "num_views": types.size(),
+            "probability": metrics.study_mean(code, views["probability"].to_numpy()),
         }
-    ).reset_index()
+    )
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     called = (studies["probability"] > studies["threshold"]).astype("Int64")
