@@ -360,6 +360,8 @@ def export(target: Path, which: str, out: Path | None, triton: Path | None, quie
         f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
         f"logits within {facts['max_logit_difference']:.2g} of torch's; {mura.TERMS}"
     )
+    if facts["num_thresholds"] and facts["no_calibration"]:
+        click.echo(f"no calibrated probability: {facts['no_calibration']}")
     if not facts["num_thresholds"]:
         click.echo(
             f"no threshold: predictions will have no call; first run `mura-dist evaluate {target} SHARDS`, then export again"

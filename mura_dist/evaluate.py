@@ -224,7 +224,7 @@ def _fit(weights: Weights, shards: Shards, found: Scores, split: str) -> Points:
     if split == "tune":
         notes.append("fitted on what is reported here: optimistic")
     if len(found.damaged):
-        notes.append(f"{len(found.damaged)} damaged radiographs of tune left out")
+        notes.append(f"damaged radiographs of tune, left out: {len(found.damaged)}")
     studies, shift = study_scores(shards, found), odds_shift(weights, shards)
     study_types = weights.data()["study_types"]
     return calibration.fit(studies, shift, study_types, num_damaged=len(found.damaged), notes=notes)

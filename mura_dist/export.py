@@ -64,11 +64,10 @@ def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder
     facts = export(model, card, out, radiographs=_some_radiographs(weights))
     if triton_folder is not None:
         triton(triton_folder, out, card)
-    calibrated = [name for name, one in card.calibration.by_study_type.items() if one.slope is not None]
     return facts | {
         "checkpoint": weights.name,
         "num_thresholds": len(card.thresholds),
-        "num_calibrated": len(calibrated),
+        "no_calibration": card.calibration.reason,
     }
 
 

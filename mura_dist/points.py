@@ -17,6 +17,7 @@ PAPER = "paper"  # the paper's threshold, 1/2 for every study type, which nobody
 WANTED = (0.8, 0.9, 0.95, 0.98)
 RATES = ("sensitivity", "specificity")
 NAMES = tuple(f"{rate}={wanted:g}" for rate in RATES for wanted in WANTED)
+BANDS = ("negative", "uncertain", "positive")
 BAND = ("sensitivity=0.95", "specificity=0.95")  # whose thresholds are the ends of the uncertain band
 # The columns of studies.csv, as predict and evaluate write it.
 STUDIES = ("study", "study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band")
