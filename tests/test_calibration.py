@@ -184,7 +184,7 @@ def test_thresholds_obey_their_law(size: int, values: int) -> None:
             assert cut == min(good)
 
 
-@pytest.mark.parametrize("low", [0.3, 5e-324, 1 - 2**-53])
+@pytest.mark.parametrize("low", [0.3, 1e-300, 1 - 2**-53])
 def test_thresholds_between_neighbours(low: float) -> None:
     scores, label = np.array([low, np.nextafter(low, 2)]), np.array([0, 1])
     for name in NAMES:
@@ -282,6 +282,25 @@ def test_measured_on_other_studies() -> None:
     assert band["share_uncertain_low"] < band["share_uncertain"] < band["share_uncertain_high"]
     assert band["low"] is None
     assert band["reasons"]["low"] == "each study type has its own"
+
+
+def test_a_study_type_without_one_point_is_left_out_of_it_and_counted() -> None:
+    found = calibration.fit(simulated({"XR_HAND": 300, "XR_WRIST": 300}), SHIFT, ["XR_HAND", "XR_WRIST"])
+    wrist, name = found.by_study_type["XR_WRIST"], "sensitivity=0.98"
+    fewer = {key: value for key, value in wrist.operating_points.items() if key != name}
+    wrist = wrist.model_copy(update={"operating_points": fewer, "band": None, "reasons": {name: "no", "band": "no"}})
+    found = found.model_copy(update={"by_study_type": found.by_study_type | {"XR_WRIST": wrist}})
+    valid = calibration.apply(found, simulated({"XR_HAND": 70, "XR_WRIST": 50}, 2))
+    told = calibration.measured(found, valid, resamples=50)
+    assert told is not None
+    whole, of_hand, of_wrist = told["overall"], told["by_study_type"]["XR_HAND"], told["by_study_type"]["XR_WRIST"]
+    assert (whole["band"]["num_studies"], whole["band"]["num_without"]) == (70, 50)
+    assert whole["band"]["share_uncertain"] == of_hand["band"]["share_uncertain"]
+    overall, hand, wrists = (group["points"][name] for group in (whole, of_hand, of_wrist))
+    assert (overall["num_studies"], overall["num_without"]) == (70, 50)
+    assert overall["confusion"] == hand["confusion"]
+    assert (wrists["num_studies"], wrists["sensitivity"], wrists["reasons"]["sensitivity"]) == (0, None, "no")
+    assert told["overall"]["points"]["sensitivity=0.95"]["num_studies"] == 120
 
 
 def test_its_intervals_are_those_of_measure() -> None:
