@@ -25,7 +25,7 @@ BENCHES = (
 )
 BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card", "signals"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals"}},
     {
         "on disk": {
             *(
@@ -44,7 +44,7 @@ FLOORS = [
             *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms", "sheets", "submission"),
         }
     },
-    {"numbers": {"metrics", "intervals", "measure", "compare", "html", "order"}},
+    {"numbers": {"metrics", "intervals", "measure", "compare", "calibration", "html", "order"}},
     {"the world": {"world", "journal"}},
     {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
     {
@@ -80,6 +80,7 @@ BASE = {
     "intervals",
     "measure",
     "compare",
+    "calibration",
     "html",
     "order",
     "score",
