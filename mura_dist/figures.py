@@ -34,7 +34,11 @@ def figures(found: Found) -> Iterator[Picture]:
 def slug(name: str) -> str:
     """Part of a file's name, whatever a study type is called."""
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-    return safe if safe == name else f"{safe[:40]}-{zlib.crc32(name.encode('utf-8', 'backslashreplace')):08x}"
+    return (
+        safe
+        if safe == name and 0 < len(name) <= 40
+        else f"{safe[:40]}-{zlib.crc32(name.encode('utf-8', 'backslashreplace')):08x}"
+    )
 
 
 def _forest(found: Found, metric: str, chance: float) -> Picture:

@@ -16,6 +16,7 @@ from mura_dist import (
     compare,
     curves,
     describe,
+    figures,
     findings,
     html,
     intervals,
@@ -311,7 +312,7 @@ def test_sections_are_there_when_their_numbers_are(everything: tuple[Path, Page]
 
 
 def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
-    _, page = everything
+    out, page = everything
     for words in (
         "In the uncertain band lie 12 of 40 studies, a share of 0.911 (0.901 to 0.921)",
         "fitted on tune (100 studies of 77 patients), never on what is reported: by hand.",
@@ -325,6 +326,11 @@ def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
         "Dots: bins of equal number of studies. Bars: the Wilson interval",
     ):
         assert words in page.text, words
+    kappa = said(out)["metrics"]["comparison"]["overall"]["kappa"]
+    sides = (
+        f"{kappa['a']:.3f} (A) and {kappa['b']:.3f} (B); A less B is {kappa['difference']:.3f} ({kappa['low']:.3f} to"
+    )
+    assert f"Confirmatory, the one comparison made to decide: overall kappa is {sides}" in page.text
     assert page.text.count("assumes independent studies") >= 2
     assert "McNemar's test and paired DeLong: both assume independent studies" in page.text
 
@@ -573,6 +579,7 @@ def test_nothing_given_is_said(tmp_path: Path) -> None:
     assert "Nothing could be measured." in page.text
     assert "Missing: kappa, auroc, sensitivity, specificity: no labelled studies." in page.text
     assert page.text.count("Not given to this report.") == 6
+    assert "No curves: no labelled studies." in page.text
     assert "Split: not given" in page.text
     assert page.labels == []
 
@@ -609,6 +616,45 @@ def test_curves_are_what_is_drawn() -> None:
     points = pictures.pr_points(label, probability)
     area = (np.diff([0.0, *points["recall"]]) * points["precision"]).sum()
     assert area == pytest.approx(float(metrics.average_precision(label, probability)), abs=1e-12)
+
+
+def polyline(root: ElementTree.Element) -> list[tuple[float, float]]:
+    """The corners of the curve, the last line that is drawn."""
+    points = [node.attrib["points"] for node in root.iter() if node.tag.endswith("}polyline")][-1]
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())]
+
+
+def on_paper(*points: tuple[float, float]) -> list[Any]:
+    axes = pictures.SQUARE
+    return [pytest.approx((axes.px(x), axes.py(y)), abs=0.06) for x, y in points]
+
+
+def test_curves_and_the_calls_on_paper() -> None:
+    """Three studies by hand; the threshold lies between the second and the third: the calls' dot is a corner of both curves."""
+    label, probability = np.array([1, 0, 1]), np.array([0.9, 0.5, 0.1])
+    group = {"confusion": {"tn": 0, "fp": 1, "fn": 1, "tp": 1}, "sensitivity": 0.5, "specificity": 0.0, "ppv": 0.5}
+    absent = dict.fromkeys(("scores", "reliability", "reliability_calibrated", "band"))
+    plots = {"roc": pictures.roc_points(label, probability), "precision_recall": pictures.pr_points(label, probability)}
+    plots |= absent | {"scores": pictures.score_counts(label, probability)}
+    drawn = {picture.name: picture for picture in figures._of_group("XR_HAND", "XR_HAND", group, plots, 0.3)}
+    corners = {
+        "roc": [(0, 0), (0, 0.5), (1, 0.5), (1, 1)],
+        "pr": [(0, 1), (0.5, 1), (0.5, 0.5), (0.5, 2 / 3), (1, 2 / 3)],
+    }
+    dots = {"roc": (1, 0.5), "pr": (0.5, 0.5)}
+    for kind, expected in corners.items():
+        root = ElementTree.fromstring(drawn[f"{kind}-XR_HAND"].file())
+        assert polyline(root) == on_paper(*expected), kind
+        [dot] = [node.attrib for node in root.iter() if node.tag.endswith("}circle")]
+        assert [(float(dot["cx"]), float(dot["cy"]))] == on_paper(dots[kind])
+
+
+def test_slugs_tell_names_apart() -> None:
+    names = ["XR_HAND", "a/b", "a b", "a_b", "../b", "é", "è", "x" * 300, "x" * 300 + "y", ""]
+    slugs = [figures.slug(name) for name in names]
+    assert slugs[0] == "XR_HAND"
+    assert len(set(slugs)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,60}", slug) for slug in slugs)
 
 
 def test_long_curves_keep_their_ends() -> None:
