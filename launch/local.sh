@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 ranks=${1:?how many ranks? bash launch/local.sh N RECIPE.toml}
 shift
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))} # else torchrun gives each rank one thread
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR2} # passed on: save and stop
+signals=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR2} # passed on: save and stop; torchrun overwrites the variable itself
 source launch/outcome.sh
-outcome .venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train -- "$@"
+outcome .venv/bin/torchrun --standalone --nproc-per-node "$ranks" --signals-to-handle "$signals" -m mura_dist.train -- "$@"

@@ -14,6 +14,16 @@ outcome() { # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 3 sto
     status=0
     wait "$child" || status=$?
   done
-  if [ "$status" -ne 0 ] && [ "$(.venv/bin/python tools/run_state.py "$@")" = stopped ]; then status=3; fi
+  if [ "$status" -ne 0 ]; then
+    local state waits=0
+    state=$(.venv/bin/python tools/run_state.py "$@") || return "$status"
+    # deepspeed passes no signal on and dies of it: its ranks notice, and may take 15 s (workers.ORDERLY_S) to save and say so.
+    while [ "$status" -gt 128 ] && [ "$state" = running ] && [ "$waits" -lt 20 ]; do
+      sleep 1
+      waits=$((waits + 1))
+      state=$(.venv/bin/python tools/run_state.py "$@") || return "$status"
+    done
+    if [ "$state" = stopped ]; then status=3; fi
+  fi
   return "$status"
 }

@@ -50,7 +50,7 @@ def _number_or_auto(value: Any) -> Any:
 class Settings(BaseModel):
     """Every setting of a run. Each field's description is its documentation; `mura-dist train --help` prints them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shards: str = Field(description="folder of shards, made by `mura-dist shards`; or its URL")
     run: str = Field(description="folder of the run; the same command with the same folder resumes it")

@@ -96,7 +96,8 @@ def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tenso
 def weighted_loss(found: Scores, targets: Targets) -> float:
     """Mean over radiographs of weight x BCE, in float64."""
     z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
-    return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
+    with np.errstate(invalid="ignore"):  # of a network that diverged; the caller sees to a NaN
+        return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
 
 
 def study_scores(shards: Shards, found: Scores) -> pd.DataFrame:

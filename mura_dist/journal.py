@@ -25,12 +25,13 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from . import atomic
 
@@ -89,7 +90,7 @@ class Journal:
         tensorboard: bool,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self.enabled, self.start_step = enabled, start_step
+        self.enabled, self.start_step, self.num_steps = enabled, start_step, num_steps
         self.started = self.line_before = time.perf_counter()
         self.console = Console(stderr=True, quiet=quiet or not enabled)
         self.progress = Progress(
@@ -99,13 +100,13 @@ class Journal:
                 "step {task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[speed]:.1f} images/s"
             ),
             TextColumn("data wait {task.fields[wait]:.1%}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,
         )
         self.task = self.progress.add_task(
-            "train", total=num_steps, completed=start_step, epoch=0, loss=float("nan"), speed=0.0, wait=0.0
+            "train", total=num_steps, completed=start_step, epoch=0, loss=float("nan"), speed=0.0, wait=0.0, left=""
         )
         self.writer: Any = None
         if not enabled:
@@ -140,8 +141,15 @@ class Journal:
         busy = seconds["data"] + seconds["step"]
         speed, wait = images / busy, seconds["data"] / busy
         self._write({"kind": "step", **line, "images_per_s": round(speed, 3), "data_wait_share": round(wait, 5)})
-        shown = {"epoch": line["epoch"], "loss": line["loss"]}
+        shown = {"epoch": line["epoch"], "loss": line["loss"], "left": self._left(line["step"])}
         self.progress.update(self.task, completed=line["step"], **shown, speed=speed, wait=wait)
+
+    def _left(self, step: int) -> str:
+        """Time to the end as this start has gone so far, evaluations included. (rich's own column looks back 30 s: it has nothing
+        to say where steps are slow enough for one line in that time.)"""
+        each_s = (time.perf_counter() - self.started) / (step - self.start_step)
+        left_s = round(each_s * (self.num_steps - step))
+        return f"{timedelta(seconds=left_s)} left"
 
     def skip(self, line: dict[str, Any]) -> None:
         """A step was left out."""

@@ -9,6 +9,7 @@ Opening decides: a new run, one to go on with, one that is finished, or another 
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -122,13 +123,26 @@ class Run:
         atomic.write_json(self.folder / "environment.json", {**environment(), **facts})
         atomic.write_text(self.folder / "recipe.toml", config.to_toml(self.settings))  # last: it makes the folder a run
 
+    def _make(self) -> None:
+        """Refusal where there can be no such folder, or nothing can be written into it."""
+        why = "read-only, or another user's"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if os.access(self.folder, os.W_OK | os.X_OK):
+                return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            why = error.strerror or str(error)
+        raise Refusal(f"run={self.folder} cannot be written ({why}); make it so, or give run= on a disk that can be")
+
     @contextlib.contextmanager
     def writing(self, stop: threading.Event | None = None) -> Iterator[None]:
         """Hold the lock; leave status.json saying how the block ended.
 
         Where another writer lives, wait up to `wait_s` for it to end; then Refusal. `stop`, when set, ends the wait: Stopped.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make()
         with _lock(self.folder / "lock", self.settings.wait_s, stop or threading.Event()):
             try:
                 yield

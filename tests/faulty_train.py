@@ -2,6 +2,7 @@
 
 nan       the logits are NaN              gradient  the logits are sound, their gradient is infinite
 memory    torch.OutOfMemoryError          error     another exception
+evaluation  the logits are NaN, at calls of its forward in evaluations instead
 """
 
 import os
@@ -22,7 +23,7 @@ forward = DenseNet.forward
 def faulty(self: DenseNet, image: Tensor) -> Any:
     global calls
     logit, activation_map = forward(self, image)
-    if not self.training or os.environ.get("RANK", "0") != RANK:
+    if self.training == (FAULT == "evaluation") or os.environ.get("RANK", "0") != RANK:
         return logit, activation_map
     calls += 1
     if calls not in CALLS:

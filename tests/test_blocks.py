@@ -82,6 +82,24 @@ def test_a_step_is_torchvisions(architecture: str, batch: int, size: int, change
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("architecture", "batch", "size"), CASES)
+def test_the_plain_layers_are_torchvisions(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, batch: int, size: int, training: bool
+) -> None:
+    """The pool before the transition's convolution, the head before the mean: as evaluation, export, torch.compile, fp16 run."""
+    monkeypatch.setattr(model, "_takes_blocks", lambda device: False)
+    ours, theirs = (network.double().train(training) for network in pair(architecture, any_sign))
+    image = images(batch, size)
+    logit, wanted = ours(image)[0], theirs(normalised(image, torch.float64))[:, 0]
+    torch.testing.assert_close(logit, wanted, rtol=1e-9, atol=1e-9)
+    found, expected = gradients(ours, logit), gradients(theirs, wanted)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        limit = 1e-9 * (1 + gradient.abs().max().item())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=limit, msg=name)
+
+
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
 def test_running_statistics_are_written_in_place(momentum: float) -> None:
     ours, theirs = pair("tiny", any_sign)

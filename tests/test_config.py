@@ -44,6 +44,8 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         (["epochs=three"], "epochs='three'"),
         (["epochs=-1"], "epochs=-1"),
         (["micro_batch=1"], "micro_batch=1"),
+        (["learning_rate=inf"], "learning_rate=inf: input should be a finite number"),
+        (["clip_norm=nan"], "clip_norm=nan: input should be a finite number"),
         (["select_on=test"], "select_on='test'"),
         (["optimiser=lion"], "'adam', 'adamw' or 'sgd'"),
         (["epochs"], "'epochs' is not key=value"),

@@ -67,6 +67,25 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(
     assert epochs[1]["train_loss"] == pytest.approx(sum(taken) / len(taken), rel=1e-9), "over the steps that were taken"
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+    """One micro-batch of the last rank in the second epoch's: no plateau, no best, no early stop hears of it; the run goes on."""
+    micros = -(-len(Shards.open(shard_folder).rows("tune")) // 2)
+    each = -(-micros // ranks)
+    words = ("epochs=4", "plateau_patience=0", "plateau_threshold=0.9", "early_stop=3", "keep_checkpoints=9")
+    result = train(ranks, "evaluation", ranks - 1, str(2 * each + 1), shard_folder, tmp_path / "run", *words)
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in journal.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["tune_loss"] is None for line in epochs] == [False, False, True, False, False]
+    assert (epochs[2]["tune_kappa"], epochs[2]["tune_auroc"]) == (None, None)
+    assert [line["learning_rate"] for line in epochs] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-5])
+    states = [checkpoint.read(folder).state for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")]
+    assert [state["step"] for state in states] == [0, 8, 16, 24, 32]
+    assert (states[2]["plateau"], states[2]["stale_epochs"]) == (states[1]["plateau"], states[1]["stale_epochs"])
+    assert states[2]["select_loss"] is None
+    assert checkpoint.select(tmp_path / "run" / "checkpoints", "best").step != 16
+
+
 def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> None:
     """After the second epoch's first steps; the checkpoint of the first one stays, and is sound."""
     calls = ",".join(str(call) for call in range(9 * 3 + 1, 13 * 3 + 1))

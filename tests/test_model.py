@@ -15,7 +15,8 @@ from mura_dist.evaluate import Scores, weighted_loss
 from mura_dist.loss import weighted_bce
 from mura_dist.pipeline import Targets
 from mura_dist.refusal import Refusal
-from mura_dist.schedule import Plateau
+from mura_dist.schedule import LossScale, Plateau
+from mura_dist.state import State
 
 SETTINGS = Settings(shards="s", run="r", learning_rate=1e-4, plateau_patience=1)
 
@@ -174,6 +175,41 @@ def test_a_loss_that_is_not_finite_drives_nothing() -> None:
     plateau = Plateau(best=0.5, bad_epochs=1)
     for loss in (math.nan, math.inf):
         assert plateau.after(loss, SETTINGS) == plateau
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
+def test_the_learning_rate_follows_the_global_batch(rule: str, factor: float) -> None:
+    """launch/recipes/mura-8gpu.toml: 1e-4 meant for 8, at 128."""
+    chosen = {"lr_scaling": rule, "global_batch": 128, "reference_batch": 8}
+    settings = SETTINGS.model_copy(update=chosen)
+    assert schedule.learning_rate(settings, Plateau(), 0) == pytest.approx(1e-4 * factor)
+
+
+def test_an_fp16_scale_finds_its_place() -> None:
+    """Halved by each overflow down to 1, doubled after GROWTH_STEPS without one; never moved where nothing is scaled."""
+    half = SETTINGS.model_copy(update={"precision": "fp16"})
+    scale = LossScale.of(half)
+    assert scale.value == 2.0**16
+    seen = [scale := scale.after(False, half) for _ in range(20)]
+    assert [one.value for one in seen] == [max(1.0, 2.0**n) for n in range(15, -5, -1)]
+    for _ in range(schedule.GROWTH_STEPS - 1):
+        scale = scale.after(True, half)
+    assert scale.value == 1
+    assert (scale.after(False, half).good_steps, scale.after(True, half)) == (0, LossScale(2.0, 0))
+    for precision in ("bf16", "fp32"):
+        other = SETTINGS.model_copy(update={"precision": precision})
+        assert LossScale.of(other).after(True, other) == LossScale.of(other).after(False, other) == LossScale(1.0, 0)
+
+
+def test_an_overflow_is_held_against_a_run_only_where_the_scale_cannot_shrink() -> None:
+    state = State(loss_scale=LossScale(4.0))
+    for value, in_row in ((4.0, 0), (2.0, 0), (1.0, 1), (1.0, 2)):
+        state.loss_scale = LossScale(value)
+        state.left_out()
+        assert state.skipped_in_row == in_row
+    assert (state.skipped_steps, state.step) == (4, 4)
+    state.took(0.5)
+    assert (state.skipped_in_row, state.train_loss_sum, state.taken_steps) == (0, 0.5, 1)
 
 
 def test_warm_up_is_linear_and_ends() -> None:

@@ -197,6 +197,27 @@ def test_of_many_starts_one_writes_at_a_time(processes: Callable[..., subprocess
     assert {int(who) for _, who in book} == {start.pid for start in starts}
 
 
+@pytest.mark.parametrize("where", ["below a file", "in a folder that takes nothing"])
+def test_a_folder_that_cannot_be_written_is_refused(where: str, tmp_path: Path) -> None:
+    """/proc: root, who may write anywhere, cannot there either."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
+    said = rf"run={folder} cannot be written \(.*\); make it so, or give run="
+    with pytest.raises(Refusal, match=said), run_of(folder).writing():
+        raise AssertionError("it was let in")
+
+
+def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel answers on such a disk; to mount one wants root."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with (
+        pytest.raises(Refusal, match=r"cannot be written \(read-only, or another user's\)"),
+        run_of(tmp_path).writing(),
+    ):
+        raise AssertionError("it was let in")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- trainings under their launchers
 
 LAUNCHERS = {
@@ -375,21 +396,47 @@ def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
 
 
 @pytest.mark.slow
-def test_the_page_says_by_its_status_that_it_was_stopped(shard_folder: Path, tmp_path: Path) -> None:
-    """launch/local.sh: SIGTERM to it is passed on, and its exit status is what status.json says, not torchrun's."""
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR2])
+def test_the_page_says_by_its_status_that_it_was_stopped(
+    asked: signal.Signals, shard_folder: Path, tmp_path: Path
+) -> None:
+    """launch/local.sh: a signal to it is passed on, and its exit status is what status.json says, not torchrun's."""
     run = tmp_path / "run"
     words = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
     with open(tmp_path / "log", "wb") as log:
         page = subprocess.Popen(["bash", ROOT / "launch" / "local.sh", "2", *words], stdout=log, stderr=log)
         try:
             until_it_trains(run, page)
-            page.send_signal(signal.SIGTERM)
+            page.send_signal(asked)
             assert page.wait(30) == 3, (tmp_path / "log").read_text()
         finally:
             for process in chaos.processes_of(run):
                 os.kill(process, signal.SIGKILL)
             page.wait(10)
     assert Run.load(run).status()["state"] == "stopped"
+    said = (tmp_path / "log").read_text()
+    assert "the launcher is gone" not in said, "torchrun heard it and passed it on; it did not die of it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "later", "status"),
+    [("kill -TERM $$", "stopped", 3), ("kill -TERM $$", "failed", 143), ("exit 1", "stopped", 1)],
+)
+def test_a_page_waits_for_ranks_that_outlive_their_launcher(
+    launcher: str, later: str, status: int, tmp_path: Path
+) -> None:
+    """deepspeed dies of a signal at once, its ranks save and say so some seconds later; a launcher that ended by itself has
+    waited for them, and what it left behind as running was killed."""
+    run = run_of(tmp_path / "run")
+    run.write_status("running")
+    timer = threading.Timer(60 if status == 1 else 5, run.write_status, [later])
+    timer.start()
+    script = 'source launch/outcome.sh; outcome bash -c "$0" -- "$@"'
+    words = ["bash", "-c", script, launcher, f"run={run.folder}", "shards=none"]
+    assert subprocess.run(words, cwd=ROOT, timeout=100, check=False).returncode == status
+    assert timer.finished.is_set() == (status != 1)
+    timer.cancel()
 
 
 @pytest.mark.slow
