@@ -26,6 +26,7 @@ from mura_dist import (
     pictures,
     plot,
     report,
+    sections,
 )
 from mura_dist.convert import convert
 from mura_dist.refusal import Refusal
@@ -647,6 +648,13 @@ def test_curves_and_the_calls_on_paper() -> None:
         assert polyline(root) == on_paper(*expected), kind
         [dot] = [node.attrib for node in root.iter() if node.tag.endswith("}circle")]
         assert [(float(dot["cx"]), float(dot["cy"]))] == on_paper(dots[kind])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (0.0, "below 0.001"), (0.00099, "below 0.001"), (0.05, "0.050")]
+)
+def test_a_p_value_is_never_zero(value: float | None, text: str) -> None:
+    assert sections._p_value(value) == text
 
 
 def test_slugs_tell_names_apart() -> None:
