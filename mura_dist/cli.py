@@ -234,11 +234,35 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
     default=None,
     help="Where to write.  [default: the run; of a list NAME.json, NAME; of an ONNX file it must be given]",
 )
+@click.option(
+    "--gallery/--no-gallery",
+    "with_gallery",
+    default=True,
+    show_default=True,
+    help="Also pictures of radiographs with class activation maps: gallery.html, gallery/, LOCAL ONLY.",
+)
+@click.option(
+    "--second",
+    type=a_path,
+    default=None,
+    metavar="RUN_OR_LIST_OR_ONNX",
+    help="A model trained separately: the gallery says how far the two models' maps agree.",
+)
 @quiet_option
-def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path | None, quiet: bool) -> None:
+def evaluate(
+    target: Path,
+    shards: Path | str,
+    split: str,
+    which: str,
+    out: Path | None,
+    with_gallery: bool,
+    second: Path | None,
+    quiet: bool,
+) -> None:
     """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
 
-    Writes metrics.json, report.html and tables.
+    Writes metrics.json, report.html and tables, none of which holds a radiograph; and gallery.html, gallery/ and gallery.json,
+    which are LOCAL ONLY.
     """
     from rich.console import Console
 
@@ -249,20 +273,23 @@ def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path
     if split not in mura.SPLITS:
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
+    wanted = _gallery(target, with_gallery, second)
     if is_list(target):
         _check_which(which, f"{target} is a list of chosen checkpoints")
         out = out or report_folder(target)
-        measured = room.evaluate_list(target, shards, split=split, out=out, say=say)
+        measured = room.evaluate_list(target, shards, split=split, out=out, wanted=wanted, say=say)
     elif target.is_file():
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
         _check_which(which, f"{target} is one exported checkpoint")
-        measured = _evaluate_onnx(target, shards, split, out)
+        measured = _evaluate_onnx(target, shards, split, out, wanted)
     else:
-        measured = room.evaluate_run(target, shards, split=split, which=which, out=out, say=say)
+        measured = room.evaluate_run(target, shards, split=split, which=which, out=out, wanted=wanted, say=say)
     if launcher.is_first():
         click.echo(summary_table(measured))
         click.echo(f"report: {(out or target) / 'report.html'}")
+        if wanted is not None:
+            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {(out or target) / 'gallery.html'}")
 
 
 def _check_which(which: str, why: str) -> None:
@@ -270,7 +297,39 @@ def _check_which(which: str, why: str) -> None:
         raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")
 
 
-def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> dict[str, Any]:
+def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
+    """gallery.Wanted, or None."""
+    from . import gallery, maps
+    from .ensemble import Weights
+    from .members import is_list
+
+    if second is None:
+        return gallery.Wanted() if with_gallery else None
+    if not with_gallery:
+        raise Refusal(f"--second {second}: its maps are compared in the gallery; leave out --no-gallery or --second")
+    if second.resolve() == target.resolve():
+        raise Refusal(
+            f"--second {second} is the model itself; give one that was trained separately, with another seed="
+        )
+    if second.is_file() and not is_list(second):
+        from .predict import Model
+
+        return gallery.Wanted(_with_maps(second, Model.load(second)))
+    weights = Weights.of_list(second) if is_list(second) else Weights.of_run(second, "best")
+    return gallery.Wanted(maps.Model.of_weights(weights, weights.model()))
+
+
+def _with_maps(path: Path, model: Any) -> Any:
+    """maps.Model of the predict.Model of an ONNX file."""
+    from . import maps
+
+    card = model.card
+    named = [member.architecture for member in card.members] or [card.recipe.get("architecture")]
+    known = tuple(name for name in named if isinstance(name, str))
+    return maps.Model(f"{path.name} {card.checkpoint}", model.outputs, model.size, card.trained_on.kind, known)
+
+
+def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, wanted: Any) -> dict[str, Any]:
     from rich.console import Console
 
     from . import evaluate as room
@@ -290,7 +349,16 @@ def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> d
         "trained_on": model.card.trained_on.kind,
         "settings": model.card.recipe,
     }
-    return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts, say=Console(stderr=True).print)
+    return room.evaluate_scores(
+        model.logits,
+        opened,
+        split=split,
+        out=out,
+        facts=facts,
+        shown=_with_maps(target, model),
+        wanted=wanted,
+        say=Console(stderr=True).print,
+    )
 
 
 @cli.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")

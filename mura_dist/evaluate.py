@@ -1,8 +1,9 @@
 """From rows to metrics: every radiograph of a split exactly once, whatever the number of ranks.
 
-    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> studies -> metrics -> report
+    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> studies -> metrics -> report, gallery
 
-Writes into a folder (a run's, or --out): metrics.json, predictions.csv, studies.csv, report.html, pictures/.
+Writes into a folder (a run's, or --out): metrics.json, predictions.csv, studies.csv, report.html, pictures/; then, where it
+is wanted, the gallery (LOCAL ONLY: it holds radiographs).
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, metrics, mura, order, report, world
+from . import atomic, gallery, maps, metrics, mura, order, report, world
 from .ensemble import Weights
 from .journal import read as read_journal
 from .measure import measure
@@ -110,12 +111,16 @@ def evaluate_run(
     split: str = "valid",
     which: str = "best",
     out: Path | None = None,
+    wanted: gallery.Wanted | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
+    """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content.
+
+    wanted: what the gallery should be; None for none.
+    """
     weights = Weights.of_run(folder, which)
     facts = {"title": folder.name, "history": read_journal(folder / "metrics.jsonl")}
-    return _evaluate(weights, shards_folder, split=split, out=out or folder, facts=facts, say=say)
+    return _evaluate(weights, shards_folder, split=split, out=out or folder, facts=facts, wanted=wanted, say=say)
 
 
 def evaluate_list(
@@ -124,13 +129,14 @@ def evaluate_list(
     *,
     out: Path,
     split: str = "valid",
+    wanted: gallery.Wanted | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The same of a model list's ensemble. Refusal where a member is not what it was, or `out` is a run."""
     weights = Weights.of_list(path)
     if (out / "recipe.toml").exists():
         raise Refusal(f"--out {out} is a run, whose report would be overwritten; give another folder")
-    return _evaluate(weights, shards_folder, split=split, out=out, facts={"title": path.stem}, say=say)
+    return _evaluate(weights, shards_folder, split=split, out=out, facts={"title": path.stem}, wanted=wanted, say=say)
 
 
 def _evaluate(
@@ -140,6 +146,7 @@ def _evaluate(
     split: str,
     out: Path,
     facts: dict[str, Any],
+    wanted: gallery.Wanted | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     settings, data = weights.settings, weights.data()
@@ -151,6 +158,7 @@ def _evaluate(
             f"{shards_folder} has radiographs of {shards.size} px, {facts['title']} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
+    gallery.check(wanted, shards.size)
     started = time.perf_counter()
     with world.join(settings.timeout_s) as ranks:
         model = weights.model().to(ranks.device)
@@ -169,7 +177,9 @@ def _evaluate(
         "settings": weights.recipe(),
         "same_data": data["manifest_sha256"] == shards.index["manifest"]["sha256"],
     }
-    return write(out, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
+    shown = maps.Model.of_weights(weights, model)
+    seconds = time.perf_counter() - started
+    return write(out, shards, found, split=split, facts=facts, seconds=seconds, shown=shown, wanted=wanted, say=say)
 
 
 def evaluate_scores(
@@ -180,11 +190,17 @@ def evaluate_scores(
     out: Path,
     facts: dict[str, Any],
     batch_size: int = 16,
+    shown: maps.Model | None = None,
+    wanted: gallery.Wanted | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The same for anything that turns images uint8 (B, 1, S, S) into logits (B,): an exported model, in one process."""
+    """The same for anything that turns images uint8 (B, 1, S, S) into logits (B,): an exported model, in one process.
+
+    shown: the same model with its maps, for the gallery.
+    """
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
+    gallery.check(wanted, shards.size)
     blank = np.zeros((shards.size, shards.size), np.uint8)
     logit, sound = [], np.ones(len(rows), bool)
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size)):
@@ -198,7 +214,8 @@ def evaluate_scores(
                 sound[place] = False
         logit.append(score(np.stack(images)[:, None]))
     found = Scores.of(rows, np.concatenate(logit), sound)
-    return write(out, shards, found, split=split, facts=facts, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return write(out, shards, found, split=split, facts=facts, seconds=seconds, shown=shown, wanted=wanted, say=say)
 
 
 def write(
@@ -209,8 +226,11 @@ def write(
     split: str,
     facts: dict[str, Any],
     seconds: float,
+    shown: maps.Model | None = None,
+    wanted: gallery.Wanted | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure, and write everything an evaluation leaves behind; metrics.json last."""
+    """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""
     if not len(found.rows):
         raise Failure(f"{shards.folder}: every sample of split {split!r} is damaged; `mura-dist verify` names them")
     studies = study_scores(shards, found)
@@ -245,6 +265,7 @@ def write(
     _write_tables(out, shards, found, studies)
     report.write(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)
+    gallery.write(out, shards, studies, found.rows, model=shown, wanted=wanted, facts=measured | context, say=say)
     return measured
 
 

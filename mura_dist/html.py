@@ -71,13 +71,15 @@ def join(children: Iterable[Any]) -> Html:
     return Html("".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children))
 
 
-def page(title: str, *body: Any) -> str:
-    """A whole HTML file."""
+def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
+    """A whole HTML file. remark: for those who open it as text, in its first lines; style: what it needs besides."""
+    assert "--" not in remark, remark
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{element('title', title)}<style>{_STYLE}</style>"
+        f"{element('title', title)}<style>{_STYLE}{style}</style>"
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
+    first = f"<!DOCTYPE html>\n<!-- {remark} -->" if remark else "<!DOCTYPE html>"
+    return f'{first}\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
 
 
 def section(title: str, *body: Any) -> Html:

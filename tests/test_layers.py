@@ -43,7 +43,7 @@ FLOORS = [
             *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms"),
         }
     },
-    {"numbers": {"metrics", "intervals", "measure", "html", "order"}},
+    {"numbers": {"metrics", "intervals", "measure", "html", "local", "order"}},
     {"the world": {"world", "journal"}},
     {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
     {
@@ -52,7 +52,7 @@ FLOORS = [
             *("engine", "checkpoint", "runs", "state", "plan"),
         }
     },
-    {"loops": {"report", "describe", "ensemble", "evaluate", "train"}},
+    {"loops": {"report", "describe", "ensemble", "maps", "gallery", "evaluate", "train"}},
     {"delivery": {"walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
@@ -69,9 +69,20 @@ CONFINED = {
     "onnx": {"export"},
     "webdataset": {"bench.peers"},
 }
-BASE = {"card", "walk", "tables", "predict", "describe", "metrics", "intervals", "measure", "html", "order", "cli"} | {
-    name for floor in FLOORS[:2] for names in floor.values() for name in names
-}
+BASE = {
+    "card",
+    "walk",
+    "tables",
+    "predict",
+    "describe",
+    "metrics",
+    "intervals",
+    "measure",
+    "html",
+    "local",
+    "order",
+    "cli",
+} | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
 NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
 
 
