@@ -153,14 +153,28 @@ def verify(out: Path | str, quiet: bool) -> None:
 @cli.command(short_help="Counts, sizes, exposure, defects, as a page.")
 @click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_place)
 @click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
+@click.option(
+    "--contact-sheet",
+    is_flag=True,
+    help="Also a page of small radiographs by study type and label, OUT-contact-sheet.html, LOCAL ONLY.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which ones the contact sheet shows."
+)
 @quiet_option
-def describe(folder: Path | str, out: Path, quiet: bool) -> None:
-    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page."""
-    from .describe import describe as page_of
-    from .describe import summary_text
+def describe(folder: Path | str, out: Path, contact_sheet: bool, seed: int, quiet: bool) -> None:
+    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page, and as JSON beside it.
 
-    click.echo(summary_text(page_of(folder, out)))
+    The page holds no radiograph; the contact sheet does, and is made on request only.
+    """
+    from .describe import contact_sheet_path, summary_text
+    from .describe import describe as page_of
+
+    click.echo(summary_text(page_of(folder, out, with_contact_sheet=contact_sheet, seed=seed)))
     click.echo(f"page: {out}")
+    click.echo(f"numbers: {out.with_suffix('.json')}")
+    if contact_sheet:
+        click.echo(f"contact sheet, LOCAL ONLY, it holds radiographs: {contact_sheet_path(out)}")
 
 
 class WithSettings(click.Command):

@@ -450,8 +450,10 @@ def _spread(found: dict[str, Any]) -> Iterator[str]:
         parts["two models"] = found["agreement"]
     known = {name: part for name, part in parts.items() if part["mean"] is not None}
     yield "; ".join(f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in known.items())
-    yield f". Turned, {found['stability']['rotation']['num_cells']} cells count, those that stay within the canvas."
-    if flat := max(part["num_without_contrast"] for part in parts.values()):
+    turned = found["stability"]["rotation"]["num_cells"]
+    few = " Too few for a correlation." if turned < maps.MIN_CELLS else ""
+    yield f". Turned, {turned} cells count, those that stay within the canvas.{few}"
+    if flat := max((part["num_without_contrast"] for part in known.values()), default=0):
         yield f" {flat} maps have no contrast, hence no correlation, and are left out."
 
 

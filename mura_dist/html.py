@@ -37,7 +37,7 @@ th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); t
 thead th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom }
 th:first-child { position: sticky; left: 0; background: var(--paper) }
 th:first-child, .facts td { text-align: left } tbody th { font-weight: 500 }
-.facts td { white-space: normal; overflow-wrap: anywhere } .facts th { vertical-align: top }
+.facts td, .facts td small { white-space: normal; overflow-wrap: anywhere } .facts th { vertical-align: top }
 td small { display: block; white-space: nowrap }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .4rem 1.2rem }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }

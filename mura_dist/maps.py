@@ -21,6 +21,7 @@ from .ensemble import Ensemble, Weights
 from .pipeline.cpu import augment
 
 ANGLE_DEG = 10.0
+MIN_CELLS = 3  # two always lie on a line
 CORRELATION = "Pearson, of the cells' logits, one value a radiograph"
 _BATCH = 16
 _NUM_RESAMPLES = 2000
@@ -198,7 +199,12 @@ def turn(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Pearson's, of each pair of maps (n, h, w) over the cells of inside (h, w): (n,); NaN where a map has no contrast."""
+    """Pearson's, of each pair of maps (n, h, w) over the cells of inside (h, w): (n,).
+
+    NaN where a map has no contrast, and where there are fewer than MIN_CELLS.
+    """
+    if inside.sum() < MIN_CELLS:
+        return np.full(len(a), np.nan)
     parts = [maps[:, inside] - maps[:, inside].mean(axis=1, keepdims=True) for maps in (a, b)]  # (n, cells)
     spreads = [np.sqrt((part**2).mean(axis=1)) for part in parts]
     flat = ~((spreads[0] > _NO_CONTRAST) & (spreads[1] > _NO_CONTRAST))  # also where a model has diverged

@@ -52,7 +52,7 @@ FLOORS = [
             *("engine", "checkpoint", "runs", "state", "plan"),
         }
     },
-    {"loops": {"report", "describe", "ensemble", "maps", "gallery", "evaluate", "train"}},
+    {"loops": {"report", "contact_sheet", "describe", "ensemble", "maps", "gallery", "evaluate", "train"}},
     {"delivery": {"walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
@@ -75,6 +75,7 @@ BASE = {
     "tables",
     "predict",
     "describe",
+    "contact_sheet",
     "metrics",
     "intervals",
     "measure",
