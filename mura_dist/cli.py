@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,14 +154,28 @@ def verify(out: Path | str, quiet: bool) -> None:
 @cli.command(short_help="Counts, sizes, exposure, defects, as a page.")
 @click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_place)
 @click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
+@click.option(
+    "--contact-sheet",
+    is_flag=True,
+    help="Also a page of small radiographs by study type and label, OUT-contact-sheet.html, LOCAL ONLY.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which ones the contact sheet shows."
+)
 @quiet_option
-def describe(folder: Path | str, out: Path, quiet: bool) -> None:
-    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page."""
-    from .describe import describe as page_of
-    from .describe import summary_text
+def describe(folder: Path | str, out: Path, contact_sheet: bool, seed: int, quiet: bool) -> None:
+    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page, and as JSON beside it.
 
-    click.echo(summary_text(page_of(folder, out)))
+    The page holds no radiograph; the contact sheet does, and is made on request only.
+    """
+    from .describe import contact_sheet_path, summary_text
+    from .describe import describe as page_of
+
+    click.echo(summary_text(page_of(folder, out, with_contact_sheet=contact_sheet, seed=seed)))
     click.echo(f"page: {out}")
+    click.echo(f"numbers: {out.with_suffix('.json')}")
+    if contact_sheet:
+        click.echo(f"contact sheet, LOCAL ONLY, it holds radiographs: {contact_sheet_path(out)}")
 
 
 class WithSettings(click.Command):
@@ -245,6 +260,20 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
 @click.option(
     "--prevalence", type=float, default=None, metavar="P", help="Share of abnormal studies to work PPV and NPV out for."
 )
+@click.option(
+    "--gallery/--no-gallery",
+    "with_gallery",
+    default=True,
+    show_default=True,
+    help="Also pictures of radiographs with class activation maps: gallery.html, gallery/, LOCAL ONLY.",
+)
+@click.option(
+    "--second",
+    type=a_path,
+    default=None,
+    metavar="RUN_OR_LIST_OR_ONNX",
+    help="A model trained separately: the gallery says how far the two models' maps agree.",
+)
 @quiet_option
 def evaluate(
     target: Path,
@@ -254,12 +283,15 @@ def evaluate(
     out: Path | None,
     operating_point: str | None,
     prevalence: float | None,
+    with_gallery: bool,
+    second: Path | None,
     quiet: bool,
 ) -> None:
     """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
 
     Of a run or a list, calibration, thresholds and the uncertain band are fitted on the tune split, which is scored too;
-    export puts them into the model. Writes metrics.json, report.html and tables.
+    export puts them into the model. Writes metrics.json, report.html and tables,
+    none of which holds a radiograph; and gallery.html, gallery/ and gallery.json, which are LOCAL ONLY.
     """
     from rich.console import Console
 
@@ -272,8 +304,9 @@ def evaluate(
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     if prevalence is not None and not 0 < prevalence < 1:
         raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
-    asked = room.Asked(named(operating_point) if operating_point is not None else None, prevalence)
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
+    point = named(operating_point) if operating_point is not None else None
+    asked = room.Asked(point, prevalence, _gallery(target, with_gallery, second))
     if is_list(target):
         _check_which(which, f"{target} is a list of chosen checkpoints")
         out = out or report_folder(target)
@@ -282,12 +315,14 @@ def evaluate(
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
         _check_which(which, f"{target} is one exported checkpoint")
-        measured = _evaluate_onnx(target, shards, split, out, asked.operating_point, prevalence)
+        measured = _evaluate_onnx(target, shards, split, out, asked)
     else:
         measured = room.evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
     if launcher.is_first():
         click.echo(summary_table(measured))
         click.echo(f"report: {(out or target) / 'report.html'}")
+        if asked.gallery is not None:
+            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {(out or target) / 'gallery.html'}")
 
 
 @cli.command(short_help="Score a file of predictions against labels.")
@@ -358,9 +393,39 @@ def _check_which(which: str, why: str) -> None:
         raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")
 
 
-def _evaluate_onnx(
-    target: Path, folder: Path | str, split: str, out: Path, operating_point: str | None, prevalence: float | None
-) -> dict[str, Any]:
+def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
+    """gallery.Wanted, or None."""
+    from . import gallery, maps
+    from .ensemble import Weights
+    from .members import is_list
+
+    if second is None:
+        return gallery.Wanted() if with_gallery else None
+    if not with_gallery:
+        raise Refusal(f"--second {second}: its maps are compared in the gallery; leave out --no-gallery or --second")
+    if second.resolve() == target.resolve():
+        raise Refusal(
+            f"--second {second} is the model itself; give one that was trained separately, with another seed="
+        )
+    if second.is_file() and not is_list(second):
+        from .predict import Model
+
+        return gallery.Wanted(_with_maps(second, Model.load(second)))
+    weights = Weights.of_list(second) if is_list(second) else Weights.of_run(second, "best")
+    return gallery.Wanted(maps.Model.of_weights(weights, weights.model()))
+
+
+def _with_maps(path: Path, model: Any) -> Any:
+    """maps.Model of the predict.Model of an ONNX file."""
+    from . import maps
+
+    card = model.card
+    named = [member.architecture for member in card.members] or [card.recipe.get("architecture")]
+    known = tuple(name for name in named if isinstance(name, str))
+    return maps.Model(f"{path.name} {card.checkpoint}", model.outputs, model.size, card.trained_on.kind, known)
+
+
+def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any) -> dict[str, Any]:
     from rich.console import Console
 
     from . import evaluate as room
@@ -387,7 +452,8 @@ def _evaluate_onnx(
         out=out,
         facts=facts,
         points=model.card.calibration,
-        asked=room.Asked(operating_point or model.card.operating_point, prevalence),
+        asked=replace(asked, operating_point=asked.operating_point or model.card.operating_point),
+        shown=_with_maps(target, model),
         say=Console(stderr=True).print,
     )
 

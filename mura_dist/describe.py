@@ -1,15 +1,17 @@
 """What a folder of radiographs, or of shards, holds: counts, sizes, exposure, defects; as numbers and as a page.
 
     folder -> scan (or Shards.open) -> counts by split, study type and label
-           -> headers of all files -> sizes      -> pixels of some, evenly chosen -> exposure      -> one page of HTML
+           -> headers of all files -> sizes      -> pixels of some, evenly chosen -> exposure      -> one page of HTML, JSON
+           -> on request only: a contact sheet, apart, LOCAL ONLY
 
 The page holds no radiograph.
 """
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from . import atomic, audit, mura, places, radiograph
-from .html import Html, banner, bars, element, facts, figure, page, section, table
+from . import atomic, audit, contact_sheet, mura, places, radiograph
+from .html import Html, banner, bars, element, facts, figure, join, page, section, table
 from .places import Where
+from .refusal import Refusal
 from .scan import scan as look_through
 from .shards import Damaged, Shards
 
@@ -28,17 +31,42 @@ _READING_THREADS = 8  # they wait for the disk most of the time
 _HEADER_BYTES = 1 << 16  # what is fetched of a file behind a URL to find its header in
 _GREY_EDGES = np.linspace(0, 256, 17)
 _LABELS = audit.LABELS
+_EXAMPLES = 3
 
 
-def describe(folder: Where, out: Path) -> dict[str, Any]:
-    """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out`; returns the same as standard JSON values.
+@dataclass(frozen=True)
+class _Looked:
+    """What was found, and the way to more: `pixels` of a row may raise what contact_sheet says."""
 
-    Raises Refusal where the folder is neither.
+    found: dict[str, Any]
+    frame: pd.DataFrame  # of the radiographs that may be looked at
+    pixels: Callable[[int], np.ndarray]
+
+
+def describe(folder: Where, out: Path, *, with_contact_sheet: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out` and in JSON beside it; returns that.
+
+    with_contact_sheet: also a page of small radiographs, LOCAL ONLY; `seed` chooses them. Raises Refusal where the folder is
+    neither, or `out` cannot be a page.
     """
+    if out.suffix.lower() == ".json" or out.is_dir():
+        what = "a folder" if out.is_dir() else "where the numbers go"
+        raise Refusal(f"--out {out}: {what}; name a page, such as {out.with_suffix('.html').name}")
     is_shards = any(places.of(folder).exists(name) for name in ("index.json", "conversion.json"))
-    found = _shards(folder) if is_shards else _folder(folder)
+    looked = _shards(folder) if is_shards else _folder(folder)
+    found = looked.found
+    if with_contact_sheet:
+        title, drawings = f"Contact sheet of {_name(folder)}", found["holds"] == "phantoms"
+        text = contact_sheet.page(title, looked.frame, looked.pixels, drawings=drawings, seed=seed)
+        atomic.write_text(contact_sheet_path(out), text)
     atomic.write_text(out, page(f"What {_name(folder)} holds", *_body(found)))
+    atomic.write_json(out.with_suffix(".json"), found | {"terms": mura.TERMS})
     return found
+
+
+def contact_sheet_path(out: Path) -> Path:
+    """Where the contact sheet beside the page `out` goes."""
+    return out.with_name(f"{out.stem}-contact-sheet.html")
 
 
 def summary_text(found: dict[str, Any]) -> str:
@@ -56,21 +84,29 @@ def _name(folder: Where) -> str:
     return str(folder).rstrip("/").rpartition("/")[2] if places.is_remote(folder) else Path(folder).resolve().name
 
 
-def _folder(folder: Where) -> dict[str, Any]:
+def _folder(folder: Where) -> _Looked:
     scan = look_through(folder)
     frame = scan.manifest.frame
     paths = frame["path"].tolist()
     rows = _evenly(frame.index.to_numpy())
-    grey, failures = _means(rows, lambda row: radiograph.decode(_source(scan.root, paths[row])))
+
+    def pixels(row: int) -> np.ndarray:
+        return radiograph.decode(_source(scan.root, paths[row]))
+
+    grey, failures = _means(rows, pixels)
     defects = {name: len(seen) for name, seen in scan.defects.items()}
     defects |= _tally(failures, f"among {len(rows)} that were read")
     with ThreadPoolExecutor(_READING_THREADS) as pool:
         headers = list(pool.map(lambda path: _header(scan.root, path), paths))
     about = {"name": _name(folder), "kind": "folder", "holds": "phantoms" if scan.phantoms else "radiographs"}
-    return about | _counts(frame) | {"sizes": _sizes(headers)} | _exposure(frame, grey) | {"defects": defects}
+    examples = _examples(scan.defects)
+    found = (
+        about | _counts(frame) | {"sizes": _sizes(headers)} | _exposure(frame, grey) | {"defects": defects} | examples
+    )
+    return _Looked(found, frame, pixels)
 
 
-def _shards(folder: Where) -> dict[str, Any]:
+def _shards(folder: Where) -> _Looked:
     shards = Shards.open(folder)
     frame, index = shards.manifest.frame, shards.index
     unreadable = [item["row"] for item in index["unreadable"]]
@@ -81,7 +117,13 @@ def _shards(folder: Where) -> dict[str, Any]:
     defects |= _tally(failures, f"among {len(rows)} that were read")
     about = {"name": _name(folder), "kind": "shards", "holds": shards.trained_on}
     sizes = {"size_px": shards.size, "encoding": shards.encoding}
-    return about | _counts(frame) | {"sizes": sizes} | _exposure(frame, grey) | {"defects": defects}
+    examples = _examples(index["defects"])
+    found = about | _counts(frame) | {"sizes": sizes} | _exposure(frame, grey) | {"defects": defects} | examples
+    return _Looked(found, frame.drop(index=unreadable), shards.pixels)
+
+
+def _examples(defects: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    return {"defect_examples": {name: [str(one) for one in list(seen)[:_EXAMPLES]] for name, seen in defects.items()}}
 
 
 def _tally(codes: Iterable[str], where: str) -> dict[str, int]:
@@ -89,7 +131,9 @@ def _tally(codes: Iterable[str], where: str) -> dict[str, int]:
 
 
 def _counts(frame: pd.DataFrame) -> dict[str, Any]:
-    views = frame["study"].value_counts().value_counts().sort_index()
+    of_study = frame.groupby("study").agg(study_type=("study_type", "first"), num=("view", "size"))
+    views = of_study["num"].value_counts().sort_index()
+    by_name = of_study.groupby("study_type")["num"]
     by_type = [
         {"split": split, "study_type": study_type} | audit.count(part)
         for split in mura.SPLITS
@@ -102,6 +146,10 @@ def _counts(frame: pd.DataFrame) -> dict[str, Any]:
         },
         "by_study_type": by_type,
         "views_per_study": {str(num): int(count) for num, count in views.items()},
+        "views_by_study_type": {
+            str(name): {"num_studies": len(part), "mean": float(part.mean()), "most": int(part.max())}
+            for name, part in by_name
+        },
         "unknown_study_types": audit.unknown_study_types(frame),
         "is_mura_v1_1": not audit.against_v1_1(frame),
     }
@@ -197,15 +245,25 @@ def _body(found: dict[str, Any]) -> Iterator[Html]:
     chart = bars(
         list(views), {"studies": list(views.values())}, f"Studies by number of views, {_spoken(views, views.values())}"
     )
+    by_type = [
+        (name, f"{part['num_studies']:,}", f"{part['mean']:.2f}", part["most"])
+        for name, part in found["views_by_study_type"].items()
+    ]
     yield section(
         "Views of a study",
         element("div", figure(chart, "Studies, by how many views they have."), class_="wide pictures"),
+        table(("", "Studies", "Views, mean", "most"), by_type),
     )
     yield section("Sizes", *_sizes_part(found["sizes"]))
     yield section("Exposure", *_exposure_part(found["exposure"]))
-    defects = {name: f"{count:,}" for name, count in found["defects"].items()}
+    defects = {name: _defect(count, found["defect_examples"].get(name, [])) for name, count in found["defects"].items()}
     yield section("Defects", facts(defects) if defects else element("p", "None found."))
     yield element("footer", element("p", "This page holds no radiograph."), element("p", f"Terms: {mura.TERMS}."))
+
+
+def _defect(count: int, examples: list[str]) -> Html:
+    more = [f"and {count - len(examples):,} more"] if examples and count > len(examples) else []
+    return join((f"{count:,}", *(element("small", line) for line in [*examples, *more])))
 
 
 def _totals(found: dict[str, Any]) -> str:
@@ -273,7 +331,8 @@ def _exposure_part(exposure: dict[str, Any]) -> Iterator[Html]:
         (name, part["num_radiographs"], *(_mean(part[f"{label}_mean"]) for label in _LABELS)) for name, part in named
     ]
     yield table(("", "Radiographs", "Normal, mean", "Abnormal, mean"), rows)
-    yield element("div", *(figure(_grey_chart(part), name) for name, part in named), class_="wide pictures")
+    charts = (figure(_grey_chart(part), f"{name}: radiographs, by their mean grey level") for name, part in named)
+    yield element("div", *charts, class_="wide pictures")
 
 
 def _mean(value: float | None) -> str:

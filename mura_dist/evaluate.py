@@ -1,13 +1,15 @@
 """From rows to metrics: every radiograph of a split exactly once, whatever the number of ranks.
 
-    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> studies -> metrics -> report
+    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> studies -> metrics -> report, gallery
     tune's rows, in the same pass -> studies -> calibration.fit -> points: applied to the split's studies, measured there
 
 Of a run or a model list tune is scored too, to fit calibration, thresholds and the uncertain band, which are never fitted to
 what is reported. It costs as much again: of MURA's valid 3,197 radiographs, with tune about 3,700 more. An exported model
 has its points in its card; nothing is fitted.
 
-Writes into a folder (a run's, or --out): metrics.json, predictions.csv, studies.csv, report.html, pictures/.
+Writes into a folder (a run's, or --out): metrics.json, predictions.csv, predictions-official.csv (the
+official format), studies.csv, report.html, report.json, pictures/; then, where it
+is wanted, the gallery (LOCAL ONLY: it holds radiographs).
 """
 
 import contextlib
@@ -22,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, calibration, metrics, mura, order, report, world
+from . import atomic, calibration, gallery, maps, metrics, mura, order, report, submission, world
 from .ensemble import Weights
 from .journal import read as read_journal
 from .manifest import class_weights
@@ -41,7 +43,7 @@ THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 
 ROLES = {
     "train": "fits the weights",
-    "tune": "chooses: learning-rate drops and the checkpoint",
+    "tune": "chooses: learning-rate drops, the checkpoint, calibration, thresholds, the uncertain band",
     "valid": "is only reported",
 }
 
@@ -68,10 +70,11 @@ class Scores:
 @dataclass(frozen=True)
 class Asked:
     """What an evaluation is to assume. operating_point: whose thresholds make the calls; None: the paper's, of an exported model
-    its own. prevalence: share of abnormal studies to work PPV and NPV out for."""
+    its own. prevalence: share of abnormal studies to work PPV and NPV out for. gallery: what it should be; None for none."""
 
     operating_point: str | None = None
     prevalence: float | None = None
+    gallery: gallery.Wanted | None = None
 
 
 class Interrupted(Exception):
@@ -176,6 +179,7 @@ def _evaluate(
             f"{shards_folder} has radiographs of {shards.size} px, {facts['title']} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
+    gallery.check(asked.gallery, shards.size)
     tune = _tune(weights, shards)
     if isinstance(tune, str):
         if asked.operating_point not in (None, PAPER):
@@ -204,7 +208,10 @@ def _evaluate(
     }
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)
     seconds = time.perf_counter() - started
-    return write(out, shards, found.of_rows(rows), points, split=split, facts=facts, asked=asked, seconds=seconds)
+    shown, found = maps.Model.of_weights(weights, model), found.of_rows(rows)
+    return write(
+        out, shards, found, points, split=split, facts=facts, asked=asked, seconds=seconds, shown=shown, say=say
+    )
 
 
 def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:
@@ -252,14 +259,16 @@ def evaluate_scores(
     points: Points,
     asked: Asked = Asked(),
     batch_size: int = 16,
+    shown: maps.Model | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The same for anything that turns images uint8 (B, 1, S, S) into logits (B,): an exported model, in one process.
 
-    points: those of its card; nothing else is fitted or used.
+    points: those of its card; nothing else is fitted or used. shown: the same model with its maps, for the gallery.
     """
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
+    gallery.check(asked.gallery, shards.size)
     blank = np.zeros((shards.size, shards.size), np.uint8)
     logit, sound = [], np.ones(len(rows), bool)
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size)):
@@ -273,7 +282,9 @@ def evaluate_scores(
                 sound[place] = False
         logit.append(score(np.stack(images)[:, None]))
     found, seconds = Scores.of(rows, np.concatenate(logit), sound), time.perf_counter() - started
-    return write(out, shards, found, points, split=split, facts=facts, asked=asked, seconds=seconds)
+    return write(
+        out, shards, found, points, split=split, facts=facts, asked=asked, seconds=seconds, shown=shown, say=say
+    )
 
 
 def write(
@@ -286,8 +297,10 @@ def write(
     facts: dict[str, Any],
     asked: Asked,
     seconds: float,
+    shown: maps.Model | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure, and write everything an evaluation leaves behind; metrics.json last."""
+    """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""
     if not len(found.rows):
         raise Failure(f"{shards.folder}: every sample of split {split!r} is damaged; `mura-dist verify` names them")
     name = asked.operating_point or PAPER
@@ -333,6 +346,9 @@ def write(
     _write_tables(out, shards, found, studies)
     report.write(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)
+    gallery.write(
+        out, shards, studies, found.rows, model=shown, wanted=asked.gallery, facts=measured | context, say=say
+    )
     return measured
 
 
@@ -367,3 +383,4 @@ def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFram
     for name, table in (("predictions", predictions), ("studies", told)):
         text = table.to_csv(index=False, lineterminator="\n")
         atomic.write_text(out / f"{name}.csv", text)
+    atomic.write_text(out / "predictions-official.csv", submission.official_text(studies))

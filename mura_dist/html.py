@@ -38,7 +38,8 @@ thead th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-alig
 th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; max-width: 16rem;
                  overflow-wrap: break-word }
 th:first-child, .facts td { text-align: left } tbody th { font-weight: 500 }
-.facts td { white-space: normal; overflow-wrap: anywhere } .facts th:first-child { vertical-align: top; max-width: none }
+.facts td, .facts td small { white-space: normal; overflow-wrap: anywhere }
+.facts th:first-child { vertical-align: top; max-width: none }
 td small, th small { display: block; font-weight: 400 } td small { white-space: nowrap }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .4rem 1.2rem }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }
@@ -81,13 +82,15 @@ def join(children: Iterable[Any]) -> Html:
     return Html("".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children))
 
 
-def page(title: str, *body: Any) -> str:
-    """A whole HTML file."""
+def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
+    """A whole HTML file. remark: for those who open it as text, in its first lines; style: what it needs besides."""
+    assert "--" not in remark, remark
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{element('title', title)}<style>{_STYLE}</style>"
+        f"{element('title', title)}<style>{_STYLE}{style}</style>"
     )
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
+    first = f"<!DOCTYPE html>\n<!-- {remark} -->" if remark else "<!DOCTYPE html>"
+    return f'{first}\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
 
 
 def section(title: str, *body: Any, **attributes: Any) -> Html:

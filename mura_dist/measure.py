@@ -397,7 +397,7 @@ def absences(group: dict[str, Any], names: tuple[str, ...] = METRICS) -> list[st
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0: no -0.000
 
 
 def with_interval(group: dict[str, Any], name: str) -> str:

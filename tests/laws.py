@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,55 @@ def damage(shards: Shards, row: int) -> str:
                     file.write(bytes([byte ^ 1]))
                 return name
     raise AssertionError(f"row {row} has no sample")
+
+
+class Markup(HTMLParser):
+    """Fails where tags do not nest; keeps elements and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "img", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def local_only(path: Path) -> Markup:
+    """A page with radiographs says LOCAL ONLY where one looks (first lines, title, banner), holds all it shows, loads nothing."""
+    text = path.read_text(encoding="utf-8")
+    assert "LOCAL ONLY" in "".join(text.splitlines()[:2]), text[:200]
+    assert re.search(r"<title>LOCAL ONLY", text)
+    assert re.search(r'<p class="banner"[^>]*>LOCAL ONLY', text)
+    assert not re.search(r"https?:|<script|url\(|@import|<link", text)
+    page = Markup(text)
+    ids = [values["id"] for _, values in page.elements if "id" in values]
+    assert len(ids) == len(set(ids))
+    for tag, values in page.elements:
+        for key in ("src", "href"):
+            where = values.get(key)
+            assert where is None or where.startswith("data:image/png;base64,") or where.removeprefix("#") in ids, where
+        assert tag != "img" or values.get("alt")
+        assert tag != "svg" or values.get("aria-label")
+    return page
+
+
+def holds_no_radiograph(path: Path) -> None:
+    """A page that may leave the machine: no picture but drawn lines."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<img|<image|data:image|<canvas|<object|<embed", text)
+    assert "LOCAL ONLY" not in re.sub(r"gallery[^<]*LOCAL ONLY[^<]*", "", text)

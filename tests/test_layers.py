@@ -46,16 +46,8 @@ FLOORS = [
     },
     {
         "numbers": {
-            "metrics",
-            "intervals",
-            "measure",
-            "compare",
-            "calibration",
-            "html",
-            "order",
-            "plot",
-            "curves",
-            "pictures",
+            *("metrics", "intervals", "measure", "compare", "calibration", "order"),
+            *("html", "local", "plot", "curves", "pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -66,7 +58,12 @@ FLOORS = [
             *("engine", "checkpoint", "runs", "state", "plan"),
         }
     },
-    {"loops": {"describe", "ensemble", "evaluate", "score", "train", "findings", "figures", "sections", "report"}},
+    {
+        "loops": {
+            *("describe", "contact_sheet", "ensemble", "maps", "gallery", "evaluate", "score", "train"),
+            *("findings", "figures", "sections", "report"),
+        }
+    },
     {"delivery": {"walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
@@ -84,21 +81,9 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *(
-        "card",
-        "walk",
-        "tables",
-        "predict",
-        "describe",
-        "metrics",
-        "intervals",
-        "measure",
-        "compare",
-        "score",
-        "cli",
-        "calibration",
-    ),
-    *("html", "order", "plot", "curves", "pictures", "findings", "figures", "sections", "report"),
+    *("card", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
+    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
+    *("plot", "curves", "pictures", "findings", "figures", "sections", "report"),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
 NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
 
