@@ -7,9 +7,8 @@ Of a run or a model list tune is scored too, to fit calibration, thresholds and 
 what is reported. It costs as much again: of MURA's valid 3,197 radiographs, with tune about 3,700 more. An exported model
 has its points in its card; nothing is fitted.
 
-Writes into a folder (a run's, or --out): metrics.json, predictions.csv, predictions-official.csv (the
-official format), studies.csv, report.html, report.json, pictures/; then, where it
-is wanted, the gallery (LOCAL ONLY: it holds radiographs).
+Writes into a folder (a run's, or --out): metrics.json, predictions.csv, predictions-official.csv (the official format),
+studies.csv, report.html, report.json, pictures/; then, where it is wanted, the gallery (LOCAL ONLY: it holds radiographs).
 """
 
 import contextlib
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from . import atomic, calibration, gallery, maps, metrics, mura, order, report, submission, world
 from .ensemble import Weights
+from .gallery import Wanted
 from .journal import read as read_journal
 from .manifest import class_weights
 from .measure import measure, subgroups
@@ -74,7 +74,7 @@ class Asked:
 
     operating_point: str | None = None
     prevalence: float | None = None
-    gallery: gallery.Wanted | None = None
+    gallery: Wanted | None = None
 
 
 class Interrupted(Exception):
