@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import __version__, mura
+from .points import PAPER, Points
 from .refusal import Refusal
 
 KEY = "mura_dist"
@@ -53,8 +54,8 @@ class Card(BaseModel):
     resize: str = RESIZE  # how radiograph.read came to that size
     study_types: list[str]  # those it was trained on
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; none: no call is made
-    calibration: dict[str, Any] = {}
-    bands: dict[str, Any] = {}
+    operating_point: str = PAPER  # what `thresholds` are of: the paper's 1/2, or one fitted on tune
+    calibration: Points = Points()  # all that was fitted on tune: calibration, operating points, the uncertain band
     metrics: dict[str, Any] = {}  # metrics.json of the reported split, {} where it was not evaluated
     trained_on: TrainedOn
     selected_on: str  # the split that chose the checkpoint

@@ -234,32 +234,57 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
     default=None,
     help="Where to write.  [default: the run; of a list NAME.json, NAME; of an ONNX file it must be given]",
 )
+@click.option(
+    "--operating-point",
+    "operating_point",
+    default=None,
+    metavar="paper|sensitivity=W|specificity=W",
+    help="Whose thresholds make the calls: the paper's 0.5, or those fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  "
+    "[default: paper; of an ONNX file, its own]",
+)
+@click.option(
+    "--prevalence", type=float, default=None, metavar="P", help="Share of abnormal studies to work PPV and NPV out for."
+)
 @quiet_option
-def evaluate(target: Path, shards: Path | str, split: str, which: str, out: Path | None, quiet: bool) -> None:
+def evaluate(
+    target: Path,
+    shards: Path | str,
+    split: str,
+    which: str,
+    out: Path | None,
+    operating_point: str | None,
+    prevalence: float | None,
+    quiet: bool,
+) -> None:
     """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
 
-    Writes metrics.json, report.html and tables.
+    Of a run or a list, calibration, thresholds and the uncertain band are fitted on the tune split, which is scored too;
+    export puts them into the model. Writes metrics.json, report.html and tables.
     """
     from rich.console import Console
 
     from . import evaluate as room
     from .measure import summary_table
     from .members import is_list, report_folder
+    from .points import operating_point as named
 
     if split not in mura.SPLITS:
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
+    asked = room.Asked(named(operating_point) if operating_point is not None else None, prevalence)
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
     if is_list(target):
         _check_which(which, f"{target} is a list of chosen checkpoints")
         out = out or report_folder(target)
-        measured = room.evaluate_list(target, shards, split=split, out=out, say=say)
+        measured = room.evaluate_list(target, shards, split=split, out=out, asked=asked, say=say)
     elif target.is_file():
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
         _check_which(which, f"{target} is one exported checkpoint")
-        measured = _evaluate_onnx(target, shards, split, out)
+        measured = _evaluate_onnx(target, shards, split, out, asked.operating_point, prevalence)
     else:
-        measured = room.evaluate_run(target, shards, split=split, which=which, out=out, say=say)
+        measured = room.evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
     if launcher.is_first():
         click.echo(summary_table(measured))
         click.echo(f"report: {(out or target) / 'report.html'}")
@@ -333,7 +358,9 @@ def _check_which(which: str, why: str) -> None:
         raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")
 
 
-def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> dict[str, Any]:
+def _evaluate_onnx(
+    target: Path, folder: Path | str, split: str, out: Path, operating_point: str | None, prevalence: float | None
+) -> dict[str, Any]:
     from rich.console import Console
 
     from . import evaluate as room
@@ -353,7 +380,16 @@ def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path) -> d
         "trained_on": model.card.trained_on.kind,
         "settings": model.card.recipe,
     }
-    return room.evaluate_scores(model.logits, opened, split=split, out=out, facts=facts, say=Console(stderr=True).print)
+    return room.evaluate_scores(
+        model.logits,
+        opened,
+        split=split,
+        out=out,
+        facts=facts,
+        points=model.card.calibration,
+        asked=room.Asked(operating_point or model.card.operating_point, prevalence),
+        say=Console(stderr=True).print,
+    )
 
 
 @cli.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")
@@ -387,6 +423,8 @@ def export(target: Path, which: str, out: Path | None, triton: Path | None, quie
         f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
         f"logits within {facts['max_logit_difference']:.2g} of torch's; {mura.TERMS}"
     )
+    if facts["num_thresholds"] and facts["no_calibration"]:
+        click.echo(f"no calibrated probability: {facts['no_calibration']}")
     if not facts["num_thresholds"]:
         click.echo(
             f"no threshold: predictions will have no call; first run `mura-dist evaluate {target} SHARDS`, then export again"

@@ -26,6 +26,7 @@ import torch
 from . import __version__, atomic, members
 from .card import KEY, PRODUCER, Card, TrainedOn
 from .ensemble import Weights
+from .points import PAPER, Points
 from .predict import Model
 from .refusal import Failure, Refusal
 from .shards import Shards
@@ -41,9 +42,9 @@ OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
 def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
     """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
 
-    The card carries the run's metrics.json where it is of this very checkpoint on `valid` of the run's own shards; only study
-    types measured there, with both classes, get a threshold. Raises Refusal where there is no such run or checkpoint, Failure
-    where the gate stays shut.
+    The card carries the run's metrics.json, and what was fitted on tune, where it is of this very checkpoint on `valid` of the
+    run's own shards; only study types measured there, with both classes, get a threshold. Raises Refusal where there is no
+    such run or checkpoint, Failure where the gate stays shut.
     """
     weights = Weights.of_run(run_folder, which)
     return _export(weights, _measured(weights, [run_folder]), out, triton_folder)
@@ -63,7 +64,11 @@ def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder
     facts = export(model, card, out, radiographs=_some_radiographs(weights))
     if triton_folder is not None:
         triton(triton_folder, out, card)
-    return facts | {"checkpoint": weights.name, "num_thresholds": len(card.thresholds)}
+    return facts | {
+        "checkpoint": weights.name,
+        "num_thresholds": len(card.thresholds),
+        "no_calibration": card.calibration.reason,
+    }
 
 
 def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
@@ -80,10 +85,13 @@ def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
 
 def _card(weights: Weights, measured: dict[str, Any]) -> Card:
     data, by_type = weights.data(), measured.get("by_study_type", {})
+    cuts: dict[str, float] = measured.get("thresholds") or dict.fromkeys(by_type, measured.get("threshold", 0.5))
     return Card(
         size=data["size"],
         study_types=data["study_types"],
-        thresholds={key: measured["threshold"] for key, found in by_type.items() if found["kappa"] is not None},
+        thresholds={key: cuts[key] for key, found in by_type.items() if found["kappa"] is not None},
+        operating_point=measured.get("operating_point", PAPER),
+        calibration=Points.model_validate(measured.get("calibration") or {}),
         metrics=measured,
         trained_on=TrainedOn(
             kind=data["holds"],

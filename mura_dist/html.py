@@ -22,7 +22,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(-
        font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
-p { margin: .5rem 0; max-width: 46rem } small, .soft { color: var(--soft) }
+p, ul { margin: .5rem 0; max-width: 46rem } small, .soft { color: var(--soft) }
 .banner { border-left: .35rem solid var(--warn); background: var(--warn-wash); color: var(--warn); font-weight: 600;
           padding: .7rem 1rem; margin: 1rem 0; max-width: none }
 .banner::first-letter { text-transform: uppercase }
@@ -30,28 +30,38 @@ p { margin: .5rem 0; max-width: 46rem } small, .soft { color: var(--soft) }
 .tiles > div { background: var(--wash); border-radius: .4rem; padding: .7rem .9rem }
 .tiles strong { display: block; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto; margin: .6rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .92rem }
+.caption { color: var(--soft); font-size: .92rem; margin: .8rem 0 0 } .caption + .scroll { margin-top: .3rem }
 th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
          white-space: nowrap }
 thead th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom }
-th:first-child { position: sticky; left: 0; background: var(--paper) }
+th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; max-width: 16rem;
+                 overflow-wrap: break-word }
 th:first-child, .facts td { text-align: left } tbody th { font-weight: 500 }
-.facts td { white-space: normal; overflow-wrap: anywhere } .facts th { vertical-align: top }
-td small { display: block; white-space: nowrap }
+.facts td { white-space: normal; overflow-wrap: anywhere } .facts th:first-child { vertical-align: top; max-width: none }
+td small, th small { display: block; font-weight: 400 } td small { white-space: nowrap }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .4rem 1.2rem }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }
 figure { margin: .6rem 0; break-inside: avoid } figure svg { display: block; width: 100%; height: auto }
 figcaption { font-size: .88rem; color: var(--soft) }
-details { margin: .6rem 0 } summary { cursor: pointer }
+details { margin: .6rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .8rem }
+summary { cursor: pointer } details[open] > summary { margin-bottom: .5rem }
+a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--soft) }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1.4rem 0 0; padding: .6rem 0;
+      border-top: 1px solid var(--line); border-bottom: 1px solid var(--line) }
+svg text { font-variant-numeric: tabular-nums }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; color: var(--soft);
          font-size: .88rem }
-@media (max-width: 34rem) { .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line) }
+@media (max-width: 34rem) { th:first-child { max-width: 38vw; min-width: 5rem }
+  .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line) }
   .facts th, .facts td { display: block; border: 0; padding: 0; white-space: normal } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; color: #000; background: #fff }
+@media print { :root { --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --paper: #fff; --warn: #000;
+    --warn-wash: #fff } html { font-size: 10pt } body { max-width: none; padding: 0 } h3, .caption { break-after: avoid }
   h2 { break-after: avoid } .banner, .tiles > div { border: 1px solid }
   .pictures { grid-template-columns: repeat(3, 1fr) } .wide { grid-template-columns: repeat(2, 1fr) }
-  .scroll { overflow: visible } table { font-size: 8pt } tr { break-inside: avoid } }
+  .scroll { overflow: visible } th:first-child { position: static } table { font-size: 8.5pt }
+  tr { break-inside: avoid } nav { display: none }
+  details { border: 0; padding: 0 } details::details-content { content-visibility: visible; display: block; height: auto } }
 """
 
 
@@ -80,8 +90,13 @@ def page(title: str, *body: Any) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
 
 
-def section(title: str, *body: Any) -> Html:
-    return element("section", element("h2", title), *body, Html("\n"))
+def section(title: str, *body: Any, **attributes: Any) -> Html:
+    return element("section", element("h2", title), *body, Html("\n"), **attributes)
+
+
+def folded(title: str, *body: Any) -> Html:
+    """What is too long to stand open; paper shows it all."""
+    return element("details", element("summary", title), *body)
 
 
 def banner(text: str) -> Html:
@@ -94,8 +109,10 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
     ]
-    named = [element("caption", caption)] if caption else []
-    return element("div", element("table", *named, head, element("tbody", *body)), class_="scroll", tabindex="0")
+    named = {"role": "region", "aria_label": caption} if caption else {}
+    whole = element("div", element("table", head, element("tbody", *body)), class_="scroll", tabindex="0", **named)
+    # Outside: a caption inside is as wide as the table, and scrolls away with it.
+    return join((element("p", caption, class_="caption"), whole)) if caption else whole
 
 
 def facts(values: Mapping[str, Any]) -> Html:

@@ -43,10 +43,18 @@ def study_table(rows: np.ndarray, probability: np.ndarray, manifest_frame: pd.Da
     code, study = pd.factorize(views["study"])
     first = views.iloc[np.unique(code, return_index=True)[1]]
     num_views = np.bincount(code, minlength=len(study))
-    # Not groupby.mean: it skips NaN, and a study whose network diverged would look sound.
-    mean = np.bincount(code, weights=probability[order], minlength=len(study)) / num_views
     table = first[["study", "study_type", "patient", "label"]].reset_index(drop=True)
-    return table.assign(num_views=num_views, probability=mean)
+    return table.assign(num_views=num_views, probability=study_mean(code, probability[order]))
+
+
+def study_mean(code: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """A study's probability, the mean over its views: code int64 (n,) 0 .. k - 1, probability float64 (n,) -> float64 (k,).
+
+    The same to the last bit in whatever order the views come: it is compared with thresholds, in evaluate and in predict.
+    """
+    order = np.lexsort((probability, code))
+    # Not groupby.mean: it skips NaN, and a study whose network diverged would look sound.
+    return np.bincount(code[order], weights=probability[order]) / np.bincount(code)
 
 
 # ---- of calls

@@ -36,6 +36,7 @@ import PIL
 
 from . import __version__, atomic, members, mura, radiograph, tables, walk
 from .card import KEY, Card
+from .points import BANDS
 from .refusal import Refusal, Stopped
 
 CHUNK = 256
@@ -394,6 +395,8 @@ def _summary(frames: dict[str, pd.DataFrame], model: Model, seconds: float) -> d
         "num_studies": len(studies),
         "num_calls": int(studies["call"].notna().sum()),
         "num_positive": int(studies["call"].sum()),
+        "num_calibrated": int(studies["calibrated_probability"].notna().sum()),
+        "studies_by_band": {name: int((studies["band"] == name).sum()) for name in BANDS},
         "num_failures": len(failures),
         "failures_by_code": dict(sorted(Counter(failures["code"]).items())),
         "studies_by_type": dict(sorted(Counter(studies["study_type"]).items())),
@@ -427,4 +430,6 @@ def _warnings(studies: pd.DataFrame, card: Card) -> list[str]:
         warnings.append("the model was trained on drawings (phantoms): what it says of a radiograph means nothing")
     for study_type, number in sorted(Counter(studies.loc[studies["call"].isna(), "study_type"]).items()):
         warnings.append(f"no threshold was evaluated for study type {study_type}: no call for {number} of its studies")
+    if card.calibration.reason is not None:
+        warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")
     return warnings

@@ -2,7 +2,8 @@
 
     rows of the parts -> predictions, failures -> studies: probabilities averaged over views, calls -> csv or parquet
 
-Cells that are empty here (gate, calibrated_probability, band) are the contract's, for what the card does not hold yet.
+Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. So is
+`gate`, which the contract names and nothing fills yet.
 """
 
 import csv
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import atomic, metrics, walk
+from . import atomic, calibration, metrics, walk
 from .card import Card
+from .points import STUDIES
 
 NAMES = ("predictions", "studies", "failures")
 FORMATS = ("csv", "parquet")
@@ -37,22 +39,23 @@ def build(parts: list[dict[str, Any]], card: Card) -> dict[str, pd.DataFrame]:
 
 def _studies(views: pd.DataFrame, card: Card) -> pd.DataFrame:
     """A line a study, in the order of its first view. Views that disagree on the study type leave it unknown."""
-    groups = views.groupby("study", sort=False)
-    types = groups["study_type"]
+    code, names = pd.factorize(views["study"])
+    types = views["study_type"].groupby(code)
     studies = pd.DataFrame(
         {
+            "study": names,
             "study_type": types.first().where(types.nunique() == 1, walk.UNKNOWN),
-            "num_views": groups.size(),
-            "probability": groups["probability"].mean(),
+            "num_views": types.size(),
+            "probability": metrics.study_mean(code, views["probability"].to_numpy()),
         }
-    ).reset_index()
-    thresholds = {key: float(value) for key, value in card.thresholds.items()}
-    studies["calibrated_probability"] = np.full(len(studies), np.nan)
-    studies["threshold"] = studies["study_type"].map(thresholds).astype(np.float64)
+    )
+    studies = calibration.apply(card.calibration, studies)
+    studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     called = (studies["probability"] > studies["threshold"]).astype("Int64")
     studies["call"] = called.where(studies["threshold"].notna())
-    studies["band"] = pd.Series(pd.NA, index=studies.index, dtype="string")
-    return studies
+    band = studies["band"].astype("string")
+    studies["band"] = band.where(band != "")
+    return studies[list(STUDIES)]
 
 
 def write(path: Path, table: pd.DataFrame) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import checkpoint, launcher, memory, model, report, schedule, workers, world
+from . import checkpoint, curves, launcher, memory, model, schedule, workers, world
 from .checkpoint import Checkpoint
 from .config import AUTO, Settings
 from .engine import Engine, StepResult
@@ -353,7 +353,7 @@ class Training:
     def draw(self) -> None:
         """Refresh curves.png."""
         self.drawn = time.monotonic()
-        self.journal.draw(report.curves)
+        self.journal.draw(curves.draw)
 
 
 def _resume_point(run: Run, ranks: World) -> Checkpoint | None:

@@ -14,6 +14,7 @@ from mura_dist import model as network
 from mura_dist import mura
 from mura_dist.card import FORMAT, KEY, Card, TrainedOn
 from mura_dist.export import OPSET, export, graph, parity, probe_images, triton
+from mura_dist.points import PAPER, Points
 from mura_dist.predict import Model
 from mura_dist.refusal import Failure, Refusal
 
@@ -183,6 +184,24 @@ def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
     assert Card.parse(json.dumps(fields), "model.onnx") == card_of()
     with pytest.raises(ValueError, match="Out of range float"):
         card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).text()
+
+
+def test_cards_of_before_there_was_calibration() -> None:
+    fields = json.loads(card_of().text())
+    for key in ("calibration", "operating_point"):
+        del fields[key]
+    for old in (fields, fields | {"calibration": {}, "bands": {}}):
+        card = Card.parse(json.dumps(old), "model.onnx")
+        assert (card.calibration, card.operating_point) == (Points(), PAPER)
+        assert card.calibration.bands == {}
+
+
+def test_damaged_points_are_refused() -> None:
+    fields = json.loads(card_of().text()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
+    with pytest.raises(
+        Refusal, match=r"damaged mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
+    ):
+        Card.parse(json.dumps(fields), "model.onnx")
 
 
 def test_triton_folder(exported: tuple[network.DenseNet, Path, dict], tmp_path: Path) -> None:

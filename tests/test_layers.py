@@ -25,7 +25,7 @@ BENCHES = (
 )
 BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "card", "signals"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals"}},
     {
         "on disk": {
             *(
@@ -44,7 +44,20 @@ FLOORS = [
             *("tree", "csvs", "duplicates", "scan", "pack", "convert", "phantoms", "sheets", "submission"),
         }
     },
-    {"numbers": {"metrics", "intervals", "measure", "compare", "html", "order"}},
+    {
+        "numbers": {
+            "metrics",
+            "intervals",
+            "measure",
+            "compare",
+            "calibration",
+            "html",
+            "order",
+            "plot",
+            "curves",
+            "pictures",
+        }
+    },
     {"the world": {"world", "journal"}},
     {"batches": {"pipeline", "pipeline.images", "pipeline.cpu", "pipeline.dali"}},
     {
@@ -53,7 +66,7 @@ FLOORS = [
             *("engine", "checkpoint", "runs", "state", "plan"),
         }
     },
-    {"loops": {"report", "describe", "ensemble", "evaluate", "score", "train"}},
+    {"loops": {"describe", "ensemble", "evaluate", "score", "train", "findings", "figures", "sections", "report"}},
     {"delivery": {"walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
@@ -71,19 +84,21 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    "card",
-    "walk",
-    "tables",
-    "predict",
-    "describe",
-    "metrics",
-    "intervals",
-    "measure",
-    "compare",
-    "html",
-    "order",
-    "score",
-    "cli",
+    *(
+        "card",
+        "walk",
+        "tables",
+        "predict",
+        "describe",
+        "metrics",
+        "intervals",
+        "measure",
+        "compare",
+        "score",
+        "cli",
+        "calibration",
+    ),
+    *("html", "order", "plot", "curves", "pictures", "findings", "figures", "sections", "report"),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
 NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
 

@@ -1,6 +1,7 @@
 """predict: every file once, the same bytes whatever happens, studies as the field means them, nothing of a patient."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from test_export import card_of, tiny
 
 from mura_dist import metrics, mura, radiograph, tables, walk
 from mura_dist.export import export
+from mura_dist.points import Band, Points, TypePoints
 from mura_dist.predict import CHUNK, Model, predict
 from mura_dist.refusal import Refusal, Stopped
 
@@ -239,6 +241,45 @@ def test_a_call_is_strict() -> None:
     frame = tables.build(parts, card_of())["studies"]
     assert frame["probability"][0] == frame["threshold"][0] == 0.5
     assert frame["call"].tolist() == [0, 1]
+
+
+def test_calibration_and_band_are_the_cards() -> None:
+    facts = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
+    hand = TypePoints(**facts, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
+    wrist = TypePoints(**facts, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
+    points = Points(fitted_on="tune", by_study_type={"XR_HAND": hand, "XR_WRIST": wrist})
+    logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
+    views = [
+        [f"{kind}{place}"] * 2 + [kind, logit] for kind in ("XR_HAND", "XR_WRIST") for place, logit in enumerate(logits)
+    ]
+    part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0]], "failures": []}
+    card = card_of().model_copy(update={"calibration": points})
+    frame = tables.build([part], card)["studies"]
+    for kind, probability, calibrated, band in zip(
+        *(frame[name] for name in ("study_type", "probability", "calibrated_probability", "band")), strict=True
+    ):
+        if kind != "XR_HAND":
+            assert np.isnan(calibrated)
+            assert band is pd.NA
+            continue
+        odds = probability / (1 - probability) if probability < 1 else np.exp(30)
+        odds = min(max(odds, np.exp(-30)), np.exp(30))
+        assert calibrated == pytest.approx(1 / (1 + np.exp(1.0) / np.sqrt(odds)), rel=1e-6)
+        assert band == ("negative" if probability <= 0.25 else "positive" if probability > 0.75 else "uncertain")
+    assert set(frame["band"].dropna()) == {"negative", "uncertain", "positive"}
+
+
+def test_a_studys_probability_does_not_depend_on_the_order_of_its_views() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, 5).astype(np.float32).tolist()
+    found = set()
+    for order in itertools.permutations(logits):
+        part = {
+            "predictions": [[f"{place}", "a", "XR_HAND", logit] for place, logit in enumerate(order)],
+            "failures": [],
+        }
+        found.add(tables.build([part], card_of())["studies"]["probability"][0])
+    assert len(found) == 1  # to the last bit
+    assert found.pop() == pytest.approx(np.mean(metrics.sigmoid(np.array(logits))), rel=1e-15)
 
 
 def test_sigmoid_at_its_ends() -> None:
