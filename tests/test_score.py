@@ -507,6 +507,17 @@ def test_a_score_leaves_a_folder(tmp_path: Path, capsys) -> None:
     assert printed(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
 
 
+def test_a_page_of_calls_only(tmp_path: Path, capsys) -> None:
+    """The official format has no probabilities: the report does without, and says so."""
+    predictions, labels = of_confusions(SMALL)
+    paths = write(tmp_path / "p.csv", predictions), write(tmp_path / "l.csv", labels)
+    assert main(["score", *map(str, paths)]) == DONE
+    metrics = json.loads((tmp_path / "p-score" / "metrics.json").read_bytes())
+    assert metrics["overall"]["auroc"] is None
+    assert f"{metrics['overall']['kappa']:.3f}" in (tmp_path / "p-score" / "report.html").read_text()
+    assert "calls only" in capsys.readouterr().out
+
+
 def test_json_alone_writes_nothing(tmp_path: Path, capsys) -> None:
     paths = with_probabilities(tmp_path)
     before = sorted(tmp_path.iterdir())
