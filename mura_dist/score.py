@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import atomic, intervals, metrics, mura, submission
+from . import atomic, metrics, mura, submission
 from .compare import compare
 from .measure import groups, measure, number, subgroups, with_interval
 from .refusal import Refusal
@@ -119,9 +119,8 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
 
 def _check_upright(name: str, studies: pd.DataFrame) -> None:
     """Kappa far below chance, and surely below it: 1 meant normal, in one file or the other."""
-    counts = metrics.confusion(studies["label"].to_numpy(), studies["call"].to_numpy())
-    value = float(metrics.kappa(counts))
-    high = _upper(studies, counts) if value < MIN_KAPPA else None  # NaN, of one class, is not below
+    value = float(metrics.kappa(metrics.confusion(studies["label"].to_numpy(), studies["call"].to_numpy())))
+    high = _upper(studies) if value < MIN_KAPPA else None  # NaN, of one class, is not below
     if high is not None and high < 0:
         raise Refusal(
             f"{name}: kappa is {value:.3f}, at most {high:.3f} (95 %), far below chance: it looks inverted; 1 must mean abnormal "
@@ -129,15 +128,9 @@ def _check_upright(name: str, studies: pd.DataFrame) -> None:
         )
 
 
-def _upper(studies: pd.DataFrame, counts: np.ndarray) -> float | None:
-    """Kappa's upper bound: the bootstrap's over patients, else the asymptotic one, else None."""
+def _upper(studies: pd.DataFrame) -> float | None:
+    """Kappa's upper bound: the bootstrap's over patients, else the asymptotic one, else None: not sure of anything."""
     group = measure(studies, resamples=RESAMPLES, seed=SEED)["overall"]
-    if (
-        group["kappa"] == -1
-    ):  # then neither has a width; Wilson's bound on the share of right calls, of which there is none
-        _, chance = metrics.agreement(counts)
-        share = intervals.Z**2 / (counts.sum() + intervals.Z**2)
-        return float((share - chance) / (1 - chance))
     bounds = (group["kappa_high"], group["kappa_fce_high"])
     return next((float(bound) for bound in bounds if bound is not None), None)
 

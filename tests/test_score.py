@@ -124,8 +124,8 @@ SPELLINGS: dict[str, Callable[[list[Line]], bytes]] = {
     "the other way round": lambda lines: as_text(lines[::-1]),
 }
 HEADERS = {
-    "predictions": ["study,prediction", "Study,Call", "path, PREDICTION"],
-    "labels": ["Study,Label", "STUDY,label", "Img_Path,Label", "study,label,"],
+    "predictions": ["study,prediction", "Study,Call", "path, PREDICTION", "\ufeffstudy,call"],
+    "labels": ["Study,Label", "STUDY,label", "Img_Path,Label", "study,label,", "\ufeffStudy,Label"],
 }
 
 
@@ -257,6 +257,17 @@ def test_parquet_is_csv(tmp_path: Path) -> None:
     one, other = (joined(tmp_path / name, labels) for name in ("p.parquet", "p.csv"))
     pd.testing.assert_frame_equal(one, other, check_exact=True)
     assert one["probability"].tolist() == frame["probability"].tolist()
+
+
+def test_zeros_and_ones_are_calls_unless_named_probabilities(tmp_path: Path) -> None:
+    lines = [("a", 0), ("b", 1), ("c", "1.0")]
+    for header, probabilities in (([], False), (["prediction"], False), (["call"], False), (["probability"], True)):
+        path = write(tmp_path / "p.csv", [*(("study", name) for name in header), *lines])
+        found = submission.read_predictions(path)
+        assert ("probability" in found.frame, found.threshold) == (probabilities, 0.5 if probabilities else None)
+        assert found.frame["call"].tolist() == [0, 1, 1]
+    path = write(tmp_path / "p.csv", [*lines[:2], ("c", 0.999)])  # one that is neither: all are probabilities
+    assert submission.read_predictions(path).frame["probability"].tolist() == [0, 1, 0.999]
 
 
 def test_the_labels_of_evaluates_table_are_not_used(tmp_path: Path) -> None:
@@ -436,10 +447,10 @@ def inverted(tmp_path: Path, confusion: Sequence[int], patients: int | None = No
     ("confusion", "patients", "wrong"),
     [
         ((10, 40, 40, 10), None, True),
-        ((0, 20, 20, 0), None, True),  # exactly -1: no resample differs, no standard error
+        ((0, 20, 20, 0), None, True),  # exactly -1, which has no asymptotic bound
         ((0, 1, 1, 0), None, False),  # chance does that to two studies
         ((4, 7, 6, 4), None, False),  # -0.23, the upper bound above 0
-        ((44, 56, 56, 44), None, False),  # -0.12
+        ((440, 560, 560, 440), None, False),  # -0.12, surely below 0
         ((10, 40, 40, 10), 1, True),  # no bootstrap of one patient: the asymptotic bound
         ((2, 5, 5, 2), 1, False),  # nor an asymptotic one: not sure of anything
         ((0, 0, 9, 1), None, False),  # one class: no kappa
@@ -494,6 +505,17 @@ def test_a_score_leaves_a_folder(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err == ""
     # What was scored can be scored.
     assert printed(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
+
+
+def test_a_page_of_calls_only(tmp_path: Path, capsys) -> None:
+    """The official format has no probabilities: the report does without, and says so."""
+    predictions, labels = of_confusions(SMALL)
+    paths = write(tmp_path / "p.csv", predictions), write(tmp_path / "l.csv", labels)
+    assert main(["score", *map(str, paths)]) == DONE
+    metrics = json.loads((tmp_path / "p-score" / "metrics.json").read_bytes())
+    assert metrics["overall"]["auroc"] is None
+    assert f"{metrics['overall']['kappa']:.3f}" in (tmp_path / "p-score" / "report.html").read_text()
+    assert "calls only" in capsys.readouterr().out
 
 
 def test_json_alone_writes_nothing(tmp_path: Path, capsys) -> None:
