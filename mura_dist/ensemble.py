@@ -98,6 +98,10 @@ class Weights:
         """Those of the first member's run: how the shards are loaded."""
         return self.runs[0].settings
 
+    def digests(self) -> list[str]:
+        """SHA-256 of each checkpoint's weights: which ones these are, whatever they are called."""
+        return [_digest(chosen.folder) for chosen in self.checkpoints]
+
     def data(self) -> dict[str, Any]:
         """data.json of the first member's run; the others learnt from the same."""
         return self.runs[0].data()

@@ -201,6 +201,7 @@ def _evaluate(
         "title": f"{facts['title']}: {weights.name} on {split}",
         "checkpoint": weights.name,
         "members": [member.model_dump() for member in weights.members],
+        "weights_sha256": weights.digests(),
         "selected_on": settings.select_on,
         "trained_on": data["holds"],
         "settings": weights.recipe(),
@@ -321,6 +322,7 @@ def write(
         "note": _note(split, facts.get("selected_on")),
         "checkpoint": facts.get("checkpoint"),
         "members": facts.get("members", []),  # of an ensemble
+        "weights_sha256": facts.get("weights_sha256"),  # of each checkpoint; null of an exported model
         "trained_on": facts.get("trained_on"),
         "measured_on": shards.trained_on,
         "manifest_sha256": shards.index["manifest"]["sha256"],

@@ -73,12 +73,10 @@ def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder
 
 def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
     """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
-    ours = [member.sha256 for member in weights.members]
-    wanted = (weights.name, ours, "valid", weights.data()["manifest_sha256"])
+    wanted = (weights.digests(), "valid", weights.data()["manifest_sha256"])
     for path in (folder / "metrics.json" for folder in folders):
         found = json.loads(path.read_bytes()) if path.is_file() else {}
-        digests = [member["sha256"] for member in found.get("members", [])]
-        if wanted == (found.get("checkpoint"), digests, found.get("split"), found.get("manifest_sha256")):
+        if wanted == (found.get("weights_sha256"), found.get("split"), found.get("manifest_sha256")):
             return found
     return {}
 

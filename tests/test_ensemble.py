@@ -269,7 +269,7 @@ def test_metrics_of_another_model_give_no_threshold(
     """Of the same name, as of a run that was trained anew: the digests tell them apart."""
     path = chosen(copy, tmp_path / listed.name)
     metrics = json.loads((evaluated / "metrics.json").read_bytes())
-    metrics["members"][-1]["sha256"] = "f" * 64
+    metrics["weights_sha256"][-1] = "f" * 64
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     assert main(["export", str(path)]) == DONE
     assert f"mura-dist evaluate {path} SHARDS" in capsys.readouterr().out
