@@ -39,7 +39,7 @@ train=(torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train launch
 # 4. The untrained model, measured as the trained one will be: zero epochs, a checkpoint all the same.
 if [ ! -e "$run/untrained/metrics.json" ]; then
   stage untrained "${train[@]}" epochs=0
-  stage evaluate_untrained mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained"
+  stage evaluate_untrained mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained" --no-gallery
 fi
 
 # 5. Train DenseNet-169 on all ranks; it goes on from the checkpoint of step 0.

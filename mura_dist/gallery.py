@@ -37,6 +37,11 @@ TITLES = {
     "hit-abnormal": "Hits, labelled abnormal and called so; drawn at random",
     "hit-normal": "Hits, labelled normal, nothing flagged; drawn at random",
 }
+_DRAWN = {  # by (trained on, measured on)
+    (True, True): "trained and measured on drawings: says nothing about radiographs",
+    (True, False): "trained on drawings: the model has never seen a radiograph",
+    (False, True): "measured on drawings: says nothing about radiographs",
+}
 _LABELS = ("normal", "abnormal")
 _CALLS = ("no abnormality flagged", "called abnormal")
 
@@ -396,8 +401,9 @@ def _page(shown: Sequence[Study], found: dict[str, Any], shards: Shards) -> str:
 
 
 def _head(found: dict[str, Any], shards: Shards) -> Iterator[Html]:
-    if "phantoms" in (found["measured_on"], found["trained_on"]):
-        yield banner("drawings made the model or are shown here: it says nothing about radiographs")
+    drawn = tuple(found[key] == "phantoms" for key in ("trained_on", "measured_on"))
+    if any(drawn):
+        yield banner(_DRAWN[drawn])
     if found["note"]:
         yield banner(found["note"])
     several = found["num_networks"] > 1

@@ -325,6 +325,7 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
     for words in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82", "--second RUN_OR_ONNX"):
         assert words in page.text, words
     assert "flattering: the model was trained on both" in page.text
+    assert "measured on drawings: says nothing about radiographs" in page.text
     assert found["stability"]["mirror"]["num_radiographs"] == 16
     assert not found["agreement"]["measured"]
     assert not re.search(r"called normal|is normal", page.text)
