@@ -6,6 +6,7 @@ A plot needs no drawing package, so every install can write a report, and hundre
 letters: the page's own font, found by a search, read aloud. Ink is `currentColor`: a plot follows the page's theme.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -79,8 +80,9 @@ class Axes:
 def line(
     axes: Axes, x: Iterable[float], y: Iterable[float], colour: str = INK, width: float = 1.8, dash: str = ""
 ) -> Html:
-    """A line through the points; what lies on the same pixel is drawn once."""
-    points = dict.fromkeys(f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
+    """A line through the points; neighbours on the same pixel are drawn once, a place it comes back to is drawn again."""
+    places = (f"{axes.px(a):.1f},{axes.py(b):.1f}" for a, b in zip(x, y, strict=True))
+    points = (place for place, _ in itertools.groupby(places))
     more = {"stroke_dasharray": dash} if dash else {}
     return element(
         "polyline",

@@ -650,6 +650,14 @@ def test_curves_and_the_calls_on_paper() -> None:
         assert [(float(dot["cx"]), float(dot["cy"]))] == on_paper(dots[kind])
 
 
+def test_a_curve_comes_back_to_a_precision_it_had() -> None:
+    """Down to 1/3, up to 1/2 again at the same recall: drawn from there on level, not as a slope from 1/3."""
+    points = pictures.pr_points(np.array([1, 0, 0, 1]), np.array([0.9, 0.7, 0.5, 0.1]))
+    picture = pictures.pr_picture("pr", "all studies", points, None, 0.5, "")
+    corners = [(0, 1), (0.5, 1), (0.5, 0.5), (0.5, 1 / 3), (0.5, 0.5), (1, 0.5)]
+    assert polyline(ElementTree.fromstring(picture.file())) == on_paper(*corners)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "-"), (0.0, "below 0.001"), (0.00099, "below 0.001"), (0.05, "0.050")]
 )
