@@ -105,7 +105,7 @@ class Bootstrap:
         if len(values) < (1 - MOST_UNDEFINED) * kept:
             return f"undefined in {kept - len(values)} of {kept} resamples"
         if np.ptp(values) == 0:
-            return "every resample gave the same value: too few errors for a bootstrap to see the uncertainty"
+            return "every resample gave the same value: a bootstrap cannot see the uncertainty here"
         low, high = np.quantile(values, QUANTILES)
         return float(low), float(high)
 

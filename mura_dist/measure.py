@@ -26,6 +26,7 @@ OF_PROBABILITIES = ("auroc", "average_precision", "brier", "calibration_intercep
 CALIBRATED = ("auroc", "brier", "calibration_intercept", "calibration_slope")  # measured again after calibration
 WILSON = ("sensitivity", "specificity", "ppv", "npv")
 MIN_OF_A_CLASS = 10  # studies of the rarer label below which an asymptotic interval is not to be trusted
+_NO_WIDTH = 1e-9  # of an interval; no set of studies has one so narrow and not empty
 INTERVAL_KINDS = {
     "low_high": "95 % percentile bootstrap over whole patients (where patients are unknown: over studies)",
     "fce": "Fleiss-Cohen-Everitt, of kappa; assumes independent studies",
@@ -310,7 +311,7 @@ class _Found:
 
     def put_values(self, values: Mapping[str, np.ndarray], names: Sequence[str]) -> None:
         """values: (1,) each. A name that is not among them has no probabilities, or no prevalence, to come from."""
-        one_class = np.isnan(values["kappa"][0]) if "kappa" in values else False
+        one_class = any(np.isnan(values[name][0]) for name in ("kappa", "auroc") if name in values)
         for name in names:
             reason = _ONE_CLASS if one_class or name in METRICS else _UNDEFINED.get(name, _ONE_CLASS)
             if name == "calibration_slope" and not one_class:
@@ -359,12 +360,15 @@ def _put_asymptotic(found: _Found, group: Group) -> None:
         ("auroc_delong", area, lambda: delong_interval(group.label, _there(group.probability))),
     ):
         metric = name.partition("_")[0]
-        reason = found.reasons.get(metric, "")
-        if number is not None and abs(number) == 1:
-            reason = f"{metric} is exactly {number:g}: its asymptotic standard error is 0"
-        elif number is not None and rarer < MIN_OF_A_CLASS:
-            reason = few
-        found.put_interval(name, None if reason else interval(), reason)
+        bounds, reason = None, found.reasons.get(metric, "")
+        if number is not None:
+            reason = few if rarer < MIN_OF_A_CLASS and abs(number) < 1 else ""
+            bounds = None if reason or abs(number) == 1 else interval()
+            # Also of an AUROC of 0, of calls that are all one, of probabilities all equal: no width, which is no certainty.
+            if not reason and (bounds is None or bounds[1] - bounds[0] < _NO_WIDTH):
+                bounds = None
+                reason = f"{metric} is exactly {round(number, 9) + 0.0:g}: its asymptotic standard error is 0"
+        found.put_interval(name, bounds, reason)
     found.put_interval("kappa_official", None if value is None else official_interval(counts), _ONE_CLASS)
     tn, fp, fn, tp = counts
     pairs = {"sensitivity": (tp, tp + fn), "specificity": (tn, tn + fp), "ppv": (tp, tp + fp), "npv": (tn, tn + fn)}

@@ -222,6 +222,27 @@ def test_perfect_calls_claim_no_certainty() -> None:
     assert group["kappa_official_low"] == 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("probability", "missing"),
+    [
+        (np.full(60, 0.7), {"kappa_fce": 0, "auroc_delong": 0.5}),  # all called abnormal, none told from another
+        (np.tile(np.linspace(0.1, 0.4, 30), 2), {"kappa_fce": 0}),  # nothing called abnormal
+        (np.repeat([0.8, 0.2], 30), {"kappa_fce": -1, "auroc_delong": 0}),  # all wrong
+    ],
+)
+def test_no_asymptotic_interval_is_without_width(probability: np.ndarray, missing: dict[str, float]) -> None:
+    studies = of_confusion((30, 0, 0, 30)).assign(probability=probability)
+    group = check(measure.measure(studies, resamples=20))
+    for kind in ("kappa_fce", "auroc_delong"):
+        if kind in missing:
+            assert group[f"{kind}_low"] is group[f"{kind}_high"] is None
+            why = f"is exactly {missing[kind]:g}: its asymptotic standard error is 0"
+            assert group["reasons"][f"{kind}_low"] == f"{kind.partition('_')[0]} {why}"
+        else:
+            assert group[f"{kind}_low"] < group[f"{kind}_high"]
+
+
 def test_few_of_a_class_have_no_asymptotic_interval() -> None:
     assert check(measure.measure(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith("9 studies")
     assert check(measure.measure(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
@@ -324,6 +345,9 @@ def test_calibrated_probabilities_are_measured_beside() -> None:
     part = studies.assign(calibrated_probability=metrics.sigmoid(logit))
     part.loc[3, "calibrated_probability"] = np.nan
     assert check(measure.measure(part, resamples=0))["calibrated"] is None
+    alone = of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
+    reasons = check(measure.measure(alone, resamples=20))["calibrated"]["reasons"]
+    assert {reasons[f"calibration_{name}"] for name in ("slope", "intercept")} == {"one class only"}
 
 
 def test_macro_is_the_mean_over_types_with_both_labels() -> None:
