@@ -140,6 +140,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
     weights = Weights.of_run(folder, which)
+    _check_out(out, folder)
     facts = {"title": folder.name, "history": read_journal(folder / "metrics.jsonl")}
     return _evaluate(weights, shards_folder, split=split, out=out or folder, facts=facts, asked=asked, say=say)
 
@@ -155,9 +156,19 @@ def evaluate_list(
 ) -> dict[str, Any]:
     """The same of a model list's ensemble. Refusal where a member is not what it was, or `out` is a run."""
     weights = Weights.of_list(path)
-    if (out / "recipe.toml").exists():
-        raise Refusal(f"--out {out} is a run, whose report would be overwritten; give another folder")
+    _check_out(out)
     return _evaluate(weights, shards_folder, split=split, out=out, facts={"title": path.stem}, asked=asked, say=say)
+
+
+def _check_out(out: Path | None, run: Path | None = None) -> None:
+    """Before anything is measured: nothing that somebody else wrote is written over. `run`: the one that is evaluated."""
+    if out is None or (run is not None and out.resolve() == run.resolve()):
+        return
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"--out {out} is a file; give a folder")
+    for name, what in (("recipe.toml", "is a run, whose report"), ("predict.json", "holds predictions, whose tables")):
+        if (out / name).exists():
+            raise Refusal(f"--out {out} {what} would be overwritten; give another folder")
 
 
 def _evaluate(
@@ -267,6 +278,7 @@ def evaluate_scores(
 
     points: those of its card; nothing else is fitted or used. shown: the same model with its maps, for the gallery.
     """
+    _check_out(out)
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
     gallery.check(asked.gallery, shards.size)

@@ -235,6 +235,21 @@ def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder
     assert on_tune["calibration"]["notes"] == ["fitted on what is reported here: optimistic"]
 
 
+def test_nobody_elses_folder_is_written_over(
+    untrained: Path, exported: Path, halved: Path, tmp_path: Path, capsys
+) -> None:
+    for name, file in (("other", "recipe.toml"), ("predicted", "predict.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("")
+        for target in (untrained, exported):
+            words = ["evaluate", target, halved, "--out", tmp_path / name]
+            laws.refusal(capsys, words, f"{name} ", "would be overwritten; give another folder")
+        assert [path.name for path in (tmp_path / name).iterdir()] == [file]
+    (tmp_path / "file").write_text("")
+    for target in (untrained, exported):
+        laws.refusal(capsys, ["evaluate", target, halved, "--out", tmp_path / "file"], "is a file; give a folder")
+
+
 def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     """log(N/A) of the training radiographs, where the loss was weighted."""
     weights, shards = Weights.of_run(untrained, "last"), Shards.open(halved)
