@@ -201,6 +201,8 @@ def test_the_same_model_twice_agrees_with_itself() -> None:
     assert found["mean"] == pytest.approx(1, abs=1e-12)
     assert found["models"] == ["toy", "copy"]
     assert found["floor"]["mean_high"] < 0.95
+    assert "one model, given twice" in gallery._verdict(found)
+    assert gallery._verdict(found | {"mean": 0.9}) == " Here it lies above the floor."
 
 
 def test_the_floor_is_of_random_weights() -> None:
