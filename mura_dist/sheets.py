@@ -145,7 +145,7 @@ def _is_header(line: tuple[int, list[str]], name: str, what: str, known: Collect
     near = next((found for word in words if (found := nearest(word, known))), "")
     raise Refusal(
         f"{name} line {at}: {shown(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "
-        f"{what}{near}; columns may be {', '.join(known)}"
+        f"{what}{near}; columns may be {', '.join(dict.fromkeys(known))}"
     )
 
 

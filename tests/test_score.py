@@ -422,6 +422,11 @@ def test_wrong_requests(tmp_path: Path, capsys) -> None:
         capsys, ["score", folder, good], "is a folder; give the file of predictions in it, perhaps studies.csv"
     )
     laws.refusal(capsys, ["score", ".", good], "is a folder")
+    (tmp_path / "words.csv").write_text("hello world\n")
+    told = laws.refusal(capsys, ["score", tmp_path / "words.csv", good], "neither a study's line").split(
+        "columns may be "
+    )[1]
+    assert len(set(told.strip().split(", "))) == len(told.split(", "))
     laws.refusal(capsys, ["score", good], "LABELS", "mura-dist score --help")
     laws.refusal(capsys, ["score", good, good, "--agains", good], "--agains", "--against")
     for value in ("0", "1", "1.5", "-1", "nan"):
