@@ -313,7 +313,11 @@ class _Found:
         """values: (1,) each. A name that is not among them has no probabilities, or no prevalence, to come from."""
         one_class = any(np.isnan(values[name][0]) for name in ("kappa", "auroc") if name in values)
         for name in names:
-            reason = _ONE_CLASS if one_class or name in METRICS else _UNDEFINED.get(name, _ONE_CLASS)
+            reason = (
+                _ONE_CLASS
+                if one_class or name in METRICS
+                else _UNDEFINED.get(name.removesuffix("_at_prevalence"), _ONE_CLASS)
+            )
             if name == "calibration_slope" and not one_class:
                 reason = _SEPARATED
             if name.endswith("_at_prevalence") and name not in values:
@@ -393,9 +397,10 @@ def absences(group: dict[str, Any], names: tuple[str, ...] = METRICS) -> list[st
     """What of `names` is missing, a sentence a reason: `kappa, auroc: one class only`. An interval is named once."""
     by_reason: dict[str, list[str]] = {}
     for name in names:
-        for key, what in ((name, name), (f"{name}_low", f"{name}'s interval")):
+        spoken = name.replace("_", " ")
+        for key, what in ((name, spoken), (f"{name}_low", f"{spoken}'s interval")):
             reason = group["reasons"].get(key, "")
-            if reason and name not in by_reason.setdefault(reason, []):
+            if reason and spoken not in by_reason.setdefault(reason, []):
                 by_reason[reason].append(what)
     return [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
 

@@ -3,13 +3,13 @@
 A section that has nothing to say yields nothing, and is left out; where something was to be expected, it says what is missing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .figures import CALIBRATION, difference, slug
 from .findings import TITLES, count, with_words
 from .html import Html, element, figure, folded, join, table
-from .measure import METRICS, groups, number
+from .measure import METRICS, absences, groups, number
 from .metrics import CELLS
 from .plot import Picture
 
@@ -43,6 +43,16 @@ def listed(title: str, lines: Sequence[str]) -> Html:
     return folded(title, bullets(lines)) if len(lines) > 7 else join((element("h3", title), bullets(lines)))
 
 
+def missing(parts: Iterable[tuple[str, Found]], names: Sequence[str]) -> Iterator[Html]:
+    """Why some of `names` are not in the table above, or have no interval, of each named part with `reasons`."""
+    yield from reasons(f"{name}: {text}." for name, part in parts for text in absences(part, tuple(names)))
+
+
+def reasons(lines: Iterable[str]) -> Iterator[Html]:
+    if found := [*lines]:
+        yield listed("What is missing above, and why", found)
+
+
 def shown(drawn: Pictures, names: Sequence[str], wide: bool = False) -> Iterator[Html]:
     chosen = [drawn[name] for name in names if name in drawn]
     if chosen:
@@ -56,9 +66,9 @@ def by_type(found: Found, drawn: Pictures) -> Iterator[Html]:
     if few := found["few_studies"]:
         yield element("p", "Few studies: intervals are wide where there are any; rank no study types by these.")
         yield listed("Groups of few studies", few)
-    lines = [f"{name}: {text}." for name, texts in found["missing"].items() if name != "overall" for text in texts]
-    if lines:
-        yield listed("What is missing above, and why", lines)
+    macro = {"macro mean": measured["macro"]} if measured.get("macro") else {}
+    parts = macro | measured["by_study_type"]  # what `overall` lacks stands on top of the page
+    yield from missing(parts.items(), METRICS)
     yield from shown(drawn, ("kappa", "auroc"), wide=True)
     yield _published(found)
     if "f1" in measured["overall"]:
@@ -138,23 +148,25 @@ def calibration(found: Found, drawn: Pictures) -> Iterator[Html]:
             class_="soft",
         )
     if found["metrics"]["overall"].get("brier") is not None:
-        yield _calibration_table(found["metrics"])
-    yield from _fitted(found["metrics"].get("calibration"))
+        yield from _calibration_table(found["metrics"])
+    yield from _fitted(found["metrics"].get("calibration"), found["about"].get("Split"))
 
 
-def _calibration_table(measured: Found) -> Html:
+def _calibration_table(measured: Found) -> Iterator[Html]:
     """A line before calibration, and below it one after, where there is one."""
-    rows = []
+    rows, parts = [], []
     for name, group in groups(measured).items():
+        parts += [(name, group), *([(f"{name}, calibrated", group["calibrated"])] if group.get("calibrated") else [])]
         rows.append((name, "raw", *(stacked(group, key) for key in CALIBRATION)))
         if group.get("calibrated"):
             rows.append(("", "calibrated", *(stacked(group["calibrated"], key) for key in CALIBRATION)))
     method = measured["overall"].get("calibration_error_method") or "its binning not given"
     caption = f"In small print the 95 % interval; none for the calibration error ({method}), which resamples bias."
-    return table(("", "Probabilities", *(TITLES[key] for key in CALIBRATION)), rows, caption)
+    yield table(("", "Probabilities", *(TITLES[key] for key in CALIBRATION)), rows, caption)
+    yield from missing(parts, CALIBRATION)
 
 
-def _fitted(calibration: Found | None) -> Iterator[Html]:
+def _fitted(calibration: Found | None, split: str | None) -> Iterator[Html]:
     if not calibration:
         return
     if calibration.get("fitted_on") is None:
@@ -162,27 +174,30 @@ def _fitted(calibration: Found | None) -> Iterator[Html]:
             "p", f"No calibration, thresholds or band were fitted: {calibration.get('reason') or 'reason not given'}."
         )
         return
+    reported = (
+        "which is reported here: optimistic" if split == calibration["fitted_on"] else "never on what is reported"
+    )
     patients = calibration.get("num_patients")
     of = f" of {count(patients, 'patient')}" if patients is not None else ""
     yield element(
         "p",
         f"Calibration and thresholds were fitted on {calibration['fitted_on']} "
-        f"({count(calibration['num_studies'], 'study')}{of}), never on what is reported: "
+        f"({count(calibration['num_studies'], 'study')}{of}), {reported}: "
         f"{calibration.get('method') or 'method not given'}.",
     )
     for note in calibration.get("notes") or []:
         yield element("p", f"{note}.", class_="soft")
     header = ("", "Normal", "Abnormal", "Slope", "Intercept", "log(N/A)", "Fitted on")
-    rows, reasons = [], []
+    rows, why_not = [], []
     for name, one in calibration["by_study_type"].items():
         numbers = (number(one.get(key)) for key in ("slope", "intercept", "odds_shift"))
         counts = (f"{one[key]:,}" for key in ("num_normal", "num_abnormal"))
         rows.append((name, *counts, *numbers, "all types pooled" if one["pooled"] else "its own studies"))
-        reasons += [f"{name}: {key}: {why}." for key, why in one.get("reasons", {}).items()]
+        why_not += [f"{name}: {key}: {why}." for key, why in one.get("reasons", {}).items()]
     yield folded(
         "What was fitted, by study type",
         table(header, rows, "Studies of the tune split."),
-        *([bullets(reasons)] if reasons else []),
+        *([bullets(why_not)] if why_not else []),
     )
 
 
@@ -218,7 +233,7 @@ def _bands(points: Found) -> Iterator[Html]:
         "p",
         "From the threshold of sensitivity 95 % to that of specificity 95 %, both on tune: a study in between is uncertain.",
     )
-    rows, reasons = [], []
+    rows, lines = [], []
     for name, group in {"overall": points["overall"], **points["by_study_type"]}.items():
         band = group["band"]
         ends = (
@@ -236,20 +251,18 @@ def _bands(points: Found) -> Iterator[Html]:
                 stacked(band, "accuracy_outside"),
             )
         )
-        reasons += [
+        lines += [
             f"{name}: {key.replace('_', ' ')}: {why}."
             for key, why in _whole(band).items()
             if ends != "each its own" or key not in ("low", "high")
         ]
     yield table(("", "Band", "Uncertain studies", "Share uncertain", "Accuracy outside"), rows)
-    if reasons:
-        yield listed("What is missing above, and why", reasons)
+    yield from reasons(lines)
 
 
 def _whole(part: Found) -> dict[str, str]:
     """Reasons, an interval's told once."""
-    reasons = part.get("reasons", {})
-    return {key.removesuffix("_low"): why for key, why in reasons.items() if not key.endswith("_high")}
+    return {key.removesuffix("_low"): why for key, why in part.get("reasons", {}).items() if not key.endswith("_high")}
 
 
 def _points_of(group: Found, fitted: Found | None, caption: str) -> Iterator[Html]:
@@ -264,6 +277,7 @@ def _points_of(group: Found, fitted: Found | None, caption: str) -> Iterator[Htm
         tune = [join((TITLES[key], element("small", "on tune"))) for key in _RATES[:2]]
         header = ["Threshold", *tune, *(join((word, element("small", "here"))) for word in header)]
     yield table(("Wanted on tune", *header), rows, caption)
+    yield from missing(((_wanted(name), point) for name, point in group["points"].items()), _RATES)
 
 
 def _wanted(name: str) -> str:
@@ -284,6 +298,8 @@ def _predictive(measured: Found) -> Iterator[Html]:
     )
     text += f" At {assumed:g}: worked out by Bayes from sensitivity and specificity." if assumed is not None else ""
     yield table(("", "Share abnormal", "PPV", "NPV", *at), rows, text)
+    names = ("ppv", "npv", *(("ppv_at_prevalence", "npv_at_prevalence") if assumed is not None else ()))
+    yield from missing(groups(measured).items(), names)
 
 
 # ---- comparison and subgroups
@@ -309,10 +325,15 @@ def comparison(found: Found, drawn: Pictures) -> Iterator[Html]:
     ]
     header = ("", "Studies", *(word for name in ("Kappa", "AUROC") for word in (f"{name}, A", "B", "A - B")))
     yield table(header, rows, "Differences with their 95 % interval.")
+    yield from missing(named.items(), ("kappa", "auroc"))
     yield from shown(drawn, ("difference-kappa", "difference-auroc"), wide=True)
     rows = [(name, *_tests(one)) for name, one in named.items()]
     header = ("", "Only A right", "Only B right", "McNemar's p", "AUROC, A - B (DeLong)", "p")
-    yield folded("McNemar's test and paired DeLong: both assume independent studies", table(header, rows))
+    yield folded(
+        "McNemar's test and paired DeLong: both assume independent studies",
+        table(header, rows),
+        *missing(named.items(), ("delong",)),
+    )
 
 
 def _sides(side: Found | None) -> tuple[Any, ...]:
@@ -350,13 +371,7 @@ def subgroups(found: Found) -> Iterator[Html]:
         ]
         yield element("h3", _DIMENSIONS.get(name, name))
         yield table(("", "Studies", "Patients", *(TITLES[key] for key in METRICS)), rows)
-        reasons = [
-            f"{word}: {key.replace('_', ' ')}: {why}."
-            for word, group in parts.items()
-            for key, why in _whole(group).items()
-        ]
-        if reasons:
-            yield listed("What is missing above, and why", reasons)
+        yield from missing(parts.items(), METRICS)
     yield element("p", join((element("a", "By study type", href="#by-type"), " is above.")), class_="soft")
 
 

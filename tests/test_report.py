@@ -336,6 +336,32 @@ def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
     assert "McNemar's test and paired DeLong: both assume independent studies" in page.text
 
 
+def test_what_a_table_lacks_stands_below_it(tmp_path: Path) -> None:
+    """Few studies, all of one type called abnormal: the macro mean, a slope, an NPV and an operating point lack something."""
+    table = whole_studies().head(24)
+    table.loc[table["study_type"] == "XR_ELBOW", "probability"] = 0.7
+    measured = full(table)
+    page = written(tmp_path, studies=table, metrics=measured)
+    spoken = {"macro": "macro mean", "XR_ELBOW": "XR_ELBOW"}
+    for group, key, words in (
+        ("macro", "specificity_low", "specificity's interval"),
+        ("XR_ELBOW", "calibration_slope", "calibration slope"),
+        ("XR_ELBOW", "npv_at_prevalence", "npv, npv at prevalence"),
+    ):
+        part = measured["macro"] if group == "macro" else measured["by_study_type"][group]
+        assert part[key] is None
+        assert re.search(f"{spoken[group]}: [^:]*{words}[^:]*: {re.escape(part['reasons'][key])}", page.text), key
+    compared = measured["comparison"]["by_study_type"]["XR_HIP"]["reasons"]
+    assert f"XR_HIP: kappa, auroc: {compared['kappa']}." in page.text
+    assert f"XR_HIP: delong: {compared['delong']}." in page.text
+
+
+def test_what_is_reported_is_not_said_to_be_kept_from_the_fit(tmp_path: Path) -> None:
+    page = written(tmp_path, studies=whole_studies(), metrics=full(whole_studies(), resamples=0), split="tune")
+    assert "fitted on tune (100 studies of 77 patients), which is reported here: optimistic: by hand." in page.text
+    assert "never on what is reported" not in page.text
+
+
 NUMBER = re.compile(r"(?<![\w.,#-])-?\d[\d,]*(?:\.\d+)?")
 
 
