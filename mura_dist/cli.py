@@ -315,7 +315,7 @@ def evaluate(
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
         _check_which(which, f"{target} is one exported checkpoint")
-        measured = _evaluate_onnx(target, shards, split, out, asked)
+        measured = _evaluate_onnx(target, shards, split, out, asked, say)
     else:
         measured = room.evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
     if launcher.is_first():
@@ -362,12 +362,13 @@ def score(
 ) -> None:
     """Score PREDICTIONS, a line a study, against LABELS of the same studies. No model is needed.
 
-    PREDICTIONS: `path/,1` without a header (the official format; a probability may stand in place of 0 or 1), or studies.csv
-    of predict or evaluate. LABELS: `Study,Label`, `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own
-    valid_labeled_studies.csv, or study,label[,patient][,study_type] with a header. A study missing, unknown, or there twice
-    is refused, and so is a line an image.
+    PREDICTIONS: `path/,1` without a header (the official format; a probability may stand in place of 0 or 1), or a table with
+    a header: study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
+    `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or
+    study,label[,patient][,study_type] with a header. A study missing, unknown, or there twice is refused, and so is a line an
+    image.
 
-    Writes metrics.json, report.html and studies.csv.
+    Writes metrics.json, report.html, report.json, pictures/ and studies.csv.
     """
     from rich.console import Console
 
@@ -425,9 +426,7 @@ def _with_maps(path: Path, model: Any) -> Any:
     return maps.Model(f"{path.name} {card.checkpoint}", model.outputs, model.size, card.trained_on.kind, known)
 
 
-def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any) -> dict[str, Any]:
-    from rich.console import Console
-
+def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any, say: Any) -> dict[str, Any]:
     from . import evaluate as room
     from .predict import Model
     from .shards import Shards
@@ -454,7 +453,7 @@ def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, aske
         points=model.card.calibration,
         asked=replace(asked, operating_point=asked.operating_point or model.card.operating_point),
         shown=_with_maps(target, model),
-        say=Console(stderr=True).print,
+        say=say,
     )
 
 

@@ -92,11 +92,11 @@ def _of_group(name: str, slug: str, group: Found, plots: Found, threshold: float
         band = tuple(plots["band"]) if plots["band"] else None
         yield pictures.scores_picture(f"scores-{slug}", of, plots["scores"], threshold, band)
     for key, kind, when, numbers in (
-        ("reliability", "reliability", "as the network gives it", group),
+        ("reliability", "reliability", "raw", group),
         ("reliability_calibrated", "reliability-calibrated", "calibrated", group.get("calibrated") or {}),
     ):
         if plots[key]:
-            caption = f"Probabilities {when}. {_calibration_words(numbers)}"
+            caption = f"Probabilities, {when}. {_calibration_words(numbers)}"
             yield pictures.reliability_picture(
                 f"{kind}-{slug}", of, plots[key]["bins"], plots[key]["scores"], when, caption
             )

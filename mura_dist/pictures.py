@@ -182,6 +182,7 @@ def pr_picture(
         parts.append(dot(SQUARE, *called, POSITIVE_COLOUR, 5))
         said += f"; the calls lie at sensitivity {called[0]:.3f}, PPV {called[1]:.3f}"
     caption = f"Precision and recall. {area}. Dotted: the share abnormal, {prevalence:.3f}."
+    caption += " Dot: the calls." if called is not None else ""
     return Picture(name, WIDTH, HEIGHT, join(parts), said, caption)
 
 
@@ -261,7 +262,7 @@ def reliability_picture(
     said = "; ".join(
         f"{item['probability']:.2f}: {item['share_abnormal']:.2f} of {item['num_studies']:,}" for item in bins
     )
-    alt = f"Reliability of {of} {when}, share abnormal by mean probability of a bin: {said}"
+    alt = f"Reliability of {of}, {when}, share abnormal by mean probability of a bin: {said}"
     return Picture(name, WIDTH, HEIGHT, join(parts), alt, caption)
 
 

@@ -473,7 +473,9 @@ def test_an_onnx_file_and_a_list_have_galleries_too(
     ours, _ = evaluated(capsys, one, shard_folder, "--out", tmp_path / "run", "--second", other)
     assert main(["export", str(one), "--out", str(tmp_path / "m.onnx")]) == DONE
     capsys.readouterr()
-    theirs, _ = evaluated(capsys, tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--second", other)
+    words = (tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--second", other, "--quiet")
+    theirs, said = evaluated(capsys, *words)
+    assert said == ""
     assert theirs["studies"][0]["views"][0]["logit"] == pytest.approx(ours["studies"][0]["views"][0]["logit"], abs=1e-4)
     for number in ("mean", "median"):
         assert theirs["agreement"][number] == pytest.approx(ours["agreement"][number], abs=1e-3)

@@ -323,7 +323,7 @@ def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
         "A is ours.csv, B is theirs.csv. It compares two files of predictions on these studies, not two recipes",
         "PPV at 0.05",
         "damaged samples in this split, left out 3",
-        "as the network gives it",
+        "Probabilities, raw. Brier score",
         "Dots: bins of equal number of studies. Bars: the Wilson interval",
     ):
         assert words in page.text, words
