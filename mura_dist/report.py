@@ -121,7 +121,7 @@ def _ledger(ledger: Found, evaluation: Found) -> Iterator[tuple[str, str]]:
             yield name, form.format(ledger[key])
     for key, name, form in (
         ("seconds", "seconds of this evaluation, start included", "{:,.1f}"),
-        ("num_radiographs", "radiographs in it, with those of tune", "{:,}"),
+        ("num_radiographs", "radiographs scored in it", "{:,}"),
         ("radiographs_per_s", "radiographs a second in it", "{:.1f}"),
     ):
         if evaluation.get(key) is not None:
