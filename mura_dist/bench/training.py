@@ -1,7 +1,7 @@
 """bench train: steps on pixels in memory. Our engine against the loop one would write first, and against the same settings bare.
 
-one process    bench train: our default settings, and the other of bf16 and fp32; torchvision's DenseNet fp32 (the step most projects
-               have), bf16 autocast + channels-last, and a bare loop around our own network (what the engine itself costs)
+one process    bench train: our default settings, and the other of bf16 and fp32; torchvision's DenseNet fp32 (the step most
+               projects have), bf16 autocast + channels-last, and a bare loop around our network (what the engine costs)
 memory         what is kept for the backward pass, by network, bytes of different storages
 """
 
