@@ -120,8 +120,10 @@ class Settings(BaseModel):
         "tune", description="split that drives plateau and choice; valid makes the report optimistic"
     )
 
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="bf16, fp16 (with loss scaling): autocast over fp32 parameters; evaluation is fp32 always"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="bf16, fp16 (with loss scaling): autocast over fp32 parameters; auto: bf16 where the GPU or the processor "
+        "computes it, fp32 elsewhere, written into the run; evaluation is fp32 always",
     )
     channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(

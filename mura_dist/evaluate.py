@@ -219,7 +219,7 @@ def _evaluate(
         "same_data": data["manifest_sha256"] == shards.index["manifest"]["sha256"],
     }
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)
-    seconds = time.perf_counter() - started
+    facts["num_scored"], seconds = len(np.union1d(rows, also)), time.perf_counter() - started
     shown, found = maps.Model.of_weights(weights, model), found.of_rows(rows)
     return write(
         out, shards, found, points, split=split, facts=facts, asked=asked, seconds=seconds, shown=shown, say=say

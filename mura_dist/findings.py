@@ -313,7 +313,8 @@ def _evaluation(studies: pd.DataFrame, known: Mapping[str, Any]) -> dict[str, An
     seconds = known.get("seconds")
     if not isinstance(seconds, int | float):
         return None
-    num = int(studies["num_views"].sum()) if "num_views" in studies else None
+    views = int(studies["num_views"].sum()) if "num_views" in studies else None
+    num = known.get("num_scored", views)  # with tune's, where these were scored in the same pass
     return {
         "seconds": seconds,
         "num_radiographs": num,

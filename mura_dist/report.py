@@ -29,8 +29,8 @@ def write(out: Path, *, metrics: dict[str, Any], studies: pd.DataFrame, context:
 
     metrics: as measure.measure gives it, or metrics.json holds it; studies: one line a study, as measure.measure takes it.
     context, all of it optional: title, history (metrics.jsonl's lines), roles (split -> sentence), conversion (of the shards'
-    index), settings, environment, same_data, seconds, licence; and, in place of what metrics.json says of them: split,
-    threshold, operating_point, selected_on, checkpoint, members, trained_on and measured_on ("phantoms" or "radiographs"),
+    index), settings, environment, same_data, seconds, num_scored, licence; and, in place of what metrics.json says of them:
+    split, threshold, operating_point, selected_on, checkpoint, members, trained_on and measured_on ("phantoms" or "radiographs"),
     manifest_sha256, num_damaged, note, terms.
     """
     found = findings(metrics, studies, context)
@@ -121,7 +121,7 @@ def _ledger(ledger: Found, evaluation: Found) -> Iterator[tuple[str, str]]:
             yield name, form.format(ledger[key])
     for key, name, form in (
         ("seconds", "seconds of this evaluation, start included", "{:,.1f}"),
-        ("num_radiographs", "radiographs in it", "{:,}"),
+        ("num_radiographs", "radiographs scored in it", "{:,}"),
         ("radiographs_per_s", "radiographs a second in it", "{:.1f}"),
     ):
         if evaluation.get(key) is not None:

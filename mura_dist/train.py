@@ -44,6 +44,7 @@ _DRAW_EVERY_S = 5.0
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped."""
     workers.end_with_launcher()
+    settings = _with_precision(settings)
     run = Run(Path(settings.run), settings)
     plan = Plan.of(run.settings, launcher.world_size())
     with contextlib.ExitStack() as stack:
@@ -65,6 +66,15 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
         if ranks.is_first:  # last: nobody's end can make a failure of it any more
             run.write_status("done", summary=summary)
     return summary
+
+
+def _with_precision(settings: Settings) -> Settings:
+    """The same; where the settings say auto, with the precision the run began with, or the one this rank's device computes."""
+    if settings.precision != "auto":
+        return settings
+    begun = Run(Path(settings.run), settings).begun_with("precision", None)
+    chosen = begun or ("bf16" if world.computes_bf16() else "fp32")
+    return settings.model_copy(update={"precision": chosen})
 
 
 def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
@@ -99,7 +109,14 @@ def _agree(plan: Plan, ranks: World) -> None:
     index = plan.shards.index
     text = json.dumps([settings, index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True)
     told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
-    if others := np.flatnonzero(told != told[0]).tolist():
+    others = np.flatnonzero(told != told[0]).tolist()
+    computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
+    if others and computed.min() < computed.max():
+        raise Refusal(
+            f"precision is {'bf16' if computed[0] else 'another'} on rank 0 and not on rank "
+            f"{np.argmax(computed != computed[0])}: of auto, their processors differ; name one for all: precision=fp32"
+        )
+    if others:
         raise Refusal(
             f"rank {others[0]} was started with other settings or other shards than rank 0; give all the same recipe, "
             "key=value words and shards"

@@ -3,6 +3,7 @@
 nan       the logits are NaN              gradient  the logits are sound, their gradient is infinite
 memory    torch.OutOfMemoryError          error     another exception
 evaluation  the logits are NaN, at calls of its forward in evaluations instead
+bf16      the rank's processor computes bf16, the others' do not
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mura_dist import world
 from mura_dist.cli import entry
 from mura_dist.model import DenseNet
 
@@ -38,6 +40,9 @@ def faulty(self: DenseNet, image: Tensor) -> Any:
     return logit * float("nan"), activation_map
 
 
+if FAULT == "bf16":
+    world.computes_bf16 = lambda: os.environ.get("RANK", "0") == RANK  # type: ignore[assignment]
+    CALLS = set()
 DenseNet.forward = faulty  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import laws
 import pytest
+import torch
 from conftest import ROOT, TINY, run
 
-from mura_dist import checkpoint, config, deepspeed_json, journal, order
+from mura_dist import checkpoint, config, deepspeed_json, journal, order, world
 from mura_dist.config import Settings
 from mura_dist.refusal import Refusal
 from mura_dist.runs import Run
@@ -34,6 +35,48 @@ def rows_of(shards: Path, step: int) -> list[list[int]]:
     epoch = order.epoch_order(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1}
     return [micro.rows.tolist() for micro in order.step_micros(epoch, step, **sizes)]
+
+
+def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_path: Path) -> None:
+    """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
+    result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")
+    [line] = told(result.stderr)
+    assert "on rank 0 and not on rank 1" in line
+    assert "precision=fp32" in line
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_auto_takes_what_the_processor_computes_and_keeps_it(
+    shard_folder: Path, tmp_path: Path, computed: bool
+) -> None:
+    """Written into the run; on another processor the run goes on as it began, another precision is refused."""
+    folder, wanted = tmp_path / "run", "bf16" if computed else "fp32"
+    first = train(1, "bf16", 0 if computed else 1, "0", shard_folder, folder, "precision=auto", "epochs=1")
+    assert first.returncode == 0, first.stderr
+    assert Run.load(folder).settings.precision == wanted
+    again = train(1, "bf16", 1 if computed else 0, "0", shard_folder, folder, "precision=auto", "epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert Run.load(folder).settings.precision == wanted
+    other = train(1, "bf16", 0, "0", shard_folder, folder, "precision=fp16", "epochs=2")
+    assert f"started with precision='{wanted}'" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "computed"),
+    [
+        ("processor : 0\nflags : fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags : fpu avx avx2 avx512f\n", False),
+        ("", False),
+    ],
+)
+def test_what_a_processor_computes(tmp_path: Path, text: str, computed: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "cpuinfo").write_text(text)
+    assert world.computes_bf16(tmp_path / "cpuinfo") == computed
+    assert not world.computes_bf16(tmp_path / "none")
 
 
 NOT_FINITE = [

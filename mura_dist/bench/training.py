@@ -1,7 +1,7 @@
 """bench train: steps on pixels in memory. Our engine against the loop one would write first, and against the same settings bare.
 
-one process    bench train: our default settings and fp32; torchvision's DenseNet fp32 (the step most projects have), bf16
-               autocast + channels-last, and a bare loop around our own network (what the engine itself costs)
+one process    bench train: our default settings, and the other of bf16 and fp32; torchvision's DenseNet fp32 (the step most
+               projects have), bf16 autocast + channels-last, and a bare loop around our network (what the engine costs)
 memory         what is kept for the backward pass, by network, bytes of different storages
 """
 
@@ -20,12 +20,15 @@ from .workload import Load, Options
 
 
 def contenders(load: Load) -> list[Contender]:
+    from .. import world
+
+    default, other = ("bf16", "fp32") if world.computes_bf16() else ("fp32", "bf16")  # precision=auto
     return [
-        Contender("mura-dist, default settings (bf16)", partial(engine, "bf16"), ours=True),
-        Contender("mura-dist, fp32", partial(engine, "fp32"), ours=True),
+        Contender(f"mura-dist, default settings ({default})", partial(engine, default), ours=True),
+        Contender(f"mura-dist, {other}", partial(engine, other), ours=True),
         Contender("torchvision, fp32, eager", partial(bare, "fp32", ours=False)),
         Contender("torchvision, bf16, channels-last", partial(bare, "bf16", ours=False)),
-        Contender("bare loop, our network, bf16", partial(bare, "bf16", ours=True)),
+        Contender(f"bare loop, our network, {default}", partial(bare, default, ours=True)),
     ]
 
 
