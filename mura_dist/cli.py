@@ -423,7 +423,9 @@ def _with_maps(path: Path, model: Any) -> Any:
     card = model.card
     named = [member.architecture for member in card.members] or [card.recipe.get("architecture")]
     known = tuple(name for name in named if isinstance(name, str))
-    return maps.Model(f"{path.name} {card.checkpoint}", model.outputs, model.size, card.trained_on.kind, known)
+    told = [member.sha256 for member in card.members] or card.metrics.get("weights_sha256") or []
+    name = f"{path.name} {card.checkpoint}"
+    return maps.Model(name, model.outputs, model.size, card.trained_on.kind, known, weights=frozenset(told))
 
 
 def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any, say: Any) -> dict[str, Any]:

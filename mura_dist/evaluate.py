@@ -190,7 +190,7 @@ def _evaluate(
             f"{shards_folder} has radiographs of {shards.size} px, {facts['title']} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
-    gallery.check(asked.gallery, shards.size)
+    gallery.check(asked.gallery, shards.size, weights.digests())
     tune = _tune(weights, shards)
     if isinstance(tune, str):
         if asked.operating_point not in (None, PAPER):
@@ -281,7 +281,7 @@ def evaluate_scores(
     _check_out(out)
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
-    gallery.check(asked.gallery, shards.size)
+    gallery.check(asked.gallery, shards.size, shown.weights if shown else ())
     blank = np.zeros((shards.size, shards.size), np.uint8)
     logit, sound = [], np.ones(len(rows), bool)
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size)):
@@ -393,7 +393,7 @@ def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFram
     predictions = frame[["path", "study", "study_type"]].assign(
         logit=found.logit, probability=metrics.sigmoid(found.logit), gate=""
     )
-    told = studies[[*STUDIES, "label", "patient"]]
+    told = studies[[*STUDIES, "label", "patient", "exposure"]]
     for name, table in (("predictions", predictions), ("studies", told)):
         text = table.to_csv(index=False, lineterminator="\n")
         atomic.write_text(out / f"{name}.csv", text)

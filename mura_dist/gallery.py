@@ -10,7 +10,7 @@ extremes would show something red on every radiograph. Its cells are drawn as wh
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,17 @@ def write(
     return found
 
 
-def check(wanted: Wanted | None, size: int) -> None:
-    """Refusal where the second model takes radiographs of another size: before hours are spent, not after them."""
-    if wanted is not None and wanted.second is not None and wanted.second.size != size:
+def check(wanted: Wanted | None, size: int, weights: Collection[str]) -> None:
+    """Refusal where the second model takes radiographs of another size, or shares `weights` with the one that is evaluated:
+    before hours are spent, not after them."""
+    if wanted is None or wanted.second is None:
+        return
+    if not wanted.second.weights.isdisjoint(weights):
+        raise Refusal(
+            f"--second {wanted.second.name} holds weights of the model itself, so that their maps are bound to agree; give one "
+            "that was trained separately, with another seed="
+        )
+    if wanted.second.size != size:
         raise Refusal(
             f"--second {wanted.second.name} takes radiographs of {wanted.second.size} px, these shards have {size}; "
             f"give a model of {size} px, or leave --second out"
@@ -489,13 +497,22 @@ def _reading(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "How much the first model's maps have in common with those of the same network with random weights, which knows "
         f"nothing: what the brightness of the radiograph alone makes alike. With {floor['with']}, each on its share of the "
         "radiographs; a random map may as well be its own negative, the sign that agrees counts."
+        f"{_range_of_sets(floor)}"
         if floor["measured"]
         else f"Not measured: {floor['reason']}. Without it the agreement has nothing to stand against.",
     )
 
 
+def _range_of_sets(floor: dict[str, Any]) -> str:
+    means = floor.get("mean_of_each") or []
+    if len(means) < 2:
+        return ""
+    return f" Single sets lay from {min(means):.2f} to {max(means):.2f}: the agreement is held against the highest."
+
+
 def _verdict(agreement: dict[str, Any]) -> str:
     low, floor = agreement["mean_low"], agreement["floor"].get("mean_high")
+    floor = None if floor is None else max(floor, *agreement["floor"].get("mean_of_each", []))
     if agreement["mean"] is not None and agreement["mean"] > _ONE_MODEL:
         return (
             " Here the maps are the same: this is one model, given twice, and its agreement with itself says nothing."

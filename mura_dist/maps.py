@@ -40,7 +40,7 @@ class Outputs(Protocol):
 @dataclass(frozen=True)
 class Model:
     """Something that draws maps. `architectures`: of its networks, empty where nobody told; `apart`: two of its networks that
-    were trained separately, where it has such."""
+    were trained separately, where it has such; `weights`: the digests of its networks' weights, empty where nobody told."""
 
     name: str
     outputs: Outputs
@@ -48,6 +48,7 @@ class Model:
     trained_on: str  # phantoms or radiographs
     architectures: tuple[str, ...] = ()
     apart: "tuple[Model, Model] | None" = None
+    weights: frozenset[str] = frozenset()
 
     @classmethod
     def of_weights(cls, weights: Weights, module: nn.Module) -> "Model":
@@ -68,7 +69,8 @@ class Model:
             )
             apart = (one, two)
         run_name = "" if weights.members else f"{folders[0].name} "
-        return cls(f"{run_name}{weights.name}", of_module(module), size, trained_on, tuple(named), apart)
+        digests = frozenset(weights.digests())
+        return cls(f"{run_name}{weights.name}", of_module(module), size, trained_on, tuple(named), apart, digests)
 
 
 def of_module(module: nn.Module) -> Outputs:
@@ -158,7 +160,11 @@ def agreement(
     found = summary(correlation(ours, theirs, every), patients, seed)
     floor: dict[str, Any] = {"measured": False, "reason": "the architecture of the model is not known"}
     if one.architectures and all(name in model.ARCHITECTURES for name in one.architectures):
-        floor = {"measured": True} | summary(_with_random(one.architectures, images, ours, seed), patients, seed)
+        values = _with_random(one.architectures, images, ours, seed)
+        floor = {"measured": True} | summary(values, patients, seed)
+        means = [float(part.mean()) for part in _parts_with_contrast(values)]
+        # The interval is over patients; from one random network to the next the mean moves further than that.
+        floor |= {"mean_of_each": means}
         floor |= {"with": f"{_NUM_RANDOM} sets of random weights", "architectures": list(one.architectures)}
     return {"measured": True, "models": [one.name, other.name]} | found | {"num_cells": every.size, "floor": floor}
 
@@ -177,6 +183,12 @@ def _with_random(architectures: Sequence[str], images: np.ndarray, maps: np.ndar
         values = correlation(maps[part], noise[1], np.ones(maps.shape[1:], bool))
         found[part] = values * (1 if np.nansum(values) >= 0 else -1)
     return found
+
+
+def _parts_with_contrast(values: np.ndarray) -> list[np.ndarray]:
+    """The values of each random network that has some."""
+    parts = [values[number::_NUM_RANDOM] for number in range(_NUM_RANDOM)]
+    return [part[np.isfinite(part)] for part in parts if np.isfinite(part).any()]
 
 
 def turn(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +214,22 @@ def test_the_floor_is_of_random_weights() -> None:
         toy(blocks16, architectures=("tiny",)), toy(blocks16), images, ours, [str(i) for i in range(11)], 3
     )
     expected: list[float] = []
+    means: list[float] = []
     for number in range(4):
         share = [i for i in range(11) if i % 4 == number]
         noise = maps.randomised(["tiny"], images[share][:8, None], 12 + number)(images[share][:, None])[1]
         assert noise.std(axis=(1, 2)).min() > 1e-3  # not degenerate
         values = pearson(ours[share], noise)
         expected += values if sum(values) >= 0 else [-value for value in values]
+        means.append(abs(float(np.mean(values))))
     assert found["floor"]["mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["floor"]["mean_of_each"] == pytest.approx(means, abs=1e-6)
     assert found["mean"] == pytest.approx(1)
+    found["mean"] = found["mean_low"] = max(means) - 0.01  # above the interval over patients, not above every network
+    found["floor"]["mean_high"] = found["mean"] - 0.01
+    assert "does not clearly lie above" in gallery._verdict(found)
+    found["mean"] = found["mean_low"] = max(means) + 0.01
+    assert "lies above" in gallery._verdict(found)
 
 
 def blocks16(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -501,7 +510,10 @@ def test_wrong_requests(runs: tuple[Path, Path], shard_folder: Path, tmp_path: P
     with pytest.raises(
         Refusal, match=r"--second toy takes radiographs of 320 px, these shards have 64; give a model of 64"
     ):
-        gallery.check(gallery.Wanted(toy(blocks, size=320)), 64)
-    gallery.check(gallery.Wanted(toy(blocks, size=64)), 64)
-    gallery.check(None, 64)
+        gallery.check(gallery.Wanted(toy(blocks, size=320)), 64, ())
+    second = replace(toy(blocks, size=64), weights=frozenset({"a", "b"}))
+    gallery.check(gallery.Wanted(second), 64, ["c"])
+    gallery.check(None, 64, ["a"])
+    with pytest.raises(Refusal, match="holds weights of the model itself"):
+        gallery.check(gallery.Wanted(second), 64, ["b", "c"])
     assert torch.is_grad_enabled()
