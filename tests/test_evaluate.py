@@ -169,7 +169,7 @@ def test_predictions_have_what_the_evaluation_has(
     assert tuple(predicted.columns) == STUDIES
     for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
         table = pd.read_csv(folder / "studies.csv", keep_default_na=False, dtype=str)
-        assert tuple(table.columns) == (*STUDIES, "label", "patient")
+        assert tuple(table.columns) == (*STUDIES, "label", "patient", "exposure")
         both = table.merge(predicted, on="study", suffixes=("", "_predicted"))
         assert len(both) == len(predicted) == len(table) > 0
         for name in ("probability", "calibrated_probability"):
