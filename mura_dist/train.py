@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import checkpoint, curves, launcher, memory, model, schedule, workers, world
+from . import checkpoint, launcher, memory, model, schedule, workers, world
 from .checkpoint import Checkpoint
 from .config import AUTO, Settings
 from .engine import Engine, StepResult
@@ -33,6 +33,7 @@ from .measure import measure
 from .pipeline import Batch, Loading, Targets
 from .plan import Plan
 from .refusal import CommonFailure, Failure, Refusal, Stopped
+from .report import curves
 from .runs import Run
 from .signals import asked_to_stop, at_once
 from .state import State

@@ -47,7 +47,7 @@ FLOORS = [
     {
         "numbers": {
             *("metrics", "intervals", "measure", "compare", "calibration", "order"),
-            *("html", "local", "plot", "curves", "pictures"),
+            *("html", "local", "report.plot", "report.curves", "report.pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -61,7 +61,7 @@ FLOORS = [
     {
         "loops": {
             *("describe", "contact_sheet", "ensemble", "maps", "gallery", "evaluate", "score", "train"),
-            *("findings", "figures", "sections", "report"),
+            *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
     {"delivery": {"walk", "tables", "predict", "export"}},
@@ -83,7 +83,8 @@ CONFINED = {
 BASE = {
     *("card", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
-    *("plot", "curves", "pictures", "findings", "figures", "sections", "report"),
+    "report",
+    *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
 NOT_IN_BASE = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
 

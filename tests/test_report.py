@@ -12,24 +12,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mura_dist import (
-    compare,
-    curves,
-    describe,
-    figures,
-    findings,
-    html,
-    intervals,
-    measure,
-    metrics,
-    mura,
-    pictures,
-    plot,
-    report,
-    sections,
-)
+from mura_dist import compare, describe, html, intervals, measure, metrics, mura, report
 from mura_dist.convert import convert
 from mura_dist.refusal import Refusal
+from mura_dist.report import curves, figures, findings, pictures, plot, sections
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from . import atomic
-from .html import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from .. import atomic
+from ..html import NEGATIVE_COLOUR, POSITIVE_COLOUR
 
 History = list[dict[str, Any]]
 Series = dict[str, tuple[list[float], list[float]]]  # label -> steps, values

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ..html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, join
+from ..intervals import wilson
+from ..metrics import bins_of_equal_number, pr_curve, roc
 from .curves import COLOURS, Series
-from .html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, join
-from .intervals import wilson
-from .metrics import bins_of_equal_number, pr_curve, roc
 from .plot import (
     CHARACTER_PX,
     INK,

@@ -5,9 +5,9 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from ..measure import groups, number
 from . import pictures
 from .findings import TITLES, with_words
-from .measure import groups, number
 from .pictures import Row
 from .plot import Picture
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .html import Html, element, join
+from ..html import Html, element, join
 
 INK = "currentColor"
 PAPER_INK = "#1b1f24"  # of a picture that stands alone

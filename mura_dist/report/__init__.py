@@ -14,11 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from . import atomic, sections
-from .figures import figures
-from .findings import TITLES, findings
-from .html import Html, banner, element, facts, folded, join, page, section, table, tile
-from .measure import METRICS, number
+from .. import atomic
+from ..html import Html, banner, element, facts, folded, join, page, section, table, tile
+from ..measure import METRICS, number
+from . import figures, findings, sections
+from .findings import TITLES
 from .sections import NOT_GIVEN, Found, Pictures, between, bullets, shown
 
 MOST_LINES = 20  # of a table that stands open
@@ -33,8 +33,8 @@ def write(out: Path, *, metrics: dict[str, Any], studies: pd.DataFrame, context:
     split, threshold, operating_point, selected_on, checkpoint, members, trained_on and measured_on ("phantoms" or "radiographs"),
     manifest_sha256, num_damaged, note, terms.
     """
-    found = findings(metrics, studies, context)
-    drawn = {picture.name: picture for picture in figures(found)}
+    found = findings.findings(metrics, studies, context)
+    drawn = {picture.name: picture for picture in figures.figures(found)}
     for picture in drawn.values():
         atomic.write_text(out / "pictures" / f"{picture.name}.svg", picture.file())
     said = {name: {"alt": picture.alt, "caption": picture.caption} for name, picture in drawn.items()}

@@ -6,11 +6,11 @@ A section that has nothing to say yields nothing, and is left out; where somethi
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..html import Html, element, figure, folded, join, table
+from ..measure import METRICS, absences, groups, number
+from ..metrics import CELLS
 from .figures import CALIBRATION, difference, slug
 from .findings import TITLES, count, with_words
-from .html import Html, element, figure, folded, join, table
-from .measure import METRICS, absences, groups, number
-from .metrics import CELLS
 from .plot import Picture
 
 INDEPENDENT = "assumes independent studies"

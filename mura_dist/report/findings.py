@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import __version__, curves, mura, pictures
-from .measure import absences, groups, number
-from .metrics import CELLS
+from .. import __version__, mura
+from ..measure import absences, groups, number
+from ..metrics import CELLS
+from . import curves, pictures
 
 FEW_STUDIES, FEW_OF_A_CLASS = 50, 10
 POINTS_OF_A_CURVE = 300
