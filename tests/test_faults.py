@@ -190,7 +190,9 @@ def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, t
 
 
 def settings(**values: object) -> Settings:
-    return config.check({"shards": "s", "run": "r", "global_batch": 32, "clip_norm": 1.0, **values}, "test")
+    return config.check(
+        {"shards": "s", "run": "r", "global_batch": 32, "clip_norm": 1.0, "precision": "bf16", **values}, "test"
+    )
 
 
 AGREES = {
