@@ -512,7 +512,7 @@ def _range_of_sets(floor: dict[str, Any]) -> str:
 
 def _verdict(agreement: dict[str, Any]) -> str:
     low, floor = agreement["mean_low"], agreement["floor"].get("mean_high")
-    floor = None if floor is None else max(floor, *agreement["floor"].get("mean_of_each", []))
+    floor = None if floor is None else max([floor, *agreement["floor"].get("mean_of_each", [])])
     if agreement["mean"] is not None and agreement["mean"] > _ONE_MODEL:
         return (
             " Here the maps are the same: this is one model, given twice, and its agreement with itself says nothing."

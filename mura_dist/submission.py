@@ -27,6 +27,7 @@ from .refusal import Refusal, nearest
 from .sheets import Sheet, shown, some
 
 THRESHOLD = 0.5
+POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one
 _STUDY = ("study", "path", "img_path", "study_path")  # what the column of studies may be called; Img_Path in the wild
 _VALUES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
@@ -272,6 +273,11 @@ def joined(predictions: Predictions, labels: Labels) -> pd.DataFrame:
     types = zip(frame["study_type"], [part.study_type if part else "" for part in parsed], told, strict=True)
     patients = zip(frame["patient"], [part.patient if part else "" for part in parsed], strict=True)
     frame["study_type"] = pd.Series([next(filter(None, names), UNKNOWN) for names in types], dtype=object)
+    if taken := frame.loc[frame["study_type"] == POOLED, "study"].tolist():
+        raise Refusal(
+            f"{labels.name}: {_studies(taken)} of study type {POOLED!r} ({some(taken)}), which is the name of all studies "
+            "together; give that study type another name"
+        )
     frame["patient"] = pd.Series([next(filter(None, names), None) for names in patients], dtype=object)
     rest = [name for name in predictions.frame if name not in ("study", "study_type")]
     return frame[["study", "study_type", "patient", "label", *rest]]

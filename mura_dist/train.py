@@ -405,8 +405,15 @@ def _introduction(plan: Plan, ranks: World, loading: Loading, state: State) -> s
         f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
         f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
         f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
-        f"{s.precision} on {ranks.device.type}, {loading}"
+        f"{s.precision} on {ranks.device.type}, {loading}{_slow(s)}"
     )
+
+
+def _slow(settings: Settings) -> str:
+    """A warning where a run goes on in, or was given, a precision that this device has no instructions for."""
+    if settings.precision != "bf16" or world.computes_bf16():
+        return ""
+    return "; warning: there are no instructions for bf16 here, fp32 is several times as fast (precision=fp32, in a new run)"
 
 
 def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, Any]:

@@ -65,19 +65,22 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
-@pytest.mark.parametrize(("architecture", "batch", "size"), CASES)
-def test_a_step_is_torchvisions(architecture: str, batch: int, size: int, change: Callable) -> None:
-    ours, theirs = (network.double() for network in pair(architecture, change))
-    image = images(batch, size)
+def same_step(ours: nn.Module, theirs: nn.Module, image: torch.Tensor) -> None:
+    """Logits and every gradient within 1e-9, in fp64."""
     logit, wanted = ours(image)[0], theirs(normalised(image, torch.float64))[:, 0]
     torch.testing.assert_close(logit, wanted, rtol=1e-9, atol=1e-9)
     found, expected = gradients(ours, logit), gradients(theirs, wanted)
     assert set(found) == set(expected)
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-9, atol=1e-9 * (1 + gradient.abs().max().item()), msg=name
-        )
+        limit = 1e-9 * (1 + gradient.abs().max().item())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=limit, msg=name)
+
+
+@pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
+@pytest.mark.parametrize(("architecture", "batch", "size"), CASES)
+def test_a_step_is_torchvisions(architecture: str, batch: int, size: int, change: Callable) -> None:
+    ours, theirs = (network.double() for network in pair(architecture, change))
+    same_step(ours, theirs, images(batch, size))
     for name, value in theirs.state_dict().items():  # running statistics and counters among them
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
@@ -90,14 +93,7 @@ def test_the_plain_layers_are_torchvisions(
     """The pool before the transition's convolution, the head before the mean: as evaluation, export, torch.compile, fp16 run."""
     monkeypatch.setattr(model, "_takes_blocks", lambda device: False)
     ours, theirs = (network.double().train(training) for network in pair(architecture, any_sign))
-    image = images(batch, size)
-    logit, wanted = ours(image)[0], theirs(normalised(image, torch.float64))[:, 0]
-    torch.testing.assert_close(logit, wanted, rtol=1e-9, atol=1e-9)
-    found, expected = gradients(ours, logit), gradients(theirs, wanted)
-    assert set(found) == set(expected)
-    for name, gradient in expected.items():
-        limit = 1e-9 * (1 + gradient.abs().max().item())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=limit, msg=name)
+    same_step(ours, theirs, images(batch, size))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])

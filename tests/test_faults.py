@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, TINY, run
 
 from mura_dist import checkpoint, config, deepspeed_json, journal, order, world
+from mura_dist import train as training
 from mura_dist.config import Settings
 from mura_dist.refusal import Refusal
 from mura_dist.runs import Run
@@ -60,6 +61,14 @@ def test_auto_takes_what_the_processor_computes_and_keeps_it(
     assert Run.load(folder).settings.precision == wanted
     other = train(1, "bf16", 0, "0", shard_folder, folder, "precision=fp16", "epochs=2")
     assert f"started with precision='{wanted}'" in other.stderr
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_a_precision_without_instructions_is_warned_of(precision: str, computed: bool, monkeypatch) -> None:
+    """As of a run that began on another processor: it goes on, and says why it is slow."""
+    monkeypatch.setattr(world, "computes_bf16", lambda: computed)
+    settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
+    assert ("warning" in training._slow(settings)) == (precision == "bf16" and not computed)
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,11 @@ LABELS = {
     ),
     "a slip": ("study,label,patient_id\na,1,7\n", "column 'patient_id' (did you mean patient?)"),
     "no rows": ("Study,Label\n", "l.csv has no rows"),
+    "the name of all": (
+        "study,label,study_type\na,0,overall\nb,1,\nc,1,\nd,0,\n",
+        "1 study of study type 'overall' (a)",
+        "another name",
+    ),
 }
 
 
