@@ -409,7 +409,7 @@ def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
             f"--second {second} is the model itself; give one that was trained separately, with another seed="
         )
     if second.is_file() and not is_list(second):
-        from .predict import Model
+        from .runtime import Model
 
         return gallery.Wanted(_with_maps(second, Model.load(second)))
     weights = Weights.of_list(second) if is_list(second) else Weights.of_run(second, "best")
@@ -430,7 +430,7 @@ def _with_maps(path: Path, model: Any) -> Any:
 
 def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any, say: Any) -> dict[str, Any]:
     from . import evaluate as room
-    from .predict import Model
+    from .runtime import Model
     from .shards import Shards
 
     opened, model = Shards.open(folder), Model.load(target)

@@ -27,8 +27,8 @@ from . import __version__, atomic, members
 from .card import KEY, PRODUCER, Card, TrainedOn
 from .ensemble import Weights
 from .points import PAPER, Points
-from .predict import Model
 from .refusal import Failure, Refusal
+from .runtime import Model
 from .shards import Shards
 
 OPSET = 18

@@ -216,7 +216,7 @@ def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, mon
 
 
 def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
-    from mura_dist.predict import Model
+    from mura_dist.runtime import Model
 
     load = load_of(small.folder, tmp_path, small.paths)
     for encoding in ("raw", "png", "jpeg"):

@@ -18,8 +18,8 @@ from mura_dist.cli import DONE, main
 from mura_dist.ensemble import Ensemble, Weights, mean_probability
 from mura_dist.members import ModelList
 from mura_dist.model import build
-from mura_dist.predict import Model
 from mura_dist.refusal import Failure, Refusal
+from mura_dist.runtime import Model
 from mura_dist.shards import Shards
 
 S = 64

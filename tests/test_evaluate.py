@@ -19,7 +19,7 @@ from mura_dist.ensemble import Weights
 from mura_dist.evaluate import Scores, odds_shift, study_scores
 from mura_dist.manifest import Manifest, class_weights
 from mura_dist.points import NAMES, STUDIES, Points
-from mura_dist.predict import Model
+from mura_dist.runtime import Model
 from mura_dist.shards import Shards
 
 EVALUATE = """

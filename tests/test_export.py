@@ -15,8 +15,8 @@ from mura_dist import mura
 from mura_dist.card import FORMAT, KEY, Card, TrainedOn
 from mura_dist.export import OPSET, export, graph, parity, probe_images, triton
 from mura_dist.points import PAPER, Points
-from mura_dist.predict import Model
 from mura_dist.refusal import Failure, Refusal
+from mura_dist.runtime import Model
 
 S = 64
 

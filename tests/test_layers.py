@@ -64,7 +64,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"walk", "tables", "predict", "export"}},
+    {"delivery": {"runtime", "walk", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -74,14 +74,14 @@ CONFINED = {
     "deepspeed": {"engine"},
     "streamlit": {"page"},
     "fsspec": {"places"},
-    "onnxruntime": {"predict", "bench.prediction"},
+    "onnxruntime": {"runtime", "bench.prediction"},
     "cv2": {"pipeline.cpu", "bench.pipeline"},
     "pydicom": {"radiograph"},
     "onnx": {"export"},
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
+    *("card", "runtime", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),

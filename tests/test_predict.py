@@ -24,8 +24,9 @@ from test_export import card_of, tiny
 from mura_dist import metrics, mura, radiograph, tables, walk
 from mura_dist.export import export
 from mura_dist.points import Band, Points, TypePoints
-from mura_dist.predict import CHUNK, Model, predict
+from mura_dist.predict import CHUNK, predict
 from mura_dist.refusal import Refusal, Stopped
+from mura_dist.runtime import Model
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
 PREDICT = """\

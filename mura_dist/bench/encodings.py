@@ -65,7 +65,7 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def size_of(model: Path, size: int | None) -> int:
     """The pixels of a side that `model` takes. Raises Refusal for another --size, and for what is no model of ours."""
-    from ..predict import Model
+    from ..runtime import Model
 
     wanted = Model.load(model, threads=1).size
     if size not in (None, wanted):
@@ -81,7 +81,7 @@ def _bytes_each(folder: Path) -> float:
 
 
 def _probability_changes(load: Load, path: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    from ..predict import Model
+    from ..runtime import Model
 
     model, probabilities = Model.load(path, provider()), {}
     for encoding in SUFFIX:

@@ -48,7 +48,7 @@ def _files_to_tables(model: Path, load: Load) -> Work:
 
 
 def _runtime_alone(path: Path, load: Load) -> Work:
-    from ..predict import Model
+    from ..runtime import Model
 
     model, batches = Model.load(path, provider()), load.pixels()
     return lambda out: sum(len(model.logits(batch)) for batch in batches)
