@@ -18,7 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,25 +32,27 @@ from .workers import processors
 
 ONNXRUNTIME: str = onnxruntime.__version__
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-OPENVINO = "openvino"
+OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
 OUTPUTS = ("logit", "activation_map")
+OPTIMISATIONS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED"}  # ONNX Runtime's; all adds blocked layouts
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
 
 
 @dataclass(frozen=True)
 class Tuning:
     """How a model is run. batch_size: radiographs at once; streams: batches in flight; threads: of all streams together,
-    on a CPU. None: a choice by the machine, the same on each start."""
+    on a CPU. None: a choice by the machine, the same on each start. Only `optimisation` moves fp32 logits, in their last bits."""
 
     batch_size: int | None = None
     streams: int | None = None
     threads: int | None = None
+    optimisation: str = "all"
 
     def settled(self, on_cpu: bool) -> "Tuning":
         """With nothing left to choose. docs/benchmarks.md has what the choices were measured by."""
         threads = self.threads or max(1, processors() // launcher.ranks_here())
         streams = self.streams or (min(2, threads) if on_cpu else 2)
-        return Tuning(self.batch_size or (4 if on_cpu else 64), streams, threads)
+        return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
 
 
 class Engine(Protocol):
@@ -225,6 +227,8 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
+    level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[tuning.optimisation])
+    options.graph_optimization_level = level
     threads, streams = tuning.threads or 0, tuning.streams or 1
     options.intra_op_num_threads = max(1, threads - streams + 1)  # each stream brings a thread of its own
     if streams > 1:
@@ -282,6 +286,11 @@ def _hushed() -> Iterator[None]:
 # ---- OpenVINO
 
 
+def version(engine: str) -> str:
+    """Of what computes."""
+    return str(_openvino().__version__) if engine == OPENVINO_CPU else ONNXRUNTIME
+
+
 def _has_openvino() -> bool:
     import importlib.util
 
@@ -310,7 +319,7 @@ class _OpenVino:
 
     def __init__(self, data: bytes, name: str, tuning: Tuning) -> None:
         openvino = _openvino()
-        self.core, self.tuning, self.name = openvino.Core(), tuning, "OpenVINO CPU"
+        self.core, self.tuning, self.name = openvino.Core(), tuning, OPENVINO_CPU
         try:
             self.model = self.core.read_model(data)
         except Exception as error:  # plain RuntimeError, of many lines

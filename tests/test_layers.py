@@ -64,7 +64,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "walk", "tables", "predict", "quantise", "variants", "export"}},
+    {"delivery": {"runtime", "tuning", "walk", "tables", "predict", "quantise", "variants", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -82,7 +82,7 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
+    *("card", "runtime", "tuning", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
