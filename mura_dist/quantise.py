@@ -2,6 +2,7 @@
 
     radiographs -> observe (the float network: range and mean of each channel) -> a grid for each channel
         -> weights, biases and cuts on those grids -> QDQ graph: image -> logit, activation_map
+        -> the head's bias, so that the mean logit stays
 
 What makes DenseNet slow in 8 bits is that a batch norm stands *between* concatenation and convolution: every layer would go back
 to float, norm, rectify and quantise all channels before it. Here nothing does. A channel x of a block lies on a grid of its
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from .ensemble import Ensemble
 from .model import DenseNet
+from .runtime import Tuning, engine_of
 
 OPSET = 18
 _TOP = 255  # of a byte
@@ -154,8 +156,8 @@ class _Graph:
     tensors: list[onnx.TensorProto] = field(default_factory=list)
     count: int = 0
 
-    def const(self, value: np.ndarray | np.generic) -> str:
-        name = self._name("const")
+    def const(self, value: np.ndarray | np.generic, name: str | None = None) -> str:
+        name = name or self._name("const")
         value = np.asarray(value)
         self.tensors.append(numpy_helper.from_array(value if value.ndim == 0 else np.ascontiguousarray(value), name))
         return name
@@ -351,8 +353,9 @@ def _head(graph: _Graph, network: DenseNet, x: str, grid: Grid) -> None:
     scale, shift = slope * grid.step, slope * grid.origin + intercept
     y = graph.add("Mul", graph.floats(x), graph.const(scale.astype(np.float32)[:, None, None]))
     y = graph.add("Relu", graph.add("Add", y, graph.const(shift.astype(np.float32)[:, None, None])))
-    head = (network.classifier.weight.detach().numpy()[:, :, None, None], network.classifier.bias.detach().numpy())
-    cells = graph.add("Conv", y, *map(graph.const, head), kernel_shape=[1, 1])  # (N, 1, h, w)
+    weight, bias = (part.detach().numpy() for part in (network.classifier.weight, network.classifier.bias))
+    head = (graph.const(weight[:, :, None, None]), graph.const(bias, f"{graph.prefix}head"))
+    cells = graph.add("Conv", y, *head, kernel_shape=[1, 1])  # (N, 1, h, w)
     cells = graph.add("Squeeze", cells, graph.const(np.array([1])), output=f"{graph.prefix}activation_map")
     graph.add("ReduceMean", cells, graph.const(np.array([1, 2])), output=f"{graph.prefix}logit", keepdims=0)
 
@@ -360,31 +363,46 @@ def _head(graph: _Graph, network: DenseNet, x: str, grid: Grid) -> None:
 def graph(model: DenseNet | Ensemble, images: np.ndarray) -> onnx.ModelProto:
     """The integer graph of a network, or of an ensemble, in eval mode on the CPU in fp32.
 
-    images: uint8 (N, 1, S, S), radiographs of the train split, whose ranges become the grids'. The file's contract is
-    export.graph's; it bears no metadata yet.
+    images: uint8 (N, 1, S, S), radiographs of the train split, whose ranges become the grids' and whose mean logit stays. The
+    file's contract is export.graph's; it bears no metadata yet.
     """
-    size = images.shape[-1]
     networks = list(_networks(model))
     prefixes = [f"member{place}." if len(networks) > 1 else "" for place in range(len(networks))]
-    made = [
-        network_nodes(network, observe(network, images), prefix)
-        for network, prefix in zip(networks, prefixes, strict=True)
-    ]
-    if len(made) > 1:
-        made.append(_average(prefixes))
+    made = [_settled(network, images, prefix) for network, prefix in zip(networks, prefixes, strict=True)]
     with torch.no_grad():
-        height, width = model(torch.zeros(1, 1, size, size, dtype=torch.uint8))[1].shape[1:]
+        cells = model(torch.from_numpy(images[:1]))[1].shape[1:]
+    return _whole([*made, _average(prefixes)] if len(made) > 1 else made, "", images.shape[-1], tuple(cells))
+
+
+def _whole(parts: Sequence[_Graph], prefix: str, size: int, cells: tuple[int, ...]) -> onnx.ModelProto:
+    """A file whose outputs are those of `prefix`; `cells` is (h, w)."""
     whole = helper.make_graph(
-        [node for one in made for node in one.nodes],
+        [node for part in parts for node in part.nodes],
         "mura_dist",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 1, size, size])],
         [
-            helper.make_tensor_value_info("logit", TensorProto.FLOAT, ["batch"]),
-            helper.make_tensor_value_info("activation_map", TensorProto.FLOAT, ["batch", height, width]),
+            helper.make_tensor_value_info(f"{prefix}logit", TensorProto.FLOAT, ["batch"]),
+            helper.make_tensor_value_info(f"{prefix}activation_map", TensorProto.FLOAT, ["batch", *cells]),
         ],
-        [tensor for one in made for tensor in one.tensors],
+        [tensor for part in parts for tensor in part.tensors],
     )
     return helper.make_model(whole, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def _settled(network: DenseNet, images: np.ndarray, prefix: str) -> _Graph:
+    """A network's nodes, its head moved by what rounding moved the mean logit of `images` in all."""
+    made, batches = network_nodes(network, observe(network, images), prefix), torch.from_numpy(images).split(_BATCH)
+    with torch.no_grad():
+        exact = [network(batch) for batch in batches]
+    file = _whole([made], prefix, images.shape[-1], tuple(exact[0][1].shape[1:]))
+    engine = engine_of(file.SerializeToString(), "the integer graph", "cpu", Tuning().settled(on_cpu=True))
+    found = [engine.run(batch.numpy(), [f"{prefix}logit"])[0] for batch in batches]
+    shift = torch.cat([logit for logit, _ in exact]).double().numpy().mean() - np.concatenate(found).mean(
+        dtype=np.float64
+    )
+    bias = next(tensor for tensor in made.tensors if tensor.name == f"{prefix}head")
+    bias.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(bias) + shift).astype(np.float32), bias.name))
+    return made
 
 
 def _networks(model: DenseNet | Ensemble) -> Iterator[DenseNet]:

@@ -146,6 +146,13 @@ class Model:
                 yield flying.popleft().result()
 
 
+def engine_of(data: bytes, name: str, provider: str, tuning: Tuning) -> "_OnnxRuntime | _OpenVino":
+    """What computes an ONNX file that need not be ours. It is to `begin` before it runs; `tuning` is settled."""
+    if provider.lower() == OPENVINO:
+        return _OpenVino(data, name, tuning)
+    return _OnnxRuntime(data, name, provider, tuning)
+
+
 # ---- ONNX Runtime
 
 
