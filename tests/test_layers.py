@@ -64,7 +64,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "walk", "tables", "predict", "export"}},
+    {"delivery": {"runtime", "walk", "tables", "predict", "export", "triton"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -77,7 +77,7 @@ CONFINED = {
     "onnxruntime": {"runtime", "bench.prediction"},
     "cv2": {"pipeline.cpu", "bench.pipeline"},
     "pydicom": {"radiograph"},
-    "onnx": {"export"},
+    "onnx": {"export", "triton"},
     "webdataset": {"bench.peers"},
 }
 BASE = {
