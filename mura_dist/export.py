@@ -84,15 +84,15 @@ def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder
 
 def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
     """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
-    wanted = (weights.digests(), "valid", weights.data()["manifest_sha256"])
+    digest = weights.data()["manifest_sha256"]
+    wanted = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
     for path in (folder / "metrics.json" for folder in folders if (folder / "metrics.json").is_file()):
         try:
             found = json.loads(path.read_bytes())
         except ValueError as error:
-            raise Refusal(
-                f"{path} is damaged ({error}); run `mura-dist evaluate` again, or move the file away"
-            ) from error
-        if wanted == (found.get("weights_sha256"), found.get("split"), found.get("manifest_sha256")):
+            again = "run `mura-dist evaluate` again, or move the file away"
+            raise Refusal(f"{path} is damaged ({error}); {again}") from error
+        if isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items()):
             return found
     return {}
 
@@ -130,11 +130,8 @@ def _some_radiographs(weights: Weights) -> np.ndarray | None:
         return None
     if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
         return None
-    some = rows[:: max(1, len(rows) // NUM_RADIOGRAPHS)][
-        :NUM_RADIOGRAPHS
-    ]  # of all study types: rows are sorted by them
-    found = []
-    for row in some:
+    num, found = min(len(rows), NUM_RADIOGRAPHS), []
+    for row in rows[np.linspace(0, len(rows) - 1, num).astype(int)]:  # rows are sorted by study type: some of each
         with contextlib.suppress(Damaged):  # training and evaluation name it
             found.append(shards.pixels(row))
     return np.stack(found)[:, None] if found else None
@@ -209,9 +206,8 @@ def _tidy(proto: onnx.ModelProto, card: Card) -> None:
     ):
         del thing.metadata_props[:]
         thing.doc_string = ""
-    proto.ir_version = onnx.helper.find_min_ir_version_for(
-        proto.opset_import
-    )  # torch writes the newest, and old servers refuse
+    # torch writes a newer one, which older servers refuse.
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     proto.producer_name, proto.producer_version = PRODUCER, __version__
     proto.doc_string = _in_words(card)
     proto.graph.name = KEY

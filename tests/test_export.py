@@ -313,6 +313,16 @@ def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
     assert not {"shards", "run", "mirror"} & card["recipe"].keys()
 
 
+def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+    recipe = (copy / "recipe.toml").read_text()
+    (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
+    (copy / "metrics.json").write_text("[]")  # another program's
+    assert main(["export", str(copy)]) == DONE
+    said = capsys.readouterr().out
+    assert "of torch's on drawn images alone (the run's shards are not where they were); research" in said
+    assert "no threshold: " in said
+
+
 def readme_lines() -> str:
     """The code block of the README that imports onnxruntime."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
