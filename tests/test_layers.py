@@ -64,7 +64,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "tuning", "walk", "tables", "predict", "quantise", "variants", "export"}},
+    {"delivery": {"runtime", "tuning", "walk", "tables", "predict", "quantise", "variants", "triton", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -78,7 +78,7 @@ CONFINED = {
     "cv2": {"pipeline.cpu", "bench.pipeline"},
     "pydicom": {"radiograph"},
     "openvino": {"runtime"},
-    "onnx": {"export", "quantise"},
+    "onnx": {"export", "quantise", "triton"},
     "webdataset": {"bench.peers"},
 }
 BASE = {
