@@ -3,6 +3,8 @@
     model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
         -> parity: the same images through torch and through runtime.Model -> written, or nothing is
 
+        below fp32 (variants.py): compared with the fp32 file on radiographs -> within limits -> written, or nothing is
+
     image uint8 (N, 1, S, S) -> logit float32 (N,), activation_map float32 (N, h, w)      N is any number; of 0, nothing
 
 The file is written when the gate has passed, never before. Operator set 18 is the oldest that torch.onnx writes without
@@ -16,7 +18,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,10 @@ import numpy as np
 import onnx
 import torch
 
-from . import __version__, atomic, members, triton
+from . import __version__, atomic, members, quantise, triton, variants
 from .card import KEY, PRODUCER, Card, TrainedOn
-from .ensemble import Weights
+from .ensemble import Ensemble, Weights
+from .model import DenseNet
 from .points import PAPER, Points
 from .refusal import Failure, Refusal
 from .runtime import Model
@@ -40,41 +44,73 @@ LIMIT_BYTES = 2**31 - 1  # protobuf's, of one message
 OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
 
 
-def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """precision: one of card.PRECISIONS; shards: where the run's are now, None where the run found them; allow_change: write
+    a precision whatever it changes; triton_folder: also a model repository there."""
+
+    precision: str = "fp32"
+    shards: Path | str | None = None
+    allow_change: bool = False
+    triton_folder: Path | None = None
+
+
+def _silent(line: str) -> None:
+    """For callers that want no words."""
+
+
+def export_run(
+    run_folder: Path, *, which: str, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
+) -> dict[str, Any]:
     """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
 
     The card carries the run's metrics.json, and what was fitted on tune, where it is of this very checkpoint on `valid` of the
     run's own shards; only study types measured there, with both classes, get a threshold. Raises Refusal where there is no
     such run or checkpoint, or where the files cannot go, Failure where the gate stays shut.
     """
-    _check_places(out, triton_folder)
+    _check(out, asked)
     weights = Weights.of_run(run_folder, which)
-    return _export(weights, _measured(weights, [run_folder]), out, triton_folder)
+    return _export(weights, _measured(weights, [run_folder]), out, asked, say)
 
 
-def export_list(path: Path, *, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+def export_list(
+    path: Path, *, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
+) -> dict[str, Any]:
     """The same of a model list: one file with all members inside, which averages their probabilities.
 
     Its metrics.json is looked for where `evaluate` writes it, then beside the list.
     """
-    _check_places(out, triton_folder)
+    _check(out, asked)
     weights = Weights.of_list(path)
-    return _export(weights, _measured(weights, [members.report_folder(path), path.parent]), out, triton_folder)
+    return _export(weights, _measured(weights, [members.report_folder(path), path.parent]), out, asked, say)
 
 
-def _check_places(out: Path, triton_folder: Path | None) -> None:
+def default_out(plain: Path, precision: str) -> Path:
+    """Where a file in `precision` goes, by where the fp32 one does."""
+    return plain if precision == "fp32" else plain.with_name(f"{plain.stem}-{precision}{plain.suffix}")
+
+
+def _check(out: Path, asked: Asked) -> None:
+    variants.check(asked.precision)
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
     atomic.check_folder(out.parent, "--out")
-    if triton_folder is not None:
-        triton.check(triton_folder)
+    if asked.triton_folder is not None:
+        triton.check(asked.triton_folder)
 
 
-def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder: Path | None) -> dict[str, Any]:
+def _export(
+    weights: Weights, measured: dict[str, Any], out: Path, asked: Asked, say: Callable[[str], None]
+) -> dict[str, Any]:
     card, model = _card(weights, measured), weights.model()
-    facts = export(model, card, out, radiographs=_some_radiographs(weights))
-    if triton_folder is not None:
-        triton.write(triton_folder, out.read_bytes())
+    if asked.precision == "fp32":
+        facts = export(model, card, out, radiographs=_some_radiographs(weights, asked.shards))
+    else:
+        shards = variants.opened(weights, asked.shards)
+        assert isinstance(model, DenseNet | Ensemble)
+        facts = export_variant(model, card, out, asked, shards, say)
+    if asked.triton_folder is not None:
+        triton.write(asked.triton_folder, out.read_bytes())
     return facts | {
         "checkpoint": weights.name,
         "num_thresholds": len(card.thresholds),
@@ -120,15 +156,14 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
     )
 
 
-def _some_radiographs(weights: Weights) -> np.ndarray | None:
+def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
-    settings, data = weights.settings, weights.data()
     try:
-        shards = Shards.open(settings.shards)
-        rows = shards.rows(settings.select_on)
+        shards = variants.opened(weights, given)
+        rows = shards.rows(weights.settings.select_on)
     except Refusal:
-        return None
-    if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
+        if given is not None:
+            raise
         return None
     num, found = min(len(rows), NUM_RADIOGRAPHS), []
     for row in rows[np.linspace(0, len(rows) - 1, num).astype(int)]:  # rows are sorted by study type: some of each
@@ -163,6 +198,42 @@ def export(
     }
 
 
+def export_variant(
+    model: DenseNet | Ensemble, card: Card, out: Path, asked: Asked, shards: Shards, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within variants.LIMITS.
+
+    The fp32 file it is compared with passes the gate first. Returns what was measured. Raises Failure where the gate
+    stays shut or a limit is passed; then `out` is as it was before.
+    """
+    _fits(model, card)
+    started = time.perf_counter()
+    card = card.model_copy(update={"precision": asked.precision})
+    plain = graph(model, card.model_copy(update={"precision": "fp32"}))
+    difference = parity(model, plain, probe_images(card.size))
+    calibrated_on = 0
+    if asked.precision == "int8":
+        images = variants.calibration_images(shards)
+        calibrated_on = len(images)
+        say(f"int8: ranges of {calibrated_on} radiographs of train")
+        data = finished(quantise.graph(model, images), card)
+    else:
+        data = graph(variants.halved(model), card) if asked.precision == "fp16" else _with_card(plain, card)
+    change = variants.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
+    over = variants.judge(asked.precision, change, asked.allow_change)
+    data = _with_card(data, card.model_copy(update={"change": change}))
+    atomic.write_bytes(out, data)
+    return {
+        "max_logit_difference": difference,
+        "num_radiographs": change.num_radiographs,
+        "change": change.model_dump(),
+        "over": over,
+        "bytes": len(data),
+        "opset": OPSET,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
 def _fits(model: torch.nn.Module, card: Card) -> None:
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + OTHER_BYTES * max(1, len(card.members))
     if num_bytes > LIMIT_BYTES:
@@ -187,10 +258,18 @@ def graph(model: torch.nn.Module, card: Card) -> bytes:
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
+    return finished(program.model_proto, card)
+
+
+def finished(proto: onnx.ModelProto, card: Card) -> bytes:
+    """The content of the file of a graph, with `card` inside, checked."""
     _tidy(proto, card)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
+
+
+def _with_card(data: bytes, card: Card) -> bytes:
+    return finished(onnx.load_from_string(data), card)
 
 
 def _tidy(proto: onnx.ModelProto, card: Card) -> None:
