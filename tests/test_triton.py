@@ -157,7 +157,7 @@ def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data
     assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
     assert files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
     assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == other != data
-    assert list(stock_server_loads(repository / "mura_dist").version_policy.specific.versions) == [1]
+    assert "version_policy { specific { versions: [ 1 ] } }" in (repository / "mura_dist" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
@@ -177,9 +177,6 @@ def test_model_and_configuration_never_differ(
     assert files(repository) == ["mura_dist/1/model.onnx"]
     assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == (data if failing == "write_bytes" else other)
     triton.write(repository, other)
-    assert json.loads(parsed(triton.config(other)).parameters["mura_dist"].string_value)["thresholds"] == {
-        "XR_HAND": 0.75
-    }
     assert (repository / "mura_dist" / "config.pbtxt").read_text() == triton.config(other)
 
 
