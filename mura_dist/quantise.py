@@ -15,8 +15,9 @@ convolution writes already lies on its channels' grids, so concatenation copies 
 that a cut leaves over needs one. Pooling is a convolution by group. The head stays float: it is small, and its map is shown.
 
 Weights have 7 bits: of two products of 8 by 8 the sum overflows the 16-bit sums of processors without VNNI (of all before about
-2019 and many later ones). Rounding keeps each layer's mean output (arXiv 1906.04721, section 4.2), and in the stem
-the sum over a kernel, so that even grey stays even.
+2019 and many later ones). What one bit less costs, rounding gets back: of a layer's weights together, so that its outputs change
+least on what it really reads, and their mean not at all (arXiv 1906.04721, section 4.2). In the stem each kernel keeps its sum,
+so that even grey stays even.
 
 ONNX Runtime and OpenVINO both turn the file's DequantizeLinear-Conv-QuantizeLinear into one integer convolution.
 """
@@ -41,15 +42,20 @@ _TOP = 255  # of a byte
 _WEIGHT_TOP = 63  # 2 * 255 * 63 < 2**15
 _BATCH = 16
 _TINY = 1e-9
+_PLACES = 16  # of a radiograph, where what kernels read is looked at
+_COLUMNS = 64  # rounded between two products of matrices
+_DAMPING = 0.01  # of the mean variance: from few radiographs a covariance is known roughly
 
 
 @dataclass
 class Observed:
-    """Of one tensor, by channel: (C,) float64 each."""
+    """Of one tensor, by channel: (C,) float64 each; of one that a convolution of k x k reads also the covariance of its inputs,
+    (C k k, C k k) float32."""
 
     low: np.ndarray
     high: np.ndarray
     mean: np.ndarray
+    covariance: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,33 @@ class Grid:
 
 
 class _Watch:
-    """Range and mean of named tensors (B, C, h, w), over batches."""
+    """Range and mean of named tensors (B, C, h, w), and second moments of what kernels read of them, over batches."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]] = {}
+        self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}  # sum of products, sum, number
+        self.random = torch.Generator().manual_seed(0)
 
-    def __call__(self, name: str, x: Tensor) -> Tensor:
+    def __call__(self, name: str, x: Tensor, kernel: int = 0) -> Tensor:
+        """`kernel`: of the convolution that reads x; 0: its weights are rounded one by one."""
         parts = (x.amin((0, 2, 3)), x.amax((0, 2, 3)), x.mean((0, 2, 3), dtype=torch.float64))
         low, high, mean = (part.double().numpy() for part in parts)
         self.found.setdefault(name, []).append((low, high, mean, len(x)))
+        if kernel:
+            self._moments(name, x, kernel)
         return x
+
+    def _moments(self, name: str, x: Tensor, kernel: int) -> None:
+        batch, _, height, width = x.shape
+        places = torch.randperm(batch * height * width, generator=self.random)[: _PLACES * batch]
+        image, row, column = places // (height * width), places // width % height, places % width
+        padded = F.pad(x, [kernel // 2] * 4)
+        taps = [
+            padded[image, :, row + down, column + right] for down in range(kernel) for right in range(kernel)
+        ]  # k k of (P, C)
+        read = torch.stack(taps, dim=2).flatten(1)  # (P, C k k)
+        before = self.moments.get(name, (torch.zeros(()), torch.zeros(()), 0))
+        self.moments[name] = (before[0] + read.T @ read, before[1] + read.sum(0), before[2] + len(read))
 
     def observed(self) -> dict[str, Observed]:
         return {
@@ -85,9 +108,18 @@ class _Watch:
                 np.min([low for low, *_ in rows], axis=0),
                 np.max([high for _, high, *_ in rows], axis=0),
                 np.average([mean for _, _, mean, _ in rows], axis=0, weights=[number for *_, number in rows]),
+                self._covariance(name),
             )
             for name, rows in self.found.items()
         }
+
+    def _covariance(self, name: str) -> np.ndarray | None:
+        if name not in self.moments:
+            return None
+        products, total, number = self.moments.pop(name)
+        mean = total / number
+        covariance: np.ndarray = (products / number - torch.outer(mean, mean)).numpy()
+        return covariance
 
 
 @torch.no_grad()
@@ -100,12 +132,12 @@ def observe(network: DenseNet, images: np.ndarray) -> dict[str, Observed]:
         for number in (1, 2, 3, 4):
             features = [x]
             for name, layer in parts.get_submodule(f"denseblock{number}").named_children():
-                y = watch(f"{number}.{name}.in", F.relu(layer.norm1(torch.cat(features, 1))))
-                y = watch(f"{number}.{name}.middle", F.relu(layer.norm2(layer.conv1(y))))
+                y = watch(f"{number}.{name}.in", F.relu(layer.norm1(torch.cat(features, 1))), 1)
+                y = watch(f"{number}.{name}.middle", F.relu(layer.norm2(layer.conv1(y))), 3)
                 features.append(watch(f"{number}.{name}.out", layer.conv2(y)))
             if number < 4:
                 transition = parts.get_submodule(f"transition{number}")
-                y = watch(f"{number}.in", F.avg_pool2d(F.relu(transition.norm(torch.cat(features, 1))), 2))
+                y = watch(f"{number}.in", F.avg_pool2d(F.relu(transition.norm(torch.cat(features, 1))), 2), 1)
                 x = watch(f"{number}.out", transition.conv(y))
     return watch.observed()
 
@@ -176,20 +208,20 @@ class _Graph:
         x: str,
         weight: np.ndarray,
         bias: np.ndarray,
-        mean: np.ndarray | None = None,
-        even: bool = False,
+        mean: np.ndarray,
+        covariance: np.ndarray | None,
         **attributes: Any,
     ) -> str:
         """Bytes to bytes: q_out = clip(round(weight * q_in + bias)). weight: (O, I, k, k) float64; bias: (O,) float64.
 
-        mean: (I,) of the input, whose mean output rounding then leaves as it is; even: so it does with each kernel's sum.
+        mean: (I,) of the input, whose mean output rounding leaves as it is; covariance: (I k k, I k k) of what a kernel
+        reads, for rounding; None: of a picture, where each kernel's sum counts.
         """
         top = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         step = np.where(top == 0, 1.0, top / _WEIGHT_TOP)  # (O,)
         exact = weight / step[:, None, None, None]
-        rounded = _rounded_evenly(exact) if even else np.rint(exact)
-        if mean is not None:
-            bias = bias + ((exact - rounded).sum(axis=(2, 3)) @ mean) * step
+        rounded = _rounded_evenly(exact) if covariance is None else _rounded_together(exact, covariance)
+        bias = bias + ((exact - rounded).sum(axis=(2, 3)) @ mean) * step
         limit = 2**31 - 1
         scale = self.const(step.astype(np.float32))
         taps = self.const(rounded.astype(np.int8))
@@ -240,10 +272,24 @@ class _Rectified:
         scaled = weight * self.scale
         return scaled, weight @ self.constant - scaled @ self.zero
 
-    def mean_of(self, mean: np.ndarray) -> np.ndarray:
-        """The bytes' mean, of the values'."""
-        scale = np.where(self.scale == 0, 1.0, self.scale)
-        return np.where(self.scale == 0, 0.0, (mean - self.constant) / scale + self.zero)
+    def statistics(self, observed: Observed) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and covariance of the bytes, of the values'."""
+        scale = np.where(self.scale == 0, np.inf, self.scale)
+        mean = (observed.mean - self.constant) / scale + np.where(self.scale == 0, 0.0, self.zero)
+        return mean, _scaled(observed.covariance, scale)
+
+
+def _scaled(covariance: np.ndarray | None, step: np.ndarray) -> np.ndarray:
+    """Of values in steps of `step` (I,): of an (I k k, I k k) covariance, that of the numbers of steps."""
+    assert covariance is not None
+    each = np.repeat(step, len(covariance) // len(step))
+    scaled: np.ndarray = covariance / np.outer(each, each)
+    variance = scaled.diagonal()
+    still = (variance < 0) | (
+        variance > _TOP**2
+    )  # no byte varies so: a channel that never moved, on a grid of no width
+    scaled[still] = scaled[:, still] = 0
+    return scaled
 
 
 def _rounded_evenly(exact: np.ndarray) -> np.ndarray:
@@ -254,6 +300,28 @@ def _rounded_evenly(exact: np.ndarray) -> np.ndarray:
         missing = int(np.rint(error.sum()))
         kernel[np.argsort(-error * np.sign(missing))[: abs(missing)]] += np.sign(missing)
     return np.clip(rounded, -_WEIGHT_TOP, _WEIGHT_TOP)
+
+
+def _rounded_together(exact: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """(O, I, k, k) rounded one input after the other, the largest first; those still to come make up, as far as they go
+    together with it, for what each rounding took from the output (arXiv 2210.17323, algorithm 1)."""
+    flat = exact.reshape(len(exact), -1)
+    order = np.argsort(-covariance.diagonal())
+    ordered = covariance[np.ix_(order, order)].astype(np.float64)
+    ordered[np.diag_indices_from(ordered)] += _DAMPING * max(ordered.diagonal().mean(), _TINY)
+    upper = np.linalg.cholesky(np.linalg.inv(ordered)).T
+    left, done = flat[:, order].copy(), np.empty_like(flat)
+    for start in range(0, len(order), _COLUMNS):  # what follows a block of columns hears of it once, as one product
+        stop = min(start + _COLUMNS, len(order))
+        errors = np.empty((len(flat), stop - start))
+        for place in range(start, stop):
+            done[:, place] = np.clip(np.rint(left[:, place]), -_WEIGHT_TOP, _WEIGHT_TOP)
+            error = errors[:, place - start] = (left[:, place] - done[:, place]) / upper[place, place]
+            left[:, place + 1 : stop] -= np.outer(error, upper[place, place + 1 : stop])
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    rounded = np.empty_like(done)
+    rounded[:, order] = done
+    return rounded.reshape(exact.shape)
 
 
 def network_nodes(network: DenseNet, observed: dict[str, Observed], prefix: str = "") -> _Graph:
@@ -302,7 +370,7 @@ def _stem(graph: _Graph, network: DenseNet, observed: Observed) -> tuple[str, Gr
     )
     bias = (intercept - grid.origin) / grid.step
     # Rectified by the grid: no observed minimum after a relu is below 0.
-    y = graph.convolution(image, weight, bias, np.array([0.0, _TOP]), even=True, strides=[2, 2], pads=[3] * 4)
+    y = graph.convolution(image, weight, bias, np.array([0.0, _TOP]), None, strides=[2, 2], pads=[3] * 4)
     return graph.add("MaxPool", y, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4), grid
 
 
@@ -314,13 +382,13 @@ def _layer(
     inside = Grid(np.maximum(seen["middle"].high / _TOP, _TINY), np.zeros(len(slope)))  # 0 is 0: padding, and the relu
     y = graph.rectified(x, *_affine(layer.norm1), grid)
     weight, bias = y.read_by(_numpy(layer.conv1.weight)[:, :, 0, 0] * (slope / inside.step)[:, None])
-    mean = y.mean_of(seen["in"].mean)
-    middle = graph.convolution(y.name, weight[:, :, None, None], bias + intercept / inside.step, mean)
+    bias = bias + intercept / inside.step
+    middle = graph.convolution(y.name, weight[:, :, None, None], bias, *y.statistics(seen["in"]))
     first, number = len(grid.step), layer.conv2.out_channels
     added = _grid(seen["out"], _readers(later, first, number))
     weight = _numpy(layer.conv2.weight) * inside.step[None, :, None, None] / added.step[:, None, None, None]
-    mean = seen["middle"].mean / inside.step
-    return graph.convolution(middle, weight, -added.origin / added.step, mean, pads=[1] * 4), added
+    mean, covariance = seen["middle"].mean / inside.step, _scaled(seen["middle"].covariance, inside.step)
+    return graph.convolution(middle, weight, -added.origin / added.step, mean, covariance, pads=[1] * 4), added
 
 
 def _transition(
@@ -336,8 +404,8 @@ def _transition(
     pooled = _pool(graph, y.name, len(grid.step))
     new = _grid(after, readers)
     weight, bias = y.read_by(_numpy(transition.conv.weight)[:, :, 0, 0] / new.step[:, None])
-    mean = y.mean_of(before.mean)
-    return graph.convolution(pooled, weight[:, :, None, None], bias - new.origin / new.step, mean), new
+    bias = bias - new.origin / new.step
+    return graph.convolution(pooled, weight[:, :, None, None], bias, *y.statistics(before)), new
 
 
 def _pool(graph: _Graph, x: str, channels: int) -> str:
