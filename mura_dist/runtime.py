@@ -20,21 +20,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
 
 from . import launcher, members
 from .card import KEY, Card
-from .refusal import Refusal
+from .refusal import Refusal, nearest
 from .workers import processors
 
 ONNXRUNTIME: str = onnxruntime.__version__
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
 OUTPUTS = ("logit", "activation_map")
-OPTIMISATIONS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED"}  # ONNX Runtime's; all adds blocked layouts
+OPTIMISATIONS: dict[Literal["all", "extended"], str] = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+}  # ONNX Runtime's; all adds blocked layouts
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
 
 
@@ -46,7 +49,7 @@ class Tuning:
     batch_size: int | None = None
     streams: int | None = None
     threads: int | None = None
-    optimisation: str = "all"
+    optimisation: Literal["all", "extended"] = "all"
 
     def settled(self, on_cpu: bool) -> "Tuning":
         """With nothing left to choose. docs/benchmarks.md has what the choices were measured by."""
@@ -228,9 +231,9 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
     """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
     if provider not in available:
-        extra = "" if _has_openvino() else " (openvino: pip install 'mura-dist[openvino]')"
         raise Refusal(
-            f"--provider {asked}: this ONNX Runtime has {', '.join(available)}{extra}; name one of them, or cpu"
+            f"--provider {asked}{nearest(asked, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
+            "one of them, cpu, or openvino"
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
@@ -298,21 +301,16 @@ def version(engine: str) -> str:
     return str(_openvino().__version__) if engine == OPENVINO_CPU else ONNXRUNTIME
 
 
-def _has_openvino() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("openvino") is not None
-
-
 def _openvino() -> Any:
-    """The package, without the one beside it that reports to its maker how it is used: a hospital's machine tells nobody."""
-    if not _has_openvino():
+    """The package, without the one beside it that reports to its maker how it is used: a hospital's machine tells nobody.
+    Raises Refusal where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what it imports instead is a stub of its own
+    try:
+        import openvino
+    except ImportError as error:
         raise Refusal(
             "--provider openvino: OpenVINO is not installed; pip install 'mura-dist[openvino]', or give --provider cpu"
-        )
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what it imports instead is a stub of its own
-    import openvino
-
+        ) from error
     return openvino
 
 

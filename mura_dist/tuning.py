@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from . import atomic
 from .runtime import OPENVINO, OPTIMISATIONS, PROVIDERS, Model, Tuning, cache_folder, version
@@ -32,9 +33,20 @@ _BYTES_PER_PIXEL = 260  # of a radiograph under way in DenseNet-169, fp32
 
 def stored(model: Model) -> Tuning | None:
     """What an earlier `choose` kept for this model on this machine."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Tuning(**json.loads((cache_folder() / FILE).read_bytes())[_key(model)]["tuning"])
+    entry = _known().get(_key(model))
+    with contextlib.suppress(ValueError):
+        if isinstance(entry, dict):
+            return TypeAdapter(Tuning).validate_python(entry.get("tuning"), strict=True)
     return None
+
+
+def _known() -> dict[str, Any]:
+    """What the cache holds; a damaged one holds nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((cache_folder() / FILE).read_bytes())
+        if isinstance(known, dict):
+            return known
+    return {}
 
 
 def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: None) -> Tuning:
@@ -112,10 +124,7 @@ def _processor() -> str:
 
 def _keep(model: Model, best: Tuning, rates: dict[Tuning, float]) -> None:
     path = cache_folder() / FILE
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_bytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     measured = [asdict(tuning) | {"images_per_s": round(rate, 3)} for tuning, rate in rates.items()]
     entry = {"tuning": asdict(best), "measured": measured, "provider": model.provider, "size": model.size}
-    atomic.write_json(path, known | {_key(model): entry})
+    atomic.write_json(path, _known() | {_key(model): entry})
