@@ -36,7 +36,7 @@ def stored(model: Model) -> Tuning | None:
     entry = _known().get(_key(model))
     with contextlib.suppress(ValueError):
         if isinstance(entry, dict):
-            return TypeAdapter(Tuning).validate_python(entry.get("tuning"), strict=True)
+            return TypeAdapter(Tuning).validate_python(entry.get("tuning"))
     return None
 
 
