@@ -246,7 +246,7 @@ def _fits(model: torch.nn.Module, card: Card) -> None:
 def graph(model: torch.nn.Module, card: Card) -> bytes:
     """The ONNX file's content: the graph of `model` for images of `card.size`, any batch size, with `card` inside."""
     example = torch.zeros(2, 1, card.size, card.size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
             (example,),
@@ -374,7 +374,7 @@ def _compare(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float, b
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.onnx tells its progress on stdout and its worries in logs; what matters of them, the gate measures."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

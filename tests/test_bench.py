@@ -32,7 +32,7 @@ from mura_dist.refusal import Failure, Refusal
 from mura_dist.scan import scan
 from mura_dist.shards import Shards
 
-NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (3, 4), "encodings": (6, 0), "predict": (1, 3)}
+NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (3, 4), "encodings": (6, 0), "predict": (6, 4)}
 NUM_CONTENDERS |= {"train": (2, 3), "ranks": (2, 2)}
 MORE = {"pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activations"}}
 STARTED = [pipeline.CPU, pipeline.DALI, peers.FILES, peers.TAR, peers.READER]
