@@ -47,7 +47,7 @@ FLOORS = [
     {
         "numbers": {
             *("metrics", "intervals", "measure", "compare", "calibration", "order"),
-            *("html", "local", "report.plot", "report.curves", "report.pictures"),
+            *("html", "local", "heat", "report.plot", "report.curves", "report.pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -82,7 +82,7 @@ CONFINED = {
 }
 BASE = {
     *("card", "runtime", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
-    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
+    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
