@@ -25,7 +25,7 @@ BENCHES = (
 )
 BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals", "anatomy"}},
     {
         "on disk": {
             *(
