@@ -24,7 +24,11 @@ def edges() -> list[float]:
 
 
 def steps(cells: np.ndarray) -> np.ndarray:
-    """(h, w) logits -> int (h, w): 0 within the first edge, up to len(EDGES) beyond the last; the sign is the logit's."""
+    """(h, w) logits -> int (h, w): 0 within the first edge, up to len(EDGES) beyond the last; the sign is the logit's.
+
+    A cell that is no number, of a model that has diverged, stays clear.
+    """
+    cells = np.where(np.isnan(cells), 0, cells)
     return np.sign(cells).astype(int) * np.digitize(np.abs(cells), EDGES)
 
 

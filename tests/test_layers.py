@@ -33,6 +33,7 @@ FLOORS = [
                 "places",
                 "workers",
                 "guarded",
+                "pseudonyms",
                 "manifest",
                 "audit",
                 "radiograph",
@@ -64,7 +65,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "walk", "tables", "predict", "export"}},
+    {"delivery": {"runtime", "study_types", "walk", "tables", "overlays", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -81,7 +82,19 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
+    *(
+        "card",
+        "runtime",
+        "study_types",
+        "walk",
+        "tables",
+        "overlays",
+        "predict",
+        "describe",
+        "contact_sheet",
+        "score",
+        "cli",
+    ),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
