@@ -7,9 +7,11 @@ Of a DICOM whose pixels may show a name, none is written unless that is allowed;
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,12 @@ class Overlays:
     def withholds(self, identity: DicomIdentity | None) -> bool:
         return identity is not None and identity.may_show_text and not self.allow_pixels
 
-    def write(self, overlay: Overlay) -> None:
+    def write_all(self, some: Sequence[Overlay]) -> None:
+        """Return when they are on disk. By threads: at 320 px one takes 80 ms, nearly as long as a CPU's DenseNet-169."""
+        with ThreadPoolExecutor(min(len(some), os.cpu_count() or 1) or 1) as pool:
+            list(pool.map(self._write, some))
+
+    def _write(self, overlay: Overlay) -> None:
         pixels = picture(overlay.image, overlay.cells, overlay.logit, drawings=self.drawings)
         atomic.write_bytes(place(self.out, overlay.name), local.png(pixels))
 
@@ -84,9 +91,14 @@ def warning(num_withheld: int) -> Iterable[str]:
         )
 
 
+def counts(num_written: int, num_withheld: int) -> dict[str, int]:
+    """As predict.json has them."""
+    return {"num_overlays": num_written, "num_overlays_withheld": num_withheld}
+
+
 def counted(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """num_overlays and num_overlays_withheld over all parts of a run."""
-    total: Counter[str] = Counter({"num_overlays": 0, "num_overlays_withheld": 0})
+    """The counts of all parts of a run."""
+    total = Counter(counts(0, 0))
     for part in parts:
         total.update(part)
     return dict(total)
