@@ -147,7 +147,7 @@ def check(keytable: Path, out: Path, directory: Path) -> None:
     option = f"--pseudonyms {keytable}"
     for name, folder in (("--out", out), ("DIRECTORY", directory)):
         if _inside(keytable, folder):
-            raise Refusal(f"{option} lies inside {name} {folder}, whose names it undoes; give a file in another folder")
+            raise Refusal(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
     if keytable.is_dir():
         raise Refusal(f"{option} is a folder; give a file")
     if not keytable.parent.is_dir():

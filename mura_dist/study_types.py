@@ -6,6 +6,7 @@ Paths match as the tables have them, whatever the run calls them in public. No m
 """
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
@@ -77,7 +78,7 @@ def _alike(name: str, known: Collection[str], cutoff: float) -> str | None:
 
 
 def _word(study_type: str) -> str:
-    return study_type.upper().removeprefix("XR_")
+    return re.sub(r"^XR[\W_]*", "", study_type.upper())
 
 
 def match(given: Given, paths: Iterable[str]) -> list[str]:
