@@ -606,7 +606,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mura-dist"
-        return _end(WRONG, f"{error.format_message()} See {command} --help.", only_first=True)
+        said = error.format_message()
+        words = sys.argv if arguments is None else arguments
+        if any(
+            word.startswith("--pseudonyms") for word in words
+        ):  # click quotes what it did not expect: a shell's DIR/*
+            said = f"{said.partition(' (')[0]}."
+        return _end(WRONG, f"{said} See {command} --help.", only_first=True)
     except Stopped as error:
         return _end(STOPPED, str(error), only_first=True)
     except (KeyboardInterrupt, click.Abort):

@@ -52,6 +52,7 @@ class Reading(NamedTuple):
     failure: tuple[str, str]
 
 
+@pseudonyms.hushed
 def predict(
     model_path: Path,
     directory: Path,
@@ -76,26 +77,6 @@ def predict(
     `out` is not looked into where it lies inside `directory`. Raises Refusal, Stopped (SIGINT, SIGTERM: after the current
     chunk), OSError when the disk is full.
     """
-    options = (study_by, study_type, provider, format, batch_size, workers, overlays, allow_pixels, keytable)
-    with pseudonyms.hushed(directory, keytable is not None):
-        return _predict(model_path, directory, out, *options, progress)
-
-
-def _predict(
-    model_path: Path,
-    directory: Path,
-    out: Path,
-    study_by: str,
-    study_type: str | None,
-    provider: str,
-    format: str,
-    batch_size: int | None,
-    workers: int | None,
-    overlays: bool,
-    allow_pixels: bool,
-    keytable: Path | None,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
     started = time.perf_counter()
     _check(directory, out, study_by, format, batch_size, workers)
     names = _names(keytable, out, directory)
@@ -142,11 +123,11 @@ def _predict(
         stale.unlink(missing_ok=True)
     for name, frame in frames.items():
         tables.write(out / f"{name}.{format}", frame)
-    counts = counted(part["overlays"] for part in parts)
+    num_overlays = counted(part["overlays"] for part in parts)
     if allow_pixels and not overlays:
         warnings.append("--allow-pixels without --overlays changes nothing")
-    warnings += warning(counts["num_overlays_withheld"])
-    summary = _summary(frames, model, time.perf_counter() - started, counts, warnings) | {"plan": plan}
+    warnings += warning(num_overlays["num_overlays_withheld"])
+    summary = _summary(frames, model, time.perf_counter() - started, num_overlays, warnings) | {"plan": plan}
     atomic.write_json(out / "predict.json", summary)
     shutil.rmtree(out / ".parts")
     return summary

@@ -9,8 +9,10 @@ name again. Pseudonymous, not anonymous: the same file has the same name in ever
 
 import contextlib
 import csv
+import functools
 import hashlib
 import hmac
+import inspect
 import io
 import itertools
 import os
@@ -20,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from . import atomic
 from .refusal import Failure, Refusal, Stopped
@@ -31,6 +34,7 @@ _KEY_BYTES = 32
 _OTHERS = 0o077  # permissions of anybody but the owner
 
 Row = tuple[str, str, str, str]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def pseudonym(key: bytes, kind: str, *parts: str) -> str:
@@ -199,26 +203,43 @@ def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[
 # ---- what is said
 
 
+def hushed(function: F) -> F:
+    """Of a function that takes `directory` and `keytable`: with a key table, whatever goes wrong in it, no message names
+    the directory or what lies in it."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        given = signature.bind(*arguments, **options).arguments
+        with contextlib.nullcontext() if given.get("keytable") is None else _hush(given["directory"]):
+            return function(*arguments, **options)
+
+    return cast(F, called)
+
+
 @contextlib.contextmanager
-def hushed(directory: Path, hush: bool) -> Iterator[None]:
-    """Whatever goes wrong inside, no message names `directory` or what lies in it."""
-    if not hush:
-        yield
-        return
+def _hush(directory: Path) -> Iterator[None]:
     try:
         yield
     except (Refusal, Failure, Stopped) as error:
         raise type(error)(_without(directory, str(error))) from None
-    except OSError as error:
-        if error.filename is not None and _inside(Path(os.fsdecode(error.filename)), directory):
-            raise OSError(error.errno, error.strerror) from None
+    except ImportError:  # it names a package, and the command line knows the remedy
         raise
-    except Exception as error:  # a traceback quotes what it stumbled over
-        place = traceback.extract_tb(error.__traceback__)[-1]
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(error.errno, error.strerror, _outside(error.filename, directory)) from None
+        place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over
         raise Failure(
             f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; without --pseudonyms, where nobody "
             "else reads it, the same command says more"
         ) from None
+
+
+def _outside(name: Any, directory: Path) -> str | None:
+    """The file an error is about, where it does not lie in `directory`."""
+    if not isinstance(name, str | bytes) or _inside(Path(os.fsdecode(name)), directory):
+        return None
+    return os.fsdecode(name)
 
 
 def _without(directory: Path, text: str) -> str:

@@ -468,7 +468,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     assert words(everything(tmp_path / "out")) == []
 
 
-@pytest.mark.parametrize("directory", ["empty", "none", "file", "ward", "crash", "io", "table"])
+@pytest.mark.parametrize("directory", ["empty", "none", "file", "ward", "crash", "io", "strange", "table"])
 def test_no_message_names_a_path(
     directory: str,
     model: Path,
@@ -501,14 +501,30 @@ def test_no_message_names_a_path(
         monkeypatch.setattr(room, "_read", broken(KeyError(f"{ward}/{WORD}")))
     elif directory == "io":
         monkeypatch.setattr(room, "_read", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
+    elif directory == "strange":
+        monkeypatch.setattr(room, "_read", broken(OSError(f"cannot identify {ward}/{WORD}")))
     command = ["predict", str(model), str(source), "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
-    assert status == (FAILED if directory in ("crash", "io") else WRONG)
+    assert status == (FAILED if directory in ("crash", "io", "strange") else WRONG)
     assert words((captured.out + captured.err).encode()) == []
     assert len(captured.err.splitlines()) == 1
     wanted = {"crash": r"KeyError in .*\.py, line \d+; without --pseudonyms", "io": "Permission denied; mend it"}
+    wanted["strange"] = wanted["crash"].replace("Key", "OS")
     assert re.search(wanted.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
+
+
+def test_a_command_line_with_too_much_on_it_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a shell makes of DIRECTORY/*."""
+    command = ["predict", "model.onnx", "in", *(f"in/{WORD}{number}.png" for number in range(3)), "--out", "out"]
+    for option in (["--pseudonyms", "keys.csv"], ["--pseudonyms=keys.csv"]):
+        assert main([*command, *option]) == WRONG
+        assert capfd.readouterr() == (
+            "",
+            "mura-dist: Got unexpected extra arguments. See mura-dist predict --help.\n",
+        )
+    assert main(command) == WRONG
+    assert f"extra arguments (in/{WORD}0.png" in capfd.readouterr().err
 
 
 def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
