@@ -611,7 +611,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(
             word.startswith("--pseudonyms") for word in words
         ):  # click quotes what it did not expect: a shell's DIR/*
-            said = f"{said.partition(' (')[0]}."
+            said = f"{said.partition(' (')[0].rstrip('.')}."
         return _end(WRONG, f"{said} See {command} --help.", only_first=True)
     except Stopped as error:
         return _end(STOPPED, str(error), only_first=True)
