@@ -606,11 +606,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mura-dist"
-        said = error.format_message()
-        words = sys.argv if arguments is None else arguments
-        if any(
-            word.startswith("--pseudonyms") for word in words
-        ):  # click quotes what it did not expect: a shell's DIR/*
+        said, words = error.format_message(), sys.argv if arguments is None else arguments
+        # What it did not expect click quotes, and a shell makes names of DIRECTORY/*.
+        if any(word.startswith("--pseudonyms") for word in words):
             said = f"{said.partition(' (')[0].rstrip('.')}."
         return _end(WRONG, f"{said} See {command} --help.", only_first=True)
     except Stopped as error:
