@@ -44,6 +44,30 @@ def replacing(path: Path, *, aside: str = "") -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def creating(path: Path, *, mode: int = 0o666, aside: str = "") -> Iterator[IO[bytes]]:
+    """As `replacing`, but what lies at `path` stays: FileExistsError at the block's end. Of several writers one is first.
+
+    `mode`: the file's permissions from its first byte on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{aside}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # the last is Windows' own
+        with open(os.open(partial, flags, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if os.name == "nt":
+            os.rename(partial, path)  # there it refuses what exists
+        else:
+            os.link(partial, path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)

@@ -562,6 +562,25 @@ def _compared(facts: dict[str, Any], precision: str) -> str:
     help="A study type for all, or a CSV of path,study_type.  [default: as paths and DICOM tell]",
 )
 @click.option(
+    "--overlays",
+    is_flag=True,
+    help="Also a PNG of each radiograph and its class activation map, into OUT/overlays. LOCAL ONLY: they hold radiographs, "
+    "and what text is burned into a PNG or JPEG shows.",
+)
+@click.option(
+    "--allow-pixels",
+    is_flag=True,
+    help="Overlays of DICOMs too whose pixels may show a name: BurnedInAnnotation, secondary captures.",
+)
+@click.option(
+    "--pseudonyms",
+    "keytable",
+    type=a_path,
+    default=None,
+    metavar="KEYTABLE",
+    help="Files and studies go by pseudonyms in all that is written and said; KEYTABLE, a CSV outside OUT, leads back.",
+)
+@click.option(
     "--provider", default="cpu", show_default=True, help="ONNX Runtime's execution provider: cpu, cuda, tensorrt."
 )
 @click.option("--format", default="csv", show_default=True, help="csv or parquet.")
@@ -573,6 +592,7 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
 
     Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed.
     """
+    from . import local
     from .predict import predict as run
 
     with progress_bar("predicting", quiet) as progress:
@@ -582,6 +602,8 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         f"{summary['num_positive']} of {summary['num_calls']} calls positive, "
         f"{summary['num_failures']} failures, {summary['seconds']:.1f} s"
     )
+    if summary["num_overlays"]:
+        click.echo(f"overlays ({local.MARK}): {summary['num_overlays']}, {summary['num_overlays_withheld']} withheld")
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")
     click.echo(mura.TERMS)
@@ -637,7 +659,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mura-dist"
-        return _end(WRONG, f"{error.format_message()} See {command} --help.", only_first=True)
+        said, words = error.format_message(), sys.argv if arguments is None else arguments
+        # What it did not expect click quotes, and a shell makes names of DIRECTORY/*.
+        if any(word.startswith("--pseudonyms") for word in words):
+            said = f"{said.partition(' (')[0].rstrip('.')}."
+        return _end(WRONG, f"{said} See {command} --help.", only_first=True)
     except Stopped as error:
         return _end(STOPPED, str(error), only_first=True)
     except (KeyboardInterrupt, click.Abort):

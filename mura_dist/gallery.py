@@ -3,8 +3,7 @@
     studies -> choose (surest errors, random hits) -> look at their views -> gallery/*.png, one a study --> gallery.html
     radiographs, a seeded sample -> maps.stability, maps.agreement -------------------------------------^-> gallery.json (last)
 
-One scale of logits for all maps of all galleries (`EDGES`), so that two maps may be compared; a map stretched to its own
-extremes would show something red on every radiograph. Its cells are drawn as what they are: no smoothing, no outline.
+One scale of logits for all maps of all galleries (heat.py), so that two maps may be compared.
 """
 
 import re
@@ -19,16 +18,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from . import atomic, local, maps, mura, order
+from . import atomic, heat, local, maps, mura, order
 from .html import Html, banner, element, section, tile
 from .metrics import sigmoid
 from .refusal import Refusal
 from .shards import Damaged, Shards
 
-EDGES = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits of a cell, on either side of 0: where one colour ends and the next begins
 NAMES = {"missed": 0, "false-alarm": 1, "hit-abnormal": 2, "hit-normal": 3}  # of the groups; and the order's stream
-_OPACITY = (0.0, 0.22, 0.33, 0.44, 0.55, 0.66)
-_AGAINST, _FOR = (61, 155, 255), (255, 138, 31)  # blue and orange: apart for every kind of colour vision
 _PICTURE = re.compile(rf"(?:{'|'.join(NAMES)})-\d+\.png")
 
 TITLES = {
@@ -268,7 +264,7 @@ def _content(
         "measured_on": shards.trained_on,
         "note": facts.get("note"),
         "seed": wanted.seed,
-        "scale": {"edges_logit": list(EDGES), "of": "a cell's logit, on either side of 0; the same for all maps"},
+        "scale": {"edges_logit": list(heat.EDGES), "of": "a cell's logit, on either side of 0; the same for all maps"},
         "map": {"cells": [h, w], "cell_px": [shards.size / h, shards.size / w], "caveat": caveat(h, w, shards.size)},
         "num_sampled": numbers["num_sampled"],
         "stability": numbers["stability"],
@@ -304,29 +300,6 @@ def caveat(h: int, w: int, size: int) -> str:
 # ---- pictures
 
 
-def steps(cells: np.ndarray) -> np.ndarray:
-    """(h, w) logits -> int (h, w): 0 within the first edge, up to len(EDGES) beyond the last; the sign is the logit's."""
-    return np.sign(cells).astype(int) * np.digitize(np.abs(cells), EDGES)
-
-
-def colour(step: int) -> tuple[tuple[int, int, int], float]:
-    """What a cell of that step is painted with, and how opaque."""
-    return (_FOR if step > 0 else _AGAINST), _OPACITY[abs(step)]
-
-
-def painted(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """pixels (S, S) uint8 with the map over them, a line between its cells: uint8 (S, S, 3)."""
-    size = len(pixels)
-    step = steps(cells)
-    ours = np.array([colour(one)[0] for one in step.flat], np.float64).reshape(*step.shape, 3)
-    opacity = np.array([colour(one)[1] for one in step.flat]).reshape(step.shape)
-    y, x = (np.arange(size) * num // size for num in step.shape)  # the cell over each pixel
-    opacity = opacity[y][:, x, None]
-    opacity[np.diff(y, append=-1) != 0] = 0
-    opacity[:, np.diff(x, append=-1) != 0] = 0
-    return np.rint(pixels[..., None] * (1 - opacity) + ours[y][:, x] * opacity).astype(np.uint8)
-
-
 def picture(study: Study) -> np.ndarray:
     """One study for a file: its words, its views alone and under their maps, the scale, the mark. uint8 (H, W, 3)."""
     size = max((len(view.pixels) for view in study.views), default=320)
@@ -345,35 +318,15 @@ def picture(study: Study) -> np.ndarray:
     draw.text((2 * gap, 62), f"{study.study}{_damage(study)}", "#5b6570", small)
     for place, view in enumerate(study.views):
         x, y = 2 * gap + place % columns * (pair + 3 * gap), top + place // columns * line
-        both = (np.repeat(view.pixels[..., None], 3, axis=2), painted(view.pixels, view.cells))
+        both = (np.repeat(view.pixels[..., None], 3, axis=2), heat.painted(view.pixels, view.cells))
         for number, pixels in enumerate(both):
             shown = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(shown, (x + number * (side + gap), y))
         draw.text((x, y + side + 3), _view_words(view), "#1b1f24", small)
-    _draw_scale(canvas, 2 * gap, height - 122, min(width - 4 * gap, 640), small)
+    heat.draw_scale(canvas, 2 * gap, height - 122, min(width - 4 * gap, 640), small)
     for number, words in enumerate(("The map does not outline a lesion.", f"{mura.TERMS}.")):
         draw.text((2 * gap, height - 42 + 18 * number), words, "#5b6570", ImageFont.load_default(13))
     return np.asarray(canvas)
-
-
-def _draw_scale(canvas: Image.Image, x: int, y: int, width: int, font: Any) -> None:
-    """The colours over black and over white, for that is what they lie on."""
-    draw, numbers = ImageDraw.Draw(canvas), range(-len(EDGES), len(EDGES) + 1)
-    draw.text((x, y), "A cell's logit: blue lowers it, orange raises it, clear is near 0", "#1b1f24", font)
-    slot = width / len(numbers)
-    for place, step in enumerate(numbers):
-        for half, grey in enumerate((0, 255)):
-            rgb, opacity = colour(step)
-            mixed = tuple(round(grey * (1 - opacity) + part * opacity) for part in rgb)
-            left, upper = x + place * slot, y + 22 + 14 * half
-            draw.rectangle((left, upper, left + slot, upper + 14), fill=mixed)
-    draw.rectangle((x, y + 22, x + width, y + 50), outline="#8995a1")
-    for place, edge in enumerate(_edges(), start=1):
-        draw.text((x + place * slot, y + 54), f"{edge:g}", "#1b1f24", font, anchor="ma")
-
-
-def _edges() -> list[float]:
-    return [-edge for edge in reversed(EDGES)] + list(EDGES)
 
 
 def _damage(study: Study) -> str:
@@ -399,8 +352,8 @@ body { max-width: 84rem }
 .caveat { border: 1px solid var(--warn); border-radius: .4rem; padding: .6rem .9rem; max-width: none }
 @media print { .scale { position: static } .views { grid-template-columns: 1fr 1fr } }
 """
-    + f".a {{ fill: rgb{_AGAINST} }} .f {{ fill: rgb{_FOR} }}\n"
-    + "\n".join(f".s{step} {{ fill-opacity: {opacity} }}" for step, opacity in enumerate(_OPACITY) if step)
+    + f".a {{ fill: rgb{heat.AGAINST} }} .f {{ fill: rgb{heat.FOR} }}\n"
+    + "\n".join(f".s{step} {{ fill-opacity: {opacity} }}" for step, opacity in enumerate(heat.OPACITY) if step)
 )
 
 
@@ -525,7 +478,7 @@ def _verdict(agreement: dict[str, Any]) -> str:
 
 
 def _scale() -> Html:
-    numbers, slot = range(-len(EDGES), len(EDGES) + 1), 40
+    numbers, slot = heat.STEPS, 40
     width = slot * len(numbers)
     parts = [
         element("rect", x=0, y=half * 9, width=width, height=9, fill=grey) for half, grey in enumerate(("#000", "#fff"))
@@ -534,9 +487,9 @@ def _scale() -> Html:
     parts.append(element("rect", x=0.5, y=0.5, width=width - 1, height=17, fill="none", stroke="#8995a1"))
     parts += [
         element("text", f"{edge:g}".replace("-", "−"), x=place * slot, y=32, text_anchor="middle", fill="currentColor")
-        for place, edge in enumerate(_edges(), start=1)
+        for place, edge in enumerate(heat.edges(), start=1)
     ]
-    alt = f"Colours of a cell by its logit: blue below 0, orange above, clear near 0; they change at {_edges()}"
+    alt = f"Colours of a cell by its logit: blue below 0, orange above, clear near 0; they change at {heat.edges()}"
     drawing = element("svg", *parts, viewBox=f"0 0 {width} 36", role="img", aria_label=alt, font_size="13")
     words = "One scale for all maps, a cell's logit: blue lowers it, orange raises it, clear is near 0."
     return element("figure", element("figcaption", words), drawing, class_="scale")
@@ -577,7 +530,7 @@ def _figure(study: Study, view: View, place: int) -> Html:
     h, w = view.cells.shape
     alone = element("image", id=name, href=local.uri(view.pixels), width=size, height=size)
     again = element("use", href=f"#{name}", x=size + gap)
-    step, tall, wide = steps(view.cells), size / h, size / w
+    step, tall, wide = heat.steps(view.cells), size / h, size / w
     cells = [
         _cell(step[i, j], size + gap + j * wide, i * tall, wide - 1, tall - 1)
         for i in range(h)

@@ -1,7 +1,8 @@
 """A directory of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    walk.find -> chunks of 256 files -> read ahead by threads (radiograph.read) -> batches -> Model.logits
-        -> OUT/.parts/000000.json, one a chunk -> tables -> predict.json (last: it says "done")
+    walk.find -> chunks of 256 files -> read ahead by threads (radiograph.read) -> batches -> Model.outputs
+        -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables
+        -> predict.json (last: it says "done")
 
 Every file ends in exactly one of predictions and failures. A chunk is the unit of resumption: killed anywhere, the same
 command makes the missing ones, and the same bytes. `OUT/.parts/plan.json` says what the run is; another model, other
@@ -23,7 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -32,9 +33,11 @@ import numpy as np
 import pandas as pd
 import PIL
 
-from . import __version__, atomic, mura, radiograph, tables, walk
+from . import __version__, atomic, mura, pseudonyms, radiograph, study_types, tables, walk
 from .card import Card
+from .overlays import FOLDER, Overlay, Overlays, counted, counts, warning
 from .points import BANDS
+from .pseudonyms import Names
 from .refusal import Refusal, Stopped
 from .runtime import ONNXRUNTIME, PROVIDERS, Model
 
@@ -49,6 +52,7 @@ class Reading(NamedTuple):
     failure: tuple[str, str]
 
 
+@pseudonyms.hushed
 def predict(
     model_path: Path,
     directory: Path,
@@ -60,43 +64,70 @@ def predict(
     format: str = "csv",
     batch_size: int | None = None,
     workers: int | None = None,
+    overlays: bool = False,
+    allow_pixels: bool = False,
+    keytable: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Predict every radiograph below `directory` into tables in `out`; returns predict.json's content. Resumes.
 
     study_by: auto, folder or file; study_type: a study type for all, or a CSV of path,study_type; provider: see
-    Model.load; format: csv or parquet; workers: threads that read. `out` is not looked into where it lies inside
-    `directory`. Raises Refusal, Stopped (SIGINT, SIGTERM: after the current chunk), OSError when the disk is full.
+    Model.load; format: csv or parquet; workers: threads that read; overlays: draw every radiograph and its map, with
+    allow_pixels those too whose pixels may show a name; keytable: files and studies go by pseudonyms, and this file leads back.
+    `out` is not looked into where it lies inside `directory`. Raises Refusal, Stopped (SIGINT, SIGTERM: after the current
+    chunk), OSError when the disk is full.
     """
     started = time.perf_counter()
     _check(directory, out, study_by, format, batch_size, workers)
+    names = _names(keytable, out, directory)
     model = Model.load(model_path, provider)
-    given = walk.study_types(study_type)
+    known = frozenset((*model.card.study_types, *model.card.thresholds))
+    given = study_types.read(study_type)
+    warnings = study_types.check(given, known)
     files = walk.find(directory, leave_out=out)
     if not files:
         raise Refusal(f"{directory} holds no files; give a folder of radiographs")
+    warnings += study_types.match(given, (walk.printable(file.path) for file in files))
+    if keytable is not None:
+        # In the order of their names the lines would tell them to whoever has a list of the files.
+        files.sort(key=lambda file: names.file(walk.printable(file.path)))
     plan = {
         "version": __version__,
         "model_sha256": model.sha256,
         "num_files": len(files),
-        "files_sha256": walk.digest(files),
+        "files_sha256": names.digest(walk.digest(files)),
         "study_by": study_by,
-        "study_type": given if given is None or isinstance(given, str) else f"table {_digest(given)}",
+        "study_type": given if given is None or isinstance(given, str) else f"table {names.digest(_digest(given))}",
         "provider": model.provider,
         "format": format,
+        "overlays": overlays,
+        "allow_pixels": allow_pixels,
+        "pseudonyms": names.fingerprint,
     }
+    if keytable is not None and not (out / "predict.json").is_file():
+        paths = (walk.printable(file.path) for file in files)
+        pseudonyms.check_files(keytable, ((path, names.file(path)) for path in paths))
     if (summary := _begun(out, plan)) is not None:
         return summary
-    known = frozenset((*model.card.study_types, *model.card.thresholds))
-    grouping = walk.Grouping(Path(os.path.abspath(directory)).as_posix(), study_by, given, known)
+    place = Path(os.path.abspath(directory)).as_posix()
+    grouping = walk.Grouping(place, study_by, given, known, names, apart=(out, directory))
     batch_size = batch_size or (8 if model.provider == PROVIDERS["cpu"] else 64)
     run = _Run(model, directory, grouping, out / ".parts", batch_size, workers or _num_workers())
-    frames = tables.build(_make_parts(run, files, progress), model.card)
+    if overlays:
+        run = replace(run, overlays=Overlays(out, allow_pixels, model.card.trained_on.kind == "phantoms"))
+    parts = _make_parts(run, files, progress)
+    if keytable is not None:
+        pseudonyms.write(keytable, lambda: _ways_back(run, files, parts))
+    frames = tables.build(parts, model.card)
     for stale in out.glob(".*.partial"):  # of a run that was killed
         stale.unlink(missing_ok=True)
     for name, frame in frames.items():
         tables.write(out / f"{name}.{format}", frame)
-    summary = _summary(frames, model, time.perf_counter() - started) | {"plan": plan}
+    num_overlays = counted(part["overlays"] for part in parts)
+    if allow_pixels and not overlays:
+        warnings.append("--allow-pixels without --overlays changes nothing")
+    warnings += warning(num_overlays["num_overlays_withheld"])
+    summary = _summary(frames, model, time.perf_counter() - started, num_overlays, warnings) | {"plan": plan}
     atomic.write_json(out / "predict.json", summary)
     shutil.rmtree(out / ".parts")
     return summary
@@ -125,6 +156,13 @@ def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: i
         raise Refusal(f"--out {out} is the directory of radiographs itself; give another folder")
 
 
+def _names(keytable: Path | None, out: Path, directory: Path) -> Names:
+    if keytable is None:
+        return Names()
+    pseudonyms.check(keytable, out, directory)
+    return Names(pseudonyms.site_key(out, directory))
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -141,7 +179,7 @@ def _begun(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         _compare(out, _load(planned), plan)
         return None
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
-    if found := [name for name in names if (out / name).exists()]:
+    if found := [name for name in (*names, FOLDER) if (out / name).exists()]:
         raise Refusal(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
     atomic.write_json(planned, plan)
     return None
@@ -180,6 +218,11 @@ class _Run:
     parts: Path
     batch_size: int
     workers: int
+    overlays: Overlays | None = None
+
+    def name(self, file: walk.File) -> str:
+        """Of a file, as the tables have it."""
+        return self.grouping.names.file(walk.printable(file.path))
 
 
 def _make_parts(run: _Run, files: list[walk.File], progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
@@ -190,6 +233,8 @@ def _make_parts(run: _Run, files: list[walk.File], progress: Callable[[int, int]
     todo = {path: chunk for path, chunk in chunks.items() if not path.is_file()}
     done = len(files) - sum(map(len, todo.values()))
     progress(done, len(files))
+    if run.overlays is not None:
+        run.overlays.begin()
     with _stop_asked() as asked, ThreadPoolExecutor(run.workers) as pool:
         readings = _read_ahead(run, pool, itertools.chain.from_iterable(todo.values()))
         readings = _count(readings, done, len(files), progress)
@@ -234,28 +279,57 @@ def _part(run: _Run, chunk: list[walk.File], readings: Iterator[Reading]) -> dic
     """What tables.build takes, of one chunk; `readings` begin with the chunk's and go on into the next."""
     rows: list[tuple[str, str, str]] = []
     failures: list[tuple[str, str, str]] = []
-    images: list[np.ndarray] = []
+    batch: list[_View] = []
     logits: list[float] = []
+    num_withheld = 0
     for file in chunk:
-        path, reading = walk.printable(file.path), next(readings)
+        name, reading = run.name(file), next(readings)
         if reading.image is None:
-            failures.append((path, *reading.failure))
+            failures.append((name, *reading.failure))
             continue
-        rows.append((path, *run.grouping.of(file.path, reading.identity)))
-        images.append(reading.image)
-        if len(images) == run.batch_size:
-            logits += _flush(run.model, images)
-    logits += _flush(run.model, images)
-    return {"predictions": [[*row, logit] for row, logit in zip(rows, logits, strict=True)], "failures": failures}
+        rows.append((name, *run.grouping.of(file.path, reading.identity)))
+        draw = run.overlays is not None and not run.overlays.withholds(reading.identity)
+        num_withheld += run.overlays is not None and not draw
+        batch.append(_View(name, reading.image, draw))
+        if len(batch) == run.batch_size:
+            logits += _flush(run, batch)
+    logits += _flush(run, batch)
+    return {
+        "predictions": [[*row, logit] for row, logit in zip(rows, logits, strict=True)],
+        "failures": failures,
+        "overlays": counts(len(rows) - num_withheld if run.overlays is not None else 0, num_withheld),
+    }
 
 
-def _flush(model: Model, images: list[np.ndarray]) -> list[float]:
-    """The logits of `images`, (S, S) uint8 each, and none of the images."""
-    if not images:
+class _View(NamedTuple):
+    name: str
+    image: np.ndarray  # (S, S) uint8
+    draw: bool
+
+
+def _flush(run: _Run, batch: list[_View]) -> list[float]:
+    """The logits of `batch`, whose overlays are on disk then; nothing stays in it."""
+    if not batch:
         return []
-    logits: list[float] = model.logits(np.stack(images)[:, None]).tolist()
-    images.clear()
-    return logits
+    images = np.stack([view.image for view in batch])[:, None]
+    if run.overlays is None:
+        logits = run.model.logits(images)
+    else:
+        logits, cells = run.model.outputs(images)
+        seen = zip(batch, cells, logits.tolist(), strict=True)
+        run.overlays.write_all([Overlay(view.name, view.image, *found) for view, *found in seen if view.draw])
+    batch.clear()
+    return logits.tolist()
+
+
+def _ways_back(run: _Run, files: list[walk.File], parts: list[dict[str, Any]]) -> Iterator[pseudonyms.Row]:
+    """A line a file for the key table. A DICOM's study has no other name than its pseudonym; what failed has no study."""
+    studies = {name: study for part in parts for name, study, *_ in part["predictions"]}
+    for file in files:
+        name, study = run.name(file), run.grouping.place(file.path)
+        known_as = studies.get(name, "")
+        by_path = known_as == run.grouping.names.study(study)
+        yield walk.printable(file.path), name, study if by_path else known_as, known_as
 
 
 @contextlib.contextmanager
@@ -280,7 +354,9 @@ def _stop_asked() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _summary(frames: dict[str, pd.DataFrame], model: Model, seconds: float) -> dict[str, Any]:
+def _summary(
+    frames: dict[str, pd.DataFrame], model: Model, seconds: float, num_overlays: dict[str, int], warnings: list[str]
+) -> dict[str, Any]:
     """predict.json: counts, warnings, what computed, and the terms. `seconds` are those of the last command."""
     views, studies, failures = (frames[name] for name in tables.NAMES)
     card = model.card
@@ -294,8 +370,9 @@ def _summary(frames: dict[str, pd.DataFrame], model: Model, seconds: float) -> d
         "studies_by_band": {name: int((studies["band"] == name).sum()) for name in BANDS},
         "num_failures": len(failures),
         "failures_by_code": dict(sorted(Counter(failures["code"]).items())),
+        **num_overlays,
         "studies_by_type": dict(sorted(Counter(studies["study_type"]).items())),
-        "warnings": _warnings(studies, card),
+        "warnings": warnings + _warnings(studies, card),
         "seconds": round(seconds, 3),
         "model": {
             "sha256": model.sha256,

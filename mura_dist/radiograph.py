@@ -28,13 +28,15 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
+
+from . import anatomy
 
 Source = Path | str | bytes | BinaryIO
 Code = Literal["not_image", "out_of_scope", "unreadable", "too_large"]
@@ -75,7 +77,11 @@ _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE, 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG, 
 _FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
 _MODALITIES = ("CR", "DX", "RG", "OT", "SC")
 _SOP_CLASSES = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7")  # CR, DX, SC
-_IDENTITY_TAGS = ["StudyInstanceUID", "BodyPartExamined", "Laterality", "ImageLaterality", "SpecificCharacterSet"]
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # the single-frame one; the multi-frame ones continue it
+_CAPTURED = ("SC", "OT")  # modalities
+_IDENTITY_TAGS = ["SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined", "AnatomicRegionSequence"]
+_IDENTITY_TAGS += ["Laterality", "ImageLaterality"]
+_IDENTITY_TAGS += ["SOPClassUID", "Modality", "ConversionType", "BurnedInAnnotation"]
 
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = dict(enumerate((Image.Transpose[name] for name in _UPRIGHT_NAMES.split()), start=2))  # by EXIF orientation
@@ -99,11 +105,17 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DicomIdentity:
-    """What a DICOM says of its place in the world, as written; "" where it does not say."""
+    """What a DICOM says of its place in the world; "" where it does not say. Body part and laterality are told alike
+    whatever the device's capitals and padding; they may be free text, and hold a name.
+
+    `may_show_text`: its pixels may hold a name too. BurnedInAnnotation is there and is not NO; or it is a secondary capture,
+    whose text often is the screen's; or its header could not be read. False promises nothing: the tag is optional.
+    """
 
     study_uid: str
     body_part: str
     laterality: str
+    may_show_text: bool = False
 
 
 def read(source: Source, size: int) -> np.ndarray:
@@ -128,11 +140,56 @@ def identity(path: Path | str | bytes) -> DicomIdentity | None:
             head = file.read(HEADER_BYTES)
         if _kind(head) != "DICOM":
             return None
-        header = _parse_dicom(head, stop_before_pixels=True, specific_tags=_IDENTITY_TAGS)
-        laterality = _text(header, "Laterality") or _text(header, "ImageLaterality")
-        return DicomIdentity(_text(header, "StudyInstanceUID"), _text(header, "BodyPartExamined"), laterality)
     except Exception:  # whatever is wrong with the file, `read` says it better
         return None
+    try:
+        content = io.BytesIO(head)
+        header = _parse_dicom(content, stop_before_pixels=True, specific_tags=_IDENTITY_TAGS)
+    except Exception:
+        return DicomIdentity("", "", "", may_show_text=True)
+    # Where the pixels, or the end, lie beyond what was looked at, the header may go on with what matters here.
+    whole = len(head) < HEADER_BYTES or content.tell() < len(head)
+    return DicomIdentity(
+        _told(header, "StudyInstanceUID"),
+        _body_part(header),
+        # An image's own laterality before its series': a series of both hands has "B", or whichever came first.
+        anatomy.laterality(_told(header, "ImageLaterality") or _told(header, "Laterality")),
+        _may_show_text(header) or not whole,
+    )
+
+
+def _told(header: Any, keyword: str) -> str:
+    """As written, several values as DICOM writes them; "" where it is not there or holds what cannot be read."""
+    try:
+        value = header.get(keyword)
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+            return "\\".join(map(str, value))
+        return str(value or "").strip(" \0")
+    except Exception:  # pydicom converts when it is asked: of the wrong kind, beyond its range, in no known alphabet
+        return ""
+
+
+def _body_part(header: Any) -> str:
+    """As written; where nothing is, by the code of the anatomic region."""
+    if written := anatomy.plain(_told(header, "BodyPartExamined")):
+        return written
+    with contextlib.suppress(Exception):  # none, several, or no sequence at all
+        (region,) = header.AnatomicRegionSequence
+        return anatomy.of_code(_told(region, "CodingSchemeDesignator"), _told(region, "CodeValue"))
+    return ""
+
+
+def _may_show_text(header: Any) -> bool:
+    classes = (_told(header.file_meta, "MediaStorageSOPClassUID"), _told(header, "SOPClassUID"))
+    if any(one.startswith(_SECONDARY_CAPTURE) for one in classes):
+        return True
+    # The type of conversion stands in the module of secondary captures alone: digitised films carry labels, too.
+    if anatomy.plain(_told(header, "Modality")) in _CAPTURED or "ConversionType" in header:
+        return True
+    try:
+        return anatomy.plain(str(header.get("BurnedInAnnotation") or "NO")) != "NO"
+    except Exception:  # it says something, and nobody knows what
+        return True
 
 
 def _grey(source: Source) -> Image.Image:
@@ -323,13 +380,13 @@ def _hushed() -> Iterator[None]:
 # ---- DICOM
 
 
-def _parse_dicom(data: bytes, **options: Any) -> Any:
+def _parse_dicom(content: io.BytesIO, **options: Any) -> Any:
     """pydicom's dataset. Raises Unreadable for a deflated one: pydicom would inflate it without a bound."""
-    if _DEFLATED in data:
+    if _DEFLATED in content.getvalue():  # which copies nothing
         raise Unreadable("out_of_scope", "a deflated DICOM; store it uncompressed or as JPEG 2000")
     import pydicom
 
-    dataset = pydicom.dcmread(io.BytesIO(data), force=True, **options)
+    dataset = pydicom.dcmread(content, force=True, **options)
     if "TransferSyntaxUID" not in dataset.file_meta:  # a bare one: pydicom took the encoding from its first element
         dataset.file_meta.TransferSyntaxUID = _BARE_SYNTAX[dataset.original_encoding]
     return dataset
@@ -342,7 +399,9 @@ def _text(header: Any, keyword: str) -> str:
 def _from_dicom(data: bytes) -> Image.Image:
     from pydicom.pixels import pixel_array
 
-    dataset = _parse_dicom(data)  # an empty one, but for its group 0002, if the file ends in the midst of its pixels
+    dataset = _parse_dicom(
+        io.BytesIO(data)
+    )  # an empty one, but for its group 0002, if the file ends in the midst of its pixels
     _check_scope(dataset)
     width, height, samples = int(dataset.Columns), int(dataset.Rows), int(dataset.SamplesPerPixel)
     _check_size(width, height)

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, run
 from PIL import Image
 
-from mura_dist import evaluate, gallery, maps
+from mura_dist import evaluate, gallery, heat, maps
 from mura_dist.cli import DONE, main
 from mura_dist.pipeline.cpu import augment
 from mura_dist.refusal import Refusal
@@ -264,9 +264,9 @@ def test_maps_of_another_shape_are_not_compared() -> None:
 def test_a_logit_has_one_colour() -> None:
     edges = [-8, -4, -2, -1, -0.5, 0.5, 1, 2, 4, 8]
     middles = [-99, -6, -3, -1.5, -0.7, 0, 0.7, 1.5, 3, 6, 99]
-    assert gallery.steps(np.array([middles])).tolist() == [[-5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5]]
-    assert gallery.steps(np.array([edges])).tolist() == [[-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]]
-    assert len({gallery.colour(step) for step in range(-5, 6) if step}) == 10
+    assert heat.steps(np.array([middles])).tolist() == [[-5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5]]
+    assert heat.steps(np.array([edges])).tolist() == [[-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]]
+    assert len({heat.colour(step) for step in range(-5, 6) if step}) == 10
 
 
 @pytest.mark.parametrize("others", [-20.0, 0.0, 3.0, 500.0])
@@ -275,12 +275,12 @@ def test_a_cell_is_painted_alike_whatever_the_others_hold(others: float) -> None
     pixels = np.full((40, 40), 100, np.uint8)
     cells = np.full((4, 4), others)
     cells[1, 2] = 1.5
-    found = gallery.painted(pixels, cells)
-    (red, green, blue), opacity = gallery.colour(2)
+    found = heat.painted(pixels, cells)
+    (red, green, blue), opacity = heat.colour(2)
     wanted = [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
     assert (found[10:19, 20:29] == wanted).all()
     assert (found[19, 20:30] == 100).all()  # the line between cells
-    assert gallery.colour(0)[1] == 0
+    assert heat.colour(0)[1] == 0
 
 
 # ---- the gallery as a whole
@@ -349,7 +349,7 @@ def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]]
     frame, wanted = opened.manifest.frame, []
     for study in found["studies"]:
         for row in frame.index[frame["study"] == study["study"]]:
-            wanted += [int(step) for step in gallery.steps(sees(opened.pixels(row)[None, None])[1][0]).flat if step]
+            wanted += [int(step) for step in heat.steps(sees(opened.pixels(row)[None, None])[1][0]).flat if step]
     text = (out / "gallery.html").read_text().split("</style>")[1].split("</section>", 1)[1]
     after_scale = text[text.index("</figure>") :]
     told = [(1 if sign == "f" else -1) * int(step) for sign, step in re.findall(r'class="([fa]) s(\d)"', after_scale)]

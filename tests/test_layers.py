@@ -25,7 +25,7 @@ BENCHES = (
 )
 BENCHES += (".training", ".ranks", ".prediction")
 FLOORS = [
-    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals"}},
+    {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals", "anatomy"}},
     {
         "on disk": {
             *(
@@ -33,6 +33,7 @@ FLOORS = [
                 "places",
                 "workers",
                 "guarded",
+                "pseudonyms",
                 "manifest",
                 "audit",
                 "radiograph",
@@ -47,7 +48,7 @@ FLOORS = [
     {
         "numbers": {
             *("metrics", "intervals", "measure", "compare", "calibration", "order"),
-            *("html", "local", "report.plot", "report.curves", "report.pictures"),
+            *("html", "local", "heat", "report.plot", "report.curves", "report.pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -64,7 +65,21 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "tuning", "walk", "tables", "predict", "quantise", "variants", "triton", "export"}},
+    {
+        "delivery": {
+            "runtime",
+            "tuning",
+            "study_types",
+            "walk",
+            "tables",
+            "overlays",
+            "predict",
+            "quantise",
+            "variants",
+            "triton",
+            "export",
+        }
+    },
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -82,8 +97,9 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "tuning", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
-    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
+    *("card", "runtime", "tuning", "study_types", "walk", "tables", "overlays", "predict", "cli"),
+    *("describe", "contact_sheet", "score"),
+    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}

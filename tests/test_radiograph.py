@@ -27,7 +27,7 @@ from pydicom.pixels import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
-from mura_dist import radiograph
+from mura_dist import anatomy, mura, radiograph
 from mura_dist.radiograph import MAX_BYTES, MAX_PIXELS, Unreadable, decode, identity, read
 
 CR, DX_PROCESSING, SC = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7"
@@ -651,16 +651,174 @@ def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
 # ---- identity, imports
 
 
+def told(tmp_path: Path, data: bytes) -> radiograph.DicomIdentity | None:
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    return identity(path)
+
+
+PLAIN = {"SOPClassUID": CR, "Modality": "CR"}
+
+
+def region(scheme: str, code: str) -> Any:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code, scheme, "Doe^Jane"
+    return Sequence([item])
+
+
+def raw(data: bytes, tag: bytes, kind: bytes, value: bytes) -> bytes:
+    """The first element of that tag with another VR and value."""
+    place = data.index(tag)
+    (length,) = struct.unpack_from("<H", data, place + 6)
+    return data[: place + 4] + kind + struct.pack("<H", len(value)) + value + data[place + 8 + length :]
+
+
 def test_identity(tmp_path: Path) -> None:
     path = tmp_path / "image"
-    path.write_bytes(dicom(GREY, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
+    path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
     assert identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
-    path.write_bytes(dicom(GREY, Laterality="R", ImageLaterality="L"))
-    assert identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "R")
-    path.write_bytes(dicom(GREY, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
+    path.write_bytes(dicom(GREY, **PLAIN, Laterality="R", ImageLaterality="L"))
+    assert identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), "the image's own before its series'"
+    path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
     assert identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
     path.write_bytes(saved(GREY_IMAGE, "PNG"))
     assert identity(path) is None
+    found = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+@pytest.mark.parametrize(
+    ("values", "body_part", "laterality"),
+    [
+        ({"BodyPartExamined": " wrist ", "Laterality": "l "}, "WRIST", "L"),
+        ({"BodyPartExamined": "Upper_Arm", "Laterality": "right"}, "UPPER ARM", "R"),
+        ({"BodyPartExamined": ["HAND", "WRIST"], "Laterality": ["L", "R"]}, "HAND\\WRIST", "L\\R"),
+        ({"BodyPartExamined": "", "ImageLaterality": "U"}, "", "U"),
+        ({"BodyPartExamined": "HIP", "AnatomicRegionSequence": region("SRT", "T-D8600")}, "HIP", ""),
+        ({"AnatomicRegionSequence": region("SRT", "T-D8600")}, "WRIST", ""),
+        ({"AnatomicRegionSequence": region("SCT", " 16953009 ")}, "ELBOW", ""),
+        ({"BodyPartExamined": "HAND", "AnatomicRegionSequence": region("SCT", "74670003")}, "HAND", ""),
+        ({"AnatomicRegionSequence": region("LN", "74670003")}, "", ""),
+        ({"AnatomicRegionSequence": region("SCT", "Doe^Jane")}, "", ""),
+        ({"AnatomicRegionSequence": Sequence([])}, "", ""),
+        ({"AnatomicRegionSequence": Sequence([*region("SCT", "74670003"), *region("SCT", "16953009")])}, "", ""),
+    ],
+)
+def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], body_part: str, laterality: str) -> None:
+    assert told(tmp_path, dicom(GREY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "value"), [(b"DS", b"WRIST "), (b"US", b"abc"), (b"IS", b"9e9 "), (b"UI", b"\xff\0")])
+@pytest.mark.parametrize("tag", [b"\x18\0\x15\0", b"\x20\0\x60\0", b"\x20\0\x0d\0"])
+def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, kind: bytes, value: bytes) -> None:
+    names = {"StudyInstanceUID": "1.2.9", "BodyPartExamined": "HAND", "Laterality": "L"}
+    sound = dicom(GREY, **PLAIN, **names)
+    found = told(tmp_path, raw(sound, tag, kind, value))
+    assert found is not None
+    fields = (found.study_uid, found.body_part, found.laterality)
+    assert sum(one == other for one, other in zip(fields, names.values(), strict=True)) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, False),
+        ({"BurnedInAnnotation": "NO"}, False),
+        ({"BurnedInAnnotation": " no "}, False),
+        ({"BurnedInAnnotation": ""}, False),
+        ({"BurnedInAnnotation": "YES"}, True),
+        ({"BurnedInAnnotation": "yes "}, True),
+        ({"BurnedInAnnotation": "Y"}, True),
+        ({"BurnedInAnnotation": ["NO", "YES"]}, True),
+        ({"Modality": "OT"}, True),
+        ({"Modality": "sc "}, True),
+        ({"Modality": "RG"}, False),
+        ({"SOPClassUID": SC}, True),
+        ({"SOPClassUID": f"{SC}.4"}, True),
+        ({"SOPClassUID": SC, "BurnedInAnnotation": "NO"}, True),
+        ({"ConversionType": "DF"}, True),
+    ],
+)
+def test_pixels_that_may_show_text(tmp_path: Path, values: dict[str, Any], wanted: bool) -> None:
+    found = told(tmp_path, dicom(GREY, **PLAIN | values))
+    assert found is not None
+    assert found.may_show_text is wanted
+
+
+def test_a_header_that_was_not_read_to_its_end_may_say_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file of many megabytes only the head is looked at."""
+    large = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9", BurnedInAnnotation="YES")
+    far = dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", ImageComments="x" * 5000, BurnedInAnnotation="YES")
+    sound = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9")
+    monkeypatch.setattr(radiograph, "HEADER_BYTES", 3000)
+    assert [told(tmp_path, data).may_show_text for data in (large, far, sound)] == [True, True, False]
+    for at in range(140, len(far), 97):  # wherever the head ends
+        monkeypatch.setattr(radiograph, "HEADER_BYTES", at)
+        assert told(tmp_path, far).may_show_text, at
+
+
+def test_a_header_that_cannot_be_parsed_may_say_anything(tmp_path: Path) -> None:
+    deflated = dicom(GREY, syntax=DEFLATED, BurnedInAnnotation="YES")
+    assert told(tmp_path, deflated) == radiograph.DicomIdentity("", "", "", True)
+
+
+@pytest.mark.shared
+def test_identity_of_real_dicoms(shared: Path) -> None:
+    """Ten hips of ten studies; their headers name no body part."""
+    found = [identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
+    assert len({one.study_uid for one in found if one}) == 10
+    assert {(one.body_part, one.laterality, one.may_show_text) for one in found if one} == {("", "", False)}
+
+
+# ---- the body part
+
+
+@pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
+@pytest.mark.parametrize("shape", ["{}", "{} ", "{}s", "left {}", "{} LT", "R_{}", "{}\0"])
+def test_the_seven_regions(study_type: str, shape: str) -> None:
+    word = study_type.removeprefix("XR_")
+    assert anatomy.study_type(shape.format(word)) == anatomy.study_type(shape.format(word.lower())) == study_type
+
+
+WORDS = "CLAVICLE HIP KNEE ANKLE FOOT PELVIS CHEST ARM LEG FEMUR SKULL HANDWRIST JANE L S"
+PHRASES = ["", "HAND\\WRIST", "NO HAND AT ALL", "HAND JANE", "DOE^JANE", "XR_JANE"]
+
+
+@pytest.mark.parametrize("words", [*PHRASES, *WORDS.split()])
+def test_other_words_are_no_study_type(words: str) -> None:
+    assert anatomy.study_type(words) is None
+
+
+def test_codes_are_the_standards_own() -> None:
+    """pydicom's dictionaries: both schemes name the same regions, and call them as we do."""
+    from pydicom.sr import _concepts_dict, _snomed_dict
+
+    for code, ours in anatomy._SRT.items():
+        concept = _snomed_dict.mapping["SRT"][code]
+        assert anatomy.of_code("SRT", code) == anatomy.of_code("SNM3", code) == anatomy.of_code("SCT", concept) == ours
+        assert anatomy.study_type(ours), ours
+    assert {anatomy.study_type(ours) for ours in anatomy._SCT.values()} == set(mura.STUDY_TYPES)
+    concepts = _concepts_dict.concepts["SCT"]
+    names = (
+        "ElbowJoint",
+        "Finger",
+        "Thumb",
+        "Forearm",
+        "RadiusAndUlna",
+        "Ulna",
+        "Hand",
+        "Humerus",
+        "UpperArm",
+        "Shoulder",
+    )
+    ours = [anatomy.of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")]
+    wanted = "ELBOW FINGER THUMB FOREARM RADIUSULNA ULNA HAND HUMERUS UPPERARM SHOULDER WRIST WRIST"
+    assert ours == wanted.split()
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
