@@ -1,33 +1,32 @@
-"""Which files a directory holds, and which study each belongs to.
+"""Which files a directory holds: as many as it may, in bounded memory.
 
-    find: directory -> files, sorted        Grouping.of: path, DICOM identity -> (study, study type)
+    find: directory -> a table on disk, sorted by the bytes of the paths -> Walk: its digest, its files chunk by chunk
 
-A path is relative to the directory, "/" between its parts, as the system gives it; `printable` makes it UTF-8 for a
-table. DICOM's identifiers never leave this file: a study is named by a keyed digest of them, under a key that stays on
-the site.
+A path is relative to the directory, "/" between its parts, as the system gives it; `printable` makes it UTF-8 for a table.
 """
 
 import hashlib
-import hmac
 import os
-import secrets
+import sqlite3
 import stat
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
+from . import scratch
 
-from . import mura
-from .radiograph import DicomIdentity
-from .refusal import Refusal
-
-STUDY_BY = ("auto", "folder", "file")
-UNKNOWN = "unknown"
-# BodyPartExamined (DICOM PS3.16, annex L) where it is another word than MURA's.
-_BODY_PARTS = {"THUMB": "FINGER", "UPPERARM": "HUMERUS", "UPPER ARM": "HUMERUS", "RADIUS": "FOREARM", "ULNA": "FOREARM"}
-_KEY_BYTES = 32
+_FOLDERS = 64  # looked into between two reports
+_FILES = 1000  # likewise
+_SCHEMA = """
+CREATE TABLE file (path BLOB PRIMARY KEY, num_bytes INTEGER, mtime_ns TEXT, code TEXT, reason TEXT) WITHOUT ROWID;
+CREATE TABLE start (chunk INTEGER PRIMARY KEY, path BLOB);
+CREATE TABLE entered (inode TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE pending (link INTEGER, depth INTEGER, parts BLOB, PRIMARY KEY (link, depth, parts)) WITHOUT ROWID;
+"""
+_COLUMNS = "path, num_bytes, mtime_ns, code, reason"
+_Row = tuple[
+    bytes, int, str, str | None, str | None
+]  # mtime_ns as text: a file of the year 2300 is more than SQLite counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +44,98 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def find(directory: Path, leave_out: Path | None = None) -> list[File]:
-    """Every file below `directory`, sorted by the bytes of its path. `leave_out` is a folder not to look into.
+@dataclass(frozen=True)
+class Walk:
+    """What was found. `digest`: SHA-256 over names, sizes, times of modification; `size`: files of a chunk, or fewer."""
+
+    database: Path
+    num_files: int
+    digest: str
+    size: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_files // self.size)
+
+    def chunks(self, numbers: Iterable[int]) -> Iterator[list[File]]:
+        """The files of the chunks asked for; several threads may each have an iterator of their own."""
+        query = (
+            f"SELECT {_COLUMNS} FROM file WHERE path >= (SELECT path FROM start WHERE chunk = ?) ORDER BY path LIMIT ?"
+        )
+        with scratch.reading(self.database) as database:
+            for number in numbers:
+                yield [_file(row) for row in database.execute(query, (number, self.size))]
+
+
+def find(
+    directory: Path,
+    database: Path,
+    *,
+    size: int = 256,
+    leave_out: Path | None = None,
+    found: Callable[[int], None] = lambda num: None,
+) -> Walk:
+    """Every file below `directory`, listed in `database`. `leave_out` is a folder not to look into; `found`: told how many.
 
     Links to files are files; links to folders are followed once the real folders are done, and each folder is entered
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
-    entered = {_inode(leave_out)} if leave_out is not None and leave_out.is_dir() else set()
-    files: list[File] = []
-    folders, links = deque([""]), deque[str]()
-    while folders or links:
-        folder = (folders or links).popleft()
-        try:
-            if (inode := _inode(directory / folder)) in entered:
-                continue
-            entered.add(inode)
-            with os.scandir(directory / folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            files.append(File(folder or ".", failure=("unreadable", f"a folder that cannot be listed: {_why(error)}")))
-            continue
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if _is_folder(entry):
-                (links if entry.is_symlink() else folders).append(path)
-            else:
-                files.append(_file(directory, path))
-    return sorted(files, key=lambda file: os.fsencode(file.path))
+    with scratch.made(database, _SCHEMA) as table:
+        _fill(table, directory, leave_out, found)
+        num_files, digest = _number(table, size)
+    return Walk(database, num_files, digest, size)
 
 
-def _inode(folder: Path) -> tuple[int, int]:
+def _fill(table: sqlite3.Connection, directory: Path, leave_out: Path | None, found: Callable[[int], None]) -> None:
+    if leave_out is not None and leave_out.is_dir():
+        _enter(table, leave_out)
+    _put_off(table, "", link=False)
+    num = 0
+    while folders := _next(table):
+        for folder in folders:
+            for row in _look_into(table, directory, folder):
+                table.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?)", row)
+                num += 1
+                if num % _FILES == 0:
+                    found(num)
+        found(num)
+
+
+def _look_into(table: sqlite3.Connection, directory: Path, folder: str) -> Iterator[_Row]:
+    """Its files; its folders are put off."""
+    try:
+        if not _enter(table, directory / folder):
+            return
+        with os.scandir(directory / folder) as listing:
+            for entry in listing:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if _is_folder(entry):
+                    _put_off(table, path, link=entry.is_symlink())
+                else:
+                    yield _row(directory, path)
+    except OSError as error:
+        reason = f"a folder that cannot be listed: {why(error)}"
+        yield os.fsencode(folder or "."), 0, "0", "unreadable", reason
+
+
+def _enter(table: sqlite3.Connection, folder: Path) -> bool:
+    """Whether it is entered for the first time."""
     status = os.stat(folder)
-    return status.st_dev, status.st_ino
+    inode = f"{status.st_dev} {status.st_ino}"
+    return table.execute("INSERT OR IGNORE INTO entered VALUES (?)", (inode,)).rowcount > 0
+
+
+def _put_off(table: sqlite3.Connection, folder: str, *, link: bool) -> None:
+    parts = os.fsencode(folder).replace(b"/", b"\0")  # sorted so, folders of one depth stand as their parents do
+    table.execute("INSERT OR IGNORE INTO pending VALUES (?, ?, ?)", (link, parts.count(b"\0"), parts))
+
+
+def _next(table: sqlite3.Connection) -> list[str]:
+    """Some folders to look into, taken off the list: real ones as long as there are any, then one link, of the least depth."""
+    rows = table.execute("SELECT * FROM pending ORDER BY link, depth, parts LIMIT ?", (_FOLDERS,)).fetchall()
+    rows = rows[:1] if rows and rows[0][0] else [row for row in rows if not row[0]]
+    table.executemany("DELETE FROM pending WHERE link = ? AND depth = ? AND parts = ?", rows)
+    return [os.fsdecode(parts.replace(b"\0", b"/")) for _, _, parts in rows]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -86,131 +145,34 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _file(directory: Path, path: str) -> File:
+def _row(directory: Path, path: str) -> _Row:
+    name = os.fsencode(path)
     try:
         status = os.stat(directory / path)
     except OSError as error:
-        return File(path, failure=("unreadable", f"cannot be opened: {_why(error)}"))
+        return name, 0, "0", "unreadable", f"cannot be opened: {why(error)}"
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
-        return File(path, failure=("not_image", "a pipe, socket or device, not a file"))
-    return File(path, status.st_size, status.st_mtime_ns)
+        return name, 0, "0", "not_image", "a pipe, socket or device, not a file"
+    return name, status.st_size, str(status.st_mtime_ns), None, None
 
 
-def _why(error: OSError) -> str:
+def _file(row: _Row) -> File:
+    path, num_bytes, mtime_ns, code, reason = row
+    failure = None if code is None or reason is None else (code, reason)
+    return File(os.fsdecode(path), num_bytes, int(mtime_ns), failure)
+
+
+def why(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
-def digest(files: list[File]) -> str:
-    """SHA-256 over names, sizes and times of modification."""
-    sha256 = hashlib.sha256()
-    for file in files:
-        sha256.update(os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} {file.failure}\n".encode())
-    return sha256.hexdigest()
-
-
-@dataclass
-class Grouping:
-    """How files become studies. `given`: study type of all, or by printable path; `known`: the model's own types."""
-
-    directory: str  # absolute, "/" between its parts
-    study_by: str
-    given: str | Mapping[str, str] | None = None
-    known: frozenset[str] = frozenset(mura.STUDY_TYPES)
-    _key: bytes | None = field(default=None, repr=False)
-
-    def of(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
-        """(study, study type) of a radiograph, both printable."""
-        return printable(self._study(path, identity)), self._study_type(path, identity)
-
-    def _study(self, path: str, identity: DicomIdentity | None) -> str:
-        if self.study_by == "folder":
-            return path.rpartition("/")[0] or "."
-        if self.study_by == "file":
-            return path
-        if mura.parse(path):  # the split lies below the directory: two copies of a data set stay two
-            return path.rpartition("/")[0]
-        if above := mura.parse(f"{self.directory}/{path}"):
-            return above.study
-        if identity is not None and identity.study_uid:
-            self._key = self._key or site_key()
-            return _dicom_study(identity, self._key)
-        return path
-
-    def _study_type(self, path: str, identity: DicomIdentity | None) -> str:
-        if isinstance(self.given, str):
-            return self.given
-        if self.given is not None and (given := self.given.get(printable(path))):
-            return given
-        whole = f"{self.directory}/{path}"
-        if parsed := mura.parse(whole):
-            return parsed.study_type
-        known = self.known | set(mura.STUDY_TYPES)
-        if folder := next((part for part in reversed(whole.split("/")[:-1]) if part in known), None):
-            return folder
-        body_part = identity.body_part.upper() if identity is not None else ""
-        # Free text in practice: only what is a study type already may reach a table.
-        study_type = f"XR_{_BODY_PARTS.get(body_part, body_part)}"
-        return study_type if study_type in known else UNKNOWN
-
-
-def _dicom_study(identity: DicomIdentity, key: bytes) -> str:
-    message = "\0".join((identity.study_uid, identity.body_part.upper(), identity.laterality.upper()))
-    return "dicom-" + hmac.new(key, message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
-
-
-def site_key() -> bytes:
-    """The secret that names DICOM studies, made when first needed; MURA_DIST_SITE_KEY is the path of another one."""
-    path = Path(os.environ.get("MURA_DIST_SITE_KEY") or _configuration() / "site.key")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-    else:
-        key = secrets.token_hex(_KEY_BYTES).encode()
-        with open(descriptor, "wb") as file:
-            file.write(key)
-            file.flush()
-            os.fsync(descriptor)
-    if len(key) < _KEY_BYTES:
-        raise Refusal(
-            f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
-        )
-    return key
-
-
-def _configuration() -> Path:
-    if os.name == "nt":
-        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "mura-dist"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mura-dist"
-
-
-def study_types(given: str | None) -> str | dict[str, str] | None:
-    """What --study-type means: a study type, or the CSV of path,study_type that lies there. Raises Refusal."""
-    if given is None:
-        return None
-    if not (given.lower().endswith(".csv") or os.path.isfile(given)):
-        return _normal(given)
-    try:
-        table = pd.read_csv(given, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        pairs = zip(table["path"], table["study_type"].map(_normal), strict=True)
-    except OSError as error:
-        raise Refusal(f"--study-type {given}: {_why(error)}; give a study type, or a CSV of path,study_type") from error
-    except (KeyError, ValueError) as error:
-        raise Refusal(
-            f"--study-type {given}: not a CSV with the columns path and study_type; its first line names them"
-        ) from error
-    types: dict[str, str] = {}
-    for path, study_type in pairs:
-        if types.setdefault(path, study_type) != study_type:
-            raise Refusal(
-                f"--study-type {given}: {path} is both {types[path]} and {study_type}; leave one of the lines"
-            )
-    return types
-
-
-def _normal(study_type: str) -> str:
-    """`hand` and `XR_HAND` are one study type; what MURA does not know stays as written."""
-    name = study_type.strip()
-    full = f"XR_{name.upper().removeprefix('XR_')}"
-    return full if full in mura.STUDY_TYPES else name
+def _number(table: sqlite3.Connection, size: int) -> tuple[int, str]:
+    """Remember where each chunk starts; how many files there are, and their digest."""
+    sha256, num = hashlib.sha256(), 0
+    for row in table.execute(f"SELECT {_COLUMNS} FROM file ORDER BY path"):
+        if num % size == 0:
+            table.execute("INSERT INTO start VALUES (?, ?)", (num // size, row[0]))
+        file = _file(row)
+        sha256.update(row[0] + f"\0{file.num_bytes} {file.mtime_ns} {file.failure}\n".encode())
+        num += 1
+    return num, sha256.hexdigest()

@@ -32,11 +32,15 @@ FLOORS = [
                 "atomic",
                 "places",
                 "workers",
+                "lock",
+                "scratch",
+                "sharing",
                 "guarded",
                 "manifest",
                 "audit",
                 "radiograph",
                 "samples",
+                "readings",
                 "shards",
                 "mirror",
                 "members",
@@ -64,7 +68,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "walk", "tables", "predict", "export"}},
+    {"delivery": {"runtime", "walk", "grouping", "tables", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -81,7 +85,7 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "walk", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
+    *("card", "runtime", "walk", "grouping", "tables", "predict", "describe", "contact_sheet", "score", "cli"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
