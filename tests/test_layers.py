@@ -32,12 +32,16 @@ FLOORS = [
                 "atomic",
                 "places",
                 "workers",
+                "lock",
+                "scratch",
+                "sharing",
                 "guarded",
                 "pseudonyms",
                 "manifest",
                 "audit",
                 "radiograph",
                 "samples",
+                "readings",
                 "shards",
                 "mirror",
                 "members",
@@ -65,7 +69,7 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "study_types", "walk", "tables", "overlays", "predict", "export"}},
+    {"delivery": {"runtime", "study_types", "walk", "grouping", "tables", "overlays", "predict", "export"}},
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -87,6 +91,7 @@ BASE = {
         "runtime",
         "study_types",
         "walk",
+        "grouping",
         "tables",
         "overlays",
         "predict",

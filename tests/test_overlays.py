@@ -100,6 +100,7 @@ def test_a_file_says_local_only_and_nothing_else(model: Path, source: Path, tmp_
 # ---- one scale, one caveat
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # a logit that is no number
 @pytest.mark.parametrize("size", [32, 64, 224, 320, 512])
 def test_words_stay_within_the_picture(size: int) -> None:
     """Banner, numbers, scale and caveat: dark on light, apart from the edges, whatever the model's size."""

@@ -21,7 +21,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from test_export import card_of, tiny
 
-from mura_dist import metrics, mura, pseudonyms, radiograph, tables, walk
+from mura_dist import grouping, metrics, mura, pseudonyms, radiograph, tables, walk
 from mura_dist.export import export
 from mura_dist.points import Band, Points, TypePoints
 from mura_dist.predict import CHUNK, predict
@@ -331,7 +331,7 @@ def test_two_copies_of_a_study_stay_two(model: Path, tmp_path: Path) -> None:
 def test_study_by(model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(["a.png", "b.png", "XR_WRIST/c.png", "XR_WRIST/d.png"]):
         draw(tmp_path / "in" / name, seed)
-    for study_by in walk.STUDY_BY:
+    for study_by in grouping.STUDY_BY:
         predict(model, tmp_path / "in", tmp_path / study_by, study_by=study_by)
     by_file = {"a.png": ("unknown", "1"), "b.png": ("unknown", "1")}
     by_file |= {f"XR_WRIST/{name}.png": ("XR_WRIST", "1") for name in "cd"}

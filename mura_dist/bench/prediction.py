@@ -44,7 +44,13 @@ def _files_to_tables(model: Path, load: Load) -> Work:
     from ..predict import predict
 
     options: dict[str, Any] = {"provider": provider(), "workers": load.workers}
-    return lambda out: predict(model, load.folder, out / "predicted", **options)["num_radiographs"]
+
+    def work(out: Path) -> int:
+        summary = predict(model, load.folder, out / "predicted", **options)
+        assert summary is not None
+        return summary["num_radiographs"]
+
+    return work
 
 
 def _runtime_alone(path: Path, load: Load) -> Work:
