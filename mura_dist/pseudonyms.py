@@ -3,8 +3,8 @@
     path, study, or what a DICOM says of its study --- HMAC-SHA256 under the site's key ---> file-..., study-..., dicom-...
     KEYTABLE: path,pseudonym,study,study_pseudonym: the way back
 
-The key is a file that stays on the site, and so does the key table: whoever has either can tell patients from each other by
-name again. Pseudonymous, not anonymous: the same file has the same name in every run of the site, and a radiograph is itself.
+The key is a file that stays on the site, and so does the key table: whoever has either can put the names back into the
+tables. Pseudonymous, not anonymous: the same file has the same name in every run of the site, and a radiograph is itself.
 """
 
 import contextlib
