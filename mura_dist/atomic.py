@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from .refusal import Refusal
+
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` durable. Windows cannot open folders: there the rename alone has to do."""
@@ -78,3 +80,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Indented, keys in the order given, NaN refused: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Refusal where `folder` neither is nor can become one to write into: asked before the work, not after it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise Refusal(f"{option}: {there} is a file, {folder} has to be a folder; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(
+            f"{option}: {there} cannot be written (read-only, or another user's); make it so, or give another place"
+        )

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import __version__, mura
-from .points import PAPER, Points
+from .points import PAPER, Points, Share
 from .refusal import Refusal
 
 KEY = "mura_dist"
 FORMAT = 1
 PRODUCER = "mura-dist"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 RESIZE = "Pillow bilinear, antialiased, aspect not kept"
 
 
@@ -44,6 +46,20 @@ class Member(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+class Change(BaseModel):
+    """What computing in fewer bits changed, against fp32, on radiographs of the split that chose the model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    engine: str  # what computed both
+    num_radiographs: int
+    num_studies: int
+    mean_probability: Share  # of a radiograph, absolute
+    max_probability: Share
+    num_changed_calls: int  # studies
+    calibrated_on: int = 0  # train radiographs, of int8
+
+
 class Card(BaseModel):
     """The metadata of an exported model; see each field."""
 
@@ -66,6 +82,8 @@ class Card(BaseModel):
     licence: str = mura.LICENCE
     version: str = __version__
     opset: int | None = None  # written by export
+    precision: Precision = "fp32"  # what it is to be computed in
+    change: Change | None = None  # of a precision below fp32: what it changed
 
     def text(self) -> str:
         """JSON. Raises ValueError for a NaN: JSON has none."""

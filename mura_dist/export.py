@@ -1,12 +1,15 @@
 """Checkpoints -> one self-contained ONNX file, through a parity gate.
 
     model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
-        -> parity: the same images through torch and through predict.Model -> written, or nothing is
+        -> parity: the same images through torch and through runtime.Model -> written, or nothing is
 
-    image uint8 (N, 1, S, S) -> logit float32 (N,), activation_map float32 (N, h, w)
+        below fp32 (variants.py): compared with the fp32 file on radiographs -> within limits -> written, or nothing is
+
+    image uint8 (N, 1, S, S) -> logit float32 (N,), activation_map float32 (N, h, w)      N is any number; of 0, nothing
 
 The file is written when the gate has passed, never before. Operator set 18 is the oldest that torch.onnx writes without
-a conversion, hence what most runtimes read.
+a conversion, and the format is the oldest that has it, hence what most runtimes read. What ONNX viewers show (producer,
+descriptions) says what the model is; the card, in the metadata, says all.
 """
 
 import contextlib
@@ -15,7 +18,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +27,90 @@ import numpy as np
 import onnx
 import torch
 
-from . import __version__, atomic, members
+from . import __version__, atomic, members, quantise, triton, variants
 from .card import KEY, PRODUCER, Card, TrainedOn
-from .ensemble import Weights
+from .ensemble import Ensemble, Weights
+from .model import DenseNet
 from .points import PAPER, Points
 from .refusal import Failure, Refusal
 from .runtime import Model
-from .shards import Shards
+from .shards import Damaged, Shards
 
 OPSET = 18
-BATCH_SIZES = (1, 2, 7)
+BATCH_SIZES = (1, 2, 7, 64)
+TORCH_BATCH = 7  # more would only cost memory
 NUM_RADIOGRAPHS = 16  # of the run's own, for the gate
-TRITON_MAX_BATCH = 64
 LIMIT_BYTES = 2**31 - 1  # protobuf's, of one message
 OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
 
 
-def export_run(run_folder: Path, *, which: str, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """precision: one of card.PRECISIONS; shards: where the run's are now, None where the run found them; allow_change: write
+    a precision whatever it changes; triton_folder: also a model repository there."""
+
+    precision: str = "fp32"
+    shards: Path | str | None = None
+    allow_change: bool = False
+    triton_folder: Path | None = None
+
+
+def _silent(line: str) -> None:
+    """For callers that want no words."""
+
+
+def export_run(
+    run_folder: Path, *, which: str, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
+) -> dict[str, Any]:
     """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
 
     The card carries the run's metrics.json, and what was fitted on tune, where it is of this very checkpoint on `valid` of the
     run's own shards; only study types measured there, with both classes, get a threshold. Raises Refusal where there is no
-    such run or checkpoint, Failure where the gate stays shut.
+    such run or checkpoint, or where the files cannot go, Failure where the gate stays shut.
     """
+    _check(out, asked)
     weights = Weights.of_run(run_folder, which)
-    return _export(weights, _measured(weights, [run_folder]), out, triton_folder)
+    return _export(weights, _measured(weights, [run_folder]), out, asked, say)
 
 
-def export_list(path: Path, *, out: Path, triton_folder: Path | None = None) -> dict[str, Any]:
+def export_list(
+    path: Path, *, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
+) -> dict[str, Any]:
     """The same of a model list: one file with all members inside, which averages their probabilities.
 
     Its metrics.json is looked for where `evaluate` writes it, then beside the list.
     """
+    _check(out, asked)
     weights = Weights.of_list(path)
-    return _export(weights, _measured(weights, [members.report_folder(path), path.parent]), out, triton_folder)
+    return _export(weights, _measured(weights, [members.report_folder(path), path.parent]), out, asked, say)
 
 
-def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder: Path | None) -> dict[str, Any]:
+def default_out(plain: Path, precision: str) -> Path:
+    """Where a file in `precision` goes, by where the fp32 one does."""
+    return plain if precision == "fp32" else plain.with_name(f"{plain.stem}-{precision}{plain.suffix}")
+
+
+def _check(out: Path, asked: Asked) -> None:
+    variants.check(asked.precision)
+    if out.is_dir():
+        raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
+    atomic.check_folder(out.parent, "--out")
+    if asked.triton_folder is not None:
+        triton.check(asked.triton_folder)
+
+
+def _export(
+    weights: Weights, measured: dict[str, Any], out: Path, asked: Asked, say: Callable[[str], None]
+) -> dict[str, Any]:
     card, model = _card(weights, measured), weights.model()
-    facts = export(model, card, out, radiographs=_some_radiographs(weights))
-    if triton_folder is not None:
-        triton(triton_folder, out, card)
+    if asked.precision == "fp32":
+        facts = export(model, card, out, radiographs=_some_radiographs(weights, asked.shards))
+    else:
+        shards = variants.opened(weights, asked.shards)
+        assert isinstance(model, DenseNet | Ensemble)
+        facts = export_variant(model, card, out, asked, shards, say)
+    if asked.triton_folder is not None:
+        triton.write(asked.triton_folder, out.read_bytes())
     return facts | {
         "checkpoint": weights.name,
         "num_thresholds": len(card.thresholds),
@@ -73,10 +120,15 @@ def _export(weights: Weights, measured: dict[str, Any], out: Path, triton_folder
 
 def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
     """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
-    wanted = (weights.digests(), "valid", weights.data()["manifest_sha256"])
-    for path in (folder / "metrics.json" for folder in folders):
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
-        if wanted == (found.get("weights_sha256"), found.get("split"), found.get("manifest_sha256")):
+    digest = weights.data()["manifest_sha256"]
+    wanted = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
+    for path in (folder / "metrics.json" for folder in folders if (folder / "metrics.json").is_file()):
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            again = "run `mura-dist evaluate` again, or move the file away"
+            raise Refusal(f"{path} is damaged ({error}); {again}") from error
+        if isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items()):
             return found
     return {}
 
@@ -104,17 +156,20 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
     )
 
 
-def _some_radiographs(weights: Weights) -> np.ndarray | None:
+def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
-    settings, data = weights.settings, weights.data()
     try:
-        shards = Shards.open(settings.shards)
-        rows = shards.rows(settings.select_on)[:NUM_RADIOGRAPHS]
+        shards = variants.opened(weights, given)
+        rows = shards.rows(weights.settings.select_on)
     except Refusal:
+        if given is not None:
+            raise
         return None
-    if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
-        return None
-    return np.stack([shards.pixels(row) for row in rows])[:, None]
+    num, found = min(len(rows), NUM_RADIOGRAPHS), []
+    for row in rows[np.linspace(0, len(rows) - 1, num).astype(int)]:  # rows are sorted by study type: some of each
+        with contextlib.suppress(Damaged):  # training and evaluation name it
+            found.append(shards.pixels(row))
+    return np.stack(found)[:, None] if found else None
 
 
 def export(
@@ -130,13 +185,49 @@ def export(
     _fits(model, card)
     started = time.perf_counter()
     data = graph(model, card)
-    images = probe_images(card.size)
-    if radiographs is not None:
-        images = np.concatenate([images, radiographs])
-    difference = parity(model, data, images, tolerance)
+    drawn = probe_images(card.size)
+    real = drawn[:0] if radiographs is None else radiographs
+    difference = parity(model, data, np.concatenate([drawn, real]), tolerance)
     atomic.write_bytes(out, data)
     return {
         "max_logit_difference": difference,
+        "num_radiographs": len(real),
+        "bytes": len(data),
+        "opset": OPSET,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def export_variant(
+    model: DenseNet | Ensemble, card: Card, out: Path, asked: Asked, shards: Shards, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within variants.LIMITS.
+
+    The fp32 file it is compared with passes the gate first. Returns what was measured. Raises Failure where the gate
+    stays shut or a limit is passed; then `out` is as it was before.
+    """
+    _fits(model, card)
+    started = time.perf_counter()
+    card = card.model_copy(update={"precision": asked.precision})
+    plain = graph(model, card.model_copy(update={"precision": "fp32"}))
+    difference = parity(model, plain, probe_images(card.size))
+    calibrated_on = 0
+    if asked.precision == "int8":
+        images = variants.calibration_images(shards)
+        calibrated_on = len(images)
+        say(f"int8: ranges of {calibrated_on} radiographs of train")
+        data = finished(quantise.graph(model, images), card)
+    else:
+        data = graph(variants.halved(model), card) if asked.precision == "fp16" else _with_card(plain, card)
+    change = variants.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
+    over = variants.judge(asked.precision, change, asked.allow_change)
+    data = _with_card(data, card.model_copy(update={"change": change}))
+    atomic.write_bytes(out, data)
+    return {
+        "max_logit_difference": difference,
+        "num_radiographs": change.num_radiographs,
+        "change": change.model_dump(),
+        "over": over,
         "bytes": len(data),
         "opset": OPSET,
         "seconds": round(time.perf_counter() - started, 3),
@@ -167,14 +258,22 @@ def graph(model: torch.nn.Module, card: Card) -> bytes:
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
+    return finished(program.model_proto, card)
+
+
+def finished(proto: onnx.ModelProto, card: Card) -> bytes:
+    """The content of the file of a graph, with `card` inside, checked."""
     _tidy(proto, card)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
 
+def _with_card(data: bytes, card: Card) -> bytes:
+    return finished(onnx.load_from_string(data), card)
+
+
 def _tidy(proto: onnx.ModelProto, card: Card) -> None:
-    """Drop torch's traces (they hold the paths of this machine), add who made it and the card."""
+    """Drop torch's traces (they hold the paths of this machine), add who made it, what is what, and the card."""
     del proto.graph.value_info[:]
     for thing in (
         proto,
@@ -186,9 +285,31 @@ def _tidy(proto: onnx.ModelProto, card: Card) -> None:
     ):
         del thing.metadata_props[:]
         thing.doc_string = ""
+    # torch writes a newer one, which older servers refuse.
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     proto.producer_name, proto.producer_version = PRODUCER, __version__
-    proto.doc_string = card.terms
+    proto.doc_string = _in_words(card)
+    proto.graph.name = KEY
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.doc_string = _VALUES[value.name].format(size=card.size, resize=card.resize)
     onnx.helper.set_model_props(proto, {KEY: card.model_copy(update={"opset": OPSET}).text()})
+
+
+def _in_words(card: Card) -> str:
+    """The card in three sentences, for ONNX viewers."""
+    what = "drawn phantoms, no radiographs" if card.trained_on.kind == "phantoms" else "radiographs"
+    return (
+        f"Bone radiograph -> normal or abnormal ({', '.join(card.study_types)}): {card.checkpoint}, trained on "
+        f"{card.trained_on.num_radiographs} {what}. {card.terms[:1].upper()}{card.terms[1:]}. The JSON under {KEY!r} in the "
+        "metadata says more: thresholds, calibration, metrics, licence."
+    )
+
+
+_VALUES = {
+    "image": "uint8 (batch, 1, {size}, {size}): grey radiographs, 0 black to 255 white; resized by {resize}",
+    "logit": "float32 (batch,): probability of abnormal = 1 / (1 + exp(-logit)); a study's is the mean over its views",
+    "activation_map": "float32 (batch, h, w): its mean is the logit (of an ensemble: the mean of its members' logits)",
+}
 
 
 def probe_images(size: int) -> np.ndarray:
@@ -205,16 +326,21 @@ def probe_images(size: int) -> np.ndarray:
 def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: float = 1e-4) -> float:
     """The largest difference of a logit between `model` and the ONNX file `data`, on `images` uint8 (N, 1, S, S).
 
-    Compared at batch sizes 1, 2 and 7: logits, maps, and the mean of a map with its logit (not of an ensemble: its map's
-    mean is the mean of the logits, its logit that of the mean probability). The limit is `tolerance`, relative to the
-    value beyond +-1: fp32 carries about 7 digits. Raises Failure naming value and limit.
+    Compared at BATCH_SIZES, whose last takes the images again from the first where there are fewer: logits, maps, and the
+    mean of a map with its logit (not of an ensemble: its map's mean is the mean of the logits, its logit that of the mean
+    probability). The limit is `tolerance`, relative to the value beyond +-1: fp32 carries about 7 digits. Raises Failure
+    naming value and limit.
     """
     exported = Model.from_bytes(data, "the exported model")
-    wanted_logit, wanted_map = _torch_outputs(model, images)
+    torch_logit, torch_map = _torch_outputs(model, images)
     worst = 0.0
     for batch_size in BATCH_SIZES:
-        batches = [exported.outputs(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
-        logit, cells = (np.concatenate(part) for part in zip(*batches, strict=True))  # (N,), (N, h, w)
+        places = np.arange(max(len(images), batch_size)) % len(images)  # (M,)
+        batches = [
+            exported.outputs(images[places[start : start + batch_size]]) for start in range(0, len(places), batch_size)
+        ]
+        logit, cells = (np.concatenate(part) for part in zip(*batches, strict=True))  # (M,), (M, h, w)
+        wanted_logit, wanted_map = torch_logit[places], torch_map[places]
         _compare("logit", logit, wanted_logit, tolerance, batch_size)
         _compare("activation_map", cells, wanted_map, tolerance, batch_size)
         if len(exported.card.members) <= 1:
@@ -227,7 +353,7 @@ def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: f
 def _torch_outputs(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """logit (N,), activation_map (N, h, w), both float32."""
     with torch.inference_mode():
-        batches = [model(batch) for batch in torch.from_numpy(images).split(max(BATCH_SIZES))]
+        batches = [model(batch) for batch in torch.from_numpy(images).split(TORCH_BATCH)]
     logit, cells = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
     return logit, cells
 
@@ -261,35 +387,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def triton(out_dir: Path, onnx_path: Path, card: Card) -> None:
-    """Lay `onnx_path` out as a model repository of NVIDIA Triton: out_dir/mura_dist/{config.pbtxt, 1/model.onnx}.
-
-    Served with dynamic batching: a request is one or more images (1, S, S) uint8, the answer to each a logit (1) and a
-    map (h, w).
-    """
-    data = onnx_path.read_bytes()
-    outputs = {output.name: output for output in onnx.load_from_string(data).graph.output}
-    height, width = (dim.dim_value for dim in outputs["activation_map"].type.tensor_type.shape.dim[1:])
-    folder = out_dir / "mura_dist"
-    atomic.write_bytes(folder / "1" / "model.onnx", data)
-    atomic.write_text(
-        folder / "config.pbtxt", _TRITON.format(batch=TRITON_MAX_BATCH, size=card.size, height=height, width=width)
-    )
-
-
-# The reshape: Triton has no output of no dimensions, so a client sees (N, 1) where the model gives (N,).
-_TRITON = """\
-name: "mura_dist"
-platform: "onnxruntime_onnx"
-max_batch_size: {batch}
-input [
-  {{ name: "image" data_type: TYPE_UINT8 dims: [ 1, {size}, {size} ] }}
-]
-output [
-  {{ name: "logit" data_type: TYPE_FP32 dims: [ 1 ] reshape {{ shape: [ ] }} }},
-  {{ name: "activation_map" data_type: TYPE_FP32 dims: [ {height}, {width} ] }}
-]
-dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
-"""

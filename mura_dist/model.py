@@ -59,7 +59,7 @@ class DenseNet(TorchvisionDenseNet):
 
     def _cells(self, x: Tensor) -> Tensor:
         """x (B, 3, S, S) -> (B, 1, h, w), whose mean is the logit."""
-        features = F.relu(self.features(x))  # (B, C, h, w)
+        features = F.relu(self.features(x.to(self.classifier.weight.dtype)))  # (B, C, h, w); fp16 where exported so
         return F.conv2d(features, self.classifier.weight[:, :, None, None], self.classifier.bias)
 
     def _cells_in_training(self, x: Tensor) -> Tensor:

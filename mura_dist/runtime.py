@@ -1,66 +1,114 @@
 """An exported model, loaded and ready: what computes, and what the model says of itself. No torch.
 
-ONNX file -> ONNX Runtime's session on the wanted provider, or Refusal -> Model: image -> logit, activation_map
+    ONNX file -> an engine on the wanted provider, or Refusal -> Model: image -> logit, activation_map
+        cpu, cuda, tensorrt, ... ONNX Runtime        openvino: OpenVINO's own runtime, an extra
+
+A provider that is not there is refused; nothing falls back to another one in silence. `stream` keeps several batches in flight:
+on a CPU two batches on half the cores each wait less for one another than one on all; on a GPU one is copied while
+another is computed.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import io
-from collections.abc import Iterator
+import os
+import queue
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
-from . import members
+from . import launcher, members
 from .card import KEY, Card
 from .refusal import Refusal
+from .workers import processors
 
 ONNXRUNTIME: str = onnxruntime.__version__
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# TF32 keeps 3 digits of 7: logits would leave the parity gate's 1e-4.
-_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
+OUTPUTS = ("logit", "activation_map")
+OPTIMISATIONS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED"}  # ONNX Runtime's; all adds blocked layouts
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
 
 
-class Model:
-    """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's."""
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is run. batch_size: radiographs at once; streams: batches in flight; threads: of all streams together,
+    on a CPU. None: a choice by the machine, the same on each start. Only `optimisation` moves fp32 logits, in their last bits."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, card: Card, sha256: str) -> None:
-        self.session, self.card, self.sha256 = session, card, sha256
+    batch_size: int | None = None
+    streams: int | None = None
+    threads: int | None = None
+    optimisation: str = "all"
+
+    def settled(self, on_cpu: bool) -> "Tuning":
+        """With nothing left to choose. docs/benchmarks.md has what the choices were measured by."""
+        threads = self.threads or max(1, processors() // launcher.ranks_here())
+        streams = self.streams or (min(2, threads) if on_cpu else 2)
+        return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
+
+
+class Engine(Protocol):
+    """What computes. `name` says which, `run` may be called from several threads at once."""
+
+    name: str
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]: ...
+
+
+class Model:
+    """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's, `tuning` how it is run."""
+
+    def __init__(self, engine: Engine, card: Card, sha256: str, tuning: Tuning) -> None:
+        self.engine, self.card, self.sha256, self.tuning = engine, card, sha256, tuning
 
     @classmethod
-    def load(cls, path: Path, provider: str = "cpu", threads: int | None = None) -> "Model":
+    def load(cls, path: Path, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
         """The model of an ONNX file, or of the one beside a model list.
 
-        provider: cpu, cuda, tensorrt or a name of ONNX Runtime's; threads: None for all cores. Raises Refusal for a
-        file that is not there, not ONNX or not ours, for a list that was not exported, and for a provider that does not
-        start.
+        provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's. Raises Refusal for a file that is not
+        there, not ONNX or not ours, for a list that was not exported, for a provider that does not start, and for one
+        that cannot compute in the file's precision.
         """
         if members.is_list(path):
-            return cls._of_list(path, provider, threads)
+            return cls._of_list(path, provider, tuning)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "no such file"
             raise Refusal(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
-        return cls.from_bytes(path.read_bytes(), str(path), provider, threads)
+        return cls.from_bytes(path.read_bytes(), str(path), provider, tuning)
 
     @classmethod
-    def _of_list(cls, path: Path, provider: str, threads: int | None) -> "Model":
+    def _of_list(cls, path: Path, provider: str, tuning: Tuning | None) -> "Model":
         listed, file = members.ModelList.load(path), members.exported(path)
         remedy = f"export it first: mura-dist export {path}"
         if not file.is_file():
             raise Refusal(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
-        model = cls.load(file, provider, threads)
+        model = cls.load(file, provider, tuning)
         if not members.same(model.card.members, listed.members):
             raise Refusal(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
         return model
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str, provider: str = "cpu", threads: int | None = None) -> "Model":
+    def from_bytes(cls, data: bytes, name: str, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
         """As `load`, of a file's content; `name` is what messages call it."""
-        session = _session(data, name, provider, threads)
-        card = Card.parse(session.get_modelmeta().custom_metadata_map.get(KEY), name)
-        return cls(session, card, hashlib.sha256(data).hexdigest())
+        on_cpu = provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower())
+        tuning = (tuning or Tuning()).settled(on_cpu)
+        engine: _OnnxRuntime | _OpenVino
+        engine = (
+            _OpenVino(data, name, tuning)
+            if provider.lower() == OPENVINO
+            else _OnnxRuntime(data, name, provider, tuning)
+        )
+        card = Card.parse(engine.metadata(), name)
+        engine.begin(card, name)
+        return cls(engine, card, hashlib.sha256(data).hexdigest(), tuning)
 
     @property
     def size(self) -> int:
@@ -69,32 +117,134 @@ class Model:
 
     @property
     def provider(self) -> str:
-        """ONNX Runtime's name of what computes."""
-        return self.session.get_providers()[0]
+        """What computes, by its own name."""
+        return self.engine.name
 
     def outputs(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """image (B, 1, S, S) uint8 -> logit (B,) float32, activation_map (B, h, w) float32."""
-        logit, activation_map = self.session.run(["logit", "activation_map"], {"image": image})
+        logit, activation_map = self.engine.run(image, OUTPUTS)
         return logit, activation_map
 
     def logits(self, image: np.ndarray) -> np.ndarray:
         """image (B, 1, S, S) uint8 -> logit (B,) float32."""
-        return self.session.run(["logit"], {"image": image})[0]
+        return self.engine.run(image, OUTPUTS[:1])[0]
+
+    def stream(self, batches: Iterable[np.ndarray], outputs: Sequence[str] = OUTPUTS[:1]) -> Iterator[list[np.ndarray]]:
+        """For each of `batches`, in order, what `outputs` names; up to `tuning.streams` in flight, one more is fetched ahead."""
+        if self.tuning.streams == 1:
+            for batch in batches:
+                yield self.engine.run(batch, outputs)
+            return
+        streams = self.tuning.streams or 1
+        flying: deque[Future[list[np.ndarray]]] = deque()
+        with ThreadPoolExecutor(streams, "stream") as pool:
+            for batch in batches:
+                flying.append(pool.submit(self.engine.run, batch, outputs))
+                if len(flying) > streams:
+                    yield flying.popleft().result()
+            while flying:
+                yield flying.popleft().result()
 
 
-def _session(data: bytes, name: str, asked: str, threads: int | None) -> onnxruntime.InferenceSession:
+def engine_of(data: bytes, name: str, provider: str, tuning: Tuning) -> "_OnnxRuntime | _OpenVino":
+    """What computes an ONNX file that need not be ours. It is to `begin` before it runs; `tuning` is settled."""
+    if provider.lower() == OPENVINO:
+        return _OpenVino(data, name, tuning)
+    return _OnnxRuntime(data, name, provider, tuning)
+
+
+# ---- ONNX Runtime
+
+
+class _OnnxRuntime:
+    """A session of ONNX Runtime, bound to its device where that is a GPU."""
+
+    def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning) -> None:
+        self.session = _session(data, name, asked, tuning)
+        self.name: str = self.session.get_providers()[0]
+        self.device = "cpu" if self.name == PROVIDERS["cpu"] else "cuda"
+        self.slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
+            for _ in range(tuning.streams or 1):
+                self.slots.put(_Slot(self.session))
+            self.bound = True
+        else:
+            self.bound = False
+
+    def metadata(self) -> str | None:
+        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
+        return text
+
+    def begin(self, card: Card, name: str) -> None:
+        if card.precision == "bf16":
+            raise Refusal(
+                f"{name} is for bf16, which ONNX Runtime's {self.name} does not compute; give --provider openvino"
+            )
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        if not self.bound:
+            found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
+            return found
+        slot = self.slots.get()
+        try:
+            return slot.run(image, outputs)
+        finally:
+            self.slots.put(slot)
+
+
+class _Slot:
+    """A batch in flight on a GPU: page-locked memory here, memory there, both kept as long as batches have one shape."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.host: np.ndarray | None = None
+        self.device: Any = None
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        if self.host is None or self.host.shape != image.shape:
+            self.host = _page_locked(image.shape)
+            self.device = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(image.shape), np.uint8, "cuda", 0)
+        np.copyto(self.host, image)
+        self.device.update_inplace(self.host)
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("image", self.device)
+        for output in outputs:
+            binding.bind_output(output, "cuda")
+        self.session.run_with_iobinding(binding)
+        found: list[np.ndarray] = binding.copy_outputs_to_cpu()
+        return found
+
+
+def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 memory that the GPU copies from by itself; plain memory, which is only slower, where CUDA does not lock it."""
+    memory = np.empty(shape, np.uint8)
+    with contextlib.suppress(OSError, AttributeError):
+        runtime = ctypes.CDLL("libcudart.so.13")  # the one ONNX Runtime has loaded
+        runtime.cudaHostRegister(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(0))
+    return memory
+
+
+def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.InferenceSession:
     """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
     if provider not in available:
-        raise Refusal(f"--provider {asked}: this ONNX Runtime has {', '.join(available)}; name one of them, or cpu")
+        extra = "" if _has_openvino() else " (openvino: pip install 'mura-dist[openvino]')"
+        raise Refusal(
+            f"--provider {asked}: this ONNX Runtime has {', '.join(available)}{extra}; name one of them, or cpu"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
-    options.intra_op_num_threads = threads or 0
-    providers = [provider, "CUDAExecutionProvider"] if provider == "TensorrtExecutionProvider" else [provider]
-    with _hushed() if provider != "CPUExecutionProvider" else contextlib.nullcontext():
+    level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[tuning.optimisation])
+    options.graph_optimization_level = level
+    threads, streams = tuning.threads or 0, tuning.streams or 1
+    options.intra_op_num_threads = max(1, threads - streams + 1)  # each stream brings a thread of its own
+    if streams > 1:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take from the other streams
+    providers = [provider, PROVIDERS["cuda"]] if provider == PROVIDERS["tensorrt"] else [provider]
+    with _hushed() if provider != PROVIDERS["cpu"] else contextlib.nullcontext():
         try:
             session = onnxruntime.InferenceSession(
-                data, options, providers=[(each, _OPTIONS.get(each, {})) for each in providers]
+                data, options, providers=[(each, _provider_options(each)) for each in providers]
             )
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -105,9 +255,26 @@ def _session(data: bytes, name: str, asked: str, threads: int | None) -> onnxrun
     if started[0] != provider:
         raise Refusal(
             f"--provider {asked}: {provider} does not start here (driver, library or device is missing), "
-            f"{started[0]} does; give --provider cpu, or install what onnxruntime {onnxruntime.__version__} needs"
+            f"{started[0]} does; give --provider cpu, or install what onnxruntime {ONNXRUNTIME} needs"
         )
     return session
+
+
+def _provider_options(provider: str) -> dict[str, str]:
+    if provider == PROVIDERS["cuda"]:
+        return {"use_tf32": "0"}  # it keeps 3 digits of 7: logits would leave the parity gate's 1e-4
+    if provider == PROVIDERS["tensorrt"]:
+        folder = cache_folder() / "tensorrt"
+        folder.mkdir(parents=True, exist_ok=True)
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_timing_cache_enable": "1"}
+    return {}
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again."""
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mura-dist"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mura-dist"
 
 
 @contextlib.contextmanager
@@ -121,3 +288,79 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         onnxruntime.set_default_logger_severity(_WARNING)
+
+
+# ---- OpenVINO
+
+
+def version(engine: str) -> str:
+    """Of what computes."""
+    return str(_openvino().__version__) if engine == OPENVINO_CPU else ONNXRUNTIME
+
+
+def _has_openvino() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _openvino() -> Any:
+    """The package, without the one beside it that reports to its maker how it is used: a hospital's machine tells nobody."""
+    if not _has_openvino():
+        raise Refusal(
+            "--provider openvino: OpenVINO is not installed; pip install 'mura-dist[openvino]', or give --provider cpu"
+        )
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what it imports instead is a stub of its own
+    import openvino
+
+    return openvino
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO finds instructions for bf16 here. Raises Refusal where it is not installed."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class _OpenVino:
+    """A model compiled by OpenVINO for this CPU; a request a stream."""
+
+    def __init__(self, data: bytes, name: str, tuning: Tuning) -> None:
+        openvino = _openvino()
+        self.core, self.tuning, self.name = openvino.Core(), tuning, OPENVINO_CPU
+        try:
+            self.model = self.core.read_model(data)
+        except Exception as error:  # plain RuntimeError, of many lines
+            raise Refusal(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
+        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def metadata(self) -> str | None:
+        try:
+            return str(self.model.get_rt_info(["framework", KEY]).astype(str))
+        except Exception:  # no such key
+            return None
+
+    def begin(self, card: Card, name: str) -> None:
+        """Compile. Said in so many words, or it would take bf16 by itself wherever the processor has it."""
+        if card.precision == "bf16" and not computes_bf16():
+            raise Refusal(
+                f"{name} is for bf16, which this processor has no instructions for; give the fp32 or the int8 file"
+            )
+        self.compiled = self.core.compile_model(
+            self.model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": "bf16" if card.precision == "bf16" else "f32",
+                "NUM_STREAMS": self.tuning.streams or 1,
+                "INFERENCE_NUM_THREADS": self.tuning.threads or 0,
+            },
+        )
+        for _ in range(self.tuning.streams or 1):
+            self.requests.put(self.compiled.create_infer_request())
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        request = self.requests.get()
+        try:
+            request.infer([image], share_inputs=True)
+            return [np.array(request.get_tensor(name).data) for name in outputs]
+        finally:
+            self.requests.put(request)

@@ -1,11 +1,14 @@
 """The laws of the house, each a function that several tests call over a grid."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from mura_dist import order
 from mura_dist.cli import WRONG, main
@@ -73,6 +76,61 @@ def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
     missing = [word for word in words if not re.search(re.escape(word), err)]
     assert not missing, (missing, err)
     return err
+
+
+def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[str, Any]:
+    """The ONNX file of an evaluated model says all of itself to one who has plain ONNX Runtime and JSON, and none of `secrets`.
+
+    Returns the card. `kind`: what it was trained on, phantoms or radiographs.
+    """
+    session = onnxruntime.InferenceSession(path.read_bytes())
+    told = session.get_modelmeta()
+    card = json.loads(told.custom_metadata_map["mura_dist"])
+    size, types = card["size"], card["study_types"]
+    [image], [logit, activation_map] = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 1, size, size])
+    assert (logit.name, logit.type, logit.shape) == ("logit", "tensor(float)", ["batch"])
+    assert (activation_map.name, activation_map.type) == ("activation_map", "tensor(float)")
+    assert activation_map.shape[0] == "batch"
+    assert all(isinstance(cells, int) for cells in activation_map.shape[1:])
+
+    assert card["resize"] == "Pillow bilinear, antialiased, aspect not kept"
+    assert types
+    assert card["thresholds"].keys() <= set(types)
+    assert card["thresholds"]
+    assert all(0 <= cut <= 1 for cut in card["thresholds"].values())
+    assert card["operating_point"]
+    calibration = card["calibration"]
+    assert calibration["fitted_on"] == "tune" or calibration["reason"]
+    assert calibration["by_study_type"].keys() == (set(types) if calibration["fitted_on"] else set())
+    for fitted in calibration["by_study_type"].values():
+        for name, found in (("calibration", fitted["slope"]), ("band", fitted["band"])):
+            assert found is not None or fitted["reasons"][name]
+        assert fitted["band"] is None or 0 <= fitted["band"]["low"] <= fitted["band"]["high"] <= 1
+    assert card["metrics"]["split"] == "valid"
+    for group in (card["metrics"]["overall"], *card["metrics"]["by_study_type"].values()):
+        for metric in ("kappa", "auroc", "sensitivity", "specificity"):
+            value, low, high = (group[f"{metric}{end}"] for end in ("", "_low", "_high"))
+            assert value is not None or group["reasons"][metric]
+            assert (low is not None and low <= value <= high) or group["reasons"][f"{metric}_low"]
+    trained_on = card["trained_on"]
+    assert trained_on["kind"] == kind
+    assert trained_on["num_radiographs"] == trained_on["splits"]["train"] > 0
+    assert trained_on["manifest_sha256"] == card["metrics"]["manifest_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", trained_on["manifest_sha256"])
+    assert "not a medical device" in card["terms"]
+    assert "MURA's research-use agreement" in card["licence"]
+    assert re.match(r"\d+\.\d+", card["version"])
+    assert card["opset"] == 18
+    assert {"architecture", "epochs", "seed", "learning_rate", "global_batch"} <= card["recipe"].keys()
+    assert card["checkpoint"]
+
+    assert (told.producer_name, told.graph_name) == ("mura-dist", "mura_dist")
+    assert card["terms"][1:] in told.description
+    assert ("drawn phantoms, no radiographs" in told.description) == (kind == "phantoms")
+    data = path.read_bytes()
+    assert [secret for secret in secrets if secret.encode() in data] == []
+    return card
 
 
 def damage(shards: Shards, row: int) -> str:

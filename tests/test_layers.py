@@ -69,7 +69,22 @@ FLOORS = [
             *("report", "report.findings", "report.figures", "report.sections"),
         }
     },
-    {"delivery": {"runtime", "study_types", "walk", "grouping", "tables", "overlays", "predict", "export"}},
+    {
+        "delivery": {
+            "runtime",
+            "tuning",
+            "study_types",
+            "walk",
+            "grouping",
+            "tables",
+            "overlays",
+            "predict",
+            "quantise",
+            "variants",
+            "triton",
+            "export",
+        }
+    },
     {"roof": {"cli", *(f"bench{room}" for room in BENCHES)}},
 ]
 FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.values() for name in names}
@@ -82,24 +97,13 @@ CONFINED = {
     "onnxruntime": {"runtime", "bench.prediction"},
     "cv2": {"pipeline.cpu", "bench.pipeline"},
     "pydicom": {"radiograph"},
-    "onnx": {"export"},
+    "openvino": {"runtime"},
+    "onnx": {"export", "quantise", "triton"},
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *(
-        "card",
-        "runtime",
-        "study_types",
-        "walk",
-        "grouping",
-        "tables",
-        "overlays",
-        "predict",
-        "describe",
-        "contact_sheet",
-        "score",
-        "cli",
-    ),
+    *("card", "runtime", "tuning", "study_types", "walk", "grouping", "tables", "overlays", "predict", "cli"),
+    *("describe", "contact_sheet", "score"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),

@@ -65,9 +65,9 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def size_of(model: Path, size: int | None) -> int:
     """The pixels of a side that `model` takes. Raises Refusal for another --size, and for what is no model of ours."""
-    from ..runtime import Model
+    from ..runtime import Model, Tuning
 
-    wanted = Model.load(model, threads=1).size
+    wanted = Model.load(model, tuning=Tuning(threads=1)).size
     if size not in (None, wanted):
         raise Refusal(f"--size {size}: {model} takes {wanted} px; leave --size out, or give --size {wanted}")
     return wanted

@@ -1,0 +1,121 @@
+"""How a model runs fastest on this machine: measured once, kept for later.
+
+    model, provider -> candidates (streams, threads, batch size, graph optimisation) -> images/s of each, in turns
+        -> the best, in the cache folder under (model, engine, processor, number of processors) -> Tuning
+
+A later command finds it there without being told; another model, version or machine finds nothing and runs as it comes.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import atomic
+from .runtime import OPENVINO, OPTIMISATIONS, PROVIDERS, Model, Tuning, cache_folder, version
+from .workers import processors
+
+FILE = "tuning.json"
+_ROUNDS, _SECONDS = 4, 1.0  # turns of a finalist, and what one lasts at least
+_FINALISTS = 3  # of the first turn; all at once would be as many models in memory
+_MOST_BYTES = 600 << 20  # of memory that batches in flight may take, about
+_BYTES_PER_PIXEL = 260  # of a radiograph under way in DenseNet-169, fp32
+
+
+def stored(model: Model) -> Tuning | None:
+    """What an earlier `choose` kept for this model on this machine."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Tuning(**json.loads((cache_folder() / FILE).read_bytes())[_key(model)]["tuning"])
+    return None
+
+
+def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: None) -> Tuning:
+    """Measure, keep and return the fastest way to run the model of `path`; `say` hears a line for each way.
+
+    Raises what Model.load raises, OSError where the cache folder cannot be written.
+    """
+    first = {tuning: _images_per_s(Model.load(path, provider, tuning)) for tuning in candidates(path, provider)}
+    promising = sorted(first, key=lambda tuning: -first[tuning])[:_FINALISTS]
+    models = {tuning: Model.load(path, provider, tuning) for tuning in promising}
+    rates = {tuning: [rate] for tuning, rate in first.items()}
+    for _ in range(_ROUNDS - 1):
+        for tuning, model in models.items():
+            rates[tuning].append(_images_per_s(model))
+    medians = {tuning: statistics.median(found) for tuning, found in rates.items()}
+    for tuning, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
+        say(f"{rate:9.2f} radiographs/s  {words(tuning)}")
+    best = max(promising, key=lambda tuning: medians[tuning])
+    _keep(models[best], best, medians)
+    return best
+
+
+def words(tuning: Tuning) -> str:
+    return (
+        f"batch size {tuning.batch_size}, {tuning.streams} in flight, {tuning.threads} threads, "
+        f"graph optimisation {tuning.optimisation}"
+    )
+
+
+def candidates(path: Path, provider: str) -> Iterator[Tuning]:
+    """The ways worth a try. On a CPU the threads are all there are: fewer never won here (docs/benchmarks.md)."""
+    usual = Model.load(path, provider).tuning
+    if provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower()):
+        threads = processors()
+        size = Model.load(path, provider).size
+        for streams in sorted({1, 2, threads}):
+            for batch_size in (1, 2, 4, 8, 16):
+                if streams <= threads and streams * batch_size * size**2 * _BYTES_PER_PIXEL <= _MOST_BYTES:
+                    yield Tuning(batch_size, streams, threads, usual.optimisation)
+        if provider.lower() != OPENVINO:
+            yield replace(usual, optimisation=next(one for one in OPTIMISATIONS if one != usual.optimisation))
+    else:
+        for streams in (1, 2, 3):
+            for batch_size in (16, 32, 64, 128):
+                yield Tuning(batch_size, streams, usual.threads, usual.optimisation)
+
+
+def _images_per_s(model: Model) -> float:
+    number, size = model.tuning.batch_size or 1, model.size
+    batch = np.random.default_rng(0).integers(0, 256, (number, 1, size, size), dtype=np.uint8)
+    list(model.stream([batch] * (model.tuning.streams or 1)))  # memory is taken, kernels are chosen
+    done, started = 0, time.perf_counter()
+
+    def until() -> Iterator[np.ndarray]:
+        while time.perf_counter() - started < _SECONDS:
+            yield batch
+
+    for _ in model.stream(until()):
+        done += number
+    return done / (time.perf_counter() - started)
+
+
+def _key(model: Model) -> str:
+    """Hashed: the cache tells nobody what it is of."""
+    parts = (model.sha256, model.provider, version(model.provider), _processor(), str(processors()))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
+
+
+def _keep(model: Model, best: Tuning, rates: dict[Tuning, float]) -> None:
+    path = cache_folder() / FILE
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = [asdict(tuning) | {"images_per_s": round(rate, 3)} for tuning, rate in rates.items()]
+    entry = {"tuning": asdict(best), "measured": measured, "provider": model.provider, "size": model.size}
+    atomic.write_json(path, known | {_key(model): entry})
