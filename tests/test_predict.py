@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from conftest import run
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -714,3 +715,32 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", '"')) in ([], ["pyarrow"])  # pandas takes pyarrow where it is installed
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
+def test_a_disk_that_is_really_full(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, room_kib: int
+) -> None:
+    """Within the walk, the parts or the tables: one line says why; with room again the same command, the same bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "none", disk]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    words = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
+    try:
+        full = run(*words)
+        assert full.returncode == 1, (full.stdout, full.stderr)
+        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+        assert "No space left on device" in full.stderr
+        assert "free some space, then the same command goes on" in full.stderr
+        parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        again = run(*words)
+        assert (again.returncode, again.stderr) == (0, ""), again.stderr
+        assert contents(disk / "out") == many[1]
+        assert len(parts) <= 3
+    finally:
+        subprocess.run(["umount", disk], check=True)
