@@ -57,7 +57,7 @@ from .points import BANDS
 from .pseudonyms import Names
 from .readings import Reader, Reading, failed
 from .refusal import Failure, OwnRefusal, Refusal, Stopped
-from .runtime import ONNXRUNTIME, OUTPUTS, PROVIDERS, Model
+from .runtime import ONNXRUNTIME, PROVIDERS, Model
 from .tables import Part, Tally
 from .walk import File, Walk
 from .workers import processors
@@ -403,17 +403,21 @@ class _Work:
         """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
         begun: deque[_Chunk] = deque()
         batches = self._batches(crew, numbers, begun)
-        wanted = OUTPUTS[:1] if self.overlays is None else OUTPUTS
-        for logits, *cells in self.model.stream(
-            batches, wanted
-        ):  # aligned with the batches, however many are in flight
+        for logits, cells in map(self._outputs, batches):  # aligned with the batches, however many are ahead of it
             chunk = next(chunk for chunk in begun if not chunk.predicted)
-            chunk.cells += [one for some in cells for one in some]
+            chunk.cells += cells
             chunk.logits += logits.tolist()
             self._write(begun)
         self._write(begun)
         if self.asked.is_set() and self._missing():
             raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
+
+    def _outputs(self, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (B,), and the maps where they are to be drawn."""
+        if self.overlays is None:
+            return self.model.logits(images), []
+        logits, cells = self.model.outputs(images)
+        return logits, list(cells)
 
     def _batches(self, crew: Crew, numbers: list[int], begun: deque[_Chunk]) -> Iterator[np.ndarray]:
         """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""

@@ -6,6 +6,7 @@ A path is relative to the directory, "/" between its parts, as the system gives 
 """
 
 import hashlib
+import itertools
 import os
 import sqlite3
 import stat
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from . import scratch
 
-_FOLDERS = 64  # looked into between two reports
-_FILES = 1000  # likewise
+_FOLDERS = 64  # taken off the list at once
+_FILES = 1000  # written at once
 _SCHEMA = """
 CREATE TABLE file (place BLOB PRIMARY KEY, path BLOB, num_bytes INTEGER, mtime_ns TEXT, code TEXT, reason TEXT) WITHOUT ROWID;
 CREATE TABLE start (chunk INTEGER PRIMARY KEY, place BLOB);
@@ -85,7 +86,7 @@ def find(
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
     with scratch.made(database, _SCHEMA) as table:
-        _fill(table, directory, leave_out, sort_by, found)
+        _fill(table, directory, leave_out, found, sort_by)
         num_files, digest = _number(table, size)
     return Walk(database, num_files, digest, size)
 
@@ -94,8 +95,8 @@ def _fill(
     table: sqlite3.Connection,
     directory: Path,
     leave_out: Path | None,
-    sort_by: Callable[[bytes], bytes],
     found: Callable[[int], None],
+    sort_by: Callable[[bytes], bytes] = lambda path: path,
 ) -> None:
     if leave_out is not None and leave_out.is_dir():
         _enter(table, leave_out)
@@ -103,11 +104,11 @@ def _fill(
     num = 0
     while folders := _next(table):
         for folder in folders:
-            for row in _look_into(table, directory, folder):
-                table.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?, ?)", (sort_by(row[0]), *row))
-                num += 1
-                if num % _FILES == 0:
-                    found(num)
+            rows = _look_into(table, directory, folder)
+            while some := [(sort_by(row[0]), *row) for row in itertools.islice(rows, _FILES)]:
+                table.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?, ?)", some)
+                num += len(some)
+                found(num)
         found(num)
 
 
@@ -122,7 +123,7 @@ def _look_into(table: sqlite3.Connection, directory: Path, folder: str) -> Itera
                 if _is_folder(entry):
                     _put_off(table, path, link=entry.is_symlink())
                 else:
-                    yield _row(directory, path)
+                    yield _row(path, entry.path)
     except OSError as error:
         reason = f"a folder that cannot be listed: {why(error)}"
         yield os.fsencode(folder or "."), 0, "0", "unreadable", reason
@@ -155,10 +156,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _row(directory: Path, path: str) -> _Row:
+def _row(path: str, whole: str) -> _Row:
     name = os.fsencode(path)
     try:
-        status = os.stat(directory / path)
+        status = os.stat(whole)
     except OSError as error:
         return name, 0, "0", "unreadable", f"cannot be opened: {why(error)}"
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
@@ -168,8 +169,11 @@ def _row(directory: Path, path: str) -> _Row:
 
 def _file(row: _Row) -> File:
     path, num_bytes, mtime_ns, code, reason = row
-    failure = None if code is None or reason is None else (code, reason)
-    return File(os.fsdecode(path), num_bytes, int(mtime_ns), failure)
+    return File(os.fsdecode(path), num_bytes, int(mtime_ns), _failure(code, reason))
+
+
+def _failure(code: str | None, reason: str | None) -> tuple[str, str] | None:
+    return None if code is None or reason is None else (code, reason)
 
 
 def why(error: OSError) -> str:
@@ -179,10 +183,10 @@ def why(error: OSError) -> str:
 def _number(table: sqlite3.Connection, size: int) -> tuple[int, str]:
     """Remember where each chunk starts; how many files there are, and their digest."""
     sha256, num = hashlib.sha256(), 0
-    for row in table.execute(f"SELECT {_COLUMNS}, place FROM file ORDER BY place"):
+    query = f"SELECT place, {_COLUMNS} FROM file ORDER BY place"
+    for place, path, num_bytes, mtime_ns, code, reason in table.execute(query):
         if num % size == 0:
-            table.execute("INSERT INTO start VALUES (?, ?)", (num // size, row[-1]))
-        file = _file(row[:-1])
-        sha256.update(row[0] + f"\0{file.num_bytes} {file.mtime_ns} {file.failure}\n".encode())
+            table.execute("INSERT INTO start VALUES (?, ?)", (num // size, place))
+        sha256.update(path + f"\0{num_bytes} {mtime_ns} {_failure(code, reason)}\n".encode())
         num += 1
     return num, sha256.hexdigest()
