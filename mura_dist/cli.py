@@ -73,8 +73,8 @@ a_place = Place()
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A callable (done, total) that moves a bar on a terminal, and is silent elsewhere."""
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A callable (done, total; None: not known yet) that moves a bar on a terminal, and is silent elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -585,18 +585,23 @@ def _compared(facts: dict[str, Any], precision: str) -> str:
 )
 @click.option("--format", default="csv", show_default=True, help="csv or parquet.")
 @click.option("--batch-size", type=int, default=None, help="Radiographs at once.  [default: by provider]")
-@click.option("--workers", type=int, default=None, help="Threads that read.  [default: by processors]")
+@click.option("--workers", type=int, default=None, help="Processes that read.  [default: by files and processors]")
+@click.option("--strict", is_flag=True, help="Any failure is an error, once all tables are written.")
 @quiet_option
 def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table.
 
-    Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed.
+    Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed. Started by torchrun or srun,
+    the ranks share the work; the bytes are the same.
     """
     from . import local
     from .predict import predict as run
 
-    with progress_bar("predicting", quiet) as progress:
-        summary = run(model, directory, out, progress=progress, **options)
+    rank, _ = launcher.share()
+    with progress_bar("predicting", quiet or rank > 0) as progress:
+        summary = run(model, directory, out, walking=lambda num: progress(num, None), progress=progress, **options)
+    if summary is None:  # another rank's: the first one speaks
+        return
     click.echo(
         f"{out}: {summary['num_radiographs']} radiographs of {summary['num_studies']} studies, "
         f"{summary['num_positive']} of {summary['num_calls']} calls positive, "

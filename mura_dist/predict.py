@@ -1,19 +1,21 @@
 """A directory of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    walk.find -> chunks of 256 files -> read ahead by threads (radiograph.read) -> batches -> Model.outputs
-        -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables
+    walk.find -> chunks of 256 files -> read ahead by guarded processes (readings.py) -> batches -> Model.outputs
+        -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
         -> predict.json (last: it says "done")
 
-Every file ends in exactly one of predictions and failures. A chunk is the unit of resumption: killed anywhere, the same
-command makes the missing ones, and the same bytes. `OUT/.parts/plan.json` says what the run is; another model, other
-options or other files in the same OUT are refused. Threads, not processes: Pillow decodes outside Python's lock (2
-cores, 512-px PNG to 320: one thread 401 radiographs/s, two threads 841, two processes 690).
+Every file ends in exactly one of predictions and failures, also one that crashes, stalls or bloats its decoder. A chunk is the
+unit of work and of resumption: killed anywhere, the same command makes the missing ones, and the same bytes. No list is as
+long as the directory: what is, lies on disk. `OUT/.parts/plan.json` says what the run is; another model, other options or
+other files in the same OUT are refused, and so is a second start while the first one lives.
+
+Several ranks (torchrun's or Slurm's) share the work: each takes every n-th chunk; the first one writes the plan and the tables,
+and makes itself what a rank that fell silent has left undone. Nobody talks to anybody but through OUT/.parts.
 """
 
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -21,35 +23,51 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import PIL
 
-from . import __version__, atomic, mura, pseudonyms, radiograph, study_types, tables, walk
+from . import (
+    __version__,
+    atomic,
+    grouping,
+    guarded,
+    launcher,
+    lock,
+    mura,
+    pseudonyms,
+    sharing,
+    study_types,
+    tables,
+    walk,
+)
 from .card import Card
+from .grouping import Grouping
+from .guarded import Crew, Limits, Lost
+from .lock import Claim
 from .overlays import FOLDER, Overlay, Overlays, counted, counts, warning
 from .points import BANDS
 from .pseudonyms import Names
-from .refusal import Refusal, Stopped
+from .readings import Reader, Reading, failed
+from .refusal import Failure, OwnRefusal, Refusal, Stopped
 from .runtime import ONNXRUNTIME, PROVIDERS, Model
+from .tables import Part, Tally
+from .walk import File, Walk
+from .workers import processors
 
 CHUNK = 256
-
-
-class Reading(NamedTuple):
-    """A file as it was read: an image (S, S) uint8 and what a DICOM says of itself; or (code, reason) why not."""
-
-    image: np.ndarray | None
-    identity: radiograph.DicomIdentity | None
-    failure: tuple[str, str]
+PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
+MAX_WORKERS = 256
+_FILES_PER_WORKER = 64  # to start a process costs as much as to read so many
+_AT_ONCE, _AT_ONCE_BYTES = 8, 1 << 20  # files a worker takes at once, and their pixels at most
+_POLL_S = 0.2
 
 
 @pseudonyms.hushed
@@ -64,18 +82,23 @@ def predict(
     format: str = "csv",
     batch_size: int | None = None,
     workers: int | None = None,
+    strict: bool = False,
     overlays: bool = False,
     allow_pixels: bool = False,
     keytable: Path | None = None,
+    limits: Limits = guarded.DEFAULT,
+    walking: Callable[[int], None] = lambda num_found: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Predict every radiograph below `directory` into tables in `out`; returns predict.json's content. Resumes.
+) -> dict[str, Any] | None:
+    """Predict every radiograph below `directory` into tables in `out`; returns predict.json's content, on ranks but the first
+    None. Resumes.
 
     study_by: auto, folder or file; study_type: a study type for all, or a CSV of path,study_type; provider: see
-    Model.load; format: csv or parquet; workers: threads that read; overlays: draw every radiograph and its map, with
-    allow_pixels those too whose pixels may show a name; keytable: files and studies go by pseudonyms, and this file leads back.
-    `out` is not looked into where it lies inside `directory`. Raises Refusal, Stopped (SIGINT, SIGTERM: after the current
-    chunk), OSError when the disk is full.
+    Model.load; format: csv or parquet; workers: processes that read; strict: any failure, once the tables are written, ends
+    it; overlays: draw every radiograph and its map, with allow_pixels those too whose pixels may show a name; keytable:
+    files and studies go by pseudonyms, and this file leads back; limits: what reading one file may take. `out` is not looked
+    into where it lies inside `directory`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk),
+    OSError when the disk is full.
     """
     started = time.perf_counter()
     _check(directory, out, study_by, format, batch_size, workers)
@@ -84,53 +107,94 @@ def predict(
     known = frozenset((*model.card.study_types, *model.card.thresholds))
     given = study_types.read(study_type)
     warnings = study_types.check(given, known)
-    files = walk.find(directory, leave_out=out)
-    if not files:
-        raise Refusal(f"{directory} holds no files; give a folder of radiographs")
-    warnings += study_types.match(given, (walk.printable(file.path) for file in files))
-    if keytable is not None:
-        # In the order of their names the lines would tell them to whoever has a list of the files.
-        files.sort(key=lambda file: names.file(walk.printable(file.path)))
-    plan = {
-        "version": __version__,
-        "model_sha256": model.sha256,
-        "num_files": len(files),
-        "files_sha256": names.digest(walk.digest(files)),
-        "study_by": study_by,
-        "study_type": given if given is None or isinstance(given, str) else f"table {names.digest(_digest(given))}",
-        "provider": model.provider,
-        "format": format,
-        "overlays": overlays,
-        "allow_pixels": allow_pixels,
-        "pseudonyms": names.fingerprint,
-    }
-    if keytable is not None and not (out / "predict.json").is_file():
-        paths = (walk.printable(file.path) for file in files)
-        pseudonyms.check_files(keytable, ((path, names.file(path)) for path in paths))
-    if (summary := _begun(out, plan)) is not None:
-        return summary
-    place = Path(os.path.abspath(directory)).as_posix()
-    grouping = walk.Grouping(place, study_by, given, known, names, apart=(out, directory))
-    batch_size = batch_size or (8 if model.provider == PROVIDERS["cpu"] else 64)
-    run = _Run(model, directory, grouping, out / ".parts", batch_size, workers or _num_workers())
-    if overlays:
-        run = replace(run, overlays=Overlays(out, allow_pixels, model.card.trained_on.kind == "phantoms"))
-    parts = _make_parts(run, files, progress)
-    if keytable is not None:
-        pseudonyms.write(keytable, lambda: _ways_back(run, files, parts))
-    frames = tables.build(parts, model.card)
-    for stale in out.glob(".*.partial"):  # of a run that was killed
-        stale.unlink(missing_ok=True)
-    for name, frame in frames.items():
-        tables.write(out / f"{name}.{format}", frame)
-    num_overlays = counted(part["overlays"] for part in parts)
-    if allow_pixels and not overlays:
-        warnings.append("--allow-pixels without --overlays changes nothing")
-    warnings += warning(num_overlays["num_overlays_withheld"])
-    summary = _summary(frames, model, time.perf_counter() - started, num_overlays, warnings) | {"plan": plan}
-    atomic.write_json(out / "predict.json", summary)
-    shutil.rmtree(out / ".parts")
+    _refuse_foreign(out)
+    place = _Place(out, *launcher.share())
+    claim = Claim(f"--out {out}", "give another --out", wait_s=0, doubt_s=lock.STALE_S + lock.HEARTBEAT_S)
+    with (
+        _stop_asked() as asked,
+        sharing.taking_part(place.parts, place.rank, claim, asked),
+        _walked(directory, place, names, keytable, asked, walking) as files,
+    ):
+        warnings += study_types.match(given, (walk.printable(file.path) for file in files.all()))
+        plan = {
+            "version": __version__,
+            "model_sha256": model.sha256,
+            "num_files": files.num_files,
+            "files_sha256": names.digest(files.digest),
+            "study_by": study_by,
+            "study_type": given if given is None or isinstance(given, str) else f"table {names.digest(_digest(given))}",
+            "provider": model.provider,
+            "format": format,
+            "overlays": overlays,
+            "allow_pixels": allow_pixels,
+            "pseudonyms": names.fingerprint,
+        }
+        if keytable is not None and place.rank == 0 and not place.done.is_file():
+            paths = (walk.printable(file.path) for file in files.all())
+            pseudonyms.check_files(keytable, ((path, names.file(path)) for path in paths))
+        summary = _begun(place, plan, asked)
+        if summary is None:
+            root = Path(os.path.abspath(directory)).as_posix()
+            groups = Grouping(root, study_by, given, known, names, apart=(out, directory))
+            batch_size = batch_size or (8 if model.provider == PROVIDERS["cpu"] else 64)
+            work = _Work(model, directory, groups, files, place, batch_size, workers, limits, asked, progress)
+            if overlays:
+                drawings = model.card.trained_on.kind == "phantoms"
+                work.overlays = Overlays(out, allow_pixels, drawings, aside=f".{place.rank}")
+                work.overlays.begin()
+            work.do()
+            if place.rank == 0:
+                if keytable is not None:
+                    pseudonyms.write(keytable, lambda: _ways_back(groups, place, files, asked))
+                tally = tables.write(
+                    out, lambda: _parts(place, files, asked), model.card, format, place.parts / "studies.sqlite"
+                )
+                num_overlays = counted(part["overlays"] for part in _parts(place, files, asked))
+                warnings += warning(num_overlays["num_overlays_withheld"])
+                if allow_pixels and not overlays:
+                    warnings.append("--allow-pixels without --overlays changes nothing")
+                summary = _summary(tally, model, time.perf_counter() - started, num_overlays, warnings) | {"plan": plan}
+                with tables.replaced(place.done):
+                    atomic.write_json(place.done, summary)
+    if place.done.is_file():
+        shutil.rmtree(place.parts, ignore_errors=True)
+    if place.rank:
+        return None
+    assert summary is not None
+    if strict and summary["num_failures"]:
+        raise Failure(
+            f"--strict: {summary['num_failures']} of {summary['num_files']} files failed, {out}/failures.{format} says why; "
+            "mend or remove them and give another --out, or leave --strict out"
+        )
     return summary
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the run is, and which of its ranks this process is."""
+
+    out: Path
+    rank: int
+    num_ranks: int
+
+    @property
+    def parts(self) -> Path:
+        return self.out / ".parts"
+
+    @property
+    def plan(self) -> Path:
+        return self.parts / "plan.json"
+
+    @property
+    def done(self) -> Path:
+        return self.out / "predict.json"
+
+    def part(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.json"
+
+    def missing(self, num_chunks: int) -> list[int]:
+        names = set(os.listdir(self.parts))
+        return [number for number in range(num_chunks) if self.part(number).name not in names]
 
 
 def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: int | None, workers: int | None) -> None:
@@ -139,8 +203,8 @@ def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: i
         raise Refusal(f"{directory}: {what}; give a folder of radiographs")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise Refusal(f"{directory} cannot be listed: permission denied; give a folder you may read")
-    if study_by not in walk.STUDY_BY:
-        raise Refusal(f"--study-by {study_by}: must be one of {', '.join(walk.STUDY_BY)}; auto is the default")
+    if study_by not in grouping.STUDY_BY:
+        raise Refusal(f"--study-by {study_by}: must be one of {', '.join(grouping.STUDY_BY)}; auto is the default")
     if format not in tables.FORMATS:
         raise Refusal(f"--format {format}: must be one of {', '.join(tables.FORMATS)}; csv is the default")
     if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -150,6 +214,8 @@ def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: i
     for name, number in (("--batch-size", batch_size), ("--workers", workers)):
         if number is not None and number < 1:
             raise Refusal(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")
+    if workers is not None and workers > MAX_WORKERS:
+        raise Refusal(f"--workers {workers}: must be at most {MAX_WORKERS}; leave it out for a choice by the machine")
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; give a folder")
     if out.is_dir() and out.samefile(directory):
@@ -167,22 +233,78 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _begun(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary where `out` holds this very run, finished; None where it is to be made. Refuses any other run."""
-    done, planned = out / "predict.json", out / ".parts" / "plan.json"
-    if done.is_file():
-        summary = _load(done)
-        _compare(out, summary.get("plan", {}), plan)
-        shutil.rmtree(out / ".parts", ignore_errors=True)
-        return summary
-    if planned.is_file():
-        _compare(out, _load(planned), plan)
-        return None
+def _refuse_foreign(out: Path) -> None:
+    if (out / "predict.json").is_file() or (out / ".parts" / "plan.json").is_file():
+        return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
     if found := [name for name in (*names, FOLDER) if (out / name).exists()]:
         raise Refusal(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
-    atomic.write_json(planned, plan)
+
+
+@contextlib.contextmanager
+def _walked(
+    directory: Path,
+    place: _Place,
+    names: Names,
+    keytable: Path | None,
+    asked: threading.Event,
+    walking: Callable[[int], None],
+) -> Iterator[Walk]:
+    """The walk, on disk while the block runs: with a key table beside it, for it names every file, and in the order of the
+    pseudonyms, for in that of the paths a list of patients could be laid beside the tables. Raises Refusal where there is
+    no file."""
+
+    def found(num: int) -> None:
+        if asked.is_set():
+            raise Stopped("stopped while looking for files; the same command goes on")
+        walking(num)
+
+    def by_name(path: bytes) -> bytes:
+        return names.file(walk.printable(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
+
+    database = place.parts / f"walk-{place.rank}.sqlite"
+    sort_by: dict[str, Any] = {}
+    if keytable is not None:
+        database = keytable.with_name(f".{keytable.name}.walk-{place.rank}.sqlite")
+        database.unlink(missing_ok=True)
+        os.close(os.open(database, os.O_CREAT | os.O_EXCL, 0o600))
+        sort_by = {"sort_by": by_name}
+    try:
+        files = walk.find(directory, database, size=CHUNK, leave_out=place.out, found=found, **sort_by)
+        if not files.num_files:
+            raise Refusal(f"{directory} holds no files; give a folder of radiographs")
+        yield files
+    finally:
+        with contextlib.suppress(OSError):  # a start makes it anew
+            database.unlink()
+
+
+def _begun(place: _Place, plan: dict[str, Any], asked: threading.Event) -> dict[str, Any] | None:
+    """The summary where `out` holds this very run, finished; None where it is to be made. Refuses any other run."""
+    ears = sharing.Ears()
+    while not place.done.is_file() and not place.plan.is_file():
+        if place.rank == 0:
+            atomic.write_json(place.plan, plan)
+            break
+        if ears.silent_s(sharing.heart(place.parts, 0)) > PLAN_WAIT_S:
+            raise Failure(
+                f"rank {place.rank} of {place.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {place.out}; "
+                "see what rank 0 says, and that all ranks see the same folder"
+            )
+        _pause(asked)
+    if place.done.is_file():
+        summary = _load(place.done)
+        _compare(place, summary.get("plan", {}), plan)
+        return summary
+    _compare(place, _load(place.plan), plan)
+    for stale in place.out.glob(".*.partial") if place.rank == 0 else ():  # of a run that was killed
+        stale.unlink(missing_ok=True)
     return None
+
+
+def _pause(asked: threading.Event) -> None:
+    if asked.wait(_POLL_S):
+        raise Stopped("stopped while waiting for another rank; the same command goes on")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -195,141 +317,201 @@ def _load(path: Path) -> dict[str, Any]:
     raise Refusal(f"{path} is damaged; give another --out, or delete that folder")
 
 
-def _compare(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare(place: _Place, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in now.items():
         if before.get(key) != value:
-            raise Refusal(
-                f"--out {out} holds a run with {key}={before.get(key)}, this one has {key}={value}; "
+            said = (
+                f"--out {place.out} holds a run with {key}={before.get(key)}, this one has {key}={value}; "
                 "a run goes on only as it began: give another --out, or delete that folder"
             )
+            raise OwnRefusal(f"rank {place.rank}: {said}") if place.rank else Refusal(said)
 
 
-def _num_workers() -> int:
-    """Reading is a twentieth of a CPU's work here; 16 keep a GPU fed. Each may hold one radiograph of full size."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
-    return min(16, len(affinity(0)) if affinity else os.cpu_count() or 1)
+# ---- the parts
 
 
-@dataclass(frozen=True)
-class _Run:
+@dataclass
+class _Chunk:
+    """Files that were read, or are being read, and the logits of those radiographs that are predicted already."""
+
+    number: int
+    files: list[File]
+    readings: list[Reading] = field(default_factory=list)
+    logits: list[float] = field(default_factory=list)
+    cells: list[np.ndarray] = field(default_factory=list)  # (h, w) float32, where overlays are wanted
+
+    @property
+    def predicted(self) -> bool:
+        radiographs = sum(reading.image is not None for reading in self.readings)
+        return len(self.readings) == len(self.files) and len(self.logits) == radiographs
+
+
+@dataclass
+class _Work:
+    """What this rank does: the parts of its chunks; on the first one also those of ranks that fell silent."""
+
     model: Model
     directory: Path
-    grouping: walk.Grouping
-    parts: Path
+    grouping: Grouping
+    files: Walk
+    place: _Place
     batch_size: int
-    workers: int
+    workers: int | None
+    limits: Limits
+    asked: threading.Event
+    progress: Callable[[int, int], None]
+    done: int = 0
     overlays: Overlays | None = None
 
-    def name(self, file: walk.File) -> str:
-        """Of a file, as the tables have it."""
-        return self.grouping.names.file(walk.printable(file.path))
+    def do(self) -> None:
+        place = self.place
+        missing = self._missing()
+        self.progress(self.done, self.files.num_files)
+        mine = [number for number in missing if number % place.num_ranks == place.rank]
+        if not missing or (place.rank and not mine):
+            return
+        with guarded.crew(Reader, (self.model.size,), workers=self._num_workers(len(mine)), limits=self.limits) as crew:
+            self._make(crew, mine)
+            ears = sharing.Ears()
+            while place.rank == 0 and (missing := self._missing()):
+                self.progress(self.done, self.files.num_files)
+                silent = [number for number in missing if self._is_silent(ears, number % place.num_ranks)]
+                if silent:
+                    self._make(crew, silent[:1])
+                else:
+                    _pause(self.asked)
+
+    def _is_silent(self, ears: sharing.Ears, rank: int) -> bool:
+        return ears.silent_s(sharing.heart(self.place.parts, rank)) > sharing.SILENCE_S
+
+    def _missing(self) -> list[int]:
+        """The chunks without a part, whoever was to make them; `done` is brought up to date."""
+        missing, num_chunks = self.place.missing(self.files.num_chunks), self.files.num_chunks
+        self.done = self.files.num_files - CHUNK * len(missing)
+        if num_chunks - 1 in missing:
+            self.done += CHUNK * num_chunks - self.files.num_files
+        return missing
+
+    def _num_workers(self, num_chunks: int) -> int:
+        """Reading is a twentieth of a CPU's work here; 16 keep a GPU fed. Each may hold one radiograph of full size."""
+        num_files = min(num_chunks * CHUNK, self.files.num_files)
+        if self.workers is not None:
+            return max(1, min(self.workers, num_files))
+        return max(1, min(16, processors() // launcher.ranks_here(), num_files // _FILES_PER_WORKER))
+
+    def _make(self, crew: Crew, numbers: list[int]) -> None:
+        """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
+        begun: deque[_Chunk] = deque()
+        batches = self._batches(crew, numbers, begun)
+        for logits, cells in map(self._outputs, batches):  # aligned with the batches, however many are ahead of it
+            chunk = next(chunk for chunk in begun if not chunk.predicted)
+            chunk.cells += cells
+            chunk.logits += logits.tolist()
+            self._write(begun)
+        self._write(begun)
+        if self.asked.is_set() and self._missing():
+            raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
+
+    def _outputs(self, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits (B,), and the maps where they are to be drawn."""
+        if self.overlays is None:
+            return self.model.logits(images), []
+        logits, cells = self.model.outputs(images)
+        return logits, list(cells)
+
+    def _batches(self, crew: Crew, numbers: list[int], begun: deque[_Chunk]) -> Iterator[np.ndarray]:
+        """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
+        at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // self.model.size**2))
+        ahead = max(2, -(-2 * self.batch_size // (at_once * crew.workers)))  # two batches at least
+        readings = crew.results(_tasks(self.files, numbers, self.directory, at_once), ahead=ahead)
+        for number, files in zip(numbers, self.files.chunks(numbers), strict=True):
+            if self.asked.is_set():
+                return
+            chunk, images = _Chunk(number, files), []
+            begun.append(chunk)
+            for file in files:
+                reading = failed(*file.failure) if file.failure is not None else _reading(next(readings))
+                chunk.readings.append(reading)
+                self.done += 1
+                self.progress(self.done, self.files.num_files)
+                if reading.image is not None:
+                    images.append(reading.image)
+                if len(images) == self.batch_size:
+                    yield np.stack(images)[:, None]
+                    images = []
+            if images:
+                yield np.stack(images)[:, None]
+            self._write(begun)  # a chunk without a radiograph gets no logits
+        assert next(readings, None) is None  # read to its end, as a Crew wants it
+
+    def _write(self, begun: deque[_Chunk]) -> None:
+        """The parts of those chunks at the head that are predicted."""
+        while begun and begun[0].predicted:
+            chunk = begun.popleft()
+            # Here a chunk's files, images, identities and logits are together: what else is made of them, is made here.
+            part = json.dumps(self._part(chunk), ensure_ascii=False, allow_nan=False)
+            aside = f".{self.place.rank}-{os.getpid()}"  # two ranks may make the same one
+            with atomic.replacing(self.place.part(chunk.number), aside=aside) as file:
+                file.write(part.encode())
+            if self.place.num_ranks > 1:  # what the others have done meanwhile
+                self._missing()
+                self.done += sum(len(chunk.readings) for chunk in begun)
+
+    def _part(self, chunk: _Chunk) -> Part:
+        rows: list[list[Any]] = []
+        failures: list[tuple[str, str, str]] = []
+        logits = iter(chunk.logits)
+        for file, reading in zip(chunk.files, chunk.readings, strict=True):
+            name = self.grouping.name(file.path)
+            if reading.image is None:
+                failures.append((name, *reading.failure))
+                continue
+            if not np.isfinite(logit := next(logits)):
+                raise Failure(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
+            rows.append([name, *self.grouping.of(file.path, reading.identity), logit])
+        return {"predictions": rows, "failures": failures, "overlays": self._draw(chunk, [row[0] for row in rows])}
+
+    def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
+        """The chunk's overlays are on disk then; how many, and how many are withheld."""
+        if self.overlays is None:
+            return counts(0, 0)
+        read = [(reading.image, reading.identity) for reading in chunk.readings if reading.image is not None]
+        some = [
+            Overlay(name, image, cells, logit)
+            for name, (image, identity), cells, logit in zip(names, read, chunk.cells, chunk.logits, strict=True)
+            if not self.overlays.withholds(identity)
+        ]
+        self.overlays.write_all(some)
+        return counts(len(some), len(names) - len(some))
 
 
-def _make_parts(run: _Run, files: list[walk.File], progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """One part a chunk, in the files' order; those on disk are taken as they are."""
-    chunks = {
-        run.parts / f"{start // CHUNK:06d}.json": files[start : start + CHUNK] for start in range(0, len(files), CHUNK)
-    }
-    todo = {path: chunk for path, chunk in chunks.items() if not path.is_file()}
-    done = len(files) - sum(map(len, todo.values()))
-    progress(done, len(files))
-    if run.overlays is not None:
-        run.overlays.begin()
-    with _stop_asked() as asked, ThreadPoolExecutor(run.workers) as pool:
-        readings = _read_ahead(run, pool, itertools.chain.from_iterable(todo.values()))
-        readings = _count(readings, done, len(files), progress)
-        for path, chunk in todo.items():
-            if asked.is_set():
-                raise Stopped(f"stopped after {done:,} of {len(files):,} files; the same command goes on")
-            atomic.write_json(path, _part(run, chunk, readings))
-            done += len(chunk)
-    return [_load(path) for path in chunks]
+def _tasks(files: Walk, numbers: Iterable[int], directory: Path, at_once: int) -> Iterator[list[str]]:
+    """The paths to be read, in order, `at_once` at most at a time."""
+    for chunk in files.chunks(numbers):
+        paths = [os.path.join(directory, file.path) for file in chunk if file.failure is None]
+        yield from (paths[start : start + at_once] for start in range(0, len(paths), at_once))
 
 
-def _read_ahead(run: _Run, pool: ThreadPoolExecutor, files: Iterable[walk.File]) -> Iterator[Reading]:
-    """The readings of `files`, in order; never more than a batch and some waits in memory."""
-    ahead: deque[Future[Reading]] = deque()
-    for file in files:
-        ahead.append(pool.submit(_read, run, file))
-        if len(ahead) > run.batch_size + 2 * run.workers:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
+def _reading(result: Reading | Lost) -> Reading:
+    return failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
 
 
-def _count(
-    readings: Iterable[Reading], done: int, total: int, progress: Callable[[int, int], None]
-) -> Iterator[Reading]:
-    for number, reading in enumerate(readings, start=done + 1):
-        progress(number, total)
-        yield reading
+def _parts(place: _Place, files: Walk, asked: threading.Event) -> Iterator[Part]:
+    for number in range(files.num_chunks):
+        if asked.is_set():
+            raise Stopped("stopped while writing the tables; nothing is lost, the same command goes on")
+        yield _load(place.part(number))
 
 
-def _read(run: _Run, file: walk.File) -> Reading:
-    if file.failure is not None:
-        return Reading(None, None, file.failure)
-    path = run.directory / file.path
-    try:
-        return Reading(radiograph.read(path, run.model.size), radiograph.identity(path), ("", ""))
-    except radiograph.Unreadable as error:
-        return Reading(None, None, (error.code, error.reason))
-
-
-def _part(run: _Run, chunk: list[walk.File], readings: Iterator[Reading]) -> dict[str, Any]:
-    """What tables.build takes, of one chunk; `readings` begin with the chunk's and go on into the next."""
-    rows: list[tuple[str, str, str]] = []
-    failures: list[tuple[str, str, str]] = []
-    batch: list[_View] = []
-    logits: list[float] = []
-    num_withheld = 0
-    for file in chunk:
-        name, reading = run.name(file), next(readings)
-        if reading.image is None:
-            failures.append((name, *reading.failure))
-            continue
-        rows.append((name, *run.grouping.of(file.path, reading.identity)))
-        draw = run.overlays is not None and not run.overlays.withholds(reading.identity)
-        num_withheld += run.overlays is not None and not draw
-        batch.append(_View(name, reading.image, draw))
-        if len(batch) == run.batch_size:
-            logits += _flush(run, batch)
-    logits += _flush(run, batch)
-    return {
-        "predictions": [[*row, logit] for row, logit in zip(rows, logits, strict=True)],
-        "failures": failures,
-        "overlays": counts(len(rows) - num_withheld if run.overlays is not None else 0, num_withheld),
-    }
-
-
-class _View(NamedTuple):
-    name: str
-    image: np.ndarray  # (S, S) uint8
-    draw: bool
-
-
-def _flush(run: _Run, batch: list[_View]) -> list[float]:
-    """The logits of `batch`, whose overlays are on disk then; nothing stays in it."""
-    if not batch:
-        return []
-    images = np.stack([view.image for view in batch])[:, None]
-    if run.overlays is None:
-        logits = run.model.logits(images)
-    else:
-        logits, cells = run.model.outputs(images)
-        seen = zip(batch, cells, logits.tolist(), strict=True)
-        run.overlays.write_all([Overlay(view.name, view.image, *found) for view, *found in seen if view.draw])
-    batch.clear()
-    return logits.tolist()
-
-
-def _ways_back(run: _Run, files: list[walk.File], parts: list[dict[str, Any]]) -> Iterator[pseudonyms.Row]:
+def _ways_back(groups: Grouping, place: _Place, files: Walk, asked: threading.Event) -> Iterator[pseudonyms.Row]:
     """A line a file for the key table. A DICOM's study has no other name than its pseudonym; what failed has no study."""
-    studies = {name: study for part in parts for name, study, *_ in part["predictions"]}
-    for file in files:
-        name, study = run.name(file), run.grouping.place(file.path)
-        known_as = studies.get(name, "")
-        by_path = known_as == run.grouping.names.study(study)
-        yield walk.printable(file.path), name, study if by_path else known_as, known_as
+    for chunk, part in zip(files.chunks(range(files.num_chunks)), _parts(place, files, asked), strict=True):
+        studies = {name: study for name, study, *_ in part["predictions"]}
+        for file in chunk:
+            name, study = groups.name(file.path), groups.place(file.path)
+            known_as = studies.get(name, "")
+            by_path = known_as == groups.names.study(study)
+            yield walk.printable(file.path), name, study if by_path else known_as, known_as
 
 
 @contextlib.contextmanager
@@ -355,24 +537,23 @@ def _stop_asked() -> Iterator[threading.Event]:
 
 
 def _summary(
-    frames: dict[str, pd.DataFrame], model: Model, seconds: float, num_overlays: dict[str, int], warnings: list[str]
+    tally: Tally, model: Model, seconds: float, num_overlays: dict[str, int], warnings: list[str]
 ) -> dict[str, Any]:
     """predict.json: counts, warnings, what computed, and the terms. `seconds` are those of the last command."""
-    views, studies, failures = (frames[name] for name in tables.NAMES)
-    card = model.card
+    card, num_failures = model.card, tally.failures_by_code.total()
     return {
-        "num_files": len(views) + len(failures),
-        "num_radiographs": len(views),
-        "num_studies": len(studies),
-        "num_calls": int(studies["call"].notna().sum()),
-        "num_positive": int(studies["call"].sum()),
-        "num_calibrated": int(studies["calibrated_probability"].notna().sum()),
-        "studies_by_band": {name: int((studies["band"] == name).sum()) for name in BANDS},
-        "num_failures": len(failures),
-        "failures_by_code": dict(sorted(Counter(failures["code"]).items())),
+        "num_files": tally.num_radiographs + num_failures,
+        "num_radiographs": tally.num_radiographs,
+        "num_studies": tally.num_studies,
+        "num_calls": tally.num_calls,
+        "num_positive": tally.num_positive,
+        "num_calibrated": tally.num_calibrated,
+        "studies_by_band": {name: tally.studies_by_band[name] for name in BANDS},
+        "num_failures": num_failures,
+        "failures_by_code": dict(sorted(tally.failures_by_code.items())),
         **num_overlays,
-        "studies_by_type": dict(sorted(Counter(studies["study_type"]).items())),
-        "warnings": warnings + _warnings(studies, card),
+        "studies_by_type": dict(sorted(tally.studies_by_type.items())),
+        "warnings": warnings + _warnings(tally, card),
         "seconds": round(seconds, 3),
         "model": {
             "sha256": model.sha256,
@@ -396,11 +577,11 @@ def _summary(
     }
 
 
-def _warnings(studies: pd.DataFrame, card: Card) -> list[str]:
+def _warnings(tally: Tally, card: Card) -> list[str]:
     warnings = []
     if card.trained_on.kind == "phantoms":
         warnings.append("the model was trained on drawings (phantoms): what it says of a radiograph means nothing")
-    for study_type, number in sorted(Counter(studies.loc[studies["call"].isna(), "study_type"]).items()):
+    for study_type, number in sorted(tally.uncalled_by_type.items()):
         warnings.append(f"no threshold was evaluated for study type {study_type}: no call for {number} of its studies")
     if card.calibration.reason is not None:
         warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")

@@ -3,7 +3,7 @@
     runs/NAME/recipe.toml        every setting as it runs           status.json     running, stopped, done, failed
               data.json          which shards it learns from        environment.json   versions and machine
               metrics.jsonl, tensorboard/, curves.png   journal.py  checkpoints/    checkpoint.py
-              lock               host, process, heartbeat of the one writer; a second one waits for it, then is refused
+              lock               lock.py: the one writer; a second one waits for it, then is refused
 
 Opening decides: a new run, one to go on with, one that is finished, or another one (Refusal naming the key).
 """
@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import tomllib
@@ -23,14 +22,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import __version__, atomic, config, workers
+from . import __version__, atomic, config, lock
 from .config import Settings
 from .refusal import Refusal, Stopped
 from .shards import Shards
 
-HEARTBEAT_S = 10.0
-STALE_S = 120.0  # a lock of another host whose heart has not beaten for so long is taken over
-POLL_S = 0.5  # how often a start that waits looks at the lock
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -143,7 +139,8 @@ class Run:
         Where another writer lives, wait up to `wait_s` for it to end; then Refusal. `stop`, when set, ends the wait: Stopped.
         """
         self._make()
-        with _lock(self.folder / "lock", self.settings.wait_s, stop or threading.Event()):
+        claim = lock.Claim(f"run={self.folder}", "give run=NEW", self.settings.wait_s)
+        with lock.held(self.folder / "lock", claim, stop or threading.Event()):
             try:
                 yield
             except Refusal:  # nothing was done: what the folder says stays true
@@ -188,165 +185,3 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "num_processors": os.cpu_count(),
     }
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait_s: float, stop: threading.Event) -> Iterator[None]:
-    """One writer: a file with host, process and heartbeat. A stale one is reported and taken, a living one waited for."""
-    owner = {**_self(), "started": time.time_ns()}
-    _take(path, owner, wait_s, stop)
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True, name="heartbeat")
-    heart.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        heart.join()
-        if _owner(path) == owner:  # else somebody took it for stale, and it is theirs
-            path.unlink(missing_ok=True)
-
-
-def _self() -> dict[str, Any]:
-    """This process among all: host and boot (hosts share names, after a boot numbers begin anew), process, when it was born."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "host": platform.node(),
-        "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else "",
-        "process": os.getpid(),
-        "numbers": os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else "",
-        "born": workers.born(os.getpid()),
-    }
-
-
-def _take(path: Path, owner: dict[str, Any], wait_s: float, stop: threading.Event) -> None:
-    """Make the lock ours. Raises Refusal where its writer still lives after `wait_s`, Stopped where `stop` is set before."""
-    end, waiting = time.monotonic() + wait_s, False
-    while (found := _try(path, owner)) is not None:
-        (writer, age_s), left_s = found, end - time.monotonic()
-        if left_s <= 0:
-            raise Refusal(
-                f"run={path.parent} is being written by process {writer['process']} on {writer['host']} "
-                f"(heartbeat {age_s:.0f} s ago, waited {wait_s:.0f} s); wait for it or stop it, or give run=NEW"
-            )
-        if not waiting:
-            _say(
-                f"waiting up to {wait_s:.0f} s for process {writer['process']} on host {writer['host']}, "
-                f"which writes run={path.parent}"
-            )
-        waiting = True
-        if stop.wait(min(POLL_S, left_s)):
-            raise Stopped(f"stopped while waiting for the writer of run={path.parent}; the same command goes on")
-
-
-def _try(path: Path, owner: dict[str, Any]) -> tuple[dict[str, Any], float] | None:
-    """None: the lock is ours. Else who has it, and seconds since its last heartbeat."""
-    with _alone(path.parent):
-        while not _create(path, owner):
-            if (found := _judge(path)) is not None:
-                return found
-    return None
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time: of two that find the same lock stale, the second is not to take the first one's."""
-    if os.name != "posix":  # cannot open folders; there `_take_away` knows the lock by its inode, as between machines
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(ImportError, OSError):  # a disk without flock
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _create(path: Path, owner: dict[str, Any]) -> bool:
-    """Whether the lock is ours now. It appears with its content: a kill in between leaves no lock that nobody owns."""
-    aside = path.with_name(f".lock.{owner['host']}.{owner['process']}")
-    aside.write_text(json.dumps(owner), encoding="utf-8")
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        return _owner(path) == owner  # a network disk may have done it and say it again
-    except OSError:  # a disk without links
-        return _create_in_place(path, owner)
-    finally:
-        aside.unlink(missing_ok=True)
-    return True
-
-
-def _create_in_place(path: Path, owner: dict[str, Any]) -> bool:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(owner, file)
-    except FileExistsError:
-        return False
-    return True
-
-
-_NOBODY = {"host": "unknown", "process": 0}
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # gone, or its writer was killed between creating and writing it
-        return _NOBODY
-
-
-def _judge(path: Path) -> tuple[dict[str, Any], float] | None:
-    """(the living owner, seconds since its last heartbeat); None where there is no lock any more: a stale one is taken away."""
-    try:
-        owner, found = _owner(path), path.stat()
-    except FileNotFoundError:
-        return None
-    age_s, lives = time.time() - found.st_mtime, _lives(owner)
-    if lives or (lives is None and age_s < STALE_S):
-        return owner, age_s
-    _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
-    _take_away(path, found.st_ino)
-    return None
-
-
-def _lives(owner: dict[str, Any]) -> bool | None:
-    """Whether the lock's owner lives; None where only its heartbeat can tell: on another host, or in another container, whose
-    process numbers are not ours. Here it lives even if it has not beaten for long: stopped, or its machine was asleep."""
-    ours = _self()
-    if any(owner.get(name, ours[name]) != ours[name] for name in ("host", "boot", "numbers")):
-        return None
-    since = workers.born(owner["process"])
-    if since is None or owner["process"] == ours["process"]:
-        return False
-    if not since or "born" not in owner:
-        return None
-    return since == owner["born"]  # else its number is another process's by now
-
-
-def _take_away(path: Path, inode: int) -> None:
-    """Remove the lock that was judged, and no other: two starts may have judged the same one."""
-    aside = path.with_name(f".lock.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(path, aside)
-        if aside.stat().st_ino != inode:
-            os.replace(aside, path)
-        aside.unlink(missing_ok=True)
-
-
-def _beat(path: Path, owner: dict[str, Any], ended: threading.Event) -> None:
-    """A writer that finds the lock another's, who took it for dead, ends at once: there are to be no two."""
-    while not ended.wait(HEARTBEAT_S):
-        now = _owner(path)
-        if now != owner and now["host"] != _NOBODY["host"]:
-            _say(f"process {now['process']} on {now['host']} has taken over {path.parent}; this one ends")
-            os._exit(1)
-        with contextlib.suppress(OSError):
-            os.utime(path)

@@ -1,25 +1,33 @@
-"""Which files a directory holds, and which study each belongs to.
+"""Which files a directory holds: as many as it may, in bounded memory.
 
-    find: directory -> files, sorted        Grouping.of: path, DICOM identity -> (study, study type)
+    find: directory -> a table on disk, sorted by the bytes of the paths -> Walk: its digest, its files chunk by chunk
 
-A path is relative to the directory, "/" between its parts, as the system gives it; `printable` makes it UTF-8 for a
-table. DICOM's identifiers never leave this file: a study is named by a pseudonym, under a key that stays on the site.
+A path is relative to the directory, "/" between its parts, as the system gives it; `printable` makes it UTF-8 for a table.
 """
 
 import hashlib
+import itertools
 import os
+import sqlite3
 import stat
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from . import anatomy, mura, pseudonyms
-from .pseudonyms import Names
-from .radiograph import DicomIdentity
-from .study_types import Given
+from . import scratch
 
-STUDY_BY = ("auto", "folder", "file")
-UNKNOWN = "unknown"
+_FOLDERS = 64  # taken off the list at once
+_FILES = 1000  # written at once
+_SCHEMA = """
+CREATE TABLE file (place BLOB PRIMARY KEY, path BLOB, num_bytes INTEGER, mtime_ns TEXT, code TEXT, reason TEXT) WITHOUT ROWID;
+CREATE TABLE start (chunk INTEGER PRIMARY KEY, place BLOB);
+CREATE TABLE entered (inode TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE pending (link INTEGER, depth INTEGER, parts BLOB, PRIMARY KEY (link, depth, parts)) WITHOUT ROWID;
+"""
+_COLUMNS = "path, num_bytes, mtime_ns, code, reason"
+_Row = tuple[
+    bytes, int, str, str | None, str | None
+]  # mtime_ns as text: a file of the year 2300 is more than SQLite counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +45,108 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
-def find(directory: Path, leave_out: Path | None = None) -> list[File]:
-    """Every file below `directory`, sorted by the bytes of its path. `leave_out` is a folder not to look into.
+@dataclass(frozen=True)
+class Walk:
+    """What was found. `digest`: SHA-256 over names, sizes, times of modification; `size`: files of a chunk, or fewer."""
+
+    database: Path
+    num_files: int
+    digest: str
+    size: int
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_files // self.size)
+
+    def all(self) -> Iterator[File]:
+        for chunk in self.chunks(range(self.num_chunks)):
+            yield from chunk
+
+    def chunks(self, numbers: Iterable[int]) -> Iterator[list[File]]:
+        """The files of the chunks asked for; several threads may each have an iterator of their own."""
+        query = f"SELECT {_COLUMNS} FROM file WHERE place >= (SELECT place FROM start WHERE chunk = ?) ORDER BY place LIMIT ?"
+        with scratch.reading(self.database) as database:
+            for number in numbers:
+                yield [_file(row) for row in database.execute(query, (number, self.size))]
+
+
+def find(
+    directory: Path,
+    database: Path,
+    *,
+    size: int = 256,
+    leave_out: Path | None = None,
+    sort_by: Callable[[bytes], bytes] = lambda path: path,
+    found: Callable[[int], None] = lambda num: None,
+) -> Walk:
+    """Every file below `directory`, listed in `database`. `leave_out` is a folder not to look into; `found`: told how many;
+    `sort_by`: of a path, what the files are in the order of.
 
     Links to files are files; links to folders are followed once the real folders are done, and each folder is entered
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
-    entered = {_inode(leave_out)} if leave_out is not None and leave_out.is_dir() else set()
-    files: list[File] = []
-    folders, links = deque([""]), deque[str]()
-    while folders or links:
-        folder = (folders or links).popleft()
-        try:
-            if (inode := _inode(directory / folder)) in entered:
-                continue
-            entered.add(inode)
-            with os.scandir(directory / folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            files.append(File(folder or ".", failure=("unreadable", f"a folder that cannot be listed: {_why(error)}")))
-            continue
-        for entry in entries:
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if _is_folder(entry):
-                (links if entry.is_symlink() else folders).append(path)
-            else:
-                files.append(_file(directory, path))
-    return sorted(files, key=lambda file: os.fsencode(file.path))
+    with scratch.made(database, _SCHEMA) as table:
+        _fill(table, directory, leave_out, found, sort_by)
+        num_files, digest = _number(table, size)
+    return Walk(database, num_files, digest, size)
 
 
-def _inode(folder: Path) -> tuple[int, int]:
+def _fill(
+    table: sqlite3.Connection,
+    directory: Path,
+    leave_out: Path | None,
+    found: Callable[[int], None],
+    sort_by: Callable[[bytes], bytes] = lambda path: path,
+) -> None:
+    if leave_out is not None and leave_out.is_dir():
+        _enter(table, leave_out)
+    _put_off(table, "", link=False)
+    num = 0
+    while folders := _next(table):
+        for folder in folders:
+            rows = _look_into(table, directory, folder)
+            while some := [(sort_by(row[0]), *row) for row in itertools.islice(rows, _FILES)]:
+                table.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?, ?)", some)
+                num += len(some)
+                found(num)
+        found(num)
+
+
+def _look_into(table: sqlite3.Connection, directory: Path, folder: str) -> Iterator[_Row]:
+    """Its files; its folders are put off."""
+    try:
+        if not _enter(table, directory / folder):
+            return
+        with os.scandir(directory / folder) as listing:
+            for entry in listing:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if _is_folder(entry):
+                    _put_off(table, path, link=entry.is_symlink())
+                else:
+                    yield _row(path, entry.path)
+    except OSError as error:
+        reason = f"a folder that cannot be listed: {why(error)}"
+        yield os.fsencode(folder or "."), 0, "0", "unreadable", reason
+
+
+def _enter(table: sqlite3.Connection, folder: Path) -> bool:
+    """Whether it is entered for the first time."""
     status = os.stat(folder)
-    return status.st_dev, status.st_ino
+    inode = f"{status.st_dev} {status.st_ino}"
+    return table.execute("INSERT OR IGNORE INTO entered VALUES (?)", (inode,)).rowcount > 0
+
+
+def _put_off(table: sqlite3.Connection, folder: str, *, link: bool) -> None:
+    parts = os.fsencode(folder).replace(b"/", b"\0")  # sorted so, folders of one depth stand as their parents do
+    table.execute("INSERT OR IGNORE INTO pending VALUES (?, ?, ?)", (link, parts.count(b"\0"), parts))
+
+
+def _next(table: sqlite3.Connection) -> list[str]:
+    """Some folders to look into, taken off the list: real ones as long as there are any, then one link, of the least depth."""
+    rows = table.execute("SELECT * FROM pending ORDER BY link, depth, parts LIMIT ?", (_FOLDERS,)).fetchall()
+    rows = rows[:1] if rows and rows[0][0] else [row for row in rows if not row[0]]
+    table.executemany("DELETE FROM pending WHERE link = ? AND depth = ? AND parts = ?", rows)
+    return [os.fsdecode(parts.replace(b"\0", b"/")) for _, _, parts in rows]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -78,77 +156,37 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _file(directory: Path, path: str) -> File:
+def _row(path: str, whole: str) -> _Row:
+    name = os.fsencode(path)
     try:
-        status = os.stat(directory / path)
+        status = os.stat(whole)
     except OSError as error:
-        return File(path, failure=("unreadable", f"cannot be opened: {_why(error)}"))
+        return name, 0, "0", "unreadable", f"cannot be opened: {why(error)}"
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
-        return File(path, failure=("not_image", "a pipe, socket or device, not a file"))
-    return File(path, status.st_size, status.st_mtime_ns)
+        return name, 0, "0", "not_image", "a pipe, socket or device, not a file"
+    return name, status.st_size, str(status.st_mtime_ns), None, None
 
 
-def _why(error: OSError) -> str:
+def _file(row: _Row) -> File:
+    path, num_bytes, mtime_ns, code, reason = row
+    return File(os.fsdecode(path), num_bytes, int(mtime_ns), _failure(code, reason))
+
+
+def _failure(code: str | None, reason: str | None) -> tuple[str, str] | None:
+    return None if code is None or reason is None else (code, reason)
+
+
+def why(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()
 
 
-def digest(files: list[File]) -> str:
-    """SHA-256 over names, sizes and times of modification."""
-    sha256 = hashlib.sha256()
-    for file in files:
-        sha256.update(os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} {file.failure}\n".encode())
-    return sha256.hexdigest()
-
-
-@dataclass
-class Grouping:
-    """How files become studies, and what those are called.
-
-    given: study type of all, or by printable path; known: the model's own types; apart: where the site's key must not lie.
-    """
-
-    directory: str  # absolute, "/" between its parts
-    study_by: str
-    given: Given = None
-    known: frozenset[str] = frozenset(mura.STUDY_TYPES)
-    names: Names = field(default_factory=Names)
-    apart: tuple[Path, ...] = ()
-    _key: bytes | None = field(default=None, repr=False)
-
-    def of(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
-        """(study, study type) of a radiograph, both printable, the study by its public name."""
-        return self._study(path, identity), self._study_type(path, identity)
-
-    def place(self, path: str) -> str:
-        """The study that a path alone tells of, by its own name, printable."""
-        if self.study_by == "folder":
-            return printable(path.rpartition("/")[0] or ".")
-        if self.study_by == "file":
-            return printable(path)
-        if mura.parse(path):  # the split lies below the directory: two copies of a data set stay two
-            return printable(path.rpartition("/")[0])
-        above = mura.parse(f"{self.directory}/{path}")
-        return printable(above.study if above else path)
-
-    def _study(self, path: str, identity: DicomIdentity | None) -> str:
-        in_layout = mura.parse(f"{self.directory}/{path}") is not None
-        if self.study_by != "auto" or in_layout or identity is None or not identity.study_uid:
-            return self.names.study(self.place(path))
-        self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)
-        return pseudonyms.of_dicom(self._key, identity.study_uid, identity.body_part, identity.laterality)
-
-    def _study_type(self, path: str, identity: DicomIdentity | None) -> str:
-        if isinstance(self.given, str):
-            return self.given
-        if self.given is not None and (given := self.given.get(printable(path))):
-            return given
-        whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
-        if parsed := mura.parse(whole):
-            # A folder's name like any other, where it is no known type: XR_DOE.
-            return parsed.study_type if self.names.key is None or parsed.study_type in known else UNKNOWN
-        if folder := next((part for part in reversed(whole.split("/")[:-1]) if part in known), None):
-            return folder
-        body_part = identity.body_part if identity is not None else ""
-        # Free text in practice: only what is a study type already may reach a table.
-        study_type = anatomy.study_type(body_part) or f"XR_{body_part}"
-        return study_type if study_type in known else UNKNOWN
+def _number(table: sqlite3.Connection, size: int) -> tuple[int, str]:
+    """Remember where each chunk starts; how many files there are, and their digest."""
+    sha256, num = hashlib.sha256(), 0
+    query = f"SELECT place, {_COLUMNS} FROM file ORDER BY place"
+    for place, path, num_bytes, mtime_ns, code, reason in table.execute(query):
+        if num % size == 0:
+            table.execute("INSERT INTO start VALUES (?, ?)", (num // size, place))
+        sha256.update(path + f"\0{num_bytes} {mtime_ns} {_failure(code, reason)}\n".encode())
+        num += 1
+    return num, sha256.hexdigest()

@@ -1,7 +1,6 @@
 """predict: every file once, the same bytes whatever happens, studies as the field means them, nothing of a patient."""
 
 import csv
-import itertools
 import json
 import os
 import re
@@ -12,20 +11,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import faulty_reader
 import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from conftest import run
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from test_export import card_of, tiny
 
-from mura_dist import metrics, mura, pseudonyms, radiograph, tables, walk
+from mura_dist import grouping, mura, pseudonyms, radiograph, tables
+from mura_dist import predict as room
+from mura_dist.cli import DONE, FAILED, main
 from mura_dist.export import export
-from mura_dist.points import Band, Points, TypePoints
+from mura_dist.guarded import Limits
 from mura_dist.predict import CHUNK, predict
-from mura_dist.refusal import Refusal, Stopped
+from mura_dist.refusal import Failure, Refusal, Stopped
 from mura_dist.runtime import Model
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
@@ -33,7 +36,7 @@ PREDICT = """\
 import sys
 from pathlib import Path
 from mura_dist.predict import predict
-model, source, out = map(Path, sys.argv[1:])
+model, source, out = map(Path, sys.argv[1:4])
 """
 
 
@@ -150,26 +153,6 @@ def test_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
     assert "\\xe4rm/valid/XR_HAND/patient1/study1" in studies(tmp_path / "out")
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
-def test_a_folder_that_cannot_be_listed_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw(tmp_path / "in" / "a.png")
-    (tmp_path / "in" / "locked").mkdir(mode=0o000)
-    for folder in (tmp_path, tmp_path / "in"):
-        folder.chmod(0o755)
-    monkeypatch.chdir(tmp_path / "in")  # the folders above are closed to others
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        found = walk.find(Path("."))
-    finally:
-        os.seteuid(user)
-    assert [(file.path, file.failure) for file in found] == [
-        ("a.png", None),
-        ("locked", ("unreadable", "a folder that cannot be listed: permission denied")),
-    ]
-
-
 def test_out_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     first = predict(model, tmp_path, tmp_path / "out")
@@ -192,6 +175,37 @@ def test_hostile_files(model: Path, tmp_path: Path, shared: Path) -> None:
     files = [str(path.relative_to(shared / "hostile")) for path in (shared / "hostile").rglob("*") if path.is_file()]
     assert accounted(tmp_path / "out") == Counter(files)
     assert len(rows(tmp_path / "out" / "predictions.csv")) > 100
+
+
+# ---- files that harm their reader
+
+
+def test_what_harms_its_reader_is_a_failure_and_nothing_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run would end there, and each restart as well."""
+    for number in range(20):
+        draw(tmp_path / "in" / f"{number:02d}.png", number)
+    predict(model, tmp_path / "in", tmp_path / "sound")
+    bad = {
+        "03_crash.png": "unreadable",
+        "07_spin.png": "unreadable",
+        "07_crash.png": "unreadable",
+        "12_eat.png": "too_large",
+    }
+    for name in bad:
+        draw(tmp_path / "in" / name)
+    monkeypatch.setattr(room, "Reader", faulty_reader.Reader)
+    summary = predict(
+        model, tmp_path / "in", tmp_path / "out", workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20)
+    )
+    found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
+    assert {path: code for path, (code, _) in found.items()} == bad
+    assert found["03_crash.png"][1] == found["07_crash.png"][1] == "its decoder crashed"
+    assert found["07_spin.png"][1] == "its decoder did not come to an end within 1 s"
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "sound" / "predictions.csv").read_bytes()
+    assert summary is not None
+    assert summary["failures_by_code"] == {"too_large": 1, "unreadable": 3}
 
 
 # ---- numbers
@@ -233,60 +247,6 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
         assert row["calibrated_probability"] == row["band"] == ""
     assert summary["warnings"] == ["no threshold was evaluated for study type XR_HIP: no call for 1 of its studies"]
     assert (summary["num_calls"], summary["num_studies"]) == (3, 4)
-
-
-def test_a_call_is_strict() -> None:
-    parts: list[dict[str, Any]] = [
-        {"predictions": [["a", "a", "XR_HAND", 0.0], ["b", "b", "XR_HAND", 1e-6]], "failures": []}
-    ]
-    frame = tables.build(parts, card_of())["studies"]
-    assert frame["probability"][0] == frame["threshold"][0] == 0.5
-    assert frame["call"].tolist() == [0, 1]
-
-
-def test_calibration_and_band_are_the_cards() -> None:
-    facts = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
-    hand = TypePoints(**facts, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
-    wrist = TypePoints(**facts, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
-    points = Points(fitted_on="tune", by_study_type={"XR_HAND": hand, "XR_WRIST": wrist})
-    logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
-    views = [
-        [f"{kind}{place}"] * 2 + [kind, logit] for kind in ("XR_HAND", "XR_WRIST") for place, logit in enumerate(logits)
-    ]
-    part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0]], "failures": []}
-    card = card_of().model_copy(update={"calibration": points})
-    frame = tables.build([part], card)["studies"]
-    for kind, probability, calibrated, band in zip(
-        *(frame[name] for name in ("study_type", "probability", "calibrated_probability", "band")), strict=True
-    ):
-        if kind != "XR_HAND":
-            assert np.isnan(calibrated)
-            assert band is pd.NA
-            continue
-        odds = probability / (1 - probability) if probability < 1 else np.exp(30)
-        odds = min(max(odds, np.exp(-30)), np.exp(30))
-        assert calibrated == pytest.approx(1 / (1 + np.exp(1.0) / np.sqrt(odds)), rel=1e-6)
-        assert band == ("negative" if probability <= 0.25 else "positive" if probability > 0.75 else "uncertain")
-    assert set(frame["band"].dropna()) == {"negative", "uncertain", "positive"}
-
-
-def test_a_studys_probability_does_not_depend_on_the_order_of_its_views() -> None:
-    logits = np.random.default_rng(0).normal(0, 3, 5).astype(np.float32).tolist()
-    found = set()
-    for order in itertools.permutations(logits):
-        part = {
-            "predictions": [[f"{place}", "a", "XR_HAND", logit] for place, logit in enumerate(order)],
-            "failures": [],
-        }
-        found.add(tables.build([part], card_of())["studies"]["probability"][0])
-    assert len(found) == 1  # to the last bit
-    assert found.pop() == pytest.approx(np.mean(metrics.sigmoid(np.array(logits))), rel=1e-15)
-
-
-def test_sigmoid_at_its_ends() -> None:
-    with np.errstate(all="raise", under="ignore"):
-        found = metrics.sigmoid(np.array([-1e4, -30, 0, 30, 1e4], np.float32))
-    np.testing.assert_allclose(found, [0, 9.357622968839299e-14, 0.5, 1 - 9.357622968839299e-14, 1], rtol=1e-12)
 
 
 def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
@@ -331,7 +291,7 @@ def test_two_copies_of_a_study_stay_two(model: Path, tmp_path: Path) -> None:
 def test_study_by(model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(["a.png", "b.png", "XR_WRIST/c.png", "XR_WRIST/d.png"]):
         draw(tmp_path / "in" / name, seed)
-    for study_by in walk.STUDY_BY:
+    for study_by in grouping.STUDY_BY:
         predict(model, tmp_path / "in", tmp_path / study_by, study_by=study_by)
     by_file = {"a.png": ("unknown", "1"), "b.png": ("unknown", "1")}
     by_file |= {f"XR_WRIST/{name}.png": ("XR_WRIST", "1") for name in "cd"}
@@ -413,12 +373,15 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
 # ---- the same bytes, whatever happens
 
 
+NUM_MANY = 2 * CHUNK + 100
+
+
 @pytest.fixture(scope="module")
 def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A directory of two chunks and a half, and its tables made in one go."""
+    """A directory of two chunks and a half, a seventh of it junk, and its tables made in one go."""
     source = tmp_path_factory.mktemp("many")
     pictures = [draw(source / "0" / f"{number}.png", number).read_bytes() for number in range(20)]
-    for number in range(2 * CHUNK + 80):
+    for number in range(NUM_MANY - 20):
         (source / f"{number:04d}.png").write_bytes(pictures[number % 20] if number % 7 else b"junk")
     out = tmp_path_factory.mktemp("one_go")
     predict(model, source, out)
@@ -434,7 +397,10 @@ def test_batches_and_threads_leave_no_trace(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-def test_killed_before_or_after_any_write(model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_or_after_any_write(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
+) -> None:
     """Law of the torn write: kill -9 around each rename; the same command finds no half table and ends with the same bytes."""
     source, wanted = many
     driver = PREDICT + (
@@ -448,7 +414,7 @@ def test_killed_before_or_after_any_write(model: Path, many: tuple[Path, dict[st
         "            if seen == moment: os.kill(os.getpid(), signal.SIGKILL)\n"
         "            seen += 1\n"
         "    return replace\n"
-        "for moment in range(40):\n"
+        "for moment in range(0, 40, int(sys.argv[4])):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        os.replace = kill_at(moment)\n"
@@ -457,10 +423,10 @@ def test_killed_before_or_after_any_write(model: Path, many: tuple[Path, dict[st
         "    if os.waitpid(child, 0)[1] == 0: break\n"
         "print(moment)\n"
     )
-    command = [sys.executable, "-c", driver, str(model), str(source), str(tmp_path)]
+    command = [sys.executable, "-c", driver, str(model), str(source), str(tmp_path), str(step)]
     last = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert last == 2 * 8  # plan, three parts, three tables, the mark
-    for moment in range(last):
+    assert 0 <= last - 2 * 8 < step  # plan, three parts, three tables, the mark
+    for moment in range(0, last, step):
         out = tmp_path / str(moment)
         for name in set(TABLES) & set(os.listdir(out)):
             assert (out / name).read_bytes() == wanted[name]
@@ -468,28 +434,105 @@ def test_killed_before_or_after_any_write(model: Path, many: tuple[Path, dict[st
         seen: list[int] = []
         predict(model, source, out, progress=lambda done, total, seen=seen: seen.append(done))
         assert contents(out) == wanted, moment
-        assert not seen or seen[0] == min(
-            len(walk.find(source)), CHUNK * max(0, (moment - 1) // 2)
-        )  # nothing made twice
+        assert not seen or seen[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
         assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_chunk(
-    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, number: signal.Signals
-) -> None:
-    before = signal.getsignal(number)
+KILLED = (
+    PREDICT
+    + """
+import os, signal
+from mura_dist import tables
+from mura_dist.runtime import Model
+logits, where, at, notes = Model.logits, *sys.argv[4:]
+def die(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+def count(self, image):
+    with open(notes, "a") as file: file.write(f"{len(image)}\\n")
+    return logits(self, image)
+Model.logits = count
+if where == "tables":
+    tables.Studies.frames = die
+predict(model, source, out, workers=2,
+        walking=lambda num: where == "walking" and die(),
+        progress=lambda done, total: where == "reading" and done == int(at) and die())
+"""
+)
 
-    def ask(done: int, total: int) -> None:
-        if done == CHUNK:
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+@pytest.mark.parametrize(
+    ("where", "at", "num_parts"),
+    [
+        ("walking", 0, 0),
+        pytest.param("reading", 1, 0, marks=pytest.mark.slow),
+        pytest.param("reading", 256, 0, marks=pytest.mark.slow),
+        ("reading", 300, 1),
+        pytest.param("reading", 612, 2, marks=pytest.mark.slow),
+        ("tables", 0, 3),
+    ],
+)
+def test_killed_at_any_point_and_nothing_predicted_twice(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, where: str, at: int, num_parts: int
+) -> None:
+    """kill -9 within the walk, within a chunk, within the tables: the finished chunks are not predicted again."""
+    source, wanted, out, notes = *many, tmp_path / "out", tmp_path / "notes"
+    command = [sys.executable, "-c", KILLED, str(model), str(source), str(out)]
+    killed = subprocess.run([*command, where, str(at), str(notes)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    parts = [json.loads((out / ".parts" / f"{number:06d}.json").read_bytes()) for number in range(num_parts)]
+    assert len(list((out / ".parts").glob("0*.json"))) == num_parts
+    notes.write_text("")
+    again = subprocess.run([*command, "", "0", str(notes)], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert again.stderr.startswith("taking over a stale lock of process ")
+    assert contents(out) == wanted
+    left = wanted["predictions.csv"].count(b"\n") - 1 - sum(len(part["predictions"]) for part in parts)
+    assert sum(map(int, notes.read_text().split())) == left
+    assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [("walk", signal.SIGINT), ("chunk", signal.SIGINT), ("chunk", signal.SIGTERM), ("tables", signal.SIGTERM)],
+)
+def test_a_signal_stops_in_good_order(
+    model: Path,
+    many: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    phase: str,
+) -> None:
+    before, frames = signal.getsignal(number), tables._views
+    asked: list[int] = []
+
+    def ask(now: bool) -> None:
+        if now and not asked:
+            asked.append(1)
             signal.raise_signal(number)
 
-    with pytest.raises(Stopped, match=rf"^stopped after {CHUNK} of 612 files; the same command goes on$"):
-        predict(model, many[0], tmp_path, progress=ask)
+    if phase == "tables":
+        monkeypatch.setattr(tables, "BLOCK", 100)
+        monkeypatch.setattr(tables, "_views", lambda rows: (ask(True), frames(rows))[1])
+    said = {
+        "walk": "^stopped while looking for files; the same command goes on$",
+        "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files; the same command goes on$",
+        "tables": "^stopped while writing the tables; nothing is lost, the same command goes on$",
+    }
+    with pytest.raises(Stopped, match=said[phase]):
+        predict(
+            model,
+            many[0],
+            tmp_path / "out",
+            walking=lambda num: ask(phase == "walk"),
+            progress=lambda done, total: ask(phase == "chunk" and done == CHUNK),
+        )
     assert signal.getsignal(number) is before
-    assert not (tmp_path / "predict.json").exists()
-    predict(model, many[0], tmp_path)
-    assert contents(tmp_path) == many[1]
+    assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
+    assert not (tmp_path / "out" / "predict.json").exists()
+    predict(model, many[0], tmp_path / "out")
+    assert contents(tmp_path / "out") == many[1]
 
 
 def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
@@ -560,6 +603,7 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"study_by": "patient"}, r"^--study-by patient: must be one of auto, folder, file;"),
         ({"format": "xlsx"}, r"^--format xlsx: must be one of csv, parquet;"),
         ({"workers": 0}, r"^--workers 0: must be at least 1;"),
+        ({"workers": 257}, r"^--workers 257: must be at most 256;"),
         ({"batch_size": -1}, r"^--batch-size -1: must be at least 1;"),
         (
             {"provider": "abacus"},
@@ -577,6 +621,60 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "foreign" / "studies.csv").read_text() == "mine"
+
+
+def test_strict_ends_with_one_line_once_everything_is_written(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+    num = many[1]["failures.csv"].count(b"\n") - 1
+    for _ in ("made", "found finished"):
+        assert main([*words, "--strict"]) == FAILED
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert f"--strict: {num} of {NUM_MANY} files failed, {tmp_path / 'out'}/failures.csv says why" in said
+        assert contents(tmp_path / "out") == many[1]
+        assert (tmp_path / "out" / "predict.json").exists()
+    assert main(words) == DONE
+    assert f"{num} failures" in capsys.readouterr().out
+    draw(tmp_path / "sound" / "a.png")
+    assert main(["predict", str(model), str(tmp_path / "sound"), "--out", str(tmp_path / "s"), "--strict"]) == DONE
+
+
+@pytest.mark.parametrize("name", ["studies.csv", "predict.json"])
+def test_an_output_held_open_loses_nothing(
+    model: Path,
+    many: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Windows refuses to replace a file that a spreadsheet has open."""
+    replace, words = os.replace, ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+
+    def held(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise PermissionError(13, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    assert main(words) == FAILED
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{tmp_path / 'out' / name} cannot be written (permission denied): close the program that holds it" in said
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(Model, "logits", lambda self, image: pytest.fail("predicted again"))
+    assert main(words) == DONE
+    assert contents(tmp_path / "out") == many[1]
+
+
+def test_a_model_that_gives_no_number_is_named(
+    model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), np.nan, np.float32))
+    with pytest.raises(Failure, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
+        predict(model, layout, tmp_path)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
@@ -621,3 +719,32 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.replace("'", '"')) in ([], ["pyarrow"])  # pandas takes pyarrow where it is installed
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
+def test_a_disk_that_is_really_full(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, room_kib: int
+) -> None:
+    """Within the walk, the parts or the tables: one line says why; with room again the same command, the same bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "none", disk]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    words = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
+    try:
+        full = run(*words)
+        assert full.returncode == 1, (full.stdout, full.stderr)
+        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+        assert "No space left on device" in full.stderr
+        assert "free some space, then the same command goes on" in full.stderr
+        parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        again = run(*words)
+        assert (again.returncode, again.stderr) == (0, ""), again.stderr
+        assert contents(disk / "out") == many[1]
+        assert len(parts) <= 3
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,76 @@
+"""Which study a radiograph belongs to, and what the study is called.
+
+    Grouping.of: path, DICOM identity -> (study, study type)
+
+DICOM's identifiers never leave this file: a study is named by a pseudonym, under a key that stays on the site.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import anatomy, mura, pseudonyms
+from .pseudonyms import Names
+from .radiograph import DicomIdentity
+from .study_types import Given
+from .walk import printable
+
+STUDY_BY = ("auto", "folder", "file")
+UNKNOWN = "unknown"
+
+
+@dataclass
+class Grouping:
+    """How files become studies, and what those are called.
+
+    given: study type of all, or by printable path; known: the model's own types; apart: where the site's key must not lie.
+    """
+
+    directory: str  # absolute, "/" between its parts
+    study_by: str
+    given: Given = None
+    known: frozenset[str] = frozenset(mura.STUDY_TYPES)
+    names: Names = field(default_factory=Names)
+    apart: tuple[Path, ...] = ()
+    _key: bytes | None = field(default=None, repr=False)
+
+    def of(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
+        """(study, study type) of a radiograph, both printable, the study by its public name."""
+        return self._study(path, identity), self._study_type(path, identity)
+
+    def name(self, path: str) -> str:
+        """Of a file, as the tables have it."""
+        return self.names.file(printable(path))
+
+    def place(self, path: str) -> str:
+        """The study that a path alone tells of, by its own name, printable."""
+        if self.study_by == "folder":
+            return printable(path.rpartition("/")[0] or ".")
+        if self.study_by == "file":
+            return printable(path)
+        if mura.parse(path):  # the split lies below the directory: two copies of a data set stay two
+            return printable(path.rpartition("/")[0])
+        above = mura.parse(f"{self.directory}/{path}")
+        return printable(above.study if above else path)
+
+    def _study(self, path: str, identity: DicomIdentity | None) -> str:
+        in_layout = mura.parse(f"{self.directory}/{path}") is not None
+        if self.study_by != "auto" or in_layout or identity is None or not identity.study_uid:
+            return self.names.study(self.place(path))
+        self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)
+        return pseudonyms.of_dicom(self._key, identity.study_uid, identity.body_part, identity.laterality)
+
+    def _study_type(self, path: str, identity: DicomIdentity | None) -> str:
+        if isinstance(self.given, str):
+            return self.given
+        if self.given is not None and (given := self.given.get(printable(path))):
+            return given
+        whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
+        if parsed := mura.parse(whole):
+            # A folder's name like any other, where it is no known type: XR_DOE.
+            return parsed.study_type if self.names.key is None or parsed.study_type in known else UNKNOWN
+        if folder := next((part for part in reversed(whole.split("/")[:-1]) if part in known), None):
+            return folder
+        body_part = identity.body_part if identity is not None else ""
+        # Free text in practice: only what is a study type already may reach a table.
+        study_type = anatomy.study_type(body_part) or f"XR_{body_part}"
+        return study_type if study_type in known else UNKNOWN
