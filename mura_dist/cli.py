@@ -581,10 +581,20 @@ def _compared(facts: dict[str, Any], precision: str) -> str:
     help="Files and studies go by pseudonyms in all that is written and said; KEYTABLE, a CSV outside OUT, leads back.",
 )
 @click.option(
-    "--provider", default="cpu", show_default=True, help="ONNX Runtime's execution provider: cpu, cuda, tensorrt."
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="What computes: cpu, cuda, tensorrt (ONNX Runtime's) or openvino (pip install 'mura-dist[openvino]').",
 )
 @click.option("--format", default="csv", show_default=True, help="csv or parquet.")
-@click.option("--batch-size", type=int, default=None, help="Radiographs at once.  [default: by provider]")
+@click.option(
+    "--batch-size", type=int, default=None, help="Radiographs at once.  [default: as --autotune found, or by provider]"
+)
+@click.option(
+    "--autotune",
+    is_flag=True,
+    help="First measure what runs this model fastest on this machine, and keep it for later commands: about a minute.",
+)
 @click.option("--workers", type=int, default=None, help="Processes that read.  [default: by files and processors]")
 @click.option("--strict", is_flag=True, help="Any failure is an error, once all tables are written.")
 @quiet_option
@@ -597,9 +607,14 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     from . import local
     from .predict import predict as run
 
+    from rich.console import Console
+
     rank, _ = launcher.share()
+    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     with progress_bar("predicting", quiet or rank > 0) as progress:
-        summary = run(model, directory, out, walking=lambda num: progress(num, None), progress=progress, **options)
+        summary = run(
+            model, directory, out, say=say, walking=lambda num: progress(num, None), progress=progress, **options
+        )
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(

@@ -1,6 +1,6 @@
 """A directory of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    walk.find -> chunks of 256 files -> read ahead by guarded processes (readings.py) -> batches -> Model.outputs
+    walk.find -> chunks of 256 files -> read ahead by guarded processes (readings.py) -> batches -> Model.stream
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
         -> predict.json (last: it says "done")
 
@@ -46,6 +46,7 @@ from . import (
     sharing,
     study_types,
     tables,
+    tuning,
     walk,
 )
 from .card import Card
@@ -57,7 +58,7 @@ from .points import BANDS
 from .pseudonyms import Names
 from .readings import Reader, Reading, failed
 from .refusal import Failure, OwnRefusal, Refusal, Stopped
-from .runtime import ONNXRUNTIME, PROVIDERS, Model
+from .runtime import OUTPUTS, PROVIDERS, Model, Tuning, version
 from .tables import Part, Tally
 from .walk import File, Walk
 from .workers import processors
@@ -82,11 +83,13 @@ def predict(
     format: str = "csv",
     batch_size: int | None = None,
     workers: int | None = None,
+    autotune: bool = False,
     strict: bool = False,
     overlays: bool = False,
     allow_pixels: bool = False,
     keytable: Path | None = None,
     limits: Limits = guarded.DEFAULT,
+    say: Callable[[str], None] = lambda line: None,
     walking: Callable[[int], None] = lambda num_found: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any] | None:
@@ -94,8 +97,9 @@ def predict(
     None. Resumes.
 
     study_by: auto, folder or file; study_type: a study type for all, or a CSV of path,study_type; provider: see
-    Model.load; format: csv or parquet; workers: processes that read; strict: any failure, once the tables are written, ends
-    it; overlays: draw every radiograph and its map, with allow_pixels those too whose pixels may show a name; keytable:
+    Model.load; format: csv or parquet; batch_size: radiographs at once, None: as an earlier autotune found best on this machine,
+    or by provider; autotune: find it now, `say` hears how; workers: processes that read; strict: any failure, once the tables
+    are written, ends it; overlays: draw every radiograph and its map, with allow_pixels those too whose pixels may show a name; keytable:
     files and studies go by pseudonyms, and this file leads back; limits: what reading one file may take. `out` is not looked
     into where it lies inside `directory`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk),
     OSError when the disk is full.
@@ -103,7 +107,7 @@ def predict(
     started = time.perf_counter()
     _check(directory, out, study_by, format, batch_size, workers)
     names = _names(keytable, out, directory)
-    model = Model.load(model_path, provider)
+    model = tuned(model_path, provider, batch_size, autotune, say)
     known = frozenset((*model.card.study_types, *model.card.thresholds))
     given = study_types.read(study_type)
     warnings = study_types.check(given, known)
@@ -124,6 +128,9 @@ def predict(
             "study_by": study_by,
             "study_type": given if given is None or isinstance(given, str) else f"table {names.digest(_digest(given))}",
             "provider": model.provider,
+            "optimisation": model.tuning.optimisation,
+            # Bits do not depend on it in ONNX Runtime on a CPU; nobody promises that of the others.
+            "batch_size": None if model.provider == PROVIDERS["cpu"] else model.tuning.batch_size,
             "format": format,
             "overlays": overlays,
             "allow_pixels": allow_pixels,
@@ -136,8 +143,9 @@ def predict(
         if summary is None:
             root = Path(os.path.abspath(directory)).as_posix()
             groups = Grouping(root, study_by, given, known, names, apart=(out, directory))
-            batch_size = batch_size or (8 if model.provider == PROVIDERS["cpu"] else 64)
-            work = _Work(model, directory, groups, files, place, batch_size, workers, limits, asked, progress)
+            work = _Work(
+                model, directory, groups, files, place, model.tuning.batch_size or 1, workers, limits, asked, progress
+            )
             if overlays:
                 drawings = model.card.trained_on.kind == "phantoms"
                 work.overlays = Overlays(out, allow_pixels, drawings, aside=f".{place.rank}")
@@ -195,6 +203,17 @@ class _Place:
     def missing(self, num_chunks: int) -> list[int]:
         names = set(os.listdir(self.parts))
         return [number for number in range(num_chunks) if self.part(number).name not in names]
+
+
+def tuned(path: Path, provider: str, batch_size: int | None, autotune: bool, say: Callable[[str], None]) -> Model:
+    """The model, run as it was once measured to run fastest on this machine, or as it comes."""
+    if autotune and launcher.share()[1] > 1:
+        raise Refusal("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
+    if autotune:
+        tuning.choose(path, provider, say)
+    model = Model.load(path, provider, Tuning(batch_size))
+    found = tuning.stored(model) if batch_size is None and launcher.share()[1] == 1 else None
+    return model if found in (None, model.tuning) else Model.load(path, provider, found)
 
 
 def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: int | None, workers: int | None) -> None:
@@ -403,21 +422,17 @@ class _Work:
         """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
         begun: deque[_Chunk] = deque()
         batches = self._batches(crew, numbers, begun)
-        for logits, cells in map(self._outputs, batches):  # aligned with the batches, however many are ahead of it
+        wanted = OUTPUTS if self.overlays is not None else OUTPUTS[:1]
+        for logits, *cells in self.model.stream(
+            batches, wanted
+        ):  # aligned with the batches, however many are ahead of it
             chunk = next(chunk for chunk in begun if not chunk.predicted)
-            chunk.cells += cells
+            chunk.cells += [each for part in cells for each in part]
             chunk.logits += logits.tolist()
             self._write(begun)
         self._write(begun)
         if self.asked.is_set() and self._missing():
             raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
-
-    def _outputs(self, images: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits (B,), and the maps where they are to be drawn."""
-        if self.overlays is None:
-            return self.model.logits(images), []
-        logits, cells = self.model.outputs(images)
-        return logits, list(cells)
 
     def _batches(self, crew: Crew, numbers: list[int], begun: deque[_Chunk]) -> Iterator[np.ndarray]:
         """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
@@ -567,7 +582,7 @@ def _summary(
         "versions": {
             "mura_dist": __version__,
             "python": platform.python_version(),
-            "onnxruntime": ONNXRUNTIME,
+            "engine": version(model.provider),
             "numpy": np.__version__,
             "pandas": pd.__version__,
             "pillow": PIL.__version__,

@@ -206,13 +206,15 @@ class _Slot:
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         if self.host is None or self.host.shape != image.shape:
             self.host = _page_locked(image.shape)
-            self.device = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(image.shape), np.uint8, "cuda", 0)
+            self.device = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                list(image.shape), np.uint8, "cuda", _device()
+            )
         np.copyto(self.host, image)
         self.device.update_inplace(self.host)
         binding = self.session.io_binding()
         binding.bind_ortvalue_input("image", self.device)
         for output in outputs:
-            binding.bind_output(output, "cuda")
+            binding.bind_output(output, "cuda", _device())
         self.session.run_with_iobinding(binding)
         found: list[np.ndarray] = binding.copy_outputs_to_cpu()
         return found
@@ -265,12 +267,25 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
 
 def _provider_options(provider: str) -> dict[str, str]:
     if provider == PROVIDERS["cuda"]:
-        return {"use_tf32": "0"}  # it keeps 3 digits of 7: logits would leave the parity gate's 1e-4
+        return {
+            "device_id": str(_device()),
+            "use_tf32": "0",
+        }  # it keeps 3 digits of 7: logits would leave the parity gate's 1e-4
     if provider == PROVIDERS["tensorrt"]:
         folder = cache_folder() / "tensorrt"
         folder.mkdir(parents=True, exist_ok=True)
-        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_timing_cache_enable": "1"}
+        return {
+            "device_id": str(_device()),
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": "1",
+        }
     return {}
+
+
+def _device() -> int:
+    """Which GPU: ranks of one machine take one each."""
+    return launcher.local_rank() if launcher.ranks_here() > 1 else 0
 
 
 def cache_folder() -> Path:
