@@ -534,6 +534,27 @@ def test_a_signal_stops_in_good_order(
     assert contents(tmp_path / "out") == many[1]
 
 
+def test_chunks_without_a_radiograph_are_finished_as_they_come(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No logits come for them; else a million such files would wait in memory for the first radiograph."""
+    monkeypatch.setattr(room, "CHUNK", 10)
+    (tmp_path / "in").mkdir()
+    for number in range(95):
+        (tmp_path / "in" / f"{number:02d}").write_bytes(b"junk")
+
+    def stop(done: int, total: int) -> None:
+        if done == 55:
+            assert len(list((tmp_path / "out" / ".parts").glob("0*.json"))) == 5
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"^stopped after 60 of 95 files"):
+        predict(model, tmp_path / "in", tmp_path / "out", progress=stop)
+    summary = predict(model, tmp_path / "in", tmp_path / "out")
+    assert summary is not None
+    assert (summary["num_files"], summary["num_failures"]) == (95, 95)
+
+
 def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
     first = predict(model, layout, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
