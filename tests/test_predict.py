@@ -396,7 +396,7 @@ def test_batches_and_threads_leave_no_trace(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_or_after_any_write(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:
@@ -463,7 +463,7 @@ predict(model, source, out, workers=2,
 @pytest.mark.parametrize(
     ("where", "at", "num_parts"),
     [
-        ("walking", 0, 0),
+        pytest.param("walking", 0, 0, marks=pytest.mark.slow),
         pytest.param("reading", 1, 0, marks=pytest.mark.slow),
         pytest.param("reading", 256, 0, marks=pytest.mark.slow),
         ("reading", 300, 1),

@@ -90,7 +90,7 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
 
 @pytest.mark.parametrize(
     ("launcher", "size", "batch_size"),
-    [("torchrun", 2, 5), ("Slurm", 3, 300), pytest.param("Slurm", 2, 1, marks=pytest.mark.slow)],
+    [("torchrun", 2, 5), *(pytest.param("Slurm", *more, marks=pytest.mark.slow) for more in ((3, 300), (2, 1)))],
 )
 def test_ranks_share_a_directory_with_the_same_bytes(
     launcher: str, size: int, batch_size: int, given: Any, start: Callable[..., Any], tmp_path: Path
@@ -154,6 +154,7 @@ def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     assert contents(tmp_path / "out") == given[3]
 
 
+@pytest.mark.slow
 def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
     predict(given[1], given[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
@@ -177,7 +178,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 
 
 def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
-    first = start(0, 1, SLOW_S=0.2)
+    first = start(0, 1, SLOW_S=0.1)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
@@ -194,7 +195,7 @@ def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Call
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_children_end_with_their_parent(
     given: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
