@@ -604,10 +604,10 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed. Started by torchrun or srun,
     the ranks share the work; the bytes are the same.
     """
+    from rich.console import Console
+
     from . import local
     from .predict import predict as run
-
-    from rich.console import Console
 
     rank, _ = launcher.share()
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print

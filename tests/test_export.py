@@ -319,7 +319,10 @@ def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tm
     (copy / "metrics.json").write_text("[]")  # another program's
     assert main(["export", str(copy)]) == DONE
     said = capsys.readouterr().out
-    assert "of torch's on drawn images alone (the run's shards are not where they were); research" in said
+    assert (
+        "of torch's on drawn images alone (the run's shards are not where they were; --shards says where); research"
+        in said
+    )
     assert "no threshold: " in said
 
 

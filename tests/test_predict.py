@@ -29,7 +29,7 @@ from mura_dist.export import export
 from mura_dist.guarded import Limits
 from mura_dist.predict import CHUNK, predict
 from mura_dist.refusal import Failure, Refusal, Stopped
-from mura_dist.runtime import Model
+from mura_dist.runtime import Model, _OnnxRuntime
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
 PREDICT = """\
@@ -397,7 +397,7 @@ def test_batches_and_threads_leave_no_trace(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_or_after_any_write(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:
@@ -443,14 +443,14 @@ KILLED = (
     + """
 import os, signal
 from mura_dist import tables
-from mura_dist.runtime import Model
-logits, where, at, notes = Model.logits, *sys.argv[4:]
+from mura_dist.runtime import _OnnxRuntime
+compute, where, at, notes = _OnnxRuntime.run, *sys.argv[4:]
 def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)
-def count(self, image):
+def count(self, image, outputs):
     with open(notes, "a") as file: file.write(f"{len(image)}\\n")
-    return logits(self, image)
-Model.logits = count
+    return compute(self, image, outputs)
+_OnnxRuntime.run = count
 if where == "tables":
     tables.Studies.frames = die
 predict(model, source, out, workers=2,
@@ -464,7 +464,7 @@ predict(model, source, out, workers=2,
 @pytest.mark.parametrize(
     ("where", "at", "num_parts"),
     [
-        ("walking", 0, 0),
+        pytest.param("walking", 0, 0, marks=pytest.mark.slow),
         pytest.param("reading", 1, 0, marks=pytest.mark.slow),
         pytest.param("reading", 256, 0, marks=pytest.mark.slow),
         ("reading", 300, 1),
@@ -533,6 +533,27 @@ def test_a_signal_stops_in_good_order(
     assert not (tmp_path / "out" / "predict.json").exists()
     predict(model, many[0], tmp_path / "out")
     assert contents(tmp_path / "out") == many[1]
+
+
+def test_chunks_without_a_radiograph_are_finished_as_they_come(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No logits come for them; else a million such files would wait in memory for the first radiograph."""
+    monkeypatch.setattr(room, "CHUNK", 10)
+    (tmp_path / "in").mkdir()
+    for number in range(95):
+        (tmp_path / "in" / f"{number:02d}").write_bytes(b"junk")
+
+    def stop(done: int, total: int) -> None:
+        if done == 55:
+            assert len(list((tmp_path / "out" / ".parts").glob("0*.json"))) == 5
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"^stopped after 60 of 95 files"):
+        predict(model, tmp_path / "in", tmp_path / "out", progress=stop)
+    summary = predict(model, tmp_path / "in", tmp_path / "out")
+    assert summary is not None
+    assert (summary["num_files"], summary["num_failures"]) == (95, 95)
 
 
 def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
@@ -664,7 +685,7 @@ def test_an_output_held_open_loses_nothing(
     assert len(said.splitlines()) == 1
     assert f"{tmp_path / 'out' / name} cannot be written (permission denied): close the program that holds it" in said
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(Model, "logits", lambda self, image: pytest.fail("predicted again"))
+    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
     assert main(words) == DONE
     assert contents(tmp_path / "out") == many[1]
 
@@ -672,7 +693,7 @@ def test_an_output_held_open_loses_nothing(
 def test_a_model_that_gives_no_number_is_named(
     model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), np.nan, np.float32))
+    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
     with pytest.raises(Failure, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
         predict(model, layout, tmp_path)
 

@@ -24,19 +24,20 @@ from mura_dist.refusal import Failure, Refusal
 
 NUM, CHUNK = 300, 32
 RANK = f"""
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from mura_dist import predict, sharing
 from mura_dist.cli import main
+from mura_dist.runtime import _OnnxRuntime
 predict.CHUNK, sharing.SILENCE_S, sharing.BEAT_S = {CHUNK}, 1.0, 0.1
 dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
-logits, seen = predict.Model.logits, 0
-def counted(self, image):
+compute, seen, one = _OnnxRuntime.run, 0, threading.Lock()  # streams are threads
+def counted(self, image, outputs):
     global seen
-    seen += len(image)
+    with one: seen += len(image)
     time.sleep(slow_s)
     if 0 <= dies_at < seen: os.kill(os.getpid(), signal.SIGKILL)
-    return logits(self, image)
-predict.Model.logits = counted
+    return compute(self, image, outputs)
+_OnnxRuntime.run = counted
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     print("predicted", seen, file=sys.stderr)
@@ -90,7 +91,7 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
 
 @pytest.mark.parametrize(
     ("launcher", "size", "batch_size"),
-    [("torchrun", 2, 5), ("Slurm", 3, 300), pytest.param("Slurm", 2, 1, marks=pytest.mark.slow)],
+    [("torchrun", 2, 5), *(pytest.param("Slurm", *more, marks=pytest.mark.slow) for more in ((3, 300), (2, 1)))],
 )
 def test_ranks_share_a_directory_with_the_same_bytes(
     launcher: str, size: int, batch_size: int, given: Any, start: Callable[..., Any], tmp_path: Path
@@ -154,6 +155,7 @@ def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     assert contents(tmp_path / "out") == given[3]
 
 
+@pytest.mark.slow
 def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
     predict(given[1], given[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
@@ -177,7 +179,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 
 
 def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
-    first = start(0, 1, SLOW_S=0.2)
+    first = start(0, 1, SLOW_S=0.1)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
@@ -194,7 +196,7 @@ def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Call
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_children_end_with_their_parent(
     given: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
