@@ -12,4 +12,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
 mypy
-exec pytest "${select[@]}" "$@"
+# Two at a time, a file to each: most tests are one process that computes, or several that wait.
+exec pytest -n 2 --dist loadfile "${select[@]}" "$@"
