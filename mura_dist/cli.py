@@ -274,6 +274,9 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
     metavar="RUN_OR_LIST_OR_ONNX",
     help="A model trained separately: the gallery says how far the two models' maps agree.",
 )
+@click.option(
+    "--provider", default="cpu", show_default=True, help="What computes an ONNX file: cpu, cuda, tensorrt or openvino."
+)
 @quiet_option
 def evaluate(
     target: Path,
@@ -285,6 +288,7 @@ def evaluate(
     prevalence: float | None,
     with_gallery: bool,
     second: Path | None,
+    provider: str,
     quiet: bool,
 ) -> None:
     """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
@@ -304,6 +308,8 @@ def evaluate(
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     if prevalence is not None and not 0 < prevalence < 1:
         raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
+    if provider != "cpu" and (is_list(target) or not target.is_file()):
+        raise Refusal(f"--provider {provider}: {target} is no ONNX file, torch computes it; leave --provider out")
     say = Console(stderr=True, quiet=quiet or not launcher.is_first()).print
     point = named(operating_point) if operating_point is not None else None
     asked = room.Asked(point, prevalence, _gallery(target, with_gallery, second))
@@ -315,7 +321,7 @@ def evaluate(
         if out is None:
             raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
         _check_which(which, f"{target} is one exported checkpoint")
-        measured = _evaluate_onnx(target, shards, split, out, asked, say)
+        measured = _evaluate_onnx(target, shards, split, out, asked, say, provider)
     else:
         measured = room.evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
     if launcher.is_first():
@@ -428,12 +434,14 @@ def _with_maps(path: Path, model: Any) -> Any:
     return maps.Model(name, model.outputs, model.size, card.trained_on.kind, known, weights=frozenset(told))
 
 
-def _evaluate_onnx(target: Path, folder: Path | str, split: str, out: Path, asked: Any, say: Any) -> dict[str, Any]:
+def _evaluate_onnx(
+    target: Path, folder: Path | str, split: str, out: Path, asked: Any, say: Any, provider: str
+) -> dict[str, Any]:
     from . import evaluate as room
     from .runtime import Model
     from .shards import Shards
 
-    opened, model = Shards.open(folder), Model.load(target)
+    opened, model = Shards.open(folder), Model.load(target, provider)
     if opened.size != model.size:
         raise Refusal(
             f"{folder} has radiographs of {opened.size} px, {target} wants {model.size}; convert with --size {model.size}"
@@ -717,7 +725,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end(status: int, line: str, *, only_first: bool) -> int:
-    if not only_first or launcher.local_rank() == 0:  # each machine's first: what it lacks, the others may have
+    if not only_first or launcher.share_here()[0] == 0:  # each machine's first: what it lacks, the others may have
         click.echo(f"mura-dist: {' '.join(line.split())}", err=True)
     return status
 

@@ -159,17 +159,11 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
 def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
     try:
-        shards = variants.opened(weights, given)
-        rows = shards.rows(weights.settings.select_on)
+        return variants.some_images(variants.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)
     except Refusal:
         if given is not None:
             raise
         return None
-    num, found = min(len(rows), NUM_RADIOGRAPHS), []
-    for row in rows[np.linspace(0, len(rows) - 1, num).astype(int)]:  # rows are sorted by study type: some of each
-        with contextlib.suppress(Damaged):  # training and evaluation name it
-            found.append(shards.pixels(row))
-    return np.stack(found)[:, None] if found else None
 
 
 def export(
@@ -210,10 +204,14 @@ def export_variant(
     started = time.perf_counter()
     card = card.model_copy(update={"precision": asked.precision})
     plain = graph(model, card.model_copy(update={"precision": "fp32"}))
-    difference = parity(model, plain, probe_images(card.size))
+    real = variants.some_images(shards, card.selected_on, NUM_RADIOGRAPHS)
+    probes = np.concatenate([probe_images(card.size), real])
+    difference = parity(model, plain, probes)
     calibrated_on = 0
+    if asked.precision == "fp16":
+        variants.check_range(model, probes)
     if asked.precision == "int8":
-        images = variants.calibration_images(shards)
+        images = variants.some_images(shards, "train", variants.NUM_CALIBRATED)
         calibrated_on = len(images)
         say(f"int8: ranges of {calibrated_on} radiographs of train")
         data = finished(quantise.graph(model, images), card)

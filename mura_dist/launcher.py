@@ -27,6 +27,17 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
+def share_here() -> tuple[int, int]:
+    """As `share`, of this machine's processes alone: they share its processors and GPUs."""
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
+        return local_rank(), ranks_here()
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # "4(x2),3": of each machine
+    counts = [part.partition("(x")[::2] for part in tasks]
+    each = [int(number) for number, times in counts for _ in range(int(times.rstrip(")") or 1))]
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return int(os.environ.get("SLURM_LOCALID", "0")), each[node] if node < len(each) else each[-1]
+
+
 def is_first() -> bool:
     """Whether this process is the one that speaks and writes for all."""
     return rank() == 0

@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,7 +59,7 @@ from .points import BANDS
 from .pseudonyms import Names
 from .readings import Reader, Reading, failed
 from .refusal import Failure, OwnRefusal, Refusal, Stopped
-from .runtime import OUTPUTS, PROVIDERS, Model, Tuning, version
+from .runtime import OUTPUTS, PROVIDERS, Model, Tuning, flowing, version
 from .tables import Part, Tally
 from .walk import File, Walk
 from .workers import processors
@@ -108,7 +108,8 @@ def predict(
     started = time.perf_counter()
     _check(directory, out, study_by, format, batch_size, workers)
     names = _names(keytable, out, directory)
-    model = tuned(model_path, provider, batch_size, autotune, say)
+    _check_tuning(autotune, batch_size)
+    model = Model.load(model_path, provider, flowing(batch_size))
     known = frozenset((*model.card.study_types, *model.card.thresholds))
     given = study_types.read(study_type)
     warnings = study_types.check(given, known)
@@ -120,6 +121,8 @@ def predict(
         sharing.taking_part(place.parts, place.rank, claim, asked),
         _walked(directory, place, names, keytable, asked, walking) as files,
     ):
+        if (way := _way(place, model, provider, batch_size, model_path if autotune else None, say)) != model.tuning:
+            model = Model.load(model_path, provider, way)
         warnings += study_types.match(given, (walk.printable(file.path) for file in files.all()))
         options = {"study_by": study_by, "format": format, "overlays": overlays, "allow_pixels": allow_pixels}
         plan = _plan(model, files, given, names, options)
@@ -140,7 +143,7 @@ def predict(
             work.do()
             if place.rank == 0:
                 if keytable is not None:
-                    pseudonyms.write(keytable, lambda: _ways_back(groups, place, files, asked))
+                    pseudonyms.write(keytable, lambda: _ways_back(groups, place, files, asked), _aside(place))
                 tally = tables.write(
                     out, lambda: _parts(place, files, asked), model.card, format, place.parts / "studies.sqlite"
                 )
@@ -208,19 +211,41 @@ class _Place:
         return self.parts / f"{number:06d}.json"
 
     def missing(self, num_chunks: int) -> list[int]:
-        names = set(os.listdir(self.parts))
+        try:
+            names = set(os.listdir(self.parts))
+        except FileNotFoundError:
+            if not self.done.is_file():
+                raise
+            return []  # the first rank has finished, and tidied up
         return [number for number in range(num_chunks) if self.part(number).name not in names]
 
 
-def tuned(path: Path, provider: str, batch_size: int | None, autotune: bool, say: Callable[[str], None]) -> Model:
-    """The model, run as it was once measured to run fastest on this machine, or as it comes."""
+def _check_tuning(autotune: bool, batch_size: int | None) -> None:
+    if autotune and batch_size is not None:
+        raise Refusal(f"--autotune finds the batch size, --batch-size {batch_size} sets it; leave one of them out")
     if autotune and launcher.share()[1] > 1:
         raise Refusal("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
-    if autotune:
-        tuning.choose(path, provider, say)
-    model = Model.load(path, provider, Tuning(batch_size))
-    found = tuning.stored(model) if batch_size is None and launcher.share()[1] == 1 else None
-    return model if found in (None, model.tuning) else Model.load(path, provider, found)
+
+
+def _way(
+    place: "_Place",
+    model: Model,
+    provider: str,
+    batch_size: int | None,
+    to_measure: Path | None,
+    say: Callable[[str], None],
+) -> Tuning:
+    """How to run `model`: what moves bits as the run in `out` began, else as it was measured to run fastest on this machine,
+    `to_measure` now or some time before, else as it comes."""
+    alone = batch_size is None and launcher.share()[1] == 1
+    usual = (tuning.stored(model) if alone else None) or model.tuning
+    for path in (place.plan, place.done):
+        begun = _load(path) if path.is_file() else {}
+        plan = begun.get("plan", begun)
+        if (plan.get("model_sha256"), plan.get("provider")) == (model.sha256, model.provider):
+            way = replace(usual, optimisation=plan.get("optimisation", usual.optimisation))
+            return replace(way, batch_size=batch_size or plan.get("batch_size") or way.batch_size)
+    return usual if to_measure is None else tuning.choose(to_measure, provider, say)
 
 
 def _check(directory: Path, out: Path, study_by: str, format: str, batch_size: int | None, workers: int | None) -> None:
@@ -289,20 +314,23 @@ def _walked(
         return names.file(walk.printable(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
 
     database = place.parts / f"walk-{place.rank}.sqlite"
-    sort_by: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if keytable is not None:
-        database = keytable.with_name(f".{keytable.name}.walk-{place.rank}.sqlite")
-        database.unlink(missing_ok=True)
-        os.close(os.open(database, os.O_CREAT | os.O_EXCL, 0o600))
-        sort_by = {"sort_by": by_name}
+        database = keytable.with_name(f".{keytable.name}.walk{_aside(place)}.sqlite")
+        more = {"sort_by": by_name, "mode": 0o600}
     try:
-        files = walk.find(directory, database, size=CHUNK, leave_out=place.out, found=found, **sort_by)
+        files = walk.find(directory, database, size=CHUNK, leave_out=place.out, found=found, **more)
         if not files.num_files:
             raise Refusal(f"{directory} holds no files; give a folder of radiographs")
         yield files
     finally:
         with contextlib.suppress(OSError):  # a start makes it anew
             database.unlink()
+
+
+def _aside(place: _Place) -> str:
+    """What tells this rank of this run from others that use the same key table."""
+    return f"-{_digest(os.path.abspath(place.out))[:8]}-{place.rank}"
 
 
 def _begun(place: _Place, plan: dict[str, Any], asked: threading.Event) -> dict[str, Any] | None:
@@ -423,7 +451,7 @@ class _Work:
         num_files = min(num_chunks * CHUNK, self.files.num_files)
         if self.workers is not None:
             return max(1, min(self.workers, num_files))
-        return max(1, min(16, processors() // launcher.ranks_here(), num_files // _FILES_PER_WORKER))
+        return max(1, min(16, processors() // launcher.share_here()[1], num_files // _FILES_PER_WORKER))
 
     def _make(self, crew: Crew, numbers: list[int]) -> None:
         """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""

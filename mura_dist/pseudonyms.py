@@ -168,10 +168,13 @@ def check_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
         _compare(keytable, (line[:2] for line in _read(keytable)), files)
 
 
-def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
-    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal."""
+def write(keytable: Path, rows: Callable[[], Iterable[Row]], aside: str = "") -> None:
+    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal.
+
+    `aside`: what tells this run's unfinished file from another run's.
+    """
     try:
-        with atomic.creating(keytable, mode=0o600) as file:
+        with atomic.creating(keytable, mode=0o600, aside=aside) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
             table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writerow(COLUMNS)

@@ -42,6 +42,7 @@ _TOP = 255  # of a byte
 _WEIGHT_TOP = 63  # 2 * 255 * 63 < 2**15
 _BATCH = 16
 _TINY = 1e-9
+_MOST_STEPS = 2**29  # of a bias; products take as many more at the most
 _PLACES = 16  # of a radiograph, where what kernels read is looked at
 _COLUMNS = 64  # rounded between two products of matrices
 _DAMPING = 0.01  # of the mean variance: from few radiographs a covariance is known roughly
@@ -50,7 +51,7 @@ _DAMPING = 0.01  # of the mean variance: from few radiographs a covariance is kn
 @dataclass
 class Observed:
     """Of one tensor, by channel: (C,) float64 each; of one that a convolution of k x k reads also the covariance of its inputs,
-    (C k k, C k k) float32."""
+    (C k k, C k k) float64."""
 
     low: np.ndarray
     high: np.ndarray
@@ -98,7 +99,7 @@ class _Watch:
         taps = [
             padded[image, :, row + down, column + right] for down in range(kernel) for right in range(kernel)
         ]  # k k of (P, C)
-        read = torch.stack(taps, dim=2).flatten(1)  # (P, C k k)
+        read = torch.stack(taps, dim=2).flatten(1).double()  # (P, C k k); a channel may vary by 1e-6 of its mean
         before = self.moments.get(name, (torch.zeros(()), torch.zeros(()), 0))
         self.moments[name] = (before[0] + read.T @ read, before[1] + read.sum(0), before[2] + len(read))
 
@@ -218,14 +219,14 @@ class _Graph:
         reads, for rounding; None: of a picture, where each kernel's sum counts.
         """
         top = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        step = np.where(top == 0, 1.0, top / _WEIGHT_TOP)  # (O,)
+        # (O,); weights far smaller than their bias, in 32 bits, get steps that it fits into
+        step = np.maximum(np.where(top == 0, 1.0, top / _WEIGHT_TOP), np.abs(bias) / _MOST_STEPS)
         exact = weight / step[:, None, None, None]
         rounded = _rounded_evenly(exact) if covariance is None else _rounded_together(exact, covariance)
         bias = bias + ((exact - rounded).sum(axis=(2, 3)) @ mean) * step
-        limit = 2**31 - 1
         scale = self.const(step.astype(np.float32))
         taps = self.const(rounded.astype(np.int8))
-        added = self.const(np.clip(np.rint(bias / step), -limit, limit).astype(np.int32))
+        added = self.const(np.rint(bias / step).astype(np.int32))
         none = {kind: self.const(np.zeros(len(weight), kind)) for kind in ("int8", "int32")}
         result = self.add(
             "Conv",
@@ -309,7 +310,7 @@ def _rounded_together(exact: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     order = np.argsort(-covariance.diagonal())
     ordered = covariance[np.ix_(order, order)].astype(np.float64)
     ordered[np.diag_indices_from(ordered)] += _DAMPING * max(ordered.diagonal().mean(), _TINY)
-    upper = np.linalg.cholesky(np.linalg.inv(ordered)).T
+    upper = _root_of_inverse(ordered)
     left, done = flat[:, order].copy(), np.empty_like(flat)
     for start in range(0, len(order), _COLUMNS):  # what follows a block of columns hears of it once, as one product
         stop = min(start + _COLUMNS, len(order))
@@ -322,6 +323,18 @@ def _rounded_together(exact: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     rounded = np.empty_like(done)
     rounded[:, order] = done
     return rounded.reshape(exact.shape)
+
+
+def _root_of_inverse(matrix: np.ndarray) -> np.ndarray:
+    """Upper triangular, its transpose times itself the inverse of a symmetric `matrix`; of one that rounding has spoilt, with as
+    much more on its diagonal as it takes."""
+    more = matrix.diagonal().mean()
+    while True:
+        try:
+            return np.linalg.cholesky(np.linalg.inv(matrix)).T
+        except np.linalg.LinAlgError:
+            matrix = matrix + more * np.eye(len(matrix))
+            more *= 10
 
 
 def network_nodes(network: DenseNet, observed: dict[str, Observed], prefix: str = "") -> _Graph:

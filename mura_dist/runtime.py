@@ -27,7 +27,7 @@ import onnxruntime
 
 from . import launcher, members
 from .card import KEY, Card
-from .refusal import Refusal, nearest
+from .refusal import Failure, Refusal, nearest
 from .workers import processors
 
 ONNXRUNTIME: str = onnxruntime.__version__
@@ -52,10 +52,16 @@ class Tuning:
     optimisation: Literal["all", "extended"] = "all"
 
     def settled(self, on_cpu: bool) -> "Tuning":
-        """With nothing left to choose. docs/benchmarks.md has what the choices were measured by."""
-        threads = self.threads or max(1, processors() // launcher.ranks_here())
-        streams = self.streams or (min(2, threads) if on_cpu else 2)
+        """With nothing left to choose."""
+        threads = self.threads or max(1, processors() // launcher.share_here()[1])
+        streams = self.streams or 1
         return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
+
+
+def flowing(batch_size: int | None = None) -> Tuning:
+    """For many batches one after the other, before anything was measured: two in flight (docs/benchmarks.md)."""
+    threads = max(1, processors() // launcher.share_here()[1])
+    return Tuning(batch_size, min(2, threads), threads)
 
 
 class Engine(Protocol):
@@ -181,38 +187,50 @@ class _OnnxRuntime:
     def begin(self, card: Card, name: str) -> None:
         if card.precision == "bf16":
             raise Refusal(
-                f"{name} is for bf16, which ONNX Runtime's {self.name} does not compute; give --provider openvino"
+                f"{name} is for bf16, which ONNX Runtime's {self.name} does not compute; OpenVINO does: --provider openvino"
             )
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
-        if not self.bound:
-            found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
-            return found
-        slot = self.slots.get()
         try:
-            return slot.run(image, outputs)
-        finally:
-            self.slots.put(slot)
+            if not self.bound:
+                found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
+                return found
+            slot = self.slots.get()
+            try:
+                return slot.run(image, outputs)
+            finally:
+                self.slots.put(slot)
+        except Exception as error:  # as of a session: a dozen kinds
+            raise _failure(self.name, image, error) from error
+
+
+def _failure(engine: str, image: np.ndarray, error: Exception) -> Failure:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return Failure(
+        f"{engine} failed on a batch of {len(image)} ({reason}); if memory ran out, give a smaller --batch-size"
+    )
 
 
 class _Slot:
-    """A batch in flight on a GPU: page-locked memory here, memory there, both kept as long as batches have one shape."""
+    """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.session = session
-        self.host: np.ndarray | None = None
-        self.device: Any = None
+        self.host: np.ndarray | None = None  # (most so far, 1, S, S)
+        self.device: dict[int, Any] = {}  # by number of images
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
-        if self.host is None or self.host.shape != image.shape:
-            self.host = _page_locked(image.shape)
-            self.device = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+        number = len(image)
+        if self.host is None or len(self.host) < number or self.host.shape[1:] != image.shape[1:]:
+            self.host = _page_locked(image.shape, self.host)
+        if number not in self.device:
+            self.device[number] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
                 list(image.shape), np.uint8, "cuda", _device()
             )
-        np.copyto(self.host, image)
-        self.device.update_inplace(self.host)
+        np.copyto(self.host[:number], image)
+        self.device[number].update_inplace(self.host[:number])
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input("image", self.device)
+        binding.bind_ortvalue_input("image", self.device[number])
         for output in outputs:
             binding.bind_output(output, "cuda", _device())
         self.session.run_with_iobinding(binding)
@@ -220,13 +238,25 @@ class _Slot:
         return found
 
 
-def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 memory that the GPU copies from by itself; plain memory, which is only slower, where CUDA does not lock it."""
+def _page_locked(shape: tuple[int, ...], instead_of: np.ndarray | None) -> np.ndarray:
+    """uint8 memory; plain memory, which is only slower, where CUDA does not lock it."""
     memory = np.empty(shape, np.uint8)
     with contextlib.suppress(OSError, AttributeError):
-        runtime = ctypes.CDLL("libcudart.so.13")  # the one ONNX Runtime has loaded
-        runtime.cudaHostRegister(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(0))
+        cuda = _cuda()
+        cuda.cudaSetDevice(ctypes.c_int(_device()))  # of this thread: another one's first GPU is not to be touched
+        if instead_of is not None:
+            cuda.cudaHostUnregister(ctypes.c_void_p(instead_of.ctypes.data))
+        cuda.cudaHostRegister(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(0))
+        cuda.cudaGetLastError()  # a refusal is forgotten, or the next to ask would take it for its own
     return memory
+
+
+def _cuda() -> ctypes.CDLL:
+    """The CUDA runtime that ONNX Runtime has loaded."""
+    for name in ("libcudart.so.13", "libcudart.so.12"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise OSError("no CUDA runtime")
 
 
 def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.InferenceSession:
@@ -249,10 +279,14 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
     with _hushed() if provider != PROVIDERS["cpu"] else contextlib.nullcontext():
         try:
             session = onnxruntime.InferenceSession(
-                data, options, providers=[(each, _provider_options(each)) for each in providers]
+                data, options, providers=[(each, _provider_options(each, data)) for each in providers]
             )
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            if provider != PROVIDERS["cpu"]:
+                raise Refusal(
+                    f"--provider {asked}: {provider} does not start on {name} ({reason}); give --provider cpu, or mend that"
+                ) from error
             raise Refusal(
                 f"{name} is not an ONNX model that ONNX Runtime can load ({reason}); export it again"
             ) from error
@@ -265,15 +299,15 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
     return session
 
 
-def _provider_options(provider: str) -> dict[str, str]:
+def _provider_options(provider: str, data: bytes) -> dict[str, str]:
     if provider == PROVIDERS["cuda"]:
-        return {
-            "device_id": str(_device()),
-            "use_tf32": "0",
-        }  # it keeps 3 digits of 7: logits would leave the parity gate's 1e-4
+        # TF32 keeps 3 digits of 7: logits would leave the parity gate's 1e-4. Algorithms chosen by timing differ between starts.
+        return {"device_id": str(_device()), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if provider == PROVIDERS["tensorrt"]:
-        folder = cache_folder() / "tensorrt"
+        # A folder a model: TensorRT's provider tells engines apart by the graph's names, not by its weights.
+        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{ONNXRUNTIME}"
         folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         return {
             "device_id": str(_device()),
             "trt_engine_cache_enable": "1",
@@ -285,7 +319,9 @@ def _provider_options(provider: str) -> dict[str, str]:
 
 def _device() -> int:
     """Which GPU: ranks of one machine take one each."""
-    return launcher.local_rank() if launcher.ranks_here() > 1 else 0
+    here, num_here = launcher.share_here()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return here % len(visible) if visible else here if num_here > 1 else 0
 
 
 def cache_folder() -> Path:
@@ -324,7 +360,7 @@ def _openvino() -> Any:
         import openvino
     except ImportError as error:
         raise Refusal(
-            "--provider openvino: OpenVINO is not installed; pip install 'mura-dist[openvino]', or give --provider cpu"
+            "OpenVINO is not installed; pip install 'mura-dist[openvino]', or do without --provider openvino and --precision bf16"
         ) from error
     return openvino
 
@@ -375,5 +411,7 @@ class _OpenVino:
         try:
             request.infer([image], share_inputs=True)
             return [np.array(request.get_tensor(name).data) for name in outputs]
+        except RuntimeError as error:
+            raise _failure(self.name, image, error) from error
         finally:
             self.requests.put(request)

@@ -16,9 +16,11 @@ _SETTINGS = f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_
 
 
 @contextlib.contextmanager
-def made(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
-    """A new database in one transaction, which ends with the block. Raises OSError where the disk is full."""
+def made(path: Path, schema: str, mode: int = 0o666) -> Iterator[sqlite3.Connection]:
+    """A new database in one transaction, which ends with the block; `mode`: its permissions from its first byte on. Raises
+    OSError where the disk is full."""
     path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode))
     with _opened(path, "rwc&nolock=1") as database:
         database.executescript(_SETTINGS + schema)
         database.execute("BEGIN")  # else every statement would write its pages out

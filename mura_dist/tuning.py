@@ -21,7 +21,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from . import atomic
-from .runtime import OPENVINO, OPTIMISATIONS, PROVIDERS, Model, Tuning, cache_folder, version
+from .refusal import Failure
+from .runtime import OPENVINO, OPTIMISATIONS, PROVIDERS, Model, Tuning, cache_folder, flowing, version
 from .workers import processors
 
 FILE = "tuning.json"
@@ -36,8 +37,13 @@ def stored(model: Model) -> Tuning | None:
     entry = _known().get(_key(model))
     with contextlib.suppress(ValueError):
         if isinstance(entry, dict):
-            return TypeAdapter(Tuning).validate_python(entry.get("tuning"))
+            tuning = TypeAdapter(Tuning).validate_python(entry.get("tuning"))
+            return tuning if all(number is not None and number > 0 for number in _numbers(tuning)) else None
     return None
+
+
+def _numbers(tuning: Tuning) -> tuple[int | None, ...]:
+    return tuning.batch_size, tuning.streams, tuning.threads
 
 
 def _known() -> dict[str, Any]:
@@ -54,7 +60,12 @@ def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: 
 
     Raises what Model.load raises, OSError where the cache folder cannot be written.
     """
-    first = {tuning: _images_per_s(Model.load(path, provider, tuning)) for tuning in candidates(path, provider)}
+    first = {}
+    for tuning in candidates(path, provider):
+        with contextlib.suppress(Failure):  # it does not fit into memory
+            first[tuning] = _images_per_s(Model.load(path, provider, tuning))
+    if not first:
+        raise Failure("--autotune: the model could be run in no way; predict without it says why")
     promising = sorted(first, key=lambda tuning: -first[tuning])[:_FINALISTS]
     models = {tuning: Model.load(path, provider, tuning) for tuning in promising}
     rates = {tuning: [rate] for tuning, rate in first.items()}
@@ -78,20 +89,28 @@ def words(tuning: Tuning) -> str:
 
 def candidates(path: Path, provider: str) -> Iterator[Tuning]:
     """The ways worth a try. On a CPU the threads are all there are: fewer never won here (docs/benchmarks.md)."""
-    usual = Model.load(path, provider).tuning
+    usual = Model.load(path, provider, flowing()).tuning
+    yield usual
     if provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower()):
         threads = processors()
         size = Model.load(path, provider).size
         for streams in sorted({1, 2, threads}):
             for batch_size in (1, 2, 4, 8, 16):
-                if streams <= threads and streams * batch_size * size**2 * _BYTES_PER_PIXEL <= _MOST_BYTES:
-                    yield Tuning(batch_size, streams, threads, usual.optimisation)
+                way = Tuning(batch_size, streams, threads, usual.optimisation)
+                if (
+                    streams <= threads
+                    and streams * batch_size * size**2 * _BYTES_PER_PIXEL <= _MOST_BYTES
+                    and way != usual
+                ):
+                    yield way
         if provider.lower() != OPENVINO:
             yield replace(usual, optimisation=next(one for one in OPTIMISATIONS if one != usual.optimisation))
     else:
         for streams in (1, 2, 3):
             for batch_size in (16, 32, 64, 128):
-                yield Tuning(batch_size, streams, usual.threads, usual.optimisation)
+                way = Tuning(batch_size, streams, usual.threads, usual.optimisation)
+                if way != usual:
+                    yield way
 
 
 def _images_per_s(model: Model) -> float:

@@ -8,13 +8,15 @@
 A call is of a study, by the thresholds of the card; where it has none, by 1/2.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import metrics
 from .card import PRECISIONS, Card, Change
@@ -25,6 +27,7 @@ from .runtime import OPENVINO, Model, Tuning
 from .shards import Damaged, Shards
 
 NUM_MEASURED, NUM_CALIBRATED = 1000, 256  # radiographs
+FP16_LIMIT = 32_000.0
 _BATCH = 4
 
 
@@ -75,10 +78,10 @@ def halved(model: DenseNet | Ensemble) -> nn.Module:
     return copied
 
 
-def calibration_images(shards: Shards, number: int = NUM_CALIBRATED) -> np.ndarray:
-    """`number` of the train split, evenly over it, hence over study types: uint8 (N, 1, S, S)."""
-    rows = shards.rows("train")
-    return np.stack([image for _, image in _sound(shards, _evenly(rows, number))])[:, None]
+def some_images(shards: Shards, split: str, number: int) -> np.ndarray:
+    """About `number` radiographs of a split, evenly over it, hence over study types: uint8 (N, 1, S, S)."""
+    images = [image for _, image in _sound(shards, _evenly(shards.rows(split), number))]
+    return np.stack(images)[:, None] if images else np.empty((0, 1, shards.size, shards.size), np.uint8)
 
 
 def _evenly(rows: np.ndarray, number: int) -> np.ndarray:
@@ -96,7 +99,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 
 def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Callable[[str], None]) -> Change:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
-    provider = ENGINES[card.precision]
+    provider = _provider(card.precision, narrowed)
     models = [Model.from_bytes(data, "the exported model", provider, Tuning(_BATCH)) for data in (plain, narrowed)]
     _same_over_batches(models[1], card.size)
     rows = _some_studies(shards, card.selected_on)
@@ -115,6 +118,11 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
     cut = studies[0]["study_type"].map(dict(card.thresholds)).astype(np.float64).fillna(0.5)
     calls = [study["probability"] > cut for study in studies]
     difference = np.abs(views[0] - views[1])
+    if not np.isfinite(difference).all():
+        raise Failure(
+            f"{card.precision} gives {np.count_nonzero(~np.isfinite(difference))} of {len(known)} radiographs no number; nothing "
+            "was written; keep fp32"
+        )
     return Change(
         engine=models[1].provider,
         num_radiographs=len(known),
@@ -123,6 +131,39 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
         max_probability=float(difference.max()),
         num_changed_calls=int((calls[0] != calls[1]).sum()),
     )
+
+
+def _provider(precision: str, data: bytes) -> str:
+    """What measures: for fp16 a GPU where there is one. A CPU stores fp16 and computes in fp32 between."""
+    if precision == "fp16":
+        with contextlib.suppress(Refusal):
+            Model.from_bytes(data, "the exported model", "cuda")
+            return "cuda"
+    return ENGINES[precision]
+
+
+@torch.no_grad()
+def check_range(model: nn.Module, images: np.ndarray) -> None:
+    """Raises Failure where an activation of the fp32 `model` on `images` comes near what fp16 cannot hold, which a CPU's
+    arithmetic would not show."""
+    largest = [0.0]
+
+    def look(module: nn.Module, given: object, found: object) -> None:
+        if isinstance(found, Tensor):
+            largest.append(float(found.abs().max()))
+
+    handles = [part.register_forward_hook(look) for part in model.modules() if not list(part.children())]
+    try:
+        for batch in torch.from_numpy(images).split(_BATCH):
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not max(largest) <= FP16_LIMIT:
+        raise Failure(
+            f"fp16: an activation reaches {max(largest):.3g}, the limit is {FP16_LIMIT:g} (fp16 ends at 65504); nothing was written; "
+            "keep fp32, or give --precision int8"
+        )
 
 
 def _some_studies(shards: Shards, split: str) -> np.ndarray:

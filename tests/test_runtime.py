@@ -13,7 +13,7 @@ from test_export import S, card_of, noise, tiny
 
 from mura_dist import runtime, tuning
 from mura_dist.export import export, graph
-from mura_dist.refusal import Refusal
+from mura_dist.refusal import Failure, Refusal
 from mura_dist.runtime import OUTPUTS, PROVIDERS, Model, Tuning
 
 needs_openvino = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
 
 
 def test_what_fails_in_a_batch_is_raised(model: Path) -> None:
-    with pytest.raises(Exception, match="image"):
+    with pytest.raises(Failure, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
         list(Model.load(model, tuning=Tuning(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
 
 
@@ -145,8 +145,10 @@ def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
 def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Tuning().settled(on_cpu=True)
     assert alone.threads == runtime.processors()
+    assert runtime.flowing(3).streams == min(2, runtime.processors())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * runtime.processors()))
     assert Tuning().settled(on_cpu=True).threads == 1
+    assert runtime.flowing(3) == Tuning(3, 1, 1)
     assert Tuning(3, 1, 7).settled(on_cpu=True) == Tuning(3, 1, 7)
 
 
@@ -192,5 +194,7 @@ def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, m
     loaded = Model.load(model)
     assert tuning.stored(loaded) is None
     path.write_text(json.dumps({tuning._key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
+    assert tuning.stored(loaded) is None
+    path.write_text(json.dumps({tuning._key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
     assert tuning.stored(loaded) is None
     assert tuning.choose(model, "cpu") == tuning.stored(loaded)

@@ -182,6 +182,30 @@ def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
     np.testing.assert_allclose(cells, exact_cells, atol=0.05)
 
 
+@pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (1e6, False)])
+def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
+    """ONNX Runtime computes fp16 in fp32 on a CPU: there an overflow would not be seen."""
+    model = tiny()
+    with torch.no_grad():
+        model.features.norm0.weight *= scale
+    if fits:
+        variants.check_range(model, noise(4))
+        return
+    with pytest.raises(Failure, match="an activation reaches .* the limit is 32000"):
+        variants.check_range(model, noise(4))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_no_number_is_no_variant(halved: Path, broken: float) -> None:  # noqa: F811
+    model = tiny()
+    plain = graph(model, card_of())
+    card = card_of().model_copy(update={"precision": "int8"})
+    with torch.no_grad():
+        model.classifier.bias += broken
+    with pytest.raises(Failure, match="moves by nan|gives .* of .* radiographs no number"):
+        variants.change(card, plain, graph(model, card), Shards.open(halved), print)
+
+
 def test_a_logit_that_moves_with_its_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model.from_bytes(graph(tiny(), card_of()), "it")
     variants._same_over_batches(model, model.size)
@@ -199,7 +223,7 @@ def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: 
     assert len(every) // 6 < len(some) < len(every) // 2
     studies = shards.manifest.frame["study"]
     assert set(every[studies[every].isin(studies[some])]) == set(some)
-    assert np.array_equal(variants.calibration_images(shards, 7).shape, (7, 1, shards.size, shards.size))
+    assert np.array_equal(variants.some_images(shards, "train", 7).shape, (7, 1, shards.size, shards.size))
 
 
 def test_names_and_old_cards() -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from mura_dist import metrics, phantoms, radiograph
 from mura_dist.compare import compare
-from mura_dist.runtime import Model
+from mura_dist.runtime import Model, flowing
 from mura_dist.scan import scan
 
 THRESHOLD, BATCH = 0.5, 64
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=128)
     parser.add_argument("--seed", type=int, default=777)
     asked = parser.parse_args()
-    models = [Model.load(path, asked.provider if place else "cpu") for place, path in enumerate(asked.models)]
+    models = [
+        Model.load(path, asked.provider if place else "cpu", flowing(BATCH)) for place, path in enumerate(asked.models)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         phantoms.draw(Path(folder) / "drawn", studies=asked.studies, size=asked.px, seed=asked.seed)
         scanned = scan(Path(folder) / "drawn")

@@ -100,9 +100,9 @@ def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
 
 
 def _alone(path: Path, provider: str, load: Load) -> Work:
-    from ..runtime import Model
+    from ..runtime import Model, flowing
 
-    model, images = Model.load(path, provider), np.concatenate(load.pixels())
+    model, images = Model.load(path, provider, flowing()), np.concatenate(load.pixels())
     return lambda out: sum(len(logit) for (logit,) in model.stream(_cut(images, model.tuning.batch_size or 1)))
 
 
