@@ -34,7 +34,7 @@ from .model import DenseNet
 from .points import PAPER, Points
 from .refusal import Failure, Refusal
 from .runtime import Model
-from .shards import Damaged, Shards
+from .shards import Shards
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7, 64)

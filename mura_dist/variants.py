@@ -161,8 +161,8 @@ def check_range(model: nn.Module, images: np.ndarray) -> None:
             handle.remove()
     if not max(largest) <= FP16_LIMIT:
         raise Failure(
-            f"fp16: an activation reaches {max(largest):.3g}, the limit is {FP16_LIMIT:g} (fp16 ends at 65504); nothing was written; "
-            "keep fp32, or give --precision int8"
+            f"fp16: an activation reaches {max(largest):.3g}, the limit is {FP16_LIMIT:g} (fp16 ends at 65504); nothing was "
+            "written; keep fp32, or give --precision int8"
         )
 
 

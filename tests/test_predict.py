@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faulty_reader
+import laws
 import numpy as np
 import onnx
 import pandas as pd
@@ -22,14 +24,14 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from test_export import card_of, tiny
 
-from mura_dist import grouping, mura, pseudonyms, radiograph, tables
+from mura_dist import grouping, launcher, mura, pseudonyms, radiograph, tables, tuning
 from mura_dist import predict as room
 from mura_dist.cli import DONE, FAILED, main
 from mura_dist.export import export
 from mura_dist.guarded import Limits
 from mura_dist.predict import CHUNK, predict
 from mura_dist.refusal import Failure, Refusal, Stopped
-from mura_dist.runtime import Model, _OnnxRuntime
+from mura_dist.runtime import Model, Tuning, _OnnxRuntime, flowing
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
 PREDICT = """\
@@ -769,3 +771,87 @@ def test_a_disk_that_is_really_full(
         assert len(parts) <= 3
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ---- how it is run
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_goes_on_as_it_began(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Whatever was measured on this machine in between; and nothing is measured for it."""
+    loaded, place = Model.load(model, tuning=flowing()), room._Place(tmp_path / "out", 0, 1)
+    plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
+    place.parts.mkdir(parents=True)
+    (place.done if finished else place.plan).write_text(json.dumps({"plan": plan} if finished else plan))
+    monkeypatch.setattr(tuning, "stored", lambda model: Tuning(16, 1, 1, "all"))
+    monkeypatch.setattr(tuning, "choose", lambda *given: pytest.fail("measured"))
+    for to_measure in (None, model):
+        assert room._way(place, loaded, "cpu", None, to_measure, print) == Tuning(3, 1, 1, "extended")
+    assert room._way(place, loaded, "cpu", 5, None, print) == replace(
+        loaded.tuning, optimisation="extended", batch_size=5
+    )
+    (place.done if finished else place.plan).write_text("{}")  # another model's
+    assert room._way(place, loaded, "cpu", None, None, print) == Tuning(16, 1, 1, "all")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert room._way(place, loaded, "cpu", None, None, print) == loaded.tuning
+
+
+def test_autotune_is_measured_kept_and_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_SECONDS", 0.01)
+    draw(tmp_path / "in" / "a.png")
+    words = ["predict", str(model), str(tmp_path / "in"), "--out"]
+    assert main([*words, str(tmp_path / "plain")]) == DONE
+    assert main([*words, str(tmp_path / "tuned"), "--autotune"]) == DONE
+    assert "radiographs/s  batch size" in capsys.readouterr().err
+    assert contents(tmp_path / "plain").keys() == contents(tmp_path / "tuned").keys()
+    assert (tmp_path / "cache" / "mura-dist" / "tuning.json").is_file()
+    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune", "--batch-size", "3"], "--autotune", "--batch-size 3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune"], "--autotune", "without torchrun")
+
+
+STEP = {"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (1, 4)),
+        ({"SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1)),  # a batch script outside srun
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "11",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+                "SLURM_NODEID": "1",
+                "SLURM_LOCALID": "3",
+            },
+            (3, 4),
+        ),
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "11",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+                "SLURM_NODEID": "2",
+                "SLURM_LOCALID": "2",
+            },
+            (2, 3),
+        ),
+    ],
+)
+def test_who_shares_a_machine(
+    environment: dict[str, str], wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*os.environ]:
+        if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.share_here() == wanted

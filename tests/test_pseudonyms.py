@@ -661,3 +661,23 @@ def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
     pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
     with open(tmp_path / "keys.csv", newline="", encoding="utf-8") as file:
         assert [tuple(line) for line in csv.reader(file)] == [pseudonyms.COLUMNS, *lines]
+
+
+def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> None:
+    """It names every file, and a kill leaves it."""
+    draw(tmp_path / "in" / "a.png")
+    modes: set[int] = set()
+
+    def look(num: int) -> None:
+        modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*sqlite*"))
+
+    predict(
+        model,
+        tmp_path / "in",
+        tmp_path / "out",
+        keytable=tmp_path / "private" / "keys.csv",
+        walking=look,
+        progress=lambda done, total: look(done),
+    )
+    assert modes == {0o600}
+    assert [path.name for path in (tmp_path / "private").iterdir()] == ["keys.csv"]

@@ -191,7 +191,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
     if fits:
         variants.check_range(model, noise(4))
         return
-    with pytest.raises(Failure, match="an activation reaches .* the limit is 32000"):
+    with pytest.raises(Failure, match=r"an activation reaches .* the limit is 32000"):
         variants.check_range(model, noise(4))
 
 
@@ -202,7 +202,7 @@ def test_no_number_is_no_variant(halved: Path, broken: float) -> None:  # noqa: 
     card = card_of().model_copy(update={"precision": "int8"})
     with torch.no_grad():
         model.classifier.bias += broken
-    with pytest.raises(Failure, match="moves by nan|gives .* of .* radiographs no number"):
+    with pytest.raises(Failure, match=r"moves by nan|gives .* of .* radiographs no number"):
         variants.change(card, plain, graph(model, card), Shards.open(halved), print)
 
 
