@@ -461,7 +461,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     class Killed(BaseException):
         pass
 
-    def kill(keytable: Path, lines: Any) -> None:
+    def kill(keytable: Path, lines: Any, aside: str) -> None:
         raise Killed
 
     monkeypatch.setattr(pseudonyms, "write", kill)
@@ -666,6 +666,7 @@ def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
 def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> None:
     """It names every file, and a kill leaves it."""
     draw(tmp_path / "in" / "a.png")
+    (tmp_path / "private").mkdir()
     modes: set[int] = set()
 
     def look(num: int) -> None:
