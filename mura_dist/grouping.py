@@ -47,13 +47,14 @@ class Grouping:
             return printable(path.rpartition("/")[0] or ".")
         if self.study_by == "file":
             return printable(path)
-        if mura.parse(path):  # the split lies below the directory: two copies of a data set stay two
+        if mura.study_folder(path):  # below the directory: two copies of a data set stay two
             return printable(path.rpartition("/")[0])
-        above = mura.parse(f"{self.directory}/{path}")
-        return printable(above.study if above else path)
+        whole = f"{self.directory}/{path}"
+        above = mura.parse(whole)
+        return printable(above.study if above else mura.study_folder(whole) or path)
 
     def _study(self, path: str, identity: DicomIdentity | None) -> str:
-        in_layout = mura.parse(f"{self.directory}/{path}") is not None
+        in_layout = mura.study_folder(f"{self.directory}/{path}") is not None
         if self.study_by != "auto" or in_layout or identity is None or not identity.study_uid:
             return self.names.study(self.place(path))
         self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)

@@ -82,6 +82,7 @@ _LAYOUT = re.compile(
     r"(?s:^|.*/)(?P<split>train|valid|test)/(?P<study_type>XR_[A-Z0-9_]+)/(?P<patient>patient[^/]+)"
     r"/(?P<study>study[^/]*?)(?:_(?P<label>positive|negative))?/(?P<view>[^/]+)$"
 )
+_STUDY = re.compile(r"(?:.*/)?(XR_[^/]+/patient[^/]+/study[^/]*)/[^/]+", re.DOTALL)
 _VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)", re.DOTALL)
 _MAX_DIGITS = 18  # what int64 holds; the last number of a DICOM's UID may be longer and is nobody's view
 
@@ -119,6 +120,12 @@ def parse(path: str) -> Radiograph | None:
         label={"positive": 1, "negative": 0, None: None}[part["label"]],
         path=path[match.start("split") :],
     )
+
+
+def study_folder(path: str) -> str | None:
+    """Of a file in a study's folder of MURA, the split's name above it or not: study type, patient and study; else None."""
+    match = _STUDY.fullmatch(path)
+    return match[1] if match else None
 
 
 def is_official_test(studies: Mapping[str, Iterable[Any]]) -> bool:

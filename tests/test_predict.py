@@ -282,6 +282,17 @@ def test_muras_studies_from_any_folder(model: Path, layout: Path, tmp_path: Path
     assert studies(tmp_path / "part") == wanted
 
 
+def test_muras_studies_without_their_split(model: Path, layout: Path, tmp_path: Path) -> None:
+    """Copied out of train or valid, a study's folder is a study still."""
+    hands = {"patient00001/study1_positive": ("XR_HAND", "3"), "patient00001/study2_negative": ("XR_HAND", "1")}
+    (tmp_path / "ward").mkdir()
+    (tmp_path / "ward" / "XR_HAND").symlink_to(layout / "valid" / "XR_HAND")
+    predict(model, tmp_path / "ward", tmp_path / "ward's")
+    assert studies(tmp_path / "ward's") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+    predict(model, tmp_path / "ward" / "XR_HAND" / "patient00001", tmp_path / "one")
+    assert studies(tmp_path / "one") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+
+
 def test_two_copies_of_a_study_stay_two(model: Path, tmp_path: Path) -> None:
     for site in ("north", "south"):
         draw(tmp_path / "in" / site / "valid/XR_HAND/patient00001/study1/image1.png")
