@@ -45,13 +45,14 @@ _TINY = 1e-9
 _MOST_STEPS = 2**29  # of a bias; products take as many more at the most
 _PLACES = 16  # of a radiograph, where what kernels read is looked at
 _COLUMNS = 64  # rounded between two products of matrices
+_FAINT = 1e-3  # of the largest scale of what a convolution reads
 _DAMPING = 0.01  # of the mean variance: from few radiographs a covariance is known roughly
 
 
 @dataclass
 class Observed:
     """Of one tensor, by channel: (C,) float64 each; of one that a convolution of k x k reads also the covariance of its inputs,
-    (C k k, C k k) float64."""
+    (C k k, C k k) float32."""
 
     low: np.ndarray
     high: np.ndarray
@@ -79,7 +80,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.found: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]] = {}
-        self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}  # sum of products, sum, number
+        self.moments: dict[str, _Moments] = {}
         self.random = torch.Generator().manual_seed(0)
 
     def __call__(self, name: str, x: Tensor, kernel: int = 0) -> Tensor:
@@ -99,9 +100,10 @@ class _Watch:
         taps = [
             padded[image, :, row + down, column + right] for down in range(kernel) for right in range(kernel)
         ]  # k k of (P, C)
-        read = torch.stack(taps, dim=2).flatten(1).double()  # (P, C k k); a channel may vary by 1e-6 of its mean
-        before = self.moments.get(name, (torch.zeros(()), torch.zeros(()), 0))
-        self.moments[name] = (before[0] + read.T @ read, before[1] + read.sum(0), before[2] + len(read))
+        read = torch.stack(taps, dim=2).flatten(1)  # (P, C k k)
+        if name not in self.moments:
+            self.moments[name] = _Moments(read.mean(0))
+        self.moments[name].add(read)
 
     def observed(self) -> dict[str, Observed]:
         return {
@@ -115,11 +117,26 @@ class _Watch:
         }
 
     def _covariance(self, name: str) -> np.ndarray | None:
-        if name not in self.moments:
-            return None
-        products, total, number = self.moments.pop(name)
-        mean = total / number
-        covariance: np.ndarray = (products / number - torch.outer(mean, mean)).numpy()
+        return self.moments.pop(name).covariance() if name in self.moments else None
+
+
+class _Moments:
+    """Second moments of rows (P, K), about `centre`, near their mean: where a channel varies by a millionth of its mean, sums
+    of plain squares in 32 bits would have lost it."""
+
+    def __init__(self, centre: Tensor) -> None:
+        self.centre, self.number = centre, 0
+        self.total, self.products = torch.zeros_like(centre), torch.zeros(len(centre), len(centre))
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows - self.centre
+        self.products.addmm_(rows.T, rows)
+        self.total += rows.sum(0)
+        self.number += len(rows)
+
+    def covariance(self) -> np.ndarray:
+        mean = self.total / self.number
+        covariance: np.ndarray = self.products.div_(self.number).sub_(torch.outer(mean, mean)).numpy()
         return covariance
 
 
@@ -277,7 +294,9 @@ class _Rectified:
         """Mean and covariance of the bytes, of the values'."""
         scale = np.where(self.scale == 0, np.inf, self.scale)
         mean = (observed.mean - self.constant) / scale + np.where(self.scale == 0, 0.0, self.zero)
-        return mean, _scaled(observed.covariance, scale)
+        # Hardly read at all, and what 32 bits know of how such a channel varies would be blown up out of all proportion.
+        faint = np.abs(self.scale) < _FAINT * np.abs(self.scale).max()
+        return mean, _scaled(observed.covariance, np.where(faint, np.inf, scale))
 
 
 def _scaled(covariance: np.ndarray | None, step: np.ndarray) -> np.ndarray:
