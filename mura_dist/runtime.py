@@ -15,6 +15,7 @@ import io
 import os
 import queue
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -376,6 +377,7 @@ class _OpenVino:
     def __init__(self, data: bytes, name: str, tuning: Tuning) -> None:
         openvino = _openvino()
         self.core, self.tuning, self.name = openvino.Core(), tuning, OPENVINO_CPU
+        self.tensor_of, self.lock = openvino.Tensor, threading.Lock()
         try:
             self.model = self.core.read_model(data)
         except Exception as error:  # plain RuntimeError, of many lines
@@ -405,12 +407,21 @@ class _OpenVino:
         )
         for _ in range(self.tuning.streams or 1):
             self.requests.put(self.compiled.create_infer_request())
+        self.run(
+            np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS
+        )  # all that is done once, before there are threads
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         request = self.requests.get()
         try:
-            request.infer([image], share_inputs=True)
-            return [np.array(request.get_tensor(name).data) for name in outputs]
+            # What makes and reads tensors goes one thread at a time: two that began so at once waited for each other for ever,
+            # one with Python's lock, one with a lock of the library's.
+            with self.lock:
+                tensor = self.tensor_of(np.ascontiguousarray(image), shared_memory=True)
+                request.set_input_tensor(tensor)
+            request.infer()  # `tensor` lives until it is done
+            with self.lock:
+                return [np.array(request.get_tensor(name).data) for name in outputs]
         except RuntimeError as error:
             raise _failure(self.name, image, error) from error
         finally:

@@ -99,6 +99,25 @@ print([name for name, module in sys.modules.items() if module and name.partition
     assert done.stdout.strip() == "[]"
 
 
+@needs_openvino
+@pytest.mark.slow
+def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path) -> None:
+    """Seen once: two threads in a fresh process, each holding the lock the other wanted."""
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from mura_dist.runtime import Model, Tuning
+images = np.zeros((4, 1, 64, 64), np.uint8)
+print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stream([images] * 20))))
+"""
+    for _ in range(8):
+        done = subprocess.run(
+            [sys.executable, "-c", code, model], capture_output=True, text=True, check=True, timeout=120
+        )
+        assert done.stdout.strip() == "20"
+
+
 def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(Refusal, match=r"pip install 'mura-dist\[openvino\]'"):
