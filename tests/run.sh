@@ -15,7 +15,7 @@ mypy
 [ $# -eq 0 ] || exec pytest "${select[@]}" "$@" # some of them, as asked for
 # What starts ranks or processes, sends signals or measures, one after the other; the rest two at a time, a file to each.
 alone=()
-for name in bench chaos cli convert end_to_end engine ensemble evaluate faults guarded memory predict pseudonyms runs sharing tools train wheel; do
+for name in bench chaos convert end_to_end engine faults predict runs train wheel; do
   alone+=("tests/test_$name.py")
 done
 pytest -n 2 --dist loadfile "${select[@]}" "${alone[@]/#/--ignore=}"
