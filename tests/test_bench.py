@@ -123,9 +123,13 @@ def check(measured: dict[str, Any], what: str) -> None:
     assert measured["command"].startswith(f"mura-dist bench {what} --data ")
     ours, theirs = ([c["name"] for c in measured["contenders"] if c["ours"] is side] for side in (True, False))
     assert (len(ours), len(theirs)) == NUM_CONTENDERS[what]
-    pairs = [
-        (a, b) for b, a in itertools.product(theirs, ours) if what != "ranks" or a[-4:] == b[-4:]
-    ]  # of one precision
+    alike: Callable[
+        [str], Any
+    ] = {  # what is compared at all: ranks of one precision, files with files, pixels with pixels
+        "ranks": lambda name: name[-4:],
+        "predict": lambda name: name.startswith("pixels"),
+    }.get(what, lambda name: None)
+    pairs = [(a, b) for b, a in itertools.product(theirs, ours) if alike(a) == alike(b)]
     assert list(measured["ratios"]) == [f"{a} / {b}" for a, b in pairs]
     rates = [*(one["images_per_s"] for one in measured["contenders"]), *measured["ratios"].values()]
     assert all(spread["min"] > 0 for spread in rates)
