@@ -293,7 +293,8 @@ class _Rectified:
     def statistics(self, observed: Observed) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the bytes, of the values'."""
         scale = np.where(self.scale == 0, np.inf, self.scale)
-        mean = (observed.mean - self.constant) / scale + np.where(self.scale == 0, 0.0, self.zero)
+        # What 32 bits left of a mean, in steps far smaller than it, may lie anywhere: no byte does.
+        mean = np.clip((observed.mean - self.constant) / scale + np.where(self.scale == 0, 0.0, self.zero), 0, _TOP)
         # Hardly read at all, and what 32 bits know of how such a channel varies would be blown up out of all proportion.
         faint = np.abs(self.scale) < _FAINT * np.abs(self.scale).max()
         return mean, _scaled(observed.covariance, np.where(faint, np.inf, scale))

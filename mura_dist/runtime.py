@@ -110,12 +110,7 @@ class Model:
         """As `load`, of a file's content; `name` is what messages call it."""
         on_cpu = provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower())
         tuning = (tuning or Tuning()).settled(on_cpu)
-        engine: _OnnxRuntime | _OpenVino
-        engine = (
-            _OpenVino(data, name, tuning)
-            if provider.lower() == OPENVINO
-            else _OnnxRuntime(data, name, provider, tuning)
-        )
+        engine = engine_of(data, name, provider, tuning)
         card = Card.parse(engine.metadata(), name)
         engine.begin(card, name)
         return cls(engine, card, hashlib.sha256(data).hexdigest(), tuning)
@@ -172,14 +167,10 @@ class _OnnxRuntime:
     def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning) -> None:
         self.session = _session(data, name, asked, tuning)
         self.name: str = self.session.get_providers()[0]
-        self.device = "cpu" if self.name == PROVIDERS["cpu"] else "cuda"
+        self.bound = self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"])
         self.slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
-            for _ in range(tuning.streams or 1):
-                self.slots.put(_Slot(self.session))
-            self.bound = True
-        else:
-            self.bound = False
+        for _ in range(tuning.streams or 1 if self.bound else 0):
+            self.slots.put(_Slot(self.session))
 
     def metadata(self) -> str | None:
         text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)

@@ -88,29 +88,19 @@ def words(tuning: Tuning) -> str:
 
 
 def candidates(path: Path, provider: str) -> Iterator[Tuning]:
-    """The ways worth a try. On a CPU the threads are all there are: fewer never won here (docs/benchmarks.md)."""
-    usual = Model.load(path, provider, flowing()).tuning
+    """The ways worth a try, the usual one first; on a CPU always with all threads there are."""
+    model = Model.load(path, provider, flowing())
+    usual = model.tuning
     yield usual
     if provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower()):
-        threads = processors()
-        size = Model.load(path, provider).size
-        for streams in sorted({1, 2, threads}):
-            for batch_size in (1, 2, 4, 8, 16):
-                way = Tuning(batch_size, streams, threads, usual.optimisation)
-                if (
-                    streams <= threads
-                    and streams * batch_size * size**2 * _BYTES_PER_PIXEL <= _MOST_BYTES
-                    and way != usual
-                ):
-                    yield way
-        if provider.lower() != OPENVINO:
-            yield replace(usual, optimisation=next(one for one in OPTIMISATIONS if one != usual.optimisation))
+        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
+        most = _MOST_BYTES // (model.size**2 * _BYTES_PER_PIXEL)  # radiographs under way
     else:
-        for streams in (1, 2, 3):
-            for batch_size in (16, 32, 64, 128):
-                way = Tuning(batch_size, streams, usual.threads, usual.optimisation)
-                if way != usual:
-                    yield way
+        sizes, streams, most = [16, 32, 64, 128], [1, 2, 3], 3 * 128
+    ways = (replace(usual, batch_size=size, streams=number) for number in streams for size in sizes)
+    yield from (way for way in ways if way != usual and way.batch_size * way.streams <= most)  # type: ignore[operator]
+    if model.provider == PROVIDERS["cpu"]:
+        yield from (replace(usual, optimisation=one) for one in OPTIMISATIONS if one != usual.optimisation)
 
 
 def _images_per_s(model: Model) -> float:

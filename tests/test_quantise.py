@@ -34,7 +34,6 @@ def trained(seed: int = 0) -> DenseNet:
             if isinstance(part, nn.BatchNorm2d):
                 part.weight.copy_(torch.randn(part.num_features, generator=random))
                 part.weight[:: 5 + seed % 3] = 0
-                part.weight[1 :: 7 + seed % 3] = 10.0 ** -(3 + seed % 6)  # hardly any: of its input, nearly its bias
                 part.bias.copy_(torch.randn(part.num_features, generator=random) * 0.5)
         for step in range(4):
             model(torch.from_numpy(blotches(16, 100 + step)))
@@ -68,9 +67,30 @@ def test_it_is_still_the_same_network(seed: int) -> None:
     assert logit.dtype == cells.dtype == np.float32
     assert (logit.shape, cells.shape) == (wanted_logit.shape, wanted_cells.shape)
     assert np.abs(logit - wanted_logit).mean() < 0.08 * wanted_logit.std() + 0.01
-    assert np.corrcoef(logit, wanted_logit)[0, 1] > 0.9  # some of these networks hardly tell images apart
-    assert np.corrcoef(cells.ravel(), wanted_cells.ravel())[0, 1] > 0.95
+    assert np.corrcoef(logit, wanted_logit)[0, 1] > 0.97
+    assert np.corrcoef(cells.ravel(), wanted_cells.ravel())[0, 1] > 0.97
     np.testing.assert_allclose(cells.mean(axis=(1, 2)), logit, atol=1e-5)
+
+
+def with_faint_slopes(seed: int, slope: float) -> DenseNet:
+    """The same, but that of some channels hardly anything is read: next to their norm's bias, or nothing (0)."""
+    model = trained(seed)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.data[1 :: 7 + seed % 3] = slope
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("slope", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+def test_a_slope_of_next_to_nothing_is_as_good_as_none(seed: int, slope: float) -> None:
+    """32 bits know little of how such a channel varies; no rounding, mean or bias may hang on it."""
+    images, errors = blotches(64, seed), []
+    for each in (slope, 0.0):
+        model = with_faint_slopes(seed, each)
+        made = quantise.graph(model, blotches(128, seed + 50))
+        errors.append(np.abs(run(made, images)[0] - wanted(model, images)[0]).mean())
+    assert errors[0] <= 1.5 * errors[1] + 1e-6, errors
 
 
 @pytest.mark.parametrize("seed", range(3))

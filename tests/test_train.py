@@ -126,6 +126,7 @@ def test_a_run_says_what_it_was(one: Path, shard_folder: Path) -> None:
 RESUMED = [
     (2, ()),
     (1, ("precision=bf16", "ema=0.9", "clip_norm=0.1", "label_smoothing=0.1")),
+    pytest.param(1, (), marks=pytest.mark.slow),
     pytest.param(2, ("zero_stage=1",), marks=pytest.mark.slow),
     pytest.param(2, ("zero_stage=1", "ema=0.9", "precision=fp16", "optimiser=sgd"), marks=pytest.mark.slow),
 ]
@@ -345,7 +346,7 @@ def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path:
 
 
 ZERO = ("zero_stage=1", "ema=0.9")
-MORE = [(1, 2, ZERO), (2, 3, ZERO)]
+MORE = [(2, 1, ()), (1, 2, ()), (1, 2, ZERO), (2, 3, ZERO)]
 OTHERS = [(2, 1, ZERO), (2, 3, ()), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 
