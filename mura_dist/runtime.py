@@ -60,7 +60,7 @@ class Tuning:
 
 
 def flowing(batch_size: int | None = None) -> Tuning:
-    """For many batches one after the other, before anything was measured: two in flight (docs/benchmarks.md)."""
+    """For many batches one after the other, before anything was measured: two in flight."""
     threads = max(1, processors() // launcher.share_here()[1])
     return Tuning(batch_size, min(2, threads), threads)
 

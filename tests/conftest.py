@@ -45,6 +45,24 @@ def shard_folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small exported model of 64 px, of random weights."""
+    from test_export import card_of, tiny
+
+    from mura_dist.export import export
+
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    export(tiny(), card_of(), path)
+    return path
+
+
+@pytest.fixture
+def own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's own key to name DICOM studies by, not made yet."""
+    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
+
+
 NO_GPU = {
     "CUDA_VISIBLE_DEVICES": ""
 }  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides

@@ -86,18 +86,6 @@ def nothing(tmp_path: Path) -> Load:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small exported one of random weights."""
-    from test_export import card_of, tiny
-
-    from mura_dist.export import export
-
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(S), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def small(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
     """24 radiographs, their raw shards and the tar of their bytes, where the contenders of `pipeline` look for them."""
     options = Options(data=phantoms)

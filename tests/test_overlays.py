@@ -8,12 +8,10 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from test_export import card_of, tiny
 from test_predict import contents, draw, draw_dicom, rows
 
 from mura_dist import heat, local, overlays, radiograph
 from mura_dist.cli import main
-from mura_dist.export import export
 from mura_dist.overlays import FOLDER, NOTE, Overlay, Overlays, picture, place
 from mura_dist.predict import predict
 from mura_dist.radiograph import DicomIdentity
@@ -23,16 +21,7 @@ from mura_dist.runtime import Model
 LEFT, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(), path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
+pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
 def parts(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -22,12 +22,10 @@ from conftest import run
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from test_export import card_of, tiny
 
 from mura_dist import grouping, launcher, mura, pseudonyms, radiograph, tables, tuning
 from mura_dist import predict as room
 from mura_dist.cli import DONE, FAILED, main
-from mura_dist.export import export
 from mura_dist.guarded import Limits
 from mura_dist.predict import CHUNK, predict
 from mura_dist.refusal import Failure, Refusal, Stopped
@@ -42,16 +40,7 @@ model, source, out = map(Path, sys.argv[1:4])
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(), path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
+pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
 def draw(path: Path, seed: int = 0) -> Path:

@@ -17,12 +17,10 @@ from conftest import run
 from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from test_export import card_of, tiny
 from test_predict import draw, draw_dicom, rows
 
 from mura_dist import atomic, mura, pseudonyms, study_types, walk
 from mura_dist.cli import FAILED, STOPPED, WRONG, main
-from mura_dist.export import export
 from mura_dist.predict import predict
 from mura_dist.pseudonyms import Names
 from mura_dist.refusal import Refusal
@@ -31,16 +29,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 WORD, NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's name and number
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(), path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
+pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
 # ---- the site's key

@@ -22,13 +22,6 @@ needs_openvino = pytest.mark.skipif(
 BOTH = ["cpu", pytest.param("openvino", marks=needs_openvino)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(), path)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
