@@ -47,11 +47,12 @@ class Grouping:
             return printable(path.rpartition("/")[0] or ".")
         if self.study_by == "file":
             return printable(path)
+        whole = f"{self.directory}/{path}"
+        if not mura.parse(path) and (above := mura.parse(whole)):  # the directory is, or lies within, a split's folder:
+            return printable(above.study)  # the study is called what an evaluation calls it
         if mura.study_folder(path):  # below the directory: two copies of a data set stay two
             return printable(path.rpartition("/")[0])
-        whole = f"{self.directory}/{path}"
-        above = mura.parse(whole)
-        return printable(above.study if above else mura.study_folder(whole) or path)
+        return printable(mura.study_folder(whole) or path)
 
     def _study(self, path: str, identity: DicomIdentity | None) -> str:
         in_layout = mura.study_folder(f"{self.directory}/{path}") is not None
