@@ -9,7 +9,7 @@ VALID = f"valid/{STUDY}"
 
 
 @pytest.mark.parametrize(
-    "directory,path,study",
+    ("directory", "path", "study"),
     [
         # A split's folder at or above the directory, or just below it: what the manifest, hence an evaluation, calls it.
         ("/data/MURA-v1.1", f"{VALID}/image1.png", VALID),
