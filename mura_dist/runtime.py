@@ -24,12 +24,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+# Since 1.29 ONNX Runtime's Linux builds tell Microsoft of each session: the model's file name, its hashes, its graph. Asked for
+# by nobody here, and only this, before the import, keeps it from leaving a file among the temporary ones too.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime
 
 from . import launcher, members
 from .card import KEY, Card
 from .refusal import Failure, Refusal, nearest
 from .workers import processors
+
+onnxruntime.disable_telemetry_events()  # Windows' way, and whoever had imported it before
 
 ONNXRUNTIME: str = onnxruntime.__version__
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}

@@ -3,6 +3,7 @@ found again."""
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,26 @@ print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stre
             [sys.executable, "-c", code, model], capture_output=True, text=True, check=True, timeout=120
         )
         assert done.stdout.strip() == "20"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> None:
+    """Its usage statistics begin with a file among the temporary ones: none is there. Without us one is."""
+    code = (
+        "from pathlib import Path; from mura_dist.runtime import Model; Model.load(Path({0!r}))"
+        if ours
+        else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
+    )
+    quiet = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
+    env = {name: value for name, value in os.environ.items() if name not in quiet} | {"TMPDIR": str(tmp_path)}
+    # In that process all addresses lead nowhere: the control shall tell nobody either.
+    env |= dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    subprocess.run([sys.executable, "-c", code.format(str(model))], check=True, env=env, timeout=120)
+    left = [path.name for path in tmp_path.iterdir() if path.name != "cache"]
+    if ours:
+        assert left == []
+    elif not left:
+        pytest.skip("this build of ONNX Runtime writes no such file")
 
 
 def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
