@@ -639,6 +639,31 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     click.echo(mura.TERMS)
 
 
+@cli.command
+@click.argument("model", type=a_path)
+@click.option(
+    "--address", default="127.0.0.1", show_default=True, help="Where to listen; the default is this machine alone."
+)
+@click.option("--port", type=int, default=8501, show_default=True, help="Where to listen.")
+@click.option(
+    "--examples",
+    type=a_path,
+    default=None,
+    metavar="FOLDER",
+    help="A folder in MURA's layout: some of its studies may be chosen instead of uploading one.",
+)
+def page(model: Path, **options: Any) -> None:
+    """Serve the web page on an exported MODEL.onnx: upload a study, see the answer. Ctrl-C ends it.
+
+    Nothing uploaded is written to a disk or kept after its session; nothing is sent anywhere. Needs pip install
+    'mura-dist[page]'.
+    """
+    from .page import serve
+
+    click.echo(mura.TERMS)
+    serve(model, say=lambda line: click.echo(line), **options)
+
+
 @cli.command(short_help="Measure against what one would use instead.")
 @click.argument("what")
 @click.option("--data", type=a_path, default=None, help="A folder in MURA's layout.  [default: phantoms, drawn for it]")

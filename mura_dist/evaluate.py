@@ -28,7 +28,7 @@ from .ensemble import Weights
 from .gallery import Wanted
 from .journal import read as read_journal
 from .manifest import class_weights
-from .measure import measure, subgroups
+from .measure import curves, measure, subgroups
 from .order import Micro
 from .pipeline import Loading, Targets
 from .places import Where
@@ -324,6 +324,7 @@ def write(
     threshold = THRESHOLD if name == PAPER else None  # of all study types
     measured = measure(studies, prevalence=asked.prevalence) | {
         "subgroups": subgroups(studies),
+        "curves": curves(studies),
         "calibration": points.model_dump(mode="json"),
         "operating_points": calibration.measured(points, studies),
         "split": split,

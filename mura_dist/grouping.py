@@ -35,7 +35,7 @@ class Grouping:
 
     def of(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
         """(study, study type) of a radiograph, both printable, the study by its public name."""
-        return self._study(path, identity), self._study_type(path, identity)
+        return self._study(path, identity), self.study_type(path, identity)
 
     def name(self, path: str) -> str:
         """Of a file, as the tables have it."""
@@ -61,7 +61,8 @@ class Grouping:
         self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)
         return pseudonyms.of_dicom(self._key, identity.study_uid, identity.body_part, identity.laterality)
 
-    def _study_type(self, path: str, identity: DicomIdentity | None) -> str:
+    def study_type(self, path: str, identity: DicomIdentity | None) -> str:
+        """As it was given, or told by a folder or a DICOM; UNKNOWN where nothing tells."""
         if isinstance(self.given, str):
             return self.given
         if self.given is not None and (given := self.given.get(printable(path))):

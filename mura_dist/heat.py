@@ -37,13 +37,14 @@ def colour(step: int) -> tuple[tuple[int, int, int], float]:
     return (FOR if step > 0 else AGAINST), OPACITY[abs(step)]
 
 
-def painted(pixels: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """pixels (S, S) uint8 with the map over them, a line between its cells: uint8 (S, S, 3)."""
-    size = len(pixels)
+def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.ndarray:
+    """pixels (H, W) uint8 with the map over them, a line between its cells: uint8 (H, W, 3). strength: of the opacity, 0 to 1."""
     step = steps(cells)
     ours = np.array([colour(one)[0] for one in step.flat], np.float64).reshape(*step.shape, 3)
-    opacity = np.array([colour(one)[1] for one in step.flat]).reshape(step.shape)
-    y, x = (np.arange(size) * num // size for num in step.shape)  # the cell over each pixel
+    opacity = strength * np.array([colour(one)[1] for one in step.flat]).reshape(step.shape)
+    y, x = (
+        np.arange(size) * num // size for size, num in zip(pixels.shape, step.shape, strict=True)
+    )  # over each pixel
     opacity = opacity[y][:, x, None]
     opacity[np.diff(y, append=-1) != 0] = 0
     opacity[:, np.diff(x, append=-1) != 0] = 0

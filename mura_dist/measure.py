@@ -25,6 +25,8 @@ OF_CALLS = ("kappa", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced
 OF_PROBABILITIES = ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope")
 CALIBRATED = ("auroc", "brier", "calibration_intercept", "calibration_slope")  # measured again after calibration
 WILSON = ("sensitivity", "specificity", "ppv", "npv")
+RATES = ("sensitivity", "specificity")
+CURVE = tuple(percent / 100 for percent in range(1, 100))  # the thresholds of `curves`
 MIN_OF_A_CLASS = 10  # studies of the rarer label below which an asymptotic interval is not to be trusted
 _NO_WIDTH = 1e-9  # of an interval; no set of studies has one so narrow and not empty
 INTERVAL_KINDS = {
@@ -83,6 +85,22 @@ def subgroups(
         name: {word: task.headline(studies[chosen]) for word, chosen in split(studies[name]).items() if chosen.any()}
         for name, split in by.items()
         if name in studies
+    }
+
+
+def curves(studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """What sensitivity and specificity would be at another threshold, by study type: columns, one number a threshold of CURVE.
+
+    studies: as for `measure`, with probabilities. A study type that has not both labels is left out. Every number has its
+    `_low` and `_high`, None where a bootstrap cannot give them. To be looked at, not to choose by: these are the studies
+    that are reported.
+    """
+    studies = _in_order(studies)
+    groups = {str(name): Group.of(part, 0.5) for name, part in studies.groupby("study_type", sort=True)}
+    return {
+        name: _curve(group, resamples, seed)
+        for name, group in groups.items()
+        if not group.problem() and 0 < group.label.sum() < len(group.label)
     }
 
 
@@ -156,6 +174,38 @@ class Group:
 
     def ones(self) -> np.ndarray:
         return np.ones((1, len(self.label)))
+
+
+def _curve(group: Group, resamples: int, seed: int) -> dict[str, Any]:
+    assert group.probability is not None
+    called = group.probability[:, None] > np.array(CURVE)  # (n, thresholds)
+    right = {"sensitivity": (group.label[:, None] == 1) & called, "specificity": (group.label[:, None] == 0) & ~called}
+    of = {"sensitivity": group.label == 1, "specificity": group.label == 0}
+
+    def statistic(weight: np.ndarray) -> dict[str, np.ndarray]:
+        each = {name: (weight @ right[name]) / (weight @ of[name])[:, None] for name in RATES}  # (R, thresholds)
+        return {f"{name} {place}": value for name in RATES for place, value in enumerate(each[name].T)}
+
+    drawn = Bootstrap.of(group.clusters, group.label, statistic, resamples=resamples, seed=seed)
+    here = statistic(group.ones())
+    found: dict[str, Any] = {
+        "num_studies": len(group.label),
+        "num_patients": group.clusters.num_patients,
+        "num_abnormal": int(group.label.sum()),
+        "interval_method": drawn.method(),
+        "threshold": list(CURVE),
+    }
+    for name in RATES:
+        intervals = [drawn.interval(f"{name} {place}") for place in range(len(CURVE))]
+        found[name] = [_short(here[f"{name} {place}"][0]) for place in range(len(CURVE))]
+        for end, bound in enumerate(("low", "high")):
+            found[f"{name}_{bound}"] = [None if isinstance(one, str) else _short(one[end]) for one in intervals]
+    return found
+
+
+def _short(value: float) -> float:
+    """A share to four digits: a curve travels in the model's file."""
+    return round(float(value), 4)
 
 
 def _floats(studies: pd.DataFrame, name: str) -> np.ndarray | None:

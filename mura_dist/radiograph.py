@@ -124,6 +124,17 @@ def read(source: Source, size: int) -> np.ndarray:
     return np.asarray(_grey(source).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def read_and_show(source: Source, size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `read` gives, and the same radiograph for a person: in its own proportions, no side above `longest` pixels.
+
+    (size, size) and (h, w) uint8, of one decoding. Raises Unreadable and nothing else.
+    """
+    grey = _grey(source)
+    image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
+    grey.thumbnail((longest, longest), Image.Resampling.BOX)
+    return image, np.asarray(grey)
+
+
 def decode(source: Source) -> np.ndarray:
     """The radiograph of a file as large as it is: (H, W) uint8. Raises Unreadable and nothing else.
 
@@ -132,11 +143,12 @@ def decode(source: Source) -> np.ndarray:
     return np.asarray(_grey(source))
 
 
-def identity(path: Path | str | bytes) -> DicomIdentity | None:
+def identity(source: Source) -> DicomIdentity | None:
     """Study, body part and laterality of a DICOM, from its header alone; None for any other file. Raises nothing."""
     _quieten()
     try:
-        with open(path, "rb") as file:
+        with open(source, "rb") if isinstance(source, Path | str | bytes) else contextlib.nullcontext(source) as file:
+            file.seek(0)
             head = file.read(HEADER_BYTES)
         if _kind(head) != "DICOM":
             return None

@@ -11,7 +11,7 @@ import contextlib
 import csv
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -87,7 +87,7 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
             returns["failures"] |= any("\r" in path for path, *_ in failures)
         with table("predictions") as predictions, table("failures") as failed:
             for rows, failures in _blocks(parts()):
-                predictions(_views(rows))
+                predictions(views(rows))
                 failed(pd.DataFrame(failures, columns=["path", "code", "reason"], dtype="string"))
                 tally.num_radiographs += len(rows)
                 tally.failures_by_code.update(code for _, code, _ in failures)
@@ -111,7 +111,7 @@ def _blocks(parts: Iterable[Part]) -> Iterator[tuple[list[Any], list[Any]]]:
     yield rows, failures
 
 
-def _views(rows: list[Any]) -> pd.DataFrame:
+def views(rows: list[Any]) -> pd.DataFrame:
     views = pd.DataFrame(rows, columns=["path", "study", "study_type", "logit"])
     views[["path", "study", "study_type"]] = views[["path", "study", "study_type"]].astype("string")
     views["logit"] = views["logit"].astype(np.float32)
@@ -153,11 +153,11 @@ class Studies:
             )
             views = self._database.execute(f"SELECT study, probability FROM view WHERE study {some[0]}", some[1])
             found = np.fromiter(views, [("study", np.int64), ("probability", np.float64)])
-            yield _judged(heads.fetchall(), found["study"] - first, found["probability"], card)
+            yield judged(heads.fetchall(), found["study"] - first, found["probability"], card)
 
 
-def _judged(heads: list[tuple[str, str]], code: np.ndarray, probability: np.ndarray, card: Card) -> pd.DataFrame:
-    """heads: (study, study_type) each; code (n,) int64 0 .. k - 1, probability (n,) float64: of the views."""
+def judged(heads: Sequence[tuple[str, str]], code: np.ndarray, probability: np.ndarray, card: Card) -> pd.DataFrame:
+    """Lines of studies.csv. heads: k of (study, study_type); of the views: code (n,) int64 in 0 .. k - 1, probability (n,)."""
     studies = pd.DataFrame(heads, columns=["study", "study_type"], dtype="string")
     studies["num_views"] = pd.array(np.bincount(code, minlength=len(heads)), dtype="Int64")
     studies["probability"] = metrics.study_mean(code, probability)

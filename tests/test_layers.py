@@ -52,7 +52,7 @@ FLOORS = [
     {
         "numbers": {
             *("metrics", "intervals", "measure", "compare", "calibration", "order"),
-            *("html", "local", "heat", "report.plot", "report.curves", "report.pictures"),
+            *("html", "local", "heat", "gate", "report.plot", "report.curves", "report.pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -79,6 +79,7 @@ FLOORS = [
             "tables",
             "overlays",
             "predict",
+            *("page", "page.study", "page.words", "page.examples", "page.screen", "page.script"),
             "quantise",
             "variants",
             "triton",
@@ -92,7 +93,8 @@ FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.va
 CONFINED = {
     "nvidia": {"pipeline.dali", "bench.peers"},
     "deepspeed": {"engine"},
-    "streamlit": {"page"},
+    "streamlit": {"page", "page.screen"},
+    "starlette": {"page"},
     "fsspec": {"places"},
     "onnxruntime": {"runtime", "bench.prediction"},
     "cv2": {"pipeline.cpu", "bench.pipeline"},
@@ -104,7 +106,8 @@ CONFINED = {
 BASE = {
     *("card", "runtime", "tuning", "study_types", "walk", "grouping", "tables", "overlays", "predict", "cli"),
     *("describe", "contact_sheet", "score"),
-    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
+    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "gate", "order"),
+    *("page", "page.study", "page.words", "page.examples", "gate"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
