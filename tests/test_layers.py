@@ -41,7 +41,6 @@ FLOORS = [
                 "audit",
                 "radiograph",
                 "samples",
-                "readings",
                 "shards",
                 "mirror",
                 "members",
@@ -52,7 +51,7 @@ FLOORS = [
     {
         "numbers": {
             *("metrics", "intervals", "measure", "compare", "calibration", "order"),
-            *("html", "local", "heat", "report.plot", "report.curves", "report.pictures"),
+            *("html", "local", "heat", "gate", "report.plot", "report.curves", "report.pictures"),
         }
     },
     {"the world": {"world", "journal"}},
@@ -75,6 +74,7 @@ FLOORS = [
             "tuning",
             "study_types",
             "walk",
+            "readings",
             "grouping",
             "tables",
             "overlays",
@@ -102,9 +102,10 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "tuning", "study_types", "walk", "grouping", "tables", "overlays", "predict", "cli"),
+    *("card", "runtime", "tuning", "study_types", "walk", "readings", "grouping", "tables"),
+    *("overlays", "predict", "cli"),
     *("describe", "contact_sheet", "score"),
-    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "order"),
+    *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "gate", "order"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}
