@@ -12,6 +12,7 @@ studies.csv, report.html, report.json, pictures/; then, where it is wanted, the 
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from . import atomic, calibration, gallery, maps, metrics, mura, order, report, submission, world
+from . import atomic, calibration, gallery, gate, maps, metrics, mura, order, report, submission, world
 from .ensemble import Weights
 from .gallery import Wanted
 from .journal import read as read_journal
@@ -317,7 +318,8 @@ def write(
     if not len(found.rows):
         raise Failure(f"{shards.folder}: every sample of split {split!r} is damaged; `mura-dist verify` names them")
     name = asked.operating_point or PAPER
-    studies = exposures(shards, found, calibration.apply(points, study_scores(shards, found)))
+    looks = looked_at(shards, found.rows)
+    studies = exposures(shards, looks, calibration.apply(points, study_scores(shards, found)))
     thresholds = _thresholds(studies, points, name)
     cut = studies["study_type"].map(thresholds).astype(np.float64)
     studies = studies.assign(threshold=cut, call=(studies["probability"] > cut).astype(np.int64))
@@ -358,7 +360,7 @@ def write(
         "conversion": {key: shards.index[key] for key in ("size", "encoding", "defects", "unreadable", "splits")},
         "seconds": seconds,
     }
-    _write_tables(out, shards, found, studies)
+    _write_tables(out, shards, found, studies, looks["gate"])
     report.write(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)
     gallery.write(
@@ -373,13 +375,20 @@ def _note(split: str, selected_on: str | None) -> str | None:
     return "optimistic: this split chose the model" if split == selected_on else None
 
 
-def exposures(shards: Shards, found: Scores, studies: pd.DataFrame) -> pd.DataFrame:
-    """`studies` with exposure: the mean grey level over a study's views, 0 to 255. It reads the pixels once more."""
-    grey = np.full(len(found.rows), np.nan)
-    for place, row in enumerate(found.rows.tolist()):
-        with contextlib.suppress(Damaged):  # since it was scored
-            grey[place] = shards.pixels(row).mean()
-    by_study = pd.Series(grey, index=shards.manifest.frame.loc[found.rows, "study"]).groupby(level=0).mean()
+def looked_at(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
+    """By row: grey, the mean level 0 to 255, and gate's verdict. It reads the pixels once more; NaN and "" if damaged since."""
+    looks = []
+    for row in rows.tolist():
+        looks.append((math.nan, ""))
+        with contextlib.suppress(Damaged):
+            image = shards.pixels(row)
+            looks[-1] = image.mean(), gate.verdict(image)
+    return pd.DataFrame(looks, columns=["grey", "gate"], index=rows)
+
+
+def exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.DataFrame:
+    """`studies` with exposure: the mean grey level over a study's views, 0 to 255."""
+    by_study = looks["grey"].groupby(shards.manifest.frame.loc[looks.index, "study"]).mean()
     return studies.assign(exposure=studies["study"].map(by_study).astype(np.float64))
 
 
@@ -389,10 +398,10 @@ def _thresholds(studies: pd.DataFrame, points: Points, name: str) -> dict[str, f
     return dict.fromkeys(counts, THRESHOLD) if name == PAPER else chosen(points, name, counts)
 
 
-def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFrame) -> None:
+def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFrame, verdicts: pd.Series) -> None:
     frame = shards.manifest.frame.loc[found.rows]
     predictions = frame[["path", "study", "study_type"]].assign(
-        logit=found.logit, probability=metrics.sigmoid(found.logit), gate=""
+        logit=found.logit, probability=metrics.sigmoid(found.logit), gate=verdicts
     )
     told = studies[[*STUDIES, "label", "patient", "exposure"]]
     for name, table in (("predictions", predictions), ("studies", told)):

@@ -38,6 +38,7 @@ import PIL
 from . import (
     __version__,
     atomic,
+    gate,
     grouping,
     guarded,
     launcher,
@@ -183,6 +184,7 @@ def _plan(
         # Bits do not depend on it in ONNX Runtime on a CPU; nobody promises that of the others.
         "batch_size": None if model.provider == PROVIDERS["cpu"] else model.tuning.batch_size,
         "pseudonyms": names.fingerprint,
+        "gate": gate.VERSION,
         **options,
     }
 
@@ -518,7 +520,7 @@ class _Work:
                 continue
             if not np.isfinite(logit := next(logits)):
                 raise Failure(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
-            rows.append([name, *self.grouping.of(file.path, reading.identity), logit])
+            rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
         return {"predictions": rows, "failures": failures, "overlays": self._draw(chunk, [row[0] for row in rows])}
 
     def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
@@ -601,6 +603,7 @@ def _summary(
         "studies_by_band": {name: tally.studies_by_band[name] for name in BANDS},
         "num_failures": num_failures,
         "failures_by_code": dict(sorted(tally.failures_by_code.items())),
+        "radiographs_by_gate": {name: tally.radiographs_by_gate[name] for name in gate.NAMES},
         **num_overlays,
         "studies_by_type": dict(sorted(tally.studies_by_type.items())),
         "warnings": warnings + _warnings(tally, card),
@@ -635,4 +638,8 @@ def _warnings(tally: Tally, card: Card) -> list[str]:
         warnings.append(f"no threshold was evaluated for study type {study_type}: no call for {number} of its studies")
     if card.calibration.reason is not None:
         warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")
+    for name in gate.NAMES:
+        if name in gate.WORDS and (number := tally.radiographs_by_gate[name]):
+            many = f"{number} of {tally.num_radiographs} radiographs"
+            warnings.append(f"column gate of predictions says {name} of {many}: {gate.WORDS[name]}")
     return warnings

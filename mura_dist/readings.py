@@ -1,6 +1,6 @@
 """A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
 
-path -> radiograph.read, radiograph.identity -> Reading
+path -> radiograph.read, radiograph.identity -> gate.verdict -> Reading
 """
 
 from dataclasses import dataclass
@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import radiograph
+from . import gate, radiograph
 
 
 class Reading(NamedTuple):
-    """A file as it was read: an image (S, S) uint8 and what a DICOM says of itself; or (code, reason) why not."""
+    """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
+    (one of gate.NAMES); or (code, reason) why not."""
 
     image: np.ndarray | None
     identity: radiograph.DicomIdentity | None
     failure: tuple[str, str]
+    gate: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Reader:
 
     def __call__(self, path: str) -> Reading:
         try:
-            return Reading(radiograph.read(path, self.size), radiograph.identity(path), ("", ""))
+            image = radiograph.read(path, self.size)
+            return Reading(image, radiograph.identity(path), ("", ""), gate.verdict(image))
         except radiograph.Unreadable as error:
             return failed(error.code, error.reason)
 

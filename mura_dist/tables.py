@@ -3,8 +3,8 @@
     parts, read once -> views grouped by study on disk        and once more -> predictions, failures, block by block
     studies, block by block: probabilities averaged over views, calls        -> csv or parquet
 
-Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. So is
-`gate`, which the contract names and nothing fills yet.
+Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. `gate`
+(gate.py) only tells: a radiograph that does not look like one counts in its study's mean like any other.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ FORMATS = ("csv", "parquet")
 BLOCK = 16_384  # lines made at a time; a row group of Parquet
 
 Part = dict[str, Any]
-"""{"predictions": [[path, study, study_type, logit], ...], "failures": [[path, code, reason], ...]} of a chunk's files."""
+"""{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...]} of a chunk's files."""
 Add = Callable[[pd.DataFrame], None]
 
 _SCHEMA = """
@@ -57,6 +57,7 @@ class Tally:
     studies_by_type: Counter[str] = field(default_factory=Counter)
     studies_by_band: Counter[str] = field(default_factory=Counter)
     uncalled_by_type: Counter[str] = field(default_factory=Counter)
+    radiographs_by_gate: Counter[str] = field(default_factory=Counter)
 
     def count(self, studies: pd.DataFrame) -> None:
         called = studies["call"].notna()
@@ -90,6 +91,7 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
                 predictions(views(rows))
                 failed(pd.DataFrame(failures, columns=["path", "code", "reason"], dtype="string"))
                 tally.num_radiographs += len(rows)
+                tally.radiographs_by_gate.update(row[4] for row in rows)
                 tally.failures_by_code.update(code for _, code, _ in failures)
         with table("studies") as judged:
             for frame in studies.frames(card):
@@ -112,11 +114,12 @@ def _blocks(parts: Iterable[Part]) -> Iterator[tuple[list[Any], list[Any]]]:
 
 
 def views(rows: list[Any]) -> pd.DataFrame:
-    views = pd.DataFrame(rows, columns=["path", "study", "study_type", "logit"])
-    views[["path", "study", "study_type"]] = views[["path", "study", "study_type"]].astype("string")
+    """Lines of predictions.csv; rows: [path, study, study_type, logit, gate] each."""
+    views = pd.DataFrame(rows, columns=["path", "study", "study_type", "logit", "gate"])
+    text = ["path", "study", "study_type", "gate"]
+    views[text] = views[text].astype("string")
     views["logit"] = views["logit"].astype(np.float32)
-    views["probability"] = metrics.sigmoid(views["logit"].to_numpy())
-    views["gate"] = pd.Series(pd.NA, index=views.index, dtype="string")
+    views.insert(4, "probability", metrics.sigmoid(views["logit"].to_numpy()))
     return views
 
 
@@ -136,7 +139,7 @@ class Studies:
         self._database, self._num_views = database, 0
 
     def add(self, rows: list[Any]) -> None:
-        """rows: [path, study, study_type, logit] each."""
+        """rows: [path, study, study_type, logit, ...] each."""
         probability = metrics.sigmoid(np.array([row[3] for row in rows], np.float32)).tolist()
         self._database.executemany(_ADD_STUDY, [row[1:3] for row in rows])
         views = [(one, self._num_views + place, rows[place][1]) for place, one in enumerate(probability)]

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import TINY, run, torchrun
 
-from mura_dist import calibration
+from mura_dist import calibration, gate
 from mura_dist.cli import DONE, main
 from mura_dist.convert import convert
 from mura_dist.ensemble import Weights
@@ -54,6 +54,7 @@ def test_metrics_do_not_depend_on_ranks_or_batch(trained: Path, shard_folder: Pa
         )
         assert result.returncode == 0, result.stderr
         table = pd.read_csv(out / "predictions.csv")  # law once: the split's rows, in order, each one time
+        assert set(table["gate"]) <= set(gate.NAMES)
         assert (
             table["path"].tolist()
             == Shards.open(shard_folder).manifest.frame.query("split == 'valid'")["path"].tolist()

@@ -41,7 +41,6 @@ FLOORS = [
                 "audit",
                 "radiograph",
                 "samples",
-                "readings",
                 "shards",
                 "mirror",
                 "members",
@@ -75,6 +74,7 @@ FLOORS = [
             "tuning",
             "study_types",
             "walk",
+            "readings",
             "grouping",
             "tables",
             "overlays",
@@ -104,10 +104,11 @@ CONFINED = {
     "webdataset": {"bench.peers"},
 }
 BASE = {
-    *("card", "runtime", "tuning", "study_types", "walk", "grouping", "tables", "overlays", "predict", "cli"),
+    *("card", "runtime", "tuning", "study_types", "walk", "readings", "grouping", "tables"),
+    *("overlays", "predict", "cli"),
     *("describe", "contact_sheet", "score"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "gate", "order"),
-    *("page", "page.study", "page.words", "page.examples", "gate"),
+    *("page", "page.study", "page.words", "page.examples"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}

@@ -575,7 +575,8 @@ def test_an_unknown_study_type_has_no_call(model: Path, tmp_path: Path) -> None:
     found = {line["study_type"]: line for line in rows(tmp_path / "out/studies.csv")}
     assert set(found) == {"unknown", "XR_ELBOW"}
     assert all((line["threshold"], line["call"], line["band"]) == ("", "", "") for line in found.values())
-    assert (summary["num_calls"], len(summary["warnings"])) == (0, 2)
+    told = [line for line in summary["warnings"] if "column gate" not in line]
+    assert (summary["num_calls"], len(told)) == (0, 2)
 
 
 KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 from test_export import card_of
 
-from mura_dist import atomic, metrics, tables
+from mura_dist import atomic, gate, metrics, tables
 from mura_dist.card import Card
 from mura_dist.points import Band, Points, TypePoints
 from mura_dist.refusal import Failure
@@ -32,7 +33,7 @@ def judged(folder: Path, parts: list[Part], card: Card) -> pd.DataFrame:
 
 def test_a_call_is_strict(tmp_path: Path) -> None:
     parts: list[dict[str, Any]] = [
-        {"predictions": [["a", "a", "XR_HAND", 0.0], ["b", "b", "XR_HAND", 1e-6]], "failures": []}
+        {"predictions": [["a", "a", "XR_HAND", 0.0, "ok"], ["b", "b", "XR_HAND", 1e-6, "blank"]], "failures": []}
     ]
     frame = judged(tmp_path, parts, card_of())
     assert frame["probability"][0] == frame["threshold"][0] == 0.5
@@ -46,9 +47,11 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
     points = Points(fitted_on="tune", by_study_type={"XR_HAND": hand, "XR_WRIST": wrist})
     logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
     views = [
-        [f"{kind}{place}"] * 2 + [kind, logit] for kind in ("XR_HAND", "XR_WRIST") for place, logit in enumerate(logits)
+        [f"{kind}{place}"] * 2 + [kind, logit, "ok"]
+        for kind in ("XR_HAND", "XR_WRIST")
+        for place, logit in enumerate(logits)
     ]
-    part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0]], "failures": []}
+    part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0, "ok"]], "failures": []}
     card = card_of().model_copy(update={"calibration": points})
     frame = judged(tmp_path, [part], card)
     for kind, probability, calibrated, band in zip(
@@ -70,7 +73,7 @@ def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path
     found = set()
     for order in itertools.permutations(logits):
         part = {
-            "predictions": [[f"{place}", "a", "XR_HAND", logit] for place, logit in enumerate(order)],
+            "predictions": [[f"{place}", "a", "XR_HAND", logit, "ok"] for place, logit in enumerate(order)],
             "failures": [],
         }
         found.add(judged(tmp_path, [part], card_of())["probability"][0])
@@ -96,7 +99,9 @@ def rows(num: int, seed: int = 0) -> list[list[Any]]:
     for number in range(num):
         study, kind = studies[rng.integers(len(studies))]
         logit = float(np.float32(rng.normal(0, 10.0 ** rng.integers(-3, 3))))
-        found.append([f'{number:05d} ü, "x".png', study, types[number % 4] if number % 50 == 7 else kind, logit])
+        word = gate.NAMES[int(rng.integers(len(gate.NAMES)))]
+        kind = types[number % 4] if number % 50 == 7 else kind
+        found.append([f'{number:05d} ü, "x".png', study, kind, logit, word])
     return found
 
 
@@ -108,7 +113,7 @@ def parts_of(views: list[list[Any]], size: int) -> list[Part]:
 
 def oracle(views: list[list[Any]]) -> pd.DataFrame:
     """Studies by the plainest pandas."""
-    frame = pd.DataFrame(views, columns=["path", "study", "study_type", "logit"])
+    frame = pd.DataFrame(views, columns=["path", "study", "study_type", "logit", "gate"])
     frame["probability"] = metrics.sigmoid(frame["logit"].to_numpy(np.float32))
     found = frame.groupby("study", sort=False).agg(
         study_type=("study_type", lambda types: types.iloc[0] if types.nunique() == 1 else "unknown"),
@@ -141,6 +146,10 @@ def test_blocks_and_parts_leave_no_trace(
     for column in wanted:
         assert found[column].tolist() == wanted[column].tolist(), column  # to the last bit
     assert tally.num_studies == len(wanted)
+    predictions = read(tmp_path / "10-7" / f"predictions.{format}")
+    assert list(predictions) == ["path", "study", "study_type", "logit", "probability", "gate"]
+    assert predictions["gate"].tolist() == [row[4] for row in views]
+    assert tally.radiographs_by_gate == Counter(row[4] for row in views)
 
 
 @pytest.mark.parametrize("where", ["path", "study", "failure", "nowhere"])
@@ -220,7 +229,8 @@ card, out, num, per_study = Card.model_validate_json(sys.argv[1]), Path(sys.argv
 def parts():
     for start in range(0, num, 256):
         some = range(start, min(start + 256, num))
-        views = [[f"a/folder/of/some/length/{n:07d}.png", f"study {n * 7919 % num // per_study}", "XR_HAND", n / 7] for n in some]
+        study = lambda n: f"study {n * 7919 % num // per_study}"
+        views = [[f"a/folder/of/some/length/{n:07d}.png", study(n), "XR_HAND", n / 7, "ok"] for n in some]
         yield {"predictions": views[: len(views) - 25], "failures": [[view[0], "unreadable", "why " * 9] for view in views[-25:]]}
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 import pyarrow.parquet
