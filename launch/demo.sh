@@ -6,7 +6,7 @@
 set -euo pipefail
 folder=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
-bash launch/setup.sh train
+bash launch/setup.sh train,page
 export PATH="$PWD/.venv/bin:$PATH"
 
 stage() { # stage NAME COMMAND ...: run the command, write down its seconds
@@ -50,5 +50,5 @@ stage evaluate mura-dist evaluate "$run" "$shards"
 stage export mura-dist export "$run"
 stage predict mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
 
-# 7. The summary, and where everything lies.
-python tools/demo_summary.py "$run" "$seconds"
+# 7. The summary, where everything lies, and the command that opens the page.
+python tools/demo_summary.py "$run" "$seconds" "$valid"

@@ -3,6 +3,9 @@
     image (S, S) -> box-reduced to 64 x 64, stretched from its 1 % to its 99 % level -> 28 statistics, of it and of its inverse
         -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
+A file in colours that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
+an arrow or a logo is small.
+
 A radiograph's score is high, a photograph's, a page's, noise's low. Where the better of the two scores is below THRESHOLD,
 the picture is `not_a_radiograph`; where the inverse is better by MARGIN, it is `inverted`, which warns and no more. Nothing
 depends on how the picture is turned or flipped. `tools/fit_gate.py` made the table below and prints it and what it is worth;
@@ -25,6 +28,10 @@ SIDE_PX = 64
 LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below, the picture is blank
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
 THRESHOLD, MARGIN = -2.0, 1.0
+COLOURED_SHARE, COLOURED = (
+    0.2,
+    6.0,
+)  # of the pixels, so many levels of 255 off the colour that their grey level has elsewhere
 
 # What is measured. Names that end in _fine are of the picture at 64 x 64, in _coarse at 32 x 32; both a little smoothed.
 STATISTICS = (
@@ -89,15 +96,34 @@ _TABLE = np.array(
 ).T  # (4, len(STATISTICS))
 
 
-def verdict(image: np.ndarray) -> str:
-    """image (S, S) uint8 grey, as radiograph.read gives it -> one of NAMES."""
+def verdict(image: np.ndarray, colours: np.ndarray | None = None) -> str:
+    """image (S, S) uint8 grey, as radiograph.read gives it -> one of NAMES. colours: radiograph.Look's, with a file at hand."""
     found = statistics(image)
     if found is None:
         return "blank"
+    if colours is not None and coloured(colours):
+        return "not_a_radiograph"
     upright, inverse = scores(found)
     if max(upright, inverse) < THRESHOLD:
         return "not_a_radiograph"
     return "inverted" if inverse > upright + MARGIN else "ok"
+
+
+def coloured(colours: np.ndarray) -> bool:
+    """colours (n, n, 3) uint8: whether COLOURED_SHARE of them are COLOURED off a smooth curve, grey level to colour."""
+    red, green, blue = colours.reshape(-1, 3).astype(np.float64).T
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    off = np.stack([red - grey, blue - grey], 1)  # (n * n, 2): nothing of a grey pixel
+    if np.abs(off).max() <= COLOURED:
+        return False
+    level = grey[:, None] / 255
+    powers = np.concatenate([np.ones_like(level), level, level * level], 1)
+    far = np.zeros(len(grey))
+    for _ in range(3):  # the curve of those that lie near it: a few loud pixels must not bend it
+        near = far <= np.quantile(far, 1 - COLOURED_SHARE)
+        curve = np.linalg.lstsq(powers[near], off[near], rcond=None)[0]
+        far = np.hypot(*(off - powers @ curve).T)
+    return bool(np.quantile(far, 1 - COLOURED_SHARE) > COLOURED)
 
 
 def scores(found: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _TABLE) -> np.ndarray:

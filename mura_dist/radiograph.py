@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -83,6 +83,9 @@ _IDENTITY_TAGS = ["SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined"
 _IDENTITY_TAGS += ["Laterality", "ImageLaterality"]
 _IDENTITY_TAGS += ["SOPClassUID", "Modality", "ConversionType", "BurnedInAnnotation"]
 
+_GREY_MODES = ("1", "L", "LA", "La")
+_SAMPLE_PX = 64  # of a side of `Look.colours`
+
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = dict(enumerate((Image.Transpose[name] for name in _UPRIGHT_NAMES.split()), start=2))  # by EXIF orientation
 _EXIF_ORIENTATION = 0x0112
@@ -124,15 +127,26 @@ def read(source: Source, size: int) -> np.ndarray:
     return np.asarray(_grey(source).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def read_and_show(source: Source, size: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `read` gives, and the same radiograph for a person: in its own proportions, no side above `longest` pixels.
+class Look(NamedTuple):
+    """A radiograph as the model sees it, and what only its file knows.
 
-    (size, size) and (h, w) uint8, of one decoding. Raises Unreadable and nothing else.
+    image (size, size) uint8, what `read` gives; colours (n, n, 3) uint8, a sparse sample of the file's own, None of a grey one;
+    shown (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks.
     """
-    grey = _grey(source)
+
+    image: np.ndarray
+    colours: np.ndarray | None
+    shown: np.ndarray | None
+
+
+def look(source: Source, size: int, longest: int = 0) -> Look:
+    """`read`, and more of the same decoding. longest: of `shown`, in pixels, at most; 0: nobody looks. Raises Unreadable."""
+    grey, colours = _decoded(source)
     image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
+    if not longest:
+        return Look(image, colours, None)
     grey.thumbnail((longest, longest), Image.Resampling.BOX)
-    return image, np.asarray(grey)
+    return Look(image, colours, np.asarray(grey))
 
 
 def decode(source: Source) -> np.ndarray:
@@ -205,6 +219,11 @@ def _may_show_text(header: Any) -> bool:
 
 
 def _grey(source: Source) -> Image.Image:
+    return _decoded(source)[0]
+
+
+def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None]:
+    """The grey radiograph, and a sample of the colours it had."""
     data = _contents(source)
     kind = _kind(data)
     _quieten()
@@ -273,7 +292,7 @@ def _check_size(width: int, height: int) -> None:
 # ---- Pillow's formats
 
 
-def _from_pillow(data: bytes, kind: str) -> Image.Image:
+def _from_pillow(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
     disguised = data[:8] in _PILLOW_KINDS and data[_PNG_KIND] == _PNG_GREY_ALPHA_16
     image: Image.Image = Image.open(io.BytesIO(_disguised(data) if disguised else data), formats=(kind,))
     _check_size(*image.size)
@@ -284,7 +303,16 @@ def _from_pillow(data: bytes, kind: str) -> Image.Image:
     orientation = _orientation(image)
     deep = image.mode[0] in "IF"
     grey = _from_disguised(image) if disguised else _from_deep(image) if deep else _from_shallow(image)
-    return grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey
+    colours = None if disguised or deep else _sample(image)
+    return (grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey), colours
+
+
+def _sample(image: Image.Image) -> np.ndarray | None:
+    """Of a file in colour, which may be grey for all that: pixels of a coarse grid."""
+    if image.mode in _GREY_MODES:
+        return None
+    side = min(_SAMPLE_PX, *image.size)
+    return np.asarray(image.resize((side, side), Image.Resampling.NEAREST).convert("RGB"))
 
 
 def _disguised(data: bytes) -> bytes:
@@ -408,7 +436,7 @@ def _text(header: Any, keyword: str) -> str:
     return str(header.get(keyword) or "").strip()
 
 
-def _from_dicom(data: bytes) -> Image.Image:
+def _from_dicom(data: bytes) -> tuple[Image.Image, np.ndarray | None]:
     from pydicom.pixels import pixel_array
 
     dataset = _parse_dicom(
@@ -425,7 +453,7 @@ def _from_dicom(data: bytes) -> Image.Image:
     # One decoder for each syntax: lossy pixels must not depend on what else is installed.
     pixels = pixel_array(dataset, decoding_plugin="pylibjpeg")  # (H, W), or (H, W, 3) with YBR already turned into RGB
     if str(dataset.PhotometricInterpretation).startswith("MONOCHROME"):
-        return Image.fromarray(_from_monochrome(pixels, dataset))
+        return Image.fromarray(_from_monochrome(pixels, dataset)), None
     return _from_colour(pixels, dataset)
 
 
@@ -553,14 +581,15 @@ def _first_number(dataset: Any, keyword: str) -> float | None:
     return float(np.ravel(value)[0])
 
 
-def _from_colour(pixels: np.ndarray, dataset: Any) -> Image.Image:
+def _from_colour(pixels: np.ndarray, dataset: Any) -> tuple[Image.Image, np.ndarray | None]:
     from pydicom.pixels import apply_color_lut
 
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, dataset)
     if pixels.dtype == np.uint8:
-        return Image.fromarray(pixels[..., :3]).convert("L")
+        colour = Image.fromarray(pixels[..., :3])
+        return colour.convert("L"), _sample(colour)
     luma = np.zeros(pixels.shape[:2], np.float32)  # (H, W)
     for channel, weight in enumerate((0.299, 0.587, 0.114)):
         luma += np.multiply(pixels[..., channel], weight, dtype=np.float32)
-    return Image.fromarray(_scale(luma, *_extent(luma)))
+    return Image.fromarray(_scale(luma, *_extent(luma))), None

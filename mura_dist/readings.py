@@ -1,6 +1,6 @@
 """A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
 
-path -> radiograph.read, radiograph.identity -> gate.verdict -> Reading
+path -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Reader:
 
     def __call__(self, path: str) -> Reading:
         try:
-            image = radiograph.read(path, self.size)
-            return Reading(image, radiograph.identity(path), ("", ""), gate.verdict(image))
+            found = radiograph.look(path, self.size)
+            return Reading(found.image, radiograph.identity(path), ("", ""), gate.verdict(found.image, found.colours))
         except radiograph.Unreadable as error:
             return failed(error.code, error.reason)
 

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 select=(-m "not slow")
 [ "${1:-}" = "--all" ] && { select=(); shift; }
-bash launch/setup.sh train,dev
+bash launch/setup.sh train,dev,page
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff format --check .
@@ -15,7 +15,7 @@ mypy
 [ $# -eq 0 ] || exec pytest "${select[@]}" "$@" # some of them, as asked for
 # What starts ranks or processes, sends signals or measures, one after the other; the rest two at a time, a file to each.
 alone=()
-for name in bench chaos convert end_to_end engine faults predict runs train wheel; do
+for name in bench chaos convert end_to_end engine faults page predict runs train wheel; do
   alone+=("tests/test_$name.py")
 done
 pytest -n 2 --dist loadfile "${select[@]}" "${alone[@]/#/--ignore=}"

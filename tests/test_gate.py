@@ -1,7 +1,9 @@
 """gate.py: radiographs pass, photographs and drawings mostly do not, and predict's column is gate.verdict's word."""
 
 import csv
+import io
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def test_phantoms_pass(phantoms: Path) -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A palace, and a flower: of such photographs with a soft dark ground many pass (docs/gate.md)."""
+    """A palace, and a flower: in grey, many of such photographs with a soft dark ground pass (docs/gate.md)."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     folder = tmp_path_factory.mktemp("photographs")
     for name, image in zip(("palace", "flower"), images, strict=True):
@@ -161,7 +163,54 @@ def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
         np.testing.assert_allclose(gate.scores(found), gate.scores(wanted), atol=0.2)
 
 
-def test_predicts_column_is_the_verdict(model: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_a_photograph_in_colour_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
+    for name, path in photographs.items():
+        Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
+        for each in (path, tmp_path / f"{name}.jpg"):
+            for size in SIZES:
+                found = radiograph.look(each, size)
+                assert gate.verdict(found.image, found.colours) == "not_a_radiograph"
+
+
+TINTS = {
+    "grey": lambda x: [x, x, x],
+    "blue film": lambda x: [0.75 * x, 0.9 * x, x],
+    "sepia": lambda x: [x, 0.85 * x, 0.6 * x],
+    "screen": lambda x: [x**1.3, x, x**0.8],
+}
+
+
+@pytest.mark.parametrize("tint", TINTS)
+@pytest.mark.parametrize("loud", [0.0, 0.03, 0.08])
+def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str, loud: float) -> None:
+    """JPEG; `loud`: the share of the picture that is pure red. Coarse JPEG smears that into a tint's colour: not both at once."""
+    for path in sorted(phantoms.rglob("*.png"))[:12]:
+        grey = radiograph.decode(path).astype(np.float64) / 255
+        pixels = np.rint(255 * np.stack(TINTS[tint](grey), -1)).astype(np.uint8)
+        side = round((loud * grey.size) ** 0.5)
+        pixels[5 : 5 + side, 5 : 5 + side] = (255, 0, 0)
+        for quality in (60, 95) if tint == "grey" or not loud else (95,):
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "JPEG", quality=quality)
+            found = radiograph.look(data, 64)
+            assert found.colours is not None
+            assert not gate.coloured(found.colours)
+            assert gate.verdict(found.image, found.colours) == gate.verdict(found.image)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17])
+def test_any_sample_of_colours_gets_an_answer(size: int) -> None:
+    random = np.random.default_rng(size)
+    for colours in (
+        random.integers(0, 256, (size, size, 3), dtype=np.uint8),
+        np.full((size, size, 3), (9, 200, 3), np.uint8),
+    ):
+        assert gate.coloured(colours) in (True, False)
+
+
+def test_predicts_column_is_the_verdict(
+    model: Path, phantoms: Path, photographs: dict[str, Path], tmp_path: Path
+) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for number, path in enumerate(sorted(phantoms.rglob("*.png"))[:6]):
@@ -171,13 +220,16 @@ def test_predicts_column_is_the_verdict(model: Path, phantoms: Path, tmp_path: P
     Image.new("L", (90, 60), 30).save(source / "blank.png")
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (100, 80, 3), dtype=np.uint8)).save(source / "noise.png")
+    for path in photographs.values():
+        shutil.copy(path, source)
     (source / "notes.txt").write_text("none")
     summary = predict(model, source, tmp_path / "out")
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
         found = {row["path"]: row["gate"] for row in csv.DictReader(file)}
     size = summary["model"]["size"]
-    assert found == {path.name: gate.verdict(radiograph.read(path, size)) for path in sorted(source.glob("*.png"))}
-    assert (found["blank.png"], found["noise.png"]) == ("blank", "not_a_radiograph")
+    looks = {path.name: radiograph.look(path, size) for path in sorted(source.glob("*.png"))}
+    assert found == {name: gate.verdict(one.image, one.colours) for name, one in looks.items()}
+    assert (found["blank.png"], found["noise.png"], found["flower.png"]) == ("blank", *2 * ["not_a_radiograph"])
     assert summary["radiographs_by_gate"] == {name: list(found.values()).count(name) for name in gate.NAMES}
     told = [line for line in summary["warnings"] if "column gate" in line]
     assert told == [

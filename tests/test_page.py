@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import BIN, NO_GPU
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from test_export import card_of, tiny
 from test_measure import simulated
 
@@ -396,9 +397,12 @@ def browser() -> Iterator[Any]:
 def server(
     browser: Any, telling: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, int, Path]]:
-    """(address, process id, folder of its temporary files)"""
+    """(address, process id, folder of its temporary files, and its home)"""
     scratch = tmp_path_factory.mktemp("scratch")
-    with served(telling, "--examples", phantoms, env={"TMPDIR": str(scratch)}) as (address, process):
+    with served(telling, "--examples", phantoms, env={"TMPDIR": str(scratch), "HOME": str(scratch)}) as (
+        address,
+        process,
+    ):
         yield address, process.pid, scratch
 
 
@@ -510,16 +514,20 @@ def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path
     black = io.BytesIO()
     Image.new("L", (64, 64), 0).save(black, "PNG")
     blank = ("blank.png", black.getvalue())
-    upload(page, views[0], evil, cut, blank)
+    photograph = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")).save(photograph, "JPEG")
+    flower = ("flower.jpg", photograph.getvalue())
+    upload(page, views[0], evil, cut, blank, flower)
     choose(page, "Study type", "Wrist")
     page.locator("section.outcome").wait_for()
-    assert "3 of the files are left out" in page.locator("section.outcome").inner_text()
+    assert "4 of the files are left out" in page.locator("section.outcome").inner_text()
     shown = page.get_by_role("alert")
     said = [shown.nth(place).inner_text() for place in range(shown.count())]
     assert any(
         line.startswith("<b>**bold** :red[x].png: it does not begin as any image format does") for line in said
     ), said
     assert any(line.startswith("cut.png: its PNG data is damaged or cut short") for line in said), said
+    assert any(line.startswith(f"flower.jpg: {gate.WORDS['not_a_radiograph']}. It is left out.") for line in said), said
     assert any(line.startswith(f"blank.png: {gate.WORDS['blank']}") for line in said), said
     assert num_pictures(page) == 1
 

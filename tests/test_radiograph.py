@@ -9,6 +9,7 @@ import fnmatch
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -943,6 +944,34 @@ def awaited(name: str) -> str:
 @pytest.fixture
 def hostile(shared: Path) -> Path:
     return shared / "hostile"
+
+
+@pytest.mark.shared
+def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
+    """Of every file that decodes: `read`'s pixels, from a path or from memory; a sample of colours where it has some."""
+    paths = [path for path in sorted(hostile.rglob("*")) if path.is_file()]
+    paths += sorted((shared / "radiographs").rglob("*.png"))[::40] + sorted((shared / "radiographs").rglob("*.dcm"))[:2]
+    num_coloured = 0
+    for path in paths:
+        refusal = None
+        try:
+            wanted = radiograph.read(path, 32)
+        except radiograph.Unreadable as error:
+            refusal = str(error)
+        if refusal is not None:
+            with pytest.raises(radiograph.Unreadable, match=re.escape(refusal)):
+                radiograph.look(path, 32)
+            continue
+        whole = radiograph.decode(path)
+        for source in (path, io.BytesIO(path.read_bytes())):
+            found = radiograph.look(source, 32, 100)
+            np.testing.assert_array_equal(found.image, wanted)
+            assert found.shown.dtype == np.uint8
+            assert max(found.shown.shape) == min(100, max(whole.shape))
+            assert found.colours is None or found.colours.shape[2:] == (3,)
+        assert radiograph.look(path, 32).shown is None
+        num_coloured += found.colours is not None
+    assert 20 < num_coloured < len(paths)
 
 
 @pytest.mark.shared

@@ -1,9 +1,11 @@
 """The last page of launch/demo.sh: a table on the screen, RUN/summary.json on disk.
 
-python tools/demo_summary.py RUN SECONDS      SECONDS: a file with a line "STAGE SECONDS" for each stage that ended
+python tools/demo_summary.py RUN SECONDS VALID      SECONDS: a file with a line "STAGE SECONDS" for each stage that ended
+                                                    VALID: a folder of studies, the page's examples
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def main() -> None:
         "summary": "summary.json",
     }.items():
         print(f"  {what:12} {run / where}")
+    page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", sys.argv[3]
+    print(f"The page, with example studies at hand:\n  {shlex.join(page)}")
     print(mura.TERMS)
 
 

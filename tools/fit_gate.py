@@ -79,7 +79,11 @@ def main() -> None:
             ("phantoms", bones, sides[3]),
         ):
             for kind, values in pictures.by_kind(side == number):
-                results.setdefault(f"{name}, {kind}", []).append(gate.scores(values, *table).reshape(-1, 2))
+                scored = gate.scores(values, *table)
+                results.setdefault(f"{name}, {kind}", []).append(scored.reshape(-1, 2))
+                if kind != "varied":
+                    with_colours = pictures.refused(scored, side == number)
+                    results.setdefault(f"{name}, {kind}, and colours", []).append(with_colours)
         results.setdefault("drawings", []).append(gate.scores(others[sides[2] == number], *table))
     print(f"held out by {FOLDS} folds")
     for name, found in sorted(results.items()):
@@ -92,7 +96,7 @@ def main() -> None:
         name, _, folder = word.partition("=")
         also = Pictures(Path(folder), 6, 0)
         for size in SIZES:
-            tell(f"{name}, {size} px", gate.scores(also.plain[size], *final), also.num_blank)
+            tell(f"{name}, {size} px", also.refused(gate.scores(also.plain[size], *final)), also.num_blank)
     print(f"_CONSTANT = {final[0]:.4f}")
     for name, row in zip(gate.STATISTICS, final[1].T, strict=True):
         print(f"    ({', '.join(f'{number:.4f}' for number in row)}),  # {name}")
@@ -104,19 +108,22 @@ class Pictures:
     def __init__(self, folder: Path, seed: int, num_varied: int) -> None:
         self.names: list[str] = []
         self.num_blank, self.each = 0, len(SIZES) + num_varied
-        plain, varied = [], []
+        plain, varied, coloured = [], [], []
         for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
             try:
-                images = [radiograph.read(path, size) for size in SIZES]
+                looks = [radiograph.look(path, size) for size in SIZES]
             except radiograph.Unreadable:
                 continue
+            images = [look.image for look in looks]
             values = [gate.statistics(image) for image in images]
             if any(value is None for value in values):
                 self.num_blank += 1
                 continue
             self.names.append(path.as_posix())
+            coloured.append(looks[0].colours is not None and gate.coloured(looks[0].colours))
             plain.append(values)
             varied.append([_sure(images[0], np.random.default_rng((seed, number, k))) for k in range(num_varied)])
+        self.coloured = np.array(coloured, bool)
         shape = (len(self.names), -1, 2, len(gate.STATISTICS))
         self.plain = dict(zip(SIZES, np.array(plain, float).reshape(shape).swapaxes(0, 1), strict=True))
         self.varied = np.array(varied, float).reshape(len(self.names), num_varied, 2, len(gate.STATISTICS))
@@ -128,6 +135,11 @@ class Pictures:
 
     def by_kind(self, side: np.ndarray) -> list[tuple[str, np.ndarray]]:
         return [(f"{size} px", self.plain[size][side]) for size in SIZES] + [("varied", self.varied[side])]
+
+    def refused(self, scores: np.ndarray, side: np.ndarray | None = None) -> np.ndarray:
+        """(n, 2): scores at any size, those of files in colour as low as can be."""
+        coloured = self.coloured if side is None else self.coloured[side]
+        return np.where(coloured[:, None], -np.inf, scores)
 
 
 def _sure(image: np.ndarray, random: Random) -> np.ndarray:

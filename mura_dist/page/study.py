@@ -58,10 +58,11 @@ class UploadReader:
 
     def __call__(self, data: bytes) -> Upload:
         try:
-            image, shown = radiograph.read_and_show(io.BytesIO(data), self.size, LONGEST_PX)
+            found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
         except radiograph.Unreadable as error:
             return lost(error.reason)
-        return Upload(image, shown, radiograph.identity(io.BytesIO(data)), gate.verdict(image), "")
+        verdict = gate.verdict(found.image, found.colours)
+        return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "")
 
 
 @dataclass(frozen=True)
