@@ -622,10 +622,11 @@ def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
 
 
 @pytest.mark.slow
-def test_it_listens_on_this_machine_alone(server: tuple[str, int, Path]) -> None:
+def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, int, Path]) -> None:
     port = int(server[0].rpartition(":")[2])
     lines = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
     assert [line for line in lines if line.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    assert "libtorch" not in Path(f"/proc/{server[1]}/maps").read_text()
     six = Path("/proc/net/tcp6")
     assert not six.exists() or f":{port:04X} " not in six.read_text()
 
