@@ -265,19 +265,19 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
     assert len(files) > 150
     num_failed = 0
     for path, upload in zip(files, uploads, strict=False):
-        reason, image = "", None
+        reason, found = "", None
         try:
-            image = radiograph.read(path, SIDE)
+            found = radiograph.look(path, SIDE)
         except radiograph.Unreadable as error:
             reason = error.reason
         assert upload.failure == reason, path.name
-        if image is None:
+        if found is None:
             assert (upload.image, upload.shown, upload.passes) == (None, None, False)
             assert not re.search(r"Traceback|Error|0x|/", upload.failure.replace("and/or", "")), upload.failure
             num_failed += 1
         else:
-            np.testing.assert_array_equal(upload.image, image)
-            assert upload.verdict == gate.verdict(image)
+            np.testing.assert_array_equal(upload.image, found.image)
+            assert upload.verdict == gate.verdict(found.image, found.colours)
             assert max(upload.shown.shape) <= room.LONGEST_PX
     assert 0 < num_failed < len(files)
     assert uploads[-1].passes
@@ -543,7 +543,8 @@ def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[
     readable = 0
     for path in files:
         with contextlib.suppress(radiograph.Unreadable):
-            readable += gate.verdict(radiograph.read(path, SIDE)) not in gate.BLOCKING
+            found = radiograph.look(path, SIDE)
+            readable += gate.verdict(found.image, found.colours) not in gate.BLOCKING
     until(lambda: num_pictures(page) == 1 + readable)
 
 

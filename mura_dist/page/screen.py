@@ -5,6 +5,7 @@
 Runs at every change of a session. What was read and computed of a file is kept in that session, by the file's number.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -162,6 +163,7 @@ def _outcome(found: Answer, serving: "Serving", num_left_out: int) -> None:
     )
 
 
+@st.fragment  # what moves in here draws this part anew, and nothing else
 def _views(files: Sequence[_File], *, drawn: bool) -> None:
     st.header("Views", anchor=False)
     strength = _strength()
@@ -178,7 +180,7 @@ def _strength() -> float | None:
     if not st.toggle("Show the activation map", value=False, help=words.MAP_CAVEAT):
         return None
     strength = st.slider("Opacity of the map, in percent", 10, 100, 100, step=10) / 100
-    st.image(_scale(), alt=_SCALE_WORDS, width="stretch", output_format="PNG")
+    st.image(_scale(), alt=_SCALE_WORDS, width="stretch")
     st.caption(f"One scale for every map of every study. {words.MAP_CAVEAT}")
     return strength
 
@@ -189,7 +191,7 @@ def _view(file: _File, which: str, strength: float | None) -> None:
     shown, what = file.upload.shown, "Radiograph"
     if strength is not None:
         shown, what = heat.painted(shown, file.view.cells, strength), "Radiograph under its activation map"
-    st.image(shown, alt=f"{what}, {which}", width="stretch", output_format="PNG")
+    st.image(_png(shown), alt=f"{what}, {which}", width="stretch")
     name = file.name.rpartition("/")[2]
     st.markdown(f"{which.capitalize()}, {_plain(name)}: probability **{file.view.probability:.2f}**")
 
@@ -217,6 +219,7 @@ def _picture(image: np.ndarray, view: View, drawn: bool) -> bytes:
     return local.png(overlays.picture(image, view.cells, view.logit, drawings=drawn))
 
 
+@st.fragment
 def _threshold(found: Answer, serving: "Serving") -> None:
     """Look at another threshold; nothing else on the page, and no download, moves with it."""
     curve = words.Curve.of(serving.desk.card, found.study_type)
@@ -224,7 +227,10 @@ def _threshold(found: Answer, serving: "Serving") -> None:
     if curve is None or own is None:
         return
     st.header("Another threshold", anchor=False)
-    value = st.slider("Threshold", 0.01, 0.99, float(own), step=0.01, key=f"threshold {found.study_type}")
+    first, last = words.ENDS
+    value = st.slider(
+        "Threshold", first, last, min(max(float(own), first), last), step=0.01, key=f"threshold {found.study_type}"
+    )
     call = "flagged" if found.probability > value else "not flagged"
     st.markdown(
         f"At {value:.2f} this study ({found.probability:.2f}) would be **{call}**: {', '.join(curve.rates(value))}.  \n"
@@ -264,11 +270,18 @@ def _about(serving: "Serving") -> None:
 _SCALE_WORDS = f"Colours of a cell's logit: blue lowers it, orange raises it, clear is near 0; steps at {heat.EDGES}"
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    """Quickly rather than small: it goes no further than the screen."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+
 @cache
-def _scale() -> np.ndarray:
+def _scale() -> bytes:
     canvas = Image.new("RGB", (664, heat.SCALE_PX + 12), "white")
     heat.draw_scale(canvas, 8, 6, 648, ImageFont.load_default(14))
-    return np.asarray(canvas)
+    return _png(np.asarray(canvas))
 
 
 def _sentence(text: str) -> str:

@@ -1,7 +1,7 @@
 """Files of one study -> what the page shows of them. No Streamlit: what is said is decided here and in words.py.
 
     bytes -> Desk.read, in guarded processes -> Upload: the image, a picture of it, the gate's verdict, or why not
-    uploads -> Desk.answer -> Answer: predict's own lines of predictions.csv and studies.csv, and the maps
+    uploads that pass -> Desk.look -> View: logit and map     both -> answer: predict's lines of its two tables
 
 A `Desk` is what all sessions share: the model and the processes. Nothing of anybody's files stays in it, none is put on disk.
 """

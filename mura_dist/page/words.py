@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..card import Card
-from ..measure import RATES
+from ..measure import CURVE, RATES
 from .study import Answer
 
 Outcome = Literal["none_flagged", "flagged", "uncertain", "no_call"]
@@ -23,6 +23,7 @@ HEADLINES: dict[Outcome, str] = {
 }
 DRAWINGS = "Trained on drawings: results on radiographs are meaningless"
 ELSEWHERE = "not your hospital"
+ENDS = (CURVE[0], CURVE[-1])  # of the thresholds to look at
 MAP_CAVEAT = "A map shows what moved this model, not where a lesion is."
 
 
