@@ -27,7 +27,7 @@ VERSION = 1  # of the verdicts: another number, other words for the same picture
 SIDE_PX = 64
 LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below, the picture is blank
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
-THRESHOLD, MARGIN = -2.0, 1.0
+THRESHOLD, MARGIN = -3.5, 1.0
 COLOURED_SHARE, COLOURED = (
     0.2,
     6.0,

@@ -91,9 +91,16 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], size: int) -> None:
-    image = radiograph.read(photographs["palace"], size)
-    found = {gate.verdict(turned(each, turn)) for each in (image, 255 - image) for turn in TURNS}
-    assert found == {"not_a_radiograph"}
+    """By its colours; in grey both of these pass, as two thirds do (docs/gate.md)."""
+    for path in photographs.values():
+        image, colours, _ = radiograph.look(path, size)
+        found = {
+            gate.verdict(turned(each, turn), turned(their_colours, turn))
+            for each, their_colours in ((image, colours), (255 - image, 255 - colours))
+            for turn in TURNS
+        }
+        assert found == {"not_a_radiograph"}
+        assert gate.verdict(image) not in gate.BLOCKING
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 255])
