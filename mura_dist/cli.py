@@ -35,7 +35,7 @@ _EXTRAS = dict.fromkeys(
         "webdataset",
     ),
     "train",
-) | {"fsspec": "remote", "s3fs": "remote"}
+) | {"fsspec": "remote", "s3fs": "remote", "streamlit": "page", "starlette": "page"}
 
 
 class Commands(click.Group):

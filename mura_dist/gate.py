@@ -1,6 +1,6 @@
-"""Does a picture look like a bone radiograph? Two dozen statistics of it at 64 x 64, and a sum with known weights.
+"""Does a picture look like a bone radiograph? Some thirty statistics of it at 64 x 64, and a sum with known weights.
 
-    image (S, S) -> box-reduced to 64 x 64, stretched from its 1 % to its 99 % level -> 28 statistics, of it and of its inverse
+    image (S, S) -> box-reduced to 64 x 64, stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
         -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
 A file in colours that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
@@ -28,10 +28,8 @@ SIDE_PX = 64
 LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below, the picture is blank
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
 THRESHOLD, MARGIN = -3.5, 1.0
-COLOURED_SHARE, COLOURED = (
-    0.2,
-    6.0,
-)  # of the pixels, so many levels of 255 off the colour that their grey level has elsewhere
+# A picture is coloured where so large a share of its pixels is so many levels of 255 off the colour of their grey level.
+COLOURED_SHARE, COLOURED = 0.2, 6.0
 
 # What is measured. Names that end in _fine are of the picture at 64 x 64, in _coarse at 32 x 32; both a little smoothed.
 STATISTICS = (

@@ -79,7 +79,7 @@ FLOORS = [
             "tables",
             "overlays",
             "predict",
-            *("page", "page.study", "page.words", "page.examples", "page.screen", "page.script"),
+            *("page", "page.study", "page.words", "page.examples", "page.privacy", "page.screen", "page.script"),
             "quantise",
             "variants",
             "triton",
@@ -93,8 +93,8 @@ FLOOR = {name: floor for floor, rooms in enumerate(FLOORS) for names in rooms.va
 CONFINED = {
     "nvidia": {"pipeline.dali", "bench.peers"},
     "deepspeed": {"engine"},
-    "streamlit": {"page", "page.screen"},
-    "starlette": {"page"},
+    "streamlit": {"page", "page.privacy", "page.screen"},
+    "starlette": {"page.privacy"},
     "fsspec": {"places"},
     "onnxruntime": {"runtime", "bench.prediction"},
     "cv2": {"pipeline.cpu", "bench.pipeline"},
@@ -108,7 +108,7 @@ BASE = {
     *("overlays", "predict", "cli"),
     *("describe", "contact_sheet", "score"),
     *("metrics", "intervals", "measure", "compare", "calibration", "html", "local", "heat", "gate", "order"),
-    *("page", "page.study", "page.words", "page.examples"),
+    *("page", "page.study", "page.words", "page.examples", "page.privacy"),
     "report",
     *(f"report.{room}" for room in ("plot", "curves", "pictures", "findings", "figures", "sections")),
 } | {name for floor in FLOORS[:2] for names in floor.values() for name in names}

@@ -10,11 +10,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import onnx
@@ -28,14 +30,15 @@ from test_export import card_of, tiny
 from test_measure import simulated
 
 from mura_dist import gate, measure, mura, radiograph
-from mura_dist.card import KEY, Card, TrainedOn
+from mura_dist.card import KEY, Card, Change, TrainedOn
 from mura_dist.cli import DONE, WRONG, main
 from mura_dist.export import export
 from mura_dist.metrics import sigmoid
+from mura_dist.page import privacy, words
 from mura_dist.page import study as room
-from mura_dist.page import words
 from mura_dist.page.examples import PER_TYPE, Example
 from mura_dist.points import Band, Points, TypePoints
+from mura_dist.refusal import Refusal
 from mura_dist.runtime import Model
 
 NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
@@ -121,9 +124,8 @@ def desk(telling: Path) -> Iterator[room.Desk]:
 
 
 def asked(desk: room.Desk, files: list[Path], study_type: str) -> room.Answer:
-    uploads = desk.read([path.read_bytes() for path in files])
-    found = desk.look([one.image for one in uploads if one.image is not None])
-    return room.answer([path.name for path in files], uploads, found, study_type, desk.card)
+    found = desk.ask([path.name for path in files], [path.read_bytes() for path in files])
+    return room.answer(found, study_type, desk.card)
 
 
 OUTCOMES = {"XR_HAND": "flagged", "XR_WRIST": "none_flagged", "XR_ELBOW": "uncertain", "XR_FINGER": "no_call"}
@@ -229,31 +231,115 @@ def test_another_thresholds_rates_are_those_of_measure() -> None:
     assert measure.curves(one_label, resamples=10) == {}
 
 
+def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> room.File:
+    return room.File(name, room.Upload(np.zeros((SIDE, SIDE), np.uint8), None, identity, "ok", ""), None)
+
+
 @pytest.mark.parametrize(
-    ("names", "told_type"),
+    ("names", "told"),
     [
-        (["XR_WRIST/patient00001/study1_positive/image1.png"], "XR_WRIST"),
-        (["XR_WRIST_patient00001_study1_image1.png", "XR_WRIST-2.png"], "XR_WRIST"),
-        (["C:\\data\\XR_HAND\\patient1\\study1\\image1.png"], "XR_HAND"),
-        (["XR_WRIST_1.png", "XR_HAND_1.png"], None),
-        (["XR_WRIST_1.png", "image.png"], "XR_WRIST"),
-        (["image1.png"], None),
-        (["XR_NOSE_1.png"], None),
-        (["myXR_WRIST_1.png"], None),
+        (["XR_WRIST/patient00001/study1_positive/image1.png"], {"XR_WRIST"}),
+        (["XR_WRIST_patient00001_study1_image1.png", "XR_WRIST-2.png"], {"XR_WRIST"}),
+        (["C:\\data\\XR_HAND\\patient1\\study1\\image1.png"], {"XR_HAND"}),
+        (["XR_WRIST_1.png", "XR_HAND_1.png"], {"XR_WRIST", "XR_HAND"}),
+        (["XR_WRIST_1.png", "image.png"], {"XR_WRIST"}),
+        (["XR_SHOULDER_1.png"], {"XR_SHOULDER"}),  # MURA's, and none of this model's
+        (["XR_HIP_1.png"], {"XR_HIP"}),  # the model's, and none of MURA's
+        (["image1.png"], set()),
+        (["XR_NOSE_1.png"], set()),
+        (["myXR_WRIST_1.png"], set()),
     ],
 )
-def test_a_study_type_is_told_by_names(desk: room.Desk, names: list[str], told_type: str | None) -> None:
-    uploads = [room.Upload(np.zeros((SIDE, SIDE), np.uint8), None, None, "ok", "")] * len(names)
-    assert room.told_type(names, uploads, desk.card) == told_type
+def test_a_study_type_is_told_by_names(desk: room.Desk, names: list[str], told: set[str]) -> None:
+    card = desk.card.model_copy(update={"study_types": [*desk.card.study_types, "XR_HIP"]})
+    assert room.told_types([file_of(name) for name in names], card) == told
 
 
 @pytest.mark.parametrize(
-    ("body_part", "told_type"), [("WRIST", "XR_WRIST"), ("HAND", "XR_HAND"), ("DOE^JOHN", None), ("", None)]
+    ("body_part", "told"), [("WRIST", {"XR_WRIST"}), ("HAND", {"XR_HAND"}), ("DOE^JOHN", set()), ("", set())]
 )
-def test_a_study_type_is_told_by_a_dicom(desk: room.Desk, body_part: str, told_type: str | None) -> None:
+def test_a_study_type_is_told_by_a_dicom(desk: room.Desk, body_part: str, told: set[str]) -> None:
     identity = radiograph.DicomIdentity("1.2.3", body_part, "L")
-    upload = room.Upload(np.zeros((SIDE, SIDE), np.uint8), None, identity, "ok", "")
-    assert room.told_type(["a.dcm"], [upload], desk.card) == told_type
+    assert room.told_types([file_of("a.dcm", identity)], desk.card) == told
+    other = radiograph.DicomIdentity("1.2.4", body_part, "L")
+    for identities, number in (([identity, identity, None], 1), ([identity, other], 2), ([None], 0)):
+        assert room.num_studies([file_of("a.dcm", one) for one in identities]) == number
+
+
+class Raises:
+    """A reader of a file's content that fails on one, as ours must not."""
+
+    def __init__(self, size: int) -> None:
+        self.reader = room.UploadReader(size)
+
+    def __call__(self, data: bytes) -> room.Upload:
+        if data == b"raise":
+            raise ValueError("no")
+        return self.reader(data)
+
+
+def test_what_goes_wrong_costs_one_session_its_turn(
+    telling: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finds a crew."""
+    monkeypatch.setattr(room, "UploadReader", Raises)
+    good = views[0].read_bytes()
+    with room.desk(Model.load(telling)) as desk:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                desk.ask(["a", "b", "c"], [good, b"raise", good])
+            assert [file.upload.passes for file in desk.ask(["a", "b", "c"], [good, b"", good])] == [True, False, True]
+
+
+def test_a_reader_that_fails_loses_its_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(radiograph, "look", no_memory)
+    assert room.UploadReader(SIDE)(b"anything").failure == "it could not be read"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list[Path], value: float) -> None:
+    proto = onnx.load(telling)
+    weights = {one.name: one for one in proto.graph.initializer}
+    head = [
+        weights[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input if name in weights
+    ]
+    broken = np.full(onnx.numpy_helper.to_array(head[-1]).shape, value, np.float32)
+    head[-1].CopyFrom(onnx.numpy_helper.from_array(broken, head[-1].name))
+    with room.desk(Model.from_bytes(proto.SerializeToString(), "broken.onnx")) as desk:
+        (file,) = desk.ask(["a.png"], [views[0].read_bytes()])
+    assert file.view is None
+    assert file.upload.failure == "the model gives no number for it: the model is broken, export it again"
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "said"),
+    [(1.0, "0 of 100"), (0.9996, "fewer than 1 of 100"), (0.993, "1 of 100"), (0.81, "19 of 100")],
+)
+def test_a_miss_is_never_rounded_to_none(desk: room.Desk, sensitivity: float, said: str) -> None:
+    group = desk.card.metrics["by_study_type"]["XR_WRIST"] | {"sensitivity": sensitivity}
+    metrics = desk.card.metrics | {"by_study_type": {"XR_WRIST": group}}
+    (line,) = words.experience("none_flagged", "XR_WRIST", desk.card.model_copy(update={"metrics": metrics}))
+    assert f", {said} abnormal ones were missed [" in line
+
+
+def test_every_number_says_for_whom_it_holds(desk: room.Desk) -> None:
+    change = Change(
+        engine="x", num_radiographs=9, num_studies=500, mean_probability=0.01, max_probability=0.1, num_changed_calls=3
+    )
+    metrics = desk.card.metrics | {"note": "optimistic: this split chose the model"}
+    card = desk.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
+    (line,) = words.experience("none_flagged", "XR_WRIST", card)
+    for said in (line, words.Curve.of(card, "XR_WRIST").people):
+        for reserve in (
+            "not your hospital",
+            "optimistic: this split chose",
+            "measured in fp32",
+            "int8 changed 3 of 500",
+        ):
+            assert reserve in said
 
 
 @pytest.mark.shared
@@ -306,6 +392,33 @@ def test_examples_are_some_of_each_type_with_both_labels(phantoms: Path) -> None
     assert all(len(labels) <= PER_TYPE and set(labels) == {"positive", "negative"} for labels in by_type.values())
 
 
+def test_examples_without_labels_are_as_few(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / "XR_WRIST" / f"patient{number:05}" / "study1"
+        folder.mkdir(parents=True)
+        (folder / "image1.png").touch()
+    assert len(list(Example.find(tmp_path))) == PER_TYPE
+
+
+def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.formparsers import MultiPartParser
+
+    monkeypatch.delattr(MultiPartParser, "spool_max_size")
+    with pytest.raises(
+        Refusal, match=r"has no MultiPartParser\.spool_max_size, .* install the version that constraints"
+    ):
+        privacy.keep_uploads_in_memory()
+
+
+def test_without_streamlit_it_says_how_to_get_it(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "streamlit.web", None)
+    monkeypatch.setitem(sys.modules, "streamlit", None)
+    assert main(["page", str(plain)]) == WRONG
+    assert "pip install 'mura-dist[page]'" in capsys.readouterr().err
+
+
 def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -317,6 +430,7 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
             ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535; 8501 is the default"),
             ([plain, "--address", "203.0.113.7"], "cannot listen there"),
             ([plain, "--address", "no such host"], "cannot listen there"),
+            ([plain, "--address", "127..0.1"], "cannot listen there"),
             ([plain, "--examples", tmp_path / "nowhere"], "no such folder; give one in MURA's layout"),
             ([plain, "--examples", tmp_path], "no study's folder below it"),
         ]
@@ -375,6 +489,13 @@ def _answers(url: str) -> bool:
         return False
 
 
+def expect(locator: Any) -> Any:
+    """Playwright's, which waits: what was there goes only when a run of the script has ended."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
 def until(true: Any, timeout_s: float = 30) -> None:
     end = time.monotonic() + timeout_s
     while not true():
@@ -411,8 +532,9 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(15_000)
-    page.requested = []
+    page.requested, page.cached = [], []
     page.on("request", lambda request: page.requested.append(request.url))
+    page.on("response", lambda reply: page.cached.extend(_cached(reply)))
     page.goto(server[0])
     page.get_by_role("heading", level=1).wait_for()
     yield page
@@ -421,8 +543,15 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
         for url in page.requested
         if not url.startswith((server[0], server[0].replace("http", "ws"), "data:", "blob:"))
     ]
-    assert strangers == []
     context.close()
+    assert strangers == []
+    assert page.cached == []
+
+
+def _cached(reply: Any) -> Iterator[str]:
+    """Its address, where it is of somebody's study and a browser may keep it."""
+    if urlsplit(reply.url).path.startswith("/media/") and reply.headers.get("cache-control") != "no-store":
+        yield reply.url
 
 
 def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
@@ -464,7 +593,8 @@ def test_a_study_of_several_views(page: Any, telling: Path, views: list[Path], d
         found = asked(desk, views, study_type)
         for line in words.explained(found, desk.card):
             assert line in said
-        assert page.get_by_role("heading", name="Another threshold").count() == (study_type in ("XR_HAND", "XR_WRIST"))
+        sliding = page.get_by_role("heading", name="Another threshold")
+        expect(sliding).to_have_count(int(study_type in ("XR_HAND", "XR_WRIST")))
         for label, table in (("Study (CSV)", found.studies), ("Views (CSV)", found.predictions)):
             with page.expect_download() as coming:
                 page.get_by_role("button", name=label).click()
@@ -565,7 +695,9 @@ def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path,
     text = page.content()
     for secret in ("SECRET", "4711"):
         assert secret not in text
-    assert page.get_by_role("button", name="Overlay of view 1 (PNG)").count() == 0  # until somebody takes it upon them
+    expect(page.get_by_role("button", name="Overlay of view 1 (PNG)")).to_have_count(
+        0
+    )  # until somebody takes it upon them
     page.get_by_text("Its pixels may show a name: I may download it").click()
     page.get_by_role("button", name="Overlay of view 1 (PNG)").wait_for()
 
@@ -600,11 +732,9 @@ def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
     def written() -> int:
         return int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{process}/io").read_text(), re.M)[1])
 
-    def kept() -> int:
+    def kept(what: str = "UploadedFileManager") -> int:
         with urllib.request.urlopen(f"{address}/_stcore/metrics", timeout=5) as reply:
-            found = re.findall(
-                r'^cache_memory_bytes\{cache_type="UploadedFileManager".*\} (\d+)', reply.read().decode(), re.M
-            )
+            found = re.findall(rf'^cache_memory_bytes\{{cache_type="{what}".*\}} (\d+)', reply.read().decode(), re.M)
         return sum(map(int, found))
 
     until(lambda: kept() == 0, 60)
@@ -613,13 +743,18 @@ def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
     page.goto(address)
     page.locator("input[type=file]").set_input_files(large)
     page.locator("img[alt^='Radiograph']").wait_for(timeout=60_000)
+    choose(page, "Study type", "Wrist")
+    for name in ("Study (CSV)", "Overlay of view 1 (PNG)"):
+        with page.expect_download():
+            page.get_by_role("button", name=name).click()
     assert kept() > 40 << 20
+    assert kept("st_memory_media_file_storage") > 0
     assert written() - before < 1 << 20
     assert list(scratch.rglob("*")) == []
     links = [os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
     assert [link for link in links if "(deleted)" in link and "memfd" not in link] == []
     context.close()
-    until(lambda: kept() == 0, 90)
+    until(lambda: kept() == kept("st_memory_media_file_storage") == 0, 60)
 
 
 @pytest.mark.slow
@@ -713,7 +848,7 @@ def test_by_keyboard_alone_and_with_names_for_a_screen_reader(page: Any, phantom
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-    assert page.locator("section.outcome").get_attribute("aria-live") == "polite"
+    assert page.locator("section.outcome").get_attribute("role") == "alert"
     nameless = page.evaluate(
         """[...document.querySelectorAll('button, input, [role=slider]')]
             .filter(one => one.offsetParent && one.closest('[data-testid=stMain]'))
@@ -737,7 +872,7 @@ def test_a_model_of_drawings_says_so_across_the_page(
         upload(page, *views)
         choose(page, "Study type", "Hand")
         answered(page, "No call")
-        assert page.get_by_role("heading", name="Another threshold").count() == 0
+        expect(page.get_by_role("heading", name="Another threshold")).to_have_count(0)
         with page.expect_download() as coming:
             page.get_by_role("button", name="Study (CSV)").click()
         table = pd.read_csv(coming.value.path())

@@ -7,7 +7,6 @@ Nothing uploaded reaches a disk or outlives its session, nothing is told to anyb
 told otherwise.
 """
 
-import asyncio
 import ipaddress
 import socket
 import sys
@@ -19,11 +18,11 @@ from typing import Any
 from ..refusal import Refusal
 from ..runtime import Model
 from ..workers import processors
+from . import privacy
 from .examples import Example
-from .study import MAX_FILES, MAX_UPLOAD_MB, Desk, desk
+from .study import MAX_UPLOAD_MB, Desk, desk
 
 ADDRESS, PORT = "127.0.0.1", 8501
-GONE_S = 20  # how long a session that was cut off is kept for its browser to come back
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,27 @@ def serve(
             say(
                 f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine"
             )
-        _keep_uploads_in_memory()
-        _forget_gone_sessions()
+        privacy.arrange()
         options = _options(address, port)
         bootstrap.load_config_options(options)
         bootstrap.run(str(Path(__file__).with_name("script.py")), False, [], options)
 
 
 def _options(address: str, port: int) -> dict[str, Any]:
-    """Streamlit's settings; every one that touches privacy is set, whatever its default or a file of the user's says."""
+    """Streamlit's settings. Those that touch privacy are set whatever their default is, and whatever a config.toml says."""
     return {
         "server_address": address,
         "server_port": port,
         "server_headless": True,  # opens no browser, asks for no e-mail address
         "server_maxUploadSize": MAX_UPLOAD_MB,
-        "server_disconnectedSessionTTL": 2 * GONE_S,  # _forget_gone_sessions comes before
+        "server_disconnectedSessionTTL": 2 * privacy.GONE_S,  # which comes before
         "server_enableXsrfProtection": True,
         "server_enableCORS": True,
         # Against a web site that points its own name at this machine. Elsewhere nobody knows the names in use.
-        "server_allowedHosts": ["localhost", "127.0.0.1", "::1"] if _is_loopback(address) else [],
+        "server_allowedHosts": ["localhost", "127.0.0.1", "::1", address] if _is_loopback(address) else [],
+        "server_corsAllowedOrigins": [],
+        "server_trustedUserHeaders": {},
+        "server_enableStaticServing": False,
         "server_fileWatcherType": "none",
         "server_runOnSave": False,
         "server_enableAgentApi": False,
@@ -102,42 +103,6 @@ def _options(address: str, port: int) -> dict[str, Any]:
     }
 
 
-def _keep_uploads_in_memory() -> None:
-    """Starlette writes the part of an upload beyond 1 MiB to the disk of temporary files, Streamlit takes any number of files:
-    no further than memory, and no more than a study has, where they arrive."""
-    from starlette.exceptions import HTTPException
-    from starlette.formparsers import MultiPartParser
-    from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
-
-    MultiPartParser.spool_max_size = 2 * MAX_UPLOAD_MB << 20
-    add_file = MemoryUploadedFileManager.add_file
-
-    def bounded(self: Any, session_id: str, file: Any) -> None:
-        if len(self.file_storage.get(session_id, {})) >= MAX_FILES:
-            raise HTTPException(status_code=413, detail=f"more than {MAX_FILES} files")
-        add_file(self, session_id, file)
-
-    MemoryUploadedFileManager.add_file = bounded  # type: ignore[method-assign]
-
-
-def _forget_gone_sessions() -> None:
-    """Streamlit keeps the files of a closed session until another one is closed, if ever: they go after GONE_S here."""
-    from streamlit.runtime.memory_session_storage import MemorySessionStorage
-
-    save = MemorySessionStorage.save
-
-    def saved(self: Any, info: Any) -> None:
-        save(self, info)
-        asyncio.get_running_loop().call_later(GONE_S, forget, self, info)
-
-    def forget(self: Any, info: Any) -> None:
-        if self.get(info.session.id) is info:  # it has not come back, or gone once more
-            self.delete(info.session.id)
-            info.session.shutdown()
-
-    MemorySessionStorage.save = saved  # type: ignore[assignment, method-assign]
-
-
 def _check_place(address: str, port: int) -> None:
     if not 1 <= port <= 65_535:
         raise Refusal(f"--port {port}: must be 1 to 65535; {PORT} is the default")
@@ -149,8 +114,8 @@ def _check_place(address: str, port: int) -> None:
             trial.bind(where)
     except PermissionError:
         raise Refusal(f"--port {port}: not allowed to listen there; give one from 1024 on") from None
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
+    except (OSError, UnicodeError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).lower()
         raise Refusal(
             f"--address {address} --port {port}: cannot listen there ({why}); give another --port, or an address of this machine"
         ) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import mura
 from ..refusal import Refusal
+from ..walk import printable
 from .study import MAX_FILES
 
 PER_TYPE = 4  # of each study type, by turns labelled normal and abnormal as long as there are both
@@ -35,8 +36,8 @@ class Example:
             paths = tuple(Path(place, name) for name in sorted(files)[:MAX_FILES])
             name = mura.study_folder(paths[0].as_posix()) if paths else None
             if name is not None and paths[0].parent == Path(place):
-                study_type, _, label = name.partition("/")[0], *name.rpartition("_")[1:]
-                by_type.setdefault(study_type, {}).setdefault(label, []).append(cls(name, paths))
+                study_type, label = name.partition("/")[0], name.rpartition("/")[2].partition("_")[2]
+                by_type.setdefault(study_type, {}).setdefault(label, []).append(cls(printable(name), paths))
         if not by_type:
             raise Refusal(f"--examples {folder}: no study's folder below it; {layout}")
         for _, by_label in sorted(by_type.items()):

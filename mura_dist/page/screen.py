@@ -7,8 +7,8 @@ Runs at every change of a session. What was read and computed of a file is kept 
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +17,9 @@ from PIL import Image, ImageFont
 
 from .. import gate, heat, local, mura, overlays
 from ..html import NEGATIVE_COLOUR, POSITIVE_COLOUR, element
+from ..walk import printable
 from . import words
-from .study import MAX_FILES, MAX_UPLOAD_MB, Answer, Upload, View, answer, study_types, told_type
+from .study import MAX_FILES, MAX_UPLOAD_MB, Answer, File, View, answer, num_studies, study_types, told_types
 
 if TYPE_CHECKING:
     from . import Serving
@@ -34,7 +35,7 @@ _COLOURS: dict[words.Outcome, str] = {
 }
 _STYLE = """
 <style>
-.terms { position: fixed; inset: auto 0 0 0; z-index: 999990; padding: .45rem 1rem; background: #7a3500; color: #fff;
+.terms { position: fixed; inset: auto 0 0 0; z-index: 1100000; padding: .45rem 1rem; background: #7a3500; color: #fff;
          font: 600 .9rem/1.35 system-ui, sans-serif; text-align: center }
 .drawings { padding: .8rem 1rem; background: #7a3500; color: #fff; font-weight: 600; border-radius: .4rem }
 .outcome { border-left: .5rem solid var(--mark); padding: .2rem 0 .2rem 1rem }
@@ -42,16 +43,6 @@ _STYLE = """
 [data-testid="stMainBlockContainer"] { padding-bottom: 6rem; padding-top: 3rem }
 </style>
 """
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of the study at hand. `number` tells it from others in this session."""
-
-    number: str
-    name: str
-    upload: Upload
-    view: View | None
 
 
 def show(serving: "Serving") -> None:
@@ -71,12 +62,12 @@ def show(serving: "Serving") -> None:
     study_type = _study_type(serving, good)
     found = None
     if study_type is not None:
-        views = [file.view for file in good if file.view is not None]
-        found = answer([file.name for file in good], [file.upload for file in good], views, study_type, card)
+        found = answer(good, study_type, card)
         _outcome(found, serving, num_left_out=len(files) - len(good))
-    _views(good, drawn=words.drawings(card))
+    at_hand = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
+    _views(good, at_hand, drawn=words.drawings(card))
     if found is not None:
-        _threshold(found, serving)
+        _threshold(found, serving, at_hand)
         _tables(found)
     _about(serving)
 
@@ -84,7 +75,7 @@ def show(serving: "Serving") -> None:
 # ---- what comes in
 
 
-def _files(serving: "Serving") -> list[_File]:
+def _files(serving: "Serving") -> list[File]:
     """Every file of the study, read and, where it passes the gate, predicted."""
     uploaded = st.file_uploader(
         f"Radiographs of one study of one patient: PNG, JPEG, TIFF or DICOM, up to {MAX_FILES} files of {MAX_UPLOAD_MB} MB",
@@ -96,26 +87,34 @@ def _files(serving: "Serving") -> list[_File]:
     if uploaded:
         content = {str(one.file_id): (one.name, one.getvalue) for one in uploaded}
     elif chosen != NO_EXAMPLE:
-        content = {path.as_posix(): (f"{chosen}/{path.name}", path.read_bytes) for path in named[chosen].files}
+        content = {
+            f"{chosen} {place}": (f"{chosen}/{printable(path.name)}", partial(_content, path))
+            for place, path in enumerate(named[chosen].files)
+        }
     else:
         content = {}
     if len(content) > MAX_FILES:
         st.error(f"{len(content)} files; at most {MAX_FILES} make a study here: remove some.")
         content = {}
-    kept: dict[str, _File] = st.session_state.get("files", {})
+    kept: dict[str, File] = st.session_state.get("files", {})
     new = [number for number in content if number not in kept]
     if new:
         with st.spinner("Reading"):
-            uploads = serving.desk.read([content[number][1]() for number in new])
-            views = iter(serving.desk.look([one.image for one in uploads if one.passes and one.image is not None]))
-            for number, upload in zip(new, uploads, strict=True):
-                view = next(views) if upload.passes else None
-                kept[number] = _File(number, content[number][0], upload, view)
+            asked = serving.desk.ask([content[number][0] for number in new], [content[number][1]() for number in new])
+            kept = {**kept, **dict(zip(new, asked, strict=True))}
     st.session_state["files"] = {number: kept[number] for number in content}
     return list(st.session_state["files"].values())
 
 
-def _failures(files: Sequence[_File]) -> None:
+def _content(path: Path) -> bytes:
+    """Of an example; an empty file where it has gone since the start."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _failures(files: Sequence[File]) -> None:
     for file in files:
         if file.upload.failure:
             st.error(f"{_plain(file.name)}: {file.upload.failure}.")
@@ -125,15 +124,20 @@ def _failures(files: Sequence[_File]) -> None:
             st.warning(f"{_plain(file.name)}: {gate.WORDS[file.upload.verdict]}.")
 
 
-def _study_type(serving: "Serving", files: Sequence[_File]) -> str | None:
+def _study_type(serving: "Serving", files: Sequence[File]) -> str | None:
     """As files tell, else as chosen; None until it is chosen."""
-    known = study_types(serving.desk.card)
-    told = told_type([file.name for file in files], [file.upload for file in files], serving.desk.card)
+    known, told = study_types(serving.desk.card), told_types(files, serving.desk.card)
+    if num_studies(files) > 1:
+        st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
+    if len(told) > 1:
+        st.warning(f"The files tell of several study types: {', '.join(sorted(map(words.noun, told)))}.")
+    elif told - set(known):
+        st.warning(f"The files tell of the study type {words.noun(min(told))}, which this model was not trained on.")
     labels = {words.noun(one).capitalize(): one for one in known}
     chosen = st.selectbox(
         "Study type",
         list(labels),
-        index=known.index(told) if told in known else None,
+        index=known.index(min(told)) if len(told) == 1 and told <= set(known) else None,
         placeholder=CHOOSE,
         help="Read from MURA's names or a DICOM's body part where they tell; else choose it.",
     )
@@ -158,26 +162,26 @@ def _outcome(found: Answer, serving: "Serving", num_left_out: int) -> None:
             *(element("p", line) for line in lines),
             class_="outcome",
             style=f"--mark: {_COLOURS[said]}",
-            aria_live="polite",
+            role="alert",
         )
     )
 
 
 @st.fragment  # what moves in here draws this part anew, and nothing else
-def _views(files: Sequence[_File], *, drawn: bool) -> None:
+def _views(files: Sequence[File], at_hand: str, *, drawn: bool) -> None:
     st.header("Views", anchor=False)
-    strength = _strength()
+    strength = _strength(at_hand)
     for start in range(0, len(files), 2):  # row by row: on a phone columns stand under each other, in their order
         for place, column in enumerate(st.columns(2), start):
             if place < len(files):
                 with column:
                     _view(files[place], f"view {place + 1}", strength)
-                    _overlay(files[place], f"view {place + 1}", drawn=drawn)
+                    _overlay(files[place], f"view {place + 1}", at_hand, drawn=drawn)
 
 
-def _strength() -> float | None:
+def _strength(at_hand: str) -> float | None:
     """Of the maps, 0.1 to 1; None as long as nobody asks for them: a map shows something beside every answer."""
-    if not st.toggle("Show the activation map", value=False, help=words.MAP_CAVEAT):
+    if not st.toggle("Show the activation map", value=False, help=words.MAP_CAVEAT, key=f"map {at_hand}"):
         return None
     strength = st.slider("Opacity of the map, in percent", 10, 100, 100, step=10) / 100
     st.image(_scale(), alt=_SCALE_WORDS, width="stretch")
@@ -185,7 +189,7 @@ def _strength() -> float | None:
     return strength
 
 
-def _view(file: _File, which: str, strength: float | None) -> None:
+def _view(file: File, which: str, strength: float | None) -> None:
     assert file.view is not None
     assert file.upload.shown is not None
     shown, what = file.upload.shown, "Radiograph"
@@ -196,11 +200,11 @@ def _view(file: _File, which: str, strength: float | None) -> None:
     st.markdown(f"{which.capitalize()}, {_plain(name)}: probability **{file.view.probability:.2f}**")
 
 
-def _overlay(file: _File, which: str, *, drawn: bool) -> None:
+def _overlay(file: File, which: str, at_hand: str, *, drawn: bool) -> None:
     """A download of the view and its map, as predict draws it; where the pixels may show a name, only when that was confirmed."""
     identity = file.upload.identity
     withheld = identity is not None and identity.may_show_text
-    if withheld and not st.checkbox("Its pixels may show a name: I may download it", key=f"allow {file.number}"):
+    if withheld and not st.checkbox("Its pixels may show a name: I may download it", key=f"allow {which} {at_hand}"):
         return
     assert file.upload.image is not None
     assert file.view is not None
@@ -209,7 +213,7 @@ def _overlay(file: _File, which: str, *, drawn: bool) -> None:
         data=partial(_picture, file.upload.image, file.view, drawn),
         file_name=f"overlay-{which.replace(' ', '-')}.png",
         mime="image/png",
-        key=f"overlay {file.number}",
+        key=f"overlay {which} {at_hand}",
         on_click="ignore",
         help=local.WHY,
     )
@@ -220,7 +224,7 @@ def _picture(image: np.ndarray, view: View, drawn: bool) -> bytes:
 
 
 @st.fragment
-def _threshold(found: Answer, serving: "Serving") -> None:
+def _threshold(found: Answer, serving: "Serving", at_hand: str) -> None:
     """Look at another threshold; nothing else on the page, and no download, moves with it."""
     curve = words.Curve.of(serving.desk.card, found.study_type)
     own = found.cell("threshold")
@@ -228,9 +232,8 @@ def _threshold(found: Answer, serving: "Serving") -> None:
         return
     st.header("Another threshold", anchor=False)
     first, last = words.ENDS
-    value = st.slider(
-        "Threshold", first, last, min(max(float(own), first), last), step=0.01, key=f"threshold {found.study_type}"
-    )
+    start = min(max(round(float(own), 2), first), last)
+    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {found.study_type} {at_hand}")
     call = "flagged" if found.probability > value else "not flagged"
     st.markdown(
         f"At {value:.2f} this study ({found.probability:.2f}) would be **{call}**: {', '.join(curve.rates(value))}.  \n"
@@ -257,6 +260,7 @@ def _about(serving: "Serving") -> None:
         "Trained on": trained,
         "Checkpoint": card.checkpoint,
         "Chosen by": f"the split {card.selected_on}",
+        "Computed in": card.precision,
         "Sees": f"{card.size} x {card.size} pixels, {card.resize}",
         "File (SHA-256)": model.sha256,
         "Terms": f"{card.terms}. {card.licence}.",

@@ -1,15 +1,16 @@
 """Files of one study -> what the page shows of them. No Streamlit: what is said is decided here and in words.py.
 
     bytes -> Desk.read, in guarded processes -> Upload: the image, a picture of it, the gate's verdict, or why not
-    uploads that pass -> Desk.look -> View: logit and map     both -> answer: predict's lines of its two tables
+    uploads that pass -> Desk.look -> logit and map     both -> File     files -> answer: predict's lines of its two tables
 
 A `Desk` is what all sessions share: the model and the processes. Nothing of anybody's files stays in it, none is put on disk.
 """
 
 import contextlib
 import io
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ MAX_UPLOAD_MB = 100  # a file; what radiograph.MAX_PIXELS pixels of 16 bits take
 LONGEST_PX = 1024  # of what is shown
 STUDY = "study"  # what the tables call it: the page has one, and no name of it is anybody's business
 
-_LIMITS = replace(guarded.DEFAULT, processor_s=20.0, wall_s=60.0)  # somebody is waiting
+_LIMITS = replace(guarded.DEFAULT, processor_s=10.0, wall_s=60.0)  # somebody is waiting; the dearest file takes 3
+_AT_ONCE = 2  # files of a session before another one's turn comes
 
 
 class Upload(NamedTuple):
@@ -61,6 +63,8 @@ class UploadReader:
             found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
         except radiograph.Unreadable as error:
             return lost(error.reason)
+        except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
+            return lost("it could not be read")
         verdict = gate.verdict(found.image, found.colours)
         return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "")
 
@@ -98,21 +102,49 @@ class Answer:
         return None if pd.isna(value) else value
 
 
-class Desk:
-    """Ask `read`, then `look`; several threads at once may."""
+@dataclass(frozen=True)
+class File:
+    """A file of the study at hand; without a view where it was not read, or not looked at."""
 
-    def __init__(self, model: Model, crew: Crew) -> None:
-        self.model, self._crew = model, crew
+    name: str
+    upload: Upload
+    view: View | None
+
+
+class Desk:
+    """What all sessions share; several threads at once may `ask`."""
+
+    def __init__(self, model: Model, workers: int, stack: contextlib.ExitStack) -> None:
+        self.model, self._workers, self._stack = model, workers, stack
         self._reading, self._looking = threading.Lock(), threading.Lock()
+        self._crew = self._hire()
 
     @property
     def card(self) -> Card:
         return self.model.card
 
+    def ask(self, names: Sequence[str], files: Sequence[bytes]) -> list[File]:
+        """Every file, read and, where the gate lets it pass, looked at."""
+        uploads = self.read(files)
+        views = iter(self.look([one.image for one in uploads if one.passes and one.image is not None]))
+        found = []
+        for name, upload in zip(names, uploads, strict=True):
+            view = next(views) if upload.passes else None
+            if view is not None and not math.isfinite(view.logit):
+                upload, view = lost("the model gives no number for it: the model is broken, export it again"), None
+            found.append(File(name, upload, view))
+        return found
+
     def read(self, files: Sequence[bytes]) -> list[Upload]:
-        """One after the other where several sessions ask: a Crew does one list at a time."""
-        with self._reading:
-            found = list(self._crew.results([one] for one in files))
+        """Sessions take turns, a few files each: a Crew does one list at a time, and slow files shall not hold up everybody."""
+        found: list[Upload | Lost] = []
+        for start in range(0, len(files), _AT_ONCE):
+            with self._reading:
+                try:
+                    found += self._crew.results([one] for one in files[start : start + _AT_ONCE])
+                except Exception:  # this one has lost its place; the next shall find another
+                    self._crew = self._hire()
+                    raise
         return [lost(f"its decoder {one.why}") if isinstance(one, Lost) else one for one in found]
 
     def look(self, images: Sequence[np.ndarray]) -> list[View]:
@@ -123,12 +155,16 @@ class Desk:
             logit, cells = self.model.outputs(np.stack(images)[:, None])
         return [View(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
 
+    def _hire(self) -> Crew:
+        crew = guarded.crew(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
+        return self._stack.enter_context(crew)
+
 
 @contextlib.contextmanager
 def desk(model: Model, workers: int = 1) -> Iterator[Desk]:
     """The processes end with the block."""
-    with guarded.crew(UploadReader, (model.size,), workers=workers, limits=_LIMITS) as crew:
-        yield Desk(model, crew)
+    with contextlib.ExitStack() as stack:
+        yield Desk(model, workers, stack)
 
 
 def study_types(card: Card) -> list[str]:
@@ -136,36 +172,40 @@ def study_types(card: Card) -> list[str]:
     return list(card.study_types) or list(mura.STUDY_TYPES)
 
 
-def told_type(names: Sequence[str], uploads: Sequence[Upload], card: Card) -> str | None:
-    """The study type that paths or DICOMs tell of, if they tell of one and the same. names: as many as uploads."""
-    groups = Grouping("", "file", None, frozenset(study_types(card)))
-    parts = (name.replace("\\", "/") for name in names)
+def told_types(files: Sequence[File], card: Card) -> set[str]:
+    """The study types that names or DICOMs tell of: one and the same as a rule, which the model need not know."""
+    known = frozenset(study_types(card))
+    groups = Grouping("", "file", None, known)
+    paths = (file.name.replace("\\", "/") for file in files)
     found = {
-        groups.study_type(_folders(name), upload.identity) for name, upload in zip(parts, uploads, strict=True)
-    } - {grouping.UNKNOWN}
-    return found.pop() if len(found) == 1 else None
+        groups.study_type(_folders(path, known), file.upload.identity) for path, file in zip(paths, files, strict=True)
+    }
+    return found - {grouping.UNKNOWN}
 
 
-def _folders(name: str) -> str:
+def _folders(name: str, known: Collection[str]) -> str:
     """A browser sends no folders; people write MURA's into a name: XR_WRIST_patient00006_study1_image1.png."""
-    for study_type in mura.STUDY_TYPES:
+    for study_type in (*known, *mura.STUDY_TYPES):
         if name.startswith((f"{study_type}_", f"{study_type}-")):
             return f"{study_type}/{name}"
     return name
 
 
-def answer(
-    names: Sequence[str], uploads: Sequence[Upload], views: Sequence[View], study_type: str, card: Card
-) -> Answer:
-    """What predict writes of these radiographs as one study. A model of drawings calls nothing."""
-    logits = np.array([view.logit for view in views], np.float32)
+def num_studies(files: Sequence[File]) -> int:
+    """How many studies the DICOMs among them say they are of."""
+    return len({file.upload.identity.study_uid for file in files if file.upload.identity} - {""})
+
+
+def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
+    """What predict writes of those that have a view, as one study. A model of drawings calls nothing."""
+    logits = np.array([file.view.logit for file in files if file.view is not None], np.float32)
+    good = [file for file in files if file.view is not None]
     rows = [
-        [name, STUDY, study_type, logit, upload.verdict]
-        for name, logit, upload in zip(names, logits.tolist(), uploads, strict=True)
+        [file.name, STUDY, study_type, logit, file.upload.verdict]
+        for file, logit in zip(good, logits.tolist(), strict=True)
     ]
     predictions = tables.views(rows)
-    code = np.zeros(len(rows), np.int64)
-    studies = tables.judged([(STUDY, study_type)], code, sigmoid(logits), card)
+    studies = tables.judged([(STUDY, study_type)], np.zeros(len(rows), np.int64), sigmoid(logits), card)
     if card.trained_on.kind == "phantoms":
         studies[["threshold", "calibrated_probability"]] = np.nan
         studies[["call", "band"]] = pd.NA

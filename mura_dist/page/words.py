@@ -84,8 +84,19 @@ def experience(said: Outcome, study_type: str, card: Card) -> list[str]:
     missed = f"{where}{_wrong(group, 'sensitivity', 'abnormal ones were missed')}"
     alarms = f"{where}{_wrong(group, 'specificity', 'normal ones were flagged')}"
     order = {"none_flagged": [missed], "flagged": [alarms], "uncertain": [missed, alarms], "no_call": []}[said]
-    note = card.metrics.get("note")
-    return [f"{line}; {ELSEWHERE}{f'; {note}' if note else ''}." for line in order]
+    return [f"{line}; {'; '.join(_reserve(card))}." for line in order]
+
+
+def _reserve(card: Card) -> list[str]:
+    """For whom a number of the card's metrics holds, and of what."""
+    reserve, change = [ELSEWHERE], card.change
+    if note := card.metrics.get("note"):
+        reserve.append(str(note))
+    if card.precision != "fp32":
+        reserve.append("measured in fp32")
+        if change is not None:
+            reserve.append(f"{card.precision} changed {change.num_changed_calls} of {change.num_studies} calls")
+    return reserve
 
 
 def measured(card: Card) -> bool:
@@ -109,7 +120,8 @@ def _wrong(group: Mapping[str, Any], rate: str, what: str) -> str:
 
 
 def _hundredths(share: float) -> str:
-    return f"{100 * abs(share):.0f}"
+    """Never "0" of something that did happen."""
+    return "fewer than 1" if 0 < share < 0.005 else f"{100 * abs(share):.0f}"
 
 
 # ---- another threshold
@@ -122,12 +134,13 @@ class Curve:
     columns: Mapping[str, Any]
     study_type: str
     where: str
+    reserve: str
 
     @classmethod
     def of(cls, card: Card, study_type: str) -> "Curve | None":
         """None where the card's metrics cannot say what another threshold would do."""
         columns = card.metrics.get("curves", {}).get(study_type) if measured(card) else None
-        return cls(columns, study_type, _of(card)) if columns else None
+        return cls(columns, study_type, _of(card), "; ".join(_reserve(card))) if columns else None
 
     def rates(self, threshold: float) -> list[str]:
         """Sensitivity and specificity at the nearest threshold that was measured."""
@@ -143,4 +156,4 @@ class Curve:
     @property
     def people(self) -> str:
         num, abnormal = self.columns["num_studies"], self.columns["num_abnormal"]
-        return f"{num} {noun(self.study_type)} studies of {self.where}, {abnormal} of them abnormal; {ELSEWHERE}"
+        return f"{num} {noun(self.study_type)} studies of {self.where}, {abnormal} of them abnormal; {self.reserve}"
