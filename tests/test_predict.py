@@ -508,7 +508,7 @@ def test_a_signal_stops_in_good_order(
     number: signal.Signals,
     phase: str,
 ) -> None:
-    before, frames = signal.getsignal(number), tables._views
+    before, frames = signal.getsignal(number), tables.views
     asked: list[int] = []
 
     def ask(now: bool) -> None:
@@ -518,7 +518,7 @@ def test_a_signal_stops_in_good_order(
 
     if phase == "tables":
         monkeypatch.setattr(tables, "BLOCK", 100)
-        monkeypatch.setattr(tables, "_views", lambda rows: (ask(True), frames(rows))[1])
+        monkeypatch.setattr(tables, "views", lambda rows: (ask(True), frames(rows))[1])
     said = {
         "walk": "^stopped while looking for files; the same command goes on$",
         "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files; the same command goes on$",
