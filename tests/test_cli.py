@@ -14,6 +14,7 @@ from mura_dist.cli import DONE, FAILED, WRONG, cli, main
 
 COMMANDS = (
     *("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "score", "export", "predict"),
+    "page",
     "bench",
 )
 
