@@ -4,8 +4,8 @@
         cpu, cuda, tensorrt, ... ONNX Runtime        openvino: OpenVINO's own runtime, an extra
 
 A provider that is not there is refused; nothing falls back to another one in silence. `stream` keeps several batches in flight:
-on a CPU two batches on half the cores each wait less for one another than one on all; on a GPU one is copied while
-another is computed.
+on a CPU two batches wait less for one another than one on all cores does (1.12 x in the median, docs/benchmarks.md); on a GPU
+one is copied while another is computed.
 """
 
 import contextlib
