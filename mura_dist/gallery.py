@@ -18,9 +18,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from . import atomic, heat, local, maps, mura, order
+from . import atomic, heat, local, maps, metrics, mura, order
 from .html import Html, banner, element, section, tile
-from .metrics import sigmoid
 from .refusal import Refusal
 from .shards import Damaged, Shards
 
@@ -64,7 +63,7 @@ class View:
 
     @property
     def probability(self) -> float:
-        return float(sigmoid(np.array(self.logit)))
+        return metrics.probability(self.logit)
 
 
 @dataclass(frozen=True)

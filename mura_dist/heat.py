@@ -42,9 +42,8 @@ def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.
     step = steps(cells)
     ours = np.array([colour(one)[0] for one in step.flat], np.float64).reshape(*step.shape, 3)
     opacity = strength * np.array([colour(one)[1] for one in step.flat]).reshape(step.shape)
-    y, x = (
-        np.arange(size) * num // size for size, num in zip(pixels.shape, step.shape, strict=True)
-    )  # over each pixel
+    # The cell over each pixel.
+    y, x = (np.arange(size) * num // size for size, num in zip(pixels.shape, step.shape, strict=True))
     opacity = opacity[y][:, x, None]
     opacity[np.diff(y, append=-1) != 0] = 0
     opacity[:, np.diff(x, append=-1) != 0] = 0

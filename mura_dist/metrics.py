@@ -24,6 +24,11 @@ def sigmoid(logit: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -logit.astype(np.float64)))
 
 
+def probability(logit: float) -> float:
+    """A view's, of its logit."""
+    return float(sigmoid(np.array(logit)))
+
+
 def logit(probability: np.ndarray) -> np.ndarray:
     """Log odds of a probability, float64, within +-LOGIT_LIMIT."""
     with np.errstate(divide="ignore"):

@@ -404,9 +404,8 @@ class _OpenVino:
         )
         for _ in range(self.tuning.streams or 1):
             self.requests.put(self.compiled.create_infer_request())
-        self.run(
-            np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS
-        )  # all that is done once, before there are threads
+        # All that is done once, before there are threads.
+        self.run(np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS)
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         request = self.requests.get()

@@ -291,12 +291,15 @@ def test_what_goes_wrong_costs_one_session_its_turn(
             assert [file.upload.passes for file in desk.ask(["a", "b", "c"], [good, b"", good])] == [True, False, True]
 
 
-def test_a_reader_that_fails_loses_its_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [(radiograph, "look"), (gate, "verdict")])
+def test_a_reader_that_fails_loses_its_file_alone(
+    views: list[Path], where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(radiograph, "look", no_memory)
-    assert room.UploadReader(SIDE)(b"anything").failure == "it could not be read"
+    monkeypatch.setattr(*where, no_memory)
+    assert room.UploadReader(SIDE)(views[0].read_bytes()).failure == "it could not be read"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

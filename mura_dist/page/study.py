@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .. import gate, grouping, guarded, mura, radiograph, tables
+from .. import gate, grouping, guarded, metrics, mura, radiograph, tables
 from ..card import Card
 from ..grouping import Grouping
 from ..guarded import Crew, Lost
-from ..metrics import sigmoid
 from ..runtime import Model
 
 MAX_FILES = 12  # of a study
@@ -61,11 +60,11 @@ class UploadReader:
     def __call__(self, data: bytes) -> Upload:
         try:
             found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
+            verdict = gate.verdict(found.image, found.colours)
         except radiograph.Unreadable as error:
             return lost(error.reason)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
             return lost("it could not be read")
-        verdict = gate.verdict(found.image, found.colours)
         return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "")
 
 
@@ -78,7 +77,7 @@ class View:
 
     @property
     def probability(self) -> float:
-        return float(sigmoid(np.array(self.logit)))
+        return metrics.probability(self.logit)
 
 
 @dataclass(frozen=True)
@@ -198,14 +197,11 @@ def num_studies(files: Sequence[File]) -> int:
 
 def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
     """What predict writes of those that have a view, as one study. A model of drawings calls nothing."""
-    logits = np.array([file.view.logit for file in files if file.view is not None], np.float32)
-    good = [file for file in files if file.view is not None]
-    rows = [
-        [file.name, STUDY, study_type, logit, file.upload.verdict]
-        for file, logit in zip(good, logits.tolist(), strict=True)
-    ]
+    good = [(file, file.view.logit) for file in files if file.view is not None]
+    rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
     predictions = tables.views(rows)
-    studies = tables.judged([(STUDY, study_type)], np.zeros(len(rows), np.int64), sigmoid(logits), card)
+    probability = metrics.sigmoid(np.array([logit for _, logit in good], np.float32))
+    studies = tables.judged([(STUDY, study_type)], np.zeros(len(rows), np.int64), probability, card)
     if card.trained_on.kind == "phantoms":
         studies[["threshold", "calibrated_probability"]] = np.nan
         studies[["call", "band"]] = pd.NA
