@@ -615,8 +615,8 @@ def test_a_study_of_several_views(page: Any, telling: Path, views: list[Path], d
     assert value < found.probability
     for rate in curve.rates(value):
         page.get_by_text(rate).wait_for()
-    assert page.get_by_text("would be flagged").is_visible()
-    assert page.get_by_text(curve.people).is_visible()
+    expect(page.get_by_text("would be flagged")).to_be_visible()
+    expect(page.get_by_text(curve.people)).to_be_visible()
     answered(page, "No abnormality flagged")  # the model's own
     with page.expect_download() as coming:
         page.get_by_role("button", name="Study (CSV)").click()
@@ -624,8 +624,8 @@ def test_a_study_of_several_views(page: Any, telling: Path, views: list[Path], d
 
     page.get_by_text("Show the activation map").click()
     until(lambda: page.locator("img[alt*='under its activation map']").count() == len(views))
-    assert page.locator('img[alt^="Colours of a cell\'s logit"]').is_visible()
-    assert page.get_by_text(words.MAP_CAVEAT).first.is_visible()
+    expect(page.locator('img[alt^="Colours of a cell\'s logit"]')).to_be_visible()
+    expect(page.get_by_text(words.MAP_CAVEAT).first).to_be_visible()
     before = page.locator("img[alt*='view 1']").get_attribute("src")
     opacity = page.get_by_role("slider", name="Opacity of the map, in percent")
     opacity.focus()
@@ -662,7 +662,7 @@ def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path
     assert any(line.startswith("cut.png: its PNG data is damaged or cut short") for line in said), said
     assert any(line.startswith(f"flower.jpg: {gate.WORDS['not_a_radiograph']}. It is left out.") for line in said), said
     assert any(line.startswith(f"blank.png: {gate.WORDS['blank']}") for line in said), said
-    assert num_pictures(page) == 1
+    expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
 
 
 @pytest.mark.slow
@@ -904,6 +904,6 @@ def test_sessions_at_once_do_not_mix(
         page.locator("section.outcome").wait_for()
         found = asked(desk, views[place : place + 1], "XR_HAND")
         assert f"Probability {found.probability:.2f}" in page.locator("section.outcome").inner_text()
-        assert num_pictures(page) == 1
+        expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
     for context in contexts:
         context.close()
