@@ -1,29 +1,42 @@
-# Sourced by the pages beside it. Launchers hide how a training ended; RUN/status.json says it.
+# shellcheck shell=bash
+# Sourced by the pages beside it: run a launcher to its end, pass signals on. Launchers hide how a training ended;
+# RUN/status.json says it.
 
-outcome() { # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 3 stopped, the same command goes on; else the launcher's
-  local launcher=() status=0
-  while [ "$1" != -- ]; do launcher+=("$1"); shift; done
-  shift
-  "${launcher[@]}" "$@" &
-  local child=$!
-  trap "kill -TERM $child" TERM # passed on, so that ranks save; a terminal's Ctrl-C reaches the launcher by itself
-  trap "kill -USR2 $child" USR2
-  trap : INT
+pass() { # a signal to the page: the same to what it runs; a page may have another way
+  kill "-$1" "$child"
+}
+
+patiently() { # patiently COMMAND ...: to its end, whatever signals come; its exit status
+  local status=0
+  asked=
+  "$@" &
+  child=$!
+  trap 'asked=TERM; pass TERM' TERM # passed on, so that ranks save
+  trap 'asked=USR2; pass USR2' USR2
+  trap 'asked=INT' INT # a terminal's Ctrl-C reaches the command by itself
   wait "$child" || status=$?
-  while kill -0 "$child" 2> /dev/null; do # a signal ended the waiting, not the launcher
+  while kill -0 "$child" 2> /dev/null; do # a signal ended the waiting, not the command
     status=0
     wait "$child" || status=$?
   done
-  if [ "$status" -ne 0 ]; then
-    local state waits=0
+  return "$status"
+}
+
+outcome() { # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wrong words; 3 stopped, the same go on; else the launcher's
+  local launcher=() status=0 before now state waits=0
+  while [ "$1" != -- ]; do launcher+=("$1"); shift; done
+  shift
+  before=$(.venv/bin/python tools/run_state.py --whole "$@") || return # said in one line here, not by every rank
+  patiently "${launcher[@]}" "$@" || status=$?
+  if [ "$status" -eq 0 ]; then return; fi
+  while :; do
     state=$(.venv/bin/python tools/run_state.py "$@") || return "$status"
-    # deepspeed passes no signal on and dies of it: its ranks notice, and may take 15 s (workers.ORDERLY_S) to save and say so.
-    while [ "$status" -gt 128 ] && [ "$state" = running ] && [ "$waits" -lt 20 ]; do
-      sleep 1
-      waits=$((waits + 1))
-      state=$(.venv/bin/python tools/run_state.py "$@") || return "$status"
-    done
-    if [ "$state" = stopped ]; then status=3; fi
-  fi
+    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (workers.ORDERLY_S) to save and say so.
+    if [ "$state" != running ] || [ "$waits" -ge 20 ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
+    sleep 1
+    waits=$((waits + 1))
+  done
+  now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
+  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then status=3; fi # else an earlier start was stopped, this one failed
   return "$status"
 }

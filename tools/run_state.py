@@ -1,27 +1,39 @@
 """How a run stands: running, stopped, done, failed; nothing where it has not begun.
 
-python tools/run_state.py RECIPE.toml [key=value ...]    the words that train it
+python tools/run_state.py RECIPE.toml [key=value ...]             the words that train it
+python tools/run_state.py --whole RECIPE.toml [key=value ...]     all that status.json says, in one line
+python tools/run_state.py --setting NAME RECIPE.toml [...]        a setting, such as run or shards
 """
 
+import json
 import sys
 from pathlib import Path
 
 from mura_dist import config
-from mura_dist.refusal import Refusal
+from mura_dist.refusal import Refusal, nearest
 from mura_dist.runs import Run
 
 
-def main() -> int:
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]  # without --quiet
+def main(words: list[str]) -> int:
+    what, name = words[0] if words else "", ""
+    if what == "--setting":
+        name, words = words[1], words[2:]
+    words = [word for word in words if not word.startswith("-")]  # without --quiet
     recipe = next((Path(word) for word in words if "=" not in word), None)
     settings = config.load(recipe, [word for word in words if "=" in word])
-    print(Run(Path(settings.run), settings).status().get("state", ""))
+    if name:
+        if name not in type(settings).model_fields:
+            raise Refusal(f"no setting {name!r}{nearest(name, type(settings).model_fields)}")
+        print(getattr(settings, name))
+        return 0
+    status = Run(Path(settings.run), settings).status()
+    print(json.dumps(status) if what == "--whole" else status.get("state", ""))
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except Refusal as refusal:
         print(f"tools/run_state.py: {refusal}", file=sys.stderr)
         sys.exit(2)
