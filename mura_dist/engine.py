@@ -30,7 +30,7 @@ from .flat import Flat
 from .loss import weighted_bce
 from .pipeline import Batch
 from .refusal import CommonFailure
-from .world import World
+from .world import World, limit
 
 _STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
 _LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
@@ -294,5 +294,6 @@ def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) ->
         config=deepspeed_json.config(settings, world.size, num_weights=flat.weights.numel()),
         dist_init_required=False,
     )
+    limit(settings.timeout_s)  # DeepSpeed reduces over a group of its own
     engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
     return engine
