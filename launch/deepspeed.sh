@@ -19,7 +19,7 @@ if [ ! -r "$hostfile" ]; then
   exit 2
 fi
 if [ "$(grep -cE '^[^#]*slots=' "$hostfile")" -gt 1 ] && ! command -v pdsh > /dev/null; then
-  echo "launch/deepspeed.sh: deepspeed starts several hosts by pdsh, which is not here; apt-get install pdsh, or give one host" >&2
+  echo "launch/deepspeed.sh: several hosts want pdsh, which is not here; apt-get install pdsh, or give one host" >&2
   exit 2
 fi
 export PATH="$PWD/.venv/bin:$PATH"
