@@ -619,9 +619,8 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     from . import local
     from .predict import predict as run
 
-    rank, _ = launcher.share()
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
-    with progress_bar("predicting", quiet or rank > 0) as progress:
+    with progress_bar("predicting", quiet or not launcher.is_first()) as progress:
         summary = run(
             model, directory, out, say=say, walking=lambda num: progress(num, None), progress=progress, **options
         )
@@ -751,8 +750,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
+def _speaks() -> bool:
+    """Each machine's first: what it lacks, the others may have."""
+    try:
+        return launcher.local_rank() == 0
+    except Refusal:  # who knows which rank it is; that is what is being said
+        return True
+
+
 def _end(status: int, line: str, *, only_first: bool) -> int:
-    if not only_first or launcher.share_here()[0] == 0:  # each machine's first: what it lacks, the others may have
+    if not only_first or _speaks():
         click.echo(f"mura-dist: {' '.join(line.split())}", err=True)
     return status
 

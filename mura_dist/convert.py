@@ -83,7 +83,7 @@ def convert(
     """
     _check(source, out, size, encoding, workers)
     target = places.of(out)  # before the source is scanned: a wrong URL is said at once
-    (rank, num_ranks), workers = launcher.share(), workers or processors()
+    told, workers = launcher.ranks(), workers or processors()
     with guarded.crew(
         Reader, (size, encoding), workers=workers, limits=limits
     ) as crew:  # they get ready during the scan
@@ -95,8 +95,8 @@ def convert(
         manifest = cut_tune(scanned.manifest, tune, seed)
         plan = {"format": shards.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
         plan |= {"manifest_sha256": manifest.digest, "version": __version__}
-        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, rank, num_ranks)
-        if rank:
+        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, told.rank, told.size)
+        if told.rank:
             _follow(conversion, progress)
             return None
         if _finished(conversion):

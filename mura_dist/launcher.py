@@ -1,41 +1,95 @@
-"""What the launcher (torchrun, deepspeed, none) tells a process by its environment: who it is among how many."""
+"""What started this process, by its environment: which rank it is, of how many, how many share this machine, where they meet.
+
+torchrun, deepspeed (RANK, WORLD_SIZE), OpenMPI's mpirun (OMPI_COMM_WORLD_*) and Slurm's srun (SLURM_*) each have words of their
+own; without any we are rank 0 of 1. RANK and WORLD_SIZE may be set by hand too: a job array shares a conversion so.
+"""
 
 import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .refusal import Refusal
 
 VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's and deepspeed's own; RANK alone may be set by hand
+_DEFAULT_PORT = 29500  # torch's
+_FIRST_PORT, _PORTS = 20000, 9000  # below the ports Linux gives to whoever asks for any
 
 
-def is_there() -> bool:
-    """Whether torchrun or deepspeed started this process, and so is to outlive it."""
-    return any(name in os.environ for name in VARIABLES)
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is. `by`: torchrun (or deepspeed, or by hand), OpenMPI, Slurm, or nothing."""
+
+    by: str
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def ranks() -> Ranks:
+    """Raises Refusal where the environment says what cannot be."""
+    told = _told(os.environ)
+    if not (0 <= told.rank < told.size and told.local_rank >= 0):
+        raise Refusal(
+            f"this process is told by {told.by} to be rank {told.rank} of {told.size}, on this machine {told.local_rank} of "
+            f"{told.local_size}; ranks count from 0: set them right, or unset them to run alone"
+        )
+    return told
+
+
+def _told(known: Mapping[str, str]) -> Ranks:
+    if "RANK" in known:  # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
+        here = known.get("LOCAL_WORLD_SIZE") or known.get("LOCAL_SIZE") or "1"
+        return _numbers("RANK and WORLD_SIZE", known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
+    # Before Slurm: what mpirun starts in a Slurm job is inside a step of its own, with a task a node.
+    if "OMPI_COMM_WORLD_RANK" in known:
+        all_of_us, here = (known.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
+        return _numbers("OpenMPI", known, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
+    if (
+        "SLURM_STEP_NUM_TASKS" in known
+    ):  # srun's alone: a batch script outside srun, which knows SLURM_NTASKS too, is one process
+        here = _tasks_of_node(known)
+        return _numbers("Slurm", known, "SLURM_PROCID", known["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
+    return Ranks("nothing")
+
+
+def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Ranks:
+    words = (known.get(rank, "0"), size, known.get(local_rank, "0"), local_size)
+    try:
+        return Ranks(by, *map(int, words))
+    except ValueError:
+        raise Refusal(
+            f"{by} in the environment: {', '.join(words)} (rank, world size, on this machine) are not all whole numbers; set "
+            "them right, or unset them to run alone"
+        ) from None
+
+
+def _tasks_of_node(known: Mapping[str, str]) -> str:
+    """ "4(x2),3": 4 tasks on each of two nodes, 3 on a third -> ours."""
+    tasks = known.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
+    counts = [part.partition("(x")[::2] for part in tasks]
+    each = [number for number, times in counts for _ in range(int(times.rstrip(")") or 1))]
+    node = int(known.get("SLURM_NODEID", "0"))
+    return each[node] if node < len(each) else each[-1]
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return ranks().rank
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return ranks().size
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return ranks().local_rank
 
 
 def ranks_here() -> int:
-    """Ranks on this machine: torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-
-
-def share_here() -> tuple[int, int]:
-    """As `share`, of this machine's processes alone: they share its processors and GPUs."""
-    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
-        return local_rank(), ranks_here()
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # "4(x2),3": of each machine
-    counts = [part.partition("(x")[::2] for part in tasks]
-    each = [int(number) for number, times in counts for _ in range(int(times.rstrip(")") or 1))]
-    node = int(os.environ.get("SLURM_NODEID", "0"))
-    return int(os.environ.get("SLURM_LOCALID", "0")), each[node] if node < len(each) else each[-1]
+    """Ranks on this machine, which share its processors and GPUs."""
+    return ranks().local_size
 
 
 def is_first() -> bool:
@@ -43,11 +97,47 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def share() -> tuple[int, int]:
-    """(which, of how many) this process is of those that share a work without talking: torchrun's ranks, or Slurm's tasks.
+def is_there() -> bool:
+    """Whether torchrun or deepspeed started this process, and so is to outlive it. srun and mpirun end their tasks themselves."""
+    return any(name in os.environ for name in VARIABLES)
 
-    SLURM_STEP_NUM_TASKS is set by srun alone; a batch script outside srun, which knows SLURM_NTASKS too, is one process.
+
+def meeting_place() -> tuple[str, int]:
+    """(address, port) at which the ranks meet: MASTER_ADDR and MASTER_PORT, or what follows from the scheduler's words.
+
+    Raises Refusal where neither tells it.
     """
-    if "RANK" in os.environ:
-        return rank(), world_size()
-    return int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    told, known = ranks(), os.environ
+    address = known.get("MASTER_ADDR") or _address(told, known)
+    port = known.get("MASTER_PORT") or str(_port(known))
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise Refusal(
+            f"MASTER_PORT={port}: must lie between 1 and 65535; give a free port of {address}, or leave it out"
+        )
+    return address, int(port)
+
+
+def _address(told: Ranks, known: Mapping[str, str]) -> str:
+    if told.local_size == told.size:
+        return "127.0.0.1"
+    nodes = known.get("SLURM_STEP_NODELIST") or known.get("SLURM_JOB_NODELIST")
+    if told.by == "Slurm" and nodes:
+        return first_host(nodes)
+    remedy = "mpirun -x MASTER_ADDR=HOST ..." if told.by == "OpenMPI" else "export MASTER_ADDR=HOST MASTER_PORT=29500"
+    raise Refusal(
+        f"rank {told.rank} of {told.size} (told by {told.by}) does not know where the ranks meet: MASTER_ADDR is not set; name "
+        f"rank 0's host: {remedy}"
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else nodes
+
+
+def _port(known: Mapping[str, str]) -> int:
+    """The same on all ranks of a job's step, another one for another: torch's own default would serve one job a machine."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+    said = [known[name] for name in names if name in known]
+    return _FIRST_PORT + zlib.crc32("/".join(said).encode()) % _PORTS if said else _DEFAULT_PORT

@@ -1,7 +1,7 @@
 """One writer of a folder: a file with host, process and heartbeat. A stale one is reported and taken, a living one waited for.
 
 A lock is stale where its process is known to have ended; on another host, or in another container, where its heart has not
-beaten for STALE_S.
+beaten for STALE_S by the clock of the disk it lies on: two machines' clocks differ. A heart seen to beat is alive.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from .refusal import Refusal, Stopped
 
 HEARTBEAT_S = 10.0
 STALE_S = 120.0  # a lock of another host whose heart has not beaten for so long is taken over
+DOUBT_S = STALE_S + HEARTBEAT_S  # so long a start waits at least where nobody here can tell whether the writer lives
 POLL_S = 0.5  # how often a start that waits looks at the lock
 
 
@@ -66,9 +67,11 @@ def _self() -> dict[str, Any]:
 
 def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event) -> None:
     """Make the lock ours."""
-    begin, waiting = time.monotonic(), False
+    begin, waiting, beats = time.monotonic(), False, set[float]()
     while (found := _try(path, owner)) is not None:
-        writer, age_s, lives = found
+        writer, age_s, lives = found.owner, found.age_s, found.lives
+        beats.add(found.beat)
+        lives = lives or len(beats) > 1
         wait_s = claim.wait_s if lives else max(claim.wait_s, claim.doubt_s)
         left_s = begin + wait_s - time.monotonic()
         if left_s <= 0:
@@ -86,8 +89,18 @@ def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event
             raise Stopped(f"stopped while waiting for the writer of {claim.what}; the same command goes on")
 
 
-def _try(path: Path, owner: dict[str, Any]) -> tuple[dict[str, Any], float, bool] | None:
-    """None: the lock is ours. Else who has it, seconds since its last heartbeat, and whether it surely lives."""
+@dataclass(frozen=True)
+class _Found:
+    """A lock that is not ours: who has it, when its heart last beat and how long ago, and whether it surely lives."""
+
+    owner: dict[str, Any]
+    beat: float
+    age_s: float
+    lives: bool
+
+
+def _try(path: Path, owner: dict[str, Any]) -> _Found | None:
+    """None: the lock is ours."""
     with _alone(path.parent):
         while not _create(path, owner):
             if (found := _judge(path)) is not None:
@@ -150,19 +163,31 @@ def _owner(path: Path) -> dict[str, Any]:
         return _NOBODY
 
 
-def _judge(path: Path) -> tuple[dict[str, Any], float, bool] | None:
-    """(the living owner, seconds since its last heartbeat, whether it surely lives); None where there is no lock any more: a
-    stale one is taken away."""
+def _judge(path: Path) -> _Found | None:
+    """The living owner's; None where there is no lock any more: a stale one is taken away."""
     try:
         owner, found = _owner(path), path.stat()
     except FileNotFoundError:
         return None
-    age_s, lives = time.time() - found.st_mtime, _lives(owner)
+    age_s, lives = _now(path.parent) - found.st_mtime, _lives(owner)
     if lives or (lives is None and age_s < STALE_S):
-        return owner, age_s, lives is True
+        return _Found(owner, found.st_mtime, age_s, lives is True)
     _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
     _take_away(path, found.st_ino)
     return None
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that dates the folder's files: on a shared disk its server's."""
+    probe = folder / f".lock.{platform.node()}.{os.getpid()}.now"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def _lives(owner: dict[str, Any]) -> bool | None:

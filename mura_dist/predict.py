@@ -115,8 +115,8 @@ def predict(
     given = study_types.read(study_type)
     warnings = study_types.check(given, known)
     _refuse_foreign(out)
-    place = _Place(out, *launcher.share())
-    claim = Claim(f"--out {out}", "give another --out", wait_s=0, doubt_s=lock.STALE_S + lock.HEARTBEAT_S)
+    place = _Place(out, launcher.rank(), launcher.world_size())
+    claim = Claim(f"--out {out}", "give another --out", wait_s=0, doubt_s=lock.DOUBT_S)
     with (
         _stop_asked() as asked,
         sharing.taking_part(place.parts, place.rank, claim, asked),
@@ -225,7 +225,7 @@ class _Place:
 def _check_tuning(autotune: bool, batch_size: int | None) -> None:
     if autotune and batch_size is not None:
         raise Refusal(f"--autotune finds the batch size, --batch-size {batch_size} sets it; leave one of them out")
-    if autotune and launcher.share()[1] > 1:
+    if autotune and launcher.world_size() > 1:
         raise Refusal("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
 
 
@@ -239,7 +239,7 @@ def _way(
 ) -> Tuning:
     """How to run `model`: what moves bits as the run in `out` began, else as it was measured to run fastest on this machine,
     `to_measure` now or some time before, else as it comes."""
-    alone = batch_size is None and launcher.share()[1] == 1
+    alone = batch_size is None and launcher.world_size() == 1
     usual = (tuning.stored(model) if alone else None) or model.tuning
     for path in (place.plan, place.done):
         begun = _load(path) if path.is_file() else {}
@@ -453,7 +453,7 @@ class _Work:
         num_files = min(num_chunks * CHUNK, self.files.num_files)
         if self.workers is not None:
             return max(1, min(self.workers, num_files))
-        return max(1, min(16, processors() // launcher.share_here()[1], num_files // _FILES_PER_WORKER))
+        return max(1, min(16, processors() // launcher.ranks_here(), num_files // _FILES_PER_WORKER))
 
     def _make(self, crew: Crew, numbers: list[int]) -> None:
         """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
@@ -643,3 +643,11 @@ def _warnings(tally: Tally, card: Card) -> list[str]:
             many = f"{number} of {tally.num_radiographs} radiographs"
             warnings.append(f"column gate of predictions says {name} of {many}: {gate.WORDS[name]}")
     return warnings
+
+
+if __name__ == "__main__":  # torchrun --nproc-per-node N -m mura_dist.predict MODEL.onnx DIRECTORY --out OUT
+    import sys
+
+    from .cli import entry
+
+    entry(["predict", *sys.argv[1:]])

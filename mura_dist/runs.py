@@ -136,10 +136,11 @@ class Run:
     def writing(self, stop: threading.Event | None = None) -> Iterator[None]:
         """Hold the lock; leave status.json saying how the block ended.
 
-        Where another writer lives, wait up to `wait_s` for it to end; then Refusal. `stop`, when set, ends the wait: Stopped.
+        Where another writer lives, wait up to `wait_s` for it to end; then Refusal. One on another host, whose heart stands
+        still, is waited for until it counts as dead. `stop`, when set, ends the wait: Stopped.
         """
         self._make()
-        claim = lock.Claim(f"run={self.folder}", "give run=NEW", self.settings.wait_s)
+        claim = lock.Claim(f"run={self.folder}", "give run=NEW", self.settings.wait_s, lock.DOUBT_S)
         with lock.held(self.folder / "lock", claim, stop or threading.Event()):
             try:
                 yield

@@ -60,14 +60,14 @@ class Tuning:
 
     def settled(self, on_cpu: bool) -> "Tuning":
         """With nothing left to choose."""
-        threads = self.threads or max(1, processors() // launcher.share_here()[1])
+        threads = self.threads or max(1, processors() // launcher.ranks_here())
         streams = self.streams or 1
         return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
 
 
 def flowing(batch_size: int | None = None) -> Tuning:
     """For many batches one after the other, before anything was measured: two in flight."""
-    threads = max(1, processors() // launcher.share_here()[1])
+    threads = max(1, processors() // launcher.ranks_here())
     return Tuning(batch_size, min(2, threads), threads)
 
 
@@ -317,7 +317,7 @@ def _provider_options(provider: str, data: bytes) -> dict[str, str]:
 
 def _device() -> int:
     """Which GPU: ranks of one machine take one each."""
-    here, num_here = launcher.share_here()
+    here, num_here = launcher.local_rank(), launcher.ranks_here()
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return here % len(visible) if visible else here if num_here > 1 else 0
 

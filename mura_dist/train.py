@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import checkpoint, launcher, memory, model, schedule, workers, world
+from . import checkpoint, launcher, lock, memory, model, schedule, workers, world
 from .checkpoint import Checkpoint
 from .config import AUTO, Settings
 from .engine import Engine, StepResult
@@ -51,7 +51,7 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         finished = launcher.is_first() and not _begin(run, plan, stack)
         with at_once():  # torch waits for the others in C++, where no handler of ours is heard
-            ranks = stack.enter_context(world.join(settings.timeout_s, patience_s=settings.wait_s))
+            ranks = stack.enter_context(world.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S)))
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         if ranks.any(finished):
             return run.status()["summary"]

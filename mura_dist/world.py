@@ -1,7 +1,7 @@
 """The ranks of a run: who am I, how many are we, on which device; sum and gather over all of us.
 
 One rank is the general case with n = 1: nccl on CUDA, gloo on CPU, never "no process group". The launcher (torchrun,
-deepspeed) tells rank and world size by environment variables; without one we are rank 0 of 1.
+deepspeed, mpirun, srun) tells rank and world size by environment variables, see launcher.py; without one we are rank 0 of 1.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from . import launcher
-from .refusal import Failure, OwnRefusal
+from .launcher import Ranks
+from .refusal import Failure, OwnRefusal, Refusal
 
 # What Linux calls the instructions of x86 and ARM that multiply bf16.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -86,19 +87,21 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
     # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
     # that began its threads before it would compute with other bits than one that did not.
     torch.set_flush_denormal(True)
-    rank, size, local_rank = launcher.rank(), launcher.world_size(), launcher.local_rank()
-    device, timeout = _device(rank, local_rank), timedelta(seconds=timeout_s)
+    told = launcher.ranks()
+    rank, size = told.rank, told.size
+    device, timeout = _device(told), timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with _environment(), _losing_others(rank, size):
+    with _environment(told), _losing_others(rank, size):
         if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             meeting = timedelta(seconds=timeout_s + patience_s)
-            store, *_ = next(rendezvous("env://", rank, size, timeout=meeting))
-            store.set_timeout(meeting)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            with _meeting(told, meeting):
+                store, *_ = next(rendezvous("env://", rank, size, timeout=meeting))
+                store.set_timeout(meeting)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
-            yield World(rank, size, local_rank, device)
+            yield World(rank, size, told.local_rank, device)
         except BaseException:
             if backend == "gloo":  # nccl would wait for ranks that wait for us; this process is about to end
                 dist.destroy_process_group()
@@ -106,30 +109,65 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _device(rank: int, local_rank: int) -> torch.device:
+def _device(told: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    place, num_gpus = told.local_rank, torch.cuda.device_count()
+    if num_gpus == 1 and told.by in ("Slurm", "OpenMPI"):
+        place = 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
+    if place >= num_gpus:
         raise OwnRefusal(
-            f"rank {rank} is number {local_rank + 1} on this machine, which has {torch.cuda.device_count()} GPUs; "
-            "start at most one rank a GPU"
+            f"rank {told.rank} is number {place + 1} on this machine, which has {num_gpus} GPUs; start at most one rank a GPU"
         )
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(place)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", place)
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """DeepSpeed reads these even where there is no launcher; processes started later must not take them for one's."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    ours = [name for name in alone if name not in os.environ]
-    os.environ.update({name: alone[name] for name in ours})
+def _environment(told: Ranks) -> Iterator[None]:
+    """torchrun's words where another launcher, or none, started us: torch's rendezvous and DeepSpeed read these. Processes
+    started later must not take them for a launcher's."""
+    known = {
+        "RANK": told.rank,
+        "WORLD_SIZE": told.size,
+        "LOCAL_RANK": told.local_rank,
+        "LOCAL_WORLD_SIZE": told.local_size,
+    }
+    words = {name: str(number) for name, number in known.items()}
+    if told.size > 1:
+        address, port = launcher.meeting_place()
+        words |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    ours = [name for name in words if name not in os.environ]
+    os.environ.update({name: words[name] for name in ours})
     try:
         yield
     finally:
         for name in ours:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
+    """Raises OwnRefusal where rank 0 cannot be met at the port given, Failure where somebody does not come."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        yield
+    except (RuntimeError, dist.DistError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise OwnRefusal(
+                f"rank 0 cannot be met at port {port} of {address}: another program listens there; end it, or give all ranks "
+                "another port: MASTER_PORT=29501"
+            ) from error
+        raise Failure(
+            f"rank {told.rank} of {told.size} has not met the others at {address}:{port} in {limit.total_seconds():.0f} s "
+            f"({_reason(error)}); see that all were started, that {address} is rank 0's machine and that its port can be reached"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line, without the library's own place in its sources."""
+    return re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])[:100]
 
 
 _LOST = (
@@ -143,15 +181,17 @@ def _losing_others(rank: int, size: int) -> Iterator[None]:
     """A rank that ends takes the connection with it; the others' libraries say so in many ways, none of them for a reader."""
     try:
         yield
-    except (Failure, torch.OutOfMemoryError):
+    except (Failure, Refusal, torch.OutOfMemoryError):
         raise
     except (RuntimeError, dist.DistError) as error:
+        if "Duplicate GPU" in str(error):  # nccl's words
+            raise OwnRefusal(
+                f"rank {rank} shares its GPU with another rank of this machine; give each its own: srun --gpus-per-task=1 ..., "
+                "or start fewer ranks"
+            ) from error
         if size == 1 or not any(word in str(error) for word in _LOST):
             raise
-        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])[
-            :100
-        ]  # without the library's own place in its sources
         raise Failure(
-            f"rank {rank} lost another rank ({reason}); what ended first says why in a line of its own, or was killed; "
+            f"rank {rank} lost another rank ({_reason(error)}); what ended first says why in a line of its own, or was killed; "
             "the same command goes on from the last checkpoint"
         ) from error

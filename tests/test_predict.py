@@ -23,7 +23,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from mura_dist import gate, grouping, launcher, mura, pseudonyms, radiograph, tables, tuning
+from mura_dist import gate, grouping, mura, pseudonyms, radiograph, tables, tuning
 from mura_dist import predict as room
 from mura_dist.cli import DONE, FAILED, main
 from mura_dist.guarded import Limits
@@ -817,43 +817,3 @@ def test_autotune_is_measured_kept_and_used(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     laws.refusal(capsys, [*words, tmp_path / "x", "--autotune"], "--autotune", "without torchrun")
-
-
-STEP = {"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "wanted"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (1, 4)),
-        ({"SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1)),  # a batch script outside srun
-        (
-            {
-                "SLURM_STEP_NUM_TASKS": "11",
-                "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
-                "SLURM_NODEID": "1",
-                "SLURM_LOCALID": "3",
-            },
-            (3, 4),
-        ),
-        (
-            {
-                "SLURM_STEP_NUM_TASKS": "11",
-                "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
-                "SLURM_NODEID": "2",
-                "SLURM_LOCALID": "2",
-            },
-            (2, 3),
-        ),
-    ],
-)
-def test_who_shares_a_machine(
-    environment: dict[str, str], wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [*os.environ]:
-        if name.startswith("SLURM_") or name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert launcher.share_here() == wanted

@@ -33,6 +33,7 @@ def run(wait_s):
     return Run(Path(sys.argv[1]), config.load(None, [f"run={sys.argv[1]}", "shards=none", f"wait_s={wait_s}"]))
 """
 HOLDS = RUN_OF + "with run(0).writing():\n    print('holds', flush=True)\n    time.sleep(float(sys.argv[2]))\n"
+BEATS = "import os, sys, time\nwhile True:\n    os.utime(sys.argv[1])\n    time.sleep(0.3)\n"
 IN_TURN = (
     RUN_OF
     + """
@@ -110,7 +111,11 @@ LOCKS = {
 
 @pytest.mark.parametrize("case", LOCKS)
 def test_a_living_writer_is_respected_and_a_stale_lock_taken(
-    case: str, processes: Callable[..., subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    processes: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     facts, age_s, taken = LOCKS[case]
     child = processes("sleep", 60)
@@ -118,14 +123,19 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
     path = lock(tmp_path / "run", **{key: value for key, value in owner.items() if value is not None})
     os.utime(path, (time.time() - age_s,) * 2)
     before, run = path.read_bytes(), run_of(tmp_path / "run")
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)  # our clock, which is not the disk's
     if taken:
         with run.writing():
             assert json.loads(path.read_bytes())["process"] == os.getpid()
         assert not path.exists()
         assert "taking over a stale lock" in capsys.readouterr().err
         return
+    heart = processes(sys.executable, "-c", BEATS, path)
+    begin = time.monotonic()
     with pytest.raises(Refusal) as refusal, run.writing():
         raise AssertionError("it was let in")
+    assert time.monotonic() - begin < 5, "a heart was seen to beat"
+    heart.kill()
     where = facts.get("host", platform.node())
     for part in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "wait for it or stop"):
         assert part in str(refusal.value)
@@ -133,7 +143,20 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
     assert sorted(path.name for path in path.parent.iterdir()) == ["lock"]
 
 
-def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path) -> None:
+def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that died, and ranks that are started again on others: longer than wait_s, but not for ever."""
+    monkeypatch.setattr("mura_dist.lock.STALE_S", 2.0)
+    lock(tmp_path / "run", host="elsewhere", process=1)
+    begin = time.monotonic()
+    with run_of(tmp_path / "run").writing():
+        assert 1.5 < time.monotonic() - begin < 5
+    assert "taking over a stale lock of process 1 on elsewhere" in capsys.readouterr().err
+
+
+def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mura_dist.lock.DOUBT_S", 0.0)
     (tmp_path / "lock").touch()
     with pytest.raises(Refusal, match="process 0 on unknown"), run_of(tmp_path).writing():
         raise AssertionError("it was let in")

@@ -9,8 +9,10 @@ A damaged sample is named on stderr once, its place is masked like one that only
 with `strict` it ends.
 """
 
+import contextlib
+import math
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from .. import launcher
 from ..config import Settings
 from ..manifest import class_weights
 from ..order import Micro
+from ..overdue import Overdue
 from ..refusal import Failure
 from ..shards import Shards
 from ..workers import processors
@@ -76,6 +79,7 @@ class Loading:
     workers: int  # threads
     prefetch: int  # micro-batches ready ahead of the step
     strict: bool = False
+    timeout_s: float = math.inf
 
     @classmethod
     def of(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "Loading":
@@ -87,7 +91,9 @@ class Loading:
         workers = settings.workers or min(8 if cuda else 4, max(1, processors() // launcher.ranks_here()))
         fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
         prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
-        return cls(shards, targets, backend, settings.micro_batch, workers, prefetch, settings.strict)
+        return cls(
+            shards, targets, backend, settings.micro_batch, workers, prefetch, settings.strict, settings.timeout_s
+        )
 
     def batches(self, micros: Iterable[Micro], device: torch.device) -> Generator[Batch, None, None]:
         return batches(
@@ -99,6 +105,7 @@ class Loading:
             workers=self.workers,
             prefetch=self.prefetch,
             strict=self.strict,
+            timeout_s=self.timeout_s,
         )
 
     def __str__(self) -> str:
@@ -116,10 +123,12 @@ def batches(
     workers: int,
     prefetch: int | None = None,
     strict: bool = False,
+    timeout_s: float = math.inf,
 ) -> Generator[Batch, None, None]:
     """A Batch for each of `micros` (all of one B), in their order. Closing the iterator ends its threads.
 
-    prefetch: micro-batches made ahead, two a thread by default; strict: Failure at the first damaged sample.
+    prefetch: micro-batches made ahead, two a thread by default; strict: Failure at the first damaged sample; timeout_s: one of
+    several ranks that waits longer for a batch says so and ends, as the others would without it.
     """
     ahead = prefetch or 2 * workers
     if backend == "dali":
@@ -130,7 +139,7 @@ def batches(
         from . import cpu
 
         made = cpu.images(shards, micros, workers=workers, prefetch=ahead)
-    for images in made:
+    for images in _in_time(made, shards, timeout_s):
         for damaged in images.damaged:
             if strict:
                 raise Failure(
@@ -139,6 +148,25 @@ def batches(
             if shards.note_damaged(damaged):
                 print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
         yield _batch(images, targets, device)
+
+
+def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:
+    """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
+    told = launcher.ranks()
+    if told.size == 1 or math.isinf(timeout_s):
+        yield from made
+        return
+    line = (
+        f"rank {told.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
+        "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
+    )
+    with contextlib.closing(Overdue(timeout_s, line)) as overdue:
+        while True:
+            with overdue.waiting():
+                images = next(made, None)
+            if images is None:
+                return
+            yield images
 
 
 def _batch(images: Images, targets: Targets, device: torch.device) -> Batch:

@@ -1,0 +1,212 @@
+"""Who a process is, by the words of each launcher; trainings that those start: mpirun for real, srun by its words."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import laws
+import pytest
+from conftest import BIN, NO_GPU, TINY, run, torchrun
+
+from mura_dist import launcher, world
+from mura_dist.launcher import Ranks
+from mura_dist.refusal import Failure, OwnRefusal, Refusal
+
+WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name in WORDS or name.startswith(("SLURM_", "OMPI_", "PMIX_")):
+            monkeypatch.delenv(name)
+
+
+def slurm(rank: int, node: int, local_rank: int) -> dict[str, str]:
+    """As srun of Slurm 22.05 says it: 11 tasks on three nodes."""
+    step = {"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_STEP_NODELIST": "gpu[07-09]"}
+    return step | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local_rank)}
+
+
+def openmpi(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
+    said = {"RANK": rank, "SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
+    return {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in said.items()}
+
+
+SAID = {
+    "nothing": ({}, Ranks("nothing")),
+    "torchrun": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
+    "deepspeed": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, (5, 8, 1, 4)),
+    "a job array, by hand": ({"RANK": "2", "WORLD_SIZE": "5"}, (2, 5, 0, 1)),
+    "a batch script outside srun": ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
+    "srun": (slurm(7, 1, 3), (7, 11, 3, 4)),
+    "srun, its smaller node": (slurm(10, 2, 2), (10, 11, 2, 3)),
+    "mpirun": (openmpi(3, 6, 1, 2), (3, 6, 1, 2)),
+    "mpirun in a Slurm job": (slurm(2, 2, 0) | openmpi(5, 6, 1, 2), (5, 6, 1, 2)),
+    "torchrun under srun": (slurm(2, 2, 0) | {"RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": "1"}, (9, 12, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_each_launcher_is_understood(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, wanted = SAID[case]
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    told = launcher.ranks()
+    assert (told.rank, told.size, told.local_rank, told.local_size) == (
+        wanted if isinstance(wanted, tuple) else (wanted.rank, wanted.size, wanted.local_rank, wanted.local_size)
+    )
+    assert (launcher.rank(), launcher.world_size()) == (told.rank, told.size)
+    assert (launcher.local_rank(), launcher.ranks_here()) == (told.local_rank, told.local_size)
+    assert launcher.is_first() == (told.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "3"}, ("rank 3 of 3", "count from 0")),
+        ({"RANK": "1"}, ("rank 1 of 1", "run alone")),
+        ({"RANK": "-1", "WORLD_SIZE": "3"}, ("rank -1 of 3",)),
+        ({"RANK": "one", "WORLD_SIZE": "3"}, ("RANK and WORLD_SIZE", "one, 3", "whole numbers")),
+        (openmpi(6, 6, 0, 1), ("OpenMPI", "rank 6 of 6")),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    said: dict[str, str],
+    words: tuple[str, ...],
+    shard_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"], *words)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu1,gpu2", "gpu1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("gpu[3,5]", "gpu3"),
+        ("rack[2-3]node[10-19]", "rack2node10"),
+        ("a-b.c[001-100].example,d", "a-b.c001.example"),
+    ],
+)
+def test_the_first_of_a_node_list(nodes: str, first: str) -> None:
+    assert launcher.first_host(nodes) == first
+
+
+def test_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meet(said: dict[str, str]) -> tuple[str, int]:
+        with monkeypatch.context() as patched:
+            for name, value in said.items():
+                patched.setenv(name, value)
+            return launcher.meeting_place()
+
+    job = slurm(7, 1, 3) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+    address, port = meet(job)
+    assert address == "gpu07"
+    assert 20000 <= port < 29000, "not one that Linux gives to anybody who asks"
+    assert meet(slurm(0, 0, 0) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}) == (address, port), "the same for all"
+    assert meet(job | {"SLURM_STEP_ID": "1"})[1] != port, "steps of a job may run beside each other"
+    assert meet(job | {"MASTER_ADDR": "ib0-gpu07", "MASTER_PORT": "1234"}) == ("ib0-gpu07", 1234)
+    assert meet(openmpi(1, 2, 1, 2))[0] == "127.0.0.1", "all on this machine"
+    assert meet({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}) == ("a", 29500)
+    with pytest.raises(Refusal, match="mpirun -x MASTER_ADDR=HOST"):
+        meet(openmpi(1, 4, 1, 2))
+    with pytest.raises(Refusal, match=r"rank 1 of 2 \(told by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
+        meet({"RANK": "1", "WORLD_SIZE": "2"})
+    with pytest.raises(Refusal, match="MASTER_PORT=70000: must lie between"):
+        meet(job | {"MASTER_PORT": "70000"})
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch, taken_port: int) -> None:
+    def join(rank: int, port: int) -> None:
+        said = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in said.items():
+            monkeypatch.setenv(name, str(value))
+        with world.join(1.0):
+            raise AssertionError("nobody is there")
+
+    with pytest.raises(
+        OwnRefusal, match=rf"port {taken_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
+    ):
+        join(0, taken_port)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    for rank in (0, 1):
+        with pytest.raises(
+            Failure, match=rf"rank {rank} of 2 has not met the others at 127.0.0.1:{free} in 1 s \(.*port can be"
+        ):
+            join(rank, free)
+
+
+# ---- trainings
+
+
+@pytest.fixture(scope="module")
+def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks of torchrun."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    done = torchrun(2, "mura_dist.train", *TINY, f"shards={shard_folder}", f"run={folder}", "--quiet")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    """Of all steps."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+def test_tasks_of_srun_train_as_ranks_do(whole: Path, shard_folder: Path, tmp_path: Path) -> None:
+    """By srun's words alone: no RANK, no MASTER_ADDR. They end with the losses of torchrun's ranks."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}
+    step = job | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    tasks = [
+        subprocess.Popen(
+            [BIN / "mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet"],
+            env={**os.environ, **NO_GPU, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], told
+    assert told[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
+    assert told[1][0] == "", "the first one speaks"
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+@pytest.mark.slow
+def test_mpirun_trains_as_torchrun_does(whole: Path, shard_folder: Path, tmp_path: Path) -> None:
+    if not shutil.which("mpirun"):
+        pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
+    words = [
+        shutil.which("mpirun"),
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        2,
+        BIN / "mura-dist",
+        "train",
+        *TINY,
+    ]
+    done = run(*words, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(whole)
