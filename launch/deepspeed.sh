@@ -37,4 +37,4 @@ cat ~/.deepspeed_env .deepspeed_env >> "$DS_ENV_FILE" 2> /dev/null || true
 # deepspeed hears INT and TERM: it has every host's ranks sent a TERM, which save and leave. Of USR2 it would die, and they go on.
 pass() { kill -TERM "$child"; }
 outcome deepspeed --hostfile "$hostfile" ${SSH_PORT:+--ssh_port "$SSH_PORT"} ${MASTER:+--master_addr "$MASTER"} \
-  --module mura_dist.train -- wait_s=150 "$@"
+  --module mura_dist.train -- "$@"

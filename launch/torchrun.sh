@@ -33,6 +33,5 @@ else
   meeting=(--rdzv-backend c10d --rdzv-endpoint "$MASTER" --rdzv-id "${ID:-mura}" --max-restarts "${RESTARTS:-3}"
     --rdzv-conf "join_timeout=600,last_call_timeout=15,read_timeout=30${RDZV_CONF:+,$RDZV_CONF}")
 fi
-# wait_s: a start waits so long for a former writer; a lost node's lock on the run is stale after 120 s.
 outcome .venv/bin/torchrun --nnodes "$NNODES" --nproc-per-node "$ranks" "${meeting[@]}" ${ADDRESS:+--local-addr "$ADDRESS"} \
-  --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" -m mura_dist.train -- wait_s=150 "$@"
+  --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" -m mura_dist.train -- "$@"
