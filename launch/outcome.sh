@@ -39,6 +39,9 @@ outcome() {
     sleep 1
     waits=$((waits + 1))
   done
-  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then status=3; fi # else an earlier start was stopped, this one failed
+  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then # else an earlier start was stopped, this one failed
+    status=3
+    if [ "${now#*\"reason\"}" = "${before#*\"reason\"}" ]; then still=yes; fi # at the very step where it had begun
+  fi
   return "$status"
 }

@@ -261,6 +261,19 @@ def test_a_job_goes_back_into_the_queue_where_slurm_wanted_it_to_stop(
     assert "not here" not in told.stdout
 
 
+def test_a_job_that_has_no_time_to_get_anywhere_is_not_requeued_for_ever(slurm: Slurm, tmp_path: Path) -> None:
+    made = Run(tmp_path, config.load(LAUNCH / "recipes" / "mura.toml", [f"run={tmp_path}"]))
+    made.write_status("stopped", reason="stopped at step 3 of 10")
+    again = f"""echo '{{"state": "stopped", "time": "later", "reason": "stopped at step 3 of 10"}}' > '{tmp_path}/status.json'"""
+    script = """source launch/outcome.sh; source launch/requeue.sh; status=0
+    outcome bash -c "$0; exit 1" -- "$@" || status=$?; asked=USR2; requeue "$status" """
+    words = ["bash", "-c", script, again, "launch/recipes/mura.toml", f"run={tmp_path}"]
+    told = subprocess.run(words, cwd=ROOT, env=slurm.environment(), capture_output=True, text=True, check=False)
+    assert told.returncode == 3, told.stderr
+    assert "give the job more time" in told.stderr
+    assert slurm.calls() == ""
+
+
 @pytest.mark.slow
 def test_warned_of_its_time_limit_a_job_saves_is_requeued_and_goes_on(
     slurm: Slurm, shard_folder: Path, tmp_path: Path
