@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # still: requeue.sh reads it
 # Sourced by the pages beside it: run a launcher to its end, pass signals on. Launchers hide how a training ended;
 # RUN/status.json says it.
 

@@ -339,6 +339,32 @@ def test_an_ensemble_submits_its_seeds_and_what_comes_after_them(slurm: Slurm, t
     ]
 
 
+def test_the_seeds_mean_and_deviation_are_told_and_their_ensemble_beside(tmp_path: Path) -> None:
+    interval = {"kappa_low": 0.5, "kappa_high": 0.9, "auroc_low": 0.8, "auroc_high": None, "num_studies": 13}
+    alike = {"split": "valid", "manifest_sha256": "a", "operating_point": "paper", "selected_on": "tune"}
+    for name, kappa in {"one": 0.6, "two": 0.8, "together": 0.85}.items():
+        group = {"kappa": kappa, "auroc": 0.9, "sensitivity": 0.5, "specificity": None} | interval
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"overall": group, "by_study_type": {}} | alike))
+    told = run(
+        "python",
+        "tools/over_runs.py",
+        tmp_path / "one",
+        tmp_path / "two",
+        "--together",
+        tmp_path / "together",
+        cwd=ROOT,
+    )
+    assert told.returncode == 0, told.stderr
+    heading, overall, _, together = told.stdout.splitlines()
+    assert heading.startswith("2 runs")
+    assert overall.split(maxsplit=1)[1].startswith("0.700 +- 0.141   0.900 +- 0.000   0.500 +- 0.000   - +- -")
+    assert "kappa 0.850 [0.500, 0.900], auroc 0.900 (13 studies)" in together
+    wrong = run("python", "tools/over_runs.py", tmp_path / "three", cwd=ROOT)
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "mura-dist evaluate" in wrong.stderr
+
+
 # ---- kubernetes.yaml
 
 
