@@ -4,7 +4,7 @@
 # Needs pdsh here (apt-get install pdsh), ssh without password to every host, and the same paths on all: checkout, shards, run.
 # SSH_PORT=2222        where sshd listens, if not at 22 (else ~/.ssh/config says how a host is reached)
 # MASTER=10.0.0.1      the first host as the others see it (default: what `hostname -I` says there first)
-# INTERFACE=eth1       the network between them: env.sh, whose variables go along; more of them: .deepspeed_env, a NAME=value a line
+# INTERFACE=eth1       the network between them: env.sh, whose variables go along; more: .deepspeed_env, a NAME=value a line
 # Exit status: 0 done; 2 wrong words; 3 stopped on request (as RUN/status.json says; the same words go on); else deepspeed's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ if [ ! -r "$hostfile" ]; then
   exit 2
 fi
 if [ "$(grep -cE '^[^#]*slots=' "$hostfile")" -gt 1 ] && ! command -v pdsh > /dev/null; then
-  echo "launch/deepspeed.sh: pdsh is not here, deepspeed starts several hosts with it; apt-get install pdsh, or launch/torchrun.sh on each" >&2
+  echo "launch/deepspeed.sh: several hosts want pdsh, which is not here; apt-get install pdsh, or give one host" >&2
   exit 2
 fi
 export PATH="$PWD/.venv/bin:$PATH"
@@ -37,4 +37,4 @@ cat ~/.deepspeed_env .deepspeed_env >> "$DS_ENV_FILE" 2> /dev/null || true
 # deepspeed hears INT and TERM: it has every host's ranks sent a TERM, which save and leave. Of USR2 it would die, and they go on.
 pass() { kill -TERM "$child"; }
 outcome deepspeed --hostfile "$hostfile" ${SSH_PORT:+--ssh_port "$SSH_PORT"} ${MASTER:+--master_addr "$MASTER"} \
-  --module mura_dist.train -- wait_s=150 "$@"
+  --module mura_dist.train -- "$@"

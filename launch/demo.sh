@@ -32,7 +32,7 @@ stage shards mura-dist shards "$folder" "$shards" --size 64
 # 3. What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
 plan=$(python tools/demo_plan.py "$shards" "$folder")
 eval "$plan" # ranks=... settings=(...) valid=...
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + ranks - 1) / ranks ))}
+source launch/env.sh
 train=(torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train launch/recipes/demo.toml
   "shards=$shards" "run=$run" "seed=${SEED:-0}" "${settings[@]}")
 

@@ -22,6 +22,6 @@ fi
 
 export OMP_NUM_THREADS NCCL_DEBUG
 
-# Not here, for what PyTorch 2.15 does by itself is right: TORCH_NCCL_ASYNC_ERROR_HANDLING (a rank whose peer is lost ends, after
-# the setting timeout_s), TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (a rank stuck in CUDA ends after 8 minutes), NCCL_IB_* (NCCL finds
-# InfiniBand, and gives up a lost peer after half a minute); PYTORCH_ALLOC_CONF: every step has the same shapes, nothing fragments.
+# Not here, for what PyTorch and NCCL do by themselves is right: TORCH_NCCL_ASYNC_ERROR_HANDLING (a rank whose peer is lost ends,
+# after the setting timeout_s), TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (a rank stuck in CUDA ends after some minutes), NCCL_IB_* (NCCL
+# finds InfiniBand); PYTORCH_ALLOC_CONF (every step has the same shapes, memory does not fragment).

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # still: requeue.sh reads it
 # Sourced by the pages beside it: run a launcher to its end, pass signals on. Launchers hide how a training ended;
 # RUN/status.json says it.
 
@@ -22,7 +22,8 @@ patiently() { # patiently COMMAND ...: to its end, whatever signals come; its ex
   return "$status"
 }
 
-outcome() { # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wrong words; 3 stopped, the same go on; else the launcher's
+# outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wrong words; 3 stopped, the same words go on; else the launcher's
+outcome() {
   local launcher=() status=0 before now state waits=0
   while [ "$1" != -- ]; do launcher+=("$1"); shift; done
   shift
@@ -30,13 +31,17 @@ outcome() { # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wro
   patiently "${launcher[@]}" "$@" || status=$?
   if [ "$status" -eq 0 ]; then return; fi
   while :; do
-    state=$(.venv/bin/python tools/run_state.py "$@") || return "$status"
-    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (workers.ORDERLY_S) to save and say so.
+    now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
+    state=${now#*\"state\": \"}
+    state=${state%%\"*}
+    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (workers.ORDERLY_S) to save.
     if [ "$state" != running ] || [ "$waits" -ge 20 ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
     sleep 1
     waits=$((waits + 1))
   done
-  now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
-  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then status=3; fi # else an earlier start was stopped, this one failed
+  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then # else an earlier start was stopped, this one failed
+    status=3
+    if [ "${now#*\"reason\"}" = "${before#*\"reason\"}" ]; then still=yes; fi # at the very step where it had begun
+  fi
   return "$status"
 }

@@ -14,7 +14,9 @@ requeue() { # requeue STATUS: 3, where Slurm wanted it so, puts the job back int
   if [ "$1" -eq 3 ]; then
     job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
     # Running still, so nobody cancelled it; and warned, or chosen for preemption. Else somebody asked the ranks to stop.
-    if [[ $job == *" JobState=RUNNING "* ]] && { [ "${asked:-}" = USR2 ] || [[ $job != *" PreemptTime=None "* ]]; }; then
+    if [ -n "${still:-}" ]; then
+      echo "stopped where it had begun, not requeued: it would be so again; give the job more time (--time)" >&2
+    elif [[ $job == *" JobState=RUNNING "* ]] && { [ "${asked:-}" = USR2 ] || [[ $job != *" PreemptTime=None "* ]]; }; then
       echo "stopped on Slurm's wish; requeued, to go on"
       scontrol requeue "$SLURM_JOB_ID" || true
     fi
