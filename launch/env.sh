@@ -20,7 +20,11 @@ fi
 # Not exported: torchrun sets the variable anew from its option, so pages give --signals-to-handle.
 : "${TORCHELASTIC_SIGNALS_TO_HANDLE:=SIGTERM,SIGINT,SIGUSR2}"
 
-export OMP_NUM_THREADS NCCL_DEBUG
+# After a restart (c10d) ranks meet at a new place, of the node that is first now. By itself torchrun sends them to the place of the
+# start before: what is written there names ranks that have ended, and its node may be the one that was lost.
+: "${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:=1}"
+
+export OMP_NUM_THREADS NCCL_DEBUG TORCH_DISABLE_SHARE_RDZV_TCP_STORE
 
 # Not here, for what PyTorch and NCCL do by themselves is right: TORCH_NCCL_ASYNC_ERROR_HANDLING (a rank whose peer is lost ends,
 # after the setting timeout_s), TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (a rank stuck in CUDA ends after some minutes), NCCL_IB_* (NCCL

@@ -168,14 +168,14 @@ def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
                 "another port: MASTER_PORT=29501"
             ) from error
         raise Failure(
-            f"rank {told.rank} of {told.size} has not met the others at {address}:{port} in {limit.total_seconds():.0f} s "
-            f"({_reason(error)}); see that all were started, that {address} is rank 0's machine and that its port can be reached"
+            f"rank {told.rank} of {told.size} could not meet the others at {address}:{port} ({_reason(error)}; it waits up to "
+            f"{limit.total_seconds():.0f} s); see that all were started, that {address} is rank 0's machine, its port open"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line, without the library's own place in its sources."""
-    return re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])[:100]
+    """The first line, without the library's own places in its sources."""
+    return re.sub(r"(^\[[^]]*\]|\[/[^]]*\])\s*", "", str(error).splitlines()[0])[:100]
 
 
 _LOST = (
