@@ -6,11 +6,15 @@ pass() { # a signal to the page: the same to what it runs; a page may have anoth
   kill "-$1" "$child"
 }
 
+beside() { :; } # what a page has done beside it, of process $child; ended with it
+
 patiently() { # patiently COMMAND ...: to its end, whatever signals come; its exit status
-  local status=0
+  local status=0 watch
   asked=
   "$@" &
   child=$!
+  beside &
+  watch=$!
   trap 'asked=TERM; pass TERM' TERM # passed on, so that ranks save
   trap 'asked=USR2; pass USR2' USR2
   trap 'asked=INT' INT # a terminal's Ctrl-C reaches the command by itself
@@ -19,25 +23,26 @@ patiently() { # patiently COMMAND ...: to its end, whatever signals come; its ex
     status=0
     wait "$child" || status=$?
   done
+  kill "$watch" 2> /dev/null || true
   return "$status"
 }
 
 # outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wrong words; 3 stopped, the same words go on; else the launcher's
 outcome() {
-  local launcher=() status=0 before now state waits=0
+  local launcher=() status=0 before now state end
   while [ "$1" != -- ]; do launcher+=("$1"); shift; done
   shift
   before=$(.venv/bin/python tools/run_state.py --whole "$@") || return # said in one line here, not by every rank
   patiently "${launcher[@]}" "$@" || status=$?
   if [ "$status" -eq 0 ]; then return; fi
+  end=$((SECONDS + 20))
   while :; do
     now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
     state=${now#*\"state\": \"}
     state=${state%%\"*}
     # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (workers.ORDERLY_S) to save.
-    if [ "$state" != running ] || [ "$waits" -ge 20 ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
+    if [ "$state" != running ] || [ "$SECONDS" -ge "$end" ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
     sleep 1
-    waits=$((waits + 1))
   done
   if [ "$state" = stopped ] && [ "$now" != "$before" ]; then # else an earlier start was stopped, this one failed
     status=3
