@@ -63,7 +63,7 @@ def _turns(seed: int, epoch: int, block: int, rotate_deg: float, flip: bool) -> 
 
 
 class _Philox(threading.local):
-    """A generator a thread. To set its key and counter takes 4 us, a new one 25: it asks the system for entropy it does not use."""
+    """A generator a thread. To set key and counter takes 4 us, a new one 25: it asks the system for entropy, and uses none."""
 
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=0)
