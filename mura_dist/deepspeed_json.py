@@ -36,12 +36,15 @@ ZERO_TAKEN = frozenset(
 
 def config(settings: Settings, world_size: int, *, num_weights: int) -> dict[str, Any]:
     """For deepspeed.initialize. Raises Refusal where the user's file is no JSON or contradicts the recipe."""
-    ours = {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.global_batch // (settings.micro_batch * world_size),
+        "gradient_clipping": 0.0,  # the engine's own to do; left out, DeepSpeed clips to 1 and sends a norm round for it
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+    if settings.precision == "bf16" and world_size > 1:  # half the bytes; alone nothing travels, and nothing is rounded
+        ours["communication_data_type"] = "bf16"
     # The gradient is one vector already: nothing to copy together.
     zero = {"stage": settings.zero_stage, "reduce_bucket_size": num_weights, "contiguous_gradients": False}
     theirs = user(settings, world_size)

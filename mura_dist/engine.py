@@ -1,7 +1,8 @@
 """The training engine: DeepSpeed around a model. The only file that imports DeepSpeed.
 
     micro-batches of one step -> forward, backward, accumulated into the flat gradient (flat.py)
-        -> all-reduce of that gradient (DeepSpeed) and of one small vector: every micro-batch's loss, BatchNorm's sums, flags
+        -> all-reduce of that gradient (DeepSpeed, in place) and of one small vector: every micro-batch's loss, BatchNorm's
+           sums, flags; nothing else is sent
         -> all of it finite?  optimiser step, running statistics, moving average  |  no: nothing has happened
 
 DeepSpeed sees one parameter, the flat vector. Every rank does the same collectives whatever happens to it (out of memory, a
@@ -85,6 +86,7 @@ class Engine:
         )
         network = self.model if settings.compile == "none" else _compiled(self.model, settings.compile)
         self._engine = _deepspeed(_Seen(network, self.flat.weights), self.flat, settings, world)
+        self._divided_by = world.size if self._engine.gradient_average else 1
         self.flat.attach()
 
     # ---- one step
@@ -128,8 +130,7 @@ class Engine:
         started = time.perf_counter()
         losses = torch.zeros(self.num_micros, device=self.world.device)
         first = self.world.rank * self.num_micros // self.world.size
-        # DeepSpeed takes the mean over ranks: together with this, the sum over the global batch is divided by its size.
-        factor = loss_scale * self.world.size / self.settings.global_batch
+        factor = loss_scale * self._divided_by / self.settings.global_batch  # the sum over all ranks is divided once
         try:
             for place, batch in enumerate(batches, first):
                 if place > first and asked() and time.perf_counter() - started > _LONG_S:
@@ -147,7 +148,7 @@ class Engine:
         return losses, 0.0
 
     def _reduce(self, loss_scale: float) -> list[Tensor]:
-        """The gradient's mean over all ranks: whole, or under ZeRO this rank's share of it."""
+        """The gradient of the global batch: whole, or under ZeRO this rank's share of it."""
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
         shares = self._engine.optimizer.averaged_gradients[0] if self.settings.zero_stage else [self.flat.gradient]
@@ -296,4 +297,16 @@ def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) ->
     )
     limit(settings.timeout_s)  # DeepSpeed reduces over a group of its own
     engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
+    if not settings.zero_stage:
+        _send_in_place(engine)
     return engine
+
+
+def _send_in_place(engine: Any) -> None:
+    """The gradient is one vector already; DeepSpeed would copy it to another, scale it there, and copy it back.
+
+    On two ranks of a CPU these passes over 50 MB took as long as half an all-reduce (docs/scaling.md).
+    """
+    engine.flatten, engine.unflatten = (lambda bucket: bucket[0]), (lambda vector, bucket: [vector])
+    if engine.postscale_gradients() and engine.gradient_predivide_factor() == 1:  # a user's file may say otherwise
+        engine.gradient_average = False

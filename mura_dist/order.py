@@ -10,14 +10,17 @@ the world size only decides who takes which micro-batch.
 """
 
 import functools
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 _ORDER, _ANGLE, _FLIP = 0, 1, 2
 _STREAMS = 4
 _WORDS = 4  # uint64 that Philox gives for a step of its counter
-_BLOCK = 1024  # places whose angles and flips are drawn at once
+_BLOCK = 256  # places whose angles and flips are drawn at once
+_PART = 1 << 18  # of an order worked on at once
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,53 @@ class Epoch:
         return Micro(self.rows[start : start + size], angles[here], flips[here], np.ones(size, bool))
 
 
-@functools.lru_cache(maxsize=4)  # of a few KB each: setting Philox up costs more than what it gives for one micro-batch
+@functools.lru_cache(maxsize=4)  # of a KB each; a rank's micro-batches lie side by side, or far from each other
 def _turns(seed: int, epoch: int, block: int, rotate_deg: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
     """Angles float32 and flips bool of the places of a block, (_BLOCK,) each; nobody writes to them."""
     # The upper 24 bits as a fraction in [0, 1): exact in float32.
-    fraction = (_bits(seed, epoch, _ANGLE, block) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-    flips = (_bits(seed, epoch, _FLIP, block) & np.uint64(1)).astype(bool) & flip
+    fraction = (_philox.bits(seed, epoch, _ANGLE, block) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    flips = (_philox.bits(seed, epoch, _FLIP, block) & np.uint64(1)).astype(bool) & flip
     return (2 * fraction - 1) * np.float32(rotate_deg), flips
 
 
-def _bits(seed: int, epoch: int, stream: int, block: int = 0, count: int = _BLOCK) -> np.ndarray:
-    """`count` of a stream's random uint64, from the start of a block on."""
-    key = np.array([seed, epoch * _STREAMS + stream], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=block * (_BLOCK // _WORDS)).random_raw(count)
+class _Philox(threading.local):
+    """A generator a thread. To set key and counter takes 4 us, a new one 25: it asks the system for entropy, and uses none."""
+
+    def __init__(self) -> None:
+        self._philox = np.random.Philox(key=0)
+        self._state: Any = self._philox.state
+
+    def bits(self, seed: int, epoch: int, stream: int, block: int = 0, count: int = _BLOCK) -> np.ndarray:
+        """`count` of a stream's random uint64, from the start of a block on."""
+        inner = self._state["state"]
+        inner["key"][:] = seed, epoch * _STREAMS + stream
+        inner["counter"][0] = block * (_BLOCK // _WORDS)
+        self._philox.state = self._state
+        return self._philox.random_raw(count)
+
+
+_philox = _Philox()
 
 
 def epoch_order(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
-    """The whole order of an epoch. Ten million rows take 0.3 s and 160 MB (docs/benchmarks.md)."""
+    """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/scaling.md)."""
     place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
-    keys = _bits(seed, epoch, _ORDER, count=len(rows))  # the only other array there is besides the result
+    keys = _philox.bits(seed, epoch, _ORDER, count=len(rows))  # the only array as long: at last the result
     keys >>= place_bits
     keys <<= place_bits
-    keys |= np.arange(len(rows), dtype=np.uint64)
+    for part in _parts(len(rows)):
+        keys[part] |= np.arange(part.start, part.stop, dtype=np.uint64)
     keys.sort()
     keys &= (np.uint64(1) << place_bits) - np.uint64(1)
-    return Epoch(rows[keys.view(np.int64)], seed, epoch, rotate_deg, flip)
+    places = keys.view(np.int64)
+    for part in _parts(len(rows)):
+        places[part] = rows[places[part]]
+    return Epoch(places, seed, epoch, rotate_deg, flip)
+
+
+def _parts(size: int) -> list[slice]:
+    """What is done to a long array at a time, so that nothing beside it is as long."""
+    return [slice(start, min(start + _PART, size)) for start in range(0, size, _PART)]
 
 
 def steps_per_epoch(num_rows: int, global_batch: int) -> int:

@@ -1,5 +1,6 @@
 """The engine of one rank, in this process: against autograd and definitions; and what a step that is left out leaves alone."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -98,6 +99,17 @@ def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
     moved = (weights_of(engine.model) - before).norm().item()
     assert moved == pytest.approx(min(limit, norm), rel=1e-3)
     assert 0.01 < norm < 1e6
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_nobody_else_clips(alone: World, stage: int) -> None:
+    """DeepSpeed would, to 1, where it is not told otherwise."""
+    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", zero_stage=stage), alone)
+    before = weights_of(engine.model)
+    heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in some_batches(1)]
+    norm = engine.step(heavy, 1e-3).gradient_norm
+    assert norm > 10
+    assert (weights_of(engine.model) - before).norm().item() == pytest.approx(1e-3 * norm, rel=1e-3)
 
 
 def spoil_stem(calls: list[int], module: torch.nn.Module, given: object, output: Tensor) -> Tensor:

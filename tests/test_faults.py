@@ -230,7 +230,13 @@ def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
         "reduce_scatter": False,
     }
     assert merged["gradient_accumulation_steps"] == 2
-    assert not {"optimizer", "bf16", "gradient_clipping", "train_batch_size"} & merged.keys(), "ours to do"
+    assert not {"optimizer", "bf16", "train_batch_size"} & merged.keys(), "ours to do"
+    assert merged["gradient_clipping"] == 0, "ours to do: DeepSpeed's default is 1"
+    assert merged["communication_data_type"] == "bf16"
+    assert "communication_data_type" not in deepspeed_json.config(settings(), 1, num_weights=10), "nothing travels"
+    path.write_text('{"communication_data_type": "fp32"}')
+    asked = deepspeed_json.config(settings(deepspeed=str(path)), 2, num_weights=10)
+    assert asked["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ BENCHES = (
     ".plots",
 )
 BENCHES += (".training", ".ranks", ".prediction")
+BENCHES += (".fleet", ".communication", ".networks", ".scaling", ".trials", ".outlook", ".planning", ".scaling_plots")
 FLOORS = [
     {"words": {"__init__", "refusal", "mura", "config", "launcher", "points", "card", "signals", "anatomy"}},
     {

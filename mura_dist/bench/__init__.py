@@ -57,7 +57,7 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
     """
     options = options or Options()
     size, number = _settle(what, options)
-    measured = {"what": what, "command": _command(what, options), "hardware": _hardware(), "versions": _versions()}
+    measured = {"what": what, "command": _command(what, options), "hardware": hardware(), "versions": versions()}
     with tempfile.TemporaryDirectory(prefix="mura-dist-bench-") as scratch:
         if options.data is None:
             say("drawing phantoms")
@@ -206,7 +206,7 @@ def _command(what: str, options: Options) -> str:
     return " ".join(["mura-dist bench", what, *(f"--{name} {shlex.quote(str(value))}" for name, value in given)])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     from ..runs import environment
 
     here, theirs = environment(), ("pillow", "webdataset")
@@ -214,7 +214,7 @@ def _versions() -> dict[str, str]:
     return known | {name: metadata.version(name) for name in theirs}
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     """The machine, and how busy it was before: on a shared one, the work of others is in the numbers."""
     import torch
 

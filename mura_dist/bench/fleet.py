@@ -1,0 +1,271 @@
+"""Processes that are the ranks of one world, each with a real Engine; they do as they are told, all at once.
+
+    Fleet(job, ranks) -> play("step") -> Turn: from the first rank's start to the last one's end, what each did inside
+    step    a step of the engine         alone  the same step, nothing sent
+    bare    one all-reduce of a buffer like the gradient that travels; small: of one like the step's small vector
+    tiny    one of 4 bytes               evaluation   a forward of one micro-batch as evaluation does it
+
+Ranks may live in network namespaces (networks.py). All clocks are this machine's monotonic one, so that they compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from typing import Any, NamedTuple, Self
+
+from .. import launcher, workers
+from ..refusal import Failure
+
+_TIMEOUT_S = 120.0
+_LEARNING_RATE = 1e-5  # ranks that did not hear each other drift apart; not far
+
+
+@dataclass(frozen=True)
+class Job:
+    """What each rank trains: `micros` micro-batches of `micro_batch` radiographs of `size` px a step. precision: fp32, bf16."""
+
+    architecture: str
+    size: int
+    micro_batch: int
+    micros: int
+    precision: str
+
+
+class Turn(NamedTuple):
+    """seconds: from the first rank's start to the last one's end. micros_s: of forward and backward, by rank, then micro-batch;
+    own_s: each rank's own seconds."""
+
+    seconds: float
+    micros_s: list[list[float]]
+    own_s: list[float]
+
+
+class Facts(NamedTuple):
+    """Of one step: bytes of the buffer that is all-reduced (its type in words), of the small vector."""
+
+    gradient_bytes: int
+    gradient_type: str
+    vector_bytes: int
+    device: str
+
+
+class Fleet:
+    """Raises Failure where a rank ends, or does not answer."""
+
+    def __init__(self, job: Job, ranks: int, *, spaces: Sequence[str] = (), address: str = "127.0.0.1") -> None:
+        self.job, self.ranks, self.spaces, self.address = job, ranks, spaces, address
+
+    def __enter__(self) -> Self:
+        context, port = multiprocessing.get_context("spawn"), _free_port()
+        self._pipes, self._processes = [], []
+        for rank in range(self.ranks):
+            ours, theirs = context.Pipe()
+            space = self.spaces[rank] if self.spaces else ""
+            words = (rank, self.ranks, (self.address, port), space, self.job, theirs)
+            process = context.Process(target=_serve, args=words, daemon=True, name=f"rank-{rank}")
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        try:
+            self.facts: Facts = self._answers()[0]
+        except BaseException as error:
+            self.__exit__(error)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self._processes:
+            process.join(0 if any(error) else 10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+    def play(self, what: str) -> Turn:
+        for pipe in self._pipes:
+            pipe.send(what)
+        answers = self._answers()
+        starts, ends, micros = zip(*answers, strict=True)
+        own = [end - start for start, end in zip(starts, ends, strict=True)]
+        return Turn(max(ends) - min(starts), list(micros), own)
+
+    def _answers(self) -> list[Any]:
+        """By rank. Whoever ends first is named, while the others may still wait for it."""
+        found: dict[int, Any] = {}
+        while len(found) < self.ranks:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+            ready = connection.wait(list(waiting), _TIMEOUT_S)
+            rank = waiting[ready[0]] if ready else min(waiting.values())
+            try:
+                if not ready:
+                    raise TimeoutError
+                found[rank] = self._pipes[rank].recv()
+            except (EOFError, OSError) as error:
+                raise Failure(
+                    f"rank {rank} of {self.ranks} ended, or did not answer for {_TIMEOUT_S:.0f} s; it says why above, or memory "
+                    "ran out: fewer ranks or a smaller --size take less"
+                ) from error
+        return [found[rank] for rank in range(self.ranks)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---- in a rank's process
+
+
+def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job, pipe: Any) -> None:
+    workers.end_with_parent()
+    os.dup2(2, 1)  # stdout is for the result; DeepSpeed greets there
+    if space:
+        from . import networks
+
+        networks.enter(space)
+        os.environ["GLOO_SOCKET_IFNAME"] = networks.DEVICE
+    for name in launcher.VARIABLES:
+        os.environ.pop(name, None)
+    known = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": meeting[0],
+        "MASTER_PORT": meeting[1],
+    }
+    os.environ.update({name: str(value) for name, value in known.items()})
+    import torch
+
+    from .. import world
+
+    torch.set_num_threads(max(1, workers.processors() // ranks))
+    with world.join(_TIMEOUT_S) as here:
+        player = _Player(job, here)
+        pipe.send(player.facts())
+        while (what := pipe.recv()) is not None:
+            pipe.send(player.play(what))
+
+
+class _Player:
+    """A rank, ready for any of the turns."""
+
+    def __init__(self, job: Job, here: Any) -> None:
+        import torch
+
+        from .. import config, model
+        from ..engine import Engine
+
+        self.job, self.here = job, here
+        sizes = {"micro_batch": job.micro_batch, "global_batch": job.micro_batch * job.micros * here.size}
+        named = {"shards": "", "run": "", "architecture": job.architecture, "precision": job.precision}
+        self.engine = Engine(model.build(job.architecture), config.check(named | sizes, "fleet"), here)
+        self.batches = [_batch(job, here, place) for place in range(job.micros)]
+        self.taken: list[float] = []
+        # DeepSpeed's own word for what type the gradient travels in.
+        kind = self.engine._engine.communication_data_type
+        self.buffer = torch.ones(self.engine.flat.gradient.numel(), dtype=kind, device=here.device)
+        length = here.size + 1 + self.engine.num_micros + self.engine.statistics.sum.numel()
+        self.vector = torch.ones(length, device=here.device)
+        self.one = torch.ones(1, device=here.device)
+
+    def facts(self) -> Facts:
+        kind = str(self.buffer.dtype).removeprefix("torch.")
+        return Facts(self.buffer.nbytes, kind, self.vector.nbytes, str(self.here.device.type))
+
+    def play(self, what: str) -> tuple[float, float, list[float]]:
+        """(start, end, seconds of each micro-batch), after a barrier."""
+        work: Callable[[], None] = getattr(self, what)
+        self.buffer.fill_(1)
+        self.taken = []
+        self.here.barrier()
+        self._settle()
+        started = time.monotonic()
+        work()
+        self._settle()
+        return started, time.monotonic(), self.taken
+
+    def _settle(self) -> None:
+        import torch
+
+        if self.here.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self) -> None:
+        result = self.engine.step(self._timed(), _LEARNING_RATE)
+        assert result.applied, result
+        assert math.isfinite(result.loss)
+
+    def alone(self) -> None:
+        with _unheard(self.engine):
+            self.step()
+
+    def _timed(self) -> Iterator[Any]:
+        """The micro-batches; notes how long each took from when it was given until the next was asked for."""
+        for batch in self.batches:
+            started = time.monotonic()
+            yield batch
+            self._settle()
+            self.taken.append(time.monotonic() - started)
+
+    def bare(self) -> None:
+        _all_reduce(self.buffer)
+
+    def small(self) -> None:
+        _all_reduce(self.vector)
+
+    def tiny(self) -> None:
+        _all_reduce(self.one)
+
+    def evaluation(self) -> None:
+        import torch
+
+        with self.engine.offered() as network, torch.inference_mode():
+            network(self.batches[0].image)
+
+
+def _all_reduce(vector: Any) -> None:
+    import torch.distributed as dist
+
+    dist.all_reduce(vector)
+
+
+def _batch(job: Job, here: Any, place: int) -> Any:
+    """Noise: pixels do not change how long a convolution takes."""
+    import torch
+
+    from ..pipeline import Batch
+
+    random = torch.Generator().manual_seed(1000 * here.rank + place)
+    image = torch.randint(0, 256, (job.micro_batch, 1, job.size, job.size), dtype=torch.uint8, generator=random)
+    ones = torch.ones(job.micro_batch, device=here.device)
+    label = torch.arange(job.micro_batch, device=here.device) % 2.0
+    return Batch(image.to(here.device), label, ones, ones.long(), ones.bool())
+
+
+@contextlib.contextmanager
+def _unheard(engine: Any) -> Iterator[None]:
+    """Nothing is sent within: DeepSpeed's whole way of the gradient is left out, and the small vector stays this rank's own."""
+    import torch.distributed as dist
+
+    deepspeed, reduce, kept = engine._engine, "all_reduce", dist.all_reduce
+    deepspeed.allreduce_gradients = lambda *given, **named: None  # hides the method
+    setattr(dist, reduce, lambda *given, **named: None)
+    try:
+        yield
+    finally:
+        setattr(dist, reduce, kept)
+        del deepspeed.allreduce_gradients

@@ -1,0 +1,91 @@
+"""What scaling.py says, to read: the table of a network, the table of the data, what was assumed.
+
+    epochs of one network (scaling.epoch for 1, 2, 4 ... ranks) -> lines
+
+What could not be had is a row with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .scaling import Data, Epoch, Network, Trace
+
+_HEAD = ("ranks", "global batch", "step ms", "network ms", "images/s", "efficiency", "limit", "epoch s", "$ an epoch")
+_DISK = ("ranks", "GB an epoch", "GB a node", "of a step's time")
+_STORE = ("ranks", "GB once", "GETs once", "before the first step, s", "$ an epoch more")
+
+
+def table(network: Network, epochs: Sequence[Epoch]) -> list[str]:
+    """Of one network."""
+    return [f"{network} between nodes", *_columns(_HEAD, [_cells(one) for one in epochs])]
+
+
+def _cells(one: Epoch) -> list[str]:
+    if one.step is None:
+        return [str(one.ranks), str(one.global_batch), one.refused]
+    sent = one.step.wire_s + one.step.latency_s
+    return [
+        str(one.ranks),
+        str(one.global_batch),
+        f"{1e3 * one.step_s:.1f}",
+        f"{1e3 * sent:.2f}",
+        f"{one.images_per_s:,.0f}",
+        f"{one.efficiency:.1%}",
+        one.limit,
+        f"{one.epoch_s:.1f}",
+        f"{one.dollars:.3f}",
+    ]
+
+
+def data_tables(data: Data, epochs: Sequence[Epoch]) -> list[str]:
+    """What is read: from the nodes' own disks; from a store, copied to them once (mirror.py), or each time, as we do not."""
+    rows = [one for one in epochs if one.step is not None]
+    disk = [
+        [
+            str(one.ranks),
+            f"{one.read_bytes / 1e9:.2f}",
+            f"{one.read_bytes / one.nodes / 1e9:.2f}",
+            f"{one.read_s / one.step_s:.1%}",
+        ]
+        for one in rows
+    ]
+    store = [
+        [
+            str(one.ranks),
+            f"{one.copied_bytes / 1e9:.1f}",
+            f"{one.gets:,}",
+            f"{one.copy_s:.1f}",
+            f"{one.dollars_store:.4f}",
+        ]
+        for one in rows
+    ]
+    each_time = f"{data.streamed_bytes / 1e9:.2f} GB, {data.streamed_gets:,} GETs, ${data.streamed_dollars:.4f}"
+    return [
+        "data on the nodes' own disks: no requests, nothing to pay for",
+        *_columns(_DISK, disk),
+        "",
+        f"data in an object store, copied to each node once, shared by {data.epochs} epochs",
+        *_columns(_STORE, store),
+        f"read from the store at every epoch instead, a range of a tar for each radiograph: {each_time} an epoch",
+    ]
+
+
+def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Right-aligned; a row shorter than the head ends in words."""
+    whole = [row for row in rows if len(row) == len(head)]
+    widths = [max(len(title), *(len(row[place]) for row in whole), 0) for place, title in enumerate(head)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
+
+
+def assumptions(trace: Trace, data: Data, where: str) -> list[str]:
+    """What nobody measured, a line each."""
+    return [
+        *trace.assumed,
+        where,
+        f"{data.radiographs:,} radiographs to train and tune on ({data.tune:.0%} tune), {data.others:,} others",
+        f"{data.bytes_each:,.0f} bytes a radiograph in its tar, {data.per_shard} radiographs a tar",
+        f"a node's disk {data.disk_bytes_per_s / 1e6:,.0f} MB/s, the store {data.store_bytes_per_s / 1e6:,.0f} MB/s a node",
+        f"${data.dollars_per_gpu_hour:g} a GPU and hour, ${data.dollars_per_1000_gets:g} for 1,000 GETs, "
+        f"${data.dollars_per_gb:g} a GB out of the store",
+    ]

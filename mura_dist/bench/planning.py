@@ -1,0 +1,74 @@
+"""What it takes a rank to know an epoch: the whole order, then its micro-batches step by step. Time, memory.
+
+Memory is what NumPy allocates (tracemalloc) beyond the rows themselves, which a rank has from its manifest.
+"""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from typing import Any
+
+import numpy as np
+
+from .. import order
+
+
+def measure(radiographs: int, ranks: int, micro_batch: int) -> dict[str, Any]:
+    """order_s; first_s: to its first step; epoch_s: all of one rank's micro-batches, one after the other, as a loader asks for
+    them; micro_us: of one of them; peak_mib: beyond the rows, with_rows_mib: with them."""
+    rows = np.arange(radiographs)
+    started = time.perf_counter()
+    ordered = _order(rows)
+    ordered_s = time.perf_counter() - started
+    _walk(ordered, ranks, micro_batch, steps=1)
+    first_s = time.perf_counter() - started
+    started = time.perf_counter()
+    micros = _walk(ordered, ranks, micro_batch)
+    epoch_s = time.perf_counter() - started
+    del ordered
+    peak = peak_bytes(rows, ranks, micro_batch)
+    return {
+        "radiographs": radiographs,
+        "ranks": ranks,
+        "micro_batch": micro_batch,
+        "order_s": ordered_s,
+        "first_s": first_s,
+        "epoch_s": epoch_s,
+        "micro_us": 1e6 * epoch_s / max(1, micros),
+        "peak_mib": peak / 2**20,
+        "with_rows_mib": (peak + rows.nbytes) / 2**20,
+    }
+
+
+def peak_bytes(rows: np.ndarray, ranks: int, micro_batch: int) -> int:
+    """Most at any time, beyond `rows`: the order and then its first thousand steps."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        _walk(_order(rows), ranks, micro_batch, steps=1000)
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def _order(rows: np.ndarray) -> order.Epoch:
+    return order.epoch_order(rows, 1, 2, rotate_deg=30.0, flip=True)
+
+
+def _walk(ordered: order.Epoch, ranks: int, micro_batch: int, *, steps: int | None = None) -> int:
+    """How many micro-batches a rank in the middle takes."""
+    batch, number = micro_batch * ranks, 0
+    sizes = {"global_batch": batch, "micro_batch": micro_batch, "world_size": ranks, "rank": ranks // 2}
+    all_steps = order.steps_per_epoch(len(ordered.rows), batch)
+    for step in range(all_steps if steps is None else min(steps, all_steps)):
+        number += len(order.step_micros(ordered, step, **sizes))
+    return number
+
+
+def words(one: dict[str, Any]) -> str:
+    return (
+        f"{one['radiographs']:,} radiographs, {one['ranks']} ranks, micro-batches of {one['micro_batch']}: order "
+        f"{one['order_s']:.2f} s, to the first step {one['first_s']:.2f} s; then a rank's whole epoch {one['epoch_s']:.2f} s "
+        f"({one['micro_us']:.0f} us a micro-batch); {one['peak_mib']:.0f} MiB, with the rows {one['with_rows_mib']:.0f}"
+    )

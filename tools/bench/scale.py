@@ -1,0 +1,285 @@
+"""Step, epoch, efficiency and bill on N ranks before they are bought, from a measured trace and a network.
+
+    measure   a trace of this machine: seconds of a step with nothing sent, what a byte costs to send -> FILE
+    check     real runs of 2, 4 and 8 ranks in network namespaces with tc limits, held against the prediction (Linux, root)
+    predict   the table for 1 to 256 GPUs, from a trace or from images/s you name; what is read, requested and paid for
+    planning  what the order of ten million radiographs takes a rank
+
+python tools/bench/scale.py measure --out trace.json && python tools/bench/scale.py check --trace trace.json --plot check.png
+python tools/bench/scale.py predict --images-per-s 600 --micro-batch 16 --plot scaling.png
+
+Exit status: 0 done; 1 the work failed; 2 the request was wrong.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mura_dist import bench
+from mura_dist.bench import outlook, planning, plots, scaling, scaling_plots, trials
+from mura_dist.bench.fleet import Job
+from mura_dist.bench.scaling import Cluster, Data, Network, Trace
+from mura_dist.config import Settings
+from mura_dist.convert import SAMPLES_PER_SHARD
+from mura_dist.refusal import Failure, Refusal
+
+NETWORKS = ["25Gb/s:20us", "100Gb/s:10us", "400Gb/s:5us"]
+LIMITS = ["none", "2Gb/s", "1Gb/s", "300Mb/s"]
+GPUS = "1,2,4,8,16,32,64,128,256"
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) >= 1 for part in parts):
+        raise Refusal(f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8")
+    return [int(part) for part in parts]
+
+
+def at_least(options: argparse.Namespace, **limits: float) -> None:
+    for name, least in limits.items():
+        if getattr(options, name) is not None and not getattr(options, name) >= least:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    from mura_dist import world  # torch, which takes seconds to import
+
+    precision = ("bf16" if world.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+    return Job(options.architecture, options.size, options.micro_batch, options.micros, precision)
+
+
+def provenance() -> dict[str, Any]:
+    return {
+        "command": "python tools/bench/scale.py " + shlex.join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": bench.hardware(),
+        "versions": bench.versions(),
+    }
+
+
+# ---- the commands
+
+
+def measure(options: argparse.Namespace) -> None:
+    at_least(options, size=32, micro_batch=2, micros=1, rounds=1)
+    trace = trials.measure(job_of(options), rounds=options.rounds, provenance=provenance(), say=say)
+    trace.save(options.out)
+    say(f"{options.out}: {trace.gradient_bytes / 1e6:.1f} MB of gradient, {trace.fixed_bytes / 1e6:.2f} MB beside it")
+
+
+def check(options: argparse.Namespace) -> None:
+    at_least(options, size=32, micro_batch=2, micros=1, rounds=1)
+    ranks, networks = numbers("--ranks", options.ranks), [Network.parse(text) for text in options.network or LIMITS]
+    if options.plot:
+        plots.check(options.plot)
+    job = job_of(options)
+    where = provenance()
+    trace = Trace.load(options.trace) if options.trace else None
+    if trace is None:
+        trace = trials.measure(job, rounds=options.rounds, provenance=where, say=say)
+    _same(trace, job, options.trace)
+    found = trials.check(trace, job, ranks, networks, rounds=options.rounds, say=say)
+    worst = max(found, key=lambda one: abs(one["error"]))
+    within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
+    far = f"{worst['error']:+.1%} ({worst['ranks']} ranks, {worst['network']})"
+    say(f"{within} of {len(found)} within {trials.WITHIN:.0%} of the median of {options.rounds}; the farthest {far}")
+    if options.json:
+        options.json.write_text(json.dumps(where | {"job": job.__dict__, "runs": found}, indent=1) + "\n")
+    if options.plot:
+        title = (
+            f"{job.architecture}, {job.size} px, {job.micros} x {job.micro_batch} radiographs a rank, {job.precision}, gloo, "
+            f"{options.rounds} steps each\n{where['hardware']['processor']}, {where['hardware']['processors']} processors"
+        )
+        scaling_plots.checked(found, title, options.plot)
+
+
+def _same(trace: Trace, job: Job, path: Path | None) -> None:
+    known = (trace.architecture, trace.size_px, trace.micro_batch, trace.precision)
+    asked = (job.architecture, job.size, job.micro_batch, job.precision)
+    if known != asked:
+        raise Refusal(f"--trace {path} is of {known}, the runs of {asked}; give the same options, or measure anew")
+
+
+def predict(options: argparse.Namespace) -> None:
+    at_least(options, gpus_per_node=1, radiographs=1, epochs=1, micro_batch=2, spread=0, global_batch=1, tune=0)
+    at_least(options, disk_mb_per_s=1, store_mb_per_s=1, images_per_s=1e-3, others=0)
+    if options.plot:
+        plots.check(options.plot)
+    gpus = numbers("--gpus", options.gpus)
+    networks = [Network.parse(text) for text in options.network or NETWORKS]
+    data, trace = _data(options), _trace(options)
+    inside = Network.parse(options.inside)
+    where: dict[Network, Network | Cluster] = {
+        network: network if trace.processors else Cluster(options.gpus_per_node, inside, network)
+        for network in networks
+    }
+    rows = {
+        network: [
+            scaling.epoch(trace, number, where[network], data, global_batch=options.global_batch) for number in gpus
+        ]
+        for network in networks
+    }
+    nodes = f"{options.gpus_per_node} GPUs a node, {inside} between them; {', '.join(map(str, networks))} between nodes"
+    if trace.processors:
+        nodes = f"ranks share this machine's {trace.processors} processors"
+    size = f"{trace.gradient_bytes / 1e6:.1f} MB of gradient"
+    say(f"{trace.architecture}, {trace.precision}, micro-batches of {trace.micro_batch}; {size}")
+    for line in outlook.assumptions(trace, data, nodes):
+        say(f"  given: {line}")
+    for network in networks:
+        say("\n" + "\n".join(outlook.table(network, rows[network])))
+    say("\n" + "\n".join(outlook.data_tables(data, rows[networks[0]])))
+    if options.plot:
+        first = trace.assumed[0] if trace.assumed else f"measured on {trace.device}"
+        title = f"predicted, not measured: {trace.architecture}; {first}\n{nodes}"
+        scaling_plots.foreseen({str(network): rows[network] for network in networks}, title, options.plot)
+
+
+def _trace(options: argparse.Namespace) -> Trace:
+    if (options.trace is None) == (options.images_per_s is None):
+        raise Refusal(
+            "give either --trace FILE, measured on what you would buy, or --images-per-s X, what you take it to do"
+        )
+    if options.trace:
+        return Trace.load(options.trace)
+    weights, norms = trials.sizes("densenet169")
+    facts = {"micro_batch": options.micro_batch, "precision": options.precision, "weights": weights, "norms": norms}
+    return scaling.assumed(options.images_per_s, options.spread, **facts)
+
+
+def _data(options: argparse.Namespace) -> Data:
+    if options.tune >= 1:
+        raise Refusal(f"--tune {options.tune}: must be less than 1, the share of radiographs that choose")
+    return Data(
+        radiographs=options.radiographs,
+        tune=options.tune,
+        others=options.others,
+        bytes_each=options.bytes or scaling.sample_bytes(options.encoding, options.data_size),
+        per_shard=SAMPLES_PER_SHARD,
+        disk_bytes_per_s=1e6 * options.disk_mb_per_s,
+        store_bytes_per_s=1e6 * options.store_mb_per_s,
+        dollars_per_1000_gets=options.per_1000_gets,
+        dollars_per_gb=options.per_gb,
+        dollars_per_gpu_hour=options.per_gpu_hour,
+        epochs=options.epochs,
+    )
+
+
+def plan(options: argparse.Namespace) -> None:
+    at_least(options, radiographs=1, micro_batch=1)
+    for ranks in numbers("--ranks", options.ranks):
+        if ranks * options.micro_batch > options.radiographs:
+            unit = f"--ranks {ranks} x --micro-batch {options.micro_batch}"
+            raise Refusal(
+                f"{unit}: must be at most --radiographs {options.radiographs}; give more of them, or fewer ranks"
+            )
+        say(planning.words(planning.measure(options.radiographs, ranks, options.micro_batch)))
+
+
+# ---- the words
+
+
+def _of_a_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--architecture", default="densenet169", help="densenet169, densenet121 or tiny (default densenet169)"
+    )
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
+    parser.add_argument("--micro-batch", type=int, default=2, help="radiographs a rank forwards at once (default 2)")
+    parser.add_argument("--micros", type=int, default=1, help="micro-batches of a step on each rank (default 1)")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in a recipe (default auto)"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(required=True, metavar="measure, check, predict or planning")
+    one = commands.add_parser("measure", help="a trace of this machine")
+    one.add_argument("--out", type=Path, required=True, help="the trace, a JSON file")
+    one.add_argument("--rounds", type=int, default=9, help="steps measured (default 9)")
+    _of_a_job(one)
+    one.set_defaults(run=measure)
+    one = commands.add_parser("check", help="real runs against the prediction")
+    one.add_argument("--trace", type=Path, help="made by `measure` here; without one it is measured first")
+    one.add_argument("--ranks", default="2,4,8", help="numbers of ranks (default 2,4,8)")
+    one.add_argument(
+        "--network",
+        action="append",
+        help=f"a link's rate and latency, or none; again for more (default {' '.join(LIMITS)})",
+    )
+    one.add_argument("--rounds", type=int, default=5, help="steps of each (default 5)")
+    one.add_argument("--json", type=Path, help="a file for the numbers")
+    one.add_argument("--plot", type=Path, help="a PNG of measured and predicted")
+    _of_a_job(one)
+    one.set_defaults(run=check)
+    _of_predict(commands.add_parser("predict", help="the table for 1 to 256 GPUs"))
+    one = commands.add_parser("planning", help="what the order of an epoch takes a rank")
+    one.add_argument("--radiographs", type=int, default=10_000_000, help="(default 10,000,000)")
+    one.add_argument("--ranks", default="8,64,256", help="numbers of ranks (default 8,64,256)")
+    one.add_argument("--micro-batch", type=int, default=8, help="(default 8)")
+    one.set_defaults(run=plan)
+    return whole
+
+
+def _of_predict(one: argparse.ArgumentParser) -> None:
+    """Prices: what we knew in 2025, S3 Standard in us-east-1 read from the same region; a rented H100."""
+    one.add_argument("--trace", type=Path, help="made by `measure` on one GPU or more; or:")
+    one.add_argument("--images-per-s", type=float, help="what a GPU is taken to train; printed as such")
+    one.add_argument(
+        "--spread", type=float, default=0.05, help="of --images-per-s: slowest of 100 steps, less 1 (default 0.05)"
+    )
+    one.add_argument("--micro-batch", type=int, default=16, help="of --images-per-s (default 16)")
+    one.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of --images-per-s (default bf16)")
+    one.add_argument("--gpus", default=GPUS, help=f"(default {GPUS})")
+    one.add_argument("--gpus-per-node", type=int, default=8, help="(default 8)")
+    one.add_argument("--inside", default="1200Gb/s:5us", help="between GPUs of a node (default 1200Gb/s:5us)")
+    one.add_argument(
+        "--network",
+        action="append",
+        help=f"of a node, all cards together; again for more (default {' '.join(NETWORKS)})",
+    )
+    one.add_argument("--global-batch", type=int, help="the same for all; default: a micro-batch a GPU")
+    one.add_argument("--radiographs", type=int, default=36_808, help="of MURA's train folder (default 36808)")
+    one.add_argument("--others", type=int, default=3_197, help="of its valid folder, copied too (default 3197)")
+    one.add_argument("--tune", type=float, default=0.1, help="share of them that chooses (default 0.1)")
+    one.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="of the shards (default raw)")
+    one.add_argument("--data-size", type=int, default=320, help="pixels of a side of the shards (default 320)")
+    one.add_argument("--bytes", type=float, help="a radiograph in its tar; default: by encoding and size")
+    one.add_argument("--disk-mb-per-s", type=float, default=2000, help="a node's disk reads (default 2000)")
+    one.add_argument("--store-mb-per-s", type=float, default=400, help="a node reads from the store (default 400)")
+    one.add_argument("--per-1000-gets", type=float, default=0.0004, help="dollars (default 0.0004: S3 Standard, 2025)")
+    one.add_argument(
+        "--per-gb",
+        type=float,
+        default=0.0,
+        help="dollars out of the store (default 0: the same region; 0.09 out of it)",
+    )
+    one.add_argument("--per-gpu-hour", type=float, default=3.0, help="dollars (default 3)")
+    epochs = Settings.model_fields["epochs"].default
+    one.add_argument("--epochs", type=int, default=epochs, help=f"that one copy serves (default {epochs})")
+    one.add_argument("--plot", type=Path, help="a PNG of efficiency and epoch")
+    one.set_defaults(run=predict)
+
+
+def main(words: list[str] | None = None) -> int:
+    options = parser().parse_args(words)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # namespaces are taken away
+    try:
+        options.run(options)
+    except (Refusal, Failure, OSError) as error:
+        print(f"scale.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, Refusal) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
