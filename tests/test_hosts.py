@@ -121,7 +121,9 @@ def losses(run: Path) -> list[float]:
 # ---- as one host
 
 
-@pytest.mark.parametrize(("num", "slow"), [(2, {}), (3, {}), (2, {2: SLOW})], ids=["two", "three", "one of two is slow"])
+@pytest.mark.parametrize(
+    ("num", "slow"), [(2, {}), (3, {}), (2, {2: SLOW})], ids=["two", "three", "one of two is slow"]
+)
 def test_hosts_train_as_one_host_with_as_many_ranks(
     num: int, slow: dict[int, Sequence[object]], site: Callable[..., "contextlib.AbstractContextManager[Site]"], whole
 ) -> None:
@@ -192,7 +194,10 @@ def test_a_cut_link_ends_both_sides_and_mended_they_go_on(site, whole) -> None:
         assert time.monotonic() - begin < 10 + 40
         for number in here.net.numbers:
             said = here.log(number).read_text()
-            assert len(re.findall(rf"mura-dist: rank {number - 1} lost another rank \(.*the same command goes on", said)) == 1, said
+            assert (
+                len(re.findall(rf"mura-dist: rank {number - 1} lost another rank \(.*the same command goes on", said))
+                == 1
+            ), said
         here.is_sound()
         here.net.mend(2)
         assert here.end(here.static()) == [0, 0], here.told()
@@ -241,8 +246,13 @@ def test_without_the_host_they_meet_at_all_end(site) -> None:
         assert status not in ([0], [3]), here.told()
         assert time.monotonic() - begin < 90
         said = here.log(2).read_text()
-        assert "launch/torchrun.sh: no answer of host1:29500 for 20 s, this node ends; the same words on all nodes go on" in said
-        assert re.search(r"mura-dist: rank 1 lost another rank \(.*the same command goes on from the last checkpoint", said), said
+        assert (
+            "launch/torchrun.sh: no answer of host1:29500 for 20 s, this node ends; the same words on all nodes go on"
+            in said
+        )
+        assert re.search(
+            r"mura-dist: rank 1 lost another rank \(.*the same command goes on from the last checkpoint", said
+        ), said
         here.is_sound()
 
 
@@ -258,7 +268,9 @@ def test_a_disk_that_is_read_only_on_one_host(site, whole) -> None:
         assert time.monotonic() - begin < 90
         said = here.log(1).read_text()
         assert f"mura-dist: run={here.run} cannot be written (" in said, said
-        assert "could not meet the others" in here.log(2).read_text() or "lost another rank" in here.log(2).read_text(), here.told()
+        assert (
+            "could not meet the others" in here.log(2).read_text() or "lost another rank" in here.log(2).read_text()
+        ), here.told()
         assert here.end(here.static(first={2: read_only})) == [0, 0], here.told()
         assert chaos.differences(whole(2), here.run) == []
 
@@ -279,6 +291,8 @@ def test_a_disk_that_stands_still_on_one_host_is_named(site) -> None:
         said = here.log(2).read_text()
         signal_all(here, 2, b"sshfs", signal.SIGKILL)  # until then the kernel keeps who reads from it
         assert all(here.end(started[1:], 60)), here.told()
-        assert f"rank 1 waited 10 s (timeout_s) for radiographs from {here.shards}: the disk is slow, or gone" in said, said
+        assert (
+            f"rank 1 waited 10 s (timeout_s) for radiographs from {here.shards}: the disk is slow, or gone" in said
+        ), said
         assert "mura-dist: rank 0 lost another rank" in here.log(1).read_text()
         here.is_sound()
