@@ -106,7 +106,7 @@ class Fleet:
         """By rank. Whoever ends first is named, while the others may still wait for it."""
         found: dict[int, Any] = {}
         while len(found) < self.ranks:
-            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+            waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
             ready = connection.wait(list(waiting), _TIMEOUT_S)
             rank = waiting[ready[0]] if ready else min(waiting.values())
             try:

@@ -4,7 +4,8 @@
     Spaces(ranks) -> names -> limit(network), as often as wanted -> all gone at the end
 
 Nothing is made outside the namespaces, which carry this process's id. A rank sends to one other and hears one other at a time, as
-an all-reduce goes round, so that holding what it sends holds what it hears.
+an all-reduce goes round, so that holding what it sends holds what it hears. Rates are tc's (tbf); a latency is a relay's in user
+space (tools/slow_link.py), a process a link, for not every kernel has netem; its links take large frames, to cost it little.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +27,7 @@ DEVICE = "eth0"
 _NAMESPACE = 0x40000000  # CLONE_NEWNET; os.setns is Python 3.12's
 _BURST_S, _LEAST_BURST = 0.001, 1 << 18  # what a link may send at once: a GSO packet of 64 KiB must fit
 _QUEUE_S = 0.2
+_FAR_MTU = 65_000
 
 
 def enter(space: str) -> None:
@@ -45,14 +48,20 @@ def lacking() -> str:
 
 
 class Spaces:
-    """`names`: the ranks' namespaces, `address`: where the first rank is met. Raises Refusal where there can be none, Failure."""
+    """`names`: the ranks' namespaces, `address`: where the first rank is met; `mtu` of the links.
 
-    def __init__(self, ranks: int) -> None:
+    latency_s: one way, from a rank to the bridge and on, by `relay` (the script's path). Raises Refusal where there can be no
+    namespaces, Failure.
+    """
+
+    def __init__(self, ranks: int, *, latency_s: float = 0.0, relay: Path | None = None) -> None:
         if reason := lacking():
             raise Refusal(reason)
         stem = f"mura{os.getpid()}"
         self._hub, self.names = f"{stem}-hub", [f"{stem}-{rank}" for rank in range(ranks)]
-        self.address = "10.231.0.1"
+        self._latency_s, self._relay = latency_s, relay
+        self._relays: list[subprocess.Popen[str]] = []
+        self.address, self.mtu = "10.231.0.1", _FAR_MTU if latency_s else 1500
 
     def __enter__(self) -> Self:
         try:
@@ -72,20 +81,35 @@ class Spaces:
         _run("ip", "-n", self._hub, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", self._hub, "link", "set", "bridge", "up")
         for rank, space in enumerate(self.names):
-            port = f"port{rank}"
-            _run("ip", "link", "add", DEVICE, "netns", space, "type", "veth", "peer", "name", port, "netns", self._hub)
+            (self._far if self._latency_s else self._near)(space, f"port{rank}")
             _run("ip", "-n", space, "address", "add", f"10.231.0.{rank + 1}/24", "dev", DEVICE)
-            _run("ip", "-n", space, "link", "set", DEVICE, "up")
-            _run("ip", "-n", self._hub, "link", "set", port, "master", "bridge", "up")
+            _run("ip", "-n", self._hub, "link", "set", f"port{rank}", "master", "bridge", "up")
+
+    def _near(self, space: str, port: str) -> None:
+        _run("ip", "link", "add", DEVICE, "netns", space, "type", "veth", "peer", "name", port, "netns", self._hub)
+        _run("ip", "-n", space, "link", "set", DEVICE, "up")
+
+    def _far(self, space: str, port: str) -> None:
+        """A link whose frames a process carries; half of the latency here, half on the way from the bridge to the other."""
+        assert self._relay is not None, "a latency wants a relay"
+        given = ("--delay-ms", f"{1e3 * self._latency_s / 2:g}", "--mtu", str(self.mtu))
+        command = [sys.executable, str(self._relay), space, self._hub, port, *given]
+        relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._relays.append(relay)
+        if relay.stdout is None or relay.stdout.readline() != "ready\n":
+            raise Failure(f"{self._relay} made no link for {space}; it says why above")
 
     def _remove(self) -> None:
         """A namespace takes its links with it; what was not made is not there."""
+        for relay in self._relays:
+            relay.kill()
+            relay.wait()
         for space in (*self.names, self._hub):
             with contextlib.suppress(Failure):
                 _run("ip", "netns", "delete", space)
 
     def limit(self, network: Network) -> None:
-        """From now on. Refusal where this kernel cannot: a latency takes its netem."""
+        """To its rate, from now on."""
         for space in self.names:
             with contextlib.suppress(Failure):  # there may be no limit yet
                 _run("tc", "-n", space, "qdisc", "delete", "dev", DEVICE, "root")
@@ -93,19 +117,7 @@ class Spaces:
                 rate = round(network.bandwidth_bit_s)
                 burst = max(_LEAST_BURST, round(rate / 8 * _BURST_S))
                 words = ("rate", f"{rate}bit", "burst", str(burst), "latency", f"{_QUEUE_S * 1e3:g}ms")
-                _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", "handle", "1:", "tbf", *words)
-            if network.latency_s:
-                self._delay(space, network)
-
-    def _delay(self, space: str, network: Network) -> None:
-        under = ("root",) if math.isinf(network.bandwidth_bit_s) else ("parent", "1:1")
-        words = ("netem", "delay", f"{network.latency_s * 1e6:.0f}us", "limit", "100000")
-        try:
-            _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, *under, *words)
-        except Failure as error:
-            raise Refusal(
-                f"--network {network}: this kernel does not delay packets ({error}); leave the latency out, or use one with netem"
-            ) from error
+                _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", "tbf", *words)
 
     def sent_bytes(self) -> list[int]:
         """By rank: what the kernel counts as sent so far, headers and all."""

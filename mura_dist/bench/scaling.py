@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from ..refusal import Refusal
 
 # gloo's ring (AllreduceOptions.maxSegmentSize, and two operations in flight).
 _SEGMENT_BYTES, _IN_FLIGHT = 1 << 20, 2
-FRAMED = (
-    1514 / 1448
-)  # bytes on an Ethernet of MTU 1500 for a byte sent by TCP: headers of Ethernet, IP and TCP with timestamps
+_ETHERNET_BYTES, _IP_TCP_BYTES = 14, 52  # headers of a frame; of its packet, TCP's timestamps included
 _FLOAT_BYTES = 4
 _RATES, _TIMES = {"k": 1e3, "M": 1e6, "G": 1e9}, {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -89,10 +87,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Network:
-    """Of one link, either way: seconds of a message of no length, bits a second. Infinite where nothing limits it."""
+    """From a rank to the next: seconds of a message of no length, bits a second (infinite: nothing limits it), bytes a packet."""
 
     latency_s: float
     bandwidth_bit_s: float
+    mtu: int = 1500
 
     @classmethod
     def parse(cls, text: str) -> Network:
@@ -116,9 +115,13 @@ class Network:
             return rate
         return f"{rate}:{self.latency_s * 1e3:g}ms" if self.latency_s >= 1e-3 else f"{rate}:{self.latency_s * 1e6:g}us"
 
+    def framed(self, size: float) -> float:
+        """Bytes on the link for `size` of ours, sent by TCP."""
+        return size * (self.mtu + _ETHERNET_BYTES) / (self.mtu - _IP_TCP_BYTES)
+
     def wire_s(self, size: float) -> float:
         """Of `size` bytes of ours."""
-        return 8 * FRAMED * size / self.bandwidth_bit_s
+        return 8 * self.framed(size) / self.bandwidth_bit_s
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,8 @@ def _sent_s(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> 
 def _near(where: Network | Cluster) -> Network | Cluster:
     """The same without latency."""
     if isinstance(where, Network):
-        return Network(0.0, where.bandwidth_bit_s)
-    inside, between = (Network(0.0, link.bandwidth_bit_s) for link in (where.inside, where.between))
-    return Cluster(where.per_node, inside, between)
+        return replace(where, latency_s=0.0)
+    return replace(where, inside=replace(where.inside, latency_s=0.0), between=replace(where.between, latency_s=0.0))
 
 
 # ---- an epoch and its bill

@@ -10,8 +10,11 @@ Seconds are from the first rank's start to the last one's end (fleet.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .. import workers
@@ -80,43 +83,45 @@ def _of_a_byte(job: Job, rounds: int, say: Callable[[str], None]) -> tuple[float
 
 
 def check(
-    trace: Trace, job: Job, ranks: Sequence[int], names: Sequence[Network], *, rounds: int, say: Callable[[str], None]
+    trace: Trace,
+    job: Job,
+    ranks: Sequence[int],
+    links: Sequence[Network],
+    *,
+    rounds: int,
+    relay: Path | None = None,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """For each number of ranks and network: ranks, network, step_s {median, min, max}, predicted_s, error (predicted over the
     median, less 1), parts (of the prediction), sent_bytes (a rank and step, by the kernel), predicted_bytes.
 
-    Raises Refusal where a network takes what this machine has not, Failure where a rank ends.
+    relay: the script that makes a latency. Raises Refusal where this machine has no namespaces, Failure where a rank ends.
     """
-    apart, found = any(network != _NO_NETWORK for network in names), []
-    if apart:
-        _try(names)
-    for number in ranks:
+    apart, found = any(network != _NO_NETWORK for network in links), []
+    latencies = list(dict.fromkeys(network.latency_s for network in links))
+    for number, latency_s in itertools.product(ranks, latencies):
         with contextlib.ExitStack() as stack:
-            spaces, fleet = _placed(stack, job, number, apart=apart)
-            for network in names:
+            spaces, fleet = _placed(stack, job, number, apart=apart, latency_s=latency_s, relay=relay)
+            for network in (network for network in links if network.latency_s == latency_s):
                 measured = _one(trace, job, fleet, spaces, network, rounds)
                 found.append({"ranks": number, "network": str(network)} | measured)
                 say(words(found[-1]))
     return found
 
 
-def _try(names: Sequence[Network]) -> None:
-    """What cannot be had is said before minutes of work."""
-    with Spaces(1) as spaces:
-        for network in names:
-            spaces.limit(network)
-
-
-def _placed(stack: contextlib.ExitStack, job: Job, ranks: int, *, apart: bool) -> tuple[Spaces | None, Fleet]:
+def _placed(
+    stack: contextlib.ExitStack, job: Job, ranks: int, *, apart: bool, latency_s: float = 0.0, relay: Path | None = None
+) -> tuple[Spaces | None, Fleet]:
     """apart: each in a namespace of its own."""
     if not apart:
         return None, stack.enter_context(Fleet(job, ranks))
-    spaces = stack.enter_context(Spaces(ranks))
+    spaces = stack.enter_context(Spaces(ranks, latency_s=latency_s, relay=relay))
     return spaces, stack.enter_context(Fleet(job, ranks, spaces=spaces.names, address=spaces.address))
 
 
 def _one(trace: Trace, job: Job, fleet: Fleet, spaces: Spaces | None, network: Network, rounds: int) -> dict[str, Any]:
     if spaces is not None:
+        network = replace(network, mtu=spaces.mtu)
         spaces.limit(network)
     fleet.play("step")
     before = spaces.sent_bytes() if spaces else []
@@ -132,7 +137,7 @@ def _one(trace: Trace, job: Job, fleet: Fleet, spaces: Spaces | None, network: N
         "error": predicted.seconds / measured["median"] - 1,
         "parts": predicted.__dict__,
         "sent_bytes": max(sent) if sent else None,
-        "predicted_bytes": 2 * (fleet.ranks - 1) / fleet.ranks * payload * scaling.FRAMED,
+        "predicted_bytes": network.framed(2 * (fleet.ranks - 1) / fleet.ranks * payload),
     }
 
 

@@ -29,7 +29,8 @@ from mura_dist.convert import SAMPLES_PER_SHARD
 from mura_dist.refusal import Failure, Refusal
 
 NETWORKS = ["25Gb/s:20us", "100Gb/s:10us", "400Gb/s:5us"]
-LIMITS = ["none", "2Gb/s", "1Gb/s", "300Mb/s"]
+LIMITS = ["none", "2Gb/s", "1Gb/s", "300Mb/s", "300Mb/s:5ms"]
+RELAY = Path(__file__).parent.parent / "slow_link.py"
 GPUS = "1,2,4,8,16,32,64,128,256"
 
 
@@ -87,7 +88,7 @@ def check(options: argparse.Namespace) -> None:
     if trace is None:
         trace = trials.measure(job, rounds=options.rounds, provenance=where, say=say)
     _same(trace, job, options.trace)
-    found = trials.check(trace, job, ranks, networks, rounds=options.rounds, say=say)
+    found = trials.check(trace, job, ranks, networks, rounds=options.rounds, relay=RELAY, say=say)
     worst = max(found, key=lambda one: abs(one["error"]))
     within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
     far = f"{worst['error']:+.1%} ({worst['ranks']} ranks, {worst['network']})"
