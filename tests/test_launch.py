@@ -330,12 +330,12 @@ def test_an_array_shares_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_ensemble_submits_its_seeds_and_what_comes_after_them(slurm: Slurm, tmp_path: Path) -> None:
     words = ("launch/recipes/mura.toml", "epochs=3")
-    job = slurm.start("ensemble.sbatch", *words, log=tmp_path / "log", SEEDS="3")
+    job = slurm.start("ensemble.sbatch", *words, log=tmp_path / "log", SEEDS="3", OPTIONS="--time 60  -p gpu")
     assert job.wait(30) == 0, (tmp_path / "log").read_text()
     page = f"launch/ensemble.sbatch {' '.join(words)}"
     assert slurm.calls().splitlines() == [
-        f"STAGE=train --parsable --array 0-2 {page}",
-        f"STAGE=together --parsable --dependency afterok:7 --kill-on-invalid-dep=yes {page}",
+        f"STAGE=train --parsable --time 60 -p gpu --array 0-2 {page}",
+        f"STAGE=together --parsable --time 60 -p gpu --dependency afterok:7 --kill-on-invalid-dep=yes {page}",
     ]
 
 

@@ -117,27 +117,27 @@ def steps(text: str) -> list[tuple[str, str]]:
     return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in whole.splitlines())]
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
+    at = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--bind", type=Path, action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
-    parser.add_argument("words", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words[:at])
     binds = [Path("/etc/resolv.conf"), *asked.bind]
     container = Container(asked.root.resolve(), binds, dict(each.split("=", 1) for each in asked.env))
     for word, rest in steps(FILE.read_text()):
         print(f"== {word} {rest}", flush=True)
         container.do(word, rest)
-    for words in asked.words or [shlex.join(container.cmd)]:
-        print(f"== {shlex.join(container.entrypoint)} {words}", flush=True)
-        container.run([*container.entrypoint, *shlex.split(words)], {})
+    for line in words[at + 1 :] or [shlex.join(container.cmd)]:
+        print(f"== {shlex.join(container.entrypoint)} {line}", flush=True)
+        container.run([*container.entrypoint, *shlex.split(line)], {})
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except (ValueError, subprocess.CalledProcessError) as error:
         print(f"tools/try_containerfile.py: {error}", file=sys.stderr)
         sys.exit(1)
