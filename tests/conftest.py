@@ -1,8 +1,11 @@
 """What several tests start from: the shared data, drawn phantoms, shards of them, and a way to run a command."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +91,20 @@ def run(*words: object, cwd: Path | None = None, timeout_s: float = 240, env: di
 def torchrun(ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None):
     """`torchrun` on this machine with a free port; the module's words follow."""
     return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env)
+
+
+def killed_when(begun: Callable[[], bool], names: Path, *words: object) -> None:
+    """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`."""
+    command = [str(BIN / str(words[0])), *map(str, words[1:])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not begun():
+        assert process.poll() is None, "it ended before it began"
+        time.sleep(0.01)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(names).encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    process.wait()
 
 
 TINY = (

@@ -15,7 +15,7 @@ from typing import Any
 import laws
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, killed_when, run
 from PIL import Image
 
 from mura_dist import convert as room
@@ -74,10 +74,14 @@ def test_ranks_share_a_conversion_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks(phantoms: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_ranks_killed_and_again(phantoms: Path, tmp_path: Path) -> None:
     convert(phantoms, tmp_path / "alone", size=40, workers=2)
-    words = ("-m", "mura_dist.cli", "shards", phantoms, tmp_path / "shared", "--size", 40, "--quiet")
-    done = run("torchrun", "--standalone", "--nproc-per-node", 3, *words)
+    shared = tmp_path / "shared"
+    words = (ROOT / "tools/make_shards.py", phantoms, shared, "--size", 40, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 3, *words)
+    killed_when((shared / "conversion.json").exists, shared, *command)
+    assert not (shared / "index.json").exists()
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
 

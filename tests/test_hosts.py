@@ -1,4 +1,4 @@
-"""Several hosts, each with a network, names and processes of its own: they train as one does; what is cut or killed ends, or goes on.
+"""Several hosts, each with a network, names and processes of its own: they train as one does; what is cut ends, or goes on.
 
 Real launchers over real links (hosts.py): torchrun by its page, static and c10d; `deepspeed` over ssh; a shared disk over ssh.
 """

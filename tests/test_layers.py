@@ -33,6 +33,7 @@ FLOORS = [
                 "atomic",
                 "places",
                 "workers",
+                "overdue",
                 "lock",
                 "scratch",
                 "sharing",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run
+from conftest import killed_when, run
 from test_convert import LAUNCHERS, start_rank
 from test_export import card_of, tiny
 from test_predict import TABLES, contents, draw
@@ -107,9 +107,13 @@ def test_ranks_share_a_directory_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks(given: Any, tmp_path: Path) -> None:
-    words = ("-m", "mura_dist.cli", "predict", given[1], given[2], "--out", tmp_path / "out", "--quiet")
-    done = run("torchrun", "--standalone", "--nproc-per-node", 2, *words)
+def test_torchrun_starts_the_ranks_killed_and_again(given: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("-m", "mura_dist.predict", given[1], given[2], "--out", out, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, *words)
+    killed_when(lambda: any(out.glob(".parts/*")), out, *command)
+    assert not (out / "predict.json").exists()
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == given[3]
     assert done.stdout.count("radiographs of") == 1
