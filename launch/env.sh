@@ -20,7 +20,7 @@ fi
 # Not exported: torchrun sets the variable anew from its option, so pages give --signals-to-handle.
 : "${TORCHELASTIC_SIGNALS_TO_HANDLE:=SIGTERM,SIGINT,SIGUSR2}"
 
-# After a restart (c10d) ranks meet at a new place, of the node that is first now. By itself torchrun sends them to the place of the
+# After a restart (c10d) ranks meet at a new place, of the node that is first now. By itself torchrun sends them to that of the
 # start before: what is written there names ranks that have ended, and its node may be the one that was lost.
 : "${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:=1}"
 

@@ -37,13 +37,13 @@ else
     --rdzv-conf "join_timeout=600,last_call_timeout=15,read_timeout=30${RDZV_CONF:+,$RDZV_CONF}")
   # A node that lost its power, or its link, says no farewell: torchrun would wait for the kernel to give up, 15 minutes or more.
   beside() {
-    local answered= pause
+    local answered='' pause
     exec {pause}<> <(:) # to sleep without a process that outlives this one
     while kill -0 "$child" 2> /dev/null; do
       if timeout 5 bash -c ": < /dev/tcp/${MASTER%:*}/${MASTER##*:}" 2> /dev/null; then
         answered=$SECONDS
       elif [ -n "$answered" ] && [ $((SECONDS - answered)) -gt "${PATIENCE:-150}" ]; then
-        echo "launch/torchrun.sh: no answer of $MASTER for ${PATIENCE:-150} s, this node ends; the same words on all nodes go on" >&2
+        echo "launch/torchrun.sh: no answer of $MASTER for ${PATIENCE:-150} s: this node ends; the same words on all go on" >&2
         kill -TERM "$child"
         read -rt 15 -u "$pause" || true
         kill -KILL "$child" 2> /dev/null || true

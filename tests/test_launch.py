@@ -111,6 +111,7 @@ READERS = {  # who reads a variable, of what is installed
     "GLOO_SOCKET_IFNAME": LIBRARIES / "libtorch_cpu.so",
     "NCCL_SOCKET_IFNAME": LIBRARIES.parents[1] / "nvidia" / "nccl" / "lib" / "libnccl.so.2",
     "NCCL_DEBUG": LIBRARIES.parents[1] / "nvidia" / "nccl" / "lib" / "libnccl.so.2",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": LIBRARIES.parent / "distributed/elastic/rendezvous/dynamic_rendezvous.py",
     "TORCHELASTIC_SIGNALS_TO_HANDLE": LIBRARIES.parent / "distributed" / "elastic" / "multiprocessing" / "api.py",
 }
 
@@ -325,7 +326,7 @@ def test_an_array_shares_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     for name, value in {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(name, value)
-    assert launcher.share() == (0, 1)
+    assert launcher.ranks() == launcher.Ranks("nothing")
 
 
 def test_an_ensemble_submits_its_seeds_and_what_comes_after_them(slurm: Slurm, tmp_path: Path) -> None:
