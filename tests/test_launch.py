@@ -189,13 +189,13 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "job").write_text(RUNNING)
-        self._command("sbatch", 'echo "STAGE=${STAGE:-} $*" >> calls; echo 7')
-        self._command(
+        self.command("sbatch", 'echo "STAGE=${STAGE:-} $*" >> calls; echo 7')
+        self.command(
             "scontrol",
             'case "$*" in *"show job"*) cat job ;; *hostnames*) echo localhost ;; *) echo "$*" >> calls ;; esac',
         )
-        self._command("scancel", 'echo "scancel $*" >> calls; kill -TERM "$(cat step)"')
-        self._command(  # every task a process; the first one is what scancel is told of
+        self.command("scancel", 'echo "scancel $*" >> calls; kill -TERM "$(cat step)"')
+        self.command(  # every task a process; the first one is what scancel is told of
             "srun",
             """
             cd "$SLURM_SUBMIT_DIR"
@@ -210,7 +210,7 @@ class Slurm:
             """,
         )
 
-    def _command(self, name: str, lines: str) -> None:
+    def command(self, name: str, lines: str) -> None:
         path = self.folder / name
         path.write_text(f'#!/usr/bin/env bash\nfolder={self.folder}\ncd "$folder"\n{lines}\n')
         path.chmod(0o755)
@@ -318,6 +318,18 @@ def test_an_array_and_its_tasks_make_the_bytes_of_one_process(
     assert log.read_text().count(f"{out}: 64 px") == 1, "the first rank speaks"
     assert json.loads((out / "conversion.json").read_bytes())["ranks"] == 4
     laws.same_bytes(shard_folder, out, leave_out=DIFFERS)
+
+
+def test_an_array_that_ends_of_the_warning_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    """`mura-dist shards` dies of a TERM; the same command goes on."""
+    slurm.command("srun", "trap 'exit 143' TERM; echo $$ > step; while :; do sleep 0.05; done")
+    job = slurm.start("array.sbatch", "shards", "here", "there", log=tmp_path / "log")
+    while not (slurm.folder / "step").exists():
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR2)
+    assert job.wait(10) == 3, (tmp_path / "log").read_text()
+    assert slurm.calls() == f"scancel --signal=TERM 7\n{REQUEUED}"
 
 
 def test_an_array_shares_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--bind", type=Path, action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
     asked = parser.parse_args(words[:at])
-    binds = [Path("/etc/resolv.conf"), *asked.bind]
+    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *asked.bind]  # an engine gives a container both
     container = Container(asked.root.resolve(), binds, dict(each.split("=", 1) for each in asked.env))
     for word, rest in steps(FILE.read_text()):
         print(f"== {word} {rest}", flush=True)
