@@ -133,6 +133,7 @@ def _free_port() -> int:
 def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job, pipe: Any) -> None:
     workers.end_with_parent()
     os.dup2(2, 1)  # stdout is for the result; DeepSpeed greets there
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a namespace knows no host names, and torch says so for each rank
     if space:
         from . import networks
 
