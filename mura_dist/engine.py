@@ -161,8 +161,9 @@ class Engine:
         ranks, micros = self.world.size, self.num_micros
         head = torch.zeros(ranks + 1, device=losses.device)
         head[self.world.rank] = flags
-        if self.settings.zero_stage or self.world.is_first:  # without ZeRO every rank holds the same gradient
-            head[-1] = torch.stack([torch.linalg.vector_norm(share) for share in gradients]).square().sum()
+        # Without ZeRO every rank holds the whole gradient, and measures its part of it.
+        parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
+        head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
         vector = torch.cat([head, losses, self.statistics.sum])
         dist.all_reduce(vector)
         told = vector[: ranks + 1 + micros].tolist()

@@ -3,7 +3,7 @@
     2, 4, 8 ... processes, each a rank with a real Engine (fleet.py); rounds A B C A B C ...
         step    as it is
         alone   the same, nothing sent (DeepSpeed's way of the gradient left out whole, the small vector not sent)
-        bare    one all-reduce of a buffer of the gradient's size and type
+        bare    one all-reduce of the buffer that travels as the gradient
     extra = step - alone, of one round;  ratio = extra / bare
 
 Each begins with a barrier and lasts until the last rank is done. On a GPU a ratio below 1 is what hides behind the backward pass.

@@ -2,7 +2,7 @@
 
     Fleet(job, ranks) -> play("step") -> Turn: from the first rank's start to the last one's end, what each did inside
     step    a step of the engine         alone  the same step, nothing sent
-    bare    one all-reduce of a buffer like the gradient that travels; small: of one like the step's small vector
+    bare    one all-reduce of the buffer that travels as the gradient; small: of one like the step's small vector
     tiny    one of 4 bytes               evaluation   a forward of one micro-batch as evaluation does it
 
 Ranks may live in network namespaces (networks.py). All clocks are this machine's monotonic one, so that they compare.
@@ -133,6 +133,7 @@ def _free_port() -> int:
 def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job, pipe: Any) -> None:
     workers.end_with_parent()
     os.dup2(2, 1)  # stdout is for the result; DeepSpeed greets there
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a namespace knows no host names, and torch says so for each rank
     if space:
         from . import networks
 
@@ -175,9 +176,8 @@ class _Player:
         self.engine = Engine(model.build(job.architecture), config.check(named | sizes, "fleet"), here)
         self.batches = [_batch(job, here, place) for place in range(job.micros)]
         self.taken: list[float] = []
-        # DeepSpeed's own word for what type the gradient travels in.
-        kind = self.engine._engine.communication_data_type
-        self.buffer = torch.ones(self.engine.flat.gradient.numel(), dtype=kind, device=here.device)
+        # The gradient itself, or where it travels in another type (DeepSpeed's own word) another buffer.
+        self.buffer = self.engine.flat.gradient.to(self.engine._engine.communication_data_type)
         length = here.size + 1 + self.engine.num_micros + self.engine.statistics.sum.numel()
         self.vector = torch.ones(length, device=here.device)
         self.one = torch.ones(1, device=here.device)

@@ -1,6 +1,6 @@
 """Networks on one machine: a namespace a rank, links to a bridge, each rank's link out held to a rate (Linux, as root).
 
-    mura<pid>-hub   the bridge                 mura<pid>-0 ... -N   a rank each: eth0, 10.231.0.1 ...
+    mura<pid>.<k>-hub   the bridge             mura<pid>.<k>-0 ... -N   a rank each: eth0, 10.231.0.1 ...
     Spaces(ranks) -> names -> limit(network), as often as wanted -> all gone at the end
 
 Nothing is made outside the namespaces, which carry this process's id. A rank sends to one other and hears one other at a time, as
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import shutil
@@ -28,6 +29,7 @@ _NAMESPACE = 0x40000000  # CLONE_NEWNET; os.setns is Python 3.12's
 _BURST_S, _LEAST_BURST = 0.001, 1 << 18  # what a link may send at once: a GSO packet of 64 KiB must fit
 _QUEUE_S = 0.2
 _FAR_MTU = 65_000
+_NUMBERS = itertools.count()  # of the networks of this process
 
 
 def enter(space: str) -> None:
@@ -57,7 +59,7 @@ class Spaces:
     def __init__(self, ranks: int, *, latency_s: float = 0.0, relay: Path | None = None) -> None:
         if reason := lacking():
             raise Refusal(reason)
-        stem = f"mura{os.getpid()}"
+        stem = f"mura{os.getpid()}.{next(_NUMBERS)}"
         self._hub, self.names = f"{stem}-hub", [f"{stem}-{rank}" for rank in range(ranks)]
         self._latency_s, self._relay = latency_s, relay
         self._relays: list[subprocess.Popen[str]] = []
@@ -135,4 +137,4 @@ def _run(*words: str) -> str:
 def leftovers() -> list[str]:
     """Namespaces of ours that are there now."""
     folder = Path("/run/netns")
-    return sorted(path.name for path in folder.glob(f"mura{os.getpid()}-*")) if folder.is_dir() else []
+    return sorted(path.name for path in folder.glob(f"mura{os.getpid()}.*")) if folder.is_dir() else []

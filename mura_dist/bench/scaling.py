@@ -220,6 +220,11 @@ def _sent_s(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> 
     return sum(ring_s(size, ranks, where, **host) for size in sizes)
 
 
+def sent_bytes(trace: Trace, ranks: int, micros: int) -> float:
+    """By a rank in a step, headers not counted: a ring's."""
+    return 2 * (ranks - 1) / ranks * (trace.gradient_bytes + trace.vector_bytes(ranks, micros))
+
+
 def _near(where: Network | Cluster) -> Network | Cluster:
     """The same without latency."""
     if isinstance(where, Network):

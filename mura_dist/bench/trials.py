@@ -1,8 +1,9 @@
 """Real runs: the trace that a prediction starts from, and the runs that it is held against.
 
-    measure   as many ranks as this machine has processors (GPUs), at once, nothing sent; two ranks' bare all-reduces, for
-              what a byte costs -> Trace
-    check     2, 4, 8 ranks in namespaces, networks one after the other: steps as they are, against the prediction
+    Probe     as many ranks as this machine has processors (GPUs), at once, nothing sent; two ranks' bare all-reduces, for what
+              a byte costs -> Trace
+    check     2, 4, 8 ranks in namespaces, networks one after the other: steps as they are, against the prediction; in turn with
+              the probe, or what else the machine does would be in one of them only
 
 Seconds are from the first rank's start to the last one's end (fleet.py).
 """
@@ -20,7 +21,7 @@ from typing import Any
 from .. import workers
 from . import networks, scaling
 from .clock import spread
-from .fleet import Fleet, Job
+from .fleet import Fleet, Job, Turn
 from .networks import Spaces
 from .scaling import Network, Trace
 
@@ -28,36 +29,73 @@ WITHIN = 0.1  # what the prediction is to be right to
 _NO_NETWORK = Network.parse("none")
 
 
+class Probe:
+    """What a rank is worth now: a sample a round, of which the last so many make a trace."""
+
+    def __init__(self, job: Job, stack: contextlib.ExitStack, provenance: dict[str, Any]) -> None:
+        """Its ranks end with `stack`. Raises Failure where one ends before."""
+        self._job, self._provenance = job, provenance
+        self._at_once, self._shared = _at_once()
+        apart = not networks.lacking()
+        _, self._fleet = _placed(stack, job, self._at_once, apart=apart)
+        self._alone = self._at_once == 1 and self._fleet.facts.device == "cuda"  # nobody to send to
+        self._pair = self._fleet
+        if self._at_once != 2 and not self._alone:
+            _, self._pair = _placed(stack, job, 2, apart=apart)
+        self._turns: list[dict[str, Turn]] = []
+        self.sample()
+        self._turns.clear()  # files came into the cache, kernels were chosen, connections made
+
+    def sample(self) -> None:
+        turn = {what: self._fleet.play(what) for what in ("alone", "evaluation")}
+        if not self._alone:
+            turn |= {what: self._pair.play(what) for what in ("bare", "tiny")}
+        self._turns.append(turn)
+
+    def trace(self, last: int) -> Trace:
+        turns, job, facts = self._turns[-last:], self._job, self._fleet.facts
+        alone = [turn["alone"] for turn in turns]
+        pairs = [pair for turn in alone for pair in zip(turn.micros_s, turn.own_s, strict=True)]
+        losses = self._at_once + 1 + self._at_once * job.micros
+        return Trace(
+            device=facts.device,
+            processors=self._shared,
+            architecture=job.architecture,
+            size_px=job.size,
+            micro_batch=job.micro_batch,
+            precision=job.precision,
+            micro_s=[sum(micros) / job.micros for micros, _ in pairs],
+            rest_s=[own - sum(micros) for micros, own in pairs],
+            evaluation_s=[own for turn in turns for own in turn["evaluation"].own_s],
+            gradient_bytes=self._pair.facts.gradient_bytes,
+            fixed_bytes=facts.vector_bytes - 4 * losses,
+            host_s_per_byte=self._of_pair("bare", turns)
+            / self._pair.facts.gradient_bytes,  # 2 (n - 1) / n of the bytes a rank
+            hop_s=self._of_pair("tiny", turns) / 2,  # 2 (n - 1) hops
+            assumed=["the collectives' own work costs nothing: one GPU has nobody to send to"] if self._alone else [],
+            measured={"rounds": len(turns), "ranks_at_once": self._at_once, "job": job.__dict__} | self._provenance,
+        )
+
+    def _of_pair(self, what: str, turns: Sequence[dict[str, Turn]]) -> float:
+        """Median seconds, had each of two ranks a processor."""
+        if self._alone:
+            return 0.0
+        crowd = max(1.0, 2 / self._shared) if self._shared else 1.0
+        return statistics.median(turn[what].seconds for turn in turns) / crowd
+
+
 def measure(job: Job, *, rounds: int, provenance: dict[str, Any], say: Callable[[str], None]) -> Trace:
     """Raises Failure where a rank ends."""
-    at_once, shared = _at_once()
-    with Fleet(job, at_once) as fleet:
-        for what in ("alone", "evaluation"):
-            fleet.play(what)
-        turns = [fleet.play("alone") for _ in range(rounds)]
-        evaluation = [own for _ in range(rounds) for own in fleet.play("evaluation").own_s]
-        facts = fleet.facts
-    say(f"{at_once} ranks at once: {_ms([own for turn in turns for own in turn.own_s])} a step with nothing sent")
-    byte_s, hop_s = (0.0, 0.0) if facts.device == "cuda" and at_once == 1 else _of_a_byte(job, rounds, say)
-    losses = at_once + 1 + at_once * job.micros
-    pairs = [(micros, own) for turn in turns for micros, own in zip(turn.micros_s, turn.own_s, strict=True)]
-    return Trace(
-        device=facts.device,
-        processors=shared,
-        architecture=job.architecture,
-        size_px=job.size,
-        micro_batch=job.micro_batch,
-        precision=job.precision,
-        micro_s=[sum(micros) / job.micros for micros, _ in pairs],
-        rest_s=[own - sum(micros) for micros, own in pairs],
-        evaluation_s=evaluation,
-        gradient_bytes=facts.gradient_bytes,
-        fixed_bytes=facts.vector_bytes - 4 * losses,
-        host_s_per_byte=byte_s,
-        hop_s=hop_s,
-        assumed=[] if byte_s else ["the collectives' own work costs nothing: one GPU has nobody to send to"],
-        measured={"rounds": rounds, "ranks_at_once": at_once, "job": job.__dict__} | provenance,
+    with contextlib.ExitStack() as stack:
+        probe = Probe(job, stack, provenance)
+        for _ in range(rounds):
+            probe.sample()
+        trace = probe.trace(rounds)
+    own = [a + b for a, b in zip(trace.micro_s, trace.rest_s, strict=True)]
+    say(
+        f"a step with nothing sent {_ms(own)}; an all-reduce of two {1e3 * trace.host_s_per_byte * trace.gradient_bytes:.1f} ms"
     )
+    return trace
 
 
 def _at_once() -> tuple[int, int | None]:
@@ -69,43 +107,35 @@ def _at_once() -> tuple[int, int | None]:
     return workers.processors(), workers.processors()
 
 
-def _of_a_byte(job: Job, rounds: int, say: Callable[[str], None]) -> tuple[float, float]:
-    """Seconds of a byte and of a hop, between two ranks over the paths that `check` uses, unlimited."""
-    with contextlib.ExitStack() as stack:
-        _, fleet = _placed(stack, job, 2, apart=not networks.lacking())
-        for what in ("bare", "tiny"):
-            fleet.play(what)
-        bare = [fleet.play("bare").seconds for _ in range(rounds)]
-        tiny = [fleet.play("tiny").seconds for _ in range(rounds)]
-        size = fleet.facts.gradient_bytes
-    say(f"2 ranks: {_ms(bare)} an all-reduce of {size / 1e6:.1f} MB, {_ms(tiny)} of 4 bytes")
-    return statistics.median(bare) / size, statistics.median(tiny) / 2  # 2 (n - 1) / n bytes a rank, 2 (n - 1) hops
-
-
 def check(
-    trace: Trace,
+    trace: Trace | None,
     job: Job,
     ranks: Sequence[int],
     links: Sequence[Network],
     *,
     rounds: int,
     relay: Path | None = None,
+    provenance: dict[str, Any] | None = None,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """For each number of ranks and network: ranks, network, step_s {median, min, max}, predicted_s, error (predicted over the
     median, less 1), parts (of the prediction), sent_bytes (a rank and step, by the kernel), predicted_bytes.
 
-    relay: the script that makes a latency. Raises Refusal where this machine has no namespaces, Failure where a rank ends.
+    trace None: of a probe that works in turn with each run. relay: the script that makes a latency. Raises Refusal where this
+    machine has no namespaces, Failure where a rank ends.
     """
     apart, found = any(network != _NO_NETWORK for network in links), []
     latencies = list(dict.fromkeys(network.latency_s for network in links))
-    for number, latency_s in itertools.product(ranks, latencies):
-        with contextlib.ExitStack() as stack:
-            spaces, fleet = _placed(stack, job, number, apart=apart, latency_s=latency_s, relay=relay)
-            for network in (network for network in links if network.latency_s == latency_s):
-                measured = _one(trace, job, fleet, spaces, network, rounds)
-                found.append({"ranks": number, "network": str(network)} | measured)
-                say(words(found[-1]))
+    with contextlib.ExitStack() as outer:
+        probe = None if trace else Probe(job, outer, provenance or {})
+        for number, latency_s in itertools.product(ranks, latencies):
+            with contextlib.ExitStack() as stack:
+                spaces, fleet = _placed(stack, job, number, apart=apart, latency_s=latency_s, relay=relay)
+                for network in (network for network in links if network.latency_s == latency_s):
+                    run = _Run(job, fleet, spaces, network)
+                    seconds = [run.step(probe) for _ in range(rounds)]
+                    found.append(run.held_against(trace or probe.trace(rounds), seconds))  # type: ignore[union-attr]
+                    say(words(found[-1]))
     return found
 
 
@@ -119,26 +149,40 @@ def _placed(
     return spaces, stack.enter_context(Fleet(job, ranks, spaces=spaces.names, address=spaces.address))
 
 
-def _one(trace: Trace, job: Job, fleet: Fleet, spaces: Spaces | None, network: Network, rounds: int) -> dict[str, Any]:
-    if spaces is not None:
-        network = replace(network, mtu=spaces.mtu)
-        spaces.limit(network)
-    fleet.play("step")
-    before = spaces.sent_bytes() if spaces else []
-    seconds = [fleet.play("step").seconds for _ in range(rounds)]
-    after = spaces.sent_bytes() if spaces else []
-    sent = [(b - a) / rounds for a, b in zip(before, after, strict=True)]
-    predicted = scaling.step(trace, fleet.ranks, job.micros, network)
-    measured = spread(seconds)
-    payload = trace.gradient_bytes + trace.vector_bytes(fleet.ranks, job.micros)
-    return {
-        "step_s": measured,
-        "predicted_s": predicted.seconds,
-        "error": predicted.seconds / measured["median"] - 1,
-        "parts": predicted.__dict__,
-        "sent_bytes": max(sent) if sent else None,
-        "predicted_bytes": network.framed(2 * (fleet.ranks - 1) / fleet.ranks * payload),
-    }
+class _Run:
+    """Some ranks over one network."""
+
+    def __init__(self, job: Job, fleet: Fleet, spaces: Spaces | None, network: Network) -> None:
+        self._job, self._fleet, self._spaces, self._name = job, fleet, spaces, str(network)
+        self._network = replace(network, mtu=spaces.mtu) if spaces else network
+        self._sent: list[int] = []
+        if spaces is not None:
+            spaces.limit(network)
+        fleet.play("step")
+
+    def step(self, probe: Probe | None) -> float:
+        """Seconds of one."""
+        if probe is not None:
+            probe.sample()
+        before = self._spaces.sent_bytes() if self._spaces else []
+        seconds = self._fleet.play("step").seconds
+        after = self._spaces.sent_bytes() if self._spaces else []
+        self._sent += [max(b - a for a, b in zip(before, after, strict=True))] if before else []
+        return seconds
+
+    def held_against(self, trace: Trace, seconds: Sequence[float]) -> dict[str, Any]:
+        ranks, measured = self._fleet.ranks, spread(seconds)
+        predicted = scaling.step(trace, ranks, self._job.micros, self._network)
+        return {
+            "ranks": ranks,
+            "network": self._name,
+            "step_s": measured,
+            "predicted_s": predicted.seconds,
+            "error": predicted.seconds / measured["median"] - 1,
+            "parts": predicted.__dict__,
+            "sent_bytes": statistics.median(self._sent) if self._sent else None,
+            "predicted_bytes": scaling.sent_bytes(trace, ranks, self._job.micros),
+        }
 
 
 def words(one: dict[str, Any]) -> str:

@@ -85,10 +85,10 @@ def check(options: argparse.Namespace) -> None:
     job = job_of(options)
     where = provenance()
     trace = Trace.load(options.trace) if options.trace else None
-    if trace is None:
-        trace = trials.measure(job, rounds=options.rounds, provenance=where, say=say)
-    _same(trace, job, options.trace)
-    found = trials.check(trace, job, ranks, networks, rounds=options.rounds, relay=RELAY, say=say)
+    if trace is not None:
+        _same(trace, job, options.trace)
+    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "say": say}
+    found = trials.check(trace, job, ranks, networks, **given)
     worst = max(found, key=lambda one: abs(one["error"]))
     within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
     far = f"{worst['error']:+.1%} ({worst['ranks']} ranks, {worst['network']})"
@@ -210,7 +210,9 @@ def parser() -> argparse.ArgumentParser:
     _of_a_job(one)
     one.set_defaults(run=measure)
     one = commands.add_parser("check", help="real runs against the prediction")
-    one.add_argument("--trace", type=Path, help="made by `measure` here; without one it is measured first")
+    one.add_argument(
+        "--trace", type=Path, help="made by `measure` here; without one it is measured in turn with the runs"
+    )
     one.add_argument("--ranks", default="2,4,8", help="numbers of ranks (default 2,4,8)")
     one.add_argument(
         "--network",
