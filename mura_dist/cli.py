@@ -122,8 +122,9 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
     """
     from . import audit, places
     from .convert import convert
+    from .signals import as_interrupt
 
-    with progress_bar("converting", quiet) as progress:
+    with as_interrupt(), progress_bar("converting", quiet) as progress:
         index = convert(source, out, progress=progress, **options)
     if index is None:  # another rank's: the first one speaks
         return

@@ -52,6 +52,19 @@ def at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def as_interrupt() -> Iterator[None]:
+    """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _number(name: str) -> signal.Signals:
     known = [one.name for one in signal.valid_signals() if isinstance(one, signal.Signals)]
     usable = sorted(set(known) - {"SIGKILL", "SIGSTOP"})

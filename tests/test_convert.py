@@ -86,6 +86,29 @@ def test_torchrun_starts_the_ranks_killed_and_again(phantoms: Path, tmp_path: Pa
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
 
 
+@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(
+    asked: signal.Signals, phantoms: Path, tmp_path: Path, many_shards: None
+) -> None:
+    """By a scheduler or a person: exit status 3, one line; then the bytes of one that was never asked."""
+    convert(phantoms, tmp_path / "whole", size=40, workers=2)
+    script, out = tmp_path / "shards.py", tmp_path / "out"
+    script.write_text(RANKS)
+    words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
+    first = start_rank(script, {}, *words)
+    while not (out / "train-000000.json").exists():
+        assert first.poll() is None
+    first.send_signal(asked)
+    told = first.communicate(timeout=60)
+    assert first.returncode == 3, told
+    assert told[1].splitlines() == ["mura-dist: stopped; the finished shards stay, the same command goes on"]
+    assert not (out / "index.json").exists()
+    again = start_rank(script, {}, *words)
+    assert again.communicate(timeout=60)
+    assert again.returncode == 0
+    laws.same_bytes(tmp_path / "whole", out, leave_out=DIFFERS)
+
+
 def test_a_batch_script_of_slurm_is_one_process(phantoms: Path, tmp_path: Path) -> None:
     """Outside srun Slurm tells of tasks that nobody started: whoever waited for them would wait for ever."""
     script = tmp_path / "shards.py"
