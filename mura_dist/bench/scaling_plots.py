@@ -44,7 +44,8 @@ def checked(found: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     left.legend(fontsize=7, frameon=False)
     right.axhspan(-10, 10, color="#eeeeee", zorder=0)
     right.axhline(0, color="#333333", linewidth=0.8)
-    right.set_ylim(-30, 30)
+    far = max(30.0, *(110 * abs(one["error"]) for one in found))
+    right.set_ylim(-far, far)
     right.set_title("predicted against measured, %; grey: within 10", loc="left", fontsize=10)
     _write(figure, title, path)
 
