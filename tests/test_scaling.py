@@ -20,7 +20,7 @@ from test_tools import tool
 
 from mura_dist import mirror, places
 from mura_dist.bench import communication, networks, planning, scaling, trials
-from mura_dist.bench.fleet import Fleet, Job
+from mura_dist.bench.fleet import Fleet, Job, Turn
 from mura_dist.bench.networks import Spaces
 from mura_dist.bench.scaling import Cluster, Data, Network, Trace
 from mura_dist.refusal import Failure, Refusal
@@ -64,10 +64,17 @@ def test_what_stage_1_sends(tmp_path: Path) -> None:
     assert [shape for _, shape, _ in sent][::3] == [[weights], [weights // 2]]
 
 
-def test_a_ratio_is_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds = [{"step": 5.0, "alone": 3.0, "bare": 2.0}, {"step": 9.0, "alone": 6.0, "bare": 1.0}]
+def test_a_ratio_is_of_one_round() -> None:
+    def turn(seconds: float, *sent_s: float) -> Turn:
+        return Turn(seconds, [], [], list(sent_s))
+
+    rounds = [
+        {"step": turn(5, 1.5, 0.5), "alone": turn(3), "bare": turn(2)},
+        {"step": turn(9, 1, 1), "alone": turn(6), "bare": turn(1)},
+    ]
     found = communication._summary(rounds)
     assert found["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert found["sent_ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
     assert found["extra_s"] == {"median": 2.5, "min": 2.0, "max": 3.0}
 
 
@@ -377,7 +384,7 @@ def test_two_real_ranks_with_and_without_communication() -> None:
     weights, norms = trials.sizes("tiny")
     assert (found["ranks"], found["gradient_type"], found["gradient_bytes"]) == (2, "float32", 4 * weights)
     assert found["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
-    for key in ("step_s", "alone_s", "bare_s"):
+    for key in ("step_s", "alone_s", "bare_s", "sent_s"):
         assert 0 < found[key]["min"] <= found[key]["median"] <= found[key]["max"]
     assert lines[0].startswith("2 ranks: step ")
 
@@ -386,6 +393,7 @@ def test_ranks_alone_do_not_hear_each_other_and_then_they_do_again(fleet: Fleet)
     """What is left out is left out of that turn only; forward and backward are timed in those that have them."""
     turns = {what: fleet.play(what) for what in ("alone", "step", "bare", "small", "tiny", "evaluation")}
     assert all(turn.seconds >= max(turn.own_s) > 0 for turn in turns.values())
+    assert {what: len(turn.sent_s) for what, turn in turns.items() if turn.sent_s} == {"step": 2}
     assert {what: [len(micros) for micros in turn.micros_s] for what, turn in turns.items() if turn.micros_s[0]} == {
         "alone": [1, 1],
         "step": [1, 1],

@@ -5,8 +5,11 @@
         alone   the same, nothing sent (DeepSpeed's way of the gradient left out whole, the small vector not sent)
         bare    one all-reduce of the buffer that travels as the gradient
     extra = step - alone, of one round;  ratio = extra / bare
+    sent = of the step's two all-reduces, from the last rank's call to the last one's return;  its ratio = sent / bare
 
-Each begins with a barrier and lasts until the last rank is done. On a GPU a ratio below 1 is what hides behind the backward pass.
+Each begins with a barrier and lasts until the last rank is done. `extra` has all that many ranks cost, waiting for the slower
+ones too, but is the small difference of two large numbers, which a busy machine blurs; `sent` is not. On a GPU an `extra` below
+`bare` is what hides behind the backward pass.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .clock import spread
-from .fleet import Fleet, Job
+from .fleet import Fleet, Job, Turn
 
 _TURNS = ("step", "alone", "bare")
 MOST = 1.2  # what the ratio is to be
@@ -23,31 +26,38 @@ MOST = 1.2  # what the ratio is to be
 
 def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """For each number of ranks: ranks, gradient_bytes, gradient_type, vector_bytes, and {median, min, max} of step_s, alone_s,
-    bare_s, extra_s, ratio. Raises Failure where a rank ends."""
+    bare_s, extra_s, sent_s, ratio (of extra), sent_ratio. Raises Failure where a rank ends."""
     found = []
     for number in ranks:
         with Fleet(job, number) as fleet:
             for what in _TURNS:
                 fleet.play(what)  # files get into the cache, kernels are chosen, connections made
-            seconds = [{what: fleet.play(what).seconds for what in _TURNS} for _ in range(rounds)]
+            turns = [{what: fleet.play(what) for what in _TURNS} for _ in range(rounds)]
             facts = {key: value for key, value in fleet.facts._asdict().items() if key != "device"}
-            found.append({"ranks": number} | facts | _summary(seconds))
+            found.append({"ranks": number} | facts | _summary(turns))
         say(f"{number} ranks: {words(found[-1])}")
     return found
 
 
-def _summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    extras = [one["step"] - one["alone"] for one in rounds]
-    ratios = [extra / one["bare"] for extra, one in zip(extras, rounds, strict=True)]
-    turns = {f"{what}_s": spread([one[what] for one in rounds]) for what in _TURNS}
-    return turns | {"extra_s": spread(extras), "ratio": spread(ratios)}
+def _summary(rounds: Sequence[dict[str, Turn]]) -> dict[str, Any]:
+    seconds = {what: [one[what].seconds for one in rounds] for what in _TURNS}
+    seconds["extra"] = [step - alone for step, alone in zip(seconds["step"], seconds["alone"], strict=True)]
+    seconds["sent"] = [sum(one["step"].sent_s) for one in rounds]
+    ratios = {
+        name: spread([part / bare for part, bare in zip(seconds[what], seconds["bare"], strict=True)])
+        for name, what in (("ratio", "extra"), ("sent_ratio", "sent"))
+    }
+    return {f"{what}_s": spread(values) for what, values in seconds.items()} | ratios
 
 
 def words(one: dict[str, Any]) -> str:
     """A line of a table, without its number of ranks."""
-    parts = [f"{key.removesuffix('_s')} {_ms(one[key])}" for key in ("step_s", "alone_s", "extra_s", "bare_s")]
-    ratio = one["ratio"]
-    return f"{', '.join(parts)} ms; ratio {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    parts = [f"{what} {_ms(one[f'{what}_s'])}" for what in ("step", "alone", "extra", "sent", "bare")]
+    return f"{', '.join(parts)} ms; extra / bare {_times(one['ratio'])}; sent / bare {_times(one['sent_ratio'])}"
+
+
+def _times(value: dict[str, float]) -> str:
+    return f"{value['median']:.2f} ({value['min']:.2f} to {value['max']:.2f})"
 
 
 def _ms(value: dict[str, float]) -> str:

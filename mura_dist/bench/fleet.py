@@ -11,6 +11,7 @@ Ranks may live in network namespaces (networks.py). All clocks are this machine'
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
@@ -41,11 +42,12 @@ class Job:
 
 class Turn(NamedTuple):
     """seconds: from the first rank's start to the last one's end. micros_s: of forward and backward, by rank, then micro-batch;
-    own_s: each rank's own seconds."""
+    own_s: each rank's own seconds. sent_s: of each all-reduce, from the last rank's call to the last one's return."""
 
     seconds: float
     micros_s: list[list[float]]
     own_s: list[float]
+    sent_s: list[float]
 
 
 class Facts(NamedTuple):
@@ -98,9 +100,10 @@ class Fleet:
         for pipe in self._pipes:
             pipe.send(what)
         answers = self._answers()
-        starts, ends, micros = zip(*answers, strict=True)
+        starts, ends, micros, calls = zip(*answers, strict=True)
         own = [end - start for start, end in zip(starts, ends, strict=True)]
-        return Turn(max(ends) - min(starts), list(micros), own)
+        sent = [max(end for _, end in ranks) - max(start for start, _ in ranks) for ranks in zip(*calls, strict=True)]
+        return Turn(max(ends) - min(starts), list(micros), own, sent)
 
     def _answers(self) -> list[Any]:
         """By rank. Whoever ends first is named, while the others may still wait for it."""
@@ -176,6 +179,7 @@ class _Player:
         self.engine = Engine(model.build(job.architecture), config.check(named | sizes, "fleet"), here)
         self.batches = [_batch(job, here, place) for place in range(job.micros)]
         self.taken: list[float] = []
+        self.calls: list[tuple[float, float]] = []
         # The gradient itself, or where it travels in another type (DeepSpeed's own word) another buffer.
         self.buffer = self.engine.flat.gradient.to(self.engine._engine.communication_data_type)
         length = here.size + 1 + self.engine.num_micros + self.engine.statistics.sum.numel()
@@ -186,17 +190,17 @@ class _Player:
         kind = str(self.buffer.dtype).removeprefix("torch.")
         return Facts(self.buffer.nbytes, kind, self.vector.nbytes, str(self.here.device.type))
 
-    def play(self, what: str) -> tuple[float, float, list[float]]:
-        """(start, end, seconds of each micro-batch), after a barrier."""
+    def play(self, what: str) -> tuple[float, float, list[float], list[tuple[float, float]]]:
+        """(start, end, seconds of each micro-batch, start and end of each all-reduce), after a barrier."""
         work: Callable[[], None] = getattr(self, what)
         self.buffer.fill_(1)
-        self.taken = []
+        self.taken, self.calls = [], []
         self.here.barrier()
         self._settle()
         started = time.monotonic()
         work()
         self._settle()
-        return started, time.monotonic(), self.taken
+        return started, time.monotonic(), self.taken, self.calls
 
     def _settle(self) -> None:
         import torch
@@ -205,13 +209,30 @@ class _Player:
             torch.cuda.synchronize()
 
     def step(self) -> None:
+        with _instead(self._noted):
+            self._step()
+
+    def alone(self) -> None:
+        """DeepSpeed's whole way of the gradient is left out, and the small vector stays this rank's own."""
+        self.engine._engine.allreduce_gradients = lambda *given, **named: None  # hides the method
+        try:
+            with _instead(lambda real, *given, **named: None):
+                self._step()
+        finally:
+            del self.engine._engine.allreduce_gradients
+
+    def _step(self) -> None:
         result = self.engine.step(self._timed(), _LEARNING_RATE)
         assert result.applied, result
         assert math.isfinite(result.loss)
 
-    def alone(self) -> None:
-        with _unheard(self.engine):
-            self.step()
+    def _noted(self, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        self._settle()
+        started = time.monotonic()
+        work = real(*given, **named)
+        self._settle()
+        self.calls.append((started, time.monotonic()))
+        return work
 
     def _timed(self) -> Iterator[Any]:
         """The micro-batches; notes how long each took from when it was given until the next was asked for."""
@@ -257,15 +278,13 @@ def _batch(job: Job, here: Any, place: int) -> Any:
 
 
 @contextlib.contextmanager
-def _unheard(engine: Any) -> Iterator[None]:
-    """Nothing is sent within: DeepSpeed's whole way of the gradient is left out, and the small vector stays this rank's own."""
+def _instead(call: Callable[..., Any]) -> Iterator[None]:
+    """Within, an all-reduce is `call` of the real one and its arguments: torch's own, which DeepSpeed calls too."""
     import torch.distributed as dist
 
-    deepspeed, reduce, kept = engine._engine, "all_reduce", dist.all_reduce
-    deepspeed.allreduce_gradients = lambda *given, **named: None  # hides the method
-    setattr(dist, reduce, lambda *given, **named: None)
+    name, real = "all_reduce", dist.all_reduce
+    setattr(dist, name, functools.partial(call, real))
     try:
         yield
     finally:
-        setattr(dist, reduce, kept)
-        del deepspeed.allreduce_gradients
+        setattr(dist, name, real)

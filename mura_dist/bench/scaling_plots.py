@@ -44,7 +44,8 @@ def checked(found: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     left.legend(fontsize=7, frameon=False)
     right.axhspan(-10, 10, color="#eeeeee", zorder=0)
     right.axhline(0, color="#333333", linewidth=0.8)
-    right.set_ylim(-30, 30)
+    far = max(30.0, *(110 * abs(one["error"]) for one in found))
+    right.set_ylim(-far, far)
     right.set_title("predicted against measured, %; grey: within 10", loc="left", fontsize=10)
     _write(figure, title, path)
 
@@ -55,8 +56,8 @@ def foreseen(by_network: dict[str, Sequence[Epoch]], title: str, path: Path) -> 
     for colour, (name, epochs) in zip(_COLOURS, by_network.items(), strict=False):
         rows = [one for one in epochs if one.step is not None]
         ranks = [one.ranks for one in rows]
-        left.plot(ranks, [100 * one.efficiency for one in rows], "o-", color=colour, markersize=4, label=name)
-        right.plot(ranks, [one.epoch_s for one in rows], "o-", color=colour, markersize=4, label=name)
+        left.plot(ranks, [100 * one.efficiency for one in rows], "o-", color=colour, markersize=4, label=_link(name))
+        right.plot(ranks, [one.epoch_s for one in rows], "o-", color=colour, markersize=4, label=_link(name))
     for axes in (left, right):
         every = sorted({one.ranks for epochs in by_network.values() for one in epochs})
         axes.set_xscale("log", base=2)
@@ -71,7 +72,8 @@ def foreseen(by_network: dict[str, Sequence[Epoch]], title: str, path: Path) -> 
 
 
 def _link(name: str) -> str:
-    return "no limit" if name == "none" else name
+    """In words."""
+    return "no limit" if name == "none" else name.replace(":", ", ")
 
 
 def _figure(rows: int, columns: int, inches: float) -> tuple[Any, Any]:
