@@ -134,18 +134,19 @@ def test_hosts_train_as_one_host_with_as_many_ranks(
         assert chaos.differences(whole(num), here.run) == []
 
 
-def test_deepspeed_starts_hosts_over_ssh(site, whole) -> None:
-    """launch/deepspeed.sh on the first host of two, sshd on both."""
+@pytest.mark.parametrize("num", [2, 3])
+def test_deepspeed_starts_hosts_over_ssh(num: int, site, whole) -> None:
+    """launch/deepspeed.sh on the first host, sshd on all."""
     if not shutil.which("sshd", path="/usr/sbin:/usr/bin") or not shutil.which("pdsh"):
         pytest.skip("needs sshd and pdsh: apt-get install openssh-server pdsh")
-    with site(2) as here:
+    with site(num) as here:
         serve_ssh(here)
         hostfile = here.folder / "hostfile"
-        hostfile.write_text("host1 slots=1\nhost2 slots=1\n")
+        hostfile.write_text("".join(f"host{number} slots=1\n" for number in here.net.numbers))
         words = ("bash", ROOT / "launch/deepspeed.sh", hostfile, *here.words())
         done = here.net.start(1, *words, log=here.log(1), env={"MASTER": f"{NETWORK}.1"})
         assert here.end([done]) == [0], here.told()
-        assert chaos.differences(whole(2), here.run) == []
+        assert chaos.differences(whole(num), here.run) == []
 
 
 def serve_ssh(here: Site) -> None:
