@@ -91,7 +91,8 @@ def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event
 
 @dataclass(frozen=True)
 class _Found:
-    """A lock that is not ours: who has it, when its heart last beat and how long ago, and whether it surely lives."""
+    """A lock that is not ours: who has it, when its heart last beat and how long ago, and whether it surely lives, or does as far
+    as this machine can tell: its process number does."""
 
     owner: dict[str, Any]
     beat: float
@@ -171,7 +172,7 @@ def _judge(path: Path) -> _Found | None:
         return None
     age_s, lives = _now(path.parent) - found.st_mtime, _lives(owner)
     if lives or (lives is None and age_s < STALE_S):
-        return _Found(owner, found.st_mtime, age_s, lives is True)
+        return _Found(owner, found.st_mtime, age_s, lives is True or not _is_foreign(owner))
     _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
     _take_away(path, found.st_ino)
     return None
@@ -193,15 +194,20 @@ def _now(folder: Path) -> float:
 def _lives(owner: dict[str, Any]) -> bool | None:
     """Whether the lock's owner lives; None where only its heartbeat can tell: on another host, or in another container, whose
     process numbers are not ours. Here it lives even if it has not beaten for long: stopped, or its machine was asleep."""
-    ours = _self()
-    if any(owner.get(name, ours[name]) != ours[name] for name in ("host", "boot", "numbers")):
+    if _is_foreign(owner):
         return None
     since = workers.born(owner["process"])
-    if since is None or owner["process"] == ours["process"]:
+    if since is None or owner["process"] == os.getpid():
         return False
     if not since or "born" not in owner:
         return None
     return since == owner["born"]  # else its number is another process's by now
+
+
+def _is_foreign(owner: dict[str, Any]) -> bool:
+    """Whether its process numbers are not ours."""
+    ours = _self()
+    return any(owner.get(name, ours[name]) != ours[name] for name in ("host", "boot", "numbers"))
 
 
 def _take_away(path: Path, inode: int) -> None:

@@ -14,10 +14,12 @@ ruff format --check .
 ruff check .
 mypy
 [ $# -eq 0 ] || exec pytest "${select[@]}" "$@" # some of them, as asked for
-# What measures, or counts the seconds after a signal, one after the other; the rest three at a time, a file to each: many wait.
-alone=()
-for name in bench chaos page runs scaling; do
-  alone+=("tests/test_$name.py")
+# What measures, or counts the seconds after a signal, one after the other; the rest three at a time, a file to each: many wait. The
+# longest begin, so that at the end nobody waits for one file.
+alone=(tests/test_{bench,chaos,page,runs,scaling}.py)
+together=(tests/test_{train,hosts,faults,predict}.py)
+for file in tests/test_*.py; do
+  [[ " ${alone[*]} ${together[*]} " == *" $file "* ]] || together+=("$file")
 done
-pytest -n 3 --dist loadfile "${select[@]}" "${alone[@]/#/--ignore=}"
+pytest -n 3 --dist loadfile --no-loadscope-reorder "${select[@]}" "${together[@]}"
 exec pytest "${select[@]}" "${alone[@]}"
