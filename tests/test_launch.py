@@ -321,7 +321,7 @@ def test_an_array_and_its_tasks_make_the_bytes_of_one_process(
 
 
 def test_an_array_that_ends_of_the_warning_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
-    """`mura-dist shards` dies of a TERM; the same command goes on."""
+    """A task that has not begun dies of a TERM; the same command goes on."""
     slurm.command("srun", "trap 'exit 143' TERM; echo $$ > step; while :; do sleep 0.05; done")
     job = slurm.start("array.sbatch", "shards", "here", "there", log=tmp_path / "log")
     while not (slurm.folder / "step").exists():
