@@ -19,13 +19,13 @@ _FIRST_PORT, _PORTS = 20000, 9000  # below the ports Linux gives to whoever asks
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is. `by`: torchrun (or deepspeed, or by hand), OpenMPI, Slurm, or nothing."""
+    """Who this process is. `by`: OpenMPI, Slurm, or the words RANK and WORLD_SIZE, which may be missing."""
 
     by: str
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
 
 
 def ranks() -> Ranks:
@@ -40,19 +40,16 @@ def ranks() -> Ranks:
 
 
 def _told(known: Mapping[str, str]) -> Ranks:
-    if "RANK" in known:  # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
-        here = known.get("LOCAL_WORLD_SIZE") or known.get("LOCAL_SIZE") or "1"
-        return _numbers("RANK and WORLD_SIZE", known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
     # Before Slurm: what mpirun starts in a Slurm job is inside a step of its own, with a task a node.
-    if "OMPI_COMM_WORLD_RANK" in known:
+    if "RANK" not in known and "OMPI_COMM_WORLD_RANK" in known:
         all_of_us, here = (known.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
         return _numbers("OpenMPI", known, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
-    if (
-        "SLURM_STEP_NUM_TASKS" in known
-    ):  # srun's alone: a batch script outside srun, which knows SLURM_NTASKS too, is one process
+    # srun's alone: a batch script outside srun, which knows SLURM_NTASKS too, is one process.
+    if "RANK" not in known and "SLURM_STEP_NUM_TASKS" in known:
         here = _tasks_of_node(known)
         return _numbers("Slurm", known, "SLURM_PROCID", known["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
-    return Ranks("nothing")
+    here = known.get("LOCAL_WORLD_SIZE") or known.get("LOCAL_SIZE") or "1"  # torchrun's word, deepspeed's
+    return _numbers("RANK and WORLD_SIZE", known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
 
 
 def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Ranks:

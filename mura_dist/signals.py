@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from .refusal import Refusal, nearest
 
@@ -39,30 +40,27 @@ def asked_to_stop(also: str) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> contextlib.AbstractContextManager[None]:
     """Where there is nothing to save and Python's handlers may not be heard: SIGINT ends the process, as SIGTERM does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return _heard(signal.SIGINT, signal.SIG_DFL)
+
+
+def as_interrupt() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
+    return _heard(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def as_interrupt() -> Iterator[None]:
-    """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
+def _heard(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """By `handler`, for as long as the block runs. Signals are the main thread's: in another one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def _number(name: str) -> signal.Signals:

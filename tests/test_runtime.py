@@ -179,8 +179,6 @@ def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Tuning().settled(on_cpu=True)
     assert alone.threads == runtime.processors()
     assert runtime.flowing(3).streams == min(2, runtime.processors())
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "64")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * runtime.processors()))
     assert Tuning().settled(on_cpu=True).threads == 1
     assert runtime.flowing(3) == Tuning(3, 1, 1)
