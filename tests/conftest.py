@@ -1,15 +1,18 @@
 """What several tests start from: the shared data, drawn phantoms, shards of them, and a way to run a command."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
 
@@ -73,24 +76,41 @@ NO_GPU = {
 }  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
 
 
-def run(*words: object, cwd: Path | None = None, timeout_s: float = 240, env: dict[str, str] | None = None):
-    """Run a command of this environment to its end; its output as text."""
+@functools.cache
+def _warm() -> str:
+    """This process' server of warm.py."""
+    return str(warm.start(Path(tempfile.mkdtemp(prefix="warm-"))))
+
+
+def run(
+    *words: object,
+    cwd: Path | None = None,
+    timeout_s: float = 240,
+    env: dict[str, str] | None = None,
+    cold: bool = False,
+):
+    """Run a command of this environment to its end; its output as text.
+
+    mura-dist and torchrun, and torchrun's ranks, are forks of a process that has imported torch (warm.py). `cold`: started from
+    nothing, as a user does; for what the environment says to a library as it is loaded.
+    """
     command = [str(word) for word in words]
+    environment = {**os.environ, **NO_GPU, **(env or {})}
+    warmed = not cold and command[0] in ("mura-dist", "torchrun")
     command[0] = str(BIN / command[0])
+    if warmed:
+        command.insert(0, _warm())
+        environment["PYTHON_EXEC"] = _warm()  # torchrun's: what starts its ranks
     return subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, **NO_GPU, **(env or {})},
-        check=False,
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
     )
 
 
-def torchrun(ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None):
+def torchrun(
+    ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None, cold: bool = False
+):
     """`torchrun` on this machine with a free port; the module's words follow."""
-    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env)
+    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env, cold=cold)
 
 
 def killed_when(begun: Callable[[], bool], names: Path, *words: object) -> None:
@@ -118,3 +138,29 @@ TINY = (
     "precision=fp32",
 )
 """Settings of a run that takes seconds: a small DenseNet of the same class, in the precision the laws are stated for."""
+
+
+def train(ranks: int, shards: Path, folder: Path, *words: str):
+    """A TINY run under torchrun, with these words too."""
+    settings = (*TINY, f"shards={shards}", f"run={folder}", *words)
+    return torchrun(ranks, "mura_dist.train", *settings, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of these ranks and settings, two epochs, never interrupted."""
+
+    @functools.cache
+    def made(ranks: int, *words: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs") / "whole"
+        result = train(ranks, shard_folder, folder, *words)
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def one(whole: Callable[..., Path]) -> Path:
+    """The run of one rank."""
+    return whole(1)

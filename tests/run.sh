@@ -16,8 +16,8 @@ mypy
 [ $# -eq 0 ] || exec pytest "${select[@]}" "$@" # some of them, as asked for
 # What measures, or counts the seconds after a signal, one after the other; the rest three at a time, a file to each: many wait. The
 # longest begin, so that at the end nobody waits for one file.
-alone=(tests/test_{bench,chaos,page,runs,scaling}.py)
-together=(tests/test_{train,hosts,faults,predict}.py)
+alone=(tests/test_{bench,chaos,page,runs,scaling,threads}.py)
+together=(tests/test_{resume,hosts,train,faults,predict}.py)
 for file in tests/test_*.py; do
   [[ " ${alone[*]} ${together[*]} " == *" $file "* ]] || together+=("$file")
 done

@@ -47,7 +47,9 @@ def test_training_on_the_gpu(shard_folder: Path, tmp_path: Path, word: str) -> N
     """It trains, and goes on from where it was stopped."""
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", word)
     for epochs in (1, 2):
-        result = torchrun(1, "mura_dist.train", *words, f"epochs={epochs}", env={"CUDA_VISIBLE_DEVICES": "0"})
+        result = torchrun(
+            1, "mura_dist.train", *words, f"epochs={epochs}", env={"CUDA_VISIBLE_DEVICES": "0"}, cold=True
+        )
         assert result.returncode == 0, result.stderr
     losses = [line["loss"] for line in journal.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     assert np.isfinite(losses).all()
