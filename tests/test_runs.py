@@ -382,7 +382,7 @@ def test_ranks_that_wait_for_the_first_end_with_it(
 ) -> None:
     """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
     run = tmp_path / "run"
-    lock(run, host="elsewhere", process=1)
+    processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
     start = launch(processes, "torchrun", shard_folder, run, "wait_s=1" if asked is None else "wait_s=60")
     end = time.monotonic() + 60
     while "waiting up to" not in log_of(run):
