@@ -1,8 +1,10 @@
 """What several tests start from: the shared data, drawn phantoms, shards of them, and a way to run a command."""
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,9 +79,11 @@ NO_GPU = {
 
 
 @functools.cache
-def _warm() -> str:
-    """This process' server of warm.py."""
-    return str(warm.start(Path(tempfile.mkdtemp(prefix="warm-"))))
+def warm_python() -> str:
+    """The executable of this process' own server (warm.py)."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(warm.start(folder))
 
 
 def run(
@@ -99,8 +103,8 @@ def run(
     warmed = not cold and command[0] in ("mura-dist", "torchrun")
     command[0] = str(BIN / command[0])
     if warmed:
-        command.insert(0, _warm())
-        environment["PYTHON_EXEC"] = _warm()  # torchrun's: what starts its ranks
+        command.insert(0, warm_python())
+        environment["PYTHON_EXEC"] = warm_python()  # torchrun's: what starts its ranks
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
     )
