@@ -18,6 +18,10 @@ import warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
 
+# What is started in the background inherits that SIGINT is ignored, and so would all that tests start and send it to.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import ONNX Runtime before mura_dist.runtime does
 
 ROOT = Path(__file__).resolve().parent.parent
