@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole suite on a fresh machine: install, format, lint, types, tests.
-#   bash tests/run.sh          under 15 minutes on 2 cores
+#   bash tests/run.sh          what is quick; meant to take under 15 minutes on 2 cores
 #   bash tests/run.sh --all    also the slow ones (marker `slow`): what CI runs
 set -euo pipefail
 cd "$(dirname "$0")/.."

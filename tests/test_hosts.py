@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, TINY, torchrun
 from hosts import NETWORK, Hosts, hosts
 from test_tools import tool
+from trainings import losses
 
 from mura_dist import checkpoint, journal
 
@@ -112,10 +113,6 @@ class Site:
         """No half-written file: what is there of checkpoints can be read, its digests right."""
         for folder in checkpoint.folders(self.run / "checkpoints"):
             checkpoint.read(folder)
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in journal.read(run / "metrics.jsonl") if line["kind"] == "step"]
 
 
 # ---- as one host

@@ -1,6 +1,5 @@
 """Who a process is, by the words of each launcher; trainings that those start: mpirun for real, srun by its words."""
 
-import json
 import os
 import shutil
 import socket
@@ -11,6 +10,7 @@ from pathlib import Path
 import laws
 import pytest
 from conftest import BIN, NO_GPU, TINY, run, torchrun
+from trainings import losses
 
 from mura_dist import launcher, world
 from mura_dist.refusal import Failure, OwnRefusal, Refusal
@@ -161,12 +161,6 @@ def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = torchrun(2, "mura_dist.train", *TINY, f"shards={shard_folder}", f"run={folder}", "--quiet")
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def losses(folder: Path) -> list[float]:
-    """Of all steps."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
 def test_tasks_of_srun_train_as_ranks_do(whole: Path, shard_folder: Path, tmp_path: Path) -> None:

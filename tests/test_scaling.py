@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run
 from PIL import Image
 from test_tools import tool
 
-from mura_dist import mirror, places
+from mura_dist import mirror, places, world
 from mura_dist.bench import communication, networks, planning, scaling, trials
-from mura_dist.bench.fleet import Fleet, Job, Turn
+from mura_dist.bench.fleet import Fleet, Job, Turn, _Player
 from mura_dist.bench.networks import Spaces
 from mura_dist.bench.scaling import Cluster, Data, Network, Trace
 from mura_dist.refusal import Failure, Refusal
@@ -398,6 +399,16 @@ def test_ranks_alone_do_not_hear_each_other_and_then_they_do_again(fleet: Fleet)
         "alone": [1, 1],
         "step": [1, 1],
     }
+
+
+def test_every_measured_step_is_the_same() -> None:
+    """However many: weights that moved by noise ended in gradients that are not finite."""
+    with world.join(30) as here:
+        player = _Player(TINY, here)
+        before = player.engine.flat.weights.detach().clone()
+        for what in ("alone", "step", "bare", "step"):
+            player.play(what)
+        assert torch.equal(player.engine.flat.weights, before)
 
 
 def test_a_rank_that_ends_is_named() -> None:

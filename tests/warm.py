@@ -1,6 +1,6 @@
 """Python processes that need not import torch and DeepSpeed again: forks of one that has, 0.1 s of processor time instead of 6.
 
-    warm.py PATH     serves the socket at PATH until its parent ends
+    warm.py NUMBER   serves the listening socket that is its file of this number, until its parent ends
     start(folder)    starts a server; returns an executable that takes the words of `python`
 
 The executable is a real process to whoever starts it: it hands its words, environment, folder and open files to the server,
