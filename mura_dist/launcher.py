@@ -99,6 +99,11 @@ def is_there() -> bool:
     return any(name in os.environ for name in VARIABLES)
 
 
+def holds_the_meeting_place() -> bool:
+    """Whether the launcher itself (torchrun) listens where the ranks meet, rather than rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def meeting_place() -> tuple[str, int]:
     """(address, port) at which the ranks meet: MASTER_ADDR and MASTER_PORT, or what follows from the scheduler's words.
 

@@ -82,7 +82,7 @@ class World:
 def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
     """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises.
 
-    patience_s: how much longer the first meeting may take. Raises Failure where another rank is lost.
+    patience_s: how much longer the others may take to come to the first meeting. Raises Failure where another rank is lost.
     """
     # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
     # that began its threads before it would compute with other bits than one that did not.
@@ -96,10 +96,14 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             meeting = timedelta(seconds=timeout_s + patience_s)
+            # torchrun's own stood there before it started us: not there any more, it does not come back.
+            place = timeout if launcher.holds_the_meeting_place() else meeting
+            with _meeting(told, place):
+                store, *_ = next(rendezvous("env://", rank, size, timeout=place))
             with _meeting(told, meeting):
-                store, *_ = next(rendezvous("env://", rank, size, timeout=meeting))
                 store.set_timeout(meeting)
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=meeting)
+            limit(timeout_s)  # the group's own limit is the meeting's too
         try:
             yield World(rank, size, told.local_rank, device)
         except BaseException:

@@ -1,9 +1,12 @@
 """Who a process is, by the words of each launcher; trainings that those start: mpirun for real, srun by its words."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,11 +134,11 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch, taken_port: int) -> None:
-    def join(rank: int, port: int) -> None:
+    def join(rank: int, port: int, patience_s: float = 0.0) -> None:
         said = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in said.items():
             monkeypatch.setenv(name, str(value))
-        with world.join(1.0):
+        with world.join(1.0, patience_s=patience_s):
             raise AssertionError("nobody is there")
 
     with pytest.raises(
@@ -149,6 +152,43 @@ def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch
             Failure, match=rf"rank {rank} of 2 could not meet the others at 127.0.0.1:{free} \(.*up to 1 s\)"
         ):
             join(rank, free)
+    begin = time.monotonic()
+    with pytest.raises(Failure, match=r"up to 3 s\)"):
+        join(1, free, patience_s=2)
+    assert time.monotonic() - begin > 3, "rank 0 may come later"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(Failure, match=r"up to 1 s\)"):
+        join(1, free, patience_s=60)  # torchrun listened before its ranks began
+
+
+LATE = """
+import os, sys, time
+from mura_dist import world
+late, rank = int(sys.argv[1]), int(os.environ["RANK"])
+time.sleep(6 * (rank == late))
+with world.join(3, patience_s=60) as ranks:
+    print("met", flush=True)
+    ranks.barrier()
+    begin = time.monotonic()
+    if rank != late:
+        try:
+            ranks.barrier()
+        finally:
+            print(f"waited {time.monotonic() - begin:.1f} s", flush=True)
+    time.sleep(8)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_late_rank_is_waited_for_once(late: int) -> None:
+    """Longer than timeout_s at the first meeting: it may doubt another's lock. Later nobody waits so long."""
+    words = ("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE, late)
+    done = run(*words)
+    assert done.stdout.count("met") == 2, done.stderr
+    waited = re.findall(r"waited (\d+\.\d) s", done.stdout)
+    assert len(waited) == 1, done.stderr
+    assert 2.5 < float(waited[0]) < 6
+    assert f"rank {1 - late} lost another rank (" in done.stderr
 
 
 # ---- trainings
