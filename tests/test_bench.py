@@ -161,6 +161,7 @@ def test_every_bench_gives_the_documented_numbers(
         assert "kept for the backward pass" in bench.table(measured)
 
 
+@pytest.mark.slow
 def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

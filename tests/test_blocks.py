@@ -165,6 +165,7 @@ def test_half_precision_is_as_near_to_the_truth_as_torchvisions(dtype: torch.dty
     assert ours <= 1.25 * theirs
 
 
+@pytest.mark.slow
 def test_autocast_keeps_little_for_the_backward_pass() -> None:
     """The buffer once and each layer's bottleneck, not a copy for each layer: under a quarter of what torchvision keeps."""
     image = images(8, 128)

@@ -94,7 +94,10 @@ def test_members_of_different_architectures() -> None:
 # ---- the file
 
 
-@pytest.mark.parametrize("biases", [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0), (-2.0, 3.0)])
+EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
+
+
+@pytest.mark.parametrize("biases", [(-2.0, 3.0), *(pytest.param(each, marks=pytest.mark.slow) for each in EXTREME)])
 def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
     networks = [tiny(seed, bias) for seed, bias in enumerate(biases)]
     facts = export.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")

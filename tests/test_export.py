@@ -95,6 +95,7 @@ def test_nothing_in_nothing_out(exported: tuple[network.DenseNet, Path, dict]) -
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
 
+@pytest.mark.slow
 def test_densenet169(tmp_path: Path) -> None:
     model = network.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")

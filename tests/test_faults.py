@@ -47,6 +47,7 @@ def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("computed", [True, False])
 def test_auto_takes_what_the_processor_computes_and_keeps_it(
     shard_folder: Path, tmp_path: Path, computed: bool

@@ -475,6 +475,7 @@ def test_evaluate_makes_it_and_the_report_stays_clean(
     assert "gallery" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_onnx_file_and_a_list_have_galleries_too(
     runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys
 ) -> None:

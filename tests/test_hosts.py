@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, torchrun
+from conftest import ROOT, TINY
 from hosts import NETWORK, Hosts, hosts
 from test_tools import tool
 from trainings import losses
@@ -24,26 +24,16 @@ from mura_dist import checkpoint, journal
 chaos = tool("chaos_train")
 pytestmark = pytest.mark.slow
 
-WORDS = (*TINY, "epochs=8", "checkpoint_every=3", "timeout_s=10")
+LONGER = ("epochs=8", "checkpoint_every=3", "timeout_s=10")
 SLOW = ("--delay-ms", 3, "--loss", 0.01)
 PAGE = ROOT / "launch/torchrun.sh"
 LIMIT_S = 150  # for what takes 30 s on a quiet machine
 
 
 @pytest.fixture(scope="module")
-def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def whole(whole: Callable[..., Path]) -> Callable[[int], Path]:
     """A run of so many ranks on one host, that nobody disturbed."""
-    made: dict[int, Path] = {}
-
-    def of(ranks: int) -> Path:
-        if ranks not in made:
-            folder = tmp_path_factory.mktemp("whole") / "run"
-            done = torchrun(ranks, "mura_dist.train", *WORDS, f"shards={shard_folder}", f"run={folder}")
-            assert done.returncode == 0, done.stderr
-            made[ranks] = folder
-        return made[ranks]
-
-    return of
+    return lambda ranks: whole(ranks, *LONGER)
 
 
 @pytest.fixture
@@ -69,7 +59,7 @@ class Site:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("log*")))
 
     def words(self, *more: str) -> list[str]:
-        return [*WORDS, f"shards={self.shards}", f"run={self.run}", *more]
+        return [*TINY, *LONGER, f"shards={self.shards}", f"run={self.run}", *more]
 
     def static(self, *more: str, first: dict[int, str] | None = None) -> list[subprocess.Popen[str]]:
         """launch/torchrun.sh on each host, numbered."""

@@ -44,6 +44,7 @@ def on_a_terminal(*command: str) -> str:
     return said.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
     """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
     words = settings(shard_folder, tmp_path / "run")

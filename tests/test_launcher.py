@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import laws
 import pytest
-from conftest import BIN, NO_GPU, TINY, run, torchrun
+from conftest import BIN, NO_GPU, TINY, run
 from trainings import losses
 
 from mura_dist import launcher, world
@@ -179,6 +179,7 @@ with world.join(3, patience_s=60) as ranks:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_late_rank_is_waited_for_once(late: int) -> None:
     """Longer than timeout_s at the first meeting: it may doubt another's lock. Later nobody waits so long."""
@@ -195,14 +196,12 @@ def test_a_late_rank_is_waited_for_once(late: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(whole: Callable[..., Path]) -> Path:
     """Two ranks of torchrun."""
-    folder = tmp_path_factory.mktemp("launched") / "run"
-    done = torchrun(2, "mura_dist.train", *TINY, f"shards={shard_folder}", f"run={folder}", "--quiet")
-    assert done.returncode == 0, done.stderr
-    return folder
+    return whole(2)
 
 
+@pytest.mark.slow
 def test_tasks_of_srun_train_as_ranks_do(whole: Path, shard_folder: Path, tmp_path: Path) -> None:
     """By srun's words alone: no RANK, no MASTER_ADDR. They end with the losses of torchrun's ranks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}

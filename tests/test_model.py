@@ -103,7 +103,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
 
 
 @pytest.mark.parametrize("change", [dict, old_keys])
-@pytest.mark.parametrize("architecture", ["densenet121", "densenet169"])
+@pytest.mark.parametrize("architecture", ["densenet121", pytest.param("densenet169", marks=pytest.mark.slow)])
 def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, architecture)
     path.parent.mkdir(parents=True)

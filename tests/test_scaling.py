@@ -70,11 +70,12 @@ def test_a_ratio_is_of_one_round() -> None:
         return Turn(seconds, [], [], list(sent_s))
 
     rounds = [
-        {"step": turn(5, 1.5, 0.5), "alone": turn(3), "bare": turn(2)},
-        {"step": turn(9, 1, 1), "alone": turn(6), "bare": turn(1)},
+        {"step": turn(5, 1.5, 0.5), "together": turn(4), "alone": turn(3), "bare": turn(2)},
+        {"step": turn(9, 1, 1), "together": turn(6.5), "alone": turn(6), "bare": turn(1)},
     ]
     found = communication._summary(rounds)
     assert found["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert found["waiting_ratio"] == {"median": 0.5, "min": 0.5, "max": 0.5}
     assert found["sent_ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
     assert found["extra_s"] == {"median": 2.5, "min": 2.0, "max": 3.0}
 
@@ -385,19 +386,24 @@ def test_two_real_ranks_with_and_without_communication() -> None:
     weights, norms = trials.sizes("tiny")
     assert (found["ranks"], found["gradient_type"], found["gradient_bytes"]) == (2, "float32", 4 * weights)
     assert found["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
-    for key in ("step_s", "alone_s", "bare_s", "sent_s"):
+    for key in ("step_s", "together_s", "alone_s", "bare_s", "sent_s"):
         assert 0 < found[key]["min"] <= found[key]["median"] <= found[key]["max"]
     assert lines[0].startswith("2 ranks: step ")
 
 
 def test_ranks_alone_do_not_hear_each_other_and_then_they_do_again(fleet: Fleet) -> None:
     """What is left out is left out of that turn only; forward and backward are timed in those that have them."""
-    turns = {what: fleet.play(what) for what in ("alone", "step", "bare", "small", "tiny", "evaluation")}
+    kinds = ("alone", "step", "together", "bare", "small", "tiny", "evaluation")
+    turns = {what: fleet.play(what) for what in kinds}
     assert all(turn.seconds >= max(turn.own_s) > 0 for turn in turns.values())
-    assert {what: len(turn.sent_s) for what, turn in turns.items() if turn.sent_s} == {"step": 2}
+    assert {what: len(turn.sent_s) for what, turn in turns.items() if turn.sent_s} == {
+        "step": 2,
+        "together": 2,
+    }
     assert {what: [len(micros) for micros in turn.micros_s] for what, turn in turns.items() if turn.micros_s[0]} == {
         "alone": [1, 1],
         "step": [1, 1],
+        "together": [1, 1],
     }
 
 
@@ -406,7 +412,7 @@ def test_every_measured_step_is_the_same() -> None:
     with world.join(30) as here:
         player = _Player(TINY, here)
         before = player.engine.flat.weights.detach().clone()
-        for what in ("alone", "step", "bare", "step"):
+        for what in ("alone", "step", "together", "bare", "step"):
             player.play(what)
         assert torch.equal(player.engine.flat.weights, before)
 

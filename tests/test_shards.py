@@ -125,6 +125,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_the_same_command_finishes(small: Path, tmp_path: Path) -> None:
     """Law of torn writes, at the plan, the manifest, a tar, its .crc, its .idx, and index.json."""
     convert(small, tmp_path / "whole", size=48, workers=1)

@@ -155,6 +155,7 @@ def test_survivors_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert killing._group(os.getpgid(0)), "we ourselves are alive"
 
 
+@pytest.mark.slow
 def test_three_killed_conversions_end_with_the_same_bytes(phantoms: Path, tmp_path: Path) -> None:
     """20: python tools/kill_conversion.py"""
     said: list[str] = []

@@ -153,6 +153,7 @@ def test_other_settings_learn_too(shard_folder: Path, tmp_path: Path, one: Path,
     assert losses(tmp_path / "run") != losses(one)[: steps_an_epoch(one)]  # the setting did something
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_trains(shard_folder: Path, tmp_path: Path) -> None:
     """DeepSpeed would build C++ operators when first used; it is told to build none."""
     extensions = tmp_path / "extensions"
@@ -236,6 +237,7 @@ def test_the_best_are_kept_for_an_ensemble(shard_folder: Path, tmp_path: Path) -
     assert {folder.name for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")} == wanted
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_that_fits_is_written_into_the_run(shard_folder: Path, tmp_path: Path) -> None:
     result = train(2, shard_folder, tmp_path / "run", "micro_batch=auto", "epochs=1")
     assert result.returncode == 0, result.stderr

@@ -1,10 +1,11 @@
 """What a step pays for being one of many: against the same processes without communication, and against a bare all-reduce.
 
     2, 4, 8 ... processes, each a rank with a real Engine (fleet.py); rounds A B C A B C ...
-        step    as it is
-        alone   the same, nothing sent (DeepSpeed's way of the gradient left out whole, the small vector not sent)
-        bare    one all-reduce of the buffer that travels as the gradient
-    extra = step - alone, of one round;  ratio = extra / bare
+        step      as it is
+        together  the same, 4 bytes instead of each of its two all-reduces: ranks wait for each other where a step does
+        alone     the same, nothing sent (DeepSpeed's way of the gradient left out whole, the small vector not sent)
+        bare      one all-reduce of the buffer that travels as the gradient
+    extra = step - alone, of one round;  ratio = extra / bare;  of it waiting = together - alone
     sent = of the step's two all-reduces, from the last rank's call to the last one's return;  its ratio = sent / bare
 
 Each begins with a barrier and lasts until the last rank is done. `extra` has all that many ranks cost, waiting for the slower
@@ -20,13 +21,13 @@ from typing import Any
 from .clock import spread
 from .fleet import Fleet, Job, Turn
 
-_TURNS = ("step", "alone", "bare")
+_TURNS = ("step", "together", "alone", "bare")
 MOST = 1.2  # what the ratio is to be
 
 
 def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """For each number of ranks: ranks, gradient_bytes, gradient_type, vector_bytes, and {median, min, max} of step_s, alone_s,
-    bare_s, extra_s, sent_s, ratio (of extra), sent_ratio. Raises Failure where a rank ends."""
+    """For each number of ranks: ranks, gradient_bytes, gradient_type, vector_bytes, and {median, min, max} of step_s, together_s,
+    alone_s, bare_s, extra_s, waiting_s, sent_s, ratio (of extra), waiting_ratio, sent_ratio. Raises Failure where a rank ends."""
     found = []
     for number in ranks:
         with Fleet(job, number) as fleet:
@@ -41,11 +42,12 @@ def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str],
 
 def _summary(rounds: Sequence[dict[str, Turn]]) -> dict[str, Any]:
     seconds = {what: [one[what].seconds for one in rounds] for what in _TURNS}
-    seconds["extra"] = [step - alone for step, alone in zip(seconds["step"], seconds["alone"], strict=True)]
+    for name, more in (("extra", "step"), ("waiting", "together")):
+        seconds[name] = [many - alone for many, alone in zip(seconds[more], seconds["alone"], strict=True)]
     seconds["sent"] = [sum(one["step"].sent_s) for one in rounds]
     ratios = {
         name: spread([part / bare for part, bare in zip(seconds[what], seconds["bare"], strict=True)])
-        for name, what in (("ratio", "extra"), ("sent_ratio", "sent"))
+        for name, what in (("ratio", "extra"), ("waiting_ratio", "waiting"), ("sent_ratio", "sent"))
     }
     return {f"{what}_s": spread(values) for what, values in seconds.items()} | ratios
 
@@ -53,7 +55,8 @@ def _summary(rounds: Sequence[dict[str, Turn]]) -> dict[str, Any]:
 def words(one: dict[str, Any]) -> str:
     """A line of a table, without its number of ranks."""
     parts = [f"{what} {_ms(one[f'{what}_s'])}" for what in ("step", "alone", "extra", "sent", "bare")]
-    return f"{', '.join(parts)} ms; extra / bare {_times(one['ratio'])}; sent / bare {_times(one['sent_ratio'])}"
+    ratios = (("extra", "ratio"), ("of it waiting", "waiting_ratio"), ("sent", "sent_ratio"))
+    return f"{', '.join(parts)} ms; over bare: {', '.join(f'{what} {_times(one[key])}' for what, key in ratios)}"
 
 
 def _times(value: dict[str, float]) -> str:

@@ -3,9 +3,10 @@
 python tools/bench/communication.py [--ranks 2,4,8] [--rounds 9] [--size 64] [--micro-batch 2] [--precision auto] [--json FILE]
 
 Starts that many processes on this machine (gloo over its own loopback; NCCL where each has a GPU), each a rank with the real
-engine and DenseNet-169; in turn a step, the same with nothing sent, a bare all-reduce of a buffer like the gradient. Prints the
-bytes that travel, medians and spread of the rounds, and (step - alone) / bare, which is to be at most 1.2. What that is less than
-1 on a GPU is what hides behind the backward pass.
+engine and DenseNet-169; in turn a step, the same with 4 bytes instead of each all-reduce, the same with nothing sent, a bare
+all-reduce of a buffer like the gradient. Prints the bytes that travel, medians and spread of the rounds, and
+(step - alone) / bare, which is to be at most 1.2, and what of it is waiting for the slower ones. What it is less than 1 on a
+GPU is what hides behind the backward pass.
 """
 
 import argparse
