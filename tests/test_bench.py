@@ -146,10 +146,8 @@ def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.Monk
     return measured
 
 
-SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("train", "ranks")]
-
-
-@pytest.mark.parametrize("what", ["predict", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["predict", "train", "ranks"])
 def test_every_bench_gives_the_documented_numbers(
     what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +183,7 @@ def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
     assert all(word in text for word in ("first batch, s", "private", "page cache", "growth"))
 
 
+@pytest.mark.slow
 def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

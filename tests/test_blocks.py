@@ -141,6 +141,7 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_the_truth_as_torchvisions(dtype: torch.dtype, change: Callable) -> None:

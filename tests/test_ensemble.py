@@ -113,6 +113,7 @@ def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[
         assert (logit.shape, cells.shape[0]) == ((number,), number)
 
 
+@pytest.mark.slow
 def test_the_gate_asks_the_mean_of_a_map_of_one_checkpoint_only(tmp_path: Path) -> None:
     pair = Ensemble([tiny(0, -2.0), tiny(1, 3.0)]).eval()
     with pytest.raises(Failure, match=r"^mean of activation_map of the exported model"):
@@ -271,6 +272,7 @@ def test_predictions_are_the_evaluations(
     assert (called["call_evaluated"] == called["call_predicted"]).all()
 
 
+@pytest.mark.slow
 def test_metrics_of_another_model_give_no_threshold(
     listed: Path, evaluated: Path, copy: list[Path], tmp_path: Path, capsys
 ) -> None:
@@ -413,6 +415,7 @@ def test_files_that_are_no_list(command: str, what: str, shard_folder: Path, tmp
     laws.refusal(capsys, [command, path, *words[command]], "list.json", *says)
 
 
+@pytest.mark.slow
 def test_a_list_that_was_not_exported_predicts_nothing(
     runs: list[Path], phantoms: Path, tmp_path: Path, capsys
 ) -> None:

@@ -38,6 +38,7 @@ def rows_of(shards: Path, step: int) -> list[list[int]]:
     return [micro.rows.tolist() for micro in order.step_micros(epoch, step, **sizes)]
 
 
+@pytest.mark.slow
 def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_path: Path) -> None:
     """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
     result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")

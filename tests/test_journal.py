@@ -84,6 +84,7 @@ def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(460 * step_s, abs=1)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_each_step_once_whatever_interrupted_the_run(shard_folder: Path, tmp_path: Path) -> None:
     """The last epoch is done twice, as after a kill: its first events are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

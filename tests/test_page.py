@@ -278,6 +278,7 @@ class Raises:
         return self.reader(data)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_costs_one_session_its_turn(
     telling: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,9 @@ def upload(source: Path, target: Place) -> None:
         target.write(name, (source / name).read_bytes())
 
 
-@pytest.mark.parametrize("direction", ["from", "to", "both"])
+@pytest.mark.parametrize(
+    "direction", ["to", *(pytest.param(each, marks=pytest.mark.slow) for each in ("from", "both"))]
+)
 def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
     direction: str, folder: Place, phantoms: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_a_rank_that_is_refused_leaves_nobody_waiting(given: Any, start: Callabl
     assert contents(tmp_path / "out") == given[3]
 
 
+@pytest.mark.slow
 def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     given: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:

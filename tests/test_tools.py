@@ -97,6 +97,7 @@ def test_every_blow_changes_some_file(seeds: dict[str, bytes]) -> None:
         assert any(case.data(seeds) != seeds[case.name] for case in cases), kind
 
 
+@pytest.mark.slow
 def test_300_broken_files(seeds: dict[str, bytes], tmp_path: Path) -> None:
     """Twice: the same cases, the same outcome. 20,000: python tools/fuzz_radiograph.py"""
     said: list[str] = []
