@@ -401,7 +401,8 @@ def test_batches_and_threads_leave_no_trace(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 1])
 def test_killed_before_or_after_any_write(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:

@@ -23,7 +23,7 @@ from mura_dist.shards import Shards
 from mura_dist.variants import LIMITS
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
 def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:  # noqa: F811
     assert (
         main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
@@ -52,7 +52,7 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
         assert path.stat().st_size < (copy / "model.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
 def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:  # noqa: F811
     """The numbers of the card, taken again from the two files and the split's pixels."""
     for words in (["--precision", precision, "--allow-change"], []):
