@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole suite on a fresh machine: install, format, lint, types, tests.
+# From a fresh machine: install, format, lint, types, tests.
 #   bash tests/run.sh          what is quick; meant to take under 15 minutes on 2 cores
 #   bash tests/run.sh --all    also the slow ones (marker `slow`): what CI runs
 set -euo pipefail
