@@ -30,7 +30,7 @@ fi
 stage shards mura-dist shards "$folder" "$shards" --size 64
 
 # 3. What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
-plan=$(python tools/demo_plan.py "$shards" "$folder")
+plan=$(python tools/demo/plan.py "$shards" "$folder")
 eval "$plan" # ranks=... settings=(...) valid=...
 source launch/env.sh
 train=(torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train launch/recipes/demo.toml
@@ -51,4 +51,4 @@ stage export mura-dist export "$run"
 stage predict mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
 
 # 7. The summary, where everything lies, and the command that opens the page.
-python tools/demo_summary.py "$run" "$seconds" "$valid"
+python tools/demo/summary.py "$run" "$seconds" "$valid"

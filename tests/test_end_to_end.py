@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, TINY, run, torchrun
+from helpers.commands import ROOT, TINY, run, torchrun
 from PIL import Image
 
 
@@ -95,7 +95,7 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demos_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None:
     succeed("mura-dist", "shards", folder, tmp_path / "shards", "--size", 64)
-    plan = run("python", ROOT / "tools" / "demo_plan.py", tmp_path / "shards", folder, cwd=ROOT)
+    plan = run("python", ROOT / "tools/demo/plan.py", tmp_path / "shards", folder, cwd=ROOT)
     assert plan.returncode == 0, plan.stderr
     assert "ranks=" in plan.stdout
     assert f"valid={folder / 'MURA-v1.1' / 'valid'}" in plan.stdout
@@ -103,7 +103,7 @@ def test_the_demos_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None
     shutil.copytree(folder, tmp_path / "train-only")
     shutil.rmtree(tmp_path / "train-only" / "MURA-v1.1" / "valid")
     succeed("mura-dist", "shards", tmp_path / "train-only", tmp_path / "shards", "--size", 64)
-    plan = run("python", ROOT / "tools" / "demo_plan.py", tmp_path / "shards", tmp_path / "train-only", cwd=ROOT)
+    plan = run("python", ROOT / "tools/demo/plan.py", tmp_path / "shards", tmp_path / "train-only", cwd=ROOT)
     assert (plan.returncode, plan.stdout) == (2, "")
     assert "split 'valid'" in plan.stderr
     assert len(plan.stderr.strip().splitlines()) == 1

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, run
+from helpers.commands import ROOT, TINY, run
 
 
 def call(*words: object, cwd: Path | None = None) -> str:

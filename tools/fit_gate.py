@@ -1,4 +1,4 @@
-"""The table of mura_dist/gate.py: fits it, measures it, prints both.
+"""The table of mura_dist/data/gate.py: fits it, measures it, prints both.
 
 python tools/fit_gate.py RADIOGRAPHS PHOTOGRAPHS [--also NAME=FOLDER ...]
 
@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.linear_model import LogisticRegression
 
-from mura_dist import gate, phantoms, radiograph
-from mura_dist.intervals import wilson
+from mura_dist.data import gate, phantoms, radiograph
+from mura_dist.metrics.intervals import wilson
 
 SIZES, FOLDS, VARIED, DRAWINGS = (320, 128, 64), 5, (8, 3), 1500
 # What each kind weighs in the fit, and its label; inverted radiographs teach which way round.

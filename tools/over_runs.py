@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mura_dist import measure
-from mura_dist.refusal import Refusal
+from mura_dist.core.errors import Refusal
+from mura_dist.metrics import summary
 
 
 def main() -> int:
@@ -19,10 +19,10 @@ def main() -> int:
     parser.add_argument("--together", type=Path, metavar="FOLDER")
     words = parser.parse_args()
     measured = [measured_of(folder) for folder in words.runs]
-    print(measure.over_runs_table(measure.over_runs(measured), len(measured)))
+    print(summary.over_runs_table(summary.over_runs(measured), len(measured)))
     if words.together is not None:
         overall = measured_of(words.together)["overall"]
-        numbers = (f"{name} {measure.with_interval(overall, name)}" for name in ("kappa", "auroc"))
+        numbers = (f"{name} {summary.with_interval(overall, name)}" for name in ("kappa", "auroc"))
         print(
             f"Together, as one model: {', '.join(numbers)} ({overall['num_studies']} studies); {words.together}/report.html"
         )

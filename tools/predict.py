@@ -5,7 +5,7 @@ python tools/predict.py MODEL.onnx DIRECTORY --out OUT [options]
 
 import sys
 
-from mura_dist.cli import entry
+from mura_dist.cli.main import entry
 
 if __name__ == "__main__":
     entry(["predict", *sys.argv[1:]])

@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from mura_dist import config
-from mura_dist.refusal import Refusal, nearest
-from mura_dist.runs import Run
+from mura_dist.core import config
+from mura_dist.core.errors import Refusal, nearest
+from mura_dist.training.run import Run
 
 
 def main(words: list[str]) -> int:

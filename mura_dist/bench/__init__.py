@@ -2,7 +2,7 @@
 
     workload.py  radiographs (--data, or phantoms), as links, as many as wanted -> Load
     clock.py     contenders of WHAT, each in a process of its own, in turn -> images/s; ratios of the same round, ours over theirs
-    shards.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
+    reader.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
     footprint.py start and memory of the pipeline    plots.py  a picture of it all
 
 Little is imported above the functions: processes whose start is measured come through here.
@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..refusal import Refusal, nearest
-from .workload import Load, Options, prepare
+from mura_dist.bench.workload import Load, Options, prepare
+from mura_dist.core.errors import Refusal, nearest
 
 __all__ = ["BENCHES", "Load", "Options", "run", "table"]
 
@@ -76,7 +76,7 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
 
 def _settle(what: str, options: Options) -> tuple[int, int]:
     """Size and number of radiographs."""
-    from . import encodings
+    from mura_dist.bench import encodings
 
     if what not in BENCHES:
         raise Refusal(f"bench {what!r}{nearest(what, BENCHES)}: must be one of {', '.join(BENCHES)}")
@@ -92,7 +92,7 @@ def _settle(what: str, options: Options) -> tuple[int, int]:
 
 
 def _measure(what: str, load: Load, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    from . import clock, encodings, pipeline, prediction, ranks, shards, training
+    from mura_dist.bench import clock, encodings, pipeline, prediction, ranks, shards, training
 
     rooms: dict[str, Any] = {"shards": shards, "pipeline": pipeline, "encodings": encodings}
     room = (rooms | {"train": training, "ranks": ranks, "predict": prediction})[what]
@@ -207,7 +207,7 @@ def _command(what: str, options: Options) -> str:
 
 
 def versions() -> dict[str, str]:
-    from ..runs import environment
+    from mura_dist.training.run import environment
 
     here, theirs = environment(), ("pillow", "webdataset")
     known = {name: here[name] for name in ("mura_dist", "python")} | here["versions"]
@@ -218,14 +218,14 @@ def hardware() -> dict[str, Any]:
     """The machine, and how busy it was before: on a shared one, the work of others is in the numbers."""
     import torch
 
-    from .. import workers
+    from mura_dist.distributed import processes
 
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": next(iter(names), platform.machine()),
-        "processors": workers.processors(),
+        "processors": processes.processors(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }

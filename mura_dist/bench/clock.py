@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import workers
-from ..refusal import Failure
-from .workload import Load
+from mura_dist.bench.workload import Load
+from mura_dist.core.errors import Failure
+from mura_dist.distributed import processes
 
 _PROBES, _PROBE_S = 3, 0.7  # turns of each number of workers; no longer than a round's
 
@@ -56,7 +56,7 @@ def play(
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:
         with contextlib.ExitStack() as stack:
-            pools = {contender.name: stack.enter_context(workers.start(1)) for contender in contenders}
+            pools = {contender.name: stack.enter_context(processes.start(1)) for contender in contenders}
             for ready in [pools[contender.name].submit(_prepare, contender, load) for contender in contenders]:
                 ready.result()
             chosen = _choose(contenders, pools, min(seconds, _PROBE_S), say)

@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from ..refusal import Refusal
-from ..samples import SUFFIX
-from ..shards import Shards
-from . import pipeline, shards
-from .clock import Contender
-from .prediction import provider
-from .streams import device, stream
-from .workload import Load, Options
+from mura_dist.bench import pipeline, shards
+from mura_dist.bench.clock import Contender
+from mura_dist.bench.prediction import provider
+from mura_dist.bench.streams import device, stream
+from mura_dist.bench.workload import Load, Options
+from mura_dist.core.errors import Refusal
+from mura_dist.data.shards.codec import SUFFIX
+from mura_dist.data.shards.reader import Shards
 
 AGAINST = "png"  # without loss
 CONVERSION, LOADING, LOADING_ON_GPU = "conversion", "loading, cpu backend", "loading, dali backend on the GPU"
 
 
 def contenders(load: Load) -> list[Contender]:
-    from ..convert import convert
+    from mura_dist.data.shards.convert import convert
 
     for encoding in SUFFIX:
         convert(load.folder, load.scratch / encoding, size=load.size, encoding=encoding, workers=load.workers)
@@ -65,7 +65,7 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def size_of(model: Path, size: int | None) -> int:
     """The pixels of a side that `model` takes. Raises Refusal for another --size, and for what is no model of ours."""
-    from ..runtime import Model, Tuning
+    from mura_dist.inference.onnx_model import Model, Tuning
 
     wanted = Model.load(model, tuning=Tuning(threads=1)).size
     if size not in (None, wanted):
@@ -81,7 +81,7 @@ def _bytes_each(folder: Path) -> float:
 
 
 def _probability_changes(load: Load, path: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    from ..runtime import Model
+    from mura_dist.inference.onnx_model import Model
 
     model, probabilities = Model.load(path, provider()), {}
     for encoding in SUFFIX:

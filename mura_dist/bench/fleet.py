@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, NamedTuple, Self
 
-from .. import launcher, workers
-from ..refusal import Failure
+from mura_dist.core.errors import Failure
+from mura_dist.distributed import environment, processes
 
 _TIMEOUT_S = 120.0
 # The same step every time: ranks that did not hear each other would drift apart, and 60 steps on noise end in gradients of inf.
@@ -135,15 +135,15 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job, pipe: Any) -> None:
-    workers.end_with_parent()
+    processes.end_with_parent()
     os.dup2(2, 1)  # stdout is for the result; DeepSpeed greets there
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a namespace knows no host names, and torch says so for each rank
     if space:
-        from . import networks
+        from mura_dist.bench import networks
 
         networks.enter(space)
         os.environ["GLOO_SOCKET_IFNAME"] = networks.DEVICE
-    for name in launcher.VARIABLES:
+    for name in environment.VARIABLES:
         os.environ.pop(name, None)
     known = {
         "RANK": rank,
@@ -155,10 +155,10 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
     os.environ.update({name: str(value) for name, value in known.items()})
     import torch
 
-    from .. import world
+    from mura_dist.distributed import process_group
 
-    torch.set_num_threads(max(1, workers.processors() // ranks))
-    with world.join(_TIMEOUT_S) as here:
+    torch.set_num_threads(max(1, processes.processors() // ranks))
+    with process_group.join(_TIMEOUT_S) as here:
         player = _Player(job, here)
         pipe.send(player.facts())
         while (what := pipe.recv()) is not None:
@@ -171,13 +171,14 @@ class _Player:
     def __init__(self, job: Job, here: Any) -> None:
         import torch
 
-        from .. import config, model
-        from ..engine import Engine
+        from mura_dist.core import config
+        from mura_dist.models import densenet
+        from mura_dist.training.engine import Engine
 
         self.job, self.here = job, here
         sizes = {"micro_batch": job.micro_batch, "global_batch": job.micro_batch * job.micros * here.size}
         named = {"shards": "", "run": "", "architecture": job.architecture, "precision": job.precision}
-        self.engine = Engine(model.build(job.architecture), config.check(named | sizes, "fleet"), here)
+        self.engine = Engine(densenet.build(job.architecture), config.check(named | sizes, "fleet"), here)
         self.batches = [_batch(job, here, place) for place in range(job.micros)]
         self.taken: list[float] = []
         self.calls: list[tuple[float, float]] = []
@@ -274,7 +275,7 @@ def _batch(job: Job, here: Any, place: int) -> Any:
     """Noise: pixels do not change how long a convolution takes."""
     import torch
 
-    from ..pipeline import Batch
+    from mura_dist.data.loaders.loader import Batch
 
     random = torch.Generator().manual_seed(1000 * here.rank + place)
     image = torch.randint(0, 256, (job.micro_batch, 1, job.size, job.size), dtype=torch.uint8, generator=random)

@@ -22,10 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..refusal import Failure
-from .clock import spread
-from .streams import Epochs, count, endless
-from .workload import Load
+from mura_dist.bench.clock import spread
+from mura_dist.bench.streams import Epochs, count, endless
+from mura_dist.bench.workload import Load
+from mura_dist.core.errors import Failure
 
 EPOCHS = 10
 _START = "from mura_dist.bench.footprint import main; main()"

@@ -5,7 +5,7 @@
 
 Nothing is made outside the namespaces, which carry this process's id. A rank sends to one other and hears one other at a time, as
 an all-reduce goes round, so that holding what it sends holds what it hears. Rates are tc's (tbf); a latency is a relay's in user
-space (tools/slow_link.py), a process a link, for not every kernel has netem; its links take large frames, to cost it little.
+space (tools/robustness/slow_link.py), a process a link, for not every kernel has netem; its links take large frames.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from ..refusal import Failure, Refusal
-from .scaling import Network
+from mura_dist.bench.scaling import Network
+from mura_dist.core.errors import Failure, Refusal
 
 DEVICE = "eth0"
 _NAMESPACE = 0x40000000  # CLONE_NEWNET; os.setns is Python 3.12's

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .scaling import Data, Epoch, Network, Trace
+from mura_dist.bench.scaling import Data, Epoch, Network, Trace
 
 _HEAD = ("ranks", "global batch", "step ms", "network ms", "images/s", "efficiency", "limit", "epoch s", "$ an epoch")
 _DISK = ("ranks", "GB an epoch", "GB a node", "of a step's time")
@@ -39,7 +39,7 @@ def _cells(one: Epoch) -> list[str]:
 
 
 def data_tables(data: Data, epochs: Sequence[Epoch]) -> list[str]:
-    """What is read: from the nodes' own disks; from a store, copied to them once (mirror.py), or each time, as we do not."""
+    """What is read: from the nodes' own disks; from a store, copied to them once (cache.py), or each time, as we do not."""
     rows = [one for one in epochs if one.step is not None]
     disk = [
         [

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .streams import Epochs, device
-from .workload import ROTATE_DEG, Load
+from mura_dist.bench.streams import Epochs, device
+from mura_dist.bench.workload import ROTATE_DEG, Load
 
 FILES = "(a) DataLoader + Pillow + torchvision, files"
 TAR = "(b) webdataset + torchvision v2, original files in a tar"
@@ -106,7 +106,7 @@ def dali_reader(tars: list[str], load: Load) -> Epochs:
 def _reader(tars: list[str], side: int, on_gpu: bool, **how: Any) -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
-    from ..shards import read_index
+    from mura_dist.data.shards.reader import read_index
 
     indexes = [str(Path(tar).with_suffix(".idx")) for tar in tars]
     image, *_ = read_index(Path(indexes[0]))[0]

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import order
-from ..refusal import Failure
-from . import footprint, peers
-from .clock import Contender
-from .footprint import Loader
-from .streams import Epochs, device, stream
-from .workload import ROTATE_DEG, Load, Options
+from mura_dist.bench import footprint, peers
+from mura_dist.bench.clock import Contender
+from mura_dist.bench.footprint import Loader
+from mura_dist.bench.streams import Epochs, device, stream
+from mura_dist.bench.workload import ROTATE_DEG, Load, Options
+from mura_dist.core.errors import Failure
+from mura_dist.data.loaders import sampler
 
 CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw shards"
 ORIGINAL = "mura-dist, ORIGINAL bytes decoded every epoch"
@@ -37,7 +37,7 @@ _FEW = 256  # images between two looks at the memory of a loader that is slow
 
 
 def contenders(load: Load) -> list[Contender]:
-    from ..convert import convert
+    from mura_dist.data.shards.convert import convert
 
     folder, files = load.scratch / "shards", load.scratch / "files.tar"
     convert(load.folder, folder, size=load.size, workers=load.workers)
@@ -51,7 +51,7 @@ def contenders(load: Load) -> list[Contender]:
 
 
 def _peers(load: Load) -> dict[str, Callable[[Load], Epochs]]:
-    from ..shards import Shards
+    from mura_dist.data.shards.reader import Shards
 
     folder = load.scratch / "shards"
     tars = [str(folder / name) for name in Shards.open(folder).names()]
@@ -67,12 +67,16 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
     """start: seconds to the first batch and memory, of processes that do nothing else; peers with the workers they chose."""
     folder, theirs = load.scratch / "shards", _peers(load)
     chosen = {one["name"]: one["workers"] for one in results["contenders"]}
-    ours = ("torch", "mura_dist.shards", "mura_dist.pipeline")
+    ours = ("torch", "mura_dist.data.shards.reader", "mura_dist.data.loaders.loader")
     whole = len(load.paths) // load.batch * load.batch
     few = min(whole, _FEW)
     loaders = [
-        Loader(CPU, partial(batches, folder, "cpu"), (*ours, "mura_dist.pipeline.cpu"), whole, grows=True, ours=True),
-        Loader(DALI, partial(batches, folder, "dali"), (*ours, "mura_dist.pipeline.dali"), few, grows=True, ours=True),
+        Loader(
+            CPU, partial(batches, folder, "cpu"), (*ours, "mura_dist.data.loaders.opencv"), whole, grows=True, ours=True
+        ),
+        Loader(
+            DALI, partial(batches, folder, "dali"), (*ours, "mura_dist.data.loaders.dali"), few, grows=True, ours=True
+        ),
         *(Loader(name, theirs[name], peers.IMPORTS[name], few) for name in (peers.FILES, peers.TAR, peers.READER)),
     ]
     loads = [replace(load, workers=chosen[loader.name]) for loader in loaders]
@@ -81,9 +85,9 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def batches(folder: Path, backend: str, load: Load) -> Epochs:
     """Ours: the pipeline as training calls it, once an epoch; on a GPU an epoch is as long as MURA's, here too."""
-    from ..pipeline import Targets
-    from ..pipeline import batches as made
-    from ..shards import Shards
+    from mura_dist.data.loaders.loader import Targets
+    from mura_dist.data.loaders.loader import batches as made
+    from mura_dist.data.shards.reader import Shards
 
     shards, place, numbers = Shards.open(folder), device(), count()
     targets = Targets.of(shards, weighted=False)
@@ -98,11 +102,11 @@ def batches(folder: Path, backend: str, load: Load) -> Epochs:
     return epoch
 
 
-def _micros(rows: np.ndarray, number: int, batch: int) -> list[order.Micro]:
-    epoch = order.epoch_order(rows, 0, number, rotate_deg=ROTATE_DEG, flip=True)
+def _micros(rows: np.ndarray, number: int, batch: int) -> list[sampler.Micro]:
+    epoch = sampler.epoch_order(rows, 0, number, rotate_deg=ROTATE_DEG, flip=True)
     share = {"global_batch": batch, "micro_batch": batch, "rank": 0, "world_size": 1}
-    steps = range(order.steps_per_epoch(len(rows), batch))
-    return [micro for step in steps for micro in order.step_micros(epoch, step, **share)]
+    steps = range(sampler.steps_per_epoch(len(rows), batch))
+    return [micro for step in steps for micro in sampler.step_micros(epoch, step, **share)]
 
 
 def _pack(load: Load, files: Path) -> None:
@@ -120,7 +124,7 @@ def originals(files: Path, load: Load) -> Epochs:
     import cv2
     import torch
 
-    from ..shards import read_index
+    from mura_dist.data.shards.reader import read_index
 
     cv2.setNumThreads(1)  # our threads are the parallelism
     bytes_of = [(member.offset, member.size) for member, *_ in read_index(files.with_suffix(".idx"))]
@@ -147,9 +151,9 @@ def originals(files: Path, load: Load) -> Epochs:
     return epoch
 
 
-def _filled(pixels: Callable[[int], np.ndarray], micro: order.Micro, size: int) -> np.ndarray:
+def _filled(pixels: Callable[[int], np.ndarray], micro: sampler.Micro, size: int) -> np.ndarray:
     """uint8 (B, 1, S, S)."""
-    from ..pipeline.cpu import augment
+    from mura_dist.data.loaders.opencv import augment
 
     batch = np.zeros((len(micro.rows), 1, size, size), np.uint8)
     for number, row in enumerate(micro.rows):

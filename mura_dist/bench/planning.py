@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import order
+from mura_dist.data.loaders import sampler
 
 
 def measure(radiographs: int, ranks: int, micro_batch: int) -> dict[str, Any]:
@@ -52,17 +52,17 @@ def peak_bytes(rows: np.ndarray, ranks: int, micro_batch: int) -> int:
         tracemalloc.stop()
 
 
-def _order(rows: np.ndarray) -> order.Epoch:
-    return order.epoch_order(rows, 1, 2, rotate_deg=30.0, flip=True)
+def _order(rows: np.ndarray) -> sampler.Epoch:
+    return sampler.epoch_order(rows, 1, 2, rotate_deg=30.0, flip=True)
 
 
-def _walk(ordered: order.Epoch, ranks: int, micro_batch: int, *, steps: int | None = None) -> int:
+def _walk(ordered: sampler.Epoch, ranks: int, micro_batch: int, *, steps: int | None = None) -> int:
     """How many micro-batches a rank in the middle takes."""
     batch, number = micro_batch * ranks, 0
     sizes = {"global_batch": batch, "micro_batch": micro_batch, "world_size": ranks, "rank": ranks // 2}
-    all_steps = order.steps_per_epoch(len(ordered.rows), batch)
+    all_steps = sampler.steps_per_epoch(len(ordered.rows), batch)
     for step in range(all_steps if steps is None else min(steps, all_steps)):
-        number += len(order.step_micros(ordered, step, **sizes))
+        number += len(sampler.step_micros(ordered, step, **sizes))
     return number
 
 

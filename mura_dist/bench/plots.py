@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import atomic
-from ..refusal import Refusal
+from mura_dist.core import files
+from mura_dist.core.errors import Refusal
 
 _OURS, _THEIRS = "#1f6f8b", "#b8b8b8"
 _LINE_INCHES, _HEAD_INCHES, _LINE_CHARACTERS = 0.21, 0.8, 64
@@ -58,7 +58,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
         figure.suptitle(_title(measured), fontsize=10)
         data = io.BytesIO()
         FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
-    atomic.write_bytes(path, data.getvalue())
+    files.write_bytes(path, data.getvalue())
 
 
 def panels(measured: dict[str, Any]) -> Iterator[Panel]:

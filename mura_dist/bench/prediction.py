@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from .clock import Contender, Work
-from .streams import device
-from .training import their_network
-from .workload import Load
+from mura_dist.bench.clock import Contender, Work
+from mura_dist.bench.streams import device
+from mura_dist.bench.training import their_network
+from mura_dist.bench.workload import Load
 
 _CALIBRATED = 16  # radiographs
 
@@ -55,17 +55,19 @@ def _export(load: Load, fp32: Path, stock: Path, int8: Path | None) -> None:
     """The same weights as our file, as torch's own export of torchvision's network, and in integers."""
     import torch
 
-    from .. import export, model, quantise
-    from ..card import Card, TrainedOn
+    from mura_dist.inference.export import int8 as quantise
+    from mura_dist.inference.export import onnx
+    from mura_dist.models import densenet as model
+    from mura_dist.models.card import Card, TrainedOn
 
     trained_on = TrainedOn(kind="phantoms", manifest_sha256="", num_radiographs=0)
     facts: dict[str, Any] = {"size": load.size, "study_types": [], "trained_on": trained_on, "selected_on": "tune"}
     card = Card(**facts, recipe={}, checkpoint="none")
     network = model.build(load.architecture).eval()
-    fp32.write_bytes(export.graph(network, card))
+    fp32.write_bytes(onnx.graph(network, card))
     theirs = their_network(load.architecture).eval()
     theirs.load_state_dict(network.state_dict())
-    with export.quiet():
+    with onnx.quiet():
         program = torch.onnx.export(
             theirs,
             (torch.zeros(2, 3, load.size, load.size),),
@@ -79,7 +81,7 @@ def _export(load: Load, fp32: Path, stock: Path, int8: Path | None) -> None:
     if int8 is not None:
         images = np.concatenate(load.pixels())[:_CALIBRATED]
         narrow = card.model_copy(update={"precision": "int8"})
-        int8.write_bytes(export.finished(quantise.graph(network, images), narrow))
+        int8.write_bytes(onnx.finished(quantise.graph(network, images), narrow))
 
 
 def provider() -> str:
@@ -87,7 +89,7 @@ def provider() -> str:
 
 
 def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
-    from ..predict import predict
+    from mura_dist.inference.predict import predict
 
     options: dict[str, Any] = {"provider": provider, "workers": load.workers}
 
@@ -100,7 +102,7 @@ def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
 
 
 def _alone(path: Path, provider: str, load: Load) -> Work:
-    from ..runtime import Model, flowing
+    from mura_dist.inference.onnx_model import Model, flowing
 
     model, images = Model.load(path, provider, flowing()), np.concatenate(load.pixels())
     return lambda out: sum(len(logit) for (logit,) in model.stream(_cut(images, model.tuning.batch_size or 1)))
@@ -115,7 +117,7 @@ def _stock(path: Path, load: Load) -> Work:
     """As ONNX Runtime runs it unless told otherwise, float pixels normalised beforehand."""
     import onnxruntime
 
-    from ..model import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -132,7 +134,7 @@ def _one_by_one(threads: int, load: Load) -> Work:
     from PIL import Image
     from torchvision import transforms as t
 
-    from ..model import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
 
     torch.set_num_threads(threads or torch.get_num_threads())
     network, place, size = their_network(load.architecture).eval(), device(), (load.size, load.size)

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .clock import Contender, Work, process
-from .streams import device
-from .training import batches, labels, our_network, settings_of
-from .workload import Load
+from mura_dist.bench.clock import Contender, Work, process
+from mura_dist.bench.streams import device
+from mura_dist.bench.training import batches, labels, our_network, settings_of
+from mura_dist.bench.workload import Load
 
 RANKS = 2
 _TIMEOUT_S = 300.0
@@ -50,7 +50,7 @@ def work(kind: str, precision: str, load: Load) -> Work:
 
 
 def _follow(rank: int, port: int, kind: str, precision: str, load: Load) -> None:
-    from ..workers import end_with_parent
+    from mura_dist.distributed.processes import end_with_parent
 
     end_with_parent()
     step = _join(rank, port, kind, precision, load)
@@ -76,21 +76,21 @@ def _free_port() -> int:
 def _join(rank: int, port: int, kind: str, precision: str, load: Load) -> Step:
     import torch
 
-    from .. import world
+    from mura_dist.distributed import process_group
 
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in known.items()})
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
-    ranks = process.enter_context(world.join(_TIMEOUT_S))
+    ranks = process.enter_context(process_group.join(_TIMEOUT_S))
     return (_engine if kind == "engine" else _ddp)(precision, load, ranks)
 
 
 def _engine(precision: str, load: Load, ranks: Any) -> Step:
-    from .. import model
-    from ..engine import Engine
+    from mura_dist.models import densenet
+    from mura_dist.training.engine import Engine
 
     settings = settings_of(load, precision, ranks=RANKS)
-    trained, stream = Engine(model.build(load.architecture), settings, ranks), batches(load)
+    trained, stream = Engine(densenet.build(load.architecture), settings, ranks), batches(load)
     return lambda: _finite(trained.step([next(stream)], settings.learning_rate).loss)
 
 

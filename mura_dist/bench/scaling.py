@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import order
-from ..refusal import Refusal
+from mura_dist.core.errors import Refusal
+from mura_dist.data.loaders import sampler
 
 # gloo's ring (AllreduceOptions.maxSegmentSize, and two operations in flight).
 _SEGMENT_BYTES, _IN_FLIGHT = 1 << 20, 2
@@ -320,7 +320,7 @@ def epoch(trace: Trace, ranks: int, where: Network | Cluster, data: Data, *, glo
     if reason := _refused(batch, unit, ranks, data.num_train):
         return Epoch(ranks, batch, refused=reason)
     nodes = -(-ranks // where.per_node) if isinstance(where, Cluster) else 1
-    micros, steps = batch // unit, order.steps_per_epoch(data.num_train, batch)
+    micros, steps = batch // unit, sampler.steps_per_epoch(data.num_train, batch)
     here, read_s = step(trace, ranks, micros, where), data.bytes_each * batch / (nodes * data.disk_bytes_per_s)
     step_s = max(here.seconds, read_s)  # the loader works ahead, beside the steps
     evaluation_s = -(-data.num_tune // unit) * trace.share(ranks) * slowest_s(trace.evaluation_s, ranks)
@@ -346,7 +346,7 @@ def epoch(trace: Trace, ranks: int, where: Network | Cluster, data: Data, *, glo
 
 
 def _bill(data: Data, nodes: int, ranks: int) -> dict[str, Any]:
-    """Of the copy from a store to each node's disk (mirror.py), once, of all splits; the GPUs wait for it, and cost."""
+    """Of the copy from a store to each node's disk (cache.py), once, of all splits; the GPUs wait for it, and cost."""
     each = round((data.radiographs + data.others) * data.bytes_each)
     files, copy_s = 3 * data.num_shards + 1, each / data.store_bytes_per_s  # a tar, its .idx and .crc; the manifest
     gets = nodes * files + ranks  # every rank asks for index.json
@@ -364,7 +364,7 @@ def _refused(batch: int, unit: int, ranks: int, num_train: int) -> str:
     if batch > num_train:
         return f"a global batch of {batch} is more than an epoch's {num_train}; fewer GPUs, or a smaller micro-batch"
     if batch % unit:
-        near = order.nearest_global_batch(batch, unit)
+        near = sampler.nearest_global_batch(batch, unit)
         return f"a global batch of {batch} is no multiple of {unit // ranks} x {ranks}; the nearest is {near}"
     return ""
 

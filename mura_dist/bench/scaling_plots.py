@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import atomic
-from .scaling import Epoch
+from mura_dist.bench.scaling import Epoch
+from mura_dist.core import files
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#5b8e3e", "#7a5195", "#b8860b", "#555555")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -91,4 +91,4 @@ def _write(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     data = io.BytesIO()
     FigureCanvasAgg(figure).print_png(data, metadata={"Software": None})
-    atomic.write_bytes(path, data.getvalue())
+    files.write_bytes(path, data.getvalue())

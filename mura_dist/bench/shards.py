@@ -8,9 +8,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..refusal import Failure
-from .clock import Contender, Work
-from .workload import Load
+from mura_dist.bench.clock import Contender, Work
+from mura_dist.bench.workload import Load
+from mura_dist.core.errors import Failure
 
 _READ = """
 import sys
@@ -30,7 +30,7 @@ def contenders(load: Load) -> list[Contender]:
 
 def conversion(encoding: str, load: Load) -> Work:
     def work(out: Path) -> int:
-        command = [sys.executable, "-m", "mura_dist.cli", "shards", str(load.folder), str(out / "shards"), "--quiet"]
+        command = [sys.executable, "-m", "mura_dist", "shards", str(load.folder), str(out / "shards"), "--quiet"]
         options = {"size": load.size, "encoding": encoding, "workers": load.workers}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         _succeed(subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-from .clock import Work
-from .workload import Load
+from mura_dist.bench.clock import Work
+from mura_dist.bench.workload import Load
 
 Epochs = Callable[[], Iterable[Any]]
 """The batches of one more epoch, each a tensor uint8 (B, 1, S, S) on the device."""

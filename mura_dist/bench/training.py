@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import config
-from .clock import Contender, Work, process
-from .streams import device
-from .workload import Load, Options
+from mura_dist.bench.clock import Contender, Work, process
+from mura_dist.bench.streams import device
+from mura_dist.bench.workload import Load, Options
+from mura_dist.core import config
 
 
 def contenders(load: Load) -> list[Contender]:
-    from .. import world
+    from mura_dist.distributed import process_group
 
-    default, other = ("bf16", "fp32") if world.computes_bf16() else ("fp32", "bf16")  # precision=auto
+    default, other = ("bf16", "fp32") if process_group.computes_bf16() else ("fp32", "bf16")  # precision=auto
     return [
         Contender(f"mura-dist, default settings ({default})", partial(engine, default), ours=True),
         Contender(f"mura-dist, {other}", partial(engine, other), ours=True),
@@ -62,7 +62,7 @@ def batches(load: Load) -> Iterator[Any]:
     """The same again and again, on the device."""
     import torch
 
-    from ..pipeline import Batch
+    from mura_dist.data.loaders.loader import Batch
 
     label, ones = labels(load.batch), torch.ones(load.batch, device=device())
     images = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
@@ -70,12 +70,13 @@ def batches(load: Load) -> Iterator[Any]:
 
 
 def engine(precision: str, load: Load) -> Work:
-    from .. import model, world
-    from ..engine import Engine
+    from mura_dist.distributed import process_group
+    from mura_dist.models import densenet
+    from mura_dist.training.engine import Engine
 
     settings = settings_of(load, precision)
-    ranks = process.enter_context(world.join(settings.timeout_s))
-    trained, stream = Engine(model.build(load.architecture), settings, ranks), batches(load)
+    ranks = process.enter_context(process_group.join(settings.timeout_s))
+    trained, stream = Engine(densenet.build(load.architecture), settings, ranks), batches(load)
 
     def work(out: Path) -> int:
         assert np.isfinite(trained.step([next(stream)], settings.learning_rate).loss)
@@ -87,16 +88,16 @@ def engine(precision: str, load: Load) -> Work:
 def our_network(architecture: str) -> Any:
     import torch
 
-    from .. import model
+    from mura_dist.models import densenet
 
-    return model.build(architecture).to(device(), memory_format=torch.channels_last)
+    return densenet.build(architecture).to(device(), memory_format=torch.channels_last)
 
 
 def their_network(architecture: str, *, memory_efficient: bool = False) -> Any:
     """torchvision's own, with one logit, as a user would build it."""
     from torchvision.models.densenet import DenseNet
 
-    from ..model import ARCHITECTURES
+    from mura_dist.models.densenet import ARCHITECTURES
 
     return DenseNet(*ARCHITECTURES[architecture], num_classes=1, memory_efficient=memory_efficient).to(device())
 
@@ -105,7 +106,7 @@ def normalised(image: Any) -> Any:
     """uint8 (B, 1, S, S) -> what torchvision's network wants, float32 (B, 3, S, S)."""
     from torchvision.transforms.functional import normalize
 
-    from ..model import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
 
     return normalize(image.expand(-1, 3, -1, -1) / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
 
@@ -154,7 +155,7 @@ def kept_mb(network: Any, load: Load) -> float:
     """For the backward pass of one micro-batch under bf16 autocast, a radiograph."""
     import torch
 
-    from ..memory import kept_bytes
+    from mura_dist.training.micro_batch import kept_bytes
 
     image = torch.from_numpy(load.pixels()[0]).to(device())
     given = image if hasattr(network, "mean") else normalised(image).to(memory_format=torch.channels_last)

@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import workers
-from . import networks, scaling
-from .clock import spread
-from .fleet import Fleet, Job, Turn
-from .networks import Spaces
-from .scaling import Network, Trace
+from mura_dist.bench import networks, scaling
+from mura_dist.bench.clock import spread
+from mura_dist.bench.fleet import Fleet, Job, Turn
+from mura_dist.bench.networks import Spaces
+from mura_dist.bench.scaling import Network, Trace
+from mura_dist.distributed import processes
 
 WITHIN = 0.1  # what the prediction is to be right to
 _NO_NETWORK = Network.parse("none")
@@ -104,7 +104,7 @@ def _at_once() -> tuple[int, int | None]:
 
     if torch.cuda.is_available():
         return torch.cuda.device_count(), None
-    return workers.processors(), workers.processors()
+    return processes.processors(), processes.processors()
 
 
 def check(
@@ -198,11 +198,11 @@ def words(one: dict[str, Any]) -> str:
 
 def sizes(architecture: str) -> tuple[int, int]:
     """Numbers in the flat gradient, and in BatchNorm's statistics."""
-    from .. import model
-    from ..batchnorm import RunningStatistics
-    from ..flat import Flat
+    from mura_dist.models import densenet
+    from mura_dist.training.batchnorm import RunningStatistics
+    from mura_dist.training.flat_parameters import Flat
 
-    network = model.build(architecture)
+    network = densenet.build(architecture)
     return Flat(network, channels_last=True).weights.numel(), RunningStatistics(network).sum.numel()
 
 

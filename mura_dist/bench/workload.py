@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..refusal import Refusal
+from mura_dist.core.errors import Refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ class Load:
         """Whole batches, uint8 (B, 1, S, S) each."""
         import numpy as np
 
-        from .. import radiograph
+        from mura_dist.data import radiograph
 
         images = [radiograph.read(self.folder / path, self.size) for path in self.paths]
         starts = range(0, len(images) - self.batch + 1, self.batch)
@@ -67,7 +67,7 @@ def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
 
     Raises Refusal for a folder that does not serve.
     """
-    from ..scan import scan
+    from mura_dist.data.source.scan import scan
 
     source, folder = options.data or scratch / "phantoms", scratch / "radiographs"
     if options.data is None:
@@ -98,7 +98,7 @@ def _place(source: Path, target: Path, copy: int) -> None:
 
 
 def _draw(folder: Path, number: int) -> None:
-    from .. import phantoms
+    from mura_dist.data import phantoms
 
     studies = round(min(number, _MAX_PHANTOMS) / _VIEWS_PER_STUDY)
     phantoms.draw(folder, studies=max(phantoms.MIN_STUDIES, studies))
@@ -106,7 +106,7 @@ def _draw(folder: Path, number: int) -> None:
 
 def _everyone_reads(path: Path) -> bool:
     """Also the contenders that have only Pillow."""
-    from .. import radiograph
+    from mura_dist.data import radiograph
 
     try:
         radiograph.read(path, 32)

@@ -17,7 +17,7 @@ from pathlib import Path
 from mura_dist import bench
 from mura_dist.bench import communication
 from mura_dist.bench.fleet import Job
-from mura_dist.refusal import Failure, Refusal
+from mura_dist.core.errors import Failure, Refusal
 
 
 def numbers(text: str) -> list[int]:
@@ -32,9 +32,11 @@ def measure(options: argparse.Namespace) -> None:
     for name, least in (("rounds", 1), ("size", 32), ("micro_batch", 2)):
         if getattr(options, name) < least:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
-    from mura_dist import world  # torch, which takes seconds to import
+    from mura_dist.distributed import process_group  # torch, which takes seconds to import
 
-    precision = ("bf16" if world.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+    precision = (
+        ("bf16" if process_group.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+    )
     job = Job(options.architecture, options.size, options.micro_batch, 1, precision)
     hardware, versions = bench.hardware(), bench.versions()
     print(", ".join(f"{key} {value}" for key, value in {**hardware, **versions}.items()))

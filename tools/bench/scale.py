@@ -24,13 +24,13 @@ from mura_dist import bench
 from mura_dist.bench import outlook, planning, plots, scaling, scaling_plots, trials
 from mura_dist.bench.fleet import Job
 from mura_dist.bench.scaling import Cluster, Data, Network, Trace
-from mura_dist.config import Settings
-from mura_dist.convert import SAMPLES_PER_SHARD
-from mura_dist.refusal import Failure, Refusal
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data.shards.convert import SAMPLES_PER_SHARD
 
 NETWORKS = ["25Gb/s:20us", "100Gb/s:10us", "400Gb/s:5us"]
 LIMITS = ["none", "2Gb/s", "1Gb/s", "300Mb/s", "300Mb/s:5ms"]
-RELAY = Path(__file__).parent.parent / "slow_link.py"
+RELAY = Path(__file__).parents[1] / "robustness/slow_link.py"
 GPUS = "1,2,4,8,16,32,64,128,256"
 
 
@@ -52,9 +52,11 @@ def at_least(options: argparse.Namespace, **limits: float) -> None:
 
 
 def job_of(options: argparse.Namespace) -> Job:
-    from mura_dist import world  # torch, which takes seconds to import
+    from mura_dist.distributed import process_group  # torch, which takes seconds to import
 
-    precision = ("bf16" if world.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+    precision = (
+        ("bf16" if process_group.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+    )
     return Job(options.architecture, options.size, options.micro_batch, options.micros, precision)
 
 

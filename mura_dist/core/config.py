@@ -1,0 +1,251 @@
+"""The settings of a run: one flat list of names, in a recipe (TOML) and on the command line (`key=value`) alike.
+
+    defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, checked once, frozen
+
+A key nobody knows is refused with the nearest name. `CHANGEABLE` may differ when a run is resumed; every other key makes
+another run.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from mura_dist.core.errors import Refusal, nearest
+
+CHANGEABLE = frozenset(
+    {
+        "epochs",
+        "workers",
+        "prefetch",
+        "mirror",
+        "strict",
+        "tensorboard",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "early_stop",
+        "skip_limit",
+        "stop_signal",
+        "wait_s",
+        "timeout_s",
+    }
+)
+
+Positive = Annotated[int, Field(ge=1)]
+AUTO = 0  # micro_batch="auto", until it is tried
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, int) and value < 2 and value != AUTO:
+        raise ValueError("must be at least 2, BatchNorm needs a group; or auto")
+    return value
+
+
+class Settings(BaseModel):
+    """Every setting of a run. Each field's description is its documentation; `mura-dist train --help` prints them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    shards: str = Field(description="folder of shards, made by `mura-dist shards`; or its URL")
+    run: str = Field(description="folder of the run; the same command with the same folder resumes it")
+
+    architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
+        "densenet169", description="torchvision's network"
+    )
+    pretrained: str = Field(
+        "",
+        description="ImageNet weights: imagenet (torchvision's file, from its cache or the network), or a .pth or "
+        ".safetensors file; empty: none",
+    )
+
+    epochs: Annotated[int, Field(ge=0)] = Field(10, description="passes over the train split")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="decides initial weights, order and augmentation"
+    )
+    global_batch: Positive = Field(8, description="radiographs an optimiser step sees, over all ranks")
+    micro_batch: Annotated[int, BeforeValidator(_number_or_auto)] = Field(
+        8,
+        description="radiographs a rank forwards at once: BatchNorm's group, at least 2; auto: the largest that fits on "
+        "every rank, tried once and written into the run",
+    )
+
+    flip: bool = Field(True, description="flip left-right with probability 1/2")
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        30.0, description="rotate uniformly within +- this many degrees"
+    )
+
+    optimiser: Literal["adam", "adamw", "sgd"] = Field("adam", description="adam: (0.9, 0.999); sgd: momentum 0.9")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="before warm-up and plateau drops")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "none",
+        description="learning rate times (global_batch / reference_batch): its root (Adam's rule), or itself (SGD's)",
+    )
+    reference_batch: Positive = Field(8, description="the global batch that learning_rate is meant for, see lr_scaling")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="the optimiser's own")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the learning rate grows linearly to its value"
+    )
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="the learning rate's factor at a plateau"
+    )
+    plateau_patience: Annotated[int, Field(ge=0)] = Field(
+        1, description="epochs without a better loss that are borne before a drop"
+    )
+    plateau_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
+        1e-4, description="relative improvement that counts as better"
+    )
+    clip_norm: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="largest norm of a step's whole gradient; a larger one is scaled down to it; 0: none"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="decay of a moving average of the weights, which is then what is evaluated, chosen and exported; 0: none",
+    )
+    early_stop: Annotated[int, Field(ge=0)] = Field(
+        0, description="epochs without a better loss after which the run is done; 0: never"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="training labels are drawn this far towards 1/2; evaluation's are not"
+    )
+    loss_weights: Literal["study_type", "none"] = Field(
+        "study_type", description="study_type: the paper's w0, w1 per study type"
+    )
+    select_on: Literal["tune", "valid"] = Field(
+        "tune", description="split that drives plateau and choice; valid makes the report optimistic"
+    )
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="bf16, fp16 (with loss scaling): autocast over fp32 parameters; auto: bf16 where the GPU or the processor "
+        "computes it, fp32 elsewhere, written into the run; evaluation is fp32 always",
+    )
+    channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
+        "none", description="mode of torch.compile; needs a C++ compiler, or Triton on a GPU"
+    )
+    deepspeed: str = Field("", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe")
+    zero_stage: Literal[0, 1] = Field(
+        0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
+    )
+    pipeline: Literal["auto", "dali", "cpu"] = Field(
+        "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA, cpu elsewhere"
+    )
+
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="loading threads a rank; 0: chosen from the machine")
+    prefetch: Annotated[int, Field(ge=0)] = Field(
+        0, description="micro-batches a rank makes ahead; 0: chosen from the machine"
+    )
+    mirror: str = Field(
+        "", description="folder of this node's disk that shards are copied to first; empty: only those behind a URL"
+    )
+    strict: bool = Field(False, description="a damaged sample ends the run; false: it is named, counted and left out")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write TensorBoard events into RUN/tensorboard")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between checkpoints; 0: at each epoch's end only"
+    )
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints kept")
+    keep_best: Positive = Field(1, description="checkpoints of lowest loss kept besides; an ensemble's members")
+    skip_limit: Positive = Field(
+        10, description="steps in a row left out for a loss or gradient that is not finite, after which the run ends"
+    )
+    stop_signal: str = Field(
+        "SIGUSR2",
+        description="signal that, like SIGTERM and SIGINT, saves and stops; a scheduler's warning, for example",
+    )
+    wait_s: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="seconds a start waits for a former writer of the run to end"
+    )
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="seconds a rank waits for the others before it gives up"
+    )
+
+
+def shareable(settings: Settings) -> dict[str, Any]:
+    """The settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
+    named = {"pretrained": Path(settings.pretrained).name, "deepspeed": Path(settings.deepspeed).name}
+    return settings.model_dump(exclude={"shards", "run", "mirror"}) | named
+
+
+def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
+    """Settings of a recipe file and `key=value` words. Raises Refusal naming the key, its value and the remedy."""
+    values = _read_recipe(recipe) if recipe is not None else {}
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise Refusal(f"{word!r} is not key=value; write for example epochs=5")
+        values[key.strip()] = _value(key.strip(), text.strip())
+    return check(values, where=str(recipe) if recipe is not None else "command line")
+
+
+def check(values: dict[str, Any], where: str) -> Settings:
+    for key in values:
+        if key not in Settings.model_fields:
+            raise Refusal(
+                f"{where}: unknown setting {key!r}{nearest(key, Settings.model_fields)}; see mura-dist train --help"
+            )
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise Refusal(
+                f"{where}: setting {key!r} is missing; add {key}=... ({Settings.model_fields[key].description})"
+            ) from None
+        raise Refusal(
+            f"{where}: {key}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}; see mura-dist train --help"
+        ) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such recipe; launch/recipes/ has some") from None
+    except IsADirectoryError:
+        raise Refusal(f"{path} is a folder; give a recipe, a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path} is not TOML ({error}); write one `key = value` a line") from None
+
+
+def _value(key: str, text: str) -> Any:
+    """A command line's value as TOML reads it. A text needs no quotes: `run=7` and `run=a/b c` name folders."""
+    field = Settings.model_fields.get(key)
+    if field is not None and field.annotation is str and text[:1] not in ("'", '"'):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as a recipe that gives them again."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.model_dump().items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)
+
+
+def help_text() -> str:
+    """One line a setting: name, default, what it means."""
+    lines = []
+    for key, field in Settings.model_fields.items():
+        default = "required" if field.is_required() else f"default {_toml(field.default)}"
+        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+        among = f" [{', '.join(str(choice) for choice in choices)}]" if choices else ""
+        lines.append(f"  {key:18} {field.description}{among} ({default})")
+    return "\n".join(lines)

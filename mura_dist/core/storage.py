@@ -1,0 +1,259 @@
+"""A folder: on this machine, or behind a URL (s3://bucket/path, memory://path, anything fsspec knows).
+
+    place = places.of("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
+
+Names are relative, "/" between their parts. A write appears whole or not at all: locally by rename, in an object store because a
+put is atomic there. Credentials and endpoints are fsspec's and the store's own to find (environment, configuration files).
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mura_dist.core import files as atomic
+from mura_dist.core.errors import Failure, Refusal, Stopped
+
+Where = Path | str
+"""A local folder, or a URL (a str with "://")."""
+
+
+def is_remote(where: Where) -> bool:
+    return "://" in str(where)
+
+
+def sha256(path: Path) -> str:
+    """Of a local file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of(where: Where) -> "Place":
+    """Refusal where the URL's protocol is unknown or its package is missing. A local folder need not exist."""
+    return Remote(str(where)) if is_remote(where) else Local(Path(where))
+
+
+class Place(ABC):
+    @abstractmethod
+    def __str__(self) -> str:
+        """As the user wrote it."""
+
+    @abstractmethod
+    def child(self, name: str) -> "Place":
+        """The folder `name` below."""
+
+    @abstractmethod
+    def is_folder(self) -> bool: ...
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """What lies directly in it, files and folders; empty where there is no such folder."""
+
+    @abstractmethod
+    def files(self) -> Iterator[tuple[str, int]]:
+        """(name, size in bytes) of every file below, in no particular order; folders that begin with "." left out."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def read(self, name: str) -> bytes: ...
+
+    @abstractmethod
+    def read_part(self, name: str, start: int, length: int) -> bytes: ...
+
+    @abstractmethod
+    def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
+        """Several at once, where that is faster; a file that cannot be read is its error."""
+
+    @abstractmethod
+    def writing(self, name: str, *, aside: str = "") -> contextlib.AbstractContextManager[IO[bytes]]:
+        """A binary file that becomes `name` when the block ends well. `aside` tells two writers of one name apart."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Nothing happens where it is not there."""
+
+    @abstractmethod
+    def copy_to(self, name: str, target: Path) -> None:
+        """Download, or copy, to a local file; whoever is interrupted leaves a part of it."""
+
+    def write(self, name: str, data: bytes, *, aside: str = "") -> None:
+        with self.writing(name, aside=aside) as file:
+            file.write(data)
+
+
+class Local(Place):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def child(self, name: str) -> "Local":
+        return Local(self.folder / name) if name else self
+
+    def is_folder(self) -> bool:
+        return self.folder.is_dir()
+
+    def names(self) -> set[str]:
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        waiting = [""]
+        while waiting:
+            below = waiting.pop()
+            with os.scandir(self.folder / below) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if not entry.name.startswith("."):
+                            waiting.append(f"{below}{entry.name}/")
+                    elif not (entry.is_symlink() and entry.is_dir()):  # a link to a folder is not followed
+                        yield f"{below}{entry.name}", _size(entry)
+
+    def exists(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        # A Path and a buffer would cost more than the reading.
+        with open(os.path.join(self.folder, name), "rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(length)
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
+        return [_or_error(self.read, name) for name in names]
+
+    def writing(self, name: str, *, aside: str = "") -> contextlib.AbstractContextManager[IO[bytes]]:
+        return atomic.replacing(self.folder / name, aside=aside)
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def copy_to(self, name: str, target: Path) -> None:
+        shutil.copyfile(self.folder / name, target)
+
+
+class Remote(Place):
+    """Through fsspec. Whatever a store's own library raises comes out as OSError or, one line, as Failure."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") if not url.endswith("://") else url
+        with _spoken(self.url):
+            import fsspec
+
+            self.store, self.root = fsspec.core.url_to_fs(self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self.url,)
+
+    def child(self, name: str) -> "Remote":
+        return Remote(f"{self.url}/{name}") if name else self
+
+    def _at(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def is_folder(self) -> bool:
+        with _spoken(self.url):
+            return self.store.isdir(self.root)
+
+    def names(self) -> set[str]:
+        with _spoken(self.url):
+            self.store.invalidate_cache()  # others write there too
+            try:
+                found = self.store.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return set()
+            return {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        with _spoken(self.url):
+            found = self.store.find(self.root, detail=True)
+        start = len(self.root.rstrip("/")) + 1
+        for path, facts in found.items():
+            name = path[start:]
+            if not any(part.startswith(".") for part in name.split("/")[:-1]):
+                yield name, int(facts.get("size") or 0)
+
+    def exists(self, name: str) -> bool:
+        with _spoken(self.url):
+            self.store.invalidate_cache()
+            return self.store.isfile(self._at(name))
+
+    def read(self, name: str) -> bytes:
+        with _spoken(self.url):
+            return self.store.cat_file(self._at(name))
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        with _spoken(self.url):
+            return self.store.cat_file(self._at(name), start=start, end=start + length)
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
+        """A store that answers asynchronously is asked for all of them at once."""
+        with _spoken(self.url):
+            found = self.store.cat([self._at(name) for name in names], recursive=False, on_error="return")
+        contents = [found.get(self._at(name), FileNotFoundError(name)) for name in names]
+        for one in contents:
+            if isinstance(one, Exception) and not isinstance(one, OSError):
+                raise Failure(f"{self.url}: {type(one).__name__}: {one}") from one
+        return contents
+
+    @contextlib.contextmanager
+    def writing(self, name: str, *, aside: str = "") -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryDirectory(prefix="mura-dist-") as folder:
+            local = Path(folder, Path(name).name)
+            with open(local, "wb") as file:
+                yield file
+            with _spoken(self.url):
+                self.store.put_file(str(local), self._at(name))
+
+    def remove(self, name: str) -> None:
+        with _spoken(self.url), contextlib.suppress(FileNotFoundError):
+            self.store.rm_file(self._at(name))
+
+    def copy_to(self, name: str, target: Path) -> None:
+        with _spoken(self.url):
+            self.store.get_file(self._at(name), str(target))
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:  # a link to nowhere: whoever reads it is told why it does not open
+        return 0
+
+
+def _or_error(read: Any, name: str) -> bytes | OSError:
+    try:
+        return read(name)
+    except OSError as error:
+        return error
+
+
+@contextlib.contextmanager
+def _spoken(url: str) -> Iterator[None]:
+    """What goes wrong with a store, in one line: a wrong URL is the user's, everything else the work's."""
+    protocol = url.partition("://")[0]
+    try:
+        yield
+    except (OSError, Refusal, Failure, Stopped):
+        raise
+    except ImportError as error:
+        needed = error.name or f"fsspec's package for {protocol}://"
+        raise Refusal(f"{url}: needs {needed}, which is not installed; pip install 'mura-dist[remote]'") from error
+    except ValueError as error:
+        raise Refusal(
+            f"{url}: {error}; give a local folder, or a URL of a store fsspec knows, as s3://bucket/folder"
+        ) from error
+    except Exception as error:
+        raise Failure(f"{url}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,82 @@
+"""DICOM's words for the body part, and which of MURA's seven regions each one means.
+
+    BodyPartExamined, free text in practice ----.
+    AnatomicRegionSequence, (scheme, code) -----+--> HAND, THUMB, ... -> study type, or None for all that is not known here
+
+Only what stands in these tables comes out as a study type: a name typed into the field never does. Sources: DICOM PS3.16,
+annex L (the words) and CID 4, 7304, 8134 (the codes, which pydicom's own dictionary has too).
+"""
+
+import re
+
+from mura_dist.data.mura import STUDY_TYPES
+
+_REGIONS = {study_type.removeprefix("XR_"): study_type for study_type in STUDY_TYPES}
+_OTHER_WORDS = {
+    "THUMB": "FINGER",
+    "UPPERARM": "HUMERUS",
+    "UPPER ARM": "HUMERUS",
+    "RADIUS": "FOREARM",
+    "ULNA": "FOREARM",
+    "RADIUSULNA": "FOREARM",
+    "FOREARMBONE": "FOREARM",
+}
+_SIDES = {"L", "R", "B", "LT", "RT", "LEFT", "RIGHT", "BOTH", "BILATERAL"}
+_LATERALITY = {"LEFT": "L", "LT": "L", "RIGHT": "R", "RT": "R", "BOTH": "B", "BILATERAL": "B"}
+# Of joint and region alike: a radiograph of the elbow joint is one of the elbow.
+_SCT = {
+    "16953009": "ELBOW",
+    "7569003": "FINGER",
+    "76505004": "THUMB",
+    "14975008": "FOREARM",
+    "62413002": "RADIUS",
+    "23416004": "ULNA",
+    "110535000": "RADIUSULNA",
+    "85562004": "HAND",
+    "85050009": "HUMERUS",
+    "40983000": "UPPERARM",
+    "16982005": "SHOULDER",
+    "74670003": "WRIST",
+    "8205005": "WRIST",
+}
+_SRT = {
+    "T-15430": "ELBOW",
+    "T-D8800": "FINGER",
+    "T-D8810": "THUMB",
+    "T-D8500": "FOREARM",
+    "T-12420": "RADIUS",
+    "T-12430": "ULNA",
+    "T-12403": "RADIUSULNA",
+    "T-D8700": "HAND",
+    "T-12410": "HUMERUS",
+    "T-D8200": "UPPERARM",
+    "T-D2220": "SHOULDER",
+    "T-15460": "WRIST",
+    "T-D8600": "WRIST",
+}
+_CODES = {"SCT": _SCT} | dict.fromkeys(("SRT", "SNM3", "99SDM"), _SRT)  # one dictionary under its names over the years
+
+
+def plain(text: str) -> str:
+    """As written, but for what devices vary in: capitals, padding, a separator for a blank."""
+    return " ".join(re.sub(r"[\s_\0]+", " ", text).upper().split())
+
+
+def laterality(text: str) -> str:
+    """L, R, B or U where it says that in any usual way, else as written."""
+    return _LATERALITY.get(plain(text), plain(text))
+
+
+def of_code(scheme: str, code: str) -> str:
+    """The body part of an anatomic region's code; "" for one that is not of the seven regions."""
+    return _CODES.get(plain(scheme), {}).get(plain(code), "")
+
+
+def study_type(body_part: str) -> str | None:
+    """MURA's study type of a body part, or None. A side beside it is no part of it, nor is a plural."""
+    words = [word for word in plain(body_part).split() if word not in _SIDES]
+    name = " ".join(words)
+    for one in (name, name.removesuffix("S")):
+        if found := _REGIONS.get(_OTHER_WORDS.get(one, one)):
+            return found
+    return None

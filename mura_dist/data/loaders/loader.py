@@ -1,0 +1,182 @@
+"""From shards to batches: one contract, two backends with the same pixels.
+
+    Micro (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
+
+`dali` (made for the GPU) and `cpu` (OpenCV) both rotate counter-clockwise about the centre, bilinear, fill 0, canvas
+kept, then flip left-right. Where there is neither rotation nor flip, the pixels are the stored ones.
+
+A damaged sample is named on stderr once, its place is masked like one that only fills the shape, and the work goes on;
+with `strict` it ends.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import Failure
+from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.samples import Images
+from mura_dist.data.manifest import class_weights
+from mura_dist.data.shards.reader import Shards
+from mura_dist.distributed import environment
+from mura_dist.distributed.processes import processors
+from mura_dist.distributed.watchdog import Overdue
+
+_PREFETCHED_BYTES = (
+    64 << 20
+)  # of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device. Where mask is False: image 0, label 0, weight 0, and row -1 unless its sample is damaged."""
+
+    image: Tensor  # (B, 1, S, S) uint8
+    label: Tensor  # (B,) float32, 0 or 1
+    weight: Tensor  # (B,) float32, the loss's
+    row: Tensor  # (B,) int64
+    mask: Tensor  # (B,) bool
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is known of each row without opening it: label (num_rows,) and weight (num_rows,), float32."""
+
+    label: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def of(cls, shards: Shards, *, weighted: bool) -> "Targets":
+        """`weighted`: by study type and label, counted over the train split (arXiv 1712.06957); else all weights are 1.
+
+        A study type the train split lacks weighs 1/2: what the others weigh on average where classes are balanced.
+        """
+        frame = shards.manifest.frame
+        label, study_type = frame["label"].to_numpy(), frame["study_type"].to_numpy()
+        weight = np.ones(len(frame), np.float32)
+        if weighted:
+            train = shards.rows("train")
+            table = class_weights(study_type[train], label[train])
+            weight[:] = [table.get(name, (0.5, 0.5))[one] for name, one in zip(study_type, label, strict=True)]
+        return cls(label.astype(np.float32), weight)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How one rank's batches are made."""
+
+    shards: Shards
+    targets: Targets
+    backend: str  # dali or cpu
+    micro_batch: int
+    workers: int  # threads
+    prefetch: int  # micro-batches ready ahead of the step
+    strict: bool = False
+    timeout_s: float = math.inf
+
+    @classmethod
+    def of(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "Loading":
+        """What the settings leave open is chosen from the machine: DALI on CUDA and OpenCV elsewhere; this rank's share of the
+        processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as 64 MiB hold, from two a
+        thread to sixteen a thread."""
+        cuda = device.type == "cuda"
+        backend = settings.pipeline if settings.pipeline != "auto" else "dali" if cuda else "cpu"
+        workers = settings.workers or min(8 if cuda else 4, max(1, processors() // environment.ranks_here()))
+        fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
+        prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
+        return cls(
+            shards, targets, backend, settings.micro_batch, workers, prefetch, settings.strict, settings.timeout_s
+        )
+
+    def batches(self, micros: Iterable[Micro], device: torch.device) -> Generator[Batch, None, None]:
+        return batches(
+            self.shards,
+            self.targets,
+            micros,
+            backend=self.backend,
+            device=device,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            strict=self.strict,
+            timeout_s=self.timeout_s,
+        )
+
+    def __str__(self) -> str:
+        how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
+        return f"batches by {self.backend} from {self.shards.encoding} shards, {how}"
+
+
+def batches(
+    shards: Shards,
+    targets: Targets,
+    micros: Iterable[Micro],
+    *,
+    backend: str,
+    device: torch.device,
+    workers: int,
+    prefetch: int | None = None,
+    strict: bool = False,
+    timeout_s: float = math.inf,
+) -> Generator[Batch, None, None]:
+    """A Batch for each of `micros` (all of one B), in their order. Closing the iterator ends its threads.
+
+    prefetch: micro-batches made ahead, two a thread by default; strict: Failure at the first damaged sample; timeout_s: one of
+    several ranks that waits longer for a batch says so and ends, as the others would without it.
+    """
+    ahead = prefetch or 2 * workers
+    if backend == "dali":
+        from mura_dist.data.loaders import dali
+
+        made = dali.images(shards, micros, workers=workers, device=device, prefetch=ahead)
+    else:
+        from mura_dist.data.loaders import opencv
+
+        made = opencv.images(shards, micros, workers=workers, prefetch=ahead)
+    for images in _in_time(made, shards, timeout_s):
+        for damaged in images.damaged:
+            if strict:
+                raise Failure(
+                    f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
+                )
+            if shards.note_damaged(damaged):
+                print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
+        yield _batch(images, targets, device)
+
+
+def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:
+    """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
+    told = environment.ranks()
+    if told.size == 1 or math.isinf(timeout_s):
+        yield from made
+        return
+    line = (
+        f"rank {told.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
+        "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
+    )
+    with contextlib.closing(Overdue(timeout_s, line)) as overdue:
+        while True:
+            with overdue.waiting():
+                images = next(made, None)
+            if images is None:
+                return
+            yield images
+
+
+def _batch(images: Images, targets: Targets, device: torch.device) -> Batch:
+    rows, mask = images.rows, images.mask
+    label = np.where(mask, targets.label[rows], 0).astype(np.float32)
+    weight = np.where(mask, targets.weight[rows], 0).astype(np.float32)
+    pixels = images.pixels if isinstance(images.pixels, Tensor) else torch.from_numpy(images.pixels)
+    told = [torch.from_numpy(array) for array in (label, weight, rows, mask)]
+    if device.type == "cpu":  # `to` would do nothing, at 10 microseconds each
+        return Batch(pixels, *told)
+    if not pixels.is_cuda:
+        pixels = pixels.pin_memory()
+    return Batch(pixels.to(device, non_blocking=True), *(one.to(device) for one in told))

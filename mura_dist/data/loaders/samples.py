@@ -1,0 +1,33 @@
+"""What a backend makes of a micro-batch: pixels, and which places really hold a radiograph."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.shards.reader import Damaged, Shards
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where mask is False, pixels are 0: a place that only fills the shape, or one whose sample is damaged."""
+
+    pixels: Any  # (B, 1, S, S) uint8, a NumPy array or a tensor
+    rows: np.ndarray  # (B,) int64
+    mask: np.ndarray  # (B,) bool
+    damaged: tuple[Damaged, ...]
+
+
+def stored(shards: Shards, micro: Micro, *, encoded: bool) -> tuple[list[Any], np.ndarray, tuple[Damaged, ...]]:
+    """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
+    read = shards.encoded if encoded else shards.pixels
+    samples: list[Any] = [None] * len(micro.rows)
+    mask, damaged = micro.mask.copy(), []
+    for place in np.flatnonzero(micro.mask).tolist():
+        try:
+            samples[place] = read(int(micro.rows[place]))
+        except Damaged as one:
+            mask[place] = False
+            damaged.append(one)
+    return samples, mask, tuple(damaged)

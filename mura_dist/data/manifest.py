@@ -1,0 +1,116 @@
+"""The manifest: the ordered table of all radiographs. A radiograph's row in it is its identity everywhere else.
+
+    Scan.manifest (scan.py) -> cut_tune (by patient) -> manifest.csv -> rows, labels, weights
+
+Rows are sorted by split, study type, patient, study, view and path, so they are the same on every machine and file system.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+
+from mura_dist.core import files
+from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
+from mura_dist.data.mura import Radiograph
+
+COLUMNS = ("row", "split", "study_type", "patient", "study", "view", "label", "path")
+_FIELDS = ("split", "study_type", "patient", "study", "view", "label", "path")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`frame`: one line a radiograph, indexed by row (0-based, without gaps).
+
+    Columns: split, study_type, patient, study, path (str), view (int64), label (int64, 0 or 1).
+    """
+
+    frame: pd.DataFrame
+
+    @classmethod
+    def of(cls, radiographs: Iterable[Radiograph]) -> Self:
+        ordered = sorted(radiographs, key=_place)
+        lines = [(r.split, r.study_type, r.patient, r.study, r.view, r.label, r.path) for r in ordered]
+        # dtype object: pandas' own strings refuse what a file's name may hold, bytes that are not UTF-8.
+        frame = pd.DataFrame(lines, columns=list(COLUMNS[1:]), dtype=object)
+        return cls(frame.astype({"view": np.int64, "label": np.int64}).rename_axis("row"))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        text = dict.fromkeys(("split", "study_type", "patient", "study", "path"), object)
+        try:
+            frame = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="row")
+        except (OSError, ValueError, KeyError) as error:
+            raise Refusal(f"{path} is not a manifest ({error}); make the shards again") from error
+        if tuple(frame.columns) != COLUMNS[1:] or not np.array_equal(frame.index, np.arange(len(frame))):
+            raise Refusal(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")
+        return cls(frame)
+
+    def to_csv(self) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(self.frame.itertuples())
+        return text.getvalue().encode("utf-8", errors="backslashreplace")
+
+    def save(self, path: Path) -> None:
+        files.write_bytes(path, self.to_csv())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of manifest.csv: which radiographs, labels and splits these are."""
+        return hashlib.sha256(self.to_csv()).hexdigest()
+
+    def rows(self, split: str) -> np.ndarray:
+        """The rows of one split, ascending: int64 (n,)."""
+        return self.frame.index[self.frame["split"] == split].to_numpy(dtype=np.int64)
+
+
+def cut_tune(manifest: Manifest, fraction: float, seed: int) -> Manifest:
+    """Move `fraction` of the train patients, whole, to the split `tune`, proportionally over study types and labels.
+
+    Patients are sorted by (their first study type, whether any study is positive, a hash of seed and name), and every
+    1/fraction-th is taken: the choice depends on no library's random numbers.
+    """
+    if not 0 <= fraction <= 0.5:
+        raise Refusal(f"--tune {fraction}: must lie between 0 (no tune split) and 0.5; the default is 0.1")
+    train = manifest.frame[manifest.frame["split"] == "train"]
+    patients = train.groupby("patient", sort=True).agg(study_type=("study_type", "min"), positive=("label", "max"))
+    patients["hash"] = [
+        hashlib.sha256(f"{seed}:{name}".encode(errors="replace")).hexdigest() for name in patients.index
+    ]
+    names = patients.sort_values(["study_type", "positive", "hash"]).index.to_numpy()
+    # The middle of each stride, so that a fraction of 0.1 of 5 patients still takes one.
+    place = np.floor(np.arange(len(names) + 1) * fraction + 0.5)
+    chosen = set(names[np.diff(place) > 0])
+    if fraction > 0 and len(names) > 1 and not chosen:
+        chosen = {names[0]}
+    frame = manifest.frame.copy()
+    frame.loc[(frame["split"] == "train") & frame["patient"].isin(chosen), "split"] = "tune"
+    return Manifest.of(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
+
+
+def class_weights(study_type: np.ndarray, label: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Study type -> (w0, w1): w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives (arXiv 1712.06957).
+
+    A abnormal, N normal, counted in radiographs. With one class only the formula would give that class no weight at all
+    and the other all of it; such a study type gets (1/2, 1/2).
+    """
+    weights = {}
+    for name in sorted(set(study_type.tolist())):
+        abnormal = float(label[study_type == name].mean())
+        weights[name] = (abnormal, 1 - abnormal) if 0 < abnormal < 1 else (0.5, 0.5)
+    return weights
+
+
+def _place(radiograph: Radiograph) -> tuple:
+    r = radiograph
+    return (mura.SPLITS.index(r.split), r.study_type, r.patient, r.study, r.view, os.fsencode(r.path))

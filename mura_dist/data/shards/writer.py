@@ -1,0 +1,112 @@
+"""One shard: samples in, a tar with its .crc, .idx and mark out.
+
+    train-000000.tar, .crc, .idx -> train-000000.json: the mark, written last; what it says, index.json will say
+
+A shard whose mark is there is finished. The bytes depend on the samples alone: no times, owners or modes of this machine.
+"""
+
+import hashlib
+import itertools
+import json
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from mura_dist.core.storage import Place
+from mura_dist.data.shards.codec import SUFFIX, Sample
+from mura_dist.data.shards.reader import INDEX_HEADER
+
+
+def mark_of(tar: str) -> str:
+    """The mark's name, of a tar's."""
+    return tar.removesuffix(".tar") + ".json"
+
+
+def read_mark(data: bytes) -> dict[str, Any]:
+    """{"name", "num_samples", "bytes", "sha256", "unreadable": [{"row", "code", "reason"}]}"""
+    return json.loads(data)
+
+
+def write(
+    place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str, aside: str = ""
+) -> dict[str, Any]:
+    """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only."""
+    unreadable: list[dict[str, Any]] = []
+    readable = _sorted_out(iter(samples), unreadable)
+    mark: dict[str, Any] = {"name": name, "num_samples": 0, "bytes": 0, "sha256": None}
+    if (first := next(readable, None)) is not None:  # an empty tar would only trip its readers
+        index, crcs = [], []
+        with place.writing(name, aside=aside) as file:
+            tar = _Tar(file)
+            for sample in itertools.chain([first], readable):
+                index.append(tar.add(sample, labels[sample.row], encoding))
+                crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data or b''):08x}\n")
+            tar.close()
+        stem = name.removesuffix(".tar")
+        place.write(f"{stem}.crc", "".join(crcs).encode(), aside=aside)
+        place.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode(), aside=aside)
+        mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": tar.digest.hexdigest()}
+    mark["unreadable"] = unreadable
+    place.write(mark_of(name), (json.dumps(mark, indent=2) + "\n").encode(), aside=aside)
+    return mark
+
+
+def _sorted_out(samples: Iterable[Sample], unreadable: list[dict[str, Any]]) -> Iterator[Sample]:
+    for sample in samples:
+        if sample.data is None:
+            unreadable.append({"row": sample.row, "code": sample.code, "reason": sample.reason})
+        else:
+            yield sample
+
+
+class _Tar:
+    """A tar that knows the SHA-256 of its bytes so far. A sample is one write: tarfile's own `addfile` costs far more."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+
+    def add(self, sample: Sample, label: int, encoding: str) -> str:
+        """Append the three members of a sample; returns its line in the index. The key is the row: it never tells the label."""
+        assert sample.data is not None
+        blocks: list[bytes] = []
+        entries, end = [], self.bytes
+        for suffix, data in ((SUFFIX[encoding], sample.data), ("cls", b"%d" % label), ("id", b"%d" % sample.row)):
+            name = f"{sample.row:09d}.{suffix}"
+            entries.append(f"{suffix} {end + tarfile.BLOCKSIZE} {len(data)} {name}")
+            blocks += [_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+            end += tarfile.BLOCKSIZE + len(data) + len(blocks[-1])
+        self._write(b"".join(blocks))
+        return " ".join(entries)
+
+    def close(self) -> None:
+        """The end of an archive: two empty blocks, filled up to a whole record."""
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self.digest.update(data)
+        self.bytes += len(data)
+        self.file.write(data)
+
+
+def _header(name: str, size: int) -> bytes:
+    """A member's block, as tarfile writes it in the USTAR format with mode 644 and no owner, host or time.
+
+    Patched into one that tarfile made: its own way costs 25 microseconds a member, three members a radiograph.
+    """
+    block = bytearray(_BLANK)
+    block[: len(name)] = name.encode("ascii")
+    block[124:135] = b"%011o" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def _blank() -> bytes:
+    member = tarfile.TarInfo("")
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+_BLANK = _blank()

@@ -1,0 +1,113 @@
+"""MURA's CSVs, as they are and as they are found in the wild: which radiographs count, and what their labels are.
+
+{split}_image_paths.csv: a path a line      {split}_labeled_studies.csv: study,label      -> Csvs
+"""
+
+import csv
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mura_dist.core import storage
+from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
+from mura_dist.data.mura import Radiograph
+from mura_dist.data.source.files import FOLDERS, Tree
+
+Defects = dict[str, list[str]]
+"""Name of what is wrong -> what shows it."""
+
+
+@dataclass(frozen=True)
+class Csvs:
+    """What MURA's CSVs say of the splits that have them."""
+
+    listed: dict[str, set[str]]  # split -> paths
+    told: dict[str, dict[str, set[int]]]  # split -> study -> its labels: one, if all is well
+
+    def count(self, radiograph: Radiograph) -> bool:
+        """Whether it is one of the data set's: what a CSV does not list is not."""
+        return radiograph.split not in self.listed or radiograph.path in self.listed[radiograph.split]
+
+    def label(self, radiograph: Radiograph) -> int | None:
+        """The CSV's; the folder's where the CSV says none, or two."""
+        labels = self.told.get(radiograph.split, {}).get(radiograph.study, set())
+        return next(iter(labels)) if len(labels) == 1 else radiograph.label
+
+
+def read(tree: Tree, defects: Defects) -> Csvs:
+    """{split}_image_paths.csv (a path a line) and {split}_labeled_studies.csv (study,label), beside the splits or above them."""
+    folders = [(place, place.names()) for place in map(storage.of, tree.above)]
+    csvs = Csvs({}, {})
+    for split in FOLDERS:
+        for name, take in ((f"{split}_image_paths.csv", _listed), (f"{split}_labeled_studies.csv", _told)):
+            place = next((place for place, names in folders if name in names), None)
+            if place is not None:
+                take(csvs, split, name, lines_of(place.read(name), f"{place}/{name}"), tree, defects)
+    return csvs
+
+
+def _listed(
+    csvs: Csvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
+) -> None:
+    seen: Counter[str] = Counter()
+    for number, line in lines:
+        radiograph = mura.parse(path_and_rest(line)[0])
+        if radiograph is None or radiograph.split != split:
+            defects["line of a CSV not understood"].append(_line_told(name, number, line))
+            continue
+        seen[radiograph.path] += 1
+    if not seen and any(radiograph.split == split for radiograph in tree.radiographs):
+        raise Refusal(f"{name} names no radiograph of {split}/; mend it, or delete it to go by the folders")
+    defects["listed twice in a CSV"] += sorted(path for path, count in seen.items() if count > 1)
+    csvs.listed[split] = {path for path in seen if tree.holds(path)}
+
+
+def _told(
+    csvs: Csvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
+) -> None:
+    labels: dict[str, set[int]] = defaultdict(set)
+    for number, line in lines:
+        path, rest = path_and_rest(line)
+        study = study_of(path)
+        if study is None or not study.startswith(f"{split}/") or rest[:1] not in (["0"], ["1"]):
+            defects["line of a CSV not understood"].append(_line_told(name, number, line))
+        elif tree.holds(f"{study}/"):
+            labels[study].add(int(rest[0]))
+    csvs.told[split] = dict(labels)
+
+
+def lines_of(data: bytes, name: str) -> Iterator[tuple[int, list[str]]]:
+    """(number, fields) of the lines of a CSV in the wild: a header or none, LF or CRLF, a byte-order mark, quotes, empty lines.
+
+    A header is a first line without a path and a label.
+    """
+    text = io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline="")
+    reader, first = csv.reader(text), True
+    try:
+        for line in reader:
+            fields = [field.strip() for field in line]
+            if not any(fields):
+                continue
+            is_header = first and not any("/" in field or field in ("0", "1") for field in fields)
+            first = False
+            if not is_header:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise Refusal(f"{name} line {reader.line_num} is no CSV ({error}); mend it, or delete it") from error
+
+
+def path_and_rest(line: list[str]) -> tuple[str, list[str]]:
+    """The field that is a path (an index may stand before it), and the fields behind it, a trailing comma's left out."""
+    place = next((number for number, field in enumerate(line) if "/" in field), 0)
+    return line[place], [field for field in line[place + 1 :] if field]
+
+
+def _line_told(name: str, number: int, line: list[str]) -> str:
+    return f"{name} line {number}: {','.join(line)[:100]!r}"
+
+
+def study_of(text: str) -> str | None:
+    radiograph = mura.parse(text.rstrip("/") + "/image1.png")
+    return None if radiograph is None else radiograph.study

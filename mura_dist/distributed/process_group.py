@@ -1,0 +1,209 @@
+"""The ranks of a run: who am I, how many are we, on which device; sum and gather over all of us.
+
+One rank is the general case with n = 1: nccl on CUDA, gloo on CPU, never "no process group". The launcher (torchrun,
+deepspeed, mpirun, srun) tells rank and world size by environment variables, see environment.py; without one we are rank 0 of 1.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
+
+from mura_dist.core.errors import Failure, OwnRefusal, Refusal
+from mura_dist.distributed import environment
+from mura_dist.distributed.environment import Ranks
+
+# What Linux calls the instructions of x86 and ARM that multiply bf16.
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this process's device has instructions for bf16.
+
+    Where it has none, torch goes by loops of its own: on two cores of an AVX2 processor a step took 9 times as long as in fp32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not _BF16_FLAGS.isdisjoint(flags.split())
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all ranks, in float64; the same bits on every rank."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank; the same answer on every rank."""
+        return self.sum([float(mine)])[0] > 0
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
+        mine = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        all_of_us = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_of_us, mine)
+        return torch.stack(all_of_us).cpu().numpy()
+
+    def union(self, values: np.ndarray) -> np.ndarray:
+        """The different values of all ranks, int64 (n,) ascending; each rank may have another number of them, none below 0."""
+        most = int(self.gather(np.array([len(values)], np.int64)).max())
+        mine = np.full(max(most, 1), -1, np.int64)
+        mine[: len(values)] = values
+        found = np.unique(self.gather(mine))
+        return found[found >= 0]
+
+    def barrier(self) -> None:
+        self.sum([0.0])
+
+
+@contextlib.contextmanager
+def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
+    """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises.
+
+    patience_s: how much longer the others may take to come to the first meeting. Raises Failure where another rank is lost.
+    """
+    # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
+    # that began its threads before it would compute with other bits than one that did not.
+    torch.set_flush_denormal(True)
+    told = environment.ranks()
+    rank, size = told.rank, told.size
+    device, timeout = _device(told), timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _environment(told), _losing_others(rank, size):
+        if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            meeting = timedelta(seconds=timeout_s + patience_s)
+            # torchrun's own stood there before it started us: not there any more, it does not come back.
+            place = timeout if environment.holds_the_meeting_place() else meeting
+            with _meeting(told, place):
+                store, *_ = next(rendezvous("env://", rank, size, timeout=place))
+            with _meeting(told, meeting):
+                store.set_timeout(meeting)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=meeting)
+            limit(timeout_s)  # the group's own limit is the meeting's too
+        try:
+            yield World(rank, size, told.local_rank, device)
+        except BaseException:
+            if backend == "gloo":  # nccl would wait for ranks that wait for us; this process is about to end
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+def limit(timeout_s: float) -> None:
+    """Nobody waits longer for the others, also in groups that a library made: they begin with gloo's own 30 minutes."""
+    c10d = dist.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # torch before 2.15
+    for group in list(c10d._world.pg_map):
+        set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _device(told: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, num_gpus = told.local_rank, torch.cuda.device_count()
+    if num_gpus == 1 and told.by in ("Slurm", "OpenMPI"):
+        place = 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
+    if place >= num_gpus:
+        raise OwnRefusal(
+            f"rank {told.rank} is number {place + 1} on this machine, which has {num_gpus} GPUs; start at most one rank a GPU"
+        )
+    torch.cuda.set_device(place)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    return torch.device("cuda", place)
+
+
+@contextlib.contextmanager
+def _environment(told: Ranks) -> Iterator[None]:
+    """torchrun's words where another launcher, or none, started us: torch's rendezvous and DeepSpeed read these. Processes
+    started later must not take them for a launcher's."""
+    known = {
+        "RANK": told.rank,
+        "WORLD_SIZE": told.size,
+        "LOCAL_RANK": told.local_rank,
+        "LOCAL_WORLD_SIZE": told.local_size,
+    }
+    words = {name: str(number) for name, number in known.items()}
+    if told.size > 1:
+        address, port = environment.meeting_place()
+        words |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    ours = [name for name in words if name not in os.environ]
+    os.environ.update({name: words[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
+    """Raises OwnRefusal where rank 0 cannot be met at the port given, Failure where somebody does not come."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        yield
+    except (RuntimeError, dist.DistError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise OwnRefusal(
+                f"rank 0 cannot be met at port {port} of {address}: another program listens there; end it, or give all ranks "
+                "another port: MASTER_PORT=29501"
+            ) from error
+        raise Failure(
+            f"rank {told.rank} of {told.size} could not meet the others at {address}:{port} ({_reason(error)}; it waits up to "
+            f"{limit.total_seconds():.0f} s); see that all were started, that {address} is rank 0's machine, its port open"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line, without the library's own places in its sources."""
+    return re.sub(r"(^\[[^]]*\]|\[/[^]]*\])\s*", "", str(error).splitlines()[0])[:100]
+
+
+_LOST = (
+    *("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out", "timed out", "Socket"),
+    *("NCCL communicator was aborted", "collective operation timeout", "ncclRemoteError", "remote process exited"),
+)
+
+
+@contextlib.contextmanager
+def _losing_others(rank: int, size: int) -> Iterator[None]:
+    """A rank that ends takes the connection with it; the others' libraries say so in many ways, none of them for a reader."""
+    try:
+        yield
+    except (Failure, Refusal, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if "Duplicate GPU" in str(error):  # nccl's words
+            raise OwnRefusal(
+                f"rank {rank} shares its GPU with another rank of this machine; give each its own: srun --gpus-per-task=1 ..., "
+                "or start fewer ranks"
+            ) from error
+        if size == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        raise Failure(
+            f"rank {rank} lost another rank ({_reason(error)}); what ended first says why in a line of its own, or was killed; "
+            "the same command goes on from the last checkpoint"
+        ) from error

@@ -1,0 +1,71 @@
+"""Signals that ask a run to stop: an event is set, the loop saves at a step boundary and leaves."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mura_dist.core.errors import Refusal, nearest
+
+_IMPATIENT_S = 2.0  # launchers send SIGINT and SIGTERM in one breath; a person's second Ctrl-C comes later
+
+
+@contextlib.contextmanager
+def asked_to_stop(also: str) -> Iterator[threading.Event]:
+    """An event that SIGTERM, SIGINT, or the signal named `also` sets. A second SIGINT, two seconds on: KeyboardInterrupt.
+
+    Raises Refusal where there is no signal of that name.
+    """
+    event, first_s = threading.Event(), [0.0]
+
+    def handle(number: int, frame: object) -> None:
+        now = time.monotonic()
+        if event.is_set() and number == signal.SIGINT and now - first_s[0] > _IMPATIENT_S:
+            raise KeyboardInterrupt
+        if not event.is_set():
+            first_s[0] = now
+            event.set()
+
+    numbers = {signal.SIGTERM, signal.SIGINT, _number(also)}
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield event
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def at_once() -> contextlib.AbstractContextManager[None]:
+    """Where there is nothing to save and Python's handlers may not be heard: SIGINT ends the process, as SIGTERM does."""
+    return _heard(signal.SIGINT, signal.SIG_DFL)
+
+
+def as_interrupt() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
+    return _heard(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _heard(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """By `handler`, for as long as the block runs. Signals are the main thread's: in another one nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _number(name: str) -> signal.Signals:
+    known = [one.name for one in signal.valid_signals() if isinstance(one, signal.Signals)]
+    usable = sorted(set(known) - {"SIGKILL", "SIGSTOP"})
+    if name not in usable:
+        raise Refusal(f"stop_signal={name!r}{nearest(name, usable)}: must be one of {', '.join(usable)}")
+    return signal.Signals[name]

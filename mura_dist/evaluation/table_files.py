@@ -1,0 +1,181 @@
+"""A table as people save one -> its cells as text, or a refusal that says what the file is instead.
+
+    CSV: a header or none, a byte-order mark, CRLF, quotes, trailing commas, empty lines      Parquet: its columns as text
+        -> Sheet: header (lower case) or None; (number, cells) of each line
+
+Nothing is guessed: a first line that is neither data nor a header that is known is refused.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mura_dist.core.errors import Refusal, nearest
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+_MAX_SHOWN = 100  # characters of a cell in a message
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """`name`: the file's, without folders. `header`: lower case, None where the file has none. All lines are as wide."""
+
+    name: str
+    sha256: str
+    header: tuple[str, ...] | None
+    lines: list[tuple[int, list[str]]]
+    width: int
+
+    def column(self, place: int) -> list[str]:
+        return [cells[place] for _, cells in self.lines]
+
+    def find(self, *names: str) -> int | None:
+        """The place of the first of `names` that the header has."""
+        header = self.header or ()
+        return next((header.index(name) for name in names if name in header), None)
+
+    def at(self, line: int) -> str:
+        """`labels.csv line 5`: where the line of this place lies in the file."""
+        return f"{self.name} line {self.lines[line][0]}"
+
+
+def read(path: Path, what: str, known: Collection[str]) -> Sheet:
+    """The table at `path`. what: `predictions` or `labels`, for messages; known: names of columns that make a header."""
+    data = _bytes(path, what)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if path.suffix.lower() == ".parquet":
+        lines = _of_parquet(data, path.name)
+        is_header = True
+    else:
+        lines = _of_csv(_text(data, path.name), path.name)
+        is_header = bool(lines) and _is_header(lines[0], path.name, what, known)
+    if len(lines) <= is_header:
+        raise Refusal(f"{path.name} has no rows; one line a study is needed")
+    width = _width(lines, is_header)
+    rows = [(number, _cut(cells, width)) for number, cells in lines]
+    _check_widths(rows, width, path.name)
+    header = tuple(cell.lower() for cell in rows[0][1]) if is_header else None
+    _check_repeats(header, path.name)
+    return Sheet(path.name, sha256, header, rows[is_header:], width)
+
+
+def number(text: str) -> float | None:
+    """A cell's number, which may be infinite or NaN; None where it is none."""
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def shown(text: str) -> str:
+    """A cell as a message has it: nothing that steers a terminal, not too long."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return safe if len(safe) <= _MAX_SHOWN else f"...{safe[-_MAX_SHOWN:]}"  # of a path the end tells more
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = len(names) - _EXAMPLES
+    return ", ".join(map(shown, names[:_EXAMPLES])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _bytes(path: Path, what: str) -> bytes:
+    if path.is_dir():
+        inside = next((f", perhaps {name}" for name in ("studies.csv", "labels.csv") if (path / name).is_file()), "")
+        raise Refusal(f"{path} is a folder; give the file of {what} in it{inside}")
+    if not path.exists():
+        raise Refusal(f"{path}: no such file; give the file of {what} (the order is PREDICTIONS LABELS)")
+    return path.read_bytes()
+
+
+def _text(data: bytes, name: str) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Refusal(f"{name} is UTF-16, not UTF-8; save it as `CSV UTF-8`")
+    if b"\0" in data:
+        raise Refusal(f"{name} is not a text file; give a CSV, or a table that ends in .parquet")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Refusal(
+            f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}); save it as `CSV UTF-8`"
+        ) from error
+
+
+def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    other = next((mark for mark in ";\t" if mark in first and "," not in first), None)
+    if other:
+        raise Refusal(f"{name} separates its columns by {other!r}; save it with commas")
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except csv.Error as error:
+        raise Refusal(f"{name} line {reader.line_num} is no CSV ({error}); mend the line") from error
+    return [(number, cells) for number, cells in lines if any(cells)]
+
+
+def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise Refusal(
+            f"{name}: Parquet needs pyarrow, which is not installed; pip install 'mura-dist[parquet]', or give CSV"
+        )
+    try:
+        frame = pd.read_parquet(io.BytesIO(data))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{name} is not a Parquet file; write it again, or give CSV") from error
+    rows = frame.astype(object).itertuples(index=False, name=None)
+    cells = [["" if pd.isna(value) else str(value).strip() for value in row] for row in rows]
+    return list(enumerate([list(map(str, frame.columns)), *cells]))  # row 1 is the first below the header
+
+
+def _is_header(line: tuple[int, list[str]], name: str, what: str, known: Collection[str]) -> bool:
+    at, cells = line
+    if "/" in cells[0] or "\\" in cells[0] or any(number(cell) is not None for cell in cells[1:]):
+        return False
+    words = [cell.lower() for cell in cells if cell]
+    if set(words) & set(known):
+        return True
+    near = next((found for word in words if (found := nearest(word, known))), "")
+    raise Refusal(
+        f"{name} line {at}: {shown(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "
+        f"{what}{near}; columns may be {', '.join(dict.fromkeys(known))}"
+    )
+
+
+def _width(lines: list[tuple[int, list[str]]], is_header: bool) -> int:
+    """How many columns the table has: the header's, else most lines', without what trailing commas add."""
+    widths = [_trimmed(cells) for _, cells in (lines[:1] if is_header else lines)]
+    return max(Counter(widths).items(), key=lambda pair: (pair[1], pair[0]))[0]
+
+
+def _trimmed(cells: list[str]) -> int:
+    return max((place + 1 for place, cell in enumerate(cells) if cell), default=0)
+
+
+def _cut(cells: list[str], width: int) -> list[str]:
+    """Without the empty cells that trailing commas add."""
+    return cells[: max(width, _trimmed(cells))]
+
+
+def _check_widths(lines: list[tuple[int, list[str]]], width: int, name: str) -> None:
+    odd = [(number, len(cells)) for number, cells in lines if len(cells) != width]
+    if odd:
+        number, found = odd[0]
+        others = f" (and {len(odd) - 1:,} more such lines)" if len(odd) > 1 else ""
+        raise Refusal(
+            f"{name} line {number}: wrong number of columns, {found} where the table has {width}{others}; mend the lines, "
+            "and quote names that hold a comma"
+        )
+
+
+def _check_repeats(header: tuple[str, ...] | None, name: str) -> None:
+    twice = [cell for cell, count in Counter(header or ()).items() if count > 1 and cell]
+    if twice:
+        raise Refusal(f"{name}: the header names {some(twice)} twice; each column needs a name of its own")

@@ -1,0 +1,148 @@
+"""How a model runs fastest on this machine: measured once, kept for later.
+
+    model, provider -> candidates (streams, threads, batch size, graph optimisation) -> images/s of each, in turns
+        -> the best, in the cache folder under (model, engine, processor, number of processors) -> Tuning
+
+A later command finds it there without being told; another model, version or machine finds nothing and runs as it comes.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from mura_dist.core import files
+from mura_dist.core.errors import Failure
+from mura_dist.distributed.processes import processors
+from mura_dist.inference.onnx_model import (
+    OPENVINO,
+    OPTIMISATIONS,
+    PROVIDERS,
+    Model,
+    Tuning,
+    cache_folder,
+    flowing,
+    version,
+)
+
+FILE = "tuning.json"
+_ROUNDS, _SECONDS = 4, 1.0  # turns of a finalist, and what one lasts at least
+_FINALISTS = 3  # of the first turn; all at once would be as many models in memory
+_MOST_BYTES = 600 << 20  # of memory that batches in flight may take, about
+_BYTES_PER_PIXEL = 260  # of a radiograph under way in DenseNet-169, fp32
+
+
+def stored(model: Model) -> Tuning | None:
+    """What an earlier `choose` kept for this model on this machine."""
+    entry = _known().get(_key(model))
+    with contextlib.suppress(ValueError):
+        if isinstance(entry, dict):
+            tuning = TypeAdapter(Tuning).validate_python(entry.get("tuning"))
+            return tuning if all(number is not None and number > 0 for number in _numbers(tuning)) else None
+    return None
+
+
+def _numbers(tuning: Tuning) -> tuple[int | None, ...]:
+    return tuning.batch_size, tuning.streams, tuning.threads
+
+
+def _known() -> dict[str, Any]:
+    """What the cache holds; a damaged one holds nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((cache_folder() / FILE).read_bytes())
+        if isinstance(known, dict):
+            return known
+    return {}
+
+
+def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: None) -> Tuning:
+    """Measure, keep and return the fastest way to run the model of `path`; `say` hears a line for each way.
+
+    Raises what Model.load raises, OSError where the cache folder cannot be written.
+    """
+    first = {}
+    for tuning in candidates(path, provider):
+        with contextlib.suppress(Failure):  # it does not fit into memory
+            first[tuning] = _images_per_s(Model.load(path, provider, tuning))
+    if not first:
+        raise Failure("--autotune: the model could be run in no way; predict without it says why")
+    promising = sorted(first, key=lambda tuning: -first[tuning])[:_FINALISTS]
+    models = {tuning: Model.load(path, provider, tuning) for tuning in promising}
+    rates = {tuning: [rate] for tuning, rate in first.items()}
+    for _ in range(_ROUNDS - 1):
+        for tuning, model in models.items():
+            rates[tuning].append(_images_per_s(model))
+    medians = {tuning: statistics.median(found) for tuning, found in rates.items()}
+    for tuning, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
+        say(f"{rate:9.2f} radiographs/s  {words(tuning)}")
+    best = max(promising, key=lambda tuning: medians[tuning])
+    _keep(models[best], best, medians)
+    return best
+
+
+def words(tuning: Tuning) -> str:
+    return (
+        f"batch size {tuning.batch_size}, {tuning.streams} in flight, {tuning.threads} threads, "
+        f"graph optimisation {tuning.optimisation}"
+    )
+
+
+def candidates(path: Path, provider: str) -> Iterator[Tuning]:
+    """The ways worth a try, the usual one first; on a CPU always with all threads there are."""
+    model = Model.load(path, provider, flowing())
+    usual = model.tuning
+    yield usual
+    if provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower()):
+        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
+        most = _MOST_BYTES // (model.size**2 * _BYTES_PER_PIXEL)  # radiographs under way
+    else:
+        sizes, streams, most = [16, 32, 64, 128], [1, 2, 3], 3 * 128
+    ways = (replace(usual, batch_size=size, streams=number) for number in streams for size in sizes)
+    yield from (way for way in ways if way != usual and way.batch_size * way.streams <= most)  # type: ignore[operator]
+    if model.provider == PROVIDERS["cpu"]:
+        yield from (replace(usual, optimisation=one) for one in OPTIMISATIONS if one != usual.optimisation)
+
+
+def _images_per_s(model: Model) -> float:
+    number, size = model.tuning.batch_size or 1, model.size
+    batch = np.random.default_rng(0).integers(0, 256, (number, 1, size, size), dtype=np.uint8)
+    list(model.stream([batch] * (model.tuning.streams or 1)))  # memory is taken, kernels are chosen
+    done, started = 0, time.perf_counter()
+
+    def until() -> Iterator[np.ndarray]:
+        while time.perf_counter() - started < _SECONDS:
+            yield batch
+
+    for _ in model.stream(until()):
+        done += number
+    return done / (time.perf_counter() - started)
+
+
+def _key(model: Model) -> str:
+    """Hashed: the cache tells nobody what it is of."""
+    parts = (model.sha256, model.provider, version(model.provider), _processor(), str(processors()))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
+
+
+def _keep(model: Model, best: Tuning, rates: dict[Tuning, float]) -> None:
+    path = cache_folder() / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured = [asdict(tuning) | {"images_per_s": round(rate, 3)} for tuning, rate in rates.items()]
+    entry = {"tuning": asdict(best), "measured": measured, "provider": model.provider, "size": model.size}
+    files.write_json(path, _known() | {_key(model): entry})

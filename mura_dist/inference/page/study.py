@@ -1,0 +1,212 @@
+"""Files of one study -> what the page shows of them. No Streamlit: what is said is decided here and in wording.py.
+
+    bytes -> Desk.read, in guarded processes -> Upload: the image, a picture of it, the gate's verdict, or why not
+    uploads that pass -> Desk.look -> logit and map     both -> File     files -> answer: predict's lines of its two tables
+
+A `Desk` is what all sessions share: the model and the processes. Nothing of anybody's files stays in it, none is put on disk.
+"""
+
+import contextlib
+import io
+import math
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from mura_dist.data import gate, mura, radiograph
+from mura_dist.distributed import worker_pool
+from mura_dist.distributed.worker_pool import Crew, Lost
+from mura_dist.inference import studies as grouping
+from mura_dist.inference import tables
+from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.studies import Grouping
+from mura_dist.metrics import classification
+from mura_dist.models.card import Card
+
+MAX_FILES = 12  # of a study
+MAX_UPLOAD_MB = 100  # a file; what radiograph.MAX_PIXELS pixels of 16 bits take
+LONGEST_PX = 1024  # of what is shown
+STUDY = "study"  # what the tables call it: the page has one, and no name of it is anybody's business
+
+_LIMITS = replace(worker_pool.DEFAULT, processor_s=10.0, wall_s=60.0)  # somebody is waiting; the dearest file takes 3
+_AT_ONCE = 2  # files of a session before another one's turn comes
+
+
+class Upload(NamedTuple):
+    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not."""
+
+    image: np.ndarray | None
+    shown: np.ndarray | None
+    identity: radiograph.DicomIdentity | None
+    verdict: str
+    failure: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether the model is asked about it."""
+        return self.image is not None and self.verdict not in gate.BLOCKING
+
+
+def lost(why: str) -> Upload:
+    return Upload(None, None, None, "", why)
+
+
+@dataclass(frozen=True)
+class UploadReader:
+    """Reads one file's content; `size`: pixels of a side of the model's image. A guarded process runs it."""
+
+    size: int
+
+    def __call__(self, data: bytes) -> Upload:
+        try:
+            found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
+            verdict = gate.verdict(found.image, found.colours)
+        except radiograph.Unreadable as error:
+            return lost(error.reason)
+        except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
+            return lost("it could not be read")
+        return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the model says of a radiograph. cells (h, w) float32: logits."""
+
+    logit: float
+    cells: np.ndarray
+
+    @property
+    def probability(self) -> float:
+        return classification.probability(self.logit)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`studies`: the study's one line of studies.csv; `predictions`: a line a view, as predict writes both."""
+
+    studies: pd.DataFrame
+    predictions: pd.DataFrame
+
+    @property
+    def study_type(self) -> str:
+        return str(self.studies["study_type"].iloc[0])
+
+    @property
+    def probability(self) -> float:
+        return float(self.studies["probability"].iloc[0])
+
+    def cell(self, name: str) -> float | str | None:
+        """Of the study's line; None where it is empty."""
+        value = self.studies[name].iloc[0]
+        return None if pd.isna(value) else value
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the study at hand; without a view where it was not read, or not looked at."""
+
+    name: str
+    upload: Upload
+    view: View | None
+
+
+class Desk:
+    """What all sessions share; several threads at once may `ask`."""
+
+    def __init__(self, model: Model, workers: int, stack: contextlib.ExitStack) -> None:
+        self.model, self._workers, self._stack = model, workers, stack
+        self._reading, self._looking = threading.Lock(), threading.Lock()
+        self._crew = self._hire()
+
+    @property
+    def card(self) -> Card:
+        return self.model.card
+
+    def ask(self, names: Sequence[str], files: Sequence[bytes]) -> list[File]:
+        """Every file, read and, where the gate lets it pass, looked at."""
+        uploads = self.read(files)
+        views = iter(self.look([one.image for one in uploads if one.passes and one.image is not None]))
+        found = []
+        for name, upload in zip(names, uploads, strict=True):
+            view = next(views) if upload.passes else None
+            if view is not None and not math.isfinite(view.logit):
+                upload, view = lost("the model gives no number for it: the model is broken, export it again"), None
+            found.append(File(name, upload, view))
+        return found
+
+    def read(self, files: Sequence[bytes]) -> list[Upload]:
+        """Sessions take turns, a few files each: a Crew does one list at a time, and slow files shall not hold up everybody."""
+        found: list[Upload | Lost] = []
+        for start in range(0, len(files), _AT_ONCE):
+            with self._reading:
+                try:
+                    found += self._crew.results([one] for one in files[start : start + _AT_ONCE])
+                except Exception:  # this one has lost its place; the next shall find another
+                    self._crew = self._hire()
+                    raise
+        return [lost(f"its decoder {one.why}") if isinstance(one, Lost) else one for one in found]
+
+    def look(self, images: Sequence[np.ndarray]) -> list[View]:
+        """images (S, S) uint8. One study at a time: a model on all processors gains nothing from two."""
+        if not images:
+            return []
+        with self._looking:
+            logit, cells = self.model.outputs(np.stack(images)[:, None])
+        return [View(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
+
+    def _hire(self) -> Crew:
+        crew = worker_pool.crew(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
+        return self._stack.enter_context(crew)
+
+
+@contextlib.contextmanager
+def desk(model: Model, workers: int = 1) -> Iterator[Desk]:
+    """The processes end with the block."""
+    with contextlib.ExitStack() as stack:
+        yield Desk(model, workers, stack)
+
+
+def study_types(card: Card) -> list[str]:
+    """Those the model knows, else MURA's."""
+    return list(card.study_types) or list(mura.STUDY_TYPES)
+
+
+def told_types(files: Sequence[File], card: Card) -> set[str]:
+    """The study types that names or DICOMs tell of: one and the same as a rule, which the model need not know."""
+    known = frozenset(study_types(card))
+    groups = Grouping("", "file", None, known)
+    paths = (file.name.replace("\\", "/") for file in files)
+    found = {
+        groups.study_type(_folders(path, known), file.upload.identity) for path, file in zip(paths, files, strict=True)
+    }
+    return found - {grouping.UNKNOWN}
+
+
+def _folders(name: str, known: Collection[str]) -> str:
+    """A browser sends no folders; people write MURA's into a name: XR_WRIST_patient00006_study1_image1.png."""
+    for study_type in (*known, *mura.STUDY_TYPES):
+        if name.startswith((f"{study_type}_", f"{study_type}-")):
+            return f"{study_type}/{name}"
+    return name
+
+
+def num_studies(files: Sequence[File]) -> int:
+    """How many studies the DICOMs among them say they are of."""
+    return len({file.upload.identity.study_uid for file in files if file.upload.identity} - {""})
+
+
+def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
+    """What predict writes of those that have a view, as one study. A model of drawings calls nothing."""
+    good = [(file, file.view.logit) for file in files if file.view is not None]
+    rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
+    predictions = tables.views(rows)
+    probability = classification.sigmoid(np.array([logit for _, logit in good], np.float32))
+    studies = tables.judged([(STUDY, study_type)], np.zeros(len(rows), np.int64), probability, card)
+    if card.trained_on.kind == "phantoms":
+        studies[["threshold", "calibrated_probability"]] = np.nan
+        studies[["call", "band"]] = pd.NA
+    return Answer(studies, predictions)

@@ -1,0 +1,252 @@
+"""Names by which a site knows whose radiograph it is, and nobody else does.
+
+    path, study, or what a DICOM says of its study --- HMAC-SHA256 under the site's key ---> file-..., study-..., dicom-...
+    KEYTABLE: path,pseudonym,study,study_pseudonym: the way back
+
+The key is a file that stays on the site, and so does the key table: whoever has either can put the names back into the
+tables. Pseudonymous, not anonymous: the same file has the same name in every run of the site, and a radiograph is itself.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import hmac
+import inspect
+import io
+import itertools
+import os
+import re
+import secrets
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from mura_dist.core import files as atomic
+from mura_dist.core.errors import Failure, Refusal, Stopped
+
+PLACE = "MURA_DIST_SITE_KEY"
+COLUMNS = ("path", "pseudonym", "study", "study_pseudonym")
+DIGITS = 16  # 64 bits: of 10^6 names two are alike with probability 3e-8, of 10^8 with 3e-4
+_KEY_BYTES = 32
+_OTHERS = 0o077  # permissions of anybody but the owner
+
+Row = tuple[str, str, str, str]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def pseudonym(key: bytes, kind: str, *parts: str) -> str:
+    """`kind`-<16 hex digits>; the same of the same parts under the same key. Kinds never share a name."""
+    message = "\0".join((kind, *parts)).encode("utf-8", "surrogatepass")
+    return f"{kind}-{hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGITS]}"
+
+
+def of_dicom(key: bytes, study_uid: str, body_part: str, laterality: str) -> str:
+    """A study's name: one StudyInstanceUID can hold both wrists and an elbow, which are three studies."""
+    return pseudonym(key, "dicom", study_uid, body_part, laterality)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What tables, pictures and messages of a run call things. Without a key: by their own names."""
+
+    key: bytes | None = field(default=None, repr=False)
+
+    def file(self, path: str) -> str:
+        """Of a path as the tables have it. It has no suffix, for that is a part of a name too."""
+        return path if self.key is None else pseudonym(self.key, "file", path)
+
+    def study(self, study: str) -> str:
+        """Of a study that is called after folders or files; a DICOM's is a pseudonym already."""
+        return study if self.key is None else pseudonym(self.key, "study", study)
+
+    def digest(self, sha256: str) -> str:
+        """A digest of names that nobody without the key can compare with that of names they guess."""
+        return sha256 if self.key is None else hmac.new(self.key, sha256.encode(), hashlib.sha256).hexdigest()
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Tells keys apart, and nothing of them."""
+        return None if self.key is None else pseudonym(self.key, "key")
+
+
+# ---- the site's key
+
+
+def key_path() -> Path:
+    """Where the site's key lies, or will: MURA_DIST_SITE_KEY, or the user's own configuration."""
+    return Path(os.environ.get(PLACE) or _configuration() / "site.key")
+
+
+def _configuration() -> Path:
+    if os.name == "nt":
+        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "mura-dist"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mura-dist"
+
+
+def site_key(*apart: Path) -> bytes:
+    """The site's secret, made when first needed; two processes that need it at once get the same. Raises Refusal.
+
+    apart: folders it must not lie in, for they are given away or read.
+    """
+    path = key_path()
+    for folder in apart:
+        if _inside(path, folder):
+            raise Refusal(f"site key {path} lies inside {folder}; keep it elsewhere: {PLACE}=PATH names the file")
+    try:
+        if not path.exists():
+            _make_key(path)
+        _check_mode(path, "site key")
+        key = path.read_bytes()
+    except OSError as error:
+        raise Refusal(f"site key {path}: {_why(error)}; {PLACE}=PATH names another file") from error
+    if len(key) < _KEY_BYTES:
+        raise Refusal(
+            f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
+        )
+    return key
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with atomic.creating(path, mode=0o600, aside=f".{secrets.token_hex(8)}") as file:
+            file.write(secrets.token_hex(_KEY_BYTES).encode())
+    except FileExistsError:  # another process was first: its key is the site's
+        pass
+
+
+def _check_mode(path: Path, what: str) -> None:
+    if os.name == "nt":  # permissions are not kept in a mode there
+        return
+    mode = path.stat().st_mode & 0o777
+    if mode & _OTHERS:
+        raise Refusal(f"{what} {path} has mode {mode:04o}, others than its owner may use it; chmod 600 {path}")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether `path` lies below `folder`, by whatever names; neither has to be there."""
+    folder = folder.resolve()
+    return any(parent == folder or _same(parent, folder) for parent in path.resolve().parents)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or type(error).__name__).lower()
+
+
+# ---- the way back
+
+
+def check(keytable: Path, out: Path, directory: Path) -> None:
+    """Refusal where `keytable` cannot be written, or lies where it would be given away."""
+    option = f"--pseudonyms {keytable}"
+    for name, folder in (("--out", out), ("DIRECTORY", directory)):
+        if _inside(keytable, folder):
+            raise Refusal(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
+    if keytable.is_dir():
+        raise Refusal(f"{option} is a folder; give a file")
+    if not keytable.parent.is_dir():
+        raise Refusal(f"{option}: no folder {keytable.parent}; make it first")
+    if not os.access(keytable.parent, os.W_OK | os.X_OK):
+        raise Refusal(f"{option}: permission denied; give a file in a folder you may write to")
+    if keytable.exists():
+        _check_mode(keytable, "--pseudonyms")
+
+
+def check_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
+    """Refusal where `keytable` is there and does not name these very files, (path, pseudonym) each: before any work."""
+    if keytable.exists():
+        _compare(keytable, (line[:2] for line in _read(keytable)), files)
+
+
+def write(keytable: Path, rows: Callable[[], Iterable[Row]], aside: str = "") -> None:
+    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal.
+
+    `aside`: what tells this run's unfinished file from another run's.
+    """
+    try:
+        with atomic.creating(keytable, mode=0o600, aside=aside) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+            table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            table.writerow(COLUMNS)
+            table.writerows(rows())
+            text.detach()
+    except FileExistsError:
+        _compare(keytable, _read(keytable), rows())
+
+
+def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
+    """The lines below the header, as strings; what is no table of ours has one line that equals none."""
+    try:
+        with open(keytable, newline="", encoding="utf-8") as file:
+            lines = csv.reader(file)
+            if tuple(next(lines, ())) != COLUMNS:
+                yield ()
+                return
+            yield from map(tuple, lines)
+    except (ValueError, csv.Error):
+        yield ()
+
+
+def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[tuple[str, ...]]) -> None:
+    for number, (there, ours) in enumerate(itertools.zip_longest(found, wanted), start=2):
+        if there != ours:
+            raise Refusal(f"--pseudonyms {keytable}, line {number}: not of this run's names; give another file")
+
+
+# ---- what is said
+
+
+def hushed(function: F) -> F:
+    """Of a function that takes `directory` and `keytable`: with a key table, whatever goes wrong in it, no message names
+    the directory or what lies in it."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **options: Any) -> Any:
+        given = signature.bind(*arguments, **options).arguments
+        with contextlib.nullcontext() if given.get("keytable") is None else _hush(given["directory"]):
+            return function(*arguments, **options)
+
+    return cast(F, called)
+
+
+@contextlib.contextmanager
+def _hush(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Refusal, Failure, Stopped) as error:
+        raise type(error)(_without(directory, str(error))) from None
+    except ImportError:  # it names a package, and the command line knows the remedy
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(error.errno, error.strerror, _outside(error.filename, directory)) from None
+        place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over
+        raise Failure(
+            f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; without --pseudonyms, where nobody "
+            "else reads it, the same command says more"
+        ) from None
+
+
+def _outside(name: Any, directory: Path) -> str | None:
+    """The file an error is about, where it does not lie in `directory`."""
+    if not isinstance(name, str | bytes) or _inside(Path(os.fsdecode(name)), directory):
+        return None
+    return os.fsdecode(name)
+
+
+def _without(directory: Path, text: str) -> str:
+    for name in (os.path.abspath(directory), str(directory.resolve()), str(directory)):
+        if name.strip("./\\"):
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "DIRECTORY", text)
+    return text

@@ -1,0 +1,39 @@
+"""A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
+
+path -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from mura_dist.data import gate, radiograph
+
+
+class Reading(NamedTuple):
+    """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
+    (one of gate.NAMES); or (code, reason) why not."""
+
+    image: np.ndarray | None
+    identity: radiograph.DicomIdentity | None
+    failure: tuple[str, str]
+    gate: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads one path; `size`: pixels of a side."""
+
+    size: int
+
+    def __call__(self, path: str) -> Reading:
+        try:
+            found = radiograph.look(path, self.size)
+            return Reading(found.image, radiograph.identity(path), ("", ""), gate.verdict(found.image, found.colours))
+        except radiograph.Unreadable as error:
+            return failed(error.code, error.reason)
+
+
+def failed(code: str, reason: str) -> Reading:
+    return Reading(None, None, (code, reason))

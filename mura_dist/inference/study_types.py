@@ -1,0 +1,94 @@
+"""What `--study-type` says: one study type for all radiographs, or a table of them; and whether it can be meant so.
+
+    TYPE | table.csv (path,study_type) -> read -> check against what model and MURA know -> match with the files
+
+Paths match as the tables have them, whatever the run calls them in public. No message quotes a path.
+"""
+
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+
+import pandas as pd
+
+from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
+
+Given = str | Mapping[str, str] | None
+
+# Share of letters in common, "XR_" left aside: HANDS and HAND have 0.89, HEAD and HAND 0.75, FOREFOOT and FOREARM 0.53.
+_TYPO, _NEAR = 0.8, 0.7
+
+
+def read(given: str | None) -> Given:
+    """A study type, or the CSV of path,study_type that lies there, as a dict by path. Raises Refusal."""
+    if given is None:
+        return None
+    if not (given.lower().endswith(".csv") or os.path.isfile(given)):
+        return normal(given)
+    try:
+        table = pd.read_csv(given, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        pairs = zip(table["path"], table["study_type"].map(normal), strict=True)
+    except OSError as error:
+        why = (error.strerror or type(error).__name__).lower()
+        raise Refusal(f"--study-type {given}: {why}; give a study type, or a CSV of path,study_type") from error
+    except (KeyError, ValueError) as error:
+        raise Refusal(
+            f"--study-type {given}: not a CSV with the columns path and study_type; its first line names them"
+        ) from error
+    types: dict[str, str] = {}
+    for number, (path, study_type) in enumerate(pairs, start=1):
+        if types.setdefault(path, study_type) != study_type:
+            raise Refusal(
+                f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "
+                "leave one of the lines"
+            )
+    return types
+
+
+def normal(study_type: str) -> str:
+    """`hand` and `XR_HAND` are one study type; what MURA does not know stays as written."""
+    name = study_type.strip()
+    full = f"XR_{name.upper().removeprefix('XR_')}"
+    return full if full in mura.STUDY_TYPES else name
+
+
+def check(given: Given, known: Collection[str]) -> list[str]:
+    """Warnings, a line each study type that neither MURA nor the model (`known`) has. Raises Refusal for a likely typo."""
+    everything = sorted({*mura.STUDY_TYPES, *known})
+    asked = [given] if isinstance(given, str) else sorted({name for name in (given or {}).values() if name})
+    warnings = []
+    for name in (name for name in asked if name not in everything):
+        if typo := _alike(name, everything, _TYPO):
+            raise Refusal(
+                f"--study-type {name}: no such study type (did you mean {typo}?); there are {', '.join(everything)}, and "
+                "others under names less like them"
+            )
+        near = _alike(name, everything, _NEAR)
+        hint = f" (did you mean {near}?)" if near else ""
+        warnings.append(f"--study-type {name} is known neither to MURA nor to this model{hint}: no call is made")
+    return warnings
+
+
+def _alike(name: str, known: Collection[str], cutoff: float) -> str | None:
+    by_word = {_word(one): one for one in known}
+    found = get_close_matches(_word(name), list(by_word), n=1, cutoff=cutoff)
+    return by_word[found[0]] if found else None
+
+
+def _word(study_type: str) -> str:
+    return re.sub(r"^XR[\W_]*", "", study_type.upper())
+
+
+def match(given: Given, paths: Iterable[str]) -> list[str]:
+    """A warning where lines of the table name no file; Refusal where none of them does. paths: as the tables have them."""
+    if given is None or isinstance(given, str):
+        return []
+    missing = set(given).difference(paths)
+    if len(missing) < len(given):
+        return [f"--study-type: {len(missing):,} of {len(given):,} paths are not in DIRECTORY"] if missing else []
+    raise Refusal(
+        f"--study-type: none of its {len(given):,} paths is in DIRECTORY; write them relative to it, with / between "
+        "their parts"
+    )

@@ -1,0 +1,88 @@
+"""A model list: the checkpoints of an ensemble, as a JSON file. Read without torch, so that predict can.
+
+    mura-dist ensemble -> FILE.json -> evaluate, export (they load the checkpoints), predict (it wants FILE.onnx beside it)
+
+A list names checkpoints, it holds none: move it together with its runs. A member is known by the digest of its weights.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mura_dist import __version__
+from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
+from mura_dist.models.card import Member
+
+FORMAT = 1
+SUFFIX = ".json"
+
+
+class ModelList(BaseModel):
+    """What the file holds; all members learnt from the same manifest at the same size."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = FORMAT
+    members: Annotated[list[Member], Field(min_length=1)]  # lowest loss first
+    select_on: Literal["tune", "valid"]  # the split of `select_loss`
+    size: Annotated[int, Field(ge=1)]  # pixels of a side
+    manifest_sha256: str
+    terms: str = mura.TERMS
+    version: str = __version__
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelList":
+        """Raises Refusal where `path` is no list, or one of a later format."""
+        if not path.is_file():
+            raise Refusal(f"{path}: no such file; give the list that `mura-dist ensemble` wrote")
+        try:
+            fields = json.loads(path.read_bytes())
+            if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT:
+                raise Refusal(
+                    f"{path} is a model list of format {fields['format']}, mura-dist {__version__} reads up to {FORMAT}; "
+                    "update mura-dist, or make the list again with this version"
+                )
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(str(part) for part in first['loc']) or 'content'}: {first['msg']}"
+        except ValueError as error:  # no JSON, or no text at all
+            reason = str(error)
+        raise Refusal(f"{path} is not a model list ({reason}); give the file that `mura-dist ensemble` wrote")
+
+
+def is_list(path: Path) -> bool:
+    """By its name; whether it is one inside, `ModelList.load` finds."""
+    return path.suffix.lower() == SUFFIX and not path.is_dir()
+
+
+def exported(path: Path) -> Path:
+    """Where the ONNX file of the list `path` lies if nothing else was said."""
+    return path.with_suffix(".onnx")
+
+
+def report_folder(path: Path) -> Path:
+    """Where the evaluation of the list `path` goes if nothing else was said."""
+    return path.with_suffix("")
+
+
+def same(some: Iterable[Member], others: Iterable[Member]) -> bool:
+    """Whether both are the same weights, in whatever order and wherever they lie."""
+    return sorted(one.sha256 for one in some) == sorted(one.sha256 for one in others)
+
+
+def anonymous(path: Path, listed: Iterable[Member]) -> list[Member]:
+    """The members of the list `path` without the folders of this machine, for what leaves it: a run by its name alone."""
+    return [one.model_copy(update={"run": (path.parent / one.run).resolve().name}) for one in listed]
+
+
+def title(some: Sequence[Member]) -> str:
+    """In a few words: `ensemble of 3: a step-12 step-24, b step-24`."""
+    steps: dict[str, list[str]] = {}
+    for one in some:
+        steps.setdefault(one.run, []).append(f"step-{one.checkpoint.removeprefix('step-').lstrip('0') or '0'}")
+    return f"ensemble of {len(some)}: {', '.join(' '.join([run, *names]) for run, names in steps.items())}"

@@ -1,0 +1,164 @@
+"""Pages that open from disk: one file, no network, no script; light and dark, paper and phone.
+
+`element` escapes every text it is given, so nothing a file or folder is called can become markup; `Html` is what is
+markup already. report.py and dataset.py put their pages together from these pieces.
+"""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# Blue and orange stay apart for every kind of colour vision, on white and on black; ink follows the page's theme.
+NEGATIVE_COLOUR, POSITIVE_COLOUR = "#3f83b5", "#d9722b"
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d5dae0; --wash: #f3f5f7; --paper: #fff;
+        --warn: #8a3c00; --warn-wash: #fff1e3 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b1; --line: #39424c; --wash: #1d232a;
+        --paper: #12161b; --warn: #ffc48a; --warn-wash: #3a2610 } }
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100% }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+       font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
+p, ul { margin: .5rem 0; max-width: 46rem } small, .soft { color: var(--soft) }
+.banner { border-left: .35rem solid var(--warn); background: var(--warn-wash); color: var(--warn); font-weight: 600;
+          padding: .7rem 1rem; margin: 1rem 0; max-width: none }
+.banner::first-letter { text-transform: uppercase }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1rem 0 }
+.tiles > div { background: var(--wash); border-radius: .4rem; padding: .7rem .9rem }
+.tiles strong { display: block; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin: .6rem 0 }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .92rem }
+.caption { color: var(--soft); font-size: .92rem; margin: .8rem 0 0 } .caption + .scroll { margin-top: .3rem }
+th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
+         white-space: nowrap }
+thead th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom }
+th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; max-width: 16rem;
+                 overflow-wrap: break-word }
+th:first-child, .facts td { text-align: left } tbody th { font-weight: 500 }
+.facts td, .facts td small { white-space: normal; overflow-wrap: anywhere }
+.facts th:first-child { vertical-align: top; max-width: none }
+td small, th small { display: block; font-weight: 400 } td small { white-space: nowrap }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .4rem 1.2rem }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }
+figure { margin: .6rem 0; break-inside: avoid } figure svg { display: block; width: 100%; height: auto }
+figcaption { font-size: .88rem; color: var(--soft) }
+details { margin: .6rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .8rem }
+summary { cursor: pointer } details[open] > summary { margin-bottom: .5rem }
+a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--soft) }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1.4rem 0 0; padding: .6rem 0;
+      border-top: 1px solid var(--line); border-bottom: 1px solid var(--line) }
+svg text { font-variant-numeric: tabular-nums }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; color: var(--soft);
+         font-size: .88rem }
+@media (max-width: 34rem) { th:first-child { max-width: 38vw; min-width: 5rem }
+  .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line) }
+  .facts th, .facts td { display: block; border: 0; padding: 0; white-space: normal } }
+@media print { :root { --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --paper: #fff; --warn: #000;
+    --warn-wash: #fff } html { font-size: 10pt } body { max-width: none; padding: 0 } h3, .caption { break-after: avoid }
+  h2 { break-after: avoid } .banner, .tiles > div { border: 1px solid }
+  .pictures { grid-template-columns: repeat(3, 1fr) } .wide { grid-template-columns: repeat(2, 1fr) }
+  .scroll { overflow: visible } th:first-child { position: static } table { font-size: 8.5pt }
+  tr { break-inside: avoid } nav { display: none }
+  details { border: 0; padding: 0 } details::details-content { content-visibility: visible; display: block; height: auto } }
+"""
+
+
+class Html(str):
+    """Markup; everything else is text and gets escaped."""
+
+
+def element(tag: str, *children: Any, **attributes: Any) -> Html:
+    """`element("p", "a < b", class_="soft")` -> `<p class="soft">a &lt; b</p>`. An iterable of Html joins as it is."""
+    named = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
+    return Html(f"<{tag}{named}>{join(children)}</{tag}>")
+
+
+def join(children: Iterable[Any]) -> Html:
+    return Html("".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children))
+
+
+def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
+    """A whole HTML file. remark: for those who open it as text, in its first lines; style: what it needs besides."""
+    assert "--" not in remark, remark
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{element('title', title)}<style>{_STYLE}{style}</style>"
+    )
+    first = f"<!DOCTYPE html>\n<!-- {remark} -->" if remark else "<!DOCTYPE html>"
+    return f'{first}\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
+
+
+def section(title: str, *body: Any, **attributes: Any) -> Html:
+    return element("section", element("h2", title), *body, Html("\n"), **attributes)
+
+
+def folded(title: str, *body: Any) -> Html:
+    """What is too long to stand open; paper shows it all."""
+    return element("details", element("summary", title), *body)
+
+
+def banner(text: str) -> Html:
+    return element("p", text, class_="banner", role="note")
+
+
+def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "") -> Html:
+    """First column: what a row is about. Scrolls sideways by itself where the screen is narrow."""
+    head = element("thead", element("tr", *(element("th", cell, scope="col") for cell in header)))
+    body = [
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    ]
+    named = {"role": "region", "aria_label": caption} if caption else {}
+    whole = element("div", element("table", head, element("tbody", *body)), class_="scroll", tabindex="0", **named)
+    # Outside: a caption inside is as wide as the table, and scrolls away with it.
+    return join((element("p", caption, class_="caption"), whole)) if caption else whole
+
+
+def facts(values: Mapping[str, Any]) -> Html:
+    """Names and their values, one a line."""
+    rows = [element("tr", element("th", key, scope="row"), element("td", value)) for key, value in values.items()]
+    return element("table", element("tbody", *rows), class_="facts")
+
+
+def tile(name: str, value: str, below: str) -> Html:
+    return element("div", name, element("strong", value), element("small", below))
+
+
+def figure(svg: Html, caption: str = "") -> Html:
+    return element("figure", svg, *([element("figcaption", caption)] if caption else []))
+
+
+def bars(names: Sequence[str], series: Mapping[str, Sequence[int]], alt: str) -> Html:
+    """A bar chart as inline SVG: for each name a group of bars, one of each series (at most two).
+
+    Counts stand on the bars where all are wide enough, names below, thinned out where there are more than a dozen.
+    """
+    colours = (NEGATIVE_COLOUR, POSITIVE_COLOUR)
+    assert 0 < len(series) <= len(colours), list(series)
+    width, top, floor = 420, 30, 166
+    peak = max((value for values in series.values() for value in values), default=0) or 1
+    slot, every = width / max(len(names), 1), -(-len(names) // 12)
+    wide = slot * 0.82 / len(series)
+    parts = [_rect(0, floor, width, 1, "currentColor")]
+    for number, (label, values) in enumerate(series.items()):
+        if len(series) > 1:
+            parts += [_rect(150 * number, 2, 9, 9, colours[number]), _text(150 * number + 14, 11, label, "start")]
+        for place, value in enumerate(values):
+            x, tall = place * slot + slot * 0.09 + number * wide, (floor - top) * value / peak
+            parts.append(_rect(x, floor - tall, wide, tall, colours[number]))
+            if value and wide >= 7 * len(f"{peak:,}"):
+                parts.append(_text(x + wide / 2, floor - tall - 3, f"{value:,}", "middle"))
+    parts += [_text((place + 0.5) * slot, floor + 16, names[place], "middle") for place in range(0, len(names), every)]
+    return element("svg", *parts, viewBox=f"0 0 {width} {floor + 24}", role="img", aria_label=alt, font_size="11")
+
+
+def _rect(x: float, y: float, width: float, height: float, fill: str) -> Html:
+    return element("rect", x=f"{x:.1f}", y=f"{y:.1f}", width=f"{width:.1f}", height=f"{height:.1f}", fill=fill)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> Html:
+    return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, fill="currentColor")

@@ -1,0 +1,46 @@
+"""Pages and pictures that hold radiographs: marked LOCAL ONLY wherever one may look.
+
+    body -> page: the file's first lines, title, banner, footer             pixels -> png: a line inside the file, data URI
+
+No other page of the house holds a radiograph. MURA's licence lets nobody share any portion of it, whatever it was made into.
+"""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from mura_dist.data import mura
+from mura_dist.reports.html import Html, banner, element
+from mura_dist.reports.html import page as html_page
+
+MARK = "LOCAL ONLY"
+WHY = (
+    f"{MARK}: this holds radiographs. It stays on this machine: do not send it, publish it or put it into a repository."
+)
+
+_STYLE = """
+@media print { body::before { content: "LOCAL ONLY: holds radiographs"; font-weight: 600 } }
+"""
+
+
+def page(title: str, *body: Any, style: str = "") -> str:
+    """A whole HTML file with radiographs in it; `body` follows its heading and banner."""
+    head = (element("h1", title), banner(f"{WHY} MURA's licence: no sharing of any portion of the data."))
+    foot = element("footer", *(element("p", line) for line in (WHY, f"Terms: {mura.TERMS}.", f"{mura.LICENCE}.")))
+    return html_page(f"{MARK}: {title}", *head, *body, foot, remark=WHY, style=_STYLE + style)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W) grey or (H, W, 3) colour -> a PNG file that says what it is."""
+    said, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    said.add_text("Comment", f"{WHY} {mura.TERMS}")
+    Image.fromarray(pixels).save(data, "PNG", pnginfo=said, compress_level=6)
+    return data.getvalue()
+
+
+def uri(pixels: np.ndarray) -> Html:
+    """The same as an address that needs no file."""
+    return Html("data:image/png;base64," + base64.b64encode(png(pixels)).decode("ascii"))

@@ -1,0 +1,304 @@
+"""The training engine: DeepSpeed around a model. The only file that imports DeepSpeed.
+
+    micro-batches of one step -> forward, backward, accumulated into the flat gradient (flat_parameters.py)
+        -> all-reduce of that gradient (DeepSpeed, in place) and of one small vector: every micro-batch's loss, BatchNorm's
+           sums, flags; nothing else is sent
+        -> all of it finite?  optimiser step, running statistics, moving average  |  no: nothing has happened
+
+DeepSpeed sees one parameter, the flat vector. Every rank does the same collectives whatever happens to it (out of memory, a
+loss that is not finite, a wish to stop), and reads the same answer; so all take the step, or leave it out, or end, together.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import CommonFailure
+from mura_dist.data.loaders.loader import Batch
+from mura_dist.distributed.process_group import World, limit
+from mura_dist.training import deepspeed_config, micro_batch
+from mura_dist.training.batchnorm import RunningStatistics
+from mura_dist.training.ema import Average
+from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.loss import weighted_bce
+
+_STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
+_LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Over all ranks. `loss`: sum(weight x BCE) / global batch; `gradient_norm`: of the whole gradient, before clipping.
+
+    applied: False where the loss or the gradient is not finite: weights, statistics and average are what they were.
+    bad_micros: places in the global batch of the micro-batches whose loss is not finite; stop: some rank was asked to.
+    abandoned: for that wish the step was left half done; it did not happen, and is done again.
+    """
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+    bad_micros: tuple[int, ...]
+    stop: bool
+    abandoned: bool = False
+
+
+class _Seen(nn.Module):
+    """What DeepSpeed sees of a model: one parameter, and a forward. The model itself is no submodule of it."""
+
+    def __init__(self, network: Any, weights: nn.Parameter) -> None:
+        super().__init__()
+        self.weights = weights
+        self._call = [network]  # in a list: nn.Module would register it
+
+    def forward(self, image: Tensor) -> Any:
+        return self._call[0](image)
+
+
+class Engine:
+    """One rank's half of the training: a model, its optimiser, the way to the other ranks.
+
+    The model's weights must be in place before (a checkpoint's, or fresh and equal on all ranks).
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, world: World) -> None:
+        self.settings, self.world = settings, world
+        self.num_micros = settings.global_batch // settings.micro_batch
+        self.model = model.to(world.device)
+        self.flat = Flat(self.model, channels_last=settings.channels_last)
+        self.statistics = RunningStatistics(self.model)
+        self.average = (
+            Average(settings.ema, self.flat.weights.detach().clone(), self.statistics.values.clone())
+            if settings.ema
+            else None
+        )
+        network = self.model if settings.compile == "none" else _compiled(self.model, settings.compile)
+        self._engine = _deepspeed(_Seen(network, self.flat.weights), self.flat, settings, world)
+        self._divided_by = world.size if self._engine.gradient_average else 1
+        self.flat.attach()
+
+    # ---- one step
+
+    def step(
+        self,
+        batches: Iterable[Batch],
+        learning_rate: float,
+        *,
+        loss_scale: float = 1.0,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """One optimiser step over this rank's micro-batches. `asked` says whether this rank was asked to stop.
+
+        Raises CommonFailure where one of them runs out of memory.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        self._begin()
+        losses, flags = self._accumulate(batches, loss_scale, asked)
+        gradients = self._reduce(loss_scale)
+        flags += _STOP * asked()
+        result, mean = self._agree(flags, losses, gradients)
+        if result.applied:
+            self._apply(gradients, result.gradient_norm, mean)
+        elif self.settings.zero_stage:
+            self._engine.optimizer.averaged_gradients[0] = None
+        return result
+
+    def _begin(self) -> None:
+        self.flat.attach()  # DeepSpeed lets go of gradients after a step
+        self.flat.gradient.zero_()
+        self.statistics.forget()
+        self._engine.set_gradient_accumulation_boundary(False)
+
+    def _accumulate(
+        self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]
+    ) -> tuple[Tensor, float]:
+        """(losses (micro-batches of the global batch,), 0 where they are others'; _OUT_OF_MEMORY, _ABANDON or 0)."""
+        started = time.perf_counter()
+        losses = torch.zeros(self.num_micros, device=self.world.device)
+        first = self.world.rank * self.num_micros // self.world.size
+        factor = loss_scale * self._divided_by / self.settings.global_batch  # the sum over all ranks is divided once
+        try:
+            for place, batch in enumerate(batches, first):
+                if place > first and asked() and time.perf_counter() - started > _LONG_S:
+                    return losses, _ABANDON
+                with self._autocast():
+                    logit, _ = self._engine(batch.image)
+                loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
+                self.statistics.collect()
+                self._engine.backward(loss * factor, scale_wrt_gas=False)
+                losses[place] = loss.detach()
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+            if not micro_batch.is_exhausted(error):
+                raise
+            return losses, _OUT_OF_MEMORY
+        return losses, 0.0
+
+    def _reduce(self, loss_scale: float) -> list[Tensor]:
+        """The gradient of the global batch: whole, or under ZeRO this rank's share of it."""
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.allreduce_gradients()
+        shares = self._engine.optimizer.averaged_gradients[0] if self.settings.zero_stage else [self.flat.gradient]
+        if loss_scale != 1:
+            torch._foreach_mul_(shares, 1 / loss_scale)
+        return shares
+
+    def _agree(self, flags: float, losses: Tensor, gradients: list[Tensor]) -> tuple[StepResult, Tensor]:
+        """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device."""
+        ranks, micros = self.world.size, self.num_micros
+        head = torch.zeros(ranks + 1, device=losses.device)
+        head[self.world.rank] = flags
+        # Without ZeRO every rank holds the whole gradient, and measures its part of it.
+        parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
+        head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
+        vector = torch.cat([head, losses, self.statistics.sum])
+        dist.all_reduce(vector)
+        told = vector[: ranks + 1 + micros].tolist()
+        by_rank, norm, by_micro = told[:ranks], math.sqrt(max(told[ranks], 0.0)), told[ranks + 1 :]
+        if short := [rank for rank, flag in enumerate(by_rank) if flag >= _OUT_OF_MEMORY]:
+            raise CommonFailure(micro_batch.exhausted(short, self.settings.micro_batch))
+        bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
+        loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
+        abandoned = any(flag >= _ABANDON for flag in by_rank)
+        applied = not bad and not abandoned and math.isfinite(norm)
+        mean = vector[ranks + 1 + micros :] / micros
+        return StepResult(loss, norm, applied, bad, stop=any(by_rank), abandoned=abandoned), mean
+
+    def _apply(self, gradients: list[Tensor], norm: float, mean: Tensor) -> None:
+        limit = self.settings.clip_norm
+        if limit and norm > limit:
+            torch._foreach_mul_(gradients, limit / norm)
+        self._engine.step()
+        self.statistics.move(mean)
+        if self.average is not None:
+            self.average.update(self.flat.weights.detach(), mean)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.settings.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=_DTYPES[self.settings.precision])
+
+    # ---- what is evaluated and kept
+
+    def fingerprint(self) -> tuple[int, bool]:
+        """(a number that differs where a weight, a statistic or an average differs by a bit; whether all of them are finite)."""
+        average = [] if self.average is None else [self.average.weights, self.average.statistics]
+        vectors = [self.flat.weights.detach(), self.statistics.values, *average]
+        digest = 0
+        for vector in vectors:
+            digest = zlib.crc32(vector.cpu().numpy().data, digest)
+        return digest, all(bool(vector.isfinite().all()) for vector in vectors)
+
+    @contextlib.contextmanager
+    def offered(self) -> Iterator[nn.Module]:
+        """The model as the run offers it, ready to evaluate or to save: the moving average where there is one."""
+        trained = None
+        if self.average is None:
+            self.statistics.show(self.statistics.values)
+        else:
+            trained = self.flat.weights.detach().clone()
+            self._set(self.average.weights)
+            self.statistics.show(self.average.statistics)
+        try:
+            yield self.model.eval()
+        finally:
+            if trained is not None:
+                self._set(trained)
+
+    def _set(self, weights: Tensor) -> None:
+        self.flat.weights.data.copy_(weights)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the checkpoint needs besides the offered model, and is the same on every rank: empty without a moving average."""
+        if self.average is None:
+            return {}
+        updates = torch.tensor(self.average.updates)
+        return {"weights": self.flat.weights.detach(), "statistics": self.statistics.values, "updates": updates}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The rest of a checkpoint whose model, the average, was in place when this engine was made."""
+        if self.average is None:
+            return
+        self._set(tensors["weights"])
+        self.statistics.values.copy_(tensors["statistics"])
+        self.average.updates = int(tensors["updates"])
+        if self.settings.zero_stage:
+            self._engine.optimizer.refresh_fp32_params()
+
+    @property
+    def _optimiser(self) -> torch.optim.Optimizer:
+        """torch's own optimiser; under ZeRO it works on this rank's flat share."""
+        return self._engine.optimizer.optimizer if self.settings.zero_stage else self._engine.optimizer
+
+    @property
+    def _trained(self) -> Tensor:
+        """What the optimiser moves: all weights, or under ZeRO this rank's share."""
+        return self._optimiser.param_groups[0]["params"][0]
+
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Name -> tensor, (n,) or (); with ZeRO stage 1 this rank's share."""
+        return {k: v for k, v in self._optimiser.state.get(self._trained, {}).items() if isinstance(v, Tensor)}
+
+    def load_optimiser_state(self, whole: dict[str, Tensor]) -> None:
+        """What all ranks' `optimiser_state` are together, end to end; of any number of ranks."""
+        for name, value in whole.items():
+            there = value.to(self._trained.device)
+            self._optimiser.state[self._trained][name] = there.clone() if value.ndim == 0 else self._share(there)
+
+    def _share(self, whole: Tensor) -> Tensor:
+        size = self._trained.numel()
+        start = self.world.rank * size if self.settings.zero_stage else 0
+        share = torch.zeros_like(self._trained)  # a last share is longer than what is left: ZeRO pads
+        piece = whole[start : start + size]
+        share[: len(piece)] = piece
+        return share
+
+
+def _compiled(model: nn.Module, mode: str) -> Any:
+    if torch.device("cpu") == next(model.parameters()).device and mode != "default":
+        mode = "default"  # the others are about CUDA graphs and Triton
+    return torch.compile(model, mode=mode, dynamic=False)
+
+
+def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
+    lr, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD([weights], lr=lr, momentum=0.9, weight_decay=decay, fused=True)
+    kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
+    return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
+
+
+def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) -> Any:
+    """A DeepSpeedEngine. Imported here, and told so: it is to compile nothing (we use torch's optimisers and collectives)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__ = {}
+    engine, *_ = deepspeed.initialize(
+        model=seen,
+        optimizer=_optimiser(flat.weights, settings),
+        config=deepspeed_config.config(settings, world.size, num_weights=flat.weights.numel()),
+        dist_init_required=False,
+    )
+    limit(settings.timeout_s)  # DeepSpeed reduces over a group of its own
+    engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
+    if not settings.zero_stage and engine.postscale_gradients() and engine.gradient_predivide_factor() == 1:
+        # The loss is divided by the global batch; dividing the sum of gradients too took 7 ms of a CPU, an eighth of sending it.
+        engine.gradient_average = False
+    return engine

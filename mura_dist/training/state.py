@@ -1,0 +1,69 @@
+"""What a run is, besides tensors: state.json of a checkpoint. With the order a pure function, it is enough to go on from."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mura_dist.core.config import Settings
+from mura_dist.training.schedule import LossScale, Plateau
+
+
+@dataclass
+class State:
+    """Changed by the loop alone, and in the same way on every rank."""
+
+    step: int = 0  # steps done, those left out among them: the place in the order
+    plateau: Plateau = field(default_factory=Plateau)
+    loss_scale: LossScale = field(default_factory=LossScale)
+    evaluated_step: int = -1  # the last step whose evaluation is in here
+    select_loss: float | None = None  # of that evaluation; None before the first epoch and where not finite
+    stale_epochs: int = 0  # since the loss was last better: what early_stop counts
+    train_loss_sum: float = 0.0  # over the steps taken of the epoch so far
+    taken_steps: int = 0  # of the epoch so far
+    skipped_steps: int = 0  # of the whole run: left out, their loss or gradient was not finite
+    skipped_in_row: int = 0
+    damaged: list[int] = field(default_factory=list)  # rows met whose samples are damaged, ascending
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "State":
+        """From a checkpoint's state.json."""
+        fields = {name: saved[name] for name in cls.__dataclass_fields__}
+        best = saved["plateau"]["best"]
+        fields["plateau"] = Plateau(**saved["plateau"] | {"best": math.inf if best is None else best})
+        fields["loss_scale"] = LossScale(**saved["loss_scale"])
+        return cls(**fields)
+
+    def to_json(self) -> dict[str, Any]:
+        plateau = asdict(self.plateau)
+        return asdict(self) | {
+            "plateau": plateau | {"best": plateau["best"] if math.isfinite(plateau["best"]) else None},
+            # Of these very weights, or of none: a checkpoint in mid-epoch was not evaluated and cannot be the best.
+            "select_loss": self.select_loss if self.evaluated_step == self.step else None,
+        }
+
+    def took(self, loss: float) -> None:
+        """A step was taken."""
+        self.step += 1
+        self.train_loss_sum += loss
+        self.taken_steps += 1
+        self.skipped_in_row = 0
+
+    def left_out(self) -> None:
+        """A step was not: while an fp16 scale may be what is wrong it is not held against the run."""
+        self.step += 1
+        self.skipped_steps += 1
+        self.skipped_in_row += not self.loss_scale.may_shrink
+
+    def evaluated(self, epoch: int, loss: float, settings: Settings) -> None:
+        """The selecting split's loss of these weights; before the first epoch, and where not finite, it decides nothing."""
+        counts = epoch > 0 and math.isfinite(loss)
+        if counts:
+            self.stale_epochs = 0 if self.plateau.is_better(loss, settings) else self.stale_epochs + 1
+            self.plateau = self.plateau.after(loss, settings)
+        self.select_loss = loss if counts else None
+        self.evaluated_step = self.step
+        self.train_loss_sum, self.taken_steps = 0.0, 0
+
+    def is_stale(self, settings: Settings) -> bool:
+        """Whether early_stop ends the run here."""
+        return 0 < settings.early_stop <= self.stale_epochs

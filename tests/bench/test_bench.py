@@ -1,0 +1,487 @@
+"""bench: every WHAT at a size of seconds, the clock on contenders of known speed, loaders against each other, what is refused.
+
+Each toy contender's process imports this file: torch and ONNX are imported where they are needed.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import laws
+from helpers.commands import run as command
+from PIL import Image
+
+from mura_dist import bench
+from mura_dist.bench import Load, Options, clock, encodings, footprint, peers, pipeline, plots, workload
+from mura_dist.bench.clock import Contender
+from mura_dist.bench.footprint import Loader
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data import mura, radiograph
+from mura_dist.data.shards.convert import convert
+from mura_dist.data.shards.reader import Shards
+from mura_dist.data.source.scan import scan
+
+NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (3, 4), "encodings": (6, 0), "predict": (6, 4)}
+NUM_CONTENDERS |= {"train": (2, 3), "ranks": (2, 2)}
+MORE = {"pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activations"}}
+STARTED = [pipeline.CPU, pipeline.DALI, peers.FILES, peers.TAR, peers.READER]
+GROWTH = ("growth_mib", "growth_percent", "growth_of_process_percent")
+S = 64
+
+
+def sleeper(pause_s: float, load: Load) -> Callable[[Path], int]:
+    def work(out: Path) -> int:
+        assert not any(out.iterdir())
+        (out / "something").write_text("left for the next turn to find")
+        print("a library that talks")
+        time.sleep(pause_s)
+        return 1
+
+    return work
+
+
+def by_workers(pauses_s: dict[int, float], load: Load) -> Callable[[Path], int]:
+    return sleeper(pauses_s[load.workers], load)
+
+
+def queue(load: Load) -> Callable[[Path], int]:
+    """Its first work of a turn is done already, as of a loader whose queues filled while others worked."""
+    last = [0.0]
+
+    def work(out: Path) -> int:
+        waited = time.monotonic() - last[0] > 0.6
+        time.sleep(0 if waited else 0.05)
+        last[0] = time.monotonic()
+        return 1
+
+    return work
+
+
+def dier(load: Load) -> Callable[[Path], int]:
+    os._exit(7)
+
+
+def quarreller(load: Load) -> Callable[[Path], int]:
+    raise Refusal("a contender's own words")
+
+
+def load_of(folder: Path, scratch: Path, paths: list[str], *, workers: int = 2) -> Load:
+    return Load(folder, scratch, paths, len(paths), S, workers, 8, "tiny")
+
+
+@pytest.fixture
+def nothing(tmp_path: Path) -> Load:
+    return load_of(tmp_path, tmp_path, [], workers=1)
+
+
+@pytest.fixture(scope="module")
+def small(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """24 radiographs, their raw shards and the tar of their bytes, where the contenders of `pipeline` look for them."""
+    options = Options(data=phantoms)
+    load = workload.prepare(options, tmp_path_factory.mktemp("small"), size=S, number=24)
+    convert(load.folder, load.scratch / "shards", size=S, workers=1)
+    pipeline._pack(load, load.scratch / "files.tar")
+    return load
+
+
+def spreads(measured: Any) -> Iterator[dict[str, float]]:
+    if isinstance(measured, dict) and set(measured) == {"median", "min", "max"}:
+        yield measured
+    elif isinstance(measured, dict | list):
+        for part in measured.values() if isinstance(measured, dict) else measured:
+            yield from spreads(part)
+
+
+def check(measured: dict[str, Any], what: str) -> None:
+    """What `run` documents: the keys, the contenders, every number finite and (but for changes of memory) positive."""
+    keys = {"what", "command", "hardware", "versions", "workload", "rounds", "contenders", "ratios"}
+    assert set(measured) == keys | MORE.get(what, set())
+    assert (measured["what"], measured["rounds"], measured["workload"]["radiographs"]) == (what, 1, 24)
+    assert measured["command"].startswith(f"mura-dist bench {what} --data ")
+    ours, theirs = ([c["name"] for c in measured["contenders"] if c["ours"] is side] for side in (True, False))
+    assert (len(ours), len(theirs)) == NUM_CONTENDERS[what]
+    alike: Callable[
+        [str], Any
+    ] = {  # what is compared at all: ranks of one precision, files with files, pixels with pixels
+        "ranks": lambda name: name[-4:],
+        "predict": lambda name: name.startswith("pixels"),
+    }.get(what, lambda name: None)
+    pairs = [(a, b) for b, a in itertools.product(theirs, ours) if alike(a) == alike(b)]
+    assert list(measured["ratios"]) == [f"{a} / {b}" for a, b in pairs]
+    rates = [*(one["images_per_s"] for one in measured["contenders"]), *measured["ratios"].values()]
+    assert all(spread["min"] > 0 for spread in rates)
+    assert all(s["min"] <= s["median"] <= s["max"] and all(map(math.isfinite, s.values())) for s in spreads(measured))
+    least = {"train": 8, "ranks": 16}.get(what, 24)
+    assert all(one["num_images"] >= least for one in measured["contenders"])
+    text = bench.table(measured)
+    assert all(name in text for name in (*ours, *theirs, *measured["ratios"]))
+    titles = [panel.title for panel in plots.panels(measured)]
+    assert len(set(titles)) == len(titles) >= 2
+
+
+def options_of(data: Path, **other: Any) -> Options:
+    tiny_ones: dict[str, Any] = {"size": S, "radiographs": 24, "rounds": 1, "seconds": 0, "architecture": "tiny"}
+    return Options(data=data, **tiny_ones | other)
+
+
+def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    lines: list[str] = []
+    measured = bench.run(what, lines.append, options)
+    assert sum(line.startswith("round 1 of 1: ") for line in lines) == sum(NUM_CONTENDERS[what])
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    check(measured, what)
+    assert not list(scratch.glob("mura-dist-*"))  # nothing of ours stays behind
+    return measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["predict", "train", "ranks"])
+def test_every_bench_gives_the_documented_numbers(
+    what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measure(what, options_of(phantoms), tmp_path, monkeypatch)
+    assert all(one["tried"] == {} for one in measured["contenders"])
+    if what == "train":
+        kept = {one["network"]: one["mb_per_radiograph"] for one in measured["activations"]}
+        assert kept["mura-dist"] < kept["torchvision, memory_efficient"] < kept["torchvision"]
+        assert "kept for the backward pass" in bench.table(measured)
+
+
+@pytest.mark.slow
+def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "TRIES", (1, 2))
+    measured = measure("pipeline", options_of(phantoms), tmp_path, monkeypatch)
+    for one in measured["contenders"]:
+        assert set(one["tried"]) == (set() if one["ours"] else {"1", "2"}), one["name"]
+        assert one["workers"] == 2 if one["ours"] else one["tried"][str(one["workers"])] == max(one["tried"].values())
+    first, second = list(measured["ratios"])[:2]  # the honest like for like stands beside the first
+    assert (first, second) == (f"{pipeline.CPU} / {peers.FILES}", f"{pipeline.ORIGINAL} / {peers.FILES}")
+    assert [one["name"] for one in measured["start"]] == STARTED
+    for one in measured["start"]:
+        assert 0.05 < one["first_batch_s"]["median"] < 120
+        assert one["private_mib"]["median"] > 0
+        assert one["imports_mib"]["median"] > 20
+        assert one["rss_mib"]["median"] >= one["private_mib"]["median"] or not one["ours"]
+        assert all((one[key] is not None) == one["ours"] for key in GROWTH)
+        assert (one["num_processes"], one["images_an_epoch"]) == (1, 24)
+    text = bench.table(measured)
+    assert text.count("workers") >= 2
+    assert all(word in text for word in ("first batch, s", "private", "page cache", "growth"))
+
+
+@pytest.mark.slow
+def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    measured = measure("encodings", options_of(phantoms, size=None, model=model), tmp_path, monkeypatch)
+    assert measured["workload"]["size_px"] == S  # the model's
+    raw, png, jpeg = measured["encodings"]
+    assert [one["encoding"] for one in (raw, png, jpeg)] == ["raw", "png", "jpeg"]
+    assert raw["bytes_per_radiograph"] == 128 + S * S  # .npy: a header, and the pixels as they are
+    assert 0 < jpeg["bytes_per_radiograph"] < png["bytes_per_radiograph"] < raw["bytes_per_radiograph"]
+    for one in (raw, png):  # without loss
+        assert one["probability_change"] == {"largest": 0, "mean": 0, "num_radiographs": 24}
+    assert 0 < jpeg["probability_change"]["mean"] < jpeg["probability_change"]["largest"] < 0.5
+    for one in (raw, png, jpeg):
+        assert one["conversion_radiographs_per_s"]["min"] > 0
+        assert one["loading_images_per_s"]["min"] > 0
+        assert (one["loading_gpu_images_per_s"] is not None) == torch.cuda.is_available()
+    text = bench.table(measured)
+    assert "largest" in text
+    for one in measured["encodings"]:
+        one["probability_change"] = None
+    assert "not measured; give --model MODEL.onnx" in bench.table(measured)
+
+
+def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
+    from mura_dist.inference.onnx_model import Model
+
+    load = load_of(small.folder, tmp_path, small.paths)
+    for encoding in ("raw", "png", "jpeg"):
+        convert(load.folder, tmp_path / encoding, size=S, encoding=encoding, workers=1)
+    changes = encodings._probability_changes(load, model, lambda line: None)
+    logits, opened = Model.load(model).logits, {name: Shards.open(tmp_path / name) for name in ("png", "jpeg")}
+
+    def probability(name: str, row: int) -> float:
+        return 1 / (1 + math.exp(-logits(opened[name].pixels(row)[None, None])[0]))
+
+    wanted = [abs(probability("jpeg", row) - probability("png", row)) for row in range(24)]
+    assert changes["jpeg"] == pytest.approx({"largest": max(wanted), "mean": np.mean(wanted), "num_radiographs": 24})
+
+
+def test_the_command_prints_json_and_nothing_else_on_stdout_and_draws(phantoms: Path, tmp_path: Path) -> None:
+    sizes = ("--size", S, "--radiographs", 24, "--rounds", 1)
+    picture = tmp_path / "bench.png"
+    done = command("mura-dist", "bench", "shards", "--data", phantoms, *sizes, "--json", "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout), "shards")
+    assert "round 1 of 1: decode and resize only: " in done.stderr
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("L").getcolors()) > 20  # bars, letters
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+
+
+# ---- the clock
+
+
+def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, say: Any = print) -> dict[str, Any]:
+    return clock.play(contenders, load, rounds=rounds, seconds=seconds, say=say)
+
+
+def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    contenders = [Contender("quick", partial(sleeper, 0.01), ours=True), Contender("slow", partial(sleeper, 0.1))]
+    lines: list[str] = []
+    measured = play(contenders, nothing, 3, 0.15, lines.append)
+    quick, slow = measured["contenders"]
+    assert quick["images_per_s"]["max"] <= 100  # a sleep lasts as long as asked or longer: only upper bounds are sure
+    assert slow["images_per_s"]["max"] <= 10
+    assert 3 <= slow["num_images"] <= 3 * 2  # two make 0.15 s, on a busy machine one may; the warm-up does not count
+    assert (
+        1 < measured["ratios"]["quick / slow"]["median"] <= quick["images_per_s"]["max"] / slow["images_per_s"]["min"]
+    )
+    assert [line.split(": ")[1] for line in lines] == ["quick", "slow"] * 3
+    out, err = capfd.readouterr()
+    assert "talks" not in out
+    assert "talks" in err  # stdout is for the result
+
+
+def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
+    pauses = {1: 0.1, 2: 0.005, 4: 0.05}
+    peer = Contender("peer", partial(by_workers, pauses), tries=(1, 2, 4))
+    lines: list[str] = []
+    measured = play([Contender("ours", partial(sleeper, 0.01), ours=True), peer], nothing, 1, 0.2, lines.append)
+    ours, theirs = measured["contenders"]
+    assert (ours["workers"], ours["tried"]) == (1, {})
+    assert theirs["workers"] == 2
+    assert set(theirs["tried"]) == {"1", "2", "4"}
+    assert all(theirs["tried"][str(count)] <= 1 / pause for count, pause in pauses.items())
+    assert theirs["images_per_s"]["median"] > 1 / pauses[4]  # the rounds run with those it chose
+    assert "workers of peer: 2; images/s with 1: " in lines[0]
+
+
+def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) -> None:
+    other = Contender("other", partial(sleeper, 0.8), ours=True)
+    for streams, most in ((True, 1 / 0.05), (False, math.inf)):
+        measured = play([other, Contender("queue", queue, streams=streams)], nothing, 2, 0.0)
+        rates = measured["contenders"][1]["images_per_s"]
+        assert rates["max"] <= most
+        assert streams or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
+
+
+def test_a_contender_that_fails_says_so(nothing: Load) -> None:
+    with pytest.raises(Failure, match="a contender's process died"):
+        play([Contender("dies", dier)], nothing, 1, 0)
+    with pytest.raises(Refusal, match="a contender's own words"):
+        play([Contender("quarrels", quarreller)], nothing, 1, 0)
+
+
+# ---- the loaders
+
+
+@pytest.mark.parametrize("name", ["cpu", "dali", "originals", *peers.IMPORTS, peers.SHARDS])
+def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> None:
+    """Each batch is of 8; an epoch shows many radiographs; undone, the mean brightness is that of the files."""
+    folder = small.scratch / "shards"
+    ours: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali")}
+    ours |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
+    epoch = (ours | pipeline._peers(small))[name](small)
+    seen = [batch.cpu().numpy() for _ in range(3) for batch in epoch()]
+    assert all(batch.shape == (8, 1, S, S) and batch.dtype == np.uint8 for batch in seen)
+    images = np.concatenate(seen)
+    assert len(images) >= 3 * 24
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.9 * len(images)  # turned anew each time
+    files = np.stack([radiograph.read(small.folder / path, S) for path in small.paths])
+    middle = (slice(None), slice(S // 4, -S // 4), slice(S // 4, -S // 4))  # what a rotation cannot turn out of sight
+    assert images[:, 0][middle].mean() == pytest.approx(files[middle].mean(), rel=0.1)
+    turned_dark = (images[:, 0, :2, :2] == 0).all(axis=(1, 2)).mean() - (files[:, :2, :2] == 0).all(axis=(1, 2)).mean()
+    assert turned_dark >= 0  # the corners turn in from outside: fill 0
+
+
+def test_the_tar_of_original_bytes_has_each_file_at_its_place(small: Load) -> None:
+    tar, lines = (small.scratch / f"files.{suffix}" for suffix in ("tar", "idx"))
+    data, (header, *rest) = tar.read_bytes(), lines.read_text().splitlines()
+    assert header == f"v1.2 {len(small.paths)}"
+    for line, path in zip(rest, small.paths, strict=True):
+        _, offset, size, _ = line.split()
+        assert data[int(offset) : int(offset) + int(size)] == (small.folder / path).read_bytes()
+
+
+def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path) -> None:
+    folder, name = tmp_path / "radiographs", small.paths[0]
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"no image at all")
+    load = Load(folder, tmp_path, [name] * 8, 8, S, 1, 8, "tiny")
+    pipeline._pack(load, tmp_path / "files.tar")
+    with pytest.raises(Failure, match=r"image.*: OpenCV does not decode it; give --data without it"):
+        list(pipeline.originals(tmp_path / "files.tar", load)())
+
+
+# ---- start and memory
+
+
+def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
+    """A loader that keeps `step_mib` of memory for each batch."""
+    import torch
+
+    kept = []
+
+    def epoch() -> Iterator[Any]:
+        for _ in range(2):
+            kept.append(np.ones(step_mib << 20, np.uint8))
+            yield torch.zeros((8, 1, S, S), dtype=torch.uint8)
+
+    return epoch
+
+
+def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}", prepend=os.pathsep
+    )
+    loader = Loader("hoarder", partial(hoarder, 4), ("torch", "test_bench"), 16, grows=True, ours=True)
+    (one,) = footprint.measure([loader], [nothing], 2, print)
+    assert (one["name"], one["num_processes"], one["images_an_epoch"]) == ("hoarder", 2, 16)
+    assert 8 <= one["private_mib"]["median"] < 8 + 16  # two batches an epoch, 4 MiB each
+    assert 9 * 8 <= one["growth_mib"]["median"] < 9 * 8 + 16
+    assert one["growth_percent"]["median"] == pytest.approx(
+        100 * one["growth_mib"]["median"] / one["private_mib"]["median"], rel=0.2
+    )
+    assert 0 < one["growth_of_process_percent"]["median"] < one["growth_percent"]["median"]
+    assert one["rss_mib"]["median"] >= one["private_mib"]["median"] * 0.9
+
+
+def test_a_loader_that_fails_says_so(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    loader = Loader("the one that fails", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
+    with pytest.raises(Failure, match="the process of the one that fails ended with status 1"):
+        footprint.measure([loader], [nothing], 1, print)
+    assert "holds no shards" in capfd.readouterr().err
+
+
+def test_a_start_is_not_burdened_with_what_it_does_not_need() -> None:
+    """Who measures the start of others must not add to it."""
+    words = "import sys; import mura_dist.bench.footprint, mura_dist.bench.peers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    heavy = {"numpy", "pandas", "pydantic", "torch", "PIL", "cv2", "nvidia", "webdataset", "matplotlib", "deepspeed"}
+    assert not heavy & set(done.stdout.split())
+
+
+# ---- the workload
+
+
+@pytest.mark.parametrize("number", [16, 500])
+def test_the_workload_has_as_many_radiographs_as_wanted(number: int, phantoms: Path, tmp_path: Path) -> None:
+    total = len(scan(phantoms).manifest.frame)
+    assert 16 < total < 500 < 5 * total
+    load = workload.prepare(Options(data=phantoms), tmp_path, size=S, number=number)
+    scanned = scan(load.folder)
+    assert sorted(scanned.manifest.frame["path"]) == sorted(load.paths)
+    assert len(set(load.paths)) == number
+    assert set(scanned.manifest.frame["split"]) == {"train", "valid"}
+    # Copies are other patients', on the side of the original; of a study some views may be left out.
+    assert set(scanned.defects) <= {"gap in image numbers"}
+    assert load.num_files == min(number, total)
+    assert len({(load.folder / path).resolve() for path in load.paths[: load.num_files]}) == load.num_files
+    assert all(mura.parse(path).label == mura.parse(str((load.folder / path).resolve())).label for path in load.paths)
+
+
+def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(phantoms, source)
+    broken, other, *_ = (source / path for path in scan(source).manifest.frame["path"])
+    broken.write_bytes(broken.read_bytes()[:200])
+    other.rename(other.with_suffix(".dcm"))
+    load = workload.prepare(Options(data=source), tmp_path, size=S, number=1000)
+    used = {(load.folder / path).resolve() for path in load.paths}
+    assert len(load.paths) == 1000
+    assert broken not in used
+    assert other.with_suffix(".dcm") not in used
+    for path in source.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(Refusal, match="none of its files is a sound PNG or JPEG; give a folder"):
+        workload.prepare(Options(data=source), tmp_path / "again", size=S, number=48)
+
+
+@pytest.mark.parametrize("what", ["shards", "pipeline"])
+def test_real_radiographs_are_repeated_to_3000(what: str, tmp_path: Path) -> None:
+    assert bench._settle(what, Options(data=tmp_path)) == (320, 3000)
+    assert bench._settle(what, Options())[1] < 3000
+    assert bench._settle(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
+
+
+# ---- pictures and refusals
+
+
+def test_a_plot_shows_every_number(tmp_path: Path) -> None:
+    def spread(middle: float) -> dict[str, float]:
+        return {"median": middle, "min": middle / 2, "max": 2 * middle}
+
+    measured = {
+        "what": "pipeline",
+        "hardware": {"processor": "a processor", "processors": 2, "device": "cpu", "load_before": 0.1},
+        "workload": {"radiographs": 24, "size_px": 64, "batch": 8},
+        "rounds": 3,
+        "contenders": [
+            {"name": "mine", "ours": True, "images_per_s": spread(1800), "workers": 2, "tried": {}},
+            {"name": "yours", "ours": False, "images_per_s": spread(100), "workers": 4, "tried": {"1": 90, "4": 100}},
+        ],
+        "ratios": {"mine / yours": spread(18)},
+        "start": [{"name": "mine", "ours": True, "first_batch_s": spread(2), "private_mib": spread(30)}],
+    }
+    rates, ratios, first_batch, memory = plots.panels(measured)
+    assert [bar.name for bar in rates.bars] == ["mine", "yours (4 workers)"]
+    assert [(bar.value["median"], bar.ours) for bar in rates.bars] == [(1800, True), (100, False)]
+    assert (ratios.bars[0].value, ratios.one) == (spread(18), True)
+    assert (first_batch.bars[0].value, memory.bars[0].value) == (spread(2), spread(30))
+    assert plots._words(spread(18), times=True) == "18 x (9 to 36)"
+    assert plots._words({"median": 4205, "min": 4205, "max": 4205}, times=False) == "4,205"
+    plots.draw(measured, tmp_path / "one.png")
+    with Image.open(tmp_path / "one.png") as image:
+        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 20)}
+    assert {(0x1F, 0x6F, 0x8B), (0xB8, 0xB8, 0xB8)} <= colours  # a bar of each side
+
+
+def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    whats = "shards, pipeline, encodings, train, ranks, predict"
+    laws.refusal(capsys, ["bench", "trian"], "'trian'", "did you mean train?", whats)
+    laws.refusal(capsys, ["bench", "shards", "--rounds", 0], "--rounds", "0 is not in the range x>=1")
+    laws.refusal(capsys, ["bench", "shards", "--data", tmp_path / "none"], "none: no such folder", "give the folder")
+    laws.refusal(capsys, ["bench", "shards", "--batch", 0], "--batch", "0 is not in the range x>=1")
+    words = ("--batch 17", "at most the radiographs, 16", "give --radiographs more")
+    laws.refusal(capsys, ["bench", "pipeline", "--radiographs", 16, "--batch", 17], *words)
+
+
+def test_a_model_that_does_not_serve_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    arguments = ["bench", "encodings", "--model", model.with_name("none.onnx")]
+    laws.refusal(capsys, arguments, "none.onnx: no such file", "give the model.onnx that `mura-dist export` wrote")
+    arguments[-1] = model
+    words = (f"--size {S + 1}", f"takes {S} px", "leave --size out")
+    laws.refusal(capsys, [*arguments, "--size", S + 1], *words)
+    words = ("--model", "bench pipeline takes none, bench encodings does; leave it out")
+    laws.refusal(capsys, ["bench", "pipeline", "--model", model], *words)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for name, words in {
+        "plot.svg": ("plot.svg", "the plot is a PNG", "a name that ends in .png"),
+        "none/plot.png": ("there is no folder", "give a file in a folder that is there"),
+        "folder.png": ("a folder", "give a file in a folder that is there"),
+    }.items():
+        laws.refusal(capsys, ["bench", "shards", "--plot", tmp_path / name], f"--plot {tmp_path / name}", *words)

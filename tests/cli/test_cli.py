@@ -1,0 +1,179 @@
+"""The command line: complete help, exit statuses, one line for each wrong request."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import laws
+from helpers.commands import ROOT, TINY, run
+
+from mura_dist import __version__
+from mura_dist.cli.main import DONE, FAILED, WRONG, cli, main
+
+COMMANDS = (
+    *("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "score", "export", "predict"),
+    "page",
+    "bench",
+)
+
+
+def test_the_commands_are_the_contracts() -> None:
+    assert set(cli.commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_complete(command: str, capsys) -> None:
+    assert main([command, "--help"]) == DONE
+    text = capsys.readouterr().out
+    for parameter in cli.commands[command].params:
+        shown = parameter.opts[-1] if parameter.opts[-1].startswith("--") else parameter.human_readable_name
+        assert getattr(parameter, "hidden", False) or shown in text
+        assert not shown.startswith("--") or parameter.help
+    assert "Usage: mura-dist" in text
+    assert len(text.splitlines()[2].strip()) > 20  # what it does
+
+
+def test_help_of_train_lists_every_setting(capsys) -> None:
+    from mura_dist.core.config import Settings
+
+    assert main(["train", "--help"]) == DONE
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^  +{name} ", text, re.MULTILINE) for name in Settings.model_fields)
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == DONE
+    assert __version__ in capsys.readouterr().out
+
+
+def test_no_command_shows_the_commands(capsys) -> None:
+    assert main([]) == WRONG
+    assert "phantoms" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint, of one epoch."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    result = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={folder}", "epochs=1", "--quiet")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+WRONG_REQUESTS = {
+    "a mistyped command": (["shrads"], ["shrads", "did you mean shards?"]),
+    "a mistyped option": (["shards", "a", "b", "--sise", "3"], ["--sise", "--size", "mura-dist shards --help"]),
+    "no number": (["shards", "a", "b", "--size", "big"], ["--size", "big"]),
+    "a missing argument": (["predict", "a"], ["DIRECTORY", "mura-dist predict --help"]),
+    "a missing folder": (["shards", "{tmp}/none", "{tmp}/out"], ["none: no such folder"]),
+    "no such list": (["evaluate", "{tmp}/none.json", "{shards}"], ["none.json: no such file"]),
+    "not MURA's layout": (["shards", "{tmp}/flat", "{tmp}/out"], ["not in MURA's layout", "imageN.png"]),
+    "no shards": (["verify", "{tmp}/flat"], ["holds no shards", "mura-dist shards"]),
+    "shards of another version": (["verify", "{tmp}/future"], ["format 99", "reads format 1"]),
+    "training on them": (["train", "shards={tmp}/future", "run={tmp}/r"], ["format 99"]),
+    "an unknown setting": (["train", "shards=a", "run=b", "epoch=3"], ["'epoch'", "did you mean epochs?"]),
+    "no recipe": (["train", "{tmp}/none.toml"], ["no such recipe"]),
+    "a recipe that is no TOML": (["train", "{tmp}/bad.toml"], ["is not TOML"]),
+    "an empty split": (
+        ["evaluate", "{run}", "{shards}", "--split", "test"],
+        ["'test'", "is empty", "train, tune, valid"],
+    ),
+    "an unknown split": (["evaluate", "{run}", "{shards}", "--split", "vald"], ["'vald'", "did you mean valid?"]),
+    "no such run": (["evaluate", "{tmp}/none", "{shards}"], ["is not a run"]),
+    "no such checkpoint": (
+        ["evaluate", "{run}", "{shards}", "--checkpoint", "step-9999"],
+        ["step-9999", "best, last, step-"],
+    ),
+    "ONNX without --out": (["evaluate", "{tmp}/other.onnx", "{shards}"], ["--out"]),
+    "an ONNX file that is not ours": (
+        ["predict", "{tmp}/other.onnx", "{tmp}/flat", "--out", "{tmp}/p"],
+        ["not a model exported by"],
+    ),
+    "evaluating it": (["evaluate", "{tmp}/other.onnx", "{shards}", "--out", "{tmp}/e"], ["not a model exported by"]),
+    "a model that is not ONNX": (["predict", "{tmp}/bad.toml", "{tmp}/flat", "--out", "{tmp}/p"], ["bad.toml"]),
+    "no model": (["predict", "{tmp}/none.onnx", "{tmp}/flat", "--out", "{tmp}/p"], ["none.onnx"]),
+    "nothing to export": (["export", "{tmp}/flat"], ["is not a run"]),
+    "too few phantoms": (["phantoms", "{tmp}/ph", "--studies", "1"], ["1"]),
+    "nothing to describe": (["describe", "{tmp}/none"], ["none"]),
+    "an unknown benchmark": (["bench", "pipelin"], ["pipelin", "did you mean pipeline?"]),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained: Path) -> dict[str, Path]:
+    from onnx import TensorProto, helper, save
+
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "flat").mkdir()
+    (folder / "flat" / "image1.png").write_bytes(b"")
+    (folder / "bad.toml").write_text("epochs: 3")
+    shutil.copytree(shard_folder, folder / "future")
+    index = json.loads((folder / "future" / "index.json").read_bytes())
+    (folder / "future" / "index.json").write_text(json.dumps(index | {"format": 99}))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [helper.make_tensor_value_info("y", 1, [1])]
+    )
+    save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]), folder / "other.onnx")
+    return {"tmp": folder, "run": trained, "shards": shard_folder}
+
+
+@pytest.mark.parametrize("what", WRONG_REQUESTS)
+def test_a_wrong_request_is_one_line(what: str, places: dict[str, Path], capsys) -> None:
+    words, says = WRONG_REQUESTS[what]
+    laws.refusal(capsys, [word.format(**places) for word in words], *says)
+
+
+def test_a_wrong_request_loses_nothing(places: dict[str, Path], trained: Path, shard_folder: Path, capsys) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
+    laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={trained}", "seed=9"], "seed=9")
+    laws.refusal(capsys, ["evaluate", trained, shard_folder, "--split", "test"], "is empty")
+    assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
+
+
+def test_damaged_shards_are_a_failure(shard_folder: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(shard_folder, tmp_path / "bad")
+    (tmp_path / "bad" / "valid-000000.tar").unlink()
+    assert main(["verify", str(tmp_path / "bad")]) == FAILED
+    out, err = capsys.readouterr()
+    assert "valid-000000.tar: missing" in out
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_evaluation_of_a_run_and_of_its_model_agree(trained: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
+    """Law of parity, from end to end: torch's metrics are the exported file's."""
+    import pandas as pd
+
+    assert main(["evaluate", str(trained), str(shard_folder), "--quiet"]) == DONE
+    table = capsys.readouterr().out
+    assert "kappa" in table
+    assert "AUROC" in table
+    assert (
+        main(["export", str(trained), "--out", str(tmp_path / "m.onnx"), "--triton", str(tmp_path / "triton")]) == DONE
+    )
+    assert (tmp_path / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == (tmp_path / "m.onnx").read_bytes()
+    assert main(["evaluate", str(tmp_path / "m.onnx"), str(shard_folder), "--out", str(tmp_path / "e")]) == DONE
+    runs, onnxs = (
+        pd.read_csv(folder / "predictions.csv").set_index("path")["logit"] for folder in (trained, tmp_path / "e")
+    )
+    laws.same_metrics(runs.to_dict(), onnxs.to_dict())
+    ours, theirs = (json.loads((folder / "metrics.json").read_bytes()) for folder in (trained, tmp_path / "e"))
+    assert ours["overall"]["num_studies"] == theirs["overall"]["num_studies"] > 0
+    assert ours["selected_on"] == "tune"
+    assert ours["note"] is None
+
+
+def test_the_split_that_chose_is_stamped(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+    assert main(["evaluate", str(trained), str(shard_folder), "--split", "tune", "--out", str(tmp_path)]) == DONE
+    stamp = "optimistic: this split chose the model"
+    assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == stamp
+    assert stamp in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("script", ["make_shards.py", "predict.py", "make_phantoms.py", "check_shards.py"])
+def test_scripts_are_the_same_functions(script: str) -> None:
+    result = run("python", ROOT / "tools" / script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Usage: mura-dist" in result.stdout

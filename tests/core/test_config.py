@@ -1,0 +1,102 @@
+"""config.py: defaults, recipe, command line; what is refused."""
+
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT
+
+from mura_dist.core import config
+from mura_dist.core.errors import Refusal
+
+NEEDED = ["shards=s", "run=r"]
+
+
+def test_later_wins(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('shards = "a"\nrun = "b"\nepochs = 3\nlearning_rate = 1e-3\n')
+    settings = config.load(recipe, ["epochs=5", "run=some/where else", "flip=false"])
+    assert (settings.shards, settings.run, settings.epochs) == ("a", "some/where else", 5)
+    assert (settings.learning_rate, settings.flip, settings.seed) == (1e-3, False, 0)
+
+
+def test_a_text_needs_no_quotes() -> None:
+    settings = config.load(None, ["shards=2024-05-01", "run=7"])
+    assert (settings.shards, settings.run) == ("2024-05-01", "7")
+    assert config.load(None, ["shards='a b'", 'run="c"']).model_dump(include={"shards", "run"}) == {
+        "shards": "a b",
+        "run": "c",
+    }
+
+
+def test_settings_survive_their_file(tmp_path: Path) -> None:
+    settings = config.load(
+        None, [*NEEDED, "learning_rate=3e-5", 'pretrained=C:\\w\\"x"\n.pth', "flip=false", "epochs=7"]
+    )
+    (tmp_path / "recipe.toml").write_text(config.to_toml(settings))
+    assert config.load(tmp_path / "recipe.toml") == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["epoch=3"], "unknown setting 'epoch' (did you mean epochs?)"),
+        (["lerning_rate=1"], "did you mean learning_rate?"),
+        (["epochs=three"], "epochs='three'"),
+        (["epochs=-1"], "epochs=-1"),
+        (["micro_batch=1"], "micro_batch=1"),
+        (["learning_rate=inf"], "learning_rate=inf: input should be a finite number"),
+        (["clip_norm=nan"], "clip_norm=nan: input should be a finite number"),
+        (["select_on=test"], "select_on='test'"),
+        (["optimiser=lion"], "'adam', 'adamw' or 'sgd'"),
+        (["epochs"], "'epochs' is not key=value"),
+    ],
+)
+def test_a_wrong_setting_is_named(words: list[str], says: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        config.load(None, [*NEEDED, *words])
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(Refusal, match="setting 'shards' is missing"):
+        config.load(None, ["run=r"])
+
+
+def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="no such recipe"):
+        config.load(tmp_path / "none.toml")
+    with pytest.raises(Refusal, match="is a folder"):
+        config.load(tmp_path)
+    for content in (b"epochs: 3\n", b"\xff\xfe\x00"):
+        (tmp_path / "bad.toml").write_bytes(content)
+        with pytest.raises(Refusal, match="is not TOML"):
+            config.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.toml")), ids=lambda path: path.name)
+def test_our_recipes_load_and_say_what_they_claim(recipe: Path) -> None:
+    config.load(recipe)
+    header = recipe.read_text().split("\n\n")[0]
+    assert all(word in header for word in ("command", "cost", "claims", "evidence"))
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    settings = config.load(ROOT / "launch" / "recipes" / "mura.toml")
+    paper = {
+        "architecture": "densenet169",
+        "global_batch": 8,
+        "learning_rate": 1e-4,
+        "plateau_factor": 0.1,
+        "rotate_deg": 30.0,
+    }
+    paper |= {"flip": True, "optimiser": "adam", "loss_weights": "study_type", "select_on": "tune"}
+    assert {key: getattr(settings, key) for key in paper} == paper
+
+
+def test_every_setting_is_in_the_help() -> None:
+    text = config.help_text()
+    for name, field in config.Settings.model_fields.items():
+        assert f"  {name} " in text
+        assert field.description
+        assert field.description in text

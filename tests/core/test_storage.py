@@ -1,0 +1,249 @@
+"""storage.py and cache.py: the same folder on this machine, in memory and behind an S3 server (moto's, on this machine)."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import laws
+from helpers.commands import run
+
+from mura_dist.core import storage
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.storage import Place
+from mura_dist.data.shards import cache
+from mura_dist.data.shards.convert import convert
+from mura_dist.data.shards.reader import Shards, verify
+
+FILES = {"a.txt": b"alpha", "deep/er/b.bin": bytes(range(256)) * 40, "deep/c": b""}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 server; the URL of a bucket in it. Everything finds it by environment variables, as a user's would be found."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "local":
+        return storage.of(tmp_path / "folder")
+    if request.param == "memory":
+        return storage.of(f"memory://{tmp_path.name}")
+    return storage.of(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+
+
+def test_a_folder_is_the_same_wherever_it_lies(folder: Place, tmp_path: Path) -> None:
+    assert folder.names() == set()
+    for name, data in FILES.items():
+        folder.write(name, data)
+    assert folder.is_folder()
+    assert dict(folder.files()) == {name: len(data) for name, data in FILES.items()}
+    assert folder.names() == {"a.txt", "deep"}
+    assert folder.child("deep").names() == {"er", "c"}
+    assert [folder.exists(name) for name in ("a.txt", "deep/er/b.bin", "none", "deep")] == [True, True, False, False]
+    assert folder.read_part("deep/er/b.bin", 250, 10) == FILES["deep/er/b.bin"][250:260]
+    *found, missing = folder.read_many([*FILES, "none"])
+    assert found == list(FILES.values())
+    assert isinstance(missing, FileNotFoundError)
+    with pytest.raises(FileNotFoundError):
+        folder.read("none")
+    folder.copy_to("a.txt", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"alpha"
+    folder.remove("a.txt")
+    folder.remove("a.txt")
+    assert not folder.exists("a.txt")
+    again = pickle.loads(pickle.dumps(folder))
+    assert str(again) == str(folder)
+    if "memory" not in str(folder):
+        assert again.read("deep/er/b.bin") == FILES["deep/er/b.bin"]
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file(folder: Place) -> None:
+    """Law of torn writes, the same for a disk and an object store."""
+    folder.write("x", b"old")
+
+    def break_off() -> None:
+        with folder.writing("x") as file:
+            file.write(b"half of the n")
+            raise RuntimeError("broke off")
+
+    with pytest.raises(RuntimeError, match="broke off"):
+        break_off()
+    assert folder.read("x") == b"old"
+    assert folder.names() == {"x"}
+
+
+def test_hidden_folders_are_left_out_and_links_are_not_followed(tmp_path: Path) -> None:
+    for name in (".hidden/x", "a/x", "a/.y"):
+        storage.of(tmp_path).write(name, b"1")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "a" / "x")
+    (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "none")
+    assert sorted(storage.of(tmp_path).files()) == [("a/.y", 1), ("a/link", 1), ("a/nowhere", 0), ("a/x", 1)]
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [("nonsense://x/y", ("nonsense://x/y", "a store fsspec knows")), ("gs://x/y", ("gs://x/y", "not installed"))],
+)
+def test_a_url_nobody_knows_is_refused(url: str, parts: tuple[str, ...], tmp_path: Path, capsys) -> None:
+    laws.refusal(capsys, ["shards", url, tmp_path / "out"], *parts)
+    laws.refusal(capsys, ["shards", tmp_path, url], *parts)
+
+
+def test_a_store_that_does_not_answer_is_one_line(s3: str, tmp_path: Path) -> None:
+    done = run("mura-dist", "shards", f"{s3}-which-is-not/x", tmp_path / "out", "--quiet")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    env = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    done = run("mura-dist", "shards", f"{s3}/x", tmp_path / "out", "--quiet", env=env)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "s3://bucket/x" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "shards"
+    convert(phantoms, out, size=48, workers=2)
+    return out
+
+
+def upload(source: Path, target: Place) -> None:
+    for name, _ in storage.of(source).files():
+        target.write(name, (source / name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "direction", ["to", *(pytest.param(each, marks=pytest.mark.slow) for each in ("from", "both"))]
+)
+def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
+    direction: str, folder: Place, phantoms: Path, whole: Path, tmp_path: Path
+) -> None:
+    source, out = phantoms, tmp_path / "out"
+    if direction != "to":
+        upload(phantoms, folder.child("source"))
+        source = f"{folder}/source"
+    if direction != "from":
+        out = f"{folder}/out"
+    convert(
+        source if "://" in str(source) else Path(source), out if "://" in str(out) else Path(out), size=48, workers=2
+    )
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in storage.of(out).names():
+        storage.of(out).copy_to(name, made / name)
+    laws.same_bytes(whole, made, leave_out=("conversion.json",))
+    assert list(verify(out)) == []
+
+
+def test_a_conversion_to_a_url_resumes(s3: str, phantoms: Path, whole: Path, tmp_path: Path) -> None:
+    out = storage.of(f"{s3}/{tmp_path.name}/out")
+    convert(phantoms, str(out), size=48, workers=2)
+    for name in ("index.json", "valid-000000.json", "valid-000000.tar"):
+        out.remove(name)
+    out.write("train-000000.tar", b"not to be made again: its mark is there")
+    convert(phantoms, str(out), size=48, workers=1)
+    assert out.read("valid-000000.tar") == (whole / "valid-000000.tar").read_bytes()
+    assert out.read("train-000000.tar").startswith(b"not to be")
+    with pytest.raises(Failure, match=r"train-000000\.tar differs from its SHA-256 in index\.json, twice"):
+        Shards.open(str(out), mirror=tmp_path / "mirror")
+
+
+def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: Path) -> None:
+    remote = storage.of(f"{s3}/{tmp_path.name}")
+    upload(whole, remote)
+    opened, local = Shards.open(str(remote), mirror=tmp_path / "mirror"), Shards.open(whole)
+    for row in local.rows("valid").tolist():
+        np.testing.assert_array_equal(opened.pixels(row), local.pixels(row))
+    for name in remote.names():
+        remote.remove(name) if name.endswith(".tar") else None
+    again = Shards.open(str(remote), mirror=tmp_path / "mirror")
+    assert again.folder == opened.folder, "copied once"
+    assert verify(again.folder) is not None
+    assert list(verify(again.folder)) == []
+
+
+def open_one(folder: Path, into: Path, opened) -> None:
+    shards = Shards.open(folder, mirror=into)
+    opened.put((str(shards.folder), int(shards.pixels(int(shards.rows("train")[0])).sum())))
+
+
+def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> None:
+    """Also of a local folder, a slow disk for example: five processes at once, one copy, no half of one."""
+    context = multiprocessing.get_context("spawn")
+    opened = context.Queue()
+    ranks = [context.Process(target=open_one, args=(whole, tmp_path / "mirror", opened)) for _ in range(5)]
+    for rank in ranks:
+        rank.start()
+    found = {opened.get(timeout=60) for _ in ranks}
+    for rank in ranks:
+        rank.join()
+    assert len(found) == 1
+    [folder] = (tmp_path / "mirror").iterdir()
+    assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
+    assert {path.name for path in folder.glob("*.tar")} == {path.name for path in whole.glob("*.tar")}
+
+
+def test_a_mirror_that_was_cut_short_goes_on(whole: Path, tmp_path: Path) -> None:
+    folder = cache.local(whole, tmp_path / "mirror")
+    (folder / "index.json").unlink()
+    (folder / "train-000000.tar").unlink()
+    (folder / ".train-000000.tar.partial").write_bytes(b"half")
+    kept = (folder / "valid-000000.tar").stat().st_mtime_ns
+    assert cache.local(whole, tmp_path / "mirror") == folder
+    assert list(verify(folder)) == []
+    assert (folder / "valid-000000.tar").stat().st_mtime_ns == kept
+
+
+def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: Path) -> None:
+    source = tmp_path / "huge"
+    shutil.copytree(whole, source)
+    index = json.loads((source / "index.json").read_bytes())
+    index["splits"]["train"]["shards"][0]["bytes"] = 10**16
+    (source / "index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        Refusal, match=r"needs 1[0-9.]+ GB there, .* GB are free; make room, or name another disk with mirror="
+    ):
+        cache.local(source, tmp_path / "mirror")
+    assert not list((tmp_path / "mirror").rglob("*.tar"))
+
+
+def test_what_are_no_shards_behind_a_url_is_refused(tmp_path: Path) -> None:
+    place = storage.of(f"memory://{tmp_path.name}")
+    with pytest.raises(Refusal, match=r"memory://.*holds no shards \(no index\.json\); make them with"):
+        Shards.open(str(place))
+    place.write("conversion.json", b"{}")
+    with pytest.raises(Refusal, match="the conversion is not finished; run the same"):
+        Shards.open(str(place))
+    place.write("index.json", b"{")
+    with pytest.raises(Refusal, match=r"index\.json is damaged"):
+        Shards.open(str(place))

@@ -1,0 +1,227 @@
+"""pipeline/: two backends behind one contract, the same pixels, our order."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import laws
+
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import Failure
+from mura_dist.data.loaders import dali, loader, opencv, sampler
+from mura_dist.data.loaders.loader import Loading, Targets, batches
+from mura_dist.data.shards.convert import convert
+from mura_dist.data.shards.reader import Damaged, Shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["raw", "png", "jpeg"])
+def opened(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    folder = tmp_path_factory.mktemp("encoded") / request.param
+    convert(phantoms, folder, size=96, encoding=request.param, workers=2)
+    return Shards.open(folder)
+
+
+def micros_of(shards: Shards, *, rotate_deg: float, flip: bool, micro_batch: int = 5) -> list[sampler.Micro]:
+    epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=rotate_deg, flip=flip)
+    steps = range(sampler.steps_per_epoch(len(epoch.rows), micro_batch))
+    sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "rank": 0, "world_size": 1}
+    return [micro for step in steps for micro in sampler.step_micros(epoch, step, **sizes)]
+
+
+def both(shards: Shards, micros: list[sampler.Micro]) -> tuple[np.ndarray, np.ndarray]:
+    by_dali = torch.cat([made.pixels for made in dali.images(shards, micros, workers=2, device=CPU, prefetch=4)])
+    return by_cpu(shards, micros, workers=2), by_dali.numpy()
+
+
+def by_cpu(shards: Shards, micros: list[sampler.Micro], workers: int) -> np.ndarray:
+    return np.concatenate(
+        [made.pixels for made in opencv.images(shards, micros, workers=workers, prefetch=2 * workers)]
+    )
+
+
+def test_the_backends_agree_within_two_grey_levels(opened: Shards) -> None:
+    ours, theirs = both(opened, micros_of(opened, rotate_deg=30, flip=True))
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype == np.uint8
+    difference = np.abs(ours.astype(int) - theirs)
+    # jpeg: two decoders, each free to round, differ before anything is turned
+    assert (difference <= (2 if opened.encoding != "jpeg" else 4)).mean() >= 0.999
+
+
+def test_a_wrong_sign_or_centre_would_be_seen(opened: Shards) -> None:
+    """The law above can fail: turned the other way, or about S/2, far fewer pixels agree."""
+    if opened.encoding != "raw":
+        pytest.skip("geometry does not depend on the encoding")
+    micros = micros_of(opened, rotate_deg=30, flip=True)
+    _, theirs = both(opened, micros)
+    wrong = [sampler.Micro(m.rows, -m.angles, m.flips, m.mask) for m in micros]
+    ours = by_cpu(opened, wrong, workers=1)
+    assert (np.abs(ours.astype(int) - theirs) <= 2).mean() < 0.9
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, backend: str) -> None:
+    rows = opened.rows("valid")
+    micros = sampler.evaluation_micros(rows, micro_batch=4, rank=0, world_size=1)
+    targets = Targets.of(opened, weighted=True)
+    seen = []
+    for batch in batches(opened, targets, micros, backend=backend, device=CPU, workers=2):
+        for row, image, real in zip(batch.row.tolist(), batch.image[:, 0].numpy(), batch.mask.tolist(), strict=True):
+            if not real:
+                assert row == -1
+                assert not image.any()
+                continue
+            seen.append(row)
+            difference = np.abs(image.astype(int) - opened.pixels(row))
+            assert difference.max() <= (0 if opened.encoding != "jpeg" or backend == "cpu" else 4)
+        assert (batch.weight[~batch.mask] == 0).all()
+        assert (batch.label == torch.from_numpy(targets.label)[batch.row] * batch.mask).all()
+    assert seen == rows.tolist()
+
+
+def test_the_same_batches_from_any_number_of_threads(opened: Shards) -> None:
+    micros = micros_of(opened, rotate_deg=30, flip=True)
+    one, four = (by_cpu(opened, micros, workers=workers) for workers in (1, 4))
+    np.testing.assert_array_equal(one, four)
+
+
+def test_rotation_is_counter_clockwise_then_mirrored() -> None:
+    source = np.zeros((65, 65), np.uint8)
+    source[32, 60] = 255  # right of the centre
+    out = np.zeros_like(source)
+    opencv.augment(source, 90, False, out)
+    assert np.unravel_index(out.argmax(), out.shape) == (4, 32)  # above it
+    opencv.augment(source, 45, True, out)
+    row, column = np.unravel_index(out.argmax(), out.shape)
+    assert row < 32
+    assert column < 32  # up, and mirrored to the left
+    opencv.augment(source, 0, True, out)
+    np.testing.assert_array_equal(out, source[:, ::-1])
+
+
+def test_leaving_early_ends_the_threads(opened: Shards) -> None:
+    import threading
+
+    stream = opencv.images(opened, micros_of(opened, rotate_deg=30, flip=True), workers=3, prefetch=6)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def test_weights_follow_study_type_and_label(opened: Shards) -> None:
+    weighted, plain = (Targets.of(opened, weighted=flag) for flag in (True, False))
+    assert (plain.weight == 1).all()
+    train = opened.manifest.frame.loc[opened.rows("train")]
+    for study_type, part in train.groupby("study_type"):
+        sums = {label: weighted.weight[part.index[part["label"] == label]].sum() for label in (0, 1)}
+        if part["label"].nunique() == 2:  # both classes pull equally hard
+            assert sums[0] == pytest.approx(sums[1], rel=1e-5), study_type
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_a_damaged_sample_is_named_once_and_left_out(
+    opened: Shards, backend: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All others come as they would have; with strict, it ends there."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    bad = sorted(opened.rows("train").tolist())[3]
+    tar = laws.damage(Shards.open(folder), bad)
+    broken, micros = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
+    assert sum(bad in micro.rows for micro in micros) == 2, "seen in both epochs"
+    how = {"backend": backend, "device": CPU, "workers": 2}
+    targets = Targets.of(opened, weighted=True)
+    capfd.readouterr()
+    pairs = zip(batches(opened, targets, micros, **how), batches(broken, targets, micros, **how), strict=True)
+    for sound, batch in pairs:
+        here = batch.row == bad
+        assert (batch.mask == (sound.mask & ~here)).all()
+        assert not batch.image[here].any()
+        assert (batch.weight == torch.where(here, 0, sound.weight)).all()
+        for name in ("image", "label"):
+            assert torch.equal(getattr(batch, name)[~here], getattr(sound, name)[~here])
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "damaged sample" in line]
+    path = opened.manifest.frame.at[bad, "path"]
+    assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
+    assert list(broken.damaged) == [bad]
+    with pytest.raises(Failure, match=rf"row {bad} .*strict=true ends here: mend it"):
+        list(batches(Shards.open(folder), targets, micros, strict=True, **how))
+
+
+def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: Path) -> None:
+    """A tar that vanishes, or shrinks, under a running training: an error by row, not a dead process."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    broken = Shards.open(folder)
+    first, last = broken.rows("train")[[0, -1]].tolist()
+    broken.pixels(first)
+    [tar] = broken.names("train")
+    os.truncate(folder / tar, 40_000)
+    with pytest.raises(Damaged, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
+        broken.pixels(last)
+    (folder / tar).unlink()
+    with pytest.raises(Damaged, match=r"cannot be read: no such file or directory"):
+        Shards.open(folder).pixels(first)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro_batch", [2, 3])
+def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, micro_batch: int) -> None:
+    """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
+    rows, targets = opened.rows("train"), Targets.of(opened, weighted=False)
+    assert len(opened.names("train")) == 1
+    epoch = sampler.epoch_order(rows, 0, 0, rotate_deg=30, flip=True)
+    sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
+    num_steps = sampler.steps_per_epoch(len(rows), sizes["global_batch"])
+    seen = []
+    for rank in range(world_size):
+        micros = (m for step in range(num_steps) for m in sampler.step_micros(epoch, step, rank=rank, **sizes))
+        made = list(batches(opened, targets, micros, backend="cpu", device=CPU, workers=1))
+        assert len(made) == num_steps
+        seen += [row for batch in made for row in batch.row.tolist()]
+    assert len(seen) == len(set(seen)) == len(rows) - len(rows) % sizes["global_batch"]
+    assert set(seen) <= set(rows.tolist())
+
+
+def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = Targets.of(opened, weighted=False)
+
+    def chosen(device: str = "cpu", **settings: object) -> Loading:
+        return Loading.of(Settings(shards="s", run="r", **settings), opened, targets, torch.device(device))
+
+    monkeypatch.setattr(loader, "processors", lambda: 8)
+    assert (chosen().backend, chosen().workers) == ("cpu", 4)
+    assert (chosen("cuda").backend, chosen("cuda").workers) == ("dali", 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (chosen().workers, chosen("cuda").workers) == (2, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert chosen().workers == 1
+    assert chosen(micro_batch=8).prefetch == 16, (
+        "64 MiB of these small pixels would be far more: sixteen a thread at most"
+    )
+    assert chosen(micro_batch=4096).prefetch == 2, "two a thread at least"
+    told = chosen(workers=3, prefetch=5, pipeline="dali", strict=True)
+    assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
+    assert "dali" in str(told)
+    assert "3 threads a rank, 5 micro-batches ahead" in str(told)
+
+
+def test_dali_goes_on_from_epoch_to_epoch(opened: Shards) -> None:
+    """One graph for all epochs; one that was left in mid-epoch leaves nothing behind in the next."""
+    epochs = [micros_of(opened, rotate_deg=30, flip=True, micro_batch=size)[:count] for size, count in ((5, 9), (4, 3))]
+    for _ in range(3):
+        for micros in epochs:
+            left = dali.images(opened, micros, workers=2, device=CPU, prefetch=4)
+            next(left)
+            left.close()
+            ours, theirs = both(opened, micros)
+            assert (np.abs(ours.astype(int) - theirs) <= (2 if opened.encoding != "jpeg" else 4)).mean() >= 0.999
+            one = [made.rows.tolist() for made in dali.images(opened, micros[:1], workers=2, device=CPU, prefetch=4)]
+            assert one == [micros[0].rows.tolist()]
+    assert all(graph.pipe is not None for graph in dali._graphs.values())
+    assert 1 <= len(dali._graphs) <= 6, "one for each encoding, batch size and number of threads used so far"

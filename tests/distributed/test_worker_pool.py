@@ -1,0 +1,124 @@
+"""worker_pool.py: results in order, whatever the tasks do to their workers."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mura_dist.core.errors import Failure
+from mura_dist.distributed.worker_pool import Limits, Lost, crew
+
+QUICK = Limits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
+
+
+def worker(notes: Path) -> Callable[[Any], Any]:
+    """A task is (what, number): what its process does."""
+
+    def do(task: tuple[str, int]) -> Any:
+        what, number = task
+        with open(notes / f"{what}-{number}", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        if what == "crash":
+            os.abort()
+        elif what == "once" and len((notes / f"{what}-{number}").read_text().split()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "spin":
+            while True:
+                pass
+        elif what == "wait":
+            time.sleep(1000)
+        elif what == "eat":
+            try:
+                return len(bytearray(400 << 20))
+            except MemoryError:
+                return "no memory"
+        elif what == "raise":
+            raise ValueError(f"task {number}")
+        return number
+
+    return do
+
+
+def work(
+    notes: Path, tasks: list[tuple[str, int]], *, workers: int, chunk: int = 3, limits: Limits = QUICK
+) -> list[Any]:
+    chunks = (tasks[start : start + chunk] for start in range(0, len(tasks), chunk))
+    with crew(worker, (notes,), workers=workers, limits=limits) as people:
+        return list(people.results(chunks))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("num_tasks", [0, 1, 40])
+def test_results_come_in_the_order_of_the_tasks(tmp_path: Path, workers: int, num_tasks: int) -> None:
+    assert work(tmp_path, [("do", n) for n in range(num_tasks)], workers=workers) == list(range(num_tasks))
+    assert all(len(path.read_text().split()) == 1 for path in tmp_path.iterdir()), "each task once"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: int) -> None:
+    bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
+    tasks = [(bad.get(n, "do"), n) for n in range(20)]
+    found = work(tmp_path, tasks, workers=workers)
+    assert found[2] == found[8] == Lost("crashed")
+    assert found[7] == Lost("did not come to an end within 1 s")
+    assert found[12] == "no memory"
+    assert found[15] == 15, "killed from outside: tried again, no trace"
+    assert [found[n] for n in range(20) if n not in (2, 7, 8, 12)] == [n for n in range(20) if n not in (2, 7, 8, 12)]
+    assert len((tmp_path / "crash-2").read_text().split()) == 2, "tried twice, in two processes"
+    assert len(set((tmp_path / "crash-2").read_text().split())) == 2
+
+
+def test_one_that_waits_for_ever_is_lost(tmp_path: Path) -> None:
+    found = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=Limits(0.5, 1.0, 200 << 20))
+    assert found == [0, Lost("did not come to an end within 0.5 s"), 2]
+
+
+def test_an_exception_of_a_task_is_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="task 4"):
+        work(tmp_path, [("raise" if n == 4 else "do", n) for n in range(9)], workers=2)
+
+
+def dies_at_once(notes: Path) -> Callable[[Any], Any]:
+    os._exit(7)
+
+
+def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
+    with (
+        crew(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as people,
+        pytest.raises(Failure, match=r"end before they begin \(exit status 7\)"),
+    ):
+        list(people.results([[1]]))
+
+
+def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> None:
+    handed_out = itertools.count()
+    chunks = ([("do", next(handed_out))] for _ in range(1000))
+    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
+        stream = people.results(chunks, ahead=4)
+        assert next(stream) == 0
+        time.sleep(0.5)
+        assert next(handed_out) <= 12, "never far ahead"
+    pids = {int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()}
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not [thread for thread in threading.enumerate() if thread.name == "guard"]
+
+
+def test_a_crew_does_one_work_after_another(tmp_path: Path) -> None:
+    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
+        time.sleep(0.3)  # ready, and idle
+        for start in (0, 100, 200):
+            tasks = [[("do", start + n)] for n in range(20)]
+            assert list(people.results(tasks)) == list(range(start, start + 20))
+        assert list(people.results([])) == []
+        assert list(people.results([[], [("do", 7)], []])) == [7]
+    pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().split()}
+    assert len(pids) <= 2, "the same processes"

@@ -1,0 +1,280 @@
+"""evaluate.py: over ranks, laws `once` and `metric`; what is fitted on tune, and that nothing else is."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import laws
+from helpers.commands import TINY, run, torchrun
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.data import gate
+from mura_dist.data.manifest import Manifest, class_weights
+from mura_dist.data.shards.convert import convert
+from mura_dist.data.shards.reader import Shards
+from mura_dist.evaluation.evaluate import Scores, odds_shift, study_scores
+from mura_dist.inference.onnx_model import Model
+from mura_dist.metrics import calibration
+from mura_dist.metrics.operating_points import NAMES, STUDIES, Points
+from mura_dist.training.ensemble import Weights
+
+EVALUATE = """
+import sys
+from pathlib import Path
+from mura_dist.evaluate import evaluate_run
+run, shards, out = map(Path, sys.argv[1:4])
+evaluate_run(run, shards, split="valid", which="last", out=out)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    result = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={folder}", "epochs=1", "micro_batch=4")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_metrics_do_not_depend_on_ranks_or_batch(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "evaluate_ranks.py"
+    script.write_text(EVALUATE)
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    recipe = (other / "recipe.toml").read_text()
+    (other / "recipe.toml").write_text(recipe.replace("micro_batch = 4", "micro_batch = 7"))
+    logits = []
+    for ranks, folder in ((1, trained), (2, trained), (3, other)):
+        out = tmp_path / str(ranks)
+        result = torchrun(
+            ranks, "evaluate_ranks", folder, shard_folder, out, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
+        )
+        assert result.returncode == 0, result.stderr
+        table = pd.read_csv(out / "predictions.csv")  # law once: the split's rows, in order, each one time
+        assert set(table["gate"]) <= set(gate.NAMES)
+        assert (
+            table["path"].tolist()
+            == Shards.open(shard_folder).manifest.frame.query("split == 'valid'")["path"].tolist()
+        )
+        logits.append(dict(enumerate(table["logit"])))
+        reports = [path.name for path in sorted(out.iterdir())]
+        assert {"metrics.json", "report.html", "predictions.csv", "studies.csv"} <= set(reports)
+    assert "micro_batch = 7" in (other / "recipe.toml").read_text()
+    for others in logits[1:]:
+        laws.same_metrics(logits[0], others)
+
+
+# ---- what is fitted on tune
+
+
+@pytest.fixture(scope="module")
+def halved(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards whose tune split is large enough to fit something on: half of the train patients."""
+    folder = tmp_path_factory.mktemp("halved") / "shards"
+    convert(phantoms, folder, size=64, workers=2, tune=0.5)
+    return folder
+
+
+def start_run(folder: Path, shards: Path, *settings: str) -> Path:
+    """An untrained network, which says something all the same: of this seed, by chance, slightly more of abnormal studies."""
+    words = (*TINY, "epochs=0", "seed=3", *settings, f"shards={shards}", f"run={folder}")
+    result = run("mura-dist", "train", *words, "--quiet")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untrained(halved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start_run(tmp_path_factory.mktemp("fitted") / "run", halved, "loss_weights=none")
+
+
+def evaluated(target: Path, shards: Path, out: Path, *words: str) -> dict[str, Any]:
+    assert main(["evaluate", str(target), str(shards), "--out", str(out), "--quiet", *words]) == DONE
+    return json.loads((out / "metrics.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def measured(untrained: Path, halved: Path) -> dict[str, Any]:
+    """On valid, into the run, where export finds it."""
+    return evaluated(untrained, halved, untrained)
+
+
+def logits(model: Path, shards: Shards, split: str) -> Scores:
+    rows = shards.rows(split)
+    images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
+    return Scores.of(rows, Model.load(model).logits(images), np.ones(len(rows), bool))
+
+
+@pytest.fixture(scope="module")
+def exported(untrained: Path, measured: dict[str, Any]) -> Path:
+    assert main(["export", str(untrained)]) == DONE
+    return untrained / "model.onnx"
+
+
+def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
+    shards = Shards.open(halved)
+    tune = study_scores(shards, logits(exported, shards, "tune"))
+    wanted = calibration.fit(tune, {}, sorted(tune["study_type"].unique()))
+    found = Points.model_validate(measured["calibration"])
+    assert (found.num_studies, found.num_patients) == (len(tune), tune["patient"].nunique())
+    assert found.fitted_on == "tune"
+    assert found.notes == []
+    for name in wanted.by_study_type:
+        ours, theirs = found.by_study_type[name], wanted.by_study_type[name]
+        assert ours.pooled
+        assert ours.slope is not None
+        assert (ours.slope, ours.intercept) == pytest.approx(
+            (theirs.slope, theirs.intercept), rel=1e-2
+        )  # logits to 1e-5
+        for point in NAMES:
+            assert found.thresholds(point)[name] == pytest.approx(wanted.thresholds(point)[name], abs=1e-4)
+    assert measured["operating_points"]["overall"]["num_studies"] == measured["overall"]["num_studies"]
+    assert measured["overall"]["calibrated"]["brier"] is not None
+    assert set(measured["subgroups"]) == {"num_views", "exposure"}
+
+
+def test_nothing_of_valid_enters_the_fit(
+    untrained: Path, halved: Path, measured: dict[str, Any], tmp_path: Path
+) -> None:
+    """The labels of valid turned round: the same points; those of one tune study: others."""
+    for split, same in (("valid", True), ("tune", False)):
+        shards, folder = tmp_path / f"{split}-shards", tmp_path / f"{split}-run"
+        shutil.copytree(halved, shards)
+        shutil.copytree(untrained, folder)
+        manifest = Manifest.load(shards / "manifest.csv")
+        frame = manifest.frame
+        study = frame.loc[frame["split"] == split, "study"]
+        turned = frame["study"].isin(study if split == "valid" else study[:1])
+        frame.loc[turned, "label"] = 1 - frame.loc[turned, "label"]
+        manifest.save(shards / "manifest.csv")
+        for path in (shards / "index.json", folder / "data.json"):
+            text = path.read_text().replace(measured["manifest_sha256"], manifest.digest)
+            path.write_text(text)
+        found = evaluated(folder, shards, tmp_path / f"{split}-out")
+        assert found["manifest_sha256"] == manifest.digest != measured["manifest_sha256"]
+        assert (found["calibration"] == measured["calibration"]) == same
+        turned_overall = found["overall"]["confusion"] != measured["overall"]["confusion"]
+        assert turned_overall == (split == "valid")
+
+
+def test_predictions_have_what_the_evaluation_has(
+    exported: Path, halved: Path, untrained: Path, measured: dict[str, Any], phantoms: Path, tmp_path: Path
+) -> None:
+    assert main(["predict", str(exported), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
+    told = evaluated(exported, halved, tmp_path / "e")
+    assert told["calibration"] == measured["calibration"]  # the card's
+    predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
+    assert tuple(predicted.columns) == STUDIES
+    for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
+        table = pd.read_csv(folder / "studies.csv", keep_default_na=False, dtype=str)
+        assert tuple(table.columns) == (*STUDIES, "label", "patient", "exposure")
+        both = table.merge(predicted, on="study", suffixes=("", "_predicted"))
+        assert len(both) == len(predicted) == len(table) > 0
+        for name in ("probability", "calibrated_probability"):
+            ours, theirs = (both[f"{name}{end}"].astype(float) for end in ("", "_predicted"))
+            np.testing.assert_allclose(ours, theirs, atol=tolerance)
+        assert (both["band"] == both["band_predicted"]).all()
+        called = both[both["call_predicted"] != ""]
+        assert len(called)
+        assert (called["call"] == called["call_predicted"]).all()
+    assert {"uncertain", "negative"} <= set(predicted["band"])
+
+
+def test_another_operating_point(untrained: Path, halved: Path, phantoms: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(untrained, folder)
+    word = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
+    found = evaluated(folder, halved, folder, *word)
+    points = Points.model_validate(found["calibration"])
+    cut = points.thresholds("specificity=0.9")
+    assert (found["operating_point"], found["threshold"]) == ("specificity=0.9", None)
+    assert found["thresholds"] == {name: cut[name] for name in found["by_study_type"]}
+    assert found["overall"]["prevalence_assumed"] == 0.1
+    table = pd.read_csv(folder / "studies.csv")
+    assert (table["threshold"] == table["study_type"].map(cut)).all()
+    assert ((table["probability"] > table["threshold"]) == (table["call"] == 1)).all()
+    assert table["call"].nunique() == 2
+    confusion = found["overall"]["confusion"]
+    assert confusion["tp"] + confusion["fp"] == table["call"].sum()
+    assert confusion == found["operating_points"]["overall"]["points"]["specificity=0.9"]["confusion"]
+
+    assert main(["export", str(folder)]) == DONE
+    card = Model.load(folder / "model.onnx").card
+    assert card.operating_point == "specificity=0.9"
+    assert card.thresholds == {name: cut[name] for name in card.thresholds}
+    assert set(card.thresholds) == {name for name, one in found["by_study_type"].items() if one["kappa"] is not None}
+    of_card = evaluated(folder / "model.onnx", halved, tmp_path / "card")
+    assert (of_card["operating_point"], of_card["thresholds"]) == ("specificity=0.9", found["thresholds"])
+    of_paper = evaluated(folder / "model.onnx", halved, tmp_path / "paper", "--operating-point", "paper")
+    assert set(of_paper["thresholds"].values()) == {0.5}
+
+
+def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
+    other = evaluated(untrained, shard_folder, tmp_path / "other")
+    assert other["operating_points"] is None
+    assert other["calibration"]["fitted_on"] is None
+    assert "not the shards the model was trained on" in other["calibration"]["reason"]
+    words = [
+        "evaluate",
+        untrained,
+        shard_folder,
+        "--out",
+        tmp_path / "refused",
+        "--operating-point",
+        "sensitivity=0.95",
+    ]
+    laws.refusal(capsys, words, "--operating-point sensitivity=0.95", "not the shards the model was trained on")
+    assert not (tmp_path / "refused").exists()
+    laws.refusal(capsys, [*words[:3], "--operating-point", "sensitivity=1"], "sensitivity=1: must be paper, ", "0.98")
+    laws.refusal(
+        capsys, [*words[:3], "--prevalence", "30"], "--prevalence 30: must lie between 0 and 1", "leave it out"
+    )
+    on_tune = evaluated(untrained, halved, tmp_path / "tune", "--split", "tune")
+    assert on_tune["calibration"]["notes"] == ["fitted on what is reported here: optimistic"]
+
+
+def test_nobody_elses_folder_is_written_over(
+    untrained: Path, exported: Path, halved: Path, tmp_path: Path, capsys
+) -> None:
+    for name, file in (("other", "recipe.toml"), ("predicted", "predict.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("")
+        for target in (untrained, exported):
+            words = ["evaluate", target, halved, "--out", tmp_path / name]
+            laws.refusal(capsys, words, f"{name} ", "would be overwritten; give another folder")
+        assert [path.name for path in (tmp_path / name).iterdir()] == [file]
+    (tmp_path / "file").write_text("")
+    for target in (untrained, exported):
+        laws.refusal(capsys, ["evaluate", target, halved, "--out", tmp_path / "file"], "is a file; give a folder")
+
+
+def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
+    """log(N/A) of the training radiographs, where the loss was weighted."""
+    weights, shards = Weights.of_run(untrained, "last"), Shards.open(halved)
+    train = shards.manifest.frame.query("split == 'train'")
+    table = class_weights(train["study_type"].to_numpy(), train["label"].to_numpy())
+    assert set(odds_shift(weights, shards).values()) == {0.0}
+    [only] = weights.runs
+    weighted = dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": "study_type"}))
+    found = odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
+    normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))
+    for name, (w0, w1) in table.items():
+        both = name in normal.index and name in abnormal.index
+        assert found[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
+        assert found[name] == pytest.approx(np.log(w1 / w0))
+    mixed = dataclasses.replace(weights, runs=(weighted, only))
+    assert odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in found.items()})
+
+
+def test_damaged_radiographs_of_tune_are_left_out_and_told(untrained: Path, halved: Path, tmp_path: Path) -> None:
+    shutil.copytree(halved, tmp_path / "shards")
+    shards = Shards.open(tmp_path / "shards")
+    row = int(shards.rows("tune")[0])
+    laws.damage(shards, row)
+    found = evaluated(untrained, tmp_path / "shards", tmp_path / "out")
+    assert (found["num_damaged"], found["calibration"]["num_damaged"]) == (0, 1)
+    assert found["calibration"]["notes"] == ["damaged radiographs of tune, left out: 1"]

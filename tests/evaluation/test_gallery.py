@@ -1,0 +1,521 @@
+"""gallery.py and saliency.py: the surest errors, the two numbers and their floor, one scale, LOCAL ONLY."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import laws
+from helpers.commands import TINY, run
+from PIL import Image
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.core.errors import Refusal
+from mura_dist.data.loaders.opencv import augment
+from mura_dist.data.shards.reader import Shards
+from mura_dist.evaluation import evaluate, gallery, saliency
+from mura_dist.reports import heatmap
+
+CELLS = 10
+
+
+def blocks(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A toy that sees what there is: the mean grey level of each cell, as logits. Mirrored radiograph, mirrored map."""
+    side = images.shape[-1] // CELLS
+    cells = images[:, 0].astype(np.float64).reshape(-1, CELLS, side, CELLS, side).mean(axis=(2, 4)) / 32 - 4
+    return cells.mean(axis=(1, 2)), cells
+
+
+def places(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A toy that looks at places, not at the radiograph."""
+    cells = np.broadcast_to(np.random.default_rng(5).normal(size=(CELLS, CELLS)), (len(images), CELLS, CELLS))
+    return cells.mean(axis=(1, 2)), cells
+
+
+def toy(outputs: saliency.Outputs, name: str = "toy", size: int = 160, **more: Any) -> saliency.Model:
+    return saliency.Model(name, outputs, size, "radiographs", **more)
+
+
+def smooth(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
+    """Images (n, S, S) uint8 of a few soft blobs on black: a turn loses nothing beyond the canvas."""
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
+    images = np.zeros((num, size, size))
+    for image in images:
+        for _ in range(4):
+            cy, cx = rng.uniform(0.25, 0.75, 2)
+            image += rng.uniform(60, 200) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 0.02)
+    return np.clip(images, 0, 255).astype(np.uint8)
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """The oracle, a pair of maps at a time."""
+    return [float(np.corrcoef(one.ravel(), two.ravel())[0, 1]) for one, two in zip(a, b, strict=True)]
+
+
+# ---- which studies
+
+
+def table(seed: int, num: int = 90) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, num).astype(float)
+    probability = np.round(1 / (1 + np.exp(-(2 * label - 1 + rng.normal(0, 2, num)))), 2)  # with ties, some of them 0.5
+    label[3], probability[7] = np.nan, np.nan
+    names = {"study": [f"s{i}" for i in range(num)], "patient": [f"p{i}" for i in range(num)], "study_type": "XR_HAND"}
+    return pd.DataFrame(names | {"label": label, "probability": probability, "num_views": 1})
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
+    studies = table(seed)
+    chosen = gallery.choose(studies, threshold, 24, seed)
+    of_kind: dict[str, list[Any]] = {}
+    for name, line, call in chosen:
+        of_kind.setdefault(name.rpartition("-")[0], []).append(line)
+        assert call == int(studies.at[line, "probability"] > threshold)
+    missed, false = [], []
+    for line, study in studies.iterrows():
+        if study["label"] == 1 and study["probability"] <= threshold:
+            missed.append((study["probability"], line))
+        if study["label"] == 0 and study["probability"] > threshold:
+            false.append((-study["probability"], line))
+    assert of_kind["missed"] == [line for _, line in sorted(missed)[:6]]
+    assert of_kind["false-alarm"] == [line for _, line in sorted(false)[:6]]
+    for kind, label in (("hit-abnormal", 1), ("hit-normal", 0)):
+        hits = studies.loc[of_kind[kind]]
+        assert len(hits) == 6
+        assert hits["label"].eq(label).all()
+        assert (hits["probability"] > threshold).eq(label == 1).all()
+    assert len({line for _, line, _ in chosen}) == len(chosen) == len({name for name, _, _ in chosen})
+
+
+def test_hits_are_drawn_by_the_seed() -> None:
+    studies = table(0)
+    again, other = (gallery.choose(studies, 0.5, 24, seed) for seed in (1, 2))
+    assert again == gallery.choose(studies, 0.5, 24, 1)
+    assert [one for one in again if "hit" in one[0]] != [one for one in other if "hit" in one[0]]
+    assert [one for one in again if "hit" not in one[0]] == [one for one in other if "hit" not in one[0]]
+
+
+def test_a_call_that_was_made_is_the_call() -> None:
+    """With thresholds by study type the table says who is called; few errors make few pictures."""
+    studies = table(0).iloc[10:40].assign(call=1)
+    kinds = {name.rpartition("-")[0] for name, _, _ in gallery.choose(studies, 0.5, 24, 0)}
+    assert kinds == {"false-alarm", "hit-abnormal"}
+    assert gallery.choose(studies.iloc[:0], 0.5, 24, 0) == []
+
+
+# ---- the numbers
+
+
+@pytest.mark.parametrize("angle_deg", [10.0, -10.0, 3.5, -30.0, 90.0, 0.0])
+def test_maps_are_turned_as_radiographs_are(angle_deg: float) -> None:
+    """OpenCV's bilinear weights have 5 bits: a grey level or two."""
+    image = smooth(1, 81)[0]
+    wanted = np.empty_like(image)
+    augment(image, angle_deg, False, wanted)
+    found, inside = saliency.turn(image[None].astype(np.float64), angle_deg)
+    assert np.abs(found[0] - wanted)[inside].max() < 3
+    assert inside[40, 40]
+    assert inside.all() == (angle_deg in (0.0, 90.0))
+
+
+@pytest.mark.parametrize("size", [160, 320])
+def test_what_sees_the_radiograph_is_stable(size: int) -> None:
+    images = smooth(size=size)
+    _, cells = saliency.look(blocks, images)
+    found = saliency.stability(blocks, images, cells, [str(i) for i in range(len(images))], 0)
+    assert found["mirror"]["mean"] == pytest.approx(1, abs=1e-12)
+    assert found["rotation"]["quartile_1"] > 0.98
+    assert 70 < found["rotation"]["num_cells"] < CELLS**2 == found["mirror"]["num_cells"]
+
+
+def test_what_sees_places_is_not() -> None:
+    images = smooth()
+    _, cells = saliency.look(places, images)
+    found = saliency.stability(places, images, cells, ["p"] * len(images), 0)
+    assert found["mirror"]["mean"] == pytest.approx(pearson(cells[:1], cells[:1, :, ::-1])[0])
+    assert found["rotation"]["mean"] < 0.9
+    assert found["mirror"]["mean_low"] is None  # one patient
+
+
+def test_a_turn_the_wrong_way_would_show() -> None:
+    images = smooth()
+    _, cells = saliency.look(blocks, images)
+    _, turned = saliency.look(blocks, saliency._turned(images, saliency.ANGLE_DEG))
+    right, wrong = (saliency.turn(turned, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
+    assert saliency.correlation(cells, *right).mean() > saliency.correlation(cells, *wrong).mean() + 0.05
+
+
+def test_correlation_is_pearsons() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 7, 7)) * 3 + 1
+    np.testing.assert_allclose(saliency.correlation(a, b, np.ones((7, 7), bool)), pearson(a, b), atol=1e-12)
+    inside = rng.random((7, 7)) < 0.7
+    np.testing.assert_allclose(saliency.correlation(a, b, inside), pearson(a[:, inside], b[:, inside]), atol=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num", [0, 1, 2])
+def test_two_cells_are_too_few(num: int) -> None:
+    a, inside = np.random.default_rng(0).normal(size=(3, 2, 2)), np.zeros((2, 2), bool)
+    inside.flat[:num] = True
+    assert np.isnan(saliency.correlation(a, a, inside)).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_without_contrast_has_none() -> None:
+    a = np.random.default_rng(0).normal(size=(3, 4, 4))
+    b = a.copy()
+    a[1], b[2, 0, 0] = 7.0, np.nan
+    found = saliency.correlation(a, b, np.ones((4, 4), bool))
+    assert found[0] == pytest.approx(1)
+    assert np.isnan(found[1:]).all()
+    told = saliency.summary(found, ["a", "b", "c"], 0)
+    assert (told["num_radiographs"], told["num_without_contrast"], told["num_patients"]) == (1, 2, 1)
+    nothing = saliency.summary(np.full(3, np.nan), ["a", "b", "c"], 0)
+    assert (nothing["mean"], nothing["mean_low"], nothing["num_without_contrast"]) == (None, None, 3)
+    assert json.dumps([told, nothing], allow_nan=False)
+
+
+def test_the_interval_is_the_patients() -> None:
+    """Ten radiographs of one patient are not ten patients."""
+    values = np.repeat(np.random.default_rng(0).normal(size=8), 10)
+    by_patient, alone = (saliency.summary(values, [str(i // size) for i in range(len(values))], 0) for size in (10, 1))
+    widths = [told["mean_high"] - told["mean_low"] for told in (by_patient, alone)]
+    assert widths[0] == pytest.approx(widths[1] * np.sqrt(10), rel=0.15)
+    assert by_patient["mean"] == pytest.approx(values.mean())
+    assert by_patient["mean_low"] < values.mean() < by_patient["mean_high"]
+    assert by_patient == saliency.summary(values, [str(i // 10) for i in range(len(values))], 0)
+
+
+def test_the_same_model_twice_agrees_with_itself() -> None:
+    images = smooth(10, 64)
+    network = saliency.randomised(["tiny"], images[:8, None], 77)
+    one = toy(network, size=64, architectures=("tiny",))
+    found = saliency.agreement(one, toy(network, "copy"), images, None, [str(i) for i in range(10)], 0)
+    assert found["mean"] == pytest.approx(1, abs=1e-12)
+    assert found["models"] == ["toy", "copy"]
+    assert found["floor"]["mean_high"] < 0.95
+    assert "one model, given twice" in gallery._verdict(found)
+    assert gallery._verdict(found | {"mean": 0.9}) == " Here it lies above the floor."
+
+
+def test_the_floor_is_of_random_weights() -> None:
+    """Each radiograph's map against that of the random network whose share it is, of the sign that agrees."""
+    images = smooth(11, 64)
+    ours = saliency.look(blocks16, images)[1]
+    found = saliency.agreement(
+        toy(blocks16, architectures=("tiny",)), toy(blocks16), images, ours, [str(i) for i in range(11)], 3
+    )
+    expected: list[float] = []
+    means: list[float] = []
+    for number in range(4):
+        share = [i for i in range(11) if i % 4 == number]
+        noise = saliency.randomised(["tiny"], images[share][:8, None], 12 + number)(images[share][:, None])[1]
+        assert noise.std(axis=(1, 2)).min() > 1e-3  # not degenerate
+        values = pearson(ours[share], noise)
+        expected += values if sum(values) >= 0 else [-value for value in values]
+        means.append(abs(float(np.mean(values))))
+    assert found["floor"]["mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["floor"]["mean_of_each"] == pytest.approx(means, abs=1e-6)
+    assert found["mean"] == pytest.approx(1)
+    found["mean"] = found["mean_low"] = max(means) - 0.01  # above the interval over patients, not above every network
+    found["floor"]["mean_high"] = found["mean"] - 0.01
+    assert "does not clearly lie above" in gallery._verdict(found)
+    found["mean"] = found["mean_low"] = max(means) + 0.01
+    assert "lies above" in gallery._verdict(found)
+
+
+def blocks16(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As many cells as `tiny` has at 64 px."""
+    cells = images[:, 0].astype(np.float64).reshape(-1, 2, 32, 2, 32).mean(axis=(2, 4))
+    return cells.mean(axis=(1, 2)), cells
+
+
+def test_random_networks_differ_by_seed_and_say_the_same_twice() -> None:
+    images = smooth(4, 64)[:, None]
+    a, b, c = (saliency.randomised(["tiny"], images, seed)(images)[1] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 1e-3
+
+
+@pytest.mark.parametrize("names", [(), ("resnet50",)])
+def test_an_unknown_architecture_has_no_floor(names: tuple[str, ...]) -> None:
+    found = saliency.agreement(toy(blocks, architectures=names), toy(blocks), smooth(2), None, ["a", "b"], 0)
+    assert not found["floor"]["measured"]
+    assert "architecture" in found["floor"]["reason"]
+
+
+def test_maps_of_another_shape_are_not_compared() -> None:
+    one = toy(lambda images: (np.zeros(len(images)), np.random.default_rng(0).normal(size=(len(images), 2, 2))))
+    found = saliency.agreement(one, toy(blocks), smooth(2), None, ["a", "b"], 0)
+    assert found == {"measured": False, "reason": "maps of 2 x 2 and 10 x 10 cells cannot be compared"}
+
+
+# ---- one scale
+
+
+def test_a_logit_has_one_colour() -> None:
+    edges = [-8, -4, -2, -1, -0.5, 0.5, 1, 2, 4, 8]
+    middles = [-99, -6, -3, -1.5, -0.7, 0, 0.7, 1.5, 3, 6, 99]
+    assert heatmap.steps(np.array([middles])).tolist() == [[-5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5]]
+    assert heatmap.steps(np.array([edges])).tolist() == [[-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]]
+    assert len({heatmap.colour(step) for step in range(-5, 6) if step}) == 10
+
+
+@pytest.mark.parametrize("others", [-20.0, 0.0, 3.0, 500.0])
+def test_a_cell_is_painted_alike_whatever_the_others_hold(others: float) -> None:
+    """Never each map scaled to itself; no smoothing over the cell's border."""
+    pixels = np.full((40, 40), 100, np.uint8)
+    cells = np.full((4, 4), others)
+    cells[1, 2] = 1.5
+    found = heatmap.painted(pixels, cells)
+    (red, green, blue), opacity = heatmap.colour(2)
+    wanted = [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
+    assert (found[10:19, 20:29] == wanted).all()
+    assert (found[19, 20:30] == 100).all()  # the line between cells
+    assert heatmap.colour(0)[1] == 0
+
+
+# ---- the gallery as a whole
+
+
+@pytest.fixture(scope="module")
+def opened(shard_folder: Path) -> Shards:
+    return Shards.open(shard_folder)
+
+
+def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A toy at 64 px: 4 x 4 cells, from far below to far above 0."""
+    cells = (images[:, 0].astype(np.float64).reshape(-1, 4, 16, 4, 16).mean(axis=(2, 4)) - 60) / 4
+    return cells.mean(axis=(1, 2)), cells
+
+
+def written(out: Path, shards: Shards, wanted: gallery.Wanted | None, **facts: Any) -> dict[str, Any]:
+    rows = shards.rows("train")
+    logit, _ = saliency.look(sees, np.stack([shards.pixels(row) for row in rows]))
+    studies = evaluate.study_scores(shards, evaluate.Scores(rows, logit, np.array([], np.int64)))
+    model = toy(sees, size=64)
+    return gallery.write(
+        out, shards, studies, rows, model=model, wanted=wanted, facts={"threshold": 0.5, "split": "train", **facts}
+    )
+
+
+@pytest.fixture(scope="module")
+def made(opened: Shards, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("gallery")
+    return out, written(
+        out, opened, gallery.Wanted(num_sampled=16), title="a <b>", settings={"flip": True, "rotate_deg": 30}
+    )
+
+
+def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
+    out, found = made
+    assert found == json.loads((out / "gallery.json").read_bytes())
+    page = laws.local_only(out / "gallery.html")
+    frame = opened.manifest.frame
+    labels = [values["aria-label"] for tag, values in page.elements if tag == "svg"][1:]  # the first is the scale
+    for study in found["studies"]:
+        label, call = (
+            ("normal", "abnormal")[study["label"]],
+            ("no abnormality flagged", "called abnormal")[study["call"]],
+        )
+        said = f"{study['study_type']}, labelled {label}, {call} at probability {study['probability']:.3f}"
+        assert len(study["views"]) == (frame["study"] == study["study"]).sum()
+        assert [one for one in labels if one.startswith(said)], said
+        assert study["study"] in page.text
+        assert study["probability"] == pytest.approx(np.mean([view["probability"] for view in study["views"]]))
+    assert len(labels) == sum(len(study["views"]) for study in found["studies"]) > 4
+    assert "a <b>" in page.text
+    for words in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82", "--second RUN_OR_ONNX"):
+        assert words in page.text, words
+    assert "flattering: the model was trained on both" in page.text
+    assert "measured on drawings: says nothing about radiographs" in page.text
+    assert found["stability"]["mirror"]["num_radiographs"] == 16
+    assert not found["agreement"]["measured"]
+    assert not re.search(r"called normal|is normal", page.text)
+    assert "-- " not in page.text.replace("--second", "")
+
+
+def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
+    """Every cell beyond the first edge is there, with the class of its own logit."""
+    out, found = made
+    frame, wanted = opened.manifest.frame, []
+    for study in found["studies"]:
+        for row in frame.index[frame["study"] == study["study"]]:
+            wanted += [int(step) for step in heatmap.steps(sees(opened.pixels(row)[None, None])[1][0]).flat if step]
+    text = (out / "gallery.html").read_text().split("</style>")[1].split("</section>", 1)[1]
+    after_scale = text[text.index("</figure>") :]
+    told = [(1 if sign == "f" else -1) * int(step) for sign, step in re.findall(r'class="([fa]) s(\d)"', after_scale)]
+    assert told == wanted
+    assert {abs(step) for step in told} >= {1, 2, 3}
+
+
+def test_pictures_are_files_marked_local(made: tuple[Path, dict[str, Any]]) -> None:
+    out, found = made
+    files = {f"gallery/{path.name}" for path in (out / "gallery").iterdir()}
+    assert files == {study["file"] for study in found["studies"]}
+    for study in found["studies"]:
+        with Image.open(out / study["file"]) as image:
+            assert "LOCAL ONLY" in image.info["Comment"]
+            pixels = np.asarray(image)
+        banner = np.array([0x8A, 0x3C, 0x00])
+        assert (pixels[2] == banner).all()
+        assert (pixels[:26] == 255).all(axis=2).sum() > 100  # the words on it
+        assert pixels.shape[0] > 320 * -(-len(study["views"]) // (2 if len(study["views"]) > 2 else 1))
+    assert "LOCAL ONLY" in found["what"]
+
+
+def test_nothing_of_the_machine_is_told(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
+    out, _ = made
+    for path in (out / "gallery.json", out / "gallery.html"):
+        assert str(opened.folder) not in path.read_text()
+        assert str(out) not in path.read_text()
+
+
+def test_an_earlier_gallery_is_taken_away(opened: Shards, tmp_path: Path) -> None:
+    written(tmp_path, opened, gallery.Wanted(num_sampled=4))
+    stale = tmp_path / "gallery" / "missed-77.png"
+    stale.write_bytes(b"of an earlier evaluation")
+    mine = tmp_path / "gallery" / "notes.txt"
+    mine.write_text("a person's")
+    written(tmp_path, opened, gallery.Wanted(num_studies=4, num_sampled=4))
+    assert not stale.exists()
+    assert len(list((tmp_path / "gallery").glob("*.png"))) <= 4
+    assert written(tmp_path, opened, None) == {}
+    assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["notes.txt"]
+
+
+def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    sound = written(tmp_path / "a", Shards.open(tmp_path / "shards"), gallery.Wanted(num_sampled=999))
+    study = next(one for one in sound["studies"] if len(one["views"]) > 1)
+    frame = Shards.open(tmp_path / "shards").manifest.frame
+    row = frame.index[frame["study"] == study["study"]][0]
+    shards = Shards.open(tmp_path / "shards")
+    rows = shards.rows("train")
+    logit, _ = saliency.look(sees, np.stack([shards.pixels(one) for one in rows]))
+    laws.damage(shards, row)
+    shards = Shards.open(tmp_path / "shards")
+    left = rows != row
+    studies = evaluate.study_scores(shards, evaluate.Scores(rows[left], logit[left], rows[~left]))
+    model = toy(sees, size=64)
+    wanted = gallery.Wanted(num_studies=4 * len(studies), num_sampled=999)
+    facts = {"threshold": 0.5}
+    found = gallery.write(tmp_path / "b", shards, studies, rows, model=model, wanted=wanted, facts=facts)
+    [told] = [one for one in found["studies"] if one["study"] == study["study"]]
+    assert (told["num_damaged"], len(told["views"])) == (1, len(study["views"]) - 1)
+    assert "1 of its views damaged, left out" in laws.local_only(tmp_path / "b" / "gallery.html").text
+    assert found["num_sampled"] == len(rows) - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"flip": True, "rotate_deg": 30.0}, "flattering: the model was trained on both"),
+        ({}, "flattering: the model was trained on both"),
+        ({"flip": True, "rotate_deg": 0}, "flattering: the model was trained on mirrored radiographs"),
+        ({"flip": False, "rotate_deg": 9}, "flattering: the model was trained on turned radiographs"),
+        ({"flip": False, "rotate_deg": 0}, "the model was trained on neither"),
+    ],
+)
+def test_flattery_is_told_as_it_was(settings: dict[str, Any], note: str) -> None:
+    assert gallery.flattering(settings) == note
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def runs(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs that differ in their seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate("ab"):
+        words = (*TINY, f"shards={shard_folder}", f"run={folder / name}", f"seed={seed}", "epochs=1", "micro_batch=4")
+        result = run("mura-dist", "train", *words, "--quiet")
+        assert result.returncode == 0, result.stderr
+    return folder / "a", folder / "b"
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict[str, Any], str]:
+    """gallery.json, and what was said."""
+    assert main(["evaluate", *map(str, words)]) == DONE
+    said = capsys.readouterr()
+    [path] = re.findall(r"^gallery, LOCAL ONLY.*: (.*gallery\.html)$", said.out, flags=re.MULTILINE)
+    return json.loads((Path(path).parent / "gallery.json").read_bytes()), said.err
+
+
+@pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
+def test_evaluate_makes_it_and_the_report_stays_clean(
+    runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    one, other = runs
+    found, said = evaluated(capsys, one, shard_folder, "--out", tmp_path, "--second", other)
+    assert re.search(r"gallery \(LOCAL ONLY\): \d+ studies, maps of \d+ radiographs, [\d.]+ s", said)
+    assert (
+        "Too few for a correlation." in laws.local_only(tmp_path / "gallery.html").text
+    )  # 2 x 2 cells, none stays within
+    laws.holds_no_radiograph(tmp_path / "report.html")
+    agreement = found["agreement"]
+    assert agreement["measured"]
+    assert agreement["floor"]["architectures"] == ["tiny"]
+    assert [name.split()[0] for name in agreement["models"]] == ["a", "b"]
+    shown = pd.read_csv(tmp_path / "studies.csv").set_index("study")
+    for study in found["studies"]:
+        assert study["probability"] == pytest.approx(shown.at[study["study"], "probability"])
+        assert study["call"] == shown.at[study["study"], "call"]
+    assert main(["evaluate", str(one), str(shard_folder), "--out", str(tmp_path), "--no-gallery"]) == DONE
+    assert not [path.name for path in tmp_path.iterdir() if "gallery" in path.name]
+    assert "gallery" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_onnx_file_and_a_list_have_galleries_too(
+    runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    one, other = runs
+    ours, _ = evaluated(capsys, one, shard_folder, "--out", tmp_path / "run", "--second", other)
+    assert main(["export", str(one), "--out", str(tmp_path / "m.onnx")]) == DONE
+    capsys.readouterr()
+    words = (tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--second", other, "--quiet")
+    theirs, said = evaluated(capsys, *words)
+    assert said == ""
+    assert theirs["studies"][0]["views"][0]["logit"] == pytest.approx(ours["studies"][0]["views"][0]["logit"], abs=1e-4)
+    for number in ("mean", "median"):
+        assert theirs["agreement"][number] == pytest.approx(ours["agreement"][number], abs=1e-3)
+        assert theirs["agreement"]["floor"][number] == pytest.approx(ours["agreement"]["floor"][number], abs=1e-3)
+    assert main(["ensemble", str(one), str(other), "--out", str(tmp_path / "two.json"), "--top", "2"]) == DONE
+    capsys.readouterr()
+    members, _ = evaluated(capsys, tmp_path / "two.json", shard_folder)
+    assert members["agreement"]["mean"] == pytest.approx(ours["agreement"]["mean"], abs=1e-3)
+    assert members["num_networks"] == 2
+    with_onnx, _ = evaluated(capsys, other, shard_folder, "--out", tmp_path / "o", "--second", tmp_path / "m.onnx")
+    assert with_onnx["agreement"]["mean"] == pytest.approx(ours["agreement"]["mean"], abs=1e-3)
+
+
+def test_wrong_requests(runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys) -> None:
+    one, other = runs
+    laws.refusal(
+        capsys, ["evaluate", one, shard_folder, "--second", one], str(one), "is the model itself", "another seed="
+    )
+    laws.refusal(
+        capsys, ["evaluate", one, shard_folder, "--no-gallery", "--second", other], "--second", "leave out --no-gallery"
+    )
+    laws.refusal(capsys, ["evaluate", one, shard_folder, "--second", tmp_path / "none"], "none is not a run")
+    with pytest.raises(
+        Refusal, match=r"--second toy takes radiographs of 320 px, these shards have 64; give a model of 64"
+    ):
+        gallery.check(gallery.Wanted(toy(blocks, size=320)), 64, ())
+    second = replace(toy(blocks, size=64), weights=frozenset({"a", "b"}))
+    gallery.check(gallery.Wanted(second), 64, ["c"])
+    gallery.check(None, 64, ["a"])
+    with pytest.raises(Refusal, match="holds weights of the model itself"):
+        gallery.check(gallery.Wanted(second), 64, ["b", "c"])
+    assert torch.is_grad_enabled()

@@ -1,0 +1,46 @@
+"""What one step sends, as torch's own profiler saw it: a rank of torchrun; the first one prints JSON.
+
+ARCHITECTURE PRECISION ZERO_STAGE -> [[operation, [shape], type], ...] in order
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from mura_dist.core import config
+from mura_dist.data.loaders.loader import Batch
+from mura_dist.distributed import process_group
+from mura_dist.models import densenet
+from mura_dist.training.engine import Engine
+
+
+def main() -> None:
+    architecture, precision, stage = sys.argv[1:]
+    torch.set_num_threads(1)
+    with process_group.join(120) as ranks:
+        known = {
+            "shards": "",
+            "run": "",
+            "architecture": architecture,
+            "precision": precision,
+            "zero_stage": int(stage),
+        }
+        settings = config.check(known | {"global_batch": 4 * ranks.size, "micro_batch": 2}, "test")
+        engine, ones = Engine(densenet.build(architecture), settings, ranks), torch.ones(2)
+        image = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+        two = [Batch(image, ones, ones, ones.long(), ones.bool())] * 2
+        engine.step(two, 1e-4)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+            assert engine.step(two, 1e-4).applied
+        events = seen.profiler.kineto_results.events()
+        sent = [[one.name(), one.shapes()[0], one.dtypes()[0]] for one in events if one.name().startswith("gloo:")]
+        calls = sum(one.name().startswith("c10d::") for one in events)
+        if ranks.is_first:
+            print(json.dumps({"sent": sent, "calls": calls}), flush=True)
+        ranks.barrier()
+    os._exit(0)
+
+
+main()

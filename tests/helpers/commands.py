@@ -1,0 +1,101 @@
+"""Run a command of this environment, warm or from nothing, on one rank or several."""
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers import warm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+BIN = Path(sys.executable).parent
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+NO_GPU = {
+    "CUDA_VISIBLE_DEVICES": ""
+}  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
+
+
+@functools.cache
+def warm_python() -> str:
+    """The executable of this process' own server (warm.py)."""
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return str(warm.start(folder))
+
+
+def run(
+    *words: object,
+    cwd: Path | None = None,
+    timeout_s: float = 240,
+    env: dict[str, str] | None = None,
+    cold: bool = False,
+):
+    """Run a command of this environment to its end; its output as text.
+
+    mura-dist and torchrun, and torchrun's ranks, are forks of a process that has imported torch (warm.py). `cold`: started from
+    nothing, as a user does; for what the environment says to a library as it is loaded.
+    """
+    command = [str(word) for word in words]
+    environment = {**os.environ, **NO_GPU, **(env or {})}
+    warmed = not cold and command[0] in ("mura-dist", "torchrun")
+    command[0] = str(BIN / command[0])
+    if warmed:
+        command.insert(0, warm_python())
+        environment["PYTHON_EXEC"] = warm_python()  # torchrun's: what starts its ranks
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
+    )
+
+
+def torchrun(
+    ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None, cold: bool = False
+):
+    """`torchrun` on this machine with a free port; the module's words follow."""
+    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env, cold=cold)
+
+
+def killed_when(begun: Callable[[], bool], names: Path, *words: object) -> None:
+    """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`."""
+    command = [str(BIN / str(words[0])), *map(str, words[1:])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not begun():
+        assert process.poll() is None, "it ended before it began"
+        time.sleep(0.01)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(names).encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    process.wait()
+
+
+TINY = (
+    "architecture=tiny",
+    "global_batch=12",
+    "micro_batch=2",
+    "learning_rate=1e-3",
+    "epochs=2",
+    "log_every=1",
+    "tensorboard=false",
+    "precision=fp32",
+)
+"""Settings of a run that takes seconds: a small DenseNet of the same class, in the precision the laws are stated for."""
+
+
+def train(ranks: int, shards: Path, folder: Path, *words: str):
+    """A TINY run under torchrun, with these words too."""
+    settings = (*TINY, f"shards={shards}", f"run={folder}", *words)
+    return torchrun(ranks, "mura_dist.train", *settings, "--quiet")

@@ -1,0 +1,199 @@
+"""The laws of the house, each a function that several tests call over a grid."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from mura_dist.cli.main import WRONG, main
+from mura_dist.data.loaders import sampler
+from mura_dist.data.shards.reader import Shards, read_index
+
+
+def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.Micro]], *, dropped: int = 0) -> None:
+    """Over all ranks each of `rows` is there exactly once, up to `dropped` of them; every rank has as many micro-batches."""
+    assert len({len(micros) for micros in micros_of_ranks}) == 1
+    seen = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
+    assert len(seen) == len(rows) - dropped
+    assert len(np.unique(seen)) == len(seen)
+    assert np.isin(seen, rows).all()
+
+
+def same_order(a: Sequence[sampler.Micro], b: Sequence[sampler.Micro]) -> None:
+    """Two ways to the same micro-batches: rows, angles, flips and masks equal bit for bit."""
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        for name in ("rows", "angles", "flips", "mask"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def same_metrics(a: dict[int, float], b: dict[int, float], threshold: float = 0.5) -> None:
+    """Logits by row within 1e-4; calls equal unless that near the threshold."""
+    assert a.keys() == b.keys()
+    x, y = np.array(list(a.values())), np.array([b[row] for row in a])
+    np.testing.assert_allclose(x, y, atol=1e-4, rtol=0)
+    cut = np.log(threshold / (1 - threshold))
+    near = np.abs(x - cut) <= 1e-4
+    np.testing.assert_array_equal((x > cut)[~near], (y > cut)[~near])
+
+
+def same_bytes(a: Path, b: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Two folders hold the same files with the same bytes, but for `leave_out`."""
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in leave_out)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    ours, theirs = contents(a), contents(b)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: Sequence[int]) -> None:
+    """Killed at each of `moments` (the number of the write), then started again: `check` finds the new state, whole.
+
+    `work(moment)` runs the work in a process that is killed at that write (0: never); it returns the exit status.
+    """
+    for moment in moments:
+        assert work(moment) == -9, f"write {moment} was never reached"
+        assert work(0) == 0
+        check()
+
+
+def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
+    """The command line is refused: status 2, one line on stderr with all of `words`, no traceback. Returns the line."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (status, out) == (WRONG, ""), (status, out, err)
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    missing = [word for word in words if not re.search(re.escape(word), err)]
+    assert not missing, (missing, err)
+    return err
+
+
+def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[str, Any]:
+    """The ONNX file of an evaluated model says all of itself to one who has plain ONNX Runtime and JSON, and none of `secrets`.
+
+    Returns the card. `kind`: what it was trained on, phantoms or radiographs.
+    """
+    session = onnxruntime.InferenceSession(path.read_bytes())
+    told = session.get_modelmeta()
+    card = json.loads(told.custom_metadata_map["mura_dist"])
+    size, types = card["size"], card["study_types"]
+    [image], [logit, activation_map] = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 1, size, size])
+    assert (logit.name, logit.type, logit.shape) == ("logit", "tensor(float)", ["batch"])
+    assert (activation_map.name, activation_map.type) == ("activation_map", "tensor(float)")
+    assert activation_map.shape[0] == "batch"
+    assert all(isinstance(cells, int) for cells in activation_map.shape[1:])
+
+    assert card["resize"] == "Pillow bilinear, antialiased, aspect not kept"
+    assert types
+    assert card["thresholds"].keys() <= set(types)
+    assert card["thresholds"]
+    assert all(0 <= cut <= 1 for cut in card["thresholds"].values())
+    assert card["operating_point"]
+    calibration = card["calibration"]
+    assert calibration["fitted_on"] == "tune" or calibration["reason"]
+    assert calibration["by_study_type"].keys() == (set(types) if calibration["fitted_on"] else set())
+    for fitted in calibration["by_study_type"].values():
+        for name, found in (("calibration", fitted["slope"]), ("band", fitted["band"])):
+            assert found is not None or fitted["reasons"][name]
+        assert fitted["band"] is None or 0 <= fitted["band"]["low"] <= fitted["band"]["high"] <= 1
+    assert card["metrics"]["split"] == "valid"
+    for group in (card["metrics"]["overall"], *card["metrics"]["by_study_type"].values()):
+        for metric in ("kappa", "auroc", "sensitivity", "specificity"):
+            value, low, high = (group[f"{metric}{end}"] for end in ("", "_low", "_high"))
+            assert value is not None or group["reasons"][metric]
+            assert (low is not None and low <= value <= high) or group["reasons"][f"{metric}_low"]
+    trained_on = card["trained_on"]
+    assert trained_on["kind"] == kind
+    assert trained_on["num_radiographs"] == trained_on["splits"]["train"] > 0
+    assert trained_on["manifest_sha256"] == card["metrics"]["manifest_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", trained_on["manifest_sha256"])
+    assert "not a medical device" in card["terms"]
+    assert "MURA's research-use agreement" in card["licence"]
+    assert re.match(r"\d+\.\d+", card["version"])
+    assert card["opset"] == 18
+    assert {"architecture", "epochs", "seed", "learning_rate", "global_batch"} <= card["recipe"].keys()
+    assert card["checkpoint"]
+
+    assert (told.producer_name, told.graph_name) == ("mura-dist", "mura_dist")
+    assert card["terms"][1:] in told.description
+    assert ("drawn phantoms, no radiographs" in told.description) == (kind == "phantoms")
+    data = path.read_bytes()
+    assert [secret for secret in secrets if secret.encode() in data] == []
+    return card
+
+
+def damage(shards: Shards, row: int) -> str:
+    """Flip a bit in the pixels of a row's sample; returns the name of its tar."""
+    for name in shards.names():
+        for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
+            if image.row == row:
+                with open(shards.folder / name, "r+b") as file:
+                    file.seek(image.offset + image.size // 2)
+                    byte = file.read(1)[0]
+                    file.seek(image.offset + image.size // 2)
+                    file.write(bytes([byte ^ 1]))
+                return name
+    raise AssertionError(f"row {row} has no sample")
+
+
+class Markup(HTMLParser):
+    """Fails where tags do not nest; keeps elements and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "img", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def local_only(path: Path) -> Markup:
+    """A page with radiographs says LOCAL ONLY where one looks (first lines, title, banner), holds all it shows, loads nothing."""
+    text = path.read_text(encoding="utf-8")
+    assert "LOCAL ONLY" in "".join(text.splitlines()[:2]), text[:200]
+    assert re.search(r"<title>LOCAL ONLY", text)
+    assert re.search(r'<p class="banner"[^>]*>LOCAL ONLY', text)
+    assert not re.search(r"https?:|<script|url\(|@import|<link", text)
+    page = Markup(text)
+    ids = [values["id"] for _, values in page.elements if "id" in values]
+    assert len(ids) == len(set(ids))
+    for tag, values in page.elements:
+        for key in ("src", "href"):
+            where = values.get(key)
+            assert where is None or where.startswith("data:image/png;base64,") or where.removeprefix("#") in ids, where
+        assert tag != "img" or values.get("alt")
+        assert tag != "svg" or values.get("aria-label")
+    return page
+
+
+def holds_no_radiograph(path: Path) -> None:
+    """A page that may leave the machine: no picture but drawn lines."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<img|<image|data:image|<canvas|<object|<embed", text)
+    assert "LOCAL ONLY" not in re.sub(r"gallery[^<]*LOCAL ONLY[^<]*", "", text)

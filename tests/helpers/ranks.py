@@ -1,0 +1,22 @@
+"""Start ranks of a command as launchers do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DIFFERS = ("conversion.json",)
+
+
+def start_rank(script: Path, environment: dict[str, Any], *words: object) -> subprocess.Popen[str]:
+    known = {name: str(value) for name, value in environment.items()}
+    command = [sys.executable, str(script), *map(str, words)]
+    others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(command, env=others | known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+LAUNCHERS = {
+    "torchrun": lambda rank, size: {"RANK": rank, "WORLD_SIZE": size},
+    "Slurm": lambda rank, size: {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": size, "SLURM_NTASKS": size},
+}

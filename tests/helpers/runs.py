@@ -1,0 +1,41 @@
+"""What a training left, to be compared."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mura_dist.training import metrics_log
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics_log.read(folder / "metrics.jsonl") if line["kind"] == "step"]
+
+
+WALL_CLOCK = {"time_s", "evaluation_s", "images_per_s", "data_wait_share", "limited_by", "overhead_share"}
+
+
+def told(folder: Path) -> list[dict[str, object]]:
+    """metrics.jsonl but for its wall-clock fields."""
+    lines = metrics_log.read(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, model and optimiser."""
+    parts = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
+    found = {f"{path.name}:{key}": value for path in parts for key, value in load_file(path).items()}
+    assert len(found) > 100, found.keys()
+    return found
+
+
+def steps_an_epoch(folder: Path) -> int:
+    return next(
+        line["step"]
+        for line in metrics_log.read(folder / "metrics.jsonl")
+        if line.get("epoch") == 1 and line["kind"] == "epoch"
+    )
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -1,0 +1,68 @@
+"""The suite's own: a fork of a process that has imported torch is to whoever starts it what a new process would be."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import warm_python
+
+TELLS = "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ['OF_THE_TEST'], sys.stdin.read())\n"
+ENDS = {
+    "well": TELLS,
+    "with a status": TELLS + "sys.exit(7)\n",
+    "with words": TELLS + "sys.exit('no such thing')\n",
+    "with an error": TELLS + "raise ValueError('a fault of the test')\n",
+    "in a library": TELLS + "sys.stdout.flush()\nos._exit(5)\n",
+    "killed": TELLS + "sys.stdout.flush()\nos.kill(os.getpid(), 9)\n",
+    "ended": TELLS + "sys.stdout.flush()\nos.kill(os.getpid(), 15)\n",
+    "at its exit": TELLS + "import atexit\natexit.register(print, 'last words')\n",
+}
+
+
+@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("end", ENDS)
+def test_it_ends_as_a_process_does(end: str, way: str, tmp_path: Path) -> None:
+    (tmp_path / "of_the_test.py").write_text(ENDS[end])
+    words = ["-m", "of_the_test"] if way == "module" else ["of_the_test.py"]
+    env = {**os.environ, "OF_THE_TEST": "heard"}
+    cold, warm = (
+        subprocess.run(
+            [python, "-u", *words, "a", "b c"], cwd=tmp_path, env=env, input="said", capture_output=True, text=True
+        )
+        for python in (sys.executable, warm_python())
+    )
+    assert (warm.returncode, warm.stdout) == (cold.returncode, cold.stdout)
+    assert warm.stderr.splitlines()[-1:] == cold.stderr.splitlines()[-1:]
+    assert "__main__ ['a', 'b c']" in warm.stdout
+
+
+def started(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
+    """A fork that has begun, and its number."""
+    (folder / "code.py").write_text("import os, signal, sys, time\n" + code)
+    process = subprocess.Popen([warm_python(), folder / "code.py"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_it_hears_signals(name: str, tmp_path: Path) -> None:
+    code = f"signal.signal(signal.{name}, lambda *_: os._exit(9))\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    process, _ = started(tmp_path, code)
+    process.send_signal(getattr(signal, name))
+    assert process.wait(20) == 9
+
+
+def test_it_ends_with_who_was_started(tmp_path: Path) -> None:
+    process, fork = started(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    assert fork != process.pid
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{fork}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)

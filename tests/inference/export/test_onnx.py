@@ -1,0 +1,397 @@
+"""export: the graph, the gate, the card, the lines of the README, what stops it."""
+
+import errno
+import getpass
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import laws
+from helpers.commands import ROOT
+from helpers.models import S, card_of, noise, tiny
+from PIL import Image
+
+from mura_dist import __version__
+from mura_dist.cli.main import DONE, FAILED, STOPPED, main
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data import mura, radiograph
+from mura_dist.data.shards.reader import Shards
+from mura_dist.inference.export import onnx as room
+from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, export, graph, parity, probe_images
+from mura_dist.inference.onnx_model import Model
+from mura_dist.metrics.operating_points import PAPER, Points
+from mura_dist.models import densenet
+from mura_dist.models.card import FORMAT, KEY, Card
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[densenet.DenseNet, Path, dict]:
+    model, path = tiny(), tmp_path_factory.mktemp("export") / "run" / "model.onnx"
+    return model, path, export(model, card_of(), path)
+
+
+def test_export_says_what_it_measured(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    _, path, report = exported
+    assert set(report) == {"max_logit_difference", "num_radiographs", "bytes", "opset", "seconds"}
+    assert 0 <= report["max_logit_difference"] <= 1e-4
+    assert report["bytes"] == path.stat().st_size
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # self-contained: nothing beside it
+
+
+@pytest.mark.parametrize("batch_size", [*range(1, 10), 16, 64])
+def test_onnx_runtime_agrees_with_torch(exported: tuple[densenet.DenseNet, Path, dict], batch_size: int) -> None:
+    model, path, _ = exported
+    images = noise(batch_size, seed=batch_size)
+    with torch.inference_mode():
+        wanted_logit, wanted_map = (part.numpy() for part in model(torch.from_numpy(images)))
+    logit, activation_map = Model.load(path).outputs(images)
+    assert logit.shape == (batch_size,)
+    assert logit.dtype == activation_map.dtype == np.float32
+    np.testing.assert_allclose(logit, wanted_logit, atol=1e-4)
+    np.testing.assert_allclose(activation_map, wanted_map, atol=1e-4)
+    np.testing.assert_allclose(activation_map.mean(axis=(1, 2)), logit, atol=1e-5)
+    assert np.ptp(wanted_map) > 1e-3  # a map that is one value everywhere would agree with anything
+    np.testing.assert_array_equal(Model.load(path).logits(images), logit)
+
+
+def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    logit, activation_map = Model.load(exported[1]).outputs(noise(0))
+    assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
+
+
+@pytest.mark.slow
+def test_densenet169(tmp_path: Path) -> None:
+    model = densenet.build("densenet169").eval()
+    report = export(model, card_of(), tmp_path / "model.onnx")
+    assert report["max_logit_difference"] <= 1e-4
+    assert 45e6 < report["bytes"] < 60e6  # 12.5 million fp32 parameters, once
+    images = noise(3)
+    with torch.inference_mode():
+        np.testing.assert_allclose(
+            Model.load(tmp_path / "model.onnx").logits(images), model(torch.from_numpy(images))[0], atol=1e-4
+        )
+
+
+def test_file_is_valid_and_carries_nothing_of_this_machine(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    data = exported[1].read_bytes()
+    proto = onnx.load_from_string(data)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [entry.version for entry in proto.opset_import if entry.domain == ""] == [OPSET]
+    assert proto.ir_version == 8  # ONNX Runtime reads it since 1.14
+    assert (proto.producer_name, proto.producer_version) == ("mura-dist", __version__)
+    assert mura.TERMS[1:] in proto.doc_string
+    assert all(str(S) in value.doc_string or value in proto.graph.output for value in proto.graph.input)
+    assert all(value.doc_string for value in (*proto.graph.input, *proto.graph.output))
+    assert not [tensor.name for tensor in proto.graph.initializer if tensor.external_data]
+    assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in proto.graph.initializer)
+    for place in (Path(torch.__file__).parents[1], Path(densenet.__file__).parent, Path.home()):
+        assert str(place).encode() + b"/" not in data
+    inputs = [(entry.name, entry.type, entry.shape) for entry in onnxruntime.InferenceSession(data).get_inputs()]
+    assert inputs == [("image", "tensor(uint8)", ["batch", 1, S, S])]
+
+
+def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    model = Model.load(exported[1])
+    assert model.card == card_of().model_copy(update={"opset": OPSET})
+    assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENCE)
+
+
+def test_graph_is_the_same_twice_and_made_in_silence(
+    exported: tuple[densenet.DenseNet, Path, dict], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert graph(tiny(), card_of()) == exported[1].read_bytes()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    model, path, _ = exported
+    images, data = probe_images(S), path.read_bytes()
+    assert parity(model, data, images) <= 1e-4
+    other = tiny()
+    with torch.no_grad():
+        other.classifier.bias += 2e-3
+    with pytest.raises(
+        Failure, match=r"^logit of the exported model is .* where torch gives .*limit .* is 0\.0001; nothing"
+    ):
+        parity(other, data, images)
+    assert parity(other, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
+
+
+def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+    class Transposed(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logit, activation_map = exported[0](image)
+            return logit, activation_map.transpose(1, 2)
+
+    with pytest.raises(Failure, match=r"^activation_map of the exported model"):
+        parity(Transposed(), exported[1].read_bytes(), probe_images(S))
+
+
+def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer images than a batch are taken again: a batch of 64 is one."""
+    model, seen = tiny(), []
+    data, images = graph(model, card_of()), np.concatenate([probe_images(S), noise(4)])
+    outputs = Model.outputs
+    monkeypatch.setattr(Model, "outputs", lambda self, batch: (seen.append(batch), outputs(self, batch))[1])
+    parity(model, data, images)
+    assert {len(batch) for batch in seen} >= set(BATCH_SIZES) == {1, 2, 7, 64}
+    for image in images:
+        assert all(
+            any((image == one).all() for batch in seen if len(batch) == size for one in batch) for size in (1, 64)
+        )
+
+
+def test_gate_sees_what_only_a_large_batch_shows(exported: tuple[densenet.DenseNet, Path, dict], monkeypatch) -> None:
+    outputs = Model.outputs
+
+    def shifted(self: Model, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logit, activation_map = outputs(self, batch)
+        return logit + (2e-3 if len(batch) == 64 else 0), activation_map
+
+    monkeypatch.setattr(Model, "outputs", shifted)
+    with pytest.raises(Failure, match=r"^logit of the exported model .*\(batch size 64\)"):
+        parity(exported[0], exported[1].read_bytes(), probe_images(S))
+
+
+def test_gate_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old one")
+    broken = tiny()
+    with torch.no_grad():
+        broken.classifier.bias.fill_(float("nan"))
+    with pytest.raises(Failure, match=r"is nan where torch gives nan.*nothing was written"):
+        export(broken, card_of(), path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the old one"]
+
+
+def _with_metadata(path: Path, out: Path, properties: dict[str, str]) -> Path:
+    proto = onnx.load(path)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, properties)
+    onnx.save(proto, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("properties", "text"),
+    [
+        ({}, r"is not a model exported by mura-dist export \(no mura_dist metadata\); give the model\.onnx"),
+        (
+            {KEY: json.dumps({"format": FORMAT + 1})},
+            rf"has metadata of format {FORMAT + 1}, .* reads up to {FORMAT}; update",
+        ),
+        ({KEY: "{"}, r"has damaged mura_dist metadata \(.*\); export the model again"),
+        ({KEY: "[]"}, r"has damaged mura_dist metadata"),
+        ({KEY: json.dumps({"format": 1, "size": 0})}, r"has damaged mura_dist metadata \(size: .*greater"),
+    ],
+)
+def test_files_that_are_not_ours(
+    exported: tuple[densenet.DenseNet, Path, dict], tmp_path: Path, properties: dict[str, str], text: str
+) -> None:
+    path = _with_metadata(exported[1], tmp_path / "other.onnx", properties)
+    with pytest.raises(Refusal, match=rf"^{re.escape(str(path))} {text}"):
+        Model.load(path)
+
+
+def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
+    fields = json.loads(card_of().text()) | {"from_the_future": 1}
+    assert Card.parse(json.dumps(fields), "model.onnx") == card_of()
+    with pytest.raises(ValueError, match="Out of range float"):
+        card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).text()
+
+
+def test_cards_of_before_there_was_calibration() -> None:
+    fields = json.loads(card_of().text())
+    for key in ("calibration", "operating_point"):
+        del fields[key]
+    for old in (fields, fields | {"calibration": {}, "bands": {}}):
+        card = Card.parse(json.dumps(old), "model.onnx")
+        assert (card.calibration, card.operating_point) == (Points(), PAPER)
+        assert card.calibration.bands == {}
+
+
+def test_damaged_points_are_refused() -> None:
+    fields = json.loads(card_of().text()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
+    with pytest.raises(
+        Refusal, match=r"damaged mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
+    ):
+        Card.parse(json.dumps(fields), "model.onnx")
+
+
+# ---- a run's own model
+
+
+def secrets(*places: Path) -> list[str]:
+    """What tells of this machine; names that are short words would be found by chance."""
+    names = [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]
+    return [*map(str, places), str(Path.home()) + "/", "secret-place", *names]
+
+
+def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
+    folder: Path, halved: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "new" / "folder" / "model.onnx"
+    assert main(["export", str(folder), "--out", str(out)]) == DONE
+    said = capsys.readouterr().out
+    assert re.search(r"logits within \S+ of torch's on [1-9]\d* radiographs", said)
+    card = laws.self_describing(out, kind="phantoms", secrets=secrets(folder, halved, tmp_path, ROOT))
+    assert card["calibration"]["fitted_on"] == "tune"
+    assert any(fitted["band"] for fitted in card["calibration"]["by_study_type"].values())
+    assert card["metrics"] == json.loads((folder / "metrics.json").read_bytes())
+    assert (card["recipe"]["pretrained"], card["recipe"]["deepspeed"]) == ("start.safetensors", "engine.json")
+    assert not {"shards", "run", "mirror"} & card["recipe"].keys()
+
+
+def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+    recipe = (copy / "recipe.toml").read_text()
+    (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
+    (copy / "metrics.json").write_text("[]")  # another program's
+    assert main(["export", str(copy)]) == DONE
+    said = capsys.readouterr().out
+    assert (
+        "of torch's on drawn images alone (the run's shards are not where they were; --shards says where); research"
+        in said
+    )
+    assert "no threshold: " in said
+
+
+def readme_lines() -> str:
+    """The code block of the README that imports onnxruntime."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    [code] = [block for block in blocks if "import onnxruntime" in block]
+    return code
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("L", (90, 70)), ("L", (40, 30)), ("RGB", (90, 70))])
+def test_the_lines_of_the_readme(
+    mode: str, shape: tuple[int, int], exported: tuple[densenet.DenseNet, Path, dict], tmp_path: Path
+) -> None:
+    """Copied as they stand, in a process without mura_dist, they give the very bits that predict gives."""
+    code = readme_lines()
+    assert len([line for line in code.splitlines() if line]) == 10
+    shutil.copy(exported[1], tmp_path / "model.onnx")
+    pixels = np.random.default_rng(3).integers(0, 256, (*shape, len(mode)), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "radiograph.png")
+    keep = "\nimport sys\nassert 'mura_dist' not in sys.modules\nnp.savez('found', logit=logit, cells=activation_map)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + keep], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert mura.TERMS in done.stdout
+    found = np.load(tmp_path / "found.npz")
+    wanted = Model.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
+    np.testing.assert_array_equal(found["logit"], wanted[0])
+    np.testing.assert_array_equal(found["cells"], wanted[1])
+    assert f"{1 / (1 + np.exp(-wanted[0][0])):.3f}" in done.stdout
+
+
+# ---- what stops it
+
+
+REFUSED = {
+    "a mistyped checkpoint": (["--checkpoint", "bset"], ["--checkpoint bset", "has best, last, step-"]),
+    "a folder as the file": (["--out", "{tmp}"], ["--out {tmp} is a folder", "model.onnx"]),
+    "below a file": (["--out", "{tmp}/file/model.onnx"], ["--out: {tmp}/file is a file", "give another place"]),
+    "Triton's folder is a file": (["--triton", "{tmp}/file"], ["--triton: {tmp}/file is a file", "give another place"]),
+    "another's model": (["--triton", "{tmp}/other"], ["--triton {tmp}/other:", "another model has that name", "move"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_wrong_requests_are_refused_before_the_work(what: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(room, "graph", lambda *_: pytest.fail("it began to work"))
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "other" / "mura_dist").mkdir(parents=True)
+    (tmp_path / "other" / "mura_dist" / "config.pbtxt").write_text('name: "mura_dist"')
+    words, says = REFUSED[what]
+    given = [word.format(tmp=tmp_path) for word in words]
+    laws.refusal(capsys, ["export", copy, *given], *(word.format(tmp=tmp_path) for word in says))
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("option", ["--out", "--triton"])
+def test_a_place_that_cannot_be_written(option: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    place = tmp_path / "locked"
+    place.mkdir()
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == place) and access(path, mode)
+    )
+    given = place / "model.onnx" if option == "--out" else place
+    laws.refusal(capsys, ["export", copy, option, given], f"{option}: {place} cannot be written", "give another place")
+
+
+def test_damaged_metrics_are_refused(copy: Path, capsys) -> None:
+    (copy / "metrics.json").write_text("{")
+    laws.refusal(capsys, ["export", copy], "metrics.json is damaged", "run `mura-dist evaluate` again")
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "onnx" in path.name)
+
+
+def test_a_full_disk_leaves_the_old_file(copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (copy / "model.onnx").write_bytes(b"the old one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["export", str(copy)]) == FAILED
+    assert (
+        capsys.readouterr().err
+        == "mura-dist: No space left on device; free some space, then the same command goes on\n"
+    )
+    assert left(tmp_path) == ["run/model.onnx"]
+    assert (copy / "model.onnx").read_bytes() == b"the old one"
+
+
+@pytest.mark.parametrize("moment", ["graph", "parity"])
+def test_ctrl_c_leaves_nothing(moment: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, moment, interrupted)
+    assert main(["export", str(copy), "--triton", str(tmp_path / "triton")]) == STOPPED
+    assert capsys.readouterr().err.strip() == "mura-dist: stopped; the same command goes on"
+    assert left(tmp_path) == []
+    assert not (tmp_path / "triton").exists()
+
+
+def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_path: Path, capsys) -> None:
+    shards = Path(shutil.copytree(halved, tmp_path / "shards"))
+    moved = Path(shutil.copytree(folder, tmp_path / "run"))
+    recipe = (moved / "recipe.toml").read_text()
+    (moved / "recipe.toml").write_text(recipe.replace(str(halved), str(shards)))
+    opened = Shards.open(shards)
+    laws.damage(opened, int(opened.rows("tune")[0]))
+    compared = []
+    for run_folder in (folder, moved):
+        assert main(["export", str(run_folder), "--out", str(tmp_path / "model.onnx")]) == DONE
+        compared.append(int(re.search(r"on (\d+) radiographs", capsys.readouterr().out)[1]))
+    assert compared == [compared[0], compared[0] - 1]
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_gate_on_real_radiographs(shared: Path) -> None:
+    """DenseNet-169, at the size it is trained at, BatchNorm having seen radiographs."""
+    files = sorted((shared / "radiographs" / "fracatlas-mura" / "valid").rglob("*.png"))
+    images = np.stack([radiograph.read(path, 320) for path in files[:: max(1, len(files) // 16)][:16]])[:, None]
+    model = densenet.build("densenet169")
+    with torch.no_grad():
+        model(torch.from_numpy(images[:8]))
+    model.eval()
+    difference = parity(model, graph(model, card_of(320)), np.concatenate([probe_images(320), images]))
+    assert difference <= 1e-4
+    print(f"{len(images)} radiographs, logits within {difference:.2g}")

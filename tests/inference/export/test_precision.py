@@ -1,0 +1,241 @@
+"""variants: fewer bits are measured before they are written, refused above their limits, and told in the card."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import laws
+from helpers.models import card_of, noise, tiny
+
+from mura_dist.cli.main import DONE, FAILED, main
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data.shards.reader import Shards
+from mura_dist.inference import onnx_model
+from mura_dist.inference.export import precision as variants
+from mura_dist.inference.export.onnx import default_out, graph
+from mura_dist.inference.export.precision import LIMITS
+from mura_dist.inference.onnx_model import Model
+from mura_dist.models.card import PRECISIONS, Card, Change
+from mura_dist.models.densenet import DenseNet
+from mura_dist.training.ensemble import Ensemble
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
+    assert (
+        main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
+        == DONE
+    )
+    said = capsys.readouterr()
+    path = copy / f"model-{precision}.onnx"
+    assert [file.name for file in copy.glob("*.onnx")] == [path.name]
+    onnx.checker.check_model(path, full_check=True)
+    model = Model.load(path)
+    assert model.card.precision == precision
+    change = model.card.change
+    assert change is not None
+    assert change.engine == "CPUExecutionProvider"
+    assert change.num_radiographs > 20
+    assert change.num_studies >= 10
+    assert 0 < change.mean_probability <= change.max_probability < 0.2
+    assert (change.calibrated_on > 0) == (precision == "int8")
+    assert f"{precision} changes the probability of {change.num_radiographs} radiographs" in said.out
+    assert (tmp_path / "served" / "mura_dist" / "1" / "model.onnx").read_bytes() == path.read_bytes()
+    assert main(["export", str(copy)]) == DONE
+    plain = Model.load(copy / "model.onnx")
+    assert (plain.card.precision, plain.card.change) == ("fp32", None)
+    assert plain.card.model_copy(update={"precision": precision, "change": change}) == model.card
+    if precision == "int8":
+        assert path.stat().st_size < (copy / "model.onnx").stat().st_size
+
+
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
+    """The numbers of the card, taken again from the two files and the split's pixels."""
+    for words in (["--precision", precision, "--allow-change"], []):
+        assert main(["export", str(copy), *words]) == DONE
+    shards, models = (
+        Shards.open(halved),
+        [Model.load(copy / name) for name in ("model.onnx", f"model-{precision}.onnx")],
+    )
+    rows = shards.rows(models[0].card.selected_on)
+    images = np.stack([shards.pixels(row) for row in rows])[:, None]
+    views = [1 / (1 + np.exp(-model.logits(images).astype(np.float64))) for model in models]
+    difference, change = np.abs(views[0] - views[1]), models[1].card.change
+    assert change is not None
+    assert change.num_radiographs == len(rows)
+    assert change.mean_probability == pytest.approx(difference.mean(), rel=1e-4, abs=1e-7)
+    assert change.max_probability == pytest.approx(difference.max(), rel=1e-4, abs=1e-7)
+    studies = shards.manifest.frame.loc[rows, "study"].to_numpy()
+    types = shards.manifest.frame.loc[rows].groupby("study", sort=False)["study_type"].first()
+    calls = []
+    for view in views:
+        means = {study: view[studies == study].mean() for study in dict.fromkeys(studies)}
+        calls.append([mean > models[0].card.thresholds.get(types[study], 0.5) for study, mean in means.items()])
+    assert change.num_studies == len(calls[0])
+    assert change.num_changed_calls == sum(one != two for one, two in zip(*calls, strict=True))
+
+
+def change_of(mean: float, calls: int, studies: int = 400) -> Change:
+    return Change(
+        engine="x",
+        num_radiographs=900,
+        num_studies=studies,
+        mean_probability=mean,
+        max_probability=min(1, 4 * mean),
+        num_changed_calls=calls,
+    )
+
+
+@pytest.mark.parametrize("precision", sorted(LIMITS))
+def test_limits(precision: str) -> None:
+    limit = LIMITS[precision]
+    most = int(limit.changed_calls * 400)
+    assert variants.judge(precision, change_of(limit.mean_probability, most), False) == []
+    for change in (
+        change_of(limit.mean_probability * 1.01, 0),
+        change_of(0, most + 1),
+        change_of(limit.mean_probability * 2, most + 5),
+    ):
+        with pytest.raises(Failure, match=f"{precision} changes .* the limit is .*--allow-change"):
+            variants.judge(precision, change, False)
+        assert variants.judge(precision, change, True)
+    assert variants.judge(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
+    assert variants.judge(precision, change_of(0, 2, studies=3), True)
+
+
+def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(variants.LIMITS, "int8", variants.Limit(0.0, 0.0))
+    (copy / "model-int8.onnx").write_text("an older one")
+    assert main(["export", str(copy), "--precision", "int8"]) == FAILED
+    said = capsys.readouterr().err.splitlines()
+    assert "int8 changes a probability by" in said[-1]
+    assert "the limit is 0" in said[-1]
+    assert (copy / "model-int8.onnx").read_text() == "an older one"
+    assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--quiet"]) == DONE
+    said = capsys.readouterr()
+    assert "warning: int8 changes a probability" in said.out
+    assert said.err == ""
+
+
+def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    from mura_dist.data.shards.convert import convert
+
+    laws.refusal(
+        capsys,
+        ["export", copy, "--precision", "int9"],
+        "--precision int9",
+        "did you mean int8",
+        "fp32, fp16, bf16, int8",
+    )
+    convert(phantoms, tmp_path / "other", size=32, workers=1)
+    for words in (["--precision", "int8"], []):
+        laws.refusal(
+            capsys,
+            ["export", copy, *words, "--shards", tmp_path / "other"],
+            "not the shards this run was trained on",
+            "--shards",
+        )
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "OpenVINO is not installed")
+    assert not list(copy.glob("*.onnx"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed")
+def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
+    if not onnx_model.computes_bf16():
+        laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "no instructions for it", "--precision int8")
+        return
+    assert main(["export", str(copy), "--precision", "bf16", "--allow-change"]) == DONE
+    card = Model.load(copy / "model-bf16.onnx", "openvino").card
+    assert card.change is not None
+    assert card.change.engine == "OpenVINO CPU"
+
+
+def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+    recipe = (copy / "recipe.toml").read_text()
+    (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
+    laws.refusal(capsys, ["export", copy, "--precision", "int8"], str(tmp_path / "gone"))
+    assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
+    """The image's normalisation, both outputs, and an ensemble's average; the original is left as it is."""
+    model = Ensemble([tiny(0), tiny(1)]).eval() if whole else tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    narrow = variants.halved(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    networks = [part for part in narrow.modules() if isinstance(part, DenseNet)]
+    assert all(network.mean.dtype == torch.float32 for network in networks)
+    assert all(parameter.dtype == torch.float16 for parameter in narrow.parameters())
+    proto = onnx.load_from_string(graph(narrow, card_of().model_copy(update={"precision": "fp16"})))
+    assert {output.type.tensor_type.elem_type for output in proto.graph.output} == {onnx.TensorProto.FLOAT}
+    images = noise(9)
+    logit, cells = Model.from_bytes(proto.SerializeToString(), "half").outputs(images)
+    with torch.no_grad():
+        exact_logit, exact_cells = (part.numpy() for part in model(torch.from_numpy(images)))
+    np.testing.assert_allclose(logit, exact_logit, atol=0.01)
+    np.testing.assert_allclose(cells, exact_cells, atol=0.05)
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (1e6, False)])
+def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
+    """ONNX Runtime computes fp16 in fp32 on a CPU: there an overflow would not be seen."""
+    model = tiny()
+    with torch.no_grad():
+        model.features.norm0.weight *= scale
+    if fits:
+        variants.check_range(model, noise(4))
+        return
+    with pytest.raises(Failure, match=r"an activation reaches .* the limit is 32000"):
+        variants.check_range(model, noise(4))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_no_number_is_no_variant(halved: Path, broken: float) -> None:
+    model = tiny()
+    plain = graph(model, card_of())
+    card = card_of().model_copy(update={"precision": "int8"})
+    with torch.no_grad():
+        model.classifier.bias += broken
+    with pytest.raises(Failure, match=r"moves by nan|gives .* of .* radiographs no number"):
+        variants.change(card, plain, graph(model, card), Shards.open(halved), print)
+
+
+def test_a_logit_that_moves_with_its_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.from_bytes(graph(tiny(), card_of()), "it")
+    variants._same_over_batches(model, model.size)
+    monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
+    with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size"):
+        variants._same_over_batches(model, model.size)
+
+
+def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = Shards.open(halved)
+    every = shards.rows("train")
+    assert np.array_equal(variants._some_studies(shards, "train"), every)
+    monkeypatch.setattr(variants, "NUM_MEASURED", len(every) // 3)
+    some = variants._some_studies(shards, "train")
+    assert len(every) // 6 < len(some) < len(every) // 2
+    studies = shards.manifest.frame["study"]
+    assert set(every[studies[every].isin(studies[some])]) == set(some)
+    assert np.array_equal(variants.some_images(shards, "train", 7).shape, (7, 1, shards.size, shards.size))
+
+
+def test_names_and_old_cards() -> None:
+    assert default_out(Path("run/model.onnx"), "fp32") == Path("run/model.onnx")
+    assert {default_out(Path("a/five.onnx"), one).name for one in PRECISIONS[1:]} == {
+        "five-fp16.onnx",
+        "five-bf16.onnx",
+        "five-int8.onnx",
+    }
+    fields = json.loads(card_of().text())
+    del fields["precision"], fields["change"]  # as files of before had it
+    assert Card.parse(json.dumps(fields), "old") == card_of()
+    with pytest.raises(Refusal, match="precision"):
+        Card.parse(json.dumps(fields | {"precision": "int4"}), "other")

@@ -1,0 +1,202 @@
+"""triton: a repository that a stock server loads. Its rules are those of the server's own source and documentation, restated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+from helpers.models import S, card_of, tiny
+
+from mura_dist.core import files as atomic
+from mura_dist.core.errors import Refusal
+from mura_dist.inference.export import triton
+from mura_dist.inference.export.onnx import BATCH_SIZES, graph
+from mura_dist.inference.onnx_model import Model
+from mura_dist.models.card import Card
+from mura_dist.training.ensemble import Ensemble
+
+WHY = "needs tritonclient, of the dev extra: it carries the published schema"
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return graph(tiny(), card_of())
+
+
+@pytest.fixture
+def repository(data: bytes, tmp_path: Path) -> Path:
+    triton.write(tmp_path / "models", data)
+    return tmp_path / "models"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def parsed(text: str) -> Any:
+    """The published ModelConfig; an unknown field is an error."""
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=WHY)
+    from google.protobuf import text_format
+
+    return text_format.Parse(text, schema.ModelConfig())
+
+
+def shape_rules(tensor: Any, max_batch_size: int) -> list[int]:
+    """What the server checks of an input or output alone; returns the shape the model must have without its batch."""
+    assert tensor.dims, "no empty dims"
+    assert all(dim == -1 or dim >= 1 for dim in tensor.dims)
+    if not tensor.HasField("reshape"):
+        return list(tensor.dims)
+    shape = list(tensor.reshape.shape)
+    assert shape or (max_batch_size > 0 and list(tensor.dims) == [1]), "an empty reshape is of one value, in a batch"
+    return shape
+
+
+def stock_server_loads(folder: Path) -> Any:
+    """The rules of core and of its ONNX Runtime backend, over a model's folder; returns the configuration."""
+    config = parsed((folder / "config.pbtxt").read_text())
+    assert config.name in ("", folder.name)
+    assert (config.backend, config.platform) == ("onnxruntime", "onnxruntime_onnx")
+    versions = [int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
+    served = list(config.version_policy.specific.versions) or [max(versions)]
+    assert set(served) <= set(versions)
+    assert config.max_batch_size > 0
+    for size in config.dynamic_batching.preferred_batch_size:
+        assert 0 < size <= config.max_batch_size
+    for version in served:
+        session = onnxruntime.InferenceSession(folder / str(version) / (config.default_model_filename or "model.onnx"))
+        for ours, theirs in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+            there = {tensor.name: tensor for tensor in theirs}
+            assert {tensor.name for tensor in ours} == set(there)
+            for tensor in ours:
+                kind = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}[there[tensor.name].type]
+                assert (
+                    tensor.data_type
+                    == tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name[kind].number
+                )
+                full = [-1 if isinstance(dim, str) else dim for dim in there[tensor.name].shape]
+                assert full == [-1, *shape_rules(tensor, config.max_batch_size)], "compared exactly, batch first"
+    for warmup in config.model_warmup:
+        assert 0 < warmup.batch_size <= config.max_batch_size
+        assert warmup.inputs.keys() == {tensor.name for tensor in config.input}
+        for tensor in config.input:
+            one = warmup.inputs[tensor.name]
+            assert (one.data_type, list(one.dims)) == (tensor.data_type, list(tensor.dims))
+            assert one.WhichOneof("input_data_type") in ("zero_data", "random_data"), "no file is needed"
+    return config
+
+
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_a_stock_server_would_load_it(num_members: int, tmp_path: Path) -> None:
+    model = tiny() if num_members == 1 else Ensemble([tiny(0), tiny(1)]).eval()
+    data = graph(model, card_of())
+    triton.write(tmp_path, data)
+    assert files(tmp_path) == ["mura_dist/1/model.onnx", "mura_dist/config.pbtxt"]
+    assert (tmp_path / "mura_dist" / "1" / "model.onnx").read_bytes() == data
+    config = stock_server_loads(tmp_path / "mura_dist")
+    assert config.HasField("dynamic_batching")
+    assert config.max_batch_size == max(BATCH_SIZES)  # none is served that was not compared with torch
+    [accelerator] = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('name: "mura_dist"', 'name: "other"'),
+        ("dims: [ 1 ] reshape { shape: [ ] }", "dims: [ 1 ]"),  # the model gives (N,), not (N, 1)
+        ("dims: [ 1 ] reshape { shape: [ ] }", "dims: [ ]"),
+        ("TYPE_UINT8", "TYPE_FP32"),
+        ("max_batch_size: 64", "max_batch_size: 0"),
+        ("versions: [ 1 ]", "versions: [ 2 ]"),
+        ("dynamic_batching {", "dynamic_batching { preferred_batch_size: [ 65 ]"),
+        (f"dims: [ 1, {S}, {S} ] zero_data", f"dims: [ {S}, {S} ] zero_data"),
+    ],
+)
+def test_the_rules_see_a_mistake(old: str, new: str, repository: Path) -> None:
+    path = repository / "mura_dist" / "config.pbtxt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(AssertionError):
+        stock_server_loads(path.parent)
+
+
+def test_an_unknown_field_is_an_error(repository: Path) -> None:
+    text = (repository / "mura_dist" / "config.pbtxt").read_text()
+    parsed(text)
+    with pytest.raises(Exception, match=r"no field named .max_batchsize"):
+        parsed(text.replace("max_batch_size", "max_batchsize"))
+
+
+def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -> None:
+    model = Model.load(repository / "mura_dist" / "1" / "model.onnx")
+    told = json.loads(parsed(triton.config(data)).parameters["mura_dist"].string_value)
+    assert told.pop("model_sha256") == model.sha256
+    assert "metrics" not in told  # many kilobytes, in every answer about the configuration
+    for key, value in told.items():
+        assert value == json.loads(model.card.text())[key]
+
+
+def test_quotes_and_backslashes_arrive(data: bytes) -> None:
+    awkward = 'a "b" \\ é {0}\n'
+    card = card_of().model_copy(update={"study_types": [awkward]})
+    told = json.loads(parsed(triton.config(graph(tiny(), card))).parameters["mura_dist"].string_value)
+    assert told["study_types"] == [awkward]
+
+
+# ---- what is there already
+
+
+def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes) -> None:
+    (repository / "theirs" / "1").mkdir(parents=True)
+    (repository / "theirs" / "config.pbtxt").write_text("theirs")
+    (repository / "mura_dist" / "2").mkdir()  # a higher version is not what was exported
+    other = graph(tiny(seed=1), card_of())
+    triton.write(repository, other)
+    assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
+    assert files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
+    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == other != data
+    assert "version_policy { specific { versions: [ 1 ] } }" in (repository / "mura_dist" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
+def test_model_and_configuration_never_differ(
+    failing: str, repository: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law of torn writes: after each write that may be the last, the old model or the new one, alone or with its own words."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    other = graph(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
+    monkeypatch.setattr(atomic, failing, killed)
+    with pytest.raises(KeyboardInterrupt):
+        triton.write(repository, other)
+    monkeypatch.undo()
+    assert files(repository) == ["mura_dist/1/model.onnx"]
+    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == (data if failing == "write_bytes" else other)
+    triton.write(repository, other)
+    assert (repository / "mura_dist" / "config.pbtxt").read_text() == triton.config(other)
+
+
+def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: bytes) -> None:
+    config = tmp_path / "mura_dist" / "config.pbtxt"
+    config.parent.mkdir()
+    config.write_text('name: "mura_dist"\n')
+    with pytest.raises(
+        Refusal, match=r"^--triton .*config\.pbtxt is not of mura-dist, .*; give another folder, or move"
+    ):
+        triton.write(tmp_path, data)
+    assert files(tmp_path) == ["mura_dist/config.pbtxt"]
+
+
+def test_what_is_no_model_of_ours(data: bytes) -> None:
+    import onnx
+
+    model = onnx.load_from_string(data)
+    del model.metadata_props[:]
+    with pytest.raises(Refusal, match=r"^the exported model is not a model exported by mura-dist export"):
+        triton.config(model.SerializeToString())
+    assert isinstance(Model.from_bytes(data, "ours").card, Card)

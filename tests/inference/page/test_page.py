@@ -1,0 +1,912 @@
+"""The page: what it says (no browser), and what a person sees of it (Chromium, against the running server)."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+from helpers.commands import BIN, NO_GPU
+from helpers.models import card_of, tiny
+from helpers.studies import simulated
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from mura_dist.cli.main import DONE, WRONG, main
+from mura_dist.core.errors import Refusal
+from mura_dist.data import gate, mura, radiograph
+from mura_dist.inference.export.onnx import export
+from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.page import privacy, study, wording
+from mura_dist.inference.page.examples import PER_TYPE, Example
+from mura_dist.metrics import summary
+from mura_dist.metrics.classification import sigmoid
+from mura_dist.metrics.operating_points import Band, Points, TypePoints
+from mura_dist.models.card import KEY, Card, Change, TrainedOn
+
+NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SIDE = 64
+
+# ---- a model that has something to say of the first study of the phantoms: a study type for each outcome
+
+
+@pytest.fixture(scope="module")
+def views(phantoms: Path) -> list[Path]:
+    """The files of a drawn study of three views or more."""
+    folders = sorted({path.parent for path in phantoms.rglob("*.png")})
+    return sorted(next(folder for folder in folders if len(list(folder.iterdir())) >= 3).iterdir())
+
+
+def told(probability: float, kind: str = "radiographs") -> Card:
+    """XR_HAND: flagged at `probability`; XR_WRIST: not; XR_ELBOW: uncertain; XR_FINGER: no threshold was evaluated."""
+    low, high = probability - 0.05, probability + 0.05
+    thresholds = {"XR_HAND": low, "XR_WRIST": high, "XR_ELBOW": high}
+    studies = simulated(300, 120).replace({"study_type": {"XR_ELBOW": "XR_WRIST"}})
+    called = studies.assign(call=(studies["probability"] > studies["study_type"].map(thresholds)).astype(int))
+    measured = summary.measure(called, resamples=200) | {  # as evaluate writes it
+        "curves": summary.curves(called, resamples=200),
+        "thresholds": thresholds,
+        "split": "valid",
+        "note": None,
+        "measured_on": "radiographs",
+    }
+
+    def points(band: Band) -> TypePoints:
+        return TypePoints(
+            num_normal=99, num_abnormal=99, pooled=False, odds_shift=0.0, slope=1.0, intercept=0.5, band=band
+        )
+
+    bands = {"XR_HAND": Band(low=low - 0.02, high=low), "XR_WRIST": Band(low=high, high=high + 0.02)}
+    bands["XR_ELBOW"] = Band(low=low, high=high)
+    return card_of(SIDE).model_copy(
+        update={
+            "study_types": ["XR_ELBOW", "XR_FINGER", "XR_HAND", "XR_WRIST"],
+            "thresholds": thresholds,
+            "metrics": measured,
+            "calibration": Points(fitted_on="tune", by_study_type={name: points(band) for name, band in bands.items()}),
+            "trained_on": TrainedOn(kind=kind, manifest_sha256="0" * 64, num_radiographs=9),
+        }
+    )
+
+
+def with_card(source: Path, card: Card, target: Path) -> Path:
+    proto = onnx.load(source)
+    next(one for one in proto.metadata_props if one.key == KEY).value = card.text()
+    onnx.save(proto, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "plain.onnx"
+    network = tiny()
+    with torch.no_grad():
+        network.classifier.weight *= 10  # its maps show something
+    export(network, card_of(SIDE), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def telling(plain: Path, views: list[Path]) -> Path:
+    logits = Model.load(plain).logits(np.stack([radiograph.read(path, SIDE) for path in views])[:, None])
+    return with_card(plain, told(float(sigmoid(logits).mean())), plain.with_name("telling.onnx"))
+
+
+@pytest.fixture(scope="module")
+def of_drawings(telling: Path) -> Path:
+    card = Model.load(telling).card
+    trained_on = card.trained_on.model_copy(update={"kind": "phantoms"})
+    return with_card(telling, card.model_copy(update={"trained_on": trained_on}), telling.with_name("drawings.onnx"))
+
+
+@pytest.fixture(scope="module")
+def desk(telling: Path) -> Iterator[study.Desk]:
+    with study.desk(Model.load(telling)) as desk:
+        yield desk
+
+
+def asked(desk: study.Desk, files: list[Path], study_type: str) -> study.Answer:
+    found = desk.ask([path.name for path in files], [path.read_bytes() for path in files])
+    return study.answer(found, study_type, desk.card)
+
+
+OUTCOMES = {"XR_HAND": "flagged", "XR_WRIST": "none_flagged", "XR_ELBOW": "uncertain", "XR_FINGER": "no_call"}
+
+
+# ---- what it says
+
+
+@pytest.mark.parametrize("study_type", OUTCOMES)
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_answer_is_predicts(
+    desk: study.Desk, telling: Path, views: list[Path], study_type: str, number: int, tmp_path: Path
+) -> None:
+    """The same line of studies.csv, the same lines of predictions.csv, of the same files as one study."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in views[:number]:
+        shutil.copy(path, folder)
+    words_ = [
+        "predict",
+        telling,
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--study-by",
+        "folder",
+        "--study-type",
+        study_type,
+        "--quiet",
+    ]
+    assert main([str(word) for word in words_]) == DONE
+    found = asked(desk, views[:number], study_type)
+    for name, ours in (("studies", found.studies), ("predictions", found.predictions)):
+        theirs = pd.read_csv(tmp_path / "out" / f"{name}.csv", dtype=str).drop(columns="study")
+        assert len(theirs) > 0
+        again = pd.read_csv(io.StringIO(ours.to_csv(index=False)), dtype=str).drop(columns="study")
+        pd.testing.assert_frame_equal(again, theirs)
+
+
+@pytest.mark.parametrize(("study_type", "outcome"), OUTCOMES.items())
+def test_each_outcome_has_its_words(
+    desk: study.Desk, views: list[Path], study_type: str, outcome: wording.Outcome
+) -> None:
+    found = asked(desk, views, study_type)
+    assert wording.outcome(found, desk.card) == outcome
+    lines = " ".join(wording.explained(found, desk.card))
+    assert f"{found.probability:.2f}" in lines
+    for said in (wording.HEADLINES[outcome], lines.replace("normal ones", "").replace("abnormal", "")):
+        assert "normal" not in said.lower().replace("abnormality", "")
+    group = desk.card.metrics["by_study_type"].get(study_type, {})
+    if outcome == "none_flagged":
+        missed = [round(100 * (1 - group[name])) for name in ("sensitivity", "sensitivity_high", "sensitivity_low")]
+        assert f"In {group['num_studies']} wrist studies of the split valid" in lines
+        assert f"{missed[0]} of 100 abnormal ones were missed [{missed[1]} to {missed[2]}]" in lines
+        assert "not your hospital" in lines
+    if outcome == "flagged":
+        alarms = [round(100 * (1 - group[name])) for name in ("specificity", "specificity_high", "specificity_low")]
+        assert f"{alarms[0]} of 100 normal ones were flagged [{alarms[1]} to {alarms[2]}]" in lines
+    if outcome == "no_call":
+        assert "No threshold was evaluated for finger studies" in lines
+
+
+def test_a_model_of_drawings_calls_nothing(of_drawings: Path, views: list[Path]) -> None:
+    with study.desk(Model.load(of_drawings)) as desk:
+        for study_type in OUTCOMES:
+            found = asked(desk, views, study_type)
+            assert wording.outcome(found, desk.card) == "no_call"
+            assert wording.DRAWINGS in " ".join(wording.explained(found, desk.card))
+            assert all(found.cell(name) is None for name in ("call", "band", "threshold", "calibrated_probability"))
+            assert wording.Curve.of(desk.card, study_type) is None
+
+
+@pytest.mark.parametrize("change", [{"metrics": {}}, {"measured_on": "phantoms"}, {"curves": {}}])
+def test_what_was_not_measured_is_not_said(desk: study.Desk, views: list[Path], change: dict[str, Any]) -> None:
+    card = desk.card.model_copy(update={"metrics": {} if "metrics" in change else desk.card.metrics | change})
+    assert wording.Curve.of(card, "XR_WRIST") is None
+    lines = " ".join(wording.explained(asked(desk, views, "XR_WRIST"), card))
+    assert ("was not measured on radiographs" in lines) == ("curves" not in change)
+    assert ("were missed [" in lines) == ("curves" in change)
+
+
+def test_another_thresholds_rates_are_those_of_measure() -> None:
+    studies = simulated(300, 120)
+    curves = summary.curves(studies, resamples=300)
+    assert set(curves) == {"XR_ELBOW", "XR_HAND"}
+    json.dumps(curves, allow_nan=False)
+    for place in (0, 24, 49, 80, 98):
+        threshold = summary.CURVE[place]
+        wanted = summary.measure(studies, threshold=threshold, resamples=300)["by_study_type"]
+        for name, columns in curves.items():
+            assert columns["num_studies"] == wanted[name]["num_studies"]
+            for key in (
+                "sensitivity",
+                "sensitivity_low",
+                "sensitivity_high",
+                "specificity",
+                "specificity_low",
+                "specificity_high",
+            ):
+                theirs = wanted[name][key]
+                assert columns[key][place] == (None if theirs is None else pytest.approx(theirs, abs=6e-5)), (name, key)
+    one_label = studies.assign(label=studies["study_type"].eq("XR_HAND").astype(int))
+    assert summary.curves(one_label, resamples=10) == {}
+
+
+def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> study.File:
+    return study.File(name, study.Upload(np.zeros((SIDE, SIDE), np.uint8), None, identity, "ok", ""), None)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["XR_WRIST/patient00001/study1_positive/image1.png"], {"XR_WRIST"}),
+        (["XR_WRIST_patient00001_study1_image1.png", "XR_WRIST-2.png"], {"XR_WRIST"}),
+        (["C:\\data\\XR_HAND\\patient1\\study1\\image1.png"], {"XR_HAND"}),
+        (["XR_WRIST_1.png", "XR_HAND_1.png"], {"XR_WRIST", "XR_HAND"}),
+        (["XR_WRIST_1.png", "image.png"], {"XR_WRIST"}),
+        (["XR_SHOULDER_1.png"], {"XR_SHOULDER"}),  # MURA's, and none of this model's
+        (["XR_HIP_1.png"], {"XR_HIP"}),  # the model's, and none of MURA's
+        (["image1.png"], set()),
+        (["XR_NOSE_1.png"], set()),
+        (["myXR_WRIST_1.png"], set()),
+    ],
+)
+def test_a_study_type_is_told_by_names(desk: study.Desk, names: list[str], told: set[str]) -> None:
+    card = desk.card.model_copy(update={"study_types": [*desk.card.study_types, "XR_HIP"]})
+    assert study.told_types([file_of(name) for name in names], card) == told
+
+
+@pytest.mark.parametrize(
+    ("body_part", "told"), [("WRIST", {"XR_WRIST"}), ("HAND", {"XR_HAND"}), ("DOE^JOHN", set()), ("", set())]
+)
+def test_a_study_type_is_told_by_a_dicom(desk: study.Desk, body_part: str, told: set[str]) -> None:
+    identity = radiograph.DicomIdentity("1.2.3", body_part, "L")
+    assert study.told_types([file_of("a.dcm", identity)], desk.card) == told
+    other = radiograph.DicomIdentity("1.2.4", body_part, "L")
+    for identities, number in (([identity, identity, None], 1), ([identity, other], 2), ([None], 0)):
+        assert study.num_studies([file_of("a.dcm", one) for one in identities]) == number
+
+
+class Raises:
+    """A reader of a file's content that fails on one, as ours must not."""
+
+    def __init__(self, size: int) -> None:
+        self.reader = study.UploadReader(size)
+
+    def __call__(self, data: bytes) -> study.Upload:
+        if data == b"raise":
+            raise ValueError("no")
+        return self.reader(data)
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_costs_one_session_its_turn(
+    telling: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finds a crew."""
+    monkeypatch.setattr(study, "UploadReader", Raises)
+    good = views[0].read_bytes()
+    with study.desk(Model.load(telling)) as desk:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="no"):
+                desk.ask(["a", "b", "c"], [good, b"raise", good])
+            assert [file.upload.passes for file in desk.ask(["a", "b", "c"], [good, b"", good])] == [True, False, True]
+
+
+@pytest.mark.parametrize("where", [(radiograph, "look"), (gate, "verdict")])
+def test_a_reader_that_fails_loses_its_file_alone(
+    views: list[Path], where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(*where, no_memory)
+    assert study.UploadReader(SIDE)(views[0].read_bytes()).failure == "it could not be read"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list[Path], value: float) -> None:
+    proto = onnx.load(telling)
+    weights = {one.name: one for one in proto.graph.initializer}
+    head = [
+        weights[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input if name in weights
+    ]
+    broken = np.full(onnx.numpy_helper.to_array(head[-1]).shape, value, np.float32)
+    head[-1].CopyFrom(onnx.numpy_helper.from_array(broken, head[-1].name))
+    with study.desk(Model.from_bytes(proto.SerializeToString(), "broken.onnx")) as desk:
+        (file,) = desk.ask(["a.png"], [views[0].read_bytes()])
+    assert file.view is None
+    assert file.upload.failure == "the model gives no number for it: the model is broken, export it again"
+
+
+@pytest.mark.parametrize(
+    ("sensitivity", "said"),
+    [(1.0, "0 of 100"), (0.9996, "fewer than 1 of 100"), (0.993, "1 of 100"), (0.81, "19 of 100")],
+)
+def test_a_miss_is_never_rounded_to_none(desk: study.Desk, sensitivity: float, said: str) -> None:
+    group = desk.card.metrics["by_study_type"]["XR_WRIST"] | {"sensitivity": sensitivity}
+    metrics = desk.card.metrics | {"by_study_type": {"XR_WRIST": group}}
+    (line,) = wording.experience("none_flagged", "XR_WRIST", desk.card.model_copy(update={"metrics": metrics}))
+    assert f", {said} abnormal ones were missed [" in line
+
+
+def test_every_number_says_for_whom_it_holds(desk: study.Desk) -> None:
+    change = Change(
+        engine="x", num_radiographs=9, num_studies=500, mean_probability=0.01, max_probability=0.1, num_changed_calls=3
+    )
+    metrics = desk.card.metrics | {"note": "optimistic: this split chose the model"}
+    card = desk.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
+    (line,) = wording.experience("none_flagged", "XR_WRIST", card)
+    for said in (line, wording.Curve.of(card, "XR_WRIST").people):
+        for reserve in (
+            "not your hospital",
+            "optimistic: this split chose",
+            "measured in fp32",
+            "int8 changed 3 of 500",
+        ):
+            assert reserve in said
+
+
+@pytest.mark.shared
+def test_hostile_files_get_a_plain_message_and_the_others_go_on(
+    desk: study.Desk, shared: Path, views: list[Path]
+) -> None:
+    files = sorted(path for path in (shared / "hostile").rglob("*") if path.is_file())
+    uploads = desk.read([path.read_bytes() for path in (*files, views[0])])
+    assert len(files) > 150
+    num_failed = 0
+    for path, upload in zip(files, uploads, strict=False):
+        reason, found = "", None
+        try:
+            found = radiograph.look(path, SIDE)
+        except radiograph.Unreadable as error:
+            reason = error.reason
+        assert upload.failure == reason, path.name
+        if found is None:
+            assert (upload.image, upload.shown, upload.passes) == (None, None, False)
+            assert not re.search(r"Traceback|Error|0x|/", upload.failure.replace("and/or", "")), upload.failure
+            num_failed += 1
+        else:
+            np.testing.assert_array_equal(upload.image, found.image)
+            assert upload.verdict == gate.verdict(found.image, found.colours)
+            assert max(upload.shown.shape) <= study.LONGEST_PX
+    assert 0 < num_failed < len(files)
+    assert uploads[-1].passes
+
+
+@pytest.mark.shared
+def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(desk: study.Desk, shared: Path) -> None:
+    for path in sorted((shared / "radiographs" / "jordan-hip-dicom").glob("*.dcm"))[:3]:
+        (upload,) = desk.read([path.read_bytes()])
+        whole = radiograph.decode(path)
+        np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
+        assert upload.identity == radiograph.identity(path)
+        assert max(upload.shown.shape) == min(study.LONGEST_PX, max(whole.shape))
+        assert upload.shown.shape[0] / upload.shown.shape[1] == pytest.approx(whole.shape[0] / whole.shape[1], rel=0.01)
+
+
+def test_examples_are_some_of_each_type_with_both_labels(phantoms: Path) -> None:
+    found = list(Example.find(phantoms))
+    assert found == list(Example.find(phantoms / "valid" / ".."))  # another way to the same folder
+    by_type: dict[str, list[str]] = {}
+    for one in found:
+        by_type.setdefault(one.name.partition("/")[0], []).append(one.name.rpartition("_")[2])
+        assert 1 <= len(one.files) <= study.MAX_FILES
+        assert all(path.is_file() for path in one.files)
+    assert set(by_type) == set(mura.STUDY_TYPES)
+    assert all(len(labels) <= PER_TYPE and set(labels) == {"positive", "negative"} for labels in by_type.values())
+
+
+def test_examples_without_labels_are_as_few(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / "XR_WRIST" / f"patient{number:05}" / "study1"
+        folder.mkdir(parents=True)
+        (folder / "image1.png").touch()
+    assert len(list(Example.find(tmp_path))) == PER_TYPE
+
+
+def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.formparsers import MultiPartParser
+
+    monkeypatch.delattr(MultiPartParser, "spool_max_size")
+    with pytest.raises(
+        Refusal, match=r"has no MultiPartParser\.spool_max_size, .* install the version that constraints"
+    ):
+        privacy.keep_uploads_in_memory()
+
+
+def test_without_streamlit_it_says_how_to_get_it(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "streamlit.web", None)
+    monkeypatch.setitem(sys.modules, "streamlit", None)
+    assert main(["page", str(plain)]) == WRONG
+    assert "pip install 'mura-dist[page]'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        grid: list[tuple[list[Any], str]] = [
+            ([tmp_path / "nothing.onnx"], "no such file; give the model.onnx"),
+            ([tmp_path / "bad.onnx"], "bad.onnx"),
+            ([plain, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen there"),
+            ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535; 8501 is the default"),
+            ([plain, "--address", "203.0.113.7"], "cannot listen there"),
+            ([plain, "--address", "no such host"], "cannot listen there"),
+            ([plain, "--address", "127..0.1"], "cannot listen there"),
+            ([plain, "--examples", tmp_path / "nowhere"], "no such folder; give one in MURA's layout"),
+            ([plain, "--examples", tmp_path], "no study's folder below it"),
+        ]
+        for asked_for, message in grid:
+            assert main(["page", *map(str, asked_for)]) == WRONG, asked_for
+            said = capsys.readouterr().err
+            assert message in said
+            assert said.count("\n") == 1
+
+
+# ---- what a person sees
+
+
+def chromium() -> str:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        if os.environ.get(NEED_BROWSER):
+            pytest.fail(f"no Chromium, and {NEED_BROWSER} is set; on Debian: apt-get install chromium")
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    return found
+
+
+@contextlib.contextmanager
+def served(
+    model: Path, *words_: object, env: dict[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The page's address and process, once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as trial:
+        port = trial.getsockname()[1]
+    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, words_)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **NO_GPU, **(env or {})},
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: process.poll() is not None or _answers(f"{address}/_stcore/health"), 60)
+        assert process.poll() is None, process.communicate()[0]
+        yield address, process
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+        process.communicate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def expect(locator: Any) -> Any:
+    """Playwright's, which waits: what was there goes only when a run of the script has ended."""
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def until(true: Any, timeout_s: float = 30) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(
+    browser: Any, telling: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, int, Path]]:
+    """(address, process id, folder of its temporary files, and its home)"""
+    scratch = tmp_path_factory.mktemp("scratch")
+    with served(telling, "--examples", phantoms, env={"TMPDIR": str(scratch), "HOME": str(scratch)}) as (
+        address,
+        process,
+    ):
+        yield address, process.pid, scratch
+
+
+@pytest.fixture
+def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    page.requested, page.cached = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("response", lambda reply: page.cached.extend(_cached(reply)))
+    page.goto(server[0])
+    page.get_by_role("heading", level=1).wait_for()
+    yield page
+    strangers = [
+        url
+        for url in page.requested
+        if not url.startswith((server[0], server[0].replace("http", "ws"), "data:", "blob:"))
+    ]
+    context.close()
+    assert strangers == []
+    assert page.cached == []
+
+
+def _cached(reply: Any) -> Iterator[str]:
+    """Its address, where it is of somebody's study and a browser may keep it."""
+    if urlsplit(reply.url).path.startswith("/media/") and reply.headers.get("cache-control") != "no-store":
+        yield reply.url
+
+
+def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
+    named = [one if isinstance(one, tuple) else (one.name, one.read_bytes()) for one in files]
+    sent = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in named]
+    page.locator("input[type=file]").set_input_files(sent)
+
+
+def choose(page: Any, label: str, option: str) -> None:
+    """By typing: a long list holds only those options that are in sight."""
+    box = page.get_by_role("combobox", name=label)
+    box.click()
+    box.fill(option)
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def answered(page: Any, headline: str) -> str:
+    """The text of the answer."""
+    section = page.locator("section.outcome")
+    section.get_by_role("heading", name=headline, exact=True).wait_for()
+    return str(section.inner_text())
+
+
+def num_pictures(page: Any) -> int:
+    return int(page.locator("img[alt^='Radiograph']").count())
+
+
+@pytest.mark.slow
+def test_a_study_of_several_views(
+    page: Any, telling: Path, views: list[Path], desk: study.Desk, tmp_path: Path
+) -> None:
+    """Upload, choose, read; maps only when asked for; a threshold that moves nothing else; downloads that are predict's."""
+    assert page.locator(".terms").inner_text().lower() == f"{mura.TERMS}."
+    upload(page, *views)
+    page.get_by_text("Choose the study type: the answer depends on it.").wait_for()
+    until(lambda: num_pictures(page) == len(views))
+    assert page.locator("img[alt*='under its activation map']").count() == 0
+    for study_type, outcome in OUTCOMES.items():
+        choose(page, "Study type", wording.noun(study_type).capitalize())
+        said = answered(page, wording.HEADLINES[outcome])
+        found = asked(desk, views, study_type)
+        for line in wording.explained(found, desk.card):
+            assert line in said
+        sliding = page.get_by_role("heading", name="Another threshold")
+        expect(sliding).to_have_count(int(study_type in ("XR_HAND", "XR_WRIST")))
+        for label, table in (("Study (CSV)", found.studies), ("Views (CSV)", found.predictions)):
+            with page.expect_download() as coming:
+                page.get_by_role("button", name=label).click()
+            assert Path(coming.value.path()).read_text() == table.to_csv(index=False, lineterminator="\n")
+
+    choose(page, "Study type", "Wrist")
+    answered(page, "No abnormality flagged")
+    found = asked(desk, views, "XR_WRIST")
+    slider = page.get_by_role("slider", name="Threshold")
+    slider.focus()
+    for _ in range(30):
+        page.keyboard.press("ArrowLeft")
+    curve = wording.Curve.of(desk.card, "XR_WRIST")
+    value = round(float(slider.input_value()), 2)
+    assert value < found.probability
+    for rate in curve.rates(value):
+        page.get_by_text(rate).wait_for()
+    expect(page.get_by_text("would be flagged")).to_be_visible()
+    expect(page.get_by_text(curve.people)).to_be_visible()
+    answered(page, "No abnormality flagged")  # the model's own
+    with page.expect_download() as coming:
+        page.get_by_role("button", name="Study (CSV)").click()
+    assert pd.read_csv(coming.value.path())["call"].tolist() == [0]
+
+    page.get_by_text("Show the activation map").click()
+    until(lambda: page.locator("img[alt*='under its activation map']").count() == len(views))
+    expect(page.locator('img[alt^="Colours of a cell\'s logit"]')).to_be_visible()
+    expect(page.get_by_text(wording.MAP_CAVEAT).first).to_be_visible()
+    before = page.locator("img[alt*='view 1']").get_attribute("src")
+    opacity = page.get_by_role("slider", name="Opacity of the map, in percent")
+    opacity.focus()
+    page.keyboard.press("ArrowLeft")
+    until(lambda: page.locator("img[alt*='view 1']").get_attribute("src") != before)
+    with page.expect_download() as coming:
+        page.get_by_role("button", name="Overlay of view 1 (PNG)").click()
+    with Image.open(coming.value.path()) as drawn:
+        assert drawn.format == "PNG"
+        assert "LOCAL ONLY" in drawn.text["Comment"]
+        assert drawn.width >= 640
+
+
+@pytest.mark.slow
+def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
+    """A message beside each; the study is answered from the others; a name is text, whatever is in it."""
+    evil = ("<b>**bold** :red[x].png", b"no picture at all")
+    cut = ("cut.png", views[0].read_bytes()[:3000])
+    black = io.BytesIO()
+    Image.new("L", (64, 64), 0).save(black, "PNG")
+    blank = ("blank.png", black.getvalue())
+    photograph = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")).save(photograph, "JPEG")
+    flower = ("flower.jpg", photograph.getvalue())
+    upload(page, views[0], evil, cut, blank, flower)
+    choose(page, "Study type", "Wrist")
+    page.locator("section.outcome").wait_for()
+    assert "4 of the files are left out" in page.locator("section.outcome").inner_text()
+    shown = page.get_by_role("alert")
+    said = [shown.nth(place).inner_text() for place in range(shown.count())]
+    assert any(
+        line.startswith("<b>**bold** :red[x].png: it does not begin as any image format does") for line in said
+    ), said
+    assert any(line.startswith("cut.png: its PNG data is damaged or cut short") for line in said), said
+    assert any(line.startswith(f"flower.jpg: {gate.WORDS['not_a_radiograph']}. It is left out.") for line in said), said
+    assert any(line.startswith(f"blank.png: {gate.WORDS['blank']}") for line in said), said
+    expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[Path]) -> None:
+    files = [path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 5 << 20]
+    files = sorted(files, key=lambda path: path.name)[:: len(files) // (study.MAX_FILES - 2)][: study.MAX_FILES - 1]
+    upload(page, views[0], *files)
+    choose(page, "Study type", "Wrist")
+    page.locator("section.outcome").wait_for()
+    readable = 0
+    for path in files:
+        with contextlib.suppress(radiograph.Unreadable):
+            found = radiograph.look(path, SIDE)
+            readable += gate.verdict(found.image, found.colours) not in gate.BLOCKING
+    until(lambda: num_pictures(page) == 1 + readable)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path, tmp_path: Path) -> None:
+    import pydicom
+
+    source = sorted((shared / "radiographs" / "jordan-hip-dicom").glob("*.dcm"))[0]
+    dataset = pydicom.dcmread(source)
+    dataset.PatientName, dataset.PatientID, dataset.BodyPartExamined = "SECRET^NAME", "ID-4711-SECRET", "WRIST"
+    dataset.StudyInstanceUID, dataset.BurnedInAnnotation = "1.2.3.4711.4711", "YES"
+    dataset.save_as(tmp_path / "x.dcm")
+    upload(page, tmp_path / "x.dcm")
+    page.locator("section.outcome").wait_for()  # the type is told by the body part
+    assert page.get_by_role("combobox", name="Study type").input_value() == "Wrist"
+    until(lambda: num_pictures(page) == 1)
+    text = page.content()
+    for secret in ("SECRET", "4711"):
+        assert secret not in text
+    expect(page.get_by_role("button", name="Overlay of view 1 (PNG)")).to_have_count(
+        0
+    )  # until somebody takes it upon them
+    page.get_by_text("Its pixels may show a name: I may download it").click()
+    page.get_by_role("button", name="Overlay of view 1 (PNG)").wait_for()
+
+
+@pytest.mark.slow
+def test_too_many_files_and_too_large_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
+    one = views[0].read_bytes()
+    upload(page, *((f"{n}.png", one) for n in range(study.MAX_FILES + 3)))
+    choose(page, "Study type", "Wrist")
+    until(lambda: num_pictures(page) == study.MAX_FILES)  # the others were refused where they arrive
+    page.reload()
+    page.get_by_role("heading", level=1).wait_for()
+    big = tmp_path / "big.png"
+    with open(big, "wb") as file:
+        file.truncate((study.MAX_UPLOAD_MB << 20) + 1)
+    page.locator("input[type=file]").set_input_files(big)
+    page.get_by_text(f"must be {study.MAX_UPLOAD_MB}").or_(
+        page.get_by_text(f"{study.MAX_UPLOAD_MB}MB or smaller")
+    ).first.wait_for()
+
+
+@pytest.mark.slow
+def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
+    browser: Any, server: tuple[str, int, Path], views: list[Path], tmp_path: Path
+) -> None:
+    """A TIFF of 40 MB: the process dirties next to nothing of a disk, has no deleted file open, and forgets it."""
+    address, process, scratch = server
+    large = tmp_path / "large.tif"  # this process's, not the page's
+    Image.open(views[0]).convert("L").resize((6600, 6600)).save(large)
+    assert large.stat().st_size > 40 << 20
+
+    def written() -> int:
+        return int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{process}/io").read_text(), re.M)[1])
+
+    def kept(what: str = "UploadedFileManager") -> int:
+        with urllib.request.urlopen(f"{address}/_stcore/metrics", timeout=5) as reply:
+            found = re.findall(rf'^cache_memory_bytes\{{cache_type="{what}".*\}} (\d+)', reply.read().decode(), re.M)
+        return sum(map(int, found))
+
+    until(lambda: kept() == 0, 60)
+    before, context = written(), browser.new_context()
+    page = context.new_page()
+    page.goto(address)
+    page.locator("input[type=file]").set_input_files(large)
+    page.locator("img[alt^='Radiograph']").wait_for(timeout=60_000)
+    choose(page, "Study type", "Wrist")
+    for name in ("Study (CSV)", "Overlay of view 1 (PNG)"):
+        with page.expect_download():
+            page.get_by_role("button", name=name).click()
+    until(
+        lambda: kept() > 40 << 20 and kept("st_memory_media_file_storage") > 0
+    )  # the server tells what it knew a while ago
+    assert written() - before < 1 << 20
+    assert list(scratch.rglob("*")) == []
+    links = [os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
+    assert [link for link in links if "(deleted)" in link and "memfd" not in link] == []
+    context.close()
+    until(lambda: kept() == kept("st_memory_media_file_storage") == 0, 60)
+
+
+@pytest.mark.slow
+def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, int, Path]) -> None:
+    port = int(server[0].rpartition(":")[2])
+    lines = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    assert [line for line in lines if line.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    assert "libtorch" not in Path(f"/proc/{server[1]}/maps").read_text()
+    six = Path("/proc/net/tcp6")
+    assert not six.exists() or f":{port:04X} " not in six.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, scheme: str, width: int) -> None:
+    """No sideways scrolling, the terms in sight, text apart from its ground, at both widths and in both schemes."""
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(server[0])
+    page.get_by_role("heading", level=1).wait_for()
+    choose(page, "Or an example study", next(one for one in Example.find(phantoms) if "XR_WRIST" in one.name).name)
+    page.locator("section.outcome").wait_for()
+    until(lambda: num_pictures(page) >= 1)
+    page.get_by_text("Show the activation map").click()
+    page.locator('img[alt^="Colours of a cell\'s logit"]').wait_for()
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    box = page.locator(".terms").bounding_box()
+    assert box["y"] + box["height"] == pytest.approx(844, abs=1)
+    assert box["width"] == pytest.approx(width, abs=1)
+    for place in ("h1", "section.outcome h2", "section.outcome p", ".terms"):
+        assert contrast(page, place) >= 4.5, place
+    background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+    assert (luminance(background) < 0.5) == (scheme == "dark")
+    context.close()
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of `rgb(r, g, b)`."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(page: Any, place: str) -> float:
+    """WCAG's, of an element's text against the first ground behind it that is painted."""
+    ink, ground = page.locator(place).first.evaluate(
+        """one => {
+            const ink = getComputedStyle(one).color
+            while (one && /rgba\\(.*, 0\\)|transparent/.test(getComputedStyle(one).backgroundColor)) one = one.parentElement
+            return [ink, one ? getComputedStyle(one).backgroundColor : "rgb(255, 255, 255)"]
+        }"""
+    )
+    low, high = sorted((luminance(ink), luminance(ground)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.slow
+def test_by_keyboard_alone_and_with_names_for_a_screen_reader(page: Any, phantoms: Path) -> None:
+    """Tab reaches every control in order, a key works it; each has a name, each picture a text, headings go step by step."""
+    reached: list[str] = []
+
+    def tab_to(name: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            here = page.evaluate(
+                "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
+            )
+            reached.append(here)
+            if here == name or here.endswith(f"\n{name}"):  # an icon's name may stand before it
+                return
+        pytest.fail(f"Tab never reached {name}: {reached}")
+
+    tab_to("Upload")
+    tab_to("Or an example study")
+    page.keyboard.type("XR_WRIST")
+    page.get_by_role("option").first.wait_for()
+    page.keyboard.press("Enter")
+    page.locator("section.outcome").wait_for()
+    until(lambda: num_pictures(page) >= 1)
+    toggle = page.get_by_role("checkbox", name="Show the activation map").or_(
+        page.get_by_role("switch", name="Show the activation map")
+    )
+    toggle.first.focus()
+    page.keyboard.press("Space")
+    page.locator("img[alt^='Radiograph under its activation map']").first.wait_for()
+    assert page.locator("img:not([alt]), img[alt='']").count() == 0
+    levels = [
+        int(tag[1]) for tag in page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(one => one.tagName)")
+    ]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert page.locator("section.outcome").get_attribute("role") == "alert"
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, input, [role=slider]')]
+            .filter(one => one.offsetParent && one.closest('[data-testid=stMain]'))
+            .filter(one => !(one.ariaLabel || one.innerText.trim() || one.labels?.length || one.closest('label')
+                || one.getAttribute('aria-labelledby'))).map(one => one.outerHTML.slice(0, 120))"""
+    )
+    assert nameless == []
+
+
+@pytest.mark.slow
+def test_a_model_of_drawings_says_so_across_the_page(
+    browser: Any, of_drawings: Path, phantoms: Path, views: list[Path]
+) -> None:
+    with served(of_drawings, "--examples", phantoms) as (address, process):
+        page = browser.new_page()
+        page.goto(address)
+        said = page.locator(".drawings")
+        said.wait_for()
+        assert said.inner_text() == f"{wording.DRAWINGS}."
+        assert said.bounding_box()["width"] >= page.locator("h1").bounding_box()["width"] - 20
+        upload(page, *views)
+        choose(page, "Study type", "Hand")
+        answered(page, "No call")
+        expect(page.get_by_role("heading", name="Another threshold")).to_have_count(0)
+        with page.expect_download() as coming:
+            page.get_by_role("button", name="Study (CSV)").click()
+        table = pd.read_csv(coming.value.path())
+        assert table[["call", "band", "threshold"]].isna().all(axis=None)
+        assert table["probability"].notna().all()
+        page.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_sessions_at_once_do_not_mix(
+    browser: Any, server: tuple[str, int, Path], views: list[Path], desk: study.Desk
+) -> None:
+    contexts = [browser.new_context() for _ in range(3)]
+    pages = [context.new_page() for context in contexts]
+    for page in pages:
+        page.goto(server[0])
+    for page in pages:
+        page.locator("input[type=file]").wait_for(state="attached")
+    for place, page in enumerate(pages):
+        upload(page, *views[place : place + 1])
+    for place, page in enumerate(pages):
+        choose(page, "Study type", "Hand")
+        page.locator("section.outcome").wait_for()
+        found = asked(desk, views[place : place + 1], "XR_HAND")
+        assert f"Probability {found.probability:.2f}" in page.locator("section.outcome").inner_text()
+        expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
+    for context in contexts:
+        context.close()

@@ -1,0 +1,233 @@
+"""runtime and tuning: one model, the same logits however it is run; a provider that is not there is refused; what was measured is
+found again."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.models import S, card_of, noise, tiny
+
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.inference import autotune, onnx_model
+from mura_dist.inference.export.onnx import export, graph
+from mura_dist.inference.onnx_model import OUTPUTS, PROVIDERS, Model, Tuning
+
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed"
+)
+BOTH = ["cpu", pytest.param("openvino", marks=needs_openvino)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
+@pytest.mark.parametrize("streams", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, streams: int, threads: int) -> None:
+    images = noise(23)
+    wanted = Model.load(model, tuning=Tuning(threads=1, streams=1)).outputs(images)
+    loaded = Model.load(model, tuning=Tuning(batch_size, streams, threads))
+    batches = (images[at : at + batch_size] for at in range(0, len(images), batch_size))
+    found = [np.concatenate(parts) for parts in zip(*loaded.stream(batches, OUTPUTS), strict=True)]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("provider", BOTH)
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_batches_come_back_in_order(model: Path, provider: str, streams: int) -> None:
+    loaded, images = Model.load(model, provider, Tuning(streams=streams)), noise(40)
+    sizes = [1, 5, 2, 9, 3, 20]
+    starts = np.cumsum([0, *sizes[:-1]])
+    batches = [images[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    found = [logit for (logit,) in loaded.stream(batches)]
+    assert [len(logit) for logit in found] == sizes
+    np.testing.assert_allclose(np.concatenate(found), Model.load(model).logits(images), atol=1e-4)
+    assert list(loaded.stream([])) == []
+
+
+def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        for _ in range(20):
+            taken += 1
+            yield noise(1)
+
+    stream = Model.load(model, tuning=Tuning(streams=2)).stream(batches())
+    next(stream)
+    assert taken <= 4
+    stream.close()
+
+
+def test_what_fails_in_a_batch_is_raised(model: Path) -> None:
+    with pytest.raises(Failure, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
+        list(Model.load(model, tuning=Tuning(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
+
+
+@needs_openvino
+def test_openvino_agrees_and_tells_nobody(model: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from mura_dist.inference.onnx_model import Model
+path, images = Path(sys.argv[1]), np.random.default_rng(1).integers(0, 256, (9, 1, 64, 64), dtype=np.uint8)
+one, two = Model.load(path), Model.load(path, "OpenVINO")
+for a, b in zip(one.outputs(images), two.outputs(images), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+assert one.card == two.card and two.provider == "OpenVINO CPU"
+unwanted = ("openvino_telemetry", "torch")
+print([name for name, module in sys.modules.items() if module and name.partition(".")[0] in unwanted])
+"""
+    done = subprocess.run([sys.executable, "-c", code, model], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path) -> None:
+    """Seen once: two threads in a fresh process, each holding the lock the other wanted."""
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from mura_dist.inference.onnx_model import Model, Tuning
+images = np.zeros((4, 1, 64, 64), np.uint8)
+print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stream([images] * 20))))
+"""
+    for _ in range(8):
+        done = subprocess.run(
+            [sys.executable, "-c", code, model], capture_output=True, text=True, check=True, timeout=120
+        )
+        assert done.stdout.strip() == "20"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> None:
+    """Its usage statistics begin with a file among the temporary ones: none is there. Without us one is."""
+    code = (
+        "from pathlib import Path; from mura_dist.inference.onnx_model import Model; Model.load(Path({0!r}))"
+        if ours
+        else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
+    )
+    quiet = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
+    env = {name: value for name, value in os.environ.items() if name not in quiet} | {"TMPDIR": str(tmp_path)}
+    # In that process all addresses lead nowhere: the control shall tell nobody either.
+    env |= dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    subprocess.run([sys.executable, "-c", code.format(str(model))], check=True, env=env, timeout=120)
+    left = [path.name for path in tmp_path.iterdir() if path.name != "cache"]
+    if ours:
+        assert left == []
+    elif not left:
+        pytest.skip("this build of ONNX Runtime writes no such file")
+
+
+def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(Refusal, match=r"pip install 'mura-dist\[openvino\]'"):
+        Model.load(model, "openvino")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
+    if PROVIDERS[provider] in onnx_model.onnxruntime.get_available_providers() and Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(Refusal, match="--provider"):
+        Model.load(model, provider)
+
+
+def test_a_mistyped_provider(model: Path) -> None:
+    with pytest.raises(Refusal, match=r"--provider cdua \(did you mean cuda\?\)"):
+        Model.load(model, "cdua")
+
+
+def test_bf16_is_refused_where_nothing_computes_it(tmp_path: Path) -> None:
+    path = tmp_path / "bf16.onnx"
+    path.write_bytes(graph(tiny(), card_of().model_copy(update={"precision": "bf16"})))
+    with pytest.raises(Refusal, match="bf16"):
+        Model.load(path)
+    if importlib.util.find_spec("openvino") is not None and not onnx_model.computes_bf16():
+        with pytest.raises(Refusal, match="no instructions"):
+            Model.load(path, "openvino")
+
+
+@needs_openvino
+def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
+    import onnx
+
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(Refusal, match="not an ONNX model"):
+        Model.load(tmp_path / "text.onnx", "openvino")
+    bare = onnx.load_from_string(graph(tiny(), card_of()))
+    del bare.metadata_props[:]
+    (tmp_path / "bare.onnx").write_bytes(bare.SerializeToString())
+    with pytest.raises(Refusal, match="mura-dist export"):
+        Model.load(tmp_path / "bare.onnx", "openvino")
+
+
+def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Tuning().settled(on_cpu=True)
+    assert alone.threads == onnx_model.processors()
+    assert onnx_model.flowing(3).streams == min(2, onnx_model.processors())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * onnx_model.processors()))
+    assert Tuning().settled(on_cpu=True).threads == 1
+    assert onnx_model.flowing(3) == Tuning(3, 1, 1)
+    assert Tuning(3, 1, 7).settled(on_cpu=True) == Tuning(3, 1, 7)
+
+
+# ---- tuning
+
+
+@pytest.mark.parametrize("provider", BOTH)
+def test_the_fastest_way_is_measured_kept_and_found(
+    model: Path, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS", 0.01)
+    assert autotune.stored(Model.load(model, provider)) is None
+    lines: list[str] = []
+    best = autotune.choose(model, provider, lines.append)
+    ways = list(autotune.candidates(model, provider))
+    assert len(lines) == len(ways) == len(set(ways))
+    assert best in ways
+    assert autotune.words(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
+    assert autotune.stored(Model.load(model, provider)) == best
+    kept = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
+    [entry] = kept.values()
+    assert len(entry["measured"]) == len(ways)
+    assert str(model) not in json.dumps(kept)
+
+
+def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS", 0.01)
+    autotune.choose(model, "cpu")
+    other = tmp_path / "other.onnx"
+    export(tiny(1), card_of(), other)
+    assert autotune.stored(Model.load(other)) is None
+    assert autotune.stored(Model.load(model)) is not None
+    monkeypatch.setattr(autotune, "processors", lambda: 99)
+    assert autotune.stored(Model.load(model)) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
+def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS", 0.01)
+    path = tmp_path / "cache" / "mura-dist" / autotune.FILE
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    loaded = Model.load(model)
+    assert autotune.stored(loaded) is None
+    path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
+    assert autotune.stored(loaded) is None
+    path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
+    assert autotune.stored(loaded) is None
+    assert autotune.choose(model, "cpu") == autotune.stored(loaded)

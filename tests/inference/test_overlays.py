@@ -1,0 +1,254 @@
+"""Overlays: the radiograph and its map as the model saw and gave them, LOCAL ONLY, none whose pixels may name somebody."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from helpers.predictions import contents, draw, draw_dicom, rows
+from PIL import Image
+
+from mura_dist.cli.main import main
+from mura_dist.core.errors import Refusal
+from mura_dist.data import radiograph
+from mura_dist.data.radiograph import DicomIdentity
+from mura_dist.inference import overlays
+from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, picture, place
+from mura_dist.inference.predict import predict
+from mura_dist.reports import heatmap, local_only
+
+LEFT, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
+
+
+pytestmark = pytest.mark.usefixtures("own_site_key")
+
+
+def parts(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """The radiograph and the painted one, (S, S, 3) each, out of a picture."""
+    pixels, side = np.asarray(Image.open(path)), 5 * size
+    tall = pixels[TOP : TOP + side]
+    one, two = tall[:, LEFT : LEFT + side], tall[:, LEFT + side + GAP : LEFT + 2 * side + GAP]
+    assert (one[::5] == one[4::5]).all()  # enlarged, not smoothed
+    return one[::5, ::5], two[::5, ::5]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Radiographs in folders, a DICOM, what is no radiograph; a study of several views."""
+    folder = tmp_path_factory.mktemp("source")
+    names = ["a.png", "a", "deep/er/ü 1.PNG", "valid/XR_HAND/patient1/study1/image1.png", "x.png/b"]
+    for seed, name in enumerate(names):
+        draw(folder / name, seed)
+    draw_dicom(folder / "d.dcm", "1.2.3", "WRIST", "L")
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
+def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: Path) -> None:
+    summary = predict(model, source, tmp_path / "out", overlays=True, batch_size=4)
+    folder, loaded = tmp_path / "out" / FOLDER, Model.load(model)
+    lines = rows(tmp_path / "out/predictions.csv")
+    assert summary["num_overlays"] == len(lines) == 6
+    assert summary["num_overlays_withheld"] == 0
+    wanted = {f"{line['path']}.png" for line in lines} - {"x.png/b.png"} | {"x.png_/b.png", NOTE}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
+    for line in lines:
+        image = radiograph.read(source / line["path"], 64)
+        logit, cells = loaded.outputs(image[None, None])
+        assert np.float32(line["logit"]) == logit[0]
+        alone, painted = parts(place(tmp_path / "out", line["path"]))
+        assert (alone == image[..., None]).all()
+        assert (painted == heatmap.painted(image, cells[0])).all()
+    assert (folder / NOTE).read_text().startswith("LOCAL ONLY: ")
+    assert overlays.CAVEAT in (folder / NOTE).read_text()
+
+
+def test_the_tables_are_the_same_with_them_and_without(model: Path, source: Path, tmp_path: Path) -> None:
+    first = predict(model, source, tmp_path / "with", overlays=True)
+    second = predict(model, source, tmp_path / "without")
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+    assert (second["num_overlays"], second["num_overlays_withheld"]) == (0, 0)
+    assert not (tmp_path / "without" / FOLDER).exists()
+    assert first["warnings"] == second["warnings"]
+
+
+def test_a_file_says_local_only_and_nothing_else(model: Path, source: Path, tmp_path: Path) -> None:
+    predict(model, source, tmp_path / "out", overlays=True, keytable=tmp_path / "keys.csv")
+    files = [path for path in (tmp_path / "out" / FOLDER).rglob("*") if path.name != NOTE]
+    assert len(files) == 6
+    assert {path.stem for path in files} == {line["path"] for line in rows(tmp_path / "out/predictions.csv")}
+    for path in files:
+        with Image.open(path) as image:
+            image.load()
+            assert set(image.info) == {"Comment"}
+            assert image.info["Comment"].startswith("LOCAL ONLY: ")
+            assert not image.getexif()
+
+
+# ---- one scale, one caveat
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # a logit that is no number
+@pytest.mark.parametrize("size", [32, 64, 224, 320, 512])
+def test_words_stay_within_the_picture(size: int) -> None:
+    """Banner, numbers, scale and caveat: dark on light, apart from the edges, whatever the model's size."""
+    image = np.zeros((size, size), np.uint8)
+    for logit in (0.0, -1234.5678, float("nan"), float("inf")):
+        pixels = picture(image, np.full((2, 2), logit), logit)
+        caveat = pixels[-26:]
+        assert (caveat[:, :7] == 255).all()
+        assert (caveat[:, -7:] == 255).all()
+        assert (caveat != 255).any(axis=(0, 2)).sum() > 400  # a line of words
+        assert (caveat[-2:] == 255).all()
+    assert picture(image, np.zeros((2, 2)), 0.0).shape == picture(image, np.full((9, 7), 9.0), 9.0).shape
+
+
+@pytest.mark.parametrize("others", [-50.0, -1.0, 0.0, 1.0, 50.0])
+def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
+    image, cells = np.full((64, 64), 90, np.uint8), np.full((4, 4), others)
+    cells[1, 1] = 1.5
+    pixels = picture(image, cells, 0.0)
+    colour, opacity = heatmap.colour(2)
+    wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
+    y, x = TOP + 5 * 24, LEFT + 320 + GAP + 5 * 24
+    assert pixels[y, x].tolist() == wanted
+
+
+def test_a_model_trained_on_drawings_says_so() -> None:
+    image = np.zeros((64, 64), np.uint8)
+    assert (picture(image, np.zeros((2, 2)), 0.0) != picture(image, np.zeros((2, 2)), 0.0, drawings=True))[:26].any()
+
+
+def test_a_cell_that_is_no_number_stays_clear() -> None:
+    cells = np.array([[np.nan, np.inf], [-np.inf, 0.0]])
+    assert heatmap.steps(cells).tolist() == [[0, 5], [-5, 0]]
+
+
+# ---- names
+
+
+def test_two_radiographs_never_share_a_file() -> None:
+    """Nor does one's file lie where another's needs a folder; all below OUT/overlays, none over the note."""
+    words = [
+        "a",
+        "a.png",
+        "a.png_",
+        "a.png.png",
+        NOTE,
+        f"{NOTE}_",
+        f"{NOTE}.png",
+        "é" * 120,
+        "é" * 121,
+        "ü" * 250,
+        "a\nb",
+    ]
+    names = [*words, *("/".join(pair) for pair in itertools.product(words, words)), "a/a/a.png/a"]
+    files = [place(Path("out"), name) for name in names]
+    assert len(set(files)) == len(names)
+    folders = {parent for file in files for parent in file.parents}
+    assert not folders & set(files)
+    assert all(file.is_relative_to(f"out/{FOLDER}") and file.suffix == ".png" for file in files)
+    assert Path("out", FOLDER, NOTE) not in {*files, *folders}
+    assert max(len(os.fsencode(f".{part}.partial")) for file in files for part in file.parts) <= 255
+
+
+def test_a_name_as_long_as_names_may_be(model: Path, tmp_path: Path) -> None:
+    for letter in "ab":
+        draw(tmp_path / "in" / ("x" * 254 + letter))
+    summary = predict(model, tmp_path / "in", tmp_path / "out", overlays=True)
+    assert summary["num_overlays"] == 2
+    assert len(list((tmp_path / "out" / FOLDER).glob("*.png"))) == 2
+
+
+# ---- pixels that may show a name
+
+
+BURNED = {
+    "burned.dcm": {"BurnedInAnnotation": "YES"},
+    "odd.dcm": {"BurnedInAnnotation": "MAYBE"},
+    "captured.dcm": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"},
+    "other.dcm": {"Modality": "OT"},
+    "digitised.dcm": {"ConversionType": "DF"},
+}
+CLEAN = {"clean.dcm": {"BurnedInAnnotation": "NO"}, "silent.dcm": {}}
+
+
+@pytest.fixture(scope="module")
+def burned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("burned")
+    for seed, (name, values) in enumerate((BURNED | CLEAN).items()):
+        dicom = pydicom.dcmread(draw_dicom(folder / name, f"1.2.{seed}", "HAND", "L", seed))
+        for keyword, value in values.items():
+            setattr(dicom, keyword, value)
+        dicom.save_as(folder / name)
+    draw(folder / "plain.png")
+    return folder
+
+
+def test_none_of_a_dicom_that_may_show_a_name(model: Path, burned: Path, tmp_path: Path) -> None:
+    summary = predict(model, burned, tmp_path / "out", overlays=True)
+    assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (3, len(BURNED))
+    assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*CLEAN, "plain.png"}
+    (why,) = [line for line in summary["warnings"] if "overlay" in line]
+    assert why.startswith("no overlay of 5 radiographs, whose pixels may show a name (BurnedInAnnotation, a secondary ")
+    assert "--allow-pixels" in why
+    assert summary["num_radiographs"] == 8  # predicted all the same
+
+
+def test_allowed_all_are_written(model: Path, burned: Path, tmp_path: Path) -> None:
+    summary = predict(model, burned, tmp_path / "out", overlays=True, allow_pixels=True)
+    assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (8, 0)
+    assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*BURNED, *CLEAN, "plain.png"}
+    assert not any("overlay" in line for line in summary["warnings"])
+    with pytest.raises(Refusal, match=r"holds a run with allow_pixels=True, this one has allow_pixels=False"):
+        predict(model, burned, tmp_path / "out", overlays=True)
+
+
+def test_allowing_what_nobody_asked_for_is_said(model: Path, burned: Path, tmp_path: Path) -> None:
+    summary = predict(model, burned, tmp_path / "out", allow_pixels=True)
+    assert "--allow-pixels without --overlays changes nothing" in summary["warnings"]
+
+
+def test_the_one_that_withholds() -> None:
+    shown, hidden = DicomIdentity("1", "HAND", "L"), DicomIdentity("1", "HAND", "L", True)
+    for allowed in (False, True):
+        one = Overlays(Path("out"), allow_pixels=allowed)
+        assert [one.withholds(identity) for identity in (None, shown, hidden)] == [False, False, not allowed]
+
+
+def test_overlays_of_another_run_are_not_mixed_with(model: Path, burned: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / FOLDER).mkdir(parents=True)
+    with pytest.raises(Refusal, match=r"out holds overlays, which is not of this run; give another folder"):
+        predict(model, burned, tmp_path / "out")
+
+
+def test_the_command_says_what_lies_there(
+    model: Path,
+    burned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["predict", str(model), str(burned), "--out", str(tmp_path / "out"), "--overlays", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "overlays (LOCAL ONLY): 3, 5 withheld\n" in said
+    assert "warning: no overlay of 5 radiographs" in said
+
+
+def test_the_same_bytes_whoever_else_draws(tmp_path: Path) -> None:
+    """Threads leave no trace."""
+    rng = np.random.default_rng(0)
+    some = [
+        Overlay(f"{number}", rng.integers(0, 256, (32, 32), dtype=np.uint8), rng.normal(0, 3, (3, 4)), 1.0)
+        for number in range(12)
+    ]
+    Overlays(tmp_path / "many").write_all(some)
+    Overlays(tmp_path / "many").write_all([])
+    for one in some:
+        Overlays(tmp_path / "one").write_all([one])
+        assert place(tmp_path / "one", one.name).read_bytes() == place(tmp_path / "many", one.name).read_bytes()
+        assert place(tmp_path / "one", one.name).read_bytes() == local_only.png(
+            picture(one.image, one.cells, one.logit)
+        )

@@ -1,0 +1,785 @@
+"""predict: every file once, the same bytes whatever happens, studies as the field means them, nothing of a patient."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+from helpers import faulty_reader, laws
+from helpers.commands import run
+from helpers.predictions import TABLES, contents, draw, draw_dicom, rows
+
+from mura_dist.cli.main import DONE, FAILED, main
+from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.data import gate, mura, radiograph
+from mura_dist.distributed.worker_pool import Limits
+from mura_dist.inference import autotune, pseudonyms, tables
+from mura_dist.inference import predict as room
+from mura_dist.inference import studies as grouping
+from mura_dist.inference.onnx_model import Model, Tuning, _OnnxRuntime, flowing
+from mura_dist.inference.predict import CHUNK, predict
+
+PREDICT = """\
+import sys
+from pathlib import Path
+from mura_dist.predict import predict
+model, source, out = map(Path, sys.argv[1:4])
+"""
+
+
+pytestmark = pytest.mark.usefixtures("own_site_key")
+
+
+def accounted(out: Path) -> Counter[str]:
+    return Counter(row["path"] for name in ("predictions.csv", "failures.csv") for row in rows(out / name))
+
+
+def studies(out: Path) -> dict[str, tuple[str, str]]:
+    return {row["study"]: (row["study_type"], row["num_views"]) for row in rows(out / "studies.csv")}
+
+
+# ---- every file once
+
+
+def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    good = [
+        "a.png",
+        "deep/er/ü 1.PNG",
+        "deep/line\nfeed.png",
+        "deep/carriage\rreturn.png",
+        'quote",comma.png',
+        "no_suffix",
+    ]
+    for seed, name in enumerate(good):
+        draw(source / name, seed)
+    (source / "linked.png").symlink_to(source / "a.png")
+    (tmp_path / "elsewhere").mkdir()
+    draw(tmp_path / "elsewhere" / "far.png")
+    (source / "outside").symlink_to(tmp_path / "elsewhere")
+    (source / "deep" / "up").symlink_to(source)  # a loop: all it leads to has been seen
+    whole = (source / "a.png").read_bytes()
+    bad = {
+        ".DS_Store": b"\0\0\0\1Bud1",
+        "._a.png": b"\0\x05\x16\x07\0\2\0\0",
+        "labels.csv": b"path,label\n",
+        "empty.png": b"",
+        "torn.png": whole[: len(whole) // 2],
+        "notes.png": b"<html>404</html>",
+    }
+    for name, data in bad.items():
+        (source / name).write_bytes(data)
+    (source / "broken_link.png").symlink_to("nowhere")
+    (source / "itself.png").symlink_to("itself.png")
+    os.mkfifo(source / "pipe.png")
+    summary = predict(model, source, tmp_path / "out")
+    good += ["linked.png", "outside/far.png"]
+    assert accounted(tmp_path / "out") == Counter([*good, *bad, "broken_link.png", "itself.png", "pipe.png"])
+    assert {row["path"] for row in rows(tmp_path / "out" / "predictions.csv")} == set(good)
+    codes = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
+    assert codes["torn.png"][0] == codes["broken_link.png"][0] == codes["itself.png"][0] == "unreadable"
+    assert all(
+        codes[name][0] == "not_image" for name in (".DS_Store", "._a.png", "labels.csv", "notes.png", "pipe.png")
+    )
+    assert all(reason for _, reason in codes.values())
+    assert (summary["num_files"], summary["num_radiographs"], summary["num_failures"]) == (17, 8, 9)
+    assert sum(summary["failures_by_code"].values()) == 9
+    assert summary["terms"] == mura.TERMS
+    assert sorted(os.listdir(tmp_path / "out")) == ["failures.csv", "predict.json", "predictions.csv", "studies.csv"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps names that are not UTF-8")
+def test_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "in" / os.fsdecode(b"r\xf6ntgen\xff.png"))
+    draw(tmp_path / "in" / os.fsdecode(b"\xe4rm/valid/XR_HAND/patient1/study1/image1.png"))
+    predict(model, tmp_path / "in", tmp_path / "out")
+    assert accounted(tmp_path / "out") == Counter(
+        ["r\\xf6ntgen\\xff.png", "\\xe4rm/valid/XR_HAND/patient1/study1/image1.png"]
+    )
+    assert "\\xe4rm/valid/XR_HAND/patient1/study1" in studies(tmp_path / "out")
+
+
+def test_out_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "a.png")
+    first = predict(model, tmp_path, tmp_path / "out")
+    assert accounted(tmp_path / "out") == Counter(["a.png"])
+    assert predict(model, tmp_path, tmp_path / "out") == first  # its own tables changed nothing
+
+
+def test_nothing_readable(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("none")
+    assert predict(model, tmp_path / "in", tmp_path / "out")["num_studies"] == 0
+    assert (tmp_path / "out" / "predictions.csv").read_text() == "path,study,study_type,logit,probability,gate\n"
+    header = "study,study_type,num_views,probability,calibrated_probability,threshold,call,band\n"
+    assert (tmp_path / "out" / "studies.csv").read_text() == header
+    assert len(rows(tmp_path / "out" / "failures.csv")) == 1
+
+
+def test_hostile_files(model: Path, tmp_path: Path, shared: Path) -> None:
+    predict(model, shared / "hostile", tmp_path / "out")
+    files = [str(path.relative_to(shared / "hostile")) for path in (shared / "hostile").rglob("*") if path.is_file()]
+    assert accounted(tmp_path / "out") == Counter(files)
+    assert len(rows(tmp_path / "out" / "predictions.csv")) > 100
+
+
+# ---- files that harm their reader
+
+
+def test_what_harms_its_reader_is_a_failure_and_nothing_else(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the run would end there, and each restart as well."""
+    for number in range(20):
+        draw(tmp_path / "in" / f"{number:02d}.png", number)
+    predict(model, tmp_path / "in", tmp_path / "sound")
+    bad = {
+        "03_crash.png": "unreadable",
+        "07_spin.png": "unreadable",
+        "07_crash.png": "unreadable",
+        "12_eat.png": "too_large",
+    }
+    for name in bad:
+        draw(tmp_path / "in" / name)
+    monkeypatch.setattr(room, "Reader", faulty_reader.Reader)
+    summary = predict(
+        model, tmp_path / "in", tmp_path / "out", workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20)
+    )
+    found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
+    assert {path: code for path, (code, _) in found.items()} == bad
+    assert found["03_crash.png"][1] == found["07_crash.png"][1] == "its decoder crashed"
+    assert found["07_spin.png"][1] == "its decoder did not come to an end within 1 s"
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "sound" / "predictions.csv").read_bytes()
+    assert summary is not None
+    assert summary["failures_by_code"] == {"too_large": 1, "unreadable": 3}
+
+
+# ---- numbers
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MURA's layout: a study of three views, one of one, one of another study type, one of a type unknown to the card."""
+    root = tmp_path_factory.mktemp("MURA")
+    hand, wrist, hip = "XR_HAND/patient00001", "XR_WRIST/patient00001", "XR_HIP/patient00002"
+    names = [f"{hand}/study1_positive/image{view}.png" for view in (1, 2, 3)]
+    names += [
+        f"{hand}/study2_negative/image1.png",
+        f"{wrist}/study1_positive/image1.png",
+        f"{hip}/study1_negative/image1.png",
+    ]
+    for seed, name in enumerate(names):
+        draw(root / "valid" / name, seed)
+    return root
+
+
+def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> None:
+    summary = predict(model, layout, tmp_path / "out")
+    loaded, logits = Model.load(model), {}
+    for row in rows(tmp_path / "out" / "predictions.csv"):
+        image = radiograph.read(layout / row["path"], 64)
+        wanted = loaded.logits(image[None, None])[0]
+        assert np.float32(row["logit"]) == wanted  # the shortest text that is this float32
+        assert len(row["logit"]) <= 14
+        assert float(row["probability"]) == pytest.approx(1 / (1 + np.exp(-float(wanted))), rel=1e-12)
+        logits.setdefault(row["study"], []).append(float(wanted))
+    assert len(set(map(tuple, logits.values()))) == 4  # not one answer for all
+    for row in rows(tmp_path / "out" / "studies.csv"):
+        probability = np.mean([1 / (1 + np.exp(-logit)) for logit in logits[row["study"]]])
+        assert float(row["probability"]) == pytest.approx(probability, rel=1e-12)
+        threshold = {"XR_HAND": 0.5, "XR_WRIST": 0.25}.get(row["study_type"])
+        assert row["threshold"] == ("" if threshold is None else str(threshold))
+        assert row["call"] == ("" if threshold is None else str(int(probability > threshold)))
+        assert row["calibrated_probability"] == row["band"] == ""
+    told = [line for line in summary["warnings"] if "column gate" not in line]  # blotches are no radiographs
+    assert told == ["no threshold was evaluated for study type XR_HIP: no call for 1 of its studies"]
+    assert {row["gate"] for row in rows(tmp_path / "out" / "predictions.csv")} <= set(gate.NAMES)
+    assert (summary["num_calls"], summary["num_studies"]) == (3, 4)
+
+
+def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
+    predict(model, layout, tmp_path / "csv")
+    predict(model, layout, tmp_path / "parquet", format="parquet")
+    for name in tables.NAMES:
+        one = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
+        other = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        assert list(one.columns) == list(other.columns)
+        if "logit" in one:
+            assert other["logit"].dtype == np.float32
+            one["logit"] = one["logit"].astype(np.float32)
+        for column in one:
+            left, right = one[column].tolist(), other[column].tolist()
+            assert all((pd.isna(a) and pd.isna(b)) or a == b for a, b in zip(left, right, strict=True)), (name, column)
+
+
+# ---- studies
+
+
+def test_muras_studies_from_any_folder(model: Path, layout: Path, tmp_path: Path) -> None:
+    predict(model, layout, tmp_path / "whole")
+    assert studies(tmp_path / "whole") == {
+        "valid/XR_HAND/patient00001/study1_positive": ("XR_HAND", "3"),
+        "valid/XR_HAND/patient00001/study2_negative": ("XR_HAND", "1"),
+        "valid/XR_HIP/patient00002/study1_negative": ("XR_HIP", "1"),
+        "valid/XR_WRIST/patient00001/study1_positive": ("XR_WRIST", "1"),
+    }
+    predict(model, layout / "valid" / "XR_HAND", tmp_path / "part")
+    wanted = {study: value for study, value in studies(tmp_path / "whole").items() if "XR_HAND" in study}
+    assert studies(tmp_path / "part") == wanted
+
+
+def test_muras_studies_without_their_split(model: Path, layout: Path, tmp_path: Path) -> None:
+    """Copied out of train or valid, a study's folder is a study still."""
+    hands = {"patient00001/study1_positive": ("XR_HAND", "3"), "patient00001/study2_negative": ("XR_HAND", "1")}
+    (tmp_path / "ward").mkdir()
+    (tmp_path / "ward" / "XR_HAND").symlink_to(layout / "valid" / "XR_HAND")
+    predict(model, tmp_path / "ward", tmp_path / "ward's")
+    assert studies(tmp_path / "ward's") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+    predict(model, tmp_path / "ward" / "XR_HAND" / "patient00001", tmp_path / "one")
+    assert studies(tmp_path / "one") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+
+
+def test_two_copies_of_a_study_stay_two(model: Path, tmp_path: Path) -> None:
+    for site in ("north", "south"):
+        draw(tmp_path / "in" / site / "valid/XR_HAND/patient00001/study1/image1.png")
+    predict(model, tmp_path / "in", tmp_path / "out")
+    names = [f"{site}/valid/XR_HAND/patient00001/study1" for site in ("north", "south")]
+    assert studies(tmp_path / "out") == dict.fromkeys(names, ("XR_HAND", "1"))
+
+
+def test_study_by(model: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(["a.png", "b.png", "XR_WRIST/c.png", "XR_WRIST/d.png"]):
+        draw(tmp_path / "in" / name, seed)
+    for study_by in grouping.STUDY_BY:
+        predict(model, tmp_path / "in", tmp_path / study_by, study_by=study_by)
+    by_file = {"a.png": ("unknown", "1"), "b.png": ("unknown", "1")}
+    by_file |= {f"XR_WRIST/{name}.png": ("XR_WRIST", "1") for name in "cd"}
+    assert studies(tmp_path / "file") == studies(tmp_path / "auto") == by_file
+    assert studies(tmp_path / "folder") == {".": ("unknown", "2"), "XR_WRIST": ("XR_WRIST", "2")}
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_dicom_studies_and_no_word_of_the_patient(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, uid, other = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
+    draw_dicom(source / "1.dcm", uid, "HAND", "L", 1)
+    draw_dicom(source / "2", uid, "hand", "l", 2)  # the same: what a device writes varies in case
+    draw_dicom(source / "3.dcm", uid, "HAND", "R", 3)
+    draw_dicom(source / "4.dcm", uid, "THUMB", "L", 4)
+    draw_dicom(source / "5.dcm", other, "MISS JANE DOE", "L", 5)
+    draw_dicom(source / "6.dcm", "", "WRIST", "L", 6)  # no study: its own
+    predict(model, source, tmp_path / "out")
+    found = {row["path"]: (row["study"], row["study_type"]) for row in rows(tmp_path / "out" / "predictions.csv")}
+    assert found["1.dcm"] == found["2"]
+    assert len({study for study, _ in found.values()}) == 5
+    types = ["XR_HAND", "XR_HAND", "XR_HAND", "XR_FINGER", "unknown", "XR_WRIST"]
+    assert [study_type for _, study_type in found.values()] == types
+    assert found["6.dcm"][0] == "6.dcm"
+    names = [study for path, (study, _) in found.items() if path != "6.dcm"]
+    assert all(name.startswith("dicom-") and len(name) == 22 and int(name[6:], 16) >= 0 for name in names)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(word in written.upper() for word in (b"1.2.276", b"JANE", b"4711"))
+
+    key = Path(os.environ["MURA_DIST_SITE_KEY"])
+    if os.name == "posix":
+        assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    predict(model, source, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    assert key.read_bytes() == before
+    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
+    predict(model, source, tmp_path / "elsewhere")
+    assert not {name for name in studies(tmp_path / "elsewhere") if name in studies(tmp_path / "out")} - {"6.dcm"}
+
+
+def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp_path: Path) -> None:
+    key = Path(os.environ["MURA_DIST_SITE_KEY"])
+    draw(tmp_path / "in" / "a.png")
+    predict(model, tmp_path / "in", tmp_path / "out")
+    assert not key.exists()
+    key.parent.mkdir()
+    key.write_bytes(b"short")
+    key.chmod(0o600)
+    with pytest.raises(Refusal, match=r"^site key .* holds 5 bytes, at least 32 are needed; delete it"):
+        pseudonyms.site_key()
+
+
+def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
+    def types(name: str, given: str) -> Counter[str]:
+        predict(model, layout, tmp_path / name, study_type=given)
+        return Counter(study_type for study_type, _ in studies(tmp_path / name).values())
+
+    assert types("one", "hand") == {"XR_HAND": 4}
+    assert types("unheard", "KNEE") == {"KNEE": 4}
+    assert all(row["call"] == "" for row in rows(tmp_path / "unheard" / "studies.csv"))
+    table = tmp_path / "types.csv"
+    view = "valid/XR_HAND/patient00001/study1_positive/image1.png"
+    table.write_text(
+        "\ufeffpath,study_type\nvalid/XR_HIP/patient00002/study1_negative/image1.png,elbow\n", encoding="utf-8"
+    )
+    assert types("table", str(table)) == {"XR_HAND": 2, "XR_ELBOW": 1, "XR_WRIST": 1}
+    table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
+    assert types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
+    table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
+    with pytest.raises(Refusal, match="is both XR_ELBOW and XR_HAND; leave one"):
+        types("both", str(table))
+    table.write_text("file,type\na,b\n")
+    with pytest.raises(Refusal, match="not a CSV with the columns path and study_type"):
+        types("columns", str(table))
+    with pytest.raises(Refusal, match=r"missing\.csv: no such file or directory; give a study type"):
+        types("missing", str(tmp_path / "missing.csv"))
+
+
+# ---- the same bytes, whatever happens
+
+
+NUM_MANY = 2 * CHUNK + 100
+
+
+@pytest.fixture(scope="module")
+def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A directory of two chunks and a half, a seventh of it junk, and its tables made in one go."""
+    source = tmp_path_factory.mktemp("many")
+    pictures = [draw(source / "0" / f"{number}.png", number).read_bytes() for number in range(20)]
+    for number in range(NUM_MANY - 20):
+        (source / f"{number:04d}.png").write_bytes(pictures[number % 20] if number % 7 else b"junk")
+    out = tmp_path_factory.mktemp("one_go")
+    predict(model, source, out)
+    return source, contents(out)
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (7, 3), (300, 2)])
+def test_batches_and_threads_leave_no_trace(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, batch_size: int, workers: int
+) -> None:
+    predict(model, many[0], tmp_path, batch_size=batch_size, workers=workers)
+    assert contents(tmp_path) == many[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 1])
+def test_killed_before_or_after_any_write(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
+) -> None:
+    """Law of the torn write: kill -9 around each rename; the same command finds no half table and ends with the same bytes."""
+    source, wanted = many
+    driver = PREDICT + (
+        "import os, signal\n"
+        "rename, seen = os.replace, 0\n"
+        "def kill_at(moment):\n"
+        "    def replace(a, b):\n"
+        "        global seen\n"
+        "        for act in (lambda: None, lambda: rename(a, b)):\n"
+        "            act()\n"
+        "            if seen == moment: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            seen += 1\n"
+        "    return replace\n"
+        "for moment in range(0, 40, int(sys.argv[4])):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        os.replace = kill_at(moment)\n"
+        "        predict(model, source, out / str(moment))\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(child, 0)[1] == 0: break\n"
+        "print(moment)\n"
+    )
+    command = [sys.executable, "-c", driver, str(model), str(source), str(tmp_path), str(step)]
+    last = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0 <= last - 2 * 8 < step  # plan, three parts, three tables, the mark
+    for moment in range(0, last, step):
+        out = tmp_path / str(moment)
+        for name in set(TABLES) & set(os.listdir(out)):
+            assert (out / name).read_bytes() == wanted[name]
+        assert not (out / "predict.json").exists() or set(TABLES) < set(os.listdir(out))
+        seen: list[int] = []
+        predict(model, source, out, progress=lambda done, total, seen=seen: seen.append(done))
+        assert contents(out) == wanted, moment
+        assert not seen or seen[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
+        assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
+
+
+KILLED = (
+    PREDICT
+    + """
+import os, signal
+from mura_dist import tables
+from mura_dist.runtime import _OnnxRuntime
+compute, where, at, notes = _OnnxRuntime.run, *sys.argv[4:]
+def die(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+def count(self, image, outputs):
+    with open(notes, "a") as file: file.write(f"{len(image)}\\n")
+    return compute(self, image, outputs)
+_OnnxRuntime.run = count
+if where == "tables":
+    tables.Studies.frames = die
+predict(model, source, out, workers=2,
+        walking=lambda num: where == "walking" and die(),
+        progress=lambda done, total: where == "reading" and done == int(at) and die())
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+@pytest.mark.parametrize(
+    ("where", "at", "num_parts"),
+    [
+        pytest.param("walking", 0, 0, marks=pytest.mark.slow),
+        pytest.param("reading", 1, 0, marks=pytest.mark.slow),
+        pytest.param("reading", 256, 0, marks=pytest.mark.slow),
+        ("reading", 300, 1),
+        pytest.param("reading", 612, 2, marks=pytest.mark.slow),
+        ("tables", 0, 3),
+    ],
+)
+def test_killed_at_any_point_and_nothing_predicted_twice(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, where: str, at: int, num_parts: int
+) -> None:
+    """kill -9 within the walk, within a chunk, within the tables: the finished chunks are not predicted again."""
+    source, wanted, out, notes = *many, tmp_path / "out", tmp_path / "notes"
+    command = [sys.executable, "-c", KILLED, str(model), str(source), str(out)]
+    killed = subprocess.run([*command, where, str(at), str(notes)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    parts = [json.loads((out / ".parts" / f"{number:06d}.json").read_bytes()) for number in range(num_parts)]
+    assert len(list((out / ".parts").glob("0*.json"))) == num_parts
+    notes.write_text("")
+    again = subprocess.run([*command, "", "0", str(notes)], capture_output=True, text=True, check=False)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert again.stderr.startswith("taking over a stale lock of process ")
+    assert contents(out) == wanted
+    left = wanted["predictions.csv"].count(b"\n") - 1 - sum(len(part["predictions"]) for part in parts)
+    assert sum(map(int, notes.read_text().split())) == left
+    assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [("walk", signal.SIGINT), ("chunk", signal.SIGINT), ("chunk", signal.SIGTERM), ("tables", signal.SIGTERM)],
+)
+def test_a_signal_stops_in_good_order(
+    model: Path,
+    many: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    phase: str,
+) -> None:
+    before, frames = signal.getsignal(number), tables.views
+    asked: list[int] = []
+
+    def ask(now: bool) -> None:
+        if now and not asked:
+            asked.append(1)
+            signal.raise_signal(number)
+
+    if phase == "tables":
+        monkeypatch.setattr(tables, "BLOCK", 100)
+        monkeypatch.setattr(tables, "views", lambda rows: (ask(True), frames(rows))[1])
+    said = {
+        "walk": "^stopped while looking for files; the same command goes on$",
+        "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files; the same command goes on$",
+        "tables": "^stopped while writing the tables; nothing is lost, the same command goes on$",
+    }
+    with pytest.raises(Stopped, match=said[phase]):
+        predict(
+            model,
+            many[0],
+            tmp_path / "out",
+            walking=lambda num: ask(phase == "walk"),
+            progress=lambda done, total: ask(phase == "chunk" and done == CHUNK),
+        )
+    assert signal.getsignal(number) is before
+    assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
+    assert not (tmp_path / "out" / "predict.json").exists()
+    predict(model, many[0], tmp_path / "out")
+    assert contents(tmp_path / "out") == many[1]
+
+
+def test_chunks_without_a_radiograph_are_finished_as_they_come(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No logits come for them; else a million such files would wait in memory for the first radiograph."""
+    monkeypatch.setattr(room, "CHUNK", 10)
+    (tmp_path / "in").mkdir()
+    for number in range(95):
+        (tmp_path / "in" / f"{number:02d}").write_bytes(b"junk")
+
+    def stop(done: int, total: int) -> None:
+        if done == 55:
+            assert len(list((tmp_path / "out" / ".parts").glob("0*.json"))) == 5
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"^stopped after 60 of 95 files"):
+        predict(model, tmp_path / "in", tmp_path / "out", progress=stop)
+    summary = predict(model, tmp_path / "in", tmp_path / "out")
+    assert summary is not None
+    assert (summary["num_files"], summary["num_failures"]) == (95, 95)
+
+
+def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
+    first = predict(model, layout, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert (
+        predict(model, layout, tmp_path / "out") == first == json.loads((tmp_path / "out" / "predict.json").read_text())
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_in_the_same_out(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, finished: bool
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    draw(source / "a.png")
+    for number in range(CHUNK):
+        (source / f"{number}").write_bytes(b"junk")
+
+    def stop(done: int, total: int) -> None:
+        if not finished and done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        predict(model, source, out, progress=stop)
+    except Stopped:
+        assert not finished
+    assert (out / "predict.json").exists() == finished
+    for key, options in {
+        "study_by": {"study_by": "file"},
+        "study_type": {"study_type": "hand"},
+        "format": {"format": "parquet"},
+    }.items():
+        with pytest.raises(Refusal, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"):
+            predict(model, source, out, **options)
+    other = tmp_path / "other.onnx"
+    proto = onnx.load(model)
+    proto.doc_string = "another"
+    onnx.save(proto, other)
+    with pytest.raises(Refusal, match=r"holds a run with model_sha256="):
+        predict(other, source, out)
+    draw(source / "a.png", seed=9)
+    with pytest.raises(Refusal, match=r"holds a run with files_sha256="):
+        predict(model, source, out)
+    draw(source / "b.png")
+    with pytest.raises(Refusal, match=rf"holds a run with num_files={CHUNK + 1}, this one has num_files={CHUNK + 2}"):
+        predict(model, source, out)
+
+
+# ---- refusals
+
+
+def test_wrong_requests(model: Path, tmp_path: Path) -> None:
+    source = draw(tmp_path / "in" / "a.png").parent
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "studies.csv").write_text("mine")
+    (tmp_path / "text.onnx").write_text("no model")
+    (tmp_path / "void.onnx").write_bytes(b"")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"directory": tmp_path / "no"}, r"no: no such folder; give a folder of radiographs$"),
+        ({"directory": source / "a.png"}, r"a\.png: a file; give a folder"),
+        ({"directory": tmp_path / "empty"}, r"empty holds no files; give"),
+        ({"out": source}, r"^--out .*in is the directory of radiographs itself; give another"),
+        ({"out": source / "a.png"}, r"a\.png is a file; give a folder"),
+        ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv, which is not of this run; give another folder"),
+        ({"study_by": "patient"}, r"^--study-by patient: must be one of auto, folder, file;"),
+        ({"format": "xlsx"}, r"^--format xlsx: must be one of csv, parquet;"),
+        ({"workers": 0}, r"^--workers 0: must be at least 1;"),
+        ({"workers": 257}, r"^--workers 257: must be at most 256;"),
+        ({"batch_size": -1}, r"^--batch-size -1: must be at least 1;"),
+        (
+            {"provider": "abacus"},
+            r"^--provider abacus: this ONNX Runtime has .*CPUExecutionProvider.*; name one of them",
+        ),
+        ({"model_path": tmp_path / "no.onnx"}, r"no\.onnx: no such file; give the model\.onnx"),
+        ({"model_path": tmp_path}, r": a folder; give the model\.onnx"),
+        ({"model_path": tmp_path / "text.onnx"}, r"text\.onnx is not an ONNX model that ONNX Runtime can load"),
+        ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model that ONNX Runtime can load"),
+    ]
+    for change, text in cases:
+        request: dict[str, Any] = {"model_path": model, "directory": source, "out": tmp_path / "out"} | change
+        with pytest.raises(Refusal, match=text) as refusal:
+            predict(**request)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "foreign" / "studies.csv").read_text() == "mine"
+
+
+def test_strict_ends_with_one_line_once_everything_is_written(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+    num = many[1]["failures.csv"].count(b"\n") - 1
+    for _ in ("made", "found finished"):
+        assert main([*words, "--strict"]) == FAILED
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert f"--strict: {num} of {NUM_MANY} files failed, {tmp_path / 'out'}/failures.csv says why" in said
+        assert contents(tmp_path / "out") == many[1]
+        assert (tmp_path / "out" / "predict.json").exists()
+    assert main(words) == DONE
+    assert f"{num} failures" in capsys.readouterr().out
+    draw(tmp_path / "sound" / "a.png")
+    assert main(["predict", str(model), str(tmp_path / "sound"), "--out", str(tmp_path / "s"), "--strict"]) == DONE
+
+
+@pytest.mark.parametrize("name", ["studies.csv", "predict.json"])
+def test_an_output_held_open_loses_nothing(
+    model: Path,
+    many: tuple[Path, dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Windows refuses to replace a file that a spreadsheet has open."""
+    replace, words = os.replace, ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+
+    def held(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise PermissionError(13, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    assert main(words) == FAILED
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"{tmp_path / 'out' / name} cannot be written (permission denied): close the program that holds it" in said
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
+    assert main(words) == DONE
+    assert contents(tmp_path / "out") == many[1]
+
+
+def test_a_model_that_gives_no_number_is_named(
+    model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
+    with pytest.raises(Failure, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
+        predict(model, layout, tmp_path)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: pytest.CaptureFixture[str]) -> None:
+    try:
+        said = Model.load(model, provider).provider.lower()
+    except Refusal as refusal:
+        said = str(refusal)
+    assert re.match(rf"{provider}|--provider {provider}: .*does not start here .* give --provider cpu, .*$", said)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_plan_is_named(model: Path, layout: Path, tmp_path: Path) -> None:
+    (tmp_path / "predict.json").write_text("{")
+    with pytest.raises(Refusal, match=r"predict\.json is damaged; give another --out"):
+        predict(model, layout, tmp_path)
+
+
+def test_full_disk_leaves_the_run_to_be_resumed(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the second part does not fit, as nothing of it may."""
+    driver = PREDICT + (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def limit(done, total):\n"
+        "    if done == 300: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: predict(model, source, out, progress=limit)\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    command = [sys.executable, "-c", driver, str(model), str(many[0]), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "File too large"
+    assert sorted(os.listdir(tmp_path / ".parts")) == ["000000.json", "plan.json"]
+    predict(model, many[0], tmp_path)
+    assert contents(tmp_path) == many[1]
+
+
+def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
+    heavy = "{'torch', 'torchvision', 'cv2', 'matplotlib', 'onnx', 'sklearn', 'pyarrow'}"
+    driver = PREDICT + f"predict(model, source, out); print(sorted({heavy} & set(sys.modules)))"
+    command = [sys.executable, "-c", driver, str(model), str(layout), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.replace("'", '"')) in ([], ["pyarrow"])  # pandas takes pyarrow where it is installed
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
+def test_a_disk_that_is_really_full(
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, room_kib: int
+) -> None:
+    """Within the walk, the parts or the tables: one line says why; with room again the same command, the same bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "none", disk]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount")
+    words = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
+    try:
+        full = run(*words)
+        assert full.returncode == 1, (full.stdout, full.stderr)
+        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
+        assert "No space left on device" in full.stderr
+        assert "free some space, then the same command goes on" in full.stderr
+        parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
+        subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+        again = run(*words)
+        assert (again.returncode, again.stderr) == (0, ""), again.stderr
+        assert contents(disk / "out") == many[1]
+        assert len(parts) <= 3
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# ---- how it is run
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_goes_on_as_it_began(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Whatever was measured on this machine in between; and nothing is measured for it."""
+    loaded, place = Model.load(model, tuning=flowing()), room._Place(tmp_path / "out", 0, 1)
+    plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
+    place.parts.mkdir(parents=True)
+    (place.done if finished else place.plan).write_text(json.dumps({"plan": plan} if finished else plan))
+    monkeypatch.setattr(autotune, "stored", lambda model: Tuning(16, 1, 1, "all"))
+    monkeypatch.setattr(autotune, "choose", lambda *given: pytest.fail("measured"))
+    for to_measure in (None, model):
+        assert room._way(place, loaded, "cpu", None, to_measure, print) == Tuning(3, 1, 1, "extended")
+    assert room._way(place, loaded, "cpu", 5, None, print) == replace(
+        loaded.tuning, optimisation="extended", batch_size=5
+    )
+    (place.done if finished else place.plan).write_text("{}")  # another model's
+    assert room._way(place, loaded, "cpu", None, None, print) == Tuning(16, 1, 1, "all")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert room._way(place, loaded, "cpu", None, None, print) == loaded.tuning
+
+
+def test_autotune_is_measured_kept_and_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(autotune, "_SECONDS", 0.01)
+    draw(tmp_path / "in" / "a.png")
+    words = ["predict", str(model), str(tmp_path / "in"), "--out"]
+    assert main([*words, str(tmp_path / "plain")]) == DONE
+    assert main([*words, str(tmp_path / "tuned"), "--autotune"]) == DONE
+    assert "radiographs/s  batch size" in capsys.readouterr().err
+    assert contents(tmp_path / "plain").keys() == contents(tmp_path / "tuned").keys()
+    assert (tmp_path / "cache" / "mura-dist" / "tuning.json").is_file()
+    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune", "--batch-size", "3"], "--autotune", "--batch-size 3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune"], "--autotune", "without torchrun")

@@ -1,0 +1,677 @@
+"""Pseudonyms: one key a site, names that lead back for the site alone, and not a word of a patient anywhere else."""
+
+import csv
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from helpers.commands import run
+from helpers.predictions import draw, draw_dicom, rows
+from pydicom.datadict import DicomDictionary
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from mura_dist.cli.main import FAILED, STOPPED, WRONG, main
+from mura_dist.core import files as atomic
+from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
+from mura_dist.inference import file_list, pseudonyms, study_types
+from mura_dist.inference.predict import predict
+from mura_dist.inference.pseudonyms import Names
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+WORD, NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's name and number
+
+
+pytestmark = pytest.mark.usefixtures("own_site_key")
+
+
+# ---- the site's key
+
+
+@POSIX
+def test_the_key_is_made_once_for_its_owner_alone() -> None:
+    path = pseudonyms.key_path()
+    assert path == Path(os.environ["MURA_DIST_SITE_KEY"])
+    key = pseudonyms.site_key()
+    assert (len(key), path.read_bytes(), path.stat().st_mode & 0o777) == (64, key, 0o600)
+    assert (pseudonyms.site_key(), os.listdir(path.parent)) == (key, ["site.key"])
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_default_place_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MURA_DIST_SITE_KEY")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("APPDATA", str(tmp_path))
+    assert pseudonyms.key_path() == tmp_path / "mura-dist" / "site.key"
+
+
+def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from mura_dist import pseudonyms\nsys.stdin.read(1); print(pseudonyms.site_key().decode())"
+    )
+    command = [sys.executable, "-c", code]
+    for _ in range(2):
+        Path(os.environ["MURA_DIST_SITE_KEY"]).unlink(missing_ok=True)
+        started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(6)]
+        for process in started:
+            assert process.stdin
+            process.stdin.write(b"x")
+            process.stdin.flush()
+        found = {process.communicate()[0].strip() for process in started}
+        assert found == {Path(os.environ["MURA_DIST_SITE_KEY"]).read_bytes()}
+
+
+def test_whoever_comes_second_never_sees_half_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment of its making the key is not there, or whole; another one made meanwhile stays."""
+    path = pseudonyms.key_path()
+    fsync, other = os.fsync, b"o" * 64
+
+    def meanwhile(descriptor: int) -> None:
+        fsync(descriptor)
+        if not path.exists():
+            path.write_bytes(other)
+            path.chmod(0o600)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert pseudonyms.site_key() == path.read_bytes() == other
+    assert os.listdir(path.parent) == ["site.key"]
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o777, 0o601])
+def test_a_key_that_others_may_use_is_refused(mode: int) -> None:
+    pseudonyms.site_key()
+    pseudonyms.key_path().chmod(mode)
+    with pytest.raises(
+        Refusal, match=rf"^site key .* has mode {mode:04o}, others .* may use it; chmod 600 /.*site\.key$"
+    ):
+        pseudonyms.site_key()
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700])
+def test_a_key_of_its_owner_alone_is_taken(mode: int) -> None:
+    key = pseudonyms.site_key()
+    pseudonyms.key_path().chmod(mode)
+    assert pseudonyms.site_key() == key
+
+
+def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, directory = tmp_path / "out", tmp_path / "in"
+    (directory / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(directory)
+    for place in (out / "k", out / "a/b/k", directory / "deep/k", tmp_path / "link/k", tmp_path / "x/../in/k"):
+        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(place))
+        with pytest.raises(
+            Refusal, match=r"^site key .*/k lies inside .*/(in|out); keep it elsewhere: MURA_DIST_SITE_KEY="
+        ):
+            pseudonyms.site_key(out, directory)
+    assert not out.exists()
+    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "outside" / "k"))
+    assert len(pseudonyms.site_key(out, directory)) == 64
+
+
+def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir(mode=0o700)
+    for place, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
+        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / place))
+        with pytest.raises(Refusal, match=rf"^site key .*: ({why}); MURA_DIST_SITE_KEY=PATH names another file$"):
+            pseudonyms.site_key()
+
+
+# ---- names
+
+
+def test_a_name_depends_on_key_kind_and_parts_alone() -> None:
+    parts = [("",), ("a",), ("b",), ("a", ""), ("", "a"), ("a", "b"), ("ab",), ("\udcff",), ("é",)]
+    cases = list(itertools.product((b"1" * 32, b"2" * 32), ("file", "study", "dicom"), parts))
+    names = [pseudonyms.pseudonym(key, kind, *some) for key, kind, some in cases]
+    assert names == [pseudonyms.pseudonym(key, kind, *some) for key, kind, some in cases]
+    assert len({name.partition("-")[2] for name in names}) == len(names)
+    assert all(re.fullmatch(rf"{kind}-[0-9a-f]{{16}}", name) for name, (_, kind, _) in zip(names, cases, strict=True))
+    assert 1e6**2 / 2 / 16**pseudonyms.DIGITS < 1e-7  # two of a million alike
+
+
+def test_without_a_key_everything_goes_by_its_own_name() -> None:
+    names = Names()
+    assert (names.file("a/b.png"), names.study("a"), names.digest("0f"), names.fingerprint) == (
+        "a/b.png",
+        "a",
+        "0f",
+        None,
+    )
+    assert "1111" not in repr(Names(b"1" * 32))
+
+
+# ---- a run under pseudonyms
+
+
+def small(folder: Path) -> Path:
+    """Two studies in MURA's layout, loose files, a DICOM study of two views, and one file that is none."""
+    layout = folder / "valid/XR_HAND/patient00001"
+    for seed, path in enumerate(
+        [layout / "study1_positive/image1.png", layout / "study2/image1.png", folder / "loose.png"]
+    ):
+        draw(path, seed)
+    for seed in (1, 2):
+        draw_dicom(folder / f"{seed}.dcm", "1.2.276.0.1", "WRIST", "L", seed)
+    draw_dicom(folder / "no-study.dcm", "", "ELBOW", "L")
+    (folder / "notes.txt").write_text("none")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below, but for the seconds of the mark."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if mark := found.get("predict.json"):
+        found["predict.json"] = re.sub(rb'"seconds": [0-9.]+', b"", mark)
+    return found
+
+
+def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
+    source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
+    predict(model, source, tmp_path / "open")
+    summary = predict(model, source, tmp_path / "out", keytable=table)
+    if os.name == "posix":
+        assert table.stat().st_mode & 0o777 == 0o600
+    lines = rows(table)
+    assert list(lines[0]) == list(pseudonyms.COLUMNS)
+    assert len(lines) == summary["num_files"] == 7
+    assert len({line["pseudonym"] for line in lines}) == 7
+    back = {line["pseudonym"]: line for line in lines}
+    openly = {line["path"]: line for line in rows(tmp_path / "open/predictions.csv")}
+    found = rows(tmp_path / "out/predictions.csv")
+    assert len(found) == len(openly) == 6
+    for line in found:
+        way, same = back[line["path"]], openly[back[line["path"]]["path"]]
+        assert (way["study"], way["study_pseudonym"]) == (same["study"], line["study"])
+        assert {key: line[key] for key in ("study_type", "logit")} == {
+            key: same[key] for key in ("study_type", "logit")
+        }
+    (failure,) = rows(tmp_path / "out/failures.csv")
+    assert back[failure["path"]] == {**back[failure["path"]], "path": "notes.txt", "study": "", "study_pseudonym": ""}
+    by_name = {line["study_pseudonym"]: line["study"] for line in lines}
+    studies = {by_name[line["study"]]: line for line in rows(tmp_path / "out/studies.csv")}
+    for line in rows(tmp_path / "open/studies.csv"):
+        assert {**studies[line["study"]], "study": ""} == {**line, "study": ""}
+    names = [line["path"] for line in found]
+    assert names == sorted(names) != sorted(names, key=lambda name: back[name]["path"])  # in no order of theirs
+
+
+def test_names_are_the_same_in_every_run_of_a_site(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = small(tmp_path / "in")
+    for name in ("one", "two"):
+        predict(model, source, tmp_path / name, keytable=tmp_path / f"{name}.csv")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    predict(model, source, tmp_path / "three", keytable=tmp_path / "one.csv")  # the same names: nothing to write
+    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
+    predict(model, source, tmp_path / "elsewhere", keytable=tmp_path / "elsewhere.csv")
+    here, there = (rows(tmp_path / name / "predictions.csv") for name in ("one", "elsewhere"))
+    assert not {line[key] for line in here for key in ("path", "study")} & {
+        line[key] for line in there for key in ("path", "study")
+    }
+
+
+def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
+    source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
+    predict(model, source, tmp_path / "out", keytable=table)
+    whole = table.read_text()
+    first, *others = whole.splitlines(keepends=True)
+    damaged = {
+        "nothing": "",
+        "another table": "a,b\n1,2\n",
+        "a line less": first + "".join(others[:-1]),
+        "a line more": whole + others[-1],
+        "another order": first + "".join(reversed(others)),
+        "no text": "\udcff\udcfe\0",
+        "another study": whole.replace('"1.dcm"', '"1.dcm"').replace("study2", "study3"),
+    }
+    for what, text in damaged.items():
+        table.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(
+            Refusal, match=r"^--pseudonyms .*keys\.csv, line \d+: not of this run's names; give another file$"
+        ):
+            predict(model, source, tmp_path / what, keytable=table)
+        assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
+        assert not (tmp_path / what / "predictions.csv").exists()
+        predict(model, source, tmp_path / what, keytable=tmp_path / f"{what}.csv")  # the remedy
+    assert (tmp_path / "nothing.csv").read_text() == whole
+
+
+def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
+    source, out = small(tmp_path / "in"), tmp_path / "out"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "open.csv").write_text("")
+    (tmp_path / "open.csv").chmod(0o644)
+    cases = {
+        out / "keys.csv": r"lies inside --out \(.*out\), whose names it undoes; give a file elsewhere",
+        source / "keys.csv": r"lies inside DIRECTORY \(DIRECTORY\), whose names it undoes",
+        tmp_path / "folder": r"folder is a folder; give a file",
+        tmp_path / "none" / "keys.csv": r"no folder .*none; make it first",
+    }
+    if os.name == "posix":
+        cases[tmp_path / "open.csv"] = r"has mode 0644, others than its owner may use it; chmod 600 .*open\.csv"
+    for place, text in cases.items():
+        with pytest.raises(Refusal, match=rf"^--pseudonyms .*{text}"):
+            predict(model, source, out, keytable=place)
+    assert not out.exists()
+
+
+def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = small(tmp_path / "in")
+    predict(model, source, tmp_path / "out", keytable=tmp_path / "keys.csv")
+    with pytest.raises(Refusal, match=r"holds a run with .*=.*, this one has"):
+        predict(model, source, tmp_path / "out")
+    monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
+    with pytest.raises(Refusal, match=r"holds a run with files_sha256=.*, this one has"):
+        predict(model, source, tmp_path / "out", keytable=tmp_path / "more.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    """Law of the torn write, with overlays and a key table: kill -9 around each rename and each link. No name is left in OUT."""
+    source, out = tmp_path / "in", tmp_path / "runs"
+    draw(source / f"valid/XR_HAND/{WORD}/study1_positive/image1.png")
+    draw_dicom(source / f"{WORD}.dcm", "1.2.276.0.1", "WRIST", "L")
+    (source / f"{WORD}.txt").write_text("none")
+    predict(model, source, tmp_path / "whole", keytable=tmp_path / "whole.csv", overlays=True, allow_pixels=True)
+    wanted, key_table = contents(tmp_path / "whole"), (tmp_path / "whole.csv").read_bytes()
+    driver = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mura_dist.inference.predict import predict\n"
+        "model, source, out = map(Path, sys.argv[1:])\n"
+        "out.mkdir()\n"
+        "seen = 0\n"
+        "def killing(act, moment):\n"
+        "    def acts(a, b):\n"
+        "        global seen\n"
+        "        for one in (lambda: None, lambda: act(a, b)):\n"
+        "            one()\n"
+        "            if seen == moment: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            seen += 1\n"
+        "    return acts\n"
+        "for moment in range(80):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        os.replace, os.link = killing(os.replace, moment), killing(os.link, moment)\n"
+        "        predict(model, source, out / str(moment), keytable=out / f'{moment}.csv', overlays=True, allow_pixels=True)\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(child, 0)[1] == 0: break\n"
+        "print(moment)\n"
+    )
+    command = [sys.executable, "-c", driver, str(model), str(source), str(out)]
+    last = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert last >= 2 * (1 + 1 + 2 + 1 + 1 + 3 + 1)  # plan, note, overlays, part, key table, tables, mark
+    for moment in range(last):
+        table = out / f"{moment}.csv"
+        assert words(everything(out / str(moment))) == []
+        assert not table.exists() or table.read_bytes() == key_table
+        assert table.exists() or not (out / str(moment) / "predictions.csv").exists()
+        predict(model, source, out / str(moment), keytable=table, overlays=True, allow_pixels=True)
+        assert contents(out / str(moment)) == wanted, moment
+        assert table.read_bytes() == key_table
+        assert not [path for path in out.iterdir() if path.name.startswith(f".{moment}.")]
+
+
+# ---- not a word of a patient
+
+
+TEXTS = dict.fromkeys(("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"), WORD)
+TEXTS |= {
+    "UI": f"1.2.{NUMBER}",
+    "DA": "19481516",
+    "TM": "154816",
+    "DT": f"{NUMBER}",
+    "IS": "481516234",
+    "DS": "4815162342",
+}
+TEXTS |= {"AS": "481Y"}
+BYTES = dict.fromkeys(("OB", "UN", "OW"), f"{WORD}{NUMBER} ".encode())
+KEPT = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # what a radiograph needs to be read
+
+
+def with_canaries(path: Path, seed: int = 0) -> Path:
+    """A DICOM that names its patient in every tag of the groups that name things, in private ones and in sequences."""
+    draw_dicom(path, f"1.2.{NUMBER}", WORD, WORD, seed)
+    dicom = pydicom.dcmread(path)
+    for tag, (kind, multiplicity, _, retired, keyword) in DicomDictionary.items():
+        if (
+            tag >> 16 not in (8, 0x10, 0x18, 0x20, 0x32, 0x38, 0x40, 0x4008)
+            or not keyword
+            or keyword in KEPT
+            or retired
+        ):
+            continue
+        value = TEXTS.get(kind, BYTES.get(kind.partition(" ")[0]))
+        if value is not None and multiplicity in ("1", "1-n"):
+            setattr(dicom, keyword, value)
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning, item.PatientName = WORD, "SRT", WORD, WORD
+    dicom.AnatomicRegionSequence = Sequence([item])
+    for kind, value in (*TEXTS.items(), *BYTES.items()):
+        dicom.private_block(9, f"{WORD} {kind}", create=True).add_new(1, kind, value)
+    dicom.ImageComments = WORD
+    dicom.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder called after a patient, and all that may lie in one."""
+    root = tmp_path_factory.mktemp("ward")
+    folder = root / f"PATH{WORD}"
+    for seed in range(3):
+        with_canaries(folder / f"{WORD} {seed}" / f"{seed}.dcm", seed)
+    whole = (folder / f"{WORD} 0" / "0.dcm").read_bytes()
+    for number, data in enumerate([whole[:300], whole[: len(whole) - 900], whole[:200] + b"\xff" * 300 + whole[500:]]):
+        (folder / f"torn {WORD} {number}.dcm").write_bytes(data)
+    draw(folder / f"XR_{WORD.upper()}" / f"{WORD}.{WORD}")
+    draw(folder / f"valid/XR_{WORD.upper()}/patient{WORD}/study1_{WORD}/image1.png")
+    draw(folder / f"valid/XR_HAND/patient{WORD}/study1_positive/image1.png")
+    (folder / f"{WORD}.txt").write_text(WORD)
+    (folder / f"{WORD}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + WORD.encode() * 40)
+    (folder / f"gone {WORD}").symlink_to(f"no {WORD}")
+    return folder
+
+
+def said(result: subprocess.CompletedProcess[str]) -> bytes:
+    return (result.stdout + result.stderr).encode()
+
+
+def everything(out: Path) -> bytes:
+    files = [path for path in out.rglob("*") if path.is_file()]
+    return b"\n".join([*(path.read_bytes() for path in files), *(os.fsencode(path.relative_to(out)) for path in files)])
+
+
+def words(data: bytes) -> list[str]:
+    """What of the canaries is in `data`, whatever its case; 16-bit text too."""
+    text = data.lower().replace(b"\0", b"")
+    return [word for word in (WORD.lower(), NUMBER, "481516", "pid-4711", "jane") if word.encode() in text]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_dicom_tag_reaches_an_output_or_a_log(model: Path, ward: Path, tmp_path: Path) -> None:
+    """Without pseudonyms paths are in the tables, as they are to be: then the folder goes by other names."""
+    source = tmp_path / "plain"
+    for number, path in enumerate(sorted(ward.rglob("*"))):
+        if path.is_file():
+            (source / f"{number}").parent.mkdir(exist_ok=True)
+            (source / f"{number}").write_bytes(path.read_bytes())
+    command = ("mura-dist", "predict", model, source, "--out", tmp_path / "out", "--overlays", "--allow-pixels")
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "out/predict.json").read_bytes())
+    assert summary["num_radiographs"] >= 6
+    assert summary["num_failures"] >= 4
+    assert summary["num_overlays"] == summary["num_radiographs"]
+    assert [name for name in summary["studies_by_type"] if name != "unknown"] == []
+    assert any(line["study"].startswith("dicom-") for line in rows(tmp_path / "out/predictions.csv"))
+    assert words(everything(tmp_path / "out") + said(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + said(result)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_with_pseudonyms_no_path_does_either(model: Path, ward: Path, tmp_path: Path) -> None:
+    table = tmp_path / "types.csv"
+    table.write_text(f"path,study_type\nXR_{WORD.upper()}/{WORD}.{WORD},hand\n{WORD} of yesterday.png,hand\n")
+    command = ["mura-dist", "predict", model, ward, "--out", tmp_path / "out", "--pseudonyms", tmp_path / "keys.csv"]
+    command += ["--overlays", "--allow-pixels", "--study-type", table]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "1 of 2 paths are not in DIRECTORY" in result.stdout
+    assert words(everything(tmp_path / "out") + said(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + said(result)
+    found = json.loads((tmp_path / "out/predict.json").read_bytes())
+    assert found["studies_by_type"] == {"XR_HAND": 2, "unknown": found["num_studies"] - 2}
+    assert WORD in (tmp_path / "keys.csv").read_text()  # the way back, for the site
+    assert NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
+    again = run(*command)
+    assert (again.returncode, words(said(again))) == (0, [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_on_disk_in_the_midst_of_a_run(
+    model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill -9: the parts and the plan hold no name either."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(keytable: Path, lines: Any, aside: str) -> None:
+        raise Killed
+
+    monkeypatch.setattr(pseudonyms, "write", kill)
+    with pytest.raises(Killed):
+        predict(model, ward, tmp_path / "out", keytable=tmp_path / "keys.csv", overlays=True)
+    assert sorted(os.listdir(tmp_path / "out/.parts")) == ["000000.json", "plan.json"]
+    assert words(everything(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("directory", ["empty", "none", "file", "ward", "crash", "io", "strange", "table"])
+def test_no_message_names_a_path(
+    directory: str,
+    model: Path,
+    ward: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refusals, failures of ours and of the system's, and what nobody foresaw."""
+    folder = tmp_path / f"of {WORD}"
+    folder.mkdir()
+    (tmp_path / f"file {WORD}").write_text("")
+    table = tmp_path / "types.csv"
+    table.write_text(f"path,study_type\n{WORD}.png,hand\n{WORD}.png,elbow\n")
+    source, options = ward, ["--study-type", "hand"]
+
+    def broken(error: Exception) -> Callable[..., Any]:
+        def raises(*arguments: Any, **options: Any) -> Any:
+            raise error
+
+        return raises
+
+    if directory in ("empty", "none", "file"):
+        source = {"empty": folder, "none": folder / "none", "file": tmp_path / f"file {WORD}"}[directory]
+    elif directory == "ward":
+        options = ["--out", str(source)]
+    elif directory == "table":
+        options = ["--study-type", str(table)]
+    elif directory == "crash":
+        monkeypatch.setattr(file_list, "find", broken(KeyError(f"{ward}/{WORD}")))
+    elif directory == "io":
+        monkeypatch.setattr(file_list, "find", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
+    elif directory == "strange":
+        monkeypatch.setattr(file_list, "find", broken(OSError(f"cannot identify {ward}/{WORD}")))
+    command = ["predict", str(model), str(source), "--out", str(tmp_path / "out"), *options]
+    status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
+    captured = capfd.readouterr()
+    assert status == (FAILED if directory in ("crash", "io", "strange") else WRONG)
+    assert words((captured.out + captured.err).encode()) == []
+    assert len(captured.err.splitlines()) == 1
+    wanted = {"crash": r"KeyError in .*\.py, line \d+; without --pseudonyms", "io": "Permission denied; mend it"}
+    wanted["strange"] = wanted["crash"].replace("Key", "OS")
+    assert re.search(wanted.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
+
+
+def test_a_command_line_with_too_much_on_it_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a shell makes of DIRECTORY/*."""
+    command = ["predict", "model.onnx", "in", *(f"in/{WORD}{number}.png" for number in range(3)), "--out", "out"]
+    for option in (["--pseudonyms", "keys.csv"], ["--pseudonyms=keys.csv"]):
+        assert main([*command, *option]) == WRONG
+        assert capfd.readouterr() == (
+            "",
+            "mura-dist: Got unexpected extra arguments. See mura-dist predict --help.\n",
+        )
+    assert main(command) == WRONG
+    assert f"extra arguments (in/{WORD}0.png" in capfd.readouterr().err
+
+
+def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mura_dist.core.errors import Stopped
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise Stopped("stopped after 0 of 9 files; the same command goes on")
+
+    monkeypatch.setattr(file_list, "find", stop)
+    command = [
+        "predict",
+        str(model),
+        str(ward),
+        "--out",
+        str(tmp_path / "out"),
+        "--pseudonyms",
+        str(tmp_path / "keys.csv"),
+    ]
+    assert main(command) == STOPPED
+
+
+# ---- one DICOM UID, several studies
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_both_wrists_and_an_elbow_are_three_studies(model: Path, tmp_path: Path) -> None:
+    source, uid = tmp_path / "in", "1.2.276.0.1"
+    for number, (part, side) in enumerate(
+        [("WRIST", "L"), ("wrist ", "left"), ("WRIST", "R"), ("WRIST", "R "), ("ELBOW", "R")]
+    ):
+        draw_dicom(source / f"{number}.dcm", uid, part, side, number)
+    series = pydicom.dcmread(draw_dicom(source / "5.dcm", uid, "WRIST", "B", 5))
+    series.ImageLaterality = "L"  # of a series that holds both sides
+    series.save_as(source / "5.dcm")
+    coded = pydicom.dcmread(draw_dicom(source / "6.dcm", uid, "", "R", 6))
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator = "16953009", "SCT"
+    coded.AnatomicRegionSequence = Sequence([item])
+    coded.save_as(source / "6.dcm")
+    predict(model, source, tmp_path / "out")
+    study = {line["path"][0]: (line["study"], line["study_type"]) for line in rows(tmp_path / "out/predictions.csv")}
+    groups = ("015", "23", "46")
+    assert [len({study[one] for one in group}) for group in groups] == [1, 1, 1]
+    assert len(set(study.values())) == 3
+    assert [study[group[0]][1] for group in groups] == ["XR_WRIST", "XR_WRIST", "XR_ELBOW"]
+
+
+# ---- study types
+
+
+def test_an_unknown_study_type_has_no_call(model: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "in/a.png")
+    draw_dicom(tmp_path / "in/b.dcm", "1.2.3", "CLAVICLE", "L")
+    draw_dicom(tmp_path / "in/c.dcm", "1.2.4", "ELBOW", "L")  # MURA's, but this model has no threshold for it
+    summary = predict(model, tmp_path / "in", tmp_path / "out")
+    found = {line["study_type"]: line for line in rows(tmp_path / "out/studies.csv")}
+    assert set(found) == {"unknown", "XR_ELBOW"}
+    assert all((line["threshold"], line["call"], line["band"]) == ("", "", "") for line in found.values())
+    told = [line for line in summary["warnings"] if "column gate" not in line]
+    assert (summary["num_calls"], len(told)) == (0, 2)
+
+
+KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        *(("XR_HANDS", "XR_HAND"), ("HANDS", "XR_HAND"), ("wrst", "XR_WRIST"), ("SHOULDR", "XR_SHOULDER")),
+        *(("XR-WRIST", "XR_WRIST"), ("xr_elbows", "XR_ELBOW"), ("HUMERAS", "XR_HUMERUS"), ("FOREAM", "XR_FOREARM")),
+        *(("HIPS", "XR_HIP"), ("XR_FINGRE", "XR_FINGER")),
+    ],
+)
+def test_a_likely_typo_is_refused(typo: str, meant: str) -> None:
+    for given in (study_types.read(typo), {"a": "XR_HAND", "b": study_types.normal(typo)}):
+        with pytest.raises(
+            Refusal, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\); there are"
+        ):
+            study_types.check(given, KNOWN)
+
+
+OTHERS = "HEAD KNEE ANKLE FOOT TOE PELVIS CHEST RIBS SPINE SKULL CLAVICLE SCAPULA FEMUR TIBIA THUMB FOREFOOT ARM UPPERARM LEG"
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_other_study_types_are_taken_with_a_word(name: str) -> None:
+    for given in (name, f"XR_{name}"):
+        (line,) = study_types.check(given, KNOWN)
+        assert re.match(
+            rf"--study-type {given} is known neither to MURA nor to this model( \(did.*\))?: no call is made$", line
+        )
+
+
+def test_known_study_types_need_no_word() -> None:
+    for name in (*mura.STUDY_TYPES, *KNOWN):
+        assert study_types.check(study_types.read(name), KNOWN) == []
+    assert study_types.check(None, KNOWN) == study_types.check({}, KNOWN) == study_types.check({"a": ""}, KNOWN) == []
+
+
+def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
+    source, table = small(tmp_path / "in"), tmp_path / "types.csv"
+    table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
+    with pytest.raises(Refusal, match=r"^--study-type: none of its 2 paths is in DIRECTORY; write them relative to it"):
+        predict(model, source, tmp_path / "out", study_type=str(table))
+    assert not (tmp_path / "out").exists()
+    table.write_text("path,study_type\nloose.png,hand\nelsewhere.png,hand\n")
+    summary = predict(model, source, tmp_path / "out", study_type=str(table))
+    assert summary["warnings"][0] == "--study-type: 1 of 2 paths are not in DIRECTORY"
+    table.write_text("path,study_type\nloose.png,HAND\n")
+    assert study_types.match(study_types.read(str(table)), [file_list.printable("loose.png")]) == []
+
+
+# ---- files made once
+
+
+def test_a_file_is_created_once(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with atomic.creating(path, mode=0o600) as file:
+        file.write(b"first")
+        assert not path.exists()
+    with pytest.raises(FileExistsError), atomic.creating(path) as file:
+        file.write(b"second")
+    with pytest.raises(ZeroDivisionError), atomic.creating(tmp_path / "b") as file:
+        raise ZeroDivisionError
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"first", ["a"])
+
+
+def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
+    names = ['a"b', "a,b", "a\nb", "a\rb", "a\r\nb", "", "\\xff", "é", "=1+1"]
+    lines = [(name, f"file-{place}", name, f"study-{place}") for place, name in enumerate(names)]
+    pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
+    pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
+    with open(tmp_path / "keys.csv", newline="", encoding="utf-8") as file:
+        assert [tuple(line) for line in csv.reader(file)] == [pseudonyms.COLUMNS, *lines]
+
+
+def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> None:
+    """It names every file, and a kill leaves it."""
+    draw(tmp_path / "in" / "a.png")
+    (tmp_path / "private").mkdir()
+    modes: set[int] = set()
+
+    def look(num: int) -> None:
+        modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*sqlite*"))
+
+    predict(
+        model,
+        tmp_path / "in",
+        tmp_path / "out",
+        keytable=tmp_path / "private" / "keys.csv",
+        walking=look,
+        progress=lambda done, total: look(done),
+    )
+    assert modes == {0o600}
+    assert [path.name for path in (tmp_path / "private").iterdir()] == ["keys.csv"]

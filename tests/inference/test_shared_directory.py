@@ -1,0 +1,252 @@
+"""Ranks that share a directory through OUT alone: the same tables as one process, whoever dies; and one writer at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import killed_when, run
+from helpers.models import card_of, tiny
+from helpers.predictions import TABLES, contents, draw
+from helpers.ranks import LAUNCHERS, start_rank
+
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.distributed import heartbeat
+from mura_dist.inference import predict as room
+from mura_dist.inference.export.onnx import export
+from mura_dist.inference.predict import predict
+
+NUM, CHUNK = 300, 32
+RANK = f"""
+import os, signal, sys, threading, time
+from mura_dist import predict, sharing
+from mura_dist.cli.main import main
+from mura_dist.runtime import _OnnxRuntime
+predict.CHUNK, sharing.SILENCE_S, sharing.BEAT_S = {CHUNK}, 1.0, 0.1
+dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
+compute, seen, one = _OnnxRuntime.run, 0, threading.Lock()  # streams are threads
+def counted(self, image, outputs):
+    global seen
+    with one: seen += len(image)
+    time.sleep(slow_s)
+    if 0 <= dies_at < seen: os.kill(os.getpid(), signal.SIGKILL)
+    return compute(self, image, outputs)
+_OnnxRuntime.run = counted
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    print("predicted", seen, file=sys.stderr)
+    sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, dict[str, bytes]]:
+    """A script to run a rank by, a model, a directory of ten chunks, and its tables as one process makes them."""
+    folder = tmp_path_factory.mktemp("given")
+    script, model, source = folder / "rank.py", folder / "model.onnx", folder / "in"
+    script.write_text(RANK)
+    export(tiny(), card_of(), model)
+    pictures = [draw(folder / "pictures" / f"{number}.png", number).read_bytes() for number in range(10)]
+    for number in range(NUM):
+        path = source / "valid" / "XR_HAND" / f"patient{number % 50:05d}" / f"study1_positive/image{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pictures[number % 10] if number % 7 else b"junk")
+    predict(model, source, folder / "out")
+    return script, model, source, contents(folder / "out")
+
+
+@pytest.fixture
+def start(
+    given: tuple[Path, Path, Path, dict[str, bytes]], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start rank r of n in tmp_path/out; who is still there in the end is killed."""
+    script, model, source, _ = given
+    started: list[subprocess.Popen[str]] = []
+
+    def rank(number: int, size: int, *words: object, launcher: str = "Slurm", **more: object) -> subprocess.Popen[str]:
+        environment = LAUNCHERS[launcher](number, size) | more
+        command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1, *words)
+        started.append(start_rank(script, environment, *command))
+        return started[-1]
+
+    yield rank
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def predicted(told: str) -> int:
+    return int(told.rpartition("predicted ")[2])
+
+
+NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size", "batch_size"),
+    [("torchrun", 2, 5), *(pytest.param("Slurm", *more, marks=pytest.mark.slow) for more in ((3, 300), (2, 1)))],
+)
+def test_ranks_share_a_directory_with_the_same_bytes(
+    launcher: str, size: int, batch_size: int, given: Any, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    ranks = [start(rank, size, "--batch-size", batch_size, launcher=launcher) for rank in reversed(range(size))]
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, told
+    assert contents(tmp_path / "out") == given[3]
+    assert [bool(out) for out, _ in told] == [False] * (size - 1) + [True], "the first rank speaks for all"
+    assert sum(predicted(err) for _, err in told) == NUM_RADIOGRAPHS, "nothing twice"
+    assert all(predicted(err) > 0 for _, err in told)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*TABLES, "predict.json"])
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_killed_and_again(given: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("-m", "mura_dist.predict", given[1], given[2], "--out", out, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, *words)
+    killed_when(lambda: any(out.glob(".parts/*")), out, *command)
+    assert not (out / "predict.json").exists()
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == given[3]
+    assert done.stdout.count("radiographs of") == 1
+
+
+def test_what_a_dead_rank_left_undone_the_first_one_makes(
+    given: Any, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Under srun nobody ends the others; two chunks of the dead one stay, the others are made by the first."""
+    first, second = start(0, 2, SLOW_S=0.05), start(1, 2, DIES_AT=2 * CHUNK)
+    _, told = first.communicate(timeout=120)
+    assert second.wait() == -signal.SIGKILL
+    assert first.returncode == 0, told
+    assert contents(tmp_path / "out") == given[3]
+    assert predicted(told) < NUM_RADIOGRAPHS
+
+
+def test_a_rank_that_is_refused_leaves_nobody_waiting(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    first, second = start(0, 2), start(1, 2, "--study-by", "file")
+    _, told = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert "mura-dist: rank 1: --out" in told
+    assert "holds a run with study_by=auto, this one has study_by=file" in told
+    assert first.wait(timeout=120) == 0
+    assert contents(tmp_path / "out") == given[3]
+
+
+@pytest.mark.slow
+def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
+    given: Any, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The others finish their share; the same command with one process, or three, makes what is missing and no more."""
+    ranks = [start(0, 3, DIES_AT=CHUNK), start(1, 3), start(2, 3)]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 0, 0]
+    assert not (tmp_path / "out" / "predict.json").exists()
+    parts = [json.loads(path.read_bytes()) for path in (tmp_path / "out" / ".parts").glob("0*.json")]
+    made = sum(len(part["predictions"]) for part in parts)
+    assert made >= sum(predicted(one) for one in told[1:])
+    ranks = [start(rank, 2) for rank in range(2)]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert sum(predicted(one) for one in told) == NUM_RADIOGRAPHS - made
+    assert contents(tmp_path / "out") == given[3]
+
+
+@pytest.mark.slow
+def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    predict(given[1], given[2], tmp_path / "out")
+    ranks = [start(rank, 2) for rank in range(2)]
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [(rank.returncode, predicted(err)) for rank, (_, err) in zip(ranks, told, strict=True)] == [(0, 0)] * 2
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*TABLES, "predict.json"])
+
+
+def test_a_rank_whose_first_one_never_comes_says_so(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(room, "PLAN_WAIT_S", 0.3)
+    with pytest.raises(Failure, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
+        predict(given[1], given[2], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- one writer
+
+
+def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    first = start(0, 1, SLOW_S=0.1)
+    while not (tmp_path / "out" / ".parts" / "plan.json").exists():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    begun = time.monotonic()
+    said = (
+        rf"^--out .*out is being written by process {first.pid} on .*; wait for it or stop it, or give another --out$"
+    )
+    with pytest.raises(Refusal, match=said):
+        predict(given[1], given[2], tmp_path / "out")
+    assert time.monotonic() - begun < 5
+    _, told = first.communicate(timeout=120)
+    assert first.returncode == 0, told
+    assert contents(tmp_path / "out") == given[3]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_children_end_with_their_parent(
+    given: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    first = start(0, 1, SLOW_S=0.1)
+    while not list((tmp_path / "out" / ".parts").glob("0*.json")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    told = [path.read_text().split() for path in Path(f"/proc/{first.pid}/task").glob("*/children")]
+    children = [int(pid) for pids in told for pid in pids]
+    assert children
+    first.send_signal(number)
+    _, said = first.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert first.returncode == 3
+        assert said.startswith("mura-dist: stopped after ")
+        assert len(said.splitlines()) == 2  # and the script's own
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+# ---- hearts
+
+
+def test_a_heart_is_heard_by_our_own_clock(tmp_path: Path) -> None:
+    path, ears = tmp_path / "rank-1", heartbeat.Ears()
+    path.touch()
+    os.utime(path, (0, 0))  # the other machine's clock is not ours
+    assert ears.silent_s(path) < 0.1
+    time.sleep(0.3)
+    assert ears.silent_s(path) >= 0.3
+    os.utime(path, (1, 1))
+    assert ears.silent_s(path) < 0.1
+    path.unlink()
+    time.sleep(0.2)
+    assert ears.silent_s(path) >= 0.2
+
+
+def test_a_rank_beats_while_it_lives_and_takes_its_heart_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    folder = tmp_path / "new" / "out" / ".parts"
+    with heartbeat.taking_part(folder, 3, heartbeat.Claim("", "", 0), threading.Event()):
+        path = heartbeat.heart(folder, 3)
+        before = path.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns > before
+    assert os.listdir(tmp_path) == []

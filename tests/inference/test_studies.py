@@ -1,0 +1,34 @@
+"""studies.py: what a study is called, from wherever a directory is predicted."""
+
+import pytest
+
+from mura_dist.inference.studies import Grouping
+
+STUDY = "XR_WRIST/patient00006/study1_positive"
+VALID = f"valid/{STUDY}"
+
+
+@pytest.mark.parametrize(
+    ("directory", "path", "study"),
+    [
+        # A split's folder at or above the directory, or just below it: what the manifest, hence an evaluation, calls it.
+        ("/data/MURA-v1.1", f"{VALID}/image1.png", VALID),
+        ("/data/MURA-v1.1/valid", f"{STUDY}/image1.png", VALID),
+        ("/data/MURA-v1.1/valid/XR_WRIST", "patient00006/study1_positive/image1.png", VALID),
+        ("/data/MURA-v1.1/" + VALID, "image1.png", VALID),
+        # Copies below one directory stay apart.
+        ("/data", f"a/{VALID}/image1.png", f"a/{VALID}"),
+        ("/data", f"b/{VALID}/image1.png", f"b/{VALID}"),
+        ("/data/valid", f"a/{VALID}/image1.png", f"a/{VALID}"),
+        ("/data/valid", f"a/{STUDY}/image1.png", f"a/{STUDY}"),
+        # Copied out of train or valid: a study still.
+        ("/data", f"{STUDY}/image1.png", STUDY),
+        ("/data/" + STUDY, "image1.png", STUDY),
+        ("/data/XR_WRIST", "patient00006/study1_positive/image1.png", STUDY),
+        # No study's folder: each file by itself.
+        ("/data", "a/b/image1.png", "a/b/image1.png"),
+        ("/data/valid", "XR_WRIST/image1.png", "XR_WRIST/image1.png"),
+    ],
+)
+def test_a_study_is_called_as_the_evaluation_calls_it(directory: str, path: str, study: str) -> None:
+    assert Grouping(directory, "auto").of(path, None)[0] == study

@@ -1,0 +1,156 @@
+"""describe's numbers beside its page, and the contact sheet: only on request, stratified, seeded, LOCAL ONLY."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import laws
+from helpers.commands import run
+from PIL import Image
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.data import mura
+from mura_dist.data.radiograph import Unreadable
+from mura_dist.data.shards.reader import Shards
+from mura_dist.reports import contact_sheet, dataset
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_numbers_lie_beside_the_page(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path) -> None:
+    found = dataset.describe(phantoms if kind == "folder" else shard_folder, tmp_path / "a.b.html")
+    told = json.loads((tmp_path / "a.b.json").read_bytes())
+    assert told == found | {"terms": mura.TERMS}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.html", "a.b.json"]  # no contact sheet unasked
+    laws.holds_no_radiograph(tmp_path / "a.b.html")
+    assert "This page holds no radiograph." in (tmp_path / "a.b.html").read_text()
+
+
+def test_counts_and_views_are_the_manifests(shard_folder: Path, tmp_path: Path) -> None:
+    frame = Shards.open(shard_folder).manifest.frame
+    found = dataset.describe(shard_folder, tmp_path / "d.html")
+    views = Counter(frame["study"])
+    types = dict(zip(frame["study"], frame["study_type"], strict=True))
+    for name, part in found["views_by_study_type"].items():
+        ours = [views[study] for study in views if types[study] == name]
+        assert (part["num_studies"], part["most"]) == (len(ours), max(ours))
+        assert part["mean"] == pytest.approx(np.mean(ours))
+    assert set(found["views_by_study_type"]) == set(types.values())
+    for line in found["by_study_type"]:
+        of_type = frame[(frame["split"] == line["split"]) & (frame["study_type"] == line["study_type"])]
+        for label, name in enumerate(("normal", "abnormal")):
+            here = of_type[of_type["label"] == label]
+            assert line[f"{name}_radiographs"] == len(here)
+            assert line[f"{name}_studies"] == here["study"].nunique()
+
+
+def test_a_defect_has_examples(phantoms: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        place = tmp_path / "data" / "train" / "XR_HAND" / f"patient0000{number}" / "study1_negative"
+        place.mkdir(parents=True)
+        Image.new("L", (40, 50), 30 + number).save(place / "image1.png")
+        (place / "._image1.png").write_bytes(b"\0\5\x16\7")
+    found = dataset.describe(tmp_path / "data", tmp_path / "d.html")
+    assert found["defects"]["not a radiograph"] == 5
+    examples = found["defect_examples"]["not a radiograph"]
+    assert examples == [f"train/XR_HAND/patient0000{number}/study1_negative/._image1.png" for number in range(3)]
+    text = (tmp_path / "d.html").read_text()
+    assert examples[0] in text
+    assert "and 2 more" in text
+
+
+def shown(path: Path) -> list[tuple[str, np.ndarray]]:
+    """Words and pixels of each radiograph on the sheet."""
+    found = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', path.read_text())
+    return [(words, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for data, words in found]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_the_contact_sheet(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
+    folder = phantoms if kind == "folder" else shard_folder
+    out = tmp_path / "d.html"
+    assert main(["describe", str(folder), "--out", str(out), "--contact-sheet"]) == DONE
+    said = capsys.readouterr().out
+    sheet = tmp_path / "d-contact-sheet.html"
+    assert f"contact sheet, LOCAL ONLY, it holds radiographs: {sheet}" in said
+    assert f"numbers: {tmp_path / 'd.json'}" in said
+    page = laws.local_only(sheet)
+    laws.holds_no_radiograph(out)
+    assert "these are drawings" in page.text
+    frame = Shards.open(shard_folder).manifest.frame
+    studies = frame.drop_duplicates("study").groupby(["study_type", "label"]).size()
+    counts = Counter(re.match(r"(\w+), (\w+),", words).groups() for words, _ in shown(sheet))
+    assert counts == {
+        (study_type, ("normal", "abnormal")[label]): min(num, contact_sheet.NUM)
+        for (study_type, label), num in studies.items()
+    }
+    assert all(max(pixels.shape) <= contact_sheet.SIDE_PX for _, pixels in shown(sheet))
+    assert len({pixels.tobytes() for _, pixels in shown(sheet)}) > 20
+
+
+def test_the_sheet_depends_on_the_seed_alone(shard_folder: Path, tmp_path: Path) -> None:
+    texts = []
+    for seed in (0, 0, 1):
+        dataset.describe(shard_folder, tmp_path / "d.html", with_contact_sheet=True, seed=seed)
+        texts.append((tmp_path / "d-contact-sheet.html").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_one_radiograph_a_study_and_what_cannot_be_read_is_counted() -> None:
+    """Against the pixels themselves: each is a picture of its own row, of a study of its own."""
+    frame = pd.DataFrame(
+        [("train", "XR_HIP", f"p{i // 3}", f"s{i // 3}", i % 3, 1, f"f{i}") for i in range(60)],
+        columns=["split", "study_type", "patient", "study", "view", "label", "path"],
+    )
+    broken = {row for row in frame.index if row // 3 < 15}  # all views of 15 of the 20 studies
+
+    def pixels(row: int) -> np.ndarray:
+        if row in broken:
+            raise Unreadable("unreadable", "torn")
+        return np.full((400, 200), row, np.uint8)
+
+    chosen, passed_over = contact_sheet.choose(frame, pixels, 4, seed=5)
+    assert len({one.row // 3 for one in chosen}) == len(chosen) == 4
+    assert all(one.pixels.shape == (160, 80) and (one.pixels == one.row).all() for one in chosen)
+    assert 0 < passed_over <= 15
+    everything, all_broken = contact_sheet.choose(frame, pixels, 99, seed=5)
+    assert (len(everything), all_broken) == (5, 15)
+    text = contact_sheet.page("t", frame, pixels, drawings=False, num=99)
+    assert "abnormal: 5 of 20 studies; 15 could not be read" in text
+    assert "drawings" not in text
+
+
+def test_a_damaged_sample_is_passed_over(shard_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(shard_folder, tmp_path / "s")
+    frame = Shards.open(tmp_path / "s").manifest.frame
+    [study_type, label] = frame.loc[0, ["study_type", "label"]]
+    rows = frame.index[(frame["study_type"] == study_type) & (frame["label"] == label)]
+    for row in rows[1:]:
+        laws.damage(Shards.open(tmp_path / "s"), row)
+    dataset.describe(tmp_path / "s", tmp_path / "d.html", with_contact_sheet=True)
+    words = [words for words, _ in shown(tmp_path / "d-contact-sheet.html")]
+    name = ("normal", "abnormal")[label]
+    assert sum(one.startswith(f"{study_type}, {name}") for one in words) <= 1
+    assert "could not be read" in (tmp_path / "d-contact-sheet.html").read_text()
+
+
+def test_wrong_requests(shard_folder: Path, tmp_path: Path, capsys) -> None:
+    laws.refusal(capsys, ["describe", shard_folder, "--out", tmp_path / "d.json"], "d.json", "numbers go", "d.html")
+    laws.refusal(capsys, ["describe", shard_folder, "--out", tmp_path], f"--out {tmp_path}", "a folder", "name a page")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_describe_and_its_sheet_need_no_torch(shard_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from mura_dist.reports.dataset import describe; "
+        f"describe(Path({str(shard_folder)!r}), Path({str(tmp_path / 'd.html')!r}), with_contact_sheet=True); "
+        "print([n for n in ('torch', 'matplotlib', 'cv2', 'onnx') if n in sys.modules])"
+    )
+    assert run("python", "-c", code).stdout.strip() == "[]"

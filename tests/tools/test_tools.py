@@ -1,0 +1,172 @@
+"""tools/: the fuzz run and the kill run, each short; the tools' own docstrings give the long ones.
+
+That they would notice is tested first: on readers that misbehave, on folders that differ.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, run
+from helpers.tools import tool
+
+fuzzing, killing = tool("robustness/fuzz_radiograph"), tool("robustness/kill_conversion")
+
+# ---- fuzz_radiograph.py
+
+GOOD = "{'verdict': 'read', 's': 0.01, 'bytes': 1000}"
+READER = """
+import json, os, sys, time
+for number, line in enumerate(sys.stdin):
+    with open(line.rstrip("\\n"), "rb") as file:
+        bad = file.read(3) == b"BAD"
+    answer = {good}
+    if bad:
+        {what}
+    print(json.dumps(answer), flush=True)
+"""
+MISDEEDS = {
+    "os.abort()": "the process ended with status -6",
+    "os._exit(0)": "the process ended with status 0",
+    "time.sleep(60)": "hangs",
+    "print('TIFFRead: error', file=sys.stderr, flush=True)": "noise on stderr: TIFFRead: error",
+    "answer['s'] = 5.1": "took 5.1 s",
+    "answer['bytes'] = 3 << 30": "took 3072 MiB",
+    "answer['verdict'] = 'ValueError came out: bad'": "ValueError came out: bad",
+}
+
+
+@pytest.mark.parametrize("what", MISDEEDS)
+def test_a_misdeed_is_found_and_the_next_file_meets_a_fresh_child(what: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_bytes(b"GOOD")
+    bad.write_bytes(b"BAD")
+    command = [sys.executable, "-c", READER.format(good=GOOD, what=what)]
+    with fuzzing.Child(tmp_path, command, patience_s=1.0) as reader:
+        verdicts = [reader.judge(path)[0] for path in (good, bad, good)]
+    assert (verdicts[0], verdicts[2]) == ("read", "read")
+    assert verdicts[1].startswith(MISDEEDS[what])
+
+
+def test_a_finding_is_kept_and_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", READER.format(good=GOOD, what="os.abort()")]
+    said: list[str] = []
+    found = fuzzing.fuzz({"bad": b"BAD" * 9}, 40, 0, keep=tmp_path / "kept", say=said.append, command=command)
+    assert len(found.findings) == len(said) == len(list((tmp_path / "kept").iterdir())) > 0
+    assert found.counts["read"] + len(found.findings) == found.num_files == 40
+    for path in (tmp_path / "kept").iterdir():
+        assert path.read_bytes().startswith(b"BAD")
+        assert any(line.endswith(f"kept as {path}") for line in said)
+    assert f"{len(found.findings)} findings" in fuzzing.summary(found, 1.0)
+
+
+@pytest.fixture(scope="module")
+def seeds() -> dict[str, bytes]:
+    return dict(fuzzing.drawn_seeds())
+
+
+def test_mended_checksums_are_right_ones(seeds: dict[str, bytes]) -> None:
+    whole = seeds["grey png"]
+    broken = whole[:45] + b"xxxx" + whole[49:]
+    assert fuzzing.mended(whole) == whole
+    assert fuzzing.mended(broken) != broken
+    assert b"".join(fuzzing._chunk(*chunk) for chunk in fuzzing._chunks(broken)) == fuzzing.mended(broken)[8:]
+    assert fuzzing.mended(seeds["dicom"]) == seeds["dicom"]
+
+
+def test_every_blow_changes_some_file(seeds: dict[str, bytes]) -> None:
+    for kind in fuzzing.BLOWS:
+        blow = fuzzing.Blow(kind, at=30_000, number=7, some=b"\x13\x14", other="jpeg", other_at=20_000)
+        cases = (fuzzing.Case(name, (blow,), headed=False, mended=False) for name in seeds)
+        assert any(case.data(seeds) != seeds[case.name] for case in cases), kind
+
+
+@pytest.mark.slow
+def test_300_broken_files(seeds: dict[str, bytes], tmp_path: Path) -> None:
+    """Twice: the same cases, the same outcome. 20,000: python tools/robustness/fuzz_radiograph.py"""
+    said: list[str] = []
+    first, again = (fuzzing.fuzz(seeds, 300, 0, keep=tmp_path / "kept", say=said.append) for _ in range(2))
+    assert said == []
+    assert first.num_files == sum(first.counts[verdict] for verdict in fuzzing.VERDICTS) == 300
+    assert first.counts["read"] >= 15, "some must come through, or the decoders were never reached"
+    assert first.counts["unreadable"] >= 50
+    assert (first.digest, first.counts) == (again.digest, again.counts)
+    assert fuzzing.drawn_seeds() == seeds
+    assert fuzzing.fuzz(seeds, 20, 1, say=said.append).digest != fuzzing.fuzz(seeds, 20, 2, say=said.append).digest
+
+
+def test_the_fuzz_command(tmp_path: Path) -> None:
+    (tmp_path / "seeds").mkdir()
+    (tmp_path / "seeds/a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = run("python", ROOT / "tools/robustness/fuzz_radiograph.py", "--files", 30, "--seeds", tmp_path / "seeds")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("30 files in ")
+    assert "; 0 findings; " in done.stdout
+    for words, text in ((["--files", 0], "--files 0 is less than 1"), (["--seeds", "none"], "none is not a folder")):
+        refused = run("python", ROOT / "tools/robustness/fuzz_radiograph.py", *words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert text in refused.stderr
+
+
+# ---- kill_conversion.py
+
+
+def test_differences_are_told(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "a").mkdir(parents=True)
+    for name in ("same", "changed", "a/missing", "conversion.json"):
+        (one / name).write_text(name)
+    shutil.copytree(one, other)
+    assert killing.differences(one, other) == []
+    (other / "changed").write_text("CHANGED")
+    (other / "a/missing").rename(other / "left")
+    (other / "conversion.json").unlink()
+    assert killing.differences(one, other) == ["a/missing is missing", "left is left over", "changed differs"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_survivors_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    monkeypatch.setattr(killing, "GONE_S", 0.3)
+    code = "import os, time\nos.fork()\ntime.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        while len(killing._group(process.pid)) < 2:
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        assert killing._survivors(process.pid) == "1 processes outlived the kill by 0 s"
+        assert killing._survivors(process.pid) == ""
+    assert killing._group(os.getpgid(0)), "we ourselves are alive"
+
+
+@pytest.mark.slow
+def test_three_killed_conversions_end_with_the_same_bytes(phantoms: Path, tmp_path: Path) -> None:
+    """20: python tools/robustness/kill_conversion.py"""
+    said: list[str] = []
+    flags = ("--size", "64", "--workers", "2")
+    stories = killing.kill_often(phantoms, tmp_path, flags, kills=3, seed=0, say=said.append)
+    assert [story.problems for story in stories] == [()] * 3, said
+    assert len(said) == 4
+    assert {story.group for story in stories} == {True, False}
+    assert all(story.finished < len(story.moments_s) for story in stories), "each was killed at work once at least"
+
+
+def test_a_conversion_that_fails_is_told(tmp_path: Path) -> None:
+    done = run(
+        "python",
+        ROOT / "tools/robustness/kill_conversion.py",
+        "--source",
+        tmp_path / "none",
+        "--keep",
+        tmp_path / "work",
+    )
+    assert done.returncode == 1
+    assert "the conversion that nobody killed ended with status 2: " in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "work/left").touch()
+    refused = run("python", ROOT / "tools/robustness/kill_conversion.py", "--keep", tmp_path / "work")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "is not empty; name a new folder" in refused.stderr

@@ -1,0 +1,172 @@
+"""Checkpoints on disk: complete or not there, checked when read, pruned; and the deepspeed.json and memory beside them."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mura_dist.core.errors import Refusal
+from mura_dist.training import checkpoint
+
+
+def write(parent: Path, step: int, loss: float | None = None) -> Path:
+    weights = {"w": torch.full((4,), float(step))}
+    return checkpoint.write(parent, {"step": step, "select_loss": loss}, {"model": weights}, {"m": torch.zeros(3)})
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        write(tmp_path / "checkpoints", step, loss)
+    return tmp_path / "checkpoints"
+
+
+def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(three, folder)
+    newest = checkpoint.folders(folder)[-1]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    (checkpoint.folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
+    assert checkpoint.best(checkpoint.folders(folder)).name == checkpoint.best(checkpoint.folders(three)).name
+    said: list[str] = []
+    found = checkpoint.latest(folder, said.append)
+    assert found is not None
+    assert found.folder == checkpoint.folders(folder)[-1], "the damaged one is out of the way"
+    assert "model.safetensors is damaged" in said[0]
+    assert (folder / ".step-00000003.damaged" / "model.safetensors").exists(), "and not lost"
+    write(folder, 4)
+    checkpoint.prune(folder, keep=1)
+    assert (folder / ".step-00000003.damaged").is_dir()
+    assert checkpoint.read(checkpoint.folders(folder)[-1]).step == 4
+    for path in checkpoint.folders(folder):
+        (path / "state.json").write_text("{")
+    present = [path.name for path in checkpoint.folders(folder)]
+    with pytest.raises(Refusal, match=f"none of the {len(present)} checkpoints"):
+        checkpoint.latest(folder)
+    assert [path.name for path in checkpoint.folders(folder)] == present, "nothing sound: nothing is moved"
+
+
+@pytest.mark.parametrize("moment", range(1, 5))
+def test_the_same_step_again_is_the_old_one_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Law of the torn write: killed between any two of the renames and deletions, `latest` finds one of them, whole."""
+    write(tmp_path, 5, 0.5)
+    aside, calls = ready(tmp_path, 5, 0.25), 0
+
+    def counted(work: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **named: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise KeyboardInterrupt  # as a kill: nothing after it happens
+            return work(*given, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", counted(os.replace))
+        patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            checkpoint._take_place(aside, tmp_path / "step-00000005")
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert found.state["select_loss"] in (0.5, 0.25)
+    assert calls >= moment
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def ready(parent: Path, step: int, loss: float) -> Path:
+    """A complete checkpoint that lacks its last rename."""
+    aside = parent / f".step-{step:08d}.partial"
+    os.replace(write(parent / "elsewhere", step, loss), aside)
+    shutil.rmtree(parent / "elsewhere")
+    return aside
+
+
+def test_a_colleague_may_read_it_and_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._write_tensors(Path("/dev/full"), {"w": torch.ones(1 << 16)})
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
+    for step, loss in enumerate([None, 0.5, 0.2, 0.4, 0.3, None]):
+        write(tmp_path, step, loss)
+    (tmp_path / ".step-00000009.partial").mkdir()
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert checkpoint.select(tmp_path, "best").step == 2
+    assert checkpoint.select(tmp_path, "last").step == 5
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_shares_end_to_end_are_the_whole(tmp_path: Path, shares: int) -> None:
+    whole = torch.arange(12.0)
+    checkpoint.begin(tmp_path, 7)
+    for rank, part in enumerate(whole.chunk(shares)):
+        own: dict[str, Tensor] = {"moment": part.clone(), "step": torch.tensor(7.0)}
+        checkpoint.write_share(tmp_path, 7, own, rank=rank, shares=shares)
+    folder = checkpoint.complete(tmp_path, {"step": 7, "select_loss": None}, {"model": {"w": torch.ones(2)}})
+    read = checkpoint.read(folder)
+    assert torch.equal(read.optimiser()["moment"], whole)
+    assert read.optimiser()["step"] == 7
+    assert read.training() == {}
+
+
+@pytest.mark.parametrize("spoil", ["mark", "mark_text", "state", "model", "format", "missing", "unlisted"])
+def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
+    folder = three / "step-00000003"
+    mark, state = folder / checkpoint.MARK, folder / "state.json"
+    if spoil == "mark":
+        mark.unlink()
+    elif spoil == "mark_text":
+        mark.write_text("[]")
+    elif spoil == "state":
+        state.write_text(state.read_text().replace("0.2", "0.1"))
+    elif spoil == "model":
+        os.truncate(folder / "model.safetensors", 10)
+    elif spoil == "format":
+        state.write_text(json.dumps({"step": 3, "format": 1}))
+        digests = json.loads(mark.read_text()) | {"state.json": checkpoint.sha256(state)}
+        mark.write_text(json.dumps(digests))
+    elif spoil == "missing":
+        (folder / "model.safetensors").unlink()
+    elif spoil == "unlisted":
+        digests = json.loads(mark.read_text())
+        mark.write_text(json.dumps({"state.json": digests["state.json"]}))
+    with pytest.raises(ValueError, match=r"step-00000003"):
+        checkpoint.read(folder)
+    said: list[str] = []
+    found = checkpoint.latest(three, said.append)
+    assert found is not None
+    assert found.step == 2
+    assert said or spoil == "mark", "without the mark it is no checkpoint at all"
+
+
+def test_what_fails_beside_is_raised_later(tmp_path: Path) -> None:
+    beside = checkpoint.Beside()
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    beside.do(lambda: done.append(1))
+    beside.do(fail)
+    with pytest.raises(OSError, match="disk is full"):
+        beside.do(lambda: done.append(2))
+    beside.do(lambda: done.append(3))
+    beside.wait()
+    beside.close()
+    assert done == [1, 3]

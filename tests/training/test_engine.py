@@ -1,0 +1,331 @@
+"""The engine of one rank, in this process: against autograd and definitions; and what a step that is left out leaves alone."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.commands import run
+from torch import Tensor
+
+from mura_dist.core import config
+from mura_dist.data.loaders.loader import Batch
+from mura_dist.distributed import process_group
+from mura_dist.distributed.process_group import World
+from mura_dist.models.densenet import DenseNet, build
+from mura_dist.training import engine as room
+from mura_dist.training.batchnorm import RunningStatistics
+from mura_dist.training.ema import Average
+from mura_dist.training.engine import Engine
+from mura_dist.training.flat_parameters import Flat
+
+MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[World]:
+    with process_group.join(30) as ranks:
+        yield ranks
+
+
+def settings(**values: object) -> config.Settings:
+    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": MICROS * SIZE}
+    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
+
+
+def some_batches(seed: int) -> list[Batch]:
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
+    label = torch.randint(0, 2, (MICROS, SIZE), generator=random).float()
+    weight = torch.rand(MICROS, SIZE, generator=random)
+    ones = torch.ones(SIZE)
+    return [Batch(image[i], label[i], weight[i], ones.long(), ones.bool()) for i in range(MICROS)]
+
+
+def by_hand(model: DenseNet, batches: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
+    """(loss, gradient end to end) of sum(weight x BCE) / global batch, by autograd and nothing else."""
+    model.train()
+    total = torch.zeros(())
+    for batch in batches:
+        logit, _ = model(batch.image)
+        target = batch.label * (1 - smoothing) + smoothing / 2
+        each = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+        total = total + (batch.weight * each).sum() / (MICROS * SIZE)
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def weights_of(model: torch.nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    with engine.offered() as model:
+        found = {key: value.clone() for key, value in model.state_dict().items()}
+    return (
+        found
+        | {f"optimiser.{k}": v.clone() for k, v in engine.optimiser_state().items()}
+        | {key: value.clone() for key, value in engine.state().items()}
+    )
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, smoothing: float) -> None:
+    """Loss, gradient norm and the optimiser's step against autograd; SGD's first momentum is the gradient."""
+    chosen = settings(optimiser="sgd", channels_last=channels_last, label_smoothing=smoothing)
+    engine = Engine(build("tiny", seed=1), chosen, alone)
+    before = weights_of(engine.model)
+    result = engine.step(some_batches(1), 0.5)
+    loss, gradient = by_hand(build("tiny", seed=1), some_batches(1), smoothing)
+    assert result.applied
+    assert not result.bad_micros
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+    torch.testing.assert_close(weights_of(engine.model), before - 0.5 * gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e6])
+def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
+    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", clip_norm=limit), alone)
+    before = weights_of(engine.model)
+    norm = engine.step(some_batches(1), 1.0).gradient_norm
+    moved = (weights_of(engine.model) - before).norm().item()
+    assert moved == pytest.approx(min(limit, norm), rel=1e-3)
+    assert 0.01 < norm < 1e6
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_nobody_else_clips(alone: World, stage: int) -> None:
+    """DeepSpeed would, to 1, where it is not told otherwise."""
+    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", zero_stage=stage), alone)
+    before = weights_of(engine.model)
+    heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in some_batches(1)]
+    norm = engine.step(heavy, 1e-3).gradient_norm
+    assert norm > 10
+    assert (weights_of(engine.model) - before).norm().item() == pytest.approx(1e-3 * norm, rel=1e-3)
+
+
+def spoil_stem(calls: list[int], module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
+    """NaN from the first convolution of the second micro-batch on: every BatchNorm sees it."""
+    calls.append(1)
+    return output * (math.nan if len(calls) == 2 else 1.0)
+
+
+def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
+    """BatchNorm's own buffers forget as well: (1 - momentum) times NaN would stay for good."""
+    engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
+    for engine in engines:
+        engine.step(some_batches(1), 1e-2)
+    calls: list[int] = []
+    handle = engines[0].model.features.conv0.register_forward_hook(functools.partial(spoil_stem, calls))
+    result = engines[0].step(some_batches(2), 1e-2)
+    handle.remove()
+    assert (result.applied, result.bad_micros, len(calls)) == (False, (1,), MICROS)
+    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    assert after[0] == after[1]
+    assert after[0].applied
+    assert same(everything(engines[0]), everything(engines[1]))
+
+
+@pytest.mark.parametrize("long_s", [0.0, 100.0])
+def test_a_wish_to_stop_does_not_wait_for_a_long_step(
+    alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float
+) -> None:
+    """Given up between micro-batches, as if it had not begun; a short one is finished."""
+    monkeypatch.setattr(room, "_LONG_S", long_s)
+    engine, other = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
+    before = everything(engine)
+    result = engine.step(some_batches(1), 1e-2, asked=lambda: True)
+    assert result.stop
+    assert result.abandoned == (not result.applied) == (long_s == 0)
+    assert same(everything(engine), before) == (long_s == 0)
+    if result.abandoned:
+        assert engine.step(some_batches(1), 1e-2) == other.step(some_batches(1), 1e-2)
+        assert same(everything(engine), everything(other)), "done again, it is what it would have been"
+
+
+def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
+    engine = Engine(build("tiny", seed=2), settings(ema=0.5), alone)
+    engine.step(some_batches(1), 1e-2)
+    assert engine.average is not None
+    known = engine.fingerprint()
+    assert known[1]
+    for vector in (
+        engine.flat.weights.data,
+        engine.statistics.values,
+        engine.average.weights,
+        engine.average.statistics,
+    ):
+        kept = vector[5].item()
+        vector[5] = math.nextafter(kept, math.inf) + 1e-3
+        assert engine.fingerprint()[0] != known[0]
+        vector[5] = math.nan
+        assert not engine.fingerprint()[1]
+        vector[5] = kept
+        assert engine.fingerprint() == known
+
+
+@pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words: dict[str, object]) -> None:
+    """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""
+    engines = [Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2)]
+    first = [engine.step(some_batches(1), 1e-2) for engine in engines]
+    assert first[0] == first[1]
+    before, calls = everything(engines[0]), 0
+
+    def spoil(module: object, given: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        logit, cells = output
+        if calls == 2 and fault == "gradient":
+            logit.register_hook(lambda gradient: gradient * math.inf)
+        return (logit * math.nan if calls == 2 and fault == "loss" else logit), cells
+
+    handle = engines[0].model.register_forward_hook(spoil)
+    result = engines[0].step(some_batches(2), 1e-2)
+    handle.remove()
+    assert calls == MICROS
+    assert not result.applied
+    assert result.bad_micros == ((1,) if fault == "loss" else ())
+    assert same(everything(engines[0]), before)
+    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    assert after[0] == after[1]
+    assert same(everything(engines[0]), everything(engines[1]))
+    assert not same(everything(engines[0]), before)
+
+
+def test_the_moving_average_is_what_is_offered(alone: World) -> None:
+    """Against the definition, weights and statistics; the weights that train are not touched by showing it."""
+    engine = Engine(build("tiny", seed=3), settings(ema=0.5), alone)
+    plain = Engine(build("tiny", seed=3), settings(), alone)
+    averaged = weights_of(engine.model)
+    for step in range(4):
+        for one in (engine, plain):
+            one.step(some_batches(step), 1e-2)
+        share = 1 - min(0.5, (1 + step) / (10 + step))
+        averaged = averaged + share * (weights_of(engine.model) - averaged)
+    trained = weights_of(engine.model)
+    assert torch.equal(trained, weights_of(plain.model)), "averaging does not change training"
+    with engine.offered() as model:
+        assert not model.training
+        torch.testing.assert_close(weights_of(model), averaged, rtol=1e-5, atol=1e-6)
+        offered = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    assert torch.equal(weights_of(engine.model), trained)
+    assert not torch.allclose(averaged, trained)
+    with plain.offered() as model:
+        moved = [key for key in offered if not torch.allclose(offered[key], model.state_dict()[key])]
+    assert len(moved) > len(offered) / 2, "its statistics are its own"
+
+
+def test_the_average_forgets_the_start() -> None:
+    average = Average(0.999, torch.zeros(1), torch.zeros(1))
+    shares = []
+    for _ in range(3):
+        before = average.weights.item()
+        average.update(torch.ones(1), torch.ones(1))
+        shares.append((average.weights.item() - before) / (1 - before))
+    assert shares == pytest.approx([0.9, 1 - 2 / 11, 1 - 3 / 12], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_full(alone: World, precision: str) -> None:
+    full = Engine(build("tiny", seed=4), settings(), alone).step(some_batches(1), 1e-3)
+    half = Engine(build("tiny", seed=4), settings(precision=precision), alone).step(
+        some_batches(1), 1e-3, loss_scale=1024.0 if precision == "fp16" else 1.0
+    )
+    assert half.applied
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+    assert half.loss != full.loss
+    assert half.gradient_norm == pytest.approx(full.gradient_norm, rel=0.1)
+
+
+def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
+    engine = Engine(build("tiny", seed=4), settings(precision="fp16"), alone)
+    before = everything(engine)
+    result = engine.step(some_batches(1), 1e-3, loss_scale=2.0**40)
+    assert not result.applied
+    assert result.bad_micros == (), "the loss is sound"
+    assert same(everything(engine), before)
+
+
+@pytest.mark.slow
+def test_compiled_is_near_eager(alone: World) -> None:
+    """Needs a C++ compiler, as the setting says."""
+    eager = Engine(build("tiny", seed=5), settings(), alone)
+    compiled = Engine(build("tiny", seed=5), settings(compile="default"), alone)
+    for seed in range(2):
+        a, b = eager.step(some_batches(seed), 1e-3), compiled.step(some_batches(seed), 1e-3)
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
+    assert a.loss != 0
+    torch.testing.assert_close(eager.statistics.values, compiled.statistics.values, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
+    model = build("tiny", seed=6)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flat = Flat(model, channels_last=channels_last)
+    assert same({key: value.clone() for key, value in model.state_dict().items()}, before)
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert int((flat.weights != 0).sum()) <= number <= flat.weights.numel()
+    model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))[0].sum().backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    assert flat.gradient.norm() == pytest.approx(gradients.norm().item(), rel=1e-6)
+    assert flat.gradient.norm() > 0
+    with torch.no_grad():
+        flat.weights += 1
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value, before[key] + 1)
+    convolution = model.features.conv0.weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_running_statistics_move_once_a_step_by_the_mean() -> None:
+    """Against the definition: the mean over the step's micro-batches of their mean and unbiased variance, momentum 0.1."""
+    model = build("tiny").train()
+    norm = model.features.norm0
+    statistics = RunningStatistics(model)
+    before = statistics.values.clone()
+    images = torch.randint(0, 256, (3, 4, 1, 32, 32), dtype=torch.uint8)
+    means, variances = [], []
+    model.features.conv0.register_forward_hook(
+        lambda _, __, read: (means.append(read.mean((0, 2, 3))), variances.append(read.var((0, 2, 3))), None)[-1]
+    )
+    for image in images:
+        model(image)
+        statistics.collect()
+    statistics.move(statistics.sum / 3)
+    statistics.show(statistics.values)
+    torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean(0).detach())
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0).detach())
+    assert not torch.equal(before, statistics.values)
+    assert norm.num_batches_tracked == 1
+    statistics.forget()
+    assert not statistics.sum.any()
+
+
+THREADS = """
+import torch
+from mura_dist import world
+with world.join(30):
+    big = torch.zeros(400_000)
+    big.copy_(torch.ones(400_000))  # as load_state_dict does: threads begin
+    tiny = torch.full((400_000,), 1e-20) * torch.full((400_000,), 1e-20)  # 1e-40 is denormal
+    print(torch.get_num_threads(), int((tiny != 0).sum()))
+"""
+
+
+def test_every_thread_flushes_denormals() -> None:
+    """A resumed run begins its threads earlier than a fresh one; both have to compute with the same bits."""
+    said = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
+    assert said.stdout.split() == ["2", "0"], said.stderr

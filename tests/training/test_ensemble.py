@@ -1,0 +1,446 @@
+"""Ensembles: the formula, the choice, and one model from list to predictions."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import laws
+from helpers.commands import TINY, run, torchrun
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data.shards.reader import Shards
+from mura_dist.inference.export import onnx
+from mura_dist.inference.onnx_model import Model
+from mura_dist.models import model_list
+from mura_dist.models.card import Card, Member, TrainedOn
+from mura_dist.models.densenet import build
+from mura_dist.models.model_list import ModelList
+from mura_dist.training.ensemble import Ensemble, Weights, mean_probability
+
+S = 64
+TOP = 4  # of three checkpoints a run: no run alone can fill it
+EXTREMES = (-100.0, -30.0, -5.0, -1.0, 0.0, 1e-3, 2.0, 17.0, 100.0)
+
+
+def log_odds_of_mean(logits: np.ndarray) -> np.ndarray:
+    """(K, ...) -> (...): the mean of the probabilities, and of what is missing to 1, each in float64."""
+    z = np.asarray(logits, np.float64)
+    return np.log((1 / (1 + np.exp(-z))).mean(axis=0)) - np.log((1 / (1 + np.exp(z))).mean(axis=0))
+
+
+def noise(number: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(5).integers(0, 256, (number, 1, S, S), dtype=np.uint8))
+
+
+def tiny(seed: int, bias: float = 0.0) -> torch.nn.Module:
+    """Small enough to be quick; BatchNorm has seen data, so that an image matters."""
+    network = build("tiny", seed=seed)
+    with torch.no_grad():
+        network(noise(8))
+        network.classifier.bias += bias
+    return network.eval()
+
+
+def card_of(num_members: int) -> Card:
+    some = [
+        Member(run="run", checkpoint=f"step-{place:08d}", architecture="tiny", select_loss=0.5, sha256=f"{place:064x}")
+        for place in range(num_members)
+    ]
+    return Card(
+        size=S,
+        study_types=["XR_HAND"],
+        trained_on=TrainedOn(kind="phantoms", manifest_sha256="0" * 64, num_radiographs=9),
+        selected_on="tune",
+        recipe={},
+        checkpoint=model_list.title(some) if some else "step-00000001",
+        members=some,
+    )
+
+
+# ---- the formula
+
+
+@pytest.mark.parametrize("num_members", [2, 3, 5])
+def test_the_logit_is_that_of_the_mean_probability(num_members: int) -> None:
+    grid = np.stack(np.meshgrid(*[EXTREMES] * num_members)).reshape(num_members, -1)
+    found = mean_probability(torch.from_numpy(grid.astype(np.float32))).numpy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, log_odds_of_mean(grid), rtol=1e-5, atol=1e-5)
+
+
+def test_one_member_is_itself_bit_for_bit() -> None:
+    member, images = tiny(1), noise(3)
+    with torch.inference_mode():
+        for ours, wanted in zip(Ensemble([member]).eval()(images), member(images), strict=True):
+            assert torch.equal(ours, wanted)
+
+
+def test_members_of_different_architectures() -> None:
+    networks = [tiny(1, bias=1.0), build("densenet121", seed=2).eval()]
+    images = noise(2)
+    with torch.inference_mode():
+        logit, cells = Ensemble(networks).eval()(images)
+        outputs = [network(images) for network in networks]
+    wanted = log_odds_of_mean(np.stack([each.numpy() for each, _ in outputs]))
+    np.testing.assert_allclose(logit.numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(cells.numpy(), np.mean([each.numpy() for _, each in outputs], axis=0), atol=1e-5)
+
+
+# ---- the file
+
+
+EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
+
+
+@pytest.mark.parametrize("biases", [(-2.0, 3.0), *(pytest.param(each, marks=pytest.mark.slow) for each in EXTREME)])
+def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
+    networks = [tiny(seed, bias) for seed, bias in enumerate(biases)]
+    facts = onnx.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")
+    assert facts["max_logit_difference"] <= 1e-4
+    images = noise(3)
+    with torch.inference_mode():
+        wanted = log_odds_of_mean(np.stack([network(images)[0].numpy() for network in networks]))
+    np.testing.assert_allclose(Model.load(tmp_path / "two.onnx").logits(images.numpy()), wanted, rtol=1e-5, atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["two.onnx"]
+    model = Model.load(tmp_path / "two.onnx")
+    for number in (*range(10), 64):
+        logit, cells = model.outputs(noise(number).numpy())
+        assert (logit.shape, cells.shape[0]) == ((number,), number)
+
+
+@pytest.mark.slow
+def test_the_gate_asks_the_mean_of_a_map_of_one_checkpoint_only(tmp_path: Path) -> None:
+    pair = Ensemble([tiny(0, -2.0), tiny(1, 3.0)]).eval()
+    with pytest.raises(Failure, match=r"^mean of activation_map of the exported model"):
+        onnx.export(pair, card_of(0), tmp_path / "none.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    wide = torch.nn.Linear(2**15, 2**14, bias=False, device="meta")  # 2 GiB that nobody has to hold
+    with pytest.raises(Refusal, match=r"^ensemble of 2: .*2\.15 GB, the limit .* is 2\.15 GB; give fewer.*--top"):
+        onnx.export(Ensemble([wide]).eval(), card_of(2), tmp_path / "wide.onnx")
+
+
+# ---- two runs, one model
+
+
+@pytest.fixture(scope="module")
+def runs(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of three evaluated checkpoints each."""
+    parent = tmp_path_factory.mktemp("ensemble")
+    for seed in (0, 1):
+        settings = (*TINY, f"shards={shard_folder}", f"run={parent / f'seed{seed}'}", f"seed={seed}", "epochs=3")
+        result = run("mura-dist", "train", *settings, "keep_best=3", "--quiet")
+        assert result.returncode == 0, result.stderr
+    return [parent / "seed0", parent / "seed1"]
+
+
+def chosen(runs: list[Path], out: Path, top: int = TOP) -> Path:
+    assert main(["ensemble", *map(str, runs), "--out", str(out), "--top", str(top)]) == DONE
+    return out
+
+
+@pytest.fixture(scope="module")
+def listed(runs: list[Path]) -> Path:
+    return chosen(runs, runs[0].parent / "four.json")
+
+
+@pytest.fixture
+def copy(runs: list[Path], tmp_path: Path) -> list[Path]:
+    """The two runs, to be harmed."""
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in runs]
+
+
+def state_losses(folder: Path) -> dict[tuple[str, str], float]:
+    found = {path.parent.name: json.loads(path.read_bytes()) for path in folder.glob("checkpoints/step-*/state.json")}
+    return {
+        (folder.name, name): state["select_loss"] for name, state in found.items() if state["select_loss"] is not None
+    }
+
+
+def test_the_members_are_those_of_lowest_loss(listed: Path, runs: list[Path]) -> None:
+    losses = state_losses(runs[0]) | state_losses(runs[1])
+    assert len(losses) >= 6
+    found = [(one.run, one.checkpoint) for one in ModelList.load(listed).members]
+    assert found == sorted(losses, key=losses.__getitem__)[:TOP]
+    assert {name for name, _ in found} == {"seed0", "seed1"}
+
+
+def test_what_is_said(runs: list[Path], tmp_path: Path, capsys) -> None:
+    out = chosen(runs, tmp_path / "list.json", top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{out}: 2 members by their loss on tune"
+    for line, member in zip(lines[1:], ModelList.load(out).members, strict=True):
+        assert line.split() == [f"{member.select_loss:.6f}", "tiny", member.run, member.checkpoint]
+
+
+def test_the_order_of_the_runs_does_not_matter(listed: Path, runs: list[Path]) -> None:
+    again = chosen(runs[::-1], listed.with_name("reversed.json"))
+    assert again.read_bytes() == listed.read_bytes()
+
+
+def test_a_list_moves_with_its_runs(listed: Path, copy: list[Path], tmp_path: Path) -> None:
+    moved = Path(shutil.copy(listed, tmp_path / "four.json"))
+    assert str(tmp_path) not in moved.read_text()
+    assert [found.folder.parent.parent.parent for found in Weights.of_list(moved).checkpoints] == [tmp_path] * TOP
+    inside = chosen(copy[:1], copy[0] / "own.json", top=2)  # a run named "." from there
+    assert Weights.of_list(inside).name.startswith("ensemble of 2: seed0 step-")
+
+
+def logits_of(folder: Path) -> dict[str, float]:
+    return pd.read_csv(folder / "predictions.csv").set_index("path")["logit"].to_dict()
+
+
+@pytest.fixture(scope="module")
+def evaluated(listed: Path, shard_folder: Path) -> Path:
+    """The list's own folder, with its report on valid."""
+    assert main(["evaluate", str(listed), str(shard_folder), "--quiet"]) == DONE
+    return listed.with_suffix("")
+
+
+@pytest.fixture(scope="module")
+def exported(listed: Path, evaluated: Path) -> Path:
+    """The list's ONNX file, made after its evaluation."""
+    assert main(["export", str(listed), "--triton", str(listed.parent / "triton")]) == DONE
+    assert evaluated.is_dir()
+    return listed.with_suffix(".onnx")
+
+
+def test_evaluation_averages_the_members_probabilities(evaluated: Path, listed: Path, shard_folder: Path) -> None:
+    shards, each = Shards.open(shard_folder), []
+    rows = shards.rows("valid")
+    images = torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows])[:, None])
+    for member in ModelList.load(listed).members:
+        network = Weights.of_run(listed.parent / member.run, member.checkpoint).model()
+        with torch.inference_mode():
+            each.append(network(images)[0].numpy())
+    assert np.ptp(each, axis=0).max() > 1e-2  # members that agree would hide the formula
+    paths = shards.manifest.frame.loc[rows, "path"]
+    laws.same_metrics(logits_of(evaluated), dict(zip(paths, log_odds_of_mean(np.stack(each)).tolist(), strict=True)))
+
+
+def test_metrics_do_not_depend_on_ranks(evaluated: Path, listed: Path, shard_folder: Path, tmp_path: Path) -> None:
+    result = torchrun(2, "mura_dist", "evaluate", listed, shard_folder, "--out", tmp_path / "two", "--quiet")
+    assert result.returncode == 0, result.stderr
+    laws.same_metrics(logits_of(evaluated), logits_of(tmp_path / "two"))
+
+
+def test_the_report_names_the_members(evaluated: Path, listed: Path) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_bytes())
+    assert metrics["checkpoint"].startswith("ensemble of 4: seed")
+    assert metrics["selected_on"] == "tune"
+    assert metrics["note"] is None
+    assert [Member(**one) for one in metrics["members"]] == model_list.anonymous(listed, ModelList.load(listed).members)
+    assert metrics["checkpoint"] in (evaluated / "report.html").read_text()
+
+
+def test_the_split_that_chose_is_stamped(listed: Path, shard_folder: Path, tmp_path: Path) -> None:
+    words = ["evaluate", listed, shard_folder, "--split", "tune", "--out", tmp_path, "--quiet"]
+    assert main([str(word) for word in words]) == DONE
+    assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == "optimistic: this split chose the model"
+
+
+def test_the_exported_file_says_what_is_in_it(exported: Path, listed: Path, evaluated: Path) -> None:
+    assert (listed.parent / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == exported.read_bytes()
+    card, chosen_members = Model.load(listed).card, ModelList.load(listed).members
+    assert model_list.same(card.members, chosen_members)
+    assert card.metrics == json.loads((evaluated / "metrics.json").read_bytes())
+    assert card.thresholds
+    told = laws.self_describing(exported, kind="phantoms", secrets=[str(listed.parent), str(Path.home()) + "/"])
+    assert len(told["members"]) == TOP
+    assert card.recipe["seed"] == [int(one.run.removeprefix("seed")) for one in chosen_members]
+    assert card.recipe["architecture"] == "tiny"
+
+
+def test_predictions_are_the_evaluations(
+    exported: Path, evaluated: Path, listed: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    assert exported.is_file()
+    assert main(["predict", str(listed), str(phantoms / "valid"), "--out", str(tmp_path), "--quiet"]) == DONE
+    ours, wanted = pd.read_csv(tmp_path / "studies.csv"), pd.read_csv(evaluated / "studies.csv")
+    both = wanted.merge(ours, on="study", suffixes=("_evaluated", "_predicted"))
+    assert len(both) == len(ours) == len(wanted) > 0
+    np.testing.assert_allclose(both["probability_evaluated"], both["probability_predicted"], atol=1e-4)
+    called = both.dropna(subset=["call_predicted"])
+    assert len(called) > 0
+    assert (called["call_evaluated"] == called["call_predicted"]).all()
+
+
+@pytest.mark.slow
+def test_metrics_of_another_model_give_no_threshold(
+    listed: Path, evaluated: Path, copy: list[Path], tmp_path: Path, capsys
+) -> None:
+    """Of the same name, as of a run that was trained anew: the digests tell them apart."""
+    path = chosen(copy, tmp_path / listed.name)
+    metrics = json.loads((evaluated / "metrics.json").read_bytes())
+    metrics["weights_sha256"][-1] = "f" * 64
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["export", str(path)]) == DONE
+    assert f"mura-dist evaluate {path} SHARDS" in capsys.readouterr().out
+    card = Model.load(path).card
+    assert (card.checkpoint, card.thresholds) == (metrics["checkpoint"], {})
+
+
+# ---- refusals
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+def another_size(first: Path, second: Path) -> None:
+    edit_json(second / "data.json", size=65)
+
+
+def another_manifest(first: Path, second: Path) -> None:
+    edit_json(second / "data.json", manifest_sha256="f" * 64)
+
+
+def another_selection(first: Path, second: Path) -> None:
+    recipe = second / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('select_on = "tune"', 'select_on = "valid"'))
+
+
+def no_run(first: Path, second: Path) -> None:
+    (second / "recipe.toml").unlink()
+
+
+def the_same_weights(first: Path, second: Path) -> None:
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+
+
+def never_evaluated(first: Path, second: Path) -> None:
+    for folder in (first, second):
+        for path in folder.glob("checkpoints/*/state.json"):
+            edit_json(path, select_loss=None)
+
+
+def untouched(first: Path, second: Path) -> None:
+    assert first.is_dir()
+    assert second.is_dir()
+
+
+REFUSED: dict[str, tuple[Callable[[Path, Path], None], list[str], list[str]]] = {
+    "size": (another_size, [], ["seed1 has radiographs of size 65,", "seed0 64;", "the same shards"]),
+    "manifest": (another_manifest, [], ["seed1 has a manifest of digest ffffffffffff,", "the same shards"]),
+    "split": (another_selection, [], ["seed1 has checkpoints chosen on valid,", "seed0 tune;", "the same select_on"]),
+    "no run": (no_run, [], ["seed1 is not a run"]),
+    "copy": (the_same_weights, [], ["hold the same weights, which would count twice; leave one run out"]),
+    "twice": (untouched, ["{tmp}/seed0/../seed0"], ["seed0 is given twice; give each run once"]),
+    "too few": (untouched, ["--top", "9"], ["--top 9:", "seed0", "only 6 ", "give --top 6, or train with keep_best=9"]),
+    "none at all": (never_evaluated, [], ["--top 4:", "none can be chosen", "; train with keep_best=4"]),
+    "no member": (untouched, ["--top", "0"], ["--top 0: must be at least 1; the paper's ensemble has 5"]),
+    "not JSON's name": (untouched, ["--out", "{tmp}/list.txt"], ["list.txt: must end in .json"]),
+    "a folder": (untouched, ["--out", "{tmp}/folder.json"], ["folder.json is a folder; give a file"]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_runs_that_make_no_ensemble(what: str, copy: list[Path], tmp_path: Path, capsys) -> None:
+    harm, words, says = REFUSED[what]
+    harm(*copy)
+    (tmp_path / "folder.json").mkdir()
+    given = ["--top", TOP, "--out", tmp_path / "list.json", *(word.format(tmp=tmp_path) for word in words)]
+    laws.refusal(capsys, ["ensemble", *copy, *given], *says)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json", "seed0", "seed1"]
+
+
+def test_damaged_checkpoints_are_passed_over(copy: list[Path], tmp_path: Path, capsys) -> None:
+    before = ModelList.load(chosen(copy, tmp_path / "list.json")).members
+    harmed = tmp_path / before[0].run / "checkpoints" / before[0].checkpoint / "model.safetensors"
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    capsys.readouterr()
+    after = ModelList.load(chosen(copy, tmp_path / "list.json")).members
+    assert after[: TOP - 1] == before[1:]
+    assert "model.safetensors is damaged" in " ".join(capsys.readouterr().err.split())
+
+
+def gone(first: Path, second: Path) -> None:
+    shutil.rmtree(first)
+
+
+def damaged(first: Path, second: Path) -> None:
+    (first / "model.safetensors").write_bytes(b"")
+
+
+def replaced(first: Path, second: Path) -> None:
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(gone, "is gone"), (damaged, "model.safetensors is damaged or missing"), (replaced, "has changed")],
+)
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_member_that_is_no_more_what_it_was(
+    command: str, harm, says: str, copy: list[Path], tmp_path: Path, shard_folder: Path, capsys
+) -> None:
+    path = chosen(copy, tmp_path / "list.json")
+    first, *_, last = (tmp_path / one.run / "checkpoints" / one.checkpoint for one in ModelList.load(path).members)
+    harm(first, last)
+    words = [shard_folder] if command == "evaluate" else []
+    laws.refusal(capsys, [command, path, *words], "list.json", str(first), says, "mura-dist ensemble")
+
+
+NO_LISTS = {
+    "gone": (None, ["no such file", "mura-dist ensemble"]),
+    "no JSON": ("{", ["is not a model list", "Expecting"]),
+    "no text": (b"\xff\xfe\xff", ["is not a model list"]),
+    "another JSON": ('{"overall": {}}', ["is not a model list (members: Field required)"]),
+    "no object": ("[1]", ["is not a model list (content: "]),
+    "no members": (
+        '{"members": [], "select_on": "tune", "size": 64, "manifest_sha256": ""}',
+        ["is not a model list (members: "],
+    ),
+    "of the future": ('{"format": 99}', ["format 99", "reads up to 1", "update mura-dist"]),
+}
+
+
+@pytest.mark.parametrize("what", NO_LISTS)
+@pytest.mark.parametrize("command", ["evaluate", "export", "predict"])
+def test_files_that_are_no_list(command: str, what: str, shard_folder: Path, tmp_path: Path, capsys) -> None:
+    content, says = NO_LISTS[what]
+    path = tmp_path / "list.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = {"evaluate": [shard_folder], "export": [], "predict": [tmp_path, "--out", tmp_path / "out"]}
+    laws.refusal(capsys, [command, path, *words[command]], "list.json", *says)
+
+
+@pytest.mark.slow
+def test_a_list_that_was_not_exported_predicts_nothing(
+    runs: list[Path], phantoms: Path, tmp_path: Path, capsys
+) -> None:
+    path = chosen(runs, tmp_path / "list.json")
+    words = ["predict", path, phantoms / "valid", "--out", tmp_path / "out"]
+    remedy = f"export it first: mura-dist export {path}"
+    laws.refusal(capsys, words, "list.json is a list of checkpoints and", "list.onnx is not there", remedy)
+    (tmp_path / "list.onnx").write_bytes(onnx.graph(Ensemble([tiny(0), tiny(1)]).eval(), card_of(2)))
+    laws.refusal(capsys, words, "list.json lists other members than", "list.onnx holds (ensemble of 2", remedy)
+
+
+def test_other_wrong_requests(listed: Path, runs: list[Path], shard_folder: Path, capsys) -> None:
+    why = "is a list of chosen checkpoints; leave --checkpoint out"
+    laws.refusal(capsys, ["evaluate", listed, shard_folder, "--checkpoint", "last"], "--checkpoint last", why)
+    laws.refusal(capsys, ["export", listed, "--checkpoint", "step-6"], "--checkpoint step-6", why)
+    laws.refusal(capsys, ["evaluate", listed, shard_folder, "--out", runs[0]], "seed0 is a run", "give another folder")
+    laws.refusal(capsys, ["ensemble", "--out", "list.json"], "RUN", "mura-dist ensemble --help")
+
+
+def test_help_says_everything(capsys) -> None:
+    assert main(["ensemble", "--help"]) == DONE
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("RUN [RUN ...]", "--out FILE.json", "--top INTEGER", "default: 5", "keep_best=N", "select_on"):
+        assert word in text, word
+    for command, word in (("evaluate", "RUN_OR_LIST_OR_ONNX"), ("export", "RUN_OR_LIST"), ("predict", "NAME.json")):
+        assert main([command, "--help"]) == DONE
+        assert word in capsys.readouterr().out

@@ -1,0 +1,296 @@
+"""What a run does when a step, a rank, a setting or the disk fails it: named, counted, ended on all ranks, nothing lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import laws
+from helpers.commands import ROOT, TINY, run
+
+from mura_dist.core import config
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import Refusal
+from mura_dist.data.loaders import sampler
+from mura_dist.data.shards.reader import Shards
+from mura_dist.distributed import process_group
+from mura_dist.training import checkpoint, deepspeed_config, loop, metrics_log
+from mura_dist.training.run import Run
+
+FAULTY = ROOT / "tests/helpers/faulty_train.py"
+MICROS = 6  # of a step: a global batch of 12, two radiographs each
+
+
+def train(ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *words: str):
+    """Under torchrun, with a fault at some calls of a rank's training forward."""
+    settings = (*TINY, f"shards={shards}", f"run={folder}", *words, "--quiet")
+    environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call}
+    launch = ("torchrun", "--standalone", "--nproc-per-node", ranks, FAULTY, "train")
+    return run(*launch, *settings, env=environment, timeout_s=120)
+
+
+def told(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("mura-dist:")]
+
+
+def rows_of(shards: Path, step: int) -> list[list[int]]:
+    """The radiographs of each micro-batch of a step of the first epoch, over all ranks."""
+    epoch = sampler.epoch_order(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
+    sizes = {"global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1}
+    return [micro.rows.tolist() for micro in sampler.step_micros(epoch, step, **sizes)]
+
+
+@pytest.mark.slow
+def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_path: Path) -> None:
+    """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
+    result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")
+    [line] = told(result.stderr)
+    assert "on rank 0 and not on rank 1" in line
+    assert "precision=fp32" in line
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("computed", [True, False])
+def test_auto_takes_what_the_processor_computes_and_keeps_it(
+    shard_folder: Path, tmp_path: Path, computed: bool
+) -> None:
+    """Written into the run; on another processor the run goes on as it began, another precision is refused."""
+    folder, wanted = tmp_path / "run", "bf16" if computed else "fp32"
+    first = train(1, "bf16", 0 if computed else 1, "0", shard_folder, folder, "precision=auto", "epochs=1")
+    assert first.returncode == 0, first.stderr
+    assert Run.load(folder).settings.precision == wanted
+    again = train(1, "bf16", 1 if computed else 0, "0", shard_folder, folder, "precision=auto", "epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert Run.load(folder).settings.precision == wanted
+    other = train(1, "bf16", 0, "0", shard_folder, folder, "precision=fp16", "epochs=2")
+    assert f"started with precision='{wanted}'" in other.stderr
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_a_precision_without_instructions_is_warned_of(precision: str, computed: bool, monkeypatch) -> None:
+    """As of a run that began on another processor: it goes on, and says why it is slow."""
+    monkeypatch.setattr(process_group, "computes_bf16", lambda: computed)
+    settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
+    assert ("warning" in loop._slow(settings)) == (precision == "bf16" and not computed)
+
+
+@pytest.mark.parametrize(
+    ("text", "computed"),
+    [
+        ("processor : 0\nflags : fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags : fpu avx avx2 avx512f\n", False),
+        ("", False),
+    ],
+)
+def test_what_a_processor_computes(tmp_path: Path, text: str, computed: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "cpuinfo").write_text(text)
+    assert process_group.computes_bf16(tmp_path / "cpuinfo") == computed
+    assert not process_group.computes_bf16(tmp_path / "none")
+
+
+NOT_FINITE = [
+    (2, "nan", "loss"),
+    (1, "gradient", "gradient"),
+    pytest.param(1, "nan", "loss", marks=pytest.mark.slow),
+    pytest.param(2, "gradient", "gradient", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("ranks", "fault", "what"), NOT_FINITE)
+def test_a_step_that_is_not_finite_is_left_out_and_named(
+    shard_folder: Path, tmp_path: Path, ranks: int, fault: str, what: str
+) -> None:
+    """In one micro-batch of the last rank, in step 3: its line says step and rows; the run goes on and ends well."""
+    each = MICROS // ranks
+    result = train(ranks, fault, ranks - 1, str(2 * each + 2), shard_folder, tmp_path / "run", "epochs=1")
+    assert result.returncode == 0, result.stderr
+    lines = metrics_log.read(tmp_path / "run" / "metrics.jsonl")
+    [skip] = [line for line in lines if line["kind"] == "skip"]
+    place = (ranks - 1) * each + 1
+    micros = rows_of(shard_folder, 2)
+    assert (skip["step"], skip["what"]) == (3, what)
+    assert skip["rows"] == (micros[place] if what == "loss" else [row for micro in micros for row in micro])
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["skipped_steps"] for line in epochs] == [0, 1]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert (losses[2] is None) == (what == "loss")
+    assert None not in losses[3:]
+    taken = [*losses[:2], *losses[3:]]
+    assert epochs[1]["train_loss"] == pytest.approx(sum(taken) / len(taken), rel=1e-9), "over the steps that were taken"
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+    """One micro-batch of the last rank in the second epoch's: no plateau, no best, no early stop hears of it; the run goes on."""
+    micros = -(-len(Shards.open(shard_folder).rows("tune")) // 2)
+    each = -(-micros // ranks)
+    words = ("epochs=4", "plateau_patience=0", "plateau_threshold=0.9", "early_stop=3", "keep_checkpoints=9")
+    result = train(ranks, "evaluation", ranks - 1, str(2 * each + 1), shard_folder, tmp_path / "run", *words)
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["tune_loss"] is None for line in epochs] == [False, False, True, False, False]
+    assert (epochs[2]["tune_kappa"], epochs[2]["tune_auroc"]) == (None, None)
+    assert [line["learning_rate"] for line in epochs] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-5])
+    states = [checkpoint.read(folder).state for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")]
+    assert [state["step"] for state in states] == [0, 8, 16, 24, 32]
+    assert (states[2]["plateau"], states[2]["stale_epochs"]) == (states[1]["plateau"], states[1]["stale_epochs"])
+    assert states[2]["select_loss"] is None
+    assert checkpoint.select(tmp_path / "run" / "checkpoints", "best").step != 16
+
+
+def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> None:
+    """After the second epoch's first steps; the checkpoint of the first one stays, and is sound."""
+    calls = ",".join(str(call) for call in range(9 * 3 + 1, 13 * 3 + 1))
+    result = train(2, "nan", 1, calls, shard_folder, tmp_path / "run", "skip_limit=3")
+    assert result.returncode == 1
+    [line] = told(result.stderr)
+    assert "3 steps in a row were left out, the last of them step 12" in line
+    assert "skip_limit=3" in line
+    assert "lower learning_rate" in line
+    assert "]: Traceback" not in result.stderr, "torchrun has one of its own"
+    status = Run.load(tmp_path / "run").status()
+    assert status["state"] == "failed"
+    assert "step 12" in status["reason"]
+    last = checkpoint.select(tmp_path / "run" / "checkpoints", "last")
+    assert last.step == 8
+    assert last.state["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.slow)])
+def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *words)
+    assert result.returncode == 1
+    [line] = told(result.stderr)
+    for word in ("out of memory on rank 1", "micro_batch=2", "changes BatchNorm", "run=NEW"):
+        assert word in line
+    assert "CUDA out of memory" not in result.stderr
+    assert checkpoint.select(tmp_path / "run" / "checkpoints", "last").step == 8
+    again = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", *words, "--quiet")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_rank_that_fails_takes_the_others_with_it_in_one_line_each(shard_folder: Path, tmp_path: Path) -> None:
+    result = train(2, "error", 1, "10", shard_folder, tmp_path / "run")
+    assert result.returncode == 1
+    assert "a fault of the test" in result.stderr
+    lost = [line for line in told(result.stderr) if "lost another rank" in line]
+    assert all("rank 0" in line for line in lost)
+    assert "[rank0]: Traceback" not in result.stderr
+    assert "[rank1]: Traceback" in result.stderr, "an error nobody foresaw keeps its traceback"
+    assert Run.load(tmp_path / "run").status()["state"] in ("failed", "stopped")
+
+
+def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, tmp_path: Path) -> None:
+    """A second machine with another recipe: its weights would agree, its radiographs not."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mura_dist.cli import entry\n"
+        "if __name__ == '__main__':\n"
+        "    entry([*sys.argv[1:], *(['rotate_deg=5'] if os.environ['RANK'] == '1' else [])])\n"
+    )
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
+    result = run("torchrun", "--standalone", "--nproc-per-node", 2, script, "train", *words)
+    assert result.returncode == 1, "torchrun's"
+    [line] = told(result.stderr)
+    assert "rank 1 was started with other settings or other shards than rank 0" in line
+    assert "exitcode  : 2" in result.stderr
+    assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+def settings(**values: object) -> Settings:
+    return config.check(
+        {"shards": "s", "run": "r", "global_batch": 32, "clip_norm": 1.0, "precision": "bf16", **values}, "test"
+    )
+
+
+AGREES = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": "auto"}},
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 0, "reduce_scatter": False},
+    "wall_clock_breakdown": True,
+    "comms_logger": {"enabled": True, "verbose": False},
+}
+
+
+def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(AGREES))
+    merged = deepspeed_config.config(settings(deepspeed=str(path)), 2, num_weights=10)
+    assert merged["wall_clock_breakdown"] is True
+    assert merged["comms_logger"] == {"enabled": True, "verbose": False}
+    assert merged["zero_optimization"] == {
+        "stage": 0,
+        "reduce_bucket_size": 10,
+        "contiguous_gradients": False,
+        "reduce_scatter": False,
+    }
+    assert merged["gradient_accumulation_steps"] == 2
+    assert not {"optimizer", "bf16", "train_batch_size"} & merged.keys(), "ours to do"
+    assert merged["gradient_clipping"] == 0, "ours to do: DeepSpeed's default is 1"
+    assert merged["communication_data_type"] == "bf16"
+    assert "communication_data_type" not in deepspeed_config.config(settings(), 1, num_weights=10), "nothing travels"
+    path.write_text('{"communication_data_type": "fp32"}')
+    asked = deepspeed_config.config(settings(deepspeed=str(path)), 2, num_weights=10)
+    assert asked["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"train_batch_size": 64}, ["train_batch_size = 64", "global_batch=32"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping = 0.5", "clip_norm=1.0"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "precision=bf16"]),
+        ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "optimiser=adam"]),
+        ({"optimizer": {"params": {"lr": 1.0}}}, ["optimizer.params.lr = 1.0", "learning_rate=0.0001"]),
+        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "zero_stage=0"]),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer", "not done by this engine"],
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "the recipe's to say"]),
+        ({"wall_clock_breakdwn": True}, ["wall_clock_breakdwn", "did you mean wall_clock_breakdown"]),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_is_refused(
+    tmp_path: Path, values: dict[str, object], says: list[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(Refusal) as refused:
+        deepspeed_config.config(settings(deepspeed=str(path)), 2, num_weights=10)
+    for word in (*says, str(path)):
+        assert word in str(refused.value)
+
+
+def test_a_deepspeed_file_is_checked_before_anything_is_written(shard_folder: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "ds.json"
+    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", f"deepspeed={path}"]
+    laws.refusal(capsys, words, "ds.json", "No such file", "deepspeed= for none")
+    path.write_text("{")
+    laws.refusal(capsys, words, "ds.json", "is not JSON")
+    path.write_text("[]")
+    laws.refusal(capsys, words, "no JSON object")
+    path.write_text('{"train_batch_size": 5}')
+    laws.refusal(capsys, words, "train_batch_size = 5", "global_batch=12")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_a_deepspeed_file(shard_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"prescale_gradients": true, "train_batch_size": 12}')
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1", f"deepspeed={path}", "--quiet")
+    assert run("mura-dist", "train", *words).returncode == 0
+    assert json.loads((tmp_path / "run" / "deepspeed.json").read_text())["prescale_gradients"] is True
+    path.write_text('{"prescale_gradients": false}')
+    refused = run("mura-dist", "train", *words, "epochs=2")
+    assert refused.returncode == 2
+    assert "prescale_gradients" in refused.stderr

@@ -1,0 +1,257 @@
+"""Training over one, two and three ranks, by every launcher: order, batch statistics, settings, one writer."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import laws
+from helpers.commands import BIN, TINY, run, train
+from helpers.runs import equal, losses, steps_an_epoch, tensors
+
+from mura_dist.data.shards.reader import Shards
+from mura_dist.training import checkpoint, metrics_log
+from mura_dist.training.run import Run
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_number_of_ranks_leaves_no_trace(whole: Callable[..., Path], one: Path, ranks: int) -> None:
+    """Same rows, first step's loss within 1e-6, 8 steps on within 1e-3."""
+    several = whole(ranks)
+    ours, wanted = losses(several), losses(one)
+    assert len(ours) == len(wanted) >= 10
+    assert ours[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert ours[:9] == pytest.approx(wanted[:9], rel=1e-3)
+    first, second = (tensors(folder, 0) for folder in (several, one))
+    assert equal(first, second)  # the same weights to begin with
+    statistics = [key for key in second if "running_" in key]
+    assert len(statistics) == 2 * 17
+    step = steps_an_epoch(one)
+    ours_then, wanted_then = tensors(several, step), tensors(one, step)
+    for key in statistics:
+        torch.testing.assert_close(ours_then[key], wanted_then[key], rtol=1e-2, atol=1e-2)
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(shard_folder: Path, one: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in one.rglob("*") if path.is_file()}
+    result = train(1, shard_folder, one)
+    assert result.returncode == 0
+    assert "2 epochs" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in one.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_says_what_it_was(one: Path, shard_folder: Path) -> None:
+    loaded = Run.load(one)
+    assert loaded.settings.shards == str(shard_folder)
+    assert loaded.status()["state"] == "done"
+    environment = json.loads((one / "environment.json").read_bytes())
+    assert environment["world_size"] == 1
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert (one / "curves.png").stat().st_size > 10_000
+    assert not (one / "lock").exists()
+    epochs = [line for line in metrics_log.read(one / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2]
+    steps = [line["step"] for line in metrics_log.read(one / "metrics.jsonl") if line["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+    """Named once a rank at most, counted once over all ranks in metrics.jsonl; strict=true ends the run and names it."""
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    opened = Shards.open(shards)
+    bad = [int(opened.rows("train")[5]), int(opened.rows("tune")[1])]
+    for row in bad:
+        laws.damage(opened, row)
+    result = train(ranks, shards, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["damaged_samples"] for line in epochs] == [1, 2, 2], "tune's is found first, before training"
+    named = [line for line in result.stderr.splitlines() if "damaged sample: row" in line]
+    assert {int(line.split("row ")[1].split()[0]) for line in named} == set(bad)
+    assert len(named) <= 2 * ranks
+    assert all(np.isfinite(losses(tmp_path / "run")))
+    strict = train(ranks, shards, tmp_path / "strict", "strict=true")
+    assert strict.returncode == 1
+    assert f"mura-dist: damaged sample: row {bad[1]}" in strict.stderr
+    done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert f"damaged sample: row {bad[1]}" in done.stderr
+    assert json.loads((tmp_path / "report" / "metrics.json").read_bytes())["num_damaged"] == 1
+    predictions = pd.read_csv(tmp_path / "report" / "predictions.csv")
+    assert len(predictions) == len(opened.rows("tune")) - 1
+
+
+def test_a_missing_or_shortened_tar_is_refused_before_anything_is_written(
+    shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    words = ["train", *TINY, f"shards={shards}", f"run={tmp_path / 'run'}"]
+    os.truncate(shards / "tune-000000.tar", 1000)
+    laws.refusal(
+        capsys, words, "tune-000000.tar has 1,000 bytes, index.json says", "delete tune-000000.json and index.json"
+    )
+    (shards / "train-000000.tar").unlink()
+    laws.refusal(capsys, words, "train-000000.tar is missing", "run the same `mura-dist shards` command again")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_where_its_time_goes(one: Path, shard_folder: Path, tmp_path: Path) -> None:
+    epochs = [line for line in metrics_log.read(one / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert "limited_by" not in epochs[0], "nothing was trained before the first"
+    for line in epochs[1:]:
+        assert 0 <= line["data_wait_share"] <= 1
+        assert line["limited_by"] == ("data" if line["data_wait_share"] > 0.05 else "compute")
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1")
+    told = run("mura-dist", "train", *words).stderr
+    assert re.search(r"batches by cpu from raw shards, \d threads a rank, \d+ micro-batches ahead", told)
+    assert re.search(r"epoch 1 .*data wait \d+\.\d%: (compute|data) limits", told)
+
+
+@pytest.mark.slow
+def test_deepspeed_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Path, one: Path) -> None:
+    words = (*TINY, f"shards={shard_folder}")
+    launched = run(
+        "deepspeed",
+        "--num_accelerators",
+        2,
+        "--module",
+        "mura_dist.train",
+        *words,
+        f"run={tmp_path / 'a'}",
+        cwd=tmp_path,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert run("mura-dist", "train", *words, f"run={tmp_path / 'b'}").returncode == 0
+    assert losses(tmp_path / "a")[0] == pytest.approx(losses(one)[0], rel=1e-6)
+    assert losses(tmp_path / "b") == losses(one)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("precision=bf16",),
+        ("pipeline=dali",),
+        ("optimiser=adamw", "weight_decay=0.1"),
+        ("precision=fp16", "channels_last=false"),
+        ("lr_scaling=sqrt", "reference_batch=3", "clip_norm=1.0", "label_smoothing=0.01", "warmup_steps=5"),
+    ],
+)
+def test_other_settings_learn_too(shard_folder: Path, tmp_path: Path, one: Path, words: tuple[str, ...]) -> None:
+    result = train(1, shard_folder, tmp_path / "run", *words, "epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(one)[0], rel=0.02)
+    assert losses(tmp_path / "run") != losses(one)[: steps_an_epoch(one)]  # the setting did something
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_trains(shard_folder: Path, tmp_path: Path) -> None:
+    """DeepSpeed would build C++ operators when first used; it is told to build none."""
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    nothing = {"TORCH_EXTENSIONS_DIR": str(extensions), "PATH": str(BIN), "CC": "no-compiler", "CXX": "no-compiler"}
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1", "--quiet")
+    result = run("mura-dist", "train", *words, env=nothing, cold=True)
+    assert result.returncode == 0, result.stderr
+    assert list(extensions.iterdir()) == []
+
+
+def test_only_one_writes(shard_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    owner = {"host": os.uname().nodename, "process": os.getpid()}
+    (folder / "lock").write_text(json.dumps(owner))
+    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=0", "wait_s=0", "--quiet")
+    result = run("mura-dist", "train", *words)
+    assert result.returncode == 2
+    assert f"being written by process {os.getpid()}" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["lock"]
+    os.utime(folder / "lock", (0, 0))  # a process of that number lives, but its heart has not beaten since 1970
+    result = run("mura-dist", "train", *words)
+    assert result.returncode == 0, result.stderr
+    assert "stale lock" in result.stderr
+
+
+def test_what_may_not_change_is_refused(shard_folder: Path, one: Path, tmp_path: Path, capsys) -> None:
+    words = ["train", *TINY, f"shards={shard_folder}", f"run={one}"]
+    said = laws.refusal(capsys, [*words, "learning_rate=2e-3"], "learning_rate=0.001", "learning_rate=0.002", "run=NEW")
+    assert str(one) in said
+    laws.refusal(capsys, [*words, "seed=5"], "seed=0", "seed=5")
+    other = tmp_path / "other"
+    from mura_dist.data.phantoms import draw
+    from mura_dist.data.shards.convert import convert
+
+    draw(tmp_path / "drawn", studies=60, size=96, seed=9)
+    convert(tmp_path / "drawn", other, size=64, workers=1)
+    laws.refusal(capsys, ["train", *TINY, f"shards={other}", f"run={one}"], "manifest_sha256", "run=NEW")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    laws.refusal(capsys, ["train", *TINY, f"shards={other}", f"run={tmp_path / 'mine'}"], "is no run")
+
+
+def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
+    laws.refusal(capsys, [*words, "global_batch=13"], "global_batch=13", "micro_batch 2", "nearest is global_batch=12")
+    laws.refusal(capsys, [*words, "global_batch=600"], "global_batch=600", "has only")
+    laws.refusal(capsys, [*words, "shards=nowhere"], "nowhere", "mura-dist shards")
+    monkeypatch.setenv("WORLD_SIZE", "100")  # what a launcher of 100 ranks says
+    laws.refusal(capsys, words, "100 ranks x micro_batch 2 = 200", "fewer ranks")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    laws.refusal(capsys, words, "5 ranks = 10", "nearest is global_batch=10")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_run_ends_early_where_nothing_gets_better(shard_folder: Path, tmp_path: Path) -> None:
+    words = ("learning_rate=1e-12", "epochs=9", "early_stop=2", "plateau_patience=0", "plateau_threshold=0.5")
+    result = train(1, shard_folder, tmp_path / "run", *words)
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3], "the first is the best, two are not better"
+    assert "3 epochs" in result.stdout
+    before = (tmp_path / "run" / "status.json").stat().st_mtime_ns
+    assert train(1, shard_folder, tmp_path / "run", *words).returncode == 0
+    assert (tmp_path / "run" / "status.json").stat().st_mtime_ns == before, "it is done"
+    more = train(1, shard_folder, tmp_path / "run", *words, "early_stop=0", "epochs=5")
+    assert more.returncode == 0, more.stderr
+    assert "5 epochs" in more.stdout
+
+
+@pytest.mark.slow
+def test_the_best_are_kept_for_an_ensemble(shard_folder: Path, tmp_path: Path) -> None:
+    result = train(1, shard_folder, tmp_path / "run", "epochs=6", "keep_best=3", "keep_checkpoints=1")
+    assert result.returncode == 0, result.stderr
+    epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"][1:]
+    best = sorted(epochs, key=lambda line: (line["tune_loss"], -line["step"]))[:3]
+    wanted = {f"step-{line['step']:08d}" for line in best} | {f"step-{epochs[-1]['step']:08d}"}
+    assert {folder.name for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")} == wanted
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batch_that_fits_is_written_into_the_run(shard_folder: Path, tmp_path: Path) -> None:
+    result = train(2, shard_folder, tmp_path / "run", "micro_batch=auto", "epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert Run.load(tmp_path / "run").settings.micro_batch == 6, "12 on 2 ranks"
+    again = train(1, shard_folder, tmp_path / "run", "micro_batch=auto", "epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert Run.load(tmp_path / "run").settings.micro_batch == 6, "what the run found when it began"
+    assert len(losses(tmp_path / "run")) == 16
+
+
+def test_settings_that_cannot_be(shard_folder: Path, tmp_path: Path, capsys) -> None:
+    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
+    laws.refusal(capsys, [*words, "stop_signal=SIGUSR3"], "stop_signal='SIGUSR3'", "did you mean SIGUSR")
+    laws.refusal(capsys, [*words, "stop_signal=SIGKILL"], "must be one of", "SIGUSR2")
+    laws.refusal(capsys, [*words, "micro_batch=1"], "micro_batch=1", "at least 2")
+    laws.refusal(capsys, [*words, "micro_batch=auto", "global_batch=1"], "global_batch=1", "nearest is global_batch=2")
+    assert not (tmp_path / "run" / "recipe.toml").exists()

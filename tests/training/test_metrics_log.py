@@ -1,0 +1,105 @@
+"""metrics_log.py as a person and a tool meet it: the bar on a terminal, plain lines elsewhere, TensorBoard's files."""
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers.commands import BIN, NO_GPU, TINY, run
+
+from mura_dist.training import metrics_log
+from mura_dist.training.metrics_log import Journal, Stopwatch
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+def settings(shards: Path, folder: Path, *words: str) -> tuple[str, ...]:
+    return (*TINY, f"shards={shards}", f"run={folder}", *words)
+
+
+def on_a_terminal(*command: str) -> str:
+    """What a command writes to a terminal of 150 columns as its stderr."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, **NO_GPU, "TERM": "xterm", "COLUMNS": "150"}
+    said = b""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            if not select.select([ours], [], [], 0.1)[0]:
+                continue
+            try:
+                said += os.read(ours, 1 << 16)
+            except OSError:  # the other end is closed: the command is done
+                break
+        else:
+            process.kill()
+    os.close(ours)
+    assert process.returncode == 0, said.decode(errors="replace")
+    return said.decode()
+
+
+@pytest.mark.slow
+def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
+    """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
+    words = settings(shard_folder, tmp_path / "run")
+    said = CONTROL.sub("", on_a_terminal(str(BIN / "mura-dist"), "train", *words)).replace("\r", "\n")
+    bars = re.findall(
+        r"epoch 1 .*step (\d+)/16 +loss (\d\.\d{4}) +(\d+\.\d) images/s +data wait \d+\.\d% +(\d+:\d\d:\d\d) left", said
+    )
+    assert bars, said[-2000:]
+    lines = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
+    for step, loss, speed, _ in bars:
+        line = lines[int(step) - 1]
+        assert (f"{line['loss']:.4f}", line["images_per_s"]) == (loss, pytest.approx(float(speed), abs=0.06))
+    for epoch in range(3):
+        assert len(re.findall(rf"^epoch {epoch} \(step {8 * epoch}\): .*tune_loss", said, re.MULTILINE)) == 1
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_path: Path) -> None:
+    result = run("mura-dist", "train", *settings(shard_folder, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    first, *epochs = result.stderr.splitlines()
+    assert "8 steps an epoch, 16 in all" in first
+    assert [line.partition(":")[0] for line in epochs] == [f"epoch {n} (step {8 * n})" for n in range(3)]
+    assert not CONTROL.search(result.stderr)
+    assert "\r" not in result.stderr
+
+
+@pytest.mark.parametrize("step_s", [0.1, 35.0])
+def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step_s: float) -> None:
+    how = {"enabled": True, "quiet": True, "tensorboard": False}
+    told = Journal(tmp_path, start_step=20, evaluated_step=20, num_steps=500, **how)
+    for step in (30, 40):
+        told.started = time.perf_counter() - step_s * (step - 20)
+        watch = Stopwatch()
+        watch.seconds |= {"data": 0.0, "step": 10 * step_s}
+        told.steps({"step": step, "epoch": 0, "loss": 1.0}, images=80, watch=watch)
+    hours, minutes, seconds = map(int, told.progress.tasks[0].fields["left"].removesuffix(" left").split(":"))
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(460 * step_s, abs=1)
+
+
+@pytest.mark.slow
+def test_tensorboard_has_each_step_once_whatever_interrupted_the_run(shard_folder: Path, tmp_path: Path) -> None:
+    """The last epoch is done twice, as after a kill: its first events are purged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = settings(shard_folder, tmp_path / "run", "tensorboard=true")
+    assert run("mura-dist", "train", *words, "--quiet").returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000016")
+    (tmp_path / "run" / "status.json").unlink()
+    assert run("mura-dist", "train", *words, "--quiet").returncode == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = metrics_log.read(tmp_path / "run" / "metrics.jsonl")
+    for kind, name, steps in (("step", "loss", range(1, 17)), ("epoch", "tune_loss", (0, 8, 16))):
+        found = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
+        assert [step for step, _ in found] == list(steps)
+        wanted = [line[name] for line in lines if line["kind"] == kind]
+        assert [value for _, value in found] == pytest.approx(wanted, rel=1e-6)
+    for name in ("step/images_per_s", "step/learning_rate", "epoch/tune_kappa", "epoch/tune_auroc"):
+        assert events.Scalars(name)

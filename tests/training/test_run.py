@@ -1,0 +1,485 @@
+"""One writer, and nobody outlives a launcher: locks living and stale, starts that wait, launchers killed or asked to stop.
+
+The lock's laws are cheap: processes that hold it and do nothing else. Below them, trainings under torchrun and `deepspeed`.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers.commands import BIN, NO_GPU, ROOT, TINY
+from helpers.tools import tool
+
+from mura_dist.core import config
+from mura_dist.core.errors import Refusal, Stopped
+from mura_dist.distributed import processes as workers
+from mura_dist.training import metrics_log
+from mura_dist.training.run import Run
+
+chaos = tool("robustness/chaos_train")
+
+RUN_OF = """
+import os, sys, time
+from pathlib import Path
+from mura_dist import config
+from mura_dist.runs import Run
+def run(wait_s):
+    return Run(Path(sys.argv[1]), config.load(None, [f"run={sys.argv[1]}", "shards=none", f"wait_s={wait_s}"]))
+"""
+HOLDS = RUN_OF + "with run(0).writing():\n    print('holds', flush=True)\n    time.sleep(float(sys.argv[2]))\n"
+BEATS = "import os, sys, time\nwhile True:\n    os.utime(sys.argv[1])\n    time.sleep(0.3)\n"
+IN_TURN = (
+    RUN_OF
+    + """
+with run(60).writing():
+    for what in ("in", "out"):
+        with open(Path(sys.argv[1]).parent / "book", "a") as book:
+            book.write(f"{what} {os.getpid()}\\n")
+        time.sleep(0.05)
+"""
+)
+
+
+def run_of(folder: Path, wait_s: float = 0) -> Run:
+    return Run(folder, config.load(None, [f"run={folder}", "shards=none", f"wait_s={wait_s}"]))
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts processes; what is left of them is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object, **how: object) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([str(word) for word in words], env=environment, **{**pipes, **how}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def lock(folder: Path, **owner: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "lock"
+    path.write_text(json.dumps({"host": platform.node(), **owner}))
+    return path
+
+
+# ---- the lock
+
+
+def test_who_was_born_when(processes: Callable[..., subprocess.Popen[str]]) -> None:
+    """A living process has a birth that stays; one that ended has none, whether its parent has asked for its status or not."""
+    child = processes("sleep", 60)
+    since = workers.born(child.pid)
+    assert since
+    assert workers.born(child.pid) == since >= (workers.born(os.getpid()) or 0) > 0
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    os.kill(child.pid, 0)  # its number is still taken
+    assert workers.born(child.pid) is None
+    child.wait()
+    assert workers.born(child.pid) is None
+    assert workers.born(0) is None
+
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+LOCKS = {
+    "living": ({}, 0, False),
+    "living, of another version": ({"born": None}, 0, False),
+    "living, its heart stands still": ({}, 1000, False),  # stopped by Ctrl-Z, or its machine was asleep
+    "its heart stands still, of another version": ({"born": None}, 1000, True),
+    "of another container, whose numbers are not ours": ({"numbers": "pid:[1]", "process": 2**22 + 1}, 0, False),
+    "of another container, its heart stands still": ({"numbers": "pid:[1]", "process": 2**22 + 1}, 1000, True),
+    "its number is another's by now": ({"born": 1}, 0, True),
+    "of another host": ({"host": "elsewhere", "process": 2**22 + 1}, 0, False),
+    "of another host, its heart stands still": ({"host": "elsewhere", "process": 2**22 + 1}, 1000, True),
+    "of a host of the same name": ({"boot": "another", "process": 2**22 + 1}, 0, False),
+    "no such process": ({"process": 2**22 + 1}, 0, True),
+}
+
+
+@pytest.mark.parametrize("case", LOCKS)
+def test_a_living_writer_is_respected_and_a_stale_lock_taken(
+    case: str,
+    processes: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts, age_s, taken = LOCKS[case]
+    child = processes("sleep", 60)
+    owner = {"process": child.pid, "born": workers.born(child.pid), "boot": BOOT.read_text().strip()} | facts
+    path = lock(tmp_path / "run", **{key: value for key, value in owner.items() if value is not None})
+    os.utime(path, (time.time() - age_s,) * 2)
+    before, run = path.read_bytes(), run_of(tmp_path / "run")
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)  # our clock, which is not the disk's
+    if taken:
+        with run.writing():
+            assert json.loads(path.read_bytes())["process"] == os.getpid()
+        assert not path.exists()
+        assert "taking over a stale lock" in capsys.readouterr().err
+        return
+    heart = processes(sys.executable, "-c", BEATS, path)
+    begin = time.monotonic()
+    with pytest.raises(Refusal) as refusal, run.writing():
+        raise AssertionError("it was let in")
+    assert time.monotonic() - begin < 5, "a heart was seen to beat"
+    heart.kill()
+    where = facts.get("host", platform.node())
+    for part in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "wait for it or stop"):
+        assert part in str(refusal.value)
+    assert path.read_bytes() == before
+    assert sorted(path.name for path in path.parent.iterdir()) == ["lock"]
+
+
+def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that died, and ranks that are started again on others: longer than wait_s, but not for ever."""
+    monkeypatch.setattr("mura_dist.distributed.lock.STALE_S", 2.0)
+    lock(tmp_path / "run", host="elsewhere", process=1)
+    begin = time.monotonic()
+    with run_of(tmp_path / "run").writing():
+        assert 1.5 < time.monotonic() - begin < 5
+    assert "taking over a stale lock of process 1 on elsewhere" in capsys.readouterr().err
+
+
+def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mura_dist.distributed.lock.DOUBT_S", 0.0)
+    (tmp_path / "lock").touch()
+    with pytest.raises(Refusal, match="process 0 on unknown"), run_of(tmp_path).writing():
+        raise AssertionError("it was let in")
+    os.utime(tmp_path / "lock", (0, 0))
+    with run_of(tmp_path).writing():
+        pass
+
+
+def test_a_second_start_waits_for_the_first_to_end(
+    processes: Callable[..., subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ended well or by kill -9: the second goes on within a second of it, having said once that it waits."""
+    for lasts_s, killed in ((1.5, False), (60, True)):
+        first = processes(sys.executable, "-c", HOLDS, tmp_path / "run", lasts_s)
+        assert first.stdout is not None
+        assert first.stdout.readline() == "holds\n"
+        timer = threading.Timer(1.5, first.kill if killed else first.poll)
+        timer.start()
+        begin = time.monotonic()
+        with run_of(tmp_path / "run", wait_s=30).writing():
+            assert 1 < time.monotonic() - begin < 4
+        timer.join()
+        said = capsys.readouterr().err
+        assert said.count("waiting up to 30 s for process") == 1
+        assert f"process {first.pid} on host {platform.node()}, which writes run={tmp_path / 'run'}" in said
+        assert ("stale lock" in said) == killed
+
+
+def test_a_wait_that_lasts_too_long_is_refused(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    first = processes(sys.executable, "-c", HOLDS, tmp_path / "run", 60)
+    assert first.stdout is not None
+    first.stdout.readline()
+    begin = time.monotonic()
+    said = f"process {first.pid} on .*waited 1 s"
+    with pytest.raises(Refusal, match=said), run_of(tmp_path / "run", wait_s=1.3).writing():
+        raise AssertionError("it was let in")
+    assert 1.3 <= time.monotonic() - begin < 3
+
+
+def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
+    path, stop = lock(tmp_path / "run", host="elsewhere", process=1), threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    begin = time.monotonic()
+    with pytest.raises(Stopped, match="the same command goes on"), run_of(tmp_path / "run", 60).writing(stop):
+        raise AssertionError("it was let in")
+    assert time.monotonic() - begin < 2
+    assert json.loads(path.read_bytes())["host"] == "elsewhere"
+    assert not (tmp_path / "run" / "status.json").exists(), "nothing was done: what the folder says stays true"
+
+
+def test_of_many_starts_one_writes_at_a_time(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """All find the same stale lock; each gets its turn, none meets another."""
+    lock(tmp_path / "run", process=2**22 + 1)
+    starts = [processes(sys.executable, "-c", IN_TURN, tmp_path / "run") for _ in range(6)]
+    for start in starts:
+        _, stderr = start.communicate(timeout=90)
+        assert start.returncode == 0, stderr
+    book = [line.split() for line in (tmp_path / "book").read_text().splitlines()]
+    assert [what for what, _ in book] == ["in", "out"] * 6
+    assert [who for _, who in book[::2]] == [who for _, who in book[1::2]]
+    assert {int(who) for _, who in book} == {start.pid for start in starts}
+
+
+@pytest.mark.parametrize("where", ["below a file", "in a folder that takes nothing"])
+def test_a_folder_that_cannot_be_written_is_refused(where: str, tmp_path: Path) -> None:
+    """/proc: root, who may write anywhere, cannot there either."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
+    said = rf"run={folder} cannot be written \(.*\); make it so, or give run="
+    with pytest.raises(Refusal, match=said), run_of(folder).writing():
+        raise AssertionError("it was let in")
+
+
+def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel answers on such a disk; to mount one wants root."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with (
+        pytest.raises(Refusal, match=r"cannot be written \(read-only, or another user's\)"),
+        run_of(tmp_path).writing(),
+    ):
+        raise AssertionError("it was let in")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- trainings under their launchers
+
+LAUNCHERS = {
+    "torchrun": ("torchrun", "--standalone", "--nproc-per-node", 2, "-m", "mura_dist.train"),
+    "deepspeed": ("deepspeed", "--num_accelerators", 2, "--module", "mura_dist.train"),
+}
+EPOCHS = 16
+
+
+def launch(start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *words: str):
+    """A training in a session of its own, its output in a file beside the run."""
+    launcher = [BIN / LAUNCHERS[name][0], *LAUNCHERS[name][1:]] if name in LAUNCHERS else [BIN / "mura-dist", "train"]
+    settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *words)
+    with open(run.with_name("log"), "a") as log:
+        return start(*launcher, *settings, stdout=log, stderr=log, cwd=run.parent)
+
+
+def log_of(run: Path) -> str:
+    return run.with_name("log").read_text()
+
+
+def steps(run: Path) -> int:
+    """Steps in metrics.jsonl."""
+    return sum(line["kind"] == "step" for line in metrics_log.read(run / "metrics.jsonl"))
+
+
+def until_it_trains(run: Path, process: subprocess.Popen[str], more_than: int = 3) -> None:
+    end = time.monotonic() + 120
+    while steps(run) <= more_than:
+        assert process.poll() is None, log_of(run)
+        assert time.monotonic() < end, log_of(run)
+        time.sleep(0.02)
+
+
+def gone_after(pids: list[int], limit_s: float) -> float:
+    """Seconds until none of these lives; fails where one still does after `limit_s`."""
+    begin = time.monotonic()
+    while alive := [pid for pid in pids if workers.born(pid) is not None]:
+        assert time.monotonic() - begin < limit_s, f"{alive} still live after {limit_s} s"
+        time.sleep(0.02)
+    return time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launcher = [BIN / "torchrun", *LAUNCHERS["torchrun"][1:]]
+    settings = (*TINY, f"epochs={EPOCHS}", f"shards={shard_folder}", f"run={run}", "--quiet")
+    words = [str(word) for word in (*launcher, *settings)]
+    problem = chaos.to_its_end(words, run.with_name("log"))
+    assert not problem, log_of(run)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_ranks_end_with_a_killed_launcher_and_the_next_start_finishes(
+    name: str, whole: Path, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """kill -9 of the command: all it started is gone within 5 s. A second start, at once, waits for them, ends as the whole."""
+    run = tmp_path / "run"
+    first = launch(processes, name, shard_folder, run)
+    until_it_trains(run, first)
+    pids = chaos.processes_of(run)
+    assert len(pids) == (3 if name == "torchrun" else 4)
+    first.kill()
+    second = launch(processes, name, shard_folder, run)
+    gone_after(pids, 5)
+    assert second.wait(180) == 0, log_of(run)
+    assert "the launcher is gone" in log_of(run)
+    assert not chaos.differences(whole, run)
+    assert not chaos.survivors(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
+    name: str,
+    asked: signal.Signals,
+    whole: Path,
+    shard_folder: Path,
+    tmp_path: Path,
+    processes: Callable[..., subprocess.Popen[str]],
+) -> None:
+    """SIGTERM to the command, as a scheduler sends it; SIGINT to its whole group, as a terminal's Ctrl-C does."""
+    run = tmp_path / "run"
+    first = launch(processes, name, shard_folder, run)
+    until_it_trains(run, first)
+    pids = chaos.processes_of(run)
+    begin = time.monotonic()
+    os.kill(first.pid, asked) if asked == signal.SIGTERM else os.killpg(first.pid, asked)
+    first.wait(15)
+    gone_after(pids, 15 - (time.monotonic() - begin))
+    assert Run.load(run).status()["state"] == "stopped", log_of(run)
+    step = steps(run)
+    assert max(chaos._checkpoints(run)) == f"step-{step:08d}", "the very step it was at"
+    written = (run / "metrics.jsonl").read_bytes()
+    second = launch(processes, name, shard_folder, run)
+    assert second.wait(180) == 0, log_of(run)
+    assert (run / "metrics.jsonl").read_bytes().startswith(written), "nothing was done twice"
+    assert not chaos.differences(whole, run)
+
+
+@pytest.mark.slow
+def test_a_second_training_waits_and_then_is_refused_or_goes_on(
+    shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "run"
+    first = launch(processes, "plain", shard_folder, run, "epochs=5000")
+    until_it_trains(run, first)
+    refused = launch(processes, "plain", shard_folder, run, "wait_s=2")
+    assert refused.wait(60) == 2, log_of(run)
+    assert f"waiting up to 2 s for process {first.pid} on host {platform.node()}" in log_of(run)
+    assert f"is being written by process {first.pid} on {platform.node()}" in log_of(run)
+    assert first.poll() is None
+    interrupted, patient = (launch(processes, "plain", shard_folder, run, "epochs=5000") for _ in range(2))
+    end = time.monotonic() + 60
+    while log_of(run).count("waiting up to 60 s") < 2:
+        assert time.monotonic() < end, log_of(run)
+        time.sleep(0.05)
+    interrupted.send_signal(signal.SIGTERM)
+    assert interrupted.wait(5) == 3, log_of(run)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(15) == 3, log_of(run)
+    step = steps(run)
+    until_it_trains(run, patient, more_than=step)
+    assert Run.load(run).status()["state"] == "running"
+    patient.send_signal(signal.SIGINT)
+    assert patient.wait(15) == 3, log_of(run)
+    assert Run.load(run).status()["state"] == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, None])
+def test_ranks_that_wait_for_the_first_end_with_it(
+    asked: signal.Signals | None, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
+    run = tmp_path / "run"
+    processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
+    start = launch(processes, "torchrun", shard_folder, run, "wait_s=1" if asked is None else "wait_s=60")
+    end = time.monotonic() + 60
+    while "waiting up to" not in log_of(run):
+        assert time.monotonic() < end, log_of(run)
+        time.sleep(0.05)
+    if asked is not None:
+        start.send_signal(asked)
+    assert start.wait(15) != 0
+    assert ("is being written by process 1 on elsewhere" if asked is None else "stopped while waiting") in log_of(run)
+    assert not chaos.survivors(run, 1)
+    assert sorted(path.name for path in run.iterdir()) == ["lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seen", [15, 16])
+def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
+    seen: int, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Asked when step `seen` of 16 is logged: stopped before the last evaluation or done after it; done after the next start."""
+    run = tmp_path / "run"
+    first = launch(processes, "plain", shard_folder, run, "epochs=2")
+    while steps(run) < seen:
+        assert first.poll() is None, log_of(run)
+        time.sleep(0.0005)
+    first.send_signal(signal.SIGTERM)
+    status = first.wait(15)
+    assert (status, Run.load(run).status()["state"]) in ((3, "stopped"), (0, "done")), log_of(run)
+    assert status == 3 or chaos.last_line(run)["kind"] == "epoch"
+    assert launch(processes, "plain", shard_folder, run, "epochs=2").wait(60) == 0
+    assert Run.load(run).status()["state"] == "done"
+    assert (chaos.last_line(run)["kind"], chaos.last_line(run)["step"]) == ("epoch", 16), (
+        "the last weights were evaluated"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR2])
+def test_the_page_says_by_its_status_that_it_was_stopped(
+    asked: signal.Signals, shard_folder: Path, tmp_path: Path
+) -> None:
+    """launch/local.sh: a signal to it is passed on, and its exit status is what status.json says, not torchrun's."""
+    run = tmp_path / "run"
+    words = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
+    with open(tmp_path / "log", "wb") as log:
+        page = subprocess.Popen(["bash", ROOT / "launch" / "local.sh", "2", *words], stdout=log, stderr=log)
+        try:
+            until_it_trains(run, page)
+            page.send_signal(asked)
+            assert page.wait(30) == 3, (tmp_path / "log").read_text()
+        finally:
+            for process in chaos.processes_of(run):
+                os.kill(process, signal.SIGKILL)
+            page.wait(10)
+    assert Run.load(run).status()["state"] == "stopped"
+    said = (tmp_path / "log").read_text()
+    assert "the launcher is gone" not in said, "torchrun heard it and passed it on; it did not die of it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "later", "status"),
+    [("kill -TERM $$", "stopped", 3), ("kill -TERM $$", "failed", 143), ("exit 1", "stopped", 1)],
+)
+def test_a_page_waits_for_ranks_that_outlive_their_launcher(
+    launcher: str, later: str, status: int, tmp_path: Path
+) -> None:
+    """deepspeed dies of a signal at once, its ranks save and say so some seconds later; a launcher that ended by itself has
+    waited for them, and what it left behind as running was killed."""
+    run = run_of(tmp_path / "run")
+    run.write_status("running")
+    timer = threading.Timer(60 if status == 1 else 5, run.write_status, [later])
+    timer.start()
+    script = 'source launch/outcome.sh; outcome bash -c "$0" -- "$@"'
+    words = ["bash", "-c", script, launcher, f"run={run.folder}", "shards=none"]
+    assert subprocess.run(words, cwd=ROOT, timeout=100, check=False).returncode == status
+    assert timer.finished.is_set() == (status != 1)
+    timer.cancel()
+
+
+@pytest.mark.slow
+def test_without_a_launcher_a_training_outlives_its_shell(
+    shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+) -> None:
+    run = tmp_path / "run"
+    settings = " ".join((*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet"))
+    (tmp_path / "log").touch()
+    line = f"RANK=0 nohup {BIN / 'mura-dist'} train {settings} >>{tmp_path / 'log'} 2>&1 & wait"
+    shell = processes("bash", "-c", line)
+    until_it_trains(run, shell)
+    shell.kill()
+    shell.wait()
+    [training] = chaos.processes_of(run)
+    step = steps(run)
+    time.sleep(3 * workers.WATCH_S)
+    assert workers.born(training) is not None, log_of(run)
+    assert steps(run) > step
+    os.kill(training, signal.SIGTERM)
+    gone_after([training], 15)

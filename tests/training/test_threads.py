@@ -1,0 +1,19 @@
+"""A network of the real size on two threads; run alone: threads that share two processors with others wait for each other."""
+
+from pathlib import Path
+
+import pytest
+from helpers.commands import TINY, run
+from helpers.runs import equal, tensors, told
+
+
+@pytest.mark.slow
+def test_a_real_network_on_two_threads_resumes_to_the_bit(shard_folder: Path, tmp_path: Path) -> None:
+    """What the small network on one thread cannot show: threads, and tensors large enough for them."""
+    words = (*TINY, "architecture=densenet121", "global_batch=24", "micro_batch=8", "precision=bf16")
+    for folder, epochs in (("never", 2), ("torn", 1), ("torn", 2)):
+        settings = (f"shards={shard_folder}", f"run={tmp_path / folder}", f"epochs={epochs}", "--quiet")
+        result = run("mura-dist", "train", *words, *settings, timeout_s=900, env={"OMP_NUM_THREADS": "2"}, cold=True)
+        assert result.returncode == 0, result.stderr
+    assert told(tmp_path / "never") == told(tmp_path / "torn")
+    assert equal(tensors(tmp_path / "never", 8), tensors(tmp_path / "torn", 8))

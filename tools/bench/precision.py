@@ -1,0 +1,74 @@
+"""What a precision below fp32 changes, on drawings that nobody trained on: probabilities, calls, kappa.
+
+python tools/bench/precision.py FP32.onnx OTHER.onnx [OTHER.onnx ...] [--provider openvino] [--studies 900] [--px 128]
+
+Draws phantoms (900 studies: over 2,000 radiographs) as the demo does, but of another seed; reads them as predict does; one model
+after the other over the same pixels. The first is the measure, computed by ONNX Runtime on the CPU; --provider computes the
+others. Prints AUROC and kappa of each at a threshold of 1/2, and against the first: mean and largest change of a radiograph's
+probability, studies whose call changed, the difference of kappa with its paired interval (bootstrap over patients).
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mura_dist.data import phantoms, radiograph
+from mura_dist.data.source.scan import scan
+from mura_dist.inference.onnx_model import Model, flowing
+from mura_dist.metrics import classification
+from mura_dist.metrics.comparison import compare
+
+THRESHOLD, BATCH = 0.5, 64
+
+
+def probabilities(model: Model, images: np.ndarray) -> np.ndarray:
+    """A view's, float64 (N,)."""
+    batches = (images[at : at + BATCH] for at in range(0, len(images), BATCH))
+    return classification.sigmoid(np.concatenate([logit for (logit,) in model.stream(batches)]))
+
+
+def measured(studies: pd.DataFrame) -> tuple[float, float]:
+    """AUROC, kappa."""
+    label, probability = studies["label"].to_numpy(), studies["probability"].to_numpy()
+    confusion = classification.confusion(label, probability > THRESHOLD)
+    return float(classification.auroc(label, probability)), float(classification.kappa(confusion))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
+    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--studies", type=int, default=900)
+    parser.add_argument("--px", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=777)
+    asked = parser.parse_args()
+    models = [
+        Model.load(path, asked.provider if place else "cpu", flowing(BATCH)) for place, path in enumerate(asked.models)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        phantoms.draw(Path(folder) / "drawn", studies=asked.studies, size=asked.px, seed=asked.seed)
+        scanned = scan(Path(folder) / "drawn")
+        frame = scanned.manifest.frame
+        images = np.stack([radiograph.read(scanned.root / path, models[0].size) for path in frame["path"]])[:, None]
+    rows = frame.index.to_numpy(np.int64)
+    views = [probabilities(model, images) for model in models]
+    studies = [classification.study_table(rows, view, frame) for view in views]
+    print(f"{len(rows)} radiographs of {len(studies[0])} studies, drawn at {asked.px} px with seed {asked.seed}")
+    for path, model, view, table in zip(asked.models, models, views, studies, strict=True):
+        auroc, kappa = measured(table)
+        print(f"{path.name} ({model.card.precision}, {model.provider}): AUROC {auroc:.4f}, kappa {kappa:.4f}")
+        if model is not models[0]:
+            difference = np.abs(view - views[0])
+            calls = ((table["probability"] > THRESHOLD) != (studies[0]["probability"] > THRESHOLD)).sum()
+            kappas = compare(table, studies[0], threshold=THRESHOLD)["overall"]["kappa"]
+            print(
+                f"  probability: {difference.mean():.5f} on average, {difference.max():.4f} at most; calls changed: {calls} "
+                f"({calls / len(table):.2%}); kappa {kappas}"
+            )
+
+
+if __name__ == "__main__":
+    main()

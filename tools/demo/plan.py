@@ -1,0 +1,46 @@
+"""What launch/demo.sh needs to know of a folder and a machine, as shell assignments: ranks, settings, valid.
+
+python tools/demo/plan.py SHARDS FOLDER
+
+The recipe fits the phantoms; a smaller folder gets smaller batches, and any folder about as many radiographs to learn from.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from mura_dist.core import config
+from mura_dist.core.errors import Refusal
+from mura_dist.data.shards.reader import Shards
+from mura_dist.data.source.scan import scan
+
+RECIPE = Path("launch/recipes/demo.toml")
+PASSES = 19_000  # radiographs the demo's training sees
+
+
+def main() -> int:
+    shards, folder = Shards.open(sys.argv[1]), Path(sys.argv[2])
+    num_train = len(shards.rows("train"))
+    for split in ("tune", "valid"):
+        shards.rows(split)  # refuses an empty one now, not after the training
+    recipe = config.load(RECIPE)
+    ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    micro = max(2, min(recipe.micro_batch, num_train // 4))
+    epochs = recipe.epochs if shards.trained_on == "phantoms" else max(1, round(PASSES / num_train))
+    patience = max(
+        1, round(recipe.plateau_patience * epochs / recipe.epochs)
+    )  # as many radiographs, however short an epoch
+    settings = [f"micro_batch={micro}", f"global_batch={2 * micro}", f"epochs={epochs}", f"plateau_patience={patience}"]
+    valid = Path(scan(folder).root) / "valid"
+    print(f"ranks={ranks} settings=({' '.join(settings)}) valid={shlex.quote(str(valid))}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Refusal as refusal:
+        print(f"launch/demo.sh: {refusal}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,143 @@
+"""Run the steps of launch/Containerfile without a container engine: in a folder that holds an unpacked system, as root.
+
+    debootstrap --variant=minbase --include=python3,python3-venv bookworm ROOT
+    python tools/robustness/try_containerfile.py ROOT [--bind PATH ...] [--env NAME=VALUE ...] [-- WORDS ...]
+
+FROM is what ROOT holds already; RUN, COPY, WORKDIR, USER, ENV are done in it, by chroot with processes and mounts of its own;
+then ENTRYPOINT runs with each of the WORDS (one command line a word; without any: CMD). --bind: what an install needs of this
+machine, such as /etc/pip.conf, mounted at the same place; --env: what it needs to know. ROOT is changed and stays: delete it.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[2]
+FILE = HERE / "launch" / "Containerfile"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_INSIDE = """
+root=$1; owner=$2; shift 2
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+while [ "$1" != -- ]; do mount --rbind "$1" "$root$1"; shift; done
+shift
+exec chroot --userspec="$owner" "$root" "$@"
+"""  # in mounts of its own: they go with it
+
+
+@dataclass
+class Container:
+    """What the steps so far have made."""
+
+    root: Path
+    binds: list[Path]
+    build_env: dict[str, str]
+    user: str = "root"
+    workdir: str = "/"
+    env: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
+    entrypoint: list[str] = field(default_factory=list)
+    cmd: list[str] = field(default_factory=list)
+
+    def do(self, word: str, rest: str) -> None:
+        """One instruction. Raises ValueError for one that launch/Containerfile has no need of."""
+        if word == "RUN":
+            self.run(["/bin/sh", "-c", rest], self.build_env)
+        elif word == "COPY":
+            self.copy(shlex.split(rest))
+        elif word == "WORKDIR":
+            self.workdir = rest
+            self.inside(rest).mkdir(parents=True, exist_ok=True)
+        elif word == "USER":
+            self.user = rest
+        elif word == "ENV":
+            name, _, value = rest.partition("=")
+            self.env[name] = string.Template(value).safe_substitute(self.env)
+        elif word == "ENTRYPOINT":
+            self.entrypoint = json.loads(rest)
+        elif word == "CMD":
+            self.cmd = json.loads(rest)
+        elif word != "FROM":
+            raise ValueError(f"{word}: not an instruction this tool knows")
+
+    def inside(self, path: str) -> Path:
+        """A place of the container, from outside."""
+        return self.root / (Path(self.workdir) / path).relative_to("/")
+
+    def account(self) -> tuple[str, str, str]:
+        """(user id, group id, home) of the user."""
+        lines = (self.root / "etc/passwd").read_text().splitlines()
+        fields = next(line.split(":") for line in lines if line.split(":")[0] == self.user)
+        return fields[2], fields[3], fields[5]
+
+    def run(self, command: list[str], extra: dict[str, str]) -> None:
+        number, group, home = self.account()
+        for bind in self.binds:
+            there = self.root / bind.relative_to("/")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.mkdir(exist_ok=True) if bind.is_dir() else there.touch()
+        env = [f"{name}={value}" for name, value in ({"HOME": home} | self.env | extra).items()]
+        shell = ["env", "-i", *env, "sh", "-c", 'cd "$0" && exec "$@"', self.workdir, *command]
+        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _INSIDE, "sh"]
+        subprocess.run([*own, str(self.root), f"{number}:{group}", *map(str, self.binds), "--", *shell], check=True)
+
+    def copy(self, words: list[str]) -> None:
+        """COPY [--chown=...] SOURCE ... TARGET, of what the ignore file lets in."""
+        *sources, target = [word for word in words if not word.startswith("--")]
+        for source in sources:
+            if source != "." and (HERE / source).is_dir():
+                raise ValueError(f"COPY {source}: of folders this tool copies . alone")
+            for path in sorted(files_of(source)):
+                name = path.relative_to(HERE if source == "." else (HERE / source).parent)
+                place = self.inside(target) / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, place)
+        if owner := next((word.partition("=")[2] for word in words if word.startswith("--chown=")), ""):
+            subprocess.run(["chroot", self.root, "chown", "-R", owner, Path(self.workdir) / target], check=True)
+
+
+def files_of(source: str) -> set[Path]:
+    """The files of a source that go into an image: those below what launch/Containerfile.dockerignore names with a !."""
+    lines = FILE.with_name(FILE.name + ".dockerignore").read_text().splitlines()
+    allowed = [HERE / line[1:] for line in lines if line.startswith("!")]
+    found = {path for place in allowed for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()}
+    below = HERE / source
+    return {path for path in found if (path == below or below in path.parents) and "__pycache__" not in path.parts}
+
+
+def steps(text: str) -> list[tuple[str, str]]:
+    """(instruction, its words), comments left out, lines that end in a backslash joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    whole = "\n".join(lines).replace("\\\n", " ")
+    return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in whole.splitlines())]
+
+
+def main(words: list[str]) -> int:
+    at = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--bind", type=Path, action="append", default=[])
+    parser.add_argument("--env", action="append", default=[])
+    asked = parser.parse_args(words[:at])
+    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *asked.bind]  # an engine gives a container both
+    container = Container(asked.root.resolve(), binds, dict(each.split("=", 1) for each in asked.env))
+    for word, rest in steps(FILE.read_text()):
+        print(f"== {word} {rest}", flush=True)
+        container.do(word, rest)
+    for line in words[at + 1 :] or [shlex.join(container.cmd)]:
+        print(f"== {shlex.join(container.entrypoint)} {line}", flush=True)
+        container.run([*container.entrypoint, *shlex.split(line)], {})
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, subprocess.CalledProcessError) as error:
+        print(f"tools/robustness/try_containerfile.py: {error}", file=sys.stderr)
+        sys.exit(1)
