@@ -837,7 +837,7 @@ def test_pydicom_is_imported_for_dicom_only(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(dicom(GREY))
     code = """
 import sys
-from mura_dist import radiograph
+from mura_dist.data import radiograph
 heavy = lambda: sorted({"torch", "cv2", "matplotlib", "onnx", "pydicom"} & set(sys.modules))
 radiograph.read(sys.argv[1], 8); print(heavy())
 radiograph.read(sys.argv[2], 8); print(heavy())
@@ -1002,7 +1002,7 @@ def test_hostile_files_cost_little_memory_and_no_noise(hostile: Path) -> None:
     code = """
 import re, sys
 from pathlib import Path
-from mura_dist import radiograph
+from mura_dist.data import radiograph
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's, too
 before = peak()
 for path in sorted(Path(sys.argv[1]).rglob("*.*")):

@@ -174,10 +174,10 @@ def test_a_full_disk_is_said_as_the_system_says_it(tmp_path: Path) -> None:
 WALK = """
 import json, sys
 from pathlib import Path
-from mura_dist import walk
+from mura_dist.inference import file_list
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
-found = walk.find(Path(sys.argv[1]), Path(sys.argv[2]))
+found = file_list.find(Path(sys.argv[1]), Path(sys.argv[2]))
 num = sum(len(chunk) for chunk in found.chunks(range(found.num_chunks)))
 print(json.dumps([before, peak(), found.num_files, num]))
 """

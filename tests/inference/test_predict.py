@@ -412,8 +412,8 @@ KILLED = (
     PREDICT
     + """
 import os, signal
-from mura_dist import tables
-from mura_dist.runtime import _OnnxRuntime
+from mura_dist.inference import tables
+from mura_dist.inference.onnx_model import _OnnxRuntime
 compute, where, at, notes = _OnnxRuntime.run, *sys.argv[4:]
 def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -25,10 +25,11 @@ from mura_dist.inference.predict import predict
 NUM, CHUNK = 300, 32
 RANK = f"""
 import os, signal, sys, threading, time
-from mura_dist import predict, sharing
 from mura_dist.cli.main import main
-from mura_dist.runtime import _OnnxRuntime
-predict.CHUNK, sharing.SILENCE_S, sharing.BEAT_S = {CHUNK}, 1.0, 0.1
+from mura_dist.distributed import heartbeat
+from mura_dist.inference import predict
+from mura_dist.inference.onnx_model import _OnnxRuntime
+predict.CHUNK, heartbeat.SILENCE_S, heartbeat.BEAT_S = {CHUNK}, 1.0, 0.1
 dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
 compute, seen, one = _OnnxRuntime.run, 0, threading.Lock()  # streams are threads
 def counted(self, image, outputs):

@@ -226,8 +226,8 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
 TABLES = """
 import json, sys
 from pathlib import Path
-from mura_dist import tables
-from mura_dist.card import Card
+from mura_dist.inference import tables
+from mura_dist.models.card import Card
 card, out, num, per_study = Card.model_validate_json(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
 def parts():
     for start in range(0, num, 256):

@@ -1,5 +1,6 @@
 """dense_block.py: torchvision's dense blocks over one buffer are torchvision's, forward and backward."""
 
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -147,9 +148,10 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_the_truth_as_torchvisions(dtype: torch.dtype, change: Callable) -> None:
-    """Distance of the whole gradient from float64's, mean over 12 batches; torchvision's own is the yardstick.
+    """Ratio of the two gradients' distances from float64's, the median of 9 batches; torchvision's own distance is the yardstick.
 
-    Over batches, since one network is now nearer, now the other (ratios 0.3 to 2.2 a batch, 0.95 to 1.06 of the means).
+    The median, for single batches stray: of 36 batches in float16 on a processor with AMX the ratio was 0.37 to 4.95, its
+    quartiles 0.81 and 1.21, its median 0.97 to 0.99.
     """
 
     def away(seed: int) -> tuple[float, ...]:
@@ -164,8 +166,8 @@ def test_half_precision_is_as_near_to_the_truth_as_torchvisions(dtype: torch.dty
         )
         return tuple(distance(each, whole) for each in found)
 
-    ours, theirs = (sum(each) for each in zip(*(away(seed) for seed in range(12)), strict=True))
-    assert ours <= 1.25 * theirs
+    ratios = [ours / theirs for ours, theirs in (away(seed) for seed in range(9))]
+    assert statistics.median(ratios) <= 1.25
 
 
 @pytest.mark.slow

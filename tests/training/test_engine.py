@@ -316,8 +316,8 @@ def test_running_statistics_move_once_a_step_by_the_mean() -> None:
 
 THREADS = """
 import torch
-from mura_dist import world
-with world.join(30):
+from mura_dist.distributed import process_group
+with process_group.join(30):
     big = torch.zeros(400_000)
     big.copy_(torch.ones(400_000))  # as load_state_dict does: threads begin
     tiny = torch.full((400_000,), 1e-20) * torch.full((400_000,), 1e-20)  # 1e-40 is denormal

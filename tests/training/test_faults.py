@@ -189,7 +189,7 @@ def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, t
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys\n"
-        "from mura_dist.cli import entry\n"
+        "from mura_dist.cli.main import entry\n"
         "if __name__ == '__main__':\n"
         "    entry([*sys.argv[1:], *(['rotate_deg=5'] if os.environ['RANK'] == '1' else [])])\n"
     )

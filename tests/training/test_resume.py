@@ -136,14 +136,14 @@ def test_a_stop_during_evaluation_saves_what_was_trained(shard_folder: Path, tmp
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=3", "--quiet")
     script = (
         "import signal, os, sys\n"
-        "from mura_dist import evaluate, train\n"
-        "whole, calls = train.scores, []\n"
+        "from mura_dist.training import loop\n"
+        "whole, calls = loop.scores, []\n"
         "def scores(*given, **named):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGUSR1)\n"
         "    return whole(*given, **named)\n"
-        "train.scores = scores\n"
-        "from mura_dist.cli import entry\n"
+        "loop.scores = scores\n"
+        "from mura_dist.cli.main import entry\n"
         "entry(sys.argv[1:])\n"
     )
     stopped = run("python", "-c", script, "train", *words, "stop_signal=SIGUSR1")

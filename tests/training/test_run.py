@@ -29,8 +29,8 @@ chaos = tool("robustness/chaos_train")
 RUN_OF = """
 import os, sys, time
 from pathlib import Path
-from mura_dist import config
-from mura_dist.runs import Run
+from mura_dist.core import config
+from mura_dist.training.run import Run
 def run(wait_s):
     return Run(Path(sys.argv[1]), config.load(None, [f"run={sys.argv[1]}", "shards=none", f"wait_s={wait_s}"]))
 """
