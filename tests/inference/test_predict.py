@@ -32,7 +32,7 @@ from mura_dist.inference.predict import CHUNK, predict
 PREDICT = """\
 import sys
 from pathlib import Path
-from mura_dist.predict import predict
+from mura_dist.inference.predict import predict
 model, source, out = map(Path, sys.argv[1:4])
 """
 
