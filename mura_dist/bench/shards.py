@@ -14,7 +14,7 @@ from mura_dist.core.errors import Failure
 
 _READ = """
 import sys
-from mura_dist import radiograph
+from mura_dist.data import radiograph
 size = int(sys.argv[1])
 for path in sys.stdin.read().split("\\0"):
     radiograph.read(path, size)

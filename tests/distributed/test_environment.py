@@ -163,10 +163,10 @@ def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch
 
 LATE = """
 import os, sys, time
-from mura_dist import world
+from mura_dist.distributed import process_group
 late, rank = int(sys.argv[1]), int(os.environ["RANK"])
 time.sleep(6 * (rank == late))
-with world.join(3, patience_s=60) as ranks:
+with process_group.join(3, patience_s=60) as ranks:
     print("met", flush=True)
     ranks.barrier()
     begin = time.monotonic()

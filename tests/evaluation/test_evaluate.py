@@ -26,7 +26,7 @@ from mura_dist.training.ensemble import Weights
 EVALUATE = """
 import sys
 from pathlib import Path
-from mura_dist.evaluate import evaluate_run
+from mura_dist.evaluation.evaluate import evaluate_run
 run, shards, out = map(Path, sys.argv[1:4])
 evaluate_run(run, shards, split="valid", which="last", out=out)
 """

@@ -541,8 +541,6 @@ def test_json_alone_writes_nothing(tmp_path: Path, capsys) -> None:
 
 def test_without_matplotlib(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = with_probabilities(tmp_path)
-    monkeypatch.delitem(sys.modules, "mura_dist.report", raising=False)
-    monkeypatch.delattr("mura_dist.report", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -33,7 +33,7 @@ def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RANKS = """
 import sys
-from mura_dist import convert
+from mura_dist.data.shards import convert
 convert.SAMPLES_PER_SHARD = 7
 from mura_dist.cli.main import main
 if __name__ == "__main__":
@@ -210,7 +210,7 @@ def test_workers_killed_from_outside_leave_no_trace(phantoms: Path, tmp_path: Pa
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-from mura_dist import convert
+from mura_dist.data.shards import convert
 convert.SAMPLES_PER_SHARD = 32
 if __name__ == "__main__":
     convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), size=160, workers=2)
