@@ -1,0 +1,132 @@
+"""What version 0.1.0 wrote still works: its shards, run, ONNX file and predictions are read, its stopped work is resumed.
+
+tests/data/v0.1.0.tar.xz holds drawn radiographs, shards of them, a finished run, one stopped at step 4, a model list, an exported
+model, a finished prediction and one stopped after 256 of 345 files. It was written on a CPU by the commit before the folders.
+The archive keeps modification times, which a prediction's plan knows.
+"""
+
+import csv
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, run
+
+ARCHIVE = ROOT / "tests/data/v0.1.0.tar.xz"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive, unpacked; no test writes into it."""
+    folder = tmp_path_factory.mktemp("v0.1.0")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def copy(written: Path, tmp_path: Path) -> Path:
+    """A copy of the folder for one test, with the same modification times."""
+    return Path(shutil.copytree(written, tmp_path / "v"))
+
+
+def succeed(folder: Path, *words: str) -> str:
+    """Run a command of mura-dist in `folder`; it exits with 0. Returns what it printed."""
+    result = run("mura-dist", *words, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def metrics_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "metrics.json").read_bytes())["overall"]
+
+
+def tune_losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["tune_loss"] for line in lines if line["kind"] == "epoch"]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_archive_is_small() -> None:
+    assert ARCHIVE.stat().st_size < 2_000_000
+
+
+def test_shards_are_verified_and_written_again_byte_for_byte(copy: Path) -> None:
+    succeed(copy, "verify", "shards")
+    succeed(copy, "shards", "set", "again", "--size", "32", "--quiet")
+    for path in sorted((copy / "shards").iterdir()):
+        if path.name not in ("conversion.json", "report.json"):  # they name this machine and the source's path
+            assert (copy / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_finished_run_stays_finished_and_is_evaluated_alike(copy: Path) -> None:
+    before, evaluated = (copy / "run-done/metrics.jsonl").read_bytes(), metrics_of(copy / "run-done")
+    assert "28 steps" in succeed(copy, "train", "run-done/recipe.toml", "--quiet")
+    assert (copy / "run-done/metrics.jsonl").read_bytes() == before
+    succeed(copy, "evaluate", "run-done", "shards", "--out", "evaluated", "--no-gallery", "--quiet")
+    again = metrics_of(copy / "evaluated")
+    assert again.keys() == evaluated.keys()
+    for name in ("auroc", "kappa", "sensitivity", "specificity"):
+        assert again[name] == pytest.approx(evaluated[name], abs=1e-6), name
+
+
+def test_a_stopped_run_resumes(copy: Path) -> None:
+    """With the settings of the finished run, so it ends where that did, but for the last bits of another processor."""
+    folder = copy / "run-stopped"
+    before = (folder / "metrics.jsonl").read_text()
+    succeed(copy, "train", "run-stopped/recipe.toml", "--quiet")
+    after = (folder / "metrics.jsonl").read_text()
+    assert after.startswith(before)
+    steps = [line["step"] for line in map(json.loads, after.splitlines()) if line["kind"] == "step"]
+    assert steps == list(range(1, 29))
+    assert json.loads((folder / "status.json").read_bytes())["state"] == "done"
+    assert tune_losses(folder) == pytest.approx(tune_losses(copy / "run-done"), rel=0.02)
+
+
+def test_a_checkpoint_and_a_list_are_exported(copy: Path) -> None:
+    """The exported model answers as the one that version 0.1.0 exported."""
+    for target, out in (("run-done", "again.onnx"), ("list.json", "list.onnx")):
+        succeed(copy, "export", target, "--out", out, "--quiet")
+        succeed(copy, "predict", out, "set/valid", "--out", f"{out}-predictions", "--quiet")
+        calls = target == "run-done"  # nobody evaluated the list, so its model has no threshold
+        same_probabilities(copy / f"{out}-predictions", copy / "predictions", calls=calls)
+
+
+def test_a_model_predicts_alike(copy: Path) -> None:
+    succeed(copy, "predict", "model.onnx", "set/valid", "--out", "again", "--quiet")
+    same_probabilities(copy / "again", copy / "predictions")
+    assert (copy / "again/failures.csv").read_bytes() == (copy / "predictions/failures.csv").read_bytes()
+
+
+def test_a_finished_prediction_stays_finished(copy: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (copy / "predictions").iterdir()}
+    succeed(copy, "predict", "model.onnx", "set/valid", "--out", "predictions", "--overlays", "--quiet")
+    assert {path.name: path.read_bytes() for path in (copy / "predictions").iterdir()} == before
+
+
+def test_a_stopped_prediction_resumes(copy: Path) -> None:
+    part = json.loads((copy / "predictions-half/.parts/000000.json").read_bytes())
+    succeed(copy, "predict", "model.onnx", "set", "--out", "predictions-half", "--quiet")
+    rows, failures = (table(copy / f"predictions-half/{name}.csv") for name in ("predictions", "failures"))
+    assert (len(rows), len(failures)) == (340, 5)  # MURA's CSV files are no radiographs
+    logits = {row["path"]: float(row["logit"]) for row in rows}
+    assert [logits[path] for path, _, _, logit, _ in part["predictions"]] == pytest.approx(
+        [logit for _, _, _, logit, _ in part["predictions"]], abs=1e-6
+    )
+
+
+def same_probabilities(found: Path, wanted: Path, *, calls: bool = True) -> None:
+    """The same columns, the same rows in the same order, probabilities within 1e-4, and the same calls."""
+    for name in ("predictions.csv", "studies.csv"):
+        rows, others = table(found / name), table(wanted / name)
+        assert rows[0].keys() == others[0].keys()
+        for row, other in zip(rows, others, strict=True):
+            assert (row.get("path"), row["study"]) == (other.get("path"), other["study"])
+            assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=1e-4)
+            assert not calls or row.get("call") == other.get("call")
