@@ -14,27 +14,22 @@ studies.csv, report.html, report.json, pictures/; then, where it is wanted, the 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import gate, mura
-from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.loader import Loading, Targets
-from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.manifest import class_weights
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.distributed import process_group as world
-from mura_dist.distributed.process_group import World
 from mura_dist.evaluation import gallery, prediction_files, saliency
 from mura_dist.evaluation.gallery import Wanted
 from mura_dist.metrics import calibration, classification
@@ -44,8 +39,8 @@ from mura_dist.reports import evaluation
 from mura_dist.training.ensemble import Weights
 from mura_dist.training.metrics_log import read
 from mura_dist.training.run import environment
+from mura_dist.training.validation import Scores, scores, study_scores
 
-_ASK_EVERY = 64  # radiographs of a rank: seconds on a CPU, and a GPU is not kept waiting
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 
 ROLES = {
@@ -56,25 +51,6 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
-
-    rows: np.ndarray
-    logit: np.ndarray
-    damaged: np.ndarray
-
-    @classmethod
-    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
-        """Of all rows of a split; `sound` bool (n,)."""
-        return cls(rows[sound], logit[sound], rows[~sound])
-
-    def of_rows(self, rows: np.ndarray) -> "Scores":
-        """What it says of these rows only."""
-        there = np.isin(self.rows, rows)
-        return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
-
-
-@dataclass(frozen=True)
 class Asked:
     """What an evaluation is to assume. operating_point: whose thresholds make the calls; None: the paper's, of an exported model
     its own. prevalence: share of abnormal studies to work PPV and NPV out for. gallery: what it should be; None for none."""
@@ -82,57 +58,6 @@ class Asked:
     operating_point: str | None = None
     prevalence: float | None = None
     gallery: Wanted | None = None
-
-
-class Interrupted(Exception):
-    """An evaluation that was asked to stop, on all ranks at the same place."""
-
-
-def scores(
-    model: torch.nn.Module,
-    rows: np.ndarray,
-    loading: Loading,
-    world: World,
-    *,
-    asked: Callable[[], bool] | None = None,
-) -> Scores:
-    """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks.
-
-    asked: says whether this rank was asked to stop; every few micro-batches the ranks tell each other, and raise Interrupted.
-    """
-    micros = sampler.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
-    mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
-    sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
-    every = max(1, _ASK_EVERY // loading.micro_batch)
-    with torch.inference_mode(), contextlib.closing(loading.batches(micros, world.device)) as stream:
-        for place, batch in enumerate(stream):
-            if asked is not None and place % every == 0 and world.any(asked()):
-                raise Interrupted
-            mine[place], sound[place] = model(batch.image)[0], batch.mask
-    return by_row(rows, micros, mine, sound, world)
-
-
-def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tensor, world: World) -> Scores:
-    """Put each rank's results where their rows are: padding vanishes, nothing is counted twice."""
-    places = world.gather(np.concatenate([micro.rows for micro in micros]))  # (ranks, n)
-    values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)
-    whole = world.gather(sound.flatten().to(torch.uint8).cpu().numpy())  # (ranks, n)
-    real = places >= 0
-    found, at = np.unique(places[real], return_index=True)
-    assert np.array_equal(found, rows), "every row"
-    assert real.sum() == len(rows), "once"
-    return Scores.of(rows, values[real][at], whole[real][at] > 0)
-
-
-def weighted_loss(found: Scores, targets: Targets) -> float:
-    """Mean over radiographs of weight x BCE, in float64."""
-    z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
-    with np.errstate(invalid="ignore"):  # of a network that diverged; the caller sees to a NaN
-        return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
-
-
-def study_scores(shards: Shards, found: Scores) -> pd.DataFrame:
-    return classification.study_table(found.rows, classification.sigmoid(found.logit), shards.manifest.frame)
 
 
 def evaluate_run(

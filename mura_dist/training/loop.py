@@ -29,7 +29,6 @@ from mura_dist.data.loaders.loader import Batch, Loading, Targets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
-from mura_dist.evaluation.evaluate import Interrupted, scores, study_scores, weighted_loss
 from mura_dist.metrics.summary import measure
 from mura_dist.models import densenet
 from mura_dist.reports import training_curves
@@ -40,6 +39,7 @@ from mura_dist.training.metrics_log import Journal, Stopwatch
 from mura_dist.training.plan import Plan
 from mura_dist.training.run import Run
 from mura_dist.training.state import State
+from mura_dist.training.validation import Interrupted, scores, study_scores, weighted_loss
 
 _DRAW_EVERY_S = 5.0
 

@@ -17,11 +17,12 @@ from mura_dist.data import gate
 from mura_dist.data.manifest import Manifest, class_weights
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation.evaluate import Scores, odds_shift, study_scores
+from mura_dist.evaluation.evaluate import odds_shift
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import NAMES, STUDIES, Points
 from mura_dist.training.ensemble import Weights
+from mura_dist.training.validation import Scores, study_scores
 
 EVALUATE = """
 import sys

@@ -19,8 +19,9 @@ from mura_dist.cli.main import DONE, main
 from mura_dist.core.errors import Refusal
 from mura_dist.data.loaders.opencv import augment
 from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation import evaluate, gallery, saliency
+from mura_dist.evaluation import gallery, saliency
 from mura_dist.reports import heatmap
+from mura_dist.training.validation import Scores, study_scores
 
 CELLS = 10
 
@@ -301,7 +302,7 @@ def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def written(out: Path, shards: Shards, wanted: gallery.Wanted | None, **facts: Any) -> dict[str, Any]:
     rows = shards.rows("train")
     logit, _ = saliency.look(sees, np.stack([shards.pixels(row) for row in rows]))
-    studies = evaluate.study_scores(shards, evaluate.Scores(rows, logit, np.array([], np.int64)))
+    studies = study_scores(shards, Scores(rows, logit, np.array([], np.int64)))
     model = toy(sees, size=64)
     return gallery.write(
         out, shards, studies, rows, model=model, wanted=wanted, facts={"threshold": 0.5, "split": "train", **facts}
@@ -405,7 +406,7 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
     left = rows != row
-    studies = evaluate.study_scores(shards, evaluate.Scores(rows[left], logit[left], rows[~left]))
+    studies = study_scores(shards, Scores(rows[left], logit[left], rows[~left]))
     model = toy(sees, size=64)
     wanted = gallery.Wanted(num_studies=4 * len(studies), num_sampled=999)
     facts = {"threshold": 0.5}

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Refusal
 from mura_dist.data.loaders.loader import Targets
-from mura_dist.evaluation.evaluate import Scores, weighted_loss
 from mura_dist.models import densenet
 from mura_dist.training import schedule
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.schedule import LossScale, Plateau
 from mura_dist.training.state import State
+from mura_dist.training.validation import Scores, weighted_loss
 
 SETTINGS = Settings(shards="s", run="r", learning_rate=1e-4, plateau_patience=1)
 

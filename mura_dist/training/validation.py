@@ -1,0 +1,94 @@
+"""Score rows with a network, over all ranks; of the scores the loss and the studies' probabilities.
+
+    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> Scores -> loss, studies
+
+Used by the training loop on the selecting split, and by evaluation on any.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mura_dist.data.loaders import sampler
+from mura_dist.data.loaders.loader import Loading, Targets
+from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.shards.reader import Shards
+from mura_dist.distributed.process_group import World
+from mura_dist.metrics import classification
+
+_ASK_EVERY = 64  # radiographs of a rank: seconds on a CPU, and a GPU is not kept waiting
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
+
+    rows: np.ndarray
+    logit: np.ndarray
+    damaged: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
+        """Of all rows of a split; `sound` bool (n,)."""
+        return cls(rows[sound], logit[sound], rows[~sound])
+
+    def of_rows(self, rows: np.ndarray) -> "Scores":
+        """What it says of these rows only."""
+        there = np.isin(self.rows, rows)
+        return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
+
+
+class Interrupted(Exception):
+    """An evaluation that was asked to stop, on all ranks at the same place."""
+
+
+def scores(
+    model: torch.nn.Module,
+    rows: np.ndarray,
+    loading: Loading,
+    world: World,
+    *,
+    asked: Callable[[], bool] | None = None,
+) -> Scores:
+    """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks.
+
+    asked: says whether this rank was asked to stop; every few micro-batches the ranks tell each other, and raise Interrupted.
+    """
+    micros = sampler.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
+    mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
+    sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
+    every = max(1, _ASK_EVERY // loading.micro_batch)
+    with torch.inference_mode(), contextlib.closing(loading.batches(micros, world.device)) as stream:
+        for place, batch in enumerate(stream):
+            if asked is not None and place % every == 0 and world.any(asked()):
+                raise Interrupted
+            mine[place], sound[place] = model(batch.image)[0], batch.mask
+    return by_row(rows, micros, mine, sound, world)
+
+
+def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tensor, world: World) -> Scores:
+    """Put each rank's results where their rows are: padding vanishes, nothing is counted twice."""
+    places = world.gather(np.concatenate([micro.rows for micro in micros]))  # (ranks, n)
+    values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)
+    whole = world.gather(sound.flatten().to(torch.uint8).cpu().numpy())  # (ranks, n)
+    real = places >= 0
+    found, at = np.unique(places[real], return_index=True)
+    assert np.array_equal(found, rows), "every row"
+    assert real.sum() == len(rows), "once"
+    return Scores.of(rows, values[real][at], whole[real][at] > 0)
+
+
+def weighted_loss(found: Scores, targets: Targets) -> float:
+    """Mean over radiographs of weight x BCE, in float64."""
+    z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of a network that diverged; the caller sees to a NaN
+        return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
+
+
+def study_scores(shards: Shards, found: Scores) -> pd.DataFrame:
+    return classification.study_table(found.rows, classification.sigmoid(found.logit), shards.manifest.frame)
