@@ -408,7 +408,7 @@ def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
     """gallery.Wanted, or None."""
     from mura_dist.evaluation import gallery, saliency
     from mura_dist.models.model_list import is_list
-    from mura_dist.training.ensemble import Weights
+    from mura_dist.training.weights import Weights
 
     if second is None:
         return gallery.Wanted() if with_gallery else None

@@ -36,10 +36,10 @@ from mura_dist.metrics import calibration, classification
 from mura_dist.metrics.operating_points import PAPER, STUDIES, Points, chosen
 from mura_dist.metrics.summary import curves, measure, subgroups
 from mura_dist.reports import evaluation
-from mura_dist.training.ensemble import Weights
 from mura_dist.training.metrics_log import read
 from mura_dist.training.run import environment
 from mura_dist.training.validation import Scores, scores, study_scores
+from mura_dist.training.weights import Weights
 
 THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from mura_dist.data.loaders.opencv import augment
 from mura_dist.models import densenet
-from mura_dist.training.ensemble import Ensemble, Weights
+from mura_dist.models.ensemble import Ensemble
+from mura_dist.training.weights import Weights
 
 ANGLE_DEG = 10.0
 MIN_CELLS = 3  # two always lie on a line

@@ -20,8 +20,9 @@ from mura_dist.inference.onnx_model import Model
 from mura_dist.models import model_list
 from mura_dist.models.card import Card, Member, TrainedOn
 from mura_dist.models.densenet import build
+from mura_dist.models.ensemble import Ensemble, mean_probability
 from mura_dist.models.model_list import ModelList
-from mura_dist.training.ensemble import Ensemble, Weights, mean_probability
+from mura_dist.training.weights import Weights
 
 S = 64
 TOP = 4  # of three checkpoints a run: no run alone can fill it

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mura_dist.inference.onnx_model import Tuning, engine_of
 from mura_dist.models.densenet import DenseNet
-from mura_dist.training.ensemble import Ensemble
+from mura_dist.models.ensemble import Ensemble
 
 OPSET = 18
 _TOP = 255  # of a byte

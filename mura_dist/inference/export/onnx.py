@@ -38,7 +38,8 @@ from mura_dist.metrics.operating_points import PAPER, Points
 from mura_dist.models import model_list
 from mura_dist.models.card import KEY, PRODUCER, Card, TrainedOn
 from mura_dist.models.densenet import DenseNet
-from mura_dist.training.ensemble import Ensemble, Weights
+from mura_dist.models.ensemble import Ensemble
+from mura_dist.training.weights import Weights
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7, 64)

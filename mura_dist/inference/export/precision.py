@@ -24,7 +24,8 @@ from mura_dist.inference.onnx_model import OPENVINO, Model, Tuning
 from mura_dist.metrics import classification
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
-from mura_dist.training.ensemble import Ensemble, Weights
+from mura_dist.models.ensemble import Ensemble
+from mura_dist.training.weights import Weights
 
 NUM_MEASURED, NUM_CALIBRATED = 1000, 256  # radiographs
 FP16_LIMIT = 32_000.0

@@ -14,7 +14,7 @@ from torch import nn
 from mura_dist.inference.export import int8
 from mura_dist.inference.export.int8 import Grid, Observed
 from mura_dist.models.densenet import DenseNet
-from mura_dist.training.ensemble import Ensemble
+from mura_dist.models.ensemble import Ensemble
 
 
 def blotches(number: int, seed: int = 0) -> np.ndarray:

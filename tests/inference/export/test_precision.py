@@ -21,7 +21,7 @@ from mura_dist.inference.export.precision import LIMITS
 from mura_dist.inference.onnx_model import Model
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
-from mura_dist.training.ensemble import Ensemble
+from mura_dist.models.ensemble import Ensemble
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])

@@ -14,7 +14,7 @@ from mura_dist.inference.export import triton
 from mura_dist.inference.export.onnx import BATCH_SIZES, graph
 from mura_dist.inference.onnx_model import Model
 from mura_dist.models.card import Card
-from mura_dist.training.ensemble import Ensemble
+from mura_dist.models.ensemble import Ensemble
 
 WHY = "needs tritonclient, of the dev extra: it carries the published schema"
 
