@@ -8,7 +8,7 @@
                               COMPLETE                               SHA-256 of each file above; written last
 
 Everything is written into `.step-00012000.partial`, which is then renamed. Nothing is pickled. Where one rank writes all,
-it does so beside the next steps: what is written was copied first.
+it does so beside the next steps (checkpoint_writer.py): what is written was copied first.
 """
 
 import json
@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ class Checkpoint:
         return load_file(path) if path.is_file() else {}
 
     def optimiser(self) -> dict[str, Tensor]:
-        """What all ranks' `Engine.optimiser_state` were, end to end: vectors joined, counters as they are."""
+        """What all ranks' `OptimizerState.tensors` were, end to end: vectors joined, counters as they are."""
         shares = [load_file(path) for path in sorted(self.folder.glob("optimiser-*.safetensors"))]
         return {
             name: torch.cat([share[name] for share in shares]) if value.ndim else value
@@ -133,29 +132,6 @@ def folder_of(parent: Path, step: int) -> Path:
 
 def _hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.deleted")
-
-
-class Beside:
-    """Does one piece of work after another in a thread of its own; what fails there is raised by the next call."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._last: Future[None] | None = None
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Waits for the piece before."""
-        self.wait()
-        self._last = self._pool.submit(work)
-
-    def wait(self) -> None:
-        """Until all is done; raises what the last piece raised."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-    def close(self) -> None:
-        """End the thread when its piece is done, whatever became of it."""
-        self._pool.shutdown(wait=True)
 
 
 def _durable_digest(path: Path) -> str:

@@ -32,6 +32,7 @@ from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.ema import Average
 from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
+from mura_dist.training.optimizer_state import OptimizerState
 
 _STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
 _LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
@@ -88,6 +89,8 @@ class Engine:
         self._engine = _deepspeed(_Seen(network, self.flat.weights), self.flat, settings, world)
         self._divided_by = world.size if self._engine.gradient_average else 1
         self.flat.attach()
+        zero, optimizer = bool(settings.zero_stage), self._engine.optimizer
+        self.optimizer_state = OptimizerState(optimizer.optimizer if zero else optimizer, world.rank, is_share=zero)
 
     # ---- one step
 
@@ -237,34 +240,6 @@ class Engine:
         self.average.updates = int(tensors["updates"])
         if self.settings.zero_stage:
             self._engine.optimizer.refresh_fp32_params()
-
-    @property
-    def _optimiser(self) -> torch.optim.Optimizer:
-        """torch's own optimiser; under ZeRO it works on this rank's flat share."""
-        return self._engine.optimizer.optimizer if self.settings.zero_stage else self._engine.optimizer
-
-    @property
-    def _trained(self) -> Tensor:
-        """What the optimiser moves: all weights, or under ZeRO this rank's share."""
-        return self._optimiser.param_groups[0]["params"][0]
-
-    def optimiser_state(self) -> dict[str, Tensor]:
-        """Name -> tensor, (n,) or (); with ZeRO stage 1 this rank's share."""
-        return {k: v for k, v in self._optimiser.state.get(self._trained, {}).items() if isinstance(v, Tensor)}
-
-    def load_optimiser_state(self, whole: dict[str, Tensor]) -> None:
-        """What all ranks' `optimiser_state` are together, end to end; of any number of ranks."""
-        for name, value in whole.items():
-            there = value.to(self._trained.device)
-            self._optimiser.state[self._trained][name] = there.clone() if value.ndim == 0 else self._share(there)
-
-    def _share(self, whole: Tensor) -> Tensor:
-        size = self._trained.numel()
-        start = self.world.rank * size if self.settings.zero_stage else 0
-        share = torch.zeros_like(self._trained)  # a last share is longer than what is left: ZeRO pads
-        piece = whole[start : start + size]
-        share[: len(piece)] = piece
-        return share
 
 
 def _compiled(model: nn.Module, mode: str) -> Any:

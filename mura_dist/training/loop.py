@@ -9,31 +9,23 @@ The same command again goes on from the last complete checkpoint; a finished run
 
 import contextlib
 import itertools
-import json
-import math
-import sys
 import threading
-import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from mura_dist.core.config import AUTO, Settings
-from mura_dist.core.errors import CommonFailure, Failure, Refusal, Stopped
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import CommonFailure, Failure, Stopped
 from mura_dist.data.loaders.loader import Batch, Loading, Targets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
 from mura_dist.metrics.summary import measure
-from mura_dist.models import densenet
-from mura_dist.reports import training_curves
-from mura_dist.training import checkpoint, micro_batch, schedule
-from mura_dist.training.checkpoint import Checkpoint
+from mura_dist.training import checkpoint, micro_batch, schedule, start
+from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
 from mura_dist.training.metrics_log import Journal, Stopwatch
 from mura_dist.training.plan import Plan
@@ -41,17 +33,15 @@ from mura_dist.training.run import Run
 from mura_dist.training.state import State
 from mura_dist.training.validation import Interrupted, scores, study_scores, weighted_loss
 
-_DRAW_EVERY_S = 5.0
-
 
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped."""
     processes.end_with_launcher()
-    settings = _with_precision(settings)
+    settings = start.with_precision(settings)
     run = Run(Path(settings.run), settings)
     plan = Plan.of(run.settings, environment.world_size())
     with contextlib.ExitStack() as stack:
-        finished = environment.is_first() and not _begin(run, plan, stack)
+        finished = environment.is_first() and not start.begin(run, plan, stack)
         with at_once():  # torch waits for the others in C++, where no handler of ours is heard
             ranks = stack.enter_context(
                 process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S))
@@ -59,8 +49,8 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         if ranks.any(finished):
             return run.status()["summary"]
-        _agree(plan, ranks)
-        run, plan = _with_micro_batch(run, plan, ranks)
+        start.agree(plan, ranks)
+        run, plan = start.with_micro_batch(run, plan, ranks)
         try:
             summary = _train(run, plan, ranks, stop, quiet=quiet)
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
@@ -73,78 +63,12 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _with_precision(settings: Settings) -> Settings:
-    """The same; where the settings say auto, with the precision the run began with, or the one this rank's device computes."""
-    if settings.precision != "auto":
-        return settings
-    begun = Run(Path(settings.run), settings).begun_with("precision", None)
-    chosen = begun or ("bf16" if process_group.computes_bf16() else "fp32")
-    return settings.model_copy(update={"precision": chosen})
-
-
-def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
-    """On the first rank, whose folder it is to judge while the others wait in `join`: hold the lock; False where all is done."""
-    with asked_to_stop(run.settings.stop_signal) as early:
-        if not _is_ours_to_do(run, plan):
-            return False
-        stack.enter_context(run.writing(early))
-        if not _is_ours_to_do(run, plan):  # who wrote until now may have made it another run, or finished it
-            return False
-        if early.is_set():
-            raise Stopped("stopped before it began; the same command goes on")
-    return True
-
-
-def _is_ours_to_do(run: Run, plan: Plan) -> bool:
-    run.check(plan.shards)
-    run.check_deepspeed(plan.deepspeed)
-    return not _is_finished(run.status(), plan)
-
-
-def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
-    if status.get("state") != "done":
-        return False
-    summary, stop_at = status["summary"], plan.settings.early_stop
-    return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
-
-
-def _agree(plan: Plan, ranks: World) -> None:
-    """Refusal, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
-    settings = plan.settings.model_dump(exclude={"shards", "mirror", "workers", "prefetch", "pretrained", "deepspeed"})
-    index = plan.shards.index
-    text = json.dumps([settings, index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True)
-    told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
-    others = np.flatnonzero(told != told[0]).tolist()
-    computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
-    if others and computed.min() < computed.max():
-        raise Refusal(
-            f"precision is {'bf16' if computed[0] else 'another'} on rank 0 and not on rank "
-            f"{np.argmax(computed != computed[0])}: of auto, their processors differ; name one for all: precision=fp32"
-        )
-    if others:
-        raise Refusal(
-            f"rank {others[0]} was started with other settings or other shards than rank 0; give all the same recipe, "
-            "key=value words and shards"
-        )
-
-
-def _with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
-    """The same; where the settings say auto, with the micro-batch the run began with, or the one that fits."""
-    if run.settings.micro_batch != AUTO:
-        return run, plan
-    begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
-    plan = plan.with_micro_batch(begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks))
-    if ranks.is_first:
-        run.check_deepspeed(plan.deepspeed)
-    return Run(run.folder, plan.settings), plan
-
-
 def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: bool) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = Targets.of(shards, weighted=settings.loss_weights == "study_type")
-    saved = _resume_point(run, ranks)
+    saved = start.resume_point(run, ranks)
     state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
-    engine = _engine(plan, targets, saved, ranks)
+    engine = start.make_engine(plan, targets, saved, ranks)
     loading = Loading.of(settings, shards, targets, ranks.device)
     if ranks.is_first:
         how = {"world_size": ranks.size, "device": str(ranks.device)}
@@ -159,43 +83,17 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: 
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    with journal, contextlib.closing(checkpoint.Beside()) as beside:
-        journal.say(_introduction(plan, ranks, loading, state))
-        Training(run, plan, engine, state, loading, journal, ranks, stop, beside).loop()
-        beside.wait()
+    with journal, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
+        journal.say(start.introduction(plan, ranks, loading, state))
+        Training(plan, engine, state, loading, journal, ranks, stop, writer).loop()
+        writer.flush()
         return _summary(run, plan, state, journal)
-
-
-def _engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World) -> Engine:
-    """With the weights, and what the optimiser knows, of a checkpoint; or with those a run begins with."""
-    settings = plan.settings
-    network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
-    if saved is not None:
-        network.load_state_dict(saved.model())
-    elif settings.pretrained:
-        _load_pretrained(network, settings.pretrained, ranks)
-    engine = Engine(network, settings, ranks)
-    if saved is not None:
-        engine.load_state(saved.training())
-        engine.load_optimiser_state(saved.optimiser())
-    return engine
-
-
-def _load_pretrained(network: densenet.DenseNet, name: str, ranks: World) -> None:
-    """One rank of a machine goes first: it may have to fetch the file."""
-    where = name if name == densenet.IMAGENET else Path(name).expanduser()
-    if ranks.local_rank == 0:
-        densenet.load_pretrained(network, where)
-    ranks.barrier()
-    if ranks.local_rank != 0:
-        densenet.load_pretrained(network, where)
 
 
 @dataclass
 class Training:
     """One rank of a run that goes on."""
 
-    run: Run
     plan: Plan
     engine: Engine
     state: State
@@ -203,9 +101,8 @@ class Training:
     journal: Journal
     ranks: World
     stop: threading.Event
-    beside: checkpoint.Beside
+    writer: CheckpointWriter
     watch: Stopwatch = field(default_factory=Stopwatch)
-    drawn: float = -math.inf  # when curves.png last was
 
     def loop(self) -> None:
         """Evaluate before stepping, once more than there are epochs: first, periodic, last evaluation are one piece of code."""
@@ -218,8 +115,7 @@ class Training:
                 self.save(picture=True)
             unevaluated = stopping and within == 0  # the wish came first: not done yet, even at the last step
             if not unevaluated and (state.step >= plan.num_steps or (within == 0 and state.is_stale(plan.settings))):
-                if self.ranks.is_first:
-                    self.beside.do(self.draw)
+                self.writer.draw()
                 return
             if stopping:
                 self.leave()
@@ -245,7 +141,7 @@ class Training:
 
     def leave(self) -> NoReturn:
         """When what the first rank writes is on the disk: a launcher that sees one rank end may kill the others."""
-        self.beside.wait()
+        self.writer.flush()
         self.ranks.barrier()
         raise Stopped(f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on")
 
@@ -320,104 +216,9 @@ class Training:
         self.state.damaged = self.ranks.union(np.array(sorted(met), np.int64)).tolist()
 
     def save(self, *, picture: bool = False) -> None:
-        """A checkpoint, on all ranks; where one writes all, it does so beside the next steps, and so is a picture drawn."""
-        self.check_weights()
+        """Write a checkpoint, on all ranks; `picture`: and redraw curves.png."""
         self.notice_damage()
-        stage, ranks, parent = self.plan.settings.zero_stage, self.ranks, self.run.checkpoints
-        state = {**self.state.to_json(), "zero_stage": stage, "world_size": ranks.size}
-        step = self.state.step
-        if stage:
-            if ranks.is_first:
-                self.beside.wait()
-                checkpoint.begin(parent, step)
-            ranks.barrier()
-            share = checkpoint.to_cpu(self.engine.optimiser_state())
-            checkpoint.write_share(parent, step, share, rank=ranks.rank, shares=ranks.size)
-            ranks.barrier()
-        if ranks.is_first:
-            files = self.files()
-            if stage:
-                write = partial(checkpoint.complete, parent, state, files)
-            else:
-                write = partial(
-                    checkpoint.write, parent, state, files, checkpoint.to_cpu(self.engine.optimiser_state())
-                )
-            self.beside.do(partial(self._written, write, step, picture))
-
-    def _written(self, write: Any, step: int, picture: bool) -> None:
-        settings = self.plan.settings
-        self.journal.sync()
-        write()
-        checkpoint.prune(self.run.checkpoints, settings.keep_checkpoints, settings.keep_best)
-        self.run.write_status("running", step=step, num_steps=self.plan.num_steps)
-        # Epochs of moments do not each get a picture that takes longer than they.
-        if picture and time.monotonic() - self.drawn >= _DRAW_EVERY_S:
-            self.draw()
-
-    def files(self) -> dict[str, checkpoint.Tensors]:
-        with self.engine.offered() as network:
-            files = {"model": checkpoint.to_cpu(network.state_dict())}
-        rest = checkpoint.to_cpu(self.engine.state())
-        return files | ({"training": rest} if rest else {})
-
-    def check_weights(self) -> None:
-        """CommonFailure where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
-        told = self.ranks.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
-        where, remedy = f"after step {self.state.step}", "the last checkpoint is sound"
-        if not told[:, 1].all():
-            raise CommonFailure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
-        if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
-            raise CommonFailure(
-                f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "
-                "look for faulty memory or different versions on its machine"
-            )
-
-    def draw(self) -> None:
-        """Refresh curves.png."""
-        self.drawn = time.monotonic()
-        self.journal.draw(training_curves.draw)
-
-
-def _resume_point(run: Run, ranks: World) -> Checkpoint | None:
-    """The newest sound checkpoint, the same on every rank: the first rank decides."""
-    found = None
-    if ranks.is_first:
-        found = checkpoint.latest(run.checkpoints, lambda line: print(line, file=sys.stderr))  # noqa: T201
-    step = int(ranks.sum([found.step if found is not None else -1.0 if ranks.is_first else 0.0])[0])
-    if step < 0:
-        return None
-    try:
-        return found or checkpoint.read(checkpoint.folder_of(run.checkpoints, step))
-    except ValueError as error:
-        raise Failure(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
-
-
-def _base_rate(targets: Targets, rows: np.ndarray) -> float:
-    """The weighted share of positives, where the head starts; kept off 0 and 1."""
-    weight, label = targets.weight[rows].astype(np.float64), targets.label[rows]
-    return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
-
-
-def _introduction(plan: Plan, ranks: World, loading: Loading, state: State) -> str:
-    s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
-    scaled = (
-        f" (learning rate {rate:.4g} by {s.lr_scaling} from a batch of {s.reference_batch})"
-        if s.lr_scaling != "none"
-        else ""
-    )
-    return (
-        f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
-        f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
-        f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
-        f"{s.precision} on {ranks.device.type}, {loading}{_slow(s)}"
-    )
-
-
-def _slow(settings: Settings) -> str:
-    """A warning where a run goes on in, or was given, a precision that this device has no instructions for."""
-    if settings.precision != "bf16" or process_group.computes_bf16():
-        return ""
-    return "; warning: there are no instructions for bf16 here, fp32 is several times as fast (precision=fp32, in a new run)"
+        self.writer.save(self.state, picture=picture)
 
 
 def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mura_dist.core.errors import Refusal
 from mura_dist.training import checkpoint
+from mura_dist.training.checkpoint_writer import Beside
 
 
 def write(parent: Path, step: int, loss: float | None = None) -> Path:
@@ -156,7 +157,7 @@ def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
 
 
 def test_what_fails_beside_is_raised_later(tmp_path: Path) -> None:
-    beside = checkpoint.Beside()
+    beside = Beside()
     done: list[int] = []
 
     def fail() -> None:

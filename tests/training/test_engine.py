@@ -67,7 +67,7 @@ def everything(engine: Engine) -> dict[str, Tensor]:
         found = {key: value.clone() for key, value in model.state_dict().items()}
     return (
         found
-        | {f"optimiser.{k}": v.clone() for k, v in engine.optimiser_state().items()}
+        | {f"optimiser.{k}": v.clone() for k, v in engine.optimizer_state.tensors().items()}
         | {key: value.clone() for key, value in engine.state().items()}
     )
 

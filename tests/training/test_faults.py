@@ -14,7 +14,7 @@ from mura_dist.core.errors import Refusal
 from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
-from mura_dist.training import checkpoint, deepspeed_config, loop, metrics_log
+from mura_dist.training import checkpoint, deepspeed_config, metrics_log, start
 from mura_dist.training.run import Run
 
 FAULTY = ROOT / "tests/helpers/faulty_train.py"
@@ -72,7 +72,7 @@ def test_a_precision_without_instructions_is_warned_of(precision: str, computed:
     """As of a run that began on another processor: it goes on, and says why it is slow."""
     monkeypatch.setattr(process_group, "computes_bf16", lambda: computed)
     settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
-    assert ("warning" in loop._slow(settings)) == (precision == "bf16" and not computed)
+    assert ("warning" in start._slow(settings)) == (precision == "bf16" and not computed)
 
 
 @pytest.mark.parametrize(

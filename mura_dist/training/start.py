@@ -1,0 +1,162 @@
+"""Prepare a run up to its first step: settle auto, lock the folder, agree between ranks, resume.
+
+settings -> with_precision -> begin (first rank: the folder's lock) -> agree -> with_micro_batch
+    -> resume_point -> make_engine -> introduction
+"""
+
+import contextlib
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mura_dist.core.config import AUTO, Settings
+from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.data.loaders.loader import Loading, Targets
+from mura_dist.distributed import process_group
+from mura_dist.distributed.process_group import World
+from mura_dist.distributed.signals import asked_to_stop
+from mura_dist.models import densenet
+from mura_dist.training import checkpoint, micro_batch, schedule
+from mura_dist.training.checkpoint import Checkpoint
+from mura_dist.training.engine import Engine
+from mura_dist.training.plan import Plan
+from mura_dist.training.run import Run
+from mura_dist.training.state import State
+
+
+def with_precision(settings: Settings) -> Settings:
+    """Settle precision=auto: the precision the run began with, or the one this rank's device computes."""
+    if settings.precision != "auto":
+        return settings
+    begun = Run(Path(settings.run), settings).begun_with("precision", None)
+    chosen = begun or ("bf16" if process_group.computes_bf16() else "fp32")
+    return settings.model_copy(update={"precision": chosen})
+
+
+def begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
+    """Hold the folder's lock; False where all is done. On the first rank, while the others wait in `join`."""
+    with asked_to_stop(run.settings.stop_signal) as early:
+        if not _is_ours_to_do(run, plan):
+            return False
+        stack.enter_context(run.writing(early))
+        if not _is_ours_to_do(run, plan):  # who wrote until now may have made it another run, or finished it
+            return False
+        if early.is_set():
+            raise Stopped("stopped before it began; the same command goes on")
+    return True
+
+
+def _is_ours_to_do(run: Run, plan: Plan) -> bool:
+    run.check(plan.shards)
+    run.check_deepspeed(plan.deepspeed)
+    return not _is_finished(run.status(), plan)
+
+
+def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
+    if status.get("state") != "done":
+        return False
+    summary, stop_at = status["summary"], plan.settings.early_stop
+    return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
+
+
+def agree(plan: Plan, ranks: World) -> None:
+    """Raise Refusal, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
+    settings = plan.settings.model_dump(exclude={"shards", "mirror", "workers", "prefetch", "pretrained", "deepspeed"})
+    index = plan.shards.index
+    text = json.dumps([settings, index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True)
+    told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
+    others = np.flatnonzero(told != told[0]).tolist()
+    computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
+    if others and computed.min() < computed.max():
+        raise Refusal(
+            f"precision is {'bf16' if computed[0] else 'another'} on rank 0 and not on rank "
+            f"{np.argmax(computed != computed[0])}: of auto, their processors differ; name one for all: precision=fp32"
+        )
+    if others:
+        raise Refusal(
+            f"rank {others[0]} was started with other settings or other shards than rank 0; give all the same recipe, "
+            "key=value words and shards"
+        )
+
+
+def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
+    """Settle micro_batch=auto: the micro-batch the run began with, or the one that fits."""
+    if run.settings.micro_batch != AUTO:
+        return run, plan
+    begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
+    plan = plan.with_micro_batch(begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks))
+    if ranks.is_first:
+        run.check_deepspeed(plan.deepspeed)
+    return Run(run.folder, plan.settings), plan
+
+
+def resume_point(run: Run, ranks: World) -> Checkpoint | None:
+    """Return the newest sound checkpoint, the same on every rank: the first rank decides."""
+    found = None
+    if ranks.is_first:
+        found = checkpoint.latest(run.checkpoints, lambda line: print(line, file=sys.stderr))  # noqa: T201
+    step = int(ranks.sum([found.step if found is not None else -1.0 if ranks.is_first else 0.0])[0])
+    if step < 0:
+        return None
+    try:
+        return found or checkpoint.read(checkpoint.folder_of(run.checkpoints, step))
+    except ValueError as error:
+        raise Failure(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
+
+
+def make_engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World) -> Engine:
+    """Build the engine with the weights and the optimizer's state of a checkpoint, or with those a run begins with."""
+    settings = plan.settings
+    network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
+    if saved is not None:
+        network.load_state_dict(saved.model())
+    elif settings.pretrained:
+        _load_pretrained(network, settings.pretrained, ranks)
+    engine = Engine(network, settings, ranks)
+    if saved is not None:
+        engine.load_state(saved.training())
+        engine.optimizer_state.load(saved.optimiser())
+    return engine
+
+
+def _load_pretrained(network: densenet.DenseNet, name: str, ranks: World) -> None:
+    """One rank of a machine goes first: it may have to fetch the file."""
+    where = name if name == densenet.IMAGENET else Path(name).expanduser()
+    if ranks.local_rank == 0:
+        densenet.load_pretrained(network, where)
+    ranks.barrier()
+    if ranks.local_rank != 0:
+        densenet.load_pretrained(network, where)
+
+
+def _base_rate(targets: Targets, rows: np.ndarray) -> float:
+    """The weighted share of positives, where the head starts; kept off 0 and 1."""
+    weight, label = targets.weight[rows].astype(np.float64), targets.label[rows]
+    return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
+
+
+def introduction(plan: Plan, ranks: World, loading: Loading, state: State) -> str:
+    """Return the run's first line of progress: network, data, batches, steps, device."""
+    s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
+    scaled = (
+        f" (learning rate {rate:.4g} by {s.lr_scaling} from a batch of {s.reference_batch})"
+        if s.lr_scaling != "none"
+        else ""
+    )
+    return (
+        f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
+        f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
+        f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
+        f"{s.precision} on {ranks.device.type}, {loading}{_slow(s)}"
+    )
+
+
+def _slow(settings: Settings) -> str:
+    """A warning where a run goes on in, or was given, a precision that this device has no instructions for."""
+    if settings.precision != "bf16" or process_group.computes_bf16():
+        return ""
+    return "; warning: there are no instructions for bf16 here, fp32 is several times as fast (precision=fp32, in a new run)"
