@@ -2,12 +2,13 @@
 
     defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, checked once, frozen
 
-A key nobody knows is refused with the nearest name. `CHANGEABLE` may differ when a run is resumed; every other key makes
-another run.
+A key nobody knows is refused with the nearest name. A setting's traits are part of its annotation: whether it may differ when
+a run is resumed, is a path of this machine, may differ between ranks.
 """
 
 import tomllib
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,25 +16,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mura_dist.core.errors import Refusal, nearest
 
-CHANGEABLE = frozenset(
-    {
-        "epochs",
-        "workers",
-        "prefetch",
-        "mirror",
-        "strict",
-        "tensorboard",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_best",
-        "early_stop",
-        "skip_limit",
-        "stop_signal",
-        "wait_s",
-        "timeout_s",
-    }
-)
+
+class Trait(Enum):
+    """A property of a setting, part of its annotation. A setting without any identifies the run, and all ranks agree on it."""
+
+    CHANGEABLE = "may differ when a run is resumed"
+    BY_CONTENT = "a resumed run compares what lies there, not its name"
+    PATH = "a path of this machine, which does not leave it"
+    FILE = "a file of this machine, of which only the name leaves it"
+    PER_RANK = "may differ between ranks"
+
 
 Positive = Annotated[int, Field(ge=1)]
 AUTO = 0  # micro_batch="auto", until it is tried
@@ -52,19 +44,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    shards: str = Field(description="folder of shards, made by `mura-dist shards`; or its URL")
-    run: str = Field(description="folder of the run; the same command with the same folder resumes it")
+    shards: Annotated[str, Trait.PATH, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
+        description="folder of shards, made by `mura-dist shards`; or its URL"
+    )
+    run: Annotated[str, Trait.PATH, Trait.BY_CONTENT] = Field(
+        description="folder of the run; the same command with the same folder resumes it"
+    )
 
     architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
         "densenet169", description="torchvision's network"
     )
-    pretrained: str = Field(
+    pretrained: Annotated[str, Trait.FILE, Trait.PER_RANK] = Field(
         "",
         description="ImageNet weights: imagenet (torchvision's file, from its cache or the network), or a .pth or "
         ".safetensors file; empty: none",
     )
 
-    epochs: Annotated[int, Field(ge=0)] = Field(10, description="passes over the train split")
+    epochs: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(10, description="passes over the train split")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="decides initial weights, order and augmentation"
     )
@@ -107,7 +103,7 @@ class Settings(BaseModel):
         0.0,
         description="decay of a moving average of the weights, which is then what is evaluated, chosen and exported; 0: none",
     )
-    early_stop: Annotated[int, Field(ge=0)] = Field(
+    early_stop: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(
         0, description="epochs without a better loss after which the run is done; 0: never"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -129,7 +125,9 @@ class Settings(BaseModel):
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
         "none", description="mode of torch.compile; needs a C++ compiler, or Triton on a GPU"
     )
-    deepspeed: str = Field("", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe")
+    deepspeed: Annotated[str, Trait.FILE, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
+        "", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe"
+    )
     zero_stage: Literal[0, 1] = Field(
         0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
     )
@@ -137,40 +135,64 @@ class Settings(BaseModel):
         "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA, cpu elsewhere"
     )
 
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="loading threads a rank; 0: chosen from the machine")
-    prefetch: Annotated[int, Field(ge=0)] = Field(
+    workers: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+        0, description="loading threads a rank; 0: chosen from the machine"
+    )
+    prefetch: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
         0, description="micro-batches a rank makes ahead; 0: chosen from the machine"
     )
-    mirror: str = Field(
+    mirror: Annotated[str, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
         "", description="folder of this node's disk that shards are copied to first; empty: only those behind a URL"
     )
-    strict: bool = Field(False, description="a damaged sample ends the run; false: it is named, counted and left out")
-    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    tensorboard: bool = Field(True, description="write TensorBoard events into RUN/tensorboard")
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+    strict: Annotated[bool, Trait.CHANGEABLE] = Field(
+        False, description="a damaged sample ends the run; false: it is named, counted and left out"
+    )
+    log_every: Annotated[Positive, Trait.CHANGEABLE] = Field(10, description="steps between lines of metrics.jsonl")
+    tensorboard: Annotated[bool, Trait.CHANGEABLE] = Field(
+        True, description="write TensorBoard events into RUN/tensorboard"
+    )
+    checkpoint_every: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(
         0, description="steps between checkpoints; 0: at each epoch's end only"
     )
-    keep_checkpoints: Positive = Field(3, description="newest checkpoints kept")
-    keep_best: Positive = Field(1, description="checkpoints of lowest loss kept besides; an ensemble's members")
-    skip_limit: Positive = Field(
+    keep_checkpoints: Annotated[Positive, Trait.CHANGEABLE] = Field(3, description="newest checkpoints kept")
+    keep_best: Annotated[Positive, Trait.CHANGEABLE] = Field(
+        1, description="checkpoints of lowest loss kept besides; an ensemble's members"
+    )
+    skip_limit: Annotated[Positive, Trait.CHANGEABLE] = Field(
         10, description="steps in a row left out for a loss or gradient that is not finite, after which the run ends"
     )
-    stop_signal: str = Field(
+    stop_signal: Annotated[str, Trait.CHANGEABLE] = Field(
         "SIGUSR2",
         description="signal that, like SIGTERM and SIGINT, saves and stops; a scheduler's warning, for example",
     )
-    wait_s: Annotated[float, Field(ge=0)] = Field(
+    wait_s: Annotated[float, Field(ge=0), Trait.CHANGEABLE] = Field(
         60.0, description="seconds a start waits for a former writer of the run to end"
     )
-    timeout_s: Annotated[float, Field(gt=0)] = Field(
+    timeout_s: Annotated[float, Field(gt=0), Trait.CHANGEABLE] = Field(
         120.0, description="seconds a rank waits for the others before it gives up"
     )
 
 
+def names(*traits: Trait) -> set[str]:
+    """Return the settings that have any of `traits`."""
+    return {name for name, field in Settings.model_fields.items() if any(trait in field.metadata for trait in traits)}
+
+
 def shareable(settings: Settings) -> dict[str, Any]:
-    """The settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
-    named = {"pretrained": Path(settings.pretrained).name, "deepspeed": Path(settings.deepspeed).name}
-    return settings.model_dump(exclude={"shards", "run", "mirror"}) | named
+    """Return the settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
+    base_names = {name: Path(getattr(settings, name)).name for name in names(Trait.FILE)}
+    return settings.model_dump(exclude=names(Trait.PATH)) | base_names
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """Return the settings that make this run and no other; a micro-batch that is not settled is none of them."""
+    unsettled = {"micro_batch"} if settings.micro_batch == AUTO else set()
+    return settings.model_dump(exclude=names(Trait.CHANGEABLE, Trait.BY_CONTENT) | unsettled)
+
+
+def agreed(settings: Settings) -> dict[str, Any]:
+    """Return the settings that are the same on every rank."""
+    return settings.model_dump(exclude=names(Trait.PER_RANK))
 
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:

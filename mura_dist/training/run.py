@@ -85,10 +85,8 @@ class Run:
                 raise Refusal(f"run={self.folder} exists and is no run; give run=NEW")
             return
         before = tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
-        free = config.CHANGEABLE | {"shards", "run", "deepspeed"}  # others look at these
-        free |= {"micro_batch"} if self.settings.micro_batch == config.AUTO else set()
-        for key, value in self.settings.model_dump().items():
-            if key not in free and before.get(key, value) != value:
+        for key, value in config.identity(self.settings).items():
+            if before.get(key, value) != value:
                 raise Refusal(
                     f"run={self.folder} was started with {key}={before[key]!r}, now it says {key}={value!r}; "
                     "set it back, or give run=NEW for another run"

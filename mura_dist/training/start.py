@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mura_dist.core import config
 from mura_dist.core.config import AUTO, Settings
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data.loaders.loader import Loading, Targets
@@ -65,9 +66,10 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
 
 def agree(plan: Plan, ranks: World) -> None:
     """Raise Refusal, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
-    settings = plan.settings.model_dump(exclude={"shards", "mirror", "workers", "prefetch", "pretrained", "deepspeed"})
     index = plan.shards.index
-    text = json.dumps([settings, index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True)
+    text = json.dumps(
+        [config.agreed(plan.settings), index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True
+    )
     told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
     others = np.flatnonzero(told != told[0]).tolist()
     computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]

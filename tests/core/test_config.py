@@ -1,11 +1,13 @@
 """config.py: defaults, recipe, command line; what is refused."""
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from helpers.commands import ROOT
 
 from mura_dist.core import config
+from mura_dist.core.config import Trait
 from mura_dist.core.errors import Refusal
 
 NEEDED = ["shards=s", "run=r"]
@@ -100,3 +102,37 @@ def test_every_setting_is_in_the_help() -> None:
         assert f"  {name} " in text
         assert field.description
         assert field.description in text
+
+
+def other_value(name: str) -> Any:
+    """A value of a setting that `NEEDED` and the defaults do not give it."""
+    field = config.Settings.model_fields[name]
+    if choices := get_args(field.annotation):
+        return next(choice for choice in choices if choice != field.default)
+    if field.annotation is bool:
+        return not field.default
+    if field.annotation is str:
+        return "/site/other.json"
+    return field.default + 1 if field.annotation is int else 0.5
+
+
+@pytest.mark.parametrize("name", config.Settings.model_fields)
+def test_a_setting_does_what_its_traits_say(name: str) -> None:
+    """Law: a setting identifies the run, is the same on all ranks and may leave this machine, but for what its traits say."""
+    field, value = config.Settings.model_fields[name], other_value(name)
+    traits = {trait for trait in Trait if trait in field.metadata}
+    settings = config.load(None, NEEDED)
+    other = settings.model_copy(update={name: value})
+    is_path = field.annotation is str and any(word in str(field.description) for word in ("folder", "file"))
+    assert is_path == bool(traits & {Trait.PATH, Trait.FILE})
+    assert is_path or Trait.BY_CONTENT not in traits
+    assert is_path or Trait.CHANGEABLE in traits or Trait.PER_RANK not in traits, "it decides what is learnt"
+    assert (config.identity(settings) == config.identity(other)) == bool(traits & {Trait.CHANGEABLE, Trait.BY_CONTENT})
+    assert (config.agreed(settings) == config.agreed(other)) == (Trait.PER_RANK in traits)
+    shown = "other.json" if Trait.FILE in traits else value
+    assert config.shareable(other).get(name) == (None if Trait.PATH in traits else shown)
+
+
+def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
+    assert "micro_batch" not in config.identity(config.load(None, [*NEEDED, "micro_batch=auto"]))
+    assert "micro_batch" in config.identity(config.load(None, NEEDED))
