@@ -1,0 +1,48 @@
+"""The command that measures speed: bench."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mura_dist.cli.options import a_path, quiet_option
+
+
+@click.command(short_help="Measure against what one would use instead.")
+@click.argument("what")
+@click.option("--data", type=a_path, default=None, help="A folder in MURA's layout.  [default: phantoms, drawn for it]")
+@click.option(
+    "--size", type=click.IntRange(32, 2048), default=None, help="Pixels of a side.  [default: 320, train 160]"
+)
+@click.option(
+    "--radiographs", type=click.IntRange(16), default=None, help="How many are worked on.  [default: by WHAT]"
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each contender.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes or threads that load, on each side; peers of pipeline are tried with 1, 2 and 4.",
+)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Radiographs of a batch.")
+@click.option(
+    "--model", type=a_path, default=None, metavar="MODEL.onnx", help="Of encodings: whose probabilities are compared."
+)
+@click.option("--plot", type=a_path, default=None, metavar="FILE.png", help="Also draw what was measured.")
+@click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
+@quiet_option
+def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure WHAT (shards, pipeline, encodings, train or predict), side by side with what a user would use instead."""
+    from mura_dist.bench import Options, plots, run, table
+
+    if plot is not None:
+        plots.check(plot)
+    from rich.console import Console
+
+    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print
+    measured = run(what, say, Options(**options))
+    click.echo(json.dumps(measured, indent=2) if as_json else table(measured))
+    if plot is not None:
+        plots.draw(measured, plot)

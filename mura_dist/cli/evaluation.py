@@ -1,0 +1,197 @@
+"""The commands that measure a model: evaluate, score."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mura_dist.cli.options import a_path, a_place, check_checkpoint, quiet_option
+from mura_dist.core.errors import Refusal, nearest
+from mura_dist.data import mura
+from mura_dist.distributed import environment
+
+
+@click.command(short_help="Measure a run, an ensemble or an exported model on a split.")
+@click.argument("target", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
+@click.argument("shards", type=a_place)
+@click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
+@click.option(
+    "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
+)
+@click.option(
+    "--out",
+    type=a_path,
+    default=None,
+    help="Where to write.  [default: the run; of a list NAME.json, NAME; of an ONNX file it must be given]",
+)
+@click.option(
+    "--operating-point",
+    "operating_point",
+    default=None,
+    metavar="paper|sensitivity=W|specificity=W",
+    help="Whose thresholds make the calls: the paper's 0.5, or those fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  "
+    "[default: paper; of an ONNX file, its own]",
+)
+@click.option(
+    "--prevalence", type=float, default=None, metavar="P", help="Share of abnormal studies to work PPV and NPV out for."
+)
+@click.option(
+    "--gallery/--no-gallery",
+    "with_gallery",
+    default=True,
+    show_default=True,
+    help="Also pictures of radiographs with class activation maps: gallery.html, gallery/, LOCAL ONLY.",
+)
+@click.option(
+    "--second",
+    type=a_path,
+    default=None,
+    metavar="RUN_OR_LIST_OR_ONNX",
+    help="A model trained separately: the gallery says how far the two models' maps agree.",
+)
+@click.option(
+    "--provider", default="cpu", show_default=True, help="What computes an ONNX file: cpu, cuda, tensorrt or openvino."
+)
+@quiet_option
+def evaluate(
+    target: Path,
+    shards: Path | str,
+    split: str,
+    which: str,
+    out: Path | None,
+    operating_point: str | None,
+    prevalence: float | None,
+    with_gallery: bool,
+    second: Path | None,
+    provider: str,
+    quiet: bool,
+) -> None:
+    """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
+
+    Of a run or a list, calibration, thresholds and the uncertain band are fitted on the tune split, which is scored too;
+    export puts them into the model. Writes metrics.json, report.html and tables,
+    none of which holds a radiograph; and gallery.html, gallery/ and gallery.json, which are LOCAL ONLY.
+    """
+    from rich.console import Console
+
+    from mura_dist.evaluation.evaluate import Asked, evaluate_list, evaluate_run
+    from mura_dist.metrics.operating_points import operating_point as named
+    from mura_dist.metrics.summary import summary_table
+    from mura_dist.models.model_list import is_list, report_folder
+
+    if split not in mura.SPLITS:
+        raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
+    if provider != "cpu" and (is_list(target) or not target.is_file()):
+        raise Refusal(f"--provider {provider}: {target} is no ONNX file, torch computes it; leave --provider out")
+    say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
+    point = named(operating_point) if operating_point is not None else None
+    asked = Asked(point, prevalence, _gallery(target, with_gallery, second))
+    if is_list(target):
+        check_checkpoint(which, f"{target} is a list of chosen checkpoints")
+        out = out or report_folder(target)
+        measured = evaluate_list(target, shards, split=split, out=out, asked=asked, say=say)
+    elif target.is_file():
+        from mura_dist.evaluation.exported import evaluate_onnx
+
+        if out is None:
+            raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
+        check_checkpoint(which, f"{target} is one exported checkpoint")
+        measured = evaluate_onnx(target, shards, split=split, out=out, asked=asked, provider=provider, say=say)
+    else:
+        measured = evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
+    if environment.is_first():
+        click.echo(summary_table(measured))
+        click.echo(f"report: {(out or target) / 'report.html'}")
+        if asked.gallery is not None:
+            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {(out or target) / 'gallery.html'}")
+
+
+def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
+    """gallery.Wanted, or None."""
+    from mura_dist.evaluation import gallery, saliency
+    from mura_dist.models.model_list import is_list
+    from mura_dist.training.weights import Weights
+
+    if second is None:
+        return gallery.Wanted() if with_gallery else None
+    if not with_gallery:
+        raise Refusal(f"--second {second}: its maps are compared in the gallery; leave out --no-gallery or --second")
+    if second.resolve() == target.resolve():
+        raise Refusal(
+            f"--second {second} is the model itself; give one that was trained separately, with another seed="
+        )
+    if second.is_file() and not is_list(second):
+        from mura_dist.evaluation.exported import with_maps
+        from mura_dist.inference.onnx_model import Model
+
+        return gallery.Wanted(with_maps(second, Model.load(second)))
+    weights = Weights.of_list(second) if is_list(second) else Weights.of_run(second, "best")
+    return gallery.Wanted(saliency.Model.of_weights(weights, weights.model()))
+
+
+@click.command(short_help="Score a file of predictions against labels.")
+@click.argument("predictions", metavar="PREDICTIONS", type=a_path)
+@click.argument("labels", metavar="LABELS", type=a_path)
+@click.option(
+    "--json", "as_json", is_flag=True, help="metrics.json on stdout, and nothing else; no report unless --out."
+)
+@click.option(
+    "--out",
+    type=a_path,
+    default=None,
+    metavar="DIR",
+    help="Where to write.  [default: of PREDICTIONS NAME.csv, NAME-score beside it; with --json, nowhere]",
+)
+@click.option(
+    "--against", type=a_path, default=None, metavar="B.csv", help="A second file of predictions, to compare with."
+)
+@click.option(
+    "--threshold",
+    type=float,
+    default=None,
+    metavar="T",
+    help="Call abnormal what is above T.  [default: the calls in the file, else 0.5]",
+)
+@click.option(
+    "--prevalence",
+    type=float,
+    default=None,
+    metavar="P",
+    help="Also predictive values where a share P of studies is abnormal.",
+)
+@click.option("--allow-inverted", is_flag=True, help="Score calls that are surely worse than chance.")
+@quiet_option
+def score(
+    predictions: Path, labels: Path, as_json: bool, out: Path | None, against: Path | None, quiet: bool, **options: Any
+) -> None:
+    """Score PREDICTIONS, a line a study, against LABELS of the same studies. No model is needed.
+
+    PREDICTIONS: `path/,1` without a header (the official format; a probability may stand in place of 0 or 1), or a table with
+    a header: study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
+    `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or
+    study,label[,patient][,study_type] with a header. A study missing, unknown, or there twice is refused, and so is a line an
+    image.
+
+    Writes metrics.json, report.html, report.json, pictures/ and studies.csv.
+    """
+    from rich.console import Console
+
+    from mura_dist.evaluation.score import default_folder, summary_text
+    from mura_dist.evaluation.score import score as run
+    from mura_dist.metrics.summary import summary_table
+
+    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
+    out = out or (None if as_json else default_folder(predictions))
+    measured = run(predictions, labels, against=against, out=out, say=say, **options)
+    if as_json:
+        click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    click.echo(summary_table(measured))
+    if against is not None:
+        click.echo(summary_text(measured["comparison"], predictions.name, against.name))
+    if measured["note"]:
+        click.echo(f"note: {measured['note']}")
+    click.echo(f"report: {out}/report.html")

@@ -1,0 +1,66 @@
+"""Evaluate an ONNX file.
+
+    ONNX file, folder of shards -> inference's Model, Shards -> evaluate.evaluate_scores -> what an evaluation writes
+
+Nothing is fitted: calibration and thresholds are those of the card.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mura_dist.core.errors import Refusal
+from mura_dist.core.storage import Where
+from mura_dist.data.shards.reader import Shards
+from mura_dist.evaluation import saliency
+from mura_dist.evaluation.evaluate import Asked, evaluate_scores
+from mura_dist.inference.onnx_model import Model
+
+
+def evaluate_onnx(
+    path: Path,
+    shards_folder: Where,
+    *,
+    split: str,
+    out: Path,
+    asked: Asked,
+    provider: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Evaluate an exported model on a split; writes into `out` and returns metrics.json's content."""
+    shards, model = Shards.open(shards_folder), Model.load(path, provider)
+    if shards.size != model.size:
+        raise Refusal(
+            f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
+            f"convert with --size {model.size}"
+        )
+    facts = {
+        "title": f"{path.name} on {split}",
+        "checkpoint": model.card.checkpoint,
+        "members": [member.model_dump() for member in model.card.members],
+        "selected_on": model.card.selected_on,
+        "trained_on": model.card.trained_on.kind,
+        "settings": model.card.recipe,
+    }
+    return evaluate_scores(
+        model.logits,
+        shards,
+        split=split,
+        out=out,
+        facts=facts,
+        points=model.card.calibration,
+        asked=replace(asked, operating_point=asked.operating_point or model.card.operating_point),
+        shown=with_maps(path, model),
+        say=say,
+    )
+
+
+def with_maps(path: Path, model: Model) -> saliency.Model:
+    """Return the model of an ONNX file as something that draws maps."""
+    card = model.card
+    named: list[Any] = [member.architecture for member in card.members] or [card.recipe.get("architecture")]
+    known = tuple(name for name in named if isinstance(name, str))
+    told = [member.sha256 for member in card.members] or card.metrics.get("weights_sha256") or []
+    name = f"{path.name} {card.checkpoint}"
+    return saliency.Model(name, model.outputs, model.size, card.trained_on.kind, known, weights=frozenset(told))
