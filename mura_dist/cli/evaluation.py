@@ -44,13 +44,6 @@ from mura_dist.distributed import environment
     help="Also pictures of radiographs with class activation maps: gallery.html, gallery/, LOCAL ONLY.",
 )
 @click.option(
-    "--second",
-    type=a_path,
-    default=None,
-    metavar="RUN_OR_LIST_OR_ONNX",
-    help="A model trained separately: the gallery says how far the two models' maps agree.",
-)
-@click.option(
     "--provider", default="cpu", show_default=True, help="What computes an ONNX file: cpu, cuda, tensorrt or openvino."
 )
 @quiet_option
@@ -63,7 +56,6 @@ def evaluate(
     operating_point: str | None,
     prevalence: float | None,
     with_gallery: bool,
-    second: Path | None,
     provider: str,
     quiet: bool,
 ) -> None:
@@ -76,6 +68,7 @@ def evaluate(
     from rich.console import Console
 
     from mura_dist.evaluation.evaluate import Asked, evaluate_list, evaluate_run
+    from mura_dist.evaluation.gallery import Wanted
     from mura_dist.metrics.operating_points import operating_point as named
     from mura_dist.metrics.summary import summary_table
     from mura_dist.models.model_list import is_list, report_folder
@@ -88,7 +81,7 @@ def evaluate(
         raise Refusal(f"--provider {provider}: {target} is no ONNX file, torch computes it; leave --provider out")
     say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
     point = named(operating_point) if operating_point is not None else None
-    asked = Asked(point, prevalence, _gallery(target, with_gallery, second))
+    asked = Asked(point, prevalence, Wanted() if with_gallery else None)
     if is_list(target):
         check_checkpoint(which, f"{target} is a list of chosen checkpoints")
         out = out or report_folder(target)
@@ -107,29 +100,6 @@ def evaluate(
         click.echo(f"report: {(out or target) / 'report.html'}")
         if asked.gallery is not None:
             click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {(out or target) / 'gallery.html'}")
-
-
-def _gallery(target: Path, with_gallery: bool, second: Path | None) -> Any:
-    """gallery.Wanted, or None."""
-    from mura_dist.evaluation import gallery, saliency
-    from mura_dist.models.model_list import is_list
-    from mura_dist.training.weights import Weights
-
-    if second is None:
-        return gallery.Wanted() if with_gallery else None
-    if not with_gallery:
-        raise Refusal(f"--second {second}: its maps are compared in the gallery; leave out --no-gallery or --second")
-    if second.resolve() == target.resolve():
-        raise Refusal(
-            f"--second {second} is the model itself; give one that was trained separately, with another seed="
-        )
-    if second.is_file() and not is_list(second):
-        from mura_dist.evaluation.exported import with_maps
-        from mura_dist.inference.onnx_model import Model
-
-        return gallery.Wanted(with_maps(second, Model.load(second)))
-    weights = Weights.of_list(second) if is_list(second) else Weights.of_run(second, "best")
-    return gallery.Wanted(saliency.Model.of_weights(weights, weights.model()))
 
 
 @click.command(short_help="Score a file of predictions against labels.")

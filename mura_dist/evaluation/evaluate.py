@@ -122,7 +122,6 @@ def _evaluate(
             f"{shards_folder} has radiographs of {shards.size} px, {facts['title']} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
-    gallery.check(asked.gallery, shards.size, weights.digests())
     tune = _tune(weights, shards)
     if isinstance(tune, str):
         if asked.operating_point not in (None, PAPER):
@@ -152,7 +151,7 @@ def _evaluate(
     }
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)
     facts["num_scored"], seconds = len(np.union1d(rows, also)), time.perf_counter() - started
-    shown, found = saliency.Model.of_weights(weights, model), found.of_rows(rows)
+    shown, found = saliency.CamModel.of_weights(weights, model), found.of_rows(rows)
     return write(
         out, shards, found, points, split=split, facts=facts, asked=asked, seconds=seconds, shown=shown, say=say
     )
@@ -203,7 +202,7 @@ def evaluate_scores(
     points: Points,
     asked: Asked = Asked(),
     batch_size: int = 16,
-    shown: saliency.Model | None = None,
+    shown: saliency.CamModel | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The same for anything that turns images uint8 (B, 1, S, S) into logits (B,): an exported model, in one process.
@@ -213,7 +212,6 @@ def evaluate_scores(
     _check_out(out)
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
-    gallery.check(asked.gallery, shards.size, shown.weights if shown else ())
     blank = np.zeros((shards.size, shards.size), np.uint8)
     logit, sound = [], np.ones(len(rows), bool)
     for part in np.array_split(np.arange(len(rows)), -(-len(rows) // batch_size)):
@@ -242,7 +240,7 @@ def write(
     facts: dict[str, Any],
     asked: Asked,
     seconds: float,
-    shown: saliency.Model | None = None,
+    shown: saliency.CamModel | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""

@@ -35,32 +35,24 @@ def evaluate_onnx(
             f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
             f"convert with --size {model.size}"
         )
+    card = model.card
     facts = {
         "title": f"{path.name} on {split}",
-        "checkpoint": model.card.checkpoint,
-        "members": [member.model_dump() for member in model.card.members],
-        "selected_on": model.card.selected_on,
-        "trained_on": model.card.trained_on.kind,
-        "settings": model.card.recipe,
+        "checkpoint": card.checkpoint,
+        "members": [member.model_dump() for member in card.members],
+        "selected_on": card.selected_on,
+        "trained_on": card.trained_on.kind,
+        "settings": card.recipe,
     }
+    name = f"{path.name} {card.checkpoint}"
     return evaluate_scores(
         model.logits,
         shards,
         split=split,
         out=out,
         facts=facts,
-        points=model.card.calibration,
-        asked=replace(asked, operating_point=asked.operating_point or model.card.operating_point),
-        shown=with_maps(path, model),
+        points=card.calibration,
+        asked=replace(asked, operating_point=asked.operating_point or card.operating_point),
+        shown=saliency.CamModel(name, model.outputs, card.trained_on.kind, max(1, len(card.members))),
         say=say,
     )
-
-
-def with_maps(path: Path, model: Model) -> saliency.Model:
-    """Return the model of an ONNX file as something that draws maps."""
-    card = model.card
-    named: list[Any] = [member.architecture for member in card.members] or [card.recipe.get("architecture")]
-    known = tuple(name for name in named if isinstance(name, str))
-    told = [member.sha256 for member in card.members] or card.metrics.get("weights_sha256") or []
-    name = f"{path.name} {card.checkpoint}"
-    return saliency.Model(name, model.outputs, model.size, card.trained_on.kind, known, weights=frozenset(told))

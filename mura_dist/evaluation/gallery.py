@@ -1,7 +1,7 @@
 """The gallery of an evaluation: radiographs, their maps, and what the maps are worth. LOCAL ONLY, and apart from the report.
 
     studies -> choose (surest errors, random hits) -> look at their views -> gallery/*.png, one a study --> gallery.html
-    radiographs, a seeded sample -> maps.stability, maps.agreement -------------------------------------^-> gallery.json (last)
+    radiographs, a seeded sample -> saliency.stability -------------------------------------------------^-> gallery.json (last)
 
 One scale of logits for all maps of all galleries (heatmap.py), so that two maps may be compared.
 """
@@ -9,7 +9,7 @@ One scale of logits for all maps of all galleries (heatmap.py), so that two maps
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
 from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Damaged, Shards
@@ -42,16 +41,14 @@ _DRAWN = {  # by (trained on, measured on)
     (True, False): "trained on drawings: the model has never seen a radiograph",
     (False, True): "measured on drawings: says nothing about radiographs",
 }
-_ONE_MODEL = 1 - 1e-6  # correlation; of a run and its own export 1 - 5e-12 (tiny), of two seeds nothing near
 _LABELS = ("normal", "abnormal")
 _CALLS = ("no abnormality flagged", "called abnormal")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """`second`: a model trained separately, to compare maps with; `num_sampled`: radiographs behind the numbers."""
+    """`num_sampled`: radiographs behind the numbers."""
 
-    second: saliency.Model | None = None
     num_studies: int = 24
     num_sampled: int = 64
     seed: int = 0
@@ -96,7 +93,7 @@ def write(
     studies: pd.DataFrame,
     rows: np.ndarray,
     *,
-    model: saliency.Model | None,
+    model: saliency.CamModel | None,
     wanted: Wanted | None,
     facts: dict[str, Any],
     say: Callable[[str], None] = lambda line: None,
@@ -124,23 +121,6 @@ def write(
         f"gallery ({local_only.MARK}): {len(shown)} studies, maps of {numbers['num_sampled']} radiographs, {found['seconds']} s"
     )
     return found
-
-
-def check(wanted: Wanted | None, size: int, weights: Collection[str]) -> None:
-    """Refusal where the second model takes radiographs of another size, or shares `weights` with the one that is evaluated:
-    before hours are spent, not after them."""
-    if wanted is None or wanted.second is None:
-        return
-    if not wanted.second.weights.isdisjoint(weights):
-        raise Refusal(
-            f"--second {wanted.second.name} holds weights of the model itself, so that their maps are bound to agree; give one "
-            "that was trained separately, with another seed="
-        )
-    if wanted.second.size != size:
-        raise Refusal(
-            f"--second {wanted.second.name} takes radiographs of {wanted.second.size} px, these shards have {size}; "
-            f"give a model of {size} px, or leave --second out"
-        )
 
 
 def clear(out: Path) -> None:
@@ -184,7 +164,7 @@ def _shuffled(rows: np.ndarray, seed: int, stream: int) -> np.ndarray:
 
 
 def _study(
-    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, model: saliency.Model
+    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, model: saliency.CamModel
 ) -> Study:
     frame = shards.manifest.frame
     number: dict[int, int] = frame.loc[frame["study"] == line["study"], "view"].to_dict()
@@ -208,9 +188,9 @@ def _pixels(shards: Shards, row: int) -> np.ndarray | None:
 
 
 def measured(
-    model: saliency.Model, shards: Shards, rows: np.ndarray, wanted: Wanted, settings: dict[str, Any]
+    model: saliency.CamModel, shards: Shards, rows: np.ndarray, wanted: Wanted, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Stability and agreement over a seeded sample of `rows`, see saliency.py."""
+    """Stability over a seeded sample of `rows`, see saliency.py."""
     sample = [
         (row, pixels)
         for row in np.sort(_shuffled(rows, wanted.seed, len(NAMES))[: wanted.num_sampled]).tolist()
@@ -220,20 +200,10 @@ def measured(
     patients = shards.manifest.frame.loc[[row for row, _ in sample], "patient"].tolist()
     _, cells = saliency.look(model.outputs, images)
     stability = saliency.stability(model.outputs, images, cells, patients, wanted.seed)
-    agreement: dict[str, Any] = {
-        "measured": False,
-        "reason": "no second model was given: `mura-dist evaluate ... --second RUN_OR_ONNX`, trained separately "
-        "(another seed=), or an ensemble of several runs",
-    }
-    if wanted.second is not None:
-        agreement = saliency.agreement(model, wanted.second, images, cells, patients, wanted.seed)
-    elif model.apart is not None:
-        agreement = saliency.agreement(*model.apart, images, None, patients, wanted.seed)
     return {
         "num_sampled": len(sample),
         "num_cells": list(cells.shape[1:]),
         "stability": {"note": flattering(settings), "correlation": saliency.CORRELATION} | stability,
-        "agreement": {"correlation": saliency.CORRELATION} | agreement,
     }
 
 
@@ -252,7 +222,7 @@ def _content(
     shown: Sequence[Study],
     numbers: dict[str, Any],
     shards: Shards,
-    model: saliency.Model,
+    model: saliency.CamModel,
     wanted: Wanted,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -263,7 +233,7 @@ def _content(
         "title": facts.get("title"),
         "checkpoint": facts.get("checkpoint"),
         "model": model.name,
-        "num_networks": max(1, len(model.architectures)),
+        "num_networks": model.num_networks,
         "split": facts.get("split"),
         "threshold": facts.get("threshold"),
         "trained_on": model.trained_on,
@@ -277,7 +247,6 @@ def _content(
         "map": {"cells": [h, w], "cell_px": [shards.size / h, shards.size / w], "caveat": caveat(h, w, shards.size)},
         "num_sampled": numbers["num_sampled"],
         "stability": numbers["stability"],
-        "agreement": numbers["agreement"],
         "studies": [_told(study) for study in shown],
         "terms": mura.TERMS,
         "licence": mura.LICENCE,
@@ -388,21 +357,17 @@ def _head(found: dict[str, Any], shards: Shards) -> Iterator[Html]:
 
 
 def _numbers(found: dict[str, Any]) -> Iterator[Html]:
-    stability, agreement = found["stability"], found["agreement"]
+    stability = found["stability"]
     angle = stability["rotation"]["angle_deg"]
     tiles = [
         _tile("Stability, mirrored", stability["mirror"]),
         _tile(f"Stability, turned by ±{angle:g}°", stability["rotation"]),
     ]
-    if agreement["measured"]:
-        tiles.append(_tile("Agreement of two models", agreement))
-        if agreement["floor"]["measured"]:
-            tiles.append(_tile("Its floor: random weights", agreement["floor"]))
     yield section(
         "How far to trust a map",
         element("div", *tiles, class_="tiles"),
         element("p", *_spread(found), class_="soft"),
-        element("ul", *(element("li", element("strong", name), text) for name, text in _reading(found))),
+        _reading(found),
     )
 
 
@@ -423,8 +388,6 @@ def _spread(found: dict[str, Any]) -> Iterator[str]:
         "bootstrap over patients. Half of the radiographs lie between "
     )
     parts = {"mirrored": mirror, "turned": found["stability"]["rotation"]}
-    if found["agreement"]["measured"]:
-        parts["two models"] = found["agreement"]
     known = {name: part for name, part in parts.items() if part["mean"] is not None}
     yield "; ".join(f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in known.items())
     turned = found["stability"]["rotation"]["num_cells"]
@@ -434,56 +397,14 @@ def _spread(found: dict[str, Any]) -> Iterator[str]:
         yield f" {flat} maps have no contrast, hence no correlation, and are left out."
 
 
-def _reading(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What each number says, and what it does not."""
-    yield (
-        f"Stability ({found['stability']['note']}). ",
+def _reading(found: dict[str, Any]) -> Html:
+    """Say what the numbers mean, and what they do not."""
+    text = (
         "1: of the radiograph mirrored, or turned, the map is the same, mirrored or turned. A high number is expected and "
-        "proves little; a low one says that the map depends on how the film lay.",
+        "proves little; a low one says that the map depends on how the film lay."
     )
-    agreement = found["agreement"]
-    if not agreement["measured"]:
-        yield "Agreement was not measured. ", f"{agreement['reason']}."
-        return
-    one, two = agreement["models"]
-    yield (
-        f"Agreement ({one}; {two}). ",
-        "Well above the floor and below 1 is what two sound models give: the maps show something of the radiograph, and each "
-        "model's chance besides. Near the floor a map tells of a training run and not of the radiograph. Close to 1 the two "
-        "are hardly separate. Even full agreement does not say that the place is right: two models may look at the same metal."
-        f"{_verdict(agreement)}",
-    )
-    floor = agreement["floor"]
-    yield (
-        "Floor. ",
-        "How much the first model's maps have in common with those of the same network with random weights, which knows "
-        f"nothing: what the brightness of the radiograph alone makes alike. With {floor['with']}, each on its share of the "
-        "radiographs; a random map may as well be its own negative, the sign that agrees counts."
-        f"{_range_of_sets(floor)}"
-        if floor["measured"]
-        else f"Not measured: {floor['reason']}. Without it the agreement has nothing to stand against.",
-    )
-
-
-def _range_of_sets(floor: dict[str, Any]) -> str:
-    means = floor.get("mean_of_each") or []
-    if len(means) < 2:
-        return ""
-    return f" Single sets lay from {min(means):.2f} to {max(means):.2f}: the agreement is held against the highest."
-
-
-def _verdict(agreement: dict[str, Any]) -> str:
-    low, floor = agreement["mean_low"], agreement["floor"].get("mean_high")
-    floor = None if floor is None else max([floor, *agreement["floor"].get("mean_of_each", [])])
-    if agreement["mean"] is not None and agreement["mean"] > _ONE_MODEL:
-        return (
-            " Here the maps are the same: this is one model, given twice, and its agreement with itself says nothing."
-        )
-    if low is None or floor is None:
-        return ""
-    if low > floor:
-        return " Here it lies above the floor."
-    return " Here it does not clearly lie above the floor: do not take these maps for places in the radiograph."
+    name = element("strong", f"Stability ({found['stability']['note']}). ")
+    return element("ul", element("li", name, text))
 
 
 def _scale() -> Html:

@@ -1,8 +1,7 @@
-"""How far a class activation map can be trusted: is it stable, and would another model draw it too.
+"""How far a class activation map can be trusted: is it stable.
 
-    images -> outputs -> map ------------------------------------------------.
-    images, mirrored or turned -> outputs -> map, mirrored or turned back ---+--> correlation over cells -> mean, spread
-    images -> outputs of another model, of random weights -> map ------------'
+    images -> outputs -> map -----------------------------------------------.
+    images, mirrored or turned -> outputs -> map, mirrored or turned back --+--> correlation over cells -> mean, spread
 
 A map is (h, w) float: the logit of each cell, whose mean is the logit of the view; 10 x 10 at 320 px. The correlation is
 Pearson's, of two maps of one radiograph over the same cells; a map without any contrast has none, and is counted.
@@ -17,8 +16,6 @@ import torch
 from torch import nn
 
 from mura_dist.data.loaders.opencv import augment
-from mura_dist.models import densenet
-from mura_dist.models.ensemble import Ensemble
 from mura_dist.training.weights import Weights
 
 ANGLE_DEG = 10.0
@@ -26,9 +23,6 @@ MIN_CELLS = 3  # two always lie on a line
 CORRELATION = "Pearson, of the cells' logits, one value a radiograph"
 _BATCH = 16
 _NUM_RESAMPLES = 2000
-_NUM_RANDOM = 4  # networks behind the floor: of single ones it lay anywhere between 0.05 and 0.30 (tiny, phantoms)
-_NUM_WARMING = 8  # radiographs
-_FLOOR_SEED = 1_000_003  # no run's own: its starting weights are not strangers to the trained ones
 _NO_CONTRAST = 1e-9  # a map's deviation over its cells, in logits
 
 
@@ -39,39 +33,19 @@ class Outputs(Protocol):
 
 
 @dataclass(frozen=True)
-class Model:
-    """Something that draws maps. `architectures`: of its networks, empty where nobody told; `apart`: two of its networks that
-    were trained separately, where it has such; `weights`: the digests of its networks' weights, empty where nobody told."""
+class CamModel:
+    """A model that draws class activation maps. `num_networks`: how many of them it averages."""
 
     name: str
     outputs: Outputs
-    size: int  # pixels of a side
     trained_on: str  # phantoms or radiographs
-    architectures: tuple[str, ...] = ()
-    apart: "tuple[Model, Model] | None" = None
-    weights: frozenset[str] = frozenset()
+    num_networks: int = 1
 
     @classmethod
-    def of_weights(cls, weights: Weights, module: nn.Module) -> "Model":
+    def of_weights(cls, weights: Weights, module: nn.Module) -> "CamModel":
         """`module`: what `weights.model()` gave."""
-        size, trained_on = weights.data()["size"], weights.data()["holds"]
-        named = [run.settings.architecture for run in weights.runs]
-        folders = [run.folder.resolve() for run in weights.runs]
-        other = next((place for place, folder in enumerate(folders) if folder != folders[0]), None)
-        apart = None
-        if other is not None and isinstance(module, Ensemble):
-            one, two = (
-                cls(
-                    f"{folders[place].name} {weights.checkpoints[place].name}",
-                    of_module(module.networks[place]),
-                    *(size, trained_on, (named[place],)),
-                )
-                for place in (0, other)
-            )
-            apart = (one, two)
-        run_name = "" if weights.members else f"{folders[0].name} "
-        digests = frozenset(weights.digests())
-        return cls(f"{run_name}{weights.name}", of_module(module), size, trained_on, tuple(named), apart, digests)
+        run_name = "" if weights.members else f"{weights.runs[0].folder.resolve().name} "
+        return cls(f"{run_name}{weights.name}", of_module(module), weights.data()["holds"], len(weights.runs))
 
 
 def of_module(module: nn.Module) -> Outputs:
@@ -84,22 +58,6 @@ def of_module(module: nn.Module) -> Outputs:
         return logit.cpu().numpy(), cells.cpu().numpy()
 
     return outputs
-
-
-def randomised(architectures: Sequence[str], images: np.ndarray, seed: int) -> Outputs:
-    """The same networks, freshly initialised: what the radiograph and the architecture alone draw.
-
-    BatchNorm's statistics are those of `images` (B, 1, S, S); without them each layer is flatter than the one before.
-    """
-    networks = []
-    for place, architecture in enumerate(architectures):
-        network = densenet.build(architecture, seed=_FLOOR_SEED + 1000 * place + seed)
-        for norm in network.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.momentum = 1.0
-        of_module(network.train())(images)
-        networks.append(network.eval())
-    return of_module(Ensemble(networks).eval())
 
 
 def look(outputs: Outputs, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -143,53 +101,6 @@ def _turned(images: np.ndarray, angle_deg: float) -> np.ndarray:
     for image, out in zip(images, turned, strict=True):
         augment(image, angle_deg, False, out)
     return turned
-
-
-def agreement(
-    one: Model, other: Model, images: np.ndarray, maps: np.ndarray | None, patients: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """How alike the maps of two models are on images (n, S, S), and the floor below which that says nothing.
-
-    maps: those of `one` where they are known.
-    """
-    ours = look(one.outputs, images)[1] if maps is None else maps
-    theirs = look(other.outputs, images)[1]
-    if theirs.shape != ours.shape:
-        sizes = " and ".join(f"{found.shape[1]} x {found.shape[2]}" for found in (ours, theirs))
-        return {"measured": False, "reason": f"maps of {sizes} cells cannot be compared"}
-    every = np.ones(ours.shape[1:], bool)
-    found = summary(correlation(ours, theirs, every), patients, seed)
-    floor: dict[str, Any] = {"measured": False, "reason": "the architecture of the model is not known"}
-    if one.architectures and all(name in densenet.ARCHITECTURES for name in one.architectures):
-        values = _with_random(one.architectures, images, ours, seed)
-        floor = {"measured": True} | summary(values, patients, seed)
-        means = [float(part.mean()) for part in _parts_with_contrast(values)]
-        # The interval is over patients; from one random network to the next the mean moves further than that.
-        floor |= {"mean_of_each": means}
-        floor |= {"with": f"{_NUM_RANDOM} sets of random weights", "architectures": list(one.architectures)}
-    return {"measured": True, "models": [one.name, other.name]} | found | {"num_cells": every.size, "floor": floor}
-
-
-def _with_random(architectures: Sequence[str], images: np.ndarray, maps: np.ndarray, seed: int) -> np.ndarray:
-    """Correlation of each of maps (n, h, w) with that of one of _NUM_RANDOM random networks: (n,).
-
-    A random head is as likely as its negative, which turns the signs of all its maps; of the two the one that agrees counts.
-    """
-    found = np.empty(len(images))
-    for number in range(min(_NUM_RANDOM, len(images))):
-        part = slice(number, None, _NUM_RANDOM)
-        noise = look(
-            randomised(architectures, images[part][:_NUM_WARMING, None], _NUM_RANDOM * seed + number), images[part]
-        )
-        values = correlation(maps[part], noise[1], np.ones(maps.shape[1:], bool))
-        found[part] = values * (1 if np.nansum(values) >= 0 else -1)
-    return found
-
-
-def _parts_with_contrast(values: np.ndarray) -> list[np.ndarray]:
-    """The values of each random network that has some."""
-    parts = [values[number::_NUM_RANDOM] for number in range(_NUM_RANDOM)]
-    return [part[np.isfinite(part)] for part in parts if np.isfinite(part).any()]
 
 
 def turn(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
