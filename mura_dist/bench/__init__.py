@@ -5,23 +5,20 @@
     reader.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
     footprint.py start and memory of the pipeline    plots.py  a picture of it all
 
-Little is imported above the functions: processes whose start is measured come through here.
+Little is imported above the functions: every command comes through here for the names, and so do processes whose start is
+measured.
 """
 
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mura_dist.bench.workload import Load, Options, prepare
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import Refusal
 
 __all__ = ["BENCHES", "Load", "Options", "run", "table"]
 
@@ -52,9 +49,11 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
     Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
     {median, min, max}, workers, and `tried`, images/s with each number of workers a peer was tried with) and ratios {"ours /
     theirs": {median, min, max}}; of pipeline also `start` (footprint.py), of encodings `encodings`, of train
-    `activations`. Raises Refusal for another
-    `what`, for options that do not serve it and for a folder that does not serve, Failure where a contender dies.
+    `activations`. `what` is one of BENCHES. Raises Refusal for options that do not serve it and for a folder that does not
+    serve, Failure where a contender dies.
     """
+    import tempfile
+
     options = options or Options()
     size, number = _settle(what, options)
     measured = {"what": what, "command": _command(what, options), "hardware": hardware(), "versions": versions()}
@@ -78,8 +77,6 @@ def _settle(what: str, options: Options) -> tuple[int, int]:
     """Size and number of radiographs."""
     from mura_dist.bench import encodings
 
-    if what not in BENCHES:
-        raise Refusal(f"bench {what!r}{nearest(what, BENCHES)}: must be one of {', '.join(BENCHES)}")
     default = BENCHES[what]
     number = options.radiographs or (default.phantoms if options.data is None else default.data)
     if options.batch > number:
@@ -202,11 +199,15 @@ def _change_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _command(what: str, options: Options) -> str:
+    import shlex
+
     given = [(name, value) for name, value in asdict(options).items() if value != getattr(Options(), name)]
     return " ".join(["mura-dist bench", what, *(f"--{name} {shlex.quote(str(value))}" for name, value in given)])
 
 
 def versions() -> dict[str, str]:
+    from importlib import metadata
+
     from mura_dist.training.run import environment
 
     here, theirs = environment(), ("pillow", "webdataset")
@@ -216,6 +217,8 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The machine, and how busy it was before: on a shared one, the work of others is in the numbers."""
+    import platform
+
     import torch
 
     from mura_dist.distributed import processes

@@ -6,11 +6,17 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, quiet_option
+from mura_dist.bench import BENCHES
+from mura_dist.cli.options import Choice, a_path, quiet_option
+
+*_FIRST, _LAST = BENCHES
 
 
-@click.command(short_help="Measure against what one would use instead.")
-@click.argument("what")
+@click.command(
+    short_help="Measure against what one would use instead.",
+    help=f"Measure WHAT ({', '.join(_FIRST)} or {_LAST}), side by side with what a user would use instead.",
+)
+@click.argument("what", metavar="WHAT", type=Choice(BENCHES))
 @click.option("--data", type=a_path, default=None, help="A folder in MURA's layout.  [default: phantoms, drawn for it]")
 @click.option(
     "--size", type=click.IntRange(32, 2048), default=None, help="Pixels of a side.  [default: 320, train 160]"
@@ -34,7 +40,6 @@ from mura_dist.cli.options import a_path, quiet_option
 @click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
 @quiet_option
 def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Measure WHAT (shards, pipeline, encodings, train or predict), side by side with what a user would use instead."""
     from mura_dist.bench import Options, plots, run, table
 
     if plot is not None:

@@ -33,6 +33,16 @@ class Place(click.ParamType):
         return value if "://" in str(value) else Path(value)
 
 
+class Choice(click.Choice):
+    """One of a few names. A mistyped one is answered with the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.choices:
+            return value
+        command = ctx.info_name if ctx else ""
+        raise Refusal(f"{command} {value!r}{nearest(value, self.choices)}: must be one of {', '.join(self.choices)}")
+
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 a_path = click.Path(path_type=Path)
 a_place = Place()
