@@ -21,21 +21,6 @@ from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, S
 from mura_dist.distributed import environment
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
-_EXTRAS = dict.fromkeys(
-    (
-        "torch",
-        "torchvision",
-        "deepspeed",
-        "nvidia",
-        "cv2",
-        "onnx",
-        "onnxscript",
-        "safetensors",
-        "matplotlib",
-        "webdataset",
-    ),
-    "train",
-) | {"fsspec": "remote", "s3fs": "remote", "streamlit": "page", "starlette": "page"}
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -80,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         return _end(FAILED, str(error), only_first=isinstance(error, CommonFailure))
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        from mura_dist.cli.extras import extra_of
+
+        extra = extra_of(error.name or "")
         if extra is None:
             raise
         return _end(
