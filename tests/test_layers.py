@@ -40,7 +40,7 @@ CONFINED = {
     "torchvision": {"models", "bench"},
     "cv2": {"data/loaders/opencv", "bench"},
     "webdataset": {"bench"},
-    "pydicom": {"data"},
+    "pydicom": {"data/dicom"},
     "fsspec": {"core/storage"},
     "onnx": {"inference/export"},
     "onnxscript": {"inference/export"},

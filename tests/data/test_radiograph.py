@@ -28,7 +28,7 @@ from pydicom.pixels import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
-from mura_dist.data import body_parts, mura, radiograph
+from mura_dist.data import body_parts, mura, radiograph, raster
 from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, Unreadable, decode, identity, read
 
 CR, DX_PROCESSING, SC = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7"
@@ -603,7 +603,7 @@ def test_memory_running_out_is_too_large(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(radiograph, "_from_pillow", fail)
+    monkeypatch.setattr(raster, "decode", fail)
     assert refusal(saved(GREY_IMAGE, "PNG")).code == "too_large"
 
 

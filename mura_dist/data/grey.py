@@ -1,0 +1,77 @@
+"""Grey values of 8 bits, and the limits and the error that all readers of radiographs share.
+
+    values (H, W) of any depth -> find_extent, scale -> uint8 (H, W)
+
+A file that gives no radiograph raises Unreadable with one of four codes.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+Code = Literal["not_image", "out_of_scope", "unreadable", "too_large"]
+
+MAX_PIXELS = 50_000_000  # a stitched whole-leg radiograph has about 30 million, a hand on the finest detector 15
+MAX_BYTES = 4 * MAX_PIXELS
+BLOCK_PIXELS = 1 << 20  # turned into grey at a time: what lies between is up to 24 times as large as the grey
+
+_GREY_MODES = ("1", "L", "LA", "La")
+_SAMPLE_PX = 64  # of a side of `Look.colours`
+
+
+class Unreadable(Exception):
+    """This file gives no radiograph. `reason` is one plain sentence: no path, no DICOM value, no library's words."""
+
+    def __init__(self, code: Code, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code: Code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.reason}"
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise Unreadable where a header promises more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise Unreadable("too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def find_extent(values: np.ndarray) -> tuple[float, float]:
+    """Return the smallest and the largest finite value; (0, 0) where there is none."""
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map low..high to 0..255, linear, rounded, clipped; uint8 of the same shape. All 0 where there is no range."""
+    if not high > low:
+        return np.zeros(values.shape, np.uint8)
+
+    def scaled(block: np.ndarray) -> np.ndarray:
+        grey = np.subtract(block, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
+        grey *= 255 / (high - low)
+        return np.nan_to_num(np.clip(np.rint(grey, out=grey), 0, 255, out=grey), copy=False)
+
+    with np.errstate(all="ignore"):
+        return map_blocks(scaled, values)
+
+
+def map_blocks(grey_of: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Apply `grey_of` to BLOCK_PIXELS at a time, in whole rows; uint8 of the shape of `values`."""
+    grey = np.empty(values.shape, np.uint8)
+    rows = max(1, BLOCK_PIXELS * len(values) // max(1, values.size))
+    for start in range(0, len(values), rows):
+        grey[start : start + rows] = grey_of(values[start : start + rows])
+    return grey
+
+
+def sample_colors(image: Image.Image) -> np.ndarray | None:
+    """Return the pixels of a coarse grid, (n, n, 3) uint8; None of a grey image. A file in color may be grey for all that."""
+    if image.mode in _GREY_MODES:
+        return None
+    side = min(_SAMPLE_PX, *image.size)
+    return np.asarray(image.resize((side, side), Image.Resampling.NEAREST).convert("RGB"))
