@@ -2,24 +2,17 @@
 
     rows of the split -> order of an epoch -> global batch of a step -> micro-batches -> those of one rank
 
-The bits come from Philox, a counter-based generator keyed by (seed, epoch and stream); only its raw output is used, which
-NumPy promises not to change. The order is a sort of keys that are all different (random upper bits, the place in the
-lower ones), so that no sorting algorithm can give another one. Angles and flips belong to the places of that order and
-are made for a block of them at a time, by setting Philox's counter. Nothing here knows threads, workers or what ran before;
-the world size only decides who takes which micro-batch.
+The random numbers come from augmentation.py. The order is a sort of keys that are all different (random upper bits, the
+place in the lower ones), so that no sorting algorithm can give another one. Angles and flips belong to the places of that
+order. Nothing here knows threads, workers or what ran before; the world size only decides who takes which micro-batch.
 """
 
-import functools
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-_ORDER, _ANGLE, _FLIP = 0, 1, 2
-_STREAMS = 4
-_WORDS = 4  # uint64 that Philox gives for a step of its counter
-_BLOCK = 256  # places whose angles and flips are drawn at once
+from mura_dist.data.loaders.augmentation import draw_order_keys, draw_turns
+
 _PART = 1 << 18  # of an order worked on at once
 
 
@@ -46,45 +39,14 @@ class Epoch:
 
     def micro(self, start: int, size: int) -> Micro:
         """The radiographs at places start .. start + size, and how they are turned."""
-        first, last = start // _BLOCK, (start + max(size, 1) - 1) // _BLOCK
-        blocks = [_turns(self.seed, self.epoch, block, self.rotate_deg, self.flip) for block in range(first, last + 1)]
-        here = slice(start - first * _BLOCK, start - first * _BLOCK + size)
-        angles, flips = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*blocks, strict=True))
-        return Micro(self.rows[start : start + size], angles[here], flips[here], np.ones(size, bool))
-
-
-@functools.lru_cache(maxsize=4)  # of a KB each; a rank's micro-batches lie side by side, or far from each other
-def _turns(seed: int, epoch: int, block: int, rotate_deg: float, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Angles float32 and flips bool of the places of a block, (_BLOCK,) each; nobody writes to them."""
-    # The upper 24 bits as a fraction in [0, 1): exact in float32.
-    fraction = (_philox.bits(seed, epoch, _ANGLE, block) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
-    flips = (_philox.bits(seed, epoch, _FLIP, block) & np.uint64(1)).astype(bool) & flip
-    return (2 * fraction - 1) * np.float32(rotate_deg), flips
-
-
-class _Philox(threading.local):
-    """A generator a thread. To set key and counter takes 4 us, a new one 25: it asks the system for entropy, and uses none."""
-
-    def __init__(self) -> None:
-        self._philox = np.random.Philox(key=0)
-        self._state: Any = self._philox.state
-
-    def bits(self, seed: int, epoch: int, stream: int, block: int = 0, count: int = _BLOCK) -> np.ndarray:
-        """`count` of a stream's random uint64, from the start of a block on."""
-        inner = self._state["state"]
-        inner["key"][:] = seed, epoch * _STREAMS + stream
-        inner["counter"][0] = block * (_BLOCK // _WORDS)
-        self._philox.state = self._state
-        return self._philox.random_raw(count)
-
-
-_philox = _Philox()
+        angles, flips = draw_turns(self.seed, self.epoch, start, size, rotate_deg=self.rotate_deg, flip=self.flip)
+        return Micro(self.rows[start : start + size], angles, flips, np.ones(size, bool))
 
 
 def epoch_order(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
     """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/scaling.md)."""
     place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
-    keys = _philox.bits(seed, epoch, _ORDER, count=len(rows))  # the only array as long: at last the result
+    keys = draw_order_keys(seed, epoch, len(rows))  # the only array as long: at last the result
     keys >>= place_bits
     keys <<= place_bits
     for part in _parts(len(rows)):
