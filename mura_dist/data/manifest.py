@@ -98,19 +98,6 @@ def cut_tune(manifest: Manifest, fraction: float, seed: int) -> Manifest:
     return Manifest.of(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
 
 
-def class_weights(study_type: np.ndarray, label: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Study type -> (w0, w1): w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives (arXiv 1712.06957).
-
-    A abnormal, N normal, counted in radiographs. With one class only the formula would give that class no weight at all
-    and the other all of it; such a study type gets (1/2, 1/2).
-    """
-    weights = {}
-    for name in sorted(set(study_type.tolist())):
-        abnormal = float(label[study_type == name].mean())
-        weights[name] = (abnormal, 1 - abnormal) if 0 < abnormal < 1 else (0.5, 0.5)
-    return weights
-
-
 def _place(radiograph: Radiograph) -> tuple:
     r = radiograph
     return (mura.SPLITS.index(r.split), r.study_type, r.patient, r.study, r.view, os.fsencode(r.path))

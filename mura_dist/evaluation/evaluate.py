@@ -26,8 +26,8 @@ from mura_dist.core import files
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import gate, mura
+from mura_dist.data.class_weights import class_weights
 from mura_dist.data.loaders.loader import Loading, Targets
-from mura_dist.data.manifest import class_weights
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import gallery, prediction_files, saliency

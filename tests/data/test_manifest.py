@@ -14,7 +14,7 @@ from helpers import laws
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
-from mura_dist.data.manifest import Manifest, class_weights, cut_tune
+from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.source import duplicates
 from mura_dist.data.source.scan import DEFECTS, Scan, scan
 
@@ -626,17 +626,6 @@ def test_a_manifest_survives_the_disk(phantoms: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text("\n".join([text[0], *text[2:]]))
     with pytest.raises(Refusal, match="not a manifest"):
         Manifest.load(tmp_path / "manifest.csv")
-
-
-def test_class_weights_are_the_papers() -> None:
-    counts = mura.IMAGES_V1_1["train"]
-    study_type = np.concatenate([[name] * sum(pair) for name, pair in counts.items()])
-    label = np.concatenate([np.repeat([0, 1], pair) for pair in counts.values()])
-    weights = class_weights(study_type, label)
-    assert weights["XR_ELBOW"] == pytest.approx((0.406814, 0.593186), abs=5e-7)
-    assert weights["XR_HAND"] == pytest.approx((0.267725, 0.732275), abs=5e-7)
-    assert weights["XR_WRIST"] == pytest.approx((0.408839, 0.591161), abs=5e-7)
-    assert class_weights(np.array(["A", "A"]), np.array([1, 1])) == {"A": (0.5, 0.5)}
 
 
 def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from helpers.commands import TINY, run, torchrun
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data import gate
-from mura_dist.data.manifest import Manifest, class_weights
+from mura_dist.data.class_weights import class_weights
+from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation.evaluate import odds_shift

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
+from mura_dist.data.class_weights import class_weights
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
-from mura_dist.data.manifest import class_weights
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
