@@ -65,7 +65,7 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
 def verify(out: Path | str, quiet: bool) -> None:
     """Check shards: counts, digests, rows, readability; name each damaged sample."""
     from mura_dist.data.shards.reader import Shards
-    from mura_dist.data.shards.reader import verify as problems_of
+    from mura_dist.data.shards.verify import verify as problems_of
 
     problems = 0
     for problem in problems_of(out):

@@ -18,7 +18,8 @@ from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Place
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.convert import convert
-from mura_dist.data.shards.reader import Shards, verify
+from mura_dist.data.shards.reader import Shards
+from mura_dist.data.shards.verify import verify
 
 FILES = {"a.txt": b"alpha", "deep/er/b.bin": bytes(range(256)) * 40, "deep/c": b""}
 

@@ -1,19 +1,10 @@
-"""Shards on disk: plain WebDataset tars, their indexes, and random access by row.
+"""Open a shard folder, and read its samples by row.
 
-    OUT/manifest.csv            every radiograph, its row, its split (also those that could not be read)
-    OUT/train-000000.tar        samples of three members: <row>.npy|.png|.jpg, <row>.cls (label), <row>.id (row), all
-    ASCII names OUT/train-000000.crc        "<row> <crc32>" a line: which sample a flipped bit is in OUT/train-000000.idx
-    DALI's index v1.2 ("ext offset size name" a member); written when its tar is complete OUT/train-000000.json       its
-    mark: finished; samples, bytes, SHA-256, files that could not be read OUT/report.json             what the conversion
-    found in the source OUT/index.json              written last: format, size, encoding, shards with SHA-256, unreadable
-    files, terms OUT/conversion.json         how it was made (times, host, workers): the one file that differs between two
-    conversions
+    shard folder or URL -> Shards: index.json, manifest.csv -> .idx and .crc of each tar -> a row's image member
 
-shards/README.md is the same for readers of the format. Writing lives in convert.py and writer.py; here one opens, reads and
-verifies.
+shards/README.md is the format. The files are written by convert.py and writer.py, and checked whole by verify.py.
 """
 
-import hashlib
 import json
 import os
 import threading
@@ -274,69 +265,3 @@ class _Places:
                     f"delete {Path(name).with_suffix('.json')} and index.json, then convert again"
                 ) from error
         return cls(names, tar, offset, length, crc, np.zeros(num_rows, bool))
-
-
-def verify(folder: Where) -> Iterator[str]:
-    """What is wrong with a shard folder, a line each; nothing at all where it is sound.
-
-    Checks that every tar is there, has its SHA-256, holds samples that decode to (S, S), each row once, with the manifest's
-    label; a damaged tar is searched for the damaged samples by their CRC-32.
-    """
-    shards = Shards.open(folder)
-    seen: list[int] = []
-    for split, part in shards.index["splits"].items():
-        for shard in part["shards"]:
-            yield from _verify_shard(shards, split, shard, seen)
-    expected = [
-        row for split in shards.index["splits"] if shards.index["splits"][split]["shards"] for row in shards.rows(split)
-    ]
-    paths = shards.manifest.frame["path"].to_numpy()
-    for row in sorted(set(expected) - set(seen)):
-        yield f"row {row} ({paths[row]}): no sample in any shard"
-
-
-def _verify_shard(shards: Shards, split: str, shard: dict[str, Any], seen: list[int]) -> Iterator[str]:
-    path = shards.folder / shard["name"]
-    if not path.is_file():
-        yield f"{path.name}: missing"
-        return
-    try:
-        samples = read_index(path.with_suffix(".idx"))
-        crcs = dict(read_crcs(path.with_suffix(".crc")))
-        data = path.read_bytes()
-    except (OSError, ValueError, IndexError) as error:
-        yield f"{path.name}: it, its .idx or its .crc is damaged ({error})"
-        return
-    damaged = 0
-    for members in samples:
-        seen.append(members[0].row)
-        for problem in _verify_sample(shards, split, data, members, crcs):
-            damaged += 1
-            yield f"{path.name}: sample {members[0].name}: {problem}"
-    if len(samples) != shard["num_samples"]:
-        yield f"{path.name}: {len(samples)} samples, index.json says {shard['num_samples']}"
-    if hashlib.sha256(data).hexdigest() != shard["sha256"] and not damaged:
-        yield f"{path.name}: SHA-256 differs, though every sample is sound: a header is damaged, or it is of another set"
-
-
-def _verify_sample(
-    shards: Shards, split: str, data: bytes, members: list[Member], crcs: dict[int, int]
-) -> Iterator[str]:
-    image, label, identity = members
-    part = {m.suffix: data[m.offset : m.offset + m.size] for m in members}
-    known = 0 <= image.row < len(shards.manifest.frame)
-    line = shards.manifest.frame.loc[image.row] if known else None
-    if line is None or line["split"] != split:
-        yield "its row is not of this split"
-    elif part[label.suffix] != str(line["label"]).encode() or part[identity.suffix] != str(image.row).encode():
-        yield f"label or row differs from the manifest's ({line['path']})"
-    if zlib.crc32(part[image.suffix]) != crcs.get(image.row):
-        yield "CRC-32 differs: its pixels changed"
-        return
-    try:
-        shape = decode(part[image.suffix], shards.encoding).shape
-    except (OSError, ValueError) as error:
-        yield f"does not decode ({error})"
-    else:
-        if shape != (shards.size, shards.size):
-            yield f"is {shape}, not {(shards.size, shards.size)}"

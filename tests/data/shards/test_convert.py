@@ -21,7 +21,8 @@ from mura_dist.core.errors import Failure
 from mura_dist.data.shards import convert as room
 from mura_dist.data.shards import writer
 from mura_dist.data.shards.convert import convert
-from mura_dist.data.shards.reader import Shards, verify
+from mura_dist.data.shards.reader import Shards
+from mura_dist.data.shards.verify import verify
 from mura_dist.distributed.worker_pool import Limits
 
 

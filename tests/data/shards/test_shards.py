@@ -1,4 +1,4 @@
-"""convert.py and reader.py: byte-identical, resumable, readable by others, every damage named."""
+"""convert.py, reader.py and verify.py: byte-identical, resumable, readable by others, every damage named."""
 
 import json
 import shutil
@@ -16,7 +16,8 @@ from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import radiograph
 from mura_dist.data.shards import codec, reader
 from mura_dist.data.shards.convert import convert
-from mura_dist.data.shards.reader import Shards, verify
+from mura_dist.data.shards.reader import Shards
+from mura_dist.data.shards.verify import verify
 
 DIFFERS = ("conversion.json",)  # times, host, workers: the one file that may
 
