@@ -3,6 +3,9 @@
     train-000000.tar, .crc, .idx -> train-000000.json: the mark, written last; what it says, index.json will say
 
 A shard whose mark is there is finished. The bytes depend on the samples alone: no times, owners or modes of this machine.
+
+webdataset's TarWriter does not write them. It sorts a sample's members by name, so these bytes come out of it only member by
+member. It takes longer than one write a sample. Its package imports torch, and the base install does not have it.
 """
 
 import hashlib

@@ -1,16 +1,18 @@
 """convert.py, reader.py and verify.py: byte-identical, resumable, readable by others, every damage named."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import laws
-from helpers.commands import run
+from helpers.commands import ROOT, run
 
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import radiograph
@@ -51,19 +53,27 @@ def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
-def test_webdataset_reads_them_without_us(small: Path, tmp_path: Path, encoding: str) -> None:
-    import webdataset
-
-    convert(small, tmp_path / "out", size=48, encoding=encoding, workers=1)
-    ours = Shards.open(tmp_path / "out")
-    tars = [str(ours.folder / name) for name in ours.names()]
+def test_webdataset_reads_them_without_us(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """By the very lines of shards/README.md, of each tar; of png and jpeg with the name it gives for them."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "shards" / "README.md").read_text(), re.DOTALL)
+    lines = lines.replace('"npy"', f'"{codec.SUFFIX[encoding]}"')
+    monkeypatch.chdir(tmp_path)
+    convert(small, Path("shards/NAME"), size=48, encoding=encoding, workers=1)
+    ours = Shards.open(Path("shards/NAME"))
     seen = []
-    for sample in webdataset.WebDataset(tars, shardshuffle=False).decode("l8"):
-        row, image = int(sample["id"]), sample[codec.SUFFIX[encoding]]
-        np.testing.assert_array_equal(image, ours.pixels(row))
-        assert sample["cls"] == ours.manifest.frame.at[row, "label"]
-        assert sample["__key__"] == f"{row:09d}"  # a key tells the row, never the label
-        seen.append(row)
+    for tar in ours.names():
+        scope: dict[str, Any] = {}
+        exec(lines.replace("train-000000.tar", tar), scope)
+        np.testing.assert_array_equal(scope["pixels"], ours.pixels(scope["row"]))
+        assert scope["label"] == ours.manifest.frame.at[scope["row"], "label"]
+        for sample in scope["samples"]:
+            row = sample["id"]
+            np.testing.assert_array_equal(sample[codec.SUFFIX[encoding]], ours.pixels(row))
+            assert sample["cls"] == ours.manifest.frame.at[row, "label"]
+            assert sample["__key__"] == f"{row:09d}"  # a key tells the row, never the label
+            seen.append(row)
     wanted = np.concatenate([ours.rows(split) for split in ("train", "tune", "valid")])
     assert seen == wanted.tolist()
 
