@@ -85,19 +85,18 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def batches(folder: Path, backend: str, load: Load) -> Epochs:
     """Ours: the pipeline as training calls it, once an epoch; on a GPU an epoch is as long as MURA's, here too."""
-    from mura_dist.data.loaders.loader import Targets
-    from mura_dist.data.loaders.loader import batches as made
+    from mura_dist.data.loaders.loader import BatchLoader, Targets
     from mura_dist.data.shards.reader import Shards
 
     shards, place, numbers = Shards.open(folder), device(), count()
     targets = Targets.of(shards, weighted=False)
+    loader = BatchLoader(shards, targets, place, backend, load.batch, load.workers)
     rows = np.concatenate([shards.rows(name) for name, part in shards.index["splits"].items() if part["shards"]])
     passes = -(-_MURA // len(rows)) if place.type == "cuda" else 1
 
     def epoch() -> Iterator[Any]:
         micros = [micro for _ in range(passes) for micro in _micros(rows, next(numbers), load.batch)]
-        stream = made(shards, targets, micros, backend=backend, device=place, workers=load.workers)
-        return (batch.image for batch in stream)
+        return (batch.image for batch in loader.load(micros))
 
     return epoch
 

@@ -27,7 +27,7 @@ from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import gate, mura
 from mura_dist.data.class_weights import class_weights
-from mura_dist.data.loaders.loader import Loading, Targets
+from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import gallery, prediction_files, saliency
@@ -133,7 +133,7 @@ def _evaluate(
     with world.join(settings.timeout_s) as ranks:
         model = weights.model().to(ranks.device)
         targets = Targets.of(shards, weighted=False)
-        loading = Loading.of(settings, shards, targets, ranks.device)
+        loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
         found = scores(model, np.union1d(rows, also), loading, ranks)

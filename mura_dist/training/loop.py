@@ -19,7 +19,7 @@ import numpy as np
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import CommonFailure, Failure, Stopped
-from mura_dist.data.loaders.loader import Batch, Loading, Targets
+from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
@@ -69,7 +69,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: 
     saved = start.resume_point(run, ranks)
     state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
     engine = start.make_engine(plan, targets, saved, ranks)
-    loading = Loading.of(settings, shards, targets, ranks.device)
+    loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
     if ranks.is_first:
         how = {"world_size": ranks.size, "device": str(ranks.device)}
         run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)
@@ -97,7 +97,7 @@ class Training:
     plan: Plan
     engine: Engine
     state: State
-    loading: Loading
+    loading: BatchLoader
     journal: Journal
     ranks: World
     stop: threading.Event
@@ -150,7 +150,7 @@ class Training:
         plan, ordered = self.plan, self.plan.order(epoch)
         steps = range(first, plan.steps_per_epoch)
         micros = (micro for step in steps for micro in plan.micros(ordered, step, self.ranks.rank))
-        with contextlib.closing(self.loading.batches(micros, self.ranks.device)) as stream:
+        with contextlib.closing(self.loading.load(micros)) as stream:
             for _ in steps:
                 yield list(itertools.islice(stream, plan.accumulation))
 

@@ -16,7 +16,7 @@ import numpy as np
 from mura_dist.core import config
 from mura_dist.core.config import AUTO, Settings
 from mura_dist.core.errors import Failure, Refusal, Stopped
-from mura_dist.data.loaders.loader import Loading, Targets
+from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop
@@ -141,7 +141,7 @@ def _base_rate(targets: Targets, rows: np.ndarray) -> float:
     return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
 
 
-def introduction(plan: Plan, ranks: World, loading: Loading, state: State) -> str:
+def introduction(plan: Plan, ranks: World, loading: BatchLoader, state: State) -> str:
     """Return the run's first line of progress: network, data, batches, steps, device."""
     s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
     scaled = (

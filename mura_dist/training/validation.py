@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mura_dist.data.loaders import sampler
-from mura_dist.data.loaders.loader import Loading, Targets
+from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed.process_group import World
@@ -50,7 +50,7 @@ class Interrupted(Exception):
 def scores(
     model: torch.nn.Module,
     rows: np.ndarray,
-    loading: Loading,
+    loading: BatchLoader,
     world: World,
     *,
     asked: Callable[[], bool] | None = None,
@@ -63,7 +63,7 @@ def scores(
     mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
     sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
     every = max(1, _ASK_EVERY // loading.micro_batch)
-    with torch.inference_mode(), contextlib.closing(loading.batches(micros, world.device)) as stream:
+    with torch.inference_mode(), contextlib.closing(loading.load(micros)) as stream:
         for place, batch in enumerate(stream):
             if asked is not None and place % every == 0 and world.any(asked()):
                 raise Interrupted

@@ -8,7 +8,7 @@ import torch
 from helpers.commands import TINY, torchrun
 
 from mura_dist.data.loaders import sampler
-from mura_dist.data.loaders.loader import Targets, batches
+from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.training import metrics_log
 
@@ -22,8 +22,8 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(shard_folder: Path, backend: st
     epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1}
     micros = [sampler.step_micros(epoch, step, **sizes)[0] for step in range(4)]
-    host = list(batches(shards, targets, micros, backend="cpu", device=torch.device("cpu"), workers=2))
-    device = list(batches(shards, targets, micros, backend=backend, device=torch.device("cuda", 0), workers=2))
+    host = list(BatchLoader(shards, targets, torch.device("cpu"), "cpu", 8, workers=2).load(micros))
+    device = list(BatchLoader(shards, targets, torch.device("cuda", 0), backend, 8, workers=2).load(micros))
     for ours, theirs in zip(device, host, strict=True):
         assert ours.image.is_cuda
         difference = np.abs(ours.image.cpu().numpy().astype(int) - theirs.image.numpy())

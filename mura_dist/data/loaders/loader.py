@@ -29,9 +29,8 @@ from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
 from mura_dist.distributed.watchdog import Overdue
 
-_PREFETCHED_BYTES = (
-    64 << 20
-)  # of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk
+# Of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk.
+_PREFETCHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,22 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How one rank's batches are made."""
+class BatchLoader:
+    """What makes one rank's batches from its micro-batches."""
 
     shards: Shards
     targets: Targets
+    device: torch.device
     backend: str  # dali or cpu
-    micro_batch: int
+    micro_batch: int  # B of every micro-batch
     workers: int  # threads
-    prefetch: int  # micro-batches ready ahead of the step
-    strict: bool = False
-    timeout_s: float = math.inf
+    prefetch: int = 0  # micro-batches ready ahead of the step; 0: two a thread
+    strict: bool = False  # Failure at the first damaged sample
+    timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
 
     @classmethod
-    def of(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "Loading":
-        """What the settings leave open is chosen from the machine: DALI on CUDA and OpenCV elsewhere; this rank's share of the
+    def from_settings(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "BatchLoader":
+        """Choose from the machine what the settings leave open: DALI on CUDA and OpenCV elsewhere; this rank's share of the
         processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as 64 MiB hold, from two a
         thread to sixteen a thread."""
         cuda = device.type == "cuda"
@@ -92,62 +92,42 @@ class Loading:
         fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
         prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
         return cls(
-            shards, targets, backend, settings.micro_batch, workers, prefetch, settings.strict, settings.timeout_s
+            shards,
+            targets,
+            device,
+            backend,
+            settings.micro_batch,
+            workers,
+            prefetch,
+            settings.strict,
+            settings.timeout_s,
         )
 
-    def batches(self, micros: Iterable[Micro], device: torch.device) -> Generator[Batch, None, None]:
-        return batches(
-            self.shards,
-            self.targets,
-            micros,
-            backend=self.backend,
-            device=device,
-            workers=self.workers,
-            prefetch=self.prefetch,
-            strict=self.strict,
-            timeout_s=self.timeout_s,
-        )
+    def load(self, micros: Iterable[Micro]) -> Generator[Batch, None, None]:
+        """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads."""
+        for images in _in_time(self._images(micros), self.shards, self.timeout_s):
+            for damaged in images.damaged:
+                if self.strict:
+                    raise Failure(
+                        f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
+                    )
+                if self.shards.note_damaged(damaged):
+                    print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
+            yield _batch(images, self.targets, self.device)
+
+    def _images(self, micros: Iterable[Micro]) -> Iterator[Images]:
+        ahead = self.prefetch or 2 * self.workers
+        if self.backend == "dali":
+            from mura_dist.data.loaders import dali
+
+            return dali.images(self.shards, micros, workers=self.workers, device=self.device, prefetch=ahead)
+        from mura_dist.data.loaders import opencv
+
+        return opencv.images(self.shards, micros, workers=self.workers, prefetch=ahead)
 
     def __str__(self) -> str:
         how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
         return f"batches by {self.backend} from {self.shards.encoding} shards, {how}"
-
-
-def batches(
-    shards: Shards,
-    targets: Targets,
-    micros: Iterable[Micro],
-    *,
-    backend: str,
-    device: torch.device,
-    workers: int,
-    prefetch: int | None = None,
-    strict: bool = False,
-    timeout_s: float = math.inf,
-) -> Generator[Batch, None, None]:
-    """A Batch for each of `micros` (all of one B), in their order. Closing the iterator ends its threads.
-
-    prefetch: micro-batches made ahead, two a thread by default; strict: Failure at the first damaged sample; timeout_s: one of
-    several ranks that waits longer for a batch says so and ends, as the others would without it.
-    """
-    ahead = prefetch or 2 * workers
-    if backend == "dali":
-        from mura_dist.data.loaders import dali
-
-        made = dali.images(shards, micros, workers=workers, device=device, prefetch=ahead)
-    else:
-        from mura_dist.data.loaders import opencv
-
-        made = opencv.images(shards, micros, workers=workers, prefetch=ahead)
-    for images in _in_time(made, shards, timeout_s):
-        for damaged in images.damaged:
-            if strict:
-                raise Failure(
-                    f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
-                )
-            if shards.note_damaged(damaged):
-                print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
-        yield _batch(images, targets, device)
 
 
 def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:

@@ -1,7 +1,8 @@
-"""pipeline/: two backends behind one contract, the same pixels, our order."""
+"""loader.py and its backends: one contract, the same pixels, our order."""
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers import laws
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
 from mura_dist.data.loaders import dali, loader, opencv, sampler
-from mura_dist.data.loaders.loader import Loading, Targets, batches
+from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Damaged, Shards
 
@@ -70,7 +71,7 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
     micros = sampler.evaluation_micros(rows, micro_batch=4, rank=0, world_size=1)
     targets = Targets.of(opened, weighted=True)
     seen = []
-    for batch in batches(opened, targets, micros, backend=backend, device=CPU, workers=2):
+    for batch in BatchLoader(opened, targets, CPU, backend, 4, workers=2).load(micros):
         for row, image, real in zip(batch.row.tolist(), batch.image[:, 0].numpy(), batch.mask.tolist(), strict=True):
             if not real:
                 assert row == -1
@@ -134,10 +135,9 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     tar = laws.damage(Shards.open(folder), bad)
     broken, micros = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
     assert sum(bad in micro.rows for micro in micros) == 2, "seen in both epochs"
-    how = {"backend": backend, "device": CPU, "workers": 2}
-    targets = Targets.of(opened, weighted=True)
+    whole = BatchLoader(opened, Targets.of(opened, weighted=True), CPU, backend, 5, workers=2)
     capfd.readouterr()
-    pairs = zip(batches(opened, targets, micros, **how), batches(broken, targets, micros, **how), strict=True)
+    pairs = zip(whole.load(micros), replace(whole, shards=broken).load(micros), strict=True)
     for sound, batch in pairs:
         here = batch.row == bad
         assert (batch.mask == (sound.mask & ~here)).all()
@@ -150,7 +150,7 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
     assert list(broken.damaged) == [bad]
     with pytest.raises(Failure, match=rf"row {bad} .*strict=true ends here: mend it"):
-        list(batches(Shards.open(folder), targets, micros, strict=True, **how))
+        list(replace(whole, shards=Shards.open(folder), strict=True).load(micros))
 
 
 def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: Path) -> None:
@@ -173,7 +173,8 @@ def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: P
 @pytest.mark.parametrize("micro_batch", [2, 3])
 def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, micro_batch: int) -> None:
     """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
-    rows, targets = opened.rows("train"), Targets.of(opened, weighted=False)
+    rows = opened.rows("train")
+    loader = BatchLoader(opened, Targets.of(opened, weighted=False), CPU, "cpu", micro_batch, workers=1)
     assert len(opened.names("train")) == 1
     epoch = sampler.epoch_order(rows, 0, 0, rotate_deg=30, flip=True)
     sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
@@ -181,7 +182,7 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
     seen = []
     for rank in range(world_size):
         micros = (m for step in range(num_steps) for m in sampler.step_micros(epoch, step, rank=rank, **sizes))
-        made = list(batches(opened, targets, micros, backend="cpu", device=CPU, workers=1))
+        made = list(loader.load(micros))
         assert len(made) == num_steps
         seen += [row for batch in made for row in batch.row.tolist()]
     assert len(seen) == len(set(seen)) == len(rows) - len(rows) % sizes["global_batch"]
@@ -191,8 +192,10 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
 def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = Targets.of(opened, weighted=False)
 
-    def chosen(device: str = "cpu", **settings: object) -> Loading:
-        return Loading.of(Settings(shards="s", run="r", **settings), opened, targets, torch.device(device))
+    def chosen(device: str = "cpu", **settings: object) -> BatchLoader:
+        return BatchLoader.from_settings(
+            Settings(shards="s", run="r", **settings), opened, targets, torch.device(device)
+        )
 
     monkeypatch.setattr(loader, "processors", lambda: 8)
     assert (chosen().backend, chosen().workers) == ("cpu", 4)
