@@ -33,15 +33,13 @@ from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import gallery, prediction_files, saliency
 from mura_dist.evaluation.gallery import Wanted
 from mura_dist.metrics import calibration, classification
-from mura_dist.metrics.operating_points import PAPER, STUDIES, Points, chosen
+from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, Points, chosen
 from mura_dist.metrics.summary import curves, measure, subgroups
 from mura_dist.reports import evaluation
 from mura_dist.training.metrics_log import read
 from mura_dist.training.run import environment
 from mura_dist.training.validation import Scores, scores, study_scores
 from mura_dist.training.weights import Weights
-
-THRESHOLD = 0.5  # the paper's; a study is called positive above it, strictly
 
 ROLES = {
     "train": "fits the weights",
@@ -251,7 +249,9 @@ def write(
     studies = exposures(shards, looks, calibration.apply(points, study_scores(shards, found)))
     thresholds = _thresholds(studies, points, name)
     cut = studies["study_type"].map(thresholds).astype(np.float64)
-    studies = studies.assign(threshold=cut, call=(studies["probability"] > cut).astype(np.int64))
+    studies = studies.assign(
+        threshold=cut, call=classification.is_positive(studies["probability"], cut).astype(np.int64)
+    )
     threshold = THRESHOLD if name == PAPER else None  # of all study types
     measured = measure(studies, prevalence=asked.prevalence) | {
         "subgroups": subgroups(studies),

@@ -142,8 +142,8 @@ def clear(out: Path) -> None:
 def choose(studies: pd.DataFrame, threshold: float, num: int, seed: int) -> list[tuple[str, Any, int]]:
     """(name, index in `studies`, call) of at most `num` studies, a quarter of each kind; fewer where there are fewer."""
     told = studies[studies["label"].notna() & np.isfinite(studies["probability"].astype(float))]
-    call = told["call"] if "call" in told else (told["probability"] > threshold)
-    label, called = told["label"].to_numpy(int), call.to_numpy(int)
+    call = told["call"] if "call" in told else classification.is_positive(told["probability"], threshold)
+    label, called = told["label"].to_numpy(int), np.asarray(call, int)
     kinds = {"missed": (1, 0), "false-alarm": (0, 1), "hit-abnormal": (1, 1), "hit-normal": (0, 0)}
     found = []
     for kind, (truth, said) in kinds.items():

@@ -27,14 +27,14 @@ from mura_dist.data import mura
 from mura_dist.data.source import csv_files
 from mura_dist.evaluation import table_files
 from mura_dist.evaluation.table_files import Sheet, shown, some
+from mura_dist.metrics.classification import is_positive
+from mura_dist.metrics.operating_points import STUDIES, THRESHOLD
 
-THRESHOLD = 0.5
 POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one
 _STUDY = ("study", "path", "img_path", "study_path")  # what the column of studies may be called; Img_Path in the wild
 _VALUES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
-_OF_STUDIES = ("study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band")
-_OF_PREDICTIONS = (*_STUDY, *_VALUES, *_OF_STUDIES, "patient", "label", "exposure", "logit", "gate")
+_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDIES, "patient", "label", "exposure", "logit", "gate")
 _OF_LABELS = (*_STUDY, "label", "patient", "study_type", "rad1", "rad2", "rad3")
 _RADIOLOGIST = "rad"
 _IMAGES = {
@@ -167,7 +167,7 @@ def _calls(
     place, cut = sheet.find("call"), THRESHOLD if threshold is None else threshold
     empty = 0 if place is None else sheet.column(place).count("")
     why = f"{empty:,} of {len(keys):,} studies have no call in the file: " if empty else ""
-    return (probability > cut).astype(np.int64), cut, f"{why}calls are probability > {cut:g}"
+    return is_positive(probability, cut).astype(np.int64), cut, f"{why}calls are probability > {cut:g}"
 
 
 def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:

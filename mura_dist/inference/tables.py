@@ -169,8 +169,8 @@ def judged(heads: Sequence[tuple[str, str]], code: np.ndarray, probability: np.n
     studies["probability"] = classification.study_mean(code, probability)
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
-    called = (studies["probability"] > studies["threshold"]).astype("Int64")
-    studies["call"] = called.where(studies["threshold"].notna())
+    studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])
+    studies["call"] = studies["call"].astype("Int64").where(studies["threshold"].notna())
     band = studies["band"].astype("string")
     studies["band"] = band.where(band != "")
     return studies[list(STUDIES)]

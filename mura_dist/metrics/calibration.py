@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mura_dist.metrics.classification import CELLS, confusion, logistic, logit, of_calls, sigmoid
+from mura_dist.metrics.classification import CELLS, confusion, is_positive, logistic, logit, of_calls, sigmoid
 from mura_dist.metrics.intervals import Bootstrap, Clusters
 from mura_dist.metrics.operating_points import BAND, NAMES, Band, OperatingPoint, Points, TypePoints
 
@@ -140,13 +140,13 @@ def _operating_point(name: str, studies: _Set, shift: float | None) -> Operating
     cut = threshold(name, studies.label, scores, ends)
     if cut is None:
         return None
-    tn, fp, fn, tp = confusion(studies.label, scores > cut)
+    tn, fp, fn, tp = confusion(studies.label, is_positive(scores, cut))
     value = cut if shift is None else float(sigmoid(np.array(cut + shift)))
     return OperatingPoint(threshold=value, sensitivity=tp / (tp + fn), specificity=tn / (tn + fp))
 
 
 def threshold(name: str, label: np.ndarray, scores: np.ndarray, ends: tuple[float, float]) -> float | None:
-    """The cut of an operating point, a study being positive where score > cut; None where no cut in `ends` does it.
+    """The cut of an operating point, by which is_positive calls a score; None where no cut in `ends` does it.
 
     sensitivity=W: the largest that leaves at least W of the positives above, as far below the lowest of these as half-way
     to the next score there is. specificity=W: the smallest that has at least W of the negatives at or below it, half-way
@@ -277,7 +277,7 @@ class _Part:
     @classmethod
     def of_calls(cls, studies: pd.DataFrame, label: np.ndarray, thresholds: Mapping[str, float]) -> "_Part":
         cut = studies["study_type"].map(dict(thresholds)).to_numpy(dtype=np.float64)
-        call = studies["probability"].to_numpy(dtype=np.float64) > cut
+        call = is_positive(studies["probability"], cut)
         return cls(np.eye(4)[2 * label + call] * np.isfinite(cut)[:, None])
 
     @classmethod

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+Numbers = float | np.ndarray | pd.Series
+
 CELLS = ("tn", "fp", "fn", "tp")
 LOGIT_LIMIT = 30.0  # a probability of 1e-13 or 1 - 1e-13: beyond, a float64 mean of probabilities says nothing more
 NUM_BINS, MIN_IN_BIN = 10, 5  # of the calibration error and its picture
@@ -63,6 +65,19 @@ def study_mean(code: np.ndarray, probability: np.ndarray) -> np.ndarray:
 
 
 # ---- of calls
+
+
+def is_positive(probability: Numbers, threshold: Numbers) -> np.ndarray:
+    """Call positive what lies above its threshold, strictly; NaN is never positive.
+
+    Args:
+        probability: of studies, or any score that is compared with a threshold of its own scale.
+        threshold: one for all, or of a shape that broadcasts with `probability`; NaN where there is none.
+
+    Returns:
+        bool, of the shape that both broadcast to.
+    """
+    return np.asarray(probability) > np.asarray(threshold)
 
 
 def confusion(label: np.ndarray, call: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     calibration.fit -> Points -> metrics.json["calibration"] -> Card.calibration -> calibration.apply in predict and page
 
-Everything is of the study's raw probability, the mean over its views; a call is probability > threshold, strictly.
+Everything is of the study's raw probability, the mean over its views; classification.is_positive calls it.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mura_dist.core.errors import Refusal
 
 FORMAT = 1
-PAPER = "paper"  # the paper's threshold, 1/2 for every study type, which nobody fitted
+PAPER = "paper"  # the paper's threshold for every study type, which nobody fitted
+THRESHOLD = 0.5  # the paper's
 WANTED = (0.8, 0.9, 0.95, 0.98)
 RATES = ("sensitivity", "specificity")
 NAMES = tuple(f"{rate}={wanted:g}" for rate in RATES for wanted in WANTED)

@@ -149,7 +149,7 @@ class Group:
             call = studies["call"].to_numpy(dtype=np.int64) == 1
         else:
             assert probability is not None, "studies have neither probabilities nor calls"
-            call = probability > threshold
+            call = metrics.is_positive(probability, threshold)
         return cls(label, call, probability, calibrated, Clusters.of(_names(studies["patient"])))
 
     def problem(self) -> str:
@@ -179,7 +179,7 @@ class Group:
 
 def _curve(group: Group, resamples: int, seed: int) -> dict[str, Any]:
     assert group.probability is not None
-    called = group.probability[:, None] > np.array(CURVE)  # (n, thresholds)
+    called = metrics.is_positive(group.probability[:, None], np.array(CURVE))  # (n, thresholds)
     right = {"sensitivity": (group.label[:, None] == 1) & called, "specificity": (group.label[:, None] == 0) & ~called}
     of = {"sensitivity": group.label == 1, "specificity": group.label == 0}
 

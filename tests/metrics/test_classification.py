@@ -27,6 +27,18 @@ def weights(num: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 4, (3, num)).astype(float)
 
 
+def test_a_call_is_positive_strictly_above_its_threshold() -> None:
+    scores = np.array([0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 0), 0.0, 1.0, np.nan])
+    expected = [False, True, False, False, True, False]
+    for probability in (scores, pd.Series(scores, index=range(6, 0, -1))):
+        call = classification.is_positive(probability, 0.5)
+        assert (type(call), call.dtype, call.tolist()) == (np.ndarray, bool, expected)
+    own = pd.Series([0.2, 0.3, np.nan])  # a threshold each; a study type without one is never positive
+    assert classification.is_positive(np.array([0.3, 0.3, 1.0]), own).tolist() == [True, False, False]
+    assert classification.is_positive(scores[:2, None], np.array([0.4, 0.5])).tolist() == [[True, False], [True, True]]
+    assert not classification.is_positive(1.0, 1.0)
+
+
 def test_kappa_is_scikit_learns() -> None:
     label, probability = simulated()
     call = probability > 0.5

@@ -117,7 +117,7 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
     views = [classification.sigmoid(np.concatenate(found)) for found in (one, two)]
     studies = [classification.study_table(known, view, shards.manifest.frame) for view in views]
     cut = studies[0]["study_type"].map(dict(card.thresholds)).astype(np.float64).fillna(0.5)
-    calls = [study["probability"] > cut for study in studies]
+    calls = [classification.is_positive(study["probability"], cut) for study in studies]
     difference = np.abs(views[0] - views[1])
     if not np.isfinite(difference).all():
         raise Failure(

@@ -30,6 +30,7 @@ from mura_dist.inference.page.study import (
     study_types,
     told_types,
 )
+from mura_dist.metrics.classification import is_positive
 from mura_dist.reports import heatmap, local_only
 from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, element
 
@@ -246,7 +247,7 @@ def _threshold(found: Answer, serving: "Serving", at_hand: str) -> None:
     first, last = wording.ENDS
     start = min(max(round(float(own), 2), first), last)
     value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {found.study_type} {at_hand}")
-    call = "flagged" if found.probability > value else "not flagged"
+    call = "flagged" if is_positive(found.probability, value) else "not flagged"
     st.markdown(
         f"At {value:.2f} this study ({found.probability:.2f}) would be **{call}**: {', '.join(curve.rates(value))}.  \n"
         f"On {curve.people}. The model's own threshold is {float(own):.2f}; downloads keep its own call."
