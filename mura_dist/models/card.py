@@ -7,7 +7,7 @@ Keys a later version adds are ignored here; a change that would mislead an older
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,39 @@ PRODUCER = "mura-dist"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 RESIZE = "Pillow bilinear, antialiased, aspect not kept"
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def parse_json(
+    schema: type[Schema], text: str | bytes, *, subject: str, remake: str, damaged: str, remedy: str
+) -> Schema:
+    """Read `text` as JSON of `schema`, whose field `format` defaults to the newest format.
+
+    Args:
+        subject: what is of a format; with `remake`, how to write it anew, for the message about a later format.
+        damaged: what is wrong where the text does not fit; with `remedy`, for the message that gives the reason.
+
+    Raises:
+        Refusal: where the text is of a later format, is no JSON, or does not fit `schema`.
+    """
+    newest = schema.model_fields["format"].default
+    try:
+        fields = json.loads(text)
+        later = isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > newest
+        if not later:
+            return schema.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(str(part) for part in first['loc']) or 'content'}: {first['msg']}"
+    except ValueError as error:  # no JSON, or no text at all
+        reason = str(error)
+    else:
+        raise Refusal(
+            f"{subject} of format {fields['format']}, mura-dist {__version__} reads up to {newest}; "
+            f"update mura-dist, or {remake} with this version"
+        )
+    raise Refusal(f"{damaged} ({reason}); {remedy}")
 
 
 class TrainedOn(BaseModel):
@@ -98,17 +131,11 @@ class Card(BaseModel):
                 f"{model} is not a model exported by mura-dist export (no {KEY} metadata); "
                 "give the model.onnx that `mura-dist export` wrote"
             )
-        try:
-            fields = json.loads(text)
-            if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT:
-                raise Refusal(
-                    f"{model} has metadata of format {fields['format']}, mura-dist {__version__} reads up to {FORMAT}; "
-                    "update mura-dist, or export the model again with this version"
-                )
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-        except json.JSONDecodeError as error:
-            reason = str(error)
-        raise Refusal(f"{model} has damaged {KEY} metadata ({reason}); export the model again")
+        return parse_json(
+            cls,
+            text,
+            subject=f"{model} has metadata",
+            remake="export the model again",
+            damaged=f"{model} has damaged {KEY} metadata",
+            remedy="export the model again",
+        )

@@ -5,17 +5,16 @@
 A list names checkpoints, it holds none: move it together with its runs. A member is known by the digest of its weights.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mura_dist import __version__
 from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
-from mura_dist.models.card import Member
+from mura_dist.models.card import Member, parse_json
 
 FORMAT = 1
 SUFFIX = ".json"
@@ -39,20 +38,14 @@ class ModelList(BaseModel):
         """Raises Refusal where `path` is no list, or one of a later format."""
         if not path.is_file():
             raise Refusal(f"{path}: no such file; give the list that `mura-dist ensemble` wrote")
-        try:
-            fields = json.loads(path.read_bytes())
-            if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT:
-                raise Refusal(
-                    f"{path} is a model list of format {fields['format']}, mura-dist {__version__} reads up to {FORMAT}; "
-                    "update mura-dist, or make the list again with this version"
-                )
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{'.'.join(str(part) for part in first['loc']) or 'content'}: {first['msg']}"
-        except ValueError as error:  # no JSON, or no text at all
-            reason = str(error)
-        raise Refusal(f"{path} is not a model list ({reason}); give the file that `mura-dist ensemble` wrote")
+        return parse_json(
+            cls,
+            path.read_bytes(),
+            subject=f"{path} is a model list",
+            remake="make the list again",
+            damaged=f"{path} is not a model list",
+            remedy="give the file that `mura-dist ensemble` wrote",
+        )
 
 
 def is_list(path: Path) -> bool:

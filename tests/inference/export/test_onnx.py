@@ -191,7 +191,7 @@ def _with_metadata(path: Path, out: Path, properties: dict[str, str]) -> Path:
             rf"has metadata of format {FORMAT + 1}, .* reads up to {FORMAT}; update",
         ),
         ({KEY: "{"}, r"has damaged mura_dist metadata \(.*\); export the model again"),
-        ({KEY: "[]"}, r"has damaged mura_dist metadata"),
+        ({KEY: "[]"}, r"has damaged mura_dist metadata \(content: "),
         ({KEY: json.dumps({"format": 1, "size": 0})}, r"has damaged mura_dist metadata \(size: .*greater"),
     ],
 )
