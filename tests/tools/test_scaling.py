@@ -1,4 +1,4 @@
-"""What a step sends; the laws of the model that predicts its time; tools/bench/scale.py; short real runs."""
+"""What a step sends; the laws of the model that predicts its time; tools/scaling/scale.py; short real runs."""
 
 import contextlib
 import dataclasses
@@ -12,28 +12,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import communication
+import networks
 import numpy as np
+import planning
 import pytest
+import scale
+import scaling
 import torch
+import trials
+from fleet import Fleet, Job, Turn, _Player
 from helpers.commands import ROOT, run
-from helpers.tools import tool
+from networks import Spaces
 from PIL import Image
+from scaling import Cluster, Data, Network, Trace
 
-from mura_dist.bench import communication, networks, planning, scaling, trials
-from mura_dist.bench.fleet import Fleet, Job, Turn, _Player
-from mura_dist.bench.networks import Spaces
-from mura_dist.bench.scaling import Cluster, Data, Network, Trace
 from mura_dist.core import storage
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
 
-SCALE, COMMUNICATION = ROOT / "tools/bench/scale.py", ROOT / "tools/bench/communication.py"
+SCALE, COMMUNICATION = ROOT / "tools/scaling/scale.py", ROOT / "tools/scaling/run_communication.py"
 TINY = Job("tiny", 32, 2, 1, "fp32")
 MB = 1_000_000
 LACKING = networks.lacking()
-scale = tool("bench/scale")
 
 # ---- what travels
 
@@ -260,7 +263,7 @@ def test_a_samples_bytes_are_those_of_the_tars(shard_folder: Path) -> None:
 
 
 def test_planning_ten_million() -> None:
-    """Memory, which a busy machine does not change: 200 MiB with the rows. Its time: tools/bench/scale.py planning."""
+    """Memory, which a busy machine does not change: 200 MiB with the rows. Its time: tools/scaling/scale.py planning."""
     rows = np.arange(10_000_000)
     peak = planning.peak_bytes(rows, 256, 8)
     assert rows.nbytes <= peak <= 1.1 * rows.nbytes

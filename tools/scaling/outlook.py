@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mura_dist.bench.scaling import Data, Epoch, Network, Trace
+from scaling import Data, Epoch, Network, Trace
 
 _HEAD = ("ranks", "global batch", "step ms", "network ms", "images/s", "efficiency", "limit", "epoch s", "$ an epoch")
 _DISK = ("ranks", "GB an epoch", "GB a node", "of a step's time")

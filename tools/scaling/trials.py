@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mura_dist.bench import networks, scaling
+import networks
+import scaling
+from fleet import Fleet, Job, Turn
+from networks import Spaces
+from scaling import Network, Trace
+
 from mura_dist.bench.clock import spread
-from mura_dist.bench.fleet import Fleet, Job, Turn
-from mura_dist.bench.networks import Spaces
-from mura_dist.bench.scaling import Network, Trace
 from mura_dist.distributed import processes
 
 WITHIN = 0.1  # what the prediction is to be right to

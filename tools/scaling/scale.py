@@ -5,8 +5,8 @@
     predict   the table for 1 to 256 GPUs, from a trace or from images/s you name; what is read, requested and paid for
     planning  what the order of ten million radiographs takes a rank
 
-python tools/bench/scale.py measure --out trace.json && python tools/bench/scale.py check --trace trace.json --plot check.png
-python tools/bench/scale.py predict --images-per-s 600 --micro-batch 16 --plot scaling.png
+python tools/scaling/scale.py measure --out trace.json && python tools/scaling/scale.py check --trace trace.json --plot check.png
+python tools/scaling/scale.py predict --images-per-s 600 --micro-batch 16 --plot scaling.png
 
 Exit status: 0 done; 1 the work failed; 2 the request was wrong.
 """
@@ -20,10 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import outlook
+import planning
+import scaling
+import scaling_plots
+import trials
+from fleet import Job
+from scaling import Cluster, Data, Network, Trace
+
 from mura_dist import bench
-from mura_dist.bench import outlook, planning, plots, scaling, scaling_plots, trials
-from mura_dist.bench.fleet import Job
-from mura_dist.bench.scaling import Cluster, Data, Network, Trace
+from mura_dist.bench import plots
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards.convert import SAMPLES_PER_SHARD
@@ -62,7 +68,7 @@ def job_of(options: argparse.Namespace) -> Job:
 
 def provenance() -> dict[str, Any]:
     return {
-        "command": "python tools/bench/scale.py " + shlex.join(sys.argv[1:]),
+        "command": "python tools/scaling/scale.py " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": bench.hardware(),
         "versions": bench.versions(),

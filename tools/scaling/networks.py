@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from mura_dist.bench.scaling import Network
+from scaling import Network
+
 from mura_dist.core.errors import Failure, Refusal
 
 DEVICE = "eth0"

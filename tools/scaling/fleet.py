@@ -139,7 +139,7 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
     os.dup2(2, 1)  # stdout is for the result; DeepSpeed greets there
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a namespace knows no host names, and torch says so for each rank
     if space:
-        from mura_dist.bench import networks
+        import networks
 
         networks.enter(space)
         os.environ["GLOO_SOCKET_IFNAME"] = networks.DEVICE

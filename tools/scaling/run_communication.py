@@ -1,6 +1,7 @@
 """What a step pays for being one of many, against the same processes without communication and a bare all-reduce.
 
-python tools/bench/communication.py [--ranks 2,4,8] [--rounds 9] [--size 64] [--micro-batch 2] [--precision auto] [--json FILE]
+python tools/scaling/run_communication.py [--ranks 2,4,8] [--rounds 9] [--size 64] [--micro-batch 2] [--precision auto]
+                                           [--json FILE]
 
 Starts that many processes on this machine (gloo over its own loopback; NCCL where each has a GPU), each a rank with the real
 engine and DenseNet-169; in turn a step, the same with 4 bytes instead of each all-reduce, the same with nothing sent, a bare
@@ -14,9 +15,10 @@ import json
 import sys
 from pathlib import Path
 
+import communication
+from fleet import Job
+
 from mura_dist import bench
-from mura_dist.bench import communication
-from mura_dist.bench.fleet import Job
 from mura_dist.core.errors import Failure, Refusal
 
 
@@ -62,7 +64,7 @@ def main() -> int:
     try:
         measure(parser.parse_args())
     except (Refusal, Failure) as error:
-        print(f"communication.py: {error}", file=sys.stderr)
+        print(f"run_communication.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refusal) else 1
     return 0
 

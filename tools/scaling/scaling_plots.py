@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mura_dist.bench.scaling import Epoch
+from scaling import Epoch
+
 from mura_dist.core import files
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#5b8e3e", "#7a5195", "#b8860b", "#555555")

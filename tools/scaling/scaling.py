@@ -72,7 +72,7 @@ class Trace:
     @classmethod
     def load(cls, path: Path) -> Trace:
         """Refusal where it is none."""
-        remedy = "make one with `python tools/bench/scale.py measure --out FILE`"
+        remedy = "make one with `python tools/scaling/scale.py measure --out FILE`"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             trace = cls(**values)

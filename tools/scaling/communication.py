@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fleet import Fleet, Job, Turn
+
 from mura_dist.bench.clock import spread
-from mura_dist.bench.fleet import Fleet, Job, Turn
 
 _TURNS = ("step", "together", "alone", "bare")
 MOST = 1.2  # what the ratio is to be
