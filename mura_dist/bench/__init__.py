@@ -2,7 +2,7 @@
 
     workload.py  radiographs (--data, or phantoms), as links, as many as wanted -> Load
     clock.py     contenders of WHAT, each in a process of its own, in turn -> images/s; ratios of the same round, ours over theirs
-    reader.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
+    shards.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
     footprint.py start and memory of the pipeline    plots.py  a picture of it all
 
 Little is imported above the functions: every command comes through here for the names, and so do processes whose start is

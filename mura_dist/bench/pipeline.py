@@ -32,7 +32,7 @@ CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw 
 ORIGINAL = "mura-dist, ORIGINAL bytes decoded every epoch"
 TRIES = (1, 2, 4)  # workers of a peer
 _MURA = 36_808  # radiographs of its train split
-_AHEAD = 2  # micro-batches a thread may be ahead, as in pipeline/cpu.py
+_AHEAD = 2  # micro-batches a thread may be ahead, as in data/loaders/opencv.py
 _FEW = 256  # images between two looks at the memory of a loader that is slow
 
 

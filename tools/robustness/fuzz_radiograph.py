@@ -4,9 +4,9 @@ python tools/robustness/fuzz_radiograph.py [--files 20000] [--seed S] [--seeds F
 
     seed files -> Hypothesis draws a file and what befalls it -> bytes -> a child process reads them -> verdict
 
-Seed files are all that tests/test_radiograph.py draws, the good and the refused, and those of --seeds. The child ends, stalls or
-speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Wanted of each file: a grey
-square or Unreadable, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
+Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, and those of --seeds. The child ends,
+stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Wanted of each file: a
+grey square or Unreadable, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
 seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the constants it finds
 there); a digest of them stands in the summary.
 """
@@ -294,7 +294,7 @@ def each_case(names: list[str], num_files: int, start: int, visit: Callable[[Cas
 
 def drawn_seeds() -> dict[str, bytes]:
     """Every file that the tests of the reader draw, but for those that are no images."""
-    path = ROOT / "tests/test_radiograph.py"
+    path = ROOT / "tests/data/test_radiograph.py"
     spec = importlib.util.spec_from_file_location("drawn_radiographs", path)
     assert spec is not None
     assert spec.loader is not None
