@@ -89,12 +89,12 @@ def provider() -> str:
 
 
 def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
-    from mura_dist.inference.predict import predict
+    from mura_dist.inference.predict import PredictOptions, predict
 
-    options: dict[str, Any] = {"provider": provider, "workers": load.workers}
+    options = PredictOptions(provider=provider, workers=load.workers)
 
     def work(out: Path) -> int:
-        summary = predict(model, load.folder, out / "predicted", **options)
+        summary = predict(model, load.folder, out / "predicted", options)
         assert summary is not None
         return int(summary["num_radiographs"])
 

@@ -159,14 +159,13 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     """
     from rich.console import Console
 
+    from mura_dist.inference.predict import PredictOptions
     from mura_dist.inference.predict import predict as run
     from mura_dist.reports import local_only
 
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     with progress_bar("predicting", quiet or not environment.is_first()) as progress:
-        summary = run(
-            model, directory, out, say=say, walking=lambda num: progress(num, None), progress=progress, **options
-        )
+        summary = run(model, directory, out, PredictOptions(**options), say=say, progress=progress)
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(

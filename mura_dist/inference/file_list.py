@@ -58,9 +58,10 @@ class Walk:
     def num_chunks(self) -> int:
         return -(-self.num_files // self.size)
 
-    def all(self) -> Iterator[File]:
+    def printable_paths(self) -> Iterator[str]:
+        """Yield every file's path as the tables have it."""
         for chunk in self.chunks(range(self.num_chunks)):
-            yield from chunk
+            yield from (printable(file.path) for file in chunk)
 
     def chunks(self, numbers: Iterable[int]) -> Iterator[list[File]]:
         """The files of the chunks asked for; several threads may each have an iterator of their own."""

@@ -9,10 +9,8 @@ tables. Pseudonymous, not anonymous: the same file has the same name in every ru
 
 import contextlib
 import csv
-import functools
 import hashlib
 import hmac
-import inspect
 import io
 import itertools
 import os
@@ -22,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import Failure, Refusal, Stopped
@@ -206,29 +204,18 @@ def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[
 # ---- what is said
 
 
-def hushed(function: F) -> F:
-    """Of a function that takes `directory` and `keytable`: with a key table, whatever goes wrong in it, no message names
-    the directory or what lies in it."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def called(*arguments: Any, **options: Any) -> Any:
-        given = signature.bind(*arguments, **options).arguments
-        with contextlib.nullcontext() if given.get("keytable") is None else _hush(given["directory"]):
-            return function(*arguments, **options)
-
-    return cast(F, called)
-
-
 @contextlib.contextmanager
-def _hush(directory: Path) -> Iterator[None]:
+def hushed(directory: Path, keytable: Path | None) -> Iterator[None]:
+    """With a key table, keep the directory, and what lies in it, out of the message of whatever goes wrong in the block."""
     try:
         yield
-    except (Refusal, Failure, Stopped) as error:
-        raise type(error)(_without(directory, str(error))) from None
-    except ImportError:  # it names a package, and the command line knows the remedy
-        raise
     except Exception as error:
+        if keytable is None or isinstance(
+            error, ImportError
+        ):  # that names a package; the command line knows the remedy
+            raise
+        if isinstance(error, Refusal | Failure | Stopped):
+            raise type(error)(_without(directory, str(error))) from None
         if isinstance(error, OSError) and error.strerror:
             raise OSError(error.errno, error.strerror, _outside(error.filename, directory)) from None
         place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over

@@ -17,7 +17,7 @@ from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import overlays
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, picture, place
-from mura_dist.inference.predict import predict
+from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.reports import heatmap, local_only
 
 LEFT, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: Path) -> None:
-    summary = predict(model, source, tmp_path / "out", overlays=True, batch_size=4)
+    summary = predict(model, source, tmp_path / "out", PredictOptions(overlays=True, batch_size=4))
     folder, loaded = tmp_path / "out" / FOLDER, Model.load(model)
     lines = rows(tmp_path / "out/predictions.csv")
     assert summary["num_overlays"] == len(lines) == 6
@@ -67,7 +67,7 @@ def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: 
 
 
 def test_the_tables_are_the_same_with_them_and_without(model: Path, source: Path, tmp_path: Path) -> None:
-    first = predict(model, source, tmp_path / "with", overlays=True)
+    first = predict(model, source, tmp_path / "with", PredictOptions(overlays=True))
     second = predict(model, source, tmp_path / "without")
     assert contents(tmp_path / "with") == contents(tmp_path / "without")
     assert (second["num_overlays"], second["num_overlays_withheld"]) == (0, 0)
@@ -76,7 +76,7 @@ def test_the_tables_are_the_same_with_them_and_without(model: Path, source: Path
 
 
 def test_a_file_says_local_only_and_nothing_else(model: Path, source: Path, tmp_path: Path) -> None:
-    predict(model, source, tmp_path / "out", overlays=True, keytable=tmp_path / "keys.csv")
+    predict(model, source, tmp_path / "out", PredictOptions(overlays=True, keytable=tmp_path / "keys.csv"))
     files = [path for path in (tmp_path / "out" / FOLDER).rglob("*") if path.name != NOTE]
     assert len(files) == 6
     assert {path.stem for path in files} == {line["path"] for line in rows(tmp_path / "out/predictions.csv")}
@@ -158,7 +158,7 @@ def test_two_radiographs_never_share_a_file() -> None:
 def test_a_name_as_long_as_names_may_be(model: Path, tmp_path: Path) -> None:
     for letter in "ab":
         draw(tmp_path / "in" / ("x" * 254 + letter))
-    summary = predict(model, tmp_path / "in", tmp_path / "out", overlays=True)
+    summary = predict(model, tmp_path / "in", tmp_path / "out", PredictOptions(overlays=True))
     assert summary["num_overlays"] == 2
     assert len(list((tmp_path / "out" / FOLDER).glob("*.png"))) == 2
 
@@ -189,7 +189,7 @@ def burned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_none_of_a_dicom_that_may_show_a_name(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", overlays=True)
+    summary = predict(model, burned, tmp_path / "out", PredictOptions(overlays=True))
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (3, len(BURNED))
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*CLEAN, "plain.png"}
     (why,) = [line for line in summary["warnings"] if "overlay" in line]
@@ -199,16 +199,16 @@ def test_none_of_a_dicom_that_may_show_a_name(model: Path, burned: Path, tmp_pat
 
 
 def test_allowed_all_are_written(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", overlays=True, allow_pixels=True)
+    summary = predict(model, burned, tmp_path / "out", PredictOptions(overlays=True, allow_pixels=True))
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (8, 0)
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*BURNED, *CLEAN, "plain.png"}
     assert not any("overlay" in line for line in summary["warnings"])
     with pytest.raises(Refusal, match=r"holds a run with allow_pixels=True, this one has allow_pixels=False"):
-        predict(model, burned, tmp_path / "out", overlays=True)
+        predict(model, burned, tmp_path / "out", PredictOptions(overlays=True))
 
 
 def test_allowing_what_nobody_asked_for_is_said(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", allow_pixels=True)
+    summary = predict(model, burned, tmp_path / "out", PredictOptions(allow_pixels=True))
     assert "--allow-pixels without --overlays changes nothing" in summary["warnings"]
 
 

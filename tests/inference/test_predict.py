@@ -23,11 +23,12 @@ from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import Limits
-from mura_dist.inference import autotune, pseudonyms, tables
-from mura_dist.inference import predict as room
+from mura_dist.inference import autotune, chunks, pseudonyms, tables
+from mura_dist.inference import predict as predict_module
 from mura_dist.inference import studies as grouping
 from mura_dist.inference.onnx_model import Model, Tuning, _OnnxRuntime, flowing
-from mura_dist.inference.predict import CHUNK, predict
+from mura_dist.inference.output_folder import OutputFolder
+from mura_dist.inference.predict import CHUNK, PredictOptions, predict
 
 PREDICT = """\
 import sys
@@ -151,10 +152,9 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     }
     for name in bad:
         draw(tmp_path / "in" / name)
-    monkeypatch.setattr(room, "Reader", faulty_reader.Reader)
-    summary = predict(
-        model, tmp_path / "in", tmp_path / "out", workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20)
-    )
+    monkeypatch.setattr(chunks, "Reader", faulty_reader.Reader)
+    options = PredictOptions(workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20))
+    summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
     assert {path: code for path, (code, _) in found.items()} == bad
     assert found["03_crash.png"][1] == found["07_crash.png"][1] == "its decoder crashed"
@@ -209,7 +209,7 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
 
 def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
     predict(model, layout, tmp_path / "csv")
-    predict(model, layout, tmp_path / "parquet", format="parquet")
+    predict(model, layout, tmp_path / "parquet", PredictOptions(format="parquet"))
     for name in tables.NAMES:
         one = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
         other = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
@@ -261,7 +261,7 @@ def test_study_by(model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(["a.png", "b.png", "XR_WRIST/c.png", "XR_WRIST/d.png"]):
         draw(tmp_path / "in" / name, seed)
     for study_by in grouping.STUDY_BY:
-        predict(model, tmp_path / "in", tmp_path / study_by, study_by=study_by)
+        predict(model, tmp_path / "in", tmp_path / study_by, PredictOptions(study_by=study_by))
     by_file = {"a.png": ("unknown", "1"), "b.png": ("unknown", "1")}
     by_file |= {f"XR_WRIST/{name}.png": ("XR_WRIST", "1") for name in "cd"}
     assert studies(tmp_path / "file") == studies(tmp_path / "auto") == by_file
@@ -315,7 +315,7 @@ def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp
 
 def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
     def types(name: str, given: str) -> Counter[str]:
-        predict(model, layout, tmp_path / name, study_type=given)
+        predict(model, layout, tmp_path / name, PredictOptions(study_type=given))
         return Counter(study_type for study_type, _ in studies(tmp_path / name).values())
 
     assert types("one", "hand") == {"XR_HAND": 4}
@@ -361,7 +361,7 @@ def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 def test_batches_and_threads_leave_no_trace(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, batch_size: int, workers: int
 ) -> None:
-    predict(model, many[0], tmp_path, batch_size=batch_size, workers=workers)
+    predict(model, many[0], tmp_path, PredictOptions(batch_size=batch_size, workers=workers))
     assert contents(tmp_path) == many[1]
 
 
@@ -402,7 +402,7 @@ def test_killed_before_or_after_any_write(
             assert (out / name).read_bytes() == wanted[name]
         assert not (out / "predict.json").exists() or set(TABLES) < set(os.listdir(out))
         seen: list[int] = []
-        predict(model, source, out, progress=lambda done, total, seen=seen: seen.append(done))
+        predict(model, source, out, progress=lambda done, total, seen=seen: total and seen.append(done))
         assert contents(out) == wanted, moment
         assert not seen or seen[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
         assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
@@ -413,6 +413,7 @@ KILLED = (
     + """
 import os, signal
 from mura_dist.inference import tables
+from mura_dist.inference.predict import PredictOptions
 from mura_dist.inference.onnx_model import _OnnxRuntime
 compute, where, at, notes = _OnnxRuntime.run, *sys.argv[4:]
 def die(*given):
@@ -423,9 +424,10 @@ def count(self, image, outputs):
 _OnnxRuntime.run = count
 if where == "tables":
     tables.Studies.frames = die
-predict(model, source, out, workers=2,
-        walking=lambda num: where == "walking" and die(),
-        progress=lambda done, total: where == "reading" and done == int(at) and die())
+def progress(done, total):
+    if where == "walking" and total is None or where == "reading" and total and done == int(at):
+        die()
+predict(model, source, out, PredictOptions(workers=2), progress=progress)
 """
 )
 
@@ -482,6 +484,9 @@ def test_a_signal_stops_in_good_order(
             asked.append(1)
             signal.raise_signal(number)
 
+    def progress(done: int, total: int | None) -> None:
+        ask(phase == "walk" if total is None else phase == "chunk" and done == CHUNK)
+
     if phase == "tables":
         monkeypatch.setattr(tables, "BLOCK", 100)
         monkeypatch.setattr(tables, "views", lambda rows: (ask(True), frames(rows))[1])
@@ -491,13 +496,7 @@ def test_a_signal_stops_in_good_order(
         "tables": "^stopped while writing the tables; nothing is lost, the same command goes on$",
     }
     with pytest.raises(Stopped, match=said[phase]):
-        predict(
-            model,
-            many[0],
-            tmp_path / "out",
-            walking=lambda num: ask(phase == "walk"),
-            progress=lambda done, total: ask(phase == "chunk" and done == CHUNK),
-        )
+        predict(model, many[0], tmp_path / "out", progress=progress)
     assert signal.getsignal(number) is before
     assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
     assert not (tmp_path / "out" / "predict.json").exists()
@@ -509,12 +508,12 @@ def test_chunks_without_a_radiograph_are_finished_as_they_come(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No logits come for them; else a million such files would wait in memory for the first radiograph."""
-    monkeypatch.setattr(room, "CHUNK", 10)
+    monkeypatch.setattr(predict_module, "CHUNK", 10)
     (tmp_path / "in").mkdir()
     for number in range(95):
         (tmp_path / "in" / f"{number:02d}").write_bytes(b"junk")
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int | None) -> None:
         if done == 55:
             assert len(list((tmp_path / "out" / ".parts").glob("0*.json"))) == 5
             signal.raise_signal(signal.SIGTERM)
@@ -544,7 +543,7 @@ def test_another_run_in_the_same_out(
     for number in range(CHUNK):
         (source / f"{number}").write_bytes(b"junk")
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int | None) -> None:
         if not finished and done == 5:
             signal.raise_signal(signal.SIGINT)
 
@@ -559,7 +558,7 @@ def test_another_run_in_the_same_out(
         "format": {"format": "parquet"},
     }.items():
         with pytest.raises(Refusal, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"):
-            predict(model, source, out, **options)
+            predict(model, source, out, PredictOptions(**options))
     other = tmp_path / "other.onnx"
     proto = onnx.load(model)
     proto.doc_string = "another"
@@ -606,9 +605,10 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model that ONNX Runtime can load"),
     ]
     for change, text in cases:
-        request: dict[str, Any] = {"model_path": model, "directory": source, "out": tmp_path / "out"} | change
+        paths = {"model_path": model, "directory": source, "out": tmp_path / "out"}
+        options = PredictOptions(**{key: value for key, value in change.items() if key not in paths})
         with pytest.raises(Refusal, match=text) as refusal:
-            predict(**request)
+            predict(**paths | {key: value for key, value in change.items() if key in paths}, options=options)
         assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "foreign" / "studies.csv").read_text() == "mine"
@@ -749,22 +749,24 @@ def test_a_run_goes_on_as_it_began(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     """Whatever was measured on this machine in between; and nothing is measured for it."""
-    loaded, place = Model.load(model, tuning=flowing()), room._Place(tmp_path / "out", 0, 1)
+    loaded, folder = Model.load(model, tuning=flowing()), OutputFolder(tmp_path / "out", 0, 1)
+
+    def resolve(**options: Any) -> Tuning:
+        return predict_module._resolve_tuning(folder, loaded, model, PredictOptions(**options), print)
+
     plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
-    place.parts.mkdir(parents=True)
-    (place.done if finished else place.plan).write_text(json.dumps({"plan": plan} if finished else plan))
+    folder.parts.mkdir(parents=True)
+    (folder.done if finished else folder.plan).write_text(json.dumps({"plan": plan} if finished else plan))
     monkeypatch.setattr(autotune, "stored", lambda model: Tuning(16, 1, 1, "all"))
     monkeypatch.setattr(autotune, "choose", lambda *given: pytest.fail("measured"))
-    for to_measure in (None, model):
-        assert room._way(place, loaded, "cpu", None, to_measure, print) == Tuning(3, 1, 1, "extended")
-    assert room._way(place, loaded, "cpu", 5, None, print) == replace(
-        loaded.tuning, optimisation="extended", batch_size=5
-    )
-    (place.done if finished else place.plan).write_text("{}")  # another model's
-    assert room._way(place, loaded, "cpu", None, None, print) == Tuning(16, 1, 1, "all")
+    for measure in (False, True):
+        assert resolve(autotune=measure) == Tuning(3, 1, 1, "extended")
+    assert resolve(batch_size=5) == replace(loaded.tuning, optimisation="extended", batch_size=5)
+    (folder.done if finished else folder.plan).write_text("{}")  # another model's
+    assert resolve() == Tuning(16, 1, 1, "all")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert room._way(place, loaded, "cpu", None, None, print) == loaded.tuning
+    assert resolve() == loaded.tuning
 
 
 def test_autotune_is_measured_kept_and_used(

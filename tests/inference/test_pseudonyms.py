@@ -24,7 +24,7 @@ from mura_dist.core import files as atomic
 from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
 from mura_dist.inference import file_list, pseudonyms, study_types
-from mura_dist.inference.predict import predict
+from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.inference.pseudonyms import Names
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
@@ -55,7 +55,7 @@ def test_the_default_place_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
-    code = "import sys; from mura_dist.inference import pseudonyms\nsys.stdin.read(1); print(pseudonyms.site_key().decode())"
+    code = "import sys; from mura_dist.inference.pseudonyms import site_key\nsys.stdin.read(1); print(site_key().decode())"
     command = [sys.executable, "-c", code]
     for _ in range(2):
         Path(os.environ["MURA_DIST_SITE_KEY"]).unlink(missing_ok=True)
@@ -179,7 +179,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
     predict(model, source, tmp_path / "open")
-    summary = predict(model, source, tmp_path / "out", keytable=table)
+    summary = predict(model, source, tmp_path / "out", PredictOptions(keytable=table))
     if os.name == "posix":
         assert table.stat().st_mode & 0o777 == 0o600
     lines = rows(table)
@@ -211,12 +211,14 @@ def test_names_are_the_same_in_every_run_of_a_site(
 ) -> None:
     source = small(tmp_path / "in")
     for name in ("one", "two"):
-        predict(model, source, tmp_path / name, keytable=tmp_path / f"{name}.csv")
+        predict(model, source, tmp_path / name, PredictOptions(keytable=tmp_path / f"{name}.csv"))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
-    predict(model, source, tmp_path / "three", keytable=tmp_path / "one.csv")  # the same names: nothing to write
+    predict(
+        model, source, tmp_path / "three", PredictOptions(keytable=tmp_path / "one.csv")
+    )  # the same names: nothing to write
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
-    predict(model, source, tmp_path / "elsewhere", keytable=tmp_path / "elsewhere.csv")
+    predict(model, source, tmp_path / "elsewhere", PredictOptions(keytable=tmp_path / "elsewhere.csv"))
     here, there = (rows(tmp_path / name / "predictions.csv") for name in ("one", "elsewhere"))
     assert not {line[key] for line in here for key in ("path", "study")} & {
         line[key] for line in there for key in ("path", "study")
@@ -225,7 +227,7 @@ def test_names_are_the_same_in_every_run_of_a_site(
 
 def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
-    predict(model, source, tmp_path / "out", keytable=table)
+    predict(model, source, tmp_path / "out", PredictOptions(keytable=table))
     whole = table.read_text()
     first, *others = whole.splitlines(keepends=True)
     damaged = {
@@ -242,10 +244,10 @@ def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
         with pytest.raises(
             Refusal, match=r"^--pseudonyms .*keys\.csv, line \d+: not of this run's names; give another file$"
         ):
-            predict(model, source, tmp_path / what, keytable=table)
+            predict(model, source, tmp_path / what, PredictOptions(keytable=table))
         assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
         assert not (tmp_path / what / "predictions.csv").exists()
-        predict(model, source, tmp_path / what, keytable=tmp_path / f"{what}.csv")  # the remedy
+        predict(model, source, tmp_path / what, PredictOptions(keytable=tmp_path / f"{what}.csv"))  # the remedy
     assert (tmp_path / "nothing.csv").read_text() == whole
 
 
@@ -264,18 +266,18 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
         cases[tmp_path / "open.csv"] = r"has mode 0644, others than its owner may use it; chmod 600 .*open\.csv"
     for place, text in cases.items():
         with pytest.raises(Refusal, match=rf"^--pseudonyms .*{text}"):
-            predict(model, source, out, keytable=place)
+            predict(model, source, out, PredictOptions(keytable=place))
     assert not out.exists()
 
 
 def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small(tmp_path / "in")
-    predict(model, source, tmp_path / "out", keytable=tmp_path / "keys.csv")
+    predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv"))
     with pytest.raises(Refusal, match=r"holds a run with .*=.*, this one has"):
         predict(model, source, tmp_path / "out")
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
     with pytest.raises(Refusal, match=r"holds a run with files_sha256=.*, this one has"):
-        predict(model, source, tmp_path / "out", keytable=tmp_path / "more.csv")
+        predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "more.csv"))
 
 
 @pytest.mark.slow
@@ -286,12 +288,17 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
     draw(source / f"valid/XR_HAND/{WORD}/study1_positive/image1.png")
     draw_dicom(source / f"{WORD}.dcm", "1.2.276.0.1", "WRIST", "L")
     (source / f"{WORD}.txt").write_text("none")
-    predict(model, source, tmp_path / "whole", keytable=tmp_path / "whole.csv", overlays=True, allow_pixels=True)
+    predict(
+        model,
+        source,
+        tmp_path / "whole",
+        PredictOptions(keytable=tmp_path / "whole.csv", overlays=True, allow_pixels=True),
+    )
     wanted, key_table = contents(tmp_path / "whole"), (tmp_path / "whole.csv").read_bytes()
     driver = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from mura_dist.inference.predict import predict\n"
+        "from mura_dist.inference.predict import PredictOptions, predict\n"
         "model, source, out = map(Path, sys.argv[1:])\n"
         "out.mkdir()\n"
         "seen = 0\n"
@@ -307,7 +314,8 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
         "    child = os.fork()\n"
         "    if not child:\n"
         "        os.replace, os.link = killing(os.replace, moment), killing(os.link, moment)\n"
-        "        predict(model, source, out / str(moment), keytable=out / f'{moment}.csv', overlays=True, allow_pixels=True)\n"
+        "        options = PredictOptions(keytable=out / f'{moment}.csv', overlays=True, allow_pixels=True)\n"
+        "        predict(model, source, out / str(moment), options)\n"
         "        os._exit(0)\n"
         "    if os.waitpid(child, 0)[1] == 0: break\n"
         "print(moment)\n"
@@ -320,7 +328,7 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
         assert words(everything(out / str(moment))) == []
         assert not table.exists() or table.read_bytes() == key_table
         assert table.exists() or not (out / str(moment) / "predictions.csv").exists()
-        predict(model, source, out / str(moment), keytable=table, overlays=True, allow_pixels=True)
+        predict(model, source, out / str(moment), PredictOptions(keytable=table, overlays=True, allow_pixels=True))
         assert contents(out / str(moment)) == wanted, moment
         assert table.read_bytes() == key_table
         assert not [path for path in out.iterdir() if path.name.startswith(f".{moment}.")]
@@ -456,7 +464,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
 
     monkeypatch.setattr(pseudonyms, "write", kill)
     with pytest.raises(Killed):
-        predict(model, ward, tmp_path / "out", keytable=tmp_path / "keys.csv", overlays=True)
+        predict(model, ward, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv", overlays=True))
     assert sorted(os.listdir(tmp_path / "out/.parts")) == ["000000.json", "plan.json"]
     assert words(everything(tmp_path / "out")) == []
 
@@ -621,10 +629,10 @@ def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
     with pytest.raises(Refusal, match=r"^--study-type: none of its 2 paths is in DIRECTORY; write them relative to it"):
-        predict(model, source, tmp_path / "out", study_type=str(table))
+        predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert not (tmp_path / "out").exists()
     table.write_text("path,study_type\nloose.png,hand\nelsewhere.png,hand\n")
-    summary = predict(model, source, tmp_path / "out", study_type=str(table))
+    summary = predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert summary["warnings"][0] == "--study-type: 1 of 2 paths are not in DIRECTORY"
     table.write_text("path,study_type\nloose.png,HAND\n")
     assert study_types.match(study_types.read(str(table)), [file_list.printable("loose.png")]) == []
@@ -660,16 +668,10 @@ def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> N
     (tmp_path / "private").mkdir()
     modes: set[int] = set()
 
-    def look(num: int) -> None:
+    def look(done: int, total: int | None) -> None:
         modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*sqlite*"))
 
-    predict(
-        model,
-        tmp_path / "in",
-        tmp_path / "out",
-        keytable=tmp_path / "private" / "keys.csv",
-        walking=look,
-        progress=lambda done, total: look(done),
-    )
+    options = PredictOptions(keytable=tmp_path / "private" / "keys.csv")
+    predict(model, tmp_path / "in", tmp_path / "out", options, progress=look)
     assert modes == {0o600}
     assert [path.name for path in (tmp_path / "private").iterdir()] == ["keys.csv"]

@@ -18,7 +18,7 @@ from helpers.ranks import LAUNCHERS, start_rank
 
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.distributed import heartbeat
-from mura_dist.inference import predict as room
+from mura_dist.inference import output_folder
 from mura_dist.inference.export.onnx import export
 from mura_dist.inference.predict import predict
 
@@ -175,7 +175,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(room, "PLAN_WAIT_S", 0.3)
+    monkeypatch.setattr(output_folder, "PLAN_WAIT_S", 0.3)
     with pytest.raises(Failure, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
         predict(given[1], given[2], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,206 @@
+"""The chunks of a prediction: read ahead by guarded processes, predicted in batches, each written as a part when it is whole.
+
+    Walk -> chunks of 256 files -> paths -> worker processes (reader.py) -> batches (B, 1, S, S) uint8 -> Model.stream
+        -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk
+
+A chunk is the unit of work and of resumption. Each rank takes every n-th; the first one makes itself what a rank that fell
+silent has left undone.
+"""
+
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mura_dist.core import files as atomic
+from mura_dist.core.errors import Failure, Stopped
+from mura_dist.distributed import environment, heartbeat, worker_pool
+from mura_dist.distributed.processes import processors
+from mura_dist.distributed.worker_pool import Crew, Limits, Lost
+from mura_dist.inference.file_list import File, Walk
+from mura_dist.inference.onnx_model import OUTPUTS, Model
+from mura_dist.inference.output_folder import OutputFolder, pause
+from mura_dist.inference.overlays import Overlay, Overlays, counts
+from mura_dist.inference.reader import Reader, Reading, failed
+from mura_dist.inference.studies import Grouping
+from mura_dist.inference.tables import Part
+
+CHUNK = 256
+_FILES_PER_WORKER = 64  # a process costs 0.22 s of a processor before it reads, a radiograph of 0.2 megapixels 3.3 ms
+_AT_ONCE, _AT_ONCE_BYTES = 8, 1 << 20  # files a worker takes at once, and their pixels at most
+
+
+@dataclass
+class _Chunk:
+    """Files that were read, or are being read, and the logits of those radiographs that are predicted already."""
+
+    number: int
+    files: list[File]
+    readings: list[Reading] = field(default_factory=list)
+    logits: list[float] = field(default_factory=list)
+    cells: list[np.ndarray] = field(default_factory=list)  # (h, w) float32, where overlays are wanted
+
+    @property
+    def predicted(self) -> bool:
+        radiographs = sum(reading.image is not None for reading in self.readings)
+        return len(self.readings) == len(self.files) and len(self.logits) == radiographs
+
+
+@dataclass
+class ChunkPredictor:
+    """Makes the parts of this rank's chunks; on the first one also those of ranks that fell silent.
+
+    grouping: how files become studies; progress: hears of files done and of all files.
+    """
+
+    model: Model
+    directory: Path
+    grouping: Grouping
+    files: Walk
+    folder: OutputFolder
+    overlays: Overlays | None
+    stop: threading.Event
+    progress: Callable[[int, int], None]
+    done: int = 0
+
+    def run(self, workers: int | None, limits: Limits) -> None:
+        """Return when every chunk has its part; on ranks but the first, when those of its own have. Raises Stopped.
+
+        workers: processes that read, None: by files and processors; limits: what reading one file may take.
+        """
+        if self.overlays is not None:
+            self.overlays.begin()
+        folder = self.folder
+        missing = self._missing()
+        self.progress(self.done, self.files.num_files)
+        mine = [number for number in missing if number % folder.num_ranks == folder.rank]
+        if not missing or (folder.rank and not mine):
+            return
+        num_workers = self._num_workers(len(mine), workers)
+        with worker_pool.crew(Reader, (self.model.size,), workers=num_workers, limits=limits) as crew:
+            self._make(crew, mine)
+            ears = heartbeat.Ears()
+            while folder.rank == 0 and (missing := self._missing()):
+                self.progress(self.done, self.files.num_files)
+                silent = [number for number in missing if self._is_silent(ears, number % folder.num_ranks)]
+                if silent:
+                    self._make(crew, silent[:1])
+                else:
+                    pause(self.stop)
+
+    def _is_silent(self, ears: heartbeat.Ears, rank: int) -> bool:
+        return ears.silent_s(heartbeat.heart(self.folder.parts, rank)) > heartbeat.SILENCE_S
+
+    def _missing(self) -> list[int]:
+        """List the chunks without a part, whoever is to make them; `done` is brought up to date."""
+        missing, num_chunks, size = self.folder.missing(self.files.num_chunks), self.files.num_chunks, self.files.size
+        self.done = self.files.num_files - size * len(missing)
+        if num_chunks - 1 in missing:
+            self.done += size * num_chunks - self.files.num_files
+        return missing
+
+    def _num_workers(self, num_chunks: int, workers: int | None) -> int:
+        """Reading is a twentieth of a CPU's work here; 16 keep a GPU fed. Each may hold one radiograph of full size."""
+        num_files = min(num_chunks * self.files.size, self.files.num_files)
+        if workers is not None:
+            return max(1, min(workers, num_files))
+        return max(1, min(16, processors() // environment.ranks_here(), num_files // _FILES_PER_WORKER))
+
+    def _make(self, crew: Crew, numbers: list[int]) -> None:
+        """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
+        begun: deque[_Chunk] = deque()
+        batches = self._batches(crew, numbers, begun)
+        wanted = OUTPUTS if self.overlays is not None else OUTPUTS[:1]
+        for logits, *cells in self.model.stream(
+            batches, wanted
+        ):  # aligned with the batches, however many are ahead of it
+            chunk = next(chunk for chunk in begun if not chunk.predicted)
+            chunk.cells += [each for part in cells for each in part]
+            chunk.logits += logits.tolist()
+            self._write(begun)
+        self._write(begun)
+        if self.stop.is_set() and self._missing():
+            raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
+
+    def _batches(self, crew: Crew, numbers: list[int], begun: deque[_Chunk]) -> Iterator[np.ndarray]:
+        """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
+        batch_size = self.model.tuning.batch_size or 1
+        at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // self.model.size**2))
+        ahead = max(2, -(-2 * batch_size // (at_once * crew.workers)))  # two batches at least
+        readings = crew.results(_tasks(self.files, numbers, self.directory, at_once), ahead=ahead)
+        for number, files in zip(numbers, self.files.chunks(numbers), strict=True):
+            if self.stop.is_set():
+                return
+            chunk, images = _Chunk(number, files), []
+            begun.append(chunk)
+            for file in files:
+                reading = failed(*file.failure) if file.failure is not None else _reading(next(readings))
+                chunk.readings.append(reading)
+                self.done += 1
+                self.progress(self.done, self.files.num_files)
+                if reading.image is not None:
+                    images.append(reading.image)
+                if len(images) == batch_size:
+                    yield np.stack(images)[:, None]
+                    images = []
+            if images:
+                yield np.stack(images)[:, None]
+            self._write(begun)  # a chunk without a radiograph gets no logits
+        assert next(readings, None) is None  # read to its end, as a Crew wants it
+
+    def _write(self, begun: deque[_Chunk]) -> None:
+        """The parts of those chunks at the head that are predicted."""
+        while begun and begun[0].predicted:
+            chunk = begun.popleft()
+            # Here a chunk's files, images, identities and logits are together: what else is made of them, is made here.
+            part = json.dumps(self._part(chunk), ensure_ascii=False, allow_nan=False)
+            aside = f".{self.folder.rank}-{os.getpid()}"  # two ranks may make the same one
+            with atomic.replacing(self.folder.part(chunk.number), aside=aside) as file:
+                file.write(part.encode())
+            if self.folder.num_ranks > 1:  # what the others have done meanwhile
+                self._missing()
+                self.done += sum(len(chunk.readings) for chunk in begun)
+
+    def _part(self, chunk: _Chunk) -> Part:
+        rows: list[list[Any]] = []
+        failures: list[tuple[str, str, str]] = []
+        logits = iter(chunk.logits)
+        for file, reading in zip(chunk.files, chunk.readings, strict=True):
+            name = self.grouping.name(file.path)
+            if reading.image is None:
+                failures.append((name, *reading.failure))
+                continue
+            if not np.isfinite(logit := next(logits)):
+                raise Failure(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
+            rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
+        return {"predictions": rows, "failures": failures, "overlays": self._draw(chunk, [row[0] for row in rows])}
+
+    def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
+        """The chunk's overlays are on disk then; how many, and how many are withheld."""
+        if self.overlays is None:
+            return counts(0, 0)
+        read = [(reading.image, reading.identity) for reading in chunk.readings if reading.image is not None]
+        some = [
+            Overlay(name, image, cells, logit)
+            for name, (image, identity), cells, logit in zip(names, read, chunk.cells, chunk.logits, strict=True)
+            if not self.overlays.withholds(identity)
+        ]
+        self.overlays.write_all(some)
+        return counts(len(some), len(names) - len(some))
+
+
+def _tasks(files: Walk, numbers: Iterable[int], directory: Path, at_once: int) -> Iterator[list[str]]:
+    """The paths to be read, in order, `at_once` at most at a time."""
+    for chunk in files.chunks(numbers):
+        paths = [os.path.join(directory, file.path) for file in chunk if file.failure is None]
+        yield from (paths[start : start + at_once] for start in range(0, len(paths), at_once))
+
+
+def _reading(result: Reading | Lost) -> Reading:
+    return failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result

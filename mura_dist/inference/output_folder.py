@@ -1,0 +1,161 @@
+"""The folder that a prediction writes: what lies where, whether it is this prediction's, and how its ranks wait for each other.
+
+    OUT/.parts/plan.json     what the prediction is: model, files, options; written first
+        .parts/000000.json   the predictions and failures of a chunk's files, one file a chunk
+        .parts/lock, rank-N  who lives: heartbeat.py
+        predict.json         the summary, and the plan; written last: it says "done"
+
+A prediction goes on only as it began: another plan in the same folder is refused.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mura_dist.core import files
+from mura_dist.core.errors import Failure, OwnRefusal, Refusal, Stopped
+from mura_dist.distributed import heartbeat, lock
+from mura_dist.distributed.lock import Claim
+from mura_dist.inference import overlays, tables
+from mura_dist.inference.tables import Part
+
+PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where a prediction is written, and which of its ranks this process is."""
+
+    path: Path
+    rank: int
+    num_ranks: int
+
+    @property
+    def parts(self) -> Path:
+        return self.path / ".parts"
+
+    @property
+    def plan(self) -> Path:
+        return self.parts / "plan.json"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "predict.json"
+
+    @property
+    def tmp_suffix(self) -> str:
+        """Tell this rank of this prediction from others that use the same key table."""
+        return f"-{digest(os.path.abspath(self.path))[:8]}-{self.rank}"
+
+    def part(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.json"
+
+    def missing(self, num_chunks: int) -> list[int]:
+        """List the chunks without a part, whoever is to make them."""
+        try:
+            names = set(os.listdir(self.parts))
+        except FileNotFoundError:
+            if not self.done.is_file():
+                raise
+            return []  # the first rank has finished, and tidied up
+        return [number for number in range(num_chunks) if self.part(number).name not in names]
+
+    def plans(self) -> Iterator[dict[str, Any]]:
+        """Yield the plan of the prediction that began here, and of the one that is finished."""
+        for path in (self.plan, self.done):
+            content = _load(path) if path.is_file() else {}
+            yield content.get("plan", content)
+
+    def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[Part]:
+        """Yield the parts in order. Raises Stopped once `stop` is set."""
+        for number in range(num_chunks):
+            if stop.is_set():
+                raise Stopped("stopped while writing the tables; nothing is lost, the same command goes on")
+            yield _load(self.part(number))
+
+    def locked(self, stop: threading.Event) -> contextlib.AbstractContextManager[None]:
+        """Live in the folder while the block runs, the first rank as its only writer. A refused start leaves no trace."""
+        claim = Claim(f"--out {self.path}", "give another --out", wait_s=0, doubt_s=lock.DOUBT_S)
+        return heartbeat.taking_part(self.parts, self.rank, claim, stop)
+
+    def begin(self, plan: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
+        """Return the summary where the folder holds this very prediction, finished; None where it is to be made.
+
+        The first rank writes the plan, the others wait for it. Raises Refusal for any other prediction.
+        """
+        ears = heartbeat.Ears()
+        while not self.done.is_file() and not self.plan.is_file():
+            if self.rank == 0:
+                files.write_json(self.plan, plan)
+                break
+            if ears.silent_s(heartbeat.heart(self.parts, 0)) > PLAN_WAIT_S:
+                raise Failure(
+                    f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}; "
+                    "see what rank 0 says, and that all ranks see the same folder"
+                )
+            pause(stop)
+        if self.done.is_file():
+            summary = _load(self.done)
+            self._compare(summary.get("plan", {}), plan)
+            return summary
+        self._compare(_load(self.plan), plan)
+        for stale in self.path.glob(".*.partial") if self.rank == 0 else ():  # of a run that was killed
+            stale.unlink(missing_ok=True)
+        return None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write predict.json. Raises Failure where another program holds it."""
+        with tables.replaced(self.done):
+            files.write_json(self.done, summary)
+
+    def clean(self) -> None:
+        """Delete the parts of a finished prediction."""
+        if self.done.is_file():
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for key, value in now.items():
+            if before.get(key) != value:
+                said = (
+                    f"--out {self.path} holds a run with {key}={before.get(key)}, this one has {key}={value}; "
+                    "a run goes on only as it began: give another --out, or delete that folder"
+                )
+                raise OwnRefusal(f"rank {self.rank}: {said}") if self.rank else Refusal(said)
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise Refusal where `out` holds tables or overlays, and no prediction of ours that may go on."""
+    if (out / "predict.json").is_file() or (out / ".parts" / "plan.json").is_file():
+        return
+    names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
+    if found := [name for name in (*names, overlays.FOLDER) if (out / name).exists()]:
+        raise Refusal(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
+
+
+def pause(stop: threading.Event) -> None:
+    """Wait a moment for another rank. Raises Stopped once `stop` is set."""
+    if stop.wait(_POLL_S):
+        raise Stopped("stopped while waiting for another rank; the same command goes on")
+
+
+def digest(value: Any) -> str:
+    """Compute the SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+    except ValueError:
+        pass
+    raise Refusal(f"{path} is damaged; give another --out, or delete that folder")
