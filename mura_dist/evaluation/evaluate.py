@@ -27,6 +27,7 @@ from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import gate, mura
 from mura_dist.data.class_weights import class_weights
+from mura_dist.data.folder_kind import kinds_of
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.distributed import process_group as world
@@ -96,8 +97,9 @@ def _check_out(out: Path | None, run: Path | None = None) -> None:
         return
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; give a folder")
-    for name, what in (("recipe.toml", "is a run, whose report"), ("predict.json", "holds predictions, whose tables")):
-        if (out / name).exists():
+    kinds = kinds_of(out)
+    for kind, what in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
+        if kind in kinds:
             raise Refusal(f"--out {out} {what} would be overwritten; give another folder")
 
 

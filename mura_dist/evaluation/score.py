@@ -20,6 +20,7 @@ import pandas as pd
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
+from mura_dist.data.folder_kind import kinds_of
 from mura_dist.evaluation import prediction_files
 from mura_dist.evaluation.prediction_files import Labels, Predictions
 from mura_dist.metrics import classification
@@ -29,7 +30,6 @@ from mura_dist.metrics.summary import groups, measure, number, subgroups, with_i
 Say = Callable[[str], None]
 RESAMPLES, SEED = 2000, 0
 MIN_KAPPA = -0.2  # below it, and sure to be below 0: labels, or calls, are taken to be inverted
-_NOT_OURS = ("recipe.toml", "predict.json", "predictions.csv")  # of a run, of predict, of evaluate
 _WIDTH = 100
 
 
@@ -115,9 +115,9 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
     for name in ("studies.csv", "metrics.json", "report.html"):
         if any((out / name).exists() and path.exists() and path.samefile(out / name) for path in read):
             raise Refusal(f"--out {out}: its {name} would be written over, which is read here; give another folder")
-    if found := next((name for name in _NOT_OURS if (out / name).exists()), None):
-        what = "is a run" if found == "recipe.toml" else "holds another command's results"
-        raise Refusal(f"--out {out} {what} ({found}); a score would write over them, give another folder")
+    for kind, file in kinds_of(out).items():
+        what = "is a run" if kind == "run" else "holds another command's results"
+        raise Refusal(f"--out {out} {what} ({file}); a score would write over them, give another folder")
 
 
 def _check_upright(name: str, studies: pd.DataFrame) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, OwnRefusal, Refusal, Stopped
+from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim
 from mura_dist.inference import overlays, tables
@@ -44,11 +45,11 @@ class OutputFolder:
 
     @property
     def plan(self) -> Path:
-        return self.parts / "plan.json"
+        return self.path / PREDICT_PLAN
 
     @property
     def done(self) -> Path:
-        return self.path / "predict.json"
+        return self.path / PREDICT_SUMMARY
 
     @property
     def tmp_suffix(self) -> str:
@@ -133,7 +134,7 @@ class OutputFolder:
 
 def refuse_foreign(out: Path) -> None:
     """Raise Refusal where `out` holds tables or overlays, and no prediction of ours that may go on."""
-    if (out / "predict.json").is_file() or (out / ".parts" / "plan.json").is_file():
+    if "prediction" in kinds_of(out):
         return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
     if found := [name for name in (*names, overlays.FOLDER) if (out / name).exists()]:

@@ -26,6 +26,7 @@ from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Refusal, Stopped
+from mura_dist.data.folder_kind import RECIPE, kinds_of
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import lock
 
@@ -54,14 +55,14 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> "Run":
         """An existing run, to evaluate or export. Refusal where `folder` is none."""
-        path = folder / "recipe.toml"
+        path = folder / RECIPE
         if not path.is_file():
-            raise Refusal(f"{folder} is not a run (no recipe.toml); give the folder that run= named")
+            raise Refusal(f"{folder} is not a run (no {RECIPE}); give the folder that run= named")
         return cls(folder, config.load(path))
 
     def begun_with(self, key: str, otherwise: Any) -> Any:
         """A setting as the run's recipe has it; `otherwise` where it has not begun."""
-        path = self.folder / "recipe.toml"
+        path = self.folder / RECIPE
         return tomllib.loads(path.read_text(encoding="utf-8")).get(key, otherwise) if path.is_file() else otherwise
 
     def data(self) -> dict[str, Any]:
@@ -80,11 +81,11 @@ class Run:
 
     def check(self, shards: Shards) -> None:
         """Refusal where the folder holds another run: other shards, or a setting that may not change."""
-        if not (self.folder / "recipe.toml").is_file():
+        if "run" not in kinds_of(self.folder):
             if self.folder.exists() and not _is_ours(self.folder):
                 raise Refusal(f"run={self.folder} exists and is no run; give run=NEW")
             return
-        before = tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
+        before = tomllib.loads((self.folder / RECIPE).read_text(encoding="utf-8"))
         for key, value in config.identity(self.settings).items():
             if before.get(key, value) != value:
                 raise Refusal(
@@ -103,7 +104,7 @@ class Run:
         """Refusal where what a user's DeepSpeed file adds is not what it was."""
         path = self.folder / "deepspeed.json"
         before = json.loads(path.read_bytes()) if path.is_file() else {}
-        if not (self.folder / "recipe.toml").is_file() or before == theirs:
+        if "run" not in kinds_of(self.folder) or before == theirs:
             return
         key = next(key for key in sorted(before.keys() | theirs.keys()) if before.get(key) != theirs.get(key))
         raise Refusal(
@@ -117,7 +118,7 @@ class Run:
             files.write_json(self.folder / "deepspeed.json", deepspeed)
         files.write_json(self.folder / "data.json", _data(shards))
         files.write_json(self.folder / "environment.json", {**environment(), **facts})
-        files.write_text(self.folder / "recipe.toml", config.to_toml(self.settings))  # last: it makes the folder a run
+        files.write_text(self.folder / RECIPE, config.to_toml(self.settings))  # last: it makes the folder a run
 
     def _make(self) -> None:
         """Refusal where there can be no such folder, or nothing can be written into it."""

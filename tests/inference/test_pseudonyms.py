@@ -55,7 +55,9 @@ def test_the_default_place_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
-    code = "import sys; from mura_dist.inference.pseudonyms import site_key\nsys.stdin.read(1); print(site_key().decode())"
+    code = (
+        "import sys; from mura_dist.inference.pseudonyms import site_key\nsys.stdin.read(1); print(site_key().decode())"
+    )
     command = [sys.executable, "-c", code]
     for _ in range(2):
         Path(os.environ["MURA_DIST_SITE_KEY"]).unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""folder_kind.py: what kind of output folder a folder is, by what commands leave in it."""
+
+from pathlib import Path
+
+import pytest
+
+from mura_dist.data.folder_kind import Kind, kinds_of
+
+
+@pytest.mark.parametrize(
+    ("files", "kinds"),
+    [
+        ([], {}),
+        (["studies.csv", "metrics.json"], {}),  # a score's own
+        (["recipe.toml"], {"run": "recipe.toml"}),
+        (["predictions.csv", "recipe.toml"], {"run": "recipe.toml", "evaluation": "predictions.csv"}),
+        ([".parts/plan.json"], {"prediction": ".parts/plan.json"}),
+        (
+            ["predictions.csv", "predict.json", ".parts/plan.json"],
+            {"prediction": "predict.json", "evaluation": "predictions.csv"},
+        ),
+    ],
+)
+def test_kinds_by_their_files(files: list[str], kinds: dict[Kind, str], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert list(kinds_of(tmp_path).items()) == list(kinds.items())
+
+
+def test_a_folder_that_is_not_there_is_of_no_kind(tmp_path: Path) -> None:
+    assert kinds_of(tmp_path / "none") == {}
