@@ -15,7 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's p
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import ONNX Runtime before mura_dist.inference.onnx_model does
+os.environ["ORT_DISABLE_TELEMETRY"] = (
+    "1"  # some tests import ONNX Runtime before mura_dist.inference.engine_onnxruntime does
+)
 
 
 @pytest.fixture(scope="session")

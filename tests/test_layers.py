@@ -44,8 +44,8 @@ CONFINED = {
     "fsspec": {"core/storage"},
     "onnx": {"inference/export"},
     "onnxscript": {"inference/export"},
-    "onnxruntime": {"inference/onnx_model", "bench"},
-    "openvino": {"inference/onnx_model"},
+    "onnxruntime": {"inference/engine_onnxruntime", "bench"},
+    "openvino": {"inference/engine_openvino"},
     "streamlit": {"inference/page"},
     "starlette": {"inference/page"},
 }

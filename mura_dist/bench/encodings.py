@@ -65,7 +65,8 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 def size_of(model: Path, size: int | None) -> int:
     """The pixels of a side that `model` takes. Raises Refusal for another --size, and for what is no model of ours."""
-    from mura_dist.inference.onnx_model import Model, Tuning
+    from mura_dist.inference.engine import Tuning
+    from mura_dist.inference.onnx_model import Model
 
     wanted = Model.load(model, tuning=Tuning(threads=1)).size
     if size not in (None, wanted):

@@ -102,7 +102,8 @@ def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
 
 
 def _alone(path: Path, provider: str, load: Load) -> Work:
-    from mura_dist.inference.onnx_model import Model, flowing
+    from mura_dist.inference.engine import flowing
+    from mura_dist.inference.onnx_model import Model
 
     model, images = Model.load(path, provider, flowing()), np.concatenate(load.pixels())
     return lambda out: sum(len(logit) for (logit,) in model.stream(_cut(images, model.tuning.batch_size or 1)))

@@ -23,16 +23,8 @@ from pydantic import TypeAdapter
 from mura_dist.core import files
 from mura_dist.core.errors import Failure
 from mura_dist.distributed.processes import processors
-from mura_dist.inference.onnx_model import (
-    OPENVINO,
-    OPTIMISATIONS,
-    PROVIDERS,
-    Model,
-    Tuning,
-    cache_folder,
-    flowing,
-    version,
-)
+from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, cache_folder, flowing, on_cpu
+from mura_dist.inference.onnx_model import Model
 
 FILE = "tuning.json"
 _ROUNDS, _SECONDS = 4, 1.0  # turns of a finalist, and what one lasts at least
@@ -101,7 +93,7 @@ def candidates(path: Path, provider: str) -> Iterator[Tuning]:
     model = Model.load(path, provider, flowing())
     usual = model.tuning
     yield usual
-    if provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower()):
+    if on_cpu(provider):
         sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
         most = _MOST_BYTES // (model.size**2 * _BYTES_PER_PIXEL)  # radiographs under way
     else:
@@ -129,7 +121,7 @@ def _images_per_s(model: Model) -> float:
 
 def _key(model: Model) -> str:
     """Hashed: the cache tells nobody what it is of."""
-    parts = (model.sha256, model.provider, version(model.provider), _processor(), str(processors()))
+    parts = (model.sha256, model.provider, model.engine.version, _processor(), str(processors()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

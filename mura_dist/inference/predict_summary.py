@@ -13,7 +13,7 @@ import PIL
 from mura_dist import __version__
 from mura_dist.data import gate, mura
 from mura_dist.inference import overlays
-from mura_dist.inference.onnx_model import Model, version
+from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.tables import Tally
 from mura_dist.metrics.operating_points import BANDS
 from mura_dist.models.card import Card
@@ -55,7 +55,7 @@ def summarize(
         "versions": {
             "mura_dist": __version__,
             "python": platform.python_version(),
-            "engine": version(model.provider),
+            "engine": model.engine.version,
             "numpy": np.__version__,
             "pandas": pd.__version__,
             "pillow": PIL.__version__,

@@ -13,9 +13,10 @@ import pytest
 from helpers.models import S, card_of, noise, tiny
 
 from mura_dist.core.errors import Failure, Refusal
-from mura_dist.inference import autotune, onnx_model
+from mura_dist.inference import autotune, engine, engine_onnxruntime, engine_openvino
+from mura_dist.inference.engine import OUTPUTS, PROVIDERS, Tuning
 from mura_dist.inference.export.onnx import export, graph
-from mura_dist.inference.onnx_model import OUTPUTS, PROVIDERS, Model, Tuning
+from mura_dist.inference.onnx_model import Model
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed"
@@ -101,7 +102,8 @@ def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path
 import sys
 from pathlib import Path
 import numpy as np
-from mura_dist.inference.onnx_model import Model, Tuning
+from mura_dist.inference.engine import Tuning
+from mura_dist.inference.onnx_model import Model
 images = np.zeros((4, 1, 64, 64), np.uint8)
 print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stream([images] * 20))))
 """
@@ -140,7 +142,10 @@ def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
-    if PROVIDERS[provider] in onnx_model.onnxruntime.get_available_providers() and Path("/dev/nvidia0").exists():
+    if (
+        PROVIDERS[provider] in engine_onnxruntime.onnxruntime.get_available_providers()
+        and Path("/dev/nvidia0").exists()
+    ):
         pytest.skip("there is a GPU here")
     with pytest.raises(Refusal, match="--provider"):
         Model.load(model, provider)
@@ -156,7 +161,7 @@ def test_bf16_is_refused_where_nothing_computes_it(tmp_path: Path) -> None:
     path.write_bytes(graph(tiny(), card_of().model_copy(update={"precision": "bf16"})))
     with pytest.raises(Refusal, match="bf16"):
         Model.load(path)
-    if importlib.util.find_spec("openvino") is not None and not onnx_model.computes_bf16():
+    if importlib.util.find_spec("openvino") is not None and not engine_openvino.computes_bf16():
         with pytest.raises(Refusal, match="no instructions"):
             Model.load(path, "openvino")
 
@@ -177,11 +182,11 @@ def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
 
 def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Tuning().settled(on_cpu=True)
-    assert alone.threads == onnx_model.processors()
-    assert onnx_model.flowing(3).streams == min(2, onnx_model.processors())
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * onnx_model.processors()))
+    assert alone.threads == engine.processors()
+    assert engine.flowing(3).streams == min(2, engine.processors())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * engine.processors()))
     assert Tuning().settled(on_cpu=True).threads == 1
-    assert onnx_model.flowing(3) == Tuning(3, 1, 1)
+    assert engine.flowing(3) == Tuning(3, 1, 1)
     assert Tuning(3, 1, 7).settled(on_cpu=True) == Tuning(3, 1, 7)
 
 

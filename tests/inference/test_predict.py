@@ -26,7 +26,9 @@ from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, chunks, pseudonyms, tables
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference import studies as grouping
-from mura_dist.inference.onnx_model import Model, Tuning, _OnnxRuntime, flowing
+from mura_dist.inference.engine import Tuning, flowing
+from mura_dist.inference.engine_onnxruntime import OnnxRuntime
+from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.output_folder import OutputFolder
 from mura_dist.inference.predict import CHUNK, PredictOptions, predict
 
@@ -414,14 +416,14 @@ KILLED = (
 import os, signal
 from mura_dist.inference import tables
 from mura_dist.inference.predict import PredictOptions
-from mura_dist.inference.onnx_model import _OnnxRuntime
-compute, where, at, notes = _OnnxRuntime.run, *sys.argv[4:]
+from mura_dist.inference.engine_onnxruntime import OnnxRuntime
+compute, where, at, notes = OnnxRuntime.run, *sys.argv[4:]
 def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)
 def count(self, image, outputs):
     with open(notes, "a") as file: file.write(f"{len(image)}\\n")
     return compute(self, image, outputs)
-_OnnxRuntime.run = count
+OnnxRuntime.run = count
 if where == "tables":
     tables.Studies.frames = die
 def progress(done, total):
@@ -655,7 +657,7 @@ def test_an_output_held_open_loses_nothing(
     assert len(said.splitlines()) == 1
     assert f"{tmp_path / 'out' / name} cannot be written (permission denied): close the program that holds it" in said
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
+    monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
     assert main(words) == DONE
     assert contents(tmp_path / "out") == many[1]
 
@@ -663,7 +665,7 @@ def test_an_output_held_open_loses_nothing(
 def test_a_model_that_gives_no_number_is_named(
     model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
+    monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
     with pytest.raises(Failure, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
         predict(model, layout, tmp_path)
 

@@ -28,17 +28,17 @@ import os, signal, sys, threading, time
 from mura_dist.cli.main import main
 from mura_dist.distributed import heartbeat
 from mura_dist.inference import predict
-from mura_dist.inference.onnx_model import _OnnxRuntime
+from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 predict.CHUNK, heartbeat.SILENCE_S, heartbeat.BEAT_S = {CHUNK}, 1.0, 0.1
 dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
-compute, seen, one = _OnnxRuntime.run, 0, threading.Lock()  # streams are threads
+compute, seen, one = OnnxRuntime.run, 0, threading.Lock()  # streams are threads
 def counted(self, image, outputs):
     global seen
     with one: seen += len(image)
     time.sleep(slow_s)
     if 0 <= dies_at < seen: os.kill(os.getpid(), signal.SIGKILL)
     return compute(self, image, outputs)
-_OnnxRuntime.run = counted
+OnnxRuntime.run = counted
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     print("predicted", seen, file=sys.stderr)

@@ -17,7 +17,8 @@ import pandas as pd
 
 from mura_dist.data import phantoms, radiograph
 from mura_dist.data.source.scan import scan
-from mura_dist.inference.onnx_model import Model, flowing
+from mura_dist.inference.engine import flowing
+from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import classification
 from mura_dist.metrics.comparison import compare
 

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from mura_dist.inference.onnx_model import Tuning, engine_of
+from mura_dist.inference.engine import Tuning
+from mura_dist.inference.onnx_model import engine_of
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 

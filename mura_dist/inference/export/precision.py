@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mura_dist.core.errors import Failure, Refusal, nearest
 from mura_dist.data.shards.reader import Damaged, Shards
-from mura_dist.inference.onnx_model import OPENVINO, Model, Tuning
+from mura_dist.inference.engine import OPENVINO, Tuning
+from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import classification
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
@@ -51,7 +52,7 @@ def check(precision: str) -> None:
             f"--precision {precision}{nearest(precision, PRECISIONS)}: must be one of {', '.join(PRECISIONS)}"
         )
     if precision == "bf16":
-        from mura_dist.inference.onnx_model import computes_bf16
+        from mura_dist.inference.engine_openvino import computes_bf16
 
         if not computes_bf16():
             raise Refusal(

@@ -14,7 +14,7 @@ from helpers.models import card_of, noise, tiny
 from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards.reader import Shards
-from mura_dist.inference import onnx_model
+from mura_dist.inference import engine_openvino
 from mura_dist.inference.export import precision as variants
 from mura_dist.inference.export.onnx import default_out, graph
 from mura_dist.inference.export.precision import LIMITS
@@ -147,7 +147,7 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed")
 def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
-    if not onnx_model.computes_bf16():
+    if not engine_openvino.computes_bf16():
         laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "no instructions for it", "--precision int8")
         return
     assert main(["export", str(copy), "--precision", "bf16", "--allow-change"]) == DONE

@@ -1,0 +1,85 @@
+"""What the engines that compute an exported model have in common: what they are asked for, and what they answer.
+
+provider, Tuning -> Engine: image (B, 1, S, S) uint8 -> the outputs asked for
+    cpu, cuda, tensorrt, ...  engine_onnxruntime.py        openvino  engine_openvino.py, an extra
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from mura_dist.core.errors import Failure
+from mura_dist.distributed import environment
+from mura_dist.distributed.processes import processors
+from mura_dist.models.card import Card
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
+OUTPUTS = ("logit", "activation_map")
+OPTIMISATIONS: dict[Literal["all", "extended"], str] = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+}  # ONNX Runtime's; all adds blocked layouts
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model is run. batch_size: radiographs at once; streams: batches in flight; threads: of all streams together,
+    on a CPU. None: a choice by the machine, the same on each start. Only `optimisation` moves fp32 logits, in their last bits."""
+
+    batch_size: int | None = None
+    streams: int | None = None
+    threads: int | None = None
+    optimisation: Literal["all", "extended"] = "all"
+
+    def settled(self, on_cpu: bool) -> "Tuning":
+        """With nothing left to choose."""
+        threads = self.threads or max(1, processors() // environment.ranks_here())
+        streams = self.streams or 1
+        return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
+
+
+def flowing(batch_size: int | None = None) -> Tuning:
+    """For many batches one after the other, before anything was measured: two in flight."""
+    threads = max(1, processors() // environment.ranks_here())
+    return Tuning(batch_size, min(2, threads), threads)
+
+
+def on_cpu(provider: str) -> bool:
+    """Tell whether a provider, as it is asked for, computes on the CPU."""
+    return provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower())
+
+
+class Engine(Protocol):
+    """What computes an ONNX file. `name` says which, `version` is the library's; `begin` comes before the first `run`, which may
+    be called from several threads at once."""
+
+    name: str
+    version: str
+
+    def metadata(self) -> str | None:
+        """Return the text that is the model's card, None where there is none."""
+
+    def begin(self, card: Card, name: str) -> None:
+        """Get ready to compute in the card's precision. Raises Refusal, which calls the file `name`, where it cannot."""
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]: ...
+
+
+def batch_failure(engine: str, image: np.ndarray, error: Exception) -> Failure:
+    """Say that a batch could not be computed, and what helps."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return Failure(
+        f"{engine} failed on a batch of {len(image)} ({reason}); if memory ran out, give a smaller --batch-size"
+    )
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again."""
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mura-dist"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mura-dist"

@@ -1,0 +1,192 @@
+"""ONNX Runtime: a session on the provider that was asked for, or Refusal; on a GPU bound to its memory.
+
+A provider that is not there is refused; nothing falls back to another one in silence.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import io
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+# Since 1.29 ONNX Runtime's Linux builds tell Microsoft of each session: the model's file name, its hashes, its graph. Asked for
+# by nobody here, and only this, before the import, keeps it from leaving a file among the temporary ones too.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import onnxruntime
+
+from mura_dist.core.errors import Refusal, nearest
+from mura_dist.distributed import environment
+from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, PROVIDERS, Tuning, batch_failure, cache_folder
+from mura_dist.models.card import KEY, Card
+
+onnxruntime.disable_telemetry_events()  # Windows' way, and whoever had imported it before
+
+ONNXRUNTIME: str = onnxruntime.__version__
+_FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
+
+
+class OnnxRuntime:
+    """A session of ONNX Runtime, bound to its device where that is a GPU."""
+
+    def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning) -> None:
+        self.session = _session(data, name, asked, tuning)
+        self.name: str = self.session.get_providers()[0]
+        self.version = ONNXRUNTIME
+        self.bound = self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"])
+        self.slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for _ in range(tuning.streams or 1 if self.bound else 0):
+            self.slots.put(_Slot(self.session))
+
+    def metadata(self) -> str | None:
+        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
+        return text
+
+    def begin(self, card: Card, name: str) -> None:
+        if card.precision == "bf16":
+            raise Refusal(
+                f"{name} is for bf16, which ONNX Runtime's {self.name} does not compute; OpenVINO does: --provider openvino"
+            )
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        try:
+            if not self.bound:
+                found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
+                return found
+            slot = self.slots.get()
+            try:
+                return slot.run(image, outputs)
+            finally:
+                self.slots.put(slot)
+        except Exception as error:  # as of a session: a dozen kinds
+            raise batch_failure(self.name, image, error) from error
+
+
+class _Slot:
+    """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.host: np.ndarray | None = None  # (most so far, 1, S, S)
+        self.device: dict[int, Any] = {}  # by number of images
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        number = len(image)
+        if self.host is None or len(self.host) < number or self.host.shape[1:] != image.shape[1:]:
+            self.host = _page_locked(image.shape, self.host)
+        if number not in self.device:
+            self.device[number] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                list(image.shape), np.uint8, "cuda", _device()
+            )
+        np.copyto(self.host[:number], image)
+        self.device[number].update_inplace(self.host[:number])
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("image", self.device[number])
+        for output in outputs:
+            binding.bind_output(output, "cuda", _device())
+        self.session.run_with_iobinding(binding)
+        found: list[np.ndarray] = binding.copy_outputs_to_cpu()
+        return found
+
+
+def _page_locked(shape: tuple[int, ...], instead_of: np.ndarray | None) -> np.ndarray:
+    """uint8 memory; plain memory, which is only slower, where CUDA does not lock it."""
+    memory = np.empty(shape, np.uint8)
+    with contextlib.suppress(OSError, AttributeError):
+        cuda = _cuda()
+        cuda.cudaSetDevice(ctypes.c_int(_device()))  # of this thread: another one's first GPU is not to be touched
+        if instead_of is not None:
+            cuda.cudaHostUnregister(ctypes.c_void_p(instead_of.ctypes.data))
+        cuda.cudaHostRegister(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(0))
+        cuda.cudaGetLastError()  # a refusal is forgotten, or the next to ask would take it for its own
+    return memory
+
+
+def _cuda() -> ctypes.CDLL:
+    """The CUDA runtime that ONNX Runtime has loaded."""
+    for name in ("libcudart.so.13", "libcudart.so.12"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    raise OSError("no CUDA runtime")
+
+
+def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.InferenceSession:
+    """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
+    provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
+    if provider not in available:
+        raise Refusal(
+            f"--provider {asked}{nearest(asked, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
+            "one of them, cpu, or openvino"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERROR
+    level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[tuning.optimisation])
+    options.graph_optimization_level = level
+    threads, streams = tuning.threads or 0, tuning.streams or 1
+    options.intra_op_num_threads = max(1, threads - streams + 1)  # each stream brings a thread of its own
+    if streams > 1:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take from the other streams
+    providers = [provider, PROVIDERS["cuda"]] if provider == PROVIDERS["tensorrt"] else [provider]
+    with _hushed() if provider != PROVIDERS["cpu"] else contextlib.nullcontext():
+        try:
+            session = onnxruntime.InferenceSession(
+                data, options, providers=[(each, _provider_options(each, data)) for each in providers]
+            )
+        except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            if provider != PROVIDERS["cpu"]:
+                raise Refusal(
+                    f"--provider {asked}: {provider} does not start on {name} ({reason}); give --provider cpu, or mend that"
+                ) from error
+            raise Refusal(
+                f"{name} is not an ONNX model that ONNX Runtime can load ({reason}); export it again"
+            ) from error
+    started = session.get_providers()
+    if started[0] != provider:
+        raise Refusal(
+            f"--provider {asked}: {provider} does not start here (driver, library or device is missing), "
+            f"{started[0]} does; give --provider cpu, or install what onnxruntime {ONNXRUNTIME} needs"
+        )
+    return session
+
+
+def _provider_options(provider: str, data: bytes) -> dict[str, str]:
+    if provider == PROVIDERS["cuda"]:
+        # TF32 keeps 3 digits of 7: logits would leave the parity gate's 1e-4. Algorithms chosen by timing differ between starts.
+        return {"device_id": str(_device()), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    if provider == PROVIDERS["tensorrt"]:
+        # A folder a model: TensorRT's provider tells engines apart by the graph's names, not by its weights.
+        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{ONNXRUNTIME}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        return {
+            "device_id": str(_device()),
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": "1",
+        }
+    return {}
+
+
+def _device() -> int:
+    """Which GPU: ranks of one machine take one each."""
+    here, num_here = environment.local_rank(), environment.ranks_here()
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return here % len(visible) if visible else here if num_here > 1 else 0
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Load the CUDA libraries of pip's nvidia packages; keep banners off the terminal, `_session` says it in a line."""
+    onnxruntime.set_default_logger_severity(_FATAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+                onnxruntime.preload_dlls()
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNING)

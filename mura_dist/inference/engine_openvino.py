@@ -1,0 +1,88 @@
+"""OpenVINO's own runtime, an extra: a model compiled for this CPU. The only engine that computes bf16."""
+
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mura_dist.core.errors import Refusal
+from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Tuning, batch_failure
+from mura_dist.models.card import KEY, Card
+
+
+def _openvino() -> Any:
+    """The package, without the one beside it that reports to its maker how it is used: a hospital's machine tells nobody.
+    Raises Refusal where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what it imports instead is a stub of its own
+    try:
+        import openvino
+    except ImportError as error:
+        raise Refusal(
+            "OpenVINO is not installed; pip install 'mura-dist[openvino]', or do without --provider openvino and --precision bf16"
+        ) from error
+    return openvino
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO finds instructions for bf16 here. Raises Refusal where it is not installed."""
+    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class OpenVino:
+    """A model compiled by OpenVINO for this CPU; a request a stream."""
+
+    def __init__(self, data: bytes, name: str, tuning: Tuning) -> None:
+        openvino = _openvino()
+        self.core, self.tuning, self.name = openvino.Core(), tuning, OPENVINO_CPU
+        self.version = str(openvino.__version__)
+        self.tensor_of, self.lock = openvino.Tensor, threading.Lock()
+        try:
+            self.model = self.core.read_model(data)
+        except Exception as error:  # plain RuntimeError, of many lines
+            raise Refusal(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
+        self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def metadata(self) -> str | None:
+        try:
+            return str(self.model.get_rt_info(["framework", KEY]).astype(str))
+        except Exception:  # no such key
+            return None
+
+    def begin(self, card: Card, name: str) -> None:
+        """Compile. Said in so many words, or it would take bf16 by itself wherever the processor has it."""
+        if card.precision == "bf16" and not computes_bf16():
+            raise Refusal(
+                f"{name} is for bf16, which this processor has no instructions for; give the fp32 or the int8 file"
+            )
+        self.compiled = self.core.compile_model(
+            self.model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": "bf16" if card.precision == "bf16" else "f32",
+                "NUM_STREAMS": self.tuning.streams or 1,
+                "INFERENCE_NUM_THREADS": self.tuning.threads or 0,
+            },
+        )
+        for _ in range(self.tuning.streams or 1):
+            self.requests.put(self.compiled.create_infer_request())
+        # All that is done once, before there are threads.
+        self.run(np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS)
+
+    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        request = self.requests.get()
+        try:
+            # What makes and reads tensors goes one thread at a time: two that began so at once waited for each other for ever,
+            # one with Python's lock, one with a lock of the library's.
+            with self.lock:
+                tensor = self.tensor_of(np.ascontiguousarray(image), shared_memory=True)
+                request.set_input_tensor(tensor)
+            request.infer()  # `tensor` lives until it is done
+            with self.lock:
+                return [np.array(request.get_tensor(name).data) for name in outputs]
+        except RuntimeError as error:
+            raise batch_failure(self.name, image, error) from error
+        finally:
+            self.requests.put(request)
