@@ -33,3 +33,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where something known is near, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def os_reason(error: OSError) -> str:
+    """Say why the system refused, for the middle of a line: `permission denied`."""
+    return (error.strerror or type(error).__name__).lower()

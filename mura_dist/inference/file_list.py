@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mura_dist.core.errors import os_reason
 from mura_dist.inference import scratch_db
 
 _FOLDERS = 64  # taken off the list at once
@@ -98,7 +99,7 @@ def _fill(
     directory: Path,
     leave_out: Path | None,
     found: Callable[[int], None],
-    sort_by: Callable[[bytes], bytes] = lambda path: path,
+    sort_by: Callable[[bytes], bytes],
 ) -> None:
     if leave_out is not None and leave_out.is_dir():
         _enter(table, leave_out)
@@ -127,7 +128,7 @@ def _look_into(table: sqlite3.Connection, directory: Path, folder: str) -> Itera
                 else:
                     yield _row(path, entry.path)
     except OSError as error:
-        reason = f"a folder that cannot be listed: {why(error)}"
+        reason = f"a folder that cannot be listed: {os_reason(error)}"
         yield os.fsencode(folder or "."), 0, "0", "unreadable", reason
 
 
@@ -163,7 +164,7 @@ def _row(path: str, whole: str) -> _Row:
     try:
         status = os.stat(whole)
     except OSError as error:
-        return name, 0, "0", "unreadable", f"cannot be opened: {why(error)}"
+        return name, 0, "0", "unreadable", f"cannot be opened: {os_reason(error)}"
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
         return name, 0, "0", "not_image", "a pipe, socket or device, not a file"
     return name, status.st_size, str(status.st_mtime_ns), None, None
@@ -176,10 +177,6 @@ def _file(row: _Row) -> File:
 
 def _failure(code: str | None, reason: str | None) -> tuple[str, str] | None:
     return None if code is None or reason is None else (code, reason)
-
-
-def why(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()
 
 
 def _number(table: sqlite3.Connection, size: int) -> tuple[int, str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
 
 PLACE = "MURA_DIST_SITE_KEY"
 COLUMNS = ("path", "pseudonym", "study", "study_pseudonym")
@@ -99,7 +99,7 @@ def site_key(*apart: Path) -> bytes:
         _check_mode(path, "site key")
         key = path.read_bytes()
     except OSError as error:
-        raise Refusal(f"site key {path}: {_why(error)}; {PLACE}=PATH names another file") from error
+        raise Refusal(f"site key {path}: {os_reason(error)}; {PLACE}=PATH names another file") from error
     if len(key) < _KEY_BYTES:
         raise Refusal(
             f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
@@ -135,10 +135,6 @@ def _same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return False
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()
 
 
 # ---- the way back

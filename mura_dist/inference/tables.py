@@ -20,10 +20,9 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import Failure, os_reason
 from mura_dist.inference import scratch_db
 from mura_dist.inference import studies as grouping
-from mura_dist.inference.file_list import why
 from mura_dist.metrics import calibration, classification
 from mura_dist.metrics.operating_points import STUDIES
 from mura_dist.models.card import Card
@@ -186,7 +185,7 @@ def replaced(path: Path) -> Iterator[None]:
         yield
     except (PermissionError, IsADirectoryError) as error:
         raise Failure(
-            f"{path} cannot be written ({why(error)}): close the program that holds it, or make its folder writable; "
+            f"{path} cannot be written ({os_reason(error)}): close the program that holds it, or make its folder writable; "
             "the predictions are kept, the same command goes on"
         ) from error
 
