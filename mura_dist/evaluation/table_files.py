@@ -6,7 +6,6 @@
 Nothing is guessed: a first line that is neither data nor a header that is known is refused.
 """
 
-import csv
 import hashlib
 import importlib.util
 import io
@@ -19,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from mura_dist.core.errors import Refusal, nearest
+from mura_dist.data.csv_lines import read_lines
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _MAX_SHOWN = 100  # characters of a cell in a message
@@ -113,12 +113,8 @@ def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
     other = next((mark for mark in ";\t" if mark in first and "," not in first), None)
     if other:
         raise Refusal(f"{name} separates its columns by {other!r}; save it with commas")
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except csv.Error as error:
-        raise Refusal(f"{name} line {reader.line_num} is no CSV ({error}); mend the line") from error
-    return [(number, cells) for number, cells in lines if any(cells)]
+    lines = read_lines(text, name, "mend the line", skipinitialspace=True, strict=True)
+    return [(number, [cell.strip() for cell in cells]) for number, cells in lines]
 
 
 def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:

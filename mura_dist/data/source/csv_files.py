@@ -3,15 +3,13 @@
 {split}_image_paths.csv: a path a line      {split}_labeled_studies.csv: study,label      -> Csvs
 """
 
-import csv
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mura_dist.core import storage
 from mura_dist.core.errors import Refusal
-from mura_dist.data import mura
+from mura_dist.data import csv_lines, mura
 from mura_dist.data.mura import Radiograph
 from mura_dist.data.source.files import FOLDERS, Tree
 
@@ -83,19 +81,11 @@ def lines_of(data: bytes, name: str) -> Iterator[tuple[int, list[str]]]:
 
     A header is a first line without a path and a label.
     """
-    text = io.StringIO(data.decode("utf-8-sig", errors="surrogateescape"), newline="")
-    reader, first = csv.reader(text), True
-    try:
-        for line in reader:
-            fields = [field.strip() for field in line]
-            if not any(fields):
-                continue
-            is_header = first and not any("/" in field or field in ("0", "1") for field in fields)
-            first = False
-            if not is_header:
-                yield reader.line_num, fields
-    except csv.Error as error:
-        raise Refusal(f"{name} line {reader.line_num} is no CSV ({error}); mend it, or delete it") from error
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    for place, (number, cells) in enumerate(csv_lines.read_lines(text, name, "mend it, or delete it")):
+        fields = [cell.strip() for cell in cells]
+        if place > 0 or any("/" in field or field in ("0", "1") for field in fields):
+            yield number, fields
 
 
 def path_and_rest(line: list[str]) -> tuple[str, list[str]]:
