@@ -9,11 +9,11 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 
-import pandas as pd
-
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, os_reason
 from mura_dist.data import mura
+from mura_dist.data.csv_lines import read_lines
 
 Given = str | Mapping[str, str] | None
 
@@ -28,17 +28,23 @@ def read(given: str | None) -> Given:
     if not (given.lower().endswith(".csv") or os.path.isfile(given)):
         return normal(given)
     try:
-        table = pd.read_csv(given, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        pairs = zip(table["path"], table["study_type"].map(normal), strict=True)
+        text = Path(given).read_bytes().decode("utf-8-sig")
+        header, *rows = [cells for _, cells in read_lines(text, given, "name its columns", strict=True)]
+        path_at, type_at = header.index("path"), header.index("study_type")
+        if any(len(cells) > len(header) for cells in rows):
+            raise ValueError("a line is longer than the header")
     except OSError as error:
-        why = (error.strerror or type(error).__name__).lower()
-        raise Refusal(f"--study-type {given}: {why}; give a study type, or a CSV of path,study_type") from error
-    except (KeyError, ValueError) as error:
+        raise Refusal(
+            f"--study-type {given}: {os_reason(error)}; give a study type, or a CSV of path,study_type"
+        ) from error
+    except ValueError as error:
         raise Refusal(
             f"--study-type {given}: not a CSV with the columns path and study_type; its first line names them"
         ) from error
     types: dict[str, str] = {}
-    for number, (path, study_type) in enumerate(pairs, start=1):
+    for number, cells in enumerate(rows, start=1):
+        filled = [*cells, *[""] * (len(header) - len(cells))]
+        path, study_type = filled[path_at], normal(filled[type_at])
         if types.setdefault(path, study_type) != study_type:
             raise Refusal(
                 f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "

@@ -1,0 +1,59 @@
+"""study_types.py: the table of --study-type; what becomes of its study types is in test_predict.py and test_pseudonyms.py."""
+
+from pathlib import Path
+
+import pytest
+
+from mura_dist.core.errors import Refusal
+from mura_dist.inference import study_types
+
+
+def test_a_table_as_people_save_it(tmp_path: Path) -> None:
+    path = tmp_path / "types.csv"
+    path.write_bytes(
+        '\ufeffnumber,path,study_type\r\n1," a, b.png",hand\r\n,,\r\n2,c.png\r\n\r\n3,d.png,Knee \r\n'.encode()
+    )
+    assert study_types.read(str(path)) == {" a, b.png": "XR_HAND", "c.png": "", "d.png": "Knee"}
+    path.write_text("path,study_type\n")
+    assert study_types.read(str(path)) == {}
+
+
+NO_TABLES = {
+    "empty": b"",
+    "blank": b"\n",
+    "another column": b"study_type,paths\nhand,a.png\n",
+    "no header": b"a.png,hand\n",
+    "semicolons": b"path;study_type\n",
+    "an open quote": b'path,study_type\n"a.png,hand\n',
+    "a longer line": b"path,study_type\na.png,hand,\n",
+    "Latin-1": b"path,study_type\n\xff,hand\n",
+    "UTF-16": "path,study_type\n".encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("data", NO_TABLES.values(), ids=NO_TABLES)
+def test_what_is_no_such_table_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "types.csv"
+    path.write_bytes(data)
+    with pytest.raises(Refusal) as refusal:
+        study_types.read(str(path))
+    wrong = "not a CSV with the columns path and study_type; its first line names them"
+    assert str(refusal.value) == f"--study-type {path}: {wrong}"
+
+
+def test_a_path_of_two_study_types_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "types.csv"
+    path.write_text("path,study_type\na,hand\nb,wrist\na,XR_HAND\nb,hand\n")
+    with pytest.raises(
+        Refusal, match=r"types\.csv: the path of radiograph 4 is both XR_WRIST and XR_HAND; leave one of"
+    ):
+        study_types.read(str(path))
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "types.csv"
+    path.mkdir()
+    with pytest.raises(
+        Refusal, match=r"^--study-type .*: is a directory; give a study type, or a CSV of path,study_type$"
+    ):
+        study_types.read(str(path))
