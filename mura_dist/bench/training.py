@@ -155,9 +155,25 @@ def kept_mb(network: Any, load: Load) -> float:
     """For the backward pass of one micro-batch under bf16 autocast, a radiograph."""
     import torch
 
-    from mura_dist.training.micro_batch import kept_bytes
-
     image = torch.from_numpy(load.pixels()[0]).to(device())
     given = image if hasattr(network, "mean") else normalised(image).to(memory_format=torch.channels_last)
     with torch.autocast(device().type, torch.bfloat16):
         return kept_bytes(network.to(memory_format=torch.channels_last).train(), given) / load.batch / 1e6
+
+
+def kept_bytes(network: Any, image: Any) -> int:
+    """Return the bytes that `network(image)` keeps for the backward pass, without its parameters and buffers."""
+    import torch
+
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, Any] = {}  # holding it, so that no other storage comes to lie in its place
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(image)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -68,7 +68,7 @@ class Settings(BaseModel):
     micro_batch: Annotated[int, BeforeValidator(_number_or_auto)] = Field(
         8,
         description="radiographs a rank forwards at once: BatchNorm's group, at least 2; auto: the largest that fits on "
-        "every rank, tried once and written into the run",
+        "every rank, tried once and written into the run; on a CPU 8, or the next smaller that cuts global_batch evenly",
     )
 
     flip: bool = Field(True, description="flip left-right with probability 1/2")

@@ -50,9 +50,9 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
         if ranks.any(finished):
             return run.status()["summary"]
         start.agree(plan, ranks)
-        run, plan = start.with_micro_batch(run, plan, ranks)
+        run, plan, note = start.with_micro_batch(run, plan, ranks)
         try:
-            summary = _train(run, plan, ranks, stop, quiet=quiet)
+            summary = _train(run, plan, ranks, stop, note=note, quiet=quiet)
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
             if micro_batch.is_exhausted(error):
                 raise Failure(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
@@ -63,7 +63,7 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: bool) -> dict[str, Any]:
+def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, note: str, quiet: bool) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = Targets.of(shards, weighted=settings.loss_weights == "study_type")
     saved = start.resume_point(run, ranks)
@@ -84,7 +84,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, quiet: 
         tensorboard=settings.tensorboard,
     )
     with journal, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
-        journal.say(start.introduction(plan, ranks, loading, state))
+        journal.say(start.introduction(plan, ranks, loading, state) + note)
         Training(plan, engine, state, loading, journal, ranks, stop, writer).loop()
         writer.flush()
         return _summary(run, plan, state, journal)

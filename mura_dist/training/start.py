@@ -85,15 +85,17 @@ def agree(plan: Plan, ranks: World) -> None:
         )
 
 
-def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan]:
-    """Settle micro_batch=auto: the micro-batch the run began with, or the one that fits."""
+def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str]:
+    """Settle micro_batch=auto: the micro-batch the run began with, or the one that fits. Also returns what the log says of it."""
     if run.settings.micro_batch != AUTO:
-        return run, plan
+        return run, plan, ""
     begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
     plan = plan.with_micro_batch(begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks))
     if ranks.is_first:
         run.check_deepspeed(plan.deepspeed)
-    return Run(run.folder, plan.settings), plan
+    on_cpu = not begun and ranks.device.type == "cpu"
+    note = "; micro_batch=auto is 8 on a CPU, or the next smaller that cuts the global batch evenly over the ranks"
+    return Run(run.folder, plan.settings), plan, note if on_cpu else ""
 
 
 def resume_point(run: Run, ranks: World) -> Checkpoint | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import laws
 from helpers.commands import run as command
 from PIL import Image
@@ -27,6 +28,7 @@ from mura_dist import bench
 from mura_dist.bench import Load, Options, clock, encodings, footprint, peers, pipeline, plots, workload
 from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
+from mura_dist.bench.training import kept_bytes
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.convert import convert
@@ -485,3 +487,8 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
         "folder.png": ("a folder", "give a file in a folder that is there"),
     }.items():
         laws.refusal(capsys, ["bench", "shards", "--plot", tmp_path / name], f"--plot {tmp_path / name}", *words)
+
+
+def test_what_is_kept_leaves_out_the_weights() -> None:
+    linear, image = torch.nn.Linear(100, 1, bias=False), torch.ones(3, 100, requires_grad=True)
+    assert kept_bytes(linear, image) == 3 * 100 * 4

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import laws
-from helpers.commands import BIN, TINY, run, train
+from helpers.commands import BIN, TINY, run, torchrun, train
 from helpers.runs import equal, losses, steps_an_epoch, tensors
 
 from mura_dist.data.shards.reader import Shards
@@ -238,13 +238,15 @@ def test_the_best_are_kept_for_an_ensemble(shard_folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_largest_micro_batch_that_fits_is_written_into_the_run(shard_folder: Path, tmp_path: Path) -> None:
-    result = train(2, shard_folder, tmp_path / "run", "micro_batch=auto", "epochs=1")
+def test_a_micro_batch_of_auto_is_written_into_the_run(shard_folder: Path, tmp_path: Path) -> None:
+    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "micro_batch=auto", "epochs=1")
+    result = torchrun(2, "mura_dist.train", *words)
     assert result.returncode == 0, result.stderr
+    assert "micro_batch=auto is 8 on a CPU" in result.stderr
     assert Run.load(tmp_path / "run").settings.micro_batch == 6, "12 on 2 ranks"
     again = train(1, shard_folder, tmp_path / "run", "micro_batch=auto", "epochs=2")
     assert again.returncode == 0, again.stderr
-    assert Run.load(tmp_path / "run").settings.micro_batch == 6, "what the run found when it began"
+    assert Run.load(tmp_path / "run").settings.micro_batch == 6, "what the run began with"
     assert len(losses(tmp_path / "run")) == 16
 
 

@@ -13,6 +13,8 @@ from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import micro_batch
 
+SIZES = (24, 12, 8, 6, 4, 3, 2)
+
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[World]:
@@ -49,22 +51,18 @@ class Limited(nn.Module):
 @pytest.mark.parametrize(("limit", "found"), [(100, 24), (11, 8), (2, 2)])
 def test_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, alone: World, limit: int, found: int) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(limit))
-    assert micro_batch.fitting_micro_batch(settings(), 64, alone) == found
+    assert micro_batch.largest_that_fits(settings(), 64, SIZES, alone) == found
 
 
-def test_a_cpu_is_reckoned_before_it_is_tried(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
-    """Free memory for ten radiographs' activations, twice over: eight at once."""
-    with torch.autocast("cpu", torch.bfloat16):
-        each = micro_batch.kept_bytes(build("tiny").train(), torch.zeros(2, 1, 64, 64, dtype=torch.uint8)) / 2
-    assert 64 * 64 < each < 1e6
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda: round(10 * each * 2 / 0.8) + 1)
-    assert micro_batch.fitting_micro_batch(settings(), 64, alone) == 8
+@pytest.mark.parametrize(("batch", "found"), [(24, 8), (12, 6), (36, 6), (22, 2), (11, 11)])
+def test_a_cpu_takes_eight_or_the_next_smaller_that_cuts_evenly(alone: World, batch: int, found: int) -> None:
+    assert micro_batch.fitting_micro_batch(settings(global_batch=batch), 64, alone) == found
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
-    monkeypatch.setattr(micro_batch, "_free_bytes", lambda: 0)
+    monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(1))
     with pytest.raises(CommonFailure, match="not even 2 radiographs of 64 px fit"):
-        micro_batch.fitting_micro_batch(settings(), 64, alone)
+        micro_batch.largest_that_fits(settings(), 64, SIZES, alone)
     with pytest.raises(Refusal, match=r"global_batch=1 cannot be cut .* the nearest is global_batch=2"):
         micro_batch.fitting_micro_batch(settings(global_batch=1), 64, alone)
 
@@ -73,12 +71,6 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, alon
     def broken(architecture: str) -> nn.Module:
         raise RuntimeError("a fault of the test")
 
-    monkeypatch.setattr(micro_batch, "_plausible", lambda settings, size, sizes, world: sizes)
     monkeypatch.setattr(micro_batch, "build", broken)
     with pytest.raises(RuntimeError, match="a fault of the test"):
-        micro_batch.fitting_micro_batch(settings(), 64, alone)
-
-
-def test_what_is_kept_leaves_out_the_weights() -> None:
-    linear, image = nn.Linear(100, 1, bias=False), torch.ones(3, 100, requires_grad=True)
-    assert micro_batch.kept_bytes(linear, image) == 3 * 100 * 4
+        micro_batch.largest_that_fits(settings(), 64, SIZES, alone)
