@@ -26,7 +26,7 @@ import numpy as np
 
 from mura_dist import __version__
 from mura_dist.core import storage
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
 from mura_dist.core.storage import Place, Where
 from mura_dist.data import mura, radiograph
 from mura_dist.data.manifest import Manifest, cut_tune
@@ -350,8 +350,7 @@ _TOO_LARGE = radiograph.Unreadable("too_large", f"the file is larger than {radio
 def _told(place: Place, name: str, content: bytes | OSError) -> bytes | radiograph.Unreadable:
     """What is wrong with a file is its row's business, what is wrong with the way to it ends the conversion."""
     if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
-        why = (content.strerror or type(content).__name__).lower()
-        return radiograph.Unreadable("unreadable", f"cannot be opened: {why}")
+        return radiograph.Unreadable("unreadable", f"cannot be opened: {os_reason(content)}")
     if isinstance(content, OSError):
         raise Failure(f"{place}/{name}: {content}; the finished shards stay, the same command goes on") from content
     return content
