@@ -1,0 +1,39 @@
+"""The recorded duration of every test, which orders them (conftest.py).
+
+    python tests/helpers/durations.py < LOG > tests/durations.tsv
+
+LOG is what `pytest --durations=0 --durations-min=0.05` printed; the table's head says where and how it was made.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+TABLE = Path(__file__).resolve().parents[1] / "durations.tsv"
+LINE = re.compile(r"\s*(\d+\.\d+)s (setup|call|teardown)\s+(\S+::.*?)(@[^@\]]*)?$")
+
+
+def read() -> Counter[str]:
+    """Return the seconds of each test, its setup and teardown included."""
+    seconds: Counter[str] = Counter()
+    for line in TABLE.read_text().splitlines():
+        if not line.startswith("#"):
+            duration, _, test = line.split("\t")
+            seconds[test] += float(duration)
+    return seconds
+
+
+def table(log: str) -> str:
+    """Return the table of a log: the seconds of each file as comments, then those of each phase of each test."""
+    lines = [match.groups() for line in log.splitlines() if (match := LINE.match(line))]
+    files: Counter[str] = Counter()
+    for seconds, _, test, _ in lines:
+        files[test.partition("::")[0]] += float(seconds)
+    totals = [f"# {seconds:.1f}\t{file}" for file, seconds in files.most_common()]
+    rows = [f"{seconds}\t{phase}\t{test}" for seconds, phase, test, _ in lines if float(seconds) >= 0.05]
+    return "\n".join([*totals, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table(sys.stdin.read()))
