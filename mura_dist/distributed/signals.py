@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: an event is set, the loop saves at a step boundary and leaves."""
+"""Signals that ask a run or a prediction to stop: an event is set, the loop saves at a step or chunk boundary and leaves."""
 
 import contextlib
 import signal
@@ -13,31 +13,38 @@ _IMPATIENT_S = 2.0  # launchers send SIGINT and SIGTERM in one breath; a person'
 
 
 @contextlib.contextmanager
-def asked_to_stop(also: str) -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT, or the signal named `also` sets. A second SIGINT, two seconds on: KeyboardInterrupt.
+def asked_to_stop(also: str | None = None, *, patience_s: float = _IMPATIENT_S) -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM, SIGINT, or the signal named `also` sets; in another thread than the main one none does.
+
+    A second SIGINT, `patience_s` after the first signal, raises KeyboardInterrupt; other signals are heard once. Without patience
+    (0) a second signal of any kind does what it always did.
 
     Raises Refusal where there is no signal of that name.
     """
     event, first_s = threading.Event(), [0.0]
+    numbers = {signal.SIGTERM, signal.SIGINT} | ({_number(also)} if also is not None else set())
 
     def handle(number: int, frame: object) -> None:
         now = time.monotonic()
-        if event.is_set() and number == signal.SIGINT and now - first_s[0] > _IMPATIENT_S:
+        if event.is_set() and number == signal.SIGINT and now - first_s[0] > patience_s > 0:
             raise KeyboardInterrupt
         if not event.is_set():
             first_s[0] = now
             event.set()
+        if not patience_s:
+            signal.signal(number, before[number])
 
-    numbers = {signal.SIGTERM, signal.SIGINT, _number(also)}
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield event
         return
-    before = {number: signal.signal(number, handle) for number in numbers}
+    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield event
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def at_once() -> contextlib.AbstractContextManager[None]:

@@ -17,19 +17,18 @@ and makes itself what a rank that fell silent has left undone. Nobody talks to a
 import contextlib
 import importlib.util
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mura_dist import __version__
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data import gate
 from mura_dist.distributed import environment, worker_pool
+from mura_dist.distributed.signals import asked_to_stop
 from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, file_list, pseudonyms, study_types, tables
 from mura_dist.inference import studies as grouping
@@ -94,7 +93,7 @@ def predict(
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
         with (
-            _stop_asked() as stop,
+            asked_to_stop(patience_s=0) as stop,
             folder.locked(stop),
             _walked(directory, folder, names, options.keytable, stop, progress) as files,
         ):
@@ -298,25 +297,3 @@ def _check_strict(summary: dict[str, Any], out: Path, options: PredictOptions) -
             f"--strict: {summary['num_failures']} of {summary['num_files']} files failed, "
             f"{out}/failures.{options.format} says why; mend or remove them and give another --out, or leave --strict out"
         )
-
-
-@contextlib.contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets. The second signal does what it always did."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield asked
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {
-        number: signal.signal(number, ask) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
