@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, check_checkpoint, quiet_option
+from mura_dist.cli.options import a_path, a_place, quiet_option
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
 
 @click.command(short_help="Measure a run, an ensemble or an exported model on a split.")
-@click.argument("target", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
+@click.argument("path", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
 @click.argument("shards", type=a_place)
 @click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
 @click.option(
@@ -48,7 +48,7 @@ from mura_dist.distributed import environment
 )
 @quiet_option
 def evaluate(
-    target: Path,
+    path: Path,
     shards: Path | str,
     split: str,
     which: str,
@@ -67,39 +67,37 @@ def evaluate(
     """
     from rich.console import Console
 
-    from mura_dist.evaluation.evaluate import Asked, evaluate_list, evaluate_run
+    from mura_dist.evaluation.evaluate import Asked, evaluate_target
     from mura_dist.evaluation.gallery import Wanted
     from mura_dist.metrics.operating_points import operating_point as named
     from mura_dist.metrics.summary import summary_table
-    from mura_dist.models.model_list import is_list, report_folder
+    from mura_dist.models.target import Target
 
+    target = Target.parse(path)
     if split not in mura.SPLITS:
         raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     if prevalence is not None and not 0 < prevalence < 1:
         raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
-    if provider != "cpu" and (is_list(target) or not target.is_file()):
-        raise Refusal(f"--provider {provider}: {target} is no ONNX file, torch computes it; leave --provider out")
-    say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
+    if provider != "cpu" and target.kind != "onnx":
+        raise Refusal(f"--provider {provider}: {path} is no ONNX file, torch computes it; leave --provider out")
     point = named(operating_point) if operating_point is not None else None
+    if out is None and target.kind == "onnx":
+        raise Refusal(f"{path} is a file, so --out is needed; give --out DIR for the report")
+    target.check_checkpoint(which)
+    out = out or target.report_folder
+    say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
     asked = Asked(point, prevalence, Wanted() if with_gallery else None)
-    if is_list(target):
-        check_checkpoint(which, f"{target} is a list of chosen checkpoints")
-        out = out or report_folder(target)
-        measured = evaluate_list(target, shards, split=split, out=out, asked=asked, say=say)
-    elif target.is_file():
+    if target.kind == "onnx":
         from mura_dist.evaluation.exported import evaluate_onnx
 
-        if out is None:
-            raise Refusal(f"{target} is a file, so --out is needed; give --out DIR for the report")
-        check_checkpoint(which, f"{target} is one exported checkpoint")
         measured = evaluate_onnx(target, shards, split=split, out=out, asked=asked, provider=provider, say=say)
     else:
-        measured = evaluate_run(target, shards, split=split, which=which, out=out, asked=asked, say=say)
+        measured = evaluate_target(target, shards, split=split, which=which, out=out, asked=asked, say=say)
     if environment.is_first():
         click.echo(summary_table(measured))
-        click.echo(f"report: {(out or target) / 'report.html'}")
+        click.echo(f"report: {out / 'report.html'}")
         if asked.gallery is not None:
-            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {(out or target) / 'gallery.html'}")
+            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {out / 'gallery.html'}")
 
 
 @click.command(short_help="Score a file of predictions against labels.")

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, check_checkpoint, progress_bar, quiet_option
+from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
 
 @click.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")
-@click.argument("target", metavar="RUN_OR_LIST", type=a_path)
+@click.argument("path", metavar="RUN_OR_LIST", type=a_path)
 @click.option(
     "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
 )
@@ -39,7 +39,7 @@ from mura_dist.distributed import environment
 )
 @quiet_option
 def export(
-    target: Path,
+    path: Path,
     which: str,
     out: Path | None,
     precision: str,
@@ -59,18 +59,13 @@ def export(
     """
     from rich.console import Console
 
-    from mura_dist.inference.export.onnx import Asked, default_out, export_list, export_run
-    from mura_dist.models.model_list import exported, is_list
+    from mura_dist.inference.export.onnx import Asked, default_out, export_target
+    from mura_dist.models.target import Target
 
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
-    asked = Asked(precision, shards, allow_change, triton)
-    if is_list(target):
-        check_checkpoint(which, f"{target} is a list of chosen checkpoints")
-        out = out or default_out(exported(target), precision)
-        facts = export_list(target, out=out, asked=asked, say=say)
-    else:
-        out = out or default_out(target / "model.onnx", precision)
-        facts = export_run(target, which=which, out=out, asked=asked, say=say)
+    target = Target.parse(path)
+    out = out or default_out(target, precision)
+    facts = export_target(target, which=which, out=out, asked=Asked(precision, shards, allow_change, triton), say=say)
     click.echo(
         f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
         f"{_compared(facts, precision)}; {mura.TERMS}"
@@ -83,7 +78,7 @@ def export(
         click.echo(f"no calibrated probability: {facts['no_calibration']}")
     if not facts["num_thresholds"]:
         click.echo(
-            f"no threshold: predictions will have no call; first run `mura-dist evaluate {target} SHARDS`, then export again"
+            f"no threshold: predictions will have no call; first run `mura-dist evaluate {path} SHARDS`, then export again"
         )
 
 

@@ -68,8 +68,3 @@ class WithSettings(click.Command):
         from mura_dist.core import config
 
         formatter.write(f"\nSettings, in the recipe and as key=value alike:\n{config.help_text()}\n")
-
-
-def check_checkpoint(which: str, why: str) -> None:
-    if which != "best":
-        raise Refusal(f"--checkpoint {which}: {why}; leave --checkpoint out, or give the run")

@@ -36,6 +36,7 @@ from mura_dist.evaluation.gallery import Wanted
 from mura_dist.metrics import calibration, classification
 from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, Points, chosen
 from mura_dist.metrics.summary import curves, measure, subgroups
+from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
 from mura_dist.training.metrics_log import read
 from mura_dist.training.run import environment
@@ -59,8 +60,8 @@ class Asked:
     gallery: Wanted | None = None
 
 
-def evaluate_run(
-    folder: Path,
+def evaluate_target(
+    target: Target,
     shards_folder: Where,
     *,
     split: str = "valid",
@@ -69,31 +70,23 @@ def evaluate_run(
     asked: Asked = Asked(),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Evaluate a run's checkpoint on a split; writes into `out` (default: the run) and returns metrics.json's content."""
-    weights = Weights.of_run(folder, which)
-    _check_out(out, folder)
-    facts = {"title": folder.name, "history": read(folder / "metrics.jsonl")}
-    return _evaluate(weights, shards_folder, split=split, out=out or folder, facts=facts, asked=asked, say=say)
+    """Evaluate a run's checkpoint, or a list's ensemble, on a split; returns metrics.json's content.
+
+    Writes into `out`, by default the run, or the folder of the list's name. Raises Refusal where a member of the list is not
+    what it was, or `out` is another run.
+    """
+    weights = Weights.of_target(target, which)
+    out = out or target.report_folder
+    _check_out(out, target)
+    facts: dict[str, Any] = {"title": target.path.stem}
+    if target.kind == "run":
+        facts = {"title": target.path.name, "history": read(target.path / "metrics.jsonl")}
+    return _evaluate(weights, shards_folder, split=split, out=out, facts=facts, asked=asked, say=say)
 
 
-def evaluate_list(
-    path: Path,
-    shards_folder: Where,
-    *,
-    out: Path,
-    split: str = "valid",
-    asked: Asked = Asked(),
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """The same of a model list's ensemble. Refusal where a member is not what it was, or `out` is a run."""
-    weights = Weights.of_list(path)
-    _check_out(out)
-    return _evaluate(weights, shards_folder, split=split, out=out, facts={"title": path.stem}, asked=asked, say=say)
-
-
-def _check_out(out: Path | None, run: Path | None = None) -> None:
-    """Before anything is measured: nothing that somebody else wrote is written over. `run`: the one that is evaluated."""
-    if out is None or (run is not None and out.resolve() == run.resolve()):
+def _check_out(out: Path, target: Target) -> None:
+    """Before anything is measured: nothing that somebody else wrote is written over; the run that is evaluated may be."""
+    if target.kind == "run" and out.resolve() == target.path.resolve():
         return
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; give a folder")
@@ -193,6 +186,7 @@ def odds_shift(weights: Weights, shards: Shards) -> dict[str, float]:
 
 
 def evaluate_scores(
+    target: Target,
     score: Callable[[np.ndarray], np.ndarray],
     shards: Shards,
     *,
@@ -209,7 +203,7 @@ def evaluate_scores(
 
     points: those of its card; nothing else is fitted or used. shown: the same model with its maps, for the gallery.
     """
-    _check_out(out)
+    _check_out(out, target)
     rows, started = shards.rows(split), time.perf_counter()
     shards.require(split)
     blank = np.zeros((shards.size, shards.size), np.uint8)

@@ -16,10 +16,11 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import saliency
 from mura_dist.evaluation.evaluate import Asked, evaluate_scores
 from mura_dist.inference.onnx_model import Model
+from mura_dist.models.target import Target
 
 
 def evaluate_onnx(
-    path: Path,
+    target: Target,
     shards_folder: Where,
     *,
     split: str,
@@ -29,6 +30,7 @@ def evaluate_onnx(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluate an exported model on a split; writes into `out` and returns metrics.json's content."""
+    path = target.path
     shards, model = Shards.open(shards_folder), Model.load(path, provider)
     if shards.size != model.size:
         raise Refusal(
@@ -46,6 +48,7 @@ def evaluate_onnx(
     }
     name = f"{path.name} {card.checkpoint}"
     return evaluate_scores(
+        target,
         model.logits,
         shards,
         split=split,

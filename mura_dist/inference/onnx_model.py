@@ -20,6 +20,7 @@ from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
 from mura_dist.models import model_list
 from mura_dist.models.card import Card
+from mura_dist.models.target import Target
 
 
 class Model:
@@ -36,16 +37,18 @@ class Model:
         there, not ONNX or not ours, for a list that was not exported, for a provider that does not start, and for one
         that cannot compute in the file's precision.
         """
-        if model_list.is_list(path):
-            return cls._of_list(path, provider, tuning)
-        if not path.is_file():
+        target = Target.parse(path)
+        if target.kind == "list":
+            return cls._of_list(target, provider, tuning)
+        if target.kind == "run":
             what = "a folder" if path.is_dir() else "no such file"
             raise Refusal(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
         return cls.from_bytes(path.read_bytes(), str(path), provider, tuning)
 
     @classmethod
-    def _of_list(cls, path: Path, provider: str, tuning: Tuning | None) -> "Model":
-        listed, file = model_list.ModelList.load(path), model_list.exported(path)
+    def _of_list(cls, target: Target, provider: str, tuning: Tuning | None) -> "Model":
+        path, file = target.path, target.onnx_file
+        listed = model_list.ModelList.load(path)
         remedy = f"export it first: mura-dist export {path}"
         if not file.is_file():
             raise Refusal(f"{path} is a list of checkpoints and {file} is not there; {remedy}")

@@ -48,21 +48,6 @@ class ModelList(BaseModel):
         )
 
 
-def is_list(path: Path) -> bool:
-    """By its name; whether it is one inside, `ModelList.load` finds."""
-    return path.suffix.lower() == SUFFIX and not path.is_dir()
-
-
-def exported(path: Path) -> Path:
-    """Where the ONNX file of the list `path` lies if nothing else was said."""
-    return path.with_suffix(".onnx")
-
-
-def report_folder(path: Path) -> Path:
-    """Where the evaluation of the list `path` goes if nothing else was said."""
-    return path.with_suffix("")
-
-
 def same(some: Iterable[Member], others: Iterable[Member]) -> bool:
     """Whether both are the same weights, in whatever order and wherever they lie."""
     return sorted(one.sha256 for one in some) == sorted(one.sha256 for one in others)

@@ -18,6 +18,7 @@ from mura_dist.models.card import Member
 from mura_dist.models.densenet import build
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.model_list import ModelList
+from mura_dist.models.target import Target
 from mura_dist.training import checkpoint
 from mura_dist.training.checkpoint import Checkpoint
 from mura_dist.training.run import Run
@@ -33,6 +34,14 @@ class Weights:
     runs: tuple[Run, ...]
     checkpoints: tuple[Checkpoint, ...]
     members: tuple[Member, ...] = ()
+
+    @classmethod
+    def of_target(cls, target: Target, which: str) -> "Weights":
+        """Those of a run's checkpoint `which`, or of a model list, which has its own."""
+        if target.kind != "list":
+            return cls.of_run(target.path, which)
+        target.check_checkpoint(which)
+        return cls.of_list(target.path)
 
     @classmethod
     def of_run(cls, folder: Path, which: str) -> "Weights":

@@ -28,9 +28,10 @@ from mura_dist.training.weights import Weights
 EVALUATE = """
 import sys
 from pathlib import Path
-from mura_dist.evaluation.evaluate import evaluate_run
+from mura_dist.evaluation.evaluate import evaluate_target
+from mura_dist.models.target import Target
 run, shards, out = map(Path, sys.argv[1:4])
-evaluate_run(run, shards, split="valid", which="last", out=out)
+evaluate_target(Target.parse(run), shards, split="valid", which="last", out=out)
 """
 
 

@@ -35,10 +35,10 @@ from mura_dist.inference.export import int8, triton
 from mura_dist.inference.export import precision as variants
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics.operating_points import PAPER, Points
-from mura_dist.models import model_list
 from mura_dist.models.card import KEY, PRODUCER, Card, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
+from mura_dist.models.target import Target
 from mura_dist.training.weights import Weights
 
 OPSET = 18
@@ -64,34 +64,25 @@ def _silent(line: str) -> None:
     """For callers that want no words."""
 
 
-def export_run(
-    run_folder: Path, *, which: str, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
+def export_target(
+    target: Target, *, which: str, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
 ) -> dict[str, Any]:
-    """Export a checkpoint (best, last or step-N) of a run to `out`; returns what was measured, and the checkpoint's name.
+    """Export a checkpoint (best, last or step-N) of a run, or the members of a list, which average their probabilities.
 
-    The card carries the run's metrics.json, and what was fitted on tune, where it is of this very checkpoint on `valid` of the
-    run's own shards; only study types measured there, with both classes, get a threshold. Raises Refusal where there is no
-    such run or checkpoint, or where the files cannot go, Failure where the gate stays shut.
+    Writes `out` and returns what was measured, and the checkpoint's name. The card carries the metrics.json that `evaluate`
+    wrote, and what was fitted on tune, where it is of these very weights on `valid` of their own shards; only study types
+    measured there, with both classes, get a threshold. Of a list it is looked for beside it, too. Raises Refusal where there
+    is no such run, list or checkpoint, or where the files cannot go, Failure where the gate stays shut.
     """
     _check(out, asked)
-    weights = Weights.of_run(run_folder, which)
-    return _export(weights, _measured(weights, [run_folder]), out, asked, say)
+    weights = Weights.of_target(target, which)
+    beside = [target.path.parent] if target.kind == "list" else []
+    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, asked, say)
 
 
-def export_list(
-    path: Path, *, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
-) -> dict[str, Any]:
-    """The same of a model list: one file with all members inside, which averages their probabilities.
-
-    Its metrics.json is looked for where `evaluate` writes it, then beside the list.
-    """
-    _check(out, asked)
-    weights = Weights.of_list(path)
-    return _export(weights, _measured(weights, [model_list.report_folder(path), path.parent]), out, asked, say)
-
-
-def default_out(plain: Path, precision: str) -> Path:
-    """Where a file in `precision` goes, by where the fp32 one does."""
+def default_out(target: Target, precision: str) -> Path:
+    """Where the file of `target` in `precision` goes."""
+    plain = target.onnx_file
     return plain if precision == "fp32" else plain.with_name(f"{plain.stem}-{precision}{plain.suffix}")
 
 

@@ -1,0 +1,49 @@
+"""target.py: run, list or ONNX file by the path alone, and where their results go."""
+
+from pathlib import Path
+
+import pytest
+
+from mura_dist.core.errors import Refusal
+from mura_dist.models.target import Target
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("run", "run.json"):
+        (tmp_path / name).mkdir()
+    for name in ("model.onnx", "list.json", "labels.csv"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("run", "run"),
+        ("run.json", "run"),
+        ("none", "run"),
+        ("none.onnx", "run"),
+        ("list.json", "list"),
+        ("none.JSON", "list"),
+        ("model.onnx", "onnx"),
+        ("labels.csv", "onnx"),
+    ],
+)
+def test_kind(name: str, kind: str, folder: Path) -> None:
+    assert Target.parse(folder / name).kind == kind
+
+
+def test_default_outputs(folder: Path) -> None:
+    run, members = Target.parse(folder / "run"), Target.parse(folder / "list.json")
+    assert (run.report_folder, run.onnx_file) == (folder / "run", folder / "run" / "model.onnx")
+    assert (members.report_folder, members.onnx_file) == (folder / "list", folder / "list.onnx")
+
+
+def test_checkpoint_is_of_a_run_alone(folder: Path) -> None:
+    Target.parse(folder / "run").check_checkpoint("last")
+    for name, what in (("list.json", "a list of chosen checkpoints"), ("model.onnx", "one exported checkpoint")):
+        target = Target.parse(folder / name)
+        target.check_checkpoint("best")
+        with pytest.raises(Refusal, match=rf"^--checkpoint last: .*{name} is {what}; leave --checkpoint out, or give"):
+            target.check_checkpoint("last")
