@@ -67,8 +67,8 @@ def evaluate(
     """
     from rich.console import Console
 
-    from mura_dist.evaluation.evaluate import Asked, evaluate_target
-    from mura_dist.evaluation.gallery import Wanted
+    from mura_dist.evaluation.evaluate import evaluate_target
+    from mura_dist.evaluation.subject import EvaluateOptions, GalleryOptions
     from mura_dist.metrics.operating_points import operating_point as named
     from mura_dist.metrics.summary import summary_table
     from mura_dist.models.target import Target
@@ -86,17 +86,17 @@ def evaluate(
     target.check_checkpoint(which)
     out = out or target.report_folder
     say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
-    asked = Asked(point, prevalence, Wanted() if with_gallery else None)
+    options = EvaluateOptions(out, split, point, prevalence, GalleryOptions() if with_gallery else None)
     if target.kind == "onnx":
         from mura_dist.evaluation.exported import evaluate_onnx
 
-        measured = evaluate_onnx(target, shards, split=split, out=out, asked=asked, provider=provider, say=say)
+        measured = evaluate_onnx(target, shards, options, provider=provider, say=say)
     else:
-        measured = evaluate_target(target, shards, split=split, which=which, out=out, asked=asked, say=say)
+        measured = evaluate_target(target, shards, options, which=which, say=say)
     if environment.is_first():
         click.echo(summary_table(measured))
         click.echo(f"report: {out / 'report.html'}")
-        if asked.gallery is not None:
+        if with_gallery:
             click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {out / 'gallery.html'}")
 
 

@@ -1,35 +1,38 @@
-"""Evaluate an ONNX file.
+"""Evaluate an ONNX file, in one process.
 
-    ONNX file, folder of shards -> inference's Model, Shards -> evaluate.evaluate_scores -> what an evaluation writes
+    ONNX file, folder of shards -> logits of the split's radiographs -> results.write
 
 Nothing is fitted: calibration and thresholds are those of the card.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
-from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation import saliency
-from mura_dist.evaluation.evaluate import Asked, evaluate_scores
+from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.evaluation import results
+from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.inference.onnx_model import Model
 from mura_dist.models.target import Target
+from mura_dist.training.validation import Scores
+
+_BATCH = 16
 
 
 def evaluate_onnx(
     target: Target,
     shards_folder: Where,
+    options: EvaluateOptions,
     *,
-    split: str,
-    out: Path,
-    asked: Asked,
     provider: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Evaluate an exported model on a split; writes into `out` and returns metrics.json's content."""
+    """Evaluate an exported model on a split; returns metrics.json's content."""
     path = target.path
     shards, model = Shards.open(shards_folder), Model.load(path, provider)
     if shards.size != model.size:
@@ -37,25 +40,37 @@ def evaluate_onnx(
             f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
             f"convert with --size {model.size}"
         )
-    card = model.card
-    facts = {
-        "title": f"{path.name} on {split}",
-        "checkpoint": card.checkpoint,
-        "members": [member.model_dump() for member in card.members],
-        "selected_on": card.selected_on,
-        "trained_on": card.trained_on.kind,
-        "settings": card.recipe,
-    }
-    name = f"{path.name} {card.checkpoint}"
-    return evaluate_scores(
-        target,
-        model.logits,
-        shards,
-        split=split,
-        out=out,
-        facts=facts,
-        points=card.calibration,
-        asked=replace(asked, operating_point=asked.operating_point or card.operating_point),
-        shown=saliency.CamModel(name, model.outputs, card.trained_on.kind, max(1, len(card.members))),
-        say=say,
+    results.check_out(options.out, target)
+    rows, started = shards.rows(options.split), time.perf_counter()
+    shards.require(options.split)
+    scores, card = _scores(model, shards, rows, say), model.card
+    subject = EvaluationSubject(
+        title=f"{path.name} on {options.split}",
+        name=f"{path.name} {card.checkpoint}",
+        outputs=model.outputs,
+        checkpoint=card.checkpoint,
+        trained_on=card.trained_on.kind,
+        selected_on=card.selected_on,
+        settings=card.recipe,
+        members=[member.model_dump() for member in card.members],
     )
+    options = replace(options, operating_point=options.operating_point or card.operating_point)
+    split_scores = SplitScores(scores, card.calibration, time.perf_counter() - started)
+    return results.write(shards, subject, split_scores, options, say)
+
+
+def _scores(model: Model, shards: Shards, rows: np.ndarray, say: Callable[[str], None]) -> Scores:
+    """The logit of each of `rows`; a damaged one is named, and left out."""
+    blank = np.zeros((shards.size, shards.size), np.uint8)
+    logit, sound = [], np.ones(len(rows), bool)
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
+        images = []
+        for place in part.tolist():
+            try:
+                images.append(shards.pixels(int(rows[place])))
+            except Damaged as damaged:
+                say(f"{damaged}; left out")
+                images.append(blank)
+                sound[place] = False
+        logit.append(model.logits(np.stack(images)[:, None]))
+    return Scores.of(rows, np.concatenate(logit), sound)

@@ -9,7 +9,7 @@ One scale of logits for all maps of all galleries (heatmap.py), so that two maps
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mura_dist.data import mura
 from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.evaluation import saliency
+from mura_dist.evaluation.subject import EvaluationSubject, GalleryOptions
 from mura_dist.metrics import classification
 from mura_dist.reports import heatmap, local_only
 from mura_dist.reports.html import Html, banner, element, section, tile
@@ -43,15 +44,6 @@ _DRAWN = {  # by (trained on, measured on)
 }
 _LABELS = ("normal", "abnormal")
 _CALLS = ("no abnormality flagged", "called abnormal")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """`num_sampled`: radiographs behind the numbers."""
-
-    num_studies: int = 24
-    num_sampled: int = 64
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,27 +85,24 @@ def write(
     studies: pd.DataFrame,
     rows: np.ndarray,
     *,
-    model: saliency.CamModel | None,
-    wanted: Wanted | None,
-    facts: dict[str, Any],
+    subject: EvaluationSubject,
+    options: GalleryOptions,
+    metrics: Mapping[str, Any],
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write `out`/gallery.html, gallery/*.png and gallery.json in place of earlier ones; returns gallery.json's content.
 
-    studies: as metrics.study_table gives it (with `call`, or else `threshold` in facts); rows: the radiographs that were
-    evaluated, int64 (n,); facts, all of it optional: title, checkpoint, split, threshold, note, settings. Without a model or
-    a wish (None) an earlier gallery is taken away, and nothing is written: it would stand beside numbers that are not its own.
+    studies: as classification.study_table gives it, with `call`; rows: the radiographs that were evaluated, int64 (n,);
+    metrics: metrics.json's content, of which split, threshold and note are told, where it has them.
     """
     clear(out)
-    if model is None or wanted is None:
-        return {}
     started = time.perf_counter()
-    chosen = choose(studies, facts.get("threshold", 0.5), wanted.num_studies, wanted.seed)
-    shown = [_study(shards, dict(studies.loc[line]), rows, name, call, model) for name, line, call in chosen]
-    numbers = measured(model, shards, rows, wanted, facts.get("settings") or {})
+    chosen = choose(studies, options.num_studies, options.seed)
+    shown = [_study(shards, dict(studies.loc[line]), rows, name, call, subject.outputs) for name, line, call in chosen]
+    numbers = measured(subject, shards, rows, options)
     for study in shown:
         files.write_bytes(out / "gallery" / f"{study.name}.png", local_only.png(picture(study)))
-    found = _content(shown, numbers, shards, model, wanted, facts)
+    found = _content(shown, numbers, shards, subject, options, metrics)
     files.write_text(out / "gallery.html", _page(shown, found, shards))
     found["seconds"] = round(time.perf_counter() - started, 1)
     files.write_json(out / "gallery.json", found)
@@ -139,11 +128,10 @@ def clear(out: Path) -> None:
 # ---- which studies, which radiographs
 
 
-def choose(studies: pd.DataFrame, threshold: float, num: int, seed: int) -> list[tuple[str, Any, int]]:
+def choose(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, int]]:
     """(name, index in `studies`, call) of at most `num` studies, a quarter of each kind; fewer where there are fewer."""
     told = studies[studies["label"].notna() & np.isfinite(studies["probability"].astype(float))]
-    call = told["call"] if "call" in told else classification.is_positive(told["probability"], threshold)
-    label, called = told["label"].to_numpy(int), np.asarray(call, int)
+    label, called = told["label"].to_numpy(int), told["call"].to_numpy(int)
     kinds = {"missed": (1, 0), "false-alarm": (0, 1), "hit-abnormal": (1, 1), "hit-normal": (0, 0)}
     found = []
     for kind, (truth, said) in kinds.items():
@@ -164,12 +152,12 @@ def _shuffled(rows: np.ndarray, seed: int, stream: int) -> np.ndarray:
 
 
 def _study(
-    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, model: saliency.CamModel
+    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, outputs: saliency.Outputs
 ) -> Study:
     frame = shards.manifest.frame
     number: dict[int, int] = frame.loc[frame["study"] == line["study"], "view"].to_dict()
     read = {row: pixels for row in number if row in rows and (pixels := _pixels(shards, row)) is not None}
-    logit, cells = saliency.look(model.outputs, np.stack(list(read.values()))) if read else (np.zeros(0), np.zeros(0))
+    logit, cells = saliency.look(outputs, np.stack(list(read.values()))) if read else (np.zeros(0), np.zeros(0))
     views = (
         View(number[row], float(logit[place]), pixels, cells[place]) for place, (row, pixels) in enumerate(read.items())
     )
@@ -187,23 +175,21 @@ def _pixels(shards: Shards, row: int) -> np.ndarray | None:
 # ---- the numbers
 
 
-def measured(
-    model: saliency.CamModel, shards: Shards, rows: np.ndarray, wanted: Wanted, settings: dict[str, Any]
-) -> dict[str, Any]:
+def measured(subject: EvaluationSubject, shards: Shards, rows: np.ndarray, options: GalleryOptions) -> dict[str, Any]:
     """Stability over a seeded sample of `rows`, see saliency.py."""
     sample = [
         (row, pixels)
-        for row in np.sort(_shuffled(rows, wanted.seed, len(NAMES))[: wanted.num_sampled]).tolist()
+        for row in np.sort(_shuffled(rows, options.seed, len(NAMES))[: options.num_sampled]).tolist()
         if (pixels := _pixels(shards, row)) is not None
     ]
     images = np.stack([pixels for _, pixels in sample])  # (n, S, S)
     patients = shards.manifest.frame.loc[[row for row, _ in sample], "patient"].tolist()
-    _, cells = saliency.look(model.outputs, images)
-    stability = saliency.stability(model.outputs, images, cells, patients, wanted.seed)
+    _, cells = saliency.look(subject.outputs, images)
+    stability = saliency.stability(subject.outputs, images, cells, patients, options.seed)
     return {
         "num_sampled": len(sample),
         "num_cells": list(cells.shape[1:]),
-        "stability": {"note": flattering(settings), "correlation": saliency.CORRELATION} | stability,
+        "stability": {"note": flattering(subject.settings), "correlation": saliency.CORRELATION} | stability,
     }
 
 
@@ -222,24 +208,24 @@ def _content(
     shown: Sequence[Study],
     numbers: dict[str, Any],
     shards: Shards,
-    model: saliency.CamModel,
-    wanted: Wanted,
-    facts: dict[str, Any],
+    subject: EvaluationSubject,
+    options: GalleryOptions,
+    metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """gallery.json: standard JSON values, and nothing of where things lie but a study's own key."""
     h, w = numbers["num_cells"]
     return {
         "what": local_only.WHY,
-        "title": facts.get("title"),
-        "checkpoint": facts.get("checkpoint"),
-        "model": model.name,
-        "num_networks": model.num_networks,
-        "split": facts.get("split"),
-        "threshold": facts.get("threshold"),
-        "trained_on": model.trained_on,
+        "title": subject.title,
+        "checkpoint": subject.checkpoint,
+        "model": subject.name,
+        "num_networks": max(1, len(subject.members)),
+        "split": metrics.get("split"),
+        "threshold": metrics.get("threshold"),
+        "trained_on": subject.trained_on,
         "measured_on": shards.trained_on,
-        "note": facts.get("note"),
-        "seed": wanted.seed,
+        "note": metrics.get("note"),
+        "seed": options.seed,
         "scale": {
             "edges_logit": list(heatmap.EDGES),
             "of": "a cell's logit, on either side of 0; the same for all maps",
@@ -336,7 +322,7 @@ body { max-width: 84rem }
 
 
 def _page(shown: Sequence[Study], found: dict[str, Any], shards: Shards) -> str:
-    title = f"Gallery: {found['title'] or found['model']}"
+    title = f"Gallery: {found['title']}"
     return local_only.page(title, *_head(found, shards), *_numbers(found), _scale(), *_groups(shown), style=_STYLE)
 
 

@@ -8,7 +8,6 @@ Pearson's, of two maps of one radiograph over the same cells; a map without any 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 
 from mura_dist.data.loaders.opencv import augment
-from mura_dist.training.weights import Weights
 
 ANGLE_DEG = 10.0
 MIN_CELLS = 3  # two always lie on a line
@@ -30,22 +28,6 @@ class Outputs(Protocol):
     """images (B, 1, S, S) uint8 -> logit (B,), activation_map (B, h, w); NumPy. A run's network, or an ONNX file's session."""
 
     def __call__(self, images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-@dataclass(frozen=True)
-class CamModel:
-    """A model that draws class activation maps. `num_networks`: how many of them it averages."""
-
-    name: str
-    outputs: Outputs
-    trained_on: str  # phantoms or radiographs
-    num_networks: int = 1
-
-    @classmethod
-    def of_weights(cls, weights: Weights, module: nn.Module) -> "CamModel":
-        """`module`: what `weights.model()` gave."""
-        run_name = "" if weights.members else f"{weights.runs[0].folder.resolve().name} "
-        return cls(f"{run_name}{weights.name}", of_module(module), weights.data()["holds"], len(weights.runs))
 
 
 def of_module(module: nn.Module) -> Outputs:

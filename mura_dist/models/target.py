@@ -37,6 +37,11 @@ class Target:
             )
 
     @property
+    def name(self) -> str:
+        """The run's or the file's, of a list without its suffix."""
+        return self.path.stem if self.kind == "list" else self.path.name
+
+    @property
     def report_folder(self) -> Path:
         """Where the evaluation of a run or a list goes."""
         return self.path.with_suffix("") if self.kind == "list" else self.path

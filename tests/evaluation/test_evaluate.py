@@ -29,9 +29,10 @@ EVALUATE = """
 import sys
 from pathlib import Path
 from mura_dist.evaluation.evaluate import evaluate_target
+from mura_dist.evaluation.subject import EvaluateOptions
 from mura_dist.models.target import Target
 run, shards, out = map(Path, sys.argv[1:4])
-evaluate_target(Target.parse(run), shards, split="valid", which="last", out=out)
+evaluate_target(Target.parse(run), shards, EvaluateOptions(out), which="last")
 """
 
 

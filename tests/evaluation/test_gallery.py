@@ -17,6 +17,7 @@ from mura_dist.cli.main import DONE, main
 from mura_dist.data.loaders.opencv import augment
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import gallery, saliency
+from mura_dist.evaluation.subject import EvaluationSubject, GalleryOptions
 from mura_dist.reports import heatmap
 from mura_dist.training.validation import Scores, study_scores
 
@@ -36,8 +37,8 @@ def places(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cells.mean(axis=(1, 2)), cells
 
 
-def toy(outputs: saliency.Outputs) -> saliency.CamModel:
-    return saliency.CamModel("toy", outputs, "radiographs")
+def toy(outputs: saliency.Outputs, **more: Any) -> EvaluationSubject:
+    return EvaluationSubject(more.pop("title", "a title"), "toy", outputs, "step-1", "radiographs", **more)
 
 
 def smooth(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
@@ -59,20 +60,20 @@ def pearson(a: np.ndarray, b: np.ndarray) -> list[float]:
 # ---- which studies
 
 
-def table(seed: int, num: int = 90) -> pd.DataFrame:
+def table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 2, num).astype(float)
     probability = np.round(1 / (1 + np.exp(-(2 * label - 1 + rng.normal(0, 2, num)))), 2)  # with ties, some of them 0.5
     label[3], probability[7] = np.nan, np.nan
     names = {"study": [f"s{i}" for i in range(num)], "patient": [f"p{i}" for i in range(num)], "study_type": "XR_HAND"}
-    return pd.DataFrame(names | {"label": label, "probability": probability, "num_views": 1})
+    return pd.DataFrame(names | {"label": label, "probability": probability, "call": probability > threshold})
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
 def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
-    studies = table(seed)
-    chosen = gallery.choose(studies, threshold, 24, seed)
+    studies = table(seed, threshold=threshold)
+    chosen = gallery.choose(studies, 24, seed)
     of_kind: dict[str, list[Any]] = {}
     for name, line, call in chosen:
         of_kind.setdefault(name.rpartition("-")[0], []).append(line)
@@ -95,8 +96,8 @@ def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
 
 def test_hits_are_drawn_by_the_seed() -> None:
     studies = table(0)
-    again, other = (gallery.choose(studies, 0.5, 24, seed) for seed in (1, 2))
-    assert again == gallery.choose(studies, 0.5, 24, 1)
+    again, other = (gallery.choose(studies, 24, seed) for seed in (1, 2))
+    assert again == gallery.choose(studies, 24, 1)
     assert [one for one in again if "hit" in one[0]] != [one for one in other if "hit" in one[0]]
     assert [one for one in again if "hit" not in one[0]] == [one for one in other if "hit" not in one[0]]
 
@@ -104,9 +105,9 @@ def test_hits_are_drawn_by_the_seed() -> None:
 def test_a_call_that_was_made_is_the_call() -> None:
     """With thresholds by study type the table says who is called; few errors make few pictures."""
     studies = table(0).iloc[10:40].assign(call=1)
-    kinds = {name.rpartition("-")[0] for name, _, _ in gallery.choose(studies, 0.5, 24, 0)}
+    kinds = {name.rpartition("-")[0] for name, _, _ in gallery.choose(studies, 24, 0)}
     assert kinds == {"false-alarm", "hit-abnormal"}
-    assert gallery.choose(studies.iloc[:0], 0.5, 24, 0) == []
+    assert gallery.choose(studies.iloc[:0], 24, 0) == []
 
 
 # ---- the numbers
@@ -232,21 +233,24 @@ def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cells.mean(axis=(1, 2)), cells
 
 
-def written(out: Path, shards: Shards, wanted: gallery.Wanted | None, **facts: Any) -> dict[str, Any]:
+def called(shards: Shards, scores: Scores) -> pd.DataFrame:
+    studies = study_scores(shards, scores)
+    return studies.assign(call=studies["probability"] > 0.5)
+
+
+def written(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
     rows = shards.rows("train")
     logit, _ = saliency.look(sees, np.stack([shards.pixels(row) for row in rows]))
-    studies = study_scores(shards, Scores(rows, logit, np.array([], np.int64)))
-    model = toy(sees)
-    return gallery.write(
-        out, shards, studies, rows, model=model, wanted=wanted, facts={"threshold": 0.5, "split": "train", **facts}
-    )
+    studies = called(shards, Scores(rows, logit, np.array([], np.int64)))
+    metrics = {"threshold": 0.5, "split": "train"}
+    return gallery.write(out, shards, studies, rows, subject=toy(sees, **more), options=options, metrics=metrics)
 
 
 @pytest.fixture(scope="module")
 def made(opened: Shards, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("gallery")
     return out, written(
-        out, opened, gallery.Wanted(num_sampled=16), title="a <b>", settings={"flip": True, "rotate_deg": 30}
+        out, opened, GalleryOptions(num_sampled=16), title="a <b>", settings={"flip": True, "rotate_deg": 30}
     )
 
 
@@ -314,21 +318,21 @@ def test_nothing_of_the_machine_is_told(made: tuple[Path, dict[str, Any]], opene
 
 
 def test_an_earlier_gallery_is_taken_away(opened: Shards, tmp_path: Path) -> None:
-    written(tmp_path, opened, gallery.Wanted(num_sampled=4))
+    written(tmp_path, opened, GalleryOptions(num_sampled=4))
     stale = tmp_path / "gallery" / "missed-77.png"
     stale.write_bytes(b"of an earlier evaluation")
     mine = tmp_path / "gallery" / "notes.txt"
     mine.write_text("a person's")
-    written(tmp_path, opened, gallery.Wanted(num_studies=4, num_sampled=4))
+    written(tmp_path, opened, GalleryOptions(num_studies=4, num_sampled=4))
     assert not stale.exists()
     assert len(list((tmp_path / "gallery").glob("*.png"))) <= 4
-    assert written(tmp_path, opened, None) == {}
+    gallery.clear(tmp_path)
     assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["notes.txt"]
 
 
 def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_folder, tmp_path / "shards")
-    sound = written(tmp_path / "a", Shards.open(tmp_path / "shards"), gallery.Wanted(num_sampled=999))
+    sound = written(tmp_path / "a", Shards.open(tmp_path / "shards"), GalleryOptions(num_sampled=999))
     study = next(one for one in sound["studies"] if len(one["views"]) > 1)
     frame = Shards.open(tmp_path / "shards").manifest.frame
     row = frame.index[frame["study"] == study["study"]][0]
@@ -338,11 +342,9 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
     left = rows != row
-    studies = study_scores(shards, Scores(rows[left], logit[left], rows[~left]))
-    model = toy(sees)
-    wanted = gallery.Wanted(num_studies=4 * len(studies), num_sampled=999)
-    facts = {"threshold": 0.5}
-    found = gallery.write(tmp_path / "b", shards, studies, rows, model=model, wanted=wanted, facts=facts)
+    studies = called(shards, Scores(rows[left], logit[left], rows[~left]))
+    options = GalleryOptions(num_studies=4 * len(studies), num_sampled=999)
+    found = gallery.write(tmp_path / "b", shards, studies, rows, subject=toy(sees), options=options, metrics={})
     [told] = [one for one in found["studies"] if one["study"] == study["study"]]
     assert (told["num_damaged"], len(told["views"])) == (1, len(study["views"]) - 1)
     assert "1 of its views damaged, left out" in laws.local_only(tmp_path / "b" / "gallery.html").text

@@ -34,6 +34,11 @@ def test_kind(name: str, kind: str, folder: Path) -> None:
     assert Target.parse(folder / name).kind == kind
 
 
+def test_name(folder: Path) -> None:
+    names = [Target.parse(folder / name).name for name in ("run", "run.json", "list.json", "model.onnx")]
+    assert names == ["run", "run.json", "list", "model.onnx"]
+
+
 def test_default_outputs(folder: Path) -> None:
     run, members = Target.parse(folder / "run"), Target.parse(folder / "list.json")
     assert (run.report_folder, run.onnx_file) == (folder / "run", folder / "run" / "model.onnx")
