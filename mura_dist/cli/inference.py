@@ -1,13 +1,18 @@
 """The commands on an exported model: export, predict, page."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option
 from mura_dist.data import mura
 from mura_dist.distributed import environment
+
+if TYPE_CHECKING:
+    from mura_dist.inference.export.onnx import ExportReport
 
 
 @click.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")
@@ -59,43 +64,44 @@ def export(
     """
     from rich.console import Console
 
-    from mura_dist.inference.export.onnx import Asked, default_out, export_target
+    from mura_dist.inference.export.onnx import OPSET, ExportOptions, default_out, export_target
     from mura_dist.models.target import Target
 
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     target = Target.parse(path)
     out = out or default_out(target, precision)
-    facts = export_target(target, which=which, out=out, asked=Asked(precision, shards, allow_change, triton), say=say)
+    options = ExportOptions(precision, shards, allow_change, triton)
+    report = export_target(target, which=which, out=out, options=options, say=say)
+    card = report.card
     click.echo(
-        f"{out}: {facts['bytes'] / 1e6:.1f} MB, operator set {facts['opset']}, {facts['checkpoint']}, "
-        f"{_compared(facts, precision)}; {mura.TERMS}"
+        f"{out}: {report.num_bytes / 1e6:.1f} MB, operator set {OPSET}, {card.checkpoint}, "
+        f"{_measured(report)}; {mura.TERMS}"
     )
-    for line in facts.get("over", ()):
+    for line in report.over:
         click.echo(f"warning: {line}; written because of --allow-change")
     if triton is not None:
         click.echo(f"for Triton: tritonserver --model-repository={triton}")
-    if facts["num_thresholds"] and facts["no_calibration"]:
-        click.echo(f"no calibrated probability: {facts['no_calibration']}")
-    if not facts["num_thresholds"]:
+    if card.thresholds and card.calibration.reason:
+        click.echo(f"no calibrated probability: {card.calibration.reason}")
+    if not card.thresholds:
         click.echo(
             f"no threshold: predictions will have no call; first run `mura-dist evaluate {path} SHARDS`, then export again"
         )
 
 
-def _compared(facts: dict[str, Any], precision: str) -> str:
+def _measured(report: ExportReport) -> str:
     """What export measured, in words."""
-    num = facts["num_radiographs"]
-    if precision == "fp32":
+    num, change = report.num_radiographs, report.change
+    if change is None:
         what = (
             f"{num} radiographs and drawn images"
             if num
             else "drawn images alone (the run's shards are not where they were; --shards says where)"
         )
-        return f"logits within {facts['max_logit_difference']:.2g} of torch's on {what}"
-    change = facts["change"]
+        return f"logits within {report.max_logit_difference:.2g} of torch's on {what}"
     return (
-        f"{precision} changes the probability of {num} radiographs by {change['mean_probability']:.4f} on average, "
-        f"{change['max_probability']:.4f} at most, and {change['num_changed_calls']} of {change['num_studies']} calls"
+        f"{report.card.precision} changes the probability of {num} radiographs by {change.mean_probability:.4f} on average, "
+        f"{change.max_probability:.4f} at most, and {change.num_changed_calls} of {change.num_studies} calls"
     )
 
 

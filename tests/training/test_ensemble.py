@@ -102,8 +102,8 @@ EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
 @pytest.mark.parametrize("biases", [(-2.0, 3.0), *(pytest.param(each, marks=pytest.mark.slow) for each in EXTREME)])
 def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
     networks = [tiny(seed, bias) for seed, bias in enumerate(biases)]
-    facts = onnx.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")
-    assert facts["max_logit_difference"] <= 1e-4
+    report = onnx.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")
+    assert report.max_logit_difference <= 1e-4
     images = noise(3)
     with torch.inference_mode():
         wanted = log_odds_of_mean(np.stack([network(images)[0].numpy() for network in networks]))

@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from mura_dist.inference.export import int8, triton
 from mura_dist.inference.export import precision as variants
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics.operating_points import PAPER, Points
-from mura_dist.models.card import KEY, PRODUCER, Card, TrainedOn
+from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
@@ -50,7 +49,7 @@ OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportOptions:
     """precision: one of card.PRECISIONS; shards: where the run's are now, None where the run found them; allow_change: write
     a precision whatever it changes; triton_folder: also a model repository there."""
 
@@ -60,24 +59,41 @@ class Asked:
     triton_folder: Path | None = None
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what was measured before. `change`: of a precision below fp32, with the limits it passes, `over`."""
+
+    card: Card
+    num_bytes: int
+    max_logit_difference: float  # from torch's, in fp32
+    num_radiographs: int  # behind `change`, or else behind that difference
+    change: Change | None = None
+    over: Sequence[str] = ()
+
+
 def _silent(line: str) -> None:
     """For callers that want no words."""
 
 
 def export_target(
-    target: Target, *, which: str, out: Path, asked: Asked = Asked(), say: Callable[[str], None] = _silent
-) -> dict[str, Any]:
+    target: Target,
+    *,
+    which: str,
+    out: Path,
+    options: ExportOptions = ExportOptions(),
+    say: Callable[[str], None] = _silent,
+) -> ExportReport:
     """Export a checkpoint (best, last or step-N) of a run, or the members of a list, which average their probabilities.
 
-    Writes `out` and returns what was measured, and the checkpoint's name. The card carries the metrics.json that `evaluate`
-    wrote, and what was fitted on tune, where it is of these very weights on `valid` of their own shards; only study types
-    measured there, with both classes, get a threshold. Of a list it is looked for beside it, too. Raises Refusal where there
-    is no such run, list or checkpoint, or where the files cannot go, Failure where the gate stays shut.
+    Writes `out`. The card carries the metrics.json that `evaluate` wrote, and what was fitted on tune, where it is of these very
+    weights on `valid` of their own shards; only study types measured there, with both classes, get a threshold. Of a list it is
+    looked for beside it, too. Raises Refusal where there is no such run, list or checkpoint, or where the files cannot go,
+    Failure where the gate stays shut.
     """
-    _check(out, asked)
+    _check(out, options)
     weights = Weights.of_target(target, which)
     beside = [target.path.parent] if target.kind == "list" else []
-    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, asked, say)
+    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, say)
 
 
 def default_out(target: Target, precision: str) -> Path:
@@ -86,32 +102,28 @@ def default_out(target: Target, precision: str) -> Path:
     return plain if precision == "fp32" else plain.with_name(f"{plain.stem}-{precision}{plain.suffix}")
 
 
-def _check(out: Path, asked: Asked) -> None:
-    variants.check(asked.precision)
+def _check(out: Path, options: ExportOptions) -> None:
+    variants.check(options.precision)
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
     files.check_folder(out.parent, "--out")
-    if asked.triton_folder is not None:
-        triton.check(asked.triton_folder)
+    if options.triton_folder is not None:
+        triton.check(options.triton_folder)
 
 
 def _export(
-    weights: Weights, measured: dict[str, Any], out: Path, asked: Asked, say: Callable[[str], None]
-) -> dict[str, Any]:
+    weights: Weights, measured: dict[str, Any], out: Path, options: ExportOptions, say: Callable[[str], None]
+) -> ExportReport:
     card, model = _card(weights, measured), weights.model()
-    if asked.precision == "fp32":
-        facts = export(model, card, out, radiographs=_some_radiographs(weights, asked.shards))
+    if options.precision == "fp32":
+        report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards))
     else:
-        shards = variants.opened(weights, asked.shards)
+        shards = variants.opened(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
-        facts = export_variant(model, card, out, asked, shards, say)
-    if asked.triton_folder is not None:
-        triton.write(asked.triton_folder, out.read_bytes())
-    return facts | {
-        "checkpoint": weights.name,
-        "num_thresholds": len(card.thresholds),
-        "no_calibration": card.calibration.reason,
-    }
+        report = export_variant(model, card, out, options, shards, say)
+    if options.triton_folder is not None:
+        triton.write(options.triton_folder, out.read_bytes())
+    return report
 
 
 def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray 
 
 def export(
     model: torch.nn.Module, card: Card, out: Path, *, tolerance: float = 1e-4, radiographs: np.ndarray | None = None
-) -> dict[str, Any]:
+) -> ExportReport:
     """Write `model` (a DenseNet or an Ensemble in eval mode, on the CPU, fp32) to `out`; returns what was measured.
 
     tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
@@ -173,59 +185,48 @@ def export(
     """
     assert not model.training
     _fits(model, card)
-    started = time.perf_counter()
     data = graph(model, card)
     drawn = probe_images(card.size)
     real = drawn[:0] if radiographs is None else radiographs
     difference = parity(model, data, np.concatenate([drawn, real]), tolerance)
     files.write_bytes(out, data)
-    return {
-        "max_logit_difference": difference,
-        "num_radiographs": len(real),
-        "bytes": len(data),
-        "opset": OPSET,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    return ExportReport(card, len(data), difference, len(real))
 
 
 def export_variant(
-    model: DenseNet | Ensemble, card: Card, out: Path, asked: Asked, shards: Shards, say: Callable[[str], None]
-) -> dict[str, Any]:
+    model: DenseNet | Ensemble,
+    card: Card,
+    out: Path,
+    options: ExportOptions,
+    shards: Shards,
+    say: Callable[[str], None],
+) -> ExportReport:
     """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within variants.LIMITS.
 
     The fp32 file it is compared with passes the gate first. Returns what was measured. Raises Failure where the gate
     stays shut or a limit is passed; then `out` is as it was before.
     """
     _fits(model, card)
-    started = time.perf_counter()
-    card = card.model_copy(update={"precision": asked.precision})
+    card = card.model_copy(update={"precision": options.precision})
     plain = graph(model, card.model_copy(update={"precision": "fp32"}))
     real = variants.some_images(shards, card.selected_on, NUM_RADIOGRAPHS)
     probes = np.concatenate([probe_images(card.size), real])
     difference = parity(model, plain, probes)
     calibrated_on = 0
-    if asked.precision == "fp16":
+    if options.precision == "fp16":
         variants.check_range(model, probes)
-    if asked.precision == "int8":
+    if options.precision == "int8":
         images = variants.some_images(shards, "train", variants.NUM_CALIBRATED)
         calibrated_on = len(images)
         say(f"int8: ranges of {calibrated_on} radiographs of train")
         data = finished(int8.graph(model, images), card)
     else:
-        data = graph(variants.halved(model), card) if asked.precision == "fp16" else _with_card(plain, card)
+        data = graph(variants.halved(model), card) if options.precision == "fp16" else _with_card(plain, card)
     change = variants.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
-    over = variants.judge(asked.precision, change, asked.allow_change)
+    over = variants.judge(options.precision, change, options.allow_change)
     data = _with_card(data, card.model_copy(update={"change": change}))
     files.write_bytes(out, data)
-    return {
-        "max_logit_difference": difference,
-        "num_radiographs": change.num_radiographs,
-        "change": change.model_dump(),
-        "over": over,
-        "bytes": len(data),
-        "opset": OPSET,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    return ExportReport(card, len(data), difference, change.num_radiographs, change, over)
 
 
 def _fits(model: torch.nn.Module, card: Card) -> None:

@@ -27,7 +27,7 @@ from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx as room
-from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, export, graph, parity, probe_images
+from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, export, graph, parity, probe_images
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics.operating_points import PAPER, Points
 from mura_dist.models import densenet
@@ -35,21 +35,23 @@ from mura_dist.models.card import FORMAT, KEY, Card
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[densenet.DenseNet, Path, dict]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[densenet.DenseNet, Path, ExportReport]:
     model, path = tiny(), tmp_path_factory.mktemp("export") / "run" / "model.onnx"
     return model, path, export(model, card_of(), path)
 
 
-def test_export_says_what_it_measured(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_export_says_what_it_measured(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     _, path, report = exported
-    assert set(report) == {"max_logit_difference", "num_radiographs", "bytes", "opset", "seconds"}
-    assert 0 <= report["max_logit_difference"] <= 1e-4
-    assert report["bytes"] == path.stat().st_size
+    assert (report.card, report.num_radiographs, report.change) == (card_of(), 0, None)
+    assert 0 <= report.max_logit_difference <= 1e-4
+    assert report.num_bytes == path.stat().st_size
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # self-contained: nothing beside it
 
 
 @pytest.mark.parametrize("batch_size", [*range(1, 10), 16, 64])
-def test_onnx_runtime_agrees_with_torch(exported: tuple[densenet.DenseNet, Path, dict], batch_size: int) -> None:
+def test_onnx_runtime_agrees_with_torch(
+    exported: tuple[densenet.DenseNet, Path, ExportReport], batch_size: int
+) -> None:
     model, path, _ = exported
     images = noise(batch_size, seed=batch_size)
     with torch.inference_mode():
@@ -64,7 +66,7 @@ def test_onnx_runtime_agrees_with_torch(exported: tuple[densenet.DenseNet, Path,
     np.testing.assert_array_equal(Model.load(path).logits(images), logit)
 
 
-def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     logit, activation_map = Model.load(exported[1]).outputs(noise(0))
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
@@ -73,8 +75,8 @@ def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, dict]) 
 def test_densenet169(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")
-    assert report["max_logit_difference"] <= 1e-4
-    assert 45e6 < report["bytes"] < 60e6  # 12.5 million fp32 parameters, once
+    assert report.max_logit_difference <= 1e-4
+    assert 45e6 < report.num_bytes < 60e6  # 12.5 million fp32 parameters, once
     images = noise(3)
     with torch.inference_mode():
         np.testing.assert_allclose(
@@ -82,7 +84,9 @@ def test_densenet169(tmp_path: Path) -> None:
         )
 
 
-def test_file_is_valid_and_carries_nothing_of_this_machine(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_file_is_valid_and_carries_nothing_of_this_machine(
+    exported: tuple[densenet.DenseNet, Path, ExportReport],
+) -> None:
     data = exported[1].read_bytes()
     proto = onnx.load_from_string(data)
     onnx.checker.check_model(proto, full_check=True)
@@ -100,20 +104,20 @@ def test_file_is_valid_and_carries_nothing_of_this_machine(exported: tuple[dense
     assert inputs == [("image", "tensor(uint8)", ["batch", 1, S, S])]
 
 
-def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     model = Model.load(exported[1])
     assert model.card == card_of().model_copy(update={"opset": OPSET})
     assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENCE)
 
 
 def test_graph_is_the_same_twice_and_made_in_silence(
-    exported: tuple[densenet.DenseNet, Path, dict], capfd: pytest.CaptureFixture[str]
+    exported: tuple[densenet.DenseNet, Path, ExportReport], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert graph(tiny(), card_of()) == exported[1].read_bytes()
     assert capfd.readouterr() == ("", "")
 
 
-def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     model, path, _ = exported
     images, data = probe_images(S), path.read_bytes()
     assert parity(model, data, images) <= 1e-4
@@ -127,7 +131,7 @@ def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, dic
     assert parity(other, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
 
 
-def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.DenseNet, Path, dict]) -> None:
+def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     class Transposed(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logit, activation_map = exported[0](image)
@@ -151,7 +155,9 @@ def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.M
         )
 
 
-def test_gate_sees_what_only_a_large_batch_shows(exported: tuple[densenet.DenseNet, Path, dict], monkeypatch) -> None:
+def test_gate_sees_what_only_a_large_batch_shows(
+    exported: tuple[densenet.DenseNet, Path, ExportReport], monkeypatch
+) -> None:
     outputs = Model.outputs
 
     def shifted(self: Model, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +202,7 @@ def _with_metadata(path: Path, out: Path, properties: dict[str, str]) -> Path:
     ],
 )
 def test_files_that_are_not_ours(
-    exported: tuple[densenet.DenseNet, Path, dict], tmp_path: Path, properties: dict[str, str], text: str
+    exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path, properties: dict[str, str], text: str
 ) -> None:
     path = _with_metadata(exported[1], tmp_path / "other.onnx", properties)
     with pytest.raises(Refusal, match=rf"^{re.escape(str(path))} {text}"):
@@ -274,7 +280,7 @@ def readme_lines() -> str:
 
 @pytest.mark.parametrize(("mode", "shape"), [("L", (90, 70)), ("L", (40, 30)), ("RGB", (90, 70))])
 def test_the_lines_of_the_readme(
-    mode: str, shape: tuple[int, int], exported: tuple[densenet.DenseNet, Path, dict], tmp_path: Path
+    mode: str, shape: tuple[int, int], exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path
 ) -> None:
     """Copied as they stand, in a process without mura_dist, they give the very bits that predict gives."""
     code = readme_lines()
