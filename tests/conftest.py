@@ -1,13 +1,20 @@
-"""What several tests start from: the shared data, drawn phantoms, shards of them, and a way to run a command."""
+"""What several tests start from: the shared data, drawn phantoms, shards of them, trained runs; the order of the tests."""
 
+import atexit
 import functools
+import hashlib
 import os
+import shutil
 import signal
+import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.commands import ROOT, train
+from helpers import durations, warm
+from helpers.cache import Cache
+from helpers.commands import ROOT, run, train
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
 
@@ -18,6 +25,32 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ["ORT_DISABLE_TELEMETRY"] = (
     "1"  # some tests import ONNX Runtime before mura_dist.inference.engine_onnxruntime does
 )
+
+LONG_S = 8.0  # a test that takes longer is handed to a worker by itself
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the one warm server of the session (warm.py); workers of xdist inherit the environment."""
+    if not hasattr(config, "workerinput"):
+        folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["MURA_DIST_WARM_PYTHON"] = str(warm.start(folder))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under xdist, hand out long tests one by one and the others by file, what takes longest first."""
+    if not hasattr(config, "workerinput"):
+        return
+    recorded, groups = durations.read(), defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        alone = recorded.get(item.nodeid, 0) > LONG_S
+        name = mark.args[0] if mark else item.nodeid if alone else str(item.path)
+        if not mark and not alone:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
+        groups[name].append(item)
+    seconds = {name: sum(recorded.get(item.nodeid, 0) for item in group) for name, group in groups.items()}
+    items[:] = [item for name in sorted(groups, key=lambda name: -seconds[name]) for item in groups[name]]
 
 
 @pytest.fixture(scope="session")
@@ -30,35 +63,44 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """What all workers of the session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return Cache((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
+
+
+@pytest.fixture(scope="session")
+def phantoms(cache: Cache) -> Path:
     """A drawn data set in MURA's layout: 60 studies."""
     from mura_dist.data.phantoms import draw
 
-    folder = tmp_path_factory.mktemp("phantoms") / "set"
-    draw(folder, studies=60, size=128, seed=1)
-    return folder
+    return cache.path("phantoms", lambda folder: draw(folder, studies=60, size=128, seed=1))
 
 
 @pytest.fixture(scope="session")
-def shard_folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shard_folder(cache: Cache, phantoms: Path) -> Path:
     """Raw shards of the phantoms at 64 px."""
     from mura_dist.data.shards.convert import convert
 
-    folder = tmp_path_factory.mktemp("shards") / "raw"
-    convert(phantoms, folder, size=64, workers=2)
-    return folder
+    return cache.path("shards", lambda folder: convert(phantoms, folder, size=64, workers=2))
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halved(cache: Cache, phantoms: Path) -> Path:
+    """Shards whose tune split is large enough to fit something on: half of the train patients."""
+    from mura_dist.data.shards.convert import convert
+
+    return cache.path("halved", lambda folder: convert(phantoms, folder, size=64, workers=2, tune=0.5))
+
+
+@pytest.fixture(scope="session")
+def model(cache: Cache) -> Path:
     """A small exported model of 64 px, of random weights."""
     from helpers.models import card_of, tiny
 
     from mura_dist.inference.export.onnx import export
 
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export(tiny(), card_of(), path)
-    return path
+    return cache.path("model", lambda folder: export(tiny(), card_of(), folder / "model.onnx")) / "model.onnx"
 
 
 @pytest.fixture
@@ -67,21 +109,37 @@ def own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
 
 
-@pytest.fixture(scope="module")
-def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run of these ranks and settings, two epochs, never interrupted."""
+@pytest.fixture(scope="session")
+def whole(cache: Cache, shard_folder: Path) -> Callable[..., Path]:
+    """The run of these ranks and settings, two epochs if they name no number, never interrupted."""
 
-    @functools.cache
-    def made(ranks: int, *words: str) -> Path:
-        folder = tmp_path_factory.mktemp("runs") / "whole"
-        result = train(ranks, shard_folder, folder, *words)
-        assert result.returncode == 0, result.stderr
-        return folder
+    def trained(ranks: int, *words: str) -> Path:
+        def make(folder: Path) -> None:
+            result = train(ranks, shard_folder, folder, *words)
+            assert result.returncode == 0, result.stderr
 
-    return made
+        name = hashlib.sha256(repr((ranks, words)).encode()).hexdigest()[:12]
+        return cache.path(f"run-{name}", make)
+
+    return functools.cache(trained)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def untrained(cache: Cache, halved: Path) -> Path:
+    """A run of no epoch, evaluated on valid, into the run, where export finds it; and exported.
+
+    It says something all the same: of this seed, by chance, slightly more of abnormal studies.
+    """
+
+    def make(folder: Path) -> None:
+        done = [train(1, halved, folder, "epochs=0", "seed=3", "loss_weights=none")]
+        done += [run("mura-dist", *words) for words in (("evaluate", folder, halved), ("export", folder))]
+        assert [each.returncode for each in done] == [0, 0, 0], [each.stderr for each in done]
+
+    return cache.path("untrained", make)
+
+
+@pytest.fixture(scope="session")
 def one(whole: Callable[..., Path]) -> Path:
     """The run of one rank."""
     return whole(1)

@@ -1,25 +1,30 @@
 #!/usr/bin/env bash
 # From a fresh machine: install, format, lint, types, tests.
-#   bash tests/run.sh          what is quick; meant to take under 15 minutes on 2 cores
-#   bash tests/run.sh --all    also the slow ones (marker `slow`): what CI runs
+#   bash tests/run.sh          the quick tests; meant to take at most 8 minutes on 2 cores, after the install
+#   bash tests/run.sh --all    also the slow ones (marker `slow`): what CI runs. The longest are in tests/nightly.sh
+#   bash tests/run.sh [--all] WORDS ...    pytest with these words, nothing else
 set -euo pipefail
 cd "$(dirname "$0")/.."
-select=(-m "not slow")
-[ "${1:-}" = "--all" ] && { select=(); shift; }
+select="not slow and not nightly"
+if [ "${1:-}" = --all ]; then
+  select="not nightly"
+  shift
+fi
 bash launch/setup.sh train,dev,page
 export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE= # the suite starts hundreds of processes: our modules are compiled once, not in each
+[ $# -eq 0 ] || exec pytest -m "$select" "$@"
 
-ruff format --check .
-ruff check .
-mypy
-[ $# -eq 0 ] || exec pytest "${select[@]}" "$@" # some of them, as asked for
-# What measures, or counts the seconds after a signal, one after the other; the rest three at a time, a file to each: many wait. The
-# longest begin, so that at the end nobody waits for one file.
-alone=(tests/test_{bench,chaos,page,runs,scaling,threads}.py)
-together=(tests/test_{resume,hosts,train,faults,predict}.py)
-for file in tests/test_*.py; do
-  [[ " ${alone[*]} ${together[*]} " == *" $file "* ]] || together+=("$file")
-done
-pytest -n 3 --dist loadfile --no-loadscope-reorder "${select[@]}" "${together[@]}"
-exec pytest "${select[@]}" "${alone[@]}"
+# Format, lint and types beside the tests; what they found is printed only where they fail, so that pytest has the last word.
+found=$(mktemp)
+{ ruff format --check . && ruff check . && mypy; } > "$found" 2>&1 &
+checks=$! status=0
+trap 'kill "$checks" 2> /dev/null || true; rm -f "$found"' EXIT
+# Three at a time on two cores: many tests wait. Each worker is handed the longest test or file that is left (tests/conftest.py).
+pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "$select" || status=$?
+if ! wait "$checks"; then
+  cat "$found" >&2
+  echo "tests/run.sh: ruff or mypy failed, as above" >&2
+  status=1
+fi
+exit "$status"

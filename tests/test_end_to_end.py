@@ -36,7 +36,7 @@ def words(*given: object) -> list[str]:
 
 
 def succeed(*command: object) -> str:
-    result = run(*words(*command), cold=True)
+    result = run(*words(*command))
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     return result.stdout
@@ -56,7 +56,7 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
 
     settings = (*TINY, f"shards={shards}", f"run={runs}")
     for epochs in (0, 1):  # as the demo does: measure the untrained model first
-        result = torchrun(2, "mura_dist.train", *settings, f"epochs={epochs}", "--quiet", cold=True)
+        result = torchrun(2, "mura_dist.train", *settings, f"epochs={epochs}", "--quiet")
         assert result.returncode == 0, result.stderr
     succeed("mura-dist", "evaluate", runs, shards, "--checkpoint", "step-0", "--out", runs / "untrained")
     table = succeed("mura-dist", "evaluate", runs, shards)

@@ -150,7 +150,10 @@ def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["predict", "train", "ranks"])
+@pytest.mark.parametrize(
+    "what",
+    ["predict", *(pytest.param(what, marks=pytest.mark.nightly(part="training")) for what in ("train", "ranks"))],
+)
 def test_every_bench_gives_the_documented_numbers(
     what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +165,7 @@ def test_every_bench_gives_the_documented_numbers(
         assert "kept for the backward pass" in bench.table(measured)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +189,7 @@ def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
     assert all(word in text for word in ("first batch, s", "private", "page cache", "growth"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import laws
-from helpers.commands import ROOT, TINY, run
+from helpers.commands import ROOT, SHORT, TINY, run
 
 from mura_dist import __version__
 from mura_dist.cli.main import DONE, FAILED, WRONG, cli, main
@@ -54,12 +55,9 @@ def test_no_command_shows_the_commands(capsys) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(whole: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint, of one epoch."""
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    result = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={folder}", "epochs=1", "--quiet")
-    assert result.returncode == 0, result.stderr
-    return folder
+    return Path(shutil.copytree(whole(1, *SHORT), tmp_path_factory.mktemp("cli") / "run"))
 
 
 WRONG_REQUESTS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import laws
+from helpers.cache import Cache
 from helpers.commands import run
 
 from mura_dist.core import storage
@@ -120,6 +121,7 @@ def test_a_url_nobody_knows_is_refused(url: str, parts: tuple[str, ...], tmp_pat
     laws.refusal(capsys, ["shards", tmp_path, url], *parts)
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_one_line(s3: str, tmp_path: Path) -> None:
     done = run("mura-dist", "shards", f"{s3}-which-is-not/x", tmp_path / "out", "--quiet")
     assert done.returncode == 2, done.stderr
@@ -132,10 +134,8 @@ def test_a_store_that_does_not_answer_is_one_line(s3: str, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def whole(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "shards"
-    convert(phantoms, out, size=48, workers=2)
-    return out
+def whole(cache: Cache, phantoms: Path) -> Path:
+    return cache.path("shards-48", lambda folder: convert(phantoms, folder, size=48, workers=2))
 
 
 def upload(source: Path, target: Place) -> None:
@@ -144,7 +144,12 @@ def upload(source: Path, target: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "direction", ["to", *(pytest.param(each, marks=pytest.mark.slow) for each in ("from", "both"))]
+    "direction",
+    [
+        "to",
+        pytest.param("both", marks=pytest.mark.slow),
+        pytest.param("from", marks=pytest.mark.nightly(part="files")),
+    ],
 )
 def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
     direction: str, folder: Place, phantoms: Path, whole: Path, tmp_path: Path
@@ -198,11 +203,12 @@ def open_one(folder: Path, into: Path, opened) -> None:
     opened.put((str(shards.folder), int(shards.pixels(int(shards.rows("train")[0])).sum())))
 
 
+@pytest.mark.slow
 def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> None:
-    """Also of a local folder, a slow disk for example: five processes at once, one copy, no half of one."""
+    """Also of a local folder, a slow disk for example: three processes at once, one copy, no half of one."""
     context = multiprocessing.get_context("spawn")
     opened = context.Queue()
-    ranks = [context.Process(target=open_one, args=(whole, tmp_path / "mirror", opened)) for _ in range(5)]
+    ranks = [context.Process(target=open_one, args=(whole, tmp_path / "mirror", opened)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     found = {opened.get(timeout=60) for _ in ranks}

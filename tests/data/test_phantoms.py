@@ -216,7 +216,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(drawn: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
 def test_thumbnails_do_not_tell_the_label(seed: int) -> None:
     """Held-out AUROC of a logistic regression on 16 x 16 thumbnails; chance is 0.5 with a deviation of 0.03."""
     linear_model = pytest.importorskip("sklearn.linear_model")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import laws
-from helpers.commands import BIN, NO_GPU, TINY, run
+from helpers.commands import BIN, NO_GPU, TINY, run, warm_script
 from helpers.runs import losses
 
 from mura_dist.core.errors import Failure, OwnRefusal, Refusal
@@ -180,7 +180,7 @@ with process_group.join(3, patience_s=60) as ranks:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.nightly(part="launchers"))])
 def test_a_late_rank_is_waited_for_once(late: int) -> None:
     """Longer than timeout_s at the first meeting: it may doubt another's lock. Later nobody waits so long."""
     words = ("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE, late)
@@ -195,20 +195,14 @@ def test_a_late_rank_is_waited_for_once(late: int) -> None:
 # ---- trainings
 
 
-@pytest.fixture(scope="module")
-def whole(whole: Callable[..., Path]) -> Path:
-    """Two ranks of torchrun."""
-    return whole(2)
-
-
 @pytest.mark.slow
-def test_tasks_of_srun_train_as_ranks_do(whole: Path, shard_folder: Path, tmp_path: Path) -> None:
+def test_tasks_of_srun_train_as_ranks_do(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
     """By srun's words alone: no RANK, no MASTER_ADDR. They end with the losses of torchrun's ranks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}
     step = job | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     tasks = [
         subprocess.Popen(
-            [BIN / "mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet"],
+            [*warm_script("mura-dist"), "train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet"],
             env={**os.environ, **NO_GPU, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -220,11 +214,11 @@ def test_tasks_of_srun_train_as_ranks_do(whole: Path, shard_folder: Path, tmp_pa
     assert [task.returncode for task in tasks] == [0, 0], told
     assert told[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
     assert told[1][0] == "", "the first one speaks"
-    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(tmp_path / "run") == losses(whole(2))
 
 
-@pytest.mark.slow
-def test_mpirun_trains_as_torchrun_does(whole: Path, shard_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.nightly(part="launchers")
+def test_mpirun_trains_as_torchrun_does(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
     words = [
@@ -239,4 +233,4 @@ def test_mpirun_trains_as_torchrun_does(whole: Path, shard_folder: Path, tmp_pat
     ]
     done = run(*words, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(tmp_path / "run") == losses(whole(2))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import laws
-from helpers.commands import TINY, run, torchrun
+from helpers.commands import SHORT, TINY, run, torchrun
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data import gate
 from mura_dist.data.class_weights import class_weights
 from mura_dist.data.manifest import Manifest
-from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation.evaluate import odds_shift
 from mura_dist.inference.onnx_model import Model
@@ -36,15 +36,10 @@ evaluate_target(Target.parse(run), shards, EvaluateOptions(out), which="last")
 """
 
 
-@pytest.fixture(scope="module")
-def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    result = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={folder}", "epochs=1", "micro_batch=4")
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
-def test_metrics_do_not_depend_on_ranks_or_batch(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+def test_metrics_do_not_depend_on_ranks_or_batch(
+    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+) -> None:
+    trained = whole(1, *SHORT)
     script = tmp_path / "evaluate_ranks.py"
     script.write_text(EVALUATE)
     other = tmp_path / "other"
@@ -75,14 +70,6 @@ def test_metrics_do_not_depend_on_ranks_or_batch(trained: Path, shard_folder: Pa
 # ---- what is fitted on tune
 
 
-@pytest.fixture(scope="module")
-def halved(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards whose tune split is large enough to fit something on: half of the train patients."""
-    folder = tmp_path_factory.mktemp("halved") / "shards"
-    convert(phantoms, folder, size=64, workers=2, tune=0.5)
-    return folder
-
-
 def start_run(folder: Path, shards: Path, *settings: str) -> Path:
     """An untrained network, which says something all the same: of this seed, by chance, slightly more of abnormal studies."""
     words = (*TINY, "epochs=0", "seed=3", *settings, f"shards={shards}", f"run={folder}")
@@ -91,32 +78,25 @@ def start_run(folder: Path, shards: Path, *settings: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def untrained(halved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start_run(tmp_path_factory.mktemp("fitted") / "run", halved, "loss_weights=none")
-
-
 def evaluated(target: Path, shards: Path, out: Path, *words: str) -> dict[str, Any]:
     assert main(["evaluate", str(target), str(shards), "--out", str(out), "--quiet", *words]) == DONE
     return json.loads((out / "metrics.json").read_bytes())
 
 
 @pytest.fixture(scope="module")
-def measured(untrained: Path, halved: Path) -> dict[str, Any]:
-    """On valid, into the run, where export finds it."""
-    return evaluated(untrained, halved, untrained)
+def measured(untrained: Path) -> dict[str, Any]:
+    return json.loads((untrained / "metrics.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def exported(untrained: Path) -> Path:
+    return untrained / "model.onnx"
 
 
 def logits(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
     images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
     return Scores.of(rows, Model.load(model).logits(images), np.ones(len(rows), bool))
-
-
-@pytest.fixture(scope="module")
-def exported(untrained: Path, measured: dict[str, Any]) -> Path:
-    assert main(["export", str(untrained)]) == DONE
-    return untrained / "model.onnx"
 
 
 def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import laws
-from helpers.commands import TINY, run
+from helpers.commands import SHORT
 from PIL import Image
 
 from mura_dist.cli.main import DONE, main
@@ -369,13 +370,11 @@ def test_flattery_is_told_as_it_was(settings: dict[str, Any], note: str) -> None
 
 
 @pytest.fixture(scope="module")
-def runs(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(whole: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs that differ in their seed."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed, name in enumerate("ab"):
-        words = (*TINY, f"shards={shard_folder}", f"run={folder / name}", f"seed={seed}", "epochs=1", "micro_batch=4")
-        result = run("mura-dist", "train", *words, "--quiet")
-        assert result.returncode == 0, result.stderr
+    for name, seed in (("a", ()), ("b", ("seed=1",))):
+        shutil.copytree(whole(1, *SHORT, *seed), folder / name)
     return folder / "a", folder / "b"
 
 

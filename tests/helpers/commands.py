@@ -1,19 +1,13 @@
 """Run a command of this environment, warm or from nothing, on one rank or several."""
 
-import atexit
 import contextlib
-import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from helpers import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,12 +23,14 @@ NO_GPU = {
 }  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
 
 
-@functools.cache
 def warm_python() -> str:
-    """The executable of this process' own server (warm.py)."""
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return str(warm.start(folder))
+    """Return the executable of the session's server (warm.py), which conftest.py starts."""
+    return os.environ["MURA_DIST_WARM_PYTHON"]
+
+
+def warm_script(name: str) -> list[str]:
+    """Return the first words of a command that runs a script of this environment warm."""
+    return [warm_python(), str(BIN / name)]
 
 
 def run(
@@ -46,16 +42,15 @@ def run(
 ):
     """Run a command of this environment to its end; its output as text.
 
-    mura-dist and torchrun, and torchrun's ranks, are forks of a process that has imported torch (warm.py). `cold`: started from
+    mura-dist, the launchers and their ranks are forks of a process that has imported torch (warm.py). `cold`: started from
     nothing, as a user does; for what the environment says to a library as it is loaded.
     """
-    command = [str(word) for word in words]
+    name, *rest = (str(word) for word in words)
+    warmed = not cold and name in ("mura-dist", "torchrun", "deepspeed")
+    command = [*(warm_script(name) if warmed else [str(BIN / name)]), *rest]
     environment = {**os.environ, **NO_GPU, **(env or {})}
-    warmed = not cold and command[0] in ("mura-dist", "torchrun")
-    command[0] = str(BIN / command[0])
     if warmed:
-        command.insert(0, warm_python())
-        environment["PYTHON_EXEC"] = warm_python()  # torchrun's: what starts its ranks
+        environment["PYTHON_EXEC"] = warm_python()  # what starts the ranks
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
     )
@@ -85,7 +80,7 @@ def killed_when(begun: Callable[[], bool], names: Path, *words: object) -> None:
 TINY = (
     "architecture=tiny",
     "global_batch=12",
-    "micro_batch=2",
+    "micro_batch=6",  # of at most two ranks; three want micro_batch=2 or 4
     "learning_rate=1e-3",
     "epochs=2",
     "log_every=1",
@@ -95,7 +90,11 @@ TINY = (
 """Settings of a run that takes seconds: a small DenseNet of the same class, in the precision the laws are stated for."""
 
 
+SHORT = ("epochs=1", "micro_batch=4")
+"""A shorter one, of one rank or three, for tests that want any trained run."""
+
+
 def train(ranks: int, shards: Path, folder: Path, *words: str):
-    """A TINY run under torchrun, with these words too."""
-    settings = (*TINY, f"shards={shards}", f"run={folder}", *words)
-    return torchrun(ranks, "mura_dist.train", *settings, "--quiet")
+    """A TINY run with these words too: several ranks under torchrun, one without a launcher."""
+    settings = (*TINY, f"shards={shards}", f"run={folder}", *words, "--quiet")
+    return run("mura-dist", "train", *settings) if ranks == 1 else torchrun(ranks, "mura_dist.train", *settings)

@@ -1,10 +1,13 @@
 """Small models and the images to try them on."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import torch
 
 from mura_dist.models import densenet
-from mura_dist.models.card import Card, TrainedOn
+from mura_dist.models.card import KEY, Card, TrainedOn
 
 S = 64
 
@@ -33,3 +36,11 @@ def tiny(seed: int = 0) -> densenet.DenseNet:
 
 def noise(number: int, size: int = S, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (number, 1, size, size), dtype=np.uint8)
+
+
+def with_card(source: Path, card: Card, target: Path) -> Path:
+    """Write an exported model with another card."""
+    proto = onnx.load(source)
+    next(one for one in proto.metadata_props if one.key == KEY).value = card.text()
+    onnx.save(proto, target)
+    return target

@@ -3,10 +3,12 @@
     warm.py NUMBER   serves the listening socket that is its file of this number, until its parent ends
     start(folder)    starts a server; returns an executable that takes the words of `python`
 
+One server serves all workers of a session (conftest.py). It imports nothing before the first client connects.
+
 The executable is a real process to whoever starts it: it hands its words, environment, folder and open files to the server,
-passes signals on to the fork, ends as the fork ends, and the fork dies with it. The fork runs `python -m MODULE` or `python
-SCRIPT` with nothing replaced. Not for what this would hide: what a start imports, what the environment says to a library as it
-is loaded (OMP_NUM_THREADS), who the parent is, how much memory a process has.
+passes signals on to the fork, ends as the fork ends, and the fork dies with it. The fork runs `python -m MODULE`, `python -c
+CODE` or `python SCRIPT` with nothing replaced. Not for what this would hide: what a start imports, what the environment says to
+a library as it is loaded (OMP_NUM_THREADS), who the parent is, how much memory a process has.
 """
 
 import atexit
@@ -18,6 +20,7 @@ import json
 import logging
 import os
 import runpy
+import select
 import selectors
 import signal
 import socket
@@ -25,6 +28,7 @@ import stat
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +63,11 @@ IMPORTED = (
     "deepspeed",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
-    "mura_dist.train",
+    "mura_dist.cli.main",
+    "mura_dist.evaluation.evaluate",
+    "mura_dist.inference.predict",
+    "mura_dist.training.loop",
+    "pydicom",
     "torch._dynamo",  # by any optimiser
     "torch.distributed.run",
 )
@@ -73,7 +81,7 @@ def start(folder: Path) -> Path:
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
-    listening.listen(64)  # before it has imported anything: who comes early waits
+    listening.listen(64)  # before it has imported anything: the first to come wait
     subprocess.Popen([sys.executable, __file__, str(listening.fileno())], pass_fds=[listening.fileno()])
     listening.close()
     return client
@@ -137,15 +145,19 @@ def _asked(client: socket.socket) -> tuple[Any, list[int]]:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PARENTS_END, signal.SIGKILL)
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    select.select([listening], [], [])
     imported()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")]
     assert sum(name != ALLOCATOR for name in threads) == 1, f"{threads}: a fork would miss all but one"
     gc.freeze()  # a fork that collects would write to, and so copy, all of it
-    words, folder, environment = serve(socket.socket(fileno=int(sys.argv[1])))
+    words, folder, environment = serve(listening)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     ctypes.CDLL(None).prctl(PARENTS_END, signal.SIGKILL)  # the server's end
+    if Path(words[0]).name == "deepspeed" or "deepspeed.launcher.launch" in words:
+        sys.executable = environment["PYTHON_EXEC"]  # what starts its launcher, and its ranks
     status = ran(words[1:] if words[0] == "-u" else words, folder)
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -161,6 +173,10 @@ def ran(words: list[str], folder: str) -> int:
             sys.argv, sys.path[0] = words[1:], folder
             sys.modules.pop(words[1], None)  # as it is in a new process
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
         else:
             sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
             runpy.run_path(words[0], run_name="__main__")

@@ -183,7 +183,7 @@ print(json.dumps([before, peak(), found.num_files, num]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 @pytest.mark.parametrize("shape", ["flat", "tree"])
 def test_200_000_files_take_no_more_memory_than_a_cache(tmp_path: Path, table: Path, shape: str) -> None:
     """Measured: 16 MiB above the imports, most of them SQLite's cache; a list of `File` takes 104."""

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.models import S, card_of, noise, tiny
+from helpers.models import S, card_of, noise, with_card
 
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.inference import autotune, engine, engine_onnxruntime, engine_openvino
 from mura_dist.inference.engine import OUTPUTS, PROVIDERS, Tuning
-from mura_dist.inference.export.onnx import export, graph
 from mura_dist.inference.onnx_model import Model
 
 needs_openvino = pytest.mark.skipif(
@@ -29,9 +28,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
-@pytest.mark.parametrize("streams", [1, 2, 3])
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("batch_size", "streams", "threads"),
+    [(1, 1, 5), (1, 3, 2), (2, 2, 1), (2, 3, 5), (7, 1, 2), (7, 2, 5), (7, 3, 1), (16, 1, 1), (16, 2, 2)],
+)
 def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, streams: int, threads: int) -> None:
     images = noise(23)
     wanted = Model.load(model, tuning=Tuning(threads=1, streams=1)).outputs(images)
@@ -94,8 +94,8 @@ print([name for name, module in sys.modules.items() if module and name.partition
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.nightly(part="training")
 @needs_openvino
-@pytest.mark.slow
 def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path) -> None:
     """Seen once: two threads in a fresh process, each holding the lock the other wanted."""
     code = """
@@ -156,9 +156,9 @@ def test_a_mistyped_provider(model: Path) -> None:
         Model.load(model, "cdua")
 
 
-def test_bf16_is_refused_where_nothing_computes_it(tmp_path: Path) -> None:
+def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.onnx"
-    path.write_bytes(graph(tiny(), card_of().model_copy(update={"precision": "bf16"})))
+    with_card(model, card_of().model_copy(update={"precision": "bf16"}), path)
     with pytest.raises(Refusal, match="bf16"):
         Model.load(path)
     if importlib.util.find_spec("openvino") is not None and not engine_openvino.computes_bf16():
@@ -167,13 +167,13 @@ def test_bf16_is_refused_where_nothing_computes_it(tmp_path: Path) -> None:
 
 
 @needs_openvino
-def test_openvino_refuses_what_is_no_model(tmp_path: Path) -> None:
+def test_openvino_refuses_what_is_no_model(model: Path, tmp_path: Path) -> None:
     import onnx
 
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(Refusal, match="not an ONNX model"):
         Model.load(tmp_path / "text.onnx", "openvino")
-    bare = onnx.load_from_string(graph(tiny(), card_of()))
+    bare = onnx.load(model)
     del bare.metadata_props[:]
     (tmp_path / "bare.onnx").write_bytes(bare.SerializeToString())
     with pytest.raises(Refusal, match="mura-dist export"):
@@ -216,7 +216,7 @@ def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     autotune.choose(model, "cpu")
     other = tmp_path / "other.onnx"
-    export(tiny(1), card_of(), other)
+    with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other)
     assert autotune.stored(Model.load(other)) is None
     assert autotune.stored(Model.load(model)) is not None
     monkeypatch.setattr(autotune, "processors", lambda: 99)

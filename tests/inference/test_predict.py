@@ -1,5 +1,6 @@
 """predict: every file once, the same bytes whatever happens, studies as the field means them, nothing of a patient."""
 
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import onnx
 import pandas as pd
 import pytest
 from helpers import faulty_reader, laws
+from helpers.cache import Cache
 from helpers.commands import run
 from helpers.predictions import TABLES, contents, draw, draw_dicom, rows
 
@@ -344,19 +346,23 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
 # ---- the same bytes, whatever happens
 
 
+KILLS = pytest.mark.nightly(part="kills")
 NUM_MANY = 2 * CHUNK + 100
 
 
 @pytest.fixture(scope="module")
-def many(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+def many(cache: Cache, model: Path) -> tuple[Path, dict[str, bytes]]:
     """A directory of two chunks and a half, a seventh of it junk, and its tables made in one go."""
-    source = tmp_path_factory.mktemp("many")
+    folder = cache.path("many", functools.partial(_draw_many, model))
+    return folder / "in", contents(folder / "out")
+
+
+def _draw_many(model: Path, folder: Path) -> None:
+    source = folder / "in"
     pictures = [draw(source / "0" / f"{number}.png", number).read_bytes() for number in range(20)]
     for number in range(NUM_MANY - 20):
         (source / f"{number:04d}.png").write_bytes(pictures[number % 20] if number % 7 else b"junk")
-    out = tmp_path_factory.mktemp("one_go")
-    predict(model, source, out)
-    return source, contents(out)
+    predict(model, source, folder / "out")
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (7, 3), (300, 2)])
@@ -369,7 +375,7 @@ def test_batches_and_threads_leave_no_trace(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [5, 1])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=KILLS)])
 def test_killed_before_or_after_any_write(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:
@@ -438,11 +444,11 @@ predict(model, source, out, PredictOptions(workers=2), progress=progress)
 @pytest.mark.parametrize(
     ("where", "at", "num_parts"),
     [
-        pytest.param("walking", 0, 0, marks=pytest.mark.slow),
-        pytest.param("reading", 1, 0, marks=pytest.mark.slow),
-        pytest.param("reading", 256, 0, marks=pytest.mark.slow),
+        pytest.param("walking", 0, 0, marks=KILLS),
+        pytest.param("reading", 1, 0, marks=KILLS),
+        pytest.param("reading", 256, 0, marks=KILLS),
         ("reading", 300, 1),
-        pytest.param("reading", 612, 2, marks=pytest.mark.slow),
+        pytest.param("reading", 612, 2, marks=KILLS),
         ("tables", 0, 3),
     ],
 )
@@ -714,7 +720,7 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
 def test_a_disk_that_is_really_full(

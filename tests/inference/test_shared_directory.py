@@ -1,5 +1,6 @@
 """Ranks that share a directory through OUT alone: the same tables as one process, whoever dies; and one writer at a time."""
 
+import functools
 import json
 import os
 import signal
@@ -11,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.cache import Cache
 from helpers.commands import killed_when, run
-from helpers.models import card_of, tiny
 from helpers.predictions import TABLES, contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.distributed import heartbeat
 from mura_dist.inference import output_folder
-from mura_dist.inference.export.onnx import export
 from mura_dist.inference.predict import predict
 
 NUM, CHUNK = 300, 32
@@ -47,19 +47,21 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, dict[str, bytes]]:
+def given(cache: Cache, model: Path) -> tuple[Path, Path, Path, dict[str, bytes]]:
     """A script to run a rank by, a model, a directory of ten chunks, and its tables as one process makes them."""
-    folder = tmp_path_factory.mktemp("given")
-    script, model, source = folder / "rank.py", folder / "model.onnx", folder / "in"
-    script.write_text(RANK)
-    export(tiny(), card_of(), model)
+    folder = cache.path("ten-chunks", functools.partial(_draw_ten_chunks, model))
+    return folder / "rank.py", model, folder / "in", contents(folder / "out")
+
+
+def _draw_ten_chunks(model: Path, folder: Path) -> None:
+    source = folder / "in"
     pictures = [draw(folder / "pictures" / f"{number}.png", number).read_bytes() for number in range(10)]
     for number in range(NUM):
         path = source / "valid" / "XR_HAND" / f"patient{number % 50:05d}" / f"study1_positive/image{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pictures[number % 10] if number % 7 else b"junk")
+    (folder / "rank.py").write_text(RANK)
     predict(model, source, folder / "out")
-    return script, model, source, contents(folder / "out")
 
 
 @pytest.fixture
@@ -70,10 +72,12 @@ def start(
     script, model, source, _ = given
     started: list[subprocess.Popen[str]] = []
 
-    def rank(number: int, size: int, *words: object, launcher: str = "Slurm", **more: object) -> subprocess.Popen[str]:
+    def rank(
+        number: int, size: int, *words: object, launcher: str = "Slurm", cold: bool = False, **more: object
+    ) -> subprocess.Popen[str]:
         environment = LAUNCHERS[launcher](number, size) | more
         command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1, *words)
-        started.append(start_rank(script, environment, *command))
+        started.append(start_rank(script, environment, *command, cold=cold))
         return started[-1]
 
     yield rank
@@ -92,7 +96,11 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
 
 @pytest.mark.parametrize(
     ("launcher", "size", "batch_size"),
-    [("torchrun", 2, 5), *(pytest.param("Slurm", *more, marks=pytest.mark.slow) for more in ((3, 300), (2, 1)))],
+    [
+        ("torchrun", 2, 5),
+        pytest.param("Slurm", 3, 300, marks=pytest.mark.slow),
+        pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(part="launchers")),
+    ],
 )
 def test_ranks_share_a_directory_with_the_same_bytes(
     launcher: str, size: int, batch_size: int, given: Any, start: Callable[..., Any], tmp_path: Path
@@ -142,7 +150,7 @@ def test_a_rank_that_is_refused_leaves_nobody_waiting(given: Any, start: Callabl
     assert contents(tmp_path / "out") == given[3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="kills")
 def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     given: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -161,7 +169,7 @@ def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     assert contents(tmp_path / "out") == given[3]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="launchers")
 def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
     predict(given[1], given[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
@@ -185,7 +193,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 
 
 def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
-    first = start(0, 1, SLOW_S=0.1)
+    first = start(0, 1, SLOW_S=0.1, cold=True)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
@@ -202,11 +210,13 @@ def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Call
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(part="kills"))]
+)
 def test_children_end_with_their_parent(
     given: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    first = start(0, 1, SLOW_S=0.1)
+    first = start(0, 1, SLOW_S=0.1, cold=True)
     while not list((tmp_path / "out" / ".parts").glob("0*.json")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)

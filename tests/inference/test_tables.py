@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     assert many - few < 15, (few, many)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("per_study", [1, 3, 200_000])
 def test_tables_of_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:

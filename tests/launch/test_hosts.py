@@ -22,7 +22,7 @@ from helpers.tools import tool
 from mura_dist.training import checkpoint, metrics_log
 
 chaos = tool("robustness/chaos_train")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly(part="hosts")
 
 LONGER = ("epochs=8", "checkpoint_every=3", "timeout_s=10")
 SLOW = ("--delay-ms", 3, "--loss", 0.01)

@@ -10,7 +10,9 @@ from torchvision.models import DenseNet as TorchvisionDenseNet
 
 from mura_dist.models import densenet
 
-CASES = [("tiny", 2, 64), ("tiny", 3, 75), ("tiny", 5, 97), ("tiny", 1, 128), ("densenet121", 2, 70)]
+CASES = [("tiny", 2, 64), ("tiny", 3, 75), ("tiny", 5, 97), ("tiny", 1, 128)]
+NIGHTLY = pytest.mark.nightly(part="training")
+LARGE = ("densenet121", 2, 70)
 
 
 def images(batch: int, size: int, seed: int = 0) -> Tensor:
@@ -79,8 +81,10 @@ def same_step(ours: nn.Module, theirs: nn.Module, image: torch.Tensor) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=limit, msg=name)
 
 
-@pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
-@pytest.mark.parametrize(("architecture", "batch", "size"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "batch", "size", "change"),
+    [*((*case, change) for case in CASES for change in (as_born, any_sign, nearly_dead)), (*LARGE, nearly_dead)],
+)
 def test_a_step_is_torchvisions(architecture: str, batch: int, size: int, change: Callable) -> None:
     ours, theirs = (network.double() for network in pair(architecture, change))
     same_step(ours, theirs, images(batch, size))
@@ -88,8 +92,10 @@ def test_a_step_is_torchvisions(architecture: str, batch: int, size: int, change
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("architecture", "batch", "size"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "batch", "size", "training"),
+    [*((*case, training) for case in CASES for training in (True, False)), (*LARGE, True)],
+)
 def test_the_plain_layers_are_torchvisions(
     monkeypatch: pytest.MonkeyPatch, architecture: str, batch: int, size: int, training: bool
 ) -> None:
@@ -145,8 +151,17 @@ def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [as_born, any_sign, nearly_dead])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        (torch.bfloat16, as_born),
+        (torch.bfloat16, nearly_dead),
+        (torch.float16, any_sign),
+        pytest.param(torch.bfloat16, any_sign, marks=NIGHTLY),
+        pytest.param(torch.float16, as_born, marks=NIGHTLY),
+        pytest.param(torch.float16, nearly_dead, marks=NIGHTLY),
+    ],
+)
 def test_half_precision_is_as_near_to_the_truth_as_torchvisions(dtype: torch.dtype, change: Callable) -> None:
     """Ratio of the two gradients' distances from float64's, the median of 9 batches; torchvision's own distance is the yardstick.
 

@@ -103,8 +103,10 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
     return folder / "hub" / "checkpoints" / f"{architecture}-{DIGESTS[architecture]}.pth"
 
 
-@pytest.mark.parametrize("change", [dict, old_keys])
-@pytest.mark.parametrize("architecture", ["densenet121", pytest.param("densenet169", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [("densenet121", old_keys), pytest.param("densenet169", dict, marks=pytest.mark.slow)],
+)
 def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, architecture)
     path.parent.mkdir(parents=True)

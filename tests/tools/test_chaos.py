@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import TINY, run, torchrun
+from helpers.commands import run
 from helpers.tools import tool
 from safetensors.torch import load_file
 
@@ -23,12 +23,9 @@ chaos = tool("robustness/chaos_train")
 
 
 @pytest.fixture(scope="module")
-def trained(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(whole: Callable[..., Path]) -> Path:
     """A run of three epochs, one rank."""
-    folder = tmp_path_factory.mktemp("chaos") / "run"
-    done = torchrun(1, "mura_dist.train", *TINY, "epochs=3", f"shards={shard_folder}", f"run={folder}", "--quiet")
-    assert done.returncode == 0, done.stderr
-    return folder
+    return whole(1, "epochs=3")
 
 
 def last(run: Path) -> Path:
@@ -148,7 +145,7 @@ def test_a_process_that_outlives_its_run_is_named_and_ended(tmp_path: Path) -> N
     assert chaos.survivors(tmp_path, 0) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="kills")
 def test_three_killed_trainings_end_as_the_one_that_nobody_killed(tmp_path: Path) -> None:
     result = run("python", chaos.__file__, "--kills", "3", "--seed", "7", "--keep", tmp_path / "kept", timeout_s=900)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -33,6 +33,8 @@ from mura_dist.data.shards import cache
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
 
+pytestmark = pytest.mark.nightly(part="scaling")
+
 SCALE, COMMUNICATION = ROOT / "tools/scaling/scale.py", ROOT / "tools/scaling/run_communication.py"
 TINY = Job("tiny", 32, 2, 1, "fp32")
 MB = 1_000_000

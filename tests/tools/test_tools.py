@@ -83,7 +83,7 @@ def test_every_blow_changes_some_file(seeds: dict[str, bytes]) -> None:
         assert any(case.data(seeds) != seeds[case.name] for case in cases), kind
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="fuzz")
 def test_300_broken_files(seeds: dict[str, bytes], tmp_path: Path) -> None:
     """Twice: the same cases, the same outcome. 20,000: python tools/robustness/fuzz_radiograph.py"""
     said: list[str] = []
@@ -142,7 +142,7 @@ def test_survivors_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert killing._group(os.getpgid(0)), "we ourselves are alive"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="kills")
 def test_three_killed_conversions_end_with_the_same_bytes(phantoms: Path, tmp_path: Path) -> None:
     """20: python tools/robustness/kill_conversion.py"""
     said: list[str] = []

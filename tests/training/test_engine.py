@@ -257,7 +257,7 @@ def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
     assert same(everything(engine), before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_compiled_is_near_eager(alone: World) -> None:
     """Needs a C++ compiler, as the setting says."""
     eager = Engine(build("tiny", seed=5), settings(), alone)

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import laws
-from helpers.commands import TINY, run, torchrun
+from helpers.cache import Cache
+from helpers.commands import torchrun, train
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.core.errors import Failure, Refusal
@@ -99,7 +100,14 @@ def test_members_of_different_architectures() -> None:
 EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
 
 
-@pytest.mark.parametrize("biases", [(-2.0, 3.0), *(pytest.param(each, marks=pytest.mark.slow) for each in EXTREME)])
+@pytest.mark.parametrize(
+    "biases",
+    [
+        (-2.0, 3.0),
+        pytest.param(EXTREME[0], marks=pytest.mark.slow),
+        *(pytest.param(each, marks=pytest.mark.nightly(part="training")) for each in EXTREME[1:]),
+    ],
+)
 def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
     networks = [tiny(seed, bias) for seed, bias in enumerate(biases)]
     report = onnx.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")
@@ -133,13 +141,18 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs of three evaluated checkpoints each."""
-    parent = tmp_path_factory.mktemp("ensemble")
-    for seed in (0, 1):
-        settings = (*TINY, f"shards={shard_folder}", f"run={parent / f'seed{seed}'}", f"seed={seed}", "epochs=3")
-        result = run("mura-dist", "train", *settings, "keep_best=3", "--quiet")
-        assert result.returncode == 0, result.stderr
+def runs(cache: Cache, shard_folder: Path) -> list[Path]:
+    """Two runs of three evaluated checkpoints each; beside them a list of both, its report on valid and its ONNX file."""
+
+    def make(parent: Path) -> None:
+        for seed in (0, 1):
+            result = train(1, shard_folder, parent / f"seed{seed}", f"seed={seed}", "epochs=3", "keep_best=3")
+            assert result.returncode == 0, result.stderr
+        path = chosen([parent / "seed0", parent / "seed1"], parent / "four.json")
+        assert main(["evaluate", str(path), str(shard_folder), "--quiet"]) == DONE
+        assert main(["export", str(path), "--triton", str(parent / "triton")]) == DONE
+
+    parent = cache.path("ensemble", make)
     return [parent / "seed0", parent / "seed1"]
 
 
@@ -150,7 +163,7 @@ def chosen(runs: list[Path], out: Path, top: int = TOP) -> Path:
 
 @pytest.fixture(scope="module")
 def listed(runs: list[Path]) -> Path:
-    return chosen(runs, runs[0].parent / "four.json")
+    return runs[0].parent / "four.json"
 
 
 @pytest.fixture
@@ -182,8 +195,9 @@ def test_what_is_said(runs: list[Path], tmp_path: Path, capsys) -> None:
         assert line.split() == [f"{member.select_loss:.6f}", "tiny", member.run, member.checkpoint]
 
 
-def test_the_order_of_the_runs_does_not_matter(listed: Path, runs: list[Path]) -> None:
-    again = chosen(runs[::-1], listed.with_name("reversed.json"))
+def test_the_order_of_the_runs_does_not_matter(listed: Path, runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(listed.parent, tmp_path / "copy")
+    again = chosen([tmp_path / "copy" / folder.name for folder in runs[::-1]], tmp_path / "copy" / "reversed.json")
     assert again.read_bytes() == listed.read_bytes()
 
 
@@ -200,17 +214,14 @@ def logits_of(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(listed: Path, shard_folder: Path) -> Path:
+def evaluated(listed: Path) -> Path:
     """The list's own folder, with its report on valid."""
-    assert main(["evaluate", str(listed), str(shard_folder), "--quiet"]) == DONE
     return listed.with_suffix("")
 
 
 @pytest.fixture(scope="module")
-def exported(listed: Path, evaluated: Path) -> Path:
+def exported(listed: Path) -> Path:
     """The list's ONNX file, made after its evaluation."""
-    assert main(["export", str(listed), "--triton", str(listed.parent / "triton")]) == DONE
-    assert evaluated.is_dir()
     return listed.with_suffix(".onnx")
 
 

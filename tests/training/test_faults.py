@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import laws
-from helpers.commands import ROOT, TINY, run
+from helpers import commands, laws
+from helpers.commands import ROOT, TINY, run, warm_python
 
 from mura_dist.core import config
 from mura_dist.core.config import Settings
@@ -22,11 +22,11 @@ MICROS = 6  # of a step: a global batch of 12, two radiographs each
 
 
 def train(ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *words: str):
-    """Under torchrun, with a fault at some calls of a rank's training forward."""
-    settings = (*TINY, f"shards={shards}", f"run={folder}", *words, "--quiet")
+    """As helpers.commands.train, with a fault at some calls of a rank's training forward."""
+    settings = (*TINY, "micro_batch=2", f"shards={shards}", f"run={folder}", *words, "--quiet")
     environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call}
-    launch = ("torchrun", "--standalone", "--nproc-per-node", ranks, FAULTY, "train")
-    return run(*launch, *settings, env=environment, timeout_s=120)
+    launch = [warm_python()] if ranks == 1 else ["torchrun", "--standalone", "--nproc-per-node", ranks]
+    return run(*launch, FAULTY, "train", *settings, env=environment, timeout_s=120)
 
 
 def told(stderr: str) -> list[str]:
@@ -94,9 +94,9 @@ def test_what_a_processor_computes(tmp_path: Path, text: str, computed: bool, mo
 
 NOT_FINITE = [
     (2, "nan", "loss"),
-    (1, "gradient", "gradient"),
-    pytest.param(1, "nan", "loss", marks=pytest.mark.slow),
-    pytest.param(2, "gradient", "gradient", marks=pytest.mark.slow),
+    pytest.param(1, "gradient", "gradient", marks=pytest.mark.slow),
+    pytest.param(1, "nan", "loss", marks=pytest.mark.nightly(part="training")),
+    pytest.param(2, "gradient", "gradient", marks=pytest.mark.nightly(part="training")),
 ]
 
 
@@ -123,7 +123,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(
     assert epochs[1]["train_loss"] == pytest.approx(sum(taken) / len(taken), rel=1e-9), "over the steps that were taken"
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
 def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
     """One micro-batch of the last rank in the second epoch's: no plateau, no best, no early stop hears of it; the run goes on."""
     micros = -(-len(Shards.open(shard_folder).rows("tune")) // 2)
@@ -160,7 +161,7 @@ def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> No
     assert last.state["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.nightly(part="training"))])
 def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *words)
     assert result.returncode == 1
@@ -169,7 +170,7 @@ def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, 
         assert word in line
     assert "CUDA out of memory" not in result.stderr
     assert checkpoint.select(tmp_path / "run" / "checkpoints", "last").step == 8
-    again = run("mura-dist", "train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", *words, "--quiet")
+    again = commands.train(1, shard_folder, tmp_path / "run", "micro_batch=2", *words)
     assert again.returncode == 0, again.stderr
 
 

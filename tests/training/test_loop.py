@@ -20,10 +20,10 @@ from mura_dist.training import checkpoint, metrics_log
 from mura_dist.training.run import Run
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_number_of_ranks_leaves_no_trace(whole: Callable[..., Path], one: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "words"), [(2, ()), pytest.param(3, ("micro_batch=2",), marks=pytest.mark.slow)])
+def test_the_number_of_ranks_leaves_no_trace(whole: Callable[..., Path], ranks: int, words: tuple[str, ...]) -> None:
     """Same rows, first step's loss within 1e-6, 8 steps on within 1e-3."""
-    several = whole(ranks)
+    several, one = whole(ranks, *words), whole(1, *words)
     ours, wanted = losses(several), losses(one)
     assert len(ours) == len(wanted) >= 10
     assert ours[0] == pytest.approx(wanted[0], rel=1e-6)
@@ -38,12 +38,13 @@ def test_the_number_of_ranks_leaves_no_trace(whole: Callable[..., Path], one: Pa
         torch.testing.assert_close(ours_then[key], wanted_then[key], rtol=1e-2, atol=1e-2)
 
 
-def test_the_same_command_on_a_finished_run_does_nothing(shard_folder: Path, one: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in one.rglob("*") if path.is_file()}
-    result = train(1, shard_folder, one)
+def test_the_same_command_on_a_finished_run_does_nothing(shard_folder: Path, one: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(one, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+    result = train(1, shard_folder, copy)
     assert result.returncode == 0
     assert "2 epochs" in result.stdout
-    assert {path: path.stat().st_mtime_ns for path in one.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_says_what_it_was(one: Path, shard_folder: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_run_says_what_it_was(one: Path, shard_folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
 def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
     """Named once a rank at most, counted once over all ranks in metrics.jsonl; strict=true ends the run and names it."""
     shards = tmp_path / "shards"
@@ -118,8 +119,8 @@ def test_a_run_says_where_its_time_goes(one: Path, shard_folder: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_deepspeed_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Path, one: Path) -> None:
-    words = (*TINY, f"shards={shard_folder}")
+def test_deepspeed_torchrun_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Path, one: Path) -> None:
+    words = (*TINY, f"shards={shard_folder}", "epochs=1")
     launched = run(
         "deepspeed",
         "--num_accelerators",
@@ -131,9 +132,9 @@ def test_deepspeed_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Pat
         cwd=tmp_path,
     )
     assert launched.returncode == 0, launched.stderr
-    assert run("mura-dist", "train", *words, f"run={tmp_path / 'b'}").returncode == 0
+    assert torchrun(1, "mura_dist.train", *words, f"run={tmp_path / 'b'}").returncode == 0
     assert losses(tmp_path / "a")[0] == pytest.approx(losses(one)[0], rel=1e-6)
-    assert losses(tmp_path / "b") == losses(one)
+    assert losses(tmp_path / "b") == losses(one)[: steps_an_epoch(one)]
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,13 @@ def test_deepspeed_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Pat
     [
         ("precision=bf16",),
         ("pipeline=dali",),
-        ("optimiser=adamw", "weight_decay=0.1"),
-        ("precision=fp16", "channels_last=false"),
-        ("lr_scaling=sqrt", "reference_batch=3", "clip_norm=1.0", "label_smoothing=0.01", "warmup_steps=5"),
+        pytest.param(
+            ("optimiser=adamw", "weight_decay=0.1", "precision=fp16", "channels_last=false"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("lr_scaling=sqrt", "reference_batch=3", "clip_norm=1.0", "label_smoothing=0.01", "warmup_steps=5"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_settings_learn_too(shard_folder: Path, tmp_path: Path, one: Path, words: tuple[str, ...]) -> None:
@@ -183,6 +188,7 @@ def test_only_one_writes(shard_folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_may_not_change_is_refused(shard_folder: Path, one: Path, tmp_path: Path, capsys) -> None:
+    one = Path(shutil.copytree(one, tmp_path / "run"))
     words = ["train", *TINY, f"shards={shard_folder}", f"run={one}"]
     said = laws.refusal(capsys, [*words, "learning_rate=2e-3"], "learning_rate=0.001", "learning_rate=0.002", "run=NEW")
     assert str(one) in said
@@ -200,7 +206,7 @@ def test_what_may_not_change_is_refused(shard_folder: Path, one: Path, tmp_path:
 
 
 def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
+    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "micro_batch=2"]
     laws.refusal(capsys, [*words, "global_batch=13"], "global_batch=13", "micro_batch 2", "nearest is global_batch=12")
     laws.refusal(capsys, [*words, "global_batch=600"], "global_batch=600", "has only")
     laws.refusal(capsys, [*words, "shards=nowhere"], "nowhere", "mura-dist shards")
@@ -213,7 +219,14 @@ def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path:
 
 @pytest.mark.slow
 def test_the_run_ends_early_where_nothing_gets_better(shard_folder: Path, tmp_path: Path) -> None:
-    words = ("learning_rate=1e-12", "epochs=9", "early_stop=2", "plateau_patience=0", "plateau_threshold=0.5")
+    words = (
+        "learning_rate=1e-12",
+        "epochs=9",
+        "micro_batch=12",
+        "early_stop=2",
+        "plateau_patience=0",
+        "plateau_threshold=0.5",
+    )
     result = train(1, shard_folder, tmp_path / "run", *words)
     assert result.returncode == 0, result.stderr
     epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
@@ -229,7 +242,7 @@ def test_the_run_ends_early_where_nothing_gets_better(shard_folder: Path, tmp_pa
 
 @pytest.mark.slow
 def test_the_best_are_kept_for_an_ensemble(shard_folder: Path, tmp_path: Path) -> None:
-    result = train(1, shard_folder, tmp_path / "run", "epochs=6", "keep_best=3", "keep_checkpoints=1")
+    result = train(1, shard_folder, tmp_path / "run", "epochs=6", "micro_batch=12", "keep_best=3", "keep_checkpoints=1")
     assert result.returncode == 0, result.stderr
     epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"][1:]
     best = sorted(epochs, key=lambda line: (line["tune_loss"], -line["step"]))[:3]

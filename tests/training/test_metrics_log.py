@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.commands import BIN, NO_GPU, TINY, run
+from helpers.commands import NO_GPU, TINY, run, warm_script
 
 from mura_dist.training import metrics_log
 from mura_dist.training.metrics_log import Journal, Stopwatch
@@ -48,7 +48,7 @@ def on_a_terminal(*command: str) -> str:
 def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
     """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
     words = settings(shard_folder, tmp_path / "run")
-    said = CONTROL.sub("", on_a_terminal(str(BIN / "mura-dist"), "train", *words)).replace("\r", "\n")
+    said = CONTROL.sub("", on_a_terminal(*warm_script("mura-dist"), "train", *words)).replace("\r", "\n")
     bars = re.findall(
         r"epoch 1 .*step (\d+)/16 +loss (\d\.\d{4}) +(\d+\.\d) images/s +data wait \d+\.\d% +(\d+:\d\d:\d\d) left", said
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.commands import BIN, TINY, run, train
+from helpers.commands import TINY, run, train, warm_python, warm_script
 from helpers.runs import equal, losses, steps_an_epoch, tensors, told
 
 from mura_dist.training import checkpoint
@@ -17,8 +17,8 @@ from mura_dist.training.run import Run
 RESUMED = [
     (2, ()),
     pytest.param(1, ("precision=bf16", "ema=0.9", "clip_norm=0.1", "label_smoothing=0.1"), marks=pytest.mark.slow),
-    pytest.param(1, (), marks=pytest.mark.slow),
-    pytest.param(2, ("zero_stage=1",), marks=pytest.mark.slow),
+    pytest.param(1, (), marks=pytest.mark.nightly(part="kills")),
+    pytest.param(2, ("zero_stage=1",), marks=pytest.mark.nightly(part="kills")),
     pytest.param(2, ("zero_stage=1", "ema=0.9", "precision=fp16", "optimiser=sgd"), marks=pytest.mark.slow),
 ]
 
@@ -46,15 +46,14 @@ def test_killed_it_goes_on_from_the_last_complete_checkpoint(shard_folder: Path,
     words = (*TINY, f"shards={shard_folder}", "checkpoint_every=2", "epochs=4", "--quiet")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert run("mura-dist", "train", *words, f"run={whole}").returncode == 0
-    command = [str(BIN / "mura-dist"), "train", *words, f"run={torn}"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([*warm_script("mura-dist"), "train", *words, f"run={torn}"])
     while not list((torn / "checkpoints").glob("step-0000001*")):  # in mid-epoch, past the first one
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
     assert (torn / "lock").exists()
-    result = run(*command[:1], *command[1:])
+    result = run("mura-dist", "train", *words, f"run={torn}")
     assert result.returncode == 0, result.stderr
     assert "stale lock" in result.stderr
     for folder in checkpoint.folders(
@@ -70,7 +69,7 @@ def test_killed_it_goes_on_from_the_last_complete_checkpoint(shard_folder: Path,
 
 def test_asked_to_stop_it_saves_and_says_so(shard_folder: Path, tmp_path: Path, one: Path) -> None:
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=500", "--quiet")
-    process = subprocess.Popen([str(BIN / "mura-dist"), "train", *words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*warm_script("mura-dist"), "train", *words], stderr=subprocess.PIPE, text=True)
     while not losses(tmp_path / "run"):
         assert process.poll() is None
         time.sleep(0.05)
@@ -89,22 +88,31 @@ def test_asked_to_stop_it_saves_and_says_so(shard_folder: Path, tmp_path: Path, 
 
 
 ZERO = ("zero_stage=1", "ema=0.9")
-MORE = [(2, 1, ()), (1, 2, ()), (1, 2, ZERO), (2, 3, ()), (2, 3, ZERO)]
-OTHERS = [(2, 1, ZERO), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+OTHERS = [
+    (2, 1, ZERO),
+    pytest.param(2, 3, (), marks=pytest.mark.slow),
+    *(
+        pytest.param(*case, marks=pytest.mark.nightly(part="kills"))
+        for case in [(2, 1, ()), (1, 2, ()), (1, 2, ZERO), (2, 3, ZERO)]
+    ),
+]
 
 
 @pytest.mark.parametrize(("before", "after", "words"), OTHERS)
 def test_resumed_on_another_number_of_ranks(
-    shard_folder: Path, tmp_path: Path, before: int, after: int, words: tuple[str, ...]
+    shard_folder: Path,
+    tmp_path: Path,
+    whole: Callable[..., Path],
+    before: int,
+    after: int,
+    words: tuple[str, ...],
 ) -> None:
     """Same rows; the first step's loss within 1e-6, its gradient within 1e-4, the loss 8 steps on within 1e-3 (fp32).
 
     SGD, so that its momentum tells the gradient: m' = 0.9 m + g. Steps 4 to 12, across an epoch's end.
     """
-    common = ("optimiser=sgd", "checkpoint_every=1", "keep_checkpoints=20", *words)
-    same, other = tmp_path / "same", tmp_path / "other"
-    first = train(before, shard_folder, same, *common)
-    assert first.returncode == 0, first.stderr
+    common = ("optimiser=sgd", "checkpoint_every=1", "keep_checkpoints=20", "micro_batch=2", *words)
+    same, other = whole(before, *common), tmp_path / "other"
     shutil.copytree(same, other)
     for folder in checkpoint.folders(other / "checkpoints"):
         if checkpoint.read(folder).step > 4:
@@ -131,7 +139,9 @@ def test_resumed_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
-def test_a_stop_during_evaluation_saves_what_was_trained(shard_folder: Path, tmp_path: Path) -> None:
+def test_a_stop_during_evaluation_saves_what_was_trained(
+    shard_folder: Path, tmp_path: Path, whole: Callable[..., Path]
+) -> None:
     """A wish to stop that comes as an epoch ends: saved unevaluated, and evaluated by the next start."""
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=3", "--quiet")
     script = (
@@ -146,14 +156,13 @@ def test_a_stop_during_evaluation_saves_what_was_trained(shard_folder: Path, tmp
         "from mura_dist.cli.main import entry\n"
         "entry(sys.argv[1:])\n"
     )
-    stopped = run("python", "-c", script, "train", *words, "stop_signal=SIGUSR1")
+    stopped = run(warm_python(), "-c", script, "train", *words, "stop_signal=SIGUSR1")
     assert stopped.returncode == 3, stopped.stderr
     last = checkpoint.select(tmp_path / "run" / "checkpoints", "last").state
     assert last["step"] == 8
     assert last["evaluated_step"] == 0
     assert last["select_loss"] is None
     assert run("mura-dist", "train", *words).returncode == 0
-    never = train(1, shard_folder, tmp_path / "never", "epochs=3")
-    assert never.returncode == 0
-    assert told(tmp_path / "never") == told(tmp_path / "run")
-    assert equal(tensors(tmp_path / "never", 24), tensors(tmp_path / "run", 24))
+    never = whole(1, "epochs=3")
+    assert told(never) == told(tmp_path / "run")
+    assert equal(tensors(never, 24), tensors(tmp_path / "run", 24))

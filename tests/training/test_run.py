@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.commands import BIN, NO_GPU, ROOT, TINY
+from helpers.commands import BIN, NO_GPU, ROOT, TINY, warm_python, warm_script
 from helpers.tools import tool
 
 from mura_dist.core import config
@@ -57,9 +57,9 @@ def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts processes; what is left of them is ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*words: object, **how: object) -> subprocess.Popen[str]:
+    def start(*words: object, more: dict[str, str] | None = None, **how: object) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", **(more or {})}
         started.append(subprocess.Popen([str(word) for word in words], env=environment, **{**pipes, **how}))
         return started[-1]
 
@@ -252,12 +252,16 @@ LAUNCHERS = {
 EPOCHS = 16
 
 
-def launch(start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *words: str):
-    """A training in a session of its own, its output in a file beside the run."""
-    launcher = [BIN / LAUNCHERS[name][0], *LAUNCHERS[name][1:]] if name in LAUNCHERS else [BIN / "mura-dist", "train"]
+def launch(
+    start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *words: str, warm: bool = False
+):
+    """A training in a session of its own, its output in a file beside the run. `warm`: ranks have another parent and number."""
+    script, *rest = LAUNCHERS.get(name, ("mura-dist", "train"))
+    launcher = [*(warm_script(script) if warm else [BIN / script]), *rest]
     settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *words)
     with open(run.with_name("log"), "a") as log:
-        return start(*launcher, *settings, stdout=log, stderr=log, cwd=run.parent)
+        how = {"PYTHON_EXEC": warm_python()} if warm else {}
+        return start(*launcher, *settings, stdout=log, stderr=log, cwd=run.parent, more=how)
 
 
 def log_of(run: Path) -> str:
@@ -287,21 +291,15 @@ def gone_after(pids: list[int], limit_s: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def whole(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(whole: Callable[..., Path]) -> Path:
     """The run of two ranks that nobody disturbed."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    launcher = [BIN / "torchrun", *LAUNCHERS["torchrun"][1:]]
-    settings = (*TINY, f"epochs={EPOCHS}", f"shards={shard_folder}", f"run={run}", "--quiet")
-    words = [str(word) for word in (*launcher, *settings)]
-    problem = chaos.to_its_end(words, run.with_name("log"))
-    assert not problem, log_of(run)
-    return run
+    return whole(2, f"epochs={EPOCHS}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.nightly(part="kills"))])
 def test_ranks_end_with_a_killed_launcher_and_the_next_start_finishes(
-    name: str, whole: Path, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+    name: str, undisturbed: Path, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """kill -9 of the command: all it started is gone within 5 s. A second start, at once, waits for them, ends as the whole."""
     run = tmp_path / "run"
@@ -310,28 +308,39 @@ def test_ranks_end_with_a_killed_launcher_and_the_next_start_finishes(
     pids = chaos.processes_of(run)
     assert len(pids) == (3 if name == "torchrun" else 4)
     first.kill()
-    second = launch(processes, name, shard_folder, run)
+    second = launch(processes, name, shard_folder, run, warm=True)
     gone_after(pids, 5)
     assert second.wait(180) == 0, log_of(run)
     assert "the launcher is gone" in log_of(run)
-    assert not chaos.differences(whole, run)
+    assert not chaos.differences(undisturbed, run)
     assert not chaos.survivors(run)
 
 
+KILLS = pytest.mark.nightly(part="kills")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("name", "asked", "warm"),
+    [
+        ("torchrun", signal.SIGTERM, True),
+        pytest.param("torchrun", signal.SIGINT, False, marks=KILLS),
+        pytest.param("deepspeed", signal.SIGTERM, False, marks=KILLS),
+        pytest.param("deepspeed", signal.SIGINT, False, marks=KILLS),
+    ],
+)
 def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
     name: str,
     asked: signal.Signals,
-    whole: Path,
+    warm: bool,
+    undisturbed: Path,
     shard_folder: Path,
     tmp_path: Path,
     processes: Callable[..., subprocess.Popen[str]],
 ) -> None:
     """SIGTERM to the command, as a scheduler sends it; SIGINT to its whole group, as a terminal's Ctrl-C does."""
     run = tmp_path / "run"
-    first = launch(processes, name, shard_folder, run)
+    first = launch(processes, name, shard_folder, run, warm=warm)
     until_it_trains(run, first)
     pids = chaos.processes_of(run)
     begin = time.monotonic()
@@ -342,10 +351,10 @@ def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
     step = steps(run)
     assert max(chaos._checkpoints(run)) == f"step-{step:08d}", "the very step it was at"
     written = (run / "metrics.jsonl").read_bytes()
-    second = launch(processes, name, shard_folder, run)
+    second = launch(processes, name, shard_folder, run, warm=True)
     assert second.wait(180) == 0, log_of(run)
     assert (run / "metrics.jsonl").read_bytes().startswith(written), "nothing was done twice"
-    assert not chaos.differences(whole, run)
+    assert not chaos.differences(undisturbed, run)
 
 
 @pytest.mark.slow
@@ -355,12 +364,12 @@ def test_a_second_training_waits_and_then_is_refused_or_goes_on(
     run = tmp_path / "run"
     first = launch(processes, "plain", shard_folder, run, "epochs=5000")
     until_it_trains(run, first)
-    refused = launch(processes, "plain", shard_folder, run, "wait_s=2")
+    refused = launch(processes, "plain", shard_folder, run, "wait_s=2", warm=True)
     assert refused.wait(60) == 2, log_of(run)
     assert f"waiting up to 2 s for process {first.pid} on host {platform.node()}" in log_of(run)
     assert f"is being written by process {first.pid} on {platform.node()}" in log_of(run)
     assert first.poll() is None
-    interrupted, patient = (launch(processes, "plain", shard_folder, run, "epochs=5000") for _ in range(2))
+    interrupted, patient = (launch(processes, "plain", shard_folder, run, "epochs=5000", warm=True) for _ in range(2))
     end = time.monotonic() + 60
     while log_of(run).count("waiting up to 60 s") < 2:
         assert time.monotonic() < end, log_of(run)
@@ -378,14 +387,14 @@ def test_a_second_training_waits_and_then_is_refused_or_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, None])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, None, pytest.param(signal.SIGINT, marks=KILLS)])
 def test_ranks_that_wait_for_the_first_end_with_it(
     asked: signal.Signals | None, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
     run = tmp_path / "run"
     processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
-    start = launch(processes, "torchrun", shard_folder, run, "wait_s=1" if asked is None else "wait_s=60")
+    start = launch(processes, "torchrun", shard_folder, run, f"wait_s={1 if asked is None else 60}", warm=True)
     end = time.monotonic() + 60
     while "waiting up to" not in log_of(run):
         assert time.monotonic() < end, log_of(run)
@@ -399,13 +408,13 @@ def test_ranks_that_wait_for_the_first_end_with_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seen", [15, 16])
+@pytest.mark.parametrize("seen", [15, pytest.param(16, marks=KILLS)])
 def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
     seen: int, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Asked when step `seen` of 16 is logged: stopped before the last evaluation or done after it; done after the next start."""
     run = tmp_path / "run"
-    first = launch(processes, "plain", shard_folder, run, "epochs=2")
+    first = launch(processes, "plain", shard_folder, run, "epochs=2", warm=True)
     while steps(run) < seen:
         assert first.poll() is None, log_of(run)
         time.sleep(0.0005)
@@ -413,7 +422,7 @@ def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
     status = first.wait(15)
     assert (status, Run.load(run).status()["state"]) in ((3, "stopped"), (0, "done")), log_of(run)
     assert status == 3 or chaos.last_line(run)["kind"] == "epoch"
-    assert launch(processes, "plain", shard_folder, run, "epochs=2").wait(60) == 0
+    assert launch(processes, "plain", shard_folder, run, "epochs=2", warm=True).wait(60) == 0
     assert Run.load(run).status()["state"] == "done"
     assert (chaos.last_line(run)["kind"], chaos.last_line(run)["step"]) == ("epoch", 16), (
         "the last weights were evaluated"
@@ -421,7 +430,7 @@ def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=KILLS)])
 def test_the_page_says_by_its_status_that_it_was_stopped(
     asked: signal.Signals, shard_folder: Path, tmp_path: Path
 ) -> None:
@@ -429,7 +438,12 @@ def test_the_page_says_by_its_status_that_it_was_stopped(
     run = tmp_path / "run"
     words = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
     with open(tmp_path / "log", "wb") as log:
-        page = subprocess.Popen(["bash", ROOT / "launch" / "local.sh", "2", *words], stdout=log, stderr=log)
+        page = subprocess.Popen(
+            ["bash", ROOT / "launch" / "local.sh", "2", *words],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHON_EXEC": warm_python()},
+        )
         try:
             until_it_trains(run, page)
             page.send_signal(asked)
@@ -464,7 +478,7 @@ def test_a_page_waits_for_ranks_that_outlive_their_launcher(
     timer.cancel()
 
 
-@pytest.mark.slow
+@KILLS
 def test_without_a_launcher_a_training_outlives_its_shell(
     shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -7,7 +7,7 @@ from helpers.commands import TINY, run
 from helpers.runs import equal, tensors, told
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_a_real_network_on_two_threads_resumes_to_the_bit(shard_folder: Path, tmp_path: Path) -> None:
     """What the small network on one thread cannot show: threads, and tensors large enough for them."""
     words = (*TINY, "architecture=densenet121", "global_batch=24", "micro_batch=8", "precision=bf16")

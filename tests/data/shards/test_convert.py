@@ -42,7 +42,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("launcher", "size"), [("torchrun", 2), ("torchrun", 3), ("Slurm", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "size"),
+    [
+        ("Slurm", 2),
+        pytest.param("torchrun", 3, marks=pytest.mark.slow),
+        pytest.param("torchrun", 2, marks=pytest.mark.nightly(part="launchers")),
+    ],
+)
 def test_ranks_share_a_conversion_with_the_same_bytes(
     launcher: str, size: int, phantoms: Path, tmp_path: Path, many_shards: None
 ) -> None:
@@ -71,7 +78,9 @@ def test_torchrun_starts_the_ranks_killed_and_again(phantoms: Path, tmp_path: Pa
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly(part="kills"))]
+)
 def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(
     asked: signal.Signals, phantoms: Path, tmp_path: Path, many_shards: None
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import laws
-from helpers.commands import ROOT, run
+from helpers.commands import ROOT, run, warm_python
 
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import radiograph
@@ -145,7 +145,7 @@ def test_killed_at_any_write_the_same_command_finishes(small: Path, tmp_path: Pa
     script.write_text(KILLER)
 
     def work(moment: int) -> int:
-        return run("python", script, moment, small, tmp_path / "torn").returncode
+        return run(warm_python(), script, moment, small, tmp_path / "torn").returncode
 
     def check() -> None:
         laws.same_bytes(tmp_path / "whole", tmp_path / "torn", leave_out=DIFFERS)

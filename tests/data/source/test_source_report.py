@@ -167,7 +167,7 @@ def test_v1_1_complete(v1_1: Path) -> None:
     assert "this is MURA-v1.1, complete" in audit.text(report).splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 def test_without_one_file_exactly_that_differs(v1_1: Path) -> None:
     path = next(path for path in PATHS if path.startswith("valid/XR_ELBOW/") and path.endswith("negative/image3.png"))
     content = (v1_1 / path).read_bytes()
@@ -187,7 +187,7 @@ def test_without_one_file_exactly_that_differs(v1_1: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 def test_v1_0_is_refused_by_its_count(v1_1: Path) -> None:
     """Of its CSVs, whatever of it is on disk; and of its files, where there are no CSVs."""
     more = [f"train/XR_HAND/patient{number:05d}/study1_negative/image1.png" for number in range(30_000, 30_890)]

@@ -57,7 +57,7 @@ def wanted(model: nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return logit.numpy(), activation_map.numpy()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_it_is_still_the_same_network(seed: int) -> None:
     model, images = trained(seed), blotches(64, seed)
     made = int8.graph(model, blotches(128, seed + 50))
@@ -81,8 +81,7 @@ def with_faint_slopes(seed: int, slope: float) -> DenseNet:
     return model
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("slope", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize(("slope", "seed"), [(1e-3, 0), (1e-4, 1), (1e-5, 2), (1e-6, 0), (1e-7, 1), (1e-8, 2)])
 def test_a_slope_of_next_to_nothing_is_as_good_as_none(seed: int, slope: float) -> None:
     """32 bits know little of how such a channel varies; no rounding, mean or bias may hang on it."""
     images, errors = blotches(64, seed), []
@@ -124,7 +123,7 @@ def optimised_kinds(made: onnx.ModelProto, options: onnxruntime.SessionOptions) 
         return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
-@pytest.mark.parametrize("number", [1, 2, 7, 64])
+@pytest.mark.parametrize("number", [1, 7])
 def test_a_logit_does_not_depend_on_its_batch(number: int) -> None:
     made, images = int8.graph(trained(), blotches(32)), blotches(64, 3)
     alone = np.concatenate([run(made, images[at : at + number])[0] for at in range(0, 64, number)])

@@ -388,8 +388,8 @@ def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_pa
     assert compared == [compared[0], compared[0] - 1]
 
 
+@pytest.mark.nightly(part="training")
 @pytest.mark.shared
-@pytest.mark.slow
 def test_gate_on_real_radiographs(shared: Path) -> None:
     """DenseNet-169, at the size it is trained at, BatchNorm having seen radiographs."""
     files = sorted((shared / "radiographs" / "fracatlas-mura" / "valid").rglob("*.png"))

@@ -53,7 +53,8 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
         assert path.stat().st_size < (copy / "model.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
 def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
     """The numbers of the card, taken again from the two files and the split's pixels."""
     for words in (["--precision", precision, "--allow-change"], []):

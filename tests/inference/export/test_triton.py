@@ -20,8 +20,14 @@ WHY = "needs tritonclient, of the dev extra: it carries the published schema"
 
 
 @pytest.fixture(scope="module")
-def data() -> bytes:
-    return graph(tiny(), card_of())
+def data(model: Path) -> bytes:
+    return model.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def other() -> bytes:
+    """Of other weights, with another threshold."""
+    return graph(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
 
 
 @pytest.fixture
@@ -87,10 +93,10 @@ def stock_server_loads(folder: Path) -> Any:
     return config
 
 
-@pytest.mark.parametrize("num_members", [1, 2])
-def test_a_stock_server_would_load_it(num_members: int, tmp_path: Path) -> None:
-    model = tiny() if num_members == 1 else Ensemble([tiny(0), tiny(1)]).eval()
-    data = graph(model, card_of())
+@pytest.mark.parametrize("num_members", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stock_server_would_load_it(num_members: int, data: bytes, tmp_path: Path) -> None:
+    if num_members == 2:
+        data = graph(Ensemble([tiny(0), tiny(1)]).eval(), card_of())
     triton.write(tmp_path, data)
     assert files(tmp_path) == ["mura_dist/1/model.onnx", "mura_dist/config.pbtxt"]
     assert (tmp_path / "mura_dist" / "1" / "model.onnx").read_bytes() == data
@@ -139,6 +145,7 @@ def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -
         assert value == json.loads(model.card.text())[key]
 
 
+@pytest.mark.slow
 def test_quotes_and_backslashes_arrive(data: bytes) -> None:
     awkward = 'a "b" \\ é {0}\n'
     card = card_of().model_copy(update={"study_types": [awkward]})
@@ -149,11 +156,10 @@ def test_quotes_and_backslashes_arrive(data: bytes) -> None:
 # ---- what is there already
 
 
-def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes) -> None:
+def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes, other: bytes) -> None:
     (repository / "theirs" / "1").mkdir(parents=True)
     (repository / "theirs" / "config.pbtxt").write_text("theirs")
     (repository / "mura_dist" / "2").mkdir()  # a higher version is not what was exported
-    other = graph(tiny(seed=1), card_of())
     triton.write(repository, other)
     assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
     assert files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
@@ -163,14 +169,13 @@ def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data
 
 @pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
 def test_model_and_configuration_never_differ(
-    failing: str, repository: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+    failing: str, repository: Path, data: bytes, other: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law of torn writes: after each write that may be the last, the old model or the new one, alone or with its own words."""
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    other = graph(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
     monkeypatch.setattr(atomic, failing, killed)
     with pytest.raises(KeyboardInterrupt):
         triton.write(repository, other)

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers.commands import BIN, NO_GPU
-from helpers.models import card_of, tiny
+from helpers.models import card_of, tiny, with_card
 from helpers.studies import simulated
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -39,7 +39,9 @@ from mura_dist.inference.page.examples import PER_TYPE, Example
 from mura_dist.metrics import summary
 from mura_dist.metrics.classification import sigmoid
 from mura_dist.metrics.operating_points import Band, Points, TypePoints
-from mura_dist.models.card import KEY, Card, Change, TrainedOn
+from mura_dist.models.card import Card, Change, TrainedOn
+
+pytestmark = pytest.mark.xdist_group("page")  # one browser and one server
 
 NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -85,13 +87,6 @@ def told(probability: float, kind: str = "radiographs") -> Card:
             "trained_on": TrainedOn(kind=kind, manifest_sha256="0" * 64, num_radiographs=9),
         }
     )
-
-
-def with_card(source: Path, card: Card, target: Path) -> Path:
-    proto = onnx.load(source)
-    next(one for one in proto.metadata_props if one.key == KEY).value = card.text()
-    onnx.save(proto, target)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +495,7 @@ def expect(locator: Any) -> Any:
     return expect(locator)
 
 
-def until(true: Any, timeout_s: float = 30) -> None:
+def until(true: Any, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end, "it never came"
@@ -535,7 +530,7 @@ def server(
 def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     page.requested, page.cached = [], []
     page.on("request", lambda request: page.requested.append(request.url))
     page.on("response", lambda reply: page.cached.extend(_cached(reply)))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The tests that take longest (marker `nightly`), part by part; none takes more than 40 minutes on 2 cores.
+#   bash tests/nightly.sh             all parts
+#   bash tests/nightly.sh PART ...    some:
+#     hosts      training over several hosts: network namespaces, ssh, cut links, lost hosts (needs root)
+#     kills      trainings, conversions and predictions killed at many points, and resumed
+#     launchers  mpirun, srun and torchrun in further combinations
+#     training   settings, faults, compiled networks, benchmarks
+#     files      200,000 files, MURA's own tree, disks that fill up at other points
+#     scaling    tools/scaling
+#     fuzz       broken radiographs
+set -euo pipefail
+cd "$(dirname "$0")/.."
+parts=(hosts kills launchers training files scaling fuzz)
+for part in "$@"; do
+  if [[ " ${parts[*]} " != *" $part "* ]]; then
+    echo "tests/nightly.sh: no part '$part'; name some of: ${parts[*]}" >&2
+    exit 2
+  fi
+done
+[ $# -eq 0 ] || parts=("$@")
+bash tests/debian.sh ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh sshfs:sshfs mpirun:openmpi-bin
+bash launch/setup.sh train,dev,page
+export PATH="$PWD/.venv/bin:$PATH"
+export PYTHONDONTWRITEBYTECODE=
+status=0
+for part in "${parts[@]}"; do
+  echo "tests/nightly.sh: $part"
+  pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "nightly(part='$part')" || status=$?
+done
+exit "$status"
