@@ -2,7 +2,7 @@
 
     keep(uploads in memory, few) forget(closed sessions, whole) tell_nobody(browsers' caches, an address service)
 
-A version that lacks one of the names is refused: it would go on without a word. tests/test_page.py watches the effects.
+A version that lacks one of the names is refused: it would go on without a word. tests/inference/page watches the effects.
 """
 
 import asyncio
