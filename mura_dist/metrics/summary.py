@@ -16,7 +16,6 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from mura_dist.core.errors import Refusal
 from mura_dist.metrics import classification as metrics
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.intervals import Bootstrap, Clusters, delong_interval, fce_interval, official_interval, wilson
@@ -436,33 +435,6 @@ def _there(probability: np.ndarray | None) -> np.ndarray:
     return probability
 
 
-# ---- several runs
-
-
-def over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """How runs that differ by their seed differ in what they reach: by group and headline metric, {"mean", "deviation"}.
-
-    measured: the runs' metrics.json. deviation: of a sample (n - 1), None of one run; both None where a run has no such
-    number. It says how far training varies, nothing of other patients: that is each run's interval. Raises Refusal where the
-    runs were not measured alike.
-    """
-    first = measured[0]
-    for key in ("split", "manifest_sha256", "operating_point", "selected_on"):
-        if other := next((one[key] for one in measured if one[key] != first[key]), None):
-            raise Refusal(f"runs measured with {key}={first[key]} and {key}={other}; evaluate all of them alike")
-    return {
-        name: {metric: _spread([groups(one)[name][metric] for one in measured]) for metric in METRICS}
-        for name in groups(first)
-    }
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    found = [value for value in values if value is not None]
-    if len(found) < len(values):
-        return {"mean": None, "deviation": None}
-    return {"mean": float(np.mean(found)), "deviation": float(np.std(found, ddof=1)) if len(found) > 1 else None}
-
-
 # ---- words
 
 
@@ -491,19 +463,6 @@ def with_interval(group: dict[str, Any], name: str) -> str:
     """`0.705 [0.608, 0.803]`; without brackets where there is no interval, `-` where there is no number."""
     value, low, high = (group[key] for key in (name, f"{name}_low", f"{name}_high"))
     return number(value) if low is None or high is None else f"{number(value)} [{number(low)}, {number(high)}]"
-
-
-def over_runs_table(spreads: dict[str, dict[str, dict[str, Any]]], num_runs: int) -> str:
-    """A plain-text table for the terminal: overall, each study type."""
-    form = "{:<16} {:<16} {:<16} {:<16} {:<16}"
-    lines = [form.format(f"{num_runs} runs", *(name if name != "auroc" else "AUROC" for name in METRICS))]
-    for name, group in spreads.items():
-        cells = [f"{number(one['mean'])} +- {number(one['deviation'])}" for one in group.values()]
-        lines.append(form.format(name[:16], *cells))
-    lines.append(
-        "Mean +- standard deviation over runs: how far training varies. Each run's own report has its interval over patients."
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
