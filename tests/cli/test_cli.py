@@ -140,6 +140,7 @@ def test_damaged_shards_are_a_failure(shard_folder: Path, tmp_path: Path, capsys
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_run_and_of_its_model_agree(trained: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
     """Law of parity, from end to end: torch's metrics are the exported file's."""
     import pandas as pd

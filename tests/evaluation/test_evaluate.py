@@ -168,6 +168,7 @@ def test_predictions_have_what_the_evaluation_has(
     assert {"uncertain", "negative"} <= set(predicted["band"])
 
 
+@pytest.mark.slow
 def test_another_operating_point(untrained: Path, halved: Path, phantoms: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "run"
     shutil.copytree(untrained, folder)

@@ -227,6 +227,7 @@ def test_names_are_the_same_in_every_run_of_a_site(
     }
 
 
+@pytest.mark.slow
 def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
     predict(model, source, tmp_path / "out", PredictOptions(keytable=table))

@@ -203,7 +203,7 @@ def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Call
     )
     with pytest.raises(Refusal, match=said):
         predict(given[1], given[2], tmp_path / "out")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
     _, told = first.communicate(timeout=120)
     assert first.returncode == 0, told
     assert contents(tmp_path / "out") == given[3]

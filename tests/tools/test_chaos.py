@@ -141,7 +141,7 @@ def test_a_process_that_outlives_its_run_is_named_and_ended(tmp_path: Path) -> N
         begin = time.monotonic()
         assert chaos.survivors(tmp_path, 0.3) == "1 processes outlived their launcher by 0 s"
         assert left.wait() == -signal.SIGKILL
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 20
     assert chaos.survivors(tmp_path, 0) == ""
 
 

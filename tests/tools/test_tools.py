@@ -50,6 +50,7 @@ def test_a_misdeed_is_found_and_the_next_file_meets_a_fresh_child(what: str, tmp
     assert verdicts[1].startswith(MISDEEDS[what])
 
 
+@pytest.mark.slow
 def test_a_finding_is_kept_and_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER.format(good=GOOD, what="os.abort()")]
     said: list[str] = []

@@ -100,11 +100,12 @@ def test_members_of_different_architectures() -> None:
 EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "biases",
     [
         (-2.0, 3.0),
-        pytest.param(EXTREME[0], marks=pytest.mark.slow),
+        EXTREME[0],
         *(pytest.param(each, marks=pytest.mark.nightly(part="training")) for each in EXTREME[1:]),
     ],
 )

@@ -161,6 +161,7 @@ def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> No
     assert last.state["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.nightly(part="training"))])
 def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *words)

@@ -140,7 +140,7 @@ def test_deepspeed_torchrun_and_plain_run_the_same_page(shard_folder: Path, tmp_
 @pytest.mark.parametrize(
     "words",
     [
-        ("precision=bf16",),
+        pytest.param(("precision=bf16",), marks=pytest.mark.slow),
         ("pipeline=dali",),
         pytest.param(
             ("optimiser=adamw", "weight_decay=0.1", "precision=fp16", "channels_last=false"), marks=pytest.mark.slow

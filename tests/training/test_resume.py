@@ -89,7 +89,7 @@ def test_asked_to_stop_it_saves_and_says_so(shard_folder: Path, tmp_path: Path, 
 
 ZERO = ("zero_stage=1", "ema=0.9")
 OTHERS = [
-    (2, 1, ZERO),
+    pytest.param(2, 1, ZERO, marks=pytest.mark.slow),
     pytest.param(2, 3, (), marks=pytest.mark.slow),
     *(
         pytest.param(*case, marks=pytest.mark.nightly(part="kills"))

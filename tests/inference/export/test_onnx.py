@@ -374,6 +374,7 @@ def test_ctrl_c_leaves_nothing(moment: str, copy: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "triton").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_path: Path, capsys) -> None:
     shards = Path(shutil.copytree(halved, tmp_path / "shards"))
     moved = Path(shutil.copytree(folder, tmp_path / "run"))

@@ -197,6 +197,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
         variants.check_range(model, noise(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_no_number_is_no_variant(halved: Path, broken: float) -> None:
     model = tiny()
