@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import durations, warm
+from helpers import scheduling, warm
 from helpers.cache import Cache
 from helpers.commands import ROOT, run, train
 
@@ -26,8 +25,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = (
     "1"  # some tests import ONNX Runtime before mura_dist.inference.engine_onnxruntime does
 )
 
-LONG_S = 8.0  # a test that takes longer is handed to a worker by itself
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the one warm server of the session (warm.py); workers of xdist inherit the environment."""
@@ -38,19 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under xdist, hand out long tests one by one and the others by file, what takes longest first."""
-    if not hasattr(config, "workerinput"):
-        return
-    recorded, groups = durations.read(), defaultdict[str, list[pytest.Item]](list)
-    for item in items:
-        mark = item.get_closest_marker("xdist_group")
-        alone = recorded.get(item.nodeid, 0) > LONG_S
-        name = mark.args[0] if mark else item.nodeid if alone else str(item.path)
-        if not mark and not alone:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
-        groups[name].append(item)
-    seconds = {name: sum(recorded.get(item.nodeid, 0) for item in group) for name, group in groups.items()}
-    items[:] = [item for name in sorted(groups, key=lambda name: -seconds[name]) for item in groups[name]]
+    if hasattr(config, "workerinput"):
+        items[:] = scheduling.order(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> scheduling.LongestFirst:
+    return scheduling.LongestFirst(config, log)
 
 
 @pytest.fixture(scope="session")

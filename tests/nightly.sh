@@ -26,6 +26,6 @@ export PYTHONDONTWRITEBYTECODE=
 status=0
 for part in "${parts[@]}"; do
   echo "tests/nightly.sh: $part"
-  pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "nightly(part='$part')" || status=$?
+  pytest -n 2 -m "nightly(part='$part')" || status=$?
 done
 exit "$status"

@@ -20,8 +20,8 @@ found=$(mktemp)
 { ruff format --check . && ruff check . && mypy; } > "$found" 2>&1 &
 checks=$! status=0
 trap 'kill "$checks" 2> /dev/null || true; rm -f "$found"' EXIT
-# Three at a time on two cores: many tests wait. Each worker is handed the longest test or file that is left (tests/conftest.py).
-pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "$select" || status=$?
+# Three at a time on two cores: many tests wait. Each worker is handed the longest test or file that is left (helpers/scheduling.py).
+pytest -n 3 -m "$select" || status=$?
 if ! wait "$checks"; then
   cat "$found" >&2
   echo "tests/run.sh: ruff or mypy failed, as above" >&2

@@ -15,12 +15,12 @@ LINE = re.compile(r"\s*(\d+\.\d+)s (setup|call|teardown)\s+(\S+::.*?)(@[^@\]]*)?
 
 
 def read() -> Counter[str]:
-    """Return the seconds of each test, its setup and teardown included."""
+    """Return the seconds of each test, its setup and teardown included, by its name without the file: files move."""
     seconds: Counter[str] = Counter()
     for line in TABLE.read_text().splitlines():
         if not line.startswith("#"):
             duration, _, test = line.split("\t")
-            seconds[test] += float(duration)
+            seconds[test.partition("::")[2]] += float(duration)
     return seconds
 
 

@@ -41,8 +41,6 @@ from mura_dist.metrics.classification import sigmoid
 from mura_dist.metrics.operating_points import Band, Points, TypePoints
 from mura_dist.models.card import Card, Change, TrainedOn
 
-pytestmark = pytest.mark.xdist_group("page")  # one browser and one server
-
 NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIDE = 64

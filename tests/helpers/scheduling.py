@@ -1,0 +1,42 @@
+"""Hand tests to the workers of pytest-xdist: long ones one by one, the others by file, what takes longest first.
+
+A scheduler of our own: `--dist loadgroup` of xdist 3.8 marks groups in an attribute that pytest 9.2 no longer reads.
+"""
+
+from collections import Counter, defaultdict
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from helpers import durations
+
+LONG_S = 8.0  # a test that takes longer is handed out by itself
+WHOLE = ("tests/inference/page/test_page.py",)  # one browser and one server for all its tests
+
+
+def scope_of(nodeid: str, seconds: Counter[str]) -> str:
+    """Return what is handed out at once: the test alone, or its file."""
+    file, _, test = nodeid.partition("::")
+    return nodeid if seconds[test] > LONG_S and file not in WHOLE else file
+
+
+def order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests sorted by the recorded seconds of their scopes, the longest first."""
+    seconds, scopes, totals = durations.read(), defaultdict[str, list[pytest.Item]](list), Counter[str]()
+    for item in items:
+        scope = scope_of(item.nodeid, seconds)
+        scopes[scope].append(item)
+        totals[scope] += seconds[item.nodeid.partition("::")[2]]
+    return [item for scope in sorted(scopes, key=lambda scope: -totals[scope]) for item in scopes[scope]]
+
+
+class LongestFirst(LoadScopeScheduling):
+    """Scopes in the order of the tests."""
+
+    def __init__(self, config: pytest.Config, log: object = None) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+        self.seconds = durations.read()
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope_of(nodeid, self.seconds)
