@@ -1,6 +1,6 @@
 """A folder: on this machine, or behind a URL (s3://bucket/path, memory://path, anything fsspec knows).
 
-    place = places.of("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
+    place = storage.of("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
 
 Names are relative, "/" between their parts. A write appears whole or not at all: locally by rename, in an object store because a
 put is atomic there. Credentials and endpoints are fsspec's and the store's own to find (environment, configuration files).

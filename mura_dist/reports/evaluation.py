@@ -27,7 +27,7 @@ MOST_LINES = 20  # of a table that stands open
 def write(out: Path, *, metrics: dict[str, Any], studies: pd.DataFrame, context: dict[str, Any]) -> Path:
     """Write `out`/report.html, `out`/report.json and `out`/pictures; returns the page's path.
 
-    metrics: as measure.measure gives it, or metrics.json holds it; studies: one line a study, as measure.measure takes it.
+    metrics: as summary.measure gives it, or metrics.json holds it; studies: one line a study, as summary.measure takes it.
     context, all of it optional: title, history (metrics.jsonl's lines), roles (split -> sentence), conversion (of the shards'
     index), settings, environment, same_data, seconds, num_scored, licence; and, in place of what metrics.json says of them:
     split, threshold, operating_point, selected_on, checkpoint, members, trained_on and measured_on ("phantoms" or "radiographs"),

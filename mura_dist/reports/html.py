@@ -1,7 +1,7 @@
 """Pages that open from disk: one file, no network, no script; light and dark, paper and phone.
 
 `element` escapes every text it is given, so nothing a file or folder is called can become markup; `Html` is what is
-markup already. report.py and dataset.py put their pages together from these pieces.
+markup already. evaluation.py and dataset.py put their pages together from these pieces.
 """
 
 import html

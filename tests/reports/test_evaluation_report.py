@@ -1,4 +1,4 @@
-"""report.py and dataset.py: pages that say what they must, load nothing and stay well-formed."""
+"""evaluation.py and dataset.py: pages that say what they must, load nothing and stay well-formed."""
 
 import json
 import re

@@ -466,7 +466,7 @@ def graph(model: DenseNet | Ensemble, images: np.ndarray) -> onnx.ModelProto:
     """The integer graph of a network, or of an ensemble, in eval mode on the CPU in fp32.
 
     images: uint8 (N, 1, S, S), radiographs of the train split, whose ranges become the grids' and whose mean logit stays. The
-    file's contract is export.graph's; it bears no metadata yet.
+    file's contract is onnx.graph's; it bears no metadata yet.
     """
     networks = list(_networks(model))
     prefixes = [f"member{place}." if len(networks) > 1 else "" for place in range(len(networks))]

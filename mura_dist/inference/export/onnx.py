@@ -1,7 +1,7 @@
 """Checkpoints -> one self-contained ONNX file, through a parity gate.
 
     model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
-        -> parity: the same images through torch and through runtime.Model -> written, or nothing is
+        -> parity: the same images through torch and through onnx_model.Model -> written, or nothing is
 
         below fp32 (precision.py): compared with the fp32 file on radiographs -> within limits -> written, or nothing is
 
@@ -201,7 +201,7 @@ def export_variant(
     shards: Shards,
     say: Callable[[str], None],
 ) -> ExportReport:
-    """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within variants.LIMITS.
+    """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within precision.LIMITS.
 
     The fp32 file it is compared with passes the gate first. Returns what was measured. Raises Failure where the gate
     stays shut or a limit is passed; then `out` is as it was before.

@@ -1,7 +1,7 @@
 """The page: a doctor uploads a study and understands the answer. Streamlit, on the exported model alone; no torch.
 
     mura-dist page MODEL.onnx -> Refusal, or serve: the model and the reading processes, once -> Streamlit's server
-    each session, at each change of it: script.py -> screen.show(Serving)
+    each session, at each change of it: script.py -> app.show(Serving)
 
 Nothing uploaded reaches a disk or outlives its session, nothing is told to anybody, and it listens on this machine alone unless
 told otherwise.

@@ -129,7 +129,7 @@ def _hundredths(share: float) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """The columns that measure.curves made of a study type, and where."""
+    """The columns that summary.curves made of a study type, and where."""
 
     columns: Mapping[str, Any]
     study_type: str

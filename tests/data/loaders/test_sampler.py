@@ -11,7 +11,7 @@ from mura_dist.data.loaders import sampler
 ROWS = np.arange(100, 347)  # 247 rows that do not begin at 0
 WORLDS = [1, 2, 3, 5]
 
-# order.epoch_order(np.arange(8), 7, 1, ...), written down on 2026-11-23 with NumPy 2.4.6.
+# sampler.epoch_order(np.arange(8), 7, 1, ...), written down on 2026-11-23 with NumPy 2.4.6.
 GOLDEN_ROWS = [1, 7, 6, 5, 0, 4, 3, 2]
 GOLDEN_ANGLES = [-27.07561, 18.65533, -9.39391, -10.69085, -22.2658, -3.98275, 11.30007, 25.5478]
 GOLDEN_FLIPS = [False, True, False, False, False, True, True, True]
