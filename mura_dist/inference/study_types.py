@@ -30,6 +30,9 @@ def read(given: str | None) -> Given:
     try:
         text = Path(given).read_bytes().decode("utf-8-sig")
         header, *rows = [cells for _, cells in read_lines(text, given, "name its columns", strict=True)]
+        if any(cells[-1] for cells in rows) and all(len(cells) == len(header) + 1 for cells in rows):
+            # Row names have no header where R writes the table.
+            header = ["", *header]
         path_at, type_at = header.index("path"), header.index("study_type")
         if any(len(cells) > len(header) for cells in rows):
             raise ValueError("a line is longer than the header")

@@ -18,6 +18,13 @@ def test_a_table_as_people_save_it(tmp_path: Path) -> None:
     assert study_types.read(str(path)) == {}
 
 
+def test_a_table_as_r_writes_it(tmp_path: Path) -> None:
+    """`write.table(..., sep = ",")` gives the row names no header."""
+    path = tmp_path / "types.csv"
+    path.write_text('"path","study_type"\n"1","a.png","hand"\n"2","b.png","XR_WRIST"\n')
+    assert study_types.read(str(path)) == {"a.png": "XR_HAND", "b.png": "XR_WRIST"}
+
+
 NO_TABLES = {
     "empty": b"",
     "blank": b"\n",
