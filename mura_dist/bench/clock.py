@@ -51,7 +51,7 @@ class Contender:
 def play(
     contenders: Sequence[Contender], load: Load, *, rounds: int, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """rounds, contenders and ratios, as `bench.run` documents them. Raises Failure where a contender dies."""
+    """rounds, contenders and ratios, as `runner.run` documents them. Raises Failure where a contender dies."""
     images: dict[str, list[int]] = {contender.name: [] for contender in contenders}
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:

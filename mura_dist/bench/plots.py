@@ -41,7 +41,7 @@ def check(path: Path) -> None:
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:
-    """Draw what `bench.run` returned into a PNG file."""
+    """Draw what `runner.run` returned into a PNG file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

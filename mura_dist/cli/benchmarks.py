@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mura_dist.bench import BENCHES
+from mura_dist.bench.runner import BENCHES
 from mura_dist.cli.options import Choice, a_path, quiet_option
 
 *_FIRST, _LAST = BENCHES
@@ -40,7 +40,9 @@ from mura_dist.cli.options import Choice, a_path, quiet_option
 @click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
 @quiet_option
 def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    from mura_dist.bench import Options, plots, run, table
+    from mura_dist.bench import plots
+    from mura_dist.bench.runner import run, table
+    from mura_dist.bench.workload import Options
 
     if plot is not None:
         plots.check(plot)

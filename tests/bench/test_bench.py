@@ -24,11 +24,11 @@ from helpers import laws
 from helpers.commands import run as command
 from PIL import Image
 
-from mura_dist import bench
-from mura_dist.bench import Load, Options, clock, encodings, footprint, peers, pipeline, plots, workload
+from mura_dist.bench import clock, encodings, footprint, peers, pipeline, plots, runner, workload
 from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
 from mura_dist.bench.training import kept_bytes
+from mura_dist.bench.workload import Load, Options
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.convert import convert
@@ -127,7 +127,7 @@ def check(measured: dict[str, Any], what: str) -> None:
     assert all(s["min"] <= s["median"] <= s["max"] and all(map(math.isfinite, s.values())) for s in spreads(measured))
     least = {"train": 8, "ranks": 16}.get(what, 24)
     assert all(one["num_images"] >= least for one in measured["contenders"])
-    text = bench.table(measured)
+    text = runner.table(measured)
     assert all(name in text for name in (*ours, *theirs, *measured["ratios"]))
     titles = [panel.title for panel in plots.panels(measured)]
     assert len(set(titles)) == len(titles) >= 2
@@ -141,7 +141,7 @@ def options_of(data: Path, **other: Any) -> Options:
 def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     lines: list[str] = []
-    measured = bench.run(what, lines.append, options)
+    measured = runner.run(what, lines.append, options)
     assert sum(line.startswith("round 1 of 1: ") for line in lines) == sum(NUM_CONTENDERS[what])
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     check(measured, what)
@@ -162,7 +162,7 @@ def test_every_bench_gives_the_documented_numbers(
     if what == "train":
         kept = {one["network"]: one["mb_per_radiograph"] for one in measured["activations"]}
         assert kept["mura-dist"] < kept["torchvision, memory_efficient"] < kept["torchvision"]
-        assert "kept for the backward pass" in bench.table(measured)
+        assert "kept for the backward pass" in runner.table(measured)
 
 
 @pytest.mark.nightly(part="training")
@@ -184,7 +184,7 @@ def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
         assert one["rss_mib"]["median"] >= one["private_mib"]["median"] or not one["ours"]
         assert all((one[key] is not None) == one["ours"] for key in GROWTH)
         assert (one["num_processes"], one["images_an_epoch"]) == (1, 24)
-    text = bench.table(measured)
+    text = runner.table(measured)
     assert text.count("workers") >= 2
     assert all(word in text for word in ("first batch, s", "private", "page cache", "growth"))
 
@@ -206,11 +206,11 @@ def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, mon
         assert one["conversion_radiographs_per_s"]["min"] > 0
         assert one["loading_images_per_s"]["min"] > 0
         assert (one["loading_gpu_images_per_s"] is not None) == torch.cuda.is_available()
-    text = bench.table(measured)
+    text = runner.table(measured)
     assert "largest" in text
     for one in measured["encodings"]:
         one["probability_change"] = None
-    assert "not measured; give --model MODEL.onnx" in bench.table(measured)
+    assert "not measured; give --model MODEL.onnx" in runner.table(measured)
 
 
 def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
@@ -423,9 +423,9 @@ def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("what", ["shards", "pipeline"])
 def test_real_radiographs_are_repeated_to_3000(what: str, tmp_path: Path) -> None:
-    assert bench._settle(what, Options(data=tmp_path)) == (320, 3000)
-    assert bench._settle(what, Options())[1] < 3000
-    assert bench._settle(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
+    assert runner._settle(what, Options(data=tmp_path)) == (320, 3000)
+    assert runner._settle(what, Options())[1] < 3000
+    assert runner._settle(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
 
 
 # ---- pictures and refusals

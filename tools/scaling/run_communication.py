@@ -18,7 +18,7 @@ from pathlib import Path
 import communication
 from fleet import Job
 
-from mura_dist import bench
+from mura_dist.bench import runner
 from mura_dist.core.errors import Failure, Refusal
 
 
@@ -40,7 +40,7 @@ def measure(options: argparse.Namespace) -> None:
         ("bf16" if process_group.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
     )
     job = Job(options.architecture, options.size, options.micro_batch, 1, precision)
-    hardware, versions = bench.hardware(), bench.versions()
+    hardware, versions = runner.hardware(), runner.versions()
     print(", ".join(f"{key} {value}" for key, value in {**hardware, **versions}.items()))
     found = communication.measure(job, ranks, rounds=options.rounds, say=lambda line: print(line, flush=True))
     for one in found:

@@ -28,8 +28,7 @@ import trials
 from fleet import Job
 from scaling import Cluster, Data, Network, Trace
 
-from mura_dist import bench
-from mura_dist.bench import plots
+from mura_dist.bench import plots, runner
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards.convert import SAMPLES_PER_SHARD
@@ -70,8 +69,8 @@ def provenance() -> dict[str, Any]:
     return {
         "command": "python tools/scaling/scale.py " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": bench.hardware(),
-        "versions": bench.versions(),
+        "hardware": runner.hardware(),
+        "versions": runner.versions(),
     }
 
 
