@@ -299,7 +299,13 @@ def test_a_contender_that_fails_says_so(nothing: Load) -> None:
 # ---- the loaders
 
 
-@pytest.mark.parametrize("name", ["cpu", "dali", "originals", *peers.IMPORTS, peers.SHARDS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cpu", "dali", "originals", peers.SHARDS),
+        *(pytest.param(peer, marks=pytest.mark.nightly(part="training")) for peer in peers.IMPORTS),
+    ],
+)
 def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> None:
     """Each batch is of 8; an epoch shows many radiographs; undone, the mean brightness is that of the files."""
     folder = small.scratch / "shards"

@@ -2,12 +2,24 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from mura_dist.distributed import signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_ends_the_suite() -> Iterator[None]:
+    """Handle each signal harmlessly, whatever handlers earlier tests left: a wrong handler fails the test and not its process."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda number, frame: None)
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_without_patience_a_second_signal_does_what_it_always_did() -> None:

@@ -1,4 +1,4 @@
-"""tools/bench/gpu.py: what it takes from the package is there, how a stage ends, and (slow) all of it at its tiny size."""
+"""tools/bench/gpu.py: what it takes from the package is there, how a stage ends, and (nightly) all of it at its tiny size."""
 
 import argparse
 import ast
@@ -80,7 +80,7 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith("gpu.py: --stages fly: must be some of env,roofline,")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
     words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch")
     done = run("python", SCRIPT, *words, cwd=ROOT, timeout_s=1800)

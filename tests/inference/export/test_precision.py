@@ -22,6 +22,7 @@ from mura_dist.inference.onnx_model import Model
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
+from mura_dist.models.target import Target
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
@@ -230,8 +231,8 @@ def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: 
 
 
 def test_names_and_old_cards() -> None:
-    assert default_out(Path("run/model.onnx"), "fp32") == Path("run/model.onnx")
-    assert {default_out(Path("a/five.onnx"), one).name for one in PRECISIONS[1:]} == {
+    assert default_out(Target.parse(Path("run")), "fp32") == Path("run/model.onnx")
+    assert {default_out(Target.parse(Path("a/five.json")), one).name for one in PRECISIONS[1:]} == {
         "five-fp16.onnx",
         "five-bf16.onnx",
         "five-int8.onnx",
