@@ -13,6 +13,7 @@ import pytest
 from helpers import laws
 from helpers.cache import Cache
 from helpers.commands import run
+from helpers.mirrors import open_mirrored
 
 from mura_dist.core import storage
 from mura_dist.core.errors import Failure, Refusal
@@ -198,17 +199,12 @@ def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: P
     assert list(verify(again.folder)) == []
 
 
-def open_one(folder: Path, into: Path, opened) -> None:
-    shards = Shards.open(folder, mirror=into)
-    opened.put((str(shards.folder), int(shards.pixels(int(shards.rows("train")[0])).sum())))
-
-
 @pytest.mark.slow
 def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> None:
     """Also of a local folder, a slow disk for example: three processes at once, one copy, no half of one."""
     context = multiprocessing.get_context("spawn")
     opened = context.Queue()
-    ranks = [context.Process(target=open_one, args=(whole, tmp_path / "mirror", opened)) for _ in range(3)]
+    ranks = [context.Process(target=open_mirrored, args=(whole, tmp_path / "mirror", opened)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     found = {opened.get(timeout=60) for _ in ranks}

@@ -41,6 +41,7 @@ def test_every_name_it_takes_from_the_package_is_there() -> None:
         assert hasattr(owner, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
 
 
+@pytest.mark.slow
 def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) -> None:
     words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--stages", "graph,roofline,proto")
     done = run("python", SCRIPT, *words, cwd=ROOT)

@@ -249,7 +249,7 @@ LAUNCHERS = {
     "torchrun": ("torchrun", "--standalone", "--nproc-per-node", 2, "-m", "mura_dist.train"),
     "deepspeed": ("deepspeed", "--num_accelerators", 2, "--module", "mura_dist.train"),
 }
-EPOCHS = 16
+EPOCHS = 8
 LIMIT_S = 40  # for what takes 1 to 15 s on a quiet machine; what it is told apart from takes a minute or more
 
 

@@ -71,7 +71,7 @@ def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, ExportR
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="training")
 def test_densenet169(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")

@@ -25,7 +25,7 @@ from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
 def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
     assert (
         main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
@@ -165,7 +165,7 @@ def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, c
     assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
     """The image's normalisation, both outputs, and an ensemble's average; the original is left as it is."""
     model = Ensemble([tiny(0), tiny(1)]).eval() if whole else tiny()
@@ -199,23 +199,23 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_no_number_is_no_variant(halved: Path, broken: float) -> None:
-    model = tiny()
-    plain = graph(model, card_of())
-    card = card_of().model_copy(update={"precision": "int8"})
+@pytest.mark.parametrize(
+    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(part="training"))]
+)
+def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> None:
+    network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
     with torch.no_grad():
-        model.classifier.bias += broken
+        network.classifier.bias += broken
     with pytest.raises(Failure, match=r"moves by nan|gives .* of .* radiographs no number"):
-        variants.change(card, plain, graph(model, card), Shards.open(halved), print)
+        variants.change(card, model.read_bytes(), graph(network, card), Shards.open(halved), print)
 
 
-def test_a_logit_that_moves_with_its_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.from_bytes(graph(tiny(), card_of()), "it")
-    variants._same_over_batches(model, model.size)
+def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Model.load(model)
+    variants._same_over_batches(loaded, loaded.size)
     monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
     with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size"):
-        variants._same_over_batches(model, model.size)
+        variants._same_over_batches(loaded, loaded.size)
 
 
 def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import onnx
 import pandas as pd
 import pytest
 import torch
+from helpers import faulty_upload_reader
 from helpers.commands import BIN, NO_GPU
 from helpers.models import card_of, tiny, with_card
 from helpers.studies import simulated
@@ -259,24 +260,11 @@ def test_a_study_type_is_told_by_a_dicom(desk: study.Desk, body_part: str, told:
         assert study.num_studies([file_of("a.dcm", one) for one in identities]) == number
 
 
-class Raises:
-    """A reader of a file's content that fails on one, as ours must not."""
-
-    def __init__(self, size: int) -> None:
-        self.reader = study.UploadReader(size)
-
-    def __call__(self, data: bytes) -> study.Upload:
-        if data == b"raise":
-            raise ValueError("no")
-        return self.reader(data)
-
-
-@pytest.mark.slow
 def test_what_goes_wrong_costs_one_session_its_turn(
     telling: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one finds a crew."""
-    monkeypatch.setattr(study, "UploadReader", Raises)
+    monkeypatch.setattr(study, "UploadReader", faulty_upload_reader.UploadReader)
     good = views[0].read_bytes()
     with study.desk(Model.load(telling)) as desk:
         for _ in range(2):
@@ -768,8 +756,7 @@ def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, scheme: str, width: int) -> None:
     """No sideways scrolling, the terms in sight, text apart from its ground, at both widths and in both schemes."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
