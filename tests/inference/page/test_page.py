@@ -455,7 +455,7 @@ def served(
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or _answers(f"{address}/_stcore/health"), 60)
+        until(lambda: process.poll() is not None or _answers(f"{address}/_stcore/health"), 180)
         assert process.poll() is None, process.communicate()[0]
         yield address, process
     finally:
