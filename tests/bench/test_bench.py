@@ -1,7 +1,4 @@
-"""bench: every WHAT at a size of seconds, the clock on contenders of known speed, loaders against each other, what is refused.
-
-Each toy contender's process imports this file: torch and ONNX are imported where they are needed.
-"""
+"""bench: every WHAT at a size of seconds, the clock on contenders of known speed, loaders against each other, what is refused."""
 
 import itertools
 import json
@@ -11,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import contenders as toys
 from helpers import laws
 from helpers.commands import run as command
 from PIL import Image
@@ -41,42 +38,6 @@ MORE = {"pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activation
 STARTED = [pipeline.CPU, pipeline.DALI, peers.FILES, peers.TAR, peers.READER]
 GROWTH = ("growth_mib", "growth_percent", "growth_of_process_percent")
 S = 64
-
-
-def sleeper(pause_s: float, load: Load) -> Callable[[Path], int]:
-    def work(out: Path) -> int:
-        assert not any(out.iterdir())
-        (out / "something").write_text("left for the next turn to find")
-        print("a library that talks")
-        time.sleep(pause_s)
-        return 1
-
-    return work
-
-
-def by_workers(pauses_s: dict[int, float], load: Load) -> Callable[[Path], int]:
-    return sleeper(pauses_s[load.workers], load)
-
-
-def queue(load: Load) -> Callable[[Path], int]:
-    """Its first work of a turn is done already, as of a loader whose queues filled while others worked."""
-    last = [0.0]
-
-    def work(out: Path) -> int:
-        waited = time.monotonic() - last[0] > 0.6
-        time.sleep(0 if waited else 0.05)
-        last[0] = time.monotonic()
-        return 1
-
-    return work
-
-
-def dier(load: Load) -> Callable[[Path], int]:
-    os._exit(7)
-
-
-def quarreller(load: Load) -> Callable[[Path], int]:
-    raise Refusal("a contender's own words")
 
 
 def load_of(folder: Path, scratch: Path, paths: list[str], *, workers: int = 2) -> Load:
@@ -149,11 +110,8 @@ def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.Monk
     return measured
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "what",
-    ["predict", *(pytest.param(what, marks=pytest.mark.nightly(part="training")) for what in ("train", "ranks"))],
-)
+@pytest.mark.nightly(part="training")
+@pytest.mark.parametrize("what", ["predict", "train", "ranks"])
 def test_every_bench_gives_the_documented_numbers(
     what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +208,10 @@ def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, s
 
 
 def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
-    contenders = [Contender("quick", partial(sleeper, 0.01), ours=True), Contender("slow", partial(sleeper, 0.1))]
+    contenders = [
+        Contender("quick", partial(toys.sleeper, 0.01), ours=True),
+        Contender("slow", partial(toys.sleeper, 0.1)),
+    ]
     lines: list[str] = []
     measured = play(contenders, nothing, 3, 0.15, lines.append)
     quick, slow = measured["contenders"]
@@ -268,9 +229,9 @@ def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str
 
 def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
     pauses = {1: 0.1, 2: 0.005, 4: 0.05}
-    peer = Contender("peer", partial(by_workers, pauses), tries=(1, 2, 4))
+    peer = Contender("peer", partial(toys.by_workers, pauses), tries=(1, 2, 4))
     lines: list[str] = []
-    measured = play([Contender("ours", partial(sleeper, 0.01), ours=True), peer], nothing, 1, 0.2, lines.append)
+    measured = play([Contender("ours", partial(toys.sleeper, 0.01), ours=True), peer], nothing, 1, 0.2, lines.append)
     ours, theirs = measured["contenders"]
     assert (ours["workers"], ours["tried"]) == (1, {})
     assert theirs["workers"] == 2
@@ -281,9 +242,9 @@ def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
 
 
 def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) -> None:
-    other = Contender("other", partial(sleeper, 0.8), ours=True)
+    other = Contender("other", partial(toys.sleeper, 0.8), ours=True)
     for streams, most in ((True, 1 / 0.05), (False, math.inf)):
-        measured = play([other, Contender("queue", queue, streams=streams)], nothing, 2, 0.0)
+        measured = play([other, Contender("queue", toys.queue, streams=streams)], nothing, 2, 0.0)
         rates = measured["contenders"][1]["images_per_s"]
         assert rates["max"] <= most
         assert streams or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
@@ -291,9 +252,9 @@ def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) 
 
 def test_a_contender_that_fails_says_so(nothing: Load) -> None:
     with pytest.raises(Failure, match="a contender's process died"):
-        play([Contender("dies", dier)], nothing, 1, 0)
+        play([Contender("dies", toys.dier)], nothing, 1, 0)
     with pytest.raises(Refusal, match="a contender's own words"):
-        play([Contender("quarrels", quarreller)], nothing, 1, 0)
+        play([Contender("quarrels", toys.quarreller)], nothing, 1, 0)
 
 
 # ---- the loaders
@@ -346,25 +307,9 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
 # ---- start and memory
 
 
-def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
-    """A loader that keeps `step_mib` of memory for each batch."""
-    import torch
-
-    kept = []
-
-    def epoch() -> Iterator[Any]:
-        for _ in range(2):
-            kept.append(np.ones(step_mib << 20, np.uint8))
-            yield torch.zeros((8, 1, S, S), dtype=torch.uint8)
-
-    return epoch
-
-
 def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(
-        "PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}", prepend=os.pathsep
-    )
-    loader = Loader("hoarder", partial(hoarder, 4), ("torch", "test_bench"), 16, grows=True, ours=True)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    loader = Loader("hoarder", partial(toys.hoarder, 4), ("torch", "helpers.contenders"), 16, grows=True, ours=True)
     (one,) = footprint.measure([loader], [nothing], 2, print)
     assert (one["name"], one["num_processes"], one["images_an_epoch"]) == ("hoarder", 2, 16)
     assert 8 <= one["private_mib"]["median"] < 8 + 16  # two batches an epoch, 4 MiB each

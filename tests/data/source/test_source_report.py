@@ -157,7 +157,7 @@ def write_csvs(root: Path, paths: list[str]) -> None:
         (root / f"{split}_labeled_studies.csv").write_text("".join(told))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 def test_v1_1_complete(v1_1: Path) -> None:
     scanned = scan(v1_1)
     assert scanned.defects == {"not a radiograph": [f"{JUNK}/._image{number}.png" for number in range(1, 5)]}

@@ -1,0 +1,62 @@
+"""Contenders of known speed for bench's clock, and of known memory; light, since each one's process imports this file."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mura_dist.bench.workload import Load
+from mura_dist.core.errors import Refusal
+
+
+def sleeper(pause_s: float, load: Load) -> Callable[[Path], int]:
+    def work(out: Path) -> int:
+        assert not any(out.iterdir())
+        (out / "something").write_text("left for the next turn to find")
+        print("a library that talks")
+        time.sleep(pause_s)
+        return 1
+
+    return work
+
+
+def by_workers(pauses_s: dict[int, float], load: Load) -> Callable[[Path], int]:
+    return sleeper(pauses_s[load.workers], load)
+
+
+def queue(load: Load) -> Callable[[Path], int]:
+    """Its first work of a turn is done already, as of a loader whose queues filled while others worked."""
+    last = [0.0]
+
+    def work(out: Path) -> int:
+        waited = time.monotonic() - last[0] > 0.6
+        time.sleep(0 if waited else 0.05)
+        last[0] = time.monotonic()
+        return 1
+
+    return work
+
+
+def dier(load: Load) -> Callable[[Path], int]:
+    os._exit(7)
+
+
+def quarreller(load: Load) -> Callable[[Path], int]:
+    raise Refusal("a contender's own words")
+
+
+def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
+    """A loader that keeps `step_mib` of memory for each batch."""
+    import torch
+
+    kept = []
+
+    def epoch() -> Iterator[Any]:
+        for _ in range(2):
+            kept.append(np.ones(step_mib << 20, np.uint8))
+            yield torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
+
+    return epoch
