@@ -5,13 +5,14 @@
 #     hosts      training over several hosts: network namespaces, ssh, cut links, lost hosts (needs root)
 #     kills      trainings, conversions and predictions killed at many points, and resumed
 #     launchers  mpirun, srun and torchrun in further combinations
-#     training   settings, faults, compiled networks, benchmarks
+#     training   settings, faults, large and compiled networks, benchmarks
 #     files      200,000 files, MURA's own tree, disks that fill up at other points
 #     scaling    tools/scaling
 #     fuzz       broken radiographs
+#     system     the wheel in an empty environment, further cases of the page in a browser, the script that measures a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
-parts=(hosts kills launchers training files scaling fuzz)
+parts=(hosts kills launchers training files scaling fuzz system)
 for part in "$@"; do
   if [[ " ${parts[*]} " != *" $part "* ]]; then
     echo "tests/nightly.sh: no part '$part'; name some of: ${parts[*]}" >&2
@@ -19,7 +20,7 @@ for part in "$@"; do
   fi
 done
 [ $# -eq 0 ] || parts=("$@")
-bash tests/debian.sh ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh sshfs:sshfs mpirun:openmpi-bin
+bash tests/debian.sh chromium:chromium ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh sshfs:sshfs mpirun:openmpi-bin
 bash launch/setup.sh train,dev,page
 export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE=

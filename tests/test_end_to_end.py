@@ -92,7 +92,7 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
     assert sorted(pd.concat(tables)["path"]) == sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 def test_the_demos_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None:
     succeed("mura-dist", "shards", folder, tmp_path / "shards", "--size", 64)
     plan = run("python", ROOT / "tools/demo/plan.py", tmp_path / "shards", folder, cwd=ROOT)

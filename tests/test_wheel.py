@@ -18,7 +18,7 @@ def call(*words: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 def test_the_base_predicts(phantoms: Path, untrained: Path, tmp_path: Path) -> None:
     model = untrained / "model.onnx"
     call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)

@@ -187,6 +187,7 @@ def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: 
     assert changes["jpeg"] == pytest.approx({"largest": max(wanted), "mean": np.mean(wanted), "num_radiographs": 24})
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_nothing_else_on_stdout_and_draws(phantoms: Path, tmp_path: Path) -> None:
     sizes = ("--size", S, "--radiographs", 24, "--rounds", 1)
     picture = tmp_path / "bench.png"
@@ -307,6 +308,7 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
 # ---- start and memory
 
 
+@pytest.mark.slow
 def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     loader = Loader("hoarder", partial(toys.hoarder, 4), ("torch", "helpers.contenders"), 16, grows=True, ours=True)
@@ -321,6 +323,7 @@ def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.Monke
     assert one["rss_mib"]["median"] >= one["private_mib"]["median"] * 0.9
 
 
+@pytest.mark.slow
 def test_a_loader_that_fails_says_so(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
     loader = Loader("the one that fails", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
     with pytest.raises(Failure, match="the process of the one that fails ended with status 1"):

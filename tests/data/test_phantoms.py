@@ -215,8 +215,8 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(drawn: Pat
         phantoms.draw(tmp_path / "mark", studies=10, size=64)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
+@pytest.mark.nightly(part="training")
+@pytest.mark.parametrize("seed", [0, 1])
 def test_thumbnails_do_not_tell_the_label(seed: int) -> None:
     """Held-out AUROC of a logistic regression on 16 x 16 thumbnails; chance is 0.5 with a deviation of 0.03."""
     linear_model = pytest.importorskip("sklearn.linear_model")

@@ -60,7 +60,7 @@ def test_results_come_in_the_order_of_the_tasks(tmp_path: Path, workers: int, nu
     assert all(len(path.read_text().split()) == 1 for path in tmp_path.iterdir()), "each task once"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: int) -> None:
     bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
     tasks = [(bad.get(n, "do"), n) for n in range(20)]

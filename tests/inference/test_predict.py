@@ -141,6 +141,7 @@ def test_hostile_files(model: Path, tmp_path: Path, shared: Path) -> None:
 # ---- files that harm their reader
 
 
+@pytest.mark.slow
 def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +366,10 @@ def _draw_many(model: Path, folder: Path) -> None:
     predict(model, source, folder / "out")
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (7, 3), (300, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "workers"),
+    [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (300, 2)))],
+)
 def test_batches_and_threads_leave_no_trace(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, batch_size: int, workers: int
 ) -> None:
@@ -447,7 +451,7 @@ predict(model, source, out, PredictOptions(workers=2), progress=progress)
         pytest.param("walking", 0, 0, marks=KILLS),
         pytest.param("reading", 1, 0, marks=KILLS),
         pytest.param("reading", 256, 0, marks=KILLS),
-        ("reading", 300, 1),
+        pytest.param("reading", 300, 1, marks=pytest.mark.slow),
         pytest.param("reading", 612, 2, marks=KILLS),
         ("tables", 0, 3),
     ],
@@ -474,7 +478,7 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [("walk", signal.SIGINT), ("chunk", signal.SIGINT), ("chunk", signal.SIGTERM), ("tables", signal.SIGTERM)],
+    [("walk", signal.SIGINT), ("chunk", signal.SIGTERM), ("tables", signal.SIGTERM)],
 )
 def test_a_signal_stops_in_good_order(
     model: Path,
@@ -692,6 +696,7 @@ def test_damaged_plan_is_named(model: Path, layout: Path, tmp_path: Path) -> Non
         predict(model, layout, tmp_path)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_run_to_be_resumed(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:

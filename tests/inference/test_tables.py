@@ -255,7 +255,7 @@ def peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
         yield peak
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     few, many = peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
     assert many - few < 15, (few, many)

@@ -304,6 +304,7 @@ def test_warned_of_its_time_limit_a_job_saves_is_requeued_and_goes_on(
     assert slurm.calls().count(REQUEUED) == 1
 
 
+@pytest.mark.slow
 def test_an_array_and_its_tasks_make_the_bytes_of_one_process(
     slurm: Slurm, phantoms: Path, shard_folder: Path, tmp_path: Path
 ) -> None:

@@ -105,7 +105,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
 
 @pytest.mark.parametrize(
     ("architecture", "change"),
-    [("densenet121", old_keys), pytest.param("densenet169", dict, marks=pytest.mark.slow)],
+    [("densenet121", old_keys), pytest.param("densenet169", dict, marks=pytest.mark.nightly(part="training"))],
 )
 def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, architecture)

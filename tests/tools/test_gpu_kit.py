@@ -41,7 +41,7 @@ def test_every_name_it_takes_from_the_package_is_there() -> None:
         assert hasattr(owner, name) or importlib.util.find_spec(f"{module}.{name}"), f"{module}.{name}"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) -> None:
     words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--stages", "graph,roofline,proto")
     done = run("python", SCRIPT, *words, cwd=ROOT)
@@ -81,7 +81,7 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith("gpu.py: --stages fly: must be some of env,roofline,")
 
 
-@pytest.mark.nightly(part="training")
+@pytest.mark.nightly(part="system")
 def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
     words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch")
     done = run("python", SCRIPT, *words, cwd=ROOT, timeout_s=1800)

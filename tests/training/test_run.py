@@ -209,6 +209,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "status.json").exists(), "nothing was done: what the folder says stays true"
 
 
+@pytest.mark.slow
 def test_of_many_starts_one_writes_at_a_time(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All find the same stale lock; each gets its turn, none meets another."""
     lock(tmp_path / "run", process=2**22 + 1)

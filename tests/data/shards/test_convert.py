@@ -199,6 +199,7 @@ def children() -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds its workers in /proc")
 def test_workers_killed_from_outside_leave_no_trace(phantoms: Path, tmp_path: Path) -> None:
     """An operator, or the kernel short of memory: the file at hand is tried again, no good radiograph becomes a failure."""
@@ -229,7 +230,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="files")
 def test_memory_does_not_grow_with_the_number_of_radiographs(phantoms: Path, tmp_path: Path) -> None:
     """Four times the radiographs (1,300 more, of 25,600 bytes each at 160 px): 33 MB more if they were kept."""
     script = tmp_path / "peak.py"

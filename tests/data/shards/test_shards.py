@@ -36,6 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
     """Law of parity: what training sees of a file is bit for bit what prediction sees of it (raw, png)."""
     source = shared / "radiographs" / "fracatlas-mura"

@@ -110,6 +110,7 @@ def test_limits(precision: str) -> None:
     assert variants.judge(precision, change_of(0, 2, studies=3), True)
 
 
+@pytest.mark.slow
 def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(variants.LIMITS, "int8", variants.Limit(0.0, 0.0))
     (copy / "model-int8.onnx").write_text("an older one")
@@ -147,6 +148,7 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
     assert not list(copy.glob("*.onnx"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed")
 def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
     if not engine_openvino.computes_bf16():
@@ -158,6 +160,7 @@ def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
     assert card.change.engine == "OpenVINO CPU"
 
 
+@pytest.mark.slow
 def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))

@@ -656,7 +656,7 @@ def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path
     expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 @pytest.mark.shared
 def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[Path]) -> None:
     files = [path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 5 << 20]
@@ -696,7 +696,7 @@ def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path,
     page.get_by_role("button", name="Overlay of view 1 (PNG)").wait_for()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 def test_too_many_files_and_too_large_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
     one = views[0].read_bytes()
     upload(page, *((f"{n}.png", one) for n in range(study.MAX_FILES + 3)))
@@ -763,7 +763,10 @@ def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [(390, "dark"), pytest.param(1280, "light", marks=pytest.mark.nightly(part="system"))],
+)
 def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, scheme: str, width: int) -> None:
     """No sideways scrolling, the terms in sight, text apart from its ground, at both widths and in both schemes."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
@@ -877,7 +880,7 @@ def test_a_model_of_drawings_says_so_across_the_page(
         assert process.wait(20) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly(part="system")
 def test_sessions_at_once_do_not_mix(
     browser: Any, server: tuple[str, int, Path], views: list[Path], desk: study.Desk
 ) -> None:
