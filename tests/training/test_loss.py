@@ -1,0 +1,30 @@
+"""The loss: the paper's weighted cross-entropy, in training and in evaluation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mura_dist.data.loaders.loader import Targets
+from mura_dist.training.loss import weighted_bce
+from mura_dist.training.validation import Scores, weighted_loss
+
+
+def test_the_loss_is_the_papers() -> None:
+    """FIELD: HAND has w1 .732275, w0 .267725; loss(y=1, p=.9) = .077153, loss(y=0, p=.9) = .616460."""
+    logit = torch.tensor([math.log(9), math.log(9)], dtype=torch.float64).float()
+    label, weight = torch.tensor([1.0, 0.0]), torch.tensor([0.732275, 0.267725])
+    assert weighted_bce(logit[:1], label[:1], weight[:1]).item() == pytest.approx(0.077153, abs=1e-6)
+    assert weighted_bce(logit[1:], label[1:], weight[1:]).item() == pytest.approx(0.616460, abs=1e-6)
+    assert weighted_bce(logit, label, weight).item() == pytest.approx(0.693613, abs=2e-6)
+    targets = Targets(label.numpy(), weight.numpy())
+    found = Scores.of(np.array([0, 1]), logit.numpy(), np.ones(2, bool))
+    assert weighted_loss(found, targets) == pytest.approx(0.693613 / 2, abs=1e-6)
+
+
+def test_the_loss_bears_any_logit() -> None:
+    logit = torch.tensor([1e4, -1e4, 0.0])
+    assert torch.isfinite(weighted_bce(logit, torch.tensor([0.0, 1.0, 1.0]), torch.ones(3)))
+    found = Scores.of(np.arange(3), logit.numpy(), np.ones(3, bool))
+    assert np.isfinite(weighted_loss(found, Targets(np.ones(3, np.float32), np.ones(3, np.float32))))
