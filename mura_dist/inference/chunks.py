@@ -25,11 +25,11 @@ from mura_dist.distributed.processes import processors
 from mura_dist.distributed.worker_pool import Crew, Limits, Lost
 from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.file_list import File, Walk
+from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.output_folder import OutputFolder, pause
 from mura_dist.inference.overlays import Overlay, Overlays, counts
 from mura_dist.inference.reader import Reader, Reading, failed
-from mura_dist.inference.studies import Grouping
 from mura_dist.inference.tables import Part
 
 CHUNK = 256

@@ -30,17 +30,16 @@ from mura_dist.data import gate
 from mura_dist.distributed import environment, worker_pool
 from mura_dist.distributed.signals import asked_to_stop
 from mura_dist.distributed.worker_pool import Limits
-from mura_dist.inference import autotune, file_list, pseudonyms, study_types, tables
-from mura_dist.inference import studies as grouping
+from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, tables
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
+from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
 from mura_dist.inference.overlays import Overlays, counted
 from mura_dist.inference.predict_summary import summarize
 from mura_dist.inference.pseudonyms import Names
-from mura_dist.inference.studies import Grouping
 from mura_dist.inference.tables import Part, Tally
 from mura_dist.models.card import Card
 

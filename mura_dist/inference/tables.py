@@ -21,8 +21,7 @@ import pandas as pd
 
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, os_reason
-from mura_dist.inference import scratch_db
-from mura_dist.inference import studies as grouping
+from mura_dist.inference import grouping, scratch_db
 from mura_dist.metrics import calibration, classification
 from mura_dist.metrics.operating_points import STUDIES
 from mura_dist.models.card import Card

@@ -25,9 +25,8 @@ from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import Limits
-from mura_dist.inference import autotune, chunks, pseudonyms, tables
+from mura_dist.inference import autotune, chunks, grouping, pseudonyms, tables
 from mura_dist.inference import predict as predict_module
-from mura_dist.inference import studies as grouping
 from mura_dist.inference.engine import Tuning, flowing
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.onnx_model import Model

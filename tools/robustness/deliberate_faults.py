@@ -107,7 +107,7 @@ FAULTS = (
         "metrics/classification.py",
         "weights=probability[order]) / np.bincount(code)",
         "weights=probability[order]) * 0 + probability[np.unique(code, return_index=True)[1]]",
-        "tests/metrics tests/inference/test_studies.py",
+        "tests/metrics tests/inference/test_grouping.py",
     ),
     Fault(
         "studies-drawn-in-place-of-patients",

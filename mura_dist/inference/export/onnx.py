@@ -30,8 +30,7 @@ from mura_dist import __version__
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards.reader import Shards
-from mura_dist.inference.export import int8, triton
-from mura_dist.inference.export import precision as variants
+from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics.operating_points import PAPER, Points
 from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
@@ -103,7 +102,7 @@ def default_out(target: Target, precision: str) -> Path:
 
 
 def _check(out: Path, options: ExportOptions) -> None:
-    variants.check(options.precision)
+    precision.check(options.precision)
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
     files.check_folder(out.parent, "--out")
@@ -118,7 +117,7 @@ def _export(
     if options.precision == "fp32":
         report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards))
     else:
-        shards = variants.opened(weights, options.shards)
+        shards = precision.opened(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
         report = export_variant(model, card, out, options, shards, say)
     if options.triton_folder is not None:
@@ -167,7 +166,7 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
 def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
     try:
-        return variants.some_images(variants.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)
+        return precision.some_images(precision.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)
     except Refusal:
         if given is not None:
             raise
@@ -209,21 +208,21 @@ def export_variant(
     _fits(model, card)
     card = card.model_copy(update={"precision": options.precision})
     plain = graph(model, card.model_copy(update={"precision": "fp32"}))
-    real = variants.some_images(shards, card.selected_on, NUM_RADIOGRAPHS)
+    real = precision.some_images(shards, card.selected_on, NUM_RADIOGRAPHS)
     probes = np.concatenate([probe_images(card.size), real])
     difference = parity(model, plain, probes)
     calibrated_on = 0
     if options.precision == "fp16":
-        variants.check_range(model, probes)
+        precision.check_range(model, probes)
     if options.precision == "int8":
-        images = variants.some_images(shards, "train", variants.NUM_CALIBRATED)
+        images = precision.some_images(shards, "train", precision.NUM_CALIBRATED)
         calibrated_on = len(images)
         say(f"int8: ranges of {calibrated_on} radiographs of train")
         data = finished(int8.graph(model, images), card)
     else:
-        data = graph(variants.halved(model), card) if options.precision == "fp16" else _with_card(plain, card)
-    change = variants.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
-    over = variants.judge(options.precision, change, options.allow_change)
+        data = graph(precision.halved(model), card) if options.precision == "fp16" else _with_card(plain, card)
+    change = precision.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
+    over = precision.judge(options.precision, change, options.allow_change)
     data = _with_card(data, card.model_copy(update={"change": change}))
     files.write_bytes(out, data)
     return ExportReport(card, len(data), difference, change.num_radiographs, change, over)

@@ -20,10 +20,9 @@ import pandas as pd
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed import worker_pool
 from mura_dist.distributed.worker_pool import Crew, Lost
-from mura_dist.inference import studies as grouping
-from mura_dist.inference import tables
+from mura_dist.inference import grouping, tables
+from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import Model
-from mura_dist.inference.studies import Grouping
 from mura_dist.metrics import classification
 from mura_dist.models.card import Card
 

@@ -1,8 +1,8 @@
-"""studies.py: what a study is called, from wherever a directory is predicted."""
+"""grouping.py: what a study is called, from wherever a directory is predicted."""
 
 import pytest
 
-from mura_dist.inference.studies import Grouping
+from mura_dist.inference.grouping import Grouping
 
 STUDY = "XR_WRIST/patient00006/study1_positive"
 VALID = f"valid/{STUDY}"
