@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything mura_dist does, once, on this machine:
-#   bash launch/demo.sh            on drawn bones (phantoms); under 10 minutes on 2 CPU cores after the install
+#   bash launch/demo.sh            on drawn bones (phantoms); 4 to 6 minutes on 2 CPU cores after the install
 #   bash launch/demo.sh FOLDER     on your own folder in MURA's layout
 # The same command again goes on where it stopped: nothing is drawn, converted, trained or predicted twice.
 set -euo pipefail
@@ -32,9 +32,7 @@ stage shards mura-dist shards "$folder" "$shards" --size 64
 # 3. What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
 plan=$(python tools/demo/plan.py "$shards" "$folder")
 eval "$plan" # ranks=... settings=(...) valid=...
-source launch/env.sh
-train=(torchrun --standalone --nproc-per-node "$ranks" -m mura_dist.train launch/recipes/demo.toml
-  "shards=$shards" "run=$run" "seed=${SEED:-0}" "${settings[@]}")
+train=(bash launch/local.sh "$ranks" launch/recipes/demo.toml "shards=$shards" "run=$run" "seed=${SEED:-0}" "${settings[@]}")
 
 # 4. The untrained model, measured as the trained one will be: zero epochs, a checkpoint all the same.
 if [ ! -e "$run/untrained/metrics.json" ]; then

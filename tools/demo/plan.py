@@ -17,7 +17,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.data.source.scan import scan
 
 RECIPE = Path("launch/recipes/demo.toml")
-PASSES = 19_000  # radiographs the demo's training sees
+PASSES = 6_400  # radiographs the demo's training sees
 
 
 def main() -> int:
