@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import laws
-from helpers.commands import BIN, NO_GPU, TINY, run, warm_script
+from helpers.commands import BIN, NO_GPU, TINY, free_port, run, warm_script
 from helpers.runs import losses
 
 from mura_dist.core.errors import Failure, OwnRefusal, Refusal
@@ -145,8 +145,7 @@ def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch
         OwnRefusal, match=rf"port {taken_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
     ):
         join(0, taken_port)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        free = probe.getsockname()[1]
+    free = free_port()
     for rank in (0, 1):
         with pytest.raises(
             Failure, match=rf"rank {rank} of 2 could not meet the others at 127.0.0.1:{free} \(.*up to 1 s\)"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,19 @@ BIN = Path(sys.executable).parent
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def deepspeed(ranks: int) -> list[str]:
+    """Return DeepSpeed's launcher of so many ranks, which meet at a port that no other test has."""
+    meeting = ("--master_port", free_port(), "--num_accelerators", ranks)
+    return ["deepspeed", *map(str, meeting), "--module", "mura_dist.train"]
 
 
 NO_GPU = {

@@ -24,7 +24,7 @@ from mura_dist.training import checkpoint, metrics_log
 chaos = tool("robustness/chaos_train")
 pytestmark = pytest.mark.nightly(part="hosts")
 
-LONGER = ("epochs=8", "checkpoint_every=3", "timeout_s=10")
+LONGER = ("micro_batch=2", "epochs=8", "checkpoint_every=3", "timeout_s=10")
 SLOW = ("--delay-ms", 3, "--loss", 0.01)
 PAGE = ROOT / "launch/torchrun.sh"
 LIMIT_S = 150  # for what takes 30 s on a quiet machine

@@ -87,5 +87,5 @@ def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
     done = run("python", SCRIPT, *words, cwd=ROOT, timeout_s=1800)
     states = json.loads((tmp_path / "out/gpu_check.json").read_text())["stages"]
     assert done.returncode == 0, states
-    assert list(states) == list(gpu.STAGES)
+    assert states.keys() == gpu.STAGES.keys()  # in the order in which they ended: one runs beside another
     assert all(state == "ok" or state.startswith("left out: ") for state in states.values())

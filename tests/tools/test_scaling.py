@@ -517,7 +517,9 @@ def test_a_check_over_a_far_link(tmp_path: Path) -> None:
     done = run("python", SCALE, "check", *words, "--json", numbers, "--plot", tmp_path / "check.png")
     assert done.returncode == 0, done.stderr
     near, far = json.loads(numbers.read_text())["runs"]
-    assert near["sent_bytes"] == pytest.approx(near["predicted_bytes"], rel=0.25)  # of 27 kB: acknowledgements count
+    assert (
+        0 <= near["sent_bytes"] - near["predicted_bytes"] < 6_000
+    )  # of 14 kB in bf16, 27 in fp32: acknowledgements count
     assert far["step_s"]["median"] >= 0.4, "two all-reduces, each there and back"
     assert far["parts"]["latency_s"] >= 0.4
     with Image.open(tmp_path / "check.png") as image:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import laws
-from helpers.commands import BIN, TINY, run, torchrun, train
+from helpers.commands import BIN, TINY, deepspeed, run, torchrun, train
 from helpers.runs import equal, losses, steps_an_epoch, tensors
 
 from mura_dist.data.shards.reader import Shards
@@ -121,16 +121,7 @@ def test_a_run_says_where_its_time_goes(one: Path, shard_folder: Path, tmp_path:
 @pytest.mark.slow
 def test_deepspeed_torchrun_and_plain_run_the_same_page(shard_folder: Path, tmp_path: Path, one: Path) -> None:
     words = (*TINY, f"shards={shard_folder}", "epochs=1")
-    launched = run(
-        "deepspeed",
-        "--num_accelerators",
-        2,
-        "--module",
-        "mura_dist.train",
-        *words,
-        f"run={tmp_path / 'a'}",
-        cwd=tmp_path,
-    )
+    launched = run(*deepspeed(2), *words, f"run={tmp_path / 'a'}", cwd=tmp_path)
     assert launched.returncode == 0, launched.stderr
     assert torchrun(1, "mura_dist.train", *words, f"run={tmp_path / 'b'}").returncode == 0
     assert losses(tmp_path / "a")[0] == pytest.approx(losses(one)[0], rel=1e-6)

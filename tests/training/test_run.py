@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers.commands import BIN, NO_GPU, ROOT, TINY, warm_python, warm_script
+from helpers.commands import BIN, NO_GPU, ROOT, TINY, deepspeed, warm_python, warm_script
 from helpers.tools import tool
 
 from mura_dist.core import config
@@ -246,9 +246,10 @@ def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypat
 
 # ---- trainings under their launchers
 
-LAUNCHERS = {
-    "torchrun": ("torchrun", "--standalone", "--nproc-per-node", 2, "-m", "mura_dist.train"),
-    "deepspeed": ("deepspeed", "--num_accelerators", 2, "--module", "mura_dist.train"),
+LAUNCHERS: dict[str, Callable[[], Sequence[object]]] = {
+    "torchrun": lambda: ("torchrun", "--standalone", "--nproc-per-node", 2, "-m", "mura_dist.train"),
+    "deepspeed": lambda: deepspeed(2),
+    "plain": lambda: ("mura-dist", "train"),
 }
 EPOCHS = 8
 LIMIT_S = 40  # for what takes 1 to 15 s on a quiet machine; what it is told apart from takes a minute or more
@@ -258,7 +259,7 @@ def launch(
     start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *words: str, warm: bool = False
 ):
     """A training in a session of its own, its output in a file beside the run. `warm`: ranks have another parent and number."""
-    script, *rest = LAUNCHERS.get(name, ("mura-dist", "train"))
+    script, *rest = LAUNCHERS[name]()
     launcher = [*(warm_script(script) if warm else [BIN / script]), *rest]
     settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *words)
     with open(run.with_name("log"), "a") as log:

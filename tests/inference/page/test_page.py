@@ -25,7 +25,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import faulty_upload_reader
-from helpers.commands import BIN, NO_GPU
+from helpers.commands import BIN, NO_GPU, free_port
 from helpers.models import card_of, tiny, with_card
 from helpers.studies import simulated
 from PIL import Image
@@ -444,8 +444,7 @@ def served(
     model: Path, *words_: object, env: dict[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The page's address and process, once it answers."""
-    with socket.create_server(("127.0.0.1", 0)) as trial:
-        port = trial.getsockname()[1]
+    port = free_port()
     command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, words_)]
     process = subprocess.Popen(
         command,
