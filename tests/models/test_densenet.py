@@ -16,7 +16,8 @@ def test_it_is_torchvisions_densenet169() -> None:
     theirs = torchvision.models.densenet169(num_classes=1).eval()
     theirs.load_state_dict(ours.state_dict())  # key by key
     image = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
-    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (densenet.IMAGENET_MEAN, densenet.IMAGENET_DEVIATION))
+    published = torchvision.models.DenseNet169_Weights.IMAGENET1K_V1.transforms()  # how its weights want an image
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (published.mean, published.std))
     with torch.inference_mode():
         logit, activation_map = ours(image)
         wanted = theirs((image.expand(-1, 3, -1, -1) / 255 - mean) / deviation)[:, 0]
