@@ -60,3 +60,9 @@ def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
             yield torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
 
     return epoch
+
+
+def batches(build: Callable[[Load], Callable[[], Iterator[Any]]], load: Load, num_epochs: int) -> list[np.ndarray]:
+    """Return the batches of a loader, each uint8 (B, 1, S, S)."""
+    epoch = build(load)
+    return [batch.cpu().numpy() for _ in range(num_epochs) for batch in epoch()]

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from helpers import durations
 
@@ -37,6 +38,23 @@ class LongestFirst(LoadScopeScheduling):
         super().__init__(config, log)
         config.option.loadscopereorder = False
         self.seconds = durations.read()
+
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Give what a crashed worker had left to the others; return the test that it crashed in, which is not tried again.
+
+        xdist's own gives them the finished tests too: a worker that is sent none of a file waits for ever.
+        """
+        left = {
+            scope: {test: False for test, is_done in unit.items() if not is_done}
+            for scope, unit in self.assigned_work.pop(node).items()
+        }
+        crashed = next((test for unit in left.values() for test in unit), None)
+        if crashed is not None:
+            del left[self._split_scope(crashed)][crashed]
+            self.workqueue.update({scope: unit for scope, unit in left.items() if unit})
+            for other in self.assigned_work:
+                self._reschedule(other)
+        return crashed
 
     def _split_scope(self, nodeid: str) -> str:
         return scope_of(nodeid, self.seconds)

@@ -1,0 +1,37 @@
+"""The suite itself: what becomes of the other tests when one of them ends its worker."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT
+
+CONFTEST = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers import scheduling
+
+def pytest_xdist_make_scheduler(config, log):
+    return scheduling.LongestFirst(config, log)
+"""
+TESTS = """
+import os
+import pytest
+
+@pytest.mark.parametrize("number", range(6))
+def test_it(number):
+    if {crashes} and number == 2:
+        os._exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_a_crashed_worker_costs_the_suite_one_test(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    for file in range(6):
+        (tmp_path / f"test_{file}.py").write_text(TESTS.format(crashes=file == 3))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert "crashed while running 'test_3.py::test_it[2]'" in done.stdout, done.stdout
+    assert "1 failed, 35 passed" in done.stdout
