@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything mura_dist does, once, on this machine:
-#   bash launch/demo.sh            on drawn bones (phantoms); 4 to 6 minutes on 2 CPU cores after the install
+#   bash launch/demo.sh            on drawn bones (phantoms); about 5 minutes on 2 CPU cores after the install
 #   bash launch/demo.sh FOLDER     on your own folder in MURA's layout
 # The same command again goes on where it stopped: nothing is drawn, converted, trained or predicted twice.
 set -euo pipefail
