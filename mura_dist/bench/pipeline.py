@@ -89,7 +89,7 @@ def batches(folder: Path, backend: str, load: Load) -> Epochs:
     from mura_dist.data.shards.reader import Shards
 
     shards, place, numbers = Shards.open(folder), device(), count()
-    targets = Targets.of(shards, weighted=False)
+    targets = Targets.of(shards)
     loader = BatchLoader(shards, targets, place, backend, load.batch, load.workers)
     rows = np.concatenate([shards.rows(name) for name, part in shards.index["splits"].items() if part["shards"]])
     passes = -(-_MURA // len(rows)) if place.type == "cuda" else 1

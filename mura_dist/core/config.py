@@ -109,8 +109,10 @@ class Settings(BaseModel):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="training labels are drawn this far towards 1/2; evaluation's are not"
     )
-    loss_weights: Literal["study_type", "none"] = Field(
-        "study_type", description="study_type: the paper's w0, w1 per study type"
+    loss_weights: Literal["class", "study_type", "none"] = Field(
+        "class",
+        description="what weighs positives against negatives: class: their counts over all study types; study_type: their "
+        "counts within each study type, as the paper does; none: nothing",
     )
     select_on: Literal["tune", "valid"] = Field(
         "tune", description="split that drives plateau and choice; valid makes the report optimistic"

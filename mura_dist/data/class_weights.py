@@ -1,19 +1,39 @@
-"""Weigh the loss by study type and label, as MURA's paper does.
+"""Weigh the loss by label, over all study types or within each.
 
 study type and label of each radiograph of the train split -> study type -> (weight of 0, weight of 1)
 """
 
+from collections.abc import Iterable
+from typing import Literal
+
 import numpy as np
 
+LossWeights = Literal["class", "study_type", "none"]
 
-def class_weights(study_type: np.ndarray, label: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Compute study type -> (w0, w1): w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives (arXiv 1712.06957).
 
-    A abnormal, N normal, counted in radiographs. With one class only the formula would give that class no weight at all
-    and the other all of it; such a study type gets (1/2, 1/2).
+def class_weights(
+    loss_weights: LossWeights, study_type: np.ndarray, label: np.ndarray, names: Iterable[str]
+) -> dict[str, tuple[float, float]]:
+    """Compute (w0, w1) for each study type: w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives.
+
+    A and N count abnormal and normal radiographs. "study_type" counts them within each study type (arXiv 1712.06957), which
+    takes the study type's own share of abnormals out of the logit. "class" counts them over all study types, which leaves
+    that share in. "none" weighs every radiograph 1. With one label only the formula would give that label no weight
+    at all, so the pair is (1/2, 1/2), as it is for a study type without radiographs.
+
+    Args:
+        loss_weights: how to count.
+        study_type: of each training radiograph, str (n,).
+        label: of each training radiograph, 0 or 1 (n,).
+        names: the study types wanted.
     """
-    weights = {}
-    for name in sorted(set(study_type.tolist())):
-        abnormal = float(label[study_type == name].mean())
-        weights[name] = (abnormal, 1 - abnormal) if 0 < abnormal < 1 else (0.5, 0.5)
-    return weights
+    if loss_weights == "none":
+        return dict.fromkeys(names, (1.0, 1.0))
+    if loss_weights == "class":
+        return dict.fromkeys(names, _pair(label))
+    return {name: _pair(label[study_type == name]) for name in names}
+
+
+def _pair(label: np.ndarray) -> tuple[float, float]:
+    abnormal = float(label.mean()) if len(label) else 0.5
+    return (abnormal, 1 - abnormal) if 0 < abnormal < 1 else (0.5, 0.5)

@@ -66,7 +66,7 @@ def evaluate_target(
     started = time.perf_counter()
     with world.join(settings.timeout_s) as ranks:
         model = weights.model().to(ranks.device)
-        targets = Targets.of(shards, weighted=False)
+        targets = Targets.of(shards)
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
@@ -122,11 +122,12 @@ def _fit(weights: Weights, shards: Shards, found: Scores, split: str) -> Points:
 
 
 def odds_shift(weights: Weights, shards: Shards) -> dict[str, float]:
-    """How far the weighted loss moves the log odds of each study type: log(w1/w0) = log(N/A); 0 where it was not weighted.
+    """Compute by how much the weighted loss moves the log odds of each study type: log(w1/w0), 0 where it was not weighted.
 
-    Of an ensemble whose members differ in that, the mean over members.
+    For an ensemble whose members differ in loss_weights, it is the mean over members.
     """
-    weighted = np.mean([run.settings.loss_weights == "study_type" for run in weights.runs])
     train = shards.manifest.frame.loc[shards.rows("train")]
-    table = class_weights(train["study_type"].to_numpy(), train["label"].to_numpy())
-    return {name: float(weighted * np.log(w1 / w0)) for name, (w0, w1) in table.items()}
+    study_type, label = train["study_type"].to_numpy(), train["label"].to_numpy()
+    names = sorted(set(study_type))
+    tables = [class_weights(run.settings.loss_weights, study_type, label, names) for run in weights.runs]
+    return {name: float(np.mean([np.log(table[name][1] / table[name][0]) for table in tables])) for name in names}

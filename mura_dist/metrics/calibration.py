@@ -4,10 +4,10 @@
     any studies + Points -> apply -> calibrated_probability, band       in evaluate and in predict, by this one function
     reported studies + Points -> measured                               -> metrics.json["operating_points"]
 
-The weighted loss moves a model's odds by N/A of the study type (N normal, A abnormal training radiographs), so that no one
-temperature can calibrate it: each study type has a slope and an intercept on the logit of the study's probability. A study
-type with few tune studies takes those of the pool: all tune studies, on logits from which each type's own log(N/A) was
-taken away, then put back.
+The weighted loss moves a model's odds by N/A (N normal, A abnormal training radiographs, of the study type or of all), so that
+no one temperature can calibrate it: each study type has a slope and an intercept on the logit of the study's probability.
+A study type with few tune studies uses those of the pool: all tune studies, on logits from which each type's log(N/A)
+was subtracted, and to which it is then added.
 """
 
 import math

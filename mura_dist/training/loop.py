@@ -65,7 +65,7 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
 
 def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, note: str, quiet: bool) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
-    targets = Targets.of(shards, weighted=settings.loss_weights == "study_type")
+    targets = Targets.of(shards, settings.loss_weights)
     saved = start.resume_point(run, ranks)
     state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
     engine = start.make_engine(plan, targets, saved, ranks)

@@ -238,19 +238,27 @@ def test_nobody_elses_folder_is_written_over(
 
 
 def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
-    """log(N/A) of the training radiographs, where the loss was weighted."""
+    """log(N/A) of the training radiographs that the loss's weights were counted over."""
     weights, shards = Weights.of_run(untrained, "last"), Shards.open(halved)
     train = shards.manifest.frame.query("split == 'train'")
-    table = class_weights(train["study_type"].to_numpy(), train["label"].to_numpy())
+    names = sorted(set(train["study_type"]))
+    table = class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)
     assert set(odds_shift(weights, shards).values()) == {0.0}
     [only] = weights.runs
-    weighted = dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": "study_type"}))
+    weighted, alike = (
+        dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": counted}))
+        for counted in ("study_type", "class")
+    )
     found = odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
     normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))
     for name, (w0, w1) in table.items():
         both = name in normal.index and name in abnormal.index
         assert found[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
         assert found[name] == pytest.approx(np.log(w1 / w0))
+    of_all = np.log((train["label"] == 0).sum() / (train["label"] == 1).sum())
+    assert odds_shift(dataclasses.replace(weights, runs=(alike,)), shards) == pytest.approx(
+        dict.fromkeys(names, of_all)
+    )
     mixed = dataclasses.replace(weights, runs=(weighted, only))
     assert odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in found.items()})
 

@@ -20,7 +20,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(shard_folder: Path, backend: st
     if backend == "dali":
         pytest.importorskip("nvidia.dali.fn")
     shards = Shards.open(shard_folder)
-    targets = Targets.of(shards, weighted=True)
+    targets = Targets.of(shards, "study_type")
     epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1}
     micros = [sampler.step_micros(epoch, step, **sizes)[0] for step in range(4)]

@@ -691,7 +691,7 @@ def open_shards(options: argparse.Namespace) -> tuple[Shards, Targets]:
     if not (options.scratch / "shards/index.json").is_file():
         raise LeftOutError(f"no shards in {options.scratch}; stage data makes them")
     shards = Shards.open(options.scratch / "shards")
-    return shards, Targets.of(shards, weighted=False)
+    return shards, Targets.of(shards)
 
 
 def load_to_device(shards: Shards, rows: np.ndarray) -> Tensor:

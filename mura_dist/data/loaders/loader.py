@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
-from mura_dist.data.class_weights import class_weights
+from mura_dist.data.class_weights import LossWeights, class_weights
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.shards.reader import Shards
@@ -52,18 +52,15 @@ class Targets:
     weight: np.ndarray
 
     @classmethod
-    def of(cls, shards: Shards, *, weighted: bool) -> "Targets":
-        """`weighted`: by study type and label, counted over the train split (arXiv 1712.06957); else all weights are 1.
-
-        A study type the train split lacks weighs 1/2: what the others weigh on average where classes are balanced.
-        """
+    def of(cls, shards: Shards, loss_weights: LossWeights = "none") -> "Targets":
+        """Look up the labels of all rows, and the weights that class_weights.py counts over the train split."""
         frame = shards.manifest.frame
         label, study_type = frame["label"].to_numpy(), frame["study_type"].to_numpy()
         weight = np.ones(len(frame), np.float32)
-        if weighted:
+        if loss_weights != "none":
             train = shards.rows("train")
-            table = class_weights(study_type[train], label[train])
-            weight[:] = [table.get(name, (0.5, 0.5))[one] for name, one in zip(study_type, label, strict=True)]
+            pairs = class_weights(loss_weights, study_type[train], label[train], set(study_type))
+            weight[:] = [pairs[name][one] for name, one in zip(study_type, label, strict=True)]
         return cls(label.astype(np.float32), weight)
 
 

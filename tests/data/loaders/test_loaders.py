@@ -69,7 +69,7 @@ def test_a_wrong_sign_or_centre_would_be_seen(opened: Shards) -> None:
 def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, backend: str) -> None:
     rows = opened.rows("valid")
     micros = sampler.evaluation_micros(rows, micro_batch=4, rank=0, world_size=1)
-    targets = Targets.of(opened, weighted=True)
+    targets = Targets.of(opened, "study_type")
     seen = []
     for batch in BatchLoader(opened, targets, CPU, backend, 4, workers=2).load(micros):
         for row, image, real in zip(batch.row.tolist(), batch.image[:, 0].numpy(), batch.mask.tolist(), strict=True):
@@ -114,14 +114,19 @@ def test_leaving_early_ends_the_threads(opened: Shards) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
 
 
-def test_weights_follow_study_type_and_label(opened: Shards) -> None:
-    weighted, plain = (Targets.of(opened, weighted=flag) for flag in (True, False))
-    assert (plain.weight == 1).all()
+def test_weights_balance_the_labels_of_what_they_are_counted_over(opened: Shards) -> None:
+    """Over all train radiographs, or over those of each study type, both labels pull equally hard."""
+    assert (Targets.of(opened).weight == 1).all()
     train = opened.manifest.frame.loc[opened.rows("train")]
-    for study_type, part in train.groupby("study_type"):
-        sums = {label: weighted.weight[part.index[part["label"] == label]].sum() for label in (0, 1)}
-        if part["label"].nunique() == 2:  # both classes pull equally hard
-            assert sums[0] == pytest.approx(sums[1], rel=1e-5), study_type
+    whole, parts = [train], [part for _, part in train.groupby("study_type") if part["label"].nunique() == 2]
+    assert len(parts) > 1
+    for loss_weights, groups in (("class", whole), ("study_type", parts)):
+        weight = Targets.of(opened, loss_weights).weight
+        for group in groups:
+            sums = [weight[group.index[group["label"] == label]].sum() for label in (0, 1)]
+            assert sums[0] == pytest.approx(sums[1], rel=1e-5), loss_weights
+    by_label = [set(Targets.of(opened, "class").weight[train.index[train["label"] == label]]) for label in (0, 1)]
+    assert [len(weights) for weights in by_label] == [1, 1], "one pair for all study types"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
@@ -135,7 +140,7 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     tar = laws.damage(Shards.open(folder), bad)
     broken, micros = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
     assert sum(bad in micro.rows for micro in micros) == 2, "seen in both epochs"
-    whole = BatchLoader(opened, Targets.of(opened, weighted=True), CPU, backend, 5, workers=2)
+    whole = BatchLoader(opened, Targets.of(opened, "study_type"), CPU, backend, 5, workers=2)
     capfd.readouterr()
     pairs = zip(whole.load(micros), replace(whole, shards=broken).load(micros), strict=True)
     for sound, batch in pairs:
@@ -174,7 +179,7 @@ def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: P
 def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, micro_batch: int) -> None:
     """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
     rows = opened.rows("train")
-    loader = BatchLoader(opened, Targets.of(opened, weighted=False), CPU, "cpu", micro_batch, workers=1)
+    loader = BatchLoader(opened, Targets.of(opened), CPU, "cpu", micro_batch, workers=1)
     assert len(opened.names("train")) == 1
     epoch = sampler.epoch_order(rows, 0, 0, rotate_deg=30, flip=True)
     sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
@@ -190,7 +195,7 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
 
 
 def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = Targets.of(opened, weighted=False)
+    targets = Targets.of(opened)
 
     def chosen(device: str = "cpu", **settings: object) -> BatchLoader:
         return BatchLoader.from_settings(
