@@ -61,6 +61,20 @@ FAULTS = (
         "tests/data/test_class_weights.py",
     ),
     Fault(
+        "shorter-memory-of-adam",
+        "training/engine.py",
+        "betas=(0.9, 0.999)",
+        "betas=(0.8, 0.999)",
+        "tests/training/test_plain_loop.py",
+    ),
+    Fault(
+        "shorter-memory-of-batchnorm",
+        "training/batchnorm.py",
+        "MOMENTUM = 0.1",
+        "MOMENTUM = 0.2",
+        "tests/training/test_plain_loop.py",
+    ),
+    Fault(
         "patience-off-by-one",
         "training/schedule.py",
         "self.bad_epochs < settings.plateau_patience",
