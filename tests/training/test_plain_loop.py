@@ -114,7 +114,7 @@ def test_training_is_a_plain_loop_but_for_roundings(
 def test_three_epochs_learn_no_less_than_a_plain_loop(tmp_path: Path) -> None:
     """The AUROC over 733 valid drawings, about 0.8: three seeds of each, by no more than one standard error below.
 
-    First weights, order, flips and rotations are each one's own.
+    Of a seed the first weights are the same; order, flips and rotations are each one's own.
     """
     for words in (
         ("phantoms", tmp_path / "drawings", "--studies", 1200),
