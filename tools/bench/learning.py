@@ -3,9 +3,9 @@
 python tools/bench/learning.py SHARDS [--seeds 3] [--epochs 5] [--loss-weights class] [--out DIR] ...
 
 Trains on the train split of SHARDS with one rank, once by `mura-dist train` and once by the plain loop below: torchvision's
-network and transforms, torch's Adam and binary cross-entropy, a constant learning rate. They share pixels, settings
-and, of a seed, the first weights. Order, flips and rotations are each one's own. Prints after each epoch the AUROC over the radiographs of a split, and
-its mean within study types; then the difference of the last epochs with its standard error over seeds.
+network and transforms, torch's Adam and binary cross-entropy, a constant learning rate. They share pixels, settings and, of a
+seed, the first weights. Order, flips and rotations are each one's own. Prints after each epoch the AUROC over the radiographs
+of a split, and its mean within study types; then the difference of the last epochs with its standard error over seeds.
 """
 
 import argparse
