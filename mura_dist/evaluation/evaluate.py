@@ -126,8 +126,8 @@ def odds_shift(weights: Weights, shards: Shards) -> dict[str, float]:
 
     For an ensemble whose members differ in loss_weights, it is the mean over members.
     """
-    train = shards.manifest.frame.loc[shards.rows("train")]
+    frame = shards.manifest.frame
+    train, names = frame.loc[shards.rows("train")], sorted(set(frame["study_type"]))
     study_type, label = train["study_type"].to_numpy(), train["label"].to_numpy()
-    names = sorted(set(study_type))
     tables = [class_weights(run.settings.loss_weights, study_type, label, names) for run in weights.runs]
     return {name: float(np.mean([np.log(table[name][1] / table[name][0]) for table in tables])) for name in names}
