@@ -23,6 +23,7 @@ from mura_dist.training.plan import Plan
 from mura_dist.training.run import Run
 
 learning = tool("bench/learning")
+learning.DEVICE = torch.device("cpu")  # as the runs of the suite, also beside a GPU
 
 EPOCHS = 16  # of 13 steps: 208
 STAGES = (slice(0, 10), slice(10, 50), slice(50, None))  # steps
@@ -93,8 +94,8 @@ def distances(ours: tuple[np.ndarray, float], plain: tuple[np.ndarray, float]) -
     ("precision", "learning_rate", "further"),
     [
         ("fp32", 2e-5, 5),
-        pytest.param("bf16", 2e-5, 4, marks=pytest.mark.slow),
-        pytest.param("bf16", 1e-3, 4, marks=pytest.mark.slow),
+        pytest.param("bf16", 2e-5, 2.5, marks=pytest.mark.slow),
+        pytest.param("bf16", 1e-3, 2.5, marks=pytest.mark.slow),
     ],
 )
 def test_training_is_a_plain_loop_but_for_roundings(
@@ -116,11 +117,12 @@ def test_training_is_a_plain_loop_but_for_roundings(
 
 
 @pytest.mark.nightly(part="training")
-def test_three_epochs_learn_no_less_than_a_plain_loop(tmp_path: Path) -> None:
+def test_three_epochs_learn_no_less_than_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The AUROC over 733 valid drawings, about 0.8: three seeds of each, by no more than one standard error below.
 
     Of a seed the first weights are the same; order, flips and rotations are each one's own.
     """
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for words in (
         ("phantoms", tmp_path / "drawings", "--studies", 1200),
         ("shards", tmp_path / "drawings", tmp_path / "s"),
