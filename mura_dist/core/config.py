@@ -124,8 +124,19 @@ class Settings(BaseModel):
         "computes it, fp32 elsewhere, written into the run; evaluation is fp32 always",
     )
     channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
+    step: Literal["eager", "graph", "compile"] = Field(
+        "eager",
+        description="how forward and backward are executed. eager: kernel by kernel; graph: recorded as CUDA graphs at the "
+        "first micro-batch, with a fall back to eager where they differ; compile: plain layers by torch.compile. graph and "
+        "compile are experimental: not measured on a GPU",
+    )
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
-        "none", description="mode of torch.compile; needs a C++ compiler, or Triton on a GPU"
+        "none", description="mode of torch.compile for step=compile; needs a C++ compiler, or Triton on a GPU"
+    )
+    cudnn_benchmark: Annotated[bool, Trait.CHANGEABLE] = Field(
+        False,
+        description="let cuDNN time its algorithms for the shapes of this run on a GPU and keep the fastest; two runs may then "
+        "differ in their last bits. Experimental: not measured on a GPU",
     )
     deepspeed: Annotated[str, Trait.FILE, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
         "", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe"
@@ -174,6 +185,11 @@ class Settings(BaseModel):
         120.0, description="seconds a rank waits for the others before it gives up"
     )
 
+    @property
+    def compile_mode(self) -> str | None:
+        """The mode of torch.compile, or None where nothing is compiled."""
+        return self.compile if self.step == "compile" else None
+
 
 def names(*traits: Trait) -> set[str]:
     """Return the settings that have any of `traits`."""
@@ -215,7 +231,7 @@ def check(values: dict[str, Any], where: str) -> Settings:
                 f"{where}: unknown setting {key!r}{nearest(key, Settings.model_fields)}; see mura-dist train --help"
             )
     try:
-        return Settings(**values)
+        return Settings(**_with_step(values, where))
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
@@ -226,6 +242,20 @@ def check(values: dict[str, Any], where: str) -> Settings:
         raise Refusal(
             f"{where}: {key}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}; see mura-dist train --help"
         ) from None
+
+
+def _with_step(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Complete the pair step and compile: either of them alone asks for torch.compile."""
+    mode, step = values.get("compile", "none"), values.get("step")
+    if mode != "none" and step is None:
+        return values | {"step": "compile"}
+    if mode == "none" and step == "compile":
+        return values | {"compile": "default"}
+    if mode != "none" and step in ("eager", "graph"):
+        raise Refusal(
+            f"{where}: step={step!r} compiles nothing, compile={mode!r} asks for it; give step=compile, or compile=none"
+        )
+    return values
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

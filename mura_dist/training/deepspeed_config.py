@@ -42,6 +42,8 @@ def config(settings: Settings, world_size: int, *, num_weights: int) -> dict[str
         "gradient_clipping": 0.0,  # the engine's own to do; left out, DeepSpeed clips to 1 and sends a norm round for it
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # On by default, it waits for the GPU before each forward and after each step. metrics_log.py times the steps.
+        "timers": {"throughput": {"enabled": False}},
     }
     if settings.precision == "bf16" and world_size > 1:  # half the bytes; alone nothing travels, and nothing is rounded
         ours["communication_data_type"] = "bf16"

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,16 +28,16 @@ from mura_dist.core.config import Settings
 from mura_dist.core.errors import CommonFailure
 from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed.process_group import World, limit
-from mura_dist.training import deepspeed_config, micro_batch
+from mura_dist.training import deepspeed_config, execution, micro_batch
 from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.ema import Average
+from mura_dist.training.execution import Network
 from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.optimizer_state import OptimizerState
 
 _STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
 _LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ class StepResult:
     abandoned: bool = False
 
 
-class _Seen(nn.Module):
-    """What DeepSpeed sees of a model: one parameter, and a forward. The model itself is no submodule of it."""
+class _FlatModule(nn.Module):
+    """The module DeepSpeed is given: one parameter, the flat vector, and a forward. The model is no submodule of it."""
 
-    def __init__(self, network: Any, weights: nn.Parameter) -> None:
+    def __init__(self, network: Network, weights: nn.Parameter) -> None:
         super().__init__()
         self.weights = weights
-        self._call = [network]  # in a list: nn.Module would register it
+        self._network = network
 
-    def forward(self, image: Tensor) -> Any:
-        return self._call[0](image)
+    def forward(self, image: Tensor) -> Tensor:
+        return self._network(image)
 
 
 class Engine:
@@ -85,8 +86,9 @@ class Engine:
             if settings.ema
             else None
         )
-        network = self.model if settings.compile == "none" else _compiled(self.model, settings.compile)
-        self._engine = _deepspeed(_Seen(network, self.flat.weights), self.flat, settings, world)
+        torch.backends.cudnn.benchmark = settings.cudnn_benchmark
+        network = execution.build(self.model.train(), self.flat, settings)
+        self._engine = _deepspeed(_FlatModule(network, self.flat.weights), self.flat, settings, world)
         self._divided_by = world.size if self._engine.gradient_average else 1
         self.flat.attach()
         zero, optimizer = bool(settings.zero_stage), self._engine.optimizer
@@ -108,7 +110,6 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.model.train()
         self._begin()
         losses, flags = self._accumulate(batches, loss_scale, asked)
         gradients = self._reduce(loss_scale)
@@ -138,8 +139,7 @@ class Engine:
             for place, batch in enumerate(batches, first):
                 if place > first and asked() and time.perf_counter() - started > _LONG_S:
                     return losses, _ABANDON
-                with self._autocast():
-                    logit, _ = self._engine(batch.image)
+                logit = self._engine(batch.image)
                 loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
                 self.statistics.collect()
                 self._engine.backward(loss * factor, scale_wrt_gas=False)
@@ -189,11 +189,6 @@ class Engine:
         if self.average is not None:
             self.average.update(self.flat.weights.detach(), mean)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.settings.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, dtype=_DTYPES[self.settings.precision])
-
     # ---- what is evaluated and kept
 
     def fingerprint(self) -> tuple[int, bool]:
@@ -218,6 +213,7 @@ class Engine:
         try:
             yield self.model.eval()
         finally:
+            self.model.train()
             if trained is not None:
                 self._set(trained)
 
@@ -242,12 +238,6 @@ class Engine:
             self._engine.optimizer.refresh_fp32_params()
 
 
-def _compiled(model: nn.Module, mode: str) -> Any:
-    if torch.device("cpu") == next(model.parameters()).device and mode != "default":
-        mode = "default"  # the others are about CUDA graphs and Triton
-    return torch.compile(model, mode=mode, dynamic=False)
-
-
 def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimiser == "sgd":
@@ -256,7 +246,7 @@ def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimiz
     return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
 
-def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) -> Any:
+def _deepspeed(module: nn.Module, flat: Flat, settings: Settings, world: World) -> Any:
     """A DeepSpeedEngine. Imported here, and told so: it is to compile nothing (we use torch's optimisers and collectives)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -266,7 +256,10 @@ def _deepspeed(seen: nn.Module, flat: Flat, settings: Settings, world: World) ->
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(
-        model=seen,
+        # DeepSpeed would take GPU number LOCAL_RANK, which may be 3 where this process sees one GPU, number 0
+        # (srun --gpus-per-task=1).
+        args=SimpleNamespace(device_rank=world.device.index or 0),
+        model=module,
         optimizer=_optimiser(flat.weights, settings),
         config=deepspeed_config.config(settings, world.size, num_weights=flat.weights.numel()),
         dist_init_required=False,

@@ -136,3 +136,26 @@ def test_a_setting_does_what_its_traits_say(name: str) -> None:
 def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
     assert "micro_batch" not in config.identity(config.load(None, [*NEEDED, "micro_batch=auto"]))
     assert "micro_batch" in config.identity(config.load(None, NEEDED))
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "mode"),
+    [
+        ([], "eager", None),
+        (["step=graph"], "graph", None),
+        (["compile=max-autotune"], "compile", "max-autotune"),  # as recipes had it before there was step
+        (["step=compile"], "compile", "default"),
+        (["step=compile", "compile=reduce-overhead"], "compile", "reduce-overhead"),
+    ],
+)
+def test_step_and_compile_complete_each_other(tmp_path: Path, words: list[str], step: str, mode: str | None) -> None:
+    settings = config.load(None, [*NEEDED, *words])
+    assert (settings.step, settings.compile_mode) == (step, mode)
+    (tmp_path / "recipe.toml").write_text(config.to_toml(settings))
+    assert config.load(tmp_path / "recipe.toml") == settings
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+def test_a_step_that_compiles_nothing_with_a_mode_is_refused(step: str) -> None:
+    with pytest.raises(Refusal, match=f"step='{step}' compiles nothing, compile='default' asks for it"):
+        config.load(None, [*NEEDED, f"step={step}", "compile=default"])

@@ -1,0 +1,238 @@
+"""execution.py, graph.py and the engine around them: what a GPU will do with a step, shown on a CPU."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import deepspeed.runtime.engine as deepspeed_engine
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from mura_dist.core import config
+from mura_dist.core.errors import CommonFailure
+from mura_dist.data.loaders.loader import Batch
+from mura_dist.distributed import process_group
+from mura_dist.distributed.process_group import World
+from mura_dist.models.densenet import build
+from mura_dist.training import graph
+from mura_dist.training.engine import Engine
+from mura_dist.training.flat_parameters import Flat
+
+NUM_MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[World]:
+    with process_group.join(30) as ranks:
+        yield ranks
+
+
+def settings(**values: object) -> config.Settings:
+    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": NUM_MICROS * SIZE}
+    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
+
+
+def batches(seed: int) -> list[Batch]:
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (NUM_MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
+    label = torch.randint(0, 2, (NUM_MICROS, SIZE), generator=random).float()
+    ones = torch.ones(SIZE)
+    return [Batch(image[i], label[i], ones, ones.long(), ones.bool()) for i in range(NUM_MICROS)]
+
+
+@pytest.fixture
+def cuda_autocast() -> Iterator[None]:
+    """The flag that `torch.autocast("cuda")` sets, and that DeepSpeed looks at whatever the device."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", before)
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+@pytest.mark.usefixtures("cuda_autocast")
+def test_deepspeed_does_not_disable_autocast(alone: World, step: str, precision: str, dtype: torch.dtype) -> None:
+    engine, dtypes = Engine(build("tiny"), settings(precision=precision, step=step), alone), set()
+    engine.model.features.conv0.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    engine.step(batches(1), 1e-3)
+    assert dtypes == {dtype}
+
+
+def test_deepspeed_takes_the_gpu_of_this_rank(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under srun --gpus-per-task=1 each rank sees one GPU, number 0, whatever its local rank."""
+    devices: list[int] = []
+    set_device = get_accelerator().set_device
+    monkeypatch.setattr(get_accelerator(), "set_device", lambda index: (devices.append(index), set_device(index)))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    Engine(build("tiny"), settings(), alone)
+    assert devices == [0]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeed_never_waits_for_the_device(alone: World, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Its throughput timer would, twice a step."""
+    engine, num_waits = Engine(build("tiny"), settings(zero_stage=stage), alone), 0
+
+    def synchronize(*arguments: object) -> None:
+        nonlocal num_waits
+        num_waits += 1
+
+    monkeypatch.setattr(get_accelerator(), "synchronize", synchronize)
+    for seed in range(4):  # the timer begins to wait in the third step
+        engine.step(batches(seed), 1e-3)
+    assert num_waits == 0
+    assert isinstance(engine._engine, deepspeed_engine.DeepSpeedEngine)
+    assert not engine._engine.tput_timer.config.enabled
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+def test_the_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Each read makes the host wait for all that a GPU has to do. dense_block.py looks at weights on a CPU only."""
+    engine = Engine(build("tiny"), settings(step=step, ema=0.9, clip_norm=1.0), alone)
+    engine.step(batches(0), 1e-3)
+    reads: list[str] = []
+
+    def spied(name: str) -> Callable[..., object]:
+        method = getattr(Tensor, name)
+
+        def read(tensor: Tensor, *arguments: object) -> object:
+            caller = Path(sys._getframe(1).f_code.co_filename).name
+            if caller != "dense_block.py":
+                reads.append(f"{caller}: {name}")
+            return method(tensor, *arguments)
+
+        return read
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(Tensor, name, spied(name))
+    assert engine.step(batches(1), 1e-3).applied
+    assert reads == ["engine.py: tolist"]
+
+
+def test_weights_are_attached_where_they_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat, num_calls = Flat(build("tiny"), channels_last=True), 0
+    views = flat.views
+
+    def counted(vector: Tensor) -> list[Tensor]:
+        nonlocal num_calls
+        num_calls += 1
+        return views(vector)
+
+    monkeypatch.setattr(flat, "views", counted)
+    flat.weights.grad = None
+    flat.attach()
+    assert num_calls == 0
+    assert flat.weights.grad is flat.gradient
+    flat.weights.data = flat.weights.data.clone()
+    flat.attach()
+    assert num_calls == 2
+    first, starts = flat._parameters[0], flat.weights.data_ptr()
+    assert first.data_ptr() == starts
+
+
+@pytest.mark.parametrize("words", [{}, {"precision": "bf16"}, {"zero_stage": 1}, {"ema": 0.9, "optimiser": "sgd"}])
+def test_a_recorded_network_is_the_network(
+    alone: World, capsys: pytest.CaptureFixture[str], words: dict[str, object]
+) -> None:
+    """Bit for bit on a CPU, over steps, micro-batches, and an evaluation between."""
+    engines = [Engine(build("tiny", seed=3), settings(step=step, **words), alone) for step in ("eager", "graph")]
+    for seed in range(3):
+        results = [engine.step(batches(seed), 1e-2) for engine in engines]
+        assert results[0] == results[1]
+        assert results[0].applied
+        for engine in engines:
+            with engine.offered() as model, torch.no_grad():
+                model(batches(9)[0].image)
+    assert engines[0].fingerprint() == engines[1].fingerprint()
+    assert torch.equal(engines[0].statistics.values, engines[1].statistics.values)
+    assert "eager" not in capsys.readouterr().err, "no fall back"
+
+
+class Flawed:
+    """Make a recording go wrong after its check's eager run: `fault` says how."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.num_calls = fault, 0
+
+    def __call__(self, module: object, inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.num_calls += 1
+        logit, cells = output
+        if self.fault == "raises" and self.num_calls == 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        if self.fault == "logit" and self.num_calls == 3:  # 1: warm-up; 2: eager; 3: the first replay
+            return logit + 0.01, cells
+        if self.fault == "gradient" and self.num_calls == 4:
+            return logit.detach() + 1.1 * (logit - logit.detach()), cells
+        return output
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("raises", "recording failed (operation not permitted when stream is capturing)"),
+        ("logit", "logits by 0.01 (limit 0.001)"),
+        ("gradient", "the gradient by 0.1 of its norm (limit 0.01)"),
+    ],
+)
+def test_a_recording_that_differs_falls_back_to_eager(
+    alone: World, capsys: pytest.CaptureFixture[str], fault: str, says: str
+) -> None:
+    engines = [Engine(build("tiny", seed=3), settings(step=step), alone) for step in ("eager", "graph")]
+    handle = engines[1].model.register_forward_hook(Flawed(fault))
+    for seed in range(2):
+        results = [engine.step(batches(seed), 1e-2) for engine in engines]
+        assert results[0] == results[1]
+    handle.remove()
+    assert engines[0].fingerprint() == engines[1].fingerprint()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert says in lines[0]
+    assert lines[0].endswith("this run continues with step=eager")
+
+
+def test_a_gradient_that_is_not_finite_is_no_reason_to_record(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(build("tiny", seed=3), settings(step="graph"), alone)
+    with torch.no_grad():
+        engine.model.features.conv0.weight[0] = torch.nan
+    assert not engine.step(batches(0), 1e-2).applied
+    assert "the gradient of the first micro-batch is not finite" in capsys.readouterr().err
+
+
+def test_out_of_memory_while_recording_is_told_as_in_any_step(alone: World) -> None:
+    engine = Engine(build("tiny", seed=3), settings(step="graph"), alone)
+
+    def exhausted(module: object, inputs: object, output: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    engine.model.register_forward_hook(exhausted)
+    with pytest.raises(CommonFailure, match=r"out of memory on rank 0 with micro_batch=4"):
+        engine.step(batches(0), 1e-2)
+
+
+def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> None:
+    """ZeRO may move the weights: a graph would still read the old place."""
+    model = build("tiny", seed=3).train()
+    flat = Flat(model, channels_last=True)
+    shapes: list[torch.Size] = []
+
+    def network(image: Tensor) -> Tensor:
+        shapes.append(image.shape)
+        return model(image)[0]
+
+    recorded, image = graph.RecordedNetwork(network, flat, is_half=False), batches(0)[0].image
+    calls = []
+    for size in (4, 4, 2, 4, 2):
+        recorded(image[:size]).sum().backward()
+        calls.append(len(shapes))
+        shapes.clear()
+    assert calls[0] == calls[2] > 1, "recorded and compared at the first batch of a shape"
+    assert calls[1] == calls[3] == calls[4] == 1
+    flat.weights.data = flat.weights.data.clone()
+    flat.attach()
+    recorded(image)
+    assert len(shapes) == calls[0]
