@@ -31,6 +31,7 @@ CONFINED = {
     "torch": {
         "data/loaders",
         "distributed/process_group",
+        "distributed/nccl",
         "models",
         "training",
         "inference/export",

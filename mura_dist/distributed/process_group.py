@@ -7,6 +7,7 @@ deepspeed, mpirun, srun) tells rank and world size by environment variables, see
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from mura_dist.core.errors import Failure, OwnRefusal, Refusal
-from mura_dist.distributed import environment
+from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import Ranks
 
 # What Linux calls the instructions of x86 and ARM that multiply bf16.
@@ -40,19 +42,34 @@ def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 @dataclass(frozen=True)
 class World:
+    """This rank among all. `timeout_s`: how long it waits for the others."""
+
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    timeout_s: float
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def mark(self) -> torch.cuda.Event | None:
+        """Record where this rank's own work ends, before the first of some collectives; None on a CPU."""
+        return nccl.mark() if self.device.type == "cuda" else None
+
+    def all_reduce(self, vector: Tensor, own: torch.cuda.Event | None = None) -> None:
+        """Add up `vector` over all ranks, in place. On a GPU the host waits for it, at most `timeout_s` after `own`."""
+        if self.device.type == "cpu" or self.size == 1:
+            dist.all_reduce(vector)
+        else:
+            own = own or nccl.mark()
+            nccl.wait(dist.all_reduce(vector, async_op=True), self.timeout_s, own)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64; the same bits on every rank."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        self.all_reduce(total)
         return total.tolist()
 
     def any(self, mine: bool) -> bool:
@@ -63,7 +80,11 @@ class World:
         """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
         mine = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
         all_of_us = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(all_of_us, mine)
+        if self.device.type == "cpu" or self.size == 1:
+            dist.all_gather(all_of_us, mine)
+        else:
+            own = nccl.mark()
+            nccl.wait(dist.all_gather(all_of_us, mine, async_op=True), self.timeout_s, own)
         return torch.stack(all_of_us).cpu().numpy()
 
     def union(self, values: np.ndarray) -> np.ndarray:
@@ -105,20 +126,29 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=meeting)
             limit(timeout_s)  # the group's own limit is the meeting's too
         try:
-            yield World(rank, size, told.local_rank, device)
+            yield World(rank, size, told.local_rank, device, timeout_s)
         except BaseException:
-            if backend == "gloo":  # nccl would wait for ranks that wait for us; this process is about to end
-                dist.destroy_process_group()
+            if backend == "gloo":
+                _leave()
+            else:  # to leave NCCL's group is to wait for ranks that wait for us; this process is about to end
+                nccl.abandon()
             raise
-        dist.destroy_process_group()
+        _leave()
+
+
+def _leave() -> None:
+    """Destroy the process group, by DeepSpeed where it knows it: it would use its groups of this one in the next."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    (dist if comm is None or comm.cdb is None else comm).destroy_process_group()
 
 
 def limit(timeout_s: float) -> None:
     """Nobody waits longer for the others, also in groups that a library made: they begin with gloo's own 30 minutes."""
     c10d = dist.distributed_c10d
     set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # torch before 2.15
+    margin_s = nccl.MARGIN_S if torch.cuda.is_available() else 0.0  # World.all_reduce raises first
     for group in list(c10d._world.pg_map):
-        set_timeout(timedelta(seconds=timeout_s), group)
+        set_timeout(timedelta(seconds=timeout_s + margin_s), group)
 
 
 def _device(told: Ranks) -> torch.device:
@@ -150,13 +180,15 @@ def _environment(told: Ranks) -> Iterator[None]:
     if told.size > 1:
         address, port = environment.meeting_place()
         words |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    ours = [name for name in words if name not in os.environ]
-    os.environ.update({name: words[name] for name in ours})
+    ours = {name: word for name, word in words.items() if name not in os.environ} | nccl.ENVIRONMENT
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        for name in ours:
+        for name, word in before.items():
             os.environ.pop(name, None)
+            os.environ.update({} if word is None else {name: word})
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mura_dist.core.config import Settings
@@ -112,9 +111,10 @@ class Engine:
             group["lr"] = learning_rate
         self._begin()
         losses, flags = self._accumulate(batches, loss_scale, asked)
+        own = self.world.mark()
         gradients = self._reduce(loss_scale)
         flags += _STOP * asked()
-        result, mean = self._agree(flags, losses, gradients)
+        result, mean = self._agree(flags, losses, gradients, own)
         if result.applied:
             self._apply(gradients, result.gradient_norm, mean)
         elif self.settings.zero_stage:
@@ -159,8 +159,13 @@ class Engine:
             torch._foreach_mul_(shares, 1 / loss_scale)
         return shares
 
-    def _agree(self, flags: float, losses: Tensor, gradients: list[Tensor]) -> tuple[StepResult, Tensor]:
-        """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device."""
+    def _agree(
+        self, flags: float, losses: Tensor, gradients: list[Tensor], own: torch.cuda.Event | None
+    ) -> tuple[StepResult, Tensor]:
+        """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device.
+
+        own: where this rank's backward ends; from there on the others are waited for.
+        """
         ranks, micros = self.world.size, self.num_micros
         head = torch.zeros(ranks + 1, device=losses.device)
         head[self.world.rank] = flags
@@ -168,7 +173,7 @@ class Engine:
         parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
         head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
         vector = torch.cat([head, losses, self.statistics.sum])
-        dist.all_reduce(vector)
+        self.world.all_reduce(vector, own)
         told = vector[: ranks + 1 + micros].tolist()
         by_rank, norm, by_micro = told[:ranks], math.sqrt(max(told[ranks], 0.0)), told[ranks + 1 :]
         if short := [rank for rank, flag in enumerate(by_rank) if flag >= _OUT_OF_MEMORY]:

@@ -329,3 +329,26 @@ def test_every_thread_flushes_denormals() -> None:
     """A resumed run begins its threads earlier than a fresh one; both have to compute with the same bits."""
     said = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
     assert said.stdout.split() == ["2", "0"], said.stderr
+
+
+TWICE = """
+import torch
+from mura_dist.core import config
+from mura_dist.data.loaders.loader import Batch
+from mura_dist.distributed import process_group
+from mura_dist.models.densenet import build
+from mura_dist.training.engine import Engine
+
+ones = torch.ones(2)
+batch = Batch(torch.zeros(2, 1, 64, 64, dtype=torch.uint8), ones, ones, ones.long(), ones.bool())
+sizes = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": 2, "micro_batch": 2}
+for _ in range(2):
+    with process_group.join(30) as ranks:
+        print(Engine(build("tiny"), config.check(sizes, "test"), ranks).step([batch], 1e-3).applied)
+"""
+
+
+def test_a_process_may_train_twice() -> None:
+    """As a notebook does. DeepSpeed would use its groups of the first process group in the second."""
+    done = run("python", "-c", TWICE)
+    assert done.stdout.split() == ["True", "True"], done.stderr
