@@ -47,20 +47,26 @@ class Gate(NamedTuple):
     weight: Tensor  # never 0
     kink: Tensor
     least: Tensor  # 0, but where the kink lies out of reach
-    falling: bool  # some weight is negative
+    floor: Tensor  # added to the kink it is the lower bound of a clamp: 0, or -inf where weight < 0; the buffer's dtype
+    ceiling: Tensor  # the same for the upper bound: inf, or 0 where weight < 0
+    falling: bool  # some weight is negative: it takes both bounds
 
     @classmethod
-    def of(cls, norms: Sequence[Affine], num: int) -> "list[Gate]":
-        """num: values a channel. No normalised value is beyond sqrt(num) (Samuelson), so no kink need be."""
+    def of(cls, norms: Sequence[Affine], num: int, dtype: torch.dtype) -> "list[Gate]":
+        """num: values a channel, in `dtype`. No normalised value is beyond sqrt(num) (Samuelson), so no kink need be."""
         weight, bias = (torch.cat([norm[which] for norm in norms]) for which in (0, 1))
         weight = torch.where(weight == 0, _NOT_ZERO, weight)
         kink = torch.clamp(-bias / weight, -(num**0.5), num**0.5)
         least = torch.relu(torch.addcmul(bias, weight, kink))
-        falling = weight.is_cuda or bool((weight < 0).any())  # on a GPU, looking costs more than doing
-        parts = zip(
-            *(whole.split([len(norm.weight) for norm in norms]) for whole in (weight, kink, least)), strict=True
-        )
-        return [Gate(w, k, low, falling and (w.is_cuda or bool((w < 0).any()))) for w, k, low in parts]
+        falls, zero = weight < 0, torch.zeros_like(weight, dtype=dtype)
+        floor, ceiling = torch.where(falls, -torch.inf, zero), torch.where(falls, zero, torch.inf)
+        sizes = [len(norm.weight) for norm in norms]
+        parts = zip(*(whole.split(sizes) for whole in (weight, kink, least, floor, ceiling, falls)), strict=True)
+        looks = not weight.is_cuda and bool(falls.any())  # on a GPU, looking costs more than clamping
+        return [
+            Gate(w, k, least, low, high, weight.is_cuda or (looks and bool(part.any())))
+            for w, k, least, low, high, part in parts
+        ]
 
 
 class Reader:
@@ -83,9 +89,8 @@ class Reader:
         a = _empty(self.x, self.x.shape[1])
         if not self.gate.falling:
             return torch.maximum(self.x, self.limit, out=a)
-        falls, never = (self.slope < 0)[:, None, None], torch.full_like(self.limit, torch.inf)
-        torch.maximum(self.x, torch.where(falls, -never, self.limit), out=a)
-        return torch.minimum(a, torch.where(falls, self.limit, never), out=a)
+        low, high = (self.limit + bound[:, None, None] for bound in (self.gate.floor, self.gate.ceiling))
+        return torch.clamp(self.x, low, high, out=a)
 
     def forward(self, bias: Tensor | None = None) -> Tensor:
         """(N, O, h, w), or half of h and w."""
@@ -95,9 +100,10 @@ class Reader:
             shift = shift + bias
         return F.conv2d(F.avg_pool2d(a, 2) if self.pool else a, self.scaled, shift.to(a.dtype))
 
-    def backward(self, grad: Tensor) -> tuple[tuple[Tensor, Tensor], Affine, Tensor, Tensor]:
+    def backward(self, grad: Tensor, identity: Affine) -> tuple[tuple[Tensor, Tensor], Affine, Tensor, Tensor]:
         """grad, as forward's result -> (of x with its moments held still, of the norm, of the weight (O, C), of the bias).
 
+        identity: weight 1 and bias 0, float32 (at least C,) each.
         The first as two factors (N, C, h, w), the second of them 0 or 1: so they are multiplied where they are added up.
         """
         a = self.clipped()
@@ -109,7 +115,7 @@ class Reader:
         grad_bias = grad_bias.to(self.slope.dtype)
         above = torch.addr(raw.flatten(1).to(self.slope.dtype), grad_bias, self.kink, alpha=-1)  # of a - kink
         grad_weight = (above * self.slope).addr_(grad_bias, self.gate.least)
-        grad_shift = _dots(grad_a, passed) / self.slope
+        grad_shift = _dots(grad_a, passed, *(whole[: len(self.slope)] for whole in identity)) / self.slope
         grad_scale = (self.weight * above).sum(0) / self.moments.deviation
         return (
             (grad_a, passed),
@@ -119,12 +125,11 @@ class Reader:
         )
 
 
-def _dots(x: Tensor, y: Tensor) -> Tensor:
+def _dots(x: Tensor, y: Tensor, one: Tensor, zero: Tensor) -> Tensor:
     """Sum of x * y over all but the channels, (C,) float32: BatchNorm's kernel for its weight has just that."""
-    one = torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return torch.ops.aten.native_batch_norm_backward(
-        x, y, one, None, None, torch.zeros_like(one), one, True, 0.0, [False, True, False]
-    )[1]
+    return torch.ops.aten.native_batch_norm_backward(x, y, one, None, None, zero, one, True, 0.0, [False, True, False])[
+        1
+    ]
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:
@@ -323,7 +328,7 @@ class _Block(torch.autograd.Function):
         features = Features.empty(x, x.shape[1] + sum(len(layer.conv2) for layer in layers))
         unbiased = torch.zeros_like(features.moments.mean)  # zeros: what is moved all the way from NaN is still NaN
         features.append(x, eps, unbiased)
-        gates = Gate.of([*(layer.norm1 for layer in layers), tail.norm], x.numel() // x.shape[1])
+        gates = Gate.of([*(layer.norm1 for layer in layers), tail.norm], x.numel() // x.shape[1], x.dtype)
         kept: list[Tensor] = []
         for (_, norm2), gate, layer in zip(norms.layers, gates, layers, strict=False):
             bottleneck = features.reader(gate, layer.conv1).forward()
@@ -346,15 +351,16 @@ class _Block(torch.autograd.Function):
         kept, parameters = rest[: ctx.num_kept], rest[ctx.num_kept :]
         layers, tail = _grouped(parameters)
         features = Features(values, Moments(mean, deviation), values.shape[1])
+        identity = Affine(torch.ones_like(mean), torch.zeros_like(mean))
         reader = features.reader(ctx.gates[-1], tail.conv, pool=ctx.pool)
-        (total, passed), norm, weight, bias = reader.backward(grad)
+        (total, passed), norm, weight, bias = reader.backward(grad, identity)
         total.mul_(passed)  # (N, C, h, w): of the buffer, moments held still
         gradients = [[*norm, weight.view_as(tail.conv), None if tail.bias is None else bias]]
         for place in reversed(range(len(layers))):
             layer, bottleneck, moments = layers[place], kept[3 * place], Moments(*kept[3 * place + 1 : 3 * place + 3])
             grad = features.take(total, len(layer.conv2))
             grad, grad2 = _backward2(grad, bottleneck, moments, layer)
-            part, norm, weight, _ = features.reader(ctx.gates[place], layer.conv1).backward(grad)
+            part, norm, weight, _ = features.reader(ctx.gates[place], layer.conv1).backward(grad, identity)
             total[:, : features.filled].addcmul_(*part)
             gradients.append([*norm, weight.view_as(layer.conv1), *grad2])
         grad_x = features.take(total, features.filled)
