@@ -17,6 +17,7 @@ from mura_dist.bench.clock import Contender, Work, process
 from mura_dist.bench.streams import device
 from mura_dist.bench.training import batches, labels, our_network, settings_of
 from mura_dist.bench.workload import Load
+from mura_dist.core.errors import Refusal
 
 RANKS = 2
 _TIMEOUT_S = 300.0
@@ -25,12 +26,24 @@ Step = Callable[[], None]
 
 
 def contenders(load: Load) -> list[Contender]:
+    import torch
+
+    check_devices(torch.cuda.device_count())
     kinds = {"mura-dist": "engine", "DistributedDataParallel": "ddp"}
     return [
         Contender(f"{name}, {precision}", partial(work, kind, precision), ours=kind == "engine", family=precision)
         for precision in ("bf16", "fp32")
         for name, kind in kinds.items()
     ]
+
+
+def check_devices(num_gpus: int) -> None:
+    """Raise Refusal on a machine with one GPU: NCCL wants one for each rank."""
+    if 0 < num_gpus < RANKS:
+        raise Refusal(
+            f"bench ranks: this machine shows {num_gpus} GPU, {RANKS} ranks need one each; show more of them "
+            '(CUDA_VISIBLE_DEVICES), or measure on the CPU: CUDA_VISIBLE_DEVICES="" mura-dist bench ranks'
+        )
 
 
 def work(kind: str, precision: str, load: Load) -> Work:

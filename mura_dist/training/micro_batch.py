@@ -1,8 +1,8 @@
 """Out of memory: how it is told from other errors, what is said of it, and the largest micro-batch that fits.
 
-`micro_batch="auto"` tries forward and backward of one micro-batch, alone and without the other ranks, from the largest
-candidate down; the least of what fits on any rank wins. On a CPU it tries nothing and is 8: Linux promises memory it does not
-have and then kills.
+`micro_batch="auto"` tries forward and backward of one micro-batch, executed as a step will be (precision, step, compile), alone
+and without the other ranks, from the largest candidate down; the least of what fits on any rank wins. On a CPU it tries nothing
+and is 8: Linux promises memory it does not have and then kills.
 """
 
 import gc
@@ -15,6 +15,8 @@ from mura_dist.core.config import Settings
 from mura_dist.core.errors import CommonFailure, Refusal
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
+from mura_dist.training import execution
+from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
 
 _ON_CPU = 8  # micro_batch=auto there
@@ -75,28 +77,21 @@ def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world
     return found
 
 
-def _autocast(settings: Settings, device: torch.device) -> torch.autocast:
-    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=settings.precision != "fp32")
-
-
 def _fits(settings: Settings, size: int, number: int, world: World) -> bool:
-    """Forward and backward of one micro-batch, beside what an optimiser will hold."""
+    """Forward and backward of one micro-batch, executed as a step will, beside what an optimizer and NCCL will hold."""
     device = world.device
     try:
-        network = build(settings.architecture).to(device).train()
-        weights = sum(parameter.numel() for parameter in network.parameters())
-        beside = torch.zeros(4 * weights, device=device)  # flat gradient, Adam's two moments, a copy while one saves
-        margin = (
-            torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
-        )  # nccl's, and of batches on their way
+        model = build(settings.architecture).to(device).train()
+        flat = Flat(model, channels_last=settings.channels_last)
+        beside = torch.zeros(3 * flat.weights.numel(), device=device)  # Adam's two moments, a copy while one saves
+        # A tenth of the device: of NCCL, of batches on their way, and because the allocator's blocks never fit exactly.
+        margin = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
         others = torch.zeros(margin, dtype=torch.uint8, device=device)
+        network = execution.build(model, flat, settings)
         image = torch.zeros(number, 1, size, size, dtype=torch.uint8, device=device)
-        with _autocast(settings, device):
-            logit, _ = network(image)
         ones = torch.ones(number, device=device)
-        weighted_bce(logit, ones, ones).backward()
-        del network, beside, others, image, logit, ones
+        weighted_bce(network(image), ones, ones).backward()
+        del model, flat, network, beside, others, image, ones
     except (MemoryError, RuntimeError) as error:
         if not is_exhausted(error):
             raise

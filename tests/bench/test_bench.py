@@ -21,7 +21,7 @@ from helpers import laws
 from helpers.commands import run as command
 from PIL import Image
 
-from mura_dist.bench import clock, encodings, footprint, peers, pipeline, plots, runner, workload
+from mura_dist.bench import clock, encodings, footprint, peers, pipeline, plots, ranks, runner, workload
 from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
 from mura_dist.bench.training import kept_bytes
@@ -451,3 +451,13 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
 def test_what_is_kept_leaves_out_the_weights() -> None:
     linear, image = torch.nn.Linear(100, 1, bias=False), torch.ones(3, 100, requires_grad=True)
     assert kept_bytes(linear, image) == 3 * 100 * 4
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
+def test_two_ranks_want_a_gpu_each(num_gpus: int) -> None:
+    """NCCL refuses two ranks of one GPU, one of them after minutes; on a CPU they share it."""
+    if num_gpus == 1:
+        with pytest.raises(Refusal, match=r"shows 1 GPU, 2 ranks need one each.*CUDA_VISIBLE_DEVICES"):
+            ranks.check_devices(num_gpus)
+    else:
+        ranks.check_devices(num_gpus)

@@ -11,7 +11,9 @@ from mura_dist.core.errors import CommonFailure, Refusal
 from mura_dist.distributed import process_group as world
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
-from mura_dist.training import micro_batch
+from mura_dist.training import execution, micro_batch
+from mura_dist.training.engine import Engine
+from mura_dist.training.flat_parameters import Flat
 
 SIZES = (24, 12, 8, 6, 4, 3, 2)
 
@@ -57,6 +59,28 @@ def test_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, alone: World, li
 @pytest.mark.parametrize(("batch", "found"), [(24, 8), (12, 6), (36, 6), (22, 2), (11, 11)])
 def test_a_cpu_takes_eight_or_the_next_smaller_that_cuts_evenly(alone: World, batch: int, found: int) -> None:
     assert micro_batch.fitting_micro_batch(settings(global_batch=batch), 64, alone) == found
+
+
+@pytest.mark.parametrize("words", [{"precision": "bf16"}, {"precision": "fp32", "step": "graph"}])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_what_is_tried_is_what_a_step_executes(
+    monkeypatch: pytest.MonkeyPatch, alone: World, words: dict[str, str], channels_last: bool
+) -> None:
+    """The same execution, on weights and images in the same order."""
+    calls: list[tuple[str, str, bool]] = []
+    build_network = execution.build
+
+    def spied(model: nn.Module, flat: Flat, settings: config.Settings) -> execution.Network:
+        in_order = model.features.conv0.weight.is_contiguous(memory_format=torch.channels_last)
+        calls.append((settings.precision, settings.step, in_order))
+        return build_network(model, flat, settings)
+
+    monkeypatch.setattr(execution, "build", spied)
+    chosen = settings(channels_last=channels_last, **words)
+    assert micro_batch.largest_that_fits(chosen, 64, SIZES, alone) == SIZES[0]
+    Engine(build("tiny"), chosen.model_copy(update={"micro_batch": 2}), alone)
+    assert len(calls) == 2
+    assert calls[0] == calls[1] == (chosen.precision, chosen.step, channels_last)
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:

@@ -1,0 +1,71 @@
+"""validation.py: how many radiographs are scored at once, and that it changes nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mura_dist.core import config
+from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.shards.reader import Shards
+from mura_dist.distributed import process_group
+from mura_dist.distributed.process_group import World
+from mura_dist.models.densenet import build
+from mura_dist.training import validation
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[World]:
+    with process_group.join(30) as ranks:
+        yield ranks
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "number"),
+    [
+        (320, 140 * GIB, 256),
+        (320, 15 * GIB, 256),
+        (320, 14 * GIB, 128),
+        (320, GIB, 16),
+        (320, 0, 1),
+        (1024, 8 * GIB, 8),
+    ],
+)
+def test_half_of_the_free_memory_is_used(size: int, free: int, number: int) -> None:
+    assert validation.batch_that_fits(size, free) == number
+
+
+@pytest.mark.parametrize("number", [1, 5, 64])
+def test_scores_do_not_depend_on_how_many_are_scored_at_once(
+    alone: World, shard_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    shards = Shards.open(shard_folder)
+    chosen = config.check({"shards": str(shard_folder), "run": "", "micro_batch": 4}, "test")
+    loading = BatchLoader.from_settings(chosen, shards, Targets.of(shards), torch.device("cpu"))
+    rows, model = shards.rows("tune"), build("tiny", seed=1).eval()
+    assert len(rows) % number or number == 1, "the last batch is padded"
+    by_four = validation.scores(model, rows, loading, alone)
+    sizes: list[int] = []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(validation, "_batch_size", lambda loading, world: number)
+    scores = validation.scores(model, rows, loading, alone)
+    assert set(sizes) == {number}
+    assert np.array_equal(scores.rows, rows)
+    np.testing.assert_allclose(scores.logit, by_four.logit, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "prefetch", "size", "ahead"), [(8, 64, 256, 2), (8, 64, 16, 32), (8, 0, 64, 0)]
+)
+def test_as_many_bytes_are_loaded_ahead(
+    shard_folder: Path, micro_batch: int, prefetch: int, size: int, ahead: int
+) -> None:
+    shards = Shards.open(shard_folder)
+    loading = BatchLoader(shards, Targets.of(shards), torch.device("cpu"), "cpu", micro_batch, 2, prefetch)
+    changed = loading.with_micro_batch(size)
+    assert (changed.micro_batch, changed.prefetch) == (size, ahead)
