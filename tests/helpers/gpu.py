@@ -1,0 +1,41 @@
+"""What the tests of tests/gpu share: where they run, and a rehearsal of them on a CPU.
+
+REHEARSE_GPU_TESTS=1 runs their code on a CPU, small, to see that it runs; what it compares is then the same device twice.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (CUDA or os.environ.get("REHEARSE_GPU_TESTS")), reason="no CUDA device"),
+]
+VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"} if CUDA else {}  # of a command; the suite hides GPUs from others
+
+
+def host_waits(call: Callable[[], object]) -> list[str]:
+    """Return where the host waits for the GPU while `call` runs, a "file:line" for each time."""
+    places: list[str] = []
+    synchronize = torch.cuda.synchronize
+
+    def counted(*arguments: object) -> None:
+        places.append("torch.cuda.synchronize")
+        synchronize(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(torch.cuda, "synchronize", counted)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in caught if "called a synchronizing CUDA operation" in str(one.message)]
+    return [*places, *(f"{Path(one.filename).name}:{one.lineno}" for one in waits)]
