@@ -86,8 +86,8 @@ class Engine:
             else None
         )
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
-        network = execution.build(self.model.train(), self.flat, settings)
-        self._engine = _deepspeed(_FlatModule(network, self.flat.weights), self.flat, settings, world)
+        self.network = execution.build(self.model.train(), self.flat, settings)
+        self._engine = _deepspeed(_FlatModule(self.network, self.flat.weights), self.flat, settings, world)
         self._divided_by = world.size if self._engine.gradient_average else 1
         self.flat.attach()
         zero, optimizer = bool(settings.zero_stage), self._engine.optimizer

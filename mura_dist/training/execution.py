@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mura_dist.core.config import Settings
 from mura_dist.training.flat_parameters import Flat
-from mura_dist.training.graph import RecordedNetwork, RecordingError
+from mura_dist.training.graph import RecordedNetwork, Recording, RecordingError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,6 +65,11 @@ class GraphOrEager:
     def __init__(self, eager: Network, flat: Flat, *, is_half: bool) -> None:
         self._eager, self._recorded = eager, RecordedNetwork(eager, flat, is_half=is_half)
         self.fell_back = False
+
+    @property
+    def recordings(self) -> list[Recording]:
+        """What was recorded, one for each shape of micro-batch."""
+        return self._recorded.recordings
 
     def __call__(self, image: Tensor) -> Tensor:
         if not self.fell_back:

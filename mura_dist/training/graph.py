@@ -34,8 +34,12 @@ class RecordedNetwork:
 
     def __init__(self, network: Callable[[Tensor], Tensor], flat: Flat, *, is_half: bool) -> None:
         self._network, self._flat, self._is_half = network, flat, is_half
-        self._recordings: dict[tuple[torch.Size, int], _Recording] = {}  # by shape, and where the weights lie
+        self._recordings: dict[tuple[torch.Size, int], Recording] = {}  # by shape, and where the weights lie
         self._anchor = torch.zeros((), device=flat.weights.device, requires_grad=True)  # makes autograd call the replay
+
+    @property
+    def recordings(self) -> list["Recording"]:
+        return list(self._recordings.values())
 
     def __call__(self, image: Tensor) -> Tensor:
         """Raises RecordingError at the first micro-batch of a shape; the gradient is then as it was."""
@@ -46,10 +50,10 @@ class RecordedNetwork:
         logit: Tensor = _Replay.apply(self._anchor, image, recording)
         return logit
 
-    def _record(self, image: Tensor) -> "_Recording":
+    def _record(self, image: Tensor) -> "Recording":
         before = self._flat.gradient.clone()
         try:
-            recording = _Recording(self._network, image)
+            recording = Recording(self._network, image)
             self._check(recording, image)
         except torch.OutOfMemoryError:
             raise
@@ -59,7 +63,7 @@ class RecordedNetwork:
             self._flat.gradient.copy_(before)
         return recording
 
-    def _check(self, recording: "_Recording", image: Tensor) -> None:
+    def _check(self, recording: "Recording", image: Tensor) -> None:
         """Compare two replays with eager on `image`: the second sees what the first left behind."""
         upstream = torch.linspace(-1, 1, len(image), device=image.device)  # any gradient of the logits
         logit, gradient = self._gradient_of(self._network, image, upstream)
@@ -87,7 +91,7 @@ class RecordedNetwork:
         return logit.detach().clone(), self._flat.gradient.clone()
 
 
-class _Recording:
+class Recording:
     """Forward and backward for one shape, each on memory of its own: `image`, `logit`, `upstream` stay where they are."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], image: Tensor) -> None:
@@ -134,7 +138,7 @@ def _captured(call: Callable[[], None], pool: Any) -> Callable[[], None]:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, image: Tensor, recording: _Recording) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, image: Tensor, recording: Recording) -> Tensor:
         ctx.recording = recording
         recording.image.copy_(image)
         recording.replay_forward()

@@ -424,72 +424,65 @@ def stage_tests(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def stage_engine(record: Recorder, options: argparse.Namespace) -> None:
-    """The engine with one rank: a step's ms, what waits for the GPU in it, what the host does between steps."""
+    """The engine with one rank, eager and recorded: precision, images/s, waits for the GPU, what the host does in a step."""
     if not is_installed("deepspeed"):
         raise LeftOutError("DeepSpeed is not installed")
-    from mura_dist.core import config
     from mura_dist.distributed import process_group
-    from mura_dist.training import deepspeed_config
 
-    number = 64 if CUDA else 2
-    values = {"shards": "", "run": "", "architecture": ARCHITECTURE, "precision": "bf16"}
-    settings = config.check(values | {"global_batch": number, "micro_batch": number}, "gpu.py")
-    ours = deepspeed_config.config
     with process_group.join(120.0) as world:
-        for timer in ("on", "off"):  # DeepSpeed's own: it synchronizes
-
-            def with_timer(*arguments: Any, timer: str = timer, **keywords: Any) -> dict[str, Any]:
-                timers = {"timers": {"throughput": {"enabled": False}}} if timer == "off" else {}
-                return ours(*arguments, **keywords) | timers
-
-            with mock.patch.object(deepspeed_config, "config", with_timer):
-                measure_engine(record, settings, world, timer)
+        for step in ("eager", "graph"):
+            for number in (64, 8, 256) if CUDA else (2,):
+                with record.attempt(f"engine {step} batch {number}"):
+                    measure_engine(record, step, number, world)
 
 
-def measure_engine(record: Recorder, settings: Any, world: Any, timer: str) -> None:
+def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
+    from mura_dist.core import config
     from mura_dist.data.loaders.loader import Batch
     from mura_dist.models import densenet
     from mura_dist.training.engine import Engine
+    from mura_dist.training.execution import GraphOrEager
 
     free_memory()
-    engine, number = Engine(densenet.build(ARCHITECTURE), settings, world), settings.micro_batch
-    ones = torch.ones(number, device=DEVICE)
+    values = {"shards": "", "run": "", "architecture": ARCHITECTURE, "precision": "bf16", "step": how}
+    settings = config.check(values | {"global_batch": number, "micro_batch": number}, "gpu.py")
+    engine, ones = Engine(densenet.build(ARCHITECTURE), settings, world), torch.ones(number, device=DEVICE)
     batch = Batch(random_images(number), both_labels(number), ones, ones.long(), ones.bool())
 
     def step() -> Any:
         return engine.step([batch], 1e-4)
 
-    # DeepSpeed switches an autocast off that began outside it, on CUDA: what do the convolutions compute in?
+    what = f"engine {how} batch {number}"
     dtypes: set[str] = set()
     first = engine.model.get_submodule("features.conv0")
     hook = first.register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
     step()
     hook.remove()
-    is_bf16 = dtypes == {"torch.bfloat16"}
-    what = f"precision={settings.precision}: conv0 computes in"
-    record(what, dtype=",".join(sorted(dtypes)), as_asked=is_bf16 == (settings.precision == "bf16"))
+    record(f"{what}: conv0 computes in", dtype=",".join(sorted(dtypes)), as_asked=dtypes == {"torch.bfloat16"})
     if CUDA:
         for _ in range(4):
             step()
-        record_waits(record, step, timer)
-    record_rate(record, f"engine batch {number} timer {timer}", number, step, 1.0)
+        record_waits(record, what, step)
+    record_rate(record, what, number, step, 1.0)
+    if isinstance(engine.network, GraphOrEager):
+        record(f"{what}: recorded", fell_back=engine.network.fell_back)
     host_work: dict[str, Callable[[], object]] = {
         "flat.attach": engine.flat.attach,
-        "model.train": engine.model.train,
         "statistics.forget": engine.statistics.forget,
     }
     for name, call in host_work.items():
-        taken_ms = []
-        for _ in range(10):
-            started = time.perf_counter()
-            call()
-            taken_ms.append(1e3 * (time.perf_counter() - started))
-        record(f"host ms of {name}", ms=min(taken_ms))
+        record(f"{what}: host ms of {name}", ms=min(host_ms(call) for _ in range(10)))
     result = step()
-    record("result", loss=result.loss, norm=result.gradient_norm, applied=result.applied)
+    record(f"{what}: result", loss=result.loss, norm=result.gradient_norm, applied=result.applied)
 
 
-def record_waits(record: Recorder, step: Callable[[], object], timer: str) -> None:
+def host_ms(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def record_waits(record: Recorder, what: str, step: Callable[[], object]) -> None:
     """How often the host waits for the GPU in a step, and where."""
     with (
         mock.patch.object(torch.cuda, "synchronize", mock.Mock(wraps=torch.cuda.synchronize)) as counted,
@@ -499,10 +492,9 @@ def record_waits(record: Recorder, step: Callable[[], object], timer: str) -> No
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     places = sorted({f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits})
-    what = f"syncs in a step, DeepSpeed's timer {timer}"
-    record(what, synchronize_calls=counted.call_count, others=len(caught), where=",".join(places))
+    record(f"{what}: waits", synchronize_calls=counted.call_count, others=len(waits), where=",".join(places))
 
 
 def stage_blocks(record: Recorder, options: argparse.Namespace) -> None:

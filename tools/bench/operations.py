@@ -30,6 +30,7 @@ from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed import process_group
 from mura_dist.models import densenet
 from mura_dist.training.engine import Engine
+from mura_dist.training.execution import GraphOrEager
 
 _NO_KERNEL = ("empty", "detach", "is_same_size", "_has_compatible_shallow_copy_type")
 
@@ -95,18 +96,26 @@ def count_network(
 
 
 def count_engine(architecture: str, image: Tensor, precision: str) -> dict[str, Count]:
-    """Count a whole step of the engine with one micro-batch, from its second step on."""
+    """Count a whole step of the engine with one micro-batch, from its second step on.
+
+    `graph`: the same with step=graph, without what its two recordings hold.
+    """
     number = len(image)
     values = {"shards": "", "run": "", "architecture": architecture, "precision": precision}
-    settings = config.check(values | {"global_batch": number, "micro_batch": number}, "operations")
     counts: dict[str, Count] = {}
-    with process_group.join(settings.timeout_s) as ranks:
-        engine = Engine(with_negative_weights(densenet.build(architecture)), settings, ranks)
-        ones = torch.ones(number)
-        batch = Batch(image, ones, ones, ones.long(), ones.bool())
-        engine.step([batch], 1e-6)
-        with counted(counts, "engine"):
+    with process_group.join(30.0) as ranks:
+        for step, what in (("eager", "engine"), ("graph", "graph")):
+            sizes = {"global_batch": number, "micro_batch": number, "step": step}
+            settings = config.check(values | sizes, "operations")
+            engine = Engine(with_negative_weights(densenet.build(architecture)), settings, ranks)
+            ones = torch.ones(number)
+            batch = Batch(image, ones, ones, ones.long(), ones.bool())
             engine.step([batch], 1e-6)
+            if isinstance(engine.network, GraphOrEager):
+                for recording in engine.network.recordings:
+                    recording.replay_forward = recording.replay_backward = lambda: None
+            with counted(counts, what):
+                engine.step([batch], 1e-6)
     return counts
 
 
