@@ -4,6 +4,8 @@ REHEARSE_GPU_TESTS=1 runs their code on a CPU, small, to see that it runs; what 
 """
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,13 @@ MARKS = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (CUDA or os.environ.get("REHEARSE_GPU_TESTS")), reason="no CUDA device"),
 ]
-VISIBLE = {"CUDA_VISIBLE_DEVICES": "0"} if CUDA else {}  # of a command; the suite hides GPUs from others
+
+
+def python(*words: object, hide_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter, started from nothing. Needs no installed script: a machine may run the checkout as it lies."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if hide_gpu else "0"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 def host_waits(call: Callable[[], object]) -> list[str]:

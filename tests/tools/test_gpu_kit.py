@@ -89,3 +89,10 @@ def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
     assert done.returncode == 0, states
     assert states.keys() == gpu.STAGES.keys()  # in the order in which they ended: one runs beside another
     assert all(state == "ok" or state.startswith("left out: ") for state in states.values())
+
+
+@pytest.mark.nightly(part="system")
+def test_the_tests_for_a_gpu_run_on_a_cpu() -> None:
+    """Their code: what they compare is then the same device twice."""
+    done = run("pytest", "tests/gpu", "-q", cwd=ROOT, env={"REHEARSE_GPU_TESTS": "1"}, timeout_s=900)
+    assert done.returncode == 0, done.stdout[-5000:]
