@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv and install mura_dist into it, with every version pinned by constraints.txt.
-#   bash launch/setup.sh [EXTRAS]      EXTRAS: train (default), or several: train,dev
+#   bash launch/setup.sh [EXTRAS]      EXTRAS: train (default), or several: train,dev  or, to predict alone: cpu,page
 # Needs Python 3.11 or newer (PYTHON=... names another one) and the network; does nothing when nothing changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +11,14 @@ python=${PYTHON:-python3}
   echo "launch/setup.sh: $python is $("$python" --version 2>&1), Python 3.11 or newer is needed; name one: PYTHON=python3.12 bash launch/setup.sh" >&2
   exit 2
 }
+# ONNX Runtime for CPUs (cpu) and that for GPUs (cuda, and train with it) fill the same folder: one environment, one of the two.
+will_hold() { # will_hold EXTRA,... DISTRIBUTION
+  [[ ",$extras," =~ ,(${1//,/|}), ]] || compgen -G ".venv/lib/python3*/site-packages/$2-[0-9]*.dist-info" > /dev/null
+}
+if will_hold cpu onnxruntime && will_hold cuda,train onnxruntime_gpu; then
+  echo "launch/setup.sh: $extras: ONNX Runtime for CPUs (cpu) cannot stand beside that for GPUs (cuda, train) in .venv; name one of them, and remove .venv if it holds the other" >&2
+  exit 2
+fi
 if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv || {
     rm -rf .venv

@@ -50,7 +50,10 @@ CONFINED = {
     "streamlit": {"inference/page"},
     "starlette": {"inference/page"},
 }
-EXTRAS = ("torch", "torchvision", "cv2", "matplotlib", "onnx", "deepspeed", "nvidia", "safetensors", "webdataset")
+EXTRAS = (
+    *("torch", "torchvision", "cv2", "matplotlib", "onnx", "onnxruntime", "deepspeed", "nvidia", "safetensors"),
+    *("webdataset", "openvino"),
+)
 # What a plain PC imports without an extra: whole folders, but for the modules that torch may enter.
 BASE = ("core", "metrics", "data", "reports", "inference", "cli")
 

@@ -1,4 +1,4 @@
-"""The wheel with the base alone, in an empty environment: it predicts, and there is no torch."""
+"""The wheel in an empty environment: the base says what predicting needs, the extra cpu brings it, and there is no torch."""
 
 import os
 import subprocess
@@ -19,21 +19,28 @@ def call(*words: object, cwd: Path | None = None) -> str:
 
 
 @pytest.mark.nightly(part="system")
-def test_the_base_predicts(phantoms: Path, untrained: Path, tmp_path: Path) -> None:
+def test_the_extra_cpu_predicts(phantoms: Path, untrained: Path, tmp_path: Path) -> None:
     model = untrained / "model.onnx"
     call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
     call(sys.executable, "-m", "venv", tmp_path / "venv")
     [wheel] = (tmp_path / "dist").glob("*.whl")
     python = tmp_path / "venv" / "bin" / "python"
-    call(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    install = (python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt")
+    call(*install, wheel)
+    command = tmp_path / "venv" / "bin" / "mura-dist"
+    words = ("predict", model, phantoms / "valid", "--out", tmp_path / "base")
+    refused = subprocess.run([command, *words], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert "pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'" in line
+
+    call(*install, f"{wheel}[cpu]")
     installed = call(python, "-m", "pip", "list", "--format", "freeze").lower()
     assert not any(
         f"\n{name}" in f"\n{installed}"
-        for name in ("torch", "opencv", "matplotlib", "onnx==", "deepspeed", "nvidia-dali")
+        for name in ("torch", "opencv", "matplotlib", "onnx==", "onnxruntime-gpu", "deepspeed", "nvidia")
     )
-
-    command = tmp_path / "venv" / "bin" / "mura-dist"
-    call(command, "predict", model, phantoms / "valid", "--out", tmp_path / "base", cwd=tmp_path)
+    call(command, *words, cwd=tmp_path)
     assert run("mura-dist", "predict", model, phantoms / "valid", "--out", tmp_path / "full", cold=True).returncode == 0
     for table in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "base" / table).read_bytes() == (tmp_path / "full" / table).read_bytes()

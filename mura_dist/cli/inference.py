@@ -138,7 +138,8 @@ def _measured(report: ExportReport) -> str:
     "--provider",
     default="cpu",
     show_default=True,
-    help="What computes: cpu, cuda, tensorrt (ONNX Runtime's) or openvino (pip install 'mura-dist[openvino]').",
+    help="What computes: cpu (pip install 'mura-dist[cpu]'), cuda ('mura-dist[cuda]'), tensorrt (that and TensorRT 10) or "
+    "openvino ('mura-dist[openvino]').",
 )
 @click.option("--format", default="csv", show_default=True, help="csv or parquet.")
 @click.option(
@@ -200,7 +201,7 @@ def page(model: Path, **options: Any) -> None:
     """Serve the web page on an exported MODEL.onnx: upload a study, see the answer. Ctrl-C ends it.
 
     Nothing uploaded is written to a disk or kept after its session; nothing is sent anywhere. Needs pip install
-    'mura-dist[page]'.
+    'mura-dist[cpu,page]'.
     """
     from mura_dist.inference.page.server import serve
 

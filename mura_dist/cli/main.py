@@ -65,15 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         return _end(FAILED, str(error), only_first=isinstance(error, CommonFailure))
     except ModuleNotFoundError as error:
-        from mura_dist.cli.extras import extra_of
+        from mura_dist.cli.extras import extras_of
 
-        extra = extra_of(error.name or "")
-        if extra is None:
+        extras = extras_of(error.name or "")
+        if not extras:
             raise
+        remedy = " or ".join(f"'mura-dist[{extra}]'" for extra in extras)
         return _end(
-            WRONG,
-            f"this command needs {error.name}, which is not installed; pip install 'mura-dist[{extra}]'",
-            only_first=True,
+            WRONG, f"this command needs {error.name}, which is not installed; pip install {remedy}", only_first=True
         )
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left, as `| head` does

@@ -1,4 +1,4 @@
-"""ONNX Runtime: a session on the provider that was asked for, or Refusal; on a GPU bound to its memory.
+"""ONNX Runtime, of one of two extras: a session on the provider that was asked for, or Refusal; on a GPU bound to its memory.
 
 A provider that is not there is refused; nothing falls back to another one in silence.
 """
@@ -14,33 +14,49 @@ from typing import Any
 
 import numpy as np
 
-# Since 1.29 ONNX Runtime's Linux builds tell Microsoft of each session: the model's file name, its hashes, its graph. Asked for
-# by nobody here, and only this, before the import, keeps it from leaving a file among the temporary ones too.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-import onnxruntime
-
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.distributed import environment
+from mura_dist.inference import provider_libraries
 from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, PROVIDERS, Tuning, batch_failure, cache_folder
 from mura_dist.models.card import KEY, Card
 
-onnxruntime.disable_telemetry_events()  # Windows' way, and whoever had imported it before
-
-ONNXRUNTIME: str = onnxruntime.__version__
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime, kept from reporting its sessions. Raises Refusal where neither extra installed it."""
+    # Since 1.29 its Linux builds tell Microsoft of each session: the model's file name, its hashes, its graph. Asked for by
+    # nobody here, and only this, before the import, keeps it from leaving a file among the temporary ones too.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise Refusal(
+            "ONNX Runtime is not installed; pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
+        ) from error
+    if not hasattr(onnxruntime, "InferenceSession"):  # what is left where both were installed and one was removed
+        raise Refusal(
+            "ONNX Runtime's files are incomplete (onnxruntime and onnxruntime-gpu fill the same folder); pip uninstall both, "
+            "then pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
+        )
+    onnxruntime.disable_telemetry_events()  # Windows' way, and for whoever had imported it before
+    return onnxruntime
 
 
 class OnnxRuntime:
     """A session of ONNX Runtime, bound to its device where that is a GPU."""
 
     def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning) -> None:
-        self.session = _session(data, name, asked, tuning)
+        onnxruntime = import_onnxruntime()
+        self.session = _session(onnxruntime, data, name, asked, tuning)
         self.name: str = self.session.get_providers()[0]
-        self.version = ONNXRUNTIME
+        self.version: str = onnxruntime.__version__
         self.bound = self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"])
         self.slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(tuning.streams or 1 if self.bound else 0):
-            self.slots.put(_Slot(self.session))
+            self.slots.put(_Slot(onnxruntime, self.session))
 
     def metadata(self) -> str | None:
         text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
@@ -69,8 +85,8 @@ class OnnxRuntime:
 class _Slot:
     """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay."""
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self.session = session
+    def __init__(self, onnxruntime: Any, session: Any) -> None:
+        self.on_device, self.session = onnxruntime.OrtValue.ortvalue_from_shape_and_type, session
         self.host: np.ndarray | None = None  # (most so far, 1, S, S)
         self.device: dict[int, Any] = {}  # by number of images
 
@@ -79,9 +95,7 @@ class _Slot:
         if self.host is None or len(self.host) < number or self.host.shape[1:] != image.shape[1:]:
             self.host = _page_locked(image.shape, self.host)
         if number not in self.device:
-            self.device[number] = onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                list(image.shape), np.uint8, "cuda", _device()
-            )
+            self.device[number] = self.on_device(list(image.shape), np.uint8, "cuda", _device())
         np.copyto(self.host[:number], image)
         self.device[number].update_inplace(self.host[:number])
         binding = self.session.io_binding()
@@ -114,10 +128,15 @@ def _cuda() -> ctypes.CDLL:
     raise OSError("no CUDA runtime")
 
 
-def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.InferenceSession:
+def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tuning) -> Any:
     """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
     if provider not in available:
+        if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and PROVIDERS["cuda"] not in available:
+            raise Refusal(
+                f"--provider {asked}: the ONNX Runtime installed here computes on CPUs alone; pip uninstall onnxruntime, then "
+                "pip install 'mura-dist[cuda]', or give --provider cpu"
+            )
         raise Refusal(
             f"--provider {asked}{nearest(asked, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
             "one of them, cpu, or openvino"
@@ -131,36 +150,47 @@ def _session(data: bytes, name: str, asked: str, tuning: Tuning) -> onnxruntime.
     if streams > 1:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take from the other streams
     providers = [provider, PROVIDERS["cuda"]] if provider == PROVIDERS["tensorrt"] else [provider]
-    with _hushed() if provider != PROVIDERS["cpu"] else contextlib.nullcontext():
+    with _hushed(onnxruntime) if provider != PROVIDERS["cpu"] else contextlib.nullcontext():
         try:
+            if provider != PROVIDERS["cpu"]:
+                provider_libraries.preload(onnxruntime, providers)
             session = onnxruntime.InferenceSession(
-                data, options, providers=[(each, _provider_options(each, data)) for each in providers]
+                data,
+                options,
+                providers=[(each, _provider_options(each, data, onnxruntime.__version__)) for each in providers],
             )
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             if provider != PROVIDERS["cpu"]:
-                raise Refusal(
-                    f"--provider {asked}: {provider} does not start on {name} ({reason}); give --provider cpu, or mend that"
-                ) from error
+                raise _not_started(onnxruntime, asked, providers, f"on {name} ({reason})") from error
             raise Refusal(
                 f"{name} is not an ONNX model that ONNX Runtime can load ({reason}); export it again"
             ) from error
     started = session.get_providers()
     if started[0] != provider:
-        raise Refusal(
-            f"--provider {asked}: {provider} does not start here (driver, library or device is missing), "
-            f"{started[0]} does; give --provider cpu, or install what onnxruntime {ONNXRUNTIME} needs"
-        )
+        reason = f"here, {started[0]} does (no GPU is visible, or its driver is too old for onnxruntime-gpu's CUDA)"
+        raise _not_started(onnxruntime, asked, providers, reason)
     return session
 
 
-def _provider_options(provider: str, data: bytes) -> dict[str, str]:
+def _not_started(onnxruntime: Any, asked: str, providers: Sequence[str], reason: str) -> Refusal:
+    """Say why the first of `providers` does not start: a library that is missing, or else `reason`."""
+    library = provider_libraries.missing(onnxruntime, providers)
+    if library is None:
+        return Refusal(f"--provider {asked}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
+    return Refusal(
+        f"--provider {asked}: {providers[0]} does not start, {library} cannot be opened; "
+        f"{provider_libraries.remedy(library)}, or give --provider cpu"
+    )
+
+
+def _provider_options(provider: str, data: bytes, version: str) -> dict[str, str]:
     if provider == PROVIDERS["cuda"]:
         # TF32 keeps 3 digits of 7: logits would leave the parity gate's 1e-4. Algorithms chosen by timing differ between starts.
         return {"device_id": str(_device()), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     if provider == PROVIDERS["tensorrt"]:
         # A folder a model: TensorRT's provider tells engines apart by the graph's names, not by its weights.
-        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{ONNXRUNTIME}"
+        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{version}"
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         return {
@@ -180,13 +210,11 @@ def _device() -> int:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Load the CUDA libraries of pip's nvidia packages; keep banners off the terminal, `_session` says it in a line."""
+def _hushed(onnxruntime: Any) -> Iterator[None]:
+    """Keep banners off the terminal; `_session` says in a line what does not start."""
     onnxruntime.set_default_logger_severity(_FATAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-                onnxruntime.preload_dlls()
             yield
     finally:
         onnxruntime.set_default_logger_severity(_WARNING)

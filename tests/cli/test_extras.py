@@ -1,16 +1,25 @@
-"""extras.py: the extra that installs a missing package, and every name of an extra in the package's own texts."""
+"""The extras: which of them installs a missing package, what they bring, and every name of one in the package's own texts."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from helpers import elf
 from helpers.commands import ROOT
+from packaging.requirements import Requirement
 
 from mura_dist.cli import extras
 from mura_dist.training.run import _PACKAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OF_EXTRA = PROJECT["optional-dependencies"]
+# The driver's library, which no package can bring, and what every system with glibc has.
+SYSTEM = re.compile(r"(libcuda|libdl|librt|libpthread|libstdc\+\+|libm|libgcc_s|libc|ld-linux[\w-]*)\.so\.\d+")
 
 
 def distributions(requirements: list[str]) -> set[str]:
@@ -31,12 +40,16 @@ def distributions(requirements: list[str]) -> set[str]:
     }.items(),
 )
 def test_extra_of_each_module(extra: str, modules: tuple[str, ...]) -> None:
-    assert [extras.extra_of(module) for module in modules] == [extra] * len(modules)
+    assert [extras.extras_of(module) for module in modules] == [[extra]] * len(modules)
+
+
+def test_either_extra_of_onnx_runtime() -> None:
+    assert extras.extras_of("onnxruntime.capi") == ["cpu", "cuda"]
 
 
 @pytest.mark.parametrize("module", ["numpy", "json", "mura_dist.nothing", ""])
 def test_no_extra_installs_it(module: str) -> None:
-    assert extras.extra_of(module) is None
+    assert extras.extras_of(module) == []
 
 
 def test_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,16 +57,16 @@ def test_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", requires)
-    assert extras.extra_of("torch") is None
+    assert extras.extras_of("torch") == []
 
 
 def test_renamed_distributions_are_required_by_an_extra() -> None:
-    required = set().union(*map(distributions, PROJECT["optional-dependencies"].values()))
-    assert set(extras._DISTRIBUTIONS.values()) <= required
+    required = set().union(*map(distributions, OF_EXTRA.values()))
+    assert set().union(*extras._DISTRIBUTIONS.values()) <= required
 
 
 def test_packages_named_in_environment_json_are_required() -> None:
-    train = distributions(PROJECT["optional-dependencies"]["train"])
+    train = distributions([*OF_EXTRA["train"], *OF_EXTRA["cuda"]])
     assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | train
 
 
@@ -61,4 +74,84 @@ def test_texts_name_extras_that_exist() -> None:
     files = [*(ROOT / "mura_dist").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
     named = {name for file in files for name in re.findall(r"mura-dist\[([\w,]+)\]", file.read_text())}
     assert named
-    assert {part for name in named for part in name.split(",")} <= set(PROJECT["optional-dependencies"])
+    assert {part for name in named for part in name.split(",")} <= set(OF_EXTRA)
+
+
+# ---- ONNX Runtime: two siblings
+
+
+def test_cpu_and_cuda_are_siblings_and_the_base_has_neither() -> None:
+    runtimes = {"onnxruntime", "onnxruntime-gpu"}
+    by_extra = {extra: distributions(requirements) & runtimes for extra, requirements in OF_EXTRA.items()}
+    assert by_extra.pop("cpu") == {"onnxruntime"}
+    assert by_extra.pop("cuda") == {"onnxruntime-gpu"}
+    assert not set().union(*by_extra.values(), distributions(PROJECT["dependencies"])) & runtimes
+    assert "mura-dist[cuda]" in OF_EXTRA["train"]
+
+
+def test_no_wheel_for_gpus_is_asked_for_on_a_mac() -> None:
+    [requirement] = [Requirement(text) for text in OF_EXTRA["cuda"]]
+    assert requirement.marker
+    assert not requirement.marker.evaluate({"sys_platform": "darwin"})
+    assert requirement.marker.evaluate({"sys_platform": "linux"})
+    assert [Requirement(text).marker for text in OF_EXTRA["cpu"]] == [None]
+
+
+def installed_by(requirements: list[str]) -> tuple[set[str], set[str]]:
+    """Names of the files that these requirements install with all that they require, and the distributions that are missing."""
+    pending, seen = [Requirement(text) for text in requirements], set()
+    files: set[str] = set()
+    absent: set[str] = set()
+    while pending:
+        requirement = pending.pop()
+        if (key := (requirement.name.lower(), frozenset(requirement.extras))) in seen:
+            continue
+        seen.add(key)
+        try:
+            distribution = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            absent.add(requirement.name)
+            continue
+        files |= {path.name for path in distribution.files or []}
+        environments = [{"extra": extra} for extra in ("", *requirement.extras)]
+        children = map(Requirement, distribution.requires or [])
+        pending += [child for child in children if not child.marker or any(map(child.marker.evaluate, environments))]
+    return files, absent
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="ONNX Runtime is not installed")
+def test_cuda_brings_every_library_that_its_provider_opens() -> None:
+    """By the metadata of what the extra requires: what another extra happens to bring does not count."""
+    import onnxruntime
+
+    provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if not provider.is_file():
+        pytest.skip("this environment has the extra cpu")
+    files, absent = installed_by(OF_EXTRA["cuda"])
+    needed = {name for name in elf.needed(provider) if not SYSTEM.fullmatch(name)}
+    assert {name.partition(".")[0] for name in needed} >= {"libcublas", "libcudart", "libcurand"}  # or nothing was read
+    assert needed <= files, f"not installed: {absent}"
+    for opened_later in ("libcudnn.so.", "libcufft.so.", "libnvrtc.so."):
+        assert any(name.startswith(opened_later) for name in files), opened_later
+    assert not absent
+
+
+def test_constraints_pin_what_the_extras_bring() -> None:
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {"onnxruntime", "onnxruntime-gpu", "nvidia-curand"} <= pinned
+
+
+@pytest.mark.parametrize(
+    ("extras_asked", "there"),
+    [("cpu,train", None), ("cuda,cpu", None), ("cpu,page", "onnxruntime_gpu"), ("train", "onnxruntime")],
+)
+def test_setup_refuses_two_onnx_runtimes(tmp_path: Path, extras_asked: str, there: str | None) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
+    if there:
+        (tmp_path / f".venv/lib/python3.11/site-packages/{there}-1.31.1.dist-info").mkdir(parents=True)
+    command = ["bash", tmp_path / "launch" / "setup.sh", extras_asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"launch/setup.sh: {extras_asked}: ONNX Runtime for CPUs (cpu) cannot stand beside")

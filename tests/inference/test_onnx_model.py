@@ -142,13 +142,16 @@ def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
-    if (
-        PROVIDERS[provider] in engine_onnxruntime.onnxruntime.get_available_providers()
-        and Path("/dev/nvidia0").exists()
-    ):
+    available = engine_onnxruntime.import_onnxruntime().get_available_providers()
+    if PROVIDERS[provider] not in available:
+        with pytest.raises(Refusal, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
+            Model.load(model, provider)
+        return
+    if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
-    with pytest.raises(Refusal, match="--provider"):
+    with pytest.raises(Refusal, match=r"--provider \w+: \w+ does not start, (lib\S+) cannot be opened; ") as refused:
         Model.load(model, provider)
+    assert str(refused.value).endswith(", or give --provider cpu")
 
 
 def test_a_mistyped_provider(model: Path) -> None:

@@ -30,6 +30,7 @@ from mura_dist import __version__
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.shards.reader import Shards
+from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics.operating_points import PAPER, Points
@@ -102,6 +103,7 @@ def default_out(target: Target, precision: str) -> Path:
 
 
 def _check(out: Path, options: ExportOptions) -> None:
+    import_onnxruntime()  # the gate computes with it: said before the minutes that come first
     precision.check(options.precision)
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")

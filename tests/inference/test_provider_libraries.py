@@ -1,0 +1,122 @@
+"""provider_libraries: a library that cannot be opened has a name; a command without ONNX Runtime says how to get one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import ROOT, run
+
+from mura_dist.cli.main import WRONG, main
+from mura_dist.core.errors import Refusal
+from mura_dist.inference import provider_libraries
+from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.predict import predict
+
+BOTH = "pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
+    def compiled(name: str, *words: str) -> Path:
+        library = tmp_path / f"lib{name}.so"
+        command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", f"-Wl,-soname,lib{name}.so.10", *words]
+        subprocess.run(command, input=f"int {name}(void) {{ return 1; }}", text=True, check=True)
+        return library
+
+    second = compiled("second")
+    first = compiled("first", "-x", "none", "-Wl,--no-as-needed", str(second))
+    assert provider_libraries.unopened(str(first)) == "libsecond.so.10"  # the loader looks for the soname, and not here
+    assert provider_libraries.unopened(str(second)) is None
+    assert provider_libraries.unopened("libthird.so.7") == "libthird.so.7"
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        ("libcurand.so.10", "pip install 'mura-dist[cuda]'"),
+        ("libcudnn.so.9", "pip install 'mura-dist[cuda]'"),
+        ("libcuda.so.1", "driver"),
+        ("libnvinfer.so.10", "'tensorrt-cu13<11'"),
+        ("libnvonnxparser.so.10", "TensorRT 10"),
+    ],
+)
+def test_each_missing_library_has_a_remedy(library: str, words: str) -> None:
+    assert words in provider_libraries.remedy(library)
+
+
+# ---- without ONNX Runtime
+
+
+@pytest.fixture
+def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+
+@pytest.mark.usefixtures("no_onnxruntime")
+@pytest.mark.parametrize("command", ["predict", "page", "evaluate", "export", "bench"])
+def test_a_command_says_how_to_get_onnx_runtime(
+    command: str, model: Path, untrained: Path, halved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {
+        "predict": [model, tmp_path, "--out", tmp_path / "out"],
+        "page": [model],
+        "evaluate": [model, halved, "--out", tmp_path / "out"],
+        "export": [untrained, "--out", tmp_path / "exported.onnx"],
+        "bench": ["predict", "--size", "32", "--radiographs", "16", "--quiet"],
+    }
+    assert main([command, *map(str, words[command])]) == WRONG
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(BOTH)
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "mura_dist.predict"], [ROOT / "tools" / "predict.py"]], ids=["module", "script"]
+)
+def test_a_script_says_how_to_get_onnx_runtime(words: list[object], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('none', name='onnxruntime')")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = run("python", *words, model, tmp_path, "--out", tmp_path / "out", env=env, cold=True)
+    assert done.returncode == WRONG
+    [line] = done.stderr.splitlines()
+    assert line.endswith(BOTH)
+
+
+@pytest.mark.usefixtures("no_onnxruntime")
+def test_the_functions_say_how_to_get_onnx_runtime(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="ONNX Runtime is not installed"):
+        Model.load(model)
+    with pytest.raises(Refusal, match="ONNX Runtime is not installed"):
+        predict(model, tmp_path, tmp_path.with_name("out"))
+
+
+def test_what_one_uninstalled_twin_leaves_is_refused(model: Path, tmp_path: Path) -> None:
+    """pip takes the files of one of the two, and the folder that is left imports as a namespace."""
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from mura_dist.cli.main import entry; entry(sys.argv[2:])"
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import importlib.machinery as m, importlib.util, sys\n"
+        "class Left:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'onnxruntime':\n"
+        "            spec = m.ModuleSpec(name, None, is_package=True)\n"
+        f"            spec.submodule_search_locations = [{str(tmp_path / 'onnxruntime')!r}]\n"
+        "            return spec\n"
+        "sys.meta_path.insert(0, Left)\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = run(
+        "python", "-c", code, ROOT, "predict", model, ROOT / "docs", "--out", tmp_path / "out", env=env, cold=True
+    )
+    assert done.returncode == WRONG, done.stderr
+    assert "pip uninstall both" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_onnxruntime")
+def test_openvino_needs_no_onnx_runtime(model: Path) -> None:
+    pytest.importorskip("openvino")
+    assert Model.load(model, "openvino").provider == "OpenVINO CPU"
