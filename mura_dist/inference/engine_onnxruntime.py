@@ -4,7 +4,6 @@ A provider that is not there is refused; nothing falls back to another one in si
 """
 
 import contextlib
-import ctypes
 import hashlib
 import io
 import os
@@ -16,7 +15,7 @@ import numpy as np
 
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.distributed import environment
-from mura_dist.inference import provider_libraries
+from mura_dist.inference import page_locked, provider_libraries
 from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, PROVIDERS, Tuning, batch_failure, cache_folder
 from mura_dist.models.card import KEY, Card
 
@@ -93,7 +92,7 @@ class _Slot:
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         number = len(image)
         if self.host is None or len(self.host) < number or self.host.shape[1:] != image.shape[1:]:
-            self.host = _page_locked(image.shape, self.host)
+            self.host = page_locked.allocate(image.shape, page_locked.cuda_runtime(), _device())
         if number not in self.device:
             self.device[number] = self.on_device(list(image.shape), np.uint8, "cuda", _device())
         np.copyto(self.host[:number], image)
@@ -105,27 +104,6 @@ class _Slot:
         self.session.run_with_iobinding(binding)
         found: list[np.ndarray] = binding.copy_outputs_to_cpu()
         return found
-
-
-def _page_locked(shape: tuple[int, ...], instead_of: np.ndarray | None) -> np.ndarray:
-    """uint8 memory; plain memory, which is only slower, where CUDA does not lock it."""
-    memory = np.empty(shape, np.uint8)
-    with contextlib.suppress(OSError, AttributeError):
-        cuda = _cuda()
-        cuda.cudaSetDevice(ctypes.c_int(_device()))  # of this thread: another one's first GPU is not to be touched
-        if instead_of is not None:
-            cuda.cudaHostUnregister(ctypes.c_void_p(instead_of.ctypes.data))
-        cuda.cudaHostRegister(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), ctypes.c_uint(0))
-        cuda.cudaGetLastError()  # a refusal is forgotten, or the next to ask would take it for its own
-    return memory
-
-
-def _cuda() -> ctypes.CDLL:
-    """The CUDA runtime that ONNX Runtime has loaded."""
-    for name in ("libcudart.so.13", "libcudart.so.12"):
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(name)
-    raise OSError("no CUDA runtime")
 
 
 def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tuning) -> Any:
