@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mura_dist.core.errors import Failure, Refusal, nearest
 from mura_dist.data.shards.reader import Damaged, Shards
-from mura_dist.inference.engine import OPENVINO, Tuning
+from mura_dist.inference.engine import OPENVINO, Tuning, on_cpu
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import classification
 from mura_dist.models.card import PRECISIONS, Card, Change
@@ -42,7 +42,7 @@ class Limit(NamedTuple):
 
 LIMITS = {"fp16": Limit(0.001, 0.005), "bf16": Limit(0.005, 0.01), "int8": Limit(0.005, 0.01)}
 ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that measures
-_BATCH_SIZES, _SAME = (1, 2, 7, 64), 1e-4  # of a logit, over batch sizes
+_BATCH_SIZES = (1, 2, 7, 64)
 
 
 def check(precision: str) -> None:
@@ -103,7 +103,8 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
     models = [Model.from_bytes(data, "the exported model", provider, Tuning(_BATCH)) for data in (plain, narrowed)]
-    _same_over_batches(models[1], card.size)
+    limit = batch_limit(card.precision, provider)
+    _same_over_batches(models[1], limit)
     rows = _some_studies(shards, card.selected_on)
     say(f"{card.precision}: comparing with fp32 on {len(rows):,} radiographs of {card.selected_on}")
     used: list[int] = []
@@ -188,9 +189,19 @@ def _batches(pairs: Iterator[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int
         yield batch
 
 
-def _same_over_batches(model: Model, size: int) -> None:
-    """A logit must not depend on which images came along. Raises Failure."""
-    random = np.random.Generator(np.random.Philox(key=[size, 1]))
+def batch_limit(precision: str, provider: str) -> float:
+    """Return how far a logit may move with the batch size, for a precision computed by a provider, as it is asked for.
+
+    On a GPU cuDNN takes other algorithms for other batch sizes, and fp16 rounds what each of 169 layers sums to 11 bits, where
+    the sums differ in their order: 1e-3 to 1e-2 of a logit is to be expected (reckoned, not measured). A CPU computes fp16 in
+    fp32 between, hence passes fp32's limit.
+    """
+    return 2e-2 if precision == "fp16" and not on_cpu(provider) else 1e-4
+
+
+def _same_over_batches(model: Model, limit: float) -> None:
+    """A logit must not depend on which images came along. Raises Failure where one moves by more than `limit`."""
+    random, size = np.random.Generator(np.random.Philox(key=[model.size, 1])), model.size
     images = random.integers(0, 256, (max(_BATCH_SIZES), 1, size, size), dtype=np.uint8)
     wanted: np.ndarray | None = None
     for number in _BATCH_SIZES:
@@ -198,10 +209,10 @@ def _same_over_batches(model: Model, size: int) -> None:
         wanted = found if wanted is None else wanted
         with np.errstate(invalid="ignore"):  # infinite less infinite
             worst = float(np.abs(found - wanted).max())
-        if not worst <= _SAME:
+        if not worst <= limit:
             raise Failure(
                 f"a logit of the {model.card.precision} model moves by {worst:.2g} with the batch size ({number} against 1), "
-                f"the limit is {_SAME:g}; nothing was written; report it with the versions of onnxruntime and openvino"
+                f"the limit is {limit:g}; nothing was written; report it with the versions of onnxruntime and openvino"
             )
 
 

@@ -215,10 +215,19 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
 
 def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Model.load(model)
-    variants._same_over_batches(loaded, loaded.size)
+    variants._same_over_batches(loaded, 1e-4)
     monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
-    with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size"):
-        variants._same_over_batches(loaded, loaded.size)
+    with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
+        variants._same_over_batches(loaded, 1e-4)
+    with pytest.raises(Failure, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):
+        variants._same_over_batches(loaded, 2e-2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("provider", ["cpu", "openvino", "CPUExecutionProvider", "cuda", "CUDA", "tensorrt"])
+def test_only_fp16_on_a_gpu_may_move_more_with_its_batch(precision: str, provider: str) -> None:
+    rounded = precision == "fp16" and provider in ("cuda", "CUDA", "tensorrt")
+    assert variants.batch_limit(precision, provider) == (2e-2 if rounded else 1e-4)
 
 
 def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
