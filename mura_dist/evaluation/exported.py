@@ -17,6 +17,7 @@ from mura_dist.core.storage import Where
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
+from mura_dist.inference.engine import Tuning
 from mura_dist.inference.onnx_model import Model
 from mura_dist.models.target import Target
 from mura_dist.training.validation import Scores
@@ -34,7 +35,7 @@ def evaluate_onnx(
 ) -> dict[str, Any]:
     """Evaluate an exported model on a split; returns metrics.json's content."""
     path = target.path
-    shards, model = Shards.open(shards_folder), Model.load(path, provider)
+    shards, model = Shards.open(shards_folder), Model.load(path, provider, Tuning(_BATCH))
     if shards.size != model.size:
         raise Refusal(
             f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "

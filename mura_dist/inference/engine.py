@@ -15,7 +15,6 @@ import numpy as np
 from mura_dist.core.errors import Failure
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
-from mura_dist.models.card import Card
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
@@ -55,17 +54,11 @@ def on_cpu(provider: str) -> bool:
 
 
 class Engine(Protocol):
-    """What computes an ONNX file. `name` says which, `version` is the library's; `begin` comes before the first `run`, which may
-    be called from several threads at once."""
+    """What computes an ONNX file. `name` says which, `version` is the library's; `run` may be called from several threads at
+    once, with any number of images."""
 
     name: str
     version: str
-
-    def metadata(self) -> str | None:
-        """Return the text that is the model's card, None where there is none."""
-
-    def begin(self, card: Card, name: str) -> None:
-        """Get ready to compute in the card's precision. Raises Refusal, which calls the file `name`, where it cannot."""
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]: ...
 

@@ -9,6 +9,7 @@ import io
 import os
 import queue
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import numpy as np
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.distributed import environment
 from mura_dist.inference import page_locked, provider_libraries
-from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, PROVIDERS, Tuning, batch_failure, cache_folder
-from mura_dist.models.card import KEY, Card
+from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, OUTPUTS, PROVIDERS, Tuning, batch_failure, cache_folder
+from mura_dist.inference.provider_options import provider_options
+from mura_dist.models.card import Card
 
 _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its default
 
@@ -47,29 +49,46 @@ def import_onnxruntime() -> Any:
 class OnnxRuntime:
     """A session of ONNX Runtime, bound to its device where that is a GPU."""
 
-    def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning) -> None:
+    def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning, card: Card | None = None) -> None:
+        """Load the ONNX file `data`, which messages call `name`; a GPU has run one batch of zeros then.
+
+        Args:
+            asked: the provider, as a user names it.
+            tuning: settled. A GPU runs batches of `batch_size` alone: smaller ones are padded, larger ones divided.
+            card: None for a file without one, on a CPU.
+
+        Raises:
+            Refusal: where it is no model, the provider does not start, or does not compute the card's precision.
+            Failure: where the batch does not fit into the GPU's memory.
+        """
         onnxruntime = import_onnxruntime()
-        self.session = _session(onnxruntime, data, name, asked, tuning)
+        if card is not None and card.precision == "bf16":
+            raise Refusal(
+                f"--provider {asked}: {name} is for bf16, which ONNX Runtime does not compute; OpenVINO does: --provider openvino"
+            )
+        self.session = _session(onnxruntime, data, name, asked, tuning, card)
         self.name: str = self.session.get_providers()[0]
         self.version: str = onnxruntime.__version__
-        self.bound = self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"])
-        self.slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        for _ in range(tuning.streams or 1 if self.bound else 0):
-            self.slots.put(_Slot(onnxruntime, self.session))
-
-    def metadata(self) -> str | None:
-        text: str | None = self.session.get_modelmeta().custom_metadata_map.get(KEY)
-        return text
-
-    def begin(self, card: Card, name: str) -> None:
-        if card.precision == "bf16":
-            raise Refusal(
-                f"{name} is for bf16, which ONNX Runtime's {self.name} does not compute; OpenVINO does: --provider openvino"
+        self.slots: queue.SimpleQueue[Slot] | None = None
+        if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
+            assert card is not None
+            image, runtime, self.slots = (
+                np.zeros(_shape(tuning, card), np.uint8),
+                page_locked.cuda_runtime(),
+                queue.SimpleQueue(),
             )
+            try:
+                for _ in range(tuning.streams or 1):
+                    host = page_locked.allocate(image.shape, runtime, _device())
+                    self.slots.put(Slot(onnxruntime, self.session, host, ("cuda", _device())))
+            except Exception as error:  # no memory there
+                raise batch_failure(self.name, image, error) from error
+            for _ in range(tuning.streams or 1):  # each slot in turn: memory is taken and algorithms are chosen here
+                self.run(image, OUTPUTS)
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         try:
-            if not self.bound:
+            if self.slots is None:
                 found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
                 return found
             slot = self.slots.get()
@@ -81,32 +100,42 @@ class OnnxRuntime:
             raise batch_failure(self.name, image, error) from error
 
 
-class _Slot:
-    """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay."""
+class Slot:
+    """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay.
 
-    def __init__(self, onnxruntime: Any, session: Any) -> None:
-        self.on_device, self.session = onnxruntime.OrtValue.ortvalue_from_shape_and_type, session
-        self.host: np.ndarray | None = None  # (most so far, 1, S, S)
-        self.device: dict[int, Any] = {}  # by number of images
+    Every run has the one shape of `host`: for another one cuDNN would choose its algorithms again (ONNX Runtime remembers the
+    last shape alone), and TensorRT would build its engine again. What is missing of a batch is zeros, whose outputs are dropped.
+    """
+
+    def __init__(self, onnxruntime: Any, session: Any, host: np.ndarray, device: tuple[str, int]) -> None:
+        """host: (B, 1, S, S) uint8; device: ONNX Runtime's name and number of it."""
+        self.session, self.host, self.device = session, host, device
+        self.image = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(host.shape), np.uint8, *self.device)
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
-        number = len(image)
-        if self.host is None or len(self.host) < number or self.host.shape[1:] != image.shape[1:]:
-            self.host = page_locked.allocate(image.shape, page_locked.cuda_runtime(), _device())
-        if number not in self.device:
-            self.device[number] = self.on_device(list(image.shape), np.uint8, "cuda", _device())
-        np.copyto(self.host[:number], image)
-        self.device[number].update_inplace(self.host[:number])
+        """Compute `outputs` of image (N, 1, S, S) uint8, of any N, in batches of the one shape."""
+        size = len(self.host)
+        parts = [self._run(image[start : start + size], outputs) for start in range(0, max(1, len(image)), size)]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    def _run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        self.host[: len(image)] = image
+        self.host[len(image) :] = 0
+        self.image.update_inplace(self.host)
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input("image", self.device[number])
+        binding.bind_ortvalue_input("image", self.image)
         for output in outputs:
-            binding.bind_output(output, "cuda", _device())
+            binding.bind_output(output, *self.device)
         self.session.run_with_iobinding(binding)
-        found: list[np.ndarray] = binding.copy_outputs_to_cpu()
-        return found
+        return [output[: len(image)] for output in binding.copy_outputs_to_cpu()]
 
 
-def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tuning) -> Any:
+def _shape(tuning: Tuning, card: Card) -> tuple[int, int, int, int]:
+    """(B, 1, S, S): that of every batch on a GPU."""
+    return tuning.batch_size or 1, 1, card.size, card.size
+
+
+def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tuning, card: Card | None) -> Any:
     """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
     if provider not in available:
@@ -135,7 +164,7 @@ def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tunin
             session = onnxruntime.InferenceSession(
                 data,
                 options,
-                providers=[(each, _provider_options(each, data, onnxruntime.__version__)) for each in providers],
+                providers=[(each, _options(each, data, onnxruntime.__version__, tuning, card)) for each in providers],
             )
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -162,22 +191,18 @@ def _not_started(onnxruntime: Any, asked: str, providers: Sequence[str], reason:
     )
 
 
-def _provider_options(provider: str, data: bytes, version: str) -> dict[str, str]:
-    if provider == PROVIDERS["cuda"]:
-        # TF32 keeps 3 digits of 7: logits would leave the parity gate's 1e-4. Algorithms chosen by timing differ between starts.
-        return {"device_id": str(_device()), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+def _options(provider: str, data: bytes, version: str, tuning: Tuning, card: Card | None) -> dict[str, str]:
+    if card is None:
+        return {}
+    shape = _shape(tuning, card)
+    folder = Path()
     if provider == PROVIDERS["tensorrt"]:
-        # A folder a model: TensorRT's provider tells engines apart by the graph's names, not by its weights.
-        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{version}"
+        # A folder a model and shape: TensorRT's provider tells engines apart by the graph's names, not by its weights.
+        folder = cache_folder() / "tensorrt" / f"{hashlib.sha256(data).hexdigest()}-{version}-{shape[0]}"
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-        return {
-            "device_id": str(_device()),
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": "1",
-        }
-    return {}
+        if card.precision != "fp16":
+            os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # there is no option for it
+    return provider_options(provider, card.precision, shape, _device(), folder)
 
 
 def _device() -> int:

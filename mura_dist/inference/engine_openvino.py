@@ -10,7 +10,7 @@ import numpy as np
 
 from mura_dist.core.errors import Refusal
 from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Tuning, batch_failure
-from mura_dist.models.card import KEY, Card
+from mura_dist.models.card import Card
 
 
 def _openvino() -> Any:
@@ -34,39 +34,31 @@ def computes_bf16() -> bool:
 class OpenVino:
     """A model compiled by OpenVINO for this CPU; a request a stream."""
 
-    def __init__(self, data: bytes, name: str, tuning: Tuning) -> None:
+    def __init__(self, data: bytes, name: str, tuning: Tuning, card: Card) -> None:
+        """Load and compile the file `data`, which messages call `name`, in its card's precision. Raises Refusal."""
         openvino = _openvino()
-        self.core, self.tuning, self.name = openvino.Core(), tuning, OPENVINO_CPU
+        core, self.name = openvino.Core(), OPENVINO_CPU
         self.version = str(openvino.__version__)
         self.tensor_of, self.lock = openvino.Tensor, threading.Lock()
         try:
-            self.model = self.core.read_model(data)
+            model = core.read_model(data)
         except Exception as error:  # plain RuntimeError, of many lines
             raise Refusal(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def metadata(self) -> str | None:
-        try:
-            return str(self.model.get_rt_info(["framework", KEY]).astype(str))
-        except Exception:  # no such key
-            return None
-
-    def begin(self, card: Card, name: str) -> None:
-        """Compile. Said in so many words, or it would take bf16 by itself wherever the processor has it."""
         if card.precision == "bf16" and not computes_bf16():
             raise Refusal(
                 f"{name} is for bf16, which this processor has no instructions for; give the fp32 or the int8 file"
             )
-        self.compiled = self.core.compile_model(
-            self.model,
+        self.compiled = core.compile_model(
+            model,
             "CPU",
-            {
+            {  # the precision too, or it would take bf16 by itself wherever the processor has it
                 "INFERENCE_PRECISION_HINT": "bf16" if card.precision == "bf16" else "f32",
-                "NUM_STREAMS": self.tuning.streams or 1,
-                "INFERENCE_NUM_THREADS": self.tuning.threads or 0,
+                "NUM_STREAMS": tuning.streams or 1,
+                "INFERENCE_NUM_THREADS": tuning.threads or 0,
             },
         )
-        for _ in range(self.tuning.streams or 1):
+        for _ in range(tuning.streams or 1):
             self.requests.put(self.compiled.create_infer_request())
         # All that is done once, before there are threads.
         self.run(np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS)

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from mura_dist.core.errors import Refusal
+from mura_dist.inference import onnx_metadata
 from mura_dist.inference.engine import OPENVINO, OUTPUTS, Engine, Tuning, on_cpu
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
 from mura_dist.models import model_list
-from mura_dist.models.card import Card
+from mura_dist.models.card import KEY, Card
 from mura_dist.models.target import Target
 
 
@@ -61,9 +62,18 @@ class Model:
     def from_bytes(cls, data: bytes, name: str, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
         """As `load`, of a file's content; `name` is what messages call it."""
         tuning = (tuning or Tuning()).settled(on_cpu(provider))
-        engine = engine_of(data, name, provider, tuning)
-        card = Card.parse(engine.metadata(), name)
-        engine.begin(card, name)
+        try:
+            text = onnx_metadata.read(data, KEY)
+        except ValueError as error:
+            raise Refusal(
+                f"{name} is not an ONNX model ({error}); give the model.onnx that `mura-dist export` wrote"
+            ) from error
+        card = Card.parse(text, name)
+        engine: Engine
+        if provider.lower() == OPENVINO:
+            engine = OpenVino(data, name, tuning, card)
+        else:
+            engine = OnnxRuntime(data, name, provider, tuning, card)
         return cls(engine, card, hashlib.sha256(data).hexdigest(), tuning)
 
     @property
@@ -100,10 +110,3 @@ class Model:
                     yield flying.popleft().result()
             while flying:
                 yield flying.popleft().result()
-
-
-def engine_of(data: bytes, name: str, provider: str, tuning: Tuning) -> Engine:
-    """What computes an ONNX file that need not be ours. It is to `begin` before it runs; `tuning` is settled."""
-    if provider.lower() == OPENVINO:
-        return OpenVino(data, name, tuning)
-    return OnnxRuntime(data, name, provider, tuning)

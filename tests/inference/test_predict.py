@@ -612,8 +612,8 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ),
         ({"model_path": tmp_path / "no.onnx"}, r"no\.onnx: no such file; give the model\.onnx"),
         ({"model_path": tmp_path}, r": a folder; give the model\.onnx"),
-        ({"model_path": tmp_path / "text.onnx"}, r"text\.onnx is not an ONNX model that ONNX Runtime can load"),
-        ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model that ONNX Runtime can load"),
+        ({"model_path": tmp_path / "text.onnx"}, r"text\.onnx is not an ONNX model"),
+        ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model"),
     ]
     for change, text in cases:
         paths = {"model_path": model, "directory": source, "out": tmp_path / "out"}

@@ -102,9 +102,14 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Callable[[str], None]) -> Change:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
-    models = [Model.from_bytes(data, "the exported model", provider, Tuning(_BATCH)) for data in (plain, narrowed)]
-    limit = batch_limit(card.precision, provider)
-    _same_over_batches(models[1], limit)
+
+    def load(data: bytes, batch_size: int) -> Model:
+        return Model.from_bytes(data, "the exported model", provider, Tuning(batch_size))
+
+    models = [load(data, _BATCH) for data in (plain, narrowed)]
+    # A model on a GPU runs one batch size, that on a CPU runs any.
+    of_batch_size = (lambda number: models[1]) if on_cpu(provider) else (lambda number: load(narrowed, number))
+    _same_over_batches(of_batch_size, batch_limit(card.precision, provider))
     rows = _some_studies(shards, card.selected_on)
     say(f"{card.precision}: comparing with fp32 on {len(rows):,} radiographs of {card.selected_on}")
     used: list[int] = []
@@ -140,7 +145,7 @@ def _provider(precision: str, data: bytes) -> str:
     """What measures: for fp16 a GPU where there is one. A CPU stores fp16 and computes in fp32 between."""
     if precision == "fp16":
         with contextlib.suppress(Refusal):
-            Model.from_bytes(data, "the exported model", "cuda")
+            Model.from_bytes(data, "the exported model", "cuda", Tuning(_BATCH))
             return "cuda"
     return ENGINES[precision]
 
@@ -199,12 +204,16 @@ def batch_limit(precision: str, provider: str) -> float:
     return 2e-2 if precision == "fp16" and not on_cpu(provider) else 1e-4
 
 
-def _same_over_batches(model: Model, limit: float) -> None:
-    """A logit must not depend on which images came along. Raises Failure where one moves by more than `limit`."""
-    random, size = np.random.Generator(np.random.Philox(key=[model.size, 1])), model.size
-    images = random.integers(0, 256, (max(_BATCH_SIZES), 1, size, size), dtype=np.uint8)
+def _same_over_batches(of_batch_size: Callable[[int], Model], limit: float) -> None:
+    """A logit must not depend on which images came along. Raises Failure where one moves by more than `limit`.
+
+    of_batch_size: gives the model that runs a batch size.
+    """
     wanted: np.ndarray | None = None
     for number in _BATCH_SIZES:
+        model = of_batch_size(number)
+        random = np.random.Generator(np.random.Philox(key=[model.size, 1]))
+        images = random.integers(0, 256, (max(_BATCH_SIZES), 1, model.size, model.size), dtype=np.uint8)
         found = np.concatenate([model.logits(images[at : at + number]) for at in range(0, len(images), number)])
         wanted = found if wanted is None else wanted
         with np.errstate(invalid="ignore"):  # infinite less infinite

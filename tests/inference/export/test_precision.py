@@ -215,12 +215,19 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
 
 def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Model.load(model)
-    variants._same_over_batches(loaded, 1e-4)
+    sizes: list[int] = []
+
+    def of_batch_size(number: int) -> Model:
+        sizes.append(number)
+        return loaded
+
+    variants._same_over_batches(of_batch_size, 1e-4)
+    assert sizes == [1, 2, 7, 64]
     monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
     with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
-        variants._same_over_batches(loaded, 1e-4)
+        variants._same_over_batches(of_batch_size, 1e-4)
     with pytest.raises(Failure, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):
-        variants._same_over_batches(loaded, 2e-2)
+        variants._same_over_batches(of_batch_size, 2e-2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

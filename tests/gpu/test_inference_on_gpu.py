@@ -1,0 +1,83 @@
+"""What only a GPU can show of an exported model. Skips itself elsewhere."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import card_of, noise, tiny
+
+from mura_dist.core.errors import Refusal
+from mura_dist.inference import page_locked
+from mura_dist.inference.engine import Tuning
+from mura_dist.inference.export import onnx, precision
+from mura_dist.inference.onnx_model import Model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+LIMITS = {"fp32": 1e-4, "fp16": precision.batch_limit("fp16", "cuda")}  # of a logit
+
+
+@pytest.fixture(scope="module")
+def exported() -> Callable[[str], bytes]:
+    files = {
+        "fp32": onnx.graph(tiny(), card_of()),
+        "fp16": onnx.graph(precision.halved(tiny()), card_of().model_copy(update={"precision": "fp16"})),
+    }
+    return files.__getitem__
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("name", LIMITS)
+def test_logits_are_those_of_the_cpu_at_any_batch_size(
+    exported: Callable[[str], bytes], provider: str, name: str
+) -> None:
+    images = noise(21)
+    exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
+    try:
+        model = Model.from_bytes(exported(name), "the model", provider, Tuning(8, streams=2))
+    except Refusal as error:
+        if "TensorRT 10" not in str(error):
+            raise
+        pytest.skip("TensorRT 10 is not installed")
+    for number in (1, 5, 8, 21):
+        batches = (images[start : start + number] for start in range(0, len(images), number))
+        logits = np.concatenate([logit for (logit,) in model.stream(batches)])
+        np.testing.assert_allclose(logits, exact, atol=LIMITS[name])
+
+
+def test_memory_is_page_locked_until_it_goes() -> None:
+    runtime = page_locked.cuda_runtime()
+    assert runtime is not None
+
+    def is_locked(address: int) -> bool:
+        flags = ctypes.c_uint()
+        error = runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(address))
+        runtime.cudaGetLastError()
+        return error == 0
+
+    array = page_locked.allocate((8, 1, 64, 64), runtime, 0)
+    address = array.ctypes.data
+    assert is_locked(address)
+    del array
+    gc.collect()
+    assert not is_locked(address)
+
+
+def test_models_come_and_go(exported: Callable[[str], bytes]) -> None:
+    """As an autotune has them: each computes from pages of its own."""
+    images = noise(16)
+    exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
+    for batch_size in (16, 4, 8, 16):
+        model = Model.from_bytes(exported("fp32"), "the model", "cuda", Tuning(batch_size))
+        np.testing.assert_allclose(model.logits(images), exact, atol=1e-4)
+        del model
+        gc.collect()

@@ -1,0 +1,66 @@
+"""onnx_metadata: what the package onnx reads of a file's metadata, without it."""
+
+import random
+from pathlib import Path
+
+import onnx
+import pytest
+from helpers.models import card_of
+
+from mura_dist.inference import onnx_metadata
+from mura_dist.inference.engine_onnxruntime import import_onnxruntime
+from mura_dist.models.card import KEY, Card
+
+
+def test_the_card_of_an_exported_file(model: Path) -> None:
+    data = model.read_bytes()
+    text = onnx_metadata.read(data, KEY)
+    assert Card.parse(text, "the model").size == card_of().size
+    session = import_onnxruntime().InferenceSession(data, providers=["CPUExecutionProvider"])
+    assert text == session.get_modelmeta().custom_metadata_map[KEY]
+
+
+@pytest.mark.parametrize("value", ["", "é", "x" * 300, "y" * 70_000], ids=["empty", "not ASCII", "long", "longer"])
+def test_any_value_among_others(value: str) -> None:
+    proto = onnx.ModelProto(ir_version=9, producer_name="z", domain="d", model_version=1 << 40)
+    proto.graph.name = "g" * 200
+    for key, text in (("other", "no"), ("wanted", value), ("wanted too", "no")):
+        proto.metadata_props.add(key=key, value=text)
+    data = proto.SerializeToString()
+    assert onnx_metadata.read(data, "wanted") == value
+    assert onnx_metadata.read(data, "want") is None
+
+
+def test_fields_of_all_kinds_are_skipped() -> None:
+    number, fixed64, fixed32 = b"\x08\x96\x01", b"\x11" + b"\xff" * 8, b"\x1d" + b"\xff" * 4
+    proto = onnx.ModelProto()
+    proto.metadata_props.add(key="k", value="v")
+    data = number + fixed64 + fixed32 + proto.SerializeToString() + number
+    assert onnx_metadata.read(data, "k") == "v"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty"),
+        (b"not a model", "no protobuf field begins at byte"),
+        (b"\x00", "no protobuf field"),
+        (b"\x72\x7fshort", "cut short"),
+        (b"\x80", "cut short"),
+        (b"\x80" * 11, "no protobuf number ends"),
+    ],
+)
+def test_what_is_no_message_is_an_error(data: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        onnx_metadata.read(data, KEY)
+
+
+def test_a_file_cut_anywhere_or_of_noise_ends_in_a_value_or_an_error(model: Path) -> None:
+    data, draw = model.read_bytes(), random.Random(1)
+    cuts = [data[: draw.randrange(len(data))] for _ in range(200)]
+    noise = [draw.randbytes(draw.randrange(1, 60)) for _ in range(2000)]
+    for part in cuts + noise:
+        try:
+            assert isinstance(onnx_metadata.read(part, KEY), str | None)
+        except ValueError:
+            continue

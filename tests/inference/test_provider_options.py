@@ -1,0 +1,55 @@
+"""provider_options: what GPUs are asked for, over precisions, batches and sizes; ONNX Runtime knows every name."""
+
+import itertools
+import mmap
+from pathlib import Path
+
+import pytest
+
+from mura_dist.inference.engine import PROVIDERS
+from mura_dist.inference.engine_onnxruntime import import_onnxruntime
+from mura_dist.inference.provider_options import provider_options
+from mura_dist.models.card import Precision
+
+FOLDER = Path("engines")
+GRID = list(itertools.product(("fp32", "fp16", "int8"), (1, 7, 64), (64, 320), (0, 3)))
+
+
+@pytest.mark.parametrize(("precision", "batch_size", "size", "device"), GRID)
+def test_cuda(precision: Precision, batch_size: int, size: int, device: int) -> None:
+    options = provider_options(PROVIDERS["cuda"], precision, (batch_size, 1, size, size), device, FOLDER)
+    half = "1" if precision == "fp16" else "0"
+    assert options == {
+        "device_id": str(device),
+        "use_tf32": half,  # off wherever fp32 is computed
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "prefer_nhwc": half,
+    }
+
+
+@pytest.mark.parametrize(("precision", "batch_size", "size", "device"), GRID)
+def test_tensorrt(precision: Precision, batch_size: int, size: int, device: int) -> None:
+    options = provider_options(PROVIDERS["tensorrt"], precision, (batch_size, 1, size, size), device, FOLDER)
+    profiles = {options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")}
+    assert profiles == {f"image:{batch_size}x1x{size}x{size}"}
+    assert options["trt_fp16_enable"] == ("1" if precision == "fp16" else "0")
+    assert (options["device_id"], options["trt_engine_cache_path"]) == (str(device), "engines")
+
+
+@pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CoreMLExecutionProvider"])
+def test_others_are_asked_for_nothing(provider: str) -> None:
+    assert provider_options(provider, "fp32", (4, 1, 64, 64), 0, FOLDER) == {}
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_every_option_stands_in_the_provider(provider: str) -> None:
+    """ONNX Runtime refuses an option that it does not know, where the provider starts: not here."""
+    folder = Path(import_onnxruntime().__file__).parent / "capi"
+    library = folder / f"libonnxruntime_providers_{provider}.so"
+    if not library.is_file():
+        pytest.skip("this environment has the extra cpu")
+    options = provider_options(PROVIDERS[provider], "fp16", (4, 1, 64, 64), 0, FOLDER)
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        unknown = [name for name in options if data.find(name.encode() + b"\0") < 0]
+        assert not unknown
+        assert provider != "cuda" or data.find(options["cudnn_conv_algo_search"].encode()) >= 0
