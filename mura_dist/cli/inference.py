@@ -175,6 +175,12 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         f"{summary['num_positive']} of {summary['num_calls']} calls positive, "
         f"{summary['num_failures']} failures, {summary['seconds']:.1f} s"
     )
+    if throughput := summary.get("throughput"):  # not where an earlier command had computed everything
+        decoding, computing = throughput["decoding"], throughput["computing"]
+        click.echo(
+            f"limited by {throughput['limited_by']}: {decoding['files_per_s']:.1f} files/s decoded by "
+            f"{decoding['num_processes']} processes, {computing['radiographs_per_s']:.1f} radiographs/s computed"
+        )
     if summary["num_overlays"]:
         click.echo(
             f"overlays ({local_only.MARK}): {summary['num_overlays']}, {summary['num_overlays_withheld']} withheld"

@@ -19,16 +19,19 @@ from mura_dist.inference import onnx_metadata
 from mura_dist.inference.engine import OPENVINO, OUTPUTS, Engine, Tuning, on_cpu
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
+from mura_dist.inference.throughput import BusyTime
 from mura_dist.models import model_list
 from mura_dist.models.card import KEY, Card
 from mura_dist.models.target import Target
 
 
 class Model:
-    """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's, `tuning` how it is run."""
+    """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's, `tuning` how it is run; `busy` sums
+    the time in which `stream` computed."""
 
     def __init__(self, engine: Engine, card: Card, sha256: str, tuning: Tuning) -> None:
         self.engine, self.card, self.sha256, self.tuning = engine, card, sha256, tuning
+        self.busy = BusyTime()
 
     @classmethod
     def load(cls, path: Path, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
@@ -99,14 +102,18 @@ class Model:
         """For each of `batches`, in order, what `outputs` names; up to `tuning.streams` in flight, one more is fetched ahead."""
         if self.tuning.streams == 1:
             for batch in batches:
-                yield self.engine.run(batch, outputs)
+                yield self._run(batch, outputs)
             return
         streams = self.tuning.streams or 1
         flying: deque[Future[list[np.ndarray]]] = deque()
         with ThreadPoolExecutor(streams, "stream") as pool:
             for batch in batches:
-                flying.append(pool.submit(self.engine.run, batch, outputs))
+                flying.append(pool.submit(self._run, batch, outputs))
                 if len(flying) > streams:
                     yield flying.popleft().result()
             while flying:
                 yield flying.popleft().result()
+
+    def _run(self, batch: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        with self.busy:
+            return self.engine.run(batch, outputs)

@@ -111,7 +111,8 @@ def predict(
                 if folder.rank == 0:
                     tally, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
                     seconds = time.perf_counter() - started
-                    summary = summarize(tally, model, num_overlays, warnings, seconds) | {"plan": plan}
+                    summary = summarize(tally, model, num_overlays, warnings, seconds)
+                    summary |= {"throughput": chunks.throughput.summary(), "plan": plan}
                     folder.finish(summary)
         folder.clean()
         if folder.rank:

@@ -3,6 +3,7 @@
 path -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
 """
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,12 +14,13 @@ from mura_dist.data import gate, radiograph
 
 class Reading(NamedTuple):
     """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
-    (one of gate.NAMES); or (code, reason) why not."""
+    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took."""
 
     image: np.ndarray | None
     identity: radiograph.DicomIdentity | None
     failure: tuple[str, str]
     gate: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Reader:
     size: int
 
     def __call__(self, path: str) -> Reading:
+        started = time.perf_counter()
+        reading = self._read(path)
+        return reading._replace(seconds=time.perf_counter() - started)
+
+    def _read(self, path: str) -> Reading:
         try:
             found = radiograph.look(path, self.size)
             return Reading(found.image, radiograph.identity(path), ("", ""), gate.verdict(found.image, found.colours))
