@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from mura_dist.core import files
 from mura_dist.core.errors import Failure
 from mura_dist.distributed.processes import processors
-from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, cache_folder, flowing, on_cpu
+from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, cache_folder, flowing
 from mura_dist.inference.onnx_model import Model
 
 FILE = "tuning.json"
@@ -89,18 +89,32 @@ def words(tuning: Tuning) -> str:
 
 
 def candidates(path: Path, provider: str) -> Iterator[Tuning]:
-    """The ways worth a try, the usual one first; on a CPU always with all threads there are."""
+    """Yield the ways worth a try, the usual one first."""
     model = Model.load(path, provider, flowing())
-    usual = model.tuning
-    yield usual
-    if on_cpu(provider):
-        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
-        most = _MOST_BYTES // (model.size**2 * _BYTES_PER_PIXEL)  # radiographs under way
+    yield model.tuning
+    yield from ways(model.tuning, model.provider, model.size)
+
+
+def ways(usual: Tuning, provider: str, size: int) -> Iterator[Tuning]:
+    """Yield the ways worth a try beside the usual one; on a CPU always with all threads there are.
+
+    Args:
+        provider: by its own name.
+        size: pixels of a side of a radiograph.
+    """
+    if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
+        # The runs of a TensorRT session take turns: a second one only waits with its batch.
+        sizes, streams = [16, 32, 64, 128], [1] if provider == PROVIDERS["tensorrt"] else [1, 2, 3]
+        most = 3 * 128
     else:
-        sizes, streams, most = [16, 32, 64, 128], [1, 2, 3], 3 * 128
-    ways = (replace(usual, batch_size=size, streams=number) for number in streams for size in sizes)
-    yield from (way for way in ways if way != usual and way.batch_size * way.streams <= most)  # type: ignore[operator]
-    if model.provider == PROVIDERS["cpu"]:
+        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
+        most = _MOST_BYTES // (size**2 * _BYTES_PER_PIXEL)  # radiographs under way
+    for number in streams:
+        for batch_size in sizes:
+            way = replace(usual, batch_size=batch_size, streams=number)
+            if way != usual and batch_size * number <= most:
+                yield way
+    if provider == PROVIDERS["cpu"]:
         yield from (replace(usual, optimisation=one) for one in OPTIMISATIONS if one != usual.optimisation)
 
 

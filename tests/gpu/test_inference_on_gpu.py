@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers import gpu
 from helpers.models import card_of, noise, tiny
 
 from mura_dist.core.errors import Refusal
@@ -16,7 +16,9 @@ from mura_dist.inference.engine import Tuning
 from mura_dist.inference.export import onnx, precision
 from mura_dist.inference.onnx_model import Model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = gpu.MARKS
+PROVIDERS = ["cuda", "tensorrt"] if gpu.CUDA else ["cpu"]
+needs_cuda = pytest.mark.skipif(not gpu.CUDA, reason="page-locked memory needs a CUDA device")
 
 LIMITS = {"fp32": 1e-4, "fp16": precision.batch_limit("fp16", "cuda")}  # of a logit
 
@@ -35,7 +37,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", LIMITS)
 def test_logits_are_those_of_the_cpu_at_any_batch_size(
     exported: Callable[[str], bytes], provider: str, name: str
@@ -54,6 +56,7 @@ def test_logits_are_those_of_the_cpu_at_any_batch_size(
         np.testing.assert_allclose(logits, exact, atol=LIMITS[name])
 
 
+@needs_cuda
 def test_memory_is_page_locked_until_it_goes() -> None:
     runtime = page_locked.cuda_runtime()
     assert runtime is not None
@@ -77,7 +80,7 @@ def test_models_come_and_go(exported: Callable[[str], bytes]) -> None:
     images = noise(16)
     exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
     for batch_size in (16, 4, 8, 16):
-        model = Model.from_bytes(exported("fp32"), "the model", "cuda", Tuning(batch_size))
+        model = Model.from_bytes(exported("fp32"), "the model", PROVIDERS[0], Tuning(batch_size))
         np.testing.assert_allclose(model.logits(images), exact, atol=1e-4)
         del model
         gc.collect()

@@ -215,6 +215,16 @@ def test_the_fastest_way_is_measured_kept_and_found(
     assert str(model) not in json.dumps(kept)
 
 
+@pytest.mark.parametrize(("provider", "streams"), [("cuda", {1, 2, 3}), ("tensorrt", {1})])
+def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> None:
+    """The runs of its session take turns."""
+    usual = Tuning(64, 2, 8)
+    ways = list(autotune.ways(usual, PROVIDERS[provider], 320))
+    assert usual not in ways
+    assert {way.streams for way in ways} == streams
+    assert {way.batch_size for way in ways} == {16, 32, 64, 128}
+
+
 def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     autotune.choose(model, "cpu")
