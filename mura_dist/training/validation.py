@@ -62,11 +62,11 @@ def scores(
 
     asked: says whether this rank was asked to stop; every few micro-batches the ranks tell each other, and raise Interrupted.
     """
-    loading = loading.with_micro_batch(_batch_size(loading, world))
-    micros = sampler.evaluation_micros(rows, micro_batch=loading.micro_batch, rank=world.rank, world_size=world.size)
-    mine = torch.zeros(len(micros), loading.micro_batch, device=world.device)
-    sound = torch.zeros(len(micros), loading.micro_batch, dtype=torch.bool, device=world.device)
-    every = max(1, _ASK_EVERY[world.device.type] // loading.micro_batch)
+    number = _batch_size(loading, world)
+    micros = sampler.evaluation_micros(rows, micro_batch=number, rank=world.rank, world_size=world.size)
+    mine = torch.zeros(len(micros), number, device=world.device)
+    sound = torch.zeros(len(micros), number, dtype=torch.bool, device=world.device)
+    every = max(1, _ASK_EVERY[world.device.type] // number)
     with torch.inference_mode(), contextlib.closing(loading.load(micros)) as stream:
         for place, batch in enumerate(stream):
             if asked is not None and place % every == 0 and world.any(asked()):

@@ -13,7 +13,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -99,11 +99,6 @@ class BatchLoader:
             settings.strict,
             settings.timeout_s,
         )
-
-    def with_micro_batch(self, micro_batch: int) -> "BatchLoader":
-        """Return the same for micro-batches of another size, as many bytes of them ahead."""
-        ahead = max(2, self.prefetch * self.micro_batch // micro_batch) if self.prefetch else 0
-        return replace(self, micro_batch=micro_batch, prefetch=ahead)
 
     def load(self, micros: Iterable[Micro]) -> Generator[Batch, None, None]:
         """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads."""
