@@ -20,8 +20,9 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images, stored
+from mura_dist.data.loaders.transfer import send
 from mura_dist.data.shards.codec import encode
-from mura_dist.data.shards.reader import Shards
+from mura_dist.data.shards.reader import Damaged, Shards
 
 _DEEPEST = 8  # micro-batches DALI holds at once, each on the device
 
@@ -47,12 +48,12 @@ def images(
         (pixels,) = graph.pipe.run()
         image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
         feed_ndarray(pixels.as_tensor(), image, cuda_stream=torch.cuda.current_stream(device) if on_gpu else None)
-        given = feed.given.popleft()
-        if not given.mask.all():
-            image[torch.from_numpy(~given.mask).to(device)] = 0
+        rows, mask, damaged = feed.given.popleft()
+        if not mask.all():
+            image *= send(mask, device).view(batch, 1, 1, 1)
         if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
             _graphs[key] = graph
-        yield Images(image.view(batch, 1, size, size), given.rows, given.mask, given.damaged)
+        yield Images(image.view(batch, 1, size, size), rows, mask, damaged)
 
 
 class _Feed:
@@ -60,7 +61,9 @@ class _Feed:
 
     def __init__(self, shards: Shards, micros: Iterable[Micro]) -> None:
         self.shards, self.micros = shards, micros
-        self.given: deque[Images] = deque()  # what DALI has, and has not given back
+        self.given: deque[tuple[np.ndarray, np.ndarray, tuple[Damaged, ...]]] = (
+            deque()
+        )  # what DALI has, and has not given back
         self.ended = False
 
     def all_out(self) -> bool:
@@ -72,7 +75,7 @@ class _Feed:
         blank = black[..., None] if raw else np.frombuffer(encode(black, encoding), np.uint8)
         for micro in self.micros:
             samples, mask, damaged = stored(self.shards, micro, encoded=not raw)
-            self.given.append(Images(None, micro.rows, mask, damaged))
+            self.given.append((micro.rows, mask, damaged))
             given = [
                 blank if one is None else one[..., None] if raw else np.frombuffer(one, np.uint8) for one in samples
             ]

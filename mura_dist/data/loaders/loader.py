@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from mura_dist.core.errors import Failure
 from mura_dist.data.class_weights import LossWeights, class_weights
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
+from mura_dist.data.loaders.transfer import DeviceTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
@@ -110,7 +112,7 @@ class BatchLoader:
                     )
                 if self.shards.note_damaged(damaged):
                     print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
-            yield _batch(images, self.targets, self.device)
+            yield self._batch(images)
 
     def _images(self, micros: Iterable[Micro]) -> Iterator[Images]:
         ahead = self.prefetch or 2 * self.workers
@@ -120,7 +122,20 @@ class BatchLoader:
             return dali.images(self.shards, micros, workers=self.workers, device=self.device, prefetch=ahead)
         from mura_dist.data.loaders import opencv
 
-        return opencv.images(self.shards, micros, workers=self.workers, prefetch=ahead)
+        pinned = self.device.type == "cuda"
+        return opencv.images(self.shards, micros, workers=self.workers, prefetch=ahead, pinned=pinned)
+
+    def _batch(self, images: Images) -> Batch:
+        rows, mask = images.rows, images.mask
+        if self.device.type == "cpu":  # the device's way would take longer here
+            label = np.where(mask, self.targets.label[rows], 0).astype(np.float32)
+            weight = np.where(mask, self.targets.weight[rows], 0).astype(np.float32)
+            return Batch(images.pixels, *(torch.from_numpy(array) for array in (label, weight, rows, mask)))
+        return Batch(images.pixels.to(self.device, non_blocking=True), *self._device_targets.look_up(rows, mask))
+
+    @cached_property
+    def _device_targets(self) -> DeviceTargets:
+        return DeviceTargets(self.targets.label, self.targets.weight, self.device)
 
     def __str__(self) -> str:
         how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
@@ -144,16 +159,3 @@ def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Genera
             if images is None:
                 return
             yield images
-
-
-def _batch(images: Images, targets: Targets, device: torch.device) -> Batch:
-    rows, mask = images.rows, images.mask
-    label = np.where(mask, targets.label[rows], 0).astype(np.float32)
-    weight = np.where(mask, targets.weight[rows], 0).astype(np.float32)
-    pixels = images.pixels if isinstance(images.pixels, Tensor) else torch.from_numpy(images.pixels)
-    told = [torch.from_numpy(array) for array in (label, weight, rows, mask)]
-    if device.type == "cpu":  # `to` would do nothing, at 10 microseconds each
-        return Batch(pixels, *told)
-    if not pixels.is_cuda:
-        pixels = pixels.pin_memory()
-    return Batch(pixels.to(device, non_blocking=True), *(one.to(device) for one in told))

@@ -1,4 +1,4 @@
-"""Batches without a GPU: OpenCV over raw shards.
+"""Batches by OpenCV, on the host's processors.
 
 Rotation and flip are one affine warp from the stored pixels into the batch. A few threads stay some micro-batches ahead
 (OpenCV, zlib and reading release the interpreter's lock); results come in the order asked for.
@@ -10,20 +10,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import cv2
 import numpy as np
+import torch
 
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.shards.reader import Shards
 
 
-def images(shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: int) -> Iterator[Images]:
-    """pixels: a NumPy array; for each of `micros`, in order."""
+def images(
+    shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: int, pinned: bool = False
+) -> Iterator[Images]:
+    """Yield the Images of each of `micros`, in order, on the host; `pinned`: in memory that a GPU copies from by itself."""
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     ahead: deque[Future[Images]] = deque()
     try:
         for micro in micros:
-            ahead.append(pool.submit(load, shards, micro))
+            ahead.append(pool.submit(load, shards, micro, pinned))
             if len(ahead) > prefetch:
                 yield ahead.popleft().result()
         while ahead:
@@ -32,16 +35,18 @@ def images(shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: i
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(shards: Shards, micro: Micro) -> Images:
+def load(shards: Shards, micro: Micro, pinned: bool = False) -> Images:
+    """Read and augment one micro-batch, straight into the memory it is sent from."""
     size = shards.size
     samples, mask, damaged = stored(shards, micro, encoded=False)
-    batch = np.empty((len(samples), 1, size, size), np.uint8)
+    image = torch.empty((len(samples), 1, size, size), dtype=torch.uint8, pin_memory=pinned)
+    batch = image.numpy()
     for place, pixels in enumerate(samples):
         if pixels is None:
             batch[place] = 0
         else:
             augment(pixels, float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
-    return Images(batch, micro.rows, mask, damaged)
+    return Images(image, micro.rows, mask, damaged)
 
 
 def augment(source: np.ndarray, angle_deg: float, flip: bool, out: np.ndarray) -> None:

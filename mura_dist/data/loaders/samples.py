@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.shards.reader import Damaged, Shards
@@ -13,7 +14,7 @@ from mura_dist.data.shards.reader import Damaged, Shards
 class Images:
     """Where mask is False, pixels are 0: a place that only fills the shape, or one whose sample is damaged."""
 
-    pixels: Any  # (B, 1, S, S) uint8, a NumPy array or a tensor
+    pixels: Tensor  # (B, 1, S, S) uint8, on the host or on the device
     rows: np.ndarray  # (B,) int64
     mask: np.ndarray  # (B,) bool
     damaged: tuple[Damaged, ...]

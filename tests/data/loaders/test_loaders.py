@@ -40,9 +40,8 @@ def both(shards: Shards, micros: list[sampler.Micro]) -> tuple[np.ndarray, np.nd
 
 
 def by_cpu(shards: Shards, micros: list[sampler.Micro], workers: int) -> np.ndarray:
-    return np.concatenate(
-        [made.pixels for made in opencv.images(shards, micros, workers=workers, prefetch=2 * workers)]
-    )
+    stream = opencv.images(shards, micros, workers=workers, prefetch=2 * workers)
+    return torch.cat([images.pixels for images in stream]).numpy()
 
 
 def test_the_backends_agree_within_two_grey_levels(opened: Shards) -> None:

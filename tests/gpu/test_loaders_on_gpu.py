@@ -1,0 +1,70 @@
+"""The loading backends on a GPU: the CPU's batches, and no wait for the device. Skips itself elsewhere."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mura_dist.data.loaders import sampler
+from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.shards.convert import convert
+from mura_dist.data.shards.reader import Shards
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module", params=["raw", "png", "jpeg"])
+def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    folder = tmp_path_factory.mktemp("encoded") / request.param
+    convert(phantoms, folder, size=96, encoding=request.param, workers=2)
+    return Shards.open(folder)
+
+
+def training_micros(shards: Shards, num_micros: int) -> list[sampler.Micro]:
+    epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
+    return [epoch.micro(place * BATCH, BATCH) for place in range(num_micros)]
+
+
+def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader:
+    return BatchLoader(shards, Targets.of(shards, "study_type"), device, backend, BATCH, workers=2)
+
+
+@pytest.mark.parametrize("backend", ["dali", "cpu"])
+def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) -> None:
+    """Augmented and not, with a last micro-batch that padding fills, in every encoding."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali.fn")
+    evaluated = sampler.evaluation_micros(encoded.rows("valid")[: BATCH + 3], micro_batch=BATCH, rank=0, world_size=1)
+    for micros in (training_micros(encoded, 4), evaluated):
+        host = loader_of(encoded, torch.device("cpu"), "cpu").load(micros)
+        device = loader_of(encoded, torch.device("cuda", 0), backend).load(micros)
+        for ours, theirs in zip(device, host, strict=True):
+            assert ours.image.is_cuda
+            difference = np.abs(ours.image.cpu().numpy().astype(int) - theirs.image.numpy())
+            # dali's jpeg: two decoders, each free to round
+            limit = {"dali": 2 if encoded.encoding != "jpeg" else 4, "cpu": 0}[backend]
+            assert (difference <= limit).mean() >= 0.999
+            assert not ours.image[~ours.mask].any()
+            for name in ("label", "weight", "row", "mask"):
+                assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name))
+
+
+@pytest.fixture
+def no_wait() -> Iterator[None]:
+    """torch raises wherever the host would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.usefixtures("no_wait")
+def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -> None:
+    shards = Shards.open(shard_folder)
+    batches: list[Batch] = list(loader_of(shards, torch.device("cuda", 0), backend).load(training_micros(shards, 4)))
+    assert len(batches) == 4
