@@ -145,7 +145,7 @@ class Settings(BaseModel):
         0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
     )
     pipeline: Literal["auto", "dali", "cpu"] = Field(
-        "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA, cpu elsewhere"
+        "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA where it is installed, else cpu"
     )
 
     workers: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(

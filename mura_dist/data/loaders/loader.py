@@ -23,6 +23,7 @@ from torch import Tensor
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
 from mura_dist.data.class_weights import LossWeights, class_weights
+from mura_dist.data.loaders.backend import choose_backend
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.loaders.transfer import DeviceTargets
@@ -79,14 +80,19 @@ class BatchLoader:
     prefetch: int = 0  # micro-batches ready ahead of the step; 0: two a thread
     strict: bool = False  # Failure at the first damaged sample
     timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
+    note: str = ""  # why the backend is not the first choice
 
     @classmethod
     def from_settings(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "BatchLoader":
-        """Choose from the machine what the settings leave open: DALI on CUDA and OpenCV elsewhere; this rank's share of the
-        processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as 64 MiB hold, from two a
-        thread to sixteen a thread."""
+        """Choose from the machine what the settings leave open: DALI on CUDA where it is installed, OpenCV elsewhere; this
+        rank's share of the processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as
+        64 MiB hold, from two a thread to sixteen a thread.
+
+        Raises:
+            Refusal: pipeline=dali where DALI cannot be imported.
+        """
         cuda = device.type == "cuda"
-        backend = settings.pipeline if settings.pipeline != "auto" else "dali" if cuda else "cpu"
+        backend, note = choose_backend(settings.pipeline, device)
         workers = settings.workers or min(8 if cuda else 4, max(1, processors() // environment.ranks_here()))
         fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
         prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
@@ -100,6 +106,7 @@ class BatchLoader:
             prefetch,
             settings.strict,
             settings.timeout_s,
+            note,
         )
 
     def load(self, micros: Iterable[Micro]) -> Generator[Batch, None, None]:
@@ -139,7 +146,8 @@ class BatchLoader:
 
     def __str__(self) -> str:
         how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
-        return f"batches by {self.backend} from {self.shards.encoding} shards, {how}"
+        note = f" ({self.note})" if self.note else ""
+        return f"batches by {self.backend}{note} from {self.shards.encoding} shards, {how}"
 
 
 def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:

@@ -1,0 +1,35 @@
+"""Choose the loading backend of a run from `pipeline` and what is installed.
+
+auto -> dali on CUDA, where it can be imported; else cpu
+"""
+
+import torch
+
+from mura_dist.core.errors import Refusal
+
+
+def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
+    """Return the backend's name and why it is not the first choice, empty where it is. Nothing on the device is touched.
+
+    Raises:
+        Refusal: pipeline=dali where DALI cannot be imported.
+    """
+    wanted = pipeline if pipeline != "auto" else "dali" if device.type == "cuda" else "cpu"
+    reason = _dali_import_error() if wanted == "dali" else ""
+    if not reason:
+        return wanted, ""
+    if pipeline == "auto":
+        return "cpu", f"pipeline=auto would be dali on CUDA, which cannot be imported: {reason}"
+    raise Refusal(
+        f"pipeline=dali: NVIDIA DALI cannot be imported: {reason}; pip install 'mura-dist[train]' "
+        "(nvidia-dali-cuda130), or give pipeline=cpu"
+    )
+
+
+def _dali_import_error() -> str:
+    """Why DALI cannot be imported, empty where it can: a package that is there may lack a library it opens."""
+    try:
+        from mura_dist.data.loaders import dali  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
