@@ -10,6 +10,7 @@ with `strict` it ends.
 """
 
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -75,9 +76,9 @@ class BatchLoader:
     targets: Targets
     device: torch.device
     backend: str  # dali or cpu
-    micro_batch: int  # B of every micro-batch
+    micro_batch: int  # B of training's micro-batches; load() takes others
     workers: int  # threads
-    prefetch: int = 0  # micro-batches ready ahead of the step; 0: two a thread
+    prefetch: int = 0  # micro-batches of that size ready ahead of the step; 0: two a thread
     strict: bool = False  # Failure at the first damaged sample
     timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
     note: str = ""  # why the backend is not the first choice
@@ -122,7 +123,10 @@ class BatchLoader:
             yield self._batch(images)
 
     def _images(self, micros: Iterable[Micro]) -> Iterator[Images]:
-        ahead = self.prefetch or 2 * self.workers
+        coming = iter(micros)
+        if (first := next(coming, None)) is None:
+            return iter(())
+        micros, ahead = itertools.chain([first], coming), self._num_ahead(len(first.rows))
         if self.backend == "dali":
             from mura_dist.data.loaders import dali
 
@@ -131,6 +135,11 @@ class BatchLoader:
 
         pinned = self.device.type == "cuda"
         return opencv.images(self.shards, micros, workers=self.workers, prefetch=ahead, pinned=pinned)
+
+    def _num_ahead(self, batch: int) -> int:
+        """Micro-batches of `batch` radiographs to have ready: no more radiographs than of training's, down to two a thread."""
+        ahead = self.prefetch or 2 * self.workers
+        return min(ahead, max(2 * self.workers, ahead * self.micro_batch // batch))
 
     def _batch(self, images: Images) -> Batch:
         rows, mask = images.rows, images.mask

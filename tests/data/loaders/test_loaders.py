@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,25 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
     assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
     assert "dali" in str(told)
     assert "3 threads a rank, 5 micro-batches ahead" in str(told)
+
+
+def test_larger_micro_batches_are_not_held_ahead_in_as_great_a_number(opened: Shards) -> None:
+    """Evaluation may load 256 where training loads 8: as many micro-batches ahead would take 32 times the memory."""
+    loader = BatchLoader(opened, Targets.of(opened), CPU, "cpu", micro_batch=2, workers=1, prefetch=16)
+    for batch, num_ahead in ((2, 16), (8, 4), (32, 2)):
+        pulled = 0
+
+        def micros(batch: int = batch) -> Iterator[sampler.Micro]:
+            nonlocal pulled
+            for micro in micros_of(opened, rotate_deg=0, flip=False, micro_batch=2) * 2:
+                pulled += 1
+                rows = np.resize(micro.rows, batch)
+                yield sampler.Micro(rows, np.zeros(batch, np.float32), np.zeros(batch, bool), np.ones(batch, bool))
+
+        stream = loader.load(micros())
+        assert next(stream).image.shape == (batch, 1, 96, 96)
+        assert pulled == num_ahead + 1
+        stream.close()
 
 
 def test_dali_goes_on_from_epoch_to_epoch(opened: Shards) -> None:
