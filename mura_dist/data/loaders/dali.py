@@ -1,16 +1,19 @@
 """Batches by NVIDIA DALI: decoding and geometry on the GPU, or on the CPU where there is none. Only this file and a
 benchmark's peer import DALI.
 
-    external_source (bytes in our order, angles, flips) -> decoders.image | raw pixels -> rotate -> flip -> torch
+    threads of a pool: samples in our order -> one thread, on a stream of its own: external_source (pixels or bytes,
+    angles, flips) -> decoders.image | raw pixels -> rotate -> flip -> torch -> an event -> the consumer's stream
 
-`fn.external_source` keeps the order ours: DALI's own WebDataset reader shuffles within a buffer and ties its order to the
-number of shards it reads at once.
+The consumer runs none of this: its stream waits for the event. `fn.external_source` keeps the order ours: DALI's own
+WebDataset reader shuffles within a buffer and ties its order to the number of shards it reads at once.
 """
 
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from mura_dist.data.loaders.ahead import in_background, in_order
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.loaders.transfer import send
@@ -25,61 +29,97 @@ from mura_dist.data.shards.codec import encode
 from mura_dist.data.shards.reader import Damaged, Shards
 
 _DEEPEST = 8  # micro-batches DALI holds at once, each on the device
+_READY = 2  # micro-batches that came out of DALI and wait for the consumer
 
 
 def images(
     shards: Shards, micros: Iterable[Micro], *, workers: int, device: torch.device, prefetch: int
 ) -> Iterator[Images]:
-    """pixels: a tensor on `device`; for each of `micros` (all of one B), in order."""
-    coming = iter(micros)
-    if (first := next(coming, None)) is None:
+    """Yield the Images of each of `micros` (all of one B), in order, on `device`, for use on the caller's current stream."""
+    index = None
+    if device.type == "cuda":  # looked up here: another thread's current device is another
+        index = device.index if device.index is not None else torch.cuda.current_device()
+    source = _run(shards, iter(micros), workers, index, min(max(2, prefetch), _DEEPEST))
+    with contextlib.closing(in_background(source, ahead=_READY)) as ready:
+        for result, event in ready:
+            if event is not None:
+                stream = torch.cuda.current_stream(device)
+                stream.wait_event(event)
+                result.pixels.record_stream(stream)  # its memory is the other stream's
+            yield result
+
+
+def _run(
+    shards: Shards, micros: Iterator[Micro], workers: int, index: int | None, depth: int
+) -> Generator[tuple[Images, torch.cuda.Event | None], None, None]:
+    """Run a graph over `micros` on GPU `index` (None: the CPU); each result with the event after which its pixels are there."""
+    if (first := next(micros, None)) is None:
         return
-    on_gpu = device.type == "cuda"
-    index = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
     size, batch = shards.size, len(first.rows)
-    key = (shards.encoding == "raw", batch, workers, index, min(max(2, prefetch), _DEEPEST))
-    feed = _Feed(shards, itertools.chain([first], coming))
-    graph = _graphs.pop(key, None)
-    if graph is None:
-        graph = _Graph(feed, *key)
-    else:
-        graph.start(feed)
-    while not feed.all_out():
-        (pixels,) = graph.pipe.run()
-        image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
-        feed_ndarray(pixels.as_tensor(), image, cuda_stream=torch.cuda.current_stream(device) if on_gpu else None)
-        rows, mask, damaged = feed.given.popleft()
-        if not mask.all():
-            image *= send(mask, device).view(batch, 1, 1, 1)
-        if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
-            _graphs[key] = graph
-        yield Images(image.view(batch, 1, size, size), rows, mask, damaged)
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool, contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)
+        tasks = (pool.submit(_read, shards, micro) for micro in itertools.chain([first], micros))
+        feed = _Feed(in_order(tasks, ahead=workers))
+        key = (shards.encoding == "raw", batch, workers, index, depth)
+        graph = _graphs.pop(key, None)
+        if graph is None:
+            graph = _Graph(feed, *key)
+        else:
+            graph.start(feed)
+        if graph.stream is not None:
+            stack.enter_context(torch.cuda.stream(graph.stream))
+        while not feed.all_out():
+            # On our stream: DALI takes its memory back in that stream's order, not while the copy is still to come.
+            (pixels,) = graph.pipe.run(graph.stream) if graph.stream is not None else graph.pipe.run()
+            image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
+            feed_ndarray(pixels.as_tensor(), image, cuda_stream=graph.stream)
+            micro = feed.inside.popleft()
+            if not micro.mask.all():
+                image *= send(micro.mask, device).view(batch, 1, 1, 1)
+            event = graph.stream.record_event() if graph.stream is not None else None
+            if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
+                _graphs[key] = graph
+            yield Images(image.view(batch, 1, size, size), micro.rows, micro.mask, micro.damaged), event
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A micro-batch as read."""
+
+    data: list[np.ndarray]  # B of pixels uint8 (S, S, 1), or of encoded radiographs, uint8 (bytes,)
+    angles: np.ndarray  # (B,) float32
+    flips: np.ndarray  # (B,) int32
+    rows: np.ndarray  # (B,) int64
+    mask: np.ndarray  # (B,) bool
+    damaged: tuple[Damaged, ...]
+
+
+def _read(shards: Shards, micro: Micro) -> _Samples:
+    size, encoding = shards.size, shards.encoding
+    samples, mask, damaged = stored(shards, micro, encoded=encoding != "raw")
+    raw, black = encoding == "raw", np.zeros((size, size), np.uint8)
+    blank: Any = black if raw or mask.all() else encode(black, encoding)
+    whole = [blank if sample is None else sample for sample in samples]
+    data = [sample[..., None] if raw else np.frombuffer(sample, np.uint8) for sample in whole]
+    return _Samples(data, micro.angles, micro.flips.astype(np.int32), micro.rows, mask, damaged)
 
 
 class _Feed:
-    """What external_source is given: for each micro-batch samples, angles float32 (B,), flips int32 (B,)."""
+    """What external_source asks for: of each micro-batch the data, angles and flips."""
 
-    def __init__(self, shards: Shards, micros: Iterable[Micro]) -> None:
-        self.shards, self.micros = shards, micros
-        self.given: deque[tuple[np.ndarray, np.ndarray, tuple[Damaged, ...]]] = (
-            deque()
-        )  # what DALI has, and has not given back
+    def __init__(self, coming: Iterator[_Samples]) -> None:
+        self._coming = coming
+        self.inside: deque[_Samples] = deque()  # what DALI has, and has not given back
         self.ended = False
 
     def all_out(self) -> bool:
-        return self.ended and not self.given
+        return self.ended and not self.inside
 
-    def __iter__(self) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-        size, encoding = self.shards.size, self.shards.encoding
-        raw, black = encoding == "raw", np.zeros((size, size), np.uint8)
-        blank = black[..., None] if raw else np.frombuffer(encode(black, encoding), np.uint8)
-        for micro in self.micros:
-            samples, mask, damaged = stored(self.shards, micro, encoded=not raw)
-            self.given.append((micro.rows, mask, damaged))
-            given = [
-                blank if one is None else one[..., None] if raw else np.frombuffer(one, np.uint8) for one in samples
-            ]
-            yield given, micro.angles, micro.flips.astype(np.int32)
+    def __iter__(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        for samples in self._coming:
+            self.inside.append(samples)
+            yield samples.data, samples.angles, samples.flips
         self.ended = True
 
 
@@ -88,6 +128,7 @@ class _Graph:
 
     def __init__(self, feed: Iterable[Any], raw: bool, batch: int, workers: int, index: int | None, depth: int) -> None:
         self.feed = feed
+        self.stream = torch.cuda.Stream(index) if index is not None else None
         self.pipe = _pipeline(
             self,
             raw=raw,

@@ -4,14 +4,14 @@ Rotation and flip are one affine warp from the stored pixels into the batch. A f
 (OpenCV, zlib and reading release the interpreter's lock); results come in the order asked for.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 import torch
 
+from mura_dist.data.loaders.ahead import in_order
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.shards.reader import Shards
@@ -23,14 +23,8 @@ def images(
     """Yield the Images of each of `micros`, in order, on the host; `pinned`: in memory that a GPU copies from by itself."""
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
-    ahead: deque[Future[Images]] = deque()
     try:
-        for micro in micros:
-            ahead.append(pool.submit(load, shards, micro, pinned))
-            if len(ahead) > prefetch:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from in_order((pool.submit(load, shards, micro, pinned) for micro in micros), ahead=prefetch)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,13 +106,41 @@ def test_rotation_is_counter_clockwise_then_mirrored() -> None:
     np.testing.assert_array_equal(out, source[:, ::-1])
 
 
-def test_leaving_early_ends_the_threads(opened: Shards) -> None:
-    import threading
-
-    stream = opencv.images(opened, micros_of(opened, rotate_deg=30, flip=True), workers=3, prefetch=6)
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_leaving_early_ends_the_threads(opened: Shards, backend: str) -> None:
+    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=3)
+    stream = loader.load(micros_of(opened, rotate_deg=30, flip=True))
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_the_consumer_reads_no_sample(opened: Shards, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither reads nor decodes: on a GPU, whose next step it launches, that would be time in which the GPU is idle."""
+    readers, encoded = set(), Shards.encoded
+
+    def noted(self: Shards, row: int) -> bytes:
+        readers.add(threading.get_ident())
+        return encoded(self, row)
+
+    monkeypatch.setattr(Shards, "encoded", noted)
+    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=2)
+    assert len(list(loader.load(micros_of(opened, rotate_deg=30, flip=True)))) > 10
+    assert readers
+    assert threading.get_ident() not in readers
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_an_error_while_reading_reaches_the_consumer(opened: Shards, backend: str) -> None:
+    """Raised by a thread; the next epoch comes as if nothing had been."""
+    micros = micros_of(opened, rotate_deg=30, flip=True)
+    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=2)
+    impossible = replace(micros[3], rows=np.full(5, len(opened.manifest.frame)))
+    with pytest.raises(IndexError):
+        list(loader.load([*micros[:3], impossible, *micros[3:]]))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+    assert [batch.row.tolist() for batch in loader.load(micros)] == [micro.rows.tolist() for micro in micros]
 
 
 def test_weights_balance_the_labels_of_what_they_are_counted_over(opened: Shards) -> None:
