@@ -144,8 +144,10 @@ class Settings(BaseModel):
     zero_stage: Literal[0, 1] = Field(
         0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
     )
-    pipeline: Literal["auto", "dali", "cpu"] = Field(
-        "auto", description="batches by DALI or by OpenCV; auto: dali on CUDA where it is installed, else cpu"
+    pipeline: Literal["auto", "dali", "cpu", "resident"] = Field(
+        "auto",
+        description="batches by DALI, by OpenCV, or from radiographs kept in the device's memory (resident: experimental, not "
+        "measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
     )
 
     workers: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(

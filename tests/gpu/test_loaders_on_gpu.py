@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mura_dist.data.loaders import sampler
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.warp import inverse_maps, triton_error, warp_by_torch
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
 
@@ -33,7 +34,7 @@ def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader
     return BatchLoader(shards, Targets.of(shards, "study_type"), device, backend, BATCH, workers=2)
 
 
-@pytest.mark.parametrize("backend", ["dali", "cpu"])
+@pytest.mark.parametrize("backend", ["dali", "cpu", "resident"])
 def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) -> None:
     """Augmented and not, with a last micro-batch that padding fills, in every encoding."""
     if backend == "dali":
@@ -46,7 +47,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) 
             assert ours.image.is_cuda
             difference = np.abs(ours.image.cpu().numpy().astype(int) - theirs.image.numpy())
             # dali's jpeg: two decoders, each free to round
-            limit = {"dali": 2 if encoded.encoding != "jpeg" else 4, "cpu": 0}[backend]
+            limit = {"dali": 2 if encoded.encoding != "jpeg" else 4, "cpu": 0, "resident": 1}[backend]
             assert (difference <= limit).mean() >= 0.999
             assert not ours.image[~ours.mask].any()
             for name in ("label", "weight", "row", "mask"):
@@ -62,9 +63,29 @@ def no_wait() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("backend", ["cpu", "resident"])
 @pytest.mark.usefixtures("no_wait")
 def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -> None:
+    """Neither while radiographs are read for the first time, nor later."""
     shards = Shards.open(shard_folder)
-    batches: list[Batch] = list(loader_of(shards, torch.device("cuda", 0), backend).load(training_micros(shards, 4)))
-    assert len(batches) == 4
+    loader, micros = loader_of(shards, torch.device("cuda", 0), backend), training_micros(shards, 4)
+    for _ in range(2):
+        assert len(list(loader.load(micros))) == 4
+
+
+def test_the_triton_kernel_gives_the_bits_of_torch() -> None:
+    """On the GPU, of random pixels at several sizes and angles; a place of -1 is black."""
+    assert triton_error() == ""
+    from mura_dist.data.loaders.warp_triton import warp_by_triton
+
+    device, rng = torch.device("cuda", 0), np.random.default_rng(0)
+    angles = np.array([0, 90, -90, 180, 45, 30, -30, 12.3456, -7.77, 0.001], np.float32)
+    flips, places = rng.random(10) < 0.5, np.arange(10, dtype=np.int32) - 1
+    for size in (17, 64, 320, 331):
+        arrays = rng.integers(0, 256, (9, size, size), dtype=np.uint8), places, inverse_maps(angles, flips, size)
+        sent = [torch.from_numpy(array).to(device) for array in arrays]
+        triton, plain = warp_by_triton(*sent), warp_by_torch(*sent)
+        assert torch.equal(triton, plain)
+        assert not triton[0].any()
+        on_cpu = warp_by_torch(*map(torch.from_numpy, arrays))
+        assert torch.equal(plain.cpu(), on_cpu)

@@ -6,14 +6,17 @@ auto -> dali on CUDA, where it can be imported; else cpu
 import torch
 
 from mura_dist.core.errors import Refusal
+from mura_dist.data.loaders.warp import triton_error
 
 
 def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
-    """Return the backend's name and why it is not the first choice, empty where it is. Nothing on the device is touched.
+    """Return the backend's name and why it is not what it should be, empty where it is. Nothing on the device is touched.
 
     Raises:
         Refusal: pipeline=dali where DALI cannot be imported.
     """
+    if pipeline == "resident" and device.type == "cuda" and triton_error():
+        return pipeline, f"by torch operations, which are slower than its Triton kernel: {triton_error()}"
     wanted = pipeline if pipeline != "auto" else "dali" if device.type == "cuda" else "cpu"
     reason = _dali_import_error() if wanted == "dali" else ""
     if not reason:

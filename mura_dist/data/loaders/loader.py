@@ -1,9 +1,10 @@
-"""From shards to batches: one contract, two backends with the same pixels.
+"""From shards to batches: one contract, three backends with the same pixels.
 
     Micro (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
 
-`dali` (made for the GPU) and `cpu` (OpenCV) both rotate counter-clockwise about the centre, bilinear, fill 0, canvas
-kept, then flip left-right. Where there is neither rotation nor flip, the pixels are the stored ones.
+`dali` (made for the GPU), `cpu` (OpenCV) and `resident` (radiographs that stay on the device; experimental) rotate
+counter-clockwise about the center, bilinear, fill 0, canvas kept, then flip left-right. Where there is neither rotation nor
+flip, the pixels are the stored ones.
 
 A damaged sample is named on stderr once, its place is masked like one that only fills the shape, and the work goes on;
 with `strict` it ends.
@@ -24,6 +25,7 @@ from torch import Tensor
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
 from mura_dist.data.class_weights import LossWeights, class_weights
+from mura_dist.data.loaders import resident
 from mura_dist.data.loaders.backend import choose_backend
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
@@ -75,13 +77,13 @@ class BatchLoader:
     shards: Shards
     targets: Targets
     device: torch.device
-    backend: str  # dali or cpu
+    backend: str  # dali, cpu or resident
     micro_batch: int  # B of training's micro-batches; load() takes others
     workers: int  # threads
     prefetch: int = 0  # micro-batches of that size ready ahead of the step; 0: two a thread
     strict: bool = False  # Failure at the first damaged sample
     timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
-    note: str = ""  # why the backend is not the first choice
+    note: str = ""  # why the backend is not what it should be
 
     @classmethod
     def from_settings(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "BatchLoader":
@@ -131,6 +133,8 @@ class BatchLoader:
             from mura_dist.data.loaders import dali
 
             return dali.images(self.shards, micros, workers=self.workers, device=self.device, prefetch=ahead)
+        if self.backend == "resident":
+            return resident.images(self._store, micros, workers=self.workers, prefetch=ahead)
         from mura_dist.data.loaders import opencv
 
         pinned = self.device.type == "cuda"
@@ -148,6 +152,10 @@ class BatchLoader:
             weight = np.where(mask, self.targets.weight[rows], 0).astype(np.float32)
             return Batch(images.pixels, *(torch.from_numpy(array) for array in (label, weight, rows, mask)))
         return Batch(images.pixels.to(self.device, non_blocking=True), *self._device_targets.look_up(rows, mask))
+
+    @cached_property
+    def _store(self) -> resident.Store:
+        return resident.Store(self.shards, self.device)
 
     @cached_property
     def _device_targets(self) -> DeviceTargets:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.commands import NO_GPU, TINY
 
@@ -29,6 +30,7 @@ def test_the_backend_follows_the_device_and_the_setting() -> None:
         ("auto", "cuda", "dali"),
         ("cpu", "cuda", "cpu"),
         ("dali", "cpu", "dali"),
+        ("resident", "cpu", "resident"),
     ):
         assert choose_backend(pipeline, torch.device(device)) == (backend, "")
 
@@ -53,6 +55,29 @@ print(loader.backend, loader, sep="\\n")
     assert re.search(
         r"batches by cpu \(pipeline=auto would be dali on CUDA, which cannot be imported: .*dali.*\)", line
     )
+
+
+@pytest.mark.parametrize(
+    ("absence", "reason"),
+    [
+        ("sys.modules['triton'] = None", "triton"),
+        ("import os; os.environ['PATH'] = os.environ['CC'] = ''", "C compiler"),
+    ],
+)
+def test_resident_on_cuda_without_triton_takes_torch_and_says_so(absence: str, reason: str) -> None:
+    code = f"""
+{absence}
+import torch
+from mura_dist.data.loaders import backend, warp
+cuda = torch.device("cuda")
+assert warp.pick_warp(cuda) is warp.warp_by_torch
+assert not torch.cuda.is_initialized()
+print(*backend.choose_backend("resident", cuda))
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("resident by torch operations, which are slower than its Triton kernel: ")
+    assert reason in result.stdout
 
 
 def test_dali_by_name_without_dali_is_refused_in_one_line(shard_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Gather, rotate and flip radiographs where they lie, on their device: the pixels of opencv.py.
+
+    pixels (n, S, S) uint8, places, inverse maps -> (B, 1, S, S) uint8
+
+The arithmetic is that of OpenCV's warpAffine: a source position in float32, two linear interpolations along x and one
+along y, 0 outside, rounded half to even. Where OpenCV fuses a product and a sum, a pixel in some thousand differs by 1.
+On CUDA it is one Triton kernel (warp_triton.py), elsewhere and where Triton is missing torch operations.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_CPU_CHUNK = 1  # radiographs the torch version warps at once on a CPU, whose cache then holds what lies in between
+
+Warp = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def inverse_maps(angles: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray:
+    """Compute where each output pixel comes from.
+
+    Args:
+        angles: (B,) degrees, counter-clockwise about the center (size - 1) / 2.
+        flips: (B,) bool, a flip left-right after the rotation.
+        size: S in pixels.
+
+    Returns:
+        float32 (B, 6): of output pixel (x, y) the source position is (a x + b y + c, d x + e y + f).
+    """
+    center, radians = (size - 1) / 2, np.deg2rad(angles.astype(np.float64))
+    sign, cos, sin = np.where(flips, -1.0, 1.0), np.cos(radians), np.sin(radians)
+    maps = np.empty((len(angles), 6), np.float64)
+    maps[:, 0], maps[:, 1] = sign * cos, -sin
+    maps[:, 3], maps[:, 4] = sign * sin, cos
+    maps[:, 2] = center - (maps[:, 0] + maps[:, 1]) * center
+    maps[:, 5] = center - (maps[:, 3] + maps[:, 4]) * center
+    return maps.astype(np.float32)
+
+
+def pick_warp(device: torch.device) -> Warp:
+    """Return the function that warps on `device`: warp(pixels (n, S, S) uint8, places (B,) int32, maps (B, 6) float32) gives
+    (B, 1, S, S) uint8; a place of -1 gives 0."""
+    if device.type != "cuda" or triton_error():
+        return warp_by_torch
+    from mura_dist.data.loaders.warp_triton import warp_by_triton
+
+    return warp_by_triton
+
+
+@functools.cache
+def triton_error() -> str:
+    """Return why Triton cannot run its kernel on a GPU of this machine, empty where it can."""
+    try:
+        from mura_dist.data.loaders import warp_triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, gcc or clang or CC"
+    return ""
+
+
+def warp_by_torch(pixels: Tensor, places: Tensor, maps: Tensor) -> Tensor:
+    """Warp with torch operations, none of which waits for a value on the device."""
+    size = pixels.shape[-1]
+    out = torch.empty((len(places), 1, size, size), dtype=torch.uint8, device=pixels.device)
+    chunk = _CPU_CHUNK if pixels.device.type == "cpu" else len(places)
+    for start in range(0, len(places), chunk):
+        part = slice(start, start + chunk)
+        _warp_chunk(pixels, places[part], maps[part], out[part, 0])
+    return out
+
+
+def _warp_chunk(pixels: Tensor, places: Tensor, maps: Tensor, out: Tensor) -> None:
+    size, wide = pixels.shape[-1], pixels.shape[-1] + 2
+    sources = pixels.index_select(0, places.clamp(min=0)) * (places >= 0)[:, None, None]
+    bordered = functional.pad(sources, (1, 1, 1, 1))  # (B, S + 2, S + 2): outside a radiograph is 0
+    axis = torch.arange(size, dtype=torch.float32, device=pixels.device)
+    a, b, c, d, e, f = maps[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    source_x = a * axis + (b * axis[:, None] + c)  # (B, S, S)
+    source_y = d * axis + (e * axis[:, None] + f)
+    left, top = source_x.floor(), source_y.floor()
+    share_x, share_y = source_x.sub_(left), source_y.sub_(top)
+    columns = [left.add(step).clamp_(0, size + 1).int() for step in (1, 2)]
+    rows = [top.add(step).clamp_(0, size + 1).int().mul_(wide) for step in (1, 2)]
+    rows = [row.add_(_starts(len(places), wide, pixels.device)) for row in rows]
+    upper, lower = (
+        _between(_take(bordered, row + columns[0]), _take(bordered, row + columns[1]), share_x) for row in rows
+    )
+    out.copy_(_between(upper, lower, share_y).round_())
+
+
+def _starts(count: int, wide: int, device: torch.device) -> Tensor:
+    """Where each of `count` bordered radiographs begins, int32 (count, 1, 1)."""
+    return torch.arange(count, dtype=torch.int32, device=device)[:, None, None] * (wide * wide)
+
+
+def _take(values: Tensor, position: Tensor) -> Tensor:
+    return values.view(-1).index_select(0, position.view(-1)).view(position.shape).float()
+
+
+def _between(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """first + share (second - first), in the memory of `second`."""
+    return second.sub_(first).mul_(share).add_(first)
