@@ -1,6 +1,6 @@
 """bench pipeline: augmented batches uint8 (B, 1, S, S) on the device; and what it costs to start, and to hold.
 
-    files -> shards, once, untimed -> ours: `cpu` and `dali` over the shards         against peers.py
+    files -> shards, once, untimed -> ours: `cpu`, `dali`, `resident` over the shards   against peers.py
     files -> one tar of the same bytes, its index -> ours, with each file decoded and resized at every epoch: like for like
 
 The peers over files decode and resize at every epoch; ours did so once, in the conversion. The contender over original
@@ -29,6 +29,7 @@ from mura_dist.core.errors import Failure
 from mura_dist.data.loaders import sampler
 
 CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw shards"
+RESIDENT = "mura-dist, resident backend (experimental)"
 ORIGINAL = "mura-dist, ORIGINAL bytes decoded every epoch"
 TRIES = (1, 2, 4)  # workers of a peer
 _MURA = 36_808  # radiographs of its train split
@@ -43,7 +44,7 @@ def contenders(load: Load) -> list[Contender]:
     convert(load.folder, folder, size=load.size, workers=load.workers)
     _pack(load, files)
     ours = {CPU: partial(batches, folder, "cpu"), ORIGINAL: partial(originals, files)}
-    ours |= {DALI: partial(batches, folder, "dali")}
+    ours |= {DALI: partial(batches, folder, "dali"), RESIDENT: partial(batches, folder, "resident")}
     return [
         *(Contender(name, partial(stream, build), ours=True, streams=True) for name, build in ours.items()),
         *(Contender(name, partial(stream, build), tries=TRIES, streams=True) for name, build in _peers(load).items()),

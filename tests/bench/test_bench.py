@@ -33,7 +33,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.data.source.scan import scan
 from mura_dist.distributed import processes
 
-NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (3, 4), "encodings": (6, 0), "predict": (6, 4)}
+NUM_CONTENDERS = {"shards": (1, 1), "pipeline": (4, 4), "encodings": (6, 0), "predict": (6, 4)}
 NUM_CONTENDERS |= {"train": (2, 3), "ranks": (2, 2)}
 MORE = {"pipeline": {"start"}, "encodings": {"encodings"}, "train": {"activations"}}
 STARTED = [pipeline.CPU, pipeline.DALI, peers.FILES, peers.TAR, peers.READER]
@@ -265,14 +265,14 @@ def test_a_contender_that_fails_says_so(nothing: Load) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("cpu", "dali", "originals", peers.SHARDS),
+        *("cpu", "dali", "resident", "originals", peers.SHARDS),
         *(pytest.param(peer, marks=pytest.mark.nightly(part="training")) for peer in peers.IMPORTS),
     ],
 )
 def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> None:
     """Each batch is of 8; an epoch shows many radiographs; undone, the mean brightness is that of the files."""
     folder = small.scratch / "shards"
-    ours: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali")}
+    ours: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
     ours |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
     build = (ours | pipeline._peers(small))[name]
     with processes.start(1) as pool:  # as bench has them: a loader that forks may end the process that made it
