@@ -74,17 +74,17 @@ def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -
 
 
 def test_the_triton_kernel_gives_the_bits_of_torch() -> None:
-    """On the GPU, of random pixels at several sizes and angles; a place of -1 is black."""
+    """On the GPU, of random pixels at several sizes and angles; a slot of -1 is black."""
     assert triton_error() == ""
     from mura_dist.data.loaders.warp_triton import warp_by_triton
 
     device, rng = torch.device("cuda", 0), np.random.default_rng(0)
     angles = np.array([0, 90, -90, 180, 45, 30, -30, 12.3456, -7.77, 0.001], np.float32)
-    flips, places = rng.random(10) < 0.5, np.arange(10, dtype=np.int32) - 1
+    flips, slots = rng.random(10) < 0.5, np.arange(10, dtype=np.int32) - 1
     for size in (17, 64, 320, 331):
-        arrays = rng.integers(0, 256, (9, size, size), dtype=np.uint8), places, inverse_maps(angles, flips, size)
-        sent = [torch.from_numpy(array).to(device) for array in arrays]
-        triton, plain = warp_by_triton(*sent), warp_by_torch(*sent)
+        arrays = rng.integers(0, 256, (9, size, size), dtype=np.uint8), slots, inverse_maps(angles, flips, size)
+        on_device = [torch.from_numpy(array).to(device) for array in arrays]
+        triton, plain = warp_by_triton(*on_device), warp_by_torch(*on_device)
         assert torch.equal(triton, plain)
         assert not triton[0].any()
         on_cpu = warp_by_torch(*map(torch.from_numpy, arrays))

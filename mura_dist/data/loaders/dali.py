@@ -100,16 +100,16 @@ def _read(shards: Shards, micro: Micro) -> _Samples:
     samples, mask, damaged = stored(shards, micro, encoded=encoding != "raw")
     raw, black = encoding == "raw", np.zeros((size, size), np.uint8)
     blank: Any = black if raw or mask.all() else encode(black, encoding)
-    whole = [blank if sample is None else sample for sample in samples]
-    data = [sample[..., None] if raw else np.frombuffer(sample, np.uint8) for sample in whole]
+    present = [blank if sample is None else sample for sample in samples]
+    data = [sample[..., None] if raw else np.frombuffer(sample, np.uint8) for sample in present]
     return _Samples(data, micro.angles, micro.flips.astype(np.int32), micro.rows, mask, damaged)
 
 
 class _Feed:
     """What external_source asks for: of each micro-batch the data, angles and flips."""
 
-    def __init__(self, coming: Iterator[_Samples]) -> None:
-        self._coming = coming
+    def __init__(self, samples: Iterator[_Samples]) -> None:
+        self._samples = samples
         self.inside: deque[_Samples] = deque()  # what DALI has, and has not given back
         self.ended = False
 
@@ -117,9 +117,9 @@ class _Feed:
         return self.ended and not self.inside
 
     def __iter__(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        for samples in self._coming:
-            self.inside.append(samples)
-            yield samples.data, samples.angles, samples.flips
+        for each in self._samples:
+            self.inside.append(each)
+            yield each.data, each.angles, each.flips
         self.ended = True
 
 

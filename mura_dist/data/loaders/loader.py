@@ -87,9 +87,11 @@ class BatchLoader:
 
     @classmethod
     def from_settings(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "BatchLoader":
-        """Choose from the machine what the settings leave open: DALI on CUDA where it is installed, OpenCV elsewhere; this
-        rank's share of the processors, four at most (eight beside a GPU, which needs none); as many micro-batches ahead as
-        64 MiB hold, from two a thread to sixteen a thread.
+        """Choose from the machine what the settings leave open.
+
+        The backend is DALI on CUDA where it is installed, OpenCV elsewhere. The threads are this rank's share of the
+        processors, four at most (eight beside a GPU, which needs none). As many micro-batches are ready ahead as 64 MiB hold,
+        from two a thread to sixteen a thread.
 
         Raises:
             Refusal: pipeline=dali where DALI cannot be imported.

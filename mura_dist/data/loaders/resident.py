@@ -1,7 +1,7 @@
 """Batches of radiographs that stay in the device's memory (pipeline=resident; experimental, not measured on a GPU).
 
     rows that are not kept yet -> threads: read, decoded, into pinned memory -> Store: uint8 (n, S, S) on the device
-    place in the store, angle, flip of each radiograph -> one pinned transfer -> warp.py -> uint8 (B, 1, S, S)
+    slot in the store, angle, flip of each radiograph -> one pinned transfer -> warp.py -> uint8 (B, 1, S, S)
 
 A row is read when a micro-batch first asks for it: train's in the first epoch, tune's in the first evaluation. From then on
 a batch costs the host one small transfer and the launch of one kernel.
@@ -28,7 +28,7 @@ from mura_dist.distributed import environment
 
 _SHARE = 0.5  # of the free memory of the device, which the store may take; the rest is the training's
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
-_UNREAD, _DAMAGED = -1, -2  # a row's place in the store, where it has none
+_UNREAD, _DAMAGED = -1, -2  # a row's slot, where it has none
 
 
 def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: int) -> Iterator[Images]:
@@ -37,18 +37,18 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
     Raises:
         OwnRefusal: the store would outgrow its share of the device's memory.
     """
-    claimed = np.zeros(store.num_rows, bool)  # rows that a micro-batch before this one reads
+    is_claimed = np.zeros(store.num_rows, bool)  # rows that a micro-batch before this one reads
 
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
 
         def claim(micro: Micro) -> Future[_Block]:
             rows = np.unique(micro.rows[micro.mask])
-            missing = rows[store.is_unread(rows) & ~claimed[rows]]
+            missing = rows[store.is_unread(rows) & ~is_claimed[rows]]
             if not len(missing):
                 task: Future[_Block] = Future()
                 task.set_result(_Block(micro, missing, _NO_PIXELS, ()))
                 return task
-            claimed[missing] = True
+            is_claimed[missing] = True
             store.reserve(missing)
             return pool.submit(store.read, micro, missing)
 
@@ -77,11 +77,13 @@ class Store:
         """Keep nothing yet."""
         self._shards, self._device = shards, device
         self._split_of = shards.manifest.frame["split"].to_numpy()
-        self._places = np.full(self.num_rows, _UNREAD, np.int32)  # of each row, in `pixels`
+        self._slots = np.full(self.num_rows, _UNREAD, np.int32)  # of each row, in `pixels`
         self._damaged: dict[int, Damaged] = {}
         self._splits: set[str] = set()
         self._num_kept = 0
-        self._pixels = torch.empty((0, shards.size, shards.size), dtype=torch.uint8, device=device)
+        self._pixels = torch.empty(
+            (1, shards.size, shards.size), dtype=torch.uint8, device=device
+        )  # a kernel may have no radiograph to read, but no empty memory
         self._warp = pick_warp(device)
         self._stream: torch.cuda.Stream | None = None  # the one that used `pixels` last
 
@@ -91,7 +93,7 @@ class Store:
 
     def is_unread(self, rows: np.ndarray) -> np.ndarray:
         """Return for each of `rows` whether it still has to be read, bool (n,)."""
-        return self._places[rows] == _UNREAD
+        return self._slots[rows] == _UNREAD
 
     def reserve(self, rows: np.ndarray) -> None:
         """Make room for all of the splits that `rows` are of.
@@ -104,18 +106,19 @@ class Store:
             return
         size = self._shards.size
         count = sum(len(self._shards.rows(split)) for split in splits)
-        num_bytes, limit = count * size**2, int(_SHARE * (_free_bytes(self._device) + self._pixels.numel()))
+        replaced = self._pixels.numel() if self._splits else 0  # bytes
+        num_bytes, limit = count * size**2, int(_SHARE * (_free_bytes(self._device) + replaced))
         if num_bytes > limit:
             raise OwnRefusal(
                 f"pipeline=resident: the {count} radiographs of {', '.join(sorted(splits))} take {num_bytes:,} bytes, the limit "
                 f"on {self._device} is {limit:,} ({_SHARE:.0%} of what is free); give pipeline=dali or pipeline=cpu"
             )
         self._follow_stream()
-        kept = self._pixels
+        old_pixels = self._pixels
         self._pixels = torch.empty((count, size, size), dtype=torch.uint8, device=self._device)
-        self._pixels[: self._num_kept].copy_(kept[: self._num_kept])
+        self._pixels[: self._num_kept].copy_(old_pixels[: self._num_kept])
         if self._stream is not None:
-            kept.record_stream(self._stream)
+            old_pixels.record_stream(self._stream)
         self._splits = splits
 
     def read(self, micro: Micro, rows: np.ndarray) -> _Block:
@@ -123,37 +126,37 @@ class Store:
         size = self._shards.size
         pixels = torch.empty((len(rows), size, size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         array, damaged = pixels.numpy(), []
-        whole: list[int] = []
+        readable: list[int] = []
         for row in rows.tolist():
             try:
-                array[len(whole)] = self._shards.pixels(row)
-                whole.append(row)
+                array[len(readable)] = self._shards.pixels(row)
+                readable.append(row)
             except Damaged as error:
                 damaged.append(error)
-        return _Block(micro, np.array(whole, np.int64), pixels[: len(whole)], tuple(damaged))
+        return _Block(micro, np.array(readable, np.int64), pixels[: len(readable)], tuple(damaged))
 
     def add(self, block: _Block) -> None:
         """Keep what was read; another stream of batches may have been faster for some of it."""
         self._follow_stream()
         for number in np.flatnonzero(self.is_unread(block.rows)).tolist():
             self._pixels[self._num_kept].copy_(block.pixels[number], non_blocking=True)
-            self._places[block.rows[number]] = self._num_kept
+            self._slots[block.rows[number]] = self._num_kept
             self._num_kept += 1
         for damaged in block.damaged:
-            self._places[damaged.row] = _DAMAGED
+            self._slots[damaged.row] = _DAMAGED
             self._damaged[damaged.row] = damaged
 
     def images(self, micro: Micro) -> Images:
         """Warp a micro-batch whose rows were all read."""
-        places = np.where(micro.mask, self._places[micro.rows], _UNREAD)
-        mask = places >= 0
-        sent = np.empty((len(places), 7), np.float32)  # place (int32), map
-        sent.view(np.int32)[:, 0] = np.where(mask, places, -1)
-        sent[:, 1:] = inverse_maps(micro.angles, micro.flips, self._shards.size)
-        there = send(sent, self._device)
+        slots = np.where(micro.mask, self._slots[micro.rows], _UNREAD)
+        mask = slots >= 0
+        packet = np.empty((len(slots), 7), np.float32)  # slot (int32), map
+        packet.view(np.int32)[:, 0] = np.where(mask, slots, -1)
+        packet[:, 1:] = inverse_maps(micro.angles, micro.flips, self._shards.size)
+        on_device = send(packet, self._device)
         self._follow_stream()
-        pixels = self._warp(self._pixels, there.view(torch.int32)[:, 0], there[:, 1:])
-        damaged = micro.rows[places == _DAMAGED].tolist()
+        pixels = self._warp(self._pixels, on_device.view(torch.int32)[:, 0], on_device[:, 1:])
+        damaged = micro.rows[slots == _DAMAGED].tolist()
         return Images(pixels, micro.rows, mask, tuple(copy.copy(self._damaged[row]) for row in damaged))
 
     def _follow_stream(self) -> None:

@@ -30,7 +30,7 @@ class DeviceTargets:
 
         No step of it depends on a value on the device: a boolean index would, and the host would wait for it.
         """
-        row, known, real = send(np.stack([rows, np.maximum(rows, 0), mask]), self._device)  # (3, B) int64
+        row, index, real = send(np.stack([rows, np.maximum(rows, 0), mask]), self._device)  # (3, B) int64
         is_real = real.bool()
-        label, weight = self._both.index_select(1, known) * is_real  # (2, B)
+        label, weight = self._both.index_select(1, index) * is_real  # (2, B)
         return label, weight, row, is_real

@@ -1,6 +1,6 @@
 """Gather, rotate and flip radiographs where they lie, on their device: the pixels of opencv.py.
 
-    pixels (n, S, S) uint8, places, inverse maps -> (B, 1, S, S) uint8
+    pixels (n, S, S) uint8, slots, inverse maps -> (B, 1, S, S) uint8
 
 The arithmetic is that of OpenCV's warpAffine: a source position in float32, two linear interpolations along x and one
 along y, 0 outside, rounded half to even. Where OpenCV fuses a product and a sum, a pixel in some thousand differs by 1.
@@ -44,8 +44,8 @@ def inverse_maps(angles: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray
 
 
 def pick_warp(device: torch.device) -> Warp:
-    """Return the function that warps on `device`: warp(pixels (n, S, S) uint8, places (B,) int32, maps (B, 6) float32) gives
-    (B, 1, S, S) uint8; a place of -1 gives 0."""
+    """Return the function that warps on `device`: warp(pixels (n, S, S) uint8, slots (B,) int32, maps (B, 6) float32) gives
+    (B, 1, S, S) uint8; a slot of -1 gives 0."""
     if device.type != "cuda" or triton_error():
         return warp_by_torch
     from mura_dist.data.loaders.warp_triton import warp_by_triton
@@ -65,20 +65,20 @@ def triton_error() -> str:
     return ""
 
 
-def warp_by_torch(pixels: Tensor, places: Tensor, maps: Tensor) -> Tensor:
+def warp_by_torch(pixels: Tensor, slots: Tensor, maps: Tensor) -> Tensor:
     """Warp with torch operations, none of which waits for a value on the device."""
     size = pixels.shape[-1]
-    out = torch.empty((len(places), 1, size, size), dtype=torch.uint8, device=pixels.device)
-    chunk = _CPU_CHUNK if pixels.device.type == "cpu" else len(places)
-    for start in range(0, len(places), chunk):
-        part = slice(start, start + chunk)
-        _warp_chunk(pixels, places[part], maps[part], out[part, 0])
+    out = torch.empty((len(slots), 1, size, size), dtype=torch.uint8, device=pixels.device)
+    step = _CPU_CHUNK if pixels.device.type == "cpu" else len(slots)
+    for start in range(0, len(slots), step):
+        chunk = slice(start, start + step)
+        _warp_chunk(pixels, slots[chunk], maps[chunk], out[chunk, 0])
     return out
 
 
-def _warp_chunk(pixels: Tensor, places: Tensor, maps: Tensor, out: Tensor) -> None:
+def _warp_chunk(pixels: Tensor, slots: Tensor, maps: Tensor, out: Tensor) -> None:
     size, wide = pixels.shape[-1], pixels.shape[-1] + 2
-    sources = pixels.index_select(0, places.clamp(min=0)) * (places >= 0)[:, None, None]
+    sources = pixels.index_select(0, slots.clamp(min=0)) * (slots >= 0)[:, None, None]
     bordered = functional.pad(sources, (1, 1, 1, 1))  # (B, S + 2, S + 2): outside a radiograph is 0
     axis = torch.arange(size, dtype=torch.float32, device=pixels.device)
     a, b, c, d, e, f = maps[:, :, None, None].unbind(1)  # (B, 1, 1) each
@@ -88,7 +88,7 @@ def _warp_chunk(pixels: Tensor, places: Tensor, maps: Tensor, out: Tensor) -> No
     share_x, share_y = source_x.sub_(left), source_y.sub_(top)
     columns = [left.add(step).clamp_(0, size + 1).int() for step in (1, 2)]
     rows = [top.add(step).clamp_(0, size + 1).int().mul_(wide) for step in (1, 2)]
-    rows = [row.add_(_starts(len(places), wide, pixels.device)) for row in rows]
+    rows = [row.add_(_starts(len(slots), wide, pixels.device)) for row in rows]
     upper, lower = (
         _between(_take(bordered, row + columns[0]), _take(bordered, row + columns[1]), share_x) for row in rows
     )

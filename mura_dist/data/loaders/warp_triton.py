@@ -9,23 +9,23 @@ _BLOCK = 1024  # output pixels of a program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused product and sum is rounded otherwise than torch's
 
 
-def warp_by_triton(pixels: Tensor, places: Tensor, maps: Tensor) -> Tensor:
+def warp_by_triton(pixels: Tensor, slots: Tensor, maps: Tensor) -> Tensor:
     """Warp as warp_by_torch does, to the bit, in one kernel."""
     size = pixels.shape[-1]
-    out = torch.empty((len(places), 1, size, size), dtype=torch.uint8, device=pixels.device)
-    grid = (len(places), triton.cdiv(size * size, _BLOCK))
-    strides = (places.stride(0), maps.stride(0))
-    _warp[grid](pixels, places, maps, out, *strides, size=size, block=_BLOCK, **OPTIONS)
+    out = torch.empty((len(slots), 1, size, size), dtype=torch.uint8, device=pixels.device)
+    grid = (len(slots), triton.cdiv(size * size, _BLOCK))
+    strides = (slots.stride(0), maps.stride(0))
+    _warp[grid](pixels, slots, maps, out, *strides, size=size, block=_BLOCK, **OPTIONS)
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _warp(pixels, places, maps, out, place_stride, map_stride, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _warp(pixels, slots, maps, out, slot_stride, map_stride, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     radiograph = tl.program_id(0)
     position = tl.program_id(1) * block + tl.arange(0, block)
     is_output = position < size * size
     y, x = (position // size).to(tl.float32), (position % size).to(tl.float32)
-    place = tl.load(places + radiograph * place_stride)
+    slot = tl.load(slots + radiograph * slot_stride)
     values = maps + radiograph * map_stride
     a, b, c = tl.load(values), tl.load(values + 1), tl.load(values + 2)
     d, e, f = tl.load(values + 3), tl.load(values + 4), tl.load(values + 5)
@@ -34,10 +34,10 @@ def _warp(pixels, places, maps, out, place_stride, map_stride, size: tl.constexp
     left, top = tl.floor(source_x), tl.floor(source_y)
     share_x, share_y = source_x - left, source_y - top
     column, row = left.to(tl.int32), top.to(tl.int32)
-    is_real = is_output & (position >= tl.where(place < 0, size * size, 0))
+    is_real = is_output & (position >= tl.where(slot < 0, size * size, 0))
     has_left, has_right = (column >= 0) & (column < size), (column >= -1) & (column < size - 1)
     has_top, has_bottom = is_real & (row >= 0) & (row < size), is_real & (row >= -1) & (row < size - 1)
-    corner = pixels + place.to(tl.int64) * (size * size) + row * size + column
+    corner = pixels + slot.to(tl.int64) * (size * size) + row * size + column
     near = tl.load(corner, has_top & has_left, other=0).to(tl.float32)
     far = tl.load(corner + 1, has_top & has_right, other=0).to(tl.float32)
     upper = near + share_x * (far - near)

@@ -94,6 +94,16 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_has_only_padding_gets_black_batches(opened: Shards, backend: str) -> None:
+    """Evaluating fewer radiographs than there are ranks: each has as many micro-batches."""
+    micros = sampler.evaluation_micros(opened.rows("valid")[:2], micro_batch=4, rank=2, world_size=3)
+    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 4, workers=1)
+    [batch] = loader.load(micros)
+    assert batch.row.tolist() == [-1] * 4
+    assert not any(tensor.any() for tensor in (batch.image, batch.label, batch.weight, batch.mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_batches_from_any_number_of_threads(opened: Shards, backend: str) -> None:
     micros = micros_of(opened, rotate_deg=30, flip=True)
     one, four = (pixels_by(backend, opened, micros, workers) for workers in (1, 4))
@@ -136,11 +146,11 @@ def test_the_consumer_reads_no_sample(opened: Shards, backend: str, monkeypatch:
     """Neither reads nor decodes: on a GPU, whose next step it launches, that would be time in which the GPU is idle."""
     readers, encoded = set(), Shards.encoded
 
-    def noted(self: Shards, row: int) -> bytes:
+    def note_reader(self: Shards, row: int) -> bytes:
         readers.add(threading.get_ident())
         return encoded(self, row)
 
-    monkeypatch.setattr(Shards, "encoded", noted)
+    monkeypatch.setattr(Shards, "encoded", note_reader)
     loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=2)
     assert len(list(loader.load(micros_of(opened, rotate_deg=30, flip=True)))) > 10
     assert readers

@@ -29,11 +29,11 @@ def num_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each row was read."""
     counts, encoded = Counter[int](), Shards.encoded
 
-    def counted(self: Shards, row: int) -> bytes:
+    def count_read(self: Shards, row: int) -> bytes:
         counts[row] += 1
         return encoded(self, row)
 
-    monkeypatch.setattr(Shards, "encoded", counted)
+    monkeypatch.setattr(Shards, "encoded", count_read)
     return counts
 
 
@@ -51,11 +51,11 @@ def evaluation(rows: np.ndarray) -> list[sampler.Micro]:
 
 
 def assert_same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        difference = (one.image.int() - other.image.int()).abs()
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a.image.int() - b.image.int()).abs()
         assert (difference <= 1).float().mean() >= 0.999
         for name in ("label", "weight", "row", "mask"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
+            assert torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_each_radiograph_is_read_once_in_a_run(shards: Shards, num_reads: Counter[int]) -> None:
