@@ -75,7 +75,7 @@ def _run(
             image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
             feed_ndarray(pixels.as_tensor(), image, cuda_stream=graph.stream)
             micro = feed.inside.popleft()
-            if not micro.mask.all():
+            if not micro.mask.all():  # black as encoded; a decoder on a GPU is free to round
                 image *= send(micro.mask, device).view(batch, 1, 1, 1)
             event = graph.stream.record_event() if graph.stream is not None else None
             if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import laws
+from nvidia.dali import Pipeline
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Failure
@@ -155,6 +156,20 @@ def test_the_consumer_reads_no_sample(opened: Shards, backend: str, monkeypatch:
     assert len(list(loader.load(micros_of(opened, rotate_deg=30, flip=True)))) > 10
     assert readers
     assert threading.get_ident() not in readers
+
+
+def test_the_consumer_does_not_run_dali(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipeline.run calls external_source's Python, and waits: both in the thread that calls it."""
+    runners, run = set(), Pipeline.run
+
+    def note_runner(self: Pipeline, *words: object) -> object:
+        runners.add(threading.get_ident())
+        return run(self, *words)
+
+    monkeypatch.setattr(Pipeline, "run", note_runner)
+    assert len(pixels_by("dali", opened, micros_of(opened, rotate_deg=30, flip=True))) > 50
+    assert runners
+    assert threading.get_ident() not in runners
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -59,10 +59,11 @@ def assert_same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> None:
 
 
 def test_each_radiograph_is_read_once_in_a_run(shards: Shards, num_reads: Counter[int]) -> None:
-    """Over epochs and evaluations of other sizes; of splits apart, and together as `evaluate` scores them."""
+    """Over epochs and evaluations of other sizes, of splits apart and together; asked for again before it lies there."""
     loader, other = loader_of(shards), loader_of(shards, "cpu")
     both = np.union1d(shards.rows("valid"), shards.rows("tune"))
-    streams = [evaluation(shards.rows("tune")), training(shards, 0), training(shards, 1), evaluation(both)]
+    tune = evaluation(shards.rows("tune"))
+    streams = [tune * 2, training(shards, 0), training(shards, 1), evaluation(both)]
     batches = [list(loader.load(micros)) for micros in streams]
     assert set(both) | set(batches[1][0].row.tolist()) <= set(num_reads)
     assert set(num_reads.values()) == {1}

@@ -58,6 +58,15 @@ def test_a_slot_of_minus_one_is_black() -> None:
     assert [image.max() for image in ours] == [255, 0, 255]
 
 
+HALVES = np.array([[1, 0, 0.5, 0, 1, 0]], np.float32)  # each pixel and its right neighbor, half of both
+
+
+def test_halves_are_rounded_to_even_as_opencv_does() -> None:
+    pixels = np.array([[[0, 1, 2, 5], [255, 254, 253, 1], [7, 8, 3, 4], [0, 0, 0, 0]]], np.uint8)
+    warped = warp_by_torch(*map(torch.from_numpy, (pixels, np.zeros(1, np.int32), HALVES)))
+    assert warped[0, 0].tolist() == [[0, 2, 4, 2], [254, 254, 127, 0], [8, 6, 4, 2], [0, 0, 0, 0]]
+
+
 INTERPRETED = """
 import sys, numpy as np, torch
 from mura_dist.data.loaders.warp import inverse_maps, warp_by_torch
@@ -68,6 +77,7 @@ with np.load(sys.argv[1]) as saved:
         packed = np.empty((len(slots), 7), np.float32)  # as resident.py sends them: views with strides
         packed.view(np.int32)[:, 0] = slots
         packed[:, 1:] = inverse_maps(saved["angles"], saved["flips"], int(size))
+        packed[-1, 1:] = saved["halves"]
         on_device = torch.from_numpy(packed)
         arguments = torch.from_numpy(pixels), on_device.view(torch.int32)[:, 0], on_device[:, 1:]
         triton, plain = warp_by_triton(*arguments), warp_by_torch(*arguments)
@@ -78,7 +88,7 @@ with np.load(sys.argv[1]) as saved:
 
 def test_the_triton_kernel_gives_the_same_bits(tmp_path: Path) -> None:
     """Run by Triton's interpreter on the CPU, which an environment variable turns on at import."""
-    arrays: dict[str, np.ndarray] = {"angles": ANGLES, "flips": FLIPS, "sizes": np.array([9, 33, 40])}
+    arrays: dict[str, np.ndarray] = {"angles": ANGLES, "flips": FLIPS, "halves": HALVES, "sizes": np.array([9, 33, 40])}
     for size in arrays["sizes"].tolist():
         arrays[f"pixels{size}"], slots = random_radiographs(size)
         arrays[f"slots{size}"] = np.where(np.arange(len(slots)) == 4, -1, slots).astype(np.int32)
