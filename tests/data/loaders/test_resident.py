@@ -121,5 +121,6 @@ def test_a_run_on_resident_radiographs_learns_as_the_cpu_backends_does(
     ours, wanted = losses(tmp_path / "run"), losses(one)
     assert len(ours) == len(wanted) >= 10
     assert ours[0] == pytest.approx(wanted[0], rel=1e-4)
-    assert ours == pytest.approx(wanted, rel=2e-2)
+    assert ours[:9] == pytest.approx(wanted[:9], rel=1e-3)
+    assert ours == pytest.approx(wanted, rel=2e-2)  # pixels that differ by 1 grow, as any rounding does
     assert json.loads((tmp_path / "run" / "environment.json").read_bytes())["pipeline"] == "resident"
