@@ -68,8 +68,8 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, note: s
     targets = Targets.of(shards, settings.loss_weights)
     saved = start.resume_point(run, ranks)
     state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
-    engine = start.make_engine(plan, targets, saved, ranks)
     loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
+    engine = start.make_engine(plan, targets, saved, ranks)
     if ranks.is_first:
         how = {"world_size": ranks.size, "device": str(ranks.device)}
         run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)

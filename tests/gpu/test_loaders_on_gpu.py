@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import gpu
 
 from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.loader import BatchLoader, Targets
@@ -13,7 +14,8 @@ from mura_dist.data.loaders.warp import inverse_maps, triton_error, warp_by_torc
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = gpu.MARKS
+needs_cuda = pytest.mark.skipif(not gpu.CUDA, reason="compares two programs of a CUDA device")
 
 BATCH = 8
 
@@ -42,9 +44,9 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) 
     evaluated = sampler.evaluation_micros(encoded.rows("valid")[: BATCH + 3], micro_batch=BATCH, rank=0, world_size=1)
     for micros in (training_micros(encoded, 4), evaluated):
         host = loader_of(encoded, torch.device("cpu"), "cpu").load(micros)
-        device = loader_of(encoded, torch.device("cuda", 0), backend).load(micros)
+        device = loader_of(encoded, gpu.DEVICE, backend).load(micros)
         for ours, theirs in zip(device, host, strict=True):
-            assert ours.image.is_cuda
+            assert ours.image.device == gpu.DEVICE
             difference = np.abs(ours.image.cpu().numpy().astype(int) - theirs.image.numpy())
             # dali's jpeg: two decoders, each free to round
             limit = {"dali": 2 if encoded.encoding != "jpeg" else 4, "cpu": 0, "resident": 1}[backend]
@@ -57,6 +59,9 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) 
 @pytest.fixture
 def no_wait() -> Iterator[None]:
     """torch raises wherever the host would wait for the device."""
+    if not gpu.CUDA:
+        yield
+        return
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -68,17 +73,18 @@ def no_wait() -> Iterator[None]:
 def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -> None:
     """Neither while radiographs are read for the first time, nor later."""
     shards = Shards.open(shard_folder)
-    loader, micros = loader_of(shards, torch.device("cuda", 0), backend), training_micros(shards, 4)
+    loader, micros = loader_of(shards, gpu.DEVICE, backend), training_micros(shards, 4)
     for _ in range(2):
         assert len(list(loader.load(micros))) == 4
 
 
+@needs_cuda
 def test_the_triton_kernel_gives_the_bits_of_torch() -> None:
     """On the GPU, of random pixels at several sizes and angles; a slot of -1 is black."""
     assert triton_error() == ""
     from mura_dist.data.loaders.warp_triton import warp_by_triton
 
-    device, rng = torch.device("cuda", 0), np.random.default_rng(0)
+    device, rng = gpu.DEVICE, np.random.default_rng(0)
     angles = np.array([0, 90, -90, 180, 45, 30, -30, 12.3456, -7.77, 0.001], np.float32)
     flips, slots = rng.random(10) < 0.5, np.arange(10, dtype=np.int32) - 1
     for size in (17, 64, 320, 331):

@@ -57,15 +57,3 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once(
     assert set(sizes) == {number}
     assert np.array_equal(scores.rows, rows)
     np.testing.assert_allclose(scores.logit, by_four.logit, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("micro_batch", "prefetch", "size", "ahead"), [(8, 64, 256, 2), (8, 64, 16, 32), (8, 0, 64, 0)]
-)
-def test_as_many_bytes_are_loaded_ahead(
-    shard_folder: Path, micro_batch: int, prefetch: int, size: int, ahead: int
-) -> None:
-    shards = Shards.open(shard_folder)
-    loading = BatchLoader(shards, Targets.of(shards), torch.device("cpu"), "cpu", micro_batch, 2, prefetch)
-    changed = loading.with_micro_batch(size)
-    assert (changed.micro_batch, changed.prefetch) == (size, ahead)
