@@ -55,7 +55,7 @@ def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) 
     assert written["stages"] == {
         "graph": "left out: CUDA graphs need CUDA",
         "roofline": "ok",
-        "proto": f"left out: no shards in {tmp_path / 'scratch'}; stage data makes them",
+        "proto": f"left out: no raw shards in {tmp_path / 'scratch'}; stage data makes them",
     }
     assert any(line["what"] == "matmul 128 bfloat16" and line["tflops"] > 0 for line in written["measurements"])
     assert "matmul 128 bfloat16" in done.stdout.partition("in all; ")[2]
