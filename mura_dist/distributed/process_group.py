@@ -128,10 +128,11 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
         try:
             yield World(rank, size, told.local_rank, device, timeout_s)
         except BaseException:
-            if backend == "gloo":
-                _leave()
-            else:  # to leave NCCL's group is to wait for ranks that wait for us; this process is about to end
-                nccl.abandon()
+            if backend == "nccl" and size > 1:  # to leave its group is to wait for ranks that wait for us
+                nccl.abandon()  # this process is about to end
+            else:
+                with contextlib.suppress(RuntimeError):  # a device that failed cannot be left; why it failed is raised
+                    _leave()
             raise
         _leave()
 

@@ -48,26 +48,27 @@ def asked_to_stop(also: str | None = None, *, patience_s: float = _IMPATIENT_S) 
 
 
 def at_once() -> contextlib.AbstractContextManager[None]:
-    """Where there is nothing to save and Python's handlers may not be heard: SIGINT ends the process, as SIGTERM does."""
-    return _heard(signal.SIGINT, signal.SIG_DFL)
+    """Let SIGINT and SIGTERM end the process: where there is nothing to save and Python's handlers may not be heard."""
+    return _heard({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
 
 
 def as_interrupt() -> contextlib.AbstractContextManager[None]:
     """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
-    return _heard(signal.SIGTERM, signal.default_int_handler)
+    return _heard({signal.SIGTERM: signal.default_int_handler})
 
 
 @contextlib.contextmanager
-def _heard(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """By `handler`, for as long as the block runs. Signals are the main thread's: in another one nothing changes."""
+def _heard(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """By `handlers`, for as long as the block runs. Signals are the main thread's: in another one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, handler)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _number(name: str) -> signal.Signals:

@@ -41,12 +41,13 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     run = Run(Path(settings.run), settings)
     plan = Plan.of(run.settings, environment.world_size())
     with contextlib.ExitStack() as stack:
+        # First in, last out: a launcher's SIGTERM, when another rank failed, must not keep status.json from being written.
+        stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         finished = environment.is_first() and not start.begin(run, plan, stack)
         with at_once():  # torch waits for the others in C++, where no handler of ours is heard
             ranks = stack.enter_context(
                 process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S))
             )
-        stop = stack.enter_context(asked_to_stop(settings.stop_signal))
         if ranks.any(finished):
             return run.status()["summary"]
         start.agree(plan, ranks)

@@ -4,9 +4,12 @@ nan       the logits are NaN              gradient  the logits are sound, their 
 memory    torch.OutOfMemoryError          error     another exception
 evaluation  the logits are NaN, at calls of its forward in evaluations instead
 bf16      the rank's processor computes bf16, the others' do not
+
+FAULT_LEAVE_S: seconds that it takes each rank to leave the others.
 """
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -44,6 +47,16 @@ if FAULT == "bf16":
     process_group.computes_bf16 = lambda: os.environ.get("RANK", "0") == RANK  # type: ignore[assignment]
     CALLS = set()
 DenseNet.forward = faulty  # type: ignore[method-assign]
+
+leave = process_group._leave
+
+
+def slow_leave() -> None:
+    time.sleep(float(os.environ.get("FAULT_LEAVE_S", "0")))
+    leave()
+
+
+process_group._leave = slow_leave
 
 if __name__ == "__main__":
     entry()

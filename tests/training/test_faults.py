@@ -21,10 +21,10 @@ FAULTY = ROOT / "tests/helpers/faulty_train.py"
 MICROS = 6  # of a step: a global batch of 12, two radiographs each
 
 
-def train(ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *words: str):
+def train(ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *words: str, leave_s: float = 0):
     """As helpers.commands.train, with a fault at some calls of a rank's training forward."""
     settings = (*TINY, "micro_batch=2", f"shards={shards}", f"run={folder}", *words, "--quiet")
-    environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call}
+    environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call, "FAULT_LEAVE_S": str(leave_s)}
     launch = [warm_python()] if ranks == 1 else ["torchrun", "--standalone", "--nproc-per-node", ranks]
     return run(*launch, FAULTY, "train", *settings, env=environment, timeout_s=120)
 
@@ -175,8 +175,12 @@ def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, 
     assert again.returncode == 0, again.stderr
 
 
-def test_a_rank_that_fails_takes_the_others_with_it_in_one_line_each(shard_folder: Path, tmp_path: Path) -> None:
-    result = train(2, "error", 1, "10", shard_folder, tmp_path / "run")
+@pytest.mark.parametrize("leave_s", [0, 3])
+def test_a_rank_that_fails_takes_the_others_with_it_in_one_line_each(
+    shard_folder: Path, tmp_path: Path, leave_s: float
+) -> None:
+    """Also where torchrun's SIGTERM finds them leaving."""
+    result = train(2, "error", 1, "10", shard_folder, tmp_path / "run", leave_s=leave_s)
     assert result.returncode == 1
     assert "a fault of the test" in result.stderr
     lost = [line for line in told(result.stderr) if "lost another rank" in line]
