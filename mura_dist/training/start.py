@@ -151,11 +151,12 @@ def introduction(plan: Plan, ranks: World, loading: BatchLoader, state: State) -
         if s.lr_scaling != "none"
         else ""
     )
+    step = f", step={s.step}" if s.step != "eager" else ""
     return (
         f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
         f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
         f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
-        f"{s.precision} on {ranks.device.type}, {loading}{_slow(s)}"
+        f"{s.precision} on {ranks.device.type}{step}, {loading}{_slow(s)}"
     )
 
 

@@ -3,17 +3,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.commands import run
+from helpers.steps import NUM_MICROS, SIZE, batches, settings
 from torch import Tensor
 
-from mura_dist.core import config
 from mura_dist.data.loaders.loader import Batch
-from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import DenseNet, build
 from mura_dist.training import engine as room
@@ -22,38 +20,16 @@ from mura_dist.training.ema import Average
 from mura_dist.training.engine import Engine
 from mura_dist.training.flat_parameters import Flat
 
-MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
 
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    with process_group.join(30) as ranks:
-        yield ranks
-
-
-def settings(**values: object) -> config.Settings:
-    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": MICROS * SIZE}
-    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
-
-
-def some_batches(seed: int) -> list[Batch]:
-    random = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
-    label = torch.randint(0, 2, (MICROS, SIZE), generator=random).float()
-    weight = torch.rand(MICROS, SIZE, generator=random)
-    ones = torch.ones(SIZE)
-    return [Batch(image[i], label[i], weight[i], ones.long(), ones.bool()) for i in range(MICROS)]
-
-
-def by_hand(model: DenseNet, batches: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
+def by_hand(model: DenseNet, step: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
     """(loss, gradient end to end) of sum(weight x BCE) / global batch, by autograd and nothing else."""
     model.train()
     total = torch.zeros(())
-    for batch in batches:
+    for batch in step:
         logit, _ = model(batch.image)
         target = batch.label * (1 - smoothing) + smoothing / 2
         each = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
-        total = total + (batch.weight * each).sum() / (MICROS * SIZE)
+        total = total + (batch.weight * each).sum() / (NUM_MICROS * SIZE)
     gradients = torch.autograd.grad(total, list(model.parameters()))
     return total.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -83,8 +59,8 @@ def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, sm
     chosen = settings(optimiser="sgd", channels_last=channels_last, label_smoothing=smoothing)
     engine = Engine(build("tiny", seed=1), chosen, alone)
     before = weights_of(engine.model)
-    result = engine.step(some_batches(1), 0.5)
-    loss, gradient = by_hand(build("tiny", seed=1), some_batches(1), smoothing)
+    result = engine.step(batches(1), 0.5)
+    loss, gradient = by_hand(build("tiny", seed=1), batches(1), smoothing)
     assert result.applied
     assert not result.bad_micros
     assert result.loss == pytest.approx(loss, rel=1e-5)
@@ -96,7 +72,7 @@ def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, sm
 def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
     engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", clip_norm=limit), alone)
     before = weights_of(engine.model)
-    norm = engine.step(some_batches(1), 1.0).gradient_norm
+    norm = engine.step(batches(1), 1.0).gradient_norm
     moved = (weights_of(engine.model) - before).norm().item()
     assert moved == pytest.approx(min(limit, norm), rel=1e-3)
     assert 0.01 < norm < 1e6
@@ -107,7 +83,7 @@ def test_nobody_else_clips(alone: World, stage: int) -> None:
     """DeepSpeed would, to 1, where it is not told otherwise."""
     engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", zero_stage=stage), alone)
     before = weights_of(engine.model)
-    heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in some_batches(1)]
+    heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in batches(1)]
     norm = engine.step(heavy, 1e-3).gradient_norm
     assert norm > 10
     assert (weights_of(engine.model) - before).norm().item() == pytest.approx(1e-3 * norm, rel=1e-3)
@@ -123,13 +99,13 @@ def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
     """BatchNorm's own buffers forget as well: (1 - momentum) times NaN would stay for good."""
     engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
     for engine in engines:
-        engine.step(some_batches(1), 1e-2)
+        engine.step(batches(1), 1e-2)
     calls: list[int] = []
     handle = engines[0].model.features.conv0.register_forward_hook(functools.partial(spoil_stem, calls))
-    result = engines[0].step(some_batches(2), 1e-2)
+    result = engines[0].step(batches(2), 1e-2)
     handle.remove()
-    assert (result.applied, result.bad_micros, len(calls)) == (False, (1,), MICROS)
-    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    assert (result.applied, result.bad_micros, len(calls)) == (False, (1,), NUM_MICROS)
+    after = [engine.step(batches(3), 1e-2) for engine in engines]
     assert after[0] == after[1]
     assert after[0].applied
     assert same(everything(engines[0]), everything(engines[1]))
@@ -143,18 +119,18 @@ def test_a_wish_to_stop_does_not_wait_for_a_long_step(
     monkeypatch.setattr(room, "_LONG_S", long_s)
     engine, other = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
     before = everything(engine)
-    result = engine.step(some_batches(1), 1e-2, asked=lambda: True)
+    result = engine.step(batches(1), 1e-2, asked=lambda: True)
     assert result.stop
     assert result.abandoned == (not result.applied) == (long_s == 0)
     assert same(everything(engine), before) == (long_s == 0)
     if result.abandoned:
-        assert engine.step(some_batches(1), 1e-2) == other.step(some_batches(1), 1e-2)
+        assert engine.step(batches(1), 1e-2) == other.step(batches(1), 1e-2)
         assert same(everything(engine), everything(other)), "done again, it is what it would have been"
 
 
 def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
     engine = Engine(build("tiny", seed=2), settings(ema=0.5), alone)
-    engine.step(some_batches(1), 1e-2)
+    engine.step(batches(1), 1e-2)
     assert engine.average is not None
     known = engine.fingerprint()
     assert known[1]
@@ -178,7 +154,7 @@ def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
 def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words: dict[str, object]) -> None:
     """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""
     engines = [Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2)]
-    first = [engine.step(some_batches(1), 1e-2) for engine in engines]
+    first = [engine.step(batches(1), 1e-2) for engine in engines]
     assert first[0] == first[1]
     before, calls = everything(engines[0]), 0
 
@@ -191,13 +167,13 @@ def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words
         return (logit * math.nan if calls == 2 and fault == "loss" else logit), cells
 
     handle = engines[0].model.register_forward_hook(spoil)
-    result = engines[0].step(some_batches(2), 1e-2)
+    result = engines[0].step(batches(2), 1e-2)
     handle.remove()
-    assert calls == MICROS
+    assert calls == NUM_MICROS
     assert not result.applied
     assert result.bad_micros == ((1,) if fault == "loss" else ())
     assert same(everything(engines[0]), before)
-    after = [engine.step(some_batches(3), 1e-2) for engine in engines]
+    after = [engine.step(batches(3), 1e-2) for engine in engines]
     assert after[0] == after[1]
     assert same(everything(engines[0]), everything(engines[1]))
     assert not same(everything(engines[0]), before)
@@ -210,7 +186,7 @@ def test_the_moving_average_is_what_is_offered(alone: World) -> None:
     averaged = weights_of(engine.model)
     for step in range(4):
         for one in (engine, plain):
-            one.step(some_batches(step), 1e-2)
+            one.step(batches(step), 1e-2)
         share = 1 - min(0.5, (1 + step) / (10 + step))
         averaged = averaged + share * (weights_of(engine.model) - averaged)
     trained = weights_of(engine.model)
@@ -238,9 +214,9 @@ def test_the_average_forgets_the_start() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_full(alone: World, precision: str) -> None:
-    full = Engine(build("tiny", seed=4), settings(), alone).step(some_batches(1), 1e-3)
+    full = Engine(build("tiny", seed=4), settings(), alone).step(batches(1), 1e-3)
     half = Engine(build("tiny", seed=4), settings(precision=precision), alone).step(
-        some_batches(1), 1e-3, loss_scale=1024.0 if precision == "fp16" else 1.0
+        batches(1), 1e-3, loss_scale=1024.0 if precision == "fp16" else 1.0
     )
     assert half.applied
     assert half.loss == pytest.approx(full.loss, rel=0.02)
@@ -251,7 +227,7 @@ def test_half_precision_is_near_full(alone: World, precision: str) -> None:
 def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
     engine = Engine(build("tiny", seed=4), settings(precision="fp16"), alone)
     before = everything(engine)
-    result = engine.step(some_batches(1), 1e-3, loss_scale=2.0**40)
+    result = engine.step(batches(1), 1e-3, loss_scale=2.0**40)
     assert not result.applied
     assert result.bad_micros == (), "the loss is sound"
     assert same(everything(engine), before)
@@ -263,7 +239,7 @@ def test_compiled_is_near_eager(alone: World) -> None:
     eager = Engine(build("tiny", seed=5), settings(), alone)
     compiled = Engine(build("tiny", seed=5), settings(compile="default"), alone)
     for seed in range(2):
-        a, b = eager.step(some_batches(seed), 1e-3), compiled.step(some_batches(seed), 1e-3)
+        a, b = eager.step(batches(seed), 1e-3), compiled.step(batches(seed), 1e-3)
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
     assert a.loss != 0

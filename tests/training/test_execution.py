@@ -8,38 +8,15 @@ import deepspeed.runtime.engine as deepspeed_engine
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from helpers.steps import batches, settings
 from torch import Tensor
 
-from mura_dist.core import config
 from mura_dist.core.errors import CommonFailure
-from mura_dist.data.loaders.loader import Batch
-from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import graph
 from mura_dist.training.engine import Engine
 from mura_dist.training.flat_parameters import Flat
-
-NUM_MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    with process_group.join(30) as ranks:
-        yield ranks
-
-
-def settings(**values: object) -> config.Settings:
-    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": NUM_MICROS * SIZE}
-    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
-
-
-def batches(seed: int) -> list[Batch]:
-    random = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (NUM_MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
-    label = torch.randint(0, 2, (NUM_MICROS, SIZE), generator=random).float()
-    ones = torch.ones(SIZE)
-    return [Batch(image[i], label[i], ones, ones.long(), ones.bool()) for i in range(NUM_MICROS)]
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """micro_batch.py: which micro-batch fits on every rank."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mura_dist.core import config
 from mura_dist.core.errors import CommonFailure, Refusal
-from mura_dist.distributed import process_group as world
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution, micro_batch
@@ -16,12 +13,6 @@ from mura_dist.training.engine import Engine
 from mura_dist.training.flat_parameters import Flat
 
 SIZES = (24, 12, 8, 6, 4, 3, 2)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    with world.join(30) as ranks:
-        yield ranks
 
 
 def settings(**values: object) -> config.Settings:

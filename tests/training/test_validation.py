@@ -1,6 +1,5 @@
 """validation.py: how many radiographs are scored at once, and that it changes nothing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,9 @@ import torch
 from mura_dist.core import config
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.reader import Shards
-from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import validation
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    with process_group.join(30) as ranks:
-        yield ranks
-
 
 GIB = 1 << 30
 
