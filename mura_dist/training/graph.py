@@ -1,6 +1,6 @@
 """Record a network's forward and backward as two CUDA graphs, and replay them: two launches in place of thousands.
 
-    image (B, 1, S, S) of a new shape -> warm up -> record forward, record backward -> compare with eager, once
+    image (B, 1, S, S) of a new shape -> eager, once -> warm up -> record forward, record backward -> compare with eager
     image of a known shape            -> copied into the recording's input -> replay forward -> logit (B,)
         backward of logit             -> copied into the recording's input -> replay backward, which adds to the flat gradient
 
@@ -52,9 +52,17 @@ class RecordedNetwork:
 
     def _record(self, image: Tensor) -> "Recording":
         before = self._flat.gradient.clone()
+        upstream = torch.linspace(-1, 1, len(image), device=image.device)  # any gradient of the logits
         try:
+            wanted = self._gradient_of(self._network, image, upstream)
+            if not math.isfinite(float(wanted[1].norm())):
+                raise RecordingError("the gradient of the first micro-batch is not finite")
             recording = Recording(self._network, image)
-            self._check(recording, image)
+            for _ in range(2):  # the second replay sees what the first left behind
+                replayed = self._gradient_of(
+                    lambda image: _Replay.apply(self._anchor, image, recording), image, upstream
+                )
+                self._compare(replayed, wanted)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -63,22 +71,16 @@ class RecordedNetwork:
             self._flat.gradient.copy_(before)
         return recording
 
-    def _check(self, recording: "Recording", image: Tensor) -> None:
-        """Compare two replays with eager on `image`: the second sees what the first left behind."""
-        upstream = torch.linspace(-1, 1, len(image), device=image.device)  # any gradient of the logits
-        logit, gradient = self._gradient_of(self._network, image, upstream)
-        if not math.isfinite(float(gradient.norm())):
-            raise RecordingError("the gradient of the first micro-batch is not finite")
-        for _ in range(2):
-            replay = self._gradient_of(lambda image: _Replay.apply(self._anchor, image, recording), image, upstream)
-            worst = float((replay[0] - logit).abs().max())
-            relative = float((replay[1] - gradient).norm() / gradient.norm())
-            limits = LOGIT_TOLERANCE[self._is_half], GRADIENT_TOLERANCE[self._is_half]
-            if not (worst <= limits[0] and relative <= limits[1]):  # so written, NaN is too far
-                raise RecordingError(
-                    f"its first step differs from eager's: logits by {worst:.2g} (limit {limits[0]:g}), "
-                    f"the gradient by {relative:.2g} of its norm (limit {limits[1]:g})"
-                )
+    def _compare(self, replayed: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+        """Raise RecordingError where logits or gradient of a replay are too far from those wanted."""
+        worst = float((replayed[0] - wanted[0]).abs().max())
+        relative = float((replayed[1] - wanted[1]).norm() / wanted[1].norm())
+        limits = LOGIT_TOLERANCE[self._is_half], GRADIENT_TOLERANCE[self._is_half]
+        if not (worst <= limits[0] and relative <= limits[1]):  # so written, NaN is too far
+            raise RecordingError(
+                f"its first step differs from eager's: logits by {worst:.2g} (limit {limits[0]:g}), "
+                f"the gradient by {relative:.2g} of its norm (limit {limits[1]:g})"
+            )
 
     def _gradient_of(
         self, network: Callable[[Tensor], Tensor], image: Tensor, upstream: Tensor
@@ -95,30 +97,28 @@ class Recording:
     """Forward and backward for one shape, each on memory of its own: `image`, `logit`, `upstream` stay where they are."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], image: Tensor) -> None:
-        self._network = network
-        self.image = image.clone()
-        self._warm_up()
+        self._network, self.logit = network, torch.empty(0)
+        self.image, self.upstream = image.clone(), torch.zeros(len(image), device=image.device)
         self.replay_forward: Callable[[], None] = self._forward
         self.replay_backward: Callable[[], None] = self._backward
         if image.is_cuda:
+            self._warm_up()
             pool = torch.cuda.graph_pool_handle()
             self.replay_forward = _captured(self._forward, pool)
             self.replay_backward = _captured(self._backward, pool)
+            # Without autograd's nodes, which are of the recording's stream: an eager forward would take up those of the weights.
+            self.logit = self.logit.detach()
 
     def _warm_up(self) -> None:
-        """On a stream of its own, so that autograd's nodes are not tied to the one that training goes on with."""
-        if not self.image.is_cuda:
-            self._forward()
-            self.upstream = torch.zeros_like(self.logit)
-            return
+        """Run on a stream of its own, and keep none of autograd's nodes, which would tie the recording to that stream."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(NUM_WARMUPS):
                 self._forward()
-                self.upstream = torch.zeros_like(self.logit)
                 self._backward()
         torch.cuda.current_stream().wait_stream(stream)
+        self.logit = torch.empty(0)
 
     def _forward(self) -> None:
         with torch.enable_grad():

@@ -131,7 +131,7 @@ def test_a_recorded_network_is_the_network(
 
 
 class Flawed:
-    """Make a recording go wrong after its check's eager run: `fault` says how."""
+    """Make a recording go wrong: `fault` says how."""
 
     def __init__(self, fault: str) -> None:
         self.fault, self.num_calls = fault, 0
@@ -141,9 +141,9 @@ class Flawed:
         logit, cells = output
         if self.fault == "raises" and self.num_calls == 1:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        if self.fault == "logit" and self.num_calls == 3:  # 1: warm-up; 2: eager; 3: the first replay
+        if self.fault == "logit" and self.num_calls == 3:  # 1: eager; 2 and 3: the replays that are compared
             return logit + 0.01, cells
-        if self.fault == "gradient" and self.num_calls == 4:
+        if self.fault == "gradient" and self.num_calls == 2:
             return logit.detach() + 1.1 * (logit - logit.detach()), cells
         return output
 
