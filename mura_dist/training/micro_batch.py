@@ -46,10 +46,12 @@ def candidates(global_batch: int, world_size: int) -> list[int]:
     return [size for size in range(share, 1, -1) if share % size == 0] if share * world_size == global_batch else []
 
 
-def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
+def fitting_micro_batch(settings: Settings, size: int, world: World, *, num_resident: int = 0) -> int:
     """Return what micro_batch=auto is, for radiographs of `size` px. Called by all ranks.
 
     The largest that fits on every rank; on a CPU the largest candidate of at most 8, or the smallest of all.
+
+    num_resident: radiographs that the loader will keep in the device's memory.
 
     Raises Refusal where the global batch cannot be shared out, CommonFailure where not even the smallest fits.
     """
@@ -63,12 +65,12 @@ def fitting_micro_batch(settings: Settings, size: int, world: World) -> int:
         )
     if world.device.type == "cpu":
         return max((number for number in sizes if number <= _ON_CPU), default=sizes[-1])
-    return largest_that_fits(settings, size, sizes, world)
+    return largest_that_fits(settings, size, sizes, world, num_resident)
 
 
-def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world: World) -> int:
+def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world: World, num_resident: int = 0) -> int:
     """Try `sizes`, largest first; return the one that fits on every rank. Raises CommonFailure where none does."""
-    mine = next((number for number in sizes if _fits(settings, size, number, world)), 0)
+    mine = next((number for number in sizes if _fits(settings, size, number, world, num_resident)), 0)
     found = int(world.gather(np.array([mine], np.int64)).min())
     if not found:
         raise CommonFailure(
@@ -77,8 +79,8 @@ def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world
     return found
 
 
-def _fits(settings: Settings, size: int, number: int, world: World) -> bool:
-    """Forward and backward of one micro-batch, executed as a step will, beside what an optimizer and NCCL will hold."""
+def _fits(settings: Settings, size: int, number: int, world: World, num_resident: int) -> bool:
+    """Forward and backward of one micro-batch, executed as a step will, beside what optimizer, loader and NCCL will hold."""
     device = world.device
     try:
         model = build(settings.architecture).to(device).train()
@@ -86,7 +88,7 @@ def _fits(settings: Settings, size: int, number: int, world: World) -> bool:
         beside = torch.zeros(3 * flat.weights.numel(), device=device)  # Adam's two moments, a copy while one saves
         # A tenth of the device: of NCCL, of batches on their way, and because the allocator's blocks never fit exactly.
         margin = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
-        others = torch.zeros(margin, dtype=torch.uint8, device=device)
+        others = torch.zeros(margin + num_resident * size**2, dtype=torch.uint8, device=device)
         network = execution.build(model, flat, settings)
         image = torch.zeros(number, 1, size, size, dtype=torch.uint8, device=device)
         ones = torch.ones(number, device=device)

@@ -90,7 +90,10 @@ def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str
     if run.settings.micro_batch != AUTO:
         return run, plan, ""
     begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
-    plan = plan.with_micro_batch(begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks))
+    num_resident = len(plan.train) + len(plan.select) if run.settings.pipeline == "resident" else 0
+    plan = plan.with_micro_batch(
+        begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks, num_resident=num_resident)
+    )
     if ranks.is_first:
         run.check_deepspeed(plan.deepspeed)
     on_cpu = not begun and ranks.device.type == "cpu"

@@ -1,5 +1,7 @@
 """micro_batch.py: which micro-batch fits on every rank."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,25 @@ def test_what_is_tried_is_what_a_step_executes(
     Engine(build("tiny"), chosen.model_copy(update={"micro_batch": 2}), alone)
     assert len(calls) == 2
     assert calls[0] == calls[1] == (chosen.precision, chosen.step, channels_last)
+
+
+@pytest.mark.parametrize("num_resident", [0, 7])
+def test_radiographs_that_stay_on_the_device_leave_room(
+    monkeypatch: pytest.MonkeyPatch, alone: World, num_resident: int
+) -> None:
+    """As many bytes are taken while a micro-batch is tried."""
+    taken: list[int] = []
+    zeros = torch.zeros
+
+    def spied(*shape: int, **options: Any) -> Tensor:
+        tensor = zeros(*shape, **options)
+        if options.get("dtype") is torch.uint8 and tensor.ndim == 1:
+            taken.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros", spied)
+    assert micro_batch.largest_that_fits(settings(), 64, (2,), alone, num_resident) == 2
+    assert taken == [num_resident * 64 * 64]
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
