@@ -3,15 +3,15 @@
 By itself NCCL's watchdog aborts the process when a peer is lost, while Python waits in CUDA: no message, no status file. Here
 the watchdog only takes note (ENVIRONMENT), and Python waits by looking, so that it can raise.
 
-    collective, enqueued -> wait: this rank's own kernels, without limit -> the collective, at most timeout_s -> or an exception
-    a block that raised  -> abandon: NCCL's kernels end, which wait for the lost rank -> the process can exit
+    own kernels -> mark -> collectives, enqueued -> mark -> wait: for the first mark, then timeout_s at most for the second
+    a block that raised -> abandon: NCCL's kernels end, which wait for the lost rank -> the process can exit
 """
 
 import contextlib
 import faulthandler
 import os
 import time
-from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,31 +20,47 @@ import torch.distributed as dist
 ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 MARGIN_S = 30.0  # how much later than ours its own timeout comes, which only writes to stderr then
 _LOOK_S = 2e-5
+_OWN_TIMES = 10  # of timeout_s, for this rank's own kernels: they may wait for the collectives of a step before
 _EXIT_S = 60.0  # a process that does not exit by itself after abandon is ended
 
 
+class Mark(Protocol):
+    """A place in the work of a device, as a CUDA event is one."""
+
+    def query(self) -> bool:
+        """Tell whether the device has come there."""
+
+
 def mark() -> torch.cuda.Event:
-    """Record where this rank's own work ends on the current stream; before its first collective of a step."""
+    """Record where the current stream is now."""
     event = torch.cuda.Event()
     event.record()
     return event
 
 
-def wait(work: dist.Work, timeout_s: float, own: torch.cuda.Event | None = None) -> None:
-    """Return when `work` is done on the device.
+def wait(done: Mark, timeout_s: float, own: Mark | None = None) -> None:
+    """Return when the device has come to `done`, which lies behind collectives.
+
+    Nothing is aborted here: NCCL's communicators have to be aborted together, or one waits for the other (`abandon`).
 
     Args:
         timeout_s: seconds that the other ranks are waited for.
-        own: what this rank does before it can take part; the seconds count from its end.
+        own: the end of what this rank does before it can take part; the seconds count from there.
 
-    Raises what torch raises of a peer that is lost or late: DistBackendError over NCCL, RuntimeError over gloo.
+    Raises:
+        dist.DistBackendError: another rank is lost or late.
     """
-    while own is not None and not own.query():
-        time.sleep(_LOOK_S)
+    if own is not None:
+        _wait(own, _OWN_TIMES * timeout_s)
+    _wait(done, timeout_s)
+
+
+def _wait(place: Mark, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not work.is_completed() and time.monotonic() < deadline:  # an error completes it too
+    while not place.query():
+        if time.monotonic() > deadline:
+            raise dist.DistBackendError(f"collective operation timeout: the others did not come for {timeout_s:g} s")
         time.sleep(_LOOK_S)
-    work.wait(timedelta(milliseconds=1))  # raises where it is late or failed, and ends NCCL's kernels then
 
 
 def abandon() -> None:

@@ -59,12 +59,15 @@ class World:
         return nccl.mark() if self.device.type == "cuda" else None
 
     def all_reduce(self, vector: Tensor, own: torch.cuda.Event | None = None) -> None:
-        """Add up `vector` over all ranks, in place. On a GPU the host waits for it, at most `timeout_s` after `own`."""
-        if self.device.type == "cpu" or self.size == 1:
-            dist.all_reduce(vector)
-        else:
-            own = own or nccl.mark()
-            nccl.wait(dist.all_reduce(vector, async_op=True), self.timeout_s, own)
+        """Add up `vector` over all ranks, in place. On GPUs the host waits for it, at most `timeout_s` after `own`."""
+        own = own or self.mark()
+        dist.all_reduce(vector)
+        self._wait(own)
+
+    def _wait(self, own: torch.cuda.Event | None) -> None:
+        """Wait for collectives that the device was just given; over gloo they are done already."""
+        if own is not None and self.size > 1:
+            nccl.wait(nccl.mark(), self.timeout_s, own)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks, in float64; the same bits on every rank."""
@@ -80,11 +83,9 @@ class World:
         """(n,) on every rank, n equal -> (world size, n) on every rank. Of the dtypes torch knows."""
         mine = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
         all_of_us = [torch.empty_like(mine) for _ in range(self.size)]
-        if self.device.type == "cpu" or self.size == 1:
-            dist.all_gather(all_of_us, mine)
-        else:
-            own = nccl.mark()
-            nccl.wait(dist.all_gather(all_of_us, mine, async_op=True), self.timeout_s, own)
+        own = self.mark()
+        dist.all_gather(all_of_us, mine)
+        self._wait(own)
         return torch.stack(all_of_us).cpu().numpy()
 
     def union(self, values: np.ndarray) -> np.ndarray:

@@ -168,7 +168,7 @@ class Engine:
         """
         ranks, micros = self.world.size, self.num_micros
         head = torch.zeros(ranks + 1, device=losses.device)
-        head[self.world.rank] = flags
+        head[self.world.rank].fill_(flags)  # to assign it waits for the GPU in torch before 2.15
         # Without ZeRO every rank holds the whole gradient, and measures its part of it.
         parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
         head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()

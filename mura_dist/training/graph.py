@@ -66,6 +66,8 @@ class RecordedNetwork:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # the end of the recording failed over it
+                raise error.__context__ from error
             raise RecordingError(f"recording failed ({str(error).splitlines()[0][:160]})") from error
         finally:
             self._flat.gradient.copy_(before)
@@ -131,7 +133,11 @@ class Recording:
 def _captured(call: Callable[[], None], pool: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     # thread_local: meanwhile the loader's threads pin memory and NCCL's looks at events, which is no concern of this graph.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # The outer stream: a recording that fails leaves its own current in torch before 2.15.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
         call()
     return graph.replay
 

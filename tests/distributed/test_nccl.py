@@ -1,9 +1,12 @@
-"""nccl.py: a late or lost rank is an exception in Python. Shown with gloo's collectives, whose handles have the same methods."""
+"""nccl.py: a late or lost rank is an exception in Python. Shown with gloo's collectives, whose handles say when they are done."""
 
 import re
 import sys
 
+import pytest
 from helpers.commands import run
+
+from mura_dist.distributed import nccl
 
 LATE = """
 import os, sys, time
@@ -11,19 +14,23 @@ import torch
 import torch.distributed as dist
 from mura_dist.distributed import nccl, process_group
 
-class OwnWork:  # stands in for a CUDA event: this rank's own kernels take a second
-    end = time.monotonic() + 1
-    def query(self):
-        return time.monotonic() > self.end
+class Done:  # stands in for a CUDA event behind a collective
+    def __init__(self, work):
+        self.query = work.is_completed
+
+class OwnWork:  # and for one behind this rank's own kernels, which take a second
+    def __init__(self):
+        end = time.monotonic() + 1
+        self.query = lambda: time.monotonic() > end
 
 with process_group.join(60) as ranks:
     vector = torch.ones(3)
-    nccl.wait(dist.all_reduce(vector, async_op=True), 5)
+    nccl.wait(Done(dist.all_reduce(vector, async_op=True)), 5, OwnWork())
     assert vector.tolist() == [2, 2, 2]
     if ranks.is_first:
-        OwnWork.end, begin = time.monotonic() + 1, time.monotonic()
+        begin = time.monotonic()
         try:
-            nccl.wait(dist.all_reduce(vector, async_op=True), 2, OwnWork())
+            nccl.wait(Done(dist.all_reduce(vector, async_op=True)), 2, OwnWork())
         finally:
             print(f"waited {time.monotonic() - begin:.1f} s", flush=True)
     else:
@@ -66,3 +73,14 @@ def test_the_watchdog_only_takes_note_while_ranks_are_joined() -> None:
     )
     done = run("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", code)
     assert (done.returncode, done.stdout.split()) == (0, ["0", "0"]), done.stderr
+
+
+class Never:
+    def query(self) -> bool:
+        return False
+
+
+def test_this_ranks_own_work_is_not_waited_for_without_end() -> None:
+    """It may lie behind a collective of the step before, as ZeRO's do."""
+    with pytest.raises(RuntimeError, match=r"collective operation timeout: the others did not come for 0\.5 s"):
+        nccl.wait(Never(), 0.05, Never())

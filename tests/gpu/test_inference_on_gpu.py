@@ -8,13 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import gpu
-from helpers.models import card_of, noise, tiny
 
-from mura_dist.core.errors import Refusal
-from mura_dist.inference import page_locked
-from mura_dist.inference.engine import Tuning
-from mura_dist.inference.export import onnx, precision
-from mura_dist.inference.onnx_model import Model
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+if gpu.CUDA and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    pytest.skip("onnxruntime-gpu is not installed", allow_module_level=True)
+
+from helpers.models import card_of, noise, tiny  # noqa: E402
+
+from mura_dist.core.errors import Refusal  # noqa: E402
+from mura_dist.inference import page_locked  # noqa: E402
+from mura_dist.inference.engine import Tuning  # noqa: E402
+from mura_dist.inference.export import onnx, precision  # noqa: E402
+from mura_dist.inference.onnx_model import Model  # noqa: E402
 
 pytestmark = gpu.MARKS
 PROVIDERS = ["cuda", "tensorrt"] if gpu.CUDA else ["cpu"]

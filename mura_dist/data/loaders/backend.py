@@ -16,7 +16,7 @@ def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
         Refusal: pipeline=dali where DALI cannot be imported.
     """
     if pipeline == "resident" and device.type == "cuda" and triton_error():
-        return pipeline, f"by torch operations, which are slower than its Triton kernel: {triton_error()}"
+        return pipeline, f"by torch operations in place of its Triton kernel: {triton_error()}"
     wanted = pipeline if pipeline != "auto" else "dali" if device.type == "cuda" else "cpu"
     reason = _dali_import_error() if wanted == "dali" else ""
     if not reason:

@@ -10,7 +10,9 @@ On CUDA it is one Triton kernel (warp_triton.py), elsewhere and where Triton is 
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +64,8 @@ def triton_error() -> str:
         return str(error)
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler, gcc or clang or CC"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Triton needs Python's headers, on Debian python3-dev"
     return ""
 
 
