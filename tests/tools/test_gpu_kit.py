@@ -78,7 +78,7 @@ def test_a_stage_that_fails_or_stalls_is_told(tmp_path: Path, capsys: pytest.Cap
 
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--stages", "env,fly"]) == 2
-    assert capsys.readouterr().err.startswith("gpu.py: --stages fly: must be some of env,roofline,")
+    assert capsys.readouterr().err.startswith("gpu.py: --stages fly: must be some of env,data,")
 
 
 @pytest.mark.nightly(part="system")
