@@ -68,7 +68,7 @@ def test_the_watchdog_only_takes_note_while_ranks_are_joined() -> None:
     """torchrun asks it to abort its ranks."""
     code = (
         "import os\nfrom mura_dist.distributed import process_group\nname = 'TORCH_NCCL_ASYNC_ERROR_HANDLING'\n"
-        "before = os.environ[name]\nwith process_group.join(60):\n    print(os.environ[name])\n"
+        "before = os.environ[name]\nwith process_group.join(60):\n    os.write(1, f'{os.environ[name]}\\n'.encode())\n"
         "assert os.environ[name] == before == '1'"
     )
     done = run("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", code)
