@@ -126,9 +126,9 @@ class Settings(BaseModel):
     channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
     step: Literal["eager", "graph", "compile"] = Field(
         "eager",
-        description="how forward and backward are executed. eager: kernel by kernel; graph: recorded as CUDA graphs at the "
-        "first micro-batch, with a fall back to eager where they differ; compile: plain layers by torch.compile. graph and "
-        "compile are experimental: not measured on a GPU",
+        description="how forward and backward are executed. eager: kernel by kernel; graph: recorded as CUDA graphs; compile: "
+        "plain layers by torch.compile. graph and compile are experimental (not measured on a GPU): the first micro-batch is "
+        "compared with eager, which the run falls back to with a line",
     )
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
         "none", description="mode of torch.compile for step=compile; needs a C++ compiler, or Triton on a GPU"

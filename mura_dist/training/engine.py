@@ -29,8 +29,8 @@ from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed.process_group import World, limit
 from mura_dist.training import deepspeed_config, execution, micro_batch
 from mura_dist.training.batchnorm import RunningStatistics
+from mura_dist.training.checked_network import Network
 from mura_dist.training.ema import Average
-from mura_dist.training.execution import Network
 from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.optimizer_state import OptimizerState

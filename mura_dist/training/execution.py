@@ -7,20 +7,17 @@ All of them open autocast themselves, inside DeepSpeed: DeepSpeed disables an au
 """
 
 import contextlib
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mura_dist.core.config import Settings
+from mura_dist.training.checked_network import CheckedNetwork, Network
 from mura_dist.training.flat_parameters import Flat
-from mura_dist.training.graph import RecordedNetwork, Recording, RecordingError
+from mura_dist.training.graph import Recording
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-Network = Callable[[Tensor], Tensor]
 
 
 def build(model: nn.Module, flat: Flat, settings: Settings) -> Network:
@@ -29,17 +26,22 @@ def build(model: nn.Module, flat: Flat, settings: Settings) -> Network:
     Args:
         model: the network in training mode, image -> (logit, activation_map); its parameters are views of `flat`.
     """
-    device = flat.weights.device
-    mode = settings.compile_mode
-    computed = model if mode is None else _compiled(model, mode, device)
+    device, is_half = flat.weights.device, settings.precision in DTYPES
 
-    def eager(image: Tensor) -> Tensor:
-        with autocast(settings.precision, device, cache=settings.step != "graph"):
-            logit: Tensor = computed(image)[0]
-        return logit
+    def network_of(module: Any) -> Network:
+        def network(image: Tensor) -> Tensor:
+            with autocast(settings.precision, device, cache=settings.step != "graph"):
+                logit: Tensor = module(image)[0]
+            return logit
 
+        return network
+
+    eager = network_of(model)
     if settings.step == "graph":
-        return GraphOrEager(eager, flat, is_half=settings.precision in DTYPES)
+        return CheckedNetwork(eager, lambda image: Recording(eager, image), flat, "graph", is_half=is_half)
+    if settings.compile_mode is not None:
+        compiled = network_of(_compiled(model, settings.compile_mode, device))
+        return CheckedNetwork(eager, lambda image: compiled, flat, "compile", is_half=is_half)
     return eager
 
 
@@ -57,25 +59,3 @@ def autocast(precision: str, device: torch.device, *, cache: bool = True) -> con
 def _compiled(model: nn.Module, mode: str, device: torch.device) -> Any:
     # The other modes are about CUDA graphs and Triton.
     return torch.compile(model, mode=mode if device.type == "cuda" else "default", dynamic=False)
-
-
-class GraphOrEager:
-    """Record the network at its first micro-batch; fall back to eager, with one line, where the recording is not the network."""
-
-    def __init__(self, eager: Network, flat: Flat, *, is_half: bool) -> None:
-        self._eager, self._recorded = eager, RecordedNetwork(eager, flat, is_half=is_half)
-        self.fell_back = False
-
-    @property
-    def recordings(self) -> list[Recording]:
-        """What was recorded, one for each shape of micro-batch."""
-        return self._recorded.recordings
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if not self.fell_back:
-            try:
-                return self._recorded(image)
-            except RecordingError as error:
-                self.fell_back = True
-                print(f"step=graph: {error}; this run continues with step=eager", file=sys.stderr)  # noqa: T201
-        return self._eager(image)

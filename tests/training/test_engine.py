@@ -16,6 +16,7 @@ from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import DenseNet, build
 from mura_dist.training import engine as room
 from mura_dist.training.batchnorm import RunningStatistics
+from mura_dist.training.checked_network import CheckedNetwork
 from mura_dist.training.ema import Average
 from mura_dist.training.engine import Engine
 from mura_dist.training.flat_parameters import Flat
@@ -243,6 +244,8 @@ def test_compiled_is_near_eager(alone: World) -> None:
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-3)
     assert a.loss != 0
+    assert isinstance(compiled.network, CheckedNetwork)
+    assert not compiled.network.fell_back
     torch.testing.assert_close(eager.statistics.values, compiled.statistics.values, rtol=1e-3, atol=1e-4)
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from helpers.steps import batches, settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from mura_dist.core.errors import CommonFailure
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
-from mura_dist.training import graph
+from mura_dist.training.checked_network import CheckedNetwork
 from mura_dist.training.engine import Engine
 from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.graph import Recording
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ class Flawed:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("raises", "recording failed (operation not permitted when stream is capturing)"),
+        ("raises", "it fails (operation not permitted when stream is capturing)"),
         ("logit", "logits by 0.01 (limit 0.001)"),
         ("gradient", "the gradient by 0.1 of its norm (limit 0.01)"),
     ],
@@ -201,7 +202,8 @@ def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> Non
         shapes.append(image.shape)
         return model(image)[0]
 
-    recorded, image = graph.RecordedNetwork(network, flat, is_half=False), batches(0)[0].image
+    image = batches(0)[0].image
+    recorded = CheckedNetwork(network, lambda image: Recording(network, image), flat, "graph", is_half=False)
     calls = []
     for size in (4, 4, 2, 4, 2):
         recorded(image[:size]).sum().backward()
@@ -213,3 +215,29 @@ def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> Non
     flat.attach()
     recorded(image)
     assert len(shapes) == calls[0]
+
+
+@pytest.mark.parametrize(("fault", "says"), [("raises", "it fails (no C++ compiler)"), ("logit", "logits by 0.01")])
+def test_a_compiled_network_that_fails_or_differs_falls_back_to_eager(
+    alone: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, says: str
+) -> None:
+    """Where there is no compiler, say."""
+
+    def compiled(model: nn.Module, **options: object) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def forward(image: Tensor) -> tuple[Tensor, Tensor]:
+            if fault == "raises":
+                raise RuntimeError("no C++ compiler\nmore of it")
+            logit, cells = model(image)
+            return logit + 0.01, cells
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    engines = [Engine(build("tiny", seed=3), settings(step=step), alone) for step in ("eager", "compile")]
+    for seed in range(2):
+        results = [engine.step(batches(seed), 1e-2) for engine in engines]
+        assert results[0] == results[1]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("step=compile: ")
+    assert says in line
+    assert line.endswith("this run continues with step=eager")

@@ -441,8 +441,8 @@ def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
     from mura_dist.core import config
     from mura_dist.data.loaders.loader import Batch
     from mura_dist.models import densenet
+    from mura_dist.training.checked_network import CheckedNetwork
     from mura_dist.training.engine import Engine
-    from mura_dist.training.execution import GraphOrEager
 
     free_memory()
     values = {"shards": "", "run": "", "architecture": ARCHITECTURE, "precision": "bf16", "step": how}
@@ -465,7 +465,7 @@ def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
             step()
         record_waits(record, what, step)
     record_rate(record, what, number, step, 1.0)
-    if isinstance(engine.network, GraphOrEager):
+    if isinstance(engine.network, CheckedNetwork):
         record(f"{what}: recorded", fell_back=engine.network.fell_back)
     host_work: dict[str, Callable[[], object]] = {
         "flat.attach": engine.flat.attach,

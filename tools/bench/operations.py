@@ -29,8 +29,9 @@ from mura_dist.core import config
 from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed import process_group
 from mura_dist.models import densenet
+from mura_dist.training.checked_network import CheckedNetwork
 from mura_dist.training.engine import Engine
-from mura_dist.training.execution import GraphOrEager
+from mura_dist.training.graph import Recording
 
 _NO_KERNEL = ("empty", "detach", "is_same_size", "_has_compatible_shallow_copy_type")
 
@@ -111,9 +112,9 @@ def count_engine(architecture: str, image: Tensor, precision: str) -> dict[str, 
             ones = torch.ones(number)
             batch = Batch(image, ones, ones, ones.long(), ones.bool())
             engine.step([batch], 1e-6)
-            if isinstance(engine.network, GraphOrEager):
-                for recording in engine.network.recordings:
-                    recording.replay_forward = recording.replay_backward = lambda: None
+            for recording in engine.network.networks if isinstance(engine.network, CheckedNetwork) else []:
+                assert isinstance(recording, Recording)
+                recording.replay_forward = recording.replay_backward = lambda: None
             with counted(counts, what):
                 engine.step([batch], 1e-6)
     return counts
