@@ -25,7 +25,7 @@ _EXIT_S = 60.0  # a process that does not exit by itself after abandon is ended
 
 
 class Mark(Protocol):
-    """A place in the work of a device, as a CUDA event is one."""
+    """A point in the work of a device, as a CUDA event is one."""
 
     def query(self) -> bool:
         """Tell whether the device has come there."""
@@ -55,9 +55,9 @@ def wait(done: Mark, timeout_s: float, own: Mark | None = None) -> None:
     _wait(done, timeout_s)
 
 
-def _wait(place: Mark, timeout_s: float) -> None:
+def _wait(event: Mark, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not place.query():
+    while not event.query():
         if time.monotonic() > deadline:
             raise dist.DistBackendError(f"collective operation timeout: the others did not come for {timeout_s:g} s")
         time.sleep(_LOOK_S)

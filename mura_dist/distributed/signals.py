@@ -53,13 +53,13 @@ def at_once() -> contextlib.AbstractContextManager[None]:
 
 
 def as_interrupt() -> contextlib.AbstractContextManager[None]:
-    """SIGTERM, a scheduler's, is heard as Ctrl-C is: KeyboardInterrupt."""
+    """Let SIGTERM, a scheduler's, raise KeyboardInterrupt as Ctrl-C does."""
     return _heard({signal.SIGTERM: signal.default_int_handler})
 
 
 @contextlib.contextmanager
 def _heard(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
-    """By `handlers`, for as long as the block runs. Signals are the main thread's: in another one nothing changes."""
+    """Install `handlers` while the block runs. Signals are the main thread's: in another one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -54,8 +54,8 @@ def on_cpu(provider: str) -> bool:
 
 
 class Engine(Protocol):
-    """What computes an ONNX file. `name` says which, `version` is the library's; `run` may be called from several threads at
-    once, with any number of images."""
+    """A runtime with an ONNX file loaded. `name` says which, `version` is the library's; `run` may be called from several
+    threads at once, with any number of images."""
 
     name: str
     version: str

@@ -49,11 +49,11 @@ def import_onnxruntime() -> Any:
 class OnnxRuntime:
     """A session of ONNX Runtime, bound to its device where that is a GPU."""
 
-    def __init__(self, data: bytes, name: str, asked: str, tuning: Tuning, card: Card | None = None) -> None:
+    def __init__(self, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None = None) -> None:
         """Load the ONNX file `data`, which messages call `name`; a GPU has run one batch of zeros then.
 
         Args:
-            asked: the provider, as a user names it.
+            alias: the provider, as a user names it.
             tuning: settled. A GPU runs batches of `batch_size` alone: smaller ones are padded, larger ones divided.
             card: None for a file without one, on a CPU.
 
@@ -64,9 +64,9 @@ class OnnxRuntime:
         onnxruntime = import_onnxruntime()
         if card is not None and card.precision == "bf16":
             raise Refusal(
-                f"--provider {asked}: {name} is for bf16, which ONNX Runtime does not compute; OpenVINO does: --provider openvino"
+                f"--provider {alias}: {name} is for bf16, which ONNX Runtime does not compute; OpenVINO does: --provider openvino"
             )
-        self.session = _session(onnxruntime, data, name, asked, tuning, card)
+        self.session = _session(onnxruntime, data, name, alias, tuning, card)
         self.name: str = self.session.get_providers()[0]
         self.version: str = onnxruntime.__version__
         self.slots: queue.SimpleQueue[Slot] | None = None
@@ -135,17 +135,17 @@ def _shape(tuning: Tuning, card: Card) -> tuple[int, int, int, int]:
     return tuning.batch_size or 1, 1, card.size, card.size
 
 
-def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tuning, card: Card | None) -> Any:
+def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None) -> Any:
     """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
-    provider, available = PROVIDERS.get(asked.lower(), asked), onnxruntime.get_available_providers()
+    provider, available = PROVIDERS.get(alias.lower(), alias), onnxruntime.get_available_providers()
     if provider not in available:
         if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and PROVIDERS["cuda"] not in available:
             raise Refusal(
-                f"--provider {asked}: the ONNX Runtime installed here computes on CPUs alone; pip uninstall onnxruntime, then "
+                f"--provider {alias}: the ONNX Runtime installed here computes on CPUs alone; pip uninstall onnxruntime, then "
                 "pip install 'mura-dist[cuda]', or give --provider cpu"
             )
         raise Refusal(
-            f"--provider {asked}{nearest(asked, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
+            f"--provider {alias}{nearest(alias, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
             "one of them, cpu, or openvino"
         )
     options = onnxruntime.SessionOptions()
@@ -169,24 +169,24 @@ def _session(onnxruntime: Any, data: bytes, name: str, asked: str, tuning: Tunin
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             if provider != PROVIDERS["cpu"]:
-                raise _not_started(onnxruntime, asked, providers, f"on {name} ({reason})") from error
+                raise _not_started(onnxruntime, alias, providers, f"on {name} ({reason})") from error
             raise Refusal(
                 f"{name} is not an ONNX model that ONNX Runtime can load ({reason}); export it again"
             ) from error
     started = session.get_providers()
     if started[0] != provider:
         reason = f"here, {started[0]} does (no GPU is visible, or its driver is too old for onnxruntime-gpu's CUDA)"
-        raise _not_started(onnxruntime, asked, providers, reason)
+        raise _not_started(onnxruntime, alias, providers, reason)
     return session
 
 
-def _not_started(onnxruntime: Any, asked: str, providers: Sequence[str], reason: str) -> Refusal:
+def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason: str) -> Refusal:
     """Say why the first of `providers` does not start: a library that is missing, or else `reason`."""
     library = provider_libraries.missing(onnxruntime, providers)
     if library is None:
-        return Refusal(f"--provider {asked}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
+        return Refusal(f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
     return Refusal(
-        f"--provider {asked}: {providers[0]} does not start, {library} cannot be opened; "
+        f"--provider {alias}: {providers[0]} does not start, {library} cannot be opened; "
         f"{provider_libraries.remedy(library)}, or give --provider cpu"
     )
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's providers are asked for: a pure function of what is computed, tried where no provider starts.
+"""Choose the options of ONNX Runtime's providers: a pure function of what is computed, tested where no provider starts.
 
 provider, precision, shape of the one batch, GPU -> the provider's options, by ONNX Runtime's names
 

@@ -1,4 +1,4 @@
-"""What limits a prediction: decoding the files or computing the logits. Wall-clock time alone, of one command on one rank.
+"""Find what limits a prediction: decoding the files or computing the logits. Wall-clock time alone, of one command on one rank.
 
 BusyTime: seconds in which batches were computed       Reading.seconds: what a process spent on a file
     -> Throughput -> files and radiographs per second of each, how long each waited for the other, which one limits

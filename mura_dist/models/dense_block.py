@@ -127,9 +127,9 @@ class Reader:
 
 def _dots(x: Tensor, y: Tensor, one: Tensor, zero: Tensor) -> Tensor:
     """Sum of x * y over all but the channels, (C,) float32: BatchNorm's kernel for its weight has just that."""
-    return torch.ops.aten.native_batch_norm_backward(x, y, one, None, None, zero, one, True, 0.0, [False, True, False])[
-        1
-    ]
+    which = [False, True, False]  # of the gradients: the weight's
+    _, dots, _ = torch.ops.aten.native_batch_norm_backward(x, y, one, None, None, zero, one, True, 0.0, which)
+    return dots
 
 
 def _empty(x: Tensor, channels: int) -> Tensor:

@@ -53,7 +53,7 @@ class CheckedNetwork:
 
     @property
     def networks(self) -> list[Network]:
-        """What was made, one for each shape of micro-batch."""
+        """The networks in use, one for each shape of micro-batch."""
         return list(self._networks.values())
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -98,9 +98,9 @@ class CheckedNetwork:
             torch.autograd.backward(logit, upstream)
         return logit.detach().clone(), self._flat.gradient.clone()
 
-    def _compare(self, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
-        worst = float((found[0] - wanted[0]).abs().max())
-        relative = float((found[1] - wanted[1]).norm() / wanted[1].norm())
+    def _compare(self, result: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+        worst = float((result[0] - wanted[0]).abs().max())
+        relative = float((result[1] - wanted[1]).norm() / wanted[1].norm())
         if not (worst <= self._tolerance.logit and relative <= self._tolerance.gradient):  # so written, NaN is too far
             raise _NotTheNetworkError(
                 f"its first step differs from eager's: logits by {worst:.2g} (limit {self._tolerance.logit:g}), "

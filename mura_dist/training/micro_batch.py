@@ -90,7 +90,9 @@ def _fits(settings: Settings, size: int, number: int, world: World, num_resident
         margin = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
         others = torch.zeros(margin + num_resident * size**2, dtype=torch.uint8, device=device)
         network = execution.build(model, flat, settings)
-        image = torch.zeros(number, 1, size, size, dtype=torch.uint8, device=device)
+        image = torch.randint(
+            0, 256, (number, 1, size, size), dtype=torch.uint8, device=device
+        )  # of zeros, nothing learns
         ones = torch.ones(number, device=device)
         weighted_bce(network(image), ones, ones).backward()
         del model, flat, network, beside, others, image, ones

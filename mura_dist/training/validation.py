@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mura_dist.data.loaders import sampler
+from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.shards.reader import Shards
@@ -79,9 +80,8 @@ def _batch_size(loading: BatchLoader, world: World) -> int:
     """Return how many radiographs a rank forwards at once, the same on every rank: on a CPU training's micro-batch."""
     if world.device.type == "cpu":
         return loading.micro_batch
-    cached = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
-    free = torch.cuda.mem_get_info(world.device)[0] + cached
-    return int(world.gather(np.array([batch_that_fits(loading.shards.size, free)], np.int64)).min())
+    fitting = batch_that_fits(loading.shards.size, free_bytes(world.device))
+    return int(world.gather(np.array([fitting], np.int64)).min())
 
 
 def batch_that_fits(size: int, free_bytes: int) -> int:

@@ -214,12 +214,17 @@ def test_a_collective_that_does_not_end_raises_in_python() -> None:
 def test_a_rank_that_falls_silent_is_lost_with_a_line(shard_folder: Path, tmp_path: Path) -> None:
     """As docs/training.md promises: the other waits timeout_s, says so in a line, exits with 1; status.json says failed."""
     settings = [*TINY, "epochs=500", "timeout_s=10", f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     command = [sys.executable, "-m", "mura_dist.train", *settings]
     ranks = [
         subprocess.Popen(
             command,
-            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+            env={**os.environ, **rendezvous, "RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -701,10 +701,10 @@ def record_stream(record: Recorder, what: str, number: int, batches: Iterator[Ba
     synchronize()
     started, held_s, num_batches = time.perf_counter(), 0.0, 0
     while True:
-        asked = time.perf_counter()
+        wait_started = time.perf_counter()
         if next(batches, None) is None or time.perf_counter() - started > 1.5:
             break
-        held_s += time.perf_counter() - asked
+        held_s += time.perf_counter() - wait_started
         num_batches += 1
     synchronize()
     seconds = time.perf_counter() - started
@@ -744,10 +744,10 @@ def train_resident(record: Recorder, what: str, number: int, shards: Shards, tar
         epoch = sampler.epoch_order(rows, 0, number_of_epoch, rotate_deg=ROTATE_DEG, flip=True)
         batches = loader.load(epoch.micro(place * number, number) for place in range(len(rows) // number))
         while True:
-            asked = time.perf_counter()
+            wait_started = time.perf_counter()
             if (batch := next(batches, None)) is None:
                 break
-            held_s += time.perf_counter() - asked
+            held_s += time.perf_counter() - wait_started
             losses.append(engine.step([batch], 1e-4).loss)
             num_timed += 1
         if number_of_epoch == 0:  # radiographs are read and the step is recorded in it

@@ -106,7 +106,7 @@ def _read(shards: Shards, micro: Micro) -> _Samples:
 
 
 class _Feed:
-    """What external_source asks for: of each micro-batch the data, angles and flips."""
+    """The source of external_source: of each micro-batch the data, angles and flips."""
 
     def __init__(self, samples: Iterator[_Samples]) -> None:
         self._samples = samples

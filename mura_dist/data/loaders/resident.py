@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from mura_dist.core.errors import OwnRefusal
 from mura_dist.data.loaders.ahead import in_order
+from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.loaders.warp import inverse_maps, pick_warp
 from mura_dist.data.shards.reader import Damaged, Shards
-from mura_dist.distributed import environment
 
 _SHARE = 0.5  # of the free memory of the device, which the store may take; the rest is the training's
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
@@ -62,7 +61,7 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
 
 @dataclass(frozen=True)
 class _Block:
-    """What was read for a micro-batch: the radiographs that the store did not have."""
+    """Radiographs read for a micro-batch: those that the store did not have."""
 
     micro: Micro
     rows: np.ndarray  # (k,)
@@ -107,7 +106,7 @@ class Store:
         size = self._shards.size
         count = sum(len(self._shards.rows(split)) for split in splits)
         replaced = self._pixels.numel() if self._splits else 0  # bytes
-        num_bytes, limit = count * size**2, int(_SHARE * (_free_bytes(self._device) + replaced))
+        num_bytes, limit = count * size**2, int(_SHARE * (free_bytes(self._device) + replaced))
         if num_bytes > limit:
             raise OwnRefusal(
                 f"pipeline=resident: the {count} radiographs of {', '.join(sorted(splits))} take {num_bytes:,} bytes, the limit "
@@ -167,13 +166,3 @@ class Store:
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
         self._stream = stream
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return what this rank could still allocate on the device: on a CPU its share of what Linux says is available."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    [available] = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(available.split()[1]) * 1024 // environment.ranks_here()

@@ -100,7 +100,7 @@ def _warp_chunk(pixels: Tensor, slots: Tensor, maps: Tensor, out: Tensor) -> Non
 
 
 def _starts(count: int, wide: int, device: torch.device) -> Tensor:
-    """Where each of `count` bordered radiographs begins, int32 (count, 1, 1)."""
+    """Compute where each of `count` bordered radiographs begins, int32 (count, 1, 1)."""
     return torch.arange(count, dtype=torch.int32, device=device)[:, None, None] * (wide * wide)
 
 

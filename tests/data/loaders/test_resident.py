@@ -84,10 +84,10 @@ def test_streams_beside_each_other_and_left_early_lose_nothing(shards: Shards) -
 def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line: bytes needed, bytes there are, and what to give instead; up to the limit it works."""
     needed = {split: len(shards.rows(split)) * 64**2 for split in ("train", "tune")}
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 2 * needed["train"])
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed["train"])
     loader = loader_of(shards)
     assert len(list(loader.load(training(shards, 0)))) == len(training(shards, 0))
-    monkeypatch.setattr(resident, "_free_bytes", lambda device: 2 * needed["tune"] - 1)
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed["tune"] - 1)
     loader = loader_of(shards)
     with pytest.raises(OwnRefusal) as caught:
         list(loader.load(evaluation(shards.rows("tune"))))
@@ -105,10 +105,10 @@ def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatc
 
 
 def test_free_memory_is_what_the_system_says_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resident._free_bytes(CPU)
+    whole = resident.free_bytes(CPU)
     assert 1 << 20 < whole < 1 << 50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert resident._free_bytes(CPU) < whole / 2
+    assert resident.free_bytes(CPU) < whole / 2
 
 
 def test_a_run_on_resident_radiographs_learns_as_the_cpu_backends_does(
