@@ -6,7 +6,14 @@
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+_DISK = "EIO EREMOTEIO ENXIO ENODEV ENOMEDIUM EUCLEAN ESTALE"
+_NETWORK = "ENOTCONN ESHUTDOWN EPIPE ENOLINK ECOMM ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET"
+_CONNECTION = "ECONNRESET ECONNREFUSED ECONNABORTED"
+_MACHINE = "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN EBUSY"  # what it has too little of at the moment
+_IO_FAULTS = {getattr(errno, name, None) for name in f"{_DISK} {_NETWORK} {_CONNECTION} {_MACHINE}".split()} - {None}
 
 
 class Refusal(ValueError):
@@ -33,6 +40,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where something known is near, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def is_io_fault(error: BaseException) -> bool:
+    """Whether an error of reading is the disk's, the network's or the machine's: it says nothing about the file.
+
+    True for EIO, ESTALE, ENOTCONN, EMFILE, ENOMEM and the like, and for a timeout or a lost connection that has no number.
+    False for what is wrong with the file or its name: no such file, permission denied, a folder, a loop of links.
+    """
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in _IO_FAULTS or (error.errno is None and isinstance(error, TimeoutError | ConnectionError))
 
 
 def os_reason(error: OSError) -> str:

@@ -1,0 +1,41 @@
+"""Which errors of reading are the machine's, and which the file's."""
+
+import errno
+
+import pytest
+
+from mura_dist.core.errors import is_io_fault
+
+MACHINE = (
+    "EIO",
+    "ESTALE",
+    "ENOTCONN",
+    "ENXIO",
+    "EMFILE",
+    "ENFILE",
+    "ENOMEM",
+    "ETIMEDOUT",
+    "EREMOTEIO",
+    "ENODEV",
+    "EAGAIN",
+)
+FILE = ("ENOENT", "EACCES", "EPERM", "EISDIR", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EINVAL", "ENOSPC")
+
+
+@pytest.mark.parametrize("name", MACHINE)
+def test_errors_of_disk_network_and_process_are_io_faults(name: str) -> None:
+    assert is_io_fault(OSError(getattr(errno, name), "said by the system"))
+
+
+@pytest.mark.parametrize("name", FILE)
+def test_errors_of_a_file_or_its_name_are_none(name: str) -> None:
+    assert not is_io_fault(OSError(getattr(errno, name), "said by the system"))
+
+
+def test_errors_without_a_number_go_by_their_kind() -> None:
+    """What fsspec's stores raise."""
+    assert is_io_fault(TimeoutError())
+    assert is_io_fault(ConnectionResetError("by peer"))
+    assert not is_io_fault(OSError("image file is truncated"))
+    assert not is_io_fault(FileNotFoundError("bucket/key"))
+    assert not is_io_fault(ValueError("embedded null byte"))
