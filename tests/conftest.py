@@ -9,11 +9,13 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import scheduling, warm
 from helpers.cache import Cache
 from helpers.commands import ROOT, run, train
+from helpers.read_faults import ReadFaults, compile_library
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
 
@@ -92,6 +94,19 @@ def model(cache: Cache) -> Path:
     from mura_dist.inference.export.onnx import export
 
     return cache.path("model", lambda folder: export(tiny(), card_of(), folder / "model.onnx")) / "model.onnx"
+
+
+@pytest.fixture
+def read_faults(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ReadFaults]:
+    """Errors of reading, as ReadFaults has them, for processes that get their `environment`."""
+    library, folder = cache.path("read_faults.so", compile_library), tmp_path_factory.mktemp("read-faults")
+
+    def inject(path: str, **more: Any) -> ReadFaults:
+        counter = folder / f"{len(list(folder.iterdir()))}.calls"
+        counter.write_bytes(bytes(8))
+        return ReadFaults(library, counter, path, **more)
+
+    return inject
 
 
 @pytest.fixture
