@@ -1,9 +1,11 @@
-"""csv_lines.py: what pandas.read_csv does not keep of a file: widths, numbers of lines, where it breaks."""
+"""csv_lines.py: what pandas.read_csv does not keep of a file; encodings, delimiters, numbers and labels as people save them."""
+
+import math
 
 import pytest
 
 from mura_dist.core.errors import Refusal
-from mura_dist.data.csv_lines import read_lines
+from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, parse_path, read_lines
 
 
 def test_lines_keep_their_width_and_their_number() -> None:
@@ -31,3 +33,85 @@ def test_lines_before_a_broken_one_come_first() -> None:
     assert next(lines) == (1, ["a", "1"])
     with pytest.raises(Refusal, match=r"^t\.csv line 2 "):
         next(lines)
+
+
+# ---- bytes, delimiters, cells
+
+
+def test_a_byte_order_mark_tells_the_encoding() -> None:
+    text = "M\u00fcller,1\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert decode(text.encode(encoding), "t.csv") == text
+    for encoding in ("utf-16-be", "utf-32-be"):
+        assert decode(("\ufeff" + text).encode(encoding), "t.csv") == text
+    assert decode(b"", "t.csv") == ""
+    assert decode(b"a\xff", "t.csv", errors="surrogateescape") == "a\udcff"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a,1\nM\xfcller,1", r"^t\.csv line 2 is not UTF-8 \(byte 0xfc\); save it as `CSV UTF-8`$"),
+        (
+            "a,1".encode("utf-16-le"),
+            r"^t\.csv is not a text file \(it holds zero bytes\); save the table as `CSV UTF-8`$",
+        ),
+        ("a,1".encode("utf-16")[:-1], r"^t\.csv is not UTF-16, as its first bytes say; save it as `CSV UTF-8`$"),
+        (b"\xff\xfe\0\0\xff\xff\xff\xff", r"^t\.csv is not UTF-32, as its first bytes say; save it as `CSV UTF-8`$"),
+    ],
+)
+def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        decode(data, "t.csv")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("header", ["study{0}probability\n", ""])
+@pytest.mark.parametrize("name", ["train/a", "a", '"a;b"', '"a,b"', '"a\tb"'])
+@pytest.mark.parametrize("number", ["0", "0.5", "0,5"])
+def test_the_delimiter_is_what_cuts_the_lines(mark: str, header: str, name: str, number: str) -> None:
+    """By the file's own writer: a cell that holds the delimiter is quoted."""
+    cell = f'"{number}"' if mark in number else number
+    assert find_delimiter(header.format(mark) + f"{name}{mark}{cell}\n\n" * 3) == mark
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("", ","),
+        ("train/a\ntrain/b\n", ","),  # one column
+        ("Doe; Jane/,1\nRoe; Jane/,0\n", ","),  # a semicolon in each name
+        ("study;label\nDoe, Jane;1\nRoe, Jane;0\n", ";"),  # a comma in each name
+        ("what is this\na;1\nb;0\n", ";"),
+        ('a;1\n"' + "x" * 200_000, ";"),  # what breaks later
+    ],
+)
+def test_a_mark_in_the_names_is_no_delimiter(text: str, mark: str) -> None:
+    assert find_delimiter(text) == mark
+    if "x" not in text:
+        assert {len(cells) for _, cells in read_lines(text, "t.csv", "fix it", delimiter=mark)} <= {1, 2}
+
+
+def test_a_number_has_a_point_or_a_comma() -> None:
+    for text in ("0.25", "0,25", " .25", ",25", "25e-2", "2,5E-1"):
+        assert parse_number(text) == 0.25
+    assert parse_number("-inf") == -math.inf
+    assert math.isnan(parse_number("NaN") or 0)
+    for text in ("", ".", ",", "1,2,3", "1.2,3", "1_0", "0x1", "one"):
+        assert parse_number(text) is None
+
+
+def test_a_label_is_a_number_or_a_word() -> None:
+    for text in ("1", "1.0", "1,0", "1.", "01", "+1", "1e0", " 1 ", "abnormal", "Positive", "POS", "True", "yes"):
+        assert parse_label(text) == 1, text
+    for text in ("0", "0.0", "0,0", "-0", "0E+00", "normal", "NEGATIVE", "neg", "FALSE", "No"):
+        assert parse_label(text) == 0, text
+    for text in ("", "2", "-1", "0.5", "1.01", "nan", "inf", "fracture", "not normal", "0 1", "10", "1_0"):
+        assert parse_label(text) is None, text
+
+
+def test_a_path_has_one_spelling() -> None:
+    """As Windows writes it, and as macOS composes its characters."""
+    assert parse_path("MURA-v1.1\\train/XR_HAND\\patient1\\") == "MURA-v1.1/train/XR_HAND/patient1/"
+    assert parse_path("Mu\u0308ller") == parse_path("M\u00fcller") == "M\u00fcller"
+    assert parse_path("a\udcff") == "a\udcff"
