@@ -1,17 +1,40 @@
 """Files that are either the old one or the new one, never half of either.
 
-Write aside in the same folder, fsync, rename. Whoever is killed in between leaves only a `.NAME.partial` file, which nothing
-reads and the next write of the same name replaces. Two writers of one name would share that file: `aside` tells them apart.
+Write under a random name in the same folder, fsync, rename. A writer that is killed leaves a `.NAME.<random>.partial` file, which
+nothing reads. The next process that writes into the folder deletes it, once its writer is known to have ended.
+
+No name can be guessed, no link is followed, and two writers of one name share nothing (`O_EXCL`). A writer holds `flock` on its
+file. The kernel lets go of it with the process.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from mura_dist.core.errors import Refusal
+
+_LOCKS = os.name == "posix"  # Windows does not delete a file that is open
+if _LOCKS:
+    import fcntl
+
+BY_UMASK = 0o666  # as any program writes
+PRIVATE = 0o600
+_DAY_S = 86400.0
+# Of another machine's file nobody here can tell whether its writer lives: it is stale when not written for so long. A scratch
+# file is written once and read for as long as the job lasts.
+_STALE_S = {"partial": _DAY_S, "scratch": 30 * _DAY_S}
+_UNFINISHED = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}\.(?P<kind>partial|scratch)", re.DOTALL)
+_NAME_BYTES = 200  # of a file's name that its random one repeats; 255 is the limit of a name
 
 
 def sync_folder(folder: Path) -> None:
@@ -26,60 +49,130 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, aside: str = "") -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends well, and vanishes when it does not.
-
-    `aside`: tells writers of the same name apart, where there is more than one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{aside}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def creating(path: Path, *, mode: int = 0o666, aside: str = "") -> Iterator[IO[bytes]]:
-    """As `replacing`, but what lies at `path` stays: FileExistsError at the block's end. Of several writers one is first.
+def replacing(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
+    """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
 
     `mode`: the file's permissions from its first byte on.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{aside}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # the last is Windows' own
-        with open(os.open(partial, flags, mode), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    with _unfinished(path, mode, "partial") as (file, partial):
+        yield file
+        _finish(file)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def creating(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
+    """As `replacing`, but what lies at `path` stays: FileExistsError at the block's end. Of several writers one is first."""
+    with _unfinished(path, mode, "partial") as (file, partial):
+        yield file
+        _finish(file)
         if os.name == "nt":
             os.rename(partial, path)  # there it refuses what exists
         else:
             os.link(partial, path)
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def scratch(path: Path, *, mode: int = BY_UMASK) -> Iterator[Path]:
+    """Yield a new empty file beside `path`, which vanishes with the block."""
+    with _unfinished(path, mode, "scratch") as (_, name):
+        yield name
+
+
+def _finish(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    if not _LOCKS:  # Windows does not rename a file that is open; elsewhere the lock lasts longer than the name
+        file.close()
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path, mode: int, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
+    """Yield a new file of a random name beside `path`, locked, and its path. The name is gone after the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent.absolute())
+    start = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", errors="ignore")
+    while True:
+        name = path.with_name(f".{start}.{_machine()}-{secrets.token_hex(8)}.{kind}")
+        if (descriptor := _create(name, mode)) is not None:
+            break
+    try:
+        with open(descriptor, "wb") as file:
+            yield file, name
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed; or its folder is gone, which is an error of its own
+            name.unlink()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    with replacing(path) as file:
+@functools.cache
+def _machine() -> str:
+    """Return eight digits that the processes of this running kernel share, also those of its containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(boot.read_bytes()).hexdigest()[:8]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _create(path: Path, mode: int) -> int | None:
+    """Return a descriptor of the new file `path`, locked; None where another process swept it before the lock."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, mode)
+    if not _LOCKS:
+        return descriptor
+    try:
+        if mode != BY_UMASK:
+            os.fchmod(descriptor, mode)
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def sweep(folder: Path) -> None:
+    """Delete the unfinished files in `folder` whose writers have ended. Once in a process and folder."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if (name := _UNFINISHED.fullmatch(entry.name)) is not None:
+                with contextlib.suppress(OSError):
+                    _remove_stale(Path(entry.path), name["machine"] == _machine(), _STALE_S[name["kind"]])
+
+
+def _remove_stale(path: Path, here: bool, stale_s: float) -> None:
+    """Delete `path` if its writer has ended. `here`: the writer is a process of this machine, and so the lock tells."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        if here and _LOCKS:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where the writer holds it
+            path.unlink()
+        elif time.time() - status.st_mtime > stale_s:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes, *, mode: int = BY_UMASK) -> None:
+    with replacing(path, mode=mode) as file:
         file.write(data)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+def write_text(path: Path, text: str, *, mode: int = BY_UMASK) -> None:
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), mode=mode)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, mode: int = BY_UMASK) -> None:
     """Indented, keys in the order given, NaN refused: JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -72,8 +72,8 @@ class Place(ABC):
         """Several at once, where that is faster; a file that cannot be read is its error."""
 
     @abstractmethod
-    def writing(self, name: str, *, aside: str = "") -> contextlib.AbstractContextManager[IO[bytes]]:
-        """A binary file that becomes `name` when the block ends well. `aside` tells two writers of one name apart."""
+    def writing(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """A binary file that becomes `name` when the block ends well. Two writers of one name share nothing."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -83,8 +83,8 @@ class Place(ABC):
     def copy_to(self, name: str, target: Path) -> None:
         """Download, or copy, to a local file; whoever is interrupted leaves a part of it."""
 
-    def write(self, name: str, data: bytes, *, aside: str = "") -> None:
-        with self.writing(name, aside=aside) as file:
+    def write(self, name: str, data: bytes) -> None:
+        with self.writing(name) as file:
             file.write(data)
 
 
@@ -131,8 +131,8 @@ class Local(Place):
     def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
         return [_or_error(self.read, name) for name in names]
 
-    def writing(self, name: str, *, aside: str = "") -> contextlib.AbstractContextManager[IO[bytes]]:
-        return atomic.replacing(self.folder / name, aside=aside)
+    def writing(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return atomic.replacing(self.folder / name)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -209,7 +209,7 @@ class Remote(Place):
         return contents
 
     @contextlib.contextmanager
-    def writing(self, name: str, *, aside: str = "") -> Iterator[IO[bytes]]:
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
         with tempfile.TemporaryDirectory(prefix="mura-dist-") as folder:
             local = Path(folder, Path(name).name)
             with open(local, "wb") as file:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mura_dist.core import files
 from mura_dist.core.errors import Refusal, Stopped
 from mura_dist.distributed import processes
 
@@ -132,16 +134,13 @@ def _say(line: str) -> None:
 
 def _create(path: Path, owner: dict[str, Any]) -> bool:
     """Whether the lock is ours now. It appears with its content: a kill in between leaves no lock that nobody owns."""
-    aside = path.with_name(f".lock.{owner['host']}.{owner['process']}")
-    aside.write_text(json.dumps(owner), encoding="utf-8")
     try:
-        os.link(aside, path)
+        with files.creating(path) as file:
+            file.write(json.dumps(owner).encode())
     except FileExistsError:
         return _owner(path) == owner  # a network disk may have done it and say it again
     except OSError:  # a disk without links
         return _create_in_place(path, owner)
-    finally:
-        aside.unlink(missing_ok=True)
     return True
 
 
@@ -180,15 +179,11 @@ def _judge(path: Path) -> _Found | None:
 
 def _now(folder: Path) -> float:
     """The time by the clock that dates the folder's files: on a shared disk its server's."""
-    probe = folder / f".lock.{platform.node()}.{os.getpid()}.now"
     try:
-        probe.touch()
-        return probe.stat().st_mtime
+        with files.scratch(folder / "now") as probe:
+            return probe.stat().st_mtime
     except OSError:
         return time.time()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def _lives(owner: dict[str, Any]) -> bool | None:
@@ -212,7 +207,7 @@ def _is_foreign(owner: dict[str, Any]) -> bool:
 
 def _take_away(path: Path, inode: int) -> None:
     """Remove the lock that was judged, and no other: two starts may have judged the same one."""
-    aside = path.with_name(f".lock.{os.getpid()}")
+    aside = path.with_name(f".lock.{secrets.token_hex(8)}")
     with contextlib.suppress(FileNotFoundError):
         os.replace(path, aside)
         if aside.stat().st_ino != inode:

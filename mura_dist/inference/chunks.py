@@ -170,9 +170,7 @@ class ChunkPredictor:
             chunk = begun.popleft()
             # Here a chunk's files, images, identities and logits are together: what else is made of them, is made here.
             part = json.dumps(self._part(chunk), ensure_ascii=False, allow_nan=False)
-            aside = f".{self.folder.rank}-{os.getpid()}"  # two ranks may make the same one
-            with atomic.replacing(self.folder.part(chunk.number), aside=aside) as file:
-                file.write(part.encode())
+            atomic.write_bytes(self.folder.part(chunk.number), part.encode())
             if self.folder.num_ranks > 1:  # what the others have done meanwhile
                 self._missing()
                 self.done += sum(len(chunk.readings) for chunk in begun)

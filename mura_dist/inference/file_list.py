@@ -77,18 +77,17 @@ def find(
     database: Path,
     *,
     size: int = 256,
-    mode: int = 0o666,
     leave_out: Path | None = None,
     sort_by: Callable[[bytes], bytes] = lambda path: path,
     found: Callable[[int], None] = lambda num: None,
 ) -> Walk:
-    """Every file below `directory`, listed in `database`, whose permissions are `mode`. `leave_out` is a folder not to look
-    into; `found`: told how many; `sort_by`: of a path, what the files are in the order of.
+    """Every file below `directory`, listed in `database`, a new file. `leave_out` is a folder not to look into; `found`: told how
+    many; `sort_by`: of a path, what the files are in the order of.
 
     Links to files are files; links to folders are followed once the real folders are done, and each folder is entered
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
-    with scratch_db.made(database, _SCHEMA, mode) as table:
+    with scratch_db.made(database, _SCHEMA) as table:
         _fill(table, directory, leave_out, found, sort_by)
         num_files, digest = _number(table, size)
     return Walk(database, num_files, digest, size)

@@ -51,11 +51,6 @@ class OutputFolder:
     def done(self) -> Path:
         return self.path / PREDICT_SUMMARY
 
-    @property
-    def tmp_suffix(self) -> str:
-        """Tell this rank of this prediction from others that use the same key table."""
-        return f"-{digest(os.path.abspath(self.path))[:8]}-{self.rank}"
-
     def part(self, number: int) -> Path:
         return self.parts / f"{number:06d}.json"
 

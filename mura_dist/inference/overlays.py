@@ -26,7 +26,7 @@ from mura_dist.reports import heatmap, local_only
 FOLDER, NOTE = "overlays", "LOCAL-ONLY.txt"
 CAVEAT = "research only, not a medical device; a heatmap shows what moved this model, not where a lesion is"  # fits the picture
 _SIDE_PX, _WIDTH_PX = 320, 664  # at least, of a radiograph and of the picture
-_NAME_BYTES = 230  # of 255: the name of the file that is written aside is longer
+_NAME_BYTES = 230  # of 255: a suffix follows
 _MARGIN, _TOP, _BELOW = 8, 26, 26
 
 
@@ -42,13 +42,11 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Overlays:
-    """Where they go and which may be written. `drawings`: the model was trained on phantoms; `aside`: tells several
-    writers apart, who may make the same one."""
+    """Where they go and which may be written. `drawings`: the model was trained on phantoms."""
 
     out: Path
     allow_pixels: bool = False
     drawings: bool = False
-    aside: str = ""
 
     def begin(self) -> None:
         """The note comes first: nothing lies in the folder without it."""
@@ -68,8 +66,7 @@ class Overlays:
         self._put(place(self.out, overlay.name), local_only.png(pixels))
 
     def _put(self, path: Path, data: bytes) -> None:
-        with files.replacing(path, aside=self.aside) as file:
-            file.write(data)
+        files.write_bytes(path, data)
 
 
 def place(out: Path, name: str) -> Path:

@@ -26,6 +26,7 @@ from typing import Any
 
 from mura_dist import __version__
 from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.files import PRIVATE, scratch
 from mura_dist.data import gate
 from mura_dist.distributed import environment, worker_pool
 from mura_dist.distributed.signals import asked_to_stop
@@ -201,19 +202,12 @@ def _walked(
     def by_name(path: bytes) -> bytes:
         return names.file(file_list.printable(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
 
-    database = folder.parts / f"walk-{folder.rank}.sqlite"
-    more: dict[str, Any] = {}
-    if keytable is not None:
-        database = keytable.with_name(f".{keytable.name}.walk{folder.tmp_suffix}.sqlite")
-        more = {"sort_by": by_name, "mode": 0o600}
-    try:
+    more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
+    with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
         files = file_list.find(directory, database, size=CHUNK, leave_out=folder.path, found=found, **more)
         if not files.num_files:
             raise Refusal(f"{directory} holds no files; give a folder of radiographs")
         yield files
-    finally:
-        with contextlib.suppress(OSError):  # a start makes it anew
-            database.unlink()
 
 
 def _resolve_tuning(
@@ -263,7 +257,7 @@ def _overlays(model: Model, folder: OutputFolder, options: PredictOptions) -> Ov
     if not options.overlays:
         return None
     drawings = model.card.trained_on.kind == "phantoms"
-    return Overlays(folder.path, options.allow_pixels, drawings, aside=f".{folder.rank}")
+    return Overlays(folder.path, options.allow_pixels, drawings)
 
 
 def _write_tables(
@@ -275,7 +269,7 @@ def _write_tables(
         return folder.load_parts(files.num_chunks, stop)
 
     if options.keytable is not None:
-        pseudonyms.write(options.keytable, lambda: _ways_back(groups, files, parts()), folder.tmp_suffix)
+        pseudonyms.write(options.keytable, lambda: _ways_back(groups, files, parts()))
     tally = tables.write(folder.path, parts, card, options.format, folder.parts / "studies.sqlite")
     return tally, counted(part["overlays"] for part in parts())
 

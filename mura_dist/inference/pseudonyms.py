@@ -110,7 +110,7 @@ def site_key(*apart: Path) -> bytes:
 def _make_key(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        with atomic.creating(path, mode=0o600, aside=f".{secrets.token_hex(8)}") as file:
+        with atomic.creating(path, mode=0o600) as file:
             file.write(secrets.token_hex(_KEY_BYTES).encode())
     except FileExistsError:  # another process was first: its key is the site's
         pass
@@ -162,13 +162,10 @@ def check_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
         _compare(keytable, (line[:2] for line in _read(keytable)), files)
 
 
-def write(keytable: Path, rows: Callable[[], Iterable[Row]], aside: str = "") -> None:
-    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal.
-
-    `aside`: what tells this run's unfinished file from another run's.
-    """
+def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
+    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal."""
     try:
-        with atomic.creating(keytable, mode=0o600, aside=aside) as file:
+        with atomic.creating(keytable, mode=0o600) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
             table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writerow(COLUMNS)

@@ -1,7 +1,7 @@
 """Tables too long for memory, on disk while a process needs them: sqlite3 without journal, without locks, without trust.
 
-What a killed process leaves is no state: nobody reads it, the next start makes the file anew. So nothing is synced, and nothing
-is locked (network disks often cannot): each file has one process.
+What a killed process leaves is no state: nobody reads it. So nothing is synced, and nothing is locked (network disks often
+cannot): each file has one process, which gets it from `core.files.scratch`.
 """
 
 import contextlib
@@ -16,11 +16,8 @@ _SETTINGS = f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_
 
 
 @contextlib.contextmanager
-def made(path: Path, schema: str, mode: int = 0o666) -> Iterator[sqlite3.Connection]:
-    """A new database in one transaction, which ends with the block; `mode`: its permissions from its first byte on. Raises
-    OSError where the disk is full."""
-    path.unlink(missing_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL, mode))
+def made(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
+    """A new database in one transaction, which ends with the block. Raises OSError where the disk is full."""
     with _opened(path, "rwc&nolock=1") as database:
         database.executescript(_SETTINGS + schema)
         database.execute("BEGIN")  # else every statement would write its pages out

@@ -130,9 +130,8 @@ def views(rows: list[Any]) -> pd.DataFrame:
 @contextlib.contextmanager
 def grouped(path: Path) -> Iterator["Studies"]:
     """Views on disk, which come in any order and lie by study: a study's views may be anywhere in the walk."""
-    with scratch_db.made(path, _SCHEMA) as database:
+    with files.scratch(path, mode=files.PRIVATE) as scratch, scratch_db.made(scratch, _SCHEMA) as database:
         yield Studies(database)
-    path.unlink()
 
 
 class Studies:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mura_dist.core import files
 from mura_dist.inference import file_list, scratch_db
 from mura_dist.inference.file_list import File, Walk
 
@@ -27,7 +28,8 @@ def listed(found: Walk) -> list[File]:
 
 
 def paths(directory: Path, table: Path, leave_out: Path | None = None) -> list[str]:
-    return [file.path for file in listed(file_list.find(directory, table, leave_out=leave_out))]
+    with files.scratch(table) as database:
+        return [file.path for file in listed(file_list.find(directory, database, leave_out=leave_out))]
 
 
 def make(root: Path, *names: str) -> None:
@@ -49,12 +51,12 @@ def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, 
     found = file_list.find(tmp_path, table, size=size, found=told.append)
     assert told == sorted(told)
     assert (found.num_files, found.num_chunks, told[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
-    files = listed(found)
-    assert [file.path for file in files] == sorted(NAMES, key=os.fsencode)
-    for file in files:
+    there = listed(found)
+    assert [file.path for file in there] == sorted(NAMES, key=os.fsencode)
+    for file in there:
         status = os.stat(tmp_path / file.path)
         assert (file.num_bytes, file.mtime_ns, file.failure) == (status.st_size, status.st_mtime_ns, None)
-    lines = (os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} None\n".encode() for file in files)
+    lines = (os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} None\n".encode() for file in there)
     assert found.digest == hashlib.sha256(b"".join(lines)).hexdigest()
     last = found.num_chunks - 1
     assert [len(chunk) for chunk in found.chunks([last, 0])] == [len(NAMES) - last * size, min(size, len(NAMES))]
@@ -152,13 +154,6 @@ def _looked_into(directory: Path) -> Iterator[tuple[bytes, str | None]]:
     table.executescript(file_list._SCHEMA)
     file_list._fill(table, directory, None, lambda num: None, lambda path: path)
     yield from table.execute("SELECT path, reason FROM file")
-
-
-def test_what_a_killed_walk_left_is_no_state(tmp_path: Path, table: Path) -> None:
-    make(tmp_path, "a")
-    table.write_bytes(b"SQLite format 3\0 and no more")
-    assert paths(tmp_path, table) == ["a"]
-    assert paths(tmp_path, table) == ["a"]
 
 
 def test_a_full_disk_is_said_as_the_system_says_it(tmp_path: Path) -> None:

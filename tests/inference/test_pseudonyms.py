@@ -464,7 +464,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     class Killed(BaseException):
         pass
 
-    def kill(keytable: Path, lines: Any, aside: str) -> None:
+    def kill(keytable: Path, lines: Any) -> None:
         raise Killed
 
     monkeypatch.setattr(pseudonyms, "write", kill)
@@ -674,7 +674,7 @@ def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> N
     modes: set[int] = set()
 
     def look(done: int, total: int | None) -> None:
-        modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*sqlite*"))
+        modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*.scratch"))
 
     options = PredictOptions(keytable=tmp_path / "private" / "keys.csv")
     predict(model, tmp_path / "in", tmp_path / "out", options, progress=look)

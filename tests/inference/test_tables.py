@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 from helpers.models import card_of
 
-from mura_dist.core import files
 from mura_dist.core.errors import Failure
 from mura_dist.data import gate
 from mura_dist.inference import tables
@@ -191,7 +190,7 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
     """Windows says PermissionError where another program has the file open, when it is to be replaced."""
-    place, replace, opens = tmp_path / f"{name}.csv", os.replace, open
+    place, replace, opens = tmp_path / f"{name}.csv", os.replace, os.open
     if how == "a folder":
         place.mkdir()
 
@@ -206,7 +205,7 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
     if how == "open elsewhere":
         monkeypatch.setattr(os, "replace", refuse(replace, place))
     if how == "a folder nobody may write into":
-        monkeypatch.setattr(files, "open", refuse(opens, place), raising=False)
+        monkeypatch.setattr(os, "open", refuse(opens, place))
     parts = parts_of(rows(20), 7)
     with pytest.raises(Failure) as failure:
         tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")

@@ -105,8 +105,8 @@ FAULTS = (
     Fault(
         "file-replaced-before-it-is-whole",
         "core/files.py",
-        "            file.flush()\n            os.fsync(file.fileno())\n        os.replace(partial, path)",
-        "            os.replace(partial, path)",
+        "        _finish(file)\n        os.replace(partial, path)",
+        "        os.replace(partial, path)",
         "tests/training/test_checkpoint.py tests/data/shards tests/inference/test_predict.py",
     ),
     Fault(

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mura_dist.core import storage
+from mura_dist.core import files, storage
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Place, Where
 
@@ -50,8 +50,7 @@ def local(where: Where, mirror: Path | None = None) -> Path:
     with _locked(folder / ".lock"):
         if not (folder / "index.json").is_file():
             _copy(place, folder, index)
-            (folder / ".index.json.partial").write_bytes(data)
-            os.replace(folder / ".index.json.partial", folder / "index.json")
+            files.write_bytes(folder / "index.json", data)
     return folder
 
 
@@ -90,13 +89,13 @@ def _copy(place: Place, folder: Path, index: dict[str, Any]) -> None:
 
 def _copy_one(place: Place, name: str, folder: Path, digest: str | None) -> None:
     """One file, unless an earlier start has it; a tar is checked, and fetched a second time where it differs."""
-    path, partial = folder / name, folder / f".{name}.partial"
+    path = folder / name
     if path.is_file():
         return
     for _ in range(2):
-        place.copy_to(name, partial)
-        if digest is None or storage.sha256(partial) == digest:
-            os.replace(partial, path)
-            return
-    partial.unlink()
+        with files.scratch(path) as copy:
+            place.copy_to(name, copy)
+            if digest is None or storage.sha256(copy) == digest:
+                os.replace(copy, path)
+                return
     raise Failure(f"{place}/{name} differs from its SHA-256 in index.json, twice; `mura-dist verify` tells more")

@@ -60,11 +60,6 @@ class Conversion:
     rank: int
     num_ranks: int
 
-    @property
-    def aside(self) -> str:
-        """Tells the half-written files of ranks apart: two may make the same shard."""
-        return f".{self.rank}" if self.rank else ""
-
 
 def convert(
     source: Where,
@@ -279,7 +274,7 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
     try:
         for shard in todo:
             ours = itertools.islice(stream, len(shard.rows))
-            writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding, aside=conversion.aside)
+            writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
             work.made(shard)
     except KeyboardInterrupt as error:
         raise Stopped("stopped; the finished shards stay, the same command goes on") from error

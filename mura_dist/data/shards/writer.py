@@ -31,27 +31,25 @@ def read_mark(data: bytes) -> dict[str, Any]:
     return json.loads(data)
 
 
-def write(
-    place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str, aside: str = ""
-) -> dict[str, Any]:
+def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
     """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only."""
     unreadable: list[dict[str, Any]] = []
     readable = _sorted_out(iter(samples), unreadable)
     mark: dict[str, Any] = {"name": name, "num_samples": 0, "bytes": 0, "sha256": None}
     if (first := next(readable, None)) is not None:  # an empty tar would only trip its readers
         index, crcs = [], []
-        with place.writing(name, aside=aside) as file:
+        with place.writing(name) as file:
             tar = _Tar(file)
             for sample in itertools.chain([first], readable):
                 index.append(tar.add(sample, labels[sample.row], encoding))
                 crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data or b''):08x}\n")
             tar.close()
         stem = name.removesuffix(".tar")
-        place.write(f"{stem}.crc", "".join(crcs).encode(), aside=aside)
-        place.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode(), aside=aside)
+        place.write(f"{stem}.crc", "".join(crcs).encode())
+        place.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode())
         mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": tar.digest.hexdigest()}
     mark["unreadable"] = unreadable
-    place.write(mark_of(name), (json.dumps(mark, indent=2) + "\n").encode(), aside=aside)
+    place.write(mark_of(name), (json.dumps(mark, indent=2) + "\n").encode())
     return mark
 
 
