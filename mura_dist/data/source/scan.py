@@ -16,11 +16,12 @@ from mura_dist.core import storage
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
+from mura_dist.data.csv_lines import parse_label, parse_path
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.mura import Radiograph
 from mura_dist.data.source import csv_files
 from mura_dist.data.source import duplicates as copies
-from mura_dist.data.source.csv_files import Csvs, Defects, lines_of, path_and_rest, study_of
+from mura_dist.data.source.csv_files import Csvs, Defects, Spellings, lines_of, path_and_rest, study_of
 from mura_dist.data.source.files import Tree, walk
 
 PHANTOMS_MARK = "phantoms.json"
@@ -196,8 +197,8 @@ def _refuse(source: Where, radiographs: list[Radiograph], csvs: Csvs) -> None:
 
 def _correct(radiographs: list[Radiograph], labels: Path | None) -> tuple[list[Radiograph], dict[str, int], list[str]]:
     """(radiographs as the file of `study,label` lines has them, the labels it changed, the studies it did not change)."""
-    wanted = {} if labels is None else _read_corrections(labels)
     before = {radiograph.study: radiograph.label for radiograph in radiographs}
+    wanted = {} if labels is None else _read_corrections(labels, Spellings(before))
     unknown = sorted(wanted.keys() - before.keys())
     if unknown:
         raise Refusal(
@@ -208,17 +209,21 @@ def _correct(radiographs: list[Radiograph], labels: Path | None) -> tuple[list[R
     return corrected, changed, sorted(wanted.keys() - changed.keys())
 
 
-def _read_corrections(labels: Path) -> dict[str, int]:
+def _read_corrections(labels: Path, spellings: Spellings) -> dict[str, int]:
     if not labels.is_file():
         raise Refusal(f"--labels {labels}: no such file; give a CSV of study,label lines")
     wanted: dict[str, int] = {}
     for number, line in lines_of(labels.read_bytes(), f"--labels {labels}"):
         path, rest = path_and_rest(line)
-        if rest[:1] not in (["0"], ["1"]):
+        label = parse_label("".join(rest[:1]))
+        if label is None:
             raise Refusal(
-                f"--labels {labels} line {number}: {','.join(line)!r} is not study,label with a label of 0 or 1"
+                f"--labels {labels} line {number}: {','.join(line)!r} is not study,label with a label of 0 or 1, normal or "
+                "abnormal; mend the line"
             )
-        study = study_of(path) or path.rstrip("/")
-        if wanted.setdefault(study, int(rest[0])) != int(rest[0]):
+        study = spellings.find(study_of(path) or study_of(parse_path(path)) or path.rstrip("/"))
+        if wanted.setdefault(study, label) != label:
             raise Refusal(f"--labels {labels} line {number}: {study} has label 0 and label 1; leave one of the lines")
+    if not wanted:
+        raise Refusal(f"--labels {labels} labels no study; give a CSV of study,label lines, or leave --labels out")
     return wanted
