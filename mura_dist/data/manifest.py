@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -24,6 +24,18 @@ from mura_dist.data.mura import Radiograph
 
 COLUMNS = ("row", "split", "study_type", "patient", "study", "view", "label", "path")
 _FIELDS = ("split", "study_type", "patient", "study", "view", "label", "path")
+_MAX_VIEW = 10**18  # mura.parse reads at most 18 digits
+_LIMITS: tuple[tuple[str, str, Callable[[pd.Series], pd.Series]], ...] = (
+    ("split", f"one of {', '.join(mura.SPLITS)}", lambda values: values.isin(mura.SPLITS)),
+    ("label", "0 or 1", lambda values: _numbers(values).isin((0, 1))),
+    (
+        "view",
+        "a whole number from 0 on",
+        lambda values: _numbers(values).between(0, _MAX_VIEW) & (_numbers(values) % 1 == 0),
+    ),
+    *((name, "not empty", lambda values: values != "") for name in ("study_type", "patient", "study", "path")),
+)
+"""(column, what its values must be, whether they are) of a manifest that was loaded."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,12 @@ class Manifest:
             raise Refusal(f"{path} is not a manifest ({error}); make the shards again") from error
         if tuple(frame.columns) != COLUMNS[1:] or not np.array_equal(frame.index, np.arange(len(frame))):
             raise Refusal(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")
-        return cls(frame)
+        for column, limit, fits in _LIMITS:
+            strange = frame.index[~fits(frame[column])]
+            if len(strange):
+                value = frame.loc[strange[0], column]
+                raise Refusal(f"{path} row {strange[0]}: {column} {value!s:.100} ({limit}); make the shards again")
+        return cls(frame.astype({"view": np.int64, "label": np.int64}))
 
     def to_csv(self) -> bytes:
         text = io.StringIO()
@@ -96,6 +113,10 @@ def cut_tune(manifest: Manifest, fraction: float, seed: int) -> Manifest:
     frame = manifest.frame.copy()
     frame.loc[(frame["split"] == "train") & frame["patient"].isin(chosen), "split"] = "tune"
     return Manifest.of(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
+
+
+def _numbers(values: pd.Series) -> pd.Series:
+    return pd.to_numeric(values, errors="coerce")
 
 
 def _place(radiograph: Radiograph) -> tuple:

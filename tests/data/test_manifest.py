@@ -628,6 +628,30 @@ def test_a_manifest_survives_the_disk(phantoms: Path, tmp_path: Path) -> None:
         Manifest.load(tmp_path / "manifest.csv")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "limit"),
+    [
+        *(("label", value, "0 or 1") for value in ("2", "-1", "0.5", "", "nan", "abnormal", "1e400")),
+        *(("split", value, "one of train, tune, valid, test") for value in ("", "Train", "validation")),
+        *(("view", value, "a whole number from 0 on") for value in ("-1", "1.5", "", "x", "1" + "0" * 20, "inf")),
+        *((name, "", "not empty") for name in ("study_type", "patient", "study", "path")),
+    ],
+)
+def test_a_manifest_of_impossible_values_is_refused(column: str, value: str, limit: str, tmp_path: Path) -> None:
+    names = ("row", "split", "study_type", "patient", "study", "view", "label", "path")
+    lines = [[f"{n}", "train", "XR_HAND", "patient1", "study1", f"{n}", f"{n % 2}", f"image{n}.png"] for n in range(3)]
+    path = tmp_path / "manifest.csv"
+    path.write_text("\n".join(",".join(line) for line in [names, *lines]))
+    assert Manifest.load(path).frame["label"].tolist() == [0, 1, 0]
+    lines[1][names.index(column)] = value
+    path.write_text("\n".join(",".join(line) for line in [names, *lines]))
+    with pytest.raises(Refusal) as refusal:
+        Manifest.load(path)
+    said = str(refusal.value)
+    assert said.startswith(f"{path} row 1: {column} ")
+    assert said.endswith(f" ({limit}); make the shards again")
+
+
 def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:
     scanned = scan(shared / "radiographs" / "fracatlas-mura")
     assert len(scanned.manifest.frame) == 386
