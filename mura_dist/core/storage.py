@@ -8,6 +8,7 @@ put is atomic there. Credentials and endpoints are fsspec's and the store's own 
 
 import contextlib
 import hashlib
+import heapq
 import os
 import shutil
 import tempfile
@@ -55,8 +56,12 @@ class Place(ABC):
         """What lies directly in it, files and folders; empty where there is no such folder."""
 
     @abstractmethod
-    def files(self) -> Iterator[tuple[str, int]]:
-        """(name, size in bytes) of every file below, in no particular order; folders that begin with "." left out."""
+    def files(self, repeated: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
+        """Yield (name, size in bytes) of every file below, in no particular order; folders that begin with "." are left out.
+
+        Local links to folders are followed, the least deep first, once all other folders are listed. Each folder is listed
+        once, so a loop ends. `repeated` receives (name, its name in the listing) of each folder that was listed already.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool: ...
@@ -104,17 +109,34 @@ class Local(Place):
     def names(self) -> set[str]:
         return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
 
-    def files(self) -> Iterator[tuple[str, int]]:
-        waiting = [""]
-        while waiting:
-            below = waiting.pop()
-            with os.scandir(self.folder / below) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if not entry.name.startswith("."):
-                            waiting.append(f"{below}{entry.name}/")
-                    elif not (entry.is_symlink() and entry.is_dir()):  # a link to a folder is not followed
-                        yield f"{below}{entry.name}", _size(entry)
+    def files(self, repeated: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
+        folders = [""]
+        links: list[tuple[int, bytes]] = []  # a heap: the same order whatever the file system's
+        for below in folders:  # which grows
+            yield from self._list(below, folders, links)
+        listed = {_inode(self.folder / below): below for below in folders} if links else {}
+        while links:
+            waiting = [os.fsdecode(heapq.heappop(links)[1])]
+            for below in waiting:
+                first = listed.setdefault(_inode(self.folder / below), below)
+                if first is below:
+                    yield from self._list(below, waiting, links)
+                elif repeated is not None:
+                    repeated.append((below.rstrip("/"), first.rstrip("/")))
+
+    def _list(self, below: str, folders: list[str], links: list[tuple[int, bytes]]) -> Iterator[tuple[str, int]]:
+        """Yield the files of one folder; add its folders and its links to folders to the lists."""
+        with os.scandir(self.folder / below) as entries:
+            for entry in entries:
+                name = f"{below}{entry.name}/"
+                if not _is_folder(entry):
+                    yield name[:-1], _size(entry)
+                elif entry.name.startswith("."):
+                    continue
+                elif entry.is_symlink():
+                    heapq.heappush(links, (name.count("/"), os.fsencode(name)))
+                else:
+                    folders.append(name)
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).is_file()
@@ -176,7 +198,7 @@ class Remote(Place):
                 return set()
             return {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
 
-    def files(self) -> Iterator[tuple[str, int]]:
+    def files(self, repeated: list[tuple[str, str]] | None = None) -> Iterator[tuple[str, int]]:
         with _spoken(self.url):
             found = self.store.find(self.root, detail=True)
         start = len(self.root.rstrip("/")) + 1
@@ -224,6 +246,18 @@ class Remote(Place):
     def copy_to(self, name: str, target: Path) -> None:
         with _spoken(self.url):
             self.store.get_file(self._at(name), str(target))
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -104,13 +104,41 @@ def test_a_write_that_breaks_off_leaves_the_old_file(folder: Place) -> None:
     assert folder.names() == {"x"}
 
 
-def test_hidden_folders_are_left_out_and_links_are_not_followed(tmp_path: Path) -> None:
-    for name in (".hidden/x", "a/x", "a/.y"):
+def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
+    for name in (".hidden/x", "a/x", "a/.y", "a/.hidden/x"):
         storage.of(tmp_path).write(name, b"1")
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "a" / "link").symlink_to(tmp_path / "a" / "x")
+    (tmp_path / ".link").symlink_to("a")
+    (tmp_path / "a" / "link").symlink_to("x")
     (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "none")
-    assert sorted(storage.of(tmp_path).files()) == [("a/.y", 1), ("a/link", 1), ("a/nowhere", 0), ("a/x", 1)]
+    (tmp_path / "a" / "itself").symlink_to("itself")
+    files = [("a/.y", 1), ("a/itself", 0), ("a/link", 1), ("a/nowhere", 0), ("a/x", 1)]
+    assert sorted(storage.of(tmp_path).files()) == files
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
+    """Real folders come first, then the least deep link; what a link leads to again is named, and loops end."""
+    for name in ("in/real/x", "out/b/x", "out/b/deep/y", "out/c/z"):
+        storage.of(tmp_path).write(name, b"1")
+    links = {
+        "in/again": "real",
+        "in/b": "../out/b",
+        "in/real/c": "../../out/c",
+        "in/whole": "../out",  # holds b, which is listed; and c, whose link is deeper
+        "out/b/loop": "..",
+        "out/c/up": "../../in",
+    }
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    repeated: list[tuple[str, str]] = []
+    files = sorted(name for name, _ in storage.of(tmp_path / "in").files(repeated))
+    assert files == ["b/deep/y", "b/x", "real/x", "whole/c/z"]
+    assert sorted(repeated) == [
+        ("again", "real"),
+        ("b/loop", "whole"),
+        ("real/c", "whole/c"),
+        ("whole/b", "b"),
+        ("whole/c/up", ""),
+    ]
 
 
 @pytest.mark.parametrize(

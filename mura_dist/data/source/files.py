@@ -5,7 +5,7 @@ place.files() -> mura.parse -> one data set -> Tree
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Tree:
     sizes: dict[str, int]  # bytes, by path
     junk: list[str]
     strays: list[str]
+    repeated: list[str]  # "link = folder": links to folders that are in the tree already, which are left out
+    broken: list[str]  # links that lead nowhere
 
     def holds(self, path: str) -> bool:
         """Whether the source, which may be a part of the data set only, is where `path` would lie."""
@@ -44,7 +46,8 @@ def walk(source: Where) -> Tree:
     start = str(place) if storage.is_remote(source) else Path(source).resolve().as_posix()
     found: dict[str, list[tuple[Radiograph, int]]] = defaultdict(list)
     junk, others = [], []
-    for name, size in place.files():
+    repeated: list[tuple[str, str]] = []
+    for name, size in place.files(repeated):
         if name.startswith("__MACOSX") or "/__MACOSX" in name:
             continue
         whole = _joined(start, name)
@@ -58,8 +61,9 @@ def walk(source: Where) -> Tree:
     prefix = _only(source, found)
     files = sorted(found[prefix], key=lambda file: file[0].path)
     root = prefix if prefix.endswith("://") else prefix.rstrip("/") or "/"
-    beside = sorted(whole.removeprefix(prefix) for whole in others if whole.startswith(prefix))
-    beside = [path for path in beside if path.partition("/")[0] in FOLDERS and "/" in path]
+    beside = _within_splits(prefix, others)
+    broken = [] if storage.is_remote(source) else [path for path in beside if _leads_nowhere(prefix + path)]
+    beside = [path for path in beside if "/" in path and path not in broken]
     as_given: Callable[[str], Where] = str if storage.is_remote(source) else Path
     return Tree(
         as_given(root),
@@ -69,7 +73,24 @@ def walk(source: Where) -> Tree:
         {radiograph.path: size for radiograph, size in files},
         sorted(junk + [path for path in beside if _is_junk(path)]),
         [path for path in beside if not _is_junk(path)],
+        _repeated(start, prefix, repeated),
+        broken,
     )
+
+
+def _within_splits(prefix: str, names: Iterable[str]) -> list[str]:
+    """Those below the root that are a split's folder or lie in one, from the root on, sorted."""
+    paths = sorted(whole.removeprefix(prefix) for whole in names if whole.startswith(prefix))
+    return [path for path in paths if path.partition("/")[0] in FOLDERS]
+
+
+def _leads_nowhere(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _repeated(start: str, prefix: str, repeated: Iterable[tuple[str, str]]) -> list[str]:
+    targets = {_joined(start, link): _joined(start, folder) for link, folder in repeated}
+    return [f"{link} = {targets[prefix + link].removeprefix(prefix)}" for link in _within_splits(prefix, targets)]
 
 
 def _joined(folder: str, name: str) -> str:

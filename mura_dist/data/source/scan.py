@@ -45,6 +45,8 @@ DEFECTS = (
     "gap in image numbers",
     "view number used twice",
     "duplicate within a split",
+    "link to a folder that is there already (left out)",
+    "link that leads nowhere",
     "outside MURA's layout",
     "not a radiograph",
 )
@@ -80,6 +82,8 @@ def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) 
     defects: Defects = defaultdict(list)
     defects["not a radiograph"] += tree.junk
     defects["outside MURA's layout"] += tree.strays
+    defects["link to a folder that is there already (left out)"] += tree.repeated
+    defects["link that leads nowhere"] += tree.broken
     csvs = csv_files.read(tree, defects)
     _check_files(tree, csvs, defects)
     _check_labels(tree, csvs, defects)
