@@ -39,6 +39,13 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
 )
 @click.option("--labels", type=a_path, default=None, help="CSV of study,label lines that correct labels.")
 @click.option("--strict", is_flag=True, help="Any defect of SOURCE, any unreadable file, is an error.")
+@click.option(
+    "--duplicates",
+    default="keep",
+    show_default=True,
+    help="Byte-identical radiographs: keep, drop-train (train loses what valid or test has too) or group (train patients who "
+    "share one stay together when tune is cut).",
+)
 @quiet_option
 def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> None:
     """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes.

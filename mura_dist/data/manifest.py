@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -91,16 +91,22 @@ class Manifest:
         return self.frame.index[self.frame["split"] == split].to_numpy(dtype=np.int64)
 
 
-def cut_tune(manifest: Manifest, fraction: float, seed: int) -> Manifest:
+def cut_tune(manifest: Manifest, fraction: float, seed: int, groups: Sequence[Sequence[str]] = ()) -> Manifest:
     """Move `fraction` of the train patients, whole, to the split `tune`, proportionally over study types and labels.
 
     Patients are sorted by (their first study type, whether any study is positive, a hash of seed and name), and every
-    1/fraction-th is taken: the choice depends on no library's random numbers.
+    1/fraction-th is taken: the choice depends on no library's random numbers. The patients of one of `groups` count as one, so
+    that they stay together; a group of more than 1/fraction patients stays in train.
     """
     if not 0 <= fraction <= 0.5:
         raise Refusal(f"--tune {fraction}: must lie between 0 (no tune split) and 0.5; the default is 0.1")
     train = manifest.frame[manifest.frame["split"] == "train"]
-    patients = train.groupby("patient", sort=True).agg(study_type=("study_type", "min"), positive=("label", "max"))
+    name_of = {patient: group[0] for group in groups for patient in group}
+    unit = pd.Series([name_of.get(name, name) for name in train["patient"]], index=train.index, dtype=object)
+    patients = train.groupby(unit, sort=True).agg(
+        study_type=("study_type", "min"), positive=("label", "max"), num=("patient", "nunique")
+    )
+    patients = patients[(patients["num"] == 1) | (patients["num"] * fraction <= 1)]
     patients["hash"] = [
         hashlib.sha256(f"{seed}:{name}".encode(errors="replace")).hexdigest() for name in patients.index
     ]
@@ -111,7 +117,7 @@ def cut_tune(manifest: Manifest, fraction: float, seed: int) -> Manifest:
     if fraction > 0 and len(names) > 1 and not chosen:
         chosen = {names[0]}
     frame = manifest.frame.copy()
-    frame.loc[(frame["split"] == "train") & frame["patient"].isin(chosen), "split"] = "tune"
+    frame.loc[unit.index[unit.isin(chosen)], "split"] = "tune"
     return Manifest.of(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
 
 

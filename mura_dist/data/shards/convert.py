@@ -32,6 +32,7 @@ from mura_dist.data import mura, radiograph
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import codec, reader, writer
 from mura_dist.data.shards.codec import Reader, Sample, Task
+from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
 from mura_dist.distributed import environment, worker_pool
@@ -72,29 +73,33 @@ def convert(
     seed: int = 0,
     labels: Path | None = None,
     strict: bool = False,
+    duplicates: str = duplicate_policy.KEEP,
     limits: Limits = worker_pool.DEFAULT,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any] | None:
     """Convert `source` into shards in `out`; returns index.json's content, on ranks but the first None. Finished shards stay.
 
     size: pixels of a side; encoding: raw, png or jpeg; tune: share of the train patients; labels: a file of corrections;
-    strict: any defect of the source, any unreadable file, ends it; limits: what reading one file may take. Raises Refusal,
-    Failure, Stopped; OSError when the disk is full.
+    strict: any defect of the source, any unreadable file, ends it; duplicates: keep, drop-train or group (duplicate_policy.py);
+    limits: what reading one file may take. Raises Refusal, Failure, Stopped; OSError when the disk is full.
     """
     _check(source, out, size, encoding, workers)
+    duplicate_policy.check(duplicates)
     target = storage.of(out)  # before the source is scanned: a wrong URL is said at once
     told, workers = environment.ranks(), workers or processors()
     with worker_pool.crew(
         Reader, (size, encoding), workers=workers, limits=limits
     ) as crew:  # they get ready during the scan
-        scanned = scan(source, labels, duplicates=strict)
+        # Beside the decoding it is too late: the manifest depends on it.
+        scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
+        scanned = duplicate_policy.resolve(scanned, duplicates)
         if strict and scanned.defects:
             raise Failure(
                 f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
             )
-        manifest = cut_tune(scanned.manifest, tune, seed)
+        manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
         plan = {"format": reader.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
-        plan |= {"manifest_sha256": manifest.digest, "version": __version__}
+        plan |= {"duplicates": duplicates, "manifest_sha256": manifest.digest, "version": __version__}
         conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, told.rank, told.size)
         if told.rank:
             _follow(conversion, progress)
@@ -187,7 +192,7 @@ def _finished(conversion: Conversion) -> bool:
             raise Refusal(f"{out} is not empty and holds no shards; give an empty or new folder")
         return False
     try:
-        before = json.loads(out.read("conversion.json"))["plan"]
+        before = {"duplicates": duplicate_policy.KEEP} | json.loads(out.read("conversion.json"))["plan"]
     except (ValueError, KeyError) as error:
         raise Refusal(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
     for key, value in conversion.plan.items():

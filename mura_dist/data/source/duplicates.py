@@ -6,7 +6,7 @@ size -> 4 KiB from the middle -> SHA-256 of the whole; whoever is alone at one s
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from mura_dist.core.storage import Place, Remote
@@ -41,7 +41,7 @@ def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[s
     groups = [group for size, group in by_size.items() if size and len(group) > 1]
     threads = _READING_THREADS[isinstance(place, Remote)]
     groups = _alike(_alike(groups, middle, threads), whole, threads)
-    return sorted(pair for group in groups for pair in _pairs(group))
+    return sorted(pair for group in groups for pair in pairs_of(group))
 
 
 def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int) -> list[list[str]]:
@@ -64,7 +64,8 @@ def _or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
         return None
 
 
-def _pairs(equal: list[str]) -> Iterator[tuple[str, str]]:
+def pairs_of(equal: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs, as `pairs` has them, of files that are all the same."""
     splits: dict[str, list[str]] = defaultdict(list)
     for path in sorted(equal):
         splits[path.partition("/")[0]].append(path)
@@ -72,3 +73,16 @@ def _pairs(equal: list[str]) -> Iterator[tuple[str, str]]:
         yield from ((paths[0], copy) for copy in paths[1:])
     first, *others = (splits[split] for split in mura.SPLITS if split in splits)
     yield from ((first[0], copy) for paths in others for copy in paths)
+
+
+def connected(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """Return the names that pairs connect, directly or through others, each group sorted and of two or more."""
+    group_of: dict[str, list[str]] = {}
+    for pair in pairs:
+        first, second = (group_of.setdefault(name, [name]) for name in pair)
+        if first is not second:
+            small, large = sorted((first, second), key=len)
+            large += small
+            group_of |= dict.fromkeys(small, large)
+    groups = {id(group): sorted(group) for group in group_of.values() if len(group) > 1}
+    return sorted(groups.values())

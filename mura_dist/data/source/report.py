@@ -14,7 +14,7 @@ import pandas as pd
 
 from mura_dist.data import mura
 from mura_dist.data.manifest import Manifest
-from mura_dist.data.source.scan import Scan
+from mura_dist.data.source.scan import Resolution, Scan
 
 LABELS = ("normal", "abnormal")
 COMPLETE = "this is MURA-v1.1, complete"
@@ -49,6 +49,7 @@ def report(scan: Scan, manifest: Manifest, unreadable: Sequence[dict[str, Any]])
         },
         "defects": {name: list(seen) for name, seen in scan.defects.items()},
         "duplicates_of_train_in_tune": _cut_apart(scan, frame),
+        "duplicates": _resolution(scan.resolution, frame),
         "corrections": dict(scan.corrections),
         "corrections_without_effect": list(scan.needless),
         "unreadable": [dict(item) for item in unreadable],
@@ -83,7 +84,19 @@ def _by_split(frame: pd.DataFrame) -> dict[str, Any]:
 def _cut_apart(scan: Scan, frame: pd.DataFrame) -> list[str]:
     """The duplicates within train of which the cut by patient put one into tune: tune then looks better than it is."""
     split = dict(zip(frame["path"], frame["split"], strict=True))
-    return [f"{one} = {copy}" for one, copy in scan.duplicates if {split[one], split[copy]} == {"train", "tune"}]
+    return [f"{one} = {copy}" for one, copy in scan.duplicates or () if {split[one], split[copy]} == {"train", "tune"}]
+
+
+def _resolution(resolution: Resolution, frame: pd.DataFrame) -> dict[str, Any]:
+    """What --duplicates did; of the studies that lost a radiograph some have none left."""
+    studies = {path.rpartition("/")[0] for path, _ in resolution.dropped}
+    return {
+        "policy": resolution.policy,
+        "dropped_from_train": [f"{path} = {copy}" for path, copy in resolution.dropped],
+        "num_studies": len(studies),
+        "num_studies_without_radiographs": len(studies - set(frame["study"])),
+        "patients_kept_together": [list(group) for group in resolution.groups],
+    }
 
 
 # ---- MURA-v1.1
@@ -164,6 +177,7 @@ def _lines(report: dict[str, Any], examples: int) -> Iterator[str]:
         yield from _told(f"duplicates of which tune has one and train the other: {len(apart):,}", apart, examples)
     if not report["defects"]:
         yield "no defects"
+    yield from _duplicate_lines(report, examples)
     yield from _correction_lines(report, examples)
     if unreadable := report["unreadable"]:
         seen = [f"{item['path']}: {item['reason']} ({item['code']})" for item in unreadable]
@@ -179,6 +193,23 @@ def _counted(part: dict[str, Any]) -> str:
 
 def _v1_1_lines(told: dict[str, Any]) -> Iterator[str]:
     yield from _told(told["summary"], told["differences"] if told["resembles"] else [], _MAX_DIFFERENCES)
+
+
+def _duplicate_lines(report: dict[str, Any], examples: int) -> Iterator[str]:
+    resolution = report.get("duplicates", {"policy": "keep"})  # a report of an earlier version has none
+    choice = f"(--duplicates {resolution['policy']})"
+    if resolution["policy"] == "drop-train":
+        dropped, num = resolution["dropped_from_train"], resolution["num_studies"]
+        without = resolution["num_studies_without_radiographs"]
+        what = f"radiographs of {num:,} studies, {without:,} of which have no other"
+        yield from _told(f"duplicates dropped from train {choice}: {len(dropped):,} {what}", dropped, examples)
+    elif resolution["policy"] == "group":
+        groups = resolution["patients_kept_together"]
+        num = sum(map(len, groups))
+        what = f"{num:,} of train in {len(groups):,} groups"
+        yield from _told(f"patients kept together {choice}: {what}", [", ".join(group) for group in groups], examples)
+    elif any(name.startswith("duplicate") for name in report["defects"]):
+        yield f"duplicates kept {choice}; drop-train drops train's copies of valid's, group cuts tune by who shares one"
 
 
 def _correction_lines(report: dict[str, Any], examples: int) -> Iterator[str]:

@@ -53,12 +53,21 @@ DEFECTS = (
 
 
 @dataclass(frozen=True)
+class Resolution:
+    """What is done about duplicates (duplicate_policy.py), and what that changed."""
+
+    policy: str = "keep"
+    dropped: tuple[tuple[str, str], ...] = ()  # (a radiograph of train, its copy in another split)
+    groups: tuple[tuple[str, ...], ...] = ()  # patients of train who share a radiograph; the cut of tune parts none
+
+
+@dataclass(frozen=True)
 class Scan:
     """What a folder holds, where its paths start, and what is wrong with it.
 
     `defects`: name (of DEFECTS, in that order, those seen only) -> what shows it, sorted. `corrections`: the labels that a file
     of corrections changed, by study; `needless`: the studies it names whose label was so already. `duplicates`: pairs of paths,
-    byte for byte the same, each copy named once.
+    byte for byte the same, each copy named once; None where they were not looked for.
     """
 
     root: Where
@@ -67,8 +76,9 @@ class Scan:
     phantoms: bool
     corrections: dict[str, int]
     needless: list[str]
-    duplicates: list[tuple[str, str]]
+    duplicates: list[tuple[str, str]] | None
     sizes: dict[str, int]  # bytes of each radiograph's file, by path
+    resolution: Resolution = Resolution()
 
 
 def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) -> Scan:
@@ -95,17 +105,23 @@ def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) 
     defects["patient in train and valid"] += _patients_in_both(radiographs)
     phantoms = any(place.exists(PHANTOMS_MARK) for place in (storage.of(tree.root), storage.of(source)))
     sizes = {r.path: tree.sizes[r.path] for r in radiographs}
-    found = Scan(tree.root, Manifest.of(radiographs), _told(defects), phantoms, corrections, needless, [], sizes)
+    found = Scan(tree.root, Manifest.of(radiographs), _told(defects), phantoms, corrections, needless, None, sizes)
     return with_duplicates(found) if duplicates else found
 
 
 def with_duplicates(scan: Scan) -> Scan:
     """The same, looked through for files that are byte for byte the same: the only part that opens radiographs."""
-    pairs = copies.pairs(storage.of(scan.root), scan.sizes, list(scan.sizes))
-    defects = defaultdict(list, scan.defects)
-    for one, other in pairs:
-        across = one.partition("/")[0] != other.partition("/")[0]
-        defects["duplicate across splits" if across else "duplicate within a split"].append(f"{one} = {other}")
+    if scan.duplicates is not None:
+        return scan
+    return with_pairs(scan, copies.pairs(storage.of(scan.root), scan.sizes, list(scan.sizes)))
+
+
+def with_pairs(scan: Scan, pairs: list[tuple[str, str]]) -> Scan:
+    """The same with these duplicates, among the defects too."""
+    across, within = "duplicate across splits", "duplicate within a split"
+    defects = defaultdict(list, {name: seen for name, seen in scan.defects.items() if name not in (across, within)})
+    for first, copy in pairs:
+        defects[across if first.partition("/")[0] != copy.partition("/")[0] else within].append(f"{first} = {copy}")
     return replace(scan, defects=_told(defects), duplicates=pairs)
 
 

@@ -291,6 +291,7 @@ def test_real_radiographs(shared: Path) -> None:
         "not MURA-v1.1: 386 radiographs, v1.1 has 40,005; study types unknown to MURA: XR_HIP, XR_LEG",
         "duplicate across splits: 1 (serious: what a model was fitted to is scored again)",
         "  train/XR_LEG/patient00109/study1_positive/image1.png = valid/XR_LEG/patient00133/study1_positive/image1.png",
+        "duplicates kept (--duplicates keep); drop-train drops train's copies of valid's, group cuts tune by who shares one",
         "all of it: report.json",
     ]
     assert len(report["mura_v1_1"]["differences"]) > 40
