@@ -61,15 +61,17 @@ def decode(data: bytes, name: str, *, errors: str = "strict") -> str:
 
 
 def find_delimiter(text: str) -> str:
-    """Return which of `,` `;` and tab cuts the first lines of `text` into columns; a comma where none does.
+    """Return which of `,` `;` and tab cuts most of the first lines of `text` into columns; a comma where none does.
 
     Where several cut as many lines, a comma gives way only if it stands in decimal numbers alone: `study;0,73`.
     """
     rows = {mark: _first_rows(text, mark) for mark in DELIMITERS}
     cut = {mark: sum(len(cells) > 1 for cells in rows[mark]) for mark in DELIMITERS}
     mark = max(";\t", key=lambda mark: cut[mark])
+    if 2 * cut[mark] <= len(rows[mark]):  # in some names of a single column
+        return ","
     decimal = all(parse_number(cell) is not None for cells in rows[mark] for cell in cells if "," in cell)
-    return mark if cut[mark] > cut[","] or (cut[mark] == cut[","] > 0 and decimal) else ","
+    return mark if cut[mark] > cut[","] or (cut[mark] == cut[","] and decimal) else ","
 
 
 def _first_rows(text: str, delimiter: str) -> list[list[str]]:

@@ -80,6 +80,7 @@ def test_the_delimiter_is_what_cuts_the_lines(mark: str, header: str, name: str,
     [
         ("", ","),
         ("train/a\ntrain/b\n", ","),  # one column
+        ("train/a\ntrain/b;c\n", ","),  # a semicolon in one of its names
         ("Doe; Jane/,1\nRoe; Jane/,0\n", ","),  # a semicolon in each name
         ("study;label\nDoe, Jane;1\nRoe, Jane;0\n", ";"),  # a comma in each name
         ("what is this\na;1\nb;0\n", ";"),
