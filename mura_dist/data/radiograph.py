@@ -7,9 +7,10 @@ training and serving. The rules, in the order in which they apply:
 
 - size: a header that promises more than MAX_PIXELS, or a file of more than MAX_BYTES, is refused before it is decoded;
 - whole or not at all: damaged and cut-short data is refused, never half decoded;
-- first frame of an animated or multi-page file; EXIF orientation applied; colour profiles and PNG gamma ignored;
+- first frame of an animation, first page of a TIFF that is neither a reduced copy nor a mask; EXIF orientation applied;
+  colour profiles and PNG gamma ignored;
 - colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colours, transparency over black;
-- deeper than 8 bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
+- other than 8 unsigned bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
   (16-bit colour in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
 - DICOM: modality LUT or rescale, then VOI LUT or the first window; where there is neither, 8 bits as they are and other
   depths from minimum to maximum of what is not padding; MONOCHROME1 inverted; padding black. In scope are single-frame

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from mura_dist.data import tiff
 from mura_dist.data.grey import Unreadable, check_size, find_extent, map_blocks, sample_colors, scale
 
 _PNG_KIND, _PNG_GREY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and colour type
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = dict(enumerate((Image.Transpose[name] for name in _UPRIGHT_NAMES.split()), start=2))  # by EXIF orientation
 _EXIF_ORIENTATION = 0x0112
-_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 
 _stderr_lock = threading.Lock()
 
@@ -30,16 +30,25 @@ _stderr_lock = threading.Lock()
 def decode(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
     """Return the grey radiograph, upright, and a sample of the colors it had. `kind`: the name of Pillow's reader."""
     disguised = kind == "PNG" and data[_PNG_KIND] == _PNG_GREY_ALPHA_16
-    image: Image.Image = Image.open(io.BytesIO(_disguised(data) if disguised else data), formats=(kind,))
+    image: Image.Image
+    if kind == "TIFF":
+        image = tiff.open_picture(data)
+    else:
+        image = Image.open(io.BytesIO(_disguised(data) if disguised else data), formats=(kind,))
     check_size(*image.size)
     if kind == "PNG":
         _check_png(data)
     with _hushed() if kind == "TIFF" else contextlib.nullcontext():
         image.load()
     orientation = _orientation(image)
-    deep = image.mode[0] in "IF"
-    grey = _from_disguised(image) if disguised else _from_deep(image) if deep else _from_shallow(image)
-    colours = None if disguised or deep else sample_colors(image)
+    deep = tiff.samples(image) if kind == "TIFF" else np.asarray(image) if image.mode[0] in "IF" else None
+    if disguised:
+        grey = _from_disguised(image)
+    elif deep is not None:
+        grey = _from_deep(deep, image.info.get("transparency"), inverse=kind == "TIFF" and tiff.is_white_zero(image))
+    else:
+        grey = _from_shallow(image)
+    colours = None if disguised or deep is not None else sample_colors(image)
     return (grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey), colours
 
 
@@ -87,13 +96,11 @@ def _from_shallow(image: Image.Image) -> Image.Image:
     return Image.composite(colours.convert("L"), Image.new("L", image.size), colours.getchannel("A"))
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """Modes I;16, I and F; `convert("L")` would clip them at 255."""
-    values = np.asarray(image)  # (H, W) uint16, int32 or float32
-    grey = scale(values, *find_extent(values))
-    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+def _from_deep(values: np.ndarray, key: object, *, inverse: bool) -> Image.Image:
+    """Any other number of bits; `convert("L")` would clip them at 255. `key`: the value that is transparent, if any."""
+    grey = scale(values, *find_extent(values))  # (H, W) uint8
+    if inverse:
         grey = 255 - grey
-    key = image.info.get("transparency")
     if isinstance(key, int):
         grey[values == key] = 0
     return Image.fromarray(grey)
