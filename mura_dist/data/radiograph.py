@@ -1,6 +1,6 @@
 """One file in, one grey picture out: the only code that decodes and resizes a radiograph.
 
-    path or file -> bytes -> what it is, by its first bytes -> raster.py or dicom.py -> grey uint8 (H, W) -> (size, size)
+    path or file -> bytes -> what it is (file_kind.py) -> raster.py or dicom.py -> grey uint8 (H, W) -> (size, size)
 
 The converter stores what `read` gives; predict and the page call the very same function: nothing can drift between
 training and serving. The rules, in the order in which they apply:
@@ -31,9 +31,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mura_dist.data import dicom, raster
+from mura_dist.data import dicom, file_kind, raster
 from mura_dist.data.dicom import DicomIdentity
-from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, Code, Unreadable
+from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, Unreadable
 
 __all__ = [
     "MAX_BYTES",
@@ -51,26 +51,6 @@ __all__ = [
 Source = Path | str | bytes | BinaryIO
 
 HEADER_BYTES = 1 << 20  # what `identity` looks at: groups 0008 to 0020 open a DICOM
-
-_PILLOW_KINDS = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    b"\0\0\0\x0cjP  ": "JPEG2000",
-    b"\xff\x4f\xff\x51": "JPEG2000",
-}
-_REFUSED_KINDS: dict[bytes, tuple[Code, str]] = {
-    b"GIF8": ("out_of_scope", "a GIF, not a format radiographs are kept in"),
-    b"BM": ("out_of_scope", "a BMP, not a format radiographs are kept in"),
-    b"RIFF": ("out_of_scope", "a WebP or another RIFF file, not a format radiographs are kept in"),
-    b"\0\0\1\0": ("out_of_scope", "an icon, not a radiograph"),
-    b"\0\x05\x16\x07": ("not_image", "macOS's AppleDouble companion of a file, not the file itself"),
-    b"version https://git-lfs": ("not_image", "a Git LFS pointer, not the file it stands for"),
-    b"<": ("not_image", "a text or web page, not an image"),
-}
 
 
 def read(source: Source, size: int) -> np.ndarray:
@@ -178,12 +158,4 @@ def _all_of(file: BinaryIO) -> bytes:
 
 def _kind(data: bytes) -> str:
     """ "DICOM", or the name of Pillow's reader. Raises Unreadable for what neither should try."""
-    if dicom.is_dicom(data):
-        return "DICOM"
-    for signature, kind in _PILLOW_KINDS.items():
-        if data.startswith(signature):
-            return kind
-    for signature, (code, reason) in _REFUSED_KINDS.items():
-        if data.startswith(signature):
-            raise Unreadable(code, reason)
-    raise Unreadable("not_image", "it does not begin as any image format does" if data else "the file is empty")
+    return "DICOM" if dicom.is_dicom(data) else file_kind.pillow_reader(data)
