@@ -8,6 +8,7 @@ shards/README.md is the format. The files are written by convert.py and writer.p
 import json
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,15 +18,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Failure, Refusal, is_io_fault, os_reason
 from mura_dist.core.storage import Where
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards import cache
-from mura_dist.data.shards.codec import decode, npy_header
+from mura_dist.data.shards.codec import SUFFIX, decode, npy_header
 
 FORMAT = 1
 INDEX_HEADER = "v1.2"
 _OPEN_TARS = 512  # of a process; beyond them a tar is opened for each read
+_RETRY_PAUSES_S = (0.2, 1.0, 3.0)  # before each further try of a read that a disk or the network refused
 
 
 class Damaged(Exception):
@@ -37,6 +39,10 @@ class Damaged(Exception):
 
     def __str__(self) -> str:
         return f"damaged sample: row {self.row} ({self.path}) in {self.tar}: {self.why}"
+
+
+class ShardReadError(Failure):
+    """A tar could not be read. It is the disk's or the machine's error and says nothing about a sample."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Shards:
     index: dict[str, Any]
     manifest: Manifest
     _files: dict[int, int] = field(default_factory=dict, repr=False)  # tar's number -> file descriptor
+    _replaced: list[int] = field(default_factory=list, repr=False)  # descriptors that a thread may still read from
     _opening: threading.Lock = field(default_factory=threading.Lock, repr=False)
     damaged: dict[int, Damaged] = field(default_factory=dict, repr=False)  # row -> what its reader noted
 
@@ -157,7 +164,11 @@ class Shards:
         return rows
 
     def require(self, *splits: str) -> None:
-        """Refusal where a tar of these splits is missing or was cut short: cheap, so that no run begins on half its data."""
+        """Check what can be checked without reading samples, so that no run begins on half its data.
+
+        Raises:
+            Refusal: a tar of these splits is missing or was cut short, or index.json contradicts the .idx files.
+        """
         for split in splits:
             for shard in self.index["splits"][split]["shards"]:
                 path = self.folder / shard["name"]
@@ -168,27 +179,35 @@ class Shards:
                         f"{path} {found}; delete {path.with_suffix('.json').name} and index.json, then run the same "
                         "`mura-dist shards` command again"
                     )
+        _ = self._places
 
     @cached_property
     def _places(self) -> "_Places":
         return _Places.read(self)
 
     def encoded(self, row: int) -> bytes:
-        """The image member of `row` as stored; its CRC-32 is checked the first time. Raises KeyError where there is no sample
-        (the file was unreadable), Damaged where it is not what was written."""
+        """Return the image member of `row` as stored. Its CRC-32 is checked the first time.
+
+        Raises:
+            KeyError: there is no sample, since the file was unreadable.
+            Damaged: the sample is not what the conversion wrote.
+            ShardReadError: its tar cannot be read, after some tries.
+        """
         at = self._places
         number = at.tar[row]
         if number < 0:
             raise KeyError(f"row {row} has no sample")
-        try:
-            data = self._read(number, int(at.length[row]), int(at.offset[row]))
-        except OSError as error:
-            raise self._damaged(row, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
-        if not at.checked[row]:
+        length = int(at.length[row])
+        data = self._read(row, number, length, int(at.offset[row]))
+        if not at.checked[row] or len(data) != length:
             if zlib.crc32(data) != at.crc[row]:
                 raise self._damaged(row, "its CRC-32 differs: its pixels changed, or its tar was cut short")
             at.checked[row] = True
         return data
+
+    def describe(self, row: int) -> str:
+        """Name the sample of a row: row, path, tar."""
+        return f"row {row} ({self.manifest.frame['path'].at[row]}) in {self._places.names[self._places.tar[row]]}"
 
     def note_damaged(self, one: Damaged) -> bool:
         """Whether this is news."""
@@ -197,7 +216,23 @@ class Shards:
     def _damaged(self, row: int, why: str) -> Damaged:
         return Damaged(row, str(self.manifest.frame.at[row, "path"]), self._places.names[self._places.tar[row]], why)
 
-    def _read(self, number: int, length: int, offset: int) -> bytes:
+    def _read(self, row: int, number: int, length: int, offset: int) -> bytes:
+        """Read from tar `number`, again after a pause where a disk or the network refuses. Raises ShardReadError."""
+        for pause_s in (*_RETRY_PAUSES_S, None):
+            try:
+                return self._read_once(number, length, offset)
+            except OSError as error:
+                if pause_s is None or not is_io_fault(error):
+                    again = f" in {1 + len(_RETRY_PAUSES_S)} tries" if pause_s is None else ""
+                    raise ShardReadError(
+                        f"{self.folder / self._places.names[number]} cannot be read{again}: {os_reason(error)} (at row {row}); "
+                        "its disk is at fault, no sample: mend or mount it, then the same command resumes"
+                    ) from error
+                self._reopen(number)
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _read_once(self, number: int, length: int, offset: int) -> bytes:
         file = self._files.get(number)
         if file is not None:
             return os.pread(file, length, offset)
@@ -214,13 +249,24 @@ class Shards:
             if not kept:
                 os.close(file)
 
+    def _reopen(self, number: int) -> None:
+        """Open a tar anew at its next read: a descriptor that went stale stays so."""
+        with self._opening:
+            file = self._files.pop(number, None)
+            self._replaced.extend([] if file is None else [file])
+
     def __del__(self) -> None:
-        for file in self._files.values():
+        for file in (*self._files.values(), *self._replaced):
             os.close(file)
 
     @cached_property
     def _npy_header_bytes(self) -> int:
         return len(npy_header((self.size, self.size)))
+
+    @property
+    def sample_bytes(self) -> int:
+        """Length of an image member of raw shards."""
+        return self._npy_header_bytes + self.size**2
 
     def pixels(self, row: int) -> np.ndarray:
         """uint8 (S, S), read-only. Raises as `encoded`."""
@@ -249,19 +295,38 @@ class _Places:
 
     @classmethod
     def read(cls, shards: Shards) -> "_Places":
-        """From the .idx and .crc files. Refusal where one of them is damaged."""
+        """Read the .idx and .crc files.
+
+        Raises:
+            Refusal: one of them is missing or damaged, or index.json names another encoding or size than the samples have.
+        """
         names, num_rows = shards.names(), len(shards.manifest.frame)
         tar, offset, length = (np.full(num_rows, fill, np.int64) for fill in (-1, 0, 0))
         crc = np.zeros(num_rows, np.uint32)
         for number, name in enumerate(names):
             try:
                 for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
+                    if image.suffix != SUFFIX.get(shards.encoding):
+                        raise _contradicted(shards, f"encoding {shards.encoding!r}", f"{image.name} of {name}")
                     tar[image.row], offset[image.row], length[image.row] = number, image.offset, image.size
                 for row, value in read_crcs((shards.folder / name).with_suffix(".crc")):
                     crc[row] = value
             except (OSError, ValueError, IndexError) as error:
+                if is_io_fault(error):
+                    raise
                 raise Refusal(
                     f"{shards.folder}: the .idx or .crc of {name} is missing or damaged ({error}); "
                     f"delete {Path(name).with_suffix('.json')} and index.json, then convert again"
                 ) from error
+        if shards.encoding == "raw" and (other := (tar >= 0) & (length != shards.sample_bytes)).any():
+            row = int(np.flatnonzero(other)[0])
+            sample = f"{length[row]:,} bytes for row {row} in {names[tar[row]]}, not {shards.sample_bytes:,}"
+            raise _contradicted(shards, f"raw pixels of size {shards.size}", sample)
         return cls(names, tar, offset, length, crc, np.zeros(num_rows, bool))
+
+
+def _contradicted(shards: Shards, claim: str, sample: str) -> Refusal:
+    return Refusal(
+        f"{shards.folder}/index.json says {claim}, its .idx files say {sample}: index.json was changed, or is of other shards; "
+        "make the shards again"
+    )

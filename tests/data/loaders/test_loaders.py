@@ -1,11 +1,14 @@
 """loader.py and its backends: one contract, the same pixels, our order."""
 
+import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +17,12 @@ from helpers import laws
 from nvidia.dali import Pipeline
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import Failure, Refusal
 from mura_dist.data.loaders import dali, loader, opencv, sampler
 from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.shards import reader
 from mura_dist.data.shards.convert import convert
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import Damaged, ShardReadError, Shards
 
 CPU = torch.device("cpu")
 
@@ -228,8 +232,8 @@ def test_a_damaged_sample_is_named_once_and_left_out(
         list(replace(whole, shards=Shards.open(folder), strict=True).load(micros))
 
 
-def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: Path) -> None:
-    """A tar that vanishes, or shrinks, under a running training: an error by row, not a dead process."""
+def test_a_tar_that_shrinks_damages_samples_and_one_that_vanishes_none(opened: Shards, tmp_path: Path) -> None:
+    """Under a running training: an error by row, or the disk's; not a dead process."""
     folder = tmp_path / "shards"
     shutil.copytree(opened.folder, folder)
     broken = Shards.open(folder)
@@ -240,8 +244,82 @@ def test_a_sample_that_cannot_be_read_is_damaged_too(opened: Shards, tmp_path: P
     with pytest.raises(Damaged, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
         broken.pixels(last)
     (folder / tar).unlink()
-    with pytest.raises(Damaged, match=r"cannot be read: no such file or directory"):
+    with pytest.raises(Damaged, match=rf"row {last} .*cut short"):
+        broken.pixels(last)
+    with pytest.raises(ShardReadError, match=rf"{tar} cannot be read: no such file or directory \(at row {first}\)"):
         Shards.open(folder).pixels(first)
+
+
+def test_a_sample_read_before_is_damaged_once_its_tar_was_cut_short(opened: Shards, tmp_path: Path) -> None:
+    """Its CRC-32 was right the first time."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    broken = Shards.open(folder)
+    last = int(broken.rows("train")[-1])
+    broken.pixels(last)
+    os.truncate(folder / broken.names("train")[0], 40_000)
+    with pytest.raises(Damaged, match=rf"row {last} .*cut short"):
+        broken.pixels(last)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="Linux gives EIO where /proc/self/mem is read at no mapping"
+)
+@pytest.mark.parametrize("passing", [True, False])
+def test_an_error_of_the_disk_is_retried_and_no_samples_fault(
+    opened: Shards, tmp_path: Path, passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    broken = Shards.open(folder)
+    broken.require("train")
+    tar, row = folder / broken.names("train")[0], int(broken.rows("train")[0])
+    tar.rename(tmp_path / "aside")
+    tar.symlink_to("/proc/self/mem")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if passing and len(pauses) == 2:
+            tar.unlink()
+            (tmp_path / "aside").rename(tar)
+
+    monkeypatch.setattr(reader, "time", SimpleNamespace(sleep=pause))
+    if passing:
+        np.testing.assert_array_equal(broken.pixels(row), opened.pixels(row))
+        assert len(pauses) == 2
+    else:
+        with pytest.raises(ShardReadError, match=rf"{tar.name} cannot be read in 4 tries: input/output error"):
+            broken.pixels(row)
+        assert pauses == [0.2, 1.0, 3.0]
+    assert broken.damaged == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_backend_hides_an_error_of_the_disk(opened: Shards, backend: str, tmp_path: Path) -> None:
+    """It comes out of the loader, and the loader's threads end."""
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    broken = Shards.open(folder)
+    broken.require("train")
+    (folder / broken.names("train")[0]).unlink()
+    loading = BatchLoader(broken, Targets.of(opened), CPU, backend, 5, workers=2)
+    with pytest.raises(ShardReadError, match="no such file or directory"):
+        list(loading.load(micros_of(opened, rotate_deg=30, flip=True)))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(opened: Shards, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(opened.folder, folder)
+    index = json.loads((folder / "index.json").read_bytes())
+    others = sorted({"raw", "png", "jpeg", "webp"} - {opened.encoding})
+    claims: list[tuple[dict[str, Any], str]] = [({"encoding": name}, f"encoding '{name}'") for name in others]
+    claims += [({"size": 32}, "raw pixels of size 32")] if opened.encoding == "raw" else []
+    for change, words in claims:
+        (folder / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(Refusal, match=rf"index.json says {words}, its .idx files say .*make the shards again"):
+            Shards.open(folder).require("train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
