@@ -95,6 +95,8 @@ def evaluate(
         measured = evaluate_target(target, shards, options, which=which, say=say)
     if environment.is_first():
         click.echo(summary_table(measured))
+        if measured["num_damaged"]:
+            click.echo(f"{measured['num_damaged']} radiographs of {split} are not in it: their samples are corrupt")
         click.echo(f"report: {out / 'report.html'}")
         if with_gallery:
             click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {out / 'gallery.html'}")

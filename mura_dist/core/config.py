@@ -162,6 +162,11 @@ class Settings(BaseModel):
     strict: Annotated[bool, Trait.CHANGEABLE] = Field(
         False, description="a damaged sample ends the run; false: it is named, counted and left out"
     )
+    max_corrupt_samples: Annotated[float, Field(ge=0, le=1), Trait.CHANGEABLE] = Field(
+        0.01,
+        description="share of an epoch's train samples, and of the samples of an evaluation, over all ranks, that may be corrupt "
+        "before the run fails; one always may, unless 0",
+    )
     log_every: Annotated[Positive, Trait.CHANGEABLE] = Field(10, description="steps between lines of metrics.jsonl")
     tensorboard: Annotated[bool, Trait.CHANGEABLE] = Field(
         True, description="write TensorBoard events into RUN/tensorboard"

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
-from mura_dist.core.errors import Failure, OwnRefusal, Refusal
+from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal
 from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import Ranks
 
 # What Linux calls the instructions of x86 and ARM that multiply bf16.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+_REASON_BYTES = 1000
 
 
 def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -98,6 +100,21 @@ class World:
 
     def barrier(self) -> None:
         self.sum([0.0])
+
+    def raise_failures(self, reason: str) -> None:
+        """Raise CommonFailure on every rank, in the same words, where one of them has a reason. Called by all ranks.
+
+        Args:
+            reason: why this rank's work failed, cut at 1,000 bytes; empty where it did not.
+        """
+        mine = np.zeros(_REASON_BYTES, np.uint8)
+        data = reason.encode()[:_REASON_BYTES]
+        mine[: len(data)] = np.frombuffer(data, np.uint8)
+        reasons = [bytes(each).rstrip(b"\0").decode(errors="ignore") for each in self.gather(mine)]
+        if failed := [rank for rank, each in enumerate(reasons) if each]:
+            more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+            who = f"rank {failed[0]}{more}: " if self.size > 1 else ""
+            raise CommonFailure(f"{who}{reasons[failed[0]]}")
 
 
 @contextlib.contextmanager

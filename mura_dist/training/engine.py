@@ -35,7 +35,7 @@ from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.optimizer_state import OptimizerState
 
-_STOP, _ABANDON, _OUT_OF_MEMORY = 1.0, 2.0, 4.0  # a rank's flags in the small vector, added
+_STOP, _ABANDON, _OUT_OF_MEMORY, _FAILED = 1, 2, 4, 8  # a rank's flags in the small vector, added
 _LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
 
 
@@ -43,9 +43,12 @@ _LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to st
 class StepResult:
     """Over all ranks. `loss`: sum(weight x BCE) / global batch; `gradient_norm`: of the whole gradient, before clipping.
 
-    applied: False where the loss or the gradient is not finite: weights, statistics and average are what they were.
+    applied: False where the loss or the gradient is not finite, or no sample could be read: weights, statistics and average are
+    what they were.
+    num_corrupt: radiographs of the global batch whose samples are corrupt; has_samples: whether there is any other.
     bad_micros: places in the global batch of the micro-batches whose loss is not finite; stop: some rank was asked to.
     abandoned: for that wish the step was left half done; it did not happen, and is done again.
+    failed: some rank could not get its micro-batches; the step did not happen.
     """
 
     loss: float
@@ -54,6 +57,19 @@ class StepResult:
     bad_micros: tuple[int, ...]
     stop: bool
     abandoned: bool = False
+    num_corrupt: int = 0
+    has_samples: bool = True
+    failed: bool = False
+
+
+@dataclass
+class _Forwarded:
+    """One rank's part of a step. losses (micro-batches of the global batch,): 0 where they are others'."""
+
+    losses: Tensor
+    flags: int = 0
+    num_corrupt: int = 0  # radiographs
+    num_empty: int = 0  # micro-batches without any sample, which are not forwarded
 
 
 class _FlatModule(nn.Module):
@@ -102,19 +118,25 @@ class Engine:
         *,
         loss_scale: float = 1.0,
         asked: Callable[[], bool] = lambda: False,
+        failed: bool = False,
     ) -> StepResult:
-        """One optimiser step over this rank's micro-batches. `asked` says whether this rank was asked to stop.
+        """Take one optimizer step over this rank's micro-batches.
 
-        Raises CommonFailure where one of them runs out of memory.
+        Args:
+            asked: says whether this rank was asked to stop.
+            failed: this rank could not get its micro-batches, and gives none; all ranks hear of it.
+
+        Raises:
+            CommonFailure: a rank runs out of memory.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._begin()
-        losses, flags = self._accumulate(batches, loss_scale, asked)
+        mine = self._accumulate(batches, loss_scale, asked)
         own = self.world.mark()
         gradients = self._reduce(loss_scale)
-        flags += _STOP * asked()
-        result, mean = self._agree(flags, losses, gradients, own)
+        mine.flags += _STOP * asked() + _FAILED * failed
+        result, mean = self._agree(mine, gradients, own)
         if result.applied:
             self._apply(gradients, result.gradient_norm, mean)
         elif self.settings.zero_stage:
@@ -127,28 +149,30 @@ class Engine:
         self.statistics.forget()
         self._engine.set_gradient_accumulation_boundary(False)
 
-    def _accumulate(
-        self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]
-    ) -> tuple[Tensor, float]:
-        """(losses (micro-batches of the global batch,), 0 where they are others'; _OUT_OF_MEMORY, _ABANDON or 0)."""
+    def _accumulate(self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]) -> _Forwarded:
         started = time.perf_counter()
-        losses = torch.zeros(self.num_micros, device=self.world.device)
+        mine = _Forwarded(torch.zeros(self.num_micros, device=self.world.device))
         first = self.world.rank * self.num_micros // self.world.size
         factor = loss_scale * self._divided_by / self.settings.global_batch  # the sum over all ranks is divided once
         try:
             for place, batch in enumerate(batches, first):
                 if place > first and asked() and time.perf_counter() - started > _LONG_S:
-                    return losses, _ABANDON
+                    mine.flags = _ABANDON
+                    return mine
+                mine.num_corrupt += batch.num_corrupt
+                if batch.num_corrupt == len(batch.image):
+                    mine.num_empty += 1
+                    continue
                 logit = self._engine(batch.image)
                 loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
                 self.statistics.collect()
                 self._engine.backward(loss * factor, scale_wrt_gas=False)
-                losses[place] = loss.detach()
+                mine.losses[place] = loss.detach()
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
             if not micro_batch.is_exhausted(error):
                 raise
-            return losses, _OUT_OF_MEMORY
-        return losses, 0.0
+            mine.flags = _OUT_OF_MEMORY
+        return mine
 
     def _reduce(self, loss_scale: float) -> list[Tensor]:
         """The gradient of the global batch: whole, or under ZeRO this rank's share of it."""
@@ -160,30 +184,37 @@ class Engine:
         return shares
 
     def _agree(
-        self, flags: float, losses: Tensor, gradients: list[Tensor], own: torch.cuda.Event | None
+        self, mine: _Forwarded, gradients: list[Tensor], own: torch.cuda.Event | None
     ) -> tuple[StepResult, Tensor]:
         """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device.
 
         own: where this rank's backward ends; from there on the others are waited for.
         """
         ranks, micros = self.world.size, self.num_micros
-        head = torch.zeros(ranks + 1, device=losses.device)
-        head[self.world.rank].fill_(flags)  # to assign it waits for the GPU in torch before 2.15
+        head = torch.zeros(
+            ranks + 3, device=self.world.device
+        )  # flags by rank, corrupt radiographs, empty micro-batches, norm
+        for place, number in ((self.world.rank, mine.flags), (ranks, mine.num_corrupt), (ranks + 1, mine.num_empty)):
+            if number:
+                head[place].fill_(number)  # to assign it waits for the GPU in torch before 2.15
         # Without ZeRO every rank holds the whole gradient, and measures its part of it.
         parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
         head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
-        vector = torch.cat([head, losses, self.statistics.sum])
+        vector = torch.cat([head, mine.losses, self.statistics.sum])
         self.world.all_reduce(vector, own)
-        told = vector[: ranks + 1 + micros].tolist()
-        by_rank, norm, by_micro = told[:ranks], math.sqrt(max(told[ranks], 0.0)), told[ranks + 1 :]
-        if short := [rank for rank, flag in enumerate(by_rank) if flag >= _OUT_OF_MEMORY]:
+        sums = vector[: len(head) + micros].tolist()
+        flags, by_micro, norm = list(map(int, sums[:ranks])), sums[len(head) :], math.sqrt(max(sums[ranks + 2], 0.0))
+        num_corrupt, num_empty = int(sums[ranks]), int(sums[ranks + 1])
+        if short := [rank for rank, flag in enumerate(flags) if flag & _OUT_OF_MEMORY]:
             raise CommonFailure(micro_batch.exhausted(short, self.settings.micro_batch))
         bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
         loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
-        abandoned = any(flag >= _ABANDON for flag in by_rank)
-        applied = not bad and not abandoned and math.isfinite(norm)
-        mean = vector[ranks + 1 + micros :] / micros
-        return StepResult(loss, norm, applied, bad, stop=any(by_rank), abandoned=abandoned), mean
+        abandoned, failed = (any(flag & which for flag in flags) for which in (_ABANDON, _FAILED))
+        has_samples = num_empty < micros
+        applied = not bad and not abandoned and not failed and has_samples and math.isfinite(norm)
+        mean = vector[len(head) + micros :] / max(1, micros - num_empty)
+        outcome = {"stop": any(flags), "abandoned": abandoned, "failed": failed}
+        return StepResult(loss, norm, applied, bad, **outcome, num_corrupt=num_corrupt, has_samples=has_samples), mean
 
     def _apply(self, gradients: list[Tensor], norm: float, mean: Tensor) -> None:
         limit = self.settings.clip_norm

@@ -27,7 +27,7 @@ from mura_dist.metrics.summary import measure
 from mura_dist.training import checkpoint, micro_batch, schedule, start
 from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
-from mura_dist.training.metrics_log import Journal, Stopwatch
+from mura_dist.training.metrics_log import Journal, Stopwatch, skip_reason
 from mura_dist.training.plan import Plan
 from mura_dist.training.run import Run
 from mura_dist.training.state import State
@@ -124,11 +124,13 @@ class Training:
                 steps = self.steps_of_epoch(epoch, within)
 
             with self.watch("data"):
-                micros = next(steps)
+                micros, reason = read_step(steps)
             with self.watch("step"):
                 rate = schedule.learning_rate(plan.settings, state.plateau, state.step)
                 scale = state.loss_scale.value
-                result = self.engine.step(micros, rate, loss_scale=scale, asked=self.stop.is_set)
+                result = self.engine.step(micros, rate, loss_scale=scale, asked=self.stop.is_set, failed=bool(reason))
+            if result.failed:
+                self.ranks.raise_failures(reason)
             if result.abandoned:
                 self.save()
                 self.leave()
@@ -156,22 +158,43 @@ class Training:
                 yield list(itertools.islice(stream, plan.accumulation))
 
     def take(self, result: StepResult, epoch: int, within: int) -> None:
-        """Count the step, taken or left out. Raises CommonFailure where too many in a row were left out."""
+        """Count the step, taken or left out.
+
+        Raises:
+            CommonFailure: too many steps in a row were left out, or too many samples are corrupt.
+        """
         settings, state = self.plan.settings, self.state
+        state.corrupt_samples += result.num_corrupt
+        self.check_corrupt(state.corrupt_samples, self.plan.train, "train")
         if result.applied:
             state.took(result.loss)
         else:
-            state.left_out()
+            state.left_out(empty=not result.has_samples)
             rows = self.rows_of(epoch, within, result.bad_micros)
-            what = "loss" if result.bad_micros else "gradient"
+            what = "samples" if not result.has_samples else "loss" if result.bad_micros else "gradient"
             self.journal.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
             if state.skipped_in_row >= settings.skip_limit:
+                lower = "give run=NEW and a lower learning_rate, or clip_norm"
                 raise CommonFailure(
-                    f"{state.skipped_in_row} steps in a row were left out, the last of them step {state.step}: {what} not finite "
-                    f"(rows {', '.join(map(str, rows))}); skip_limit={settings.skip_limit}; the last checkpoint is sound; "
-                    "give run=NEW and a lower learning_rate, or clip_norm"
+                    f"{state.skipped_in_row} steps in a row were left out, the last of them step {state.step}: "
+                    f"{skip_reason(what)} (rows {', '.join(map(str, rows))}); skip_limit={settings.skip_limit}; the last "
+                    f"checkpoint is sound; {lower if result.has_samples else 'make the shards again'}"
                 )
-        state.loss_scale = state.loss_scale.after(result.applied, settings)
+        if result.has_samples:
+            state.loss_scale = state.loss_scale.after(result.applied, settings)
+
+    def check_corrupt(self, number: int, rows: np.ndarray, split: str) -> None:
+        """Raise CommonFailure, on all ranks, where more of the samples of `rows` are corrupt than max_corrupt_samples allows."""
+        most, shards = self.plan.most_corrupt(len(rows)), self.plan.shards
+        if number <= most:
+            return
+        self.notice_damage()
+        first = int(np.intersect1d(self.state.damaged, rows)[0])
+        raise CommonFailure(
+            f"{number} of {len(rows)} {split} samples are corrupt, at most {most} may be (max_corrupt_samples="
+            f"{self.plan.settings.max_corrupt_samples:g}), the first of them {shards.describe(first)}; `mura-dist verify "
+            f"{shards.folder}` names all: convert them again, then the same command resumes; or give a larger max_corrupt_samples"
+        )
 
     def rows_of(self, epoch: int, within: int, micros: tuple[int, ...]) -> list[int]:
         """The radiographs of some micro-batches of a step; of none named: all of the step's, over all ranks."""
@@ -194,6 +217,7 @@ class Training:
                 found = scores(network, self.plan.select, self.loading, self.ranks, asked=self.stop.is_set)
         except Interrupted:
             return False
+        self.check_corrupt(len(found.damaged), self.plan.select, settings.select_on)
         loss, strange = weighted_loss(found, self.loading.targets), int((~np.isfinite(found.logit)).sum())
         quick: dict[str, Any] = {"kappa": None, "auroc": None}
         if not strange and len(found.rows):
@@ -222,6 +246,14 @@ class Training:
         self.writer.save(self.state, picture=picture)
 
 
+def read_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], str]:
+    """Return this rank's micro-batches of the next step; where they cannot be read, none of them and why."""
+    try:
+        return next(steps), ""
+    except Failure as error:
+        return [], str(error)
+
+
 def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, Any]:
     chosen = checkpoint.best(checkpoint.folders(run.checkpoints)) if journal.enabled else None
     epochs = [line for line in journal.lines() if line["kind"] == "epoch"]
@@ -235,6 +267,7 @@ def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, 
         "drops": state.plateau.drops,
         "stale_epochs": state.stale_epochs,
         "skipped_steps": state.skipped_steps,
+        "damaged_samples": len(state.damaged),
     }
 
 
@@ -244,7 +277,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     scores = ", ".join(
         f"{key} {last[key]:.4f}" for key in ("tune_loss", "tune_auroc", "tune_kappa") if last.get(key) is not None
     )
+    corrupt = f"; {number} corrupt samples left out" if (number := summary.get("damaged_samples")) else ""
     return (
         f"{summary['run']}: {summary['epochs']} epochs, {summary['step']} steps; "
-        f"last on {summary['select_on']}: {scores}; best {summary['best_checkpoint']}"
+        f"last on {summary['select_on']}: {scores}; best {summary['best_checkpoint']}{corrupt}"
     )

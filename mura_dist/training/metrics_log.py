@@ -8,7 +8,8 @@ One object; on ranks other than the first it does nothing, so that the loop has 
      "skipped_steps", "damaged_samples", "evaluation_s", "overhead_share", "data_wait_share", "limited_by", "time_s"}
 
 `step` counts steps done. `loss` is sum(weight x BCE) / global batch of that one step, `gradient_norm` that of its whole gradient
-before clipping. A step that was left out has a line of its own: `what` was not finite (loss or gradient), over which `rows`.
+before clipping. A step that was left out has a line of its own: `what` was not finite (loss or gradient) or could not be read
+(samples: every one of the step is corrupt), over which `rows`.
 `tune_*` are of the split the run selects on, `split`; null where a logit is not finite. `skipped_steps` and
 `damaged_samples` (different radiographs) count over all ranks since the run began.
 
@@ -36,6 +37,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from mura_dist.core import files
 
 _WAITING = 0.05  # of the time: with more than this, faster steps would hardly make a faster run
+
+
+def skip_reason(what: str) -> str:
+    """Say why a step was left out, by its line's `what`."""
+    return "every sample is corrupt" if what == "samples" else f"{what} not finite"
 
 
 class Stopwatch:
@@ -155,7 +161,7 @@ class Journal:
         """A step was left out."""
         self._write({"kind": "skip", **line})
         rows = ", ".join(map(str, line["rows"]))
-        self.say(f"step {line['step']} left out: its {line['what']} is not finite (rows {rows})")
+        self.say(f"step {line['step']} left out: {skip_reason(line['what'])} (rows {rows})")
 
     def epoch(self, line: dict[str, Any], watch: Stopwatch) -> None:
         """After an evaluation; `watch` knows the seconds of "data", "step" and "evaluation" since the one before."""

@@ -1,5 +1,6 @@
 """What follows from settings, shards and ranks before the first step; computed once, checked, printed."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ class Plan:
     def accumulation(self) -> int:
         """Micro-batches of a step on each rank."""
         return self.settings.global_batch // (self.settings.micro_batch * self.world_size)
+
+    def most_corrupt(self, num_samples: int) -> int:
+        """How many of `num_samples` may be corrupt: the share max_corrupt_samples, but one at least where it is not 0."""
+        return math.ceil(num_samples * self.settings.max_corrupt_samples - 1e-9)
 
     def micros(self, ordered: order.Epoch, step: int, rank: int) -> list[order.Micro]:
         """The micro-batches of `step` (0-based within the epoch) that `rank` takes."""

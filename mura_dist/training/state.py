@@ -20,14 +20,15 @@ class State:
     stale_epochs: int = 0  # since the loss was last better: what early_stop counts
     train_loss_sum: float = 0.0  # over the steps taken of the epoch so far
     taken_steps: int = 0  # of the epoch so far
-    skipped_steps: int = 0  # of the whole run: left out, their loss or gradient was not finite
+    skipped_steps: int = 0  # of the whole run: left out, their loss or gradient was not finite, or they had no sample
     skipped_in_row: int = 0
     damaged: list[int] = field(default_factory=list)  # rows met whose samples are damaged, ascending
+    corrupt_samples: int = 0  # of the epoch so far, over all ranks: what max_corrupt_samples limits
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
         """From a checkpoint's state.json."""
-        fields = {name: saved[name] for name in cls.__dataclass_fields__}
+        fields = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved or name != "corrupt_samples"}
         best = saved["plateau"]["best"]
         fields["plateau"] = Plateau(**saved["plateau"] | {"best": math.inf if best is None else best})
         fields["loss_scale"] = LossScale(**saved["loss_scale"])
@@ -48,11 +49,11 @@ class State:
         self.taken_steps += 1
         self.skipped_in_row = 0
 
-    def left_out(self) -> None:
-        """A step was not: while an fp16 scale may be what is wrong it is not held against the run."""
+    def left_out(self, *, empty: bool = False) -> None:
+        """A step was not: while an fp16 scale may be what is wrong it is not held against the run. `empty`: it had no sample."""
         self.step += 1
         self.skipped_steps += 1
-        self.skipped_in_row += not self.loss_scale.may_shrink
+        self.skipped_in_row += empty or not self.loss_scale.may_shrink
 
     def evaluated(self, epoch: int, loss: float, settings: Settings) -> None:
         """The selecting split's loss of these weights; before the first epoch, and where not finite, it decides nothing."""
@@ -62,7 +63,7 @@ class State:
             self.plateau = self.plateau.after(loss, settings)
         self.select_loss = loss if counts else None
         self.evaluated_step = self.step
-        self.train_loss_sum, self.taken_steps = 0.0, 0
+        self.train_loss_sum, self.taken_steps, self.corrupt_samples = 0.0, 0, 0
 
     def is_stale(self, settings: Settings) -> bool:
         """Whether early_stop ends the run here."""

@@ -6,6 +6,7 @@ Used by the training loop on the selecting split, and by evaluation on any.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mura_dist.core.errors import Failure
 from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.loader import BatchLoader, Targets
@@ -61,18 +63,34 @@ def scores(
 ) -> Scores:
     """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks.
 
-    asked: says whether this rank was asked to stop; every few micro-batches the ranks tell each other, and raise Interrupted.
+    Args:
+        asked: says whether this rank was asked to stop. Every few micro-batches the ranks tell each other.
+
+    Raises:
+        Interrupted: a rank was asked to stop.
+        CommonFailure: a rank cannot read its radiographs.
     """
     number = _batch_size(loading, world)
     micros = sampler.evaluation_micros(rows, micro_batch=number, rank=world.rank, world_size=world.size)
     mine = torch.zeros(len(micros), number, device=world.device)
     sound = torch.zeros(len(micros), number, dtype=torch.bool, device=world.device)
     every = max(1, _ASK_EVERY[world.device.type] // number)
+    reason, interrupted = "", False  # why this rank cannot read on; it takes part in the collectives all the same
     with torch.inference_mode(), contextlib.closing(loading.load(micros)) as stream:
-        for place, batch in enumerate(stream):
-            if asked is not None and place % every == 0 and world.any(asked()):
-                raise Interrupted
+        for place in range(len(micros)):
+            if asked is not None and place % every == 0 and (interrupted := world.any(asked() or bool(reason))):
+                break
+            if reason:
+                continue
+            try:
+                batch = next(stream)
+            except Failure as error:
+                reason = str(error)
+                continue
             mine[place], sound[place] = model(batch.image)[0], batch.mask
+    world.raise_failures(reason)
+    if interrupted:
+        raise Interrupted
     return by_row(rows, micros, mine, sound, world)
 
 
@@ -103,7 +121,9 @@ def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tenso
 
 
 def weighted_loss(found: Scores, targets: Targets) -> float:
-    """Mean over radiographs of weight x BCE, in float64."""
+    """Mean over radiographs of weight x BCE, in float64; NaN of none."""
+    if not len(found.rows):
+        return math.nan
     z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
     with np.errstate(invalid="ignore"):  # of a network that diverged; the caller sees to a NaN
         return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())

@@ -112,6 +112,40 @@ def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
     assert same(everything(engines[0]), everything(engines[1]))
 
 
+def without_samples(batch: Batch) -> Batch:
+    """Return the batch as the loader gives it where each of its samples is corrupt."""
+    zeros = torch.zeros_like
+    return Batch(zeros(batch.image), zeros(batch.label), zeros(batch.weight), batch.row, zeros(batch.mask), SIZE)
+
+
+@pytest.mark.parametrize("words", [{}, {"zero_stage": 1}, {"ema": 0.5, "weight_decay": 0.1}])
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_step_without_a_sample_is_none(alone: World, words: dict[str, float], failed: bool) -> None:
+    """Nor is one whose micro-batches a rank could not get: weights, moments and BatchNorm's statistics stay."""
+    engine, other = (Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2))
+    for each in (engine, other):
+        each.step(batches(1), 1e-2)
+    result = engine.step([] if failed else [without_samples(batch) for batch in batches(2)], 1e-2, failed=failed)
+    assert (result.applied, result.failed, result.bad_micros) == (False, failed, ())
+    assert result.has_samples == failed
+    assert result.num_corrupt == (0 if failed else NUM_MICROS * SIZE)
+    assert engine.step(batches(3), 1e-2) == other.step(batches(3), 1e-2)
+    assert same(everything(engine), everything(other))
+
+
+def test_a_micro_batch_without_a_sample_is_no_group_of_batchnorm(alone: World) -> None:
+    """The gradient is that of the others, of the whole global batch's size; the statistics' mean is over the others."""
+    first, second, third = batches(1)
+    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd"), alone)
+    pair = Engine(build("tiny", seed=1), settings(optimiser="sgd", global_batch=2 * SIZE), alone)
+    before = weights_of(engine.model)
+    result, of_pair = engine.step([first, without_samples(second), third], 0.5), pair.step([first, third], 0.5)
+    assert (result.applied, result.has_samples, result.num_corrupt) == (True, True, SIZE)
+    assert result.loss == pytest.approx(of_pair.loss * 2 / 3, rel=1e-6)
+    torch.testing.assert_close(weights_of(engine.model) - before, (weights_of(pair.model) - before) * 2 / 3)
+    assert torch.equal(engine.statistics.values, pair.statistics.values)
+
+
 @pytest.mark.parametrize("long_s", [0.0, 100.0])
 def test_a_wish_to_stop_does_not_wait_for_a_long_step(
     alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float

@@ -1,12 +1,17 @@
 """What a run does when a step, a rank, a setting or the disk fails it: named, counted, ended on all ranks, nothing lost."""
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import commands, laws
-from helpers.commands import ROOT, TINY, run, warm_python
+from helpers.commands import ROOT, TINY, run, torchrun, warm_python
+from helpers.read_faults import ReadFaults
+from helpers.runs import equal, tensors
 
 from mura_dist.core import config
 from mura_dist.core.config import Settings
@@ -173,6 +178,90 @@ def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, 
     assert checkpoint.select(tmp_path / "run" / "checkpoints", "last").step == 8
     again = commands.train(1, shard_folder, tmp_path / "run", "micro_batch=2", *words)
     assert again.returncode == 0, again.stderr
+
+
+def corrupt(shards: Path, split: str) -> None:
+    """Change every byte of the split's tars."""
+    for tar in shards.glob(f"{split}-*.tar"):
+        tar.write_bytes(bytes(byte ^ 1 for byte in tar.read_bytes()))
+
+
+@pytest.mark.parametrize("split", ["train", pytest.param("tune", marks=pytest.mark.slow)])
+def test_a_training_that_reads_nothing_fails_and_goes_on_when_its_shards_are_mended(
+    split: str, whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+) -> None:
+    """With the bits of one whose shards were sound all the time."""
+    shards, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shard_folder, shards)
+    corrupt(shards, split)
+    result = commands.train(2, shards, folder)
+    assert result.returncode == 1
+    [line] = told(result.stderr)
+    number, most = len(Shards.open(shards).rows(split)), 2 if split == "train" else 1
+    corrupted = 12 if split == "train" else number
+    assert (
+        f"{corrupted} of {number} {split} samples are corrupt, at most {most} may be (max_corrupt_samples=0.01)" in line
+    )
+    assert re.search(rf"the first of them row \d+ \(.*image\d.png\) in {split}-000000.tar; `mura-dist verify", line)
+    assert Run.load(folder).status()["state"] == "failed"
+    assert f"{split} samples are corrupt" in Run.load(folder).status()["reason"]
+    assert not (folder / "model.onnx").exists()
+    for tar in shards.glob("*.tar"):
+        shutil.copy(shard_folder / tar.name, tar)
+    assert commands.train(2, shards, folder).returncode == 0
+    assert equal(tensors(folder, 8), tensors(whole(2), 8))
+
+
+@pytest.mark.slow
+def test_steps_without_a_sample_are_left_out_and_too_many_in_a_row_end_the_run(
+    shard_folder: Path, tmp_path: Path
+) -> None:
+    """Where any number of samples may be corrupt: no weight, statistic or moment has moved."""
+    shards, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shard_folder, shards)
+    corrupt(shards, "train")
+    words = ("max_corrupt_samples=1", "skip_limit=9")
+    result = commands.train(2, shards, folder, *words)
+    assert result.returncode == 1
+    [line] = told(result.stderr)
+    assert "9 steps in a row were left out, the last of them step 9: every sample is corrupt (rows " in line
+    assert line.endswith("make the shards again")
+    skips = [line for line in metrics_log.read(folder / "metrics.jsonl") if line["kind"] == "skip"]
+    assert [(line["step"], line["what"], len(line["rows"])) for line in skips] == [
+        (n, "samples", 12) for n in range(1, 10)
+    ]
+    before, after = tensors(folder, 0), tensors(folder, 8)
+    assert equal(before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "skip"), [(2, 40), (None, 40), (None, 3)])
+def test_an_error_of_the_disk_ends_all_ranks_in_the_same_words_unless_it_passes(
+    times: int | None,
+    skip: int,
+    read_faults: Callable[..., ReadFaults],
+    whole: Callable[..., Path],
+    shard_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Of an evaluation and of a step. Nothing is counted as corrupt, and the same command goes on to the same bits."""
+    shards, folder = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(shard_folder, shards)
+    split = "train" if skip > 10 else "tune"
+    faults = read_faults(f"{shards}/{split}-000000.tar", skip=skip, times=times)
+    words = (*TINY, f"shards={shards}", f"run={folder}", "--quiet")
+    result = torchrun(2, "mura_dist.train", *words, env=faults.environment, cold=True)
+    if times is None:
+        assert result.returncode == 1, result.stderr
+        [line] = told(result.stderr)
+        assert re.search(rf"rank \d.*: {shards}/{split}-000000.tar cannot be read in 4 tries: input/output error", line)
+        status = Run.load(folder).status()
+        assert status["state"] == "failed"
+        assert "input/output error" in status["reason"]
+        result = commands.train(2, shards, folder)
+    assert result.returncode == 0, result.stderr
+    assert "damaged" not in result.stderr
+    assert equal(tensors(folder, 16), tensors(whole(2), 16))
 
 
 @pytest.mark.parametrize("leave_s", [0, 3])

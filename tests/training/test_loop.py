@@ -82,10 +82,12 @@ def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp
     assert all(np.isfinite(losses(tmp_path / "run")))
     strict = train(ranks, shards, tmp_path / "strict", "strict=true")
     assert strict.returncode == 1
-    assert f"mura-dist: damaged sample: row {bad[1]}" in strict.stderr
+    [line] = [line for line in strict.stderr.splitlines() if line.startswith("mura-dist:")]
+    assert re.search(rf"damaged sample: row {bad[1]} .*; strict=true ends here", line)
     done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert f"damaged sample: row {bad[1]}" in done.stderr
+    assert "1 radiographs of tune are not in it: their samples are corrupt" in done.stdout
     assert json.loads((tmp_path / "report" / "metrics.json").read_bytes())["num_damaged"] == 1
     predictions = pd.read_csv(tmp_path / "report" / "predictions.csv")
     assert len(predictions) == len(opened.rows("tune")) - 1

@@ -48,6 +48,7 @@ class Batch:
     weight: Tensor  # (B,) float32, the loss's
     row: Tensor  # (B,) int64
     mask: Tensor  # (B,) bool
+    num_corrupt: int = 0  # places whose samples are corrupt: a subset of those where mask is False
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ class BatchLoader:
         )
 
     def load(self, micros: Iterable[Micro]) -> Generator[Batch, None, None]:
-        """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads."""
+        """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads.
+
+        Raises:
+            Failure: the shards cannot be read (ShardReadError), or a sample is damaged and `strict` is set.
+        """
         for images in _in_time(self._images(micros), self.shards, self.timeout_s):
             for damaged in images.damaged:
                 if self.strict:
@@ -148,12 +153,14 @@ class BatchLoader:
         return min(ahead, max(2 * self.workers, ahead * self.micro_batch // batch))
 
     def _batch(self, images: Images) -> Batch:
-        rows, mask = images.rows, images.mask
+        rows, mask, num_corrupt = images.rows, images.mask, len(images.damaged)
         if self.device.type == "cpu":  # the device's way would take longer here
             label = np.where(mask, self.targets.label[rows], 0).astype(np.float32)
             weight = np.where(mask, self.targets.weight[rows], 0).astype(np.float32)
-            return Batch(images.pixels, *(torch.from_numpy(array) for array in (label, weight, rows, mask)))
-        return Batch(images.pixels.to(self.device, non_blocking=True), *self._device_targets.look_up(rows, mask))
+            arrays = [torch.from_numpy(array) for array in (label, weight, rows, mask)]
+            return Batch(images.pixels, arrays[0], arrays[1], arrays[2], arrays[3], num_corrupt)
+        image = images.pixels.to(self.device, non_blocking=True)
+        return Batch(image, *self._device_targets.look_up(rows, mask), num_corrupt=num_corrupt)
 
     @cached_property
     def _store(self) -> resident.Store:
