@@ -112,6 +112,14 @@ def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
     assert all(0 <= aim.after_s <= (8 if aim.kind == "start" else 20) for aim in aims)
 
 
+def test_only_ranks_are_killed_where_only_ranks_are_wanted(tmp_path: Path) -> None:
+    """Over eight stories each of two ranks is the first victim at each kind of moment."""
+    whole = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
+    stories = [chaos.draw_aims(random.Random(n), n, whole, 2, only_ranks=True) for n in range(1, 9)]
+    assert {aim.victim for aims in stories for aim in aims} == {"rank 0", "rank 1"}
+    assert len({(aims[0].kind, aims[0].victim) for aims in stories}) == 8
+
+
 def test_a_write_and_an_evaluation_are_seen_from_outside(tmp_path: Path) -> None:
     """The aims' moments, on a folder that passes through the states of a run; what an earlier kill left is no moment."""
     whole = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=4, epochs=12, writes=40)

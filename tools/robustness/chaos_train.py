@@ -1,6 +1,6 @@
 """`kill -9` at random and chosen moments of a training, then the same command again: every tensor is an undisturbed run's.
 
-python tools/robustness/chaos_train.py [--kills 20] [--seed S] [--ranks 2] [--keep DIR] [-- key=value ...]
+python tools/robustness/chaos_train.py [--kills 20] [--seed S] [--ranks 2] [--victims any] [--keep DIR] [-- key=value ...]
 
     phantoms -> shards (64 px) -> trained whole, timed -> for each kill: a fresh run, killed once to three times by SIGKILL,
     each time started again at once by the same command, trained to its end, compared
@@ -10,7 +10,8 @@ key=value are settings of the training, added to those below, as in: -- zero_sta
 A moment is random (uniform over the time that the whole training took, over the number of this story's kills), at the start
 (uniform over start-up: imports, lock, meeting), in a write (a checkpoint's `.partial` folder has just appeared) or in an
 evaluation (an epoch's last step is logged, its evaluation is not). A victim is one of the ranks, torchrun alone, whose ranks have
-to leave by themselves, or all at once. Stories take turns in their first kill's moment; the rest is drawn.
+to leave by themselves, or all at once; with --victims ranks always one rank. Stories take turns in their first kill's moment,
+with --victims ranks also in its rank; the rest is drawn.
 
 Compared are all tensors of the checkpoints that both runs kept, the last and the best always among them, bit for bit; all keys
 of their state.json (learning rate's plateau, best value, counters); metrics.jsonl line by line but for the wall clock's fields.
@@ -326,17 +327,21 @@ def trained_whole(shards: Path, work: Path, ranks: int, words: Sequence[str]) ->
     return Whole(run, time.monotonic() - begin, start_s, lines[1]["step"], len(lines) - 1, writes)
 
 
-def draw_aims(rng: random.Random, number: int, whole: Whole, ranks: int) -> list[Aim]:
-    """One story's kills, one to three."""
+def draw_aims(rng: random.Random, number: int, whole: Whole, ranks: int, *, only_ranks: bool = False) -> list[Aim]:
+    """Draw one story's kills, one to three."""
     count = rng.choice((1, 1, 2, 3))
-    victims = [*(f"rank {rank}" for rank in range(ranks)), "torchrun", "all"]
+    each_rank = [f"rank {rank}" for rank in range(ranks)]
+    victims = each_rank if only_ranks else [*each_rank, "torchrun", "all"]
     span_s = whole.start_s + (whole.seconds - whole.start_s) / count
     aims = []
     for place_in_story in range(count):
         kind = AIMS[number % len(AIMS)] if place_in_story == 0 else rng.choice(AIMS)
         after_s = rng.uniform(0, {"random": span_s, "start": whole.start_s, "write": 0.02, "evaluation": 0.02}[kind])
         passing = {"write": whole.writes, "evaluation": whole.epochs}.get(kind, 0) // (2 * count)
-        aims.append(Aim(kind, after_s, rng.randrange(passing + 1), rng.choice(victims)))
+        skip, victim = rng.randrange(passing + 1), rng.choice(victims)
+        if only_ranks and place_in_story == 0:
+            victim = each_rank[number // len(AIMS) % ranks]
+        aims.append(Aim(kind, after_s, skip, victim))
     return aims
 
 
@@ -386,6 +391,7 @@ def kill_often(
     kills: int,
     seed: int,
     ranks: int,
+    only_ranks: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Story]:
     """Trains whole into `work`, then `kills` runs that are killed. Each is said as it ends."""
@@ -397,7 +403,7 @@ def kill_often(
     )
     stories = []
     for number in range(1, kills + 1):
-        aims, run = draw_aims(rng, number, whole, ranks), work / f"killed-{number}"
+        aims, run = draw_aims(rng, number, whole, ranks, only_ranks=only_ranks), work / f"killed-{number}"
         story = one_story(command(shards, run, ranks, words), run, aims, whole, work / f"killed-{number}.log")
         stories.append(story)
         say(f"kill {number}: {story}")
@@ -437,6 +443,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=20, help="trainings to kill (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws moments and victims (%(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a training (%(default)s)")
+    parser.add_argument(
+        "--victims",
+        choices=("any", "ranks"),
+        default="any",
+        help="ranks: never torchrun, nor all at once (%(default)s)",
+    )
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
     options = parser.parse_args(words)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
@@ -445,7 +457,7 @@ def main(words: list[str]) -> int:
         work = (Path(scratch) if options.keep is None else options.keep).resolve()
         work.mkdir(parents=True, exist_ok=True)
         chosen = {"kills": options.kills, "seed": options.seed, "ranks": options.ranks}
-        stories = kill_often(drawn(work), work, settings, **chosen)
+        stories = kill_often(drawn(work), work, settings, **chosen, only_ranks=options.victims == "ranks")
     print(summary(stories, options.seed))
     return 1 if any(story.problems for story in stories) else 0
 
