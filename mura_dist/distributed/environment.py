@@ -1,25 +1,34 @@
 """What started this process, by its environment: which rank it is, of how many, how many share this machine, where they meet.
 
-torchrun, deepspeed (RANK, WORLD_SIZE), OpenMPI's mpirun (OMPI_COMM_WORLD_*) and Slurm's srun (SLURM_*) each have words of their
-own; without any we are rank 0 of 1. RANK and WORLD_SIZE may be set by hand too: a job array shares a conversion so.
+torchrun, deepspeed (RANK, WORLD_SIZE), OpenMPI's mpirun (OMPI_COMM_WORLD_*), MPICH's and Intel MPI's mpiexec (PMI_*, MPI_LOCAL*)
+and Slurm's srun (SLURM_*) each have words of their own; without any we are rank 0 of 1. RANK and WORLD_SIZE may be set by hand
+too: a job array shares a conversion so. Words that contradict each other, or that no launcher of this process can have set, are
+refused at once: a rank that others are to join would wait for them in vain. An empty word counts as none.
 """
 
+import contextlib
 import os
 import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mura_dist.core.errors import Refusal
 
 VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's and deepspeed's own; RANK alone may be set by hand
+OPENMPI, MPICH, SLURM, PLAIN = "OpenMPI", "MPICH or Intel MPI", "Slurm", "RANK and WORLD_SIZE"
+_NUMBERS = {OPENMPI: "OMPI_COMM_WORLD_*", MPICH: "PMI_RANK, PMI_SIZE", SLURM: "SLURM_PROCID, SLURM_STEP_NUM_TASKS"}
 _DEFAULT_PORT = 29500  # torch's
 _FIRST_PORT, _PORTS = 20000, 9000  # below the ports Linux gives to whoever asks for any
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is. `by`: OpenMPI, Slurm, or the words RANK and WORLD_SIZE, which may be missing."""
+    """Who this process is. `by`: OpenMPI, MPICH or Intel MPI, Slurm, or the words RANK and WORLD_SIZE, which may be missing.
+
+    local_size is 1 where nothing tells it.
+    """
 
     by: str
     rank: int
@@ -29,27 +38,87 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Raises Refusal where the environment says what cannot be."""
-    told = _told(os.environ)
-    if not (0 <= told.rank < told.size and told.local_rank >= 0):
+    """Return who this process is. Raises Refusal where the environment says what cannot be."""
+    told = _told({name: value for name, value in os.environ.items() if value})
+    is_local = told.local_size == 1 or told.local_rank < told.local_size <= told.size
+    if not (0 <= told.rank < told.size and told.local_rank >= 0 and told.local_size >= 1 and is_local):
         raise Refusal(
-            f"this process is told by {told.by} to be rank {told.rank} of {told.size}, on this machine {told.local_rank} of "
-            f"{told.local_size}; ranks count from 0: set them right, or unset them to run alone"
+            f"this process is told by {_source(told.by)} to be rank {told.rank} of {told.size}, on this machine "
+            f"{told.local_rank} of {told.local_size}; ranks count from 0: set them right, or unset them to run alone"
         )
     return told
+
+
+def _source(by: str) -> str:
+    """Name who set the numbers, and the variables that say them."""
+    return f"{by} ({_NUMBERS[by]})" if by in _NUMBERS else by
 
 
 def _told(known: Mapping[str, str]) -> Ranks:
     # Before Slurm: what mpirun starts in a Slurm job is inside a step of its own, with a task a node.
     if "RANK" not in known and "OMPI_COMM_WORLD_RANK" in known:
         all_of_us, here = (known.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
-        return _numbers("OpenMPI", known, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
+        return _numbers(OPENMPI, known, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
+    # Before Slurm too; but srun --mpi=pmi2 sets PMI_RANK for its tasks as well, without MPI_LOCALRANKID.
+    hydra = "MPI_LOCALRANKID" in known or "SLURM_STEP_NUM_TASKS" not in known
+    if "RANK" not in known and "PMI_RANK" in known and hydra:
+        all_of_us, here = known.get("PMI_SIZE", "1"), known.get("MPI_LOCALNRANKS", "1")
+        return _numbers(MPICH, known, "PMI_RANK", all_of_us, "MPI_LOCALRANKID", here)
     # srun's alone: a batch script outside srun, which knows SLURM_NTASKS too, is one process.
     if "RANK" not in known and "SLURM_STEP_NUM_TASKS" in known:
         here = _tasks_of_node(known)
-        return _numbers("Slurm", known, "SLURM_PROCID", known["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
+        ranks = _numbers(SLURM, known, "SLURM_PROCID", known["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
+        if ranks.size > 1:
+            _refuse_shell(known)
+        return ranks
+    if "RANK" not in known:
+        _refuse_leftovers(known)
     here = known.get("LOCAL_WORLD_SIZE") or known.get("LOCAL_SIZE") or "1"  # torchrun's word, deepspeed's
-    return _numbers("RANK and WORLD_SIZE", known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
+    return _numbers(PLAIN, known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
+
+
+def _refuse_leftovers(known: Mapping[str, str]) -> None:
+    """Raise Refusal where words of a launcher are set and RANK is not: somebody exported them, or they are a former job's."""
+    alone = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    for name, value in alone.items():
+        if known.get(name, value) != value:
+            raise Refusal(
+                f"{name}={known[name]} is set and RANK is not, so no launcher set it; `unset {name}` to run alone, or start the "
+                "ranks with torchrun"
+            )
+
+
+def _refuse_shell(known: Mapping[str, str]) -> None:
+    """Raise Refusal in a step of several tasks where srun does not tell which one this is, or where this is not one of them.
+
+    `srun --pty bash` in an allocation of n tasks is a step of n shells: this one has the terminal, the others end at once, and
+    what is started here would wait for them. A task itself is started by slurmstepd.
+    """
+    number = known["SLURM_STEP_NUM_TASKS"]
+    if "SLURM_PROCID" not in known:
+        raise Refusal(
+            f"SLURM_STEP_NUM_TASKS={number} is set and SLURM_PROCID is not, so srun did not start this process; `unset "
+            "SLURM_STEP_NUM_TASKS` to run alone, or start the tasks with srun"
+        )
+    if "SLURM_PTY_PORT" in known and _has_terminal() and _parent_name() != "slurmstepd":
+        raise Refusal(
+            f"this is the shell of `srun --pty` in a step of SLURM_STEP_NUM_TASKS={number} tasks; the other tasks are not there; "
+            "`unset SLURM_STEP_NUM_TASKS` to run alone, or leave the shell: srun --ntasks 1 --pty bash, or srun mura-dist ..."
+        )
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal, wherever its output goes."""
+    with contextlib.suppress(OSError):
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return True
+    return False
+
+
+def _parent_name() -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{os.getppid()}/comm").read_text().strip()
+    return ""
 
 
 def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Ranks:
@@ -58,18 +127,22 @@ def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank
         return Ranks(by, *map(int, words))
     except ValueError:
         raise Refusal(
-            f"{by} in the environment: {', '.join(words)} (rank, world size, on this machine) are not all whole numbers; set "
-            "them right, or unset them to run alone"
+            f"{_source(by)} in the environment: {', '.join(words)} (rank, world size, both on this machine) are not all whole "
+            "numbers; set them right, or unset them to run alone"
         ) from None
 
 
 def _tasks_of_node(known: Mapping[str, str]) -> str:
     """ "4(x2),3": 4 tasks on each of two nodes, 3 on a third -> ours."""
-    tasks = known.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")
-    counts = [part.partition("(x")[::2] for part in tasks]
+    tasks, node = known.get("SLURM_STEP_TASKS_PER_NODE", "1"), known.get("SLURM_NODEID", "0")
+    if not re.fullmatch(r"\d+(\(x\d{1,6}\))?(,\d+(\(x\d{1,6}\))?)*", tasks) or not node.isdecimal():
+        raise Refusal(
+            f"SLURM_STEP_TASKS_PER_NODE={tasks} and SLURM_NODEID={node}: no list such as 4(x2),3 and no number; set them right, "
+            "or unset SLURM_STEP_NUM_TASKS to run alone"
+        )
+    counts = [part.partition("(x")[::2] for part in tasks.split(",")]
     each = [number for number, times in counts for _ in range(int(times.rstrip(")") or 1))]
-    node = int(known.get("SLURM_NODEID", "0"))
-    return each[node] if node < len(each) else each[-1]
+    return each[min(int(node), len(each) - 1)]
 
 
 def rank() -> int:
@@ -123,9 +196,10 @@ def _address(told: Ranks, known: Mapping[str, str]) -> str:
     if told.local_size == told.size:
         return "127.0.0.1"
     nodes = known.get("SLURM_STEP_NODELIST") or known.get("SLURM_JOB_NODELIST")
-    if told.by == "Slurm" and nodes:
+    if told.by == SLURM and nodes:
         return first_host(nodes)
-    remedy = "mpirun -x MASTER_ADDR=HOST ..." if told.by == "OpenMPI" else "export MASTER_ADDR=HOST MASTER_PORT=29500"
+    remedies = {OPENMPI: "mpirun -x MASTER_ADDR=HOST ...", MPICH: "mpiexec -genv MASTER_ADDR HOST ..."}
+    remedy = remedies.get(told.by, "export MASTER_ADDR=HOST MASTER_PORT=29500")
     raise Refusal(
         f"rank {told.rank} of {told.size} (told by {told.by}) does not know where the ranks meet: MASTER_ADDR is not set; name "
         f"rank 0's host: {remedy}"

@@ -174,7 +174,7 @@ def _device(told: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     place, num_gpus = told.local_rank, torch.cuda.device_count()
-    if num_gpus == 1 and told.by in ("Slurm", "OpenMPI"):
+    if num_gpus == 1 and told.by in (environment.SLURM, environment.OPENMPI):
         place = 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
     if place >= num_gpus:
         raise OwnRefusal(
@@ -187,8 +187,8 @@ def _device(told: Ranks) -> torch.device:
 
 @contextlib.contextmanager
 def _environment(told: Ranks) -> Iterator[None]:
-    """torchrun's words where another launcher, or none, started us: torch's rendezvous and DeepSpeed read these. Processes
-    started later must not take them for a launcher's."""
+    """torchrun's words, whoever started us: torch's rendezvous and DeepSpeed read these, and one left over may contradict them.
+    Processes started later must not take them for a launcher's."""
     known = {
         "RANK": told.rank,
         "WORLD_SIZE": told.size,
@@ -199,7 +199,7 @@ def _environment(told: Ranks) -> Iterator[None]:
     if told.size > 1:
         address, port = environment.meeting_place()
         words |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    ours = {name: word for name, word in words.items() if name not in os.environ} | nccl.ENVIRONMENT
+    ours = words | nccl.ENVIRONMENT
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:

@@ -1,11 +1,16 @@
 """Who a process is, by the words of each launcher; trainings that those start: mpirun for real, srun by its words."""
 
+import fcntl
+import itertools
+import math
 import os
+import pty
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +29,7 @@ WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
-        if name in WORDS or name.startswith(("SLURM_", "OMPI_", "PMIX_")):
+        if name in WORDS or name.startswith(("SLURM_", "OMPI_", "PMIX_", "PMI_", "MPI_")):
             monkeypatch.delenv(name)
 
 
@@ -39,6 +44,12 @@ def openmpi(rank: int, size: int, local_rank: int, local_size: int) -> dict[str,
     return {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in said.items()}
 
 
+def hydra(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
+    """As the mpiexec of MPICH 5.0 and of Intel MPI 2021 says it."""
+    said = {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": local_rank, "MPI_LOCALNRANKS": local_size}
+    return {name: str(number) for name, number in said.items()}
+
+
 SAID = {
     "nothing": ({}, (0, 1, 0, 1)),
     "torchrun": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
@@ -48,6 +59,14 @@ SAID = {
     "srun": (slurm(7, 1, 3), (7, 11, 3, 4)),
     "srun, its smaller node": (slurm(10, 2, 2), (10, 11, 2, 3)),
     "mpirun": (openmpi(3, 6, 1, 2), (3, 6, 1, 2)),
+    "mpiexec": (hydra(3, 6, 1, 2), (3, 6, 1, 2)),
+    "mpiexec in a Slurm job": (slurm(2, 2, 0) | hydra(5, 6, 1, 2), (5, 6, 1, 2)),
+    "srun --mpi=pmi2": (slurm(7, 1, 3) | {"PMI_RANK": "7", "PMI_SIZE": "11"}, (7, 11, 3, 4)),
+    "empty words": (dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"), ""), (0, 1, 0, 1)),
+    "a shell of srun --pty, of one task": (
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_PTY_PORT": "44152"},
+        (0, 1, 0, 1),
+    ),
     "mpirun in a Slurm job": (slurm(2, 2, 0) | openmpi(5, 6, 1, 2), (5, 6, 1, 2)),
     "torchrun under srun": (slurm(2, 2, 0) | {"RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": "1"}, (9, 12, 1, 1)),
 }
@@ -72,7 +91,18 @@ def test_each_launcher_is_understood(case: str, monkeypatch: pytest.MonkeyPatch)
         ({"RANK": "1"}, ("rank 1 of 1", "run alone")),
         ({"RANK": "-1", "WORLD_SIZE": "3"}, ("rank -1 of 3",)),
         ({"RANK": "one", "WORLD_SIZE": "3"}, ("RANK and WORLD_SIZE", "one, 3", "whole numbers")),
-        (openmpi(6, 6, 0, 1), ("OpenMPI", "rank 6 of 6")),
+        (openmpi(6, 6, 0, 1), ("OpenMPI (OMPI_COMM_WORLD_*)", "rank 6 of 6")),
+        (hydra(6, 6, 0, 1), ("MPICH or Intel MPI (PMI_RANK, PMI_SIZE)", "rank 6 of 6")),
+        ({"PMI_RANK": "1"}, ("PMI_RANK", "rank 1 of 1")),
+        ({"PMI_RANK": "0", "PMI_SIZE": "many"}, ("PMI_RANK, PMI_SIZE", "0, many", "whole numbers")),
+        ({"WORLD_SIZE": "4"}, ("WORLD_SIZE=4", "RANK is not", "`unset WORLD_SIZE` to run alone", "torchrun")),
+        ({"LOCAL_RANK": "1"}, ("LOCAL_RANK=1", "`unset LOCAL_RANK`")),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, ("LOCAL_WORLD_SIZE=2", "RANK is not")),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, ("on this machine 3 of 2",)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, ("rank 0 of 2, on this machine 0 of 8",)),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS=4", "SLURM_PROCID is not", "srun")),
+        (slurm(1, 0, 1) | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, ("SLURM_STEP_TASKS_PER_NODE=4(x", "4(x2),3")),
+        (slurm(1, 0, 1) | {"SLURM_NODEID": "one"}, ("SLURM_NODEID=one",)),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -86,6 +116,84 @@ def test_what_cannot_be_is_refused(
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"], *words)
+
+
+def test_several_ranks_only_where_a_launcher_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a grid of what may be left over: a rank that exists, or a refusal that names a variable of the environment."""
+    grid = {
+        "RANK": ("0", "2"),
+        "WORLD_SIZE": ("1", "4"),
+        "LOCAL_RANK": ("0", "1"),
+        "LOCAL_WORLD_SIZE": ("4",),
+        "OMPI_COMM_WORLD_RANK": ("1",),
+        "OMPI_COMM_WORLD_SIZE": ("2",),
+        "PMI_RANK": ("0", "3"),
+        "PMI_SIZE": ("2",),
+        "SLURM_PROCID": ("0", "1"),
+        "SLURM_STEP_NUM_TASKS": ("1", "2"),
+    }
+    which = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    num_several = num_alone = num_refused = 0
+    for values in itertools.product(*((None, *each) for each in grid.values())):
+        said = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
+        monkeypatch.setattr(os, "environ", said)
+        try:
+            told = environment.ranks()
+        except Refusal as refusal:
+            num_refused += any(name in str(refusal) for name in (*said, "OMPI_COMM_WORLD_*"))
+            continue
+        assert 0 <= told.rank < told.size
+        num_several += told.size > 1
+        num_alone += told.size == 1
+        assert told.size == 1 or any(said.get(name) == str(told.rank) for name in which), said
+    assert num_several + num_alone + num_refused == math.prod(1 + len(each) for each in grid.values()), (
+        "each names a variable"
+    )
+    assert min(num_several, num_refused) > 1000
+
+
+def in_terminal(*words: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command with a controlling terminal; its output goes to pipes."""
+    ours, terminal = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    try:
+        return subprocess.run(
+            words, stdin=terminal, capture_output=True, text=True, env=env, preexec_fn=take_terminal, check=False
+        )
+    finally:
+        os.close(ours)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "port", "starts", "is_refused"),
+    [
+        (4, "44152", "bash", True),
+        (1, "44152", "bash", False),
+        (4, "", "bash", False),  # no step of a terminal: a task's own script
+        (4, "44152", "slurmstepd", False),  # a task itself, of `srun --pty mura-dist ...`
+    ],
+)
+def test_a_shell_of_srun_with_a_terminal_is_no_task_of_several(
+    num_tasks: int, port: str, starts: str, is_refused: bool, tmp_path: Path
+) -> None:
+    """Left as it is, a training in it would wait for the other tasks, which have ended."""
+    parent = tmp_path / starts
+    parent.write_text('#!/bin/sh\n"$@"\nexit $?\n')
+    parent.chmod(0o755)
+    step = {"SLURM_STEP_NUM_TASKS": str(num_tasks), "SLURM_PROCID": "0", "SLURM_PTY_PORT": port}
+    line = "from mura_dist.distributed import environment; print(environment.ranks().size)"
+    told = in_terminal(parent, sys.executable, "-c", line, env={**os.environ, **step})
+    assert (told.returncode != 0) == is_refused, told.stderr
+    if is_refused:
+        for word in ("SLURM_STEP_NUM_TASKS=4", "`srun --pty`", "unset SLURM_STEP_NUM_TASKS", "--ntasks 1"):
+            assert word in told.stderr
+    else:
+        assert told.stdout == f"{num_tasks}\n"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +227,8 @@ def test_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meet(job | {"MASTER_ADDR": "ib0-gpu07", "MASTER_PORT": "1234"}) == ("ib0-gpu07", 1234)
     assert meet(openmpi(1, 2, 1, 2))[0] == "127.0.0.1", "all on this machine"
     assert meet({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}) == ("a", 29500)
+    with pytest.raises(Refusal, match="mpiexec -genv MASTER_ADDR HOST"):
+        meet(hydra(1, 4, 1, 2))
     with pytest.raises(Refusal, match="mpirun -x MASTER_ADDR=HOST"):
         meet(openmpi(1, 4, 1, 2))
     with pytest.raises(Refusal, match=r"rank 1 of 2 \(told by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
