@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, os_reason
 
 _LOCKS = os.name == "posix"  # Windows does not delete a file that is open
 if _LOCKS:
@@ -34,6 +34,9 @@ _DAY_S = 86400.0
 # file is written once and read for as long as the job lasts.
 _STALE_S = {"partial": _DAY_S, "scratch": 30 * _DAY_S}
 _UNFINISHED = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}\.(?P<kind>partial|scratch)", re.DOTALL)
+MAX_DEPTH = 64  # of JSON: ours has 8
+MAX_JSON_BYTES = 256 << 20
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 _NAME_BYTES = 200  # of a file's name that its random one repeats; 255 is the limit of a name
 
 
@@ -173,6 +176,65 @@ def write_text(path: Path, text: str, *, mode: int = BY_UMASK) -> None:
 def write_json(path: Path, value: Any, *, mode: int = BY_UMASK) -> None:
     """Indented, keys in the order given, NaN refused: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+
+
+# ---- JSON of others
+
+
+def parse_json(data: bytes | str, schema: Any = Any) -> Any:
+    """Return the JSON value that `data` holds, of the type `schema` (anything pydantic knows), unchanged.
+
+    Raises:
+        ValueError: one line, where it is no JSON, nests deeper than `MAX_DEPTH`, or is not of that type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_depth(value)
+    try:
+        TypeAdapter(schema).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        at = ".".join(str(key) for key in first["loc"])[:200]
+        raise ValueError(f"{f'{at}: ' if at else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    return value
+
+
+def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
+    """As `parse_json`, of a file. Raises Refusal where it is missing, too large or damaged, with the remedy; OSError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        return parse_json(data, schema)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise Refusal(f"{path}: {os_reason(error)}; {remedy}") from None
+    except ValueError as error:
+        raise Refusal(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level: what recurses over it later must not run out of stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list)
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -8,7 +8,6 @@ next one goes on where that one was killed. A second run with the same shards co
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from mura_dist.core import files, storage
 from mura_dist.core.errors import Failure, Refusal
 from mura_dist.core.storage import Place, Where
+from mura_dist.data.shards.index import parse
 
 _COPIES_AT_ONCE = 4
 _ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside them
@@ -35,7 +35,6 @@ def local(where: Where, mirror: Path | None = None) -> Path:
     place = storage.of(where)
     try:
         data = place.read("index.json")
-        index = json.loads(data)
     except FileNotFoundError:
         why = (
             "the conversion is not finished; run the same `mura-dist shards` command again"
@@ -43,8 +42,7 @@ def local(where: Where, mirror: Path | None = None) -> Path:
             else f"holds no shards (no index.json); make them with `mura-dist shards SOURCE {where}`"
         )
         raise Refusal(f"{where}: {why}") from None
-    except ValueError as error:
-        raise Refusal(f"{where}/index.json is damaged ({error}); make the shards again") from error
+    index = parse(data, where)
     folder = (mirror or _cache()) / hashlib.sha256(data).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):

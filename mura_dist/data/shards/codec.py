@@ -16,6 +16,7 @@ from mura_dist.data import radiograph
 
 SUFFIX = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 JPEG_QUALITY = 95
+MAX_SIZE_PX = 2048  # of a side
 
 Task = tuple[int, str | bytes | radiograph.Unreadable]
 """A row, and its file's path; or its content, or why there is none, where only the main process reaches the source."""
@@ -51,11 +52,22 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def decode(data: bytes, encoding: str) -> np.ndarray:
-    """The bytes of a sample's image member -> uint8 (S, S)."""
-    if encoding == "raw":
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image)
+    """The bytes of a sample's image member -> uint8 (S, S). Raises ValueError where they are none; S is at most `MAX_SIZE_PX`."""
+    file = io.BytesIO(data)
+    try:
+        if encoding == "raw":
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("another version of .npy")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype != np.uint8:
+                raise ValueError(f"{dtype}, not uint8")
+            return np.frombuffer(data, np.uint8, offset=file.tell()).reshape(shape)
+        with Image.open(file) as image:
+            if max(image.size) > MAX_SIZE_PX:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, at most {MAX_SIZE_PX} of a side are read")
+            return np.asarray(image)
+    except Exception as error:  # Pillow and NumPy have many kinds, of damage that nobody foresaw too
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from mura_dist import __version__
-from mura_dist.core import storage
+from mura_dist.core import files, storage
 from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
 from mura_dist.core.storage import Place, Where
 from mura_dist.data import mura, radiograph
 from mura_dist.data.manifest import Manifest, cut_tune
-from mura_dist.data.shards import codec, reader, writer
-from mura_dist.data.shards.codec import Reader, Sample, Task
+from mura_dist.data.shards import codec, writer
+from mura_dist.data.shards.codec import MAX_SIZE_PX, Reader, Sample, Task
+from mura_dist.data.shards.index import FORMAT, parse
 from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
@@ -40,7 +41,7 @@ from mura_dist.distributed.processes import processors
 from mura_dist.distributed.worker_pool import Crew, Limits, Lost
 
 SAMPLES_PER_SHARD = 512
-SIZE_LIMITS = (32, 2048)
+SIZE_LIMITS = (32, MAX_SIZE_PX)
 PLAN_WAIT_S = 120.0  # how long a rank waits for the first one's plan
 SILENCE_S = 60.0  # without a new shard for so long, the first rank makes the missing ones itself
 _CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs a worker takes at once, and their pixels at most
@@ -98,14 +99,14 @@ def convert(
                 f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
             )
         manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
-        plan = {"format": reader.FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
+        plan = {"format": FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
         plan |= {"duplicates": duplicates, "manifest_sha256": manifest.digest, "version": __version__}
         conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, told.rank, told.size)
         if told.rank:
             _follow(conversion, progress)
             return None
         if _finished(conversion):
-            index = json.loads(conversion.out.read("index.json"))
+            index = parse(conversion.out.read("index.json"), str(conversion.out))
             _refuse_unreadable(index["unreadable"], strict)
             return index
         return _lead(conversion, scanned, strict, progress)
@@ -192,7 +193,10 @@ def _finished(conversion: Conversion) -> bool:
             raise Refusal(f"{out} is not empty and holds no shards; give an empty or new folder")
         return False
     try:
-        before = {"duplicates": duplicate_policy.KEEP} | json.loads(out.read("conversion.json"))["plan"]
+        before = files.parse_json(out.read("conversion.json"), dict[str, Any])["plan"]
+        if not isinstance(before, dict):
+            raise ValueError("plan is none")
+        before = {"duplicates": duplicate_policy.KEEP} | before
     except (ValueError, KeyError) as error:
         raise Refusal(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
     for key, value in conversion.plan.items():
@@ -369,7 +373,7 @@ def _index(
             part["shards"].append({key: mark[key] for key in ("name", "num_samples", "bytes", "sha256")})
     return {
         "what": "bone radiographs as WebDataset tars, by mura-dist; see shards/README.md for the format",
-        "format": reader.FORMAT,
+        "format": FORMAT,
         "version": __version__,
         "holds": "phantoms" if scanned.phantoms else "radiographs",
         "size": conversion.size,

@@ -5,7 +5,6 @@
 shards/README.md is the format. The files are written by convert.py and writer.py, and checked whole by verify.py.
 """
 
-import json
 import os
 import threading
 import time
@@ -23,9 +22,10 @@ from mura_dist.core.storage import Where
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.codec import SUFFIX, decode, npy_header
+from mura_dist.data.shards.index import parse
 
-FORMAT = 1
 INDEX_HEADER = "v1.2"
+_OVERHEAD_BYTES = 1 << 16  # of a file, beside its pixels
 _OPEN_TARS = 512  # of a process; beyond them a tar is opened for each read
 _RETRY_PAUSES_S = (0.2, 1.0, 3.0)  # before each further try of a read that a disk or the network refused
 
@@ -112,24 +112,9 @@ class Shards:
                 if unfinished
                 else f"{folder} holds no shards (no index.json); make them with `mura-dist shards SOURCE {folder}`"
             )
-        try:
-            index = json.loads(path.read_bytes())
-            version = index["format"]
-            whole = version != FORMAT or all(
-                key in index for key in ("size", "encoding", "holds", "splits", "unreadable")
-            )
-            digest = index["manifest"]["sha256"] if version == FORMAT else ""
-            if not whole:
-                raise KeyError("a key is missing")
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refusal(f"{path} is damaged ({error}); make the shards again") from error
-        if version != FORMAT:
-            raise Refusal(
-                f"{folder} has shards of format {version}, this mura-dist reads format {FORMAT}; "
-                "make them again, or install the version that wrote them"
-            )
+        index = parse(path.read_bytes(), folder)
         shards = cls(folder, index, Manifest.load(folder / "manifest.csv"))
-        if shards.manifest.digest != digest:
+        if shards.manifest.digest != index["manifest"]["sha256"]:
             raise Refusal(f"{folder}/manifest.csv is not the one index.json was written with; make the shards again")
         return shards
 
@@ -148,8 +133,11 @@ class Shards:
 
     def names(self, split: str | None = None) -> list[str]:
         """The tars of one split, or of all, in order."""
+        return [shard["name"] for shard in self._listed(split)]
+
+    def _listed(self, split: str | None = None) -> list[dict[str, Any]]:
         splits = self.index["splits"]
-        return [shard["name"] for name in splits if split in (None, name) for shard in splits[name]["shards"]]
+        return [shard for name in splits if split in (None, name) for shard in splits[name]["shards"]]
 
     @cached_property
     def _unreadable(self) -> np.ndarray:
@@ -170,7 +158,7 @@ class Shards:
             Refusal: a tar of these splits is missing or was cut short, or index.json contradicts the .idx files.
         """
         for split in splits:
-            for shard in self.index["splits"][split]["shards"]:
+            for shard in self._listed(split):
                 path = self.folder / shard["name"]
                 size = path.stat().st_size if path.is_file() else None
                 if size != shard["bytes"]:
@@ -180,6 +168,37 @@ class Shards:
                         "`mura-dist shards` command again"
                     )
         _ = self._places
+
+    def samples(self, name: str) -> list[list[Member]]:
+        """The image, label and row of each sample of the tar `name`, from its .idx file.
+
+        Raises:
+            ValueError: where one lies outside the tar, is larger than a radiograph can be, or is of no row of the manifest.
+        """
+        num_bytes = next(shard["bytes"] for shard in self._listed() if shard["name"] == name)
+        samples = read_index((self.folder / name).with_suffix(".idx"))
+        for sample in samples:
+            if len(sample) != 3 or {member.row for member in sample} - {sample[0].row}:
+                raise ValueError(f"a sample of {len(sample)} members, of one row each")
+            self._check_row(sample[0].row)
+            for member in sample:
+                if min(member.offset, member.size) < 0 or member.offset + member.size > num_bytes:
+                    raise ValueError(f"{member.name} lies outside the tar's {num_bytes:,} bytes")
+            if sample[0].size > (limit := 2 * self.size**2 + _OVERHEAD_BYTES):
+                raise ValueError(f"{sample[0].name} has {sample[0].size:,} bytes, a radiograph at most {limit:,}")
+        return samples
+
+    def crcs(self, name: str) -> Iterator[tuple[int, int]]:
+        """(row, CRC-32 of its image member) of each sample of the tar `name`. Raises ValueError as `samples`."""
+        for row, crc in read_crcs((self.folder / name).with_suffix(".crc")):
+            self._check_row(row)
+            if not 0 <= crc < 2**32:
+                raise ValueError(f"{crc:x} is no CRC-32")
+            yield row, crc
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < len(self.manifest.frame):
+            raise ValueError(f"row {row} is not in the manifest, which has {len(self.manifest.frame):,}")
 
     @cached_property
     def _places(self) -> "_Places":
@@ -305,11 +324,11 @@ class _Places:
         crc = np.zeros(num_rows, np.uint32)
         for number, name in enumerate(names):
             try:
-                for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
+                for image, *_ in shards.samples(name):
                     if image.suffix != SUFFIX.get(shards.encoding):
                         raise _contradicted(shards, f"encoding {shards.encoding!r}", f"{image.name} of {name}")
                     tar[image.row], offset[image.row], length[image.row] = number, image.offset, image.size
-                for row, value in read_crcs((shards.folder / name).with_suffix(".crc")):
+                for row, value in shards.crcs(name):
                     crc[row] = value
             except (OSError, ValueError, IndexError) as error:
                 if is_io_fault(error):

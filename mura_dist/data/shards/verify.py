@@ -10,7 +10,7 @@ from typing import Any
 
 from mura_dist.core.storage import Where
 from mura_dist.data.shards.codec import decode
-from mura_dist.data.shards.reader import Member, Shards, read_crcs, read_index
+from mura_dist.data.shards.reader import Member, Shards
 
 
 def verify(folder: Where) -> Iterator[str]:
@@ -38,8 +38,8 @@ def _verify_shard(shards: Shards, split: str, shard: dict[str, Any], seen: list[
         yield f"{path.name}: missing"
         return
     try:
-        samples = read_index(path.with_suffix(".idx"))
-        crcs = dict(read_crcs(path.with_suffix(".crc")))
+        samples = shards.samples(path.name)
+        crcs = dict(shards.crcs(path.name))
         data = path.read_bytes()
     except (OSError, ValueError, IndexError) as error:
         yield f"{path.name}: it, its .idx or its .crc is damaged ({error})"

@@ -1,0 +1,82 @@
+"""index.json, checked: it may come from another machine. Nothing of it becomes a path or a size before this.
+
+bytes -> parse -> names that are tars' names, counts and sizes that are some; or Refusal
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StrictStr, StringConstraints
+
+from mura_dist.core import files
+from mura_dist.core.errors import Refusal
+from mura_dist.core.storage import Where
+from mura_dist.data.shards.codec import MAX_SIZE_PX
+
+FORMAT = 1
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**56)]
+_Digest = Annotated[str, StringConstraints(strict=True, pattern="^[0-9a-f]{64}$")]
+_Split = Literal["train", "tune", "valid"]
+
+
+class _Shard(BaseModel):
+    name: Annotated[str, StringConstraints(strict=True, pattern="^(train|tune|valid)-[0-9]{6}[.]tar$")]
+    num_samples: _Count
+    bytes: _Count
+    sha256: _Digest
+
+
+class _Shards(BaseModel):
+    num_studies: _Count
+    num_radiographs: _Count
+    shards: list[_Shard]
+
+
+class _Manifest(BaseModel):
+    sha256: _Digest
+
+
+class _Unreadable(BaseModel):
+    row: _Count
+    code: StrictStr
+
+
+class _Index(BaseModel):
+    """What is read of it."""
+
+    holds: Literal["phantoms", "radiographs"]
+    size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]
+    encoding: Literal["raw", "png", "jpeg"]
+    manifest: _Manifest
+    splits: dict[_Split, _Shards]
+    unreadable: list[_Unreadable]
+    defects: dict[str, list[Any]]
+
+
+class _Format(BaseModel):
+    format: Annotated[int, Field(strict=True)]
+
+
+def parse(data: bytes, folder: Where) -> dict[str, Any]:
+    """Return the content of `folder`'s index.json. Raises Refusal where it is damaged, or of another format."""
+    try:
+        version = files.parse_json(data, _Format)["format"]
+        index: dict[str, Any] = files.parse_json(data, _Index) if version == FORMAT else {}
+        _check_names(index.get("splits", {}))
+    except ValueError as error:
+        raise Refusal(f"{folder}/index.json is damaged ({error}); make the shards again") from error
+    if version != FORMAT:
+        raise Refusal(
+            f"{folder} has shards of format {version}, this mura-dist reads format {FORMAT}; "
+            "make them again, or install the version that wrote them"
+        )
+    return index
+
+
+def _check_names(splits: dict[str, Any]) -> None:
+    for split, part in splits.items():
+        names = [shard["name"] for shard in part["shards"]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"splits.{split}: a shard twice")
+        if strange := next((name for name in names if not name.startswith(f"{split}-")), None):
+            raise ValueError(f"splits.{split}: {strange} is another split's")
