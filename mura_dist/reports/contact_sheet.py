@@ -89,5 +89,5 @@ def _figure(frame: pd.DataFrame, thumb: Thumb) -> Html:
     line: dict[Any, Any] = frame.loc[thumb.row].to_dict()
     label = _LABELS[line["label"]]
     words = f"{line['study_type']}, {label}"
-    picture = Html(f'<img src="{local_only.uri(thumb.pixels)}" alt="{words}, a radiograph of {line["split"]}">')
+    picture = element("img", src=local_only.uri(thumb.pixels), alt=f"{words}, a radiograph of {line['split']}")
     return element("figure", picture, element("figcaption", words), class_=label)

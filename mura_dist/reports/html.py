@@ -5,6 +5,7 @@ markup already. evaluation.py and dataset.py put their pages together from these
 """
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,20 +67,28 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem
 """
 
 
+_VOID = ("img", "meta")
+# Control characters, and those that turn the direction of what follows: they would change how a page reads, not what it says.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 class Html(str):
     """Markup; everything else is text and gets escaped."""
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Html:
     """`element("p", "a < b", class_="soft")` -> `<p class="soft">a &lt; b</p>`. An iterable of Html joins as it is."""
-    named = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
-    )
-    return Html(f"<{tag}{named}>{join(children)}</{tag}>")
+    named = "".join(f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items())
+    return Html(f"<{tag}{named}>" if tag in _VOID else f"<{tag}{named}>{join(children)}</{tag}>")
 
 
 def join(children: Iterable[Any]) -> Html:
-    return Html("".join(child if isinstance(child, Html) else html.escape(str(child)) for child in children))
+    return Html("".join(child if isinstance(child, Html) else escaped(child) for child in children))
+
+
+def escaped(value: Any) -> str:
+    """Return the text of `value` as a page or an attribute holds it: no markup, U+FFFD for a control character."""
+    return html.escape(_CONTROLS.sub("\ufffd", str(value)))
 
 
 def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from helpers import laws
 from helpers.commands import run
+from helpers.markup import check_names_are_text, renamed_shards
 from PIL import Image
 
 from mura_dist.cli.main import DONE, main
@@ -154,3 +156,12 @@ def test_describe_and_its_sheet_need_no_torch(shard_folder: Path, tmp_path: Path
         "print([n for n in ('torch', 'matplotlib', 'cv2', 'onnx') if n in sys.modules])"
     )
     assert run("python", "-c", code).stdout.strip() == "[]"
+
+
+def test_no_name_of_a_data_set_is_markup(shard_folder: Path, tmp_path: Path) -> None:
+    def write(rename: Callable[[str], str], out: Path) -> list[Path]:
+        shards = renamed_shards(shard_folder, out / "shards", rename)
+        dataset.describe(shards, out / "page.html", with_contact_sheet=True)
+        return [out / "page.html", dataset.contact_sheet_path(out / "page.html")]
+
+    check_names_are_text(write, tmp_path)

@@ -10,17 +10,17 @@ from pydantic import BaseModel, Field, StrictStr, StringConstraints
 from mura_dist.core import files
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
+from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 
 FORMAT = 1
 
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**56)]
 _Digest = Annotated[str, StringConstraints(strict=True, pattern="^[0-9a-f]{64}$")]
-_Split = Literal["train", "tune", "valid"]
 
 
 class _Shard(BaseModel):
-    name: Annotated[str, StringConstraints(strict=True, pattern="^(train|tune|valid)-[0-9]{6}[.]tar$")]
+    name: Annotated[str, StringConstraints(strict=True, pattern=f"^({'|'.join(mura.SPLITS)})-[0-9]{{6}}[.]tar$")]
     num_samples: _Count
     bytes: _Count
     sha256: _Digest
@@ -48,7 +48,7 @@ class _Index(BaseModel):
     size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]
     encoding: Literal["raw", "png", "jpeg"]
     manifest: _Manifest
-    splits: dict[_Split, _Shards]
+    splits: dict[str, _Shards]
     unreadable: list[_Unreadable]
     defects: dict[str, list[Any]]
 
@@ -75,6 +75,8 @@ def parse(data: bytes, folder: Where) -> dict[str, Any]:
 
 def _check_names(splits: dict[str, Any]) -> None:
     for split, part in splits.items():
+        if split not in mura.SPLITS:
+            raise ValueError(f"splits: {split[:80]!r} is none")
         names = [shard["name"] for shard in part["shards"]]
         if len(set(names)) < len(names):
             raise ValueError(f"splits.{split}: a shard twice")

@@ -63,7 +63,7 @@ def config(data: bytes) -> str:
     return _CONFIG.format(
         mark=_MARK,
         version=__version__,
-        terms=card.terms,
+        terms=" ".join(card.terms.split()),
         name=NAME,
         max_batch=MAX_BATCH,
         key=KEY,
