@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv and install mura_dist into it, with every version pinned by constraints.txt.
+# Make .venv and install mura_dist into it, from requirements.lock: every version is pinned, every archive checked by its SHA-256.
 #   bash launch/setup.sh [EXTRAS]      EXTRAS: train (default), or several: train,dev  or, to predict alone: cpu,page
 # Needs Python 3.11 or newer (PYTHON=... names another one) and the network; does nothing when nothing changed.
 set -euo pipefail
@@ -19,17 +19,9 @@ if will_hold cpu onnxruntime && will_hold cuda,train onnxruntime_gpu; then
   echo "launch/setup.sh: $extras: ONNX Runtime for CPUs (cpu) cannot stand beside that for GPUs (cuda, train) in .venv; name one of them, and remove .venv if it holds the other" >&2
   exit 2
 fi
-if [ ! -x .venv/bin/python ]; then
-  "$python" -m venv .venv || {
-    rm -rf .venv
-    echo "launch/setup.sh: $python cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
-    exit 1
-  }
-fi
-
 # The stamp says which extras were installed from which files: written last, so an install that was cut short is done again.
 stamp=.venv/installed
-digest=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+digest=$(cat pyproject.toml requirements.lock | sha256sum | cut -d' ' -f1)
 { read -r before present < "$stamp"; } 2>/dev/null || true
 [ "${before:-}" = "$digest" ] || present=
 missing=
@@ -38,6 +30,19 @@ for extra in ${extras//,/ }; do
 done
 [ -n "$missing" ] || exit 0
 
+locked=$("$python" launch/locked.py "${present:+$present,}$extras")
+if [ ! -x .venv/bin/python ]; then
+  "$python" -m venv .venv || {
+    rm -rf .venv
+    echo "launch/setup.sh: $python cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2
+    exit 1
+  }
+fi
+
 echo "installing mura_dist[$extras] into .venv (with train: some minutes, 7 GB)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+# What builds a wheel comes first. For a build environment of its own pip would fetch packages that no hash was checked of.
+install --require-hashes --requirement <("$python" launch/locked.py build)
+install --require-hashes --no-build-isolation --requirement <(echo "$locked")
+install --no-build-isolation --editable .
 echo "$digest ${present:+$present,}$extras" > "$stamp"

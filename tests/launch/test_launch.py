@@ -510,10 +510,10 @@ def test_an_image_holds_no_data_and_no_runs() -> None:
     assert inside == {
         "LICENSE",
         "README.md",
-        "constraints.txt",
         "launch",
         "mura_dist",
         "pyproject.toml",
+        "requirements.lock",
         "shards",
         "tools",
     }
