@@ -411,8 +411,8 @@ def test_kubernetes_own_schemas_take_it() -> None:
 
 def test_the_documents_name_each_other() -> None:
     kinds = [each["kind"] for each in documents()]
-    assert kinds == ["PersistentVolumeClaim", "Service", "Job", "PyTorchJob"]
-    claim, service, job, _ = documents()
+    assert kinds == ["PersistentVolumeClaim", "Service", "Job", "PyTorchJob", "NetworkPolicy", "NetworkPolicy"]
+    claim, service, job, *_ = documents()
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert service["spec"]["clusterIP"] == "None"
     assert list(service["spec"]["selector"].values()) == [job["metadata"]["name"]]
@@ -427,9 +427,10 @@ def test_a_pod_has_what_training_needs(kind: str) -> None:
     [container] = pod["containers"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    assert len(volumes) == len(mounts) == 2
+    assert len(volumes) == len(mounts) == 3
     assert mounts["/data"]["persistentVolumeClaim"]["claimName"] == documents()[0]["metadata"]["name"]
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    assert "emptyDir" in mounts["/tmp"]
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 1000, "the image's user"
     assert pod["terminationGracePeriodSeconds"] >= 45, "15 s to save, torchrun waits up to 30 s"
@@ -438,6 +439,36 @@ def test_a_pod_has_what_training_needs(kind: str) -> None:
     settings = config.load(ROOT / recipe, words)
     assert settings.shards.startswith("/data/")
     assert settings.run.startswith("/data/")
+
+
+@pytest.mark.parametrize("kind", ["Job", "PyTorchJob"])
+def test_a_pod_can_do_no_more_than_train(kind: str) -> None:
+    """No token of the cluster, no rights, no file but on its volumes, where its caches lie too."""
+    pod = pods()[kind]
+    [container] = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not any(pod.get(name) for name in ("hostNetwork", "hostPID", "hostIPC"))
+    rights = container["securityContext"]
+    assert rights["readOnlyRootFilesystem"] is True
+    assert rights["allowPrivilegeEscalation"] is False
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+    volumes = tuple(mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly"))
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    for name in ("HOME", "TORCH_HOME"):
+        assert env[name].startswith(volumes), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [("Job", "batch.kubernetes.io/job-name"), ("PyTorchJob", "training.kubeflow.org/job-name")],
+)
+def test_no_pod_but_a_jobs_own_reaches_where_its_ranks_meet(kind: str, label: str) -> None:
+    [job] = [each["metadata"] for each in documents() if each["kind"] == kind]
+    policies = [each for each in documents() if each["kind"] == "NetworkPolicy"]
+    [policy] = [each["spec"] for each in policies if each["metadata"]["labels"] == job["labels"]]
+    own = {"matchLabels": {label: job["name"]}}  # as Kubernetes and the operator label them
+    assert policy == {"podSelector": own, "policyTypes": ["Ingress"], "ingress": [{"from": [{"podSelector": own}]}]}
 
 
 @pytest.mark.parametrize("kind", ["Job", "PyTorchJob"])
