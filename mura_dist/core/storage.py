@@ -11,17 +11,38 @@ import hashlib
 import heapq
 import os
 import shutil
+import stat
 import tempfile
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import Failure, Refusal, Stopped, is_io_fault
 
 Where = Path | str
 """A local folder, or a URL (a str with "://")."""
+
+READ_WAITS_S = (0.1, 0.2, 0.4)  # before each further attempt to read what a disk or network failed to give
+
+Result = TypeVar("Result")
+
+
+def retried(read: Callable[[], Result]) -> Result:
+    """Return what `read` returns. After an I/O fault it is called again, at most len(READ_WAITS_S) times.
+
+    Raises what the last call raises. Errors that are the file's own are raised at once.
+    """
+    for wait_s in READ_WAITS_S:
+        try:
+            return read()
+        except OSError as error:
+            if not is_io_fault(error):
+                raise
+        time.sleep(wait_s)
+    return read()
 
 
 def is_remote(where: Where) -> bool:
@@ -65,6 +86,10 @@ class Place(ABC):
 
     @abstractmethod
     def exists(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def holds(self, name: str, num_bytes: int, digest: str) -> bool:
+        """Whether a file is there, of this size and this SHA-256. Behind a URL the size alone is compared: see Remote."""
 
     @abstractmethod
     def read(self, name: str) -> bytes: ...
@@ -139,7 +164,16 @@ class Local(Place):
                     folders.append(name)
 
     def exists(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        try:
+            return stat.S_ISREG(retried((self.folder / name).stat).st_mode)
+        except OSError as error:
+            if is_io_fault(error):  # nobody knows
+                raise
+            return False
+
+    def holds(self, name: str, num_bytes: int, digest: str) -> bool:
+        path = self.folder / name
+        return self.exists(name) and path.stat().st_size == num_bytes and sha256(path) == digest
 
     def read(self, name: str) -> bytes:
         return (self.folder / name).read_bytes()
@@ -212,6 +246,15 @@ class Remote(Place):
             self.store.invalidate_cache()
             return self.store.isfile(self._at(name))
 
+    def holds(self, name: str, num_bytes: int, digest: str) -> bool:
+        """The digest would cost a download; a store checks what is put into it by itself."""
+        with _spoken(self.url):
+            self.store.invalidate_cache()
+            try:
+                return self.store.size(self._at(name)) == num_bytes
+            except FileNotFoundError:
+                return False
+
     def read(self, name: str) -> bytes:
         with _spoken(self.url):
             return self.store.cat_file(self._at(name))
@@ -225,6 +268,10 @@ class Remote(Place):
         with _spoken(self.url):
             found = self.store.cat([self._at(name) for name in names], recursive=False, on_error="return")
         contents = [found.get(self._at(name), FileNotFoundError(name)) for name in names]
+        contents = [
+            _or_error(self.read, name) if isinstance(content, OSError) and is_io_fault(content) else content
+            for name, content in zip(names, contents, strict=True)
+        ]
         for one in contents:
             if isinstance(one, Exception) and not isinstance(one, OSError):
                 raise Failure(f"{self.url}: {type(one).__name__}: {one}") from one
@@ -262,14 +309,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _size(entry: os.DirEntry[str]) -> int:
     try:
-        return entry.stat().st_size
-    except OSError:  # a link to nowhere: whoever reads it is told why it does not open
+        return retried(lambda: entry.stat().st_size)
+    except OSError as error:  # a link to nowhere: whoever reads it is told why it does not open
+        if is_io_fault(error):
+            raise
         return 0
 
 
 def _or_error(read: Any, name: str) -> bytes | OSError:
     try:
-        return read(name)
+        return retried(lambda: read(name))
     except OSError as error:
         return error
 

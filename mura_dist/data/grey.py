@@ -2,7 +2,7 @@
 
     values (H, W) of any depth -> find_extent, scale -> uint8 (H, W)
 
-A file that gives no radiograph raises Unreadable with one of four codes.
+A file that gives no radiograph raises Unreadable with one of five codes.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-Code = Literal["not_image", "out_of_scope", "unreadable", "too_large"]
+Code = Literal["not_image", "out_of_scope", "unreadable", "too_large", "io_error"]
+"""The last is the disk's or the machine's fault, not the file's: the same command reads the file again."""
 
 MAX_PIXELS = 50_000_000  # a stitched whole-leg radiograph has about 30 million, a hand on the finest detector 15
 MAX_BYTES = 4 * MAX_PIXELS

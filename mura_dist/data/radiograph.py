@@ -17,7 +17,8 @@ training and serving. The rules, in the order in which they apply:
   CR, DX, RG and secondary captures;
 - resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
 
-A file that is none of this raises Unreadable with one of four codes; nothing else comes out, whatever the bytes.
+A file that is none of this raises Unreadable with one of five codes; nothing else comes out, whatever the bytes. One of them,
+io_error, is the disk's or the machine's fault: several attempts failed, and a later one may not.
 """
 
 import contextlib
@@ -31,6 +32,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mura_dist.core import storage
+from mura_dist.core.errors import is_io_fault, os_reason
 from mura_dist.data import dicom, file_kind, raster
 from mura_dist.data.dicom import DicomIdentity
 from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, Unreadable
@@ -42,6 +45,7 @@ __all__ = [
     "Look",
     "Source",
     "Unreadable",
+    "contents",
     "decode",
     "identity",
     "look",
@@ -109,7 +113,7 @@ def _grey(source: Source) -> Image.Image:
 
 def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None]:
     """The grey radiograph, and a sample of the colours it had."""
-    data = _contents(source)
+    data = contents(source)
     kind = _kind(data)
     _quieten()
     try:
@@ -134,19 +138,26 @@ def _quieten() -> None:
             logger.setLevel(logging.CRITICAL)
 
 
-def _contents(source: Source) -> bytes:
+def contents(source: Source) -> bytes:
+    """Read a file whole. Raises Unreadable and nothing else; io_error after several attempts."""
     try:
-        if not isinstance(source, Path | str | bytes):
-            return _all_of(source)
-        if not os.path.isfile(source) and os.path.exists(source):  # opening a pipe would wait for ever
-            raise Unreadable("unreadable", "cannot be opened: not a regular file")
-        with open(source, "rb") as file:
-            return _all_of(file)
+        return storage.retried(lambda: _read(source))
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_io_fault(error):
+            raise Unreadable("io_error", f"cannot be read: {os_reason(error)}") from error
         why = getattr(error, "strerror", None) or "not a usable path"
         raise Unreadable("unreadable", f"cannot be opened: {why.lower()}") from error
     except MemoryError as error:
         raise Unreadable("too_large", "there is not enough memory to hold the file") from error
+
+
+def _read(source: Source) -> bytes:
+    if not isinstance(source, Path | str | bytes):
+        return _all_of(source)
+    if not os.path.isfile(source) and os.path.exists(source):  # opening a pipe would wait for ever
+        raise Unreadable("unreadable", "cannot be opened: not a regular file")
+    with open(source, "rb") as file:
+        return _all_of(file)
 
 
 def _all_of(file: BinaryIO) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_dist.core.errors import os_reason
+from mura_dist.core.errors import is_io_fault, os_reason
 from mura_dist.inference import scratch_db
 
 _FOLDERS = 64  # taken off the list at once
@@ -127,6 +127,8 @@ def _look_into(table: sqlite3.Connection, directory: Path, folder: str) -> Itera
                 else:
                     yield _row(path, entry.path)
     except OSError as error:
+        if is_io_fault(error):  # its files would be missing from the tables, and the list another one next time
+            raise
         reason = f"a folder that cannot be listed: {os_reason(error)}"
         yield os.fsencode(folder or "."), 0, "0", "unreadable", reason
 
@@ -154,7 +156,9 @@ def _next(table: sqlite3.Connection) -> list[str]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError as error:  # a link to itself
+        if is_io_fault(error):
+            raise
         return False
 
 
@@ -163,6 +167,8 @@ def _row(path: str, whole: str) -> _Row:
     try:
         status = os.stat(whole)
     except OSError as error:
+        if is_io_fault(error):
+            raise
         return name, 0, "0", "unreadable", f"cannot be opened: {os_reason(error)}"
     if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
         return name, 0, "0", "not_image", "a pipe, socket or device, not a file"

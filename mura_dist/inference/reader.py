@@ -1,8 +1,9 @@
 """A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
 
-path -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
+path -> its bytes, read once -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
 """
 
+import io
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,8 +37,11 @@ class Reader:
 
     def _read(self, path: str) -> Reading:
         try:
-            found = radiograph.look(path, self.size)
-            return Reading(found.image, radiograph.identity(path), ("", ""), gate.verdict(found.image, found.colours))
+            file = io.BytesIO(
+                radiograph.contents(path)
+            )  # a second reading could fail, and lose a DICOM's study in silence
+            found = radiograph.look(file, self.size)
+            return Reading(found.image, radiograph.identity(file), ("", ""), gate.verdict(found.image, found.colours))
         except radiograph.Unreadable as error:
             return failed(error.code, error.reason)
 

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from mura_dist.core import storage
+from mura_dist.core.errors import is_io_fault
 from mura_dist.core.storage import Place, Remote
 from mura_dist.data import mura
 
@@ -59,8 +61,10 @@ def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int
 
 def _or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
     try:
-        return key(path)
-    except OSError:  # the conversion tells what cannot be opened
+        return storage.retried(lambda: key(path))
+    except OSError as error:  # the conversion tells what cannot be opened
+        if is_io_fault(error):
+            raise
         return None
 
 
