@@ -41,7 +41,7 @@ CONFINED = {
     "torchvision": {"models", "bench"},
     "cv2": {"data/loaders/opencv", "bench"},
     "webdataset": {"bench"},
-    "pydicom": {"data/dicom"},
+    "pydicom": {"data/dicom_header", "data/dicom_pixels"},
     "fsspec": {"core/storage"},
     "onnx": {"inference/export"},
     "onnxscript": {"inference/export"},

@@ -12,9 +12,11 @@ training and serving. The rules, in the order in which they apply:
 - colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colours, transparency over black;
 - other than 8 unsigned bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
   (16-bit colour in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
-- DICOM: modality LUT or rescale, then VOI LUT or the first window; where there is neither, 8 bits as they are and other
-  depths from minimum to maximum of what is not padding; MONOCHROME1 inverted; padding black. In scope are single-frame
-  CR, DX, RG and secondary captures;
+- DICOM: modality LUT or rescale, then VOI LUT or the first window that can be used, the data set's or, of one frame, the
+  functional groups'; where there is neither, 8 bits as they are and other depths from minimum to maximum of what is not
+  padding; inverted by PresentationLUTShape, else by MONOCHROME1; padding black. One sample is grey whatever it is called; of
+  a codestream its own precision, sign and order of samples hold. What cannot be used is ignored and noted in `Look.notes`.
+  In scope are single-frame CR, DX, RG and secondary captures;
 - resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
 
 A file that is none of this raises Unreadable with one of five codes; nothing else comes out, whatever the bytes. One of them,
@@ -54,7 +56,7 @@ __all__ = [
 
 Source = Path | str | bytes | BinaryIO
 
-HEADER_BYTES = 1 << 20  # what `identity` looks at: groups 0008 to 0020 open a DICOM
+HEADER_BYTES = 1 << 20  # what `identity` looks at first: groups 0008 to 0020 open a DICOM, as a rule
 
 
 def read(source: Source, size: int) -> np.ndarray:
@@ -67,22 +69,24 @@ class Look(NamedTuple):
     """A radiograph as the model sees it, and what only its file knows.
 
     image (size, size) uint8, what `read` gives; colours (n, n, 3) uint8, a sparse sample of the file's own, None of a grey one;
-    shown (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks.
+    shown (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks. notes: which attributes
+    of a DICOM were ignored, or contradict another, by their keywords.
     """
 
     image: np.ndarray
     colours: np.ndarray | None
     shown: np.ndarray | None
+    notes: tuple[str, ...] = ()
 
 
 def look(source: Source, size: int, longest: int = 0) -> Look:
     """`read`, and more of the same decoding. longest: of `shown`, in pixels, at most; 0: nobody looks. Raises Unreadable."""
-    grey, colours = _decoded(source)
+    grey, colours, notes = _decoded(source)
     image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
     if not longest:
-        return Look(image, colours, None)
+        return Look(image, colours, None, notes)
     grey.thumbnail((longest, longest), Image.Resampling.BOX)
-    return Look(image, colours, np.asarray(grey))
+    return Look(image, colours, np.asarray(grey), notes)
 
 
 def decode(source: Source) -> np.ndarray:
@@ -100,24 +104,22 @@ def identity(source: Source) -> DicomIdentity | None:
         with open(source, "rb") if isinstance(source, Path | str | bytes) else contextlib.nullcontext(source) as file:
             file.seek(0)
             head = file.read(HEADER_BYTES)
-        if _kind(head) != "DICOM":
-            return None
+            return dicom.read_identity(file, head) if _kind(head) == "DICOM" else None
     except Exception:  # whatever is wrong with the file, `read` says it better
         return None
-    return dicom.read_identity(head, whole=len(head) < HEADER_BYTES)
 
 
 def _grey(source: Source) -> Image.Image:
     return _decoded(source)[0]
 
 
-def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None]:
-    """The grey radiograph, and a sample of the colours it had."""
+def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
+    """The grey radiograph, a sample of the colours it had, and what of a DICOM's header was ignored."""
     data = contents(source)
     kind = _kind(data)
     _quieten()
     try:
-        return dicom.decode(data) if kind == "DICOM" else raster.decode(data, kind)
+        return dicom.decode(data) if kind == "DICOM" else (*raster.decode(data, kind), ())
     except Unreadable:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, before ours

@@ -93,7 +93,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], size: int) -> None:
     """By its colours; in grey both of these pass, as two thirds do (docs/gate.md)."""
     for path in photographs.values():
-        image, colours, _ = radiograph.look(path, size)
+        image, colours, *_ = radiograph.look(path, size)
         found = {
             gate.verdict(turned(each, turn), turned(their_colours, turn))
             for each, their_colours in ((image, colours), (255 - image, 255 - colours))

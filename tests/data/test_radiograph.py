@@ -21,21 +21,35 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from helpers.dicoms import (
+    BIG_ENDIAN,
+    CR,
+    DEFLATED,
+    DX_PROCESSING,
+    EXPLICIT,
+    IMPLICIT,
+    J2K,
+    J2K_LOSSLESS,
+    JPEG,
+    JPEG_EXTENDED,
+    JPEG_LOSSLESS,
+    JPEG_LOSSLESS_SV1,
+    RLE,
+    SC,
+    dicom,
+    encapsulated,
+    flat_jpeg,
+    jpeg_lossless,
+    without_meta,
+)
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.dataset import Dataset
 from pydicom.pixels import apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
 from mura_dist.data import body_parts, mura, radiograph, raster
 from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, Unreadable, decode, identity, read
-
-CR, DX_PROCESSING, SC = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7"
-IMPLICIT, EXPLICIT, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
-BIG_ENDIAN = "1.2.840.10008.1.2.2"
-RLE, J2K_LOSSLESS, J2K, JPEG = "1.2.840.10008.1.2.5", *(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 50))
-JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1 = (f"1.2.840.10008.1.2.4.{n}" for n in (51, 57, 70))
 
 
 def drawn() -> np.ndarray:
@@ -53,31 +67,6 @@ GREY = drawn()
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def dicom(pixels: np.ndarray, *, bits: int = 8, syntax: str = EXPLICIT, **values: Any) -> bytes:
-    """A secondary capture of `pixels` ((H, W) or (H, W, 3)), `values` set last; None takes an element out."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = syntax if syntax in (IMPLICIT, BIG_ENDIAN, DEFLATED) else EXPLICIT
-    dataset.SOPClassUID, dataset.SOPInstanceUID, dataset.Modality = SC, "1.2.3", "OT"
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
-    dataset.PlanarConfiguration = 0
-    dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = (8 if bits <= 8 else 16), bits, bits - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
-    if syntax in (RLE, J2K_LOSSLESS):
-        dataset.compress(syntax, generate_instance_uid=False)
-    for name, value in values.items():
-        if value is None:
-            del dataset[name]
-        else:
-            setattr(dataset, name, value)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 
@@ -167,10 +156,6 @@ SAME: dict[str, Callable[[], bytes]] = {
 }
 
 
-def without_meta(data: bytes) -> bytes:
-    return data[144 + struct.unpack_from("<I", data, 140)[0] :]
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_radiograph_however_it_is_kept(name: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(SAME[name]())), GREY)
@@ -188,16 +173,6 @@ def test_jpeg_in_dicom() -> None:
     frame = saved(GREY_IMAGE, "JPEG")
     difference = decode(io.BytesIO(encapsulated(frame, JPEG))).astype(int) - decode(io.BytesIO(frame))
     assert np.abs(difference).max() <= 2, "another decoder's rounding"
-
-
-def encapsulated(frame: bytes, syntax: str, *, bits: int = 8, **values: Any) -> bytes:
-    """A DICOM that says 60 x 45, if `values` do not say otherwise, with `frame` in it."""
-    dataset = pydicom.dcmread(io.BytesIO(dicom(GREY if bits == 8 else GREY.astype(np.uint16), bits=bits, **values)))
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.PixelData = encapsulate([frame])
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    return buffer.getvalue()
 
 
 # ---- PNG: every bit depth, interlaced and not
@@ -304,37 +279,6 @@ def test_lossy_files_stay_close(name: str) -> None:
     )
 
 
-def jpeg_lossless(values: np.ndarray, precision: int, predictor: int = 1) -> bytes:
-    """Process 14, the lossless JPEG of most CR and DX: differences to the pixel before (1) or above (2), Huffman codes of
-    five bits for their 17 lengths."""
-    table = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
-    frame = b"\xff\xc3" + struct.pack(">HBHHB", 11, precision, *values.shape, 1) + b"\1\x11\0"
-    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + bytes([1, 0, predictor, 0, 0])
-    whole = values.astype(np.int64)
-    before = np.empty_like(whole)
-    before[:, 1:], before[1:, 0] = whole[:, :-1], whole[:-1, 0]
-    if predictor == 2:
-        before[1:] = whole[:-1]
-    before[0, 0] = 1 << (precision - 1)
-    before[0, 1:] = whole[0, :-1]
-    coded = _coded((whole - before + 0x8000) % 0x10000 - 0x8000)
-    return b"\xff\xd8" + frame + table + scan + coded + b"\xff\xd9"
-
-
-def _coded(differences: np.ndarray, end: str = "") -> bytes:
-    """JPEG's entropy-coded data: each difference, then `end`."""
-    bits = "".join(_difference_bits(int(difference)) + end for difference in differences.flat)
-    bits += "1" * (-len(bits) % 8)
-    return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
-
-
-def _difference_bits(difference: int) -> str:
-    length = abs(difference).bit_length()
-    if length in (0, 16):  # -32768: its length says it all
-        return f"{length:05b}"
-    return f"{length:05b}{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}"
-
-
 @pytest.mark.parametrize(("syntax", "predictor"), [(JPEG_LOSSLESS, 1), (JPEG_LOSSLESS, 2), (JPEG_LOSSLESS_SV1, 1)])
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_lossless_jpeg_in_dicom(bits: int, syntax: str, predictor: int) -> None:
@@ -367,20 +311,6 @@ def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
         assert refused.code == "unreadable"
     else:
         assert str(refused) == "out_of_scope: a DICOM compressed as none here is; store it uncompressed or as JPEG 2000"
-
-
-def flat_jpeg(values: np.ndarray, precision: int) -> bytes:
-    """JPEG's extended process: blocks of 8 x 8 pixels of one value each, so that nothing is lost. values: (H / 8, W / 8)."""
-    height, width = (8 * side for side in values.shape)
-    quantisation = b"\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
-    frame = b"\xff\xc1" + struct.pack(">HBHHB", 11, precision, height, width, 1) + b"\1\x11\0"
-    means = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
-    ends = b"\xff\xc4" + struct.pack(">HB16B", 20, 0x10, 1, *[0] * 15) + b"\0"  # "0": the rest of the block is 0
-    levels = 8 * (values.astype(np.int64).ravel() - (1 << (precision - 1)))
-    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + b"\1\0\0\x3f\0"
-    return (
-        b"\xff\xd8" + quantisation + frame + means + ends + scan + _coded(np.diff(levels, prepend=0), "0") + b"\xff\xd9"
-    )
 
 
 def test_jpeg_of_12_bits_in_dicom() -> None:

@@ -4,7 +4,8 @@ python tools/robustness/fuzz_radiograph.py [--files 20000] [--seed S] [--seeds F
 
     seed files -> Hypothesis draws a file and what befalls it -> bytes -> a child process reads them -> verdict
 
-Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, and those of --seeds. The child ends,
+Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, some of what a DICOM may hold more, and
+those of --seeds. The child ends,
 stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Wanted of each file: a
 grey square or Unreadable, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
 seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the constants it finds
@@ -53,7 +54,7 @@ DICOM_TAGS = [(0x28, element) for element in (2, 4, 6, 8, 0x10, 0x11, 0x100, 0x1
 DICOM_TAGS += [
     (0x28, element) for element in (0x1050, 0x1051, 0x1052, 0x1053, 0x1101, 0x1201, 0x3000, 0x3002, 0x3006, 0x3010)
 ]
-DICOM_TAGS += [(2, 0x10), (8, 0x16), (8, 0x60), (0x7FE0, 0x10)]
+DICOM_TAGS += [(2, 0x10), (8, 0x16), (8, 0x60), (0x2050, 0x20), (0x5200, 0x9229), (0x7FE0, 0x10)]
 # Markers and names where a number decides something: frame, scan, tables, EXIF, JPEG 2000's boxes and segments, PNG's chunks.
 ANCHORS = [
     b"\xff\xc0",
@@ -293,7 +294,8 @@ def each_case(names: list[str], num_files: int, start: int, visit: Callable[[Cas
 
 
 def drawn_seeds() -> dict[str, bytes]:
-    """Every file that the tests of the reader draw, but for those that are no images."""
+    """Every file that the tests of the reader draw, but for those that are no images; and DICOMs of many attributes."""
+    sys.path.insert(0, str(ROOT / "tests"))
     path = ROOT / "tests/data/test_radiograph.py"
     spec = importlib.util.spec_from_file_location("drawn_radiographs", path)
     assert spec is not None
@@ -302,7 +304,32 @@ def drawn_seeds() -> dict[str, bytes]:
     spec.loader.exec_module(tests)
     refused = {name: make for name, (make, code, _) in tests.REFUSED.items() if code != "not_image"}
     made = {**tests.SAME, **tests.LOSSY, **refused}
-    return {name: make() for name, make in made.items()}
+    return {name: make() for name, make in made.items()} | _dicom_seeds()
+
+
+def _dicom_seeds() -> dict[str, bytes]:
+    """Tables, functional groups and padding, in words of odd layouts, and a signed codestream."""
+    import numpy as np
+
+    dicoms: Any = importlib.import_module("helpers.dicoms")
+    values, curve = np.arange(2400, dtype=np.uint16).reshape(60, 40), np.arange(4096, dtype=np.uint16)[::-1].copy()
+    window = dicoms.sequence(WindowCenter="1200", WindowWidth="2400")
+    labels: dict[str, Any] = {"Modality": "DX", "SOPClassUID": dicoms.CR, "PresentationLUTShape": "IDENTITY"}
+    labels |= {"PixelPaddingValue": 7, "PixelPaddingRangeLimit": 9}
+    tables = {
+        "ModalityLUTSequence": dicoms.table(curve, 0, 12),
+        "VOILUTSequence": dicoms.table(curve.astype("u1"), 0, 8),
+    }
+    groups = {"SharedFunctionalGroupsSequence": dicoms.sequence(FrameVOILUTSequence=window)}
+    return {
+        "dicom with tables": dicoms.dicom(values, bits=12, **labels, **tables),
+        "dicom with groups": dicoms.dicom(values, bits=12, **labels, **groups, RescaleSlope="2", RescaleIntercept="-9"),
+        "dicom of high bits": dicoms.dicom(values << 3, bits=16, **labels, BitsStored=12, HighBit=14),
+        "implicit bare dicom": dicoms.without_meta(dicoms.dicom(values, bits=12, syntax=dicoms.IMPLICIT, **labels)),
+        "signed jpeg 2000 dicom": dicoms.dicom(
+            values.astype("i2") - 900, bits=12, syntax=dicoms.J2K_LOSSLESS, PixelRepresentation=0
+        ),
+    }
 
 
 def folder_seeds(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,197 @@
+"""Parse a DICOM without its pixels' meaning, and give its values whatever their usual faults.
+
+    bytes or a file -> is_dicom -> parse -> Header -> label, integer, numbers, raw, items
+
+What cannot be used is ignored, and noted by the attribute's keyword: a value never leaves this module but to be used.
+"""
+
+import io
+import math
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from mura_dist.data import body_parts
+from mura_dist.data.grey import Unreadable
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_SYNTAXES = {  # of data that are not compressed, by (implicit, little endian)
+    (True, True): "1.2.840.10008.1.2",
+    (False, True): "1.2.840.10008.1.2.1",
+    (False, False): "1.2.840.10008.1.2.2",
+}
+_PREAMBLE, _PREFIX = 128, b"DICM"
+_FIRST_GROUPS = range(
+    0x02, 0x62, 2
+)  # a bare data set may open with any of these: file meta, ..., acquisition, image, workflow
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_BINARY_VRS = frozenset(["FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"])
+_DECIMAL = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", re.ASCII)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)  # may be: 1,024
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed DICOM. dataset: pydicom's, of all groups but 0002, which is `meta`; syntax: the transfer syntax, pydicom's UID.
+
+    notes: what was ignored, or contradicts another attribute; keywords of attributes, never values.
+    """
+
+    dataset: Any
+    meta: Any
+    syntax: Any
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def ignore(self, keyword: str) -> None:
+        """Note that an attribute's value is of no use."""
+        self.note(f"{keyword} unusable and ignored")
+
+    def require(self, keyword: str) -> int:
+        """Return an attribute's integer. Raises Unreadable, which names it, where there is none."""
+        value = integer(self.dataset, keyword)
+        if value is None:
+            raise Unreadable("unreadable", f"its DICOM header has no usable {keyword}")
+        return value
+
+
+# ---- recognition
+
+
+def is_dicom(data: bytes) -> bool:
+    """Decide by the first bytes: with the preamble, without it, or a bare data set in either byte order."""
+    return bool(_start(data)) or _opens_bare(data, "<") or _opens_bare(data, ">")
+
+
+def _start(data: bytes) -> int:
+    """Where the first element lies."""
+    if data[_PREAMBLE : _PREAMBLE + 4] == _PREFIX:
+        return _PREAMBLE + 4
+    return 4 if data.startswith(_PREFIX) else 0
+
+
+def _opens_bare(data: bytes, order: str) -> bool:
+    """Whether an element of a first group opens the data, whole, with a VR that exists or without one (little endian only)."""
+    if len(data) < 12:
+        return False
+    group, _, vr, length = struct.unpack_from(f"{order}HH2sH", data)
+    if group not in _FIRST_GROUPS:
+        return False
+    if vr in _LONG_VRS:
+        return length == 0
+    if vr in _SHORT_VRS:
+        return 8 + length <= len(data)
+    (length,) = struct.unpack_from("<I", data, 4)
+    return order == "<" and length % 2 == 0 and 8 + length <= len(data)
+
+
+# ---- parsing
+
+
+def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: list[str] | None = None) -> Header:
+    """Parse a DICOM that is_dicom knows. Raises Unreadable for a deflated one, and whatever pydicom does.
+
+    A data set that ends in the midst of its pixels comes out empty. pydicom's dcmread is not used: it would inflate
+    without a bound.
+    """
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.filereader import read_dataset
+    from pydicom.tag import Tag
+    from pydicom.uid import UID
+
+    file.seek(0)
+    file.seek(_start(file.read(_PREAMBLE + 4)))
+    meta = FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
+    uid = str(meta.get("TransferSyntaxUID") or "").strip(" \0")
+    if uid == _DEFLATED:
+        raise Unreadable("out_of_scope", "a deflated DICOM; store it uncompressed or as JPEG 2000")
+    implicit, little = next((encoding for encoding, known in _SYNTAXES.items() if known == uid), (False, True))
+    if not uid:
+        implicit, little = _guess_encoding(file)
+    dataset = read_dataset(
+        file,
+        implicit,
+        little,
+        stop_when=(lambda tag, vr, length: tag >> 16 == 0x7FE0) if stop_before_pixels else None,
+        specific_tags=None if specific_tags is None else [Tag(keyword) for keyword in specific_tags],
+    )
+    return Header(dataset, meta, UID(uid or _SYNTAXES[implicit, little]))
+
+
+def _guess_encoding(file: BinaryIO) -> tuple[bool, bool]:
+    """(implicit, little endian) by the first element of the data set, at which the file stands."""
+    head = file.read(6)
+    file.seek(-len(head), io.SEEK_CUR)
+    if head[4:6] not in _LONG_VRS | _SHORT_VRS:
+        return True, True
+    return False, head[1] == 0  # groups up to 00FF
+
+
+# ---- values
+
+
+def label(dataset: Any, keyword: str) -> str:
+    """Return a term of the standard's in capitals, words apart by one blank (YBR_FULL is "YBR FULL"); "" where there is none."""
+    return body_parts.plain(str(_first(dataset, keyword) or ""))
+
+
+def integer(dataset: Any, keyword: str) -> int | None:
+    """Return the first value; None where there is none, or it is no integer."""
+    try:
+        return int(_first(dataset, keyword))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _first(dataset: Any, keyword: str) -> Any:
+    value = dataset.get(keyword)
+    return next(iter(value), None) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
+
+
+def numbers(header: Header, scope: Any, keyword: str) -> list[float]:
+    """Return the values of an attribute of decimal strings, NaN for each that is none; [] where it is not there.
+
+    A decimal comma, as some countries write it, is read and noted; 1,024 may mean two numbers, and is none. scope: the
+    header's data set, or a part of it.
+    """
+    element = scope.get_item(keyword)
+    if element is None:
+        return []
+    value = element.value
+    if isinstance(value, bytes) and element.VR in _BINARY_VRS:  # of another kind than the standard's, and understood
+        value = scope[keyword].value
+    if isinstance(value, bytes):
+        value = value.decode("latin-1").split("\\")
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    texts = [str(one).strip(" \0") for one in values]
+    found = [_number(text) for text in texts]
+    if any("," in text and math.isfinite(number) for text, number in zip(texts, found, strict=True)):
+        header.note(f"{keyword} has a decimal comma")
+    return found
+
+
+def _number(text: str) -> float:
+    usable = _DECIMAL.fullmatch(text) and not _THOUSANDS.fullmatch(text)
+    value = float(text.replace(",", ".")) if usable else math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def raw(dataset: Any, keyword: str) -> tuple[bytes, str]:
+    """Return an attribute's bytes as the file has them, and their order, "<" or ">"; no bytes where there are none."""
+    element = dataset.get_item(keyword)
+    value = getattr(element, "value", None)
+    return value if isinstance(value, bytes) else b"", "<" if getattr(element, "is_little_endian", True) else ">"
+
+
+def items(dataset: Any, keyword: str) -> list[Any]:
+    """Return the items of a sequence; none where it is not there, empty or broken."""
+    try:
+        return [item for item in dataset.get(keyword) or () if hasattr(item, "get_item")]
+    except Exception:  # pydicom parses a sequence when it is asked for it
+        return []

@@ -1,0 +1,137 @@
+"""dicom_identity.py: the identity wherever it stands, within bounds, and without a look at pixels."""
+
+import io
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from helpers.dicoms import CR, EXPLICIT, IMPLICIT, J2K_LOSSLESS, dicom, put, without_meta
+
+from mura_dist.data import radiograph
+from mura_dist.data.radiograph import DicomIdentity, identity
+
+WANTED = DicomIdentity("1.2.9", "WRIST", "L")
+NAMES = {
+    "StudyInstanceUID": "1.2.9",
+    "BodyPartExamined": "WRIST",
+    "ImageLaterality": "L",
+    "Modality": "CR",
+    "SOPClassUID": CR,
+}
+MIB = 1 << 20
+
+
+def drawn(syntax: str = EXPLICIT, **labels: Any) -> bytes:
+    return dicom(np.zeros((64, 64), np.uint8), syntax=syntax, **NAMES | labels)
+
+
+def private(data: bytes, group: int, value: bytes, element: int = 0x1001) -> bytes:
+    """With a private element before all of a higher group."""
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    dataset.add_new((group, 0x0010), "LO", "A DEVICE")
+    dataset.add_new((group, element), "OB", value)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
+class Watched(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    num_bytes = 0
+
+    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        content = super().read(size)
+        self.num_bytes += len(content)
+        return content
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, J2K_LOSSLESS])
+@pytest.mark.parametrize("group", [0x0009, 0x0011, 0x0019, 0x0029])
+def test_identity_wherever_it_stands(group: int, syntax: str, tmp_path: Path) -> None:
+    data = private(drawn(syntax, BurnedInAnnotation="NO"), group, bytes(3 * MIB))
+    for some in (data, without_meta(data)) if syntax != J2K_LOSSLESS else (data,):
+        path = tmp_path / "image"
+        path.write_bytes(some)
+        assert identity(path) == WANTED
+        file = Watched(some)
+        assert identity(file) == WANTED
+        assert file.num_bytes < 1.1 * MIB, "the private value is passed over"
+
+
+@pytest.mark.parametrize("size", [MIB - 200, MIB - 4, MIB, MIB + 2])
+def test_identity_at_the_edge_of_the_head(size: int) -> None:
+    assert identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == WANTED
+
+
+def test_annotation_beyond_the_head_counts() -> None:
+    data = private(drawn(BurnedInAnnotation="YES"), 0x0019, bytes(2 * MIB))
+    assert identity(io.BytesIO(data)) == DicomIdentity("1.2.9", "WRIST", "L", True)
+
+
+def test_pixels_are_not_looked_at() -> None:
+    """40 MiB of them, in a file whose header is beyond the head, and in one whose is not."""
+    large = dicom(np.zeros((6400, 6400), np.uint8), **NAMES)
+    for data in (large, private(large, 0x0009, bytes(2 * MIB))):
+        file = Watched(data)
+        assert identity(file) == WANTED
+        assert file.num_bytes < 1.1 * MIB
+
+
+def test_a_cut_header_beyond_the_head_promises_nothing() -> None:
+    data = private(drawn(), 0x0019, bytes(3 * MIB))[: 2 * MIB]
+    found = identity(io.BytesIO(data))
+    assert found is not None
+    assert (found.study_uid, found.body_part) == ("", "WRIST")
+
+
+def elements(number: int) -> Iterator[bytes]:
+    for place in range(number):
+        yield struct.pack("<HH2sH4s", 0x0009, 0x1000 + place % 0xEFFF, b"SH", 4, b"text")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_header_without_end_is_given_up(nested: bool) -> None:
+    """Whatever its size; its pixels may show anything."""
+    head = b"\x08\0\x60\0CS\2\0CR" + b"\x08\0\x16\0UI" + struct.pack("<H", len(CR) + 1) + CR.encode() + b"\0"
+    endless = b"".join(elements(120_000))
+    if nested:
+        endless = (
+            struct.pack("<HH2sHI", 0x0009, 0x1000, b"SQ", 0, 0xFFFFFFFF)
+            + (
+                b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+                + b"\x09\0\x01\x10LT\xc8\0"
+                + bytes(200)
+                + b"\xfe\xff\x0d\xe0\0\0\0\0"
+            )
+            * 200_000
+        )
+    file = Watched(head + endless)
+    assert identity(file) == DicomIdentity("", "", "", True)
+    assert file.num_bytes < 2 * MIB
+
+
+def test_values_of_absurd_length_are_not_allocated() -> None:
+    """A length of 4 GB for a value that is wanted."""
+    data = bytearray(private(drawn(), 0x0009, bytes(2 * MIB)))
+    place = data.index(b"\x20\0\x0d\0UI")
+    data[place + 4 : place + 12] = b"UT\0\0\xfe\xff\xff\xff"
+    found = identity(io.BytesIO(bytes(data)))
+    assert found is not None
+    assert found.may_show_text
+
+
+def test_identity_of_labels_in_items_is_not_the_image_s() -> None:
+    item = pydicom.dataset.Dataset()
+    put(item, "StudyInstanceUID", "9.9.9")
+    data = private(drawn(ReferencedStudySequence=pydicom.sequence.Sequence([item])), 0x0009, bytes(2 * MIB))
+    assert identity(io.BytesIO(data)) == WANTED
+
+
+def test_of_what_is_no_dicom_there_is_none() -> None:
+    assert identity(io.BytesIO(b"\x89PNG\r\n\x1a\n" + bytes(2 * MIB))) is None
+    assert radiograph.identity(io.BytesIO(b"")) is None

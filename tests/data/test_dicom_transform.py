@@ -1,0 +1,318 @@
+"""dicom_transform.py: tables, lines and windows from stored values to grey, by NumPy; and what is of no use."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.dicoms import BIG_ENDIAN, CR, EXPLICIT, IMPLICIT, dicom, sequence, table
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from mura_dist.data import radiograph
+from mura_dist.data.radiograph import decode
+
+VALUES = np.random.default_rng(0).integers(300, 3500, (20, 30))
+VALUES.flat[:2] = 300, 3499
+
+
+def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
+    grey = decode(io.BytesIO(data))
+    return grey, radiograph.look(io.BytesIO(data), 8).notes
+
+
+def drawn(syntax: str = EXPLICIT, values: np.ndarray = VALUES, bits: int = 12, **labels: Any) -> bytes:
+    """A DICOM of `values`, signed where some are negative."""
+    stored = values.astype((">" if syntax == BIG_ENDIAN else "<") + ("i2" if values.min() < 0 else "u2"))
+    return dicom(stored, bits=bits, syntax=syntax, SOPClassUID=CR, Modality="CR", **labels)
+
+
+def stretched(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    return np.rint((values - low) * (255 / (high - low)))
+
+
+def windowed(values: np.ndarray, center: float, width: float) -> np.ndarray:
+    return np.clip(np.rint(((values - (center - 0.5)) / (width - 1) + 0.5) * 255), 0, 255)
+
+
+def ignored(*keywords: str) -> tuple[str, ...]:
+    return tuple(f"{keyword} unusable and ignored" for keyword in keywords)
+
+
+# ---- tables
+
+
+def curve(bits: int, num_entries: int = 4096) -> np.ndarray:
+    """The square root, in entries of `bits`; uint16."""
+    return np.rint(np.sqrt(np.arange(num_entries) / (num_entries - 1)) * ((1 << bits) - 1)).astype(np.uint16)
+
+
+def as_white(mapped: np.ndarray, white: float) -> np.ndarray:
+    """The grey of what a VOI LUT gives; `white`: its largest entry."""
+    return np.rint(mapped.astype(float) * (255 / white))
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
+@pytest.mark.parametrize("vr", ["OW", "US"])
+@pytest.mark.parametrize(("bits", "container"), [(8, "u1"), (8, "u2"), (10, "u2"), (12, "u2"), (14, "u2"), (16, "u2")])
+@pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_a_table_of_any_entries(keyword: str, bits: int, container: str, vr: str, syntax: str) -> None:
+    entries = curve(bits)
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    tables = {keyword: table(entries.astype(container), 0, bits, vr=vr, order=order)}
+    mapped = entries[VALUES].astype(float)
+    grey, notes = read(drawn(syntax, **tables))
+    wanted = stretched(mapped) if keyword == "ModalityLUTSequence" else np.rint(mapped * 255 / entries.max())
+    np.testing.assert_array_equal(grey, wanted)
+    assert notes == ()
+
+
+@pytest.mark.parametrize("num_entries", [255, 256, 0x10000])
+@pytest.mark.parametrize("container", ["u1", "u2"])
+def test_a_table_of_any_length(num_entries: int, container: str) -> None:
+    """Odd ones are padded; 0 in the descriptor is 65536."""
+    values = VALUES % 256 if num_entries < 0x10000 else VALUES
+    entries = (np.arange(num_entries) * 255 // (num_entries - 1)).astype(container)
+    mapped = entries[np.minimum(values, num_entries - 1)]
+    np.testing.assert_array_equal(read(drawn(values=values, VOILUTSequence=table(entries, 0, 8)))[0], mapped)
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+@pytest.mark.parametrize("first", [-1024, 64512])
+@pytest.mark.parametrize("source", ["stored", "rescaled"])
+def test_a_table_starts_below_0_where_its_values_do(source: str, first: int, syntax: str) -> None:
+    entries = curve(12)
+    values = VALUES if source == "rescaled" else VALUES - 1024
+    labels = {"RescaleSlope": "1", "RescaleIntercept": "-1024"} if source == "rescaled" else {}
+    data = drawn(syntax, values=values, bits=16, VOILUTSequence=table(entries, first, 12), **labels)
+    np.testing.assert_array_equal(read(data)[0], as_white(entries[VALUES], 4095))
+
+
+@pytest.mark.parametrize("first", [40000, 40000 - 65536])
+def test_a_table_starts_above_32767_where_no_value_is_negative(first: int) -> None:
+    entries = curve(12)
+    data = drawn(values=VALUES + 40000, bits=16, VOILUTSequence=table(entries, first, 12))
+    np.testing.assert_array_equal(read(data)[0], as_white(entries[VALUES], 4095))
+
+
+def test_values_beyond_a_table_are_as_its_edges() -> None:
+    entries = curve(12, 1000)
+    mapped = entries[np.clip(VALUES - 1000, 0, 999)]
+    np.testing.assert_array_equal(read(drawn(VOILUTSequence=table(entries, 1000, 12)))[0], as_white(mapped, 4095))
+
+
+def test_a_modality_table_s_values_are_what_a_voi_table_looks_up() -> None:
+    """They are unsigned even of signed pixels."""
+    modality, voi = curve(16), curve(10, 0x10000)
+    tables = {"ModalityLUTSequence": table(modality, -1024, 16), "VOILUTSequence": table(voi, 0, 10)}
+    grey, _ = read(drawn(values=VALUES - 1024, bits=16, **tables))
+    np.testing.assert_array_equal(grey, as_white(voi[modality[VALUES]], 1023))
+
+
+BROKEN = {
+    "empty sequence": Sequence([]),
+    "empty item": Sequence([Dataset()]),
+    "short": sequence(LUTDescriptor=[4096, 0, 12], LUTData=bytes(range(200))),
+    "bytes of 12 bits": sequence(LUTDescriptor=[4096, 0, 12], LUTData=bytes(range(256)) * 16),
+    "flat": table(np.full(4096, 7, np.uint16), 0, 12),
+    "of other values": table(curve(12, 1000), 20000, 12),
+    "half a descriptor": sequence(LUTDescriptor=b"\0\x10", LUTData=curve(12).tobytes()),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+def test_a_table_of_no_use_is_ignored(keyword: str, name: str) -> None:
+    """What comes after it counts: rescale, window."""
+    labels = {"RescaleSlope": "2", "RescaleIntercept": "10", "WindowCenter": "4000", "WindowWidth": "6000"}
+    grey, notes = read(drawn(**labels, **{keyword: BROKEN[name]}))
+    np.testing.assert_array_equal(grey, windowed(2 * VALUES + 10, 4000, 6000))
+    assert notes == ignored(keyword)
+
+
+def test_the_first_table_that_can_be_used() -> None:
+    entries = curve(12)
+    tables = Sequence([*BROKEN["flat"], *table(entries, 0, 12), *table(entries[::-1].copy(), 0, 12)])
+    grey, notes = read(drawn(VOILUTSequence=tables))
+    np.testing.assert_array_equal(grey, as_white(entries[VALUES], 4095))
+    assert notes == ()
+
+
+# ---- numbers
+
+NO_NUMBERS = ["nan", "inf", "-inf", "AUTO", "", "1e999", "1_0", "0x10", "1,024", "12,345", "1 2", "--1"]
+
+
+@pytest.mark.parametrize("word", [*NO_NUMBERS, "0", "0.0", "-0", "0,0"])
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+def test_a_rescale_of_no_use_is_ignored(syntax: str, word: str) -> None:
+    window = {"WindowCenter": "2000", "WindowWidth": "3000"}
+    grey, notes = read(drawn(syntax, RescaleSlope=word.encode(), RescaleIntercept="5", **window))
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    assert "RescaleSlope unusable and ignored" in notes
+    if word in NO_NUMBERS:
+        grey, notes = read(drawn(syntax, RescaleSlope="3", RescaleIntercept=word.encode(), **window))
+        np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+        assert notes == ignored("RescaleIntercept")
+
+
+@pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept"])
+def test_half_a_rescale_is_ignored(keyword: str) -> None:
+    grey, notes = read(drawn(**{keyword: "3"}, WindowCenter="2000", WindowWidth="3000"))
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    assert notes == ignored(keyword)
+
+
+@pytest.mark.parametrize("word", NO_NUMBERS)
+def test_a_window_of_no_use_is_ignored(word: str) -> None:
+    for keyword, other in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
+        grey, notes = read(drawn(**{keyword: word.encode(), other: "2000"}))
+        np.testing.assert_array_equal(grey, stretched(VALUES))
+        assert notes == ignored(keyword)
+        grey, notes = read(drawn(**{keyword: word.encode()}))
+        np.testing.assert_array_equal(grey, stretched(VALUES))
+        assert notes == ignored(keyword)
+
+
+@pytest.mark.parametrize("width", ["0", "-100", "0,0"])
+def test_a_window_of_no_width_is_ignored(width: str) -> None:
+    grey, notes = read(drawn(WindowCenter="2000", WindowWidth=width.encode()))
+    np.testing.assert_array_equal(grey, stretched(VALUES))
+    assert "WindowWidth unusable and ignored" in notes
+
+
+@pytest.mark.parametrize(
+    ("center", "width"), [("\\2000", "\\3000"), ("AUTO\\2000\\9", "4\\3000\\9"), ("9\\2000", "0\\3000")]
+)
+def test_the_first_window_that_can_be_used(center: str, width: str) -> None:
+    grey, notes = read(drawn(WindowCenter=center.encode(), WindowWidth=width.encode()))
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    assert notes
+
+
+def test_later_windows_are_not_looked_at() -> None:
+    grey, notes = read(drawn(WindowCenter=b"2000\\AUTO", WindowWidth=b"3000\\"))
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    assert notes == ()
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+def test_a_decimal_comma_is_read_and_noted(syntax: str) -> None:
+    """As 2000.5, never as 20005; 1,024 is read neither way."""
+    labels = {"WindowCenter": b"2000,5", "WindowWidth": b"3000,0", "RescaleSlope": b"0,125", "RescaleIntercept": b"1,5"}
+    grey, notes = read(drawn(syntax, **labels))
+    np.testing.assert_array_equal(grey, windowed(VALUES * 0.125 + 1.5, 2000.5, 3000))
+    assert set(notes) == {f"{keyword} has a decimal comma" for keyword in labels}
+
+
+@pytest.mark.parametrize(("word", "number"), [("+2.0E3", 2000), (" 2000 ", 2000), ("2000.", 2000), ("2000\0", 2000)])
+def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
+    grey, notes = read(drawn(WindowCenter=word.encode(), WindowWidth="3000"))
+    np.testing.assert_array_equal(grey, windowed(VALUES, number, 3000))
+    assert notes == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "notes"),
+    [
+        (" linear ", ()),
+        ("LINEAR", ()),
+        ("", ()),
+        ("SIGMOID2", ignored("VOILUTFunction")),
+        ("linear_exact", ()),
+        ("Sigmoid", ()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_functions_however_they_are_spelt(function: str, notes: tuple[str, ...]) -> None:
+    grey, said = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
+    wanted = windowed(VALUES, 2000, 3000)
+    if function == "linear_exact":
+        wanted = np.clip(np.rint((VALUES - 500) * (255 / 3000)), 0, 255)
+    if function == "Sigmoid":
+        wanted = np.rint(255 / (1 + np.exp(-4 * (VALUES - 2000) / 3000)))
+    np.testing.assert_array_equal(grey, wanted)
+    assert said == notes
+
+
+# ---- functional groups
+
+WINDOW = {"WindowCenter": "2000", "WindowWidth": "3000"}
+RESCALE = {"RescaleSlope": "2", "RescaleIntercept": "-500", "RescaleType": "US"}
+
+
+def groups(name: str, **macros: Sequence) -> dict[str, Sequence]:
+    return {f"{name}FunctionalGroupsSequence": sequence(**macros)}
+
+
+@pytest.mark.parametrize("frames", ["1", None])
+@pytest.mark.parametrize("name", ["Shared", "PerFrame"])
+def test_one_frame_s_functional_groups_are_applied(name: str, frames: str | None) -> None:
+    labels = {} if frames is None else {"NumberOfFrames": frames}
+    window, rescale = sequence(**WINDOW), sequence(**RESCALE)
+    grey, notes = read(drawn(**labels, **groups(name, FrameVOILUTSequence=window)))
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    both = groups(name, FrameVOILUTSequence=window, PixelValueTransformationSequence=rescale)
+    np.testing.assert_array_equal(read(drawn(**labels, **both))[0], windowed(2 * VALUES - 500, 2000, 3000))
+    assert notes == ()
+
+
+def test_the_frame_s_own_window_before_the_shared_and_the_data_set_s_before_both() -> None:
+    other = sequence(WindowCenter="100", WindowWidth="200")
+    mine = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups("Shared", FrameVOILUTSequence=other)
+    np.testing.assert_array_equal(read(drawn(**mine))[0], windowed(VALUES, 2000, 3000))
+    shared = groups("PerFrame", FrameVOILUTSequence=other) | WINDOW
+    np.testing.assert_array_equal(read(drawn(**shared))[0], windowed(VALUES, 2000, 3000))
+
+
+def test_a_window_of_no_use_gives_way_to_the_frame_s() -> None:
+    data = drawn(WindowCenter=b"AUTO", WindowWidth=b"AUTO", **groups("Shared", FrameVOILUTSequence=sequence(**WINDOW)))
+    grey, notes = read(data)
+    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    assert notes == ignored("WindowCenter", "WindowWidth")
+
+
+@pytest.mark.parametrize("broken", [Sequence([]), Sequence([Dataset()])])
+def test_groups_without_a_window_change_nothing(broken: Sequence) -> None:
+    data = drawn(SharedFunctionalGroupsSequence=broken, PerFrameFunctionalGroupsSequence=broken)
+    grey, notes = read(data)
+    np.testing.assert_array_equal(grey, stretched(VALUES))
+    assert notes == ()
+
+
+# ---- which end is white
+
+
+@pytest.mark.parametrize(
+    ("photometric", "shape", "inverted", "notes"),
+    [
+        ("MONOCHROME1", None, True, ()),
+        ("MONOCHROME2", None, False, ()),
+        ("MONOCHROME1", "INVERSE", True, ()),
+        ("MONOCHROME2", "IDENTITY", False, ()),
+        (
+            "MONOCHROME2",
+            "INVERSE",
+            True,
+            ("PresentationLUTShape contradicts PhotometricInterpretation and is followed",),
+        ),
+        (
+            "MONOCHROME1",
+            " identity",
+            False,
+            ("PresentationLUTShape contradicts PhotometricInterpretation and is followed",),
+        ),
+        ("MONOCHROME1", "LIN OD", True, ignored("PresentationLUTShape")),
+        ("MONOCHROME2", "", False, ignored("PresentationLUTShape")),
+    ],
+)
+@pytest.mark.parametrize("window", [{}, WINDOW])
+def test_the_shape_of_the_presentation_counts(
+    photometric: str, shape: str | None, inverted: bool, notes: tuple[str, ...], window: dict[str, str]
+) -> None:
+    labels = {} if shape is None else {"PresentationLUTShape": shape.encode()}
+    grey, said = read(drawn(PhotometricInterpretation=photometric, **labels, **window))
+    wanted = windowed(VALUES, 2000, 3000) if window else stretched(VALUES)
+    np.testing.assert_array_equal(grey, 255 - wanted if inverted else wanted)
+    assert said == notes
