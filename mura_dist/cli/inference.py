@@ -185,6 +185,8 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         click.echo(
             f"overlays ({local_only.MARK}): {summary['num_overlays']}, {summary['num_overlays_withheld']} withheld"
         )
+    for note, number in summary.get("radiographs_by_note", {}).items():
+        click.echo(f"note: {note} in {number} of {summary['num_radiographs']} radiographs")
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")
     click.echo(mura.TERMS)

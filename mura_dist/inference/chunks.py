@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +187,9 @@ class ChunkPredictor:
             if not np.isfinite(logit := next(logits)):
                 raise Failure(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
             rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
-        return {"predictions": rows, "failures": failures, "overlays": self._draw(chunk, [row[0] for row in rows])}
+        notes = Counter(note for reading in chunk.readings for note in reading.notes)
+        drawn = self._draw(chunk, [row[0] for row in rows])
+        return {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
 
     def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
         """The chunk's overlays are on disk then; how many, and how many are withheld."""

@@ -35,6 +35,7 @@ def summarize(
         "num_failures": num_failures,
         "failures_by_code": dict(sorted(tally.failures_by_code.items())),
         "radiographs_by_gate": {name: tally.radiographs_by_gate[name] for name in gate.NAMES},
+        "radiographs_by_note": dict(sorted(tally.radiographs_by_note.items())),
         **num_overlays,
         "studies_by_type": dict(sorted(tally.studies_by_type.items())),
         "warnings": [

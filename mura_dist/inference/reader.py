@@ -15,13 +15,14 @@ from mura_dist.data import gate, radiograph
 
 class Reading(NamedTuple):
     """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
-    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took."""
+    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took. notes: radiograph.Look's."""
 
     image: np.ndarray | None
     identity: radiograph.DicomIdentity | None
     failure: tuple[str, str]
     gate: str = ""
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Reader:
 
     def _read(self, path: str) -> Reading:
         try:
-            file = io.BytesIO(
-                radiograph.contents(path)
-            )  # a second reading could fail, and lose a DICOM's study in silence
+            # Read once: a second reading could fail, and a DICOM would lose its study in silence.
+            file = io.BytesIO(radiograph.contents(path))
             found = radiograph.look(file, self.size)
-            return Reading(found.image, radiograph.identity(file), ("", ""), gate.verdict(found.image, found.colours))
+            verdict = gate.verdict(found.image, found.colours)
+            return Reading(found.image, radiograph.identity(file), ("", ""), verdict, notes=found.notes)
         except radiograph.Unreadable as error:
             return failed(error.code, error.reason)
 

@@ -31,7 +31,8 @@ FORMATS = ("csv", "parquet")
 BLOCK = 16_384  # lines made at a time; a row group of Parquet
 
 Part = dict[str, Any]
-"""{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...]} of a chunk's files."""
+"""{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...], "notes": {note: number
+of files}} of a chunk's files; parts of earlier states have no notes."""
 Add = Callable[[pd.DataFrame], None]
 
 _SCHEMA = """
@@ -59,6 +60,7 @@ class Tally:
     studies_by_band: Counter[str] = field(default_factory=Counter)
     uncalled_by_type: Counter[str] = field(default_factory=Counter)
     radiographs_by_gate: Counter[str] = field(default_factory=Counter)
+    radiographs_by_note: Counter[str] = field(default_factory=Counter)
 
     def count(self, studies: pd.DataFrame) -> None:
         called = studies["call"].notna()
@@ -82,7 +84,7 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
         return _table(out / f"{name}.{format}", returns[name])
 
     with grouped(aside) as studies:
-        for rows, failures in _blocks(parts()):
+        for rows, failures in _blocks(_count_notes(parts(), tally)):
             studies.add(rows)
             returns["predictions"] |= any("\r" in path + study for path, study, *_ in rows)
             returns["studies"] |= any("\r" in study for _, study, *_ in rows)
@@ -99,6 +101,12 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
                 judged(frame)
                 tally.count(frame)
     return tally
+
+
+def _count_notes(parts: Iterable[Part], tally: Tally) -> Iterator[Part]:
+    for part in parts:
+        tally.radiographs_by_note.update(part.get("notes", {}))
+        yield part
 
 
 def _blocks(parts: Iterable[Part]) -> Iterator[tuple[list[Any], list[Any]]]:

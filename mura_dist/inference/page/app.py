@@ -135,6 +135,8 @@ def _failures(files: Sequence[File]) -> None:
             st.error(f"{_plain(file.name)}: {gate.WORDS[file.upload.verdict]}. It is left out.")
         elif file.upload.verdict in gate.WORDS:
             st.warning(f"{_plain(file.name)}: {gate.WORDS[file.upload.verdict]}.")
+        for note in file.upload.notes:
+            st.caption(f"{_plain(file.name)}: {note}.")
 
 
 def _study_type(serving: "Serving", files: Sequence[File]) -> str | None:

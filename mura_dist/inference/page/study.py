@@ -36,13 +36,15 @@ _AT_ONCE = 2  # files of a session before another one's turn comes
 
 
 class Upload(NamedTuple):
-    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not."""
+    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not. notes:
+    radiograph.Look's."""
 
     image: np.ndarray | None
     shown: np.ndarray | None
     identity: radiograph.DicomIdentity | None
     verdict: str
     failure: str
+    notes: tuple[str, ...] = ()
 
     @property
     def passes(self) -> bool:
@@ -68,7 +70,7 @@ class UploadReader:
             return lost(error.reason)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
             return lost("it could not be read")
-        return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "")
+        return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "", found.notes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""What reading ignored in DICOMs, counted: the same sum in one go, resumed, from parts of an earlier state, and on two ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.dicoms import CR, dicom
+from helpers.predictions import contents, draw
+from helpers.ranks import LAUNCHERS, start_rank
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.inference import predict as predict_module
+from mura_dist.inference.predict import PredictOptions, predict
+
+CENTER, SLOPE = "WindowCenter unusable and ignored", "RescaleSlope unusable and ignored"
+SHAPE = "PresentationLUTShape contradicts PhotometricInterpretation and is followed"
+WANTED = {SHAPE: 1, SLOPE: 1, CENTER: 3}
+RANK = """
+import sys
+from mura_dist.cli.main import main
+from mura_dist.inference import predict
+predict.CHUNK = 2
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+pytestmark = pytest.mark.usefixtures("own_site_key")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nine files, five chunks: sound ones, a PNG, junk, and five DICOMs whose headers hold what is of no use."""
+    monkeypatch.setattr(predict_module, "CHUNK", 2)
+    bad = {"WindowCenter": b"Doe^Jane", "WindowWidth": "9"}
+    labels: list[dict[str, Any]] = [{}, bad, {}, bad | {"RescaleSlope": "0", "RescaleIntercept": "1"}, bad, {}]
+    labels.append({"PresentationLUTShape": "INVERSE"})
+    folder = tmp_path / "in"
+    draw(folder / "9.png")
+    (folder / "8.dcm").write_bytes(b"junk")
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 48), dtype=np.uint16)
+    for number, each in enumerate(labels):
+        data = dicom(pixels, bits=12, Modality="CR", SOPClassUID=CR, StudyInstanceUID=f"1.2.{number}", **each)
+        (folder / f"{number}.dcm").write_bytes(data)
+    return folder
+
+
+def test_notes_are_counted(model: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("note: ")] == [
+        f"note: {note} in {number} of 8 radiographs" for note, number in WANTED.items()
+    ]
+    assert json.loads((out / "predict.json").read_text())["radiographs_by_note"] == WANTED
+    assert all("Doe" not in path.read_text() for path in out.iterdir())
+    assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
+    assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, "the finished command says it again"
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_notes_of_a_resumed_prediction(model: Path, source: Path, tmp_path: Path, at: int) -> None:
+    def progress(done: int, total: int | None) -> None:
+        if total and done == at:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=progress)
+    assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == WANTED
+
+
+def test_parts_without_notes_are_read(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an earlier state."""
+    load_parts = predict_module.OutputFolder.load_parts
+    monkeypatch.setattr(
+        predict_module.OutputFolder,
+        "load_parts",
+        lambda *given: (
+            {name: value for name, value in part.items() if name != "notes"} for part in load_parts(*given)
+        ),
+    )
+    assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == {}
+
+
+@pytest.mark.slow
+def test_notes_of_two_ranks(model: Path, source: Path, tmp_path: Path) -> None:
+    predict(model, source, tmp_path / "alone")
+    (tmp_path / "rank.py").write_text(RANK)
+    command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1)
+    ranks = [start_rank(tmp_path / "rank.py", LAUNCHERS["Slurm"](rank, 2), *command) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert json.loads((tmp_path / "out/predict.json").read_text())["radiographs_by_note"] == WANTED
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
