@@ -1,7 +1,8 @@
 """Predictions and labels of studies, as files have them -> the table of studies that is measured, or a refusal.
 
     predictions: `path/,1` (the official format; a probability in place of 0 or 1), or studies.csv of predict or evaluate
-    labels:      `Study,Label`, `Study,Rad1,Rad2,Rad3` (the majority), `path/,label`, or study,label[,patient][,study_type]
+    labels:      `Study,Label`, `Study,Rad1,Rad2,Rad3` (the majority), `path/,label`, or study,label[,patient][,study_type];
+                 a label is 0 or 1, 0.0 or 1.0, or a word: normal, negative, abnormal, positive
         -> Predictions, Labels -> joined by study -> studies: study, study_type, patient, label, and what is predicted
 
 A study is known by MURA's key, its path from the split's folder on, wherever the data set lay; one that is not of MURA's
@@ -23,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core.errors import Refusal, nearest
-from mura_dist.data import mura
+from mura_dist.data import mura, table_names
+from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
 from mura_dist.evaluation import table_files
 from mura_dist.evaluation.table_files import Sheet, shown, some
@@ -34,7 +36,7 @@ POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one
 _STUDY = ("study", "path", "img_path", "study_path")  # what the column of studies may be called; Img_Path in the wild
 _VALUES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
-_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDIES, "patient", "label", "exposure", "logit", "gate")
+_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDIES, "patient", "label", "exposure", "logit", "gate", "trained_on")
 _OF_LABELS = (*_STUDY, "label", "patient", "study_type", "rad1", "rad2", "rad3")
 _RADIOLOGIST = "rad"
 _IMAGES = {
@@ -51,10 +53,16 @@ class _Kind:
     fits: Callable[[float], bool]
     range: str
     wanted: str
+    parse: Callable[[str], float | None] = parse_number
+
+
+def _parse_binary(cell: str) -> float | None:
+    label = parse_label(cell)
+    return parse_number(cell) if label is None else label
 
 
 _UNIT = _Kind(lambda value: 0 <= value <= 1, "[0, 1]", "0 or 1, or a probability")
-_BINARY = _Kind(lambda value: value in (0, 1), "0/1", "0 (normal) or 1 (abnormal)")
+_BINARY = _Kind(lambda value: value in (0, 1), "0/1", "0 (normal) or 1 (abnormal)", _parse_binary)
 _VIEWS = _Kind(lambda value: 1 <= value < 1 << 31 and value % 1 == 0, "1 ..", "a whole number")
 _GREY = _Kind(lambda value: 0 <= value <= 255, "[0, 255]", "a grey level")
 
@@ -83,8 +91,12 @@ class Labels:
 
 
 def key_of(text: str) -> str:
-    """What a study is known by: its path from the split's folder on; a name without MURA's layout, without trailing slashes."""
-    return csv_files.study_of(text.replace("\\", "/")) or text.rstrip("/") or text
+    """What a study is known by: its path from the split's folder on; a name without MURA's layout, without trailing slashes.
+
+    Both as table_names.key has them, without blanks at their ends.
+    """
+    name = table_names.key(text).strip()
+    return csv_files.study_of(name.replace("\\", "/")) or name.rstrip("/") or name
 
 
 def official_text(studies: pd.DataFrame) -> str:
@@ -93,7 +105,7 @@ def official_text(studies: pd.DataFrame) -> str:
     lines = csv.writer(text, lineterminator="\n")
     for study, call in zip(studies["study"], studies["call"], strict=True):
         above = "MURA-v1.1/" if csv_files.study_of(study) == study else ""
-        lines.writerow([f"{above}{study}/", int(call)])
+        lines.writerow([table_names.cell(f"{above}{study}/"), int(call)])
     return text.getvalue()
 
 
@@ -122,7 +134,7 @@ def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
         sha256=sheet.sha256,
         frame=pd.DataFrame(columns),
         threshold=cut,
-        notes=(*_not_read(sheet, _OF_PREDICTIONS), note),
+        notes=(*sheet.notes, *_not_read(sheet, _OF_PREDICTIONS), *_drawings(sheet), note),
         files_are_studies=files and any(_is_image(key) for key in keys),
     )
 
@@ -175,7 +187,7 @@ def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for name in ("study_type", "band"):
         if (place := sheet.find(name)) is not None and any(sheet.column(place)):
-            columns[name] = pd.Series(sheet.column(place), dtype=object)
+            columns[name] = pd.Series(_names(sheet, place), dtype=object)
     for name, kind in (("num_views", _VIEWS), ("exposure", _GREY)):
         values = _numbers(sheet, sheet.find(name))
         if values and all(map(kind.fits, values)):
@@ -184,6 +196,13 @@ def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:
         found = _checked(sheet, place, keys, _UNIT, "calibrated probability")
         columns["calibrated_probability"] = np.array(found, dtype=np.float64)
     return columns
+
+
+def _drawings(sheet: Sheet) -> list[str]:
+    """The note of a model of drawings, where column trained_on tells of one."""
+    place = sheet.find("trained_on")
+    drawn = place is not None and "phantoms" in sheet.column(place)
+    return ["the model was trained on drawings (phantoms)"] if drawn else []
 
 
 def _own_threshold(sheet: Sheet) -> float | None:
@@ -209,8 +228,8 @@ def read_labels(path: Path, *, files_are_studies: bool = False) -> Labels:
     frame = pd.DataFrame({"study": pd.Series(keys, dtype=object), "label": np.array(label, dtype=np.int64)})
     for name in ("patient", "study_type"):
         place = sheet.find(name)
-        frame[name] = pd.Series("" if place is None else sheet.column(place), index=frame.index, dtype=object)
-    return Labels(sheet.name, sheet.sha256, frame, tuple(_not_read(sheet, _OF_LABELS)))
+        frame[name] = pd.Series("" if place is None else _names(sheet, place), index=frame.index, dtype=object)
+    return Labels(sheet.name, sheet.sha256, frame, (*sheet.notes, *_not_read(sheet, _OF_LABELS)))
 
 
 def _check_labels_header(sheet: Sheet) -> None:
@@ -330,6 +349,10 @@ def _keys(sheet: Sheet) -> list[str]:
     return [key_of(name) for name in names]
 
 
+def _names(sheet: Sheet, place: int) -> list[str]:
+    return [table_names.name(cell) for cell in sheet.column(place)]
+
+
 def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:
     if sheet.width not in widths:
         wanted = " or ".join(map(str, widths))
@@ -386,21 +409,22 @@ def _check_once(sheet: Sheet, keys: list[str]) -> None:
     twice = {key: lines for key, lines in places.items() if len(lines) > 1}
     if twice:
         key, lines = next(iter(twice.items()))
+        composed = "; names are compared in Unicode's composed form, NFC" if not key.isascii() else ""
         raise Refusal(
             f"{sheet.name}: {_studies(list(twice))} more than once ({some(list(twice))}; the first on lines "
-            f"{', '.join(map(str, lines[:3]))}); leave one line of each"
+            f"{', '.join(map(str, lines[:3]))}{composed}); leave one line of each"
         )
 
 
-def _numbers(sheet: Sheet, place: int | None) -> list[float]:
+def _numbers(sheet: Sheet, place: int | None, parse: Callable[[str], float | None] = parse_number) -> list[float]:
     """A column's numbers, NaN where a cell is none; [] where there is no such column."""
     cells = [] if place is None else sheet.column(place)
-    return [math.nan if (value := table_files.number(cell)) is None else value for cell in cells]
+    return [math.nan if (value := parse(cell)) is None else value for cell in cells]
 
 
 def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) -> list[float]:
     """A column's numbers, all of which fit; else a refusal that names the first that does not."""
-    cells, values = sheet.column(place), _numbers(sheet, place)
+    cells, values = sheet.column(place), _numbers(sheet, place, kind.parse)
     bad = [line for line, value in enumerate(values) if not kind.fits(value)]
     if not bad:
         return values

@@ -19,7 +19,7 @@ import pandas as pd
 
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import Refusal
-from mura_dist.data import mura
+from mura_dist.data import mura, table_names
 from mura_dist.data.folder_kind import kinds_of
 from mura_dist.evaluation import prediction_files
 from mura_dist.evaluation.prediction_files import Labels, Predictions
@@ -180,6 +180,6 @@ def _write(
         "settings": {"resamples": RESAMPLES, "seed": SEED},
         "seconds": seconds,
     }
-    atomic.write_text(out / "studies.csv", studies.to_csv(index=False, lineterminator="\n"))
+    atomic.write_text(out / "studies.csv", table_names.cells(studies).to_csv(index=False, lineterminator="\n"))
     draw(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)

@@ -1,15 +1,16 @@
 """A table as people save one -> its cells as text, or a refusal that says what the file is instead.
 
-    CSV: a header or none, a byte-order mark, CRLF, quotes, trailing commas, empty lines      Parquet: its columns as text
+    CSV: UTF-8, UTF-16 or Windows-1252; commas, semicolons or tabs; a header or none, CRLF, quotes, trailing commas, empty lines
+    Parquet: its columns as text
         -> Sheet: header (lower case) or None; (number, cells) of each line
 
-Nothing is guessed: a first line that is neither data nor a header that is known is refused.
+A first line that is neither data nor a header that is known is refused.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import io
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -18,22 +19,23 @@ from pathlib import Path
 import pandas as pd
 
 from mura_dist.core.errors import Refusal, nearest
-from mura_dist.data.csv_lines import read_lines
+from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, read_lines
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _MAX_SHOWN = 100  # characters of a cell in a message
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """`name`: the file's, without folders. `header`: lower case, None where the file has none. All lines are as wide."""
+    """`name`: the file's, without folders. `header`: lower case, None where the file has none. All lines are as wide.
+    `notes`: what had to be decided to read it."""
 
     name: str
     sha256: str
     header: tuple[str, ...] | None
     lines: list[tuple[int, list[str]]]
     width: int
+    notes: tuple[str, ...] = ()
 
     def column(self, place: int) -> list[str]:
         return [cells[place] for _, cells in self.lines]
@@ -52,11 +54,13 @@ def read(path: Path, what: str, known: Collection[str]) -> Sheet:
     """The table at `path`. what: `predictions` or `labels`, for messages; known: names of columns that make a header."""
     data = _bytes(path, what)
     sha256 = hashlib.sha256(data).hexdigest()
+    notes: tuple[str, ...] = ()
     if path.suffix.lower() == ".parquet":
         lines = _of_parquet(data, path.name)
         is_header = True
     else:
-        lines = _of_csv(_text(data, path.name), path.name)
+        text, notes = _text(data, path.name)
+        lines = _of_csv(text, path.name)
         is_header = bool(lines) and _is_header(lines[0], path.name, what, known)
     if len(lines) <= is_header:
         raise Refusal(f"{path.name} has no rows; one line a study is needed")
@@ -65,12 +69,7 @@ def read(path: Path, what: str, known: Collection[str]) -> Sheet:
     _check_widths(rows, width, path.name)
     header = tuple(cell.lower() for cell in rows[0][1]) if is_header else None
     _check_repeats(header, path.name)
-    return Sheet(path.name, sha256, header, rows[is_header:], width)
-
-
-def number(text: str) -> float | None:
-    """A cell's number, which may be infinite or NaN; None where it is none."""
-    return float(text) if _NUMBER.fullmatch(text) else None
+    return Sheet(path.name, sha256, header, rows[is_header:], width, notes)
 
 
 def shown(text: str) -> str:
@@ -94,26 +93,28 @@ def _bytes(path: Path, what: str) -> bytes:
     return path.read_bytes()
 
 
-def _text(data: bytes, name: str) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise Refusal(f"{name} is UTF-16, not UTF-8; save it as `CSV UTF-8`")
-    if b"\0" in data:
-        raise Refusal(f"{name} is not a text file; give a CSV, or a table that ends in .parquet")
+def _text(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
+    """(text, notes). Excel's plain CSV is in Windows' own characters; a wrong guess joins no name, and is refused then."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise Refusal(
-            f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}); save it as `CSV UTF-8`"
-        ) from error
+        return decode(data, name), ()
+    except Refusal:
+        if (text := _windows_text(data)) is None:
+            raise
+        return text, ("not UTF-8: read as Windows-1252",)
+
+
+def _windows_text(data: bytes) -> str | None:
+    """Decode Windows-1252 where it is nothing else: no character of UTF-8 in it, no control character, no byte it lacks."""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode("cp1252")
+        of_utf8 = data.decode("utf-8", errors="ignore")
+        if of_utf8.isascii() and all(c.isprintable() or c in "\t\r\n\xa0\xad" for c in text):
+            return text
+    return None
 
 
 def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    other = next((mark for mark in ";\t" if mark in first and "," not in first), None)
-    if other:
-        raise Refusal(f"{name} separates its columns by {other!r}; save it with commas")
-    lines = read_lines(text, name, "mend the line", skipinitialspace=True, strict=True)
+    lines = read_lines(text, name, "mend the line", skipinitialspace=True, strict=True, delimiter=find_delimiter(text))
     return [(number, [cell.strip() for cell in cells]) for number, cells in lines]
 
 
@@ -133,11 +134,13 @@ def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
 
 def _is_header(line: tuple[int, list[str]], name: str, what: str, known: Collection[str]) -> bool:
     at, cells = line
-    if "/" in cells[0] or "\\" in cells[0] or any(number(cell) is not None for cell in cells[1:]):
+    if "/" in cells[0] or "\\" in cells[0] or any(parse_number(cell) is not None for cell in cells[1:]):
         return False
     words = [cell.lower() for cell in cells if cell]
     if set(words) & set(known):
         return True
+    if any(parse_label(cell) is not None for cell in cells[1:]):
+        return False
     near = next((found for word in words if (found := nearest(word, known))), "")
     raise Refusal(
         f"{name} line {at}: {shown(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "

@@ -123,6 +123,10 @@ SPELLINGS: dict[str, Callable[[list[Line]], bytes]] = {
     "absolute": lambda lines: as_text(paths_as(lambda path: f"/data/x ray/{path}", lines)),
     "backslashes": lambda lines: as_text(paths_as(lambda path: "D:\\" + path.replace("/", "\\"), lines)),
     "decimals": lambda lines: as_text([(study, float(str(value))) for study, value in lines]),
+    "semicolons": lambda lines: as_text(lines).replace(b",", b";"),
+    "tabs in UTF-16": lambda lines: as_text(lines).decode().replace(",", "\t").encode("utf-16"),
+    "decimal commas": lambda lines: as_text([(study, f"{value},0") for study, value in lines]).replace(b"/,", b"/;"),
+    "a leading ./": lambda lines: as_text(paths_as(lambda path: f"./{path}", lines)),
     "the other way round": lambda lines: as_text(lines[::-1]),
 }
 HEADERS = {
@@ -185,6 +189,30 @@ def test_a_mura_patient_is_one_over_study_types_and_splits_are_named(tmp_path: P
     assert prediction_files.split_of(studies.iloc[:2]) == "valid"
 
 
+def test_windows_own_characters_are_read_where_nothing_else_is_possible(tmp_path: Path, capsys) -> None:
+    """A German Excel's plain CSV; and what predict writes of a folder of macOS."""
+    labels, predictions = tmp_path / "l.csv", tmp_path / "p.csv"
+    labels.write_bytes("study;label;patient\nMüller – 1;normal;=a\nMüller 2;Abnormal;b\n=3;1,0;b\n".encode("cp1252"))
+    predictions.write_text("study,probability,trained_on\nMu\u0308ller – 1,0.1,phantoms\nMüller 2,0.9,\n./=3,0.8,\n")
+    studies = joined(predictions, labels)
+    assert studies["study"].tolist() == ["Müller – 1", "Müller 2", "=3"]
+    assert studies["label"].tolist() == [0, 1, 1]
+    found = printed(capsys, predictions, labels, "--out", tmp_path / "out")
+    notes = "p.csv: the model was trained on drawings (phantoms); p.csv: calls are probability > 0.5; "
+    assert found["note"] == f"{notes}l.csv: not UTF-8: read as Windows-1252"
+    written = pd.read_csv(tmp_path / "out" / "studies.csv")
+    assert written["study"].tolist() == ["Müller – 1", "Müller 2", "./=3"]
+    assert written["patient"].tolist() == ["./=a", "b", "b"]
+    again = printed(capsys, tmp_path / "out" / "studies.csv", labels)
+    assert again["overall"] == found["overall"]
+
+
+def test_labels_may_be_words_without_a_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "l.csv", [("s1", "abnormal"), ("s2", "Normal"), ("s3", "positive"), ("s4", "NEGATIVE")])
+    found = prediction_files.read_labels(path).frame
+    assert (found["study"].tolist(), found["label"].tolist()) == (["s1", "s2", "s3", "s4"], [1, 0, 1, 0])
+
+
 def test_unknown_patients_are_said(tmp_path: Path, capsys) -> None:
     lines = [(f"s{place}", place % 2) for place in range(30)]
     found = printed(capsys, write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
@@ -200,8 +228,9 @@ def test_unknown_patients_are_said(tmp_path: Path, capsys) -> None:
 def own_table(call: Sequence[object], threshold: object = 0.3) -> list[list[object]]:
     """studies.csv as predict writes it, of four studies whose labels are 0, 0, 1, 1."""
     header = ["study", "study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band"]
-    values = (0.2, 0.4, 0.6, 0.25)
-    return [header, *([f"s{i}", "XR_HAND", 2, values[i], "", threshold, call[i], ""] for i in range(4))]
+    values, more = (0.2, 0.4, 0.6, 0.25), ("ok", "radiographs")
+    lines = ([f"s{i}", "XR_HAND", 2, values[i], "", threshold, call[i], "", *more] for i in range(4))
+    return [[*header, "gate", "trained_on"], *lines]
 
 
 LABELLED = [("study", "label"), ("s0", 0), ("s1", 0), ("s2", 1), ("s3", 1)]
@@ -296,14 +325,20 @@ def joined_of_files(predictions: Path, labels: Path) -> pd.DataFrame:
 
 
 def test_official_text_is_read_back(tmp_path: Path) -> None:
-    names = ["valid/XR_WRIST/patient11185/study1_positive", "valid/XR_HAND/patient00001/study2_negative", 'a "b", c']
-    studies = pd.DataFrame({"study": names, "call": [1, 0, 1]})
+    names = [
+        "valid/XR_WRIST/patient11185/study1_positive",
+        "valid/XR_HAND/patient00001/study2_negative",
+        'a "b", c',
+        "=1",
+    ]
+    studies = pd.DataFrame({"study": names, "call": [1, 0, 1, 0]})
     text = prediction_files.official_text(studies)
     assert text.splitlines()[0] == "MURA-v1.1/valid/XR_WRIST/patient11185/study1_positive/,1"
     (tmp_path / "p.csv").write_text(text)
     found = prediction_files.read_predictions(tmp_path / "p.csv").frame
     assert found["study"].tolist() == names
-    assert found["call"].tolist() == [1, 0, 1]
+    assert found["call"].tolist() == [1, 0, 1, 0]
+    assert text.splitlines()[-1] == "./=1/,0"
 
 
 # ---- refusals
@@ -332,7 +367,7 @@ PREDICTIONS = {
     "NaN": (GOOD.replace("b,1", "b,nan"), "'nan' is not a number"),
     "no number": (GOOD.replace("b,1", "b,abnormal"), "prediction 'abnormal' is not a number", "0 or 1"),
     "digits with underscores": (GOOD.replace("b,1", "b,0_1"), "'0_1' is not a number"),
-    "a decimal comma": (GOOD.replace("b,1", 'b,"0,7"'), "'0,7' is not a number"),
+    "two commas": (GOOD.replace("b,1", 'b,"0,7,1"'), "'0,7,1' is not a number"),
     "no value": (GOOD.replace("b,1", "b,"), "prediction is empty (1 study of 4 so: b)"),
     "a call that is none": ("study,call\na,0\nb,2\n", "call '2' is outside 0/1"),
     "no name": (GOOD + ",1\n", "p.csv line 5 names no study"),
@@ -355,10 +390,10 @@ PREDICTIONS = {
     ),
     "a shorter line": ("study,call\na,1\nb\n", "p.csv line 3: wrong number of columns, 1 where the table has 2"),
     "an open quote": (GOOD + '"e,1\n', "is no CSV", "mend the line"),
-    "semicolons": (GOOD.replace(",", ";"), "separates its columns by ';'", "save it with commas"),
     "bytes": (b"\x89PNG\0\0", "p.csv is not a text file"),
-    "UTF-16": (GOOD.encode("utf-16"), "p.csv is UTF-16, not UTF-8"),
-    "Latin-1": ("a,0\nm\xfcller,1\n".encode("latin-1"), "p.csv line 2 is not UTF-8 (byte 0xfc)"),
+    "half a UTF-16": (GOOD.encode("utf-16")[:-1], "p.csv is not UTF-16, as its first bytes say"),
+    "UTF-8 and Windows-1252": ("a,0\nmü".encode() + b"m\xfcller,1\n", "p.csv line 2 is not UTF-8 (byte 0xfc)"),
+    "composed in two ways": (GOOD + "Mu\u0308,1\nM\xfc,0\n", "1 study more than once (M\xfc;", "composed form, NFC"),
 }
 LABELS = {
     "outside 0/1": (
@@ -366,7 +401,7 @@ LABELS = {
         "l.csv line 2: label '2' is outside 0/1 (1 study of 4 so: b)",
         "0 (normal) or 1 (abnormal)",
     ),
-    "words": (GOOD.replace("b,1", "b,positive"), "label 'positive' is not a number"),
+    "words": (GOOD.replace("b,1", "b,doubtful"), "label 'doubtful' is not a number"),
     "blank": (GOOD.replace("b,1", "b,"), "label is empty"),
     "conflicting": (GOOD + "b,0\n", "l.csv: 1 study with both labels (b)", "only one can be true"),
     "repeated": (GOOD + "b,1\n", "l.csv: 1 study more than once (b; the first on lines 2, 5)"),
