@@ -65,7 +65,7 @@ def write(
     looks = looked_at(shards, scores.rows)
     studies = _studies(shards, split_scores, looks, options.operating_point or PAPER)
     metrics = _metrics(shards, subject, split_scores, options, studies)
-    _write_tables(out, shards, scores, studies, looks["gate"])
+    _write_tables(out, shards, scores, studies, looks["gate"], subject.trained_on)
     evaluation.write(out, metrics=metrics, studies=studies, context=_context(shards, subject, split_scores))
     files.write_json(out / "metrics.json", metrics)
     if options.gallery is None:
@@ -164,12 +164,18 @@ def _thresholds(studies: pd.DataFrame, points: Points, name: str) -> dict[str, f
     return dict.fromkeys(counts, THRESHOLD) if name == PAPER else chosen(points, name, counts)
 
 
-def _write_tables(out: Path, shards: Shards, found: Scores, studies: pd.DataFrame, verdicts: pd.Series) -> None:
+def _write_tables(
+    out: Path, shards: Shards, found: Scores, studies: pd.DataFrame, verdicts: pd.Series, trained_on: str
+) -> None:
     frame = shards.manifest.frame.loc[found.rows]
     predictions = frame[["path", "study", "study_type"]].assign(
         logit=found.logit, probability=classification.sigmoid(found.logit), gate=verdicts
     )
-    told = studies[[*STUDIES, "label", "patient", "exposure"]]
+    ranks = verdicts.map({name: rank for rank, name in enumerate(("", *gate.NAMES))})
+    worst = ranks.groupby(frame["study"]).max()
+    told = studies[[*STUDIES, "label", "patient", "exposure"]].assign(
+        gate=[("", *gate.NAMES)[worst[study]] for study in studies["study"]], trained_on=trained_on
+    )
     for name, table in (("predictions", predictions), ("studies", told)):
         text = table.to_csv(index=False, lineterminator="\n")
         files.write_text(out / f"{name}.csv", text)

@@ -8,7 +8,7 @@ DICOM's identifiers never leave this file: a study is named by a pseudonym, unde
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mura_dist.data import body_parts, mura
+from mura_dist.data import body_parts, mura, table_names
 from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import pseudonyms
 from mura_dist.inference.file_list import printable
@@ -23,7 +23,8 @@ UNKNOWN = "unknown"
 class Grouping:
     """How files become studies, and what those are called.
 
-    given: study type of all, or by printable path; known: the model's own types; apart: where the site's key must not lie.
+    given: study type of all, or by the key of a printable path; known: the model's own types; apart: where the site's key must
+    not lie.
     """
 
     directory: str  # absolute, "/" between its parts
@@ -66,7 +67,7 @@ class Grouping:
         """As it was given, or told by a folder or a DICOM; UNKNOWN where nothing tells."""
         if isinstance(self.given, str):
             return self.given
-        if self.given is not None and (given := self.given.get(printable(path))):
+        if self.given is not None and (given := self.given.get(table_names.key(printable(path)))):
             return given
         whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
         if parsed := mura.parse(whole):

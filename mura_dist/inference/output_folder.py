@@ -3,6 +3,7 @@
     OUT/.parts/plan.json     what the prediction is: model, files, options; written first
         .parts/000000.json   the predictions and failures of a chunk's files, one file a chunk
         .parts/lock, rank-N  who lives: heartbeat.py
+        README.txt           what the columns of the tables mean
         predict.json         the summary, and the plan; written last: it says "done"
 
 A prediction goes on only as it began: another plan in the same folder is refused.
@@ -27,6 +28,7 @@ from mura_dist.distributed.lock import Claim
 from mura_dist.inference import overlays, tables
 from mura_dist.inference.tables import Part
 
+README = "README.txt"
 PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
 _POLL_S = 0.2
 
@@ -107,8 +109,10 @@ class OutputFolder:
             stale.unlink(missing_ok=True)
         return None
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Write predict.json. Raises Failure where another program holds it."""
+    def finish(self, summary: dict[str, Any], readme: str) -> None:
+        """Write README.txt, then predict.json. Raises Failure where another program holds one of them."""
+        with tables.replaced(self.path / README):
+            files.write_text(self.path / README, readme)
         with tables.replaced(self.done):
             files.write_json(self.done, summary)
 
@@ -128,11 +132,11 @@ class OutputFolder:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise Refusal where `out` holds tables or overlays, and no prediction of ours that may go on."""
+    """Raise Refusal where `out` holds tables, overlays or a README.txt, and no prediction of ours that may go on."""
     if "prediction" in kinds_of(out):
         return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
-    if found := [name for name in (*names, overlays.FOLDER) if (out / name).exists()]:
+    if found := [name for name in (*names, overlays.FOLDER, README) if (out / name).exists()]:
         raise Refusal(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
 
 

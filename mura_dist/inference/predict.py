@@ -2,7 +2,7 @@
 
     file_list.find -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
-        -> predict.json (last: it says "done")
+        -> README.txt -> predict.json (last: it says "done")
 
 Every file ends in exactly one of predictions and failures, also one that crashes, stalls or bloats its decoder: that is why
 processes read, not threads, which are a little faster (2 cores, 512-px PNG to 320: 690 against 841 radiographs/s). A chunk is the
@@ -31,7 +31,7 @@ from mura_dist.data import gate
 from mura_dist.distributed import environment, worker_pool
 from mura_dist.distributed.signals import asked_to_stop
 from mura_dist.distributed.worker_pool import Limits
-from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, tables
+from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
@@ -114,7 +114,7 @@ def predict(
                     seconds = time.perf_counter() - started
                     summary = summarize(tally, model, num_overlays, warnings, seconds)
                     summary |= {"throughput": chunks.throughput.summary(), "plan": plan}
-                    folder.finish(summary)
+                    folder.finish(summary, table_guide.readme(model.card, options.format))
         folder.clean()
         if folder.rank:
             return None

@@ -69,8 +69,10 @@ def summarize(
 def _warnings(tally: Tally, card: Card) -> list[str]:
     warnings = []
     if card.trained_on.kind == "phantoms":
-        warnings.append("the model was trained on drawings (phantoms): what it says of a radiograph means nothing")
-    for study_type, number in sorted(tally.uncalled_by_type.items()):
+        warnings.append(
+            "the model was trained on drawings (phantoms): what it says of a radiograph means nothing; no call, no band"
+        )
+    for study_type, number in sorted(tally.unevaluated_by_type.items()):
         warnings.append(f"no threshold was evaluated for study type {study_type}: no call for {number} of its studies")
     if card.calibration.reason is not None:
         warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")

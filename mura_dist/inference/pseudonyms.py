@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
+from mura_dist.data import table_names
 
 PLACE = "MURA_DIST_SITE_KEY"
 COLUMNS = ("path", "pseudonym", "study", "study_pseudonym")
@@ -169,21 +170,21 @@ def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
             table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writerow(COLUMNS)
-            table.writerows(rows())
+            table.writerows(map(table_names.cell, row) for row in rows())
             text.detach()
     except FileExistsError:
         _compare(keytable, _read(keytable), rows())
 
 
 def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
-    """The lines below the header, as strings; what is no table of ours has one line that equals none."""
+    """The lines below the header, as names; what is no table of ours has one line that equals none."""
     try:
         with open(keytable, newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
             if tuple(next(lines, ())) != COLUMNS:
                 yield ()
                 return
-            yield from map(tuple, lines)
+            yield from (tuple(map(table_names.name, line)) for line in lines)
     except (ValueError, csv.Error):
         yield ()
 

@@ -2,7 +2,7 @@
 
     TYPE | table.csv (path,study_type) -> read -> check against what model and MURA know -> match with the files
 
-Paths match as the tables have them, whatever the run calls them in public. No message quotes a path.
+Paths match as the tables have them (table_names.key), whatever the run calls them in public. No message quotes a path.
 """
 
 import os
@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from mura_dist.core.errors import Refusal, os_reason
-from mura_dist.data import mura
-from mura_dist.data.csv_lines import read_lines
+from mura_dist.data import mura, table_names
+from mura_dist.data.csv_lines import decode, find_delimiter, read_lines
 
 Given = str | Mapping[str, str] | None
 
@@ -22,14 +22,15 @@ _TYPO, _NEAR = 0.8, 0.7
 
 
 def read(given: str | None) -> Given:
-    """A study type, or the CSV of path,study_type that lies there, as a dict by path. Raises Refusal."""
+    """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises Refusal."""
     if given is None:
         return None
     if not (given.lower().endswith(".csv") or os.path.isfile(given)):
         return normal(given)
     try:
-        text = Path(given).read_bytes().decode("utf-8-sig")
-        header, *rows = [cells for _, cells in read_lines(text, given, "name its columns", strict=True)]
+        text = decode(Path(given).read_bytes(), given)
+        lines = read_lines(text, given, "name its columns", strict=True, delimiter=find_delimiter(text))
+        header, *rows = [cells for _, cells in lines]
         if any(cells[-1] for cells in rows) and all(len(cells) == len(header) + 1 for cells in rows):
             # Row names have no header where R writes the table.
             header = ["", *header]
@@ -47,7 +48,7 @@ def read(given: str | None) -> Given:
     types: dict[str, str] = {}
     for number, cells in enumerate(rows, start=1):
         filled = [*cells, *[""] * (len(header) - len(cells))]
-        path, study_type = filled[path_at], normal(filled[type_at])
+        path, study_type = table_names.key(filled[path_at]), normal(table_names.name(filled[type_at]))
         if types.setdefault(path, study_type) != study_type:
             raise Refusal(
                 f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "
@@ -94,7 +95,7 @@ def match(given: Given, paths: Iterable[str]) -> list[str]:
     """A warning where lines of the table name no file; Refusal where none of them does. paths: as the tables have them."""
     if given is None or isinstance(given, str):
         return []
-    missing = set(given).difference(paths)
+    missing = set(given).difference(map(table_names.key, paths))
     if len(missing) < len(given):
         return [f"--study-type: {len(missing):,} of {len(given):,} paths are not in DIRECTORY"] if missing else []
     raise Refusal(

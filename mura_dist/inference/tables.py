@@ -3,8 +3,9 @@
     parts, read once -> views grouped by study on disk        and once more -> predictions, failures, block by block
     studies, block by block: probabilities averaged over views, calls        -> csv or parquet
 
-Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. `gate`
-(gate.py) only tells: a radiograph that does not look like one counts in its study's mean like any other.
+Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. A model of
+drawings makes no call and no band. `gate` (gate.py) only tells: a radiograph that does not look like one counts in its study's
+mean like any other. Columns: table_guide.py. In CSV no text can become a formula (table_names.py); Parquet has none.
 """
 
 import contextlib
@@ -21,14 +22,17 @@ import pandas as pd
 
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, os_reason
-from mura_dist.inference import grouping, scratch_db
+from mura_dist.data import gate, table_names
+from mura_dist.inference import grouping, scratch_db, table_guide
 from mura_dist.metrics import calibration, classification
-from mura_dist.metrics.operating_points import STUDIES
+from mura_dist.metrics.operating_points import THRESHOLD
 from mura_dist.models.card import Card
 
-NAMES = ("predictions", "studies", "failures")
+NAMES = tuple(table_guide.TABLES)
 FORMATS = ("csv", "parquet")
 BLOCK = 16_384  # lines made at a time; a row group of Parquet
+DIGITS = 6  # significant digits of a probability
+_EXACT_DIGITS = 17  # of a float64
 
 Part = dict[str, Any]
 """{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...], "notes": {note: number
@@ -36,12 +40,13 @@ of files}} of a chunk's files; parts of earlier states have no notes."""
 Add = Callable[[pd.DataFrame], None]
 
 _SCHEMA = """
-CREATE TABLE study (number INTEGER PRIMARY KEY, name TEXT UNIQUE, type TEXT);
+CREATE TABLE study (number INTEGER PRIMARY KEY, name TEXT UNIQUE, type TEXT, gate INTEGER);
 CREATE TABLE view (study INTEGER, probability REAL, number INTEGER, PRIMARY KEY (study, probability, number)) WITHOUT ROWID;
 """
 _ADD_STUDY = f"""
-INSERT INTO study (name, type) VALUES (?, ?)
-ON CONFLICT (name) DO UPDATE SET type = CASE type WHEN excluded.type THEN type ELSE '{grouping.UNKNOWN}' END
+INSERT INTO study (name, type, gate) VALUES (?, ?, ?)
+ON CONFLICT (name) DO UPDATE SET
+    type = CASE type WHEN excluded.type THEN type ELSE '{grouping.UNKNOWN}' END, gate = max(gate, excluded.gate)
 """
 _ADD_VIEW = "INSERT INTO view SELECT number, ?, ? FROM study WHERE name = ?"
 
@@ -58,19 +63,18 @@ class Tally:
     failures_by_code: Counter[str] = field(default_factory=Counter)
     studies_by_type: Counter[str] = field(default_factory=Counter)
     studies_by_band: Counter[str] = field(default_factory=Counter)
-    uncalled_by_type: Counter[str] = field(default_factory=Counter)
+    unevaluated_by_type: Counter[str] = field(default_factory=Counter)
     radiographs_by_gate: Counter[str] = field(default_factory=Counter)
     radiographs_by_note: Counter[str] = field(default_factory=Counter)
 
     def count(self, studies: pd.DataFrame) -> None:
-        called = studies["call"].notna()
         self.num_studies += len(studies)
-        self.num_calls += int(called.sum())
+        self.num_calls += int(studies["call"].notna().sum())
         self.num_positive += int(studies["call"].sum())
         self.num_calibrated += int(studies["calibrated_probability"].notna().sum())
         self.studies_by_type.update(studies["study_type"])
         self.studies_by_band.update(studies["band"].dropna())
-        self.uncalled_by_type.update(studies.loc[~called, "study_type"])
+        self.unevaluated_by_type.update(studies.loc[studies["threshold"].isna(), "study_type"])
 
 
 def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: str, aside: Path) -> Tally:
@@ -92,7 +96,7 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
         with table("predictions") as predictions, table("failures") as failed:
             for rows, failures in _blocks(parts()):
                 predictions(views(rows))
-                failed(pd.DataFrame(failures, columns=["path", "code", "reason"], dtype="string"))
+                failed(pd.DataFrame(failures, columns=list(table_guide.FAILURES), dtype="string"))
                 tally.num_radiographs += len(rows)
                 tally.radiographs_by_gate.update(row[4] for row in rows)
                 tally.failures_by_code.update(code for _, code, _ in failures)
@@ -128,8 +132,34 @@ def views(rows: list[Any]) -> pd.DataFrame:
     text = ["path", "study", "study_type", "gate"]
     views[text] = views[text].astype("string")
     views["logit"] = views["logit"].astype(np.float32)
-    views.insert(4, "probability", classification.sigmoid(views["logit"].to_numpy()))
-    return views
+    views["probability"] = shorten(classification.sigmoid(views["logit"].to_numpy()))
+    return views[list(table_guide.PREDICTIONS)]
+
+
+def shorten(probability: np.ndarray, *thresholds: np.ndarray) -> np.ndarray:
+    """Round to DIGITS significant digits, or to as many more as it takes not to move across a threshold.
+
+    Args:
+        probability: (n,) float64.
+        thresholds: (n,) float64 each, NaN where there is none. What lies above one, strictly, stays above it.
+
+    Returns:
+        (n,) float64, whose shortest text has these digits.
+    """
+    sides = [classification.is_positive(probability, threshold) for threshold in thresholds]
+    short = _round(probability, DIGITS)
+    for digits in range(DIGITS + 1, _EXACT_DIGITS + 1):
+        moved = np.zeros(len(short), bool)
+        for side, threshold in zip(sides, thresholds, strict=True):
+            moved |= classification.is_positive(short, threshold) != side
+        if not moved.any():
+            break
+        short[moved] = _round(probability[moved], digits)
+    return short
+
+
+def _round(probability: np.ndarray, digits: int) -> np.ndarray:
+    return np.array([float(f"{value:.{digits}g}") for value in probability.tolist()], dtype=np.float64)
 
 
 # ---- studies
@@ -147,9 +177,9 @@ class Studies:
         self._database, self._num_views = database, 0
 
     def add(self, rows: list[Any]) -> None:
-        """rows: [path, study, study_type, logit, ...] each."""
+        """rows: [path, study, study_type, logit, gate] each."""
         probability = classification.sigmoid(np.array([row[3] for row in rows], np.float32)).tolist()
-        self._database.executemany(_ADD_STUDY, [row[1:3] for row in rows])
+        self._database.executemany(_ADD_STUDY, [(*row[1:3], gate.NAMES.index(row[4])) for row in rows])
         views = [(one, self._num_views + place, rows[place][1]) for place, one in enumerate(probability)]
         self._database.executemany(_ADD_VIEW, views)
         self._num_views += len(rows)
@@ -159,26 +189,45 @@ class Studies:
         [(last,)] = self._database.execute("SELECT coalesce(max(number), 0) FROM study")
         for first in range(1, max(last, 1) + 1, BLOCK):
             some = "BETWEEN ? AND ?", (first, first + BLOCK - 1)
-            heads = self._database.execute(
-                f"SELECT name, type FROM study WHERE number {some[0]} ORDER BY number", some[1]
+            rows = self._database.execute(
+                f"SELECT name, type, gate FROM study WHERE number {some[0]} ORDER BY number", some[1]
             )
+            heads = [(name, study_type, gate.NAMES[worst]) for name, study_type, worst in rows]
             views = self._database.execute(f"SELECT study, probability FROM view WHERE study {some[0]}", some[1])
             found = np.fromiter(views, [("study", np.int64), ("probability", np.float64)])
-            yield judged(heads.fetchall(), found["study"] - first, found["probability"], card)
+            yield judged(heads, found["study"] - first, found["probability"], card)
 
 
-def judged(heads: Sequence[tuple[str, str]], code: np.ndarray, probability: np.ndarray, card: Card) -> pd.DataFrame:
-    """Lines of studies.csv. heads: k of (study, study_type); of the views: code (n,) int64 in 0 .. k - 1, probability (n,)."""
-    studies = pd.DataFrame(heads, columns=["study", "study_type"], dtype="string")
+def judged(
+    heads: Sequence[tuple[str, str, str]], code: np.ndarray, probability: np.ndarray, card: Card
+) -> pd.DataFrame:
+    """Lines of studies.csv. heads: k of (study, study_type, gate); of the views: code (n,) int64 in 0 .. k - 1, probability (n,).
+
+    Calls and bands are of the probabilities before they are shortened.
+    """
+    studies = pd.DataFrame(heads, columns=["study", "study_type", "gate"], dtype="string")
     studies["num_views"] = pd.array(np.bincount(code, minlength=len(heads)), dtype="Int64")
     studies["probability"] = classification.study_mean(code, probability)
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])
-    studies["call"] = studies["call"].astype("Int64").where(studies["threshold"].notna())
+    calls = card.trained_on.kind != "phantoms"
+    studies["call"] = studies["call"].astype("Int64").where(calls & studies["threshold"].notna())
     band = studies["band"].astype("string")
-    studies["band"] = band.where(band != "")
-    return studies[list(STUDIES)]
+    studies["band"] = band.where(calls & (band != ""))
+    studies["calibrated_probability"] = shorten(studies["calibrated_probability"].to_numpy(np.float64))
+    studies["probability"] = shorten(studies["probability"].to_numpy(np.float64), *_thresholds(studies, card))
+    studies["trained_on"] = pd.array([card.trained_on.kind] * len(studies), dtype="string")
+    return studies[list(table_guide.STUDIES)]
+
+
+def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
+    """What a study's probability is compared with, (n,) float64 each: its threshold, the ends of its band, and the paper's
+    threshold, by which `score` calls where the table has no call."""
+    bands = card.calibration.bands
+    ends = ({name: getattr(band, end) for name, band in bands.items()} for end in ("low", "high"))
+    mapped = [studies["study_type"].map(values).to_numpy(np.float64, na_value=np.nan) for values in ends]
+    return [studies["threshold"].to_numpy(np.float64), *mapped, np.full(len(studies), THRESHOLD)]
 
 
 # ---- files
@@ -216,7 +265,7 @@ class _Csv:
     def add(self, frame: pd.DataFrame) -> None:
         header, self._begun = not self._begun, True
         how: dict[str, Any] = {"lineterminator": "\n", "encoding": "utf-8", "quoting": self._quoting}
-        frame.to_csv(self._file, index=False, header=header, **how)
+        table_names.cells(frame).to_csv(self._file, index=False, header=header, **how)
 
 
 class _Parquet:

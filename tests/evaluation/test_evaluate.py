@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from helpers import laws
 from helpers.commands import SHORT, TINY, run, torchrun
+from helpers.models import with_card
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data import gate
@@ -93,6 +94,15 @@ def exported(untrained: Path) -> Path:
     return untrained / "model.onnx"
 
 
+@pytest.fixture(scope="module")
+def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, said to be of radiographs: one of drawings makes no calls."""
+    card = Model.load(exported).card
+    trained_on = card.trained_on.model_copy(update={"kind": "radiographs"})
+    target = tmp_path_factory.mktemp("radiographs") / "model.onnx"
+    return with_card(exported, card.model_copy(update={"trained_on": trained_on}), target)
+
+
 def logits(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
     images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
@@ -146,16 +156,28 @@ def test_nothing_of_valid_enters_the_fit(
 
 
 def test_predictions_have_what_the_evaluation_has(
-    exported: Path, halved: Path, untrained: Path, measured: dict[str, Any], phantoms: Path, tmp_path: Path
+    exported: Path,
+    of_radiographs: Path,
+    halved: Path,
+    untrained: Path,
+    measured: dict[str, Any],
+    phantoms: Path,
+    tmp_path: Path,
 ) -> None:
-    assert main(["predict", str(exported), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
+    assert (
+        main(["predict", str(of_radiographs), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
+    )
     told = evaluated(exported, halved, tmp_path / "e")
     assert told["calibration"] == measured["calibration"]  # the card's
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
-    assert tuple(predicted.columns) == STUDIES
+    assert tuple(predicted.columns) == (*STUDIES, "gate", "trained_on")
     for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
         table = pd.read_csv(folder / "studies.csv", keep_default_na=False, dtype=str)
-        assert tuple(table.columns) == (*STUDIES, "label", "patient", "exposure")
+        assert tuple(table.columns) == (*STUDIES, "label", "patient", "exposure", "gate", "trained_on")
+        assert set(table["trained_on"]) == {"phantoms"}
+        views = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
+        worst = views.groupby("study")["gate"].agg(lambda words: max(words, key=gate.NAMES.index))
+        assert table["gate"].tolist() == worst[table["study"]].tolist()
         both = table.merge(predicted, on="study", suffixes=("", "_predicted"))
         assert len(both) == len(predicted) == len(table) > 0
         for name in ("probability", "calibrated_probability"):

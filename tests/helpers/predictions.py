@@ -8,9 +8,12 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from mura_dist.data.folder_kind import PREDICT_SUMMARY
 from mura_dist.inference import tables
+from mura_dist.inference.output_folder import README
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
+FILES = sorted([*TABLES, README, PREDICT_SUMMARY])  # all that a finished prediction leaves
 
 
 def draw(path: Path, seed: int = 0) -> Path:
@@ -42,4 +45,5 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in TABLES}
+    """Of the files that are the same however often the command was killed."""
+    return {name: (out / name).read_bytes() for name in (*TABLES, README)}

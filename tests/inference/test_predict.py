@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ import pytest
 from helpers import faulty_reader, laws
 from helpers.cache import Cache
 from helpers.commands import run
-from helpers.predictions import TABLES, contents, draw, draw_dicom, rows
+from helpers.predictions import FILES, TABLES, contents, draw, draw_dicom, rows
 
 from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import Limits
+from mura_dist.evaluation import prediction_files
 from mura_dist.inference import autotune, chunks, grouping, pseudonyms, tables
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference.engine import Tuning, flowing
@@ -99,7 +101,7 @@ def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
     assert (summary["num_files"], summary["num_radiographs"], summary["num_failures"]) == (17, 8, 9)
     assert sum(summary["failures_by_code"].values()) == 9
     assert summary["terms"] == mura.TERMS
-    assert sorted(os.listdir(tmp_path / "out")) == ["failures.csv", "predict.json", "predictions.csv", "studies.csv"]
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps names that are not UTF-8")
@@ -111,6 +113,34 @@ def test_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
         ["r\\xf6ntgen\\xff.png", "\\xe4rm/valid/XR_HAND/patient1/study1/image1.png"]
     )
     assert "\\xe4rm/valid/XR_HAND/patient1/study1" in studies(tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps both compositions and any character")
+def test_names_that_a_spreadsheet_would_compute(model: Path, tmp_path: Path) -> None:
+    """They have a leading ./ in every CSV, and no join minds: --study-type, the key table, score."""
+    names = ["=1+1.png", "-2.png", "@a/+b.png", "\t.png", "Mu\u0308.png", "plain.png"]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "in" / name, seed)
+    (tmp_path / "in" / "=2.png").write_bytes(b"junk")
+    table = tmp_path / "types.csv"
+    table.write_text("path,study_type\n./=1+1.png,hand\n-2.png,hand\nMü.png,hand\n", encoding="utf-8")
+    out, keys = tmp_path / "out", tmp_path / "keys.csv"
+    options = PredictOptions(study_type=str(table), study_by="file")
+    predict(model, tmp_path / "in", out, options)
+    written = [f"./{name}" for name in names[:4]] + names[4:]
+    assert {row["path"] for row in rows(out / "predictions.csv")} == set(written)
+    assert [row["path"] for row in rows(out / "failures.csv")] == ["./=2.png"]
+    hands = {row["study"] for row in rows(out / "studies.csv") if row["study_type"] == "XR_HAND"}
+    assert hands == {"./=1+1.png", "./-2.png", "Mu\u0308.png"}
+    for _ in ("made", "found"):
+        predict(model, tmp_path / "in", tmp_path / "hidden", replace(options, keytable=keys))
+        shutil.rmtree(tmp_path / "hidden")
+    assert {row["path"] for row in rows(keys)} == {*written, "./=2.png"}
+    labels = tmp_path / "labels.csv"
+    labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
+    found = prediction_files.read_predictions(out / "studies.csv")
+    studies = prediction_files.joined(found, prediction_files.read_labels(labels, files_are_studies=True))
+    assert studies["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
 
 
 def test_out_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
@@ -125,7 +155,7 @@ def test_nothing_readable(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "notes.txt").write_text("none")
     assert predict(model, tmp_path / "in", tmp_path / "out")["num_studies"] == 0
     assert (tmp_path / "out" / "predictions.csv").read_text() == "path,study,study_type,logit,probability,gate\n"
-    header = "study,study_type,num_views,probability,calibrated_probability,threshold,call,band\n"
+    header = "study,study_type,num_views,probability,calibrated_probability,threshold,call,band,gate,trained_on\n"
     assert (tmp_path / "out" / "studies.csv").read_text() == header
     assert len(rows(tmp_path / "out" / "failures.csv")) == 1
 
@@ -195,16 +225,17 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
         wanted = loaded.logits(image[None, None])[0]
         assert np.float32(row["logit"]) == wanted  # the shortest text that is this float32
         assert len(row["logit"]) <= 14
-        assert float(row["probability"]) == pytest.approx(1 / (1 + np.exp(-float(wanted))), rel=1e-12)
+        assert row["probability"] == repr(float(f"{1 / (1 + np.exp(-float(wanted))):.6g}"))
         logits.setdefault(row["study"], []).append(float(wanted))
     assert len(set(map(tuple, logits.values()))) == 4  # not one answer for all
     for row in rows(tmp_path / "out" / "studies.csv"):
         probability = np.mean([1 / (1 + np.exp(-logit)) for logit in logits[row["study"]]])
-        assert float(row["probability"]) == pytest.approx(probability, rel=1e-12)
+        assert row["probability"] == repr(float(f"{probability:.6g}"))
         threshold = {"XR_HAND": 0.5, "XR_WRIST": 0.25}.get(row["study_type"])
         assert row["threshold"] == ("" if threshold is None else str(threshold))
         assert row["call"] == ("" if threshold is None else str(int(probability > threshold)))
         assert row["calibrated_probability"] == row["band"] == ""
+        assert row["trained_on"] == "radiographs"
     told = [line for line in summary["warnings"] if "column gate" not in line]  # blotches are no radiographs
     assert told == ["no threshold was evaluated for study type XR_HIP: no call for 1 of its studies"]
     assert {row["gate"] for row in rows(tmp_path / "out" / "predictions.csv")} <= set(gate.NAMES)
@@ -406,7 +437,7 @@ def test_killed_before_or_after_any_write(
     )
     command = [sys.executable, "-c", driver, str(model), str(source), str(tmp_path), str(step)]
     last = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0 <= last - 2 * 8 < step  # plan, three parts, three tables, the mark
+    assert 0 <= last - 2 * 9 < step  # plan, three parts, three tables, README.txt, the mark
     for moment in range(0, last, step):
         out = tmp_path / str(moment)
         for name in set(TABLES) & set(os.listdir(out)):
@@ -416,7 +447,7 @@ def test_killed_before_or_after_any_write(
         predict(model, source, out, progress=lambda done, total, seen=seen: total and seen.append(done))
         assert contents(out) == wanted, moment
         assert not seen or seen[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
-        assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
+        assert sorted(os.listdir(out)) == FILES
 
 
 KILLED = (
@@ -472,7 +503,7 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
     assert contents(out) == wanted
     left = wanted["predictions.csv"].count(b"\n") - 1 - sum(len(part["predictions"]) for part in parts)
     assert sum(map(int, notes.read_text().split())) == left
-    assert sorted(os.listdir(out)) == sorted([*TABLES, "predict.json"])
+    assert sorted(os.listdir(out)) == FILES
 
 
 @pytest.mark.parametrize(
@@ -592,6 +623,8 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "studies.csv").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.txt").write_text("mine")
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "void.onnx").write_bytes(b"")
     cases: list[tuple[dict[str, Any], str]] = [
@@ -601,6 +634,7 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"out": source}, r"^--out .*in is the directory of radiographs itself; give another"),
         ({"out": source / "a.png"}, r"a\.png is a file; give a folder"),
         ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv, which is not of this run; give another folder"),
+        ({"out": tmp_path / "notes"}, r"notes holds README\.txt, which is not of this run; give another folder"),
         ({"study_by": "patient"}, r"^--study-by patient: must be one of auto, folder, file;"),
         ({"format": "xlsx"}, r"^--format xlsx: must be one of csv, parquet;"),
         ({"workers": 0}, r"^--workers 0: must be at least 1;"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers.cache import Cache
 from helpers.commands import killed_when, run
-from helpers.predictions import TABLES, contents, draw
+from helpers.predictions import FILES, contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
 from mura_dist.core.errors import Failure, Refusal
@@ -112,7 +112,7 @@ def test_ranks_share_a_directory_with_the_same_bytes(
     assert [bool(out) for out, _ in told] == [False] * (size - 1) + [True], "the first rank speaks for all"
     assert sum(predicted(err) for _, err in told) == NUM_RADIOGRAPHS, "nothing twice"
     assert all(predicted(err) > 0 for _, err in told)
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*TABLES, "predict.json"])
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any
     ranks = [start(rank, 2) for rank in range(2)]
     told = [rank.communicate(timeout=120) for rank in ranks]
     assert [(rank.returncode, predicted(err)) for rank, (_, err) in zip(ranks, told, strict=True)] == [(0, 0)] * 2
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*TABLES, "predict.json"])
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 def test_a_rank_whose_first_one_never_comes_says_so(

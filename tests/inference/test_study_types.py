@@ -25,16 +25,29 @@ def test_a_table_as_r_writes_it(tmp_path: Path) -> None:
     assert study_types.read(str(path)) == {"a.png": "XR_HAND", "b.png": "XR_WRIST"}
 
 
+def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
+    path = tmp_path / "types.csv"
+    wanted = {"Mü/a.png": "XR_HAND", "=1.png": "XR_WRIST"}
+    for mark, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-16")):
+        lines = ["path,study_type", "Mu\u0308/a.png,hand", "./=1.png,XR_WRIST"]
+        path.write_bytes("\r\n".join(line.replace(",", mark) for line in lines).encode(encoding))
+        assert study_types.read(str(path)) == wanted
+    assert study_types.match(wanted, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
+    path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
+    with pytest.raises(Refusal, match="is both XR_HAND and XR_WRIST; leave one"):
+        study_types.read(str(path))
+
+
 NO_TABLES = {
     "empty": b"",
     "blank": b"\n",
     "another column": b"study_type,paths\nhand,a.png\n",
     "no header": b"a.png,hand\n",
-    "semicolons": b"path;study_type\n",
+    "bars": b"path|study_type\n",
     "an open quote": b'path,study_type\n"a.png,hand\n',
     "a longer line": b"path,study_type\na.png,hand,\n",
     "Latin-1": b"path,study_type\n\xff,hand\n",
-    "UTF-16": "path,study_type\n".encode("utf-16"),
+    "half a UTF-16": "path,study_type\n".encode("utf-16")[:-1],
 }
 
 

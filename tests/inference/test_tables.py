@@ -18,6 +18,7 @@ from helpers.models import card_of
 
 from mura_dist.core.errors import Failure
 from mura_dist.data import gate
+from mura_dist.evaluation import prediction_files
 from mura_dist.inference import tables
 from mura_dist.inference.tables import Part
 from mura_dist.metrics import classification
@@ -42,11 +43,13 @@ def test_a_call_is_strict(tmp_path: Path) -> None:
     assert frame["call"].tolist() == [0, 1]
 
 
+FACTS = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
+HAND = TypePoints(**FACTS, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
+
+
 def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
-    facts = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
-    hand = TypePoints(**facts, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
-    wrist = TypePoints(**facts, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
-    points = Points(fitted_on="tune", by_study_type={"XR_HAND": hand, "XR_WRIST": wrist})
+    wrist = TypePoints(**FACTS, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
+    points = Points(fitted_on="tune", by_study_type={"XR_HAND": HAND, "XR_WRIST": wrist})
     logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
     views = [
         [f"{kind}{place}"] * 2 + [kind, logit, "ok"]
@@ -65,7 +68,7 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
             continue
         odds = probability / (1 - probability) if probability < 1 else np.exp(30)
         odds = min(max(odds, np.exp(-30)), np.exp(30))
-        assert calibrated == pytest.approx(1 / (1 + np.exp(1.0) / np.sqrt(odds)), rel=1e-6)
+        assert calibrated == pytest.approx(1 / (1 + np.exp(1.0) / np.sqrt(odds)), rel=1e-5)
         assert band == ("negative" if probability <= 0.25 else "positive" if probability > 0.75 else "uncertain")
     assert set(frame["band"].dropna()) == {"negative", "uncertain", "positive"}
 
@@ -80,7 +83,113 @@ def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path
         }
         found.add(judged(tmp_path, [part], card_of())["probability"][0])
     assert len(found) == 1  # to the last bit
-    assert found.pop() == pytest.approx(np.mean(classification.sigmoid(np.array(logits))), rel=1e-15)
+    assert found.pop() == float(f"{np.mean(classification.sigmoid(np.array(logits))):.6g}")
+
+
+def test_a_model_of_drawings_makes_no_call_and_no_band(tmp_path: Path) -> None:
+    parts: list[Part] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
+    points = Points(fitted_on="tune", by_study_type={"XR_HAND": HAND})
+    found = {}
+    for kind in ("phantoms", "radiographs"):
+        card = card_of(kind=kind).model_copy(update={"calibration": points})
+        tally = tables.write(tmp_path, lambda: parts, card, "csv", tmp_path / "aside")
+        [found[kind]] = rows_of(tmp_path / "studies.csv")
+        assert (tally.num_calls, tally.num_positive) == ((0, 0) if kind == "phantoms" else (1, 1))
+        assert tally.studies_by_band == ({} if kind == "phantoms" else {"positive": 1})
+        assert not tally.unevaluated_by_type
+        assert found[kind].pop("trained_on") == kind
+    assert found["phantoms"] == found["radiographs"] | {"call": "", "band": ""}
+    assert found["phantoms"]["threshold"] == "0.5"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_studys_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
+    cases = [order for num in (1, 2, 3) for order in itertools.permutations(gate.NAMES, num)]
+    rows = [
+        [f"{i}", f"{case}", "XR_HAND", 0.0, word] for case, words in enumerate(cases) for i, word in enumerate(words)
+    ]
+    frame = judged(
+        tmp_path, [{"predictions": rows[:30], "failures": []}, {"predictions": rows[30:], "failures": []}], card_of()
+    )
+    assert frame["gate"].tolist() == [max(words, key=gate.NAMES.index) for words in cases]
+
+
+# ---- 6 digits
+
+
+def test_a_shortened_probability_stays_on_its_side_of_every_threshold() -> None:
+    """Probabilities and thresholds a hair's breadth apart, at all distances from one unit in the last place up."""
+    rng = np.random.default_rng(0)
+    threshold = np.repeat(np.concatenate([[0.5, 0.25, 1e-9, 0.123456, 0.1234565], rng.random(20)]), 106)
+    ulps = np.tile([sign * 2.0**power for sign in (-1, 1) for power in (-np.inf, *range(52))], 25)
+    probability = np.clip(threshold + ulps * np.spacing(threshold), 0, 1)
+    short = tables.shorten(probability, threshold, np.full(len(threshold), np.nan))
+    np.testing.assert_array_equal(short > threshold, probability > threshold)
+    np.testing.assert_allclose(short, probability, rtol=5.1e-6)
+    digits = np.array([len(f"{value!r}".partition("e")[0].replace(".", "").lstrip("0")) for value in short.tolist()])
+    assert digits.max() > 12
+    plain = tables.shorten(probability)
+    assert plain.tolist() == [float(f"{value:.6g}") for value in probability.tolist()]
+    sure = (plain > threshold) == (probability > threshold)
+    assert (short == plain)[sure].all(), "more digits than it takes"
+    assert 0.1 < sure.mean() < 0.9
+
+
+@pytest.mark.parametrize("format", tables.FORMATS)
+def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format: str) -> None:
+    """A call is of the probability before it is shortened, and `score --threshold` makes the same of what is written."""
+    logits = np.repeat(np.random.default_rng(1).normal(0, 2, 40).astype(np.float32), 3)
+    rows = [[f"s{i}", f"s{i}", f"type {i}", logit, "ok"] for i, logit in enumerate(logits.tolist())]
+    exact = classification.sigmoid(logits)
+    near = np.array([np.nextafter(exact[i], exact[i] + i % 3 - 1) for i in range(len(exact))])  # below, at, above
+    points = {
+        f"type {i}": TypePoints(**FACTS, band=Band(low=cut, high=min(1, cut + 1e-9)))
+        for i, cut in enumerate(near.tolist())
+    }
+    card = card_of().model_copy(
+        update={
+            "thresholds": {f"type {i}": cut for i, cut in enumerate(near.tolist())},
+            "calibration": Points(fitted_on="tune", by_study_type=points),
+        }
+    )
+    tables.write(tmp_path, lambda: [{"predictions": rows, "failures": []}], card, format, tmp_path / "aside")
+    path = tmp_path / f"studies.{format}"
+    found = pd.DataFrame(rows_of(path)) if format == "csv" else pd.read_parquet(path)
+    found = found.astype({"probability": float, "threshold": float, "call": int})
+    assert found["threshold"].tolist() == near.tolist()
+    assert found["call"].tolist() == (exact > near).astype(int).tolist()
+    assert set(found["call"]) == {0, 1}
+    assert ((found["probability"] > found["threshold"]) == (found["call"] == 1)).all()
+    assert ((found["probability"] <= near) == (found["band"] == "negative")).all()
+    for i in range(0, len(rows), 7):
+        score = prediction_files.read_predictions(path, threshold=float(near[i])).frame
+        assert score["call"][i] == found["call"][i]
+
+
+# ---- formulas
+
+
+@pytest.mark.parametrize("format", tables.FORMATS)
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, format: str) -> None:
+    names = ["=1+1.png", "+a.png", "-a/b.png", "@a.png", "\ta.png", "\ra.png", "a=.png"]
+    rows = [[name, name, "XR_HAND", -1.0, "ok"] for name in names]
+    parts: list[Part] = [{"predictions": rows, "failures": [[name, "unreadable", "why"] for name in names]}]
+    tables.write(tmp_path, lambda: parts, card_of(), format, tmp_path / "aside")
+    for table, column in (
+        ("predictions", "path"),
+        ("predictions", "study"),
+        ("studies", "study"),
+        ("failures", "path"),
+    ):
+        path = tmp_path / f"{table}.{format}"
+        found = [row[column] for row in rows_of(path)] if format == "csv" else pd.read_parquet(path)[column].tolist()
+        assert found == ([*(f"./{name}" for name in names[:-1]), names[-1]] if format == "csv" else names)
+    if format == "csv":
+        assert {row["logit"] for row in rows_of(tmp_path / "predictions.csv")} == {"-1.0"}
 
 
 def test_sigmoid_at_its_ends() -> None:
@@ -120,7 +229,7 @@ def oracle(views: list[list[Any]]) -> pd.DataFrame:
     found = frame.groupby("study", sort=False).agg(
         study_type=("study_type", lambda types: types.iloc[0] if types.nunique() == 1 else "unknown"),
         num_views=("path", "size"),
-        probability=("probability", lambda p: sum(sorted(p), 0.0) / len(p)),
+        probability=("probability", lambda p: float(f"{sum(sorted(p), 0.0) / len(p):.6g}")),
     )
     return found.reset_index()
 
@@ -149,7 +258,6 @@ def test_blocks_and_parts_leave_no_trace(
         assert found[column].tolist() == wanted[column].tolist(), column  # to the last bit
     assert tally.num_studies == len(wanted)
     predictions = read(tmp_path / "10-7" / f"predictions.{format}")
-    assert list(predictions) == ["path", "study", "study_type", "logit", "probability", "gate"]
     assert predictions["gate"].tolist() == [row[4] for row in views]
     assert tally.radiographs_by_gate == Counter(row[4] for row in views)
 

@@ -15,7 +15,7 @@ import numpy as np
 import streamlit as st
 from PIL import Image, ImageFont
 
-from mura_dist.data import gate, mura
+from mura_dist.data import gate, mura, table_names
 from mura_dist.inference import overlays
 from mura_dist.inference.file_list import printable
 from mura_dist.inference.page import wording
@@ -261,7 +261,7 @@ def _tables(found: Answer) -> None:
     for label, table, name in (("Study", found.studies, "studies"), ("Views", found.predictions, "predictions")):
         st.download_button(
             f"{label} (CSV)",
-            data=table.to_csv(index=False, lineterminator="\n").encode(),
+            data=table_names.cells(table).to_csv(index=False, lineterminator="\n").encode(),
             file_name=f"{name}.csv",
             mime="text/csv",
             on_click="ignore",

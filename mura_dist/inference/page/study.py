@@ -206,8 +206,8 @@ def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
     rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
     predictions = tables.views(rows)
     probability = classification.sigmoid(np.array([logit for _, logit in good], np.float32))
-    studies = tables.judged([(STUDY, study_type)], np.zeros(len(rows), np.int64), probability, card)
+    worst = max((file.upload.verdict for file, _ in good), key=gate.NAMES.index)
+    studies = tables.judged([(STUDY, study_type, worst)], np.zeros(len(rows), np.int64), probability, card)
     if card.trained_on.kind == "phantoms":
         studies[["threshold", "calibrated_probability"]] = np.nan
-        studies[["call", "band"]] = pd.NA
     return Answer(studies, predictions)
