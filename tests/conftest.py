@@ -110,6 +110,19 @@ def read_faults(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user: no HOME, and a user id that the system does not know."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    pwd = pytest.importorskip("pwd")
+
+    def unknown(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.fixture
 def own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test's own key to name DICOM studies by, not made yet."""
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))

@@ -246,3 +246,27 @@ def check_folder(folder: Path, option: str) -> None:
         raise Refusal(
             f"{option}: {there} cannot be written (read-only, or another user's); make it so, or give another place"
         )
+
+
+def user_folder(variable: str, default: str) -> Path:
+    """Return the folder that an environment variable names, or else `default` below the user's home.
+
+    Raises:
+        Refusal: neither is known: HOME is not set, and the system does not know the user (a container's).
+    """
+    if named := os.environ.get(variable):
+        return Path(named)
+    try:
+        return Path.home() / default
+    except RuntimeError:
+        raise Refusal(
+            f"HOME is not set and this user is unknown to the system; set HOME, or {variable}=FOLDER"
+        ) from None
+
+
+def expand_user(path: str) -> Path:
+    """Return a path whose leading ~ is the user's home. Raises Refusal where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise Refusal(f"{path}: the home that ~ stands for is not known; write the whole path, or set HOME") from None

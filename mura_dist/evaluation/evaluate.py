@@ -10,12 +10,12 @@ its card.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mura_dist.core import files
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data.class_weights import class_weights
@@ -48,7 +48,7 @@ def evaluate_target(
     weights, split = Weights.of_target(target, which), options.split
     results.check_out(options.out, target)
     settings, data = weights.settings, weights.data()
-    shards = Shards.open(shards_folder, Path(settings.mirror).expanduser() if settings.mirror else None)
+    shards = Shards.open(shards_folder, files.expand_user(settings.mirror) if settings.mirror else None)
     rows = shards.rows(split)
     shards.require(split)
     if data["size"] != shards.size:

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import Failure, Refusal, os_reason
 from mura_dist.distributed.processes import processors
 from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, cache_folder, flowing
 from mura_dist.inference.onnx_model import Model
@@ -59,7 +59,7 @@ def _known() -> dict[str, Any]:
 def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: None) -> Tuning:
     """Measure, keep and return the fastest way to run the model of `path`; `say` hears a line for each way.
 
-    Raises what Model.load raises, OSError where the cache folder cannot be written.
+    Raises what Model.load raises. Where it cannot be kept, `say` hears a warning.
     """
     first = {}
     for tuning in candidates(path, provider):
@@ -77,7 +77,13 @@ def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: 
     for tuning, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
         say(f"{rate:9.2f} radiographs/s  {words(tuning)}")
     best = max(promising, key=lambda tuning: medians[tuning])
-    _keep(models[best], best, medians)
+    try:
+        _keep(models[best], best, medians)
+    except Refusal as error:
+        say(f"warning: not kept for later runs: {error}")
+    except OSError as error:
+        place = f"{cache_folder()}: {os_reason(error)}; XDG_CACHE_HOME=FOLDER names another place"
+        say(f"warning: not kept for later runs: {place}")
     return best
 
 

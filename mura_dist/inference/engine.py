@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from mura_dist.core import files
 from mura_dist.core.errors import Failure
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
@@ -72,7 +73,6 @@ def batch_failure(engine: str, image: np.ndarray, error: Exception) -> Failure:
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again."""
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "mura-dist"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mura-dist"
+    """Return where this machine keeps what can be made again. Raises Refusal where the user has no home."""
+    place = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
+    return files.user_folder(*place) / "mura-dist"

@@ -80,9 +80,8 @@ def key_path() -> Path:
 
 
 def _configuration() -> Path:
-    if os.name == "nt":
-        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "mura-dist"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mura-dist"
+    place = ("APPDATA", "AppData/Roaming") if os.name == "nt" else ("XDG_CONFIG_HOME", ".config")
+    return atomic.user_folder(*place) / "mura-dist"
 
 
 def site_key(*apart: Path) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 from torchvision.models.densenet import DenseNet121_Weights, DenseNet169_Weights
 
+from mura_dist.core import files
 from mura_dist.core.errors import Refusal
 from mura_dist.models.dense_block import dense_block, stem
 
@@ -108,7 +109,7 @@ def imagenet_file(architecture: str) -> Path:
             f"{', '.join(IMAGENET_FILES)}; give pretrained=FILE, or pretrained= for none"
         )
     url = IMAGENET_FILES[architecture].IMAGENET1K_V1.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
+    path = files.expand_user(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

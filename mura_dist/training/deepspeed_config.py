@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mura_dist.core import files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Refusal, nearest
 
@@ -58,7 +59,7 @@ def user(settings: Settings, world_size: int) -> dict[str, Any]:
     if not settings.deepspeed:
         return {}
     where = f"deepspeed={settings.deepspeed}"
-    values = _read(Path(settings.deepspeed).expanduser(), where)
+    values = _read(files.expand_user(settings.deepspeed), where)
     said = _said_by_recipe(settings, world_size)
     rest: dict[str, Any] = {}
     for key, value in _leaves(values):

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mura_dist.core import files
 from mura_dist.core.config import AUTO, Settings
 from mura_dist.core.errors import Refusal
 from mura_dist.data.loaders import sampler as order
@@ -26,7 +26,7 @@ class Plan:
     @classmethod
     def of(cls, settings: Settings, world_size: int) -> "Plan":
         """Raises Refusal where shards, settings and ranks do not go together."""
-        shards = Shards.open(settings.shards, Path(settings.mirror).expanduser() if settings.mirror else None)
+        shards = Shards.open(settings.shards, files.expand_user(settings.mirror) if settings.mirror else None)
         train, select = shards.rows("train"), shards.rows(settings.select_on)
         shards.require("train", settings.select_on)
         plan = cls(settings, shards, train, select, world_size, {})

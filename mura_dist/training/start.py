@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core import config
+from mura_dist.core import config, files
 from mura_dist.core.config import AUTO, Settings
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.data.loaders.loader import BatchLoader, Targets
@@ -132,7 +132,7 @@ def make_engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: W
 
 def _load_pretrained(network: densenet.DenseNet, name: str, ranks: World) -> None:
     """One rank of a machine goes first: it may have to fetch the file."""
-    where = name if name == densenet.IMAGENET else Path(name).expanduser()
+    where = name if name == densenet.IMAGENET else files.expand_user(name)
     if ranks.local_rank == 0:
         densenet.load_pretrained(network, where)
     ranks.barrier()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mura_dist.core import files
+from mura_dist.core.errors import Refusal
 
 posix = pytest.mark.skipif(os.name != "posix", reason="processes that fork, links and modes are POSIX")
 
@@ -108,3 +109,23 @@ def test_permissions_hold_from_the_first_byte(tmp_path: Path) -> None:
             os.umask(before)
         expected = mode if mode == files.PRIVATE else mode & ~umask
         assert (unfinished, (tmp_path / "a").stat().st_mode & 0o777) == (expected, expected)
+
+
+def test_a_folder_of_the_user_is_named_or_below_home_or_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert files.user_folder("XDG_CACHE_HOME", ".cache") == tmp_path / ".cache"
+    assert files.expand_user("~/a") == tmp_path / "a"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert files.user_folder("XDG_CACHE_HOME", ".cache") == Path("/elsewhere")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"HOME is not set and this user is unknown.*XDG_CACHE_HOME=FOLDER"):
+        files.user_folder("XDG_CACHE_HOME", ".cache")
+    with pytest.raises(Refusal, match="~/a: the home that ~ stands for is not known"):
+        files.expand_user("~/a")
+    assert files.expand_user(str(tmp_path)) == tmp_path

@@ -236,6 +236,22 @@ def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: p
     assert autotune.stored(Model.load(model)) is None
 
 
+def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(autotune, "_SECONDS", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    lines: list[str] = []
+    assert autotune.choose(model, "cpu", lines.append).batch_size
+    assert lines[-1].startswith(
+        "warning: not kept for later runs: /dev/null/cache/mura-dist: not a directory; XDG_CACHE_HOME="
+    )
+    request.getfixturevalue("homeless")
+    assert autotune.choose(model, "cpu", lines.append).batch_size
+    assert lines[-1].startswith("warning: not kept for later runs: HOME is not set")
+    assert autotune.stored(Model.load(model)) is None
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
 def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)

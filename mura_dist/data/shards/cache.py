@@ -27,8 +27,8 @@ _ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside t
 def local(where: Where, mirror: Path | None = None) -> Path:
     """The local folder to open `where` in: itself, unless it is a URL or `mirror` (a folder of this node's disk) is given.
 
-    A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises Refusal where there are no finished shards or not
-    enough room, Failure where a copy differs from its SHA-256.
+    A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises Refusal where there are no finished shards, not
+    enough room or no home, Failure where a copy differs from its SHA-256.
     """
     if mirror is None and not storage.is_remote(where):
         return Path(where)
@@ -53,7 +53,7 @@ def local(where: Where, mirror: Path | None = None) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mura-dist" / "shards"
+    return files.user_folder("XDG_CACHE_HOME", ".cache") / "mura-dist" / "shards"
 
 
 @contextlib.contextmanager

@@ -7,10 +7,13 @@ Nothing uploaded reaches a disk or outlives its session, nothing is told to anyb
 told otherwise.
 """
 
+import contextlib
 import ipaddress
+import os
 import socket
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ def serve(
     some = tuple(Example.find(examples)) if examples is not None else ()
     _check_place(address, port)
     model = Model.load(model_path)
-    with desk(model, workers=min(2, processors())) as shared:
+    with _home(), desk(model, workers=min(2, processors())) as shared:
         _serving = Serving(shared, some)
         say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
         if not _is_loopback(address):
@@ -71,6 +74,17 @@ def serve(
         options = _options(address, port)
         bootstrap.load_config_options(options)
         bootstrap.run(str(Path(__file__).with_name("script.py")), False, [], options)
+
+
+@contextlib.contextmanager
+def _home() -> Iterator[None]:
+    """Give Streamlit, which looks for its settings there, an empty home folder where the user has none."""
+    if os.path.expanduser("~") != "~":
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HOME"] = folder
+        yield
 
 
 def _options(address: str, port: int) -> dict[str, Any]:

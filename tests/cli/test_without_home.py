@@ -1,0 +1,67 @@
+"""Every command for a user whom the system does not know, without HOME, as a container may start them."""
+
+import os
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from helpers.commands import BIN, NO_GPU, SHORT, TINY, free_port
+
+USER = 12345
+# The environment's Python may be one that only root may read.
+BECOME = [*("setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups")]
+BECOME += [*("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")]
+HOMES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.name != "posix" or os.geteuid() != 0 or not shutil.which("setpriv"), reason="takes root, and setpriv"
+    ),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of that user's, which it can reach."""
+    for parent in tmp_path.parents[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    os.chown(tmp_path, USER, USER)
+    return tmp_path
+
+
+def start(folder: Path, *words: object) -> subprocess.Popen[str]:
+    known = {name: value for name, value in os.environ.items() if name not in HOMES} | NO_GPU
+    command = [*BECOME, str(BIN / "mura-dist"), *map(str, words)]
+    return subprocess.Popen(command, cwd=folder, env=known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_from_training_to_predictions(shard_folder: Path, phantoms: Path, folder: Path) -> None:
+    train = ("train", *TINY, *SHORT, f"shards={shard_folder}", "run=run", "--quiet")
+    predict = ("predict", "run/model.onnx", phantoms / "valid", "--out", "out")
+    for words in (train, ("evaluate", "run", shard_folder, "--no-gallery"), ("export", "run"), predict, ("--help",)):
+        process = start(folder, *words)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, "Traceback" in err) == (0, False), err
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "run"], "nothing called ~"
+
+
+def test_the_page(model: Path, folder: Path) -> None:
+    port = free_port()
+    process = start(folder, "page", model, "--port", port)
+    try:
+        while True:
+            assert process.poll() is None, process.communicate()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as answer:
+                    assert answer.status == 200
+                    break
+            except OSError:
+                time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert list(folder.iterdir()) == []
