@@ -58,10 +58,10 @@ def join_fragments(pixel_data: bytes) -> bytes:
 
 def read_codestream(frame: bytes) -> Codestream:
     """Read the headers of a JPEG, JPEG-LS or JPEG 2000. Raises Unreadable where they contradict each other."""
-    (stream,) = found if len(found := set(_jpeg2000(frame) if _SIZ in frame else _jpeg(frame))) == 1 else [None]
-    if stream is None:
+    streams = set(_jpeg2000(frame) if _SIZ in frame else _jpeg(frame))
+    if len(streams) != 1:
         raise Unreadable("unreadable", "the image in its DICOM says several sizes, or none")
-    return stream
+    return streams.pop()
 
 
 def _jpeg2000(frame: bytes) -> Iterator[Codestream]:

@@ -1,8 +1,8 @@
-"""Parse a DICOM without its pixels' meaning, and give its values whatever their usual faults.
+"""Parse a DICOM, and give the values of its header, with their usual faults mended.
 
     bytes or a file -> is_dicom -> parse -> Header -> label, integer, numbers, raw, items
 
-What cannot be used is ignored, and noted by the attribute's keyword: a value never leaves this module but to be used.
+What cannot be used is ignored, and noted by the attribute's keyword: no value gets into a note or a message.
 """
 
 import io
@@ -23,9 +23,8 @@ _SYNTAXES = {  # of data that are not compressed, by (implicit, little endian)
     (False, False): "1.2.840.10008.1.2.2",
 }
 _PREAMBLE, _PREFIX = 128, b"DICM"
-_FIRST_GROUPS = range(
-    0x02, 0x62, 2
-)  # a bare data set may open with any of these: file meta, ..., acquisition, image, workflow
+# A bare data set may open with any of these: file meta, identification, patient, acquisition, image and so on.
+_FIRST_GROUPS = range(0x02, 0x62, 2)
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _BINARY_VRS = frozenset(["FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"])
@@ -46,6 +45,7 @@ class Header:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
+        """Keep a note, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -111,7 +111,7 @@ def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: li
     uid = str(meta.get("TransferSyntaxUID") or "").strip(" \0")
     if uid == _DEFLATED:
         raise Unreadable("out_of_scope", "a deflated DICOM; store it uncompressed or as JPEG 2000")
-    implicit, little = next((encoding for encoding, known in _SYNTAXES.items() if known == uid), (False, True))
+    implicit, little = next((encoding for encoding, plain in _SYNTAXES.items() if plain == uid), (False, True))
     if not uid:
         implicit, little = _guess_encoding(file)
     dataset = read_dataset(
@@ -169,11 +169,11 @@ def numbers(header: Header, scope: Any, keyword: str) -> list[float]:
     if isinstance(value, bytes):
         value = value.decode("latin-1").split("\\")
     values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    texts = [str(one).strip(" \0") for one in values]
-    found = [_number(text) for text in texts]
-    if any("," in text and math.isfinite(number) for text, number in zip(texts, found, strict=True)):
+    texts = [str(each).strip(" \0") for each in values]
+    parsed = [_number(text) for text in texts]
+    if any("," in text and math.isfinite(number) for text, number in zip(texts, parsed, strict=True)):
         header.note(f"{keyword} has a decimal comma")
-    return found
+    return parsed
 
 
 def _number(text: str) -> float:
