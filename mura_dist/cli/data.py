@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import Failure, mask_url
 from mura_dist.data import mura
 
 
@@ -63,7 +63,7 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
     if index is None:  # another rank's: the first one speaks
         return
     click.echo(report.text(json.loads(storage.of(out).read("report.json"))))
-    click.echo(f"{out}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
+    click.echo(f"{mask_url(str(out))}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
 
 
 @click.command(short_help="Check shards to the bit.")
@@ -83,7 +83,7 @@ def verify(out: Path | str, quiet: bool) -> None:
             f"{out}: {problems} problems; delete the damaged shards' .json files and index.json, then convert again"
         )
     num = sum(part["num_radiographs"] for part in Shards.open(out).index["splits"].values())
-    click.echo(f"{out}: {num} radiographs, all sound")
+    click.echo(f"{mask_url(str(out))}: {num} radiographs, all sound")
 
 
 @click.command(short_help="Counts, sizes, exposure, defects, as a page.")

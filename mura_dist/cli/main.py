@@ -17,7 +17,7 @@ import click
 from mura_dist import __version__
 from mura_dist.cli import benchmarks, data, evaluation, inference, training
 from mura_dist.cli.options import Commands
-from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, Stopped
+from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, Stopped, mask_url
 from mura_dist.distributed import environment
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
@@ -101,7 +101,7 @@ def _speaks() -> bool:
 
 def _end(status: int, line: str, *, only_first: bool) -> int:
     if not only_first or _speaks():
-        click.echo(f"mura-dist: {' '.join(line.split())}", err=True)
+        click.echo(f"mura-dist: {mask_url(' '.join(line.split()))}", err=True)
     return status
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import Refusal, mask_url, nearest
 
 
 class Trait(Enum):
@@ -288,8 +288,9 @@ def _value(key: str, text: str) -> Any:
 
 
 def to_toml(settings: Settings) -> str:
-    """The settings as a recipe that gives them again."""
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.model_dump().items())
+    """The settings as a recipe that gives them again, but for secrets in URLs."""
+    shown = {key: mask_url(value) if isinstance(value, str) else value for key, value in settings.model_dump().items()}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in shown.items())
 
 
 def _toml(value: Any) -> str:

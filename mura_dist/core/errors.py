@@ -7,7 +7,14 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
+from typing import Any
+
+MASK = "***"
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
+_URL = re.compile(rf"({_SCHEME})((?:(?!{_SCHEME})[^\s'\"<>`])*)")
+_PORT = re.compile(r"(.*\]|[^:]*):[0-9]*")
 
 _DISK = "EIO EREMOTEIO ENXIO ENODEV ENOMEDIUM EUCLEAN ESTALE"
 _NETWORK = "ENOTCONN ESHUTDOWN EPIPE ENOLINK ECOMM ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET"
@@ -16,7 +23,37 @@ _MACHINE = "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN EBUSY"  # what it has too little
 _IO_FAULTS = {getattr(errno, name, None) for name in f"{_DISK} {_NETWORK} {_CONNECTION} {_MACHINE}".split()} - {None}
 
 
-class Refusal(ValueError):
+def mask_url(text: str) -> str:
+    """Return `text` with the user, password, query and fragment of every URL in it replaced by `MASK`: they are secrets.
+
+    A secret that was not percent-encoded may hold any sign, so that of `s3://KEY:SEC/RET@bucket` all before the last @ is one.
+    """
+    return _URL.sub(lambda match: match[1] + _mask_rest(match[2]), text)
+
+
+def _mask_rest(rest: str) -> str:
+    """Mask what follows `scheme://`."""
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user = ""
+    if "@" in authority:
+        user, rest = MASK + "@", rest[authority.rindex("@") + 1 :]
+    elif ":" in authority and "@" in rest and not _PORT.fullmatch(authority):
+        user, rest = MASK + "@", rest[rest.rindex("@") + 1 :]
+    path, mark, query = rest.partition("?") if "?" in rest else rest.partition("#")
+    if mark == "#" and "=" not in query:  # a part of a name
+        return f"{user}{rest}"
+    secret = query.rstrip(".,;:)]")  # the signs of a sentence end no URL
+    return f"{user}{path}{mark}{MASK if secret else ''}{query[len(secret) :]}"
+
+
+class _Line:
+    """An exception whose text is a line to print, and to keep: no secret of a URL is in it."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*(mask_url(word) if isinstance(word, str) else word for word in words))
+
+
+class Refusal(_Line, ValueError):
     """The user asked for something that cannot be done as asked. `str(refusal)` is the line to print."""
 
 
@@ -24,11 +61,11 @@ class OwnRefusal(Refusal):
     """Of one rank, whichever it is: the others know nothing of it, so that it has to say it itself."""
 
 
-class Stopped(Exception):
+class Stopped(_Line, Exception):
     """A signal asked the work to stop; everything done so far is on disk."""
 
 
-class Failure(RuntimeError):
+class Failure(_Line, RuntimeError):
     """The request was right and the work failed (exit status 1). `str(failure)` is the line to print."""
 
 

@@ -3,7 +3,8 @@
     place = storage.of("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
 
 Names are relative, "/" between their parts. A write appears whole or not at all: locally by rename, in an object store because a
-put is atomic there. Credentials and endpoints are fsspec's and the store's own to find (environment, configuration files).
+put is atomic there. Credentials and endpoints are fsspec's and the store's own to find (environment, configuration files). Those
+in a URL are masked wherever it is printed or kept: `str(place)` is for people, `Remote.url` for the store.
 """
 
 import contextlib
@@ -18,9 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
+from urllib.parse import unquote
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Failure, Refusal, Stopped, is_io_fault
+from mura_dist.core.errors import MASK, Failure, Refusal, Stopped, is_io_fault, mask_url
+
+_SHORTEST_SECRET = 4
 
 Where = Path | str
 """A local folder, or a URL (a str with "://")."""
@@ -63,7 +67,7 @@ def of(where: Where) -> "Place":
 class Place(ABC):
     @abstractmethod
     def __str__(self) -> str:
-        """As the user wrote it."""
+        """As the user wrote it, without secrets."""
 
     @abstractmethod
     def child(self, name: str) -> "Place":
@@ -202,13 +206,18 @@ class Remote(Place):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
+        if any(masked in url for masked in (f"{MASK}@", f"?{MASK}", f"#{MASK}")):
+            raise Refusal(
+                f"{url}: its credentials were masked where it was kept; give the URL with them, or let the store find them "
+                "(environment, configuration files)"
+            )
         with _spoken(self.url):
             import fsspec
 
             self.store, self.root = fsspec.core.url_to_fs(self.url)
 
     def __str__(self) -> str:
-        return self.url
+        return mask_url(self.url)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Remote, (self.url,)
@@ -273,8 +282,10 @@ class Remote(Place):
             for name, content in zip(names, contents, strict=True)
         ]
         for one in contents:
-            if isinstance(one, Exception) and not isinstance(one, OSError):
-                raise Failure(f"{self.url}: {type(one).__name__}: {one}") from one
+            if isinstance(one, OSError):
+                _hide(one, self.url)
+            elif isinstance(one, Exception):
+                raise Failure(f"{self.url}: {type(one).__name__}: {_hidden(str(one), self.url)}") from one
         return contents
 
     @contextlib.contextmanager
@@ -329,14 +340,41 @@ def _spoken(url: str) -> Iterator[None]:
     protocol = url.partition("://")[0]
     try:
         yield
-    except (OSError, Refusal, Failure, Stopped):
+    except (Refusal, Failure, Stopped):
+        raise
+    except OSError as error:
+        _hide(error, url)
         raise
     except ImportError as error:
         needed = error.name or f"fsspec's package for {protocol}://"
         raise Refusal(f"{url}: needs {needed}, which is not installed; pip install 'mura-dist[remote]'") from error
     except ValueError as error:
         raise Refusal(
-            f"{url}: {error}; give a local folder, or a URL of a store fsspec knows, as s3://bucket/folder"
+            f"{url}: {_hidden(str(error), url)}; give a local folder, or a URL of a store fsspec knows, as s3://bucket/folder"
         ) from error
     except Exception as error:
-        raise Failure(f"{url}: {type(error).__name__}: {error}") from error
+        raise Failure(f"{url}: {type(error).__name__}: {_hidden(str(error), url)}") from error
+
+
+def _hidden(text: str, url: str) -> str:
+    """A store's own words without the secrets of `url`, which they may quote in any way."""
+    text = mask_url(text)
+    for secret in sorted(_secrets(url), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def _secrets(url: str) -> set[str]:
+    """User, password and the query's values, as they stand in `url` and decoded; nothing so short that it is in any text."""
+    before, _, query = url.partition("://")[2].partition("?")
+    user = before.rpartition("@")[0]
+    words = {user, *user.split(":", 1), query, *(pair.partition("=")[2] for pair in query.split("&"))}
+    return {secret for word in words for secret in (word, unquote(word)) if len(secret) >= _SHORTEST_SECRET}
+
+
+def _hide(error: OSError, url: str) -> None:
+    """Take the secrets of `url` out of `error`."""
+    error.args = tuple(word if isinstance(word, int) else _hidden(str(word), url) for word in error.args)
+    for name in ("strerror", "filename", "filename2"):
+        if isinstance(word := getattr(error, name), str):
+            setattr(error, name, _hidden(word, url))

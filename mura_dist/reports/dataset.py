@@ -21,7 +21,7 @@ from PIL import Image
 
 from mura_dist.core import files
 from mura_dist.core import storage as places
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, mask_url
 from mura_dist.core.storage import Where
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Damaged, Shards
@@ -85,7 +85,9 @@ def summary_text(found: dict[str, Any]) -> str:
 
 
 def _name(folder: Where) -> str:
-    return str(folder).rstrip("/").rpartition("/")[2] if places.is_remote(folder) else Path(folder).resolve().name
+    if places.is_remote(folder):
+        return mask_url(str(folder)).rstrip("/").rpartition("/")[2]
+    return Path(folder).resolve().name
 
 
 def _folder(folder: Where) -> _Looked:

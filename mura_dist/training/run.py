@@ -25,7 +25,7 @@ from typing import Any
 from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal, Stopped
+from mura_dist.core.errors import Refusal, Stopped, mask_url
 from mura_dist.data.folder_kind import RECIPE, kinds_of
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import lock
@@ -77,6 +77,7 @@ class Run:
             return {}
 
     def write_status(self, state: str, **facts: Any) -> None:
+        facts = {key: mask_url(value) if isinstance(value, str) else value for key, value in facts.items()}
         files.write_json(self.folder / "status.json", {"state": state, "time": time.strftime("%FT%T%z"), **facts})
 
     def check(self, shards: Shards) -> None:

@@ -43,7 +43,7 @@ def walk(source: Where) -> Tree:
     place = storage.of(source)
     if not place.is_folder():
         raise Refusal(f"{source}: no such folder; give the folder that holds train/ and valid/")
-    start = str(place) if storage.is_remote(source) else Path(source).resolve().as_posix()
+    start = place.url if isinstance(place, storage.Remote) else Path(source).resolve().as_posix()
     found: dict[str, list[tuple[Radiograph, int]]] = defaultdict(list)
     junk, others = [], []
     repeated: list[tuple[str, str]] = []

@@ -1,0 +1,155 @@
+"""No secret of a URL is printed or kept, wherever the URL goes."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mura_dist.cli.main import WRONG, main
+from mura_dist.core import config, storage
+from mura_dist.core.errors import Failure, Refusal, Stopped, mask_url
+from mura_dist.data.shards.convert import convert
+from mura_dist.reports import dataset
+from mura_dist.training.run import Run
+
+SECRETS = ("AKIAEXAMPLEKEY", "wJalrXUtnFEMI/K7MDENG+bPxRfiCY", "hunter2", "sigsigsig", "wJalrXUtnFEMI", "bPxRfiCY")
+KEY, SECRET = SECRETS[:2]
+URLS = {
+    f"s3://{KEY}:{SECRET}@bucket/shards": "s3://***@bucket/shards",
+    f"s3://{KEY}:hunter2@bucket": "s3://***@bucket",
+    f"memory://{KEY}@bucket/a": "memory://***@bucket/a",
+    "https://user:hunter2@host:8443/a/b": "https://***@host:8443/a/b",
+    "https://host/a?X-Amz-Signature=sigsigsig&X-Amz-Expires=9": "https://host/a?***",
+    f"https://user:hunter2@host/a?token=sigsigsig#{KEY}=1": "https://***@host/a?***",
+    "https://host/a#access_token=sigsigsig": "https://host/a#***",
+    f"simplecache::s3://{KEY}:{SECRET}@bucket/a": "simplecache::s3://***@bucket/a",
+    f"zip://a.png::s3://{KEY}:{SECRET}@bucket/a.zip": "zip://a.png::s3://***@bucket/a.zip",
+    "sftp://user:hunter2@[::1]:22/a@2x": "sftp://***@[::1]:22/a@2x",
+}
+INNOCENT = (
+    "s3://bucket/a@2x.png",
+    "memory://a/b#c",
+    "http://host:80/a@b",
+    "http://[::1]:80/a@b",
+    "file:///C:/x@y",
+    "a@b:c/d?e=f",
+    "://",
+)
+
+
+def check(text: str) -> None:
+    assert not [secret for secret in SECRETS if secret in text], text
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_is_known_without_its_secrets(url: str) -> None:
+    assert mask_url(url) == URLS[url] == mask_url(mask_url(url))
+    text = f"cannot read {url}: it is gone; see '{url}', ({url}), <{url}>."
+    masked = URLS[url]
+    assert mask_url(text) == f"cannot read {masked}: it is gone; see '{masked}', ({masked}), <{masked}>."
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_what_holds_no_secret_stays(text: str) -> None:
+    assert mask_url(text) == text
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_error_recipe_status_or_line_holds_a_secret(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (Refusal, Failure, Stopped):
+        check(str(error(f"{url}: no")) + repr(error(f"{url}: no")))
+    settings = config.check({"shards": url, "run": str(tmp_path)}, "here")
+    recipe = config.to_toml(settings)
+    check(recipe)
+    assert URLS[url] in recipe
+    run = Run(tmp_path, settings)
+    run.write_status("failed", reason=f"OSError: {url}: no")
+    check((tmp_path / "status.json").read_text())
+    check(
+        json.dumps(config.identity(settings))
+        + json.dumps(config.agreed(settings))
+        + json.dumps(config.shareable(settings))
+    )
+    (tmp_path / "recipe.toml").write_text(recipe)
+    kept = config.load(tmp_path / "recipe.toml")
+    assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
+    with pytest.raises(Refusal, match="its credentials were masked where it was kept"):
+        storage.of(kept.shards)
+    assert main(["shards", url, url]) == WRONG
+    assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == WRONG
+    assert main(["verify", url, url]) == WRONG
+    printed = capsys.readouterr()
+    check(printed.out + printed.err)
+
+
+class _Forbidding(http.server.BaseHTTPRequestHandler):
+    """A store that lets nobody in, and says what was asked of it."""
+
+    def do_GET(self) -> None:
+        self.send_error(403 if "403" in self.path else 404, self.path)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Forbidding) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"user:hunter2@127.0.0.1:{found.server_port}"
+        found.shutdown()
+
+
+def raised(contents: list[bytes | OSError]) -> None:
+    for content in contents:
+        if isinstance(content, OSError):
+            raise content
+
+
+@pytest.mark.parametrize("path", ["403", "404", "403?token=sigsigsig", "404?token=sigsigsig"])
+def test_what_a_store_says_is_masked_too(
+    path: str, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("aiohttp")
+    place = storage.of(f"http://{server}/{path}")
+    check(str(place))
+    for act in (
+        lambda: place.read("a"),
+        lambda: place.read_part("a", 0, 9),
+        lambda: place.copy_to("a", tmp_path / "a"),
+        lambda: raised(place.read_many(["a"])),
+    ):
+        with pytest.raises((OSError, Failure)) as error:
+            act()
+        check(f"{error.value!r} {error.value} {error.value.__dict__}")
+    assert main(["verify", f"http://{server}/{path}"]) != 0
+    printed = capsys.readouterr()
+    check(printed.out + printed.err)
+
+
+@pytest.mark.slow
+def test_nothing_of_a_conversion_keeps_a_secret(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = f"memory://{KEY}:hunter2@ward", f"memory://{KEY}:hunter2@shards"
+    place = storage.of(source)
+    for path in sorted((phantoms / "train").rglob("*.png"))[:40]:
+        place.write(path.relative_to(phantoms).as_posix(), path.read_bytes())
+    assert main(["shards", source, out, "--size", "48", "--workers", "1", "--quiet"]) == 0
+    convert(source, out, size=48, workers=1)
+    dataset.describe(out, tmp_path / "a.html")
+    dataset.describe(source, tmp_path / "b.html")
+    kept = [storage.of(out).read(name) for name in ("index.json", "report.json", "conversion.json", "manifest.csv")]
+    kept += [path.read_bytes() for path in tmp_path.iterdir()]
+    for data in kept:
+        check(data.decode())
+    printed = capsys.readouterr()
+    check(printed.out + printed.err)
+    assert "memory://***@shards: 48 px" in printed.out
