@@ -10,6 +10,7 @@ _DISTRIBUTIONS = {
     "nvidia": ("nvidia-dali-cuda130",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "starlette": ("streamlit",),
+    "uvicorn": ("streamlit",),
 }
 
 

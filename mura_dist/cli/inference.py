@@ -199,6 +199,12 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
 )
 @click.option("--port", type=int, default=8501, show_default=True, help="Where to listen.")
 @click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="A further name by which browsers reach the page, such as a proxy's. May be given several times.",
+)
+@click.option(
     "--examples",
     type=a_path,
     default=None,

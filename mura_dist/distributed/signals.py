@@ -57,6 +57,11 @@ def as_interrupt() -> contextlib.AbstractContextManager[None]:
     return _heard({signal.SIGTERM: signal.default_int_handler})
 
 
+def ignored() -> contextlib.AbstractContextManager[None]:
+    """Ignore SIGINT and SIGTERM: around a server that handles both and raises them again when it has ended."""
+    return _heard({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN})
+
+
 @contextlib.contextmanager
 def _heard(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
     """Install `handlers` while the block runs. Signals are the main thread's: in another one nothing changes."""

@@ -36,7 +36,7 @@ def distributions(requirements: list[str]) -> set[str]:
         "parquet": ("pyarrow",),
         "openvino": ("openvino",),
         "remote": ("fsspec", "s3fs"),
-        "page": ("streamlit", "starlette.middleware"),
+        "page": ("streamlit", "starlette.middleware", "uvicorn"),
     }.items(),
 )
 def test_extra_of_each_module(extra: str, modules: tuple[str, ...]) -> None:

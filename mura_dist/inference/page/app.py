@@ -93,7 +93,8 @@ def _files(serving: "Serving") -> list[File]:
     uploaded = st.file_uploader(
         f"Radiographs of one study of one patient: PNG, JPEG, TIFF or DICOM, up to {MAX_FILES} files of {MAX_UPLOAD_MB} MB",
         accept_multiple_files=True,
-        help="They stay in this server's memory, and go when you remove them or close the page.",
+        help="They stay in this server's memory, and go when you remove them or close the page. A file with status code 503 "
+        "found no room on the server: remove it, and upload it again in a minute.",
     )
     named = {one.name: one for one in serving.examples}
     chosen = st.selectbox("Or an example study", [NO_EXAMPLE, *named]) if named else NO_EXAMPLE

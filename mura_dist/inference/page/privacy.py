@@ -11,6 +11,7 @@ from typing import Any
 from mura_dist.core.errors import Refusal
 from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB
 
+MAX_KEPT_BYTES = 4 << 30  # of the uploads of all sessions together
 GONE_S = 20  # how long a session that was cut off is kept for its browser to come back
 
 
@@ -23,7 +24,8 @@ def arrange() -> None:
 
 def keep_uploads_in_memory() -> None:
     """Starlette writes what is beyond 1 MiB of an upload to a temporary file; Streamlit takes any number of files, and
-    one that ends after its session did. No further than memory, no more than a study has, none without a session."""
+    one that ends after its session did. No further than memory, no more than a study has, none without a session, and no
+    more than MAX_KEPT_BYTES of all sessions."""
     from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartParser
     from streamlit import runtime
@@ -35,6 +37,9 @@ def keep_uploads_in_memory() -> None:
     def bounded(self: Any, session_id: str, file: Any) -> None:
         if len(self.file_storage.get(session_id, {})) >= MAX_FILES:
             raise HTTPException(status_code=413, detail=f"more than {MAX_FILES} files")
+        kept = sum(len(one.data) for files in list(self.file_storage.values()) for one in list(files.values()))
+        if kept + len(file.data) > MAX_KEPT_BYTES:
+            raise HTTPException(status_code=503, detail="the page holds too many uploads; try again in a minute")
         if not runtime.get_instance().is_active_session(session_id):
             raise HTTPException(status_code=400, detail="the session is closed")
         add_file(self, session_id, file)
@@ -86,6 +91,6 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
         raise Refusal(
             f"streamlit {streamlit.__version__} has no {owner.__name__}.{name}, without which uploads would not stay where they "
-            "should; install the version that constraints.txt names"
+            "should; install the version that requirements.lock names"
         )
     setattr(owner, name, value)

@@ -1,6 +1,7 @@
 """The page: a doctor uploads a study and understands the answer. Streamlit, on the exported model alone; no torch.
 
-    mura-dist page MODEL.onnx -> Refusal, or serve: the model and the reading processes, once -> Streamlit's server
+    mura-dist page MODEL.onnx -> Refusal, or serve: the model and the reading processes, once
+    a request -> uvicorn (connection.py) -> guard.py -> Streamlit's application, changed by privacy.py
     each session, at each change of it: script.py -> app.show(Serving)
 
 Nothing uploaded reaches a disk or outlives its session, nothing is told to anybody, and it listens on this machine alone unless
@@ -10,22 +11,32 @@ told otherwise.
 import contextlib
 import ipaddress
 import os
+import re
 import socket
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import streamlit
+import uvicorn
+from streamlit.web import bootstrap
+
 from mura_dist.core.errors import Refusal
+from mura_dist.distributed import signals
 from mura_dist.distributed.processes import processors
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.page import privacy
+from mura_dist.inference.page.connection import Connection
 from mura_dist.inference.page.examples import Example
+from mura_dist.inference.page.guard import Guard, Hosts, content_security_policy, is_address, security_headers
 from mura_dist.inference.page.study import MAX_UPLOAD_MB, Desk, desk
 
 ADDRESS, PORT = "127.0.0.1", 8501
+MAX_CONNECTIONS = 500  # 20 browsers open up to 140
+MAX_MESSAGE_BYTES = 1 << 20  # of a browser: what was clicked and typed; files come by HTTP
+_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 
 @dataclass(frozen=True)
@@ -50,30 +61,42 @@ def serve(
     *,
     address: str = ADDRESS,
     port: int = PORT,
+    allow_host: Sequence[str] = (),
     examples: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Answer until it is interrupted. examples: a folder in MURA's layout, whose studies may be chosen instead of uploading.
+    """Answer until it is interrupted.
 
-    Raises Refusal for a model, folder, address or port that cannot be had.
+    Args:
+        model_path: The exported model.
+        address: Where to listen.
+        port: Where to listen.
+        allow_host: Names by which browsers reach the page, beside `address`, localhost and IP addresses.
+        examples: A folder in MURA's layout, whose studies may be chosen instead of uploading.
+        say: Prints a line.
+
+    Raises:
+        Refusal: The model, folder, address, port or a name cannot be used.
     """
     global _serving
-    from streamlit.web import bootstrap
-
     some = tuple(Example.find(examples)) if examples is not None else ()
-    _check_place(address, port)
-    model = Model.load(model_path)
-    with _home(), desk(model, workers=min(2, processors())) as shared:
-        _serving = Serving(shared, some)
-        say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
-        if not _is_loopback(address):
-            say(
-                f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine"
-            )
-        privacy.arrange()
-        options = _options(address, port)
-        bootstrap.load_config_options(options)
-        bootstrap.run(str(Path(__file__).with_name("script.py")), False, [], options)
+    hosts = _hosts(address, allow_host)
+    with _listen(address, port) as listener:
+        model = Model.load(model_path)
+        with _home(), desk(model, workers=min(2, processors())) as shared:
+            _serving = Serving(shared, some)
+            say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
+            if not _is_loopback(address):
+                names = ", ".join(sorted(hosts.names))
+                say(
+                    f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine"
+                )
+                say(f"it answers to IP addresses and to {names}; another name: --allow-host NAME")
+            privacy.arrange()
+            bootstrap.load_config_options(_options())
+            app = streamlit.App(Path(__file__).with_name("script.py"))
+            with signals.ignored():
+                _server(Guard(app, hosts, security_headers(_policy()))).run(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -87,18 +110,40 @@ def _home() -> Iterator[None]:
         yield
 
 
-def _options(address: str, port: int) -> dict[str, Any]:
+def _server(app: Guard) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=30,
+        ws_ping_timeout=30,
+        lifespan="on",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+        proxy_headers=False,
+        server_header=False,
+        log_level="error",
+        access_log=False,
+    )
+    return uvicorn.Server(config)
+
+
+def _policy() -> str:
+    return content_security_policy((Path(streamlit.__file__).parent / "static" / "index.html").read_text())
+
+
+def _options() -> dict[str, Any]:
     """Streamlit's settings. Those that touch privacy are set whatever their default is, and whatever a config.toml says."""
     return {
-        "server_address": address,
-        "server_port": port,
         "server_headless": True,  # opens no browser, asks for no e-mail address
+        "server_baseUrlPath": "",
         "server_maxUploadSize": MAX_UPLOAD_MB,
         "server_disconnectedSessionTTL": 2 * privacy.GONE_S,  # which comes before
         "server_enableXsrfProtection": True,
         "server_enableCORS": True,
-        # Against a web site that points its own name at this machine. Elsewhere nobody knows the names in use.
-        "server_allowedHosts": ["localhost", "127.0.0.1", "::1", address] if _is_loopback(address) else [],
+        "server_allowedHosts": [],  # the guard knows them
         "server_corsAllowedOrigins": [],
         "server_trustedUserHeaders": {},
         "server_enableStaticServing": False,
@@ -117,21 +162,34 @@ def _options(address: str, port: int) -> dict[str, Any]:
     }
 
 
-def _check_place(address: str, port: int) -> None:
+def _hosts(address: str, more: Sequence[str]) -> Hosts:
+    """Return the names of the page: localhost, and where others may reach it this machine's own."""
+    for name in more:
+        if not _NAME.fullmatch(name):
+            raise Refusal(
+                f"--allow-host {name}: not a host's name; give it without http:// and port, as in page.hospital.example"
+            )
+    own = [] if _is_loopback(address) else [address, socket.gethostname()]
+    names = {name.lower().rstrip(".") for name in ("localhost", *own, *more)}
+    return Hosts(frozenset(name for name in names if not is_address(name)))
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Return a socket that listens there. Who connects before the server has started waits."""
     if not 1 <= port <= 65_535:
         raise Refusal(f"--port {port}: must be 1 to 65535; {PORT} is the default")
     try:
-        family, *_, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as trial:
-            if sys.platform != "win32":  # there it would let two servers share the port
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(where)
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6 and address == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(place, family=family, backlog=2048, dualstack_ipv6=both)
     except PermissionError:
         raise Refusal(f"--port {port}: not allowed to listen there; give one from 1024 on") from None
     except (OSError, UnicodeError) as error:
-        why = (getattr(error, "strerror", None) or str(error)).lower()
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise Refusal(
-            f"--address {address} --port {port}: cannot listen there ({why}); give another --port, or an address of this machine"
+            f"--address {address} --port {port}: cannot listen there ({why.lower()}); give another --port, or an address "
+            "of this machine"
         ) from None
 
 

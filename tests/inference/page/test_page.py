@@ -9,9 +9,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -25,8 +24,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import faulty_upload_reader
-from helpers.commands import BIN, NO_GPU, free_port
 from helpers.models import card_of, tiny, with_card
+from helpers.page import choose, chromium, served, until, upload
 from helpers.studies import simulated
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -43,8 +42,6 @@ from mura_dist.metrics.classification import sigmoid
 from mura_dist.metrics.operating_points import Band, Points, TypePoints
 from mura_dist.models.card import Card, Change, TrainedOn
 
-NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIDE = 64
 
 # ---- a model that has something to say of the first study of the phantoms: a study type for each outcome
@@ -336,21 +333,21 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
     uploads = desk.read([path.read_bytes() for path in (*files, views[0])])
     assert len(files) > 150
     num_failed = 0
-    for path, upload in zip(files, uploads, strict=False):
+    for path, reading in zip(files, uploads, strict=False):
         reason, found = "", None
         try:
             found = radiograph.look(path, SIDE)
         except radiograph.Unreadable as error:
             reason = error.reason
-        assert upload.failure == reason, path.name
+        assert reading.failure == reason, path.name
         if found is None:
-            assert (upload.image, upload.shown, upload.passes) == (None, None, False)
-            assert not re.search(r"Traceback|Error|0x|/", upload.failure.replace("and/or", "")), upload.failure
+            assert (reading.image, reading.shown, reading.passes) == (None, None, False)
+            assert not re.search(r"Traceback|Error|0x|/", reading.failure.replace("and/or", "")), reading.failure
             num_failed += 1
         else:
-            np.testing.assert_array_equal(upload.image, found.image)
-            assert upload.verdict == gate.verdict(found.image, found.colours)
-            assert max(upload.shown.shape) <= study.LONGEST_PX
+            np.testing.assert_array_equal(reading.image, found.image)
+            assert reading.verdict == gate.verdict(found.image, found.colours)
+            assert max(reading.shown.shape) <= study.LONGEST_PX
     assert 0 < num_failed < len(files)
     assert uploads[-1].passes
 
@@ -391,9 +388,32 @@ def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delattr(MultiPartParser, "spool_max_size")
     with pytest.raises(
-        Refusal, match=r"has no MultiPartParser\.spool_max_size, .* install the version that constraints"
+        Refusal, match=r"has no MultiPartParser\.spool_max_size, .* install the version that requirements"
     ):
         privacy.keep_uploads_in_memory()
+
+
+def test_uploads_of_all_sessions_share_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartParser
+    from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+    from streamlit.runtime.uploaded_file_manager import UploadedFileRec
+
+    monkeypatch.setattr(
+        MultiPartParser, "spool_max_size", MultiPartParser.spool_max_size
+    )  # what is replaced comes back
+    add_file = MemoryUploadedFileManager.add_file
+    monkeypatch.setattr(MemoryUploadedFileManager, "add_file", add_file)
+    monkeypatch.setattr(privacy, "MAX_KEPT_BYTES", 10)
+    privacy.keep_uploads_in_memory()
+    manager = MemoryUploadedFileManager("/upload")
+    for number in range(2):
+        add_file(manager, f"session {number}", UploadedFileRec("1", "a.png", "image/png", b"12345"))
+    with pytest.raises(HTTPException, match=r"503: the page holds too many uploads; try again in a minute"):
+        manager.add_file("session 2", UploadedFileRec("1", "a.png", "image/png", b"1"))
+    manager.remove_session_files("session 0")
+    with pytest.raises(RuntimeError, match="Runtime"):  # it goes on to ask for the session
+        manager.add_file("session 2", UploadedFileRec("1", "a.png", "image/png", b"12345"))
 
 
 def test_without_streamlit_it_says_how_to_get_it(
@@ -417,6 +437,10 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
             ([plain, "--address", "203.0.113.7"], "cannot listen there"),
             ([plain, "--address", "no such host"], "cannot listen there"),
             ([plain, "--address", "127..0.1"], "cannot listen there"),
+            (
+                [plain, "--allow-host", "https://x.example"],
+                "--allow-host https://x.example: not a host's name; give it without",
+            ),
             ([plain, "--examples", tmp_path / "nowhere"], "no such folder; give one in MURA's layout"),
             ([plain, "--examples", tmp_path], "no study's folder below it"),
         ]
@@ -428,50 +452,6 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
 
 
 # ---- what a person sees
-
-
-def chromium() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        if os.environ.get(NEED_BROWSER):
-            pytest.fail(f"no Chromium, and {NEED_BROWSER} is set; on Debian: apt-get install chromium")
-        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
-    return found
-
-
-@contextlib.contextmanager
-def served(
-    model: Path, *words_: object, env: dict[str, str] | None = None
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The page's address and process, once it answers."""
-    port = free_port()
-    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, words_)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **NO_GPU, **(env or {})},
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: process.poll() is not None or _answers(f"{address}/_stcore/health"), 180)
-        assert process.poll() is None, process.communicate()[0]
-        yield address, process
-    finally:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
-        process.communicate()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
 
 
 def expect(locator: Any) -> Any:
@@ -486,13 +466,6 @@ def offers(page: Any, label: str, text: str) -> bool:
     with page.expect_download() as coming:
         page.get_by_role("button", name=label).click()
     return Path(coming.value.path()).read_text() == text
-
-
-def until(true: Any, timeout_s: float = 60) -> None:
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -524,7 +497,8 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(60_000)
-    page.requested, page.cached = [], []
+    page.requested, page.cached, page.console = [], [], []
+    page.on("console", lambda message: page.console.append(message.text))
     page.on("request", lambda request: page.requested.append(request.url))
     page.on("response", lambda reply: page.cached.extend(_cached(reply)))
     page.goto(server[0])
@@ -538,26 +512,13 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     context.close()
     assert strangers == []
     assert page.cached == []
+    assert [text for text in page.console if "content security policy" in text.lower()] == []
 
 
 def _cached(reply: Any) -> Iterator[str]:
     """Its address, where it is of somebody's study and a browser may keep it."""
     if urlsplit(reply.url).path.startswith("/media/") and reply.headers.get("cache-control") != "no-store":
         yield reply.url
-
-
-def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
-    named = [one if isinstance(one, tuple) else (one.name, one.read_bytes()) for one in files]
-    sent = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in named]
-    page.locator("input[type=file]").set_input_files(sent)
-
-
-def choose(page: Any, label: str, option: str) -> None:
-    """By typing: a long list holds only those options that are in sight."""
-    box = page.get_by_role("combobox", name=label)
-    box.click()
-    box.fill(option)
-    page.get_by_role("option", name=option, exact=True).click()
 
 
 def answered(page: Any, headline: str) -> str:
@@ -762,6 +723,22 @@ def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, 
 
 
 @pytest.mark.slow
+def test_it_answers_to_its_own_names_alone(server: tuple[str, int, Path]) -> None:
+    """Also over HTTP, where Streamlit checks no name; and what it answers forbids others to frame it."""
+    for host, status in (("evil.example", 421), ("localhost", 200), (None, 200)):
+        asked_for = urllib.request.Request(server[0], headers={"Host": host} if host else {})
+        try:
+            reply = urllib.request.urlopen(asked_for, timeout=5)
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            assert reply.status == status
+            assert reply.headers["X-Frame-Options"] == "DENY"
+            assert "frame-ancestors 'none'" in reply.headers["Content-Security-Policy"]
+            assert "unsafe" not in re.search("script-src[^;]*", reply.headers["Content-Security-Policy"])[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [(390, "dark"), pytest.param(1280, "light", marks=pytest.mark.nightly(part="system"))],
@@ -883,18 +860,20 @@ def test_a_model_of_drawings_says_so_across_the_page(
 def test_sessions_at_once_do_not_mix(
     browser: Any, server: tuple[str, int, Path], views: list[Path], desk: study.Desk
 ) -> None:
-    contexts = [browser.new_context() for _ in range(3)]
+    contexts = [browser.new_context() for _ in range(20)]
     pages = [context.new_page() for context in contexts]
+    for page in pages:
+        page.set_default_timeout(120_000)
     for page in pages:
         page.goto(server[0])
     for page in pages:
         page.locator("input[type=file]").wait_for(state="attached")
     for place, page in enumerate(pages):
-        upload(page, *views[place : place + 1])
+        upload(page, views[place % len(views)])
     for place, page in enumerate(pages):
         choose(page, "Study type", "Hand")
         page.locator("section.outcome").wait_for()
-        found = asked(desk, views[place : place + 1], "XR_HAND")
+        found = asked(desk, [views[place % len(views)]], "XR_HAND")
         assert f"Probability {found.probability:.2f}" in page.locator("section.outcome").inner_text()
         expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
     for context in contexts:

@@ -1,0 +1,206 @@
+"""What stands between the network and Streamlit, as ASGI middleware: whom it answers, how much it takes in.
+
+    request -> Host and Origin -> a body bounded in bytes and seconds -> Streamlit -> the security headers of every response
+
+A slow or large body is refused while it arrives. Headers that arrive slowly are connection.py's matter.
+"""
+
+import asyncio
+import ipaddress
+import re
+from base64 import b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OTHER_NAME = "the page does not answer to this name; start it with --allow-host NAME"
+OTHER_ORIGIN = "another web site may not use the page"
+BUSY = "too many uploads arrive at this moment; try again in a minute"
+FULL = "too many sessions are open; try again later"
+SLOW = "the upload arrives too slowly"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the guard lets through at most."""
+
+    uploads_bytes: int = 1 << 30  # of all unfinished uploads together; parsing holds each twice for a moment
+    idle_s: float = 30.0  # between two pieces of a body
+    body_s: float = 300.0  # for a whole body: 100 MB at 3 Mbit/s
+    sessions: int = 100
+
+
+DEFAULT = Limits()
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The names that the page answers to, in lower case. An IP address always is one.
+
+    A web site that points its own name at this machine (DNS rebinding) gets no further: its browser sends that name.
+    """
+
+    names: frozenset[str]
+
+    def answers_to(self, host: str) -> bool:
+        """Return whether a Host header, with or without its port, names the page."""
+        try:
+            url = urlsplit(f"//{host}")
+            name, _ = (url.hostname or "").rstrip("."), url.port
+        except ValueError:
+            return False
+        if url.netloc != host or "@" in host:  # it holds a path, a query or a user
+            return False
+        return name in self.names or is_address(name)
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an IP address."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def content_security_policy(index_html: str) -> str:
+    """Return the policy under which Streamlit's page works: its own files, styles within elements, the scripts of index.html."""
+    scripts = re.findall(r"<script>(.*?)</script>", index_html, re.DOTALL)
+    hashes = "".join(f" 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src 'self'{hashes}",
+            "style-src 'self' 'unsafe-inline'",  # emotion writes styles into the page
+            "img-src 'self' data: blob:",
+            "font-src 'self' data:",
+            "connect-src 'self'",
+            "manifest-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+
+def security_headers(policy: str) -> dict[str, str]:
+    """Return the headers of every response."""
+    return {
+        "Content-Security-Policy": policy,
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+    }
+
+
+class Guard:
+    """Streamlit's application, guarded.
+
+    Args:
+        app: What answers the requests that pass.
+        hosts: The names that the page answers to.
+        headers: What every response carries.
+        limits: Bytes, seconds and sessions.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Hosts, headers: dict[str, str], limits: Limits = DEFAULT) -> None:
+        self.app, self.hosts, self.headers, self.limits = app, hosts, headers, limits
+        self.unfinished_bytes = self.num_sessions = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_headers(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers[name] = value
+            await send(message)
+
+        if (refusal := self._refusal(scope)) is not None:
+            await refusal(scope, receive, send_headers)
+        elif scope["type"] == "websocket":
+            await self._session(scope, receive, send_headers)
+        else:
+            body = _Body(self, receive, Headers(scope=scope).get("content-length", ""))
+            try:
+                await self.app(scope, body.receive, send_headers)
+            finally:
+                body.release()
+
+    def _refusal(self, scope: Scope) -> PlainTextResponse | None:
+        """Return the answer to a request that is not for this page, or not from it; None otherwise."""
+        headers = Headers(scope=scope)
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        if len(hosts) != 1 or not self.hosts.answers_to(hosts[0].lower()):
+            return PlainTextResponse(OTHER_NAME, 421)
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+            return None
+        if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
+            return PlainTextResponse(OTHER_ORIGIN, 403)
+        return None
+
+    async def _session(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.num_sessions >= self.limits.sessions:
+            await PlainTextResponse(FULL, 503)(scope, receive, send)
+            return
+        self.num_sessions += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.num_sessions -= 1
+
+
+class _Body:
+    """The body of one request. Its bytes count as unfinished until `release`.
+
+    A refusal is raised where the application reads, as an HTTPException, which Starlette turns into its response.
+    """
+
+    def __init__(self, guard: Guard, receive: Receive, announced: str) -> None:
+        self._guard, self._receive = guard, receive
+        self._announced = int(announced) if announced.isdecimal() else 0
+        self._num_bytes = 0
+        self._complete = False
+        self._deadline_s = asyncio.get_running_loop().time() + guard.limits.body_s
+
+    async def receive(self) -> Message:
+        if self._complete:  # what comes now is that the client has gone
+            return await self._receive()
+        message = await self._next()
+        limit = self._guard.limits.uploads_bytes
+        size = max(len(message.get("body", b"")), self._announced if self._num_bytes == 0 else 0)
+        if self._guard.unfinished_bytes + size > limit:
+            self.release()
+            while not self._complete:  # a browser reads the answer only when it has sent everything
+                await self._next()
+            raise HTTPException(503, BUSY, {"Retry-After": "60", "Connection": "close"})
+        self._count(len(message.get("body", b"")))
+        return message
+
+    async def _next(self) -> Message:
+        now_s = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(min(self._guard.limits.idle_s, self._deadline_s - now_s)):
+                message = await self._receive()
+        except TimeoutError:
+            self._complete = True
+            raise HTTPException(408, SLOW, {"Connection": "close"}) from None
+        self._complete = not message.get("more_body", False)
+        return message
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        self._guard.unfinished_bytes += num_bytes
+
+    def release(self) -> None:
+        """Count its bytes no longer."""
+        self._count(-self._num_bytes)

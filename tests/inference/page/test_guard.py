@@ -1,0 +1,331 @@
+"""The guard before Streamlit, against a real server that reads what it is sent: names, origins, bytes, seconds, headers."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from mura_dist.core.errors import Refusal
+from mura_dist.inference.page import server
+from mura_dist.inference.page.connection import Connection
+from mura_dist.inference.page.guard import (
+    BUSY,
+    FULL,
+    OTHER_NAME,
+    OTHER_ORIGIN,
+    SLOW,
+    Guard,
+    Hosts,
+    Limits,
+    content_security_policy,
+    security_headers,
+)
+
+HOSTS = Hosts(frozenset({"localhost", "page.hospital.example"}))
+LIMITS = Limits(uploads_bytes=100_000, idle_s=0.6, body_s=1.5, sessions=2)
+HEADERS = security_headers(content_security_policy("<script>inline()</script>"))
+
+
+async def measure(request: Request) -> PlainTextResponse:
+    """Answer with the number of bytes; `hold` keeps the request unfinished until the guard's test lets it go."""
+    size = len(await request.body())
+    while "hold" in request.query_params and not request.app.state.released.is_set():
+        await asyncio.sleep(0.01)
+    return PlainTextResponse(str(size))
+
+
+async def stay(websocket: WebSocket) -> None:
+    await websocket.accept()
+    with contextlib.suppress(Exception):
+        await websocket.receive_bytes()
+
+
+class ImpatientConnection(Connection):
+    header_s = LIMITS.idle_s
+
+
+@pytest.fixture(scope="module")
+def guard() -> Guard:
+    app = Starlette(routes=[Route("/", measure, methods=["GET", "PUT"]), WebSocketRoute("/stream", stay)])
+    app.state.released = threading.Event()
+    return Guard(app, HOSTS, HEADERS, LIMITS)
+
+
+@pytest.fixture(scope="module")
+def port(guard: Guard) -> Iterator[int]:
+    config = uvicorn.Config(guard, http=ImpatientConnection, ws="websockets-sansio", log_level="critical")
+    running = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+        running.should_exit = running.force_exit = True
+        thread.join(10)
+
+
+class Client:
+    """One connection that sends what it is asked to, byte by byte."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, text: str | bytes) -> None:
+        self.socket.sendall(text.encode() if isinstance(text, str) else text)
+
+    def answer(self) -> tuple[int, dict[str, str], str]:
+        """(status, headers by lower-case name, body); (0, {}, "") where the connection is closed without a word."""
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while b"\r\n\r\n" not in data and (piece := self.socket.recv(65536)):
+                data += piece
+        if not data:
+            return 0, {}, ""
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        while len(body) < int(headers.get("content-length", 0)):
+            body += self.socket.recv(65536)
+        return int(first.split()[1]), headers, body.decode()
+
+
+def request(method: str = "GET", target: str = "/", host: str | None = "localhost:8501", **headers: object) -> str:
+    lines = {"host": host, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    rows = [f"{name}: {value}" for name, value in lines.items() if value is not None]
+    return "\r\n".join([f"{method} {target} HTTP/1.1", *rows, "", ""])
+
+
+def ask(port: int, *pieces: str | bytes) -> tuple[int, dict[str, str], str]:
+    with Client(port) as client:
+        for piece in pieces:
+            client.send(piece)
+        return client.answer()
+
+
+# ---- whom it answers
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8501", "localhost.", "127.0.0.1:8501", "192.0.2.7", "[::1]:8501", "page.hospital.example"],
+)
+def test_its_own_names_and_addresses_are_answered(port: int, host: str) -> None:
+    assert ask(port, request(host=host))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "localhost.evil.example", "evil.example:8501", "127.0.0.1.evil.example", "", "[::1"),
+        *("localhost:99999", "user@localhost", "localhost/x", "localhost?x", "evil.page.hospital.example"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_another_name_is_refused(port: int, host: str, method: str) -> None:
+    status, _, body = ask(port, request(method, host=host))
+    assert (status, body) == (421, OTHER_NAME)
+
+
+def test_none_and_two_names_are_refused(port: int) -> None:
+    assert ask(port, request(host=None))[0] == 400, "HTTP itself wants one"
+    assert ask(port, request(HOST="evil.example"))[0] in (400, 421)
+
+
+def test_another_web_site_may_neither_upload_nor_open_a_session(port: int) -> None:
+    own = "http://localhost:8501"
+    upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_version": 13}
+    upgrade["sec_websocket_key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
+    for origin in ("http://evil.example", "null", "http://localhost:9999", "http://127.0.0.1:8501"):
+        assert ask(port, request("PUT", origin=origin, content_length=1), "x")[::2] == (403, OTHER_ORIGIN)
+        assert ask(port, request(target="/stream", origin=origin, **upgrade))[::2] == (403, OTHER_ORIGIN)
+    assert ask(port, request("PUT", origin=own, content_length=1), "x")[::2] == (200, "1")
+    assert ask(port, request("PUT", content_length=1), "x")[::2] == (200, "1")
+    assert ask(port, request(target="/stream", origin=own, **upgrade))[0] == 101
+    assert ask(port, request(target="/stream", host="evil.example", origin="http://evil.example", **upgrade))[0] == 421
+
+
+def test_sessions_are_counted(port: int, guard: Guard) -> None:
+    upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_version": 13}
+    text = request(target="/stream", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==", **upgrade)
+    until(lambda: guard.num_sessions == 0)
+    with Client(port) as first, Client(port) as second, Client(port) as third:
+        for client in (first, second, third):
+            client.send(text)
+        assert [client.answer()[0] for client in (first, second)] == [101, 101]
+        assert third.answer()[::2] == (503, FULL)
+    until(lambda: guard.num_sessions == 0)
+    assert ask(port, text)[0] == 101
+
+
+def until(true: Any) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---- how much it takes in
+
+
+def test_unfinished_uploads_share_one_budget(port: int, guard: Guard) -> None:
+    """What arrives beyond it is refused, announced or not; what was refused or is finished takes no room."""
+    half = LIMITS.uploads_bytes // 2
+    guard.app.state.released.clear()
+    with Client(port) as one, Client(port) as other:
+        for client in (one, other):
+            client.send(request("PUT", "/?hold", content_length=half) + "x" * half)
+        until(lambda: guard.unfinished_bytes == 2 * half)
+        status, headers, body = ask(port, request("PUT", content_length=9), "x" * 9)
+        assert (status, body, headers["retry-after"]) == (503, BUSY, "60")
+        chunked = request("PUT", transfer_encoding="chunked") + "9\r\nxxxxxxxxx\r\n0\r\n\r\n"
+        assert ask(port, chunked)[::2] == (503, BUSY)
+        assert ask(port, request())[0] == 200, "what brings nothing is answered"
+        assert guard.unfinished_bytes == 2 * half
+        guard.app.state.released.set()
+        assert [client.answer()[::2] for client in (one, other)] == [(200, str(half))] * 2
+    until(lambda: guard.unfinished_bytes == 0)
+    assert ask(port, request("PUT", content_length=2 * half), "x" * 2 * half)[::2] == (200, str(2 * half))
+
+
+def test_an_upload_alone_beyond_the_budget_is_refused_after_it_was_read(port: int, guard: Guard) -> None:
+    """The answer comes when everything was sent: a browser reads none before."""
+    size = 40 * LIMITS.uploads_bytes
+    for head in (request("PUT", content_length=size), request("PUT", connection="close", content_length=size)):
+        assert ask(port, head, b"x" * size)[::2] == (503, BUSY)
+    assert guard.unfinished_bytes == 0
+
+
+def test_a_client_that_goes_leaves_nothing(port: int, guard: Guard) -> None:
+    with Client(port) as client:
+        client.send(request("PUT", content_length=90_000) + "x" * 50_000)
+        until(lambda: guard.unfinished_bytes == 50_000)
+    until(lambda: guard.unfinished_bytes == 0)
+
+
+# ---- how long it waits
+
+
+@pytest.mark.parametrize("pieces", [[], ["GET / HT"], [request()[:-2]]])
+def test_headers_that_do_not_come_close_the_connection(port: int, pieces: list[str]) -> None:
+    start_s = time.monotonic()
+    assert ask(port, *pieces) == (0, {}, "")
+    assert 0.5 < time.monotonic() - start_s < 5
+
+
+def test_trickled_headers_close_the_connection(port: int) -> None:
+    """Also those of a connection's second request. Each byte on its own does not extend the time."""
+    with Client(port) as client:
+        client.send(request())
+        assert client.answer()[0] == 200
+        start_s = time.monotonic()
+        with contextlib.suppress(OSError):
+            for letter in request(x="y" * 1000):
+                client.send(letter)
+                time.sleep(0.05)
+        assert 0.5 < time.monotonic() - start_s < 5
+
+
+def test_a_request_in_time_is_not_disturbed(port: int) -> None:
+    with Client(port) as client:
+        for _ in range(2):
+            client.send(request("PUT", content_length=2))
+            time.sleep(0.2)
+            client.send("x")
+            time.sleep(0.2)
+            client.send("x")
+            assert client.answer()[::2] == (200, "2")
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("pause_s", "wanted_s"), [(5.0, LIMITS.idle_s), (0.2, LIMITS.body_s)])
+def test_a_body_that_does_not_come_is_refused(port: int, guard: Guard, pause_s: float, wanted_s: float) -> None:
+    """A body that stops, and one that goes on for ever, a byte at a time."""
+    start_s = time.monotonic()
+    with Client(port) as client:
+        client.send(request("PUT", content_length=1000))
+        trickle = threading.Event()
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                while not trickle.wait(pause_s):
+                    client.send("x")
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            answer = client.answer()[::2]
+            assert answer == (408, SLOW) or (
+                pause_s < 1 and answer == (0, "")
+            )  # a byte sent too late resets the connection
+        finally:
+            trickle.set()
+            thread.join()
+    assert 0.5 < time.monotonic() - start_s < wanted_s + 5
+    until(lambda: guard.unfinished_bytes == 0)
+
+
+# ---- what every response forbids
+
+
+def test_every_response_carries_the_headers(port: int) -> None:
+    wanted = {name.lower(): value for name, value in HEADERS.items()}
+    answers = {
+        200: ask(port, request()),
+        403: ask(port, request("PUT", origin="http://evil.example")),
+        404: ask(port, request(target="/none")),
+        405: ask(port, request("POST")),
+        408: ask(port, request("PUT", content_length=9)),
+        421: ask(port, request(host="evil.example")),
+    }
+    for status, (actual, headers, _) in answers.items():
+        assert actual == status
+        assert wanted.items() <= headers.items(), status
+
+
+def test_the_policy_names_scripts_by_their_hash() -> None:
+    policy = content_security_policy('<script>\n  a = 1\n</script><script src="x.js"></script>')
+    # printf '\n  a = 1\n' | openssl dgst -sha256 -binary | base64
+    assert "script-src 'self' 'sha256-nHiJsB1GRX6Ku2XBkWKVt2F3CJiowPuMwhcJv+CWmC0='; " in policy
+    assert "'unsafe-inline'" not in re.search("script-src[^;]*", policy)[0]  # type: ignore[index]
+    assert "default-src 'none'" in policy
+
+
+# ---- the names of a page
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "names"),
+    [
+        ("127.0.0.1", (), {"localhost"}),
+        ("::1", ("Page.Example.",), {"localhost", "page.example"}),
+        ("0.0.0.0", (), {"localhost", socket.gethostname().lower()}),
+        ("ward7", ("x",), {"localhost", "ward7", "x", socket.gethostname().lower()}),
+    ],
+)
+def test_names_of_a_page(address: str, more: tuple[str, ...], names: set[str]) -> None:
+    assert server._hosts(address, more).names == names
+
+
+@pytest.mark.parametrize("name", ["https://x.example", "x.example:8501", "*", "*.example", "a b", "", "x/y", "-x"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(Refusal, match=r"not a host's name; give it without http:// and port"):
+        server._hosts("127.0.0.1", [name])
