@@ -9,7 +9,7 @@
 #     files      200,000 files, MURA's own tree, disks that fill up at other points
 #     scaling    tools/scaling
 #     fuzz       broken radiographs
-#     system     the wheel in an empty environment, further cases of the page in a browser, the script that measures a GPU
+#     system     the wheel in an empty environment, further cases of the page in a browser and behind nginx, the script that measures a GPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
 parts=(hosts kills launchers training files scaling fuzz system)
@@ -20,7 +20,7 @@ for part in "$@"; do
   fi
 done
 [ $# -eq 0 ] || parts=("$@")
-bash tests/debian.sh chromium:chromium ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh sshfs:sshfs mpirun:openmpi-bin
+bash tests/debian.sh chromium:chromium ip:iproute2 sshd:openssh-server ssh:openssh-client pdsh:pdsh sshfs:sshfs mpirun:openmpi-bin nginx:nginx
 bash launch/setup.sh train,dev,page
 export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE=
