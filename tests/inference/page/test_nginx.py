@@ -80,7 +80,7 @@ def address(folder: Path, page_address: str) -> Iterator[str]:
     (folder / "temporary").mkdir()
     user = "user root;\n" if os.geteuid() == 0 else ""  # nobody else sees pytest's folders
     (folder / "nginx.conf").write_text(
-        f"{user}pid {folder}/pid;\nerror_log {folder}/error.log;\nevents {{}}\n"
+        f"{user}pid {folder}/pid;\nerror_log {folder}/error.log warn;\nevents {{}}\n"
         f"http {{\n  access_log off;\n{temporary}  include {folder}/page.conf;\n}}\n"
     )
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
