@@ -75,7 +75,9 @@ def _decode_compressed(header: Header, decoder: Any, shape: tuple[int, int, int]
         options["pixel_representation"] = int(stream.signed)
         if stream.samples == 3 and stream.transforms_color:
             options["photometric_interpretation"] = "RGB"
-    return *_decode(decoder, _encapsulate(frame), shape, options), stream
+    data = _encapsulate(frame)
+    del frame  # it may be as large as the file
+    return *_decode(decoder, data, shape, options), stream
 
 
 def _decode_plain(header: Header, decoder: Any, shape: tuple[int, int, int], photometric: str) -> _Decoded:

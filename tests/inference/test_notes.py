@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.dicoms import CR, dicom
+from helpers.models import card_of
 from helpers.predictions import contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.inference import predict as predict_module
+from mura_dist.inference import tables
+from mura_dist.inference.page.study import UploadReader
 from mura_dist.inference.predict import PredictOptions, predict
 
 CENTER, SLOPE = "WindowCenter unusable and ignored", "RescaleSlope unusable and ignored"
@@ -59,11 +62,16 @@ def test_notes_are_counted(model: Path, source: Path, tmp_path: Path, capsys: py
     assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, "the finished command says it again"
 
 
+def test_the_page_hears_of_notes(source: Path) -> None:
+    assert UploadReader(32)((source / "1.dcm").read_bytes()).notes == (CENTER,)
+    assert UploadReader(32)((source / "0.dcm").read_bytes()).notes == ()
+
+
 class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 3, 8])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_notes_of_a_resumed_prediction(model: Path, source: Path, tmp_path: Path, at: int) -> None:
     def progress(done: int, total: int | None) -> None:
         if total and done == at:
@@ -74,19 +82,11 @@ def test_notes_of_a_resumed_prediction(model: Path, source: Path, tmp_path: Path
     assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == WANTED
 
 
-def test_parts_without_notes_are_read(
-    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of an earlier state."""
-    load_parts = predict_module.OutputFolder.load_parts
-    monkeypatch.setattr(
-        predict_module.OutputFolder,
-        "load_parts",
-        lambda *given: (
-            {name: value for name, value in part.items() if name != "notes"} for part in load_parts(*given)
-        ),
-    )
-    assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == {}
+def test_parts_of_an_earlier_state_have_no_notes(tmp_path: Path) -> None:
+    parts = [{"predictions": [[name, name, "XR_HAND", 0.0, "ok"]], "failures": []} for name in "abc"]
+    parts[1] |= {"notes": {CENTER: 1}}
+    tally = tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "studies.sqlite")
+    assert tally.radiographs_by_note == {CENTER: 1}
 
 
 @pytest.mark.slow
