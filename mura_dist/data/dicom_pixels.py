@@ -20,7 +20,7 @@ PALETTE = "PALETTE COLOR"
 _YBR = ("YBR_FULL", "YBR_FULL_422")  # what has to become RGB; decoders do it for the color transforms of JPEG 2000
 
 
-# Words (H, W) or (H, W, 3), unsigned unless a codestream is signed; what their colors are; the codestream, if there is one.
+# Unsigned words (H, W) or (H, W, 3), signed values being their bits; what their colors are; the codestream, if there is one.
 _Decoded = tuple[np.ndarray, str, Codestream | None]
 
 
@@ -51,7 +51,7 @@ def read_pixels(header: Header, shape: tuple[int, int, int], photometric: str) -
         layout = dicom_values.find_stream_layout(header, words, stream, bits, signed)
     padding = dicom_values.find_padding(header, layout) if shape[2] == 1 else None
     mask = padding.find(words) if padding is not None and padding.of_words else None
-    values = words if words.dtype.kind == "i" else dicom_values.extract(words, layout)
+    values = dicom_values.extract(words, layout)
     if padding is not None:
         mask = dicom_values.check_padding(header, padding.find(values) if mask is None else mask)
     if stream and stream.transforms_color is False and photometric in _YBR and not _is_ybr(values):
@@ -72,7 +72,6 @@ def _decode_compressed(header: Header, decoder: Any, shape: tuple[int, int, int]
         if (stream.height, stream.width, stream.samples) != shape:
             raise Unreadable("unreadable", "its DICOM header and the image inside differ in size")
         options["bits_allocated"] = 8 if stream.precision <= 8 else 16 if stream.precision <= 16 else 32
-        options["pixel_representation"] = int(stream.signed)
         if stream.samples == 3 and stream.transforms_color:
             options["photometric_interpretation"] = "RGB"
     data = _encapsulate(frame)

@@ -335,7 +335,7 @@ SIGNS = [
     (12, False, 65535),
     (12, True, 0x830),
 ]
-SIGNS += [(12, True, 0xF830), (12, False, 4095), (10, False, 0xFFFF), (12, False, 0xF830)]
+SIGNS += [(12, True, 0xF830), (12, True, 0x7830), (12, False, 4095), (10, False, 0xFFFF), (12, False, 0xF830)]
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
@@ -368,10 +368,13 @@ def test_a_range_of_padding_in_the_pixels_sign() -> None:
     np.testing.assert_array_equal(read(dicom(stored.astype(np.int16), bits=16, **raw))[0], wanted)
 
 
-def test_white_of_12_bits_is_no_padding_of_16() -> None:
-    """A device's habitual 65535: no word has it, and the whitest bone is not made black."""
-    values = drawn(0, 4095)
-    grey, _ = read(dicom(values.astype(np.uint16), bits=12, PixelPaddingValue=65535))
+@pytest.mark.parametrize(("signed", "pattern"), [(False, 65535), (True, 32767)])
+def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> None:
+    """A device's habitual value: no word has it, and what ends in its 12 bits, white or -1, is not made black."""
+    values = drawn(*domain(12, signed))
+    values[3] = -1 if signed else 4095
+    stored = words(values, 12, 11, 16)
+    grey, _ = read(dicom(stored, bits=12, PixelRepresentation=int(signed), PixelPaddingValue=pattern))
     np.testing.assert_array_equal(grey, stretched(values))
 
 
