@@ -1,40 +1,42 @@
 """Ranks that share a folder and talk through it alone: who leads, who lives, what is whose.
 
     the first rank   holds `lock`, says what is to be done, makes its share, then what ranks that fell silent left undone
-    another rank     touches `rank-N` while it lives, waits for the first one's word, makes its share
+    another rank     holds `rank-N`, waits for the first one's word, makes its share
+
+Both are locks (lock.py), so that one process has one share. A start waits a while for the former holder: ranks whose launcher was
+killed notice that, and leave in good order.
 
 A heart is listened to by our own clock: it beats if the file's time has changed since we looked. Two machines' clocks differ.
 """
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mura_dist.distributed import lock
+from mura_dist.distributed import lock, processes
 from mura_dist.distributed.lock import Claim
 
-BEAT_S = 5.0
+WAIT_S = processes.ORDERLY_S + 5.0  # how long a start waits for the former holder of its share
 SILENCE_S = 60.0  # a rank whose heart has not beaten for so long makes nothing any more
 
 
 def heart(folder: Path, rank: int) -> Path:
-    """The file that is touched while `rank` lives."""
+    """Return the lock of `rank`, which is touched while it lives."""
     return folder / (f"rank-{rank}" if rank else "lock")
 
 
 @contextlib.contextmanager
 def taking_part(folder: Path, rank: int, claim: Claim, stop: threading.Event) -> Iterator[None]:
-    """Live in `folder` while the block runs, the first rank as its only writer: see lock.held.
+    """Live in `folder` while the block runs, as the only process of this rank: see lock.held.
 
     What had to be made for it, and holds nothing in the end, is taken away again: a refused start leaves no trace.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = [folder, *(each for each in folder.parents if not each.exists())]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(heart(folder, rank), claim, stop) if rank == 0 else _beating(heart(folder, rank)):
+        with lock.held(heart(folder, rank), claim, stop):
             yield
     finally:
         for each in made:
@@ -42,24 +44,12 @@ def taking_part(folder: Path, rank: int, claim: Claim, stop: threading.Event) ->
                 each.rmdir()
 
 
-@contextlib.contextmanager
-def _beating(path: Path) -> Iterator[None]:
-    path.touch()
-    ended = threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, ended), daemon=True, name="heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        path.unlink(missing_ok=True)
-
-
-def _beat(path: Path, ended: threading.Event) -> None:
-    while not ended.wait(BEAT_S):
-        with contextlib.suppress(OSError):  # the first rank has ended and cleaned up
-            os.utime(path)
+def tidy(folder: Path) -> None:
+    """Delete what `folder` holds but the first rank's lock, which it still has, and that of a start that waits for it."""
+    for path in folder.iterdir():
+        if path != heart(folder, 0) and not path.name.startswith(f".{heart(folder, 0).name}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 class Ears:

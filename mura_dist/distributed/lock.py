@@ -104,6 +104,7 @@ class _Found:
 
 def _try(path: Path, owner: dict[str, Any]) -> _Found | None:
     """None: the lock is ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # the former writer may have finished, and tidied up
     with _alone(path.parent):
         while not _create(path, owner):
             if (found := _judge(path)) is not None:

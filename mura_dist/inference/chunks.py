@@ -3,11 +3,12 @@
     Walk -> chunks of 256 files -> paths -> worker processes (reader.py) -> batches (B, 1, S, S) uint8 -> Model.stream
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk
 
-A chunk is the unit of work and of resumption. Each rank takes every n-th; the first one makes itself what a rank that fell
-silent has left undone.
+A chunk is the unit of work and of resumption. Where an I/O fault kept a file of it from being read, its part is
+000000.faults.json; the next start reads these files again, and no others of that chunk. Each rank takes every n-th; the first
+one makes itself what a rank that fell silent has left undone.
 """
 
-import json
+import functools
 import os
 import threading
 import time
@@ -19,16 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core import files as atomic
 from mura_dist.core.errors import Failure, Stopped
+from mura_dist.data.io_faults import IoFaults
 from mura_dist.distributed import environment, heartbeat, worker_pool
 from mura_dist.distributed.processes import processors
 from mura_dist.distributed.worker_pool import Crew, Limits, Lost
+from mura_dist.inference import retries
 from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.file_list import File, Walk
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import Model
-from mura_dist.inference.output_folder import OutputFolder, pause
+from mura_dist.inference.output_folder import RETRY, OutputFolder, pause
 from mura_dist.inference.overlays import Overlay, Overlays, counts
 from mura_dist.inference.reader import Reader, Reading, failed
 from mura_dist.inference.tables import Part
@@ -41,10 +43,14 @@ _AT_ONCE, _AT_ONCE_BYTES = 8, 1 << 20  # files a worker takes at once, and their
 
 @dataclass
 class _Chunk:
-    """Files that were read, or are being read, and the logits of those radiographs that are predicted already."""
+    """Files that were read, or are being read, and the logits of those radiographs that are predicted already.
+
+    before: the part of an earlier start, where only the files are here that an I/O fault kept it from reading.
+    """
 
     number: int
     files: list[File]
+    before: Part | None = None
     readings: list[Reading] = field(default_factory=list)
     logits: list[float] = field(default_factory=list)
     cells: list[np.ndarray] = field(default_factory=list)  # (h, w) float32, where overlays are wanted
@@ -72,6 +78,9 @@ class ChunkPredictor:
     progress: Callable[[int, int], None]
     done: int = 0
     throughput: Throughput = field(default_factory=Throughput)
+
+    def __post_init__(self) -> None:
+        self._faults = IoFaults(self.directory)
 
     def run(self, workers: int | None, limits: Limits) -> None:
         """Return when every chunk has its part; on ranks but the first, when those of its own have. Raises Stopped.
@@ -117,10 +126,18 @@ class ChunkPredictor:
         return max(1, min(16, processors() // environment.ranks_here(), num_files // _FILES_PER_WORKER))
 
     def _make(self, crew: Crew, numbers: list[int]) -> None:
-        """A part for each of these chunks. Batches never cross chunks: what is predicted together is the same in every run."""
+        """A part for each of these chunks; of those that an earlier start could not read whole, one at a time."""
+        again = {number for number in numbers if self.folder.part(number, RETRY).is_file()}
+        self._predict(crew, [number for number in numbers if number not in again])
+        for number in sorted(again):
+            self._predict(crew, [number], self.folder.retry(number))
+
+    def _predict(self, crew: Crew, numbers: list[int], before: Part | None = None) -> None:
+        """The parts of `numbers`. Batches never cross chunks: what is predicted together is the same in every run."""
         started, busy_s = time.perf_counter(), self.model.busy.seconds
         begun: deque[_Chunk] = deque()
-        batches = self._batches(crew, numbers, begun)
+        chunks = functools.partial(_chunks, self.files, numbers, before)
+        batches = self._batches(crew, chunks, begun)
         wanted = OUTPUTS if self.overlays is not None else OUTPUTS[:1]
         for logits, *cells in self.model.stream(
             batches, wanted
@@ -136,19 +153,22 @@ class ChunkPredictor:
         if self.stop.is_set() and self._missing():
             raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
 
-    def _batches(self, crew: Crew, numbers: list[int], begun: deque[_Chunk]) -> Iterator[np.ndarray]:
+    def _batches(
+        self, crew: Crew, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]
+    ) -> Iterator[np.ndarray]:
         """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
         batch_size = self.model.tuning.batch_size or 1
         at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // self.model.size**2))
         ahead = max(2, -(-2 * batch_size // (at_once * crew.workers)))  # two batches at least
-        readings = crew.results(_tasks(self.files, numbers, self.directory, at_once), ahead=ahead)
-        for number, files in zip(numbers, self.files.chunks(numbers), strict=True):
+        readings = crew.results(_tasks(chunks(), self.directory, at_once), ahead=ahead)
+        for chunk in chunks():
             if self.stop.is_set():
                 return
-            chunk, images = _Chunk(number, files), []
+            images: list[np.ndarray] = []
             begun.append(chunk)
-            for file in files:
-                reading = failed(*file.failure) if file.failure is not None else _reading(next(readings))
+            self.done += len(chunk.before[retries.FILES]) - len(chunk.files) if chunk.before is not None else 0
+            for file in chunk.files:
+                reading = failed(*file.failure) if file.failure is not None else self._reading(next(readings))
                 chunk.readings.append(reading)
                 self.throughput.num_files += 1
                 self.throughput.reading_s += reading.seconds
@@ -164,13 +184,18 @@ class ChunkPredictor:
             self._write(begun)  # a chunk without a radiograph gets no logits
         assert next(readings, None) is None  # read to its end, as a Crew wants it
 
+    def _reading(self, result: Reading | Lost) -> Reading:
+        """What a worker has read, or why not. Raises Failure where the disk seems to be gone."""
+        reading = failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+        self._faults.check(*reading.failure)
+        return reading
+
     def _write(self, begun: deque[_Chunk]) -> None:
         """The parts of those chunks at the head that are predicted."""
         while begun and begun[0].predicted:
             chunk = begun.popleft()
             # Here a chunk's files, images, identities and logits are together: what else is made of them, is made here.
-            part = json.dumps(self._part(chunk), ensure_ascii=False, allow_nan=False)
-            atomic.write_bytes(self.folder.part(chunk.number), part.encode())
+            self.folder.write_part(chunk.number, self._part(chunk))
             if self.folder.num_ranks > 1:  # what the others have done meanwhile
                 self._missing()
                 self.done += sum(len(chunk.readings) for chunk in begun)
@@ -189,7 +214,8 @@ class ChunkPredictor:
             rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
         notes = Counter(note for reading in chunk.readings for note in reading.notes)
         drawn = self._draw(chunk, [row[0] for row in rows])
-        return {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
+        part: Part = {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
+        return retries.complete(chunk.before, part, chunk.readings)
 
     def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
         """The chunk's overlays are on disk then; how many, and how many are withheld."""
@@ -205,12 +231,14 @@ class ChunkPredictor:
         return counts(len(some), len(names) - len(some))
 
 
-def _tasks(files: Walk, numbers: Iterable[int], directory: Path, at_once: int) -> Iterator[list[str]]:
+def _chunks(walk: Walk, numbers: list[int], before: Part | None) -> Iterator[_Chunk]:
+    """These chunks, nothing read; `before`: see _Chunk."""
+    for number, files in zip(numbers, walk.chunks(numbers), strict=True):
+        yield _Chunk(number, files if before is None else retries.select(before, files), before)
+
+
+def _tasks(chunks: Iterable[_Chunk], directory: Path, at_once: int) -> Iterator[list[str]]:
     """The paths to be read, in order, `at_once` at most at a time."""
-    for chunk in files.chunks(numbers):
-        paths = [os.path.join(directory, file.path) for file in chunk if file.failure is None]
+    for chunk in chunks:
+        paths = [os.path.join(directory, file.path) for file in chunk.files if file.failure is None]
         yield from (paths[start : start + at_once] for start in range(0, len(paths), at_once))
-
-
-def _reading(result: Reading | Lost) -> Reading:
-    return failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result

@@ -1,7 +1,8 @@
 """The folder that a prediction writes: what lies where, whether it is this prediction's, and how its ranks wait for each other.
 
     OUT/.parts/plan.json     what the prediction is: model, files, options; written first
-        .parts/000000.json   the predictions and failures of a chunk's files, one file a chunk
+        .parts/000000.json   the predictions and failures of a chunk's files, one file a chunk; 000000.faults.json where I/O
+                             faults kept files from being read, and 000000.retry.json once a start reads these again
         .parts/lock, rank-N  who lives: heartbeat.py
         README.txt           what the columns of the tables mean
         predict.json         the summary, and the plan; written last: it says "done"
@@ -13,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ from mura_dist.core.errors import Failure, OwnRefusal, Refusal, Stopped
 from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim
-from mura_dist.inference import overlays, tables
+from mura_dist.inference import overlays, retries, tables
 from mura_dist.inference.tables import Part
 
 README = "README.txt"
+FAULTS, RETRY = ".faults", ".retry"  # in the names of parts that are not final
 PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
 _POLL_S = 0.2
 
@@ -53,18 +54,29 @@ class OutputFolder:
     def done(self) -> Path:
         return self.path / PREDICT_SUMMARY
 
-    def part(self, number: int) -> Path:
-        return self.parts / f"{number:06d}.json"
+    def part(self, number: int, kind: str = "") -> Path:
+        """Return the path of a chunk's part. `kind`: FAULTS or RETRY, else a part that is final."""
+        return self.parts / f"{number:06d}{kind}.json"
+
+    def write_part(self, number: int, part: Part) -> None:
+        """Write a chunk's part, under the name that says whether it is final."""
+        kind = FAULTS if retries.FILES in part else ""
+        files.write_bytes(self.part(number, kind), json.dumps(part, ensure_ascii=False, allow_nan=False).encode())
+
+    def retry(self, number: int) -> Part | None:
+        """Load the part of an earlier start, some of whose files are to be read again; None where there is none."""
+        path = self.part(number, RETRY)
+        return _load(path) if path.is_file() else None
 
     def missing(self, num_chunks: int) -> list[int]:
-        """List the chunks without a part, whoever is to make them."""
+        """List the chunks that nobody has tried to make, whoever is to."""
         try:
             names = set(os.listdir(self.parts))
         except FileNotFoundError:
             if not self.done.is_file():
                 raise
             return []  # the first rank has finished, and tidied up
-        return [number for number in range(num_chunks) if self.part(number).name not in names]
+        return [n for n in range(num_chunks) if not names & {self.part(n).name, self.part(n, FAULTS).name}]
 
     def plans(self) -> Iterator[dict[str, Any]]:
         """Yield the plan of the prediction that began here, and of the one that is finished."""
@@ -77,11 +89,15 @@ class OutputFolder:
         for number in range(num_chunks):
             if stop.is_set():
                 raise Stopped("stopped while writing the tables; nothing is lost, the same command goes on")
-            yield _load(self.part(number))
+            path = self.part(number)
+            yield _load(path if path.is_file() else self.part(number, FAULTS))
 
     def locked(self, stop: threading.Event) -> contextlib.AbstractContextManager[None]:
-        """Live in the folder while the block runs, the first rank as its only writer. A refused start leaves no trace."""
-        claim = Claim(f"--out {self.path}", "give another --out", wait_s=0, doubt_s=lock.DOUBT_S)
+        """Live in the folder while the block runs, as the only process of this rank. A refused start leaves no trace."""
+        what = (
+            f"--out {self.path} (rank {self.rank} of {self.num_ranks})" if self.num_ranks > 1 else f"--out {self.path}"
+        )
+        claim = Claim(what, "give another --out", heartbeat.WAIT_S, lock.DOUBT_S)
         return heartbeat.taking_part(self.parts, self.rank, claim, stop)
 
     def begin(self, plan: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
@@ -107,7 +123,16 @@ class OutputFolder:
         self._compare(_load(self.plan), plan)
         for stale in self.path.glob(".*.partial") if self.rank == 0 else ():  # of a run that was killed
             stale.unlink(missing_ok=True)
+        self._begin_retries()
         return None
+
+    def _begin_retries(self) -> None:
+        """Make the chunks missing again that an earlier start could not read whole: this rank's, on the first rank all."""
+        for path in self.parts.glob(f"*{FAULTS}.json"):
+            number = int(path.name.partition(".")[0])
+            if self.rank in (0, number % self.num_ranks):
+                with contextlib.suppress(FileNotFoundError):  # another rank was faster
+                    path.replace(self.part(number, RETRY))
 
     def finish(self, summary: dict[str, Any], readme: str) -> None:
         """Write README.txt, then predict.json. Raises Failure where another program holds one of them."""
@@ -117,9 +142,8 @@ class OutputFolder:
             files.write_json(self.done, summary)
 
     def clean(self) -> None:
-        """Delete the parts of a finished prediction."""
-        if self.done.is_file():
-            shutil.rmtree(self.parts, ignore_errors=True)
+        """Delete the parts of a finished prediction; called by the first rank, which has the lock."""
+        heartbeat.tidy(self.parts)
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key, value in now.items():

@@ -6,9 +6,10 @@
 
 Every file ends in exactly one of predictions and failures, also one that crashes, stalls or bloats its decoder: that is why
 processes read, not threads, which are a little faster (2 cores, 512-px PNG to 320: 690 against 841 radiographs/s). A chunk is the
-unit of work and of resumption: killed anywhere, the same command makes the missing ones, and the same bytes. No list is as
-long as the directory: what is, lies on disk. `OUT/.parts/plan.json` says what the run is; another model, other options or
-other files in the same OUT are refused, and so is a second start while the first one lives.
+unit of work and of resumption: killed anywhere, the same command makes the missing ones, and the same bytes. A file that an I/O
+fault kept from being read is in failures as io_error; then there is no predict.json, and the same command reads it again. No
+list is as long as the directory: what is, lies on disk. `OUT/.parts/plan.json` says what the run is; another model, other
+options or other files in the same OUT are refused, and so is a second start while the first one lives.
 
 Several ranks (torchrun's or Slurm's) share the work: each takes every n-th chunk; the first one writes the plan and the tables,
 and makes itself what a rank that fell silent has left undone. Nobody talks to anybody but through OUT/.parts.
@@ -28,7 +29,9 @@ from mura_dist import __version__
 from mura_dist.core.errors import Failure, Refusal, Stopped
 from mura_dist.core.files import PRIVATE, scratch
 from mura_dist.data import gate
+from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.distributed import environment, worker_pool
+from mura_dist.distributed.processes import end_with_launcher
 from mura_dist.distributed.signals import asked_to_stop
 from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
@@ -83,6 +86,7 @@ def predict(
     where it lies inside `directory`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk), OSError
     when the disk is full.
     """
+    end_with_launcher()
     with pseudonyms.hushed(directory, options.keytable):
         started = time.perf_counter()
         _check(directory, out, options)
@@ -111,11 +115,13 @@ def predict(
                 chunks.run(options.workers, options.limits)
                 if folder.rank == 0:
                     tally, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
+                    _refuse_faults(tally, folder.load_parts(files.num_chunks, stop))
                     seconds = time.perf_counter() - started
                     summary = summarize(tally, model, num_overlays, warnings, seconds)
                     summary |= {"throughput": chunks.throughput.summary(), "plan": plan}
                     folder.finish(summary, table_guide.readme(model.card, options.format))
-        folder.clean()
+            if folder.rank == 0:
+                folder.clean()
         if folder.rank:
             return None
         assert summary is not None
@@ -272,6 +278,17 @@ def _write_tables(
         pseudonyms.write(options.keytable, lambda: _ways_back(groups, files, parts()))
     tally = tables.write(folder.path, parts, card, options.format, folder.parts / "studies.sqlite")
     return tally, counted(part["overlays"] for part in parts())
+
+
+def _refuse_faults(tally: Tally, parts: Iterable[Part]) -> None:
+    """Raise Failure where I/O faults kept files from being read: the prediction is not done."""
+    if not (num := tally.failures_by_code[IO_ERROR]):
+        return
+    first = next(failure for part in parts for failure in part["failures"] if failure[1] == IO_ERROR)
+    raise Failure(
+        f"{num} files could not be read ({IO_ERROR}), the first is {first[0]}: {first[2]}; the tables hold all others. Fix the "
+        "disk or the network, then the same command reads these files again"
+    )
 
 
 def _ways_back(groups: Grouping, files: Walk, parts: Iterable[Part]) -> Iterator[pseudonyms.Row]:

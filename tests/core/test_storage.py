@@ -205,9 +205,12 @@ def test_a_conversion_to_a_url_resumes(s3: str, phantoms: Path, whole: Path, tmp
     convert(phantoms, str(out), size=48, workers=2)
     for name in ("index.json", "valid-000000.json", "valid-000000.tar"):
         out.remove(name)
-    out.write("train-000000.tar", b"not to be made again: its mark is there")
+    size = (whole / "train-000000.tar").stat().st_size
+    out.write("train-000000.tar", b"not to be made again: its size is right".ljust(size))
+    out.write("tune-000000.tar", b"to be made again: its size is not the mark's")
     convert(phantoms, str(out), size=48, workers=1)
-    assert out.read("valid-000000.tar") == (whole / "valid-000000.tar").read_bytes()
+    for name in ("valid-000000.tar", "tune-000000.tar"):
+        assert out.read(name) == (whole / name).read_bytes()
     assert out.read("train-000000.tar").startswith(b"not to be")
     with pytest.raises(Failure, match=r"train-000000\.tar differs from its SHA-256 in index\.json, twice"):
         Shards.open(str(out), mirror=tmp_path / "mirror")

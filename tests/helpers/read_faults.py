@@ -1,9 +1,11 @@
 """Make reads fail in the processes that a test starts, through tools/robustness/read_faults.c under LD_PRELOAD."""
 
+import contextlib
 import errno
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,14 @@ class ReadFaults:
         values = {"PATH": self.path, "ERRNO": self.error, "CALL": self.call, "SKIP": self.skip, "COUNTER": self.counter}
         values |= {} if self.times is None else {"TIMES": self.times}
         return {"LD_PRELOAD": str(self.library)} | {f"READ_FAULTS_{name}": str(value) for name, value in values.items()}
+
+    @contextlib.contextmanager
+    def in_children(self) -> Iterator[None]:
+        """Let reads fail in the processes that this one starts from nothing while the block runs."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            yield
 
     @property
     def num_calls(self) -> int:

@@ -18,7 +18,7 @@ from helpers.predictions import FILES, contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
 from mura_dist.core.errors import Failure, Refusal
-from mura_dist.distributed import heartbeat
+from mura_dist.distributed import heartbeat, lock
 from mura_dist.inference import output_folder
 from mura_dist.inference.predict import predict
 
@@ -26,10 +26,10 @@ NUM, CHUNK = 300, 32
 RANK = f"""
 import os, signal, sys, threading, time
 from mura_dist.cli.main import main
-from mura_dist.distributed import heartbeat
+from mura_dist.distributed import heartbeat, lock
 from mura_dist.inference import predict
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
-predict.CHUNK, heartbeat.SILENCE_S, heartbeat.BEAT_S = {CHUNK}, 1.0, 0.1
+predict.CHUNK, heartbeat.SILENCE_S, lock.HEARTBEAT_S = {CHUNK}, 1.0, 0.1
 dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
 compute, seen, one = OnnxRuntime.run, 0, threading.Lock()  # streams are threads
 def counted(self, image, outputs):
@@ -192,7 +192,10 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 # ---- one writer
 
 
-def test_a_second_start_is_refused_while_the_first_lives(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_second_start_is_refused_while_the_first_lives(
+    given: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "WAIT_S", 0.5)
     first = start(0, 1, SLOW_S=0.1, cold=True)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
@@ -253,9 +256,9 @@ def test_a_heart_is_heard_by_our_own_clock(tmp_path: Path) -> None:
 
 
 def test_a_rank_beats_while_it_lives_and_takes_its_heart_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
     folder = tmp_path / "new" / "out" / ".parts"
-    with heartbeat.taking_part(folder, 3, heartbeat.Claim("", "", 0), threading.Event()):
+    with heartbeat.taking_part(folder, 3, lock.Claim("", "", 0), threading.Event()):
         path = heartbeat.heart(folder, 3)
         before = path.stat().st_mtime_ns
         time.sleep(0.3)

@@ -6,14 +6,21 @@ Workers decode, one process writes, in row order: the bytes do not depend on the
 finished (writer.py); the same command again makes the others. conversion.json, written first, holds the plan, so that another
 conversion into the same folder is refused. Source and target may be URLs.
 
+A tar is compared with its mark before the mark is written and whenever the command starts again. A file that an I/O fault kept
+from being read keeps its shard from being finished, and no other: train-000000.faults.json lists such files, the same command
+makes that shard again, and until then there is no index.json.
+
 Several ranks (torchrun's or Slurm's) share the work: each takes every n-th shard, the first one writes the other files, and makes
-itself what a rank that fell silent has left undone. Nobody talks to anybody but through the target.
+itself what a rank that fell silent has left undone. Nobody talks to anybody but through the target. In a local folder each rank
+holds a lock, so that a second start of the same share is refused.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import platform
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +36,7 @@ from mura_dist.core import files, storage
 from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
 from mura_dist.core.storage import Place, Where
 from mura_dist.data import mura, radiograph
+from mura_dist.data.io_faults import IO_ERROR, IoFaults
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import codec, writer
 from mura_dist.data.shards.codec import MAX_SIZE_PX, Reader, Sample, Task
@@ -36,14 +44,15 @@ from mura_dist.data.shards.index import FORMAT, parse
 from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
-from mura_dist.distributed import environment, worker_pool
-from mura_dist.distributed.processes import processors
+from mura_dist.distributed import environment, heartbeat, lock, worker_pool
+from mura_dist.distributed.processes import end_with_launcher, processors
 from mura_dist.distributed.worker_pool import Crew, Limits, Lost
 
 SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, MAX_SIZE_PX)
 PLAN_WAIT_S = 120.0  # how long a rank waits for the first one's plan
 SILENCE_S = 60.0  # without a new shard for so long, the first rank makes the missing ones itself
+RANKS = ".ranks"  # the folder of the ranks' locks
 _CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs a worker takes at once, and their pixels at most
 _FETCHING_THREADS = 4  # chunks of a remote source on their way at once
 
@@ -84,13 +93,17 @@ def convert(
     strict: any defect of the source, any unreadable file, ends it; duplicates: keep, drop-train or group (duplicate_policy.py);
     limits: what reading one file may take. Raises Refusal, Failure, Stopped; OSError when the disk is full.
     """
+    end_with_launcher()
     _check(source, out, size, encoding, workers)
     duplicate_policy.check(duplicates)
     target = storage.of(out)  # before the source is scanned: a wrong URL is said at once
     told, workers = environment.ranks(), workers or processors()
-    with worker_pool.crew(
-        Reader, (size, encoding), workers=workers, limits=limits
-    ) as crew:  # they get ready during the scan
+    with (
+        _share(out, told),
+        worker_pool.crew(
+            Reader, (size, encoding), workers=workers, limits=limits
+        ) as crew,  # gets ready during the scan
+    ):
         # Beside the decoding it is too late: the manifest depends on it.
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
         scanned = duplicate_policy.resolve(scanned, duplicates)
@@ -105,21 +118,40 @@ def convert(
         if told.rank:
             _follow(conversion, progress)
             return None
-        if _finished(conversion):
+        if _finished(conversion) and not _drop_broken(conversion):
             index = parse(conversion.out.read("index.json"), str(conversion.out))
             _refuse_unreadable(index["unreadable"], strict)
             return index
-        return _lead(conversion, scanned, strict, progress)
+        index = _lead(conversion, scanned, strict, progress)
+        if isinstance(target, storage.Local):
+            heartbeat.tidy(target.folder / RANKS)
+        return index
+
+
+def _share(out: Where, told: environment.Ranks) -> contextlib.AbstractContextManager[None]:
+    """Hold this rank's share of the work while the block runs. Raises Refusal where another process has it.
+
+    A URL has no locks: there two starts cost time, but no bytes, for a put is whole and both put the same.
+    """
+    if storage.is_remote(out):
+        return contextlib.nullcontext()
+    folder = Path(out)
+    what = f"{out} (rank {told.rank} of {told.size})" if told.size > 1 else str(out)
+    claim = lock.Claim(what, "give another folder", heartbeat.WAIT_S, lock.DOUBT_S)
+    return heartbeat.taking_part(folder / RANKS, told.rank, claim, threading.Event())
 
 
 def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """The first rank's part, which is all of it where it is alone."""
     started = time.time()
+    _drop_broken(conversion)
+    _drop_faults(conversion, _planned(conversion.manifest))
     _record(conversion, state="running", started=started)
     conversion.out.write("manifest.csv", conversion.manifest.to_csv())
     with ThreadPoolExecutor(1, "duplicates") as aside:  # looked for beside the decoding, which has the processors busy
         whole = aside.submit(with_duplicates, scanned)
         _write_shards(conversion, _Work(conversion, progress))
+        _refuse_faults(conversion, started)
         scanned = whole.result()
     marks = _marks(conversion)
     unreadable = _unreadable(conversion, marks)
@@ -143,7 +175,9 @@ def _follow(conversion: Conversion, progress: Callable[[int, int], None]) -> Non
             )
         time.sleep(0.2)
     if not _finished(conversion):
-        _write_shards(conversion, _Work(conversion, progress))
+        work = _Work(conversion, progress)
+        _drop_faults(conversion, work.share)
+        _write_shards(conversion, work)
 
 
 def _json(value: Any) -> bytes:
@@ -207,6 +241,24 @@ def _finished(conversion: Conversion) -> bool:
     return "index.json" in names
 
 
+def _drop_broken(conversion: Conversion) -> int:
+    """Delete the marks whose shards are not what they say, and then index.json; returns how many. They are made again."""
+    out, names = conversion.out, conversion.out.names()
+    tars = [shard.name for shard in _planned(conversion.manifest) if writer.mark_of(shard.name) in names]
+    with ThreadPoolExecutor(processors(), "check") as pool:  # hashing lets go of the interpreter
+        whole = pool.map(lambda tar: writer.is_whole(out, tar, out.read(writer.mark_of(tar))), tars)
+        broken = [tar for tar, is_whole in zip(tars, whole, strict=True) if not is_whole]
+    for name in ["index.json"] * bool(broken) + [writer.mark_of(tar) for tar in broken]:
+        out.remove(name)
+    return len(broken)
+
+
+def _drop_faults(conversion: Conversion, shards: Sequence["_Planned"]) -> None:
+    """Delete the lists of files that an earlier start could not read: they are read again."""
+    for name in conversion.out.names() & {writer.faults_of(shard.name) for shard in shards}:
+        conversion.out.remove(name)
+
+
 def _record(conversion: Conversion, **facts: Any) -> None:
     machine: dict[str, Any] = {"host": platform.node(), "platform": platform.platform()}
     machine |= {"workers": conversion.crew.workers, "ranks": conversion.num_ranks}
@@ -240,12 +292,15 @@ class _Work:
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]) -> None:
         self.conversion, self.progress = conversion, progress
         self.all = _planned(conversion.manifest)
+        self.share = self.all[conversion.rank :: conversion.num_ranks]
         self.total, self.done = len(conversion.manifest.frame), 0
 
     def missing(self) -> list[_Planned]:
-        """Those without a mark, whoever was to make them."""
+        """Those that nobody has tried to make, whoever was to."""
         names = self.conversion.out.names()
-        missing = [shard for shard in self.all if writer.mark_of(shard.name) not in names]
+        missing = [
+            shard for shard in self.all if not names & {writer.mark_of(shard.name), writer.faults_of(shard.name)}
+        ]
         self.done = self.total - sum(len(shard.rows) for shard in missing)
         self.progress(self.done, self.total)
         return missing
@@ -255,7 +310,7 @@ class _Work:
         self.progress(self.done, self.total)
 
     def mine(self) -> list[_Planned]:
-        share = {shard.name for shard in self.all[self.conversion.rank :: self.conversion.num_ranks]}
+        share = {shard.name for shard in self.share}
         return [shard for shard in self.missing() if shard.name in share]
 
 
@@ -270,6 +325,7 @@ def _write_shards(conversion: Conversion, work: _Work) -> None:
             before, since = len(missing), time.monotonic()
         elif time.monotonic() - since > SILENCE_S:
             _write(conversion, missing[:1], work)
+            before -= 1  # ours: the others are as silent as before
         else:
             time.sleep(0.2)
 
@@ -283,7 +339,10 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
     try:
         for shard in todo:
             ours = itertools.islice(stream, len(shard.rows))
-            writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
+            try:
+                writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
+            except writer.Incomplete as incomplete:
+                conversion.out.write(writer.faults_of(shard.name), _json(incomplete.faults))
             work.made(shard)
     except KeyboardInterrupt as error:
         raise Stopped("stopped; the finished shards stay, the same command goes on") from error
@@ -301,11 +360,29 @@ def _marks(conversion: Conversion) -> list[dict[str, Any]]:
 
 def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The files that could not be read, in row order."""
+    return _with_paths(conversion, [item for mark in marks for item in mark["unreadable"]])
+
+
+def _refuse_faults(conversion: Conversion, started: float) -> None:
+    """Raise Failure where I/O faults kept files from being read; conversion.json lists them."""
+    names = sorted(name for name in conversion.out.names() if name.endswith(writer.FAULTS_SUFFIX))
+    if not names:
+        return
+    faults = _with_paths(conversion, [item for name in names for item in json.loads(conversion.out.read(name))])
+    _record(conversion, state="incomplete", started=started, faults=faults)
+    raise Failure(
+        f"{len(faults)} files could not be read ({IO_ERROR}), the first is {faults[0]['path']}: {faults[0]['reason']}; "
+        f"{conversion.out}/conversion.json lists them. All other shards are finished: fix the disk or the network, then the "
+        f"same command makes the {len(names)} shards of these files"
+    )
+
+
+def _with_paths(conversion: Conversion, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files that were not read, in row order, with their paths."""
     paths = conversion.manifest.frame["path"].to_numpy()
-    found = [item for mark in marks for item in mark["unreadable"]]
     return [
         {"row": item["row"], "path": paths[item["row"]], "code": item["code"], "reason": item["reason"]}
-        for item in sorted(found, key=lambda item: item["row"])
+        for item in sorted(items, key=lambda item: item["row"])
     ]
 
 
@@ -314,7 +391,7 @@ def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dic
 
 def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     """Samples in row order, decoded ahead by guarded processes, never far ahead."""
-    paths, root = conversion.manifest.frame["path"].to_numpy(), conversion.root
+    paths, root, faults = conversion.manifest.frame["path"].to_numpy(), conversion.root, IoFaults(conversion.root)
     at_once = max(1, min(_CHUNK, _CHUNK_BYTES // conversion.size**2))
     chunks = (rows[start : start + at_once].tolist() for start in range(0, len(rows), at_once))
     tasks: Iterable[list[Task]]
@@ -323,7 +400,9 @@ def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     else:
         tasks = ([(row, os.path.join(root, paths[row])) for row in chunk] for chunk in chunks)
     for row, result in zip(rows.tolist(), conversion.crew.results(tasks), strict=True):
-        yield Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+        sample = Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+        faults.check(sample.code, sample.reason)
+        yield sample
 
 
 def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
@@ -333,7 +412,7 @@ def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> It
     def fetch(rows: list[int]) -> list[Task]:
         wanted = [row for row in rows if sizes.get(paths[row], 0) <= radiograph.MAX_BYTES]
         contents = place.read_many([paths[row] for row in wanted])
-        found = {row: _told(place, paths[row], one) for row, one in zip(wanted, contents, strict=True)}
+        found = {row: _told(content) for row, content in zip(wanted, contents, strict=True)}
         return [(row, found.get(row, _TOO_LARGE)) for row in rows]
 
     pool, ahead = ThreadPoolExecutor(_FETCHING_THREADS, "fetch"), deque[Future[Any]]()
@@ -351,12 +430,12 @@ def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> It
 _TOO_LARGE = radiograph.Unreadable("too_large", f"the file is larger than {radiograph.MAX_BYTES:,} bytes")
 
 
-def _told(place: Place, name: str, content: bytes | OSError) -> bytes | radiograph.Unreadable:
-    """What is wrong with a file is its row's business, what is wrong with the way to it ends the conversion."""
+def _told(content: bytes | OSError) -> bytes | radiograph.Unreadable:
+    """What is wrong with a file, or with the store and the way to it."""
     if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
         return radiograph.Unreadable("unreadable", f"cannot be opened: {os_reason(content)}")
     if isinstance(content, OSError):
-        raise Failure(f"{place}/{name}: {content}; the finished shards stay, the same command goes on") from content
+        return radiograph.Unreadable(IO_ERROR, f"cannot be read: {os_reason(content)}")
     return content
 
 

@@ -2,7 +2,8 @@
 
     train-000000.tar, .crc, .idx -> train-000000.json: the mark, written last; what it says, index.json will say
 
-A shard whose mark is there is finished. The bytes depend on the samples alone: no times, owners or modes of this machine.
+A shard whose mark is there is finished, if its tar is what the mark says (is_whole). The bytes depend on the samples alone: no
+times, owners or modes of this machine.
 
 webdataset's TarWriter does not write them. It sorts a sample's members by name, so these bytes come out of it only member by
 member. It takes longer than one write a sample. Its package imports torch, and the base install does not have it.
@@ -16,9 +17,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+from mura_dist.core.errors import Failure
 from mura_dist.core.storage import Place
+from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.data.shards.codec import SUFFIX, Sample
 from mura_dist.data.shards.reader import INDEX_HEADER
+
+FAULTS_SUFFIX = ".faults.json"
 
 
 def mark_of(tar: str) -> str:
@@ -26,13 +31,43 @@ def mark_of(tar: str) -> str:
     return tar.removesuffix(".tar") + ".json"
 
 
+def faults_of(tar: str) -> str:
+    """Return the name of the list of files that an I/O fault kept out of a shard; `tar`: its tar's."""
+    return tar.removesuffix(".tar") + FAULTS_SUFFIX
+
+
 def read_mark(data: bytes) -> dict[str, Any]:
     """{"name", "num_samples", "bytes", "sha256", "unreadable": [{"row", "code", "reason"}]}"""
     return json.loads(data)
 
 
+def is_whole(place: Place, name: str, mark: bytes) -> bool:
+    """Whether the shard `name` (its tar's) is what its mark says: the tar's size and SHA-256, and its companions are there."""
+    try:
+        told = read_mark(mark)
+        if not told["num_samples"]:
+            return told["name"] == name
+        stem = name.removesuffix(".tar")
+        companions = all(place.exists(f"{stem}{suffix}") for suffix in (".crc", ".idx"))
+        return told["name"] == name and companions and place.holds(name, told["bytes"], told["sha256"])
+    except (ValueError, KeyError, TypeError):  # not a mark
+        return False
+
+
+class Incomplete(Exception):
+    """A shard lacks files for no fault of theirs. `faults`: {"row", "code", "reason"} of each."""
+
+    def __init__(self, faults: list[dict[str, Any]]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+
 def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
-    """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only."""
+    """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only.
+
+    Raises Incomplete, all samples drawn and nothing written, where an I/O fault kept a file from being read; Failure where the
+    tar on the disk is not what was written.
+    """
     unreadable: list[dict[str, Any]] = []
     readable = _sorted_out(iter(samples), unreadable)
     mark: dict[str, Any] = {"name": name, "num_samples": 0, "bytes": 0, "sha256": None}
@@ -44,13 +79,25 @@ def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, en
                 index.append(tar.add(sample, labels[sample.row], encoding))
                 crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data or b''):08x}\n")
             tar.close()
+            _refuse_faults(unreadable)
+        if not place.holds(name, tar.bytes, digest := tar.digest.hexdigest()):
+            raise Failure(
+                f"{place}/{name} is not what was written: another program writes there, or the disk lost it; the same "
+                "command makes it again"
+            )
         stem = name.removesuffix(".tar")
         place.write(f"{stem}.crc", "".join(crcs).encode())
         place.write(f"{stem}.idx", "\n".join([f"{INDEX_HEADER} {len(index)}", *index, ""]).encode())
-        mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": tar.digest.hexdigest()}
+        mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": digest}
+    _refuse_faults(unreadable)
     mark["unreadable"] = unreadable
     place.write(mark_of(name), (json.dumps(mark, indent=2) + "\n").encode())
     return mark
+
+
+def _refuse_faults(unreadable: list[dict[str, Any]]) -> None:
+    if faults := [item for item in unreadable if item["code"] == IO_ERROR]:
+        raise Incomplete(faults)
 
 
 def _sorted_out(samples: Iterable[Sample], unreadable: list[dict[str, Any]]) -> Iterator[Sample]:

@@ -1,0 +1,222 @@
+"""Predictions on a machine that fails to read: retried, listed as io_error, read again by the same command and nothing else."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.commands import run
+from helpers.predictions import TABLES, contents, draw, draw_dicom, rows
+from helpers.ranks import LAUNCHERS, start_rank
+from helpers.read_faults import ReadFaults
+
+from mura_dist.core.errors import Failure
+from mura_dist.data import io_faults
+from mura_dist.inference import predict as predict_module
+from mura_dist.inference import retries, tables
+from mura_dist.inference.file_list import File
+from mura_dist.inference.overlays import counts
+from mura_dist.inference.predict import PredictOptions, predict
+from mura_dist.inference.reader import Reading, failed
+
+RANK = """
+import sys
+from mura_dist.cli.main import main
+from mura_dist.inference import predict
+predict.CHUNK = 10
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_module, "CHUNK", 10)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three chunks: PNGs, DICOMs of two studies, junk."""
+    folder = tmp_path_factory.mktemp("in")
+    for number in range(28):
+        path = folder / f"study{number // 7}" / f"{number:02d}"
+        if number % 5 == 3:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"junk")
+        elif number % 5 == 4:
+            draw_dicom(path, f"1.2.3.{number // 14}", "HAND", "L", number)
+        else:
+            draw(path, number)
+    return folder
+
+
+@pytest.fixture
+def undisturbed(model: Path, directory: Path, own_site_key: None, tmp_path: Path) -> dict[str, bytes]:
+    predict(model, directory, tmp_path / "undisturbed")
+    return contents(tmp_path / "undisturbed")
+
+
+def test_a_fault_that_passes_leaves_no_trace(
+    model: Path,
+    directory: Path,
+    undisturbed: dict[str, bytes],
+    read_faults: Callable[..., ReadFaults],
+    tmp_path: Path,
+) -> None:
+    faults = read_faults("study0/02", error=errno.ENOTCONN, times=3)
+    with faults.in_children():
+        predict(model, directory, tmp_path / "out", PredictOptions(workers=1))
+    assert faults.num_calls > 3
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_no_read_of_a_dicom_fails_in_silence(
+    model: Path,
+    directory: Path,
+    undisturbed: dict[str, bytes],
+    read_faults: Callable[..., ReadFaults],
+    tmp_path: Path,
+) -> None:
+    """Whichever of them fails for good: the file is read, with its study, or it is a failure."""
+    whole = {row["path"]: row["study"] for row in rows(tmp_path / "undisturbed" / "predictions.csv")}
+    for skip in range(3):
+        out = tmp_path / str(skip)
+        with read_faults("study0/04", skip=skip).in_children():
+            try:
+                predict(model, directory, out, PredictOptions(workers=1))
+            except Failure:
+                assert {row["path"]: row["code"] for row in rows(out / "failures.csv")}["study0/04"] == "io_error"
+            studies = {row["path"]: row["study"] for row in rows(out / "predictions.csv")}
+            assert studies.get("study0/04", whole["study0/04"]) == whole["study0/04"]
+
+
+def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alone(
+    model: Path,
+    directory: Path,
+    undisturbed: dict[str, bytes],
+    read_faults: Callable[..., ReadFaults],
+    tmp_path: Path,
+) -> None:
+    out, options = tmp_path / "out", PredictOptions(workers=1, overlays=True)
+    said = r"^4 files could not be read \(io_error\), the first is study1/10: cannot be read: too many open files; .*same command"
+    with (
+        read_faults("study1/1", error=errno.EMFILE, call="open").in_children(),
+        pytest.raises(Failure, match=said),
+    ):
+        predict(model, directory, out, options)
+    assert not (out / "predict.json").exists()
+    codes = [row["code"] for row in rows(out / "failures.csv")]
+    assert codes.count("io_error") == 4
+    assert len(rows(out / "predictions.csv")) + len(codes) == 28
+    again, seen = read_faults("study", call="open", skip=1000), [0]
+    with again.in_children():
+        summary = predict(model, directory, out, options, progress=lambda done, total: total and seen.append(done))
+    assert summary is not None
+    assert contents(out) == undisturbed
+    assert summary["num_overlays"] == summary["num_radiographs"]
+    assert sorted(os.listdir(out)) == sorted([*TABLES, "README.txt", "overlays", "predict.json"])
+    assert again.num_calls == 4
+    assert seen[-1] == 28
+
+
+def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None:
+    """Law: attempts that each read some of a chunk's files end in the part of one that read all."""
+    rng = np.random.default_rng(4)
+    image, files = np.zeros((2, 2), np.uint8), [File(str(number)) for number in range(40)]
+    outcomes = [Reading(image, None, ("", "")) if rng.random() < 0.7 else failed("not_image", "") for _ in files]
+
+    def attempt(before: tables.Part | None, share: float) -> tables.Part:
+        some = files if before is None else retries.select(before, files)
+        readings = [outcomes[int(f.path)] if rng.random() < share else failed("io_error", "") for f in some]
+        lines = list(zip((file.path for file in some), readings, strict=True))
+        part = {
+            "predictions": [[path] for path, reading in lines if reading.image is not None],
+            "failures": [[path, *reading.failure] for path, reading in lines if reading.image is None],
+            "overlays": counts(sum(reading.image is not None for reading in readings), 0),
+        }
+        return retries.complete(before, part, readings)
+
+    for _ in range(20):
+        part = attempt(None, 0.3)
+        while retries.FILES in part:
+            part = attempt(json.loads(json.dumps(part)), 0.3)
+        assert part == attempt(None, 1.1)
+
+
+@pytest.mark.slow
+def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
+    model: Path,
+    directory: Path,
+    undisturbed: dict[str, bytes],
+    read_faults: Callable[..., ReadFaults],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(io_faults, "MAX_IN_ROW", 5)
+    out = tmp_path / "out"
+    with read_faults("study0/02").in_children(), pytest.raises(Failure, match=r"^1 files"):
+        predict(model, directory, out, PredictOptions(workers=1))
+    for part in (out / ".parts").glob("000002.json"):
+        part.unlink()
+    said = rf"^5 files of {directory} in a row could not be read, the last one cannot be read: input/output error; "
+    with read_faults("study").in_children(), pytest.raises(Failure, match=said):
+        predict(model, directory, out, PredictOptions(workers=1))
+    again = read_faults("study", call="open", skip=1000)
+    with again.in_children():
+        predict(model, directory, out, PredictOptions(workers=1))
+    assert again.num_calls == 9, "one file of the first chunk, and the last chunk's eight"
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
+def test_a_directory_that_goes_away_ends_the_run_early(left: str, model: Path, directory: Path, tmp_path: Path) -> None:
+    """Else all that is left would be final, as files that do not exist."""
+    source = tmp_path / "in"
+    shutil.copytree(directory, source)
+
+    def take_away(done: int, total: int | None) -> None:
+        if total is not None and not (tmp_path / "away").exists():
+            source.rename(tmp_path / "away")
+            if left != "nothing":
+                source.mkdir()
+
+    with pytest.raises(Failure, match=rf"^{source} is gone, or empty; bring it back, then the same command goes on$"):
+        predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=take_away)
+    assert not (tmp_path / "out" / "predict.json").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_listed_for_a_fault_ends_the_run_in_one_line(
+    model: Path, directory: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+) -> None:
+    """Its files would be missing from the tables, and the run of the next command would be another one."""
+    faults = read_faults("study2", call="list")
+    done = run(
+        "mura-dist", "predict", model, directory, "--out", tmp_path, "--quiet", cold=True, env=faults.environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"mura-dist: Input/output error: {directory}/study2; mend it, then the same command"
+    ]
+
+
+@pytest.mark.slow
+def test_a_fault_on_another_rank_lets_all_finish_and_the_first_one_says_so(
+    model: Path,
+    directory: Path,
+    undisturbed: dict[str, bytes],
+    read_faults: Callable[..., ReadFaults],
+    tmp_path: Path,
+) -> None:
+    script, out = tmp_path / "rank.py", tmp_path / "out"
+    script.write_text(RANK)
+    words = ("predict", model, directory, "--out", out, "--workers", 1, "--quiet")
+    for environment, statuses in ((read_faults("study1/10").environment, [0, 1]), ({}, [0, 0])):
+        ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *words, cold=True) for r in (1, 0)]
+        told = [rank.communicate(timeout=120) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == statuses, told
+    assert contents(out) == undisturbed
