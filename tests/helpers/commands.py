@@ -77,18 +77,32 @@ def torchrun(
     return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env, cold=cold)
 
 
-def killed_when(begun: Callable[[], bool], names: Path, *words: object) -> None:
-    """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`."""
+def processes_of(path: Path) -> list[int]:
+    """Return the processes whose command line has `path` as a word."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(path).encode() in command.read_bytes().split(b"\0"):
+                found.append(int(command.parent.name))
+    return found
+
+
+def killed_when(begun: Callable[[], bool], names: Path, *words: object, launcher_alone: bool = False) -> list[int]:
+    """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`.
+
+    `launcher_alone`: kill the command alone. Returns all these processes.
+    """
     command = [str(BIN / str(words[0])), *map(str, words[1:])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not begun():
         assert process.poll() is None, "it ended before it began"
         time.sleep(0.01)
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            if str(names).encode() in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    processes = processes_of(names)
+    for each in [process.pid] if launcher_alone else processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
     process.wait()
+    return processes
 
 
 TINY = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.cache import Cache
-from helpers.commands import killed_when, run
+from helpers.commands import killed_when, processes_of, run
 from helpers.predictions import FILES, contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
@@ -126,6 +126,26 @@ def test_torchrun_starts_the_ranks_killed_and_again(given: Any, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == given[3]
     assert done.stdout.count("radiographs of") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
+def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Had they gone on, it would be refused before they end: 0.3 s a radiograph, a hundred left to each."""
+    monkeypatch.setenv("SLOW_S", "0.3")
+    out = tmp_path / "out"
+    words = ("predict", given[1], given[2], "--out", out, "--batch-size", 1, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, given[0], *words)
+    begun = [out / ".parts" / f"00000{number}.json" for number in (0, 1)]
+    left = killed_when(lambda: all(path.exists() for path in begun), out, *command, launcher_alone=True)
+    assert len(left) == 3
+    monkeypatch.setenv("SLOW_S", "0")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert processes_of(out) == [], "the former ranks left by themselves"
+    assert contents(out) == given[3]
 
 
 def test_what_a_dead_rank_left_undone_the_first_one_makes(

@@ -14,6 +14,7 @@ from typing import IO
 
 import pytest
 from helpers import laws
+from helpers.commands import killed_when, processes_of, run
 from helpers.ranks import DIFFERS, LAUNCHERS, start_rank
 from helpers.read_faults import ReadFaults
 
@@ -245,6 +246,37 @@ def test_a_second_start_that_waits_finds_the_conversion_finished(phantoms: Path,
     told = [start.communicate(timeout=120) for start in starts]
     assert [start.returncode for start in starts] == [0, 0, 0], told
     assert sum("waiting up to" in err for _, err in told) == 2
+    laws.same_bytes(whole, out, leave_out=DIFFERS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
+def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
+    phantoms: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Had they gone on, it would be refused before they end: 6 s a shard, ten shards each."""
+    monkeypatch.setenv("SLOW_S", "6")
+    script, out = tmp_path / "shards.py", tmp_path / "out"
+    script.write_text(RANKS)
+    command = (
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        script,
+        "shards",
+        phantoms,
+        out,
+        "--size",
+        40,
+        "--quiet",
+    )
+    left = killed_when((out / "train-000001.json").exists, out, *command, launcher_alone=True)
+    assert len(left) == 3
+    monkeypatch.setenv("SLOW_S", "0")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert processes_of(out) == [], "the former ranks left by themselves"
     laws.same_bytes(whole, out, leave_out=DIFFERS)
 
 
