@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.commands import run
-from helpers.predictions import TABLES, contents, draw, draw_dicom, rows
+from helpers.predictions import FILES, contents, draw, draw_dicom, rows
 from helpers.ranks import LAUNCHERS, start_rank
 from helpers.read_faults import ReadFaults
 
@@ -118,7 +118,7 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
     assert summary is not None
     assert contents(out) == undisturbed
     assert summary["num_overlays"] == summary["num_radiographs"]
-    assert sorted(os.listdir(out)) == sorted([*TABLES, "README.txt", "overlays", "predict.json"])
+    assert sorted(os.listdir(out)) == sorted([*FILES, "overlays"])
     assert again.num_calls == 4
     assert seen[-1] == 28
 
