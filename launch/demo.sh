@@ -6,14 +6,23 @@
 set -euo pipefail
 folder=${1:+$(realpath -m -- "$1")}
 cd "$(dirname "$0")/.."
+source launch/outcome.sh
+stopped() { # stopped STATUS: at its end; what was asked to stop says so itself and ends with 3, or the page does
+  [ -n "$asked" ] || return 0
+  [ "$1" -eq 3 ] || echo "launch/demo.sh: stopped; the same command goes on" >&2
+  exit 3
+}
+trap 'stopped $?' EXIT
 bash launch/setup.sh train,page
+[ -z "$asked" ] || exit 1
 export PATH="$PWD/.venv/bin:$PATH"
 
 stage() { # stage NAME COMMAND ...: run the command, write down its seconds
   local stage=$1 started=$SECONDS
   shift
   printf '\n== %s: %s\n' "$stage" "$*"
-  "$@"
+  patiently "$@"
+  [ -z "$asked" ] || exit 1
   echo "$stage $((SECONDS - started))" >> "$seconds"
 }
 

@@ -13,5 +13,5 @@ ranks=$1
 shift
 source launch/env.sh
 source launch/outcome.sh
-outcome .venv/bin/torchrun --standalone --nproc-per-node "$ranks" --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" \
-  -m mura_dist.train -- "$@"
+outcome .venv/bin/python launch/torchrun.py --standalone --nproc-per-node "$ranks" \
+  --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" -m mura_dist.train -- "$@"

@@ -52,5 +52,5 @@ else
     done
   }
 fi
-outcome .venv/bin/torchrun --nnodes "$NNODES" --nproc-per-node "$ranks" "${meeting[@]}" ${ADDRESS:+--local-addr "$ADDRESS"} \
-  --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" -m mura_dist.train -- "$@"
+outcome .venv/bin/python launch/torchrun.py --nnodes "$NNODES" --nproc-per-node "$ranks" "${meeting[@]}" \
+  ${ADDRESS:+--local-addr "$ADDRESS"} --signals-to-handle "$TORCHELASTIC_SIGNALS_TO_HANDLE" -m mura_dist.train -- "$@"

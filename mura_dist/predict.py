@@ -2,7 +2,7 @@
 
 import sys
 
-from mura_dist.cli.main import entry
+from mura_dist.cli import entry
 
 if __name__ == "__main__":
     entry(["predict", *sys.argv[1:]])

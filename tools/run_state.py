@@ -6,8 +6,12 @@ python tools/run_state.py --setting NAME RECIPE.toml [...]        a setting, suc
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page that asks has a line for it
 
 from mura_dist.core import config
 from mura_dist.core.errors import Refusal, nearest

@@ -6,8 +6,12 @@ The recipe fits the phantoms; a smaller folder gets smaller batches, and any fol
 """
 
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page has a line for it
 
 import torch
 

@@ -6,8 +6,12 @@ python tools/demo/summary.py RUN SECONDS VALID      SECONDS: a file with a line 
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page has a line for it
 
 from mura_dist.core import files
 from mura_dist.data import mura

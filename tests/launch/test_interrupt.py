@@ -1,0 +1,127 @@
+"""Ctrl-C on a terminal, at any moment of a page: one line of ours, exit status 3, no traceback; the same command goes on."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.commands import NO_GPU, ROOT, TINY
+
+from mura_dist.training import metrics_log
+from mura_dist.training.run import Run
+
+LIMIT_S = 120.0
+
+
+def on_terminal(
+    *words: object, is_time: Callable[[str], bool], folder: Path = ROOT, env: dict[str, str] | None = None
+) -> tuple[int, list[str]]:
+    """Run a command with a controlling terminal; type Ctrl-C once `is_time` of what it has written.
+
+    Returns its exit status, and the lines after the Ctrl-C, without a progress bar's.
+    """
+    ours, terminal = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", **(env or {})}
+    process = subprocess.Popen(
+        [*map(str, words)], stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder, env=environment,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    said, after, end = "", None, time.monotonic() + LIMIT_S
+    try:
+        while process.poll() is None or select.select([ours], [], [], 0)[0]:
+            assert time.monotonic() < end, said
+            if select.select([ours], [], [], 0.02)[0]:
+                try:
+                    said += os.read(ours, 1 << 16).decode(errors="replace")
+                except OSError:  # its end was the terminal's
+                    break
+            if after is None and is_time(said):
+                after = len(said)
+                os.write(ours, b"\x03")
+    finally:
+        process.kill()
+        os.close(ours)
+    assert after is not None, said
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said[after:]).replace("\r", "\n")
+    lines = [line.removeprefix("^C").strip() for line in plain.splitlines()]
+    return process.wait(), [line for line in lines if line and "images/s" not in line and not line.startswith("epoch ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["at once", "torchrun loads", "a step"])
+def test_of_a_training(moment: str, shard_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=5000")
+    started = time.monotonic()
+
+    def is_time(_: str) -> bool:
+        if moment == "a step":
+            return any(line["kind"] == "step" for line in metrics_log.read(folder / "metrics.jsonl"))
+        return time.monotonic() - started > (0.3 if moment == "at once" else 3)
+
+    status, lines = on_terminal("bash", "launch/local.sh", 2, *words, is_time=is_time)
+    assert (status, len(lines)) == (3, 1), lines
+    if moment == "a step":
+        assert re.fullmatch(r"mura-dist: stopped at step \d+ of 40000; the same command goes on", lines[0])
+        assert Run.load(folder).status()["state"] == "stopped"
+    else:
+        assert lines == ["launch/local.sh: stopped before it began; the same words go on"]
+
+
+def checkout(folder: Path) -> Path:
+    """A checkout whose environment is installed and whose network is small."""
+    for name in ("launch", "tools", "mura_dist"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "launch/setup.sh").write_text("sleep 1\n")
+    recipe = folder / "launch/recipes/demo.toml"
+    recipe.write_text(re.sub(r"(?m)^epochs = \d+", "epochs = 3", recipe.read_text()) + 'architecture = "tiny"\n')
+    return folder
+
+
+@pytest.mark.nightly(part="launchers")
+def test_of_the_demo_at_every_stage(tmp_path: Path) -> None:
+    """Each start is interrupted a stage later than the one before; the last one is not, and ends what they began."""
+    folder = checkout(tmp_path / "checkout")
+    env = {"PYTHONPATH": str(folder), "STUDIES": "80"}
+    stages = ("phantoms", "shards", "untrained", "evaluate_untrained", "train", "evaluate", "export", "predict")
+    for stage, pause_s in [("", 0.3), *((stage, pause_s) for stage in stages for pause_s in (0.05, 1.0))]:
+        reached: list[float] = []
+
+        def is_time(said: str, stage: str = stage, pause_s: float = pause_s, reached: list[float] = reached) -> bool:
+            if not reached and (not stage or f"== {stage}:" in said):
+                reached.append(time.monotonic())
+            return bool(reached) and time.monotonic() - reached[0] > pause_s
+
+        status, lines = on_terminal("bash", "launch/demo.sh", is_time=is_time, folder=folder, env=env)
+        assert status == 3, (stage, pause_s, lines)
+        assert "Traceback" not in " ".join(lines), (stage, pause_s, lines)
+        own = [line for line in lines if re.match(r"(mura-dist|launch/\w+\.sh): stopped", line)]
+        assert len(own) == 1, (stage, pause_s, lines)
+    last = subprocess.run(
+        ["bash", "launch/demo.sh"],
+        cwd=folder,
+        env={**os.environ, **NO_GPU, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert last.returncode == 0, last.stderr
+    assert (folder / "runs/demo/summary.json").is_file()
