@@ -66,10 +66,10 @@ def convert(source: Path, out: Path, flags: Sequence[str]) -> tuple[float, str]:
     return time.monotonic() - start, f"ended with status {done.returncode}: {said}" if done.returncode else ""
 
 
-def killed(source: Path, out: Path, flags: Sequence[str], moment_s: float, *, group: bool) -> tuple[bool, str]:
-    """(whether it was still at work, what went wrong or "") of a conversion that meets SIGKILL after `moment_s`."""
+def kill_after(words: Sequence[str], moment_s: float, *, group: bool) -> tuple[bool, str]:
+    """(whether it was still at work, what went wrong or "") of a command that meets SIGKILL after `moment_s`."""
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(command(source, out, flags), stdout=quiet, stderr=quiet, start_new_session=True) as process:
+    with subprocess.Popen(words, stdout=quiet, stderr=quiet, start_new_session=True) as process:
         try:
             process.wait(moment_s)
             at_work = False
@@ -140,11 +140,11 @@ def one_kill(
     met_s: list[float] = []
     finished = 0
     for moment_s in moments_s:
-        at_work, problem = killed(source, out, flags, moment_s, group=group)
+        at_work, problem = kill_after(command(source, out, flags), moment_s, group=group)
         while not at_work and not met_s:
             shutil.rmtree(out, ignore_errors=True)
             moment_s /= 2
-            at_work, problem = killed(source, out, flags, moment_s, group=group)
+            at_work, problem = kill_after(command(source, out, flags), moment_s, group=group)
         met_s.append(moment_s)
         finished += not at_work
         problems += [problem] if problem else []
