@@ -40,8 +40,8 @@ class Ranks:
 def ranks() -> Ranks:
     """Return who this process is. Raises Refusal where the environment says what cannot be."""
     told = _told({name: value for name, value in os.environ.items() if value})
-    is_local = told.local_size == 1 or told.local_rank < told.local_size <= told.size
-    if not (0 <= told.rank < told.size and told.local_rank >= 0 and told.local_size >= 1 and is_local):
+    # local_rank may exceed local_size, which a job array's page works out as if nodes had equal shares.
+    if not (0 <= told.rank < told.size and told.local_rank >= 0 and 1 <= told.local_size <= told.size):
         raise Refusal(
             f"this process is told by {_source(told.by)} to be rank {told.rank} of {told.size}, on this machine "
             f"{told.local_rank} of {told.local_size}; ranks count from 0: set them right, or unset them to run alone"

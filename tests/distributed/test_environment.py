@@ -98,7 +98,6 @@ def test_each_launcher_is_understood(case: str, monkeypatch: pytest.MonkeyPatch)
         ({"WORLD_SIZE": "4"}, ("WORLD_SIZE=4", "RANK is not", "`unset WORLD_SIZE` to run alone", "torchrun")),
         ({"LOCAL_RANK": "1"}, ("LOCAL_RANK=1", "`unset LOCAL_RANK`")),
         ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, ("LOCAL_WORLD_SIZE=2", "RANK is not")),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, ("on this machine 3 of 2",)),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, ("rank 0 of 2, on this machine 0 of 8",)),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS=4", "SLURM_PROCID is not", "srun")),
         (slurm(1, 0, 1) | {"SLURM_STEP_TASKS_PER_NODE": "4(x"}, ("SLURM_STEP_TASKS_PER_NODE=4(x", "4(x2),3")),

@@ -187,7 +187,12 @@ def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Tuning().settled(on_cpu=True)
     assert alone.threads == engine.processors()
     assert engine.flowing(3).streams == min(2, engine.processors())
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * engine.processors()))
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 4 * engine.processors(),
+        "LOCAL_WORLD_SIZE": 4 * engine.processors(),
+    }.items():
+        monkeypatch.setenv(name, str(value))
     assert Tuning().settled(on_cpu=True).threads == 1
     assert engine.flowing(3) == Tuning(3, 1, 1)
     assert Tuning(3, 1, 7).settled(on_cpu=True) == Tuning(3, 1, 7)

@@ -203,6 +203,7 @@ def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path:
     laws.refusal(capsys, [*words, "global_batch=13"], "global_batch=13", "micro_batch 2", "nearest is global_batch=12")
     laws.refusal(capsys, [*words, "global_batch=600"], "global_batch=600", "has only")
     laws.refusal(capsys, [*words, "shards=nowhere"], "nowhere", "mura-dist shards")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "100")  # what a launcher of 100 ranks says
     laws.refusal(capsys, words, "100 ranks x micro_batch 2 = 200", "fewer ranks")
     monkeypatch.setenv("WORLD_SIZE", "5")

@@ -354,7 +354,8 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
     monkeypatch.setattr(loader, "processors", lambda: 8)
     assert (chosen().backend, chosen().workers) == ("cpu", 4)
     assert (chosen("cuda").backend, chosen("cuda").workers) == ("dali", 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     assert (chosen().workers, chosen("cuda").workers) == (2, 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert chosen().workers == 1

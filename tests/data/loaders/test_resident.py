@@ -107,7 +107,8 @@ def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatc
 def test_free_memory_is_what_the_system_says_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = resident.free_bytes(CPU)
     assert 1 << 20 < whole < 1 << 50
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
     assert resident.free_bytes(CPU) < whole / 2
 
 
