@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option
+from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
 from mura_dist.core.errors import Failure, mask_url
 from mura_dist.data import mura
 
@@ -97,16 +97,18 @@ def verify(out: Path | str, quiet: bool) -> None:
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which ones the contact sheet shows."
 )
+@shared_option
 @quiet_option
-def describe(folder: Path | str, out: Path, contact_sheet: bool, seed: int, quiet: bool) -> None:
+def describe(folder: Path | str, out: Path, contact_sheet: bool, seed: int, shared: bool, quiet: bool) -> None:
     """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page, and as JSON beside it.
 
-    The page holds no radiograph; the contact sheet does, and is made on request only.
+    The page holds no radiograph; the contact sheet does, and is made on request only. Without --shared both are
+    their owner's alone.
     """
     from mura_dist.reports.dataset import contact_sheet_path, summary_text
     from mura_dist.reports.dataset import describe as page_of
 
-    click.echo(summary_text(page_of(folder, out, with_contact_sheet=contact_sheet, seed=seed)))
+    click.echo(summary_text(page_of(folder, out, with_contact_sheet=contact_sheet, seed=seed, shared=shared)))
     click.echo(f"page: {out}")
     click.echo(f"numbers: {out.with_suffix('.json')}")
     if contact_sheet:

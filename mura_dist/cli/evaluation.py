@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, quiet_option
+from mura_dist.cli.options import a_path, a_place, quiet_option, shared_option
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
@@ -46,6 +46,7 @@ from mura_dist.distributed import environment
 @click.option(
     "--provider", default="cpu", show_default=True, help="What computes an ONNX file: cpu, cuda, tensorrt or openvino."
 )
+@shared_option
 @quiet_option
 def evaluate(
     path: Path,
@@ -56,6 +57,7 @@ def evaluate(
     operating_point: str | None,
     prevalence: float | None,
     with_gallery: bool,
+    shared: bool,
     provider: str,
     quiet: bool,
 ) -> None:
@@ -63,7 +65,8 @@ def evaluate(
 
     Of a run or a list, calibration, thresholds and the uncertain band are fitted on the tune split, which is scored too;
     export puts them into the model. Writes metrics.json, report.html and tables,
-    none of which holds a radiograph; and gallery.html, gallery/ and gallery.json, which are LOCAL ONLY.
+    none of which holds a radiograph; and gallery.html, gallery/ and gallery.json, which are LOCAL ONLY, and without --shared
+    their owner's alone.
     """
     from rich.console import Console
 
@@ -86,7 +89,7 @@ def evaluate(
     target.check_checkpoint(which)
     out = out or target.report_folder
     say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
-    options = EvaluateOptions(out, split, point, prevalence, GalleryOptions() if with_gallery else None)
+    options = EvaluateOptions(out, split, point, prevalence, GalleryOptions() if with_gallery else None, shared)
     if target.kind == "onnx":
         from mura_dist.evaluation.exported import evaluate_onnx
 

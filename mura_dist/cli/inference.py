@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option
+from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
@@ -152,6 +152,7 @@ def _measured(report: ExportReport) -> str:
 )
 @click.option("--workers", type=int, default=None, help="Processes that read.  [default: by files and processors]")
 @click.option("--strict", is_flag=True, help="Any failure is an error, once all tables are written.")
+@shared_option
 @quiet_option
 def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any) -> None:
     """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table.

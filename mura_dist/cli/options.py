@@ -43,6 +43,9 @@ class Choice(click.Choice):
         raise Refusal(f"{command} {value!r}{nearest(value, self.choices)}: must be one of {', '.join(self.choices)}")
 
 
+shared_option = click.option(
+    "--shared", is_flag=True, help="Let others read what is written, as the umask says.  [default: its owner alone]"
+)
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 a_path = click.Path(path_type=Path)
 a_place = Place()

@@ -5,6 +5,9 @@ nothing reads. The next process that writes into the folder deletes it, once its
 
 No name can be guessed, no link is followed, and two writers of one name share nothing (`O_EXCL`). A writer holds `flock` on its
 file. The kernel lets go of it with the process.
+
+What lies in a `private` folder is its owner's alone from its first byte on, whatever the umask says. What holds radiographs or
+patients' paths is written so.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import re
 import secrets
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +31,8 @@ _LOCKS = os.name == "posix"  # Windows does not delete a file that is open
 if _LOCKS:
     import fcntl
 
-BY_UMASK = 0o666  # as any program writes
-PRIVATE = 0o600
+BY_UMASK, PRIVATE = 0o666, 0o600  # permissions: as any program writes; the owner's alone
+_SEARCH = 0o111  # what a folder has beside them, where a file may be read
 _DAY_S = 86400.0
 # Of another machine's file nobody here can tell whether its writer lives: it is stale when not written for so long. A scratch
 # file is written once and read for as long as the job lasts.
@@ -38,6 +42,53 @@ MAX_DEPTH = 64  # of JSON: ours has 8
 MAX_JSON_BYTES = 256 << 20
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 _NAME_BYTES = 200  # of a file's name that its random one repeats; 255 is the limit of a name
+
+
+# ---- who may read it
+
+_private: Counter[str] = Counter()  # absolute paths of what is private now, and how many blocks say so
+
+
+@contextlib.contextmanager
+def private(*paths: Path) -> Iterator[None]:
+    """Make what this process creates at or below `paths` in the block readable for its owner alone.
+
+    What is there before keeps its permissions: a folder that the user made for others stays theirs to list.
+    """
+    names = [os.path.abspath(path) for path in paths]
+    _private.update(names)
+    try:
+        yield
+    finally:
+        _private.subtract(names)
+
+
+def mode_of(path: Path) -> int:
+    """Return the permissions of a new file at `path`."""
+    if not any(_private.values()):
+        return BY_UMASK
+    whole = Path(os.path.abspath(path))
+    return PRIVATE if any(_private[str(each)] > 0 for each in (whole, *whole.parents)) else BY_UMASK
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and what is missing above it, with the permissions of its files. OSError where that cannot be."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    mode = mode_of(folder)
+    search = _SEARCH if mode == BY_UMASK else _SEARCH & 0o700
+    try:
+        folder.mkdir(mode | search)
+    except FileExistsError:  # another process was faster
+        if not folder.is_dir():
+            raise
+        return
+    if mode == PRIVATE:
+        folder.chmod(mode | search)
+
+
+# ---- whole files
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,10 +103,10 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
     """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    `mode`: the file's permissions from its first byte on.
+    `mode`: the file's permissions from its first byte on; None: what `mode_of` says.
     """
     with _unfinished(path, mode, "partial") as (file, partial):
         yield file
@@ -65,7 +116,7 @@ def replacing(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def creating(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
+def creating(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
     """As `replacing`, but what lies at `path` stays: FileExistsError at the block's end. Of several writers one is first."""
     with _unfinished(path, mode, "partial") as (file, partial):
         yield file
@@ -78,7 +129,7 @@ def creating(path: Path, *, mode: int = BY_UMASK) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def scratch(path: Path, *, mode: int = BY_UMASK) -> Iterator[Path]:
+def scratch(path: Path, *, mode: int | None = None) -> Iterator[Path]:
     """Yield a new empty file beside `path`, which vanishes with the block."""
     with _unfinished(path, mode, "scratch") as (_, name):
         yield name
@@ -92,14 +143,14 @@ def _finish(file: IO[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(path: Path, mode: int, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
+def _unfinished(path: Path, mode: int | None, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
     """Yield a new file of a random name beside `path`, locked, and its path. The name is gone after the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sweep(path.parent.absolute())
     start = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", errors="ignore")
     while True:
         name = path.with_name(f".{start}.{_machine()}-{secrets.token_hex(8)}.{kind}")
-        if (descriptor := _create(name, mode)) is not None:
+        if (descriptor := _create(name, mode_of(path) if mode is None else mode)) is not None:
             break
     try:
         with open(descriptor, "wb") as file:
@@ -164,16 +215,16 @@ def _remove_stale(path: Path, here: bool, stale_s: float) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes, *, mode: int = BY_UMASK) -> None:
+def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
     with replacing(path, mode=mode) as file:
         file.write(data)
 
 
-def write_text(path: Path, text: str, *, mode: int = BY_UMASK) -> None:
+def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"), mode=mode)
 
 
-def write_json(path: Path, value: Any, *, mode: int = BY_UMASK) -> None:
+def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
     """Indented, keys in the order given, NaN refused: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 

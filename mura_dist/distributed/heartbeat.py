@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mura_dist.core import files
 from mura_dist.distributed import lock, processes
 from mura_dist.distributed.lock import Claim
 
@@ -34,7 +35,7 @@ def taking_part(folder: Path, rank: int, claim: Claim, stop: threading.Event) ->
     What had to be made for it, and holds nothing in the end, is taken away again: a refused start leaves no trace.
     """
     made = [folder, *(each for each in folder.parents if not each.exists())]
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     try:
         with lock.held(heart(folder, rank), claim, stop):
             yield

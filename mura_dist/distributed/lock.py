@@ -104,7 +104,7 @@ class _Found:
 
 def _try(path: Path, owner: dict[str, Any]) -> _Found | None:
     """None: the lock is ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # the former writer may have finished, and tidied up
+    files.make_folder(path.parent)  # the former writer may have finished, and tidied up
     with _alone(path.parent):
         while not _create(path, owner):
             if (found := _judge(path)) is not None:
@@ -147,7 +147,8 @@ def _create(path: Path, owner: dict[str, Any]) -> bool:
 
 def _create_in_place(path: Path, owner: dict[str, Any]) -> bool:
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        mode = files.mode_of(path)
+        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             json.dump(owner, file)
     except FileExistsError:
         return False

@@ -112,11 +112,16 @@ def write(
     return found
 
 
+def paths(out: Path) -> tuple[Path, Path, Path]:
+    """Return what `write` makes: the numbers, the page and the folder of pictures."""
+    return out / "gallery.json", out / "gallery.html", out / "gallery"
+
+
 def clear(out: Path) -> None:
     """Take away what `write` made; nothing else that may lie in those places."""
-    for name in ("gallery.json", "gallery.html"):
-        (out / name).unlink(missing_ok=True)
-    folder = out / "gallery"
+    *single, folder = paths(out)
+    for path in single:
+        path.unlink(missing_ok=True)
     if folder.is_dir() and not folder.is_symlink():
         for path in folder.iterdir():
             if _PICTURE.fullmatch(path.name):

@@ -71,9 +71,10 @@ def write(
     if options.gallery is None:
         gallery.clear(out)
     else:
-        gallery.write(
-            out, shards, studies, scores.rows, subject=subject, options=options.gallery, metrics=metrics, say=say
-        )
+        with contextlib.nullcontext() if options.shared else files.private(*gallery.paths(out)):
+            gallery.write(
+                out, shards, studies, scores.rows, subject=subject, options=options.gallery, metrics=metrics, say=say
+            )
     return metrics
 
 

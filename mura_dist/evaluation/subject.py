@@ -26,7 +26,7 @@ class EvaluateOptions:
     """How to evaluate. `gallery` None: write none.
 
     operating_point: whose thresholds make the calls; None: the paper's, of an exported model its own. prevalence: share of
-    abnormal studies to work PPV and NPV out for.
+    abnormal studies to work PPV and NPV out for. shared: others may read the gallery too, as the umask says.
     """
 
     out: Path
@@ -34,6 +34,7 @@ class EvaluateOptions:
     operating_point: str | None = None
     prevalence: float | None = None
     gallery: GalleryOptions | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 from mura_dist import __version__
 from mura_dist.core.errors import Failure, Refusal, Stopped
-from mura_dist.core.files import PRIVATE, scratch
+from mura_dist.core.files import PRIVATE, private, scratch
 from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.distributed import environment, worker_pool
@@ -67,6 +67,7 @@ class PredictOptions:
     strict: bool = False  # any failure is an error, once the tables are written
     overlays: bool = False  # draw every radiograph and its class activation map
     allow_pixels: bool = False  # draw those too whose pixels may show a name
+    shared: bool = False  # what is written is for others to read too, as the umask says; else for its owner alone
     keytable: Path | None = None  # files and studies go by pseudonyms, and this CSV leads back
     limits: Limits = worker_pool.DEFAULT  # what reading one file may take: seconds, bytes
 
@@ -97,6 +98,7 @@ def predict(
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
         with (
+            contextlib.nullcontext() if options.shared else private(out),
             asked_to_stop(patience_s=0) as stop,
             folder.locked(stop),
             _walked(directory, folder, names, options.keytable, stop, progress) as files,

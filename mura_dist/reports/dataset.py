@@ -7,6 +7,7 @@
 The page holds no radiograph.
 """
 
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,10 +48,13 @@ class _Looked:
     pixels: Callable[[int], np.ndarray]
 
 
-def describe(folder: Where, out: Path, *, with_contact_sheet: bool = False, seed: int = 0) -> dict[str, Any]:
+def describe(
+    folder: Where, out: Path, *, with_contact_sheet: bool = False, seed: int = 0, shared: bool = False
+) -> dict[str, Any]:
     """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out` and in JSON beside it; returns that.
 
-    with_contact_sheet: also a page of small radiographs, LOCAL ONLY; `seed` chooses them. Raises Refusal where the folder is
+    with_contact_sheet: also a page of small radiographs, LOCAL ONLY; `seed` chooses them. shared: others may
+    read the pages too, as the umask says; else their owner alone, for they name patients. Raises Refusal where the folder is
     neither, or `out` cannot be a page.
     """
     if out.suffix.lower() == ".json" or out.is_dir():
@@ -59,12 +63,14 @@ def describe(folder: Where, out: Path, *, with_contact_sheet: bool = False, seed
     is_shards = any(places.of(folder).exists(name) for name in ("index.json", "conversion.json"))
     looked = _shards(folder) if is_shards else _folder(folder)
     found = looked.found
-    if with_contact_sheet:
-        title, drawings = f"Contact sheet of {_name(folder)}", found["holds"] == "phantoms"
-        text = contact_sheet.page(title, looked.frame, looked.pixels, drawings=drawings, seed=seed)
-        files.write_text(contact_sheet_path(out), text)
-    files.write_text(out, page(f"What {_name(folder)} holds", *_body(found)))
-    files.write_json(out.with_suffix(".json"), found | {"terms": mura.TERMS})
+    numbers, sheet = out.with_suffix(".json"), contact_sheet_path(out)
+    with contextlib.nullcontext() if shared else files.private(out, numbers, sheet):
+        if with_contact_sheet:
+            title, drawings = f"Contact sheet of {_name(folder)}", found["holds"] == "phantoms"
+            text = contact_sheet.page(title, looked.frame, looked.pixels, drawings=drawings, seed=seed)
+            files.write_text(sheet, text)
+        files.write_text(out, page(f"What {_name(folder)} holds", *_body(found)))
+        files.write_json(numbers, found | {"terms": mura.TERMS})
     return found
 
 

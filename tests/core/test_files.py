@@ -129,3 +129,36 @@ def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> 
     with pytest.raises(Refusal, match="~/a: the home that ~ stands for is not known"):
         files.expand_user("~/a")
     assert files.expand_user(str(tmp_path)) == tmp_path
+
+
+@posix
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+def test_what_is_private_is_its_owners_alone_and_nothing_else_is(umask: int, tmp_path: Path) -> None:
+    before, modes = os.umask(umask), {}
+    try:
+        files_of = {"out": tmp_path / "out/deep/a", "beside": tmp_path / "beside/a", "like it": tmp_path / "outer/a"}
+        with files.private(tmp_path / "out"), files.private(tmp_path / "out"):
+            pass
+        with files.private(tmp_path / "out"):
+            for name, path in files_of.items():
+                if umask != 0o777 or name == "out":  # nobody could write into the others then
+                    files.write_bytes(path, b"a")
+                    modes[name] = path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777
+            with files.scratch(tmp_path / "out/b") as name:
+                assert name.stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+        files.write_bytes(tmp_path / "out/later", b"")
+        assert (tmp_path / "out/later").stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
+    assert modes.pop("out") == (0o700, 0o600)
+    assert set(modes.values()) <= {(0o777 & ~umask, 0o666 & ~umask)}
+
+
+@posix
+def test_a_folder_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o755)
+    with files.private(tmp_path / "out"):
+        files.write_bytes(tmp_path / "out/a", b"a")
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/a")] == [0o755, 0o600]

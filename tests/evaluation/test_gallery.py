@@ -1,6 +1,7 @@
 """gallery.py and saliency.py: the surest errors, how stable maps are, one scale, LOCAL ONLY."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from PIL import Image
 from mura_dist.cli.main import DONE, main
 from mura_dist.data.loaders.opencv import augment
 from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation import gallery, saliency
-from mura_dist.evaluation.subject import EvaluationSubject, GalleryOptions
+from mura_dist.evaluation import gallery, results, saliency
+from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
+from mura_dist.metrics.operating_points import Points
 from mura_dist.reports import heatmap
 from mura_dist.training.validation import Scores, study_scores
 
@@ -424,3 +426,22 @@ def test_an_onnx_file_and_a_list_have_galleries_too(
     capsys.readouterr()
     members, _ = evaluated(capsys, tmp_path / "two.json", shard_folder)
     assert members["num_networks"] == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_radiographs_of_an_evaluation_are_its_owners_alone(shared: bool, opened: Shards, tmp_path: Path) -> None:
+    """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
+    rows = opened.rows("valid")
+    logit, _ = saliency.look(sees, np.stack([opened.pixels(row) for row in rows]))
+    scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), Points(), 1.0), os.umask(0o022)
+    try:
+        options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)
+        results.write(opened, toy(sees), scores, options)
+    finally:
+        os.umask(before)
+    radiographs = {path for each in gallery.paths(tmp_path / "out") for path in (each, *each.rglob("*"))}
+    assert len(radiographs) > 4
+    for path in (tmp_path / "out").rglob("*"):
+        mode = 0o755 if path.is_dir() else 0o644
+        assert path.stat().st_mode & 0o777 == (mode & 0o700 if path in radiographs and not shared else mode), path

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -165,3 +166,17 @@ def test_no_name_of_a_data_set_is_markup(shard_folder: Path, tmp_path: Path) -> 
         return [out / "page.html", dataset.contact_sheet_path(out / "page.html")]
 
     check_names_are_text(write, tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+@pytest.mark.parametrize("words", [(), ("--shared",)])
+def test_pages_that_name_patients_are_their_owners_alone(
+    words: tuple[str, ...], shard_folder: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        command = ["describe", str(shard_folder), "--contact-sheet", "--out", str(tmp_path / "a.html"), *words]
+        assert main(command) == DONE
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644 if words else 0o600}

@@ -1,0 +1,67 @@
+"""A prediction's output is its owner's alone, at every moment, unless it is to be shared."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from helpers.models import noise
+from PIL import Image
+
+from mura_dist.inference.predict import PredictOptions, predict
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Permissions of what lies below `folder`, by its path."""
+    paths = [folder, *folder.rglob("*")]
+    return {str(path.relative_to(folder)): path.lstat().st_mode & 0o7777 for path in paths if path.exists()}
+
+
+def owners_alone(found: dict[str, int], folder: Path) -> bool:
+    return all(
+        mode == (0o700 if stat.S_ISDIR((folder / name).lstat().st_mode) else 0o600) for name, mode in found.items()
+    )
+
+
+@pytest.fixture
+def ward(tmp_path: Path) -> Path:
+    for place, pixels in enumerate(noise(3)):
+        (tmp_path / f"in/patient{place}").mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / f"in/patient{place}/a.png")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_it_is_its_owners_alone(model: Path, ward: Path, tmp_path: Path, umask: int, format: str) -> None:
+    out, before, seen = tmp_path / "above/out", os.umask(umask), []
+
+    def look(done: int, total: int | None) -> None:
+        if out.exists():
+            seen.append(owners_alone(modes(out), out))
+
+    try:
+        predict(model, ward, out, PredictOptions(overlays=True, format=format, workers=1), progress=look)
+    finally:
+        os.umask(before)
+    assert len(modes(out)) > 10
+    assert owners_alone(modes(out), out), {name: oct(mode) for name, mode in modes(out).items()}
+    assert seen
+    assert all(seen)
+    assert out.parent.stat().st_mode & 0o777 == 0o777 & ~umask, "what lies above is not ours to close"
+
+
+def test_shared_it_is_as_the_umask_says_and_a_folder_stays_the_users(model: Path, ward: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        predict(model, ward, tmp_path / "out", PredictOptions(overlays=True, shared=True, workers=1))
+        (tmp_path / "mine").mkdir(mode=0o750)
+        predict(model, ward, tmp_path / "mine", PredictOptions(workers=1))
+    finally:
+        os.umask(before)
+    assert set(modes(tmp_path / "out").values()) == {0o750, 0o640}
+    found = modes(tmp_path / "mine")
+    assert found.pop(".") == 0o750
+    assert set(found.values()) == {0o600}
