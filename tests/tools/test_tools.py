@@ -13,6 +13,7 @@ from helpers.commands import ROOT, run
 from helpers.tools import tool
 
 fuzzing, killing = tool("robustness/fuzz_radiograph"), tool("robustness/kill_conversion")
+ranks = tool("robustness/kill_ranks")
 
 # ---- fuzz_radiograph.py
 
@@ -141,6 +142,37 @@ def test_survivors_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         assert killing._survivors(process.pid) == "1 processes outlived the kill by 0 s"
         assert killing._survivors(process.pid) == ""
     assert killing._group(os.getpgid(0)), "we ourselves are alive"
+
+
+# ---- kill_ranks.py
+
+
+def test_what_a_disturbance_changed_is_found(tmp_path: Path) -> None:
+    """A command that writes other bytes, or nothing, or leaves with another status, is a problem."""
+    whole, work = tmp_path / "whole", ranks.Work((), (), "plan", but=("plan",))
+    whole.mkdir()
+    (whole / "same").write_text("same")
+    script = tmp_path / "command"
+    outcomes = {"mkdir $OUT; echo -n same > $OUT/same": [], "mkdir $OUT; touch $OUT/same": ["same differs"]}
+    outcomes |= {"exit 3": ["failed: ", "same differs"]}
+    for number, (line, problems) in enumerate(outcomes.items()):
+        script.write_text(f"#!/bin/sh\nfor OUT; do :; done; OUT={tmp_path}/{number}; test -d $OUT && exit; {line}\n")
+        script.chmod(0o755)
+        trial = ranks.Trial("second start", 0.3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks.Work, "command", lambda self, out, size: [str(script)])
+            ranks.attempt(work, whole, tmp_path / str(number), 2, trial)
+        assert trial.problems == problems, line
+
+
+@pytest.mark.nightly(part="kills")
+@pytest.mark.parametrize("what", ["conversion", "prediction"])
+def test_killed_ranks_end_with_the_same_bytes(what: str, tmp_path: Path) -> None:
+    """10: python tools/robustness/kill_ranks.py conversion, and prediction"""
+    words = ("--trials", 5, "--studies", 300, "--keep", tmp_path / "work")
+    done = run("python", ranks.__file__, what, *words, timeout_s=1200)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1].endswith(": 5 the same bytes, 0 not")
 
 
 @pytest.mark.nightly(part="kills")
