@@ -99,7 +99,8 @@ def test_a_checkpoint_and_a_list_are_exported(copy: Path) -> None:
 
 
 def test_a_model_predicts_alike(copy: Path) -> None:
-    succeed(copy, "predict", "model.onnx", "set/valid", "--out", "again", "--quiet")
+    summary = succeed(copy, "predict", "model.onnx", "set/valid", "--out", "again", "--quiet")
+    assert " studies, no calls, " in summary  # of drawings
     same_probabilities(copy / "again", copy / "predictions")
     assert (copy / "again/failures.csv").read_bytes() == (copy / "predictions/failures.csv").read_bytes()
 

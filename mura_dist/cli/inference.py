@@ -173,8 +173,7 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         return
     click.echo(
         f"{out}: {summary['num_radiographs']} radiographs of {summary['num_studies']} studies, "
-        f"{summary['num_positive']} of {summary['num_calls']} calls positive, "
-        f"{summary['num_failures']} failures, {summary['seconds']:.1f} s"
+        f"{_calls(summary)}, {summary['num_failures']} failures, {summary['seconds']:.1f} s"
     )
     if throughput := summary.get("throughput"):  # not where an earlier command had computed everything
         decoding, computing = throughput["decoding"], throughput["computing"]
@@ -191,6 +190,12 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")
     click.echo(mura.TERMS)
+
+
+def _calls(summary: dict[str, Any]) -> str:
+    """Say how many calls are positive. A model of drawings makes none, and one without thresholds neither."""
+    num_calls = summary["num_calls"]
+    return f"{summary['num_positive']} of {num_calls} calls positive" if num_calls else "no calls"
 
 
 @click.command

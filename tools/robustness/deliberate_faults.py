@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "inverted-dicom",
         "data/dicom.py",
-        '== "MONOCHROME1":\n        table = 255 - table',
-        '== "MONOCHROME1":\n        table = table + 0',
+        'inverted = photometric == "MONOCHROME1"',
+        'inverted = photometric == "MONOCHROME2"',
         "tests/data/test_radiograph.py",
     ),
     Fault(
