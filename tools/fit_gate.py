@@ -33,6 +33,7 @@ KINDS = {
     "photographs": (1.0, 0),
     "drawn": (0.7, 0),
 }
+SIZE_NAMES = [f"{size} px" for size in SIZES]
 STRENGTH = 0.03  # of the data against the penalty: scikit-learn's C
 Random = np.random.Generator
 
@@ -81,7 +82,7 @@ def main() -> None:
             for kind, values in pictures.by_kind(side == number):
                 scored = gate.scores(values, *table)
                 results.setdefault(f"{name}, {kind}", []).append(scored.reshape(-1, 2))
-                if kind != "varied":
+                if kind in SIZE_NAMES:
                     with_colours = pictures.refused(scored, side == number)
                     results.setdefault(f"{name}, {kind}, and colours", []).append(with_colours)
         results.setdefault("drawings", []).append(gate.scores(others[sides[2] == number], *table))
@@ -92,23 +93,27 @@ def main() -> None:
     print(f"with the final table; seen by the fit: {len(xrays.names)} radiographs, {len(photos.names)} photographs")
     tell("radiographs", gate.scores(xrays.plain[320], *final))
     tell("photographs", gate.scores(photos.plain[320], *final))
+    print(f"_CONSTANT = {final[0]:.4f}")
+    for name, row in zip(gate.STATISTICS, final[1].T, strict=True):
+        print(f"    ({', '.join(f'{number:.4f}' for number in row)}),  # {name}", flush=True)
     for word in asked.also:
         name, _, folder = word.partition("=")
         also = Pictures(Path(folder), 6, 0)
-        for size in SIZES:
-            tell(f"{name}, {size} px", also.refused(gate.scores(also.plain[size], *final)), also.num_blank)
-    print(f"_CONSTANT = {final[0]:.4f}")
-    for name, row in zip(gate.STATISTICS, final[1].T, strict=True):
-        print(f"    ({', '.join(f'{number:.4f}' for number in row)}),  # {name}")
+        for kind, values in also.by_kind(np.arange(len(also.names)) >= 0):
+            scored = gate.scores(values, *final)
+            tell(f"{name}, {kind}", also.refused(scored), also.num_blank)
 
 
 class Pictures:
-    """The statistics of a folder's pictures: plain[size] (n, 2, k), varied (n, v, 2, k). Blank ones are left out, counted."""
+    """The statistics of a folder's pictures: plain[size] and framed[name] (n, 2, k), varied (n, v, 2, k).
+
+    Blank ones are left out, and counted.
+    """
 
     def __init__(self, folder: Path, seed: int, num_varied: int) -> None:
         self.names: list[str] = []
         self.num_blank, self.each = 0, len(SIZES) + num_varied
-        plain, varied, coloured = [], [], []
+        plain, varied, framed, coloured = [], [], [], []
         for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
             try:
                 looks = [radiograph.look(path, size) for size in SIZES]
@@ -123,10 +128,14 @@ class Pictures:
             coloured.append(looks[0].colours is not None and gate.coloured(looks[0].colours))
             plain.append(values)
             varied.append([_sure(images[0], np.random.default_rng((seed, number, k))) for k in range(num_varied)])
+            framed.append(
+                [_framed(images[0], frame, np.random.default_rng((seed, number))) for frame in FRAMES.values()]
+            )
         self.coloured = np.array(coloured, bool)
         shape = (len(self.names), -1, 2, len(gate.STATISTICS))
         self.plain = dict(zip(SIZES, np.array(plain, float).reshape(shape).swapaxes(0, 1), strict=True))
         self.varied = np.array(varied, float).reshape(len(self.names), num_varied, 2, len(gate.STATISTICS))
+        self.framed = dict(zip(FRAMES, np.array(framed, float).reshape(shape).swapaxes(0, 1), strict=True))
 
     def of(self, side: np.ndarray) -> np.ndarray:
         """(m, 2, k): all of those pictures, plain and varied, picture by picture."""
@@ -134,12 +143,22 @@ class Pictures:
         return whole.reshape(-1, 2, len(gate.STATISTICS))
 
     def by_kind(self, side: np.ndarray) -> list[tuple[str, np.ndarray]]:
-        return [(f"{size} px", self.plain[size][side]) for size in SIZES] + [("varied", self.varied[side])]
+        """By name, (..., 2, k): what is measured of some of those pictures; inverted is the same with its scores swapped."""
+        kinds = [(f"{size} px", self.plain[size][side]) for size in SIZES]
+        kinds += [("varied", self.varied[side])] if self.varied.size else []
+        kinds += [(name, values[side]) for name, values in self.framed.items()]
+        return kinds + [(f"{name}, inverted", values[..., ::-1, :]) for name, values in kinds]
 
     def refused(self, scores: np.ndarray, side: np.ndarray | None = None) -> np.ndarray:
         """(n, 2): scores at any size, those of files in colour as low as can be."""
         coloured = self.coloured if side is None else self.coloured[side]
         return np.where(coloured[:, None], -np.inf, scores)
+
+
+def _framed(image: np.ndarray, frame: Callable[[np.ndarray, Random], np.ndarray], random: Random) -> np.ndarray:
+    """Of a picture within a border; of the picture alone where too little of it is left."""
+    found = gate.statistics(frame(image, random))
+    return _sure(image, random) if found is None else found
 
 
 def _sure(image: np.ndarray, random: Random) -> np.ndarray:
@@ -197,6 +216,7 @@ def vary(image: np.ndarray, random: Random) -> np.ndarray:
         (0.35, processed),
         (0.6, toned),
         (0.3, bordered),
+        (0.1, rounded),
         (0.3, labelled),
         (0.2, grainy),
     ]
@@ -244,6 +264,40 @@ def bordered(image: np.ndarray, random: Random) -> np.ndarray:
         if random.random() < 0.6:
             image[: int(len(image) * random.uniform(0.02, 0.2))] = level
     return image
+
+
+def rounded(image: np.ndarray, random: Random) -> np.ndarray:
+    """Round collimation, also of a circle that reaches beyond the sides."""
+    return in_circle(image, random, int(random.choice([0, 255])), random.uniform(0.38, 0.65))
+
+
+def in_circle(image: np.ndarray, random: Random, level: int, radius: float) -> np.ndarray:
+    y, x = np.mgrid[: len(image), : len(image)] / len(image) - 0.5
+    far = np.hypot(x - random.uniform(-0.02, 0.02), y - random.uniform(-0.02, 0.02)) > radius
+    return np.where(far, np.uint8(level), image)
+
+
+def unexposed(image: np.ndarray, random: Random, level: int, soft: bool) -> np.ndarray:
+    """A border along one to four sides, of 3 to 30 % each; `soft`: it fades over 1 to 8 % more."""
+    for turn in random.permutation(4)[: random.integers(1, 5)]:
+        image = np.rot90(image, turn).copy()
+        width, fade = int(len(image) * random.uniform(0.03, 0.3)), int(len(image) * random.uniform(0.01, 0.08)) * soft
+        image[:width] = level
+        share = np.linspace(0, 1, fade + 2)[1:-1, None]
+        image[width : width + fade] = image[width : width + fade] * share + level * (1 - share)
+        image = np.rot90(image, -turn)
+    return image
+
+
+# What is done to pictures of every set, each as it is and inverted afterwards: it is measured, not fitted to.
+FRAMES: dict[str, Callable[[np.ndarray, Random], np.ndarray]] = {
+    "white border": lambda image, random: unexposed(image, random, 255, False),
+    "white border, soft": lambda image, random: unexposed(image, random, 255, True),
+    "black border": lambda image, random: unexposed(image, random, 0, False),
+    "black border, soft": lambda image, random: unexposed(image, random, 0, True),
+    "white around a circle": lambda image, random: in_circle(image, random, 255, random.uniform(0.38, 0.5)),
+    "black around a circle": lambda image, random: in_circle(image, random, 0, random.uniform(0.38, 0.5)),
+}
 
 
 def labelled(image: np.ndarray, random: Random) -> np.ndarray:

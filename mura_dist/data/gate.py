@@ -1,6 +1,7 @@
 """Does a picture look like a bone radiograph? Some thirty statistics of it at 64 x 64, and a sum with known weights.
 
-    image (S, S) -> box-reduced to 64 x 64, stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
+    image (S, S) -> the exposed field, without borders that are all white or all black -> reduced to 64 x 64
+        -> stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
         -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
 A file in colours that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
@@ -23,13 +24,16 @@ WORDS = {
     "blank": "this does not look like a bone radiograph: it is blank, one grey level all over",
 }
 
-VERSION = 1  # of the verdicts: another number, other words for the same picture
+VERSION = 2  # of the verdicts: another number, other words for the same picture
 SIDE_PX = 64
 LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below, the picture is blank
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
 THRESHOLD, MARGIN = -3.5, 1.0
 # A picture is coloured where so large a share of its pixels is so many levels of 255 off the colour of their grey level.
 COLOURED_SHARE, COLOURED = 0.2, 6.0
+# A border: rows or columns along a side, of which so large a share lies so near to the darkest or the brightest level.
+BORDER_SHARE, BORDER_LEVEL = 0.95, 0.03
+FADE, LEAST_FIELD = 2, 16  # of 64 rows or columns: from a border to the field; a smaller field does not count
 
 # What is measured. Names that end in _fine are of the picture at 64 x 64, in _coarse at 32 x 32; both a little smoothed.
 STATISTICS = (
@@ -56,40 +60,40 @@ STATISTICS = (
 )
 
 # One line a statistic: mean and deviation of what it was fitted to, slope, bend.
-_CONSTANT = -2.6101
+_CONSTANT = -2.5361
 _TABLE = np.array(
     [
-        (0.3058, 0.2480, -0.5621, 0.2862),  # side_darkest
-        (0.4253, 0.2754, -0.0851, 0.2354),  # side_second
-        (0.5420, 0.2774, 0.5239, 0.1216),  # side_third
-        (0.5550, 0.3117, -0.3474, -0.2619),  # corner_third
-        (0.6789, 0.2924, 0.2564, 0.0172),  # corner_brightest
-        (0.3079, 0.2519, -0.5037, -0.0852),  # level_25
-        (0.4896, 0.2717, -0.6751, -0.0811),  # level_50
-        (0.1328, 0.1837, -0.4737, 0.1311),  # white
-        (0.3127, 0.1976, 1.1654, -0.0755),  # peak
-        (2.1708, 0.5136, 0.7927, -0.1166),  # entropy
-        (0.2634, 0.0622, 0.3258, 0.1018),  # spread
-        (0.7502, 0.1943, -0.7103, -0.0859),  # alike_2
-        (0.3361, 0.2399, -0.2079, -0.1024),  # alike_8
-        (-3.2860, 1.1021, -0.2844, -0.2053),  # edge_50_fine
-        (-1.5032, 0.4895, 0.2345, -0.2025),  # edge_90_fine
-        (-0.8997, 0.4126, -0.0224, 0.1323),  # edge_98_fine
-        (-3.2577, 0.6161, -0.4049, -0.2874),  # curved_fine
-        (-1.5899, 0.5983, -0.4562, -0.9091),  # texture_fine
-        (0.7407, 0.1538, 1.1200, -0.2184),  # along_fine
-        (-2.9931, 0.7700, 0.0826, 0.3340),  # busy_fine
-        (0.0038, 0.1281, 0.0120, -0.1309),  # ridged_fine
-        (0.0157, 0.3384, 1.2051, -0.1457),  # toward_fine
-        (-2.6836, 1.0383, 0.4278, 0.1460),  # edge_50_coarse
-        (-1.0408, 0.4247, -0.4090, 0.0814),  # edge_90_coarse
-        (-0.5529, 0.3468, -0.8881, -0.3039),  # edge_98_coarse
-        (-2.3440, 0.5891, -0.8523, -0.6485),  # curved_coarse
-        (-0.6370, 0.6420, -0.6103, -0.0200),  # texture_coarse
-        (0.7743, 0.1357, 0.1867, -0.0676),  # along_coarse
-        (-2.1542, 0.6942, -0.5537, -0.1515),  # busy_coarse
-        (0.0048, 0.1401, -0.4536, 0.0081),  # ridged_coarse
-        (0.0166, 0.3455, -0.4525, 0.1760),  # toward_coarse
+        (0.3219, 0.2291, -0.4108, 0.1535),  # side_darkest
+        (0.4336, 0.2414, -0.2766, 0.3048),  # side_second
+        (0.5381, 0.2420, 0.2435, -0.3582),  # side_third
+        (0.5548, 0.2886, -0.3971, -0.0120),  # corner_third
+        (0.6847, 0.2746, 0.3722, 0.1711),  # corner_brightest
+        (0.3217, 0.2459, -0.0818, 0.1231),  # level_25
+        (0.4910, 0.2675, -0.6416, -0.1243),  # level_50
+        (0.1172, 0.1734, -0.6249, 0.0809),  # white
+        (0.2973, 0.1948, 1.2209, -0.0575),  # peak
+        (2.2137, 0.4995, 0.9087, -0.1006),  # entropy
+        (0.2534, 0.0562, 0.4871, -0.0048),  # spread
+        (0.7486, 0.1987, -0.7085, -0.1405),  # alike_2
+        (0.3269, 0.2505, -0.2574, -0.0780),  # alike_8
+        (-3.2172, 1.0463, -0.1489, -0.2442),  # edge_50_fine
+        (-1.5419, 0.4973, 0.0437, -0.1163),  # edge_90_fine
+        (-0.9549, 0.4211, 0.1705, -0.1855),  # edge_98_fine
+        (-3.2844, 0.6419, -0.7497, -0.0158),  # curved_fine
+        (-1.5997, 0.6320, -0.3185, -0.9884),  # texture_fine
+        (0.7324, 0.1533, 1.3254, -0.0765),  # along_fine
+        (-3.0957, 0.7966, -0.2274, 0.4763),  # busy_fine
+        (0.0031, 0.1309, 0.3524, -0.2423),  # ridged_fine
+        (0.0152, 0.3445, 1.2919, -0.1175),  # toward_fine
+        (-2.6515, 1.0042, 0.4375, 0.1710),  # edge_50_coarse
+        (-1.0926, 0.4213, -0.2169, -0.0256),  # edge_90_coarse
+        (-0.5957, 0.3544, -0.8381, -0.0547),  # edge_98_coarse
+        (-2.3734, 0.6138, -0.7857, -0.9542),  # curved_coarse
+        (-0.6404, 0.6754, -0.2283, 0.0720),  # texture_coarse
+        (0.7664, 0.1350, -0.0345, 0.0747),  # along_coarse
+        (-2.2543, 0.7042, -0.4908, -0.2081),  # busy_coarse
+        (0.0045, 0.1391, -0.8880, 0.0674),  # ridged_coarse
+        (0.0161, 0.3499, -0.3992, 0.2200),  # toward_coarse
     ]
 ).T  # (4, len(STATISTICS))
 
@@ -132,14 +136,19 @@ def scores(found: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _
 
 
 def statistics(image: np.ndarray) -> np.ndarray | None:
-    """(2, len(STATISTICS)) float64: of the picture, and of its inverse; None of a blank one."""
-    small = Image.fromarray(np.ascontiguousarray(image)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-    x = np.asarray(small, np.float32)  # (64, 64)
-    order = np.sort(x, axis=None)
-    low, high = order[_place(order, 0.01)], order[_place(order, 0.99)]
-    if high - low < LEAST_SPREAD:
+    """(2, len(STATISTICS)) float64: of the exposed field, and of its inverse; None of a blank one."""
+    x = _reduced(image)
+    levels = _levels(x)
+    if levels is None:
         return None
-    x, order = (np.clip((each - low) / (high - low), 0, 1) for each in (x, order))
+    field = _exposed_field(np.clip((x - levels[0]) / (levels[1] - levels[0]), 0, 1), image.shape)
+    if field is not None:
+        within = _reduced(image[field])
+        of_field = _levels(within)
+        x, levels = (within, of_field) if of_field is not None else (x, levels)
+    low, high = levels
+    x = np.clip((x - low) / (high - low), 0, 1)
+    order = np.sort(x, axis=None)
     tones, (shapes, odd) = _tones(x, order), _shapes(x)
     either = [*_histogram(order), *_alike(x)]
     return np.array(
@@ -149,6 +158,61 @@ def statistics(image: np.ndarray) -> np.ndarray | None:
         ],
         np.float64,
     )
+
+
+def _reduced(image: np.ndarray) -> np.ndarray:
+    """(64, 64) float32; what is smaller is enlarged without steps."""
+    how = Image.Resampling.BOX if min(image.shape) >= SIDE_PX else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((SIDE_PX, SIDE_PX), how), np.float32)
+
+
+def _levels(x: np.ndarray) -> tuple[float, float] | None:
+    """The 1 % and the 99 % level; None where they are LEAST_SPREAD apart or less."""
+    order = np.sort(x, axis=None)
+    low, high = float(order[_place(order, 0.01)]), float(order[_place(order, 0.99)])
+    return (low, high) if high - low >= LEAST_SPREAD else None
+
+
+def _exposed_field(x: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
+    """The rows and columns of an image of `shape` that lie within its borders; None where it has none.
+
+    x (64, 64): the image from 0 to 1. Of a round field the square within the circle is returned.
+    """
+    extreme = np.stack([x <= BORDER_LEVEL, x >= 1 - BORDER_LEVEL])  # (2, 64, 64): darkest, brightest
+    top, bottom, left, right = 0, SIDE_PX, 0, SIDE_PX
+    before = None
+    while before != (top, bottom, left, right):  # a row that is no border may be one within the columns that are left
+        before = (top, bottom, left, right)
+        inner = extreme[:, top:bottom, left:right]
+        rows = np.flatnonzero((inner.mean(2) < BORDER_SHARE).all(0))
+        columns = np.flatnonzero((inner.mean(1) < BORDER_SHARE).all(0))
+        if min(len(rows), len(columns)) < LEAST_FIELD:
+            return None
+        top, bottom = top + int(rows[0]), top + int(rows[-1]) + 1
+        left, right = left + int(columns[0]), left + int(columns[-1]) + 1
+    spans = [_trimmed(top, bottom, FADE), _trimmed(left, right, FADE)]
+    if _is_round(extreme[:, top:bottom, left:right]):
+        spans = [_trimmed(*span, round((span[1] - span[0]) * (1 - 0.5**0.5) / 2), always=True) for span in spans]
+    if spans == [(0, SIDE_PX), (0, SIDE_PX)] or min(last - first for first, last in spans) < LEAST_FIELD:
+        return None
+    first, second = (
+        slice(-(-start * side // SIDE_PX), end * side // SIDE_PX)
+        for (start, end), side in zip(spans, shape, strict=True)
+    )
+    return first, second
+
+
+def _trimmed(first: int, last: int, cells: int, *, always: bool = False) -> tuple[int, int]:
+    """A span less so many cells at each end that is not the image's."""
+    return first + cells * (always or first > 0), last - cells * (always or last < SIDE_PX)
+
+
+def _is_round(extreme: np.ndarray) -> bool:
+    """extreme (2, h, w): whether what lies outside of the ellipse in a field is all dark, or all bright."""
+    if not extreme[:, [0, 0, -1, -1], [0, -1, 0, -1]].all(1).any():  # the corners: most pictures end here
+        return False
+    y, x = (np.linspace(-1, 1, length) ** 2 for length in extreme.shape[1:])
+    return bool((extreme[:, y[:, None] + x > 1.05].mean(1) >= BORDER_SHARE).any())
 
 
 def _place(order: np.ndarray, quantile: float) -> int:

