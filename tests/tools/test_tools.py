@@ -1,4 +1,4 @@
-"""tools/: the fuzz run and the kill run, each short; the tools' own docstrings give the long ones.
+"""tools/: the fuzz run and the kill runs, each short; the tools' own docstrings give the long ones.
 
 That they would notice is tested first: on readers that misbehave, on folders that differ.
 """
@@ -14,6 +14,8 @@ from helpers.tools import tool
 
 fuzzing, killing = tool("robustness/fuzz_radiograph"), tool("robustness/kill_conversion")
 ranks = tool("robustness/kill_ranks")
+sys.modules["kill_conversion"] = killing  # as a script beside it imports it
+commands = tool("robustness/kill_commands")
 
 # ---- fuzz_radiograph.py
 
@@ -173,6 +175,30 @@ def test_killed_ranks_end_with_the_same_bytes(what: str, tmp_path: Path) -> None
     done = run("python", ranks.__file__, what, *words, timeout_s=1200)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1].endswith(": 5 the same bytes, 0 not")
+
+
+# ---- kill_commands.py
+
+
+def test_contents_differ_in_all_but_the_clock(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "metrics.json").write_text('{"kappa": 0.5}')
+        (folder / "report.json").write_text('{"auroc": 0.9, "run": [{"seconds": 1.5}]}')
+    (folders[1] / "report.json").write_text('{"auroc": 0.9, "run": [{"seconds": 2.5}]}')
+    (folders[2] / "report.json").write_text('{"auroc": 0.8, "run": [{"seconds": 1.5}]}')
+    (folders[3] / "metrics.json").write_text('{"kappa": 0.4}')
+    whole, *others = (dict(commands.contents(folder)) for folder in folders)
+    assert [whole == other for other in others] == [True, False, False]
+
+
+@pytest.mark.nightly(part="kills")
+def test_killed_commands_end_with_the_same_files(tmp_path: Path) -> None:
+    """12: python tools/robustness/kill_commands.py"""
+    done = run("python", commands.__file__, "--kills", 1, "--keep", tmp_path / "work", timeout_s=1200)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == "4 kills at work: 4 the same files, 0 not"
 
 
 @pytest.mark.nightly(part="kills")
