@@ -1,13 +1,12 @@
 """The commands on data: phantoms, shards, verify, describe."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
-from mura_dist.core.errors import Failure, mask_url
+from mura_dist.core.errors import Failure, Refusal, mask_url
 from mura_dist.data import mura
 
 
@@ -53,17 +52,27 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
     Both may be URLs (s3://bucket/folder; pip install 'mura-dist[remote]'). Started by torchrun or srun on several machines, the
     ranks share the work; the bytes are the same.
     """
-    from mura_dist.core import storage
     from mura_dist.data.shards.convert import convert
-    from mura_dist.data.source import report
     from mura_dist.distributed.signals import as_interrupt
 
     with as_interrupt(), progress_bar("converting", quiet) as progress:
         index = convert(source, out, progress=progress, **options)
     if index is None:  # another rank's: the first one speaks
         return
-    click.echo(report.text(json.loads(storage.of(out).read("report.json"))))
+    click.echo(_report_text(out))
     click.echo(f"{mask_url(str(out))}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
+
+
+def _report_text(out: Path | str) -> str:
+    from mura_dist.core import files, storage
+    from mura_dist.data.source import report
+
+    try:
+        return report.text(files.parse_json(storage.of(out).read("report.json")))
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, IsADirectoryError) as error:
+        raise Refusal(
+            f"{out}/report.json is damaged ({type(error).__name__}); delete index.json, then the same command"
+        ) from error
 
 
 @click.command(short_help="Check shards to the bit.")

@@ -151,6 +151,15 @@ def _measured(report: ExportReport) -> str:
     help="First measure what runs this model fastest on this machine, and keep it for later commands: about a minute.",
 )
 @click.option("--workers", type=int, default=None, help="Processes that read.  [default: by files and processors]")
+@click.option(
+    "--batch-limit",
+    "batch_limit_s",
+    type=float,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="What computing one batch may take; a model that never answers ends the command.",
+)
 @click.option("--strict", is_flag=True, help="Any failure is an error, once all tables are written.")
 @shared_option
 @quiet_option

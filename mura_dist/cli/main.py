@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left, as `| head` does
         return FAILED
+    except (IsADirectoryError, NotADirectoryError) as error:
+        what = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "lies below a file, not a folder"
+        return _end(WRONG, f"{error.filename or error} {what}; move it away, then the same command", only_first=False)
     except OSError as error:
         remedy = (
             "free some space, then the same command goes on"

@@ -27,7 +27,10 @@ class Trait(Enum):
     PER_RANK = "may differ between ranks"
 
 
-Positive = Annotated[int, Field(ge=1)]
+_MOST = 2**31 - 1
+_MAX_RECIPE_BYTES = 1 << 20
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
 AUTO = 0  # micro_batch="auto", until it is tried
 
 
@@ -36,6 +39,8 @@ def _number_or_auto(value: Any) -> Any:
         return AUTO
     if isinstance(value, int) and value < 2 and value != AUTO:
         raise ValueError("must be at least 2, BatchNorm needs a group; or auto")
+    if isinstance(value, int) and value > _MOST:
+        raise ValueError(f"must be at most {_MOST}")
     return value
 
 
@@ -60,7 +65,7 @@ class Settings(BaseModel):
         ".safetensors file; empty: none",
     )
 
-    epochs: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(10, description="passes over the train split")
+    epochs: Annotated[Count, Trait.CHANGEABLE] = Field(10, description="passes over the train split")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="decides initial weights, order and augmentation"
     )
@@ -84,15 +89,11 @@ class Settings(BaseModel):
     )
     reference_batch: Positive = Field(8, description="the global batch that learning_rate is meant for, see lr_scaling")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="the optimiser's own")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps over which the learning rate grows linearly to its value"
-    )
+    warmup_steps: Count = Field(0, description="steps over which the learning rate grows linearly to its value")
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="the learning rate's factor at a plateau"
     )
-    plateau_patience: Annotated[int, Field(ge=0)] = Field(
-        1, description="epochs without a better loss that are borne before a drop"
-    )
+    plateau_patience: Count = Field(1, description="epochs without a better loss that are borne before a drop")
     plateau_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
         1e-4, description="relative improvement that counts as better"
     )
@@ -103,7 +104,7 @@ class Settings(BaseModel):
         0.0,
         description="decay of a moving average of the weights, which is then what is evaluated, chosen and exported; 0: none",
     )
-    early_stop: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(
+    early_stop: Annotated[Count, Trait.CHANGEABLE] = Field(
         0, description="epochs without a better loss after which the run is done; 0: never"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -150,10 +151,10 @@ class Settings(BaseModel):
         "measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
     )
 
-    workers: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+    workers: Annotated[int, Field(ge=0, le=1024), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
         0, description="loading threads a rank; 0: chosen from the machine"
     )
-    prefetch: Annotated[int, Field(ge=0), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+    prefetch: Annotated[int, Field(ge=0, le=65536), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
         0, description="micro-batches a rank makes ahead; 0: chosen from the machine"
     )
     mirror: Annotated[str, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
@@ -171,7 +172,7 @@ class Settings(BaseModel):
     tensorboard: Annotated[bool, Trait.CHANGEABLE] = Field(
         True, description="write TensorBoard events into RUN/tensorboard"
     )
-    checkpoint_every: Annotated[int, Field(ge=0), Trait.CHANGEABLE] = Field(
+    checkpoint_every: Annotated[Count, Trait.CHANGEABLE] = Field(
         0, description="steps between checkpoints; 0: at each epoch's end only"
     )
     keep_checkpoints: Annotated[Positive, Trait.CHANGEABLE] = Field(3, description="newest checkpoints kept")
@@ -185,10 +186,10 @@ class Settings(BaseModel):
         "SIGUSR2",
         description="signal that, like SIGTERM and SIGINT, saves and stops; a scheduler's warning, for example",
     )
-    wait_s: Annotated[float, Field(ge=0), Trait.CHANGEABLE] = Field(
+    wait_s: Annotated[float, Field(ge=0, le=1e8), Trait.CHANGEABLE] = Field(
         60.0, description="seconds a start waits for a former writer of the run to end"
     )
-    timeout_s: Annotated[float, Field(gt=0), Trait.CHANGEABLE] = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=1e8), Trait.CHANGEABLE] = Field(
         120.0, description="seconds a rank waits for the others before it gives up"
     )
 
@@ -222,7 +223,7 @@ def agreed(settings: Settings) -> dict[str, Any]:
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
     """Settings of a recipe file and `key=value` words. Raises Refusal naming the key, its value and the remedy."""
-    values = _read_recipe(recipe) if recipe is not None else {}
+    values = read_recipe(recipe) if recipe is not None else {}
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
@@ -265,9 +266,14 @@ def _with_step(values: dict[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return a recipe's values, not checked yet. Raises Refusal where it is missing or damaged."""
     try:
+        if path.stat().st_size > _MAX_RECIPE_BYTES:
+            raise Refusal(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes; give a recipe, a TOML file")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise Refusal(f"{path} is nested too deep; write one `key = value` a line") from None
     except FileNotFoundError:
         raise Refusal(f"{path}: no such recipe; launch/recipes/ has some") from None
     except IsADirectoryError:
@@ -283,7 +289,7 @@ def _value(key: str, text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return {"True": True, "False": False}.get(text, text)
 
 

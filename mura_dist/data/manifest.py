@@ -60,7 +60,7 @@ class Manifest:
         text = dict.fromkeys(("split", "study_type", "patient", "study", "path"), object)
         try:
             frame = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="row")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:  # pandas has no kind of its own
             raise Refusal(f"{path} is not a manifest ({error}); make the shards again") from error
         if tuple(frame.columns) != COLUMNS[1:] or not np.array_equal(frame.index, np.arange(len(frame))):
             raise Refusal(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")

@@ -11,7 +11,6 @@ is not a break (growth plates, skin folds, overlapping bones, markers, borders) 
 radiograph is a pure function of (seed, study, view); on another processor or NumPy a pixel may differ by a grey level.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -576,7 +575,7 @@ def _finished(out: Path, mark: dict[str, Any]) -> bool:
 
 def _read_mark(path: Path) -> dict[str, Any]:
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = files.parse_json(path.read_bytes())
     except ValueError:
         there = None
     return there if isinstance(there, dict) else {}

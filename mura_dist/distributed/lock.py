@@ -160,8 +160,9 @@ _NOBODY = {"host": "unknown", "process": 0}
 
 def _owner(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):  # gone, or its writer was killed between creating and writing it
+        owner = files.parse_json(path.read_bytes())
+        return owner if isinstance(owner.get("host"), str) and isinstance(owner.get("process"), int) else _NOBODY
+    except (OSError, ValueError, AttributeError):  # gone, or its writer was killed between creating and writing it
         return _NOBODY
 
 

@@ -8,7 +8,6 @@ A later command finds it there without being told; another model, version or mac
 
 import contextlib
 import hashlib
-import json
 import platform
 import statistics
 import time
@@ -50,7 +49,7 @@ def _numbers(tuning: Tuning) -> tuple[int | None, ...]:
 def _known() -> dict[str, Any]:
     """What the cache holds; a damaged one holds nothing."""
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads((cache_folder() / FILE).read_bytes())
+        known = files.parse_json((cache_folder() / FILE).read_bytes())
         if isinstance(known, dict):
             return known
     return {}

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import Failure, Refusal
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
 
@@ -24,6 +24,10 @@ OPTIMISATIONS: dict[Literal["all", "extended"], str] = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
 }  # ONNX Runtime's; all adds blocked layouts
+
+
+Signature = tuple[str, Sequence[object]]
+"""The name and the shape of an input or output."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,31 @@ class Engine(Protocol):
     version: str
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]: ...
+
+
+def check_signature(name: str, size: int, inputs: Sequence[Signature], outputs: Sequence[Signature]) -> None:
+    """Raise Refusal where a graph does not take and give what the card says: image (N, 1, S, S) -> logit (N,), map (N, h, w).
+
+    Args:
+        name: what messages call the file.
+        size: pixels of a side, the card's.
+        inputs: (name, shape) of each, in which what is no int is any number.
+    """
+    wanted = {"image": (None, 1, size, size), "logit": (None,), "activation_map": (None, None, None)}
+    found = {each: tuple(shape) for each, shape in (*inputs, *outputs)}
+    fits = [each for each, _ in inputs] == ["image"] and {*OUTPUTS} <= {each for each, _ in outputs}
+    for each, shape in wanted.items():
+        there = found.get(each, ())
+        pairs = zip(shape, there, strict=False)
+        fits &= len(there) == len(shape) and all(
+            dim in (None, seen) or not isinstance(seen, int) for dim, seen in pairs
+        )
+    if not fits:
+        told = ", ".join(f"{each} {list(shape)}" for each, shape in list(found.items())[:4])
+        raise Refusal(
+            f"{name} is no model of ours: it has {told[:160]}, not image [N, 1, {size}, {size}], logit [N] and "
+            "activation_map [N, h, w]; give the model.onnx that `mura-dist export` wrote"
+        )
 
 
 def batch_failure(engine: str, image: np.ndarray, error: Exception) -> Failure:

@@ -14,10 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import Failure, Refusal, nearest
 from mura_dist.distributed import environment
 from mura_dist.inference import page_locked, provider_libraries
-from mura_dist.inference.engine import OPENVINO, OPTIMISATIONS, OUTPUTS, PROVIDERS, Tuning, batch_failure, cache_folder
+from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
+from mura_dist.inference.engine import (
+    OPENVINO,
+    OPTIMISATIONS,
+    OUTPUTS,
+    PROVIDERS,
+    Tuning,
+    batch_failure,
+    cache_folder,
+    check_signature,
+)
 from mura_dist.inference.provider_options import provider_options
 from mura_dist.models.card import Card
 
@@ -49,13 +59,16 @@ def import_onnxruntime() -> Any:
 class OnnxRuntime:
     """A session of ONNX Runtime, bound to its device where that is a GPU."""
 
-    def __init__(self, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None = None) -> None:
+    def __init__(
+        self, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None = None, limit_s: float = LIMIT_S
+    ) -> None:
         """Load the ONNX file `data`, which messages call `name`; a GPU has run one batch of zeros then.
 
         Args:
             alias: the provider, as a user names it.
             tuning: settled. A GPU runs batches of `batch_size` alone: smaller ones are padded, larger ones divided.
             card: None for a file without one, on a CPU.
+            limit_s: seconds that a batch may take.
 
         Raises:
             Refusal: where it is no model, the provider does not start, or does not compute the card's precision.
@@ -69,6 +82,16 @@ class OnnxRuntime:
         self.session = _session(onnxruntime, data, name, alias, tuning, card)
         self.name: str = self.session.get_providers()[0]
         self.version: str = onnxruntime.__version__
+        self.run_options = onnxruntime.RunOptions
+        self.limit = BatchLimit(limit_s, name)
+        if card is not None:
+            inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+            check_signature(
+                name,
+                card.size,
+                [(each.name, each.shape) for each in inputs],
+                [(each.name, each.shape) for each in outputs],
+            )
         self.slots: queue.SimpleQueue[Slot] | None = None
         if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
             assert card is not None
@@ -84,18 +107,22 @@ class OnnxRuntime:
             except Exception as error:  # no memory there
                 raise batch_failure(self.name, image, error) from error
             for _ in range(tuning.streams or 1):  # each slot in turn: memory is taken and algorithms are chosen here
-                self.run(image, OUTPUTS)
+                self.run(image, OUTPUTS)  # TensorRT builds its engine, which takes minutes
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+        options = self.run_options()
         try:
-            if self.slots is None:
-                found: list[np.ndarray] = self.session.run(list(outputs), {"image": image})
-                return found
-            slot = self.slots.get()
-            try:
-                return slot.run(image, outputs)
-            finally:
-                self.slots.put(slot)
+            with self.limit.watched(lambda: setattr(options, "terminate", True)):
+                if self.slots is None:
+                    found: list[np.ndarray] = self.session.run(list(outputs), {"image": image}, options)
+                    return found
+                slot = self.slots.get()
+                try:
+                    return slot.run(image, outputs, options)
+                finally:
+                    self.slots.put(slot)
+        except Failure:
+            raise
         except Exception as error:  # as of a session: a dozen kinds
             raise batch_failure(self.name, image, error) from error
 
@@ -112,13 +139,15 @@ class Slot:
         self.session, self.host, self.device = session, host, device
         self.image = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(host.shape), np.uint8, *self.device)
 
-    def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+    def run(self, image: np.ndarray, outputs: Sequence[str], options: Any = None) -> list[np.ndarray]:
         """Compute `outputs` of image (N, 1, S, S) uint8, of any N, in batches of the one shape."""
         size = len(self.host)
-        parts = [self._run(image[start : start + size], outputs) for start in range(0, max(1, len(image)), size)]
+        parts = [
+            self._run(image[start : start + size], outputs, options) for start in range(0, max(1, len(image)), size)
+        ]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
+    def _run(self, image: np.ndarray, outputs: Sequence[str], options: Any) -> list[np.ndarray]:
         self.host[: len(image)] = image
         self.host[len(image) :] = 0
         self.image.update_inplace(self.host)
@@ -126,7 +155,7 @@ class Slot:
         binding.bind_ortvalue_input("image", self.image)
         for output in outputs:
             binding.bind_output(output, *self.device)
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, options)
         return [output[: len(image)] for output in binding.copy_outputs_to_cpu()]
 
 

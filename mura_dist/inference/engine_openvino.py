@@ -3,13 +3,14 @@
 import queue
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal
-from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Tuning, batch_failure
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
+from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Signature, Tuning, batch_failure, check_signature
 from mura_dist.models.card import Card
 
 
@@ -34,7 +35,7 @@ def computes_bf16() -> bool:
 class OpenVino:
     """A model compiled by OpenVINO for this CPU; a request a stream."""
 
-    def __init__(self, data: bytes, name: str, tuning: Tuning, card: Card) -> None:
+    def __init__(self, data: bytes, name: str, tuning: Tuning, card: Card, limit_s: float = LIMIT_S) -> None:
         """Load and compile the file `data`, which messages call `name`, in its card's precision. Raises Refusal."""
         openvino = _openvino()
         core, self.name = openvino.Core(), OPENVINO_CPU
@@ -44,6 +45,8 @@ class OpenVino:
             model = core.read_model(data)
         except Exception as error:  # plain RuntimeError, of many lines
             raise Refusal(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
+        check_signature(name, card.size, _signatures(model.inputs), _signatures(model.outputs))
+        self.limit = BatchLimit(limit_s, name)
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         if card.precision == "bf16" and not computes_bf16():
             raise Refusal(
@@ -71,10 +74,21 @@ class OpenVino:
             with self.lock:
                 tensor = self.tensor_of(np.ascontiguousarray(image), shared_memory=True)
                 request.set_input_tensor(tensor)
-            request.infer()  # `tensor` lives until it is done
+            with self.limit.watched(request.cancel):
+                request.infer()  # `tensor` lives until it is done
             with self.lock:
                 return [np.array(request.get_tensor(name).data) for name in outputs]
+        except Failure:
+            raise
         except RuntimeError as error:
             raise batch_failure(self.name, image, error) from error
         finally:
             self.requests.put(request)
+
+
+def _signatures(ports: Iterable[Any]) -> list[Signature]:
+    """Names and shapes; a dimension of any size is no int."""
+    return [
+        (port.any_name, [dim.get_length() if dim.is_static else str(dim) for dim in port.partial_shape])
+        for port in ports
+    ]

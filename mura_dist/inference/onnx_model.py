@@ -16,6 +16,7 @@ import numpy as np
 
 from mura_dist.core.errors import Refusal
 from mura_dist.inference import onnx_metadata
+from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.engine import OPENVINO, OUTPUTS, Engine, Tuning, on_cpu
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
@@ -34,49 +35,57 @@ class Model:
         self.busy = BusyTime()
 
     @classmethod
-    def load(cls, path: Path, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
+    def load(cls, path: Path, provider: str = "cpu", tuning: Tuning | None = None, limit_s: float = LIMIT_S) -> "Model":
         """The model of an ONNX file, or of the one beside a model list.
 
-        provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's. Raises Refusal for a file that is not
+        provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's; limit_s: seconds that a batch may take.
+        Raises Refusal for a file that is not
         there, not ONNX or not ours, for a list that was not exported, for a provider that does not start, and for one
         that cannot compute in the file's precision.
         """
         target = Target.parse(path)
         if target.kind == "list":
-            return cls._of_list(target, provider, tuning)
+            return cls._of_list(target, provider, tuning, limit_s)
         if target.kind == "run":
             what = "a folder" if path.is_dir() else "no such file"
             raise Refusal(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
-        return cls.from_bytes(path.read_bytes(), str(path), provider, tuning)
+        return cls.from_bytes(path.read_bytes(), str(path), provider, tuning, limit_s)
 
     @classmethod
-    def _of_list(cls, target: Target, provider: str, tuning: Tuning | None) -> "Model":
+    def _of_list(cls, target: Target, provider: str, tuning: Tuning | None, limit_s: float) -> "Model":
         path, file = target.path, target.onnx_file
         listed = model_list.ModelList.load(path)
         remedy = f"export it first: mura-dist export {path}"
         if not file.is_file():
             raise Refusal(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
-        model = cls.load(file, provider, tuning)
+        model = cls.load(file, provider, tuning, limit_s)
         if not model_list.same(model.card.members, listed.members):
             raise Refusal(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
         return model
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str, provider: str = "cpu", tuning: Tuning | None = None) -> "Model":
+    def from_bytes(
+        cls, data: bytes, name: str, provider: str = "cpu", tuning: Tuning | None = None, limit_s: float = LIMIT_S
+    ) -> "Model":
         """As `load`, of a file's content; `name` is what messages call it."""
         tuning = (tuning or Tuning()).settled(on_cpu(provider))
         try:
             text = onnx_metadata.read(data, KEY)
+            outside = onnx_metadata.external_file(data)
         except ValueError as error:
             raise Refusal(
                 f"{name} is not an ONNX model ({error}); give the model.onnx that `mura-dist export` wrote"
             ) from error
+        if outside is not None:
+            raise Refusal(
+                f"{name} names another file for its weights ({outside[:80]!r}); give the one file that `mura-dist export` wrote"
+            )
         card = Card.parse(text, name)
         engine: Engine
         if provider.lower() == OPENVINO:
-            engine = OpenVino(data, name, tuning, card)
+            engine = OpenVino(data, name, tuning, card, limit_s)
         else:
-            engine = OnnxRuntime(data, name, provider, tuning, card)
+            engine = OnnxRuntime(data, name, provider, tuning, card, limit_s)
         return cls(engine, card, hashlib.sha256(data).hexdigest(), tuning)
 
     @property

@@ -18,7 +18,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from mura_dist.core import files
 from mura_dist.core.errors import Failure, OwnRefusal, Refusal, Stopped
@@ -32,6 +34,43 @@ README = "README.txt"
 FAULTS, RETRY = ".faults", ".retry"  # in the names of parts that are not final
 PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
 _POLL_S = 0.2
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    """A part on disk: see tables.Part and retries.py."""
+
+    predictions: list[tuple[str, str, str, _Number, str]]
+    failures: list[tuple[str, str, str]]
+    overlays: dict[str, _Count]
+    notes: dict[str, _Count] = {}
+
+
+class _Throughput(BaseModel):
+    limited_by: str
+    decoding: dict[str, _Number]
+    computing: dict[str, _Number]
+
+
+class _Summary(BaseModel):
+    """What is read of predict.json."""
+
+    num_files: _Count
+    num_radiographs: _Count
+    num_studies: _Count
+    num_positive: _Count
+    num_calls: _Count
+    num_failures: _Count
+    num_overlays: _Count
+    num_overlays_withheld: _Count
+    radiographs_by_note: dict[str, _Count] = {}
+    warnings: list[str]
+    seconds: _Number
+    throughput: _Throughput | None = None
+    plan: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +105,7 @@ class OutputFolder:
     def retry(self, number: int) -> Part | None:
         """Load the part of an earlier start, some of whose files are to be read again; None where there is none."""
         path = self.part(number, RETRY)
-        return _load(path) if path.is_file() else None
+        return _load(path, _Part) if path.is_file() else None
 
     def missing(self, num_chunks: int) -> list[int]:
         """List the chunks that nobody has tried to make, whoever is to."""
@@ -81,8 +120,9 @@ class OutputFolder:
     def plans(self) -> Iterator[dict[str, Any]]:
         """Yield the plan of the prediction that began here, and of the one that is finished."""
         for path in (self.plan, self.done):
-            content = _load(path) if path.is_file() else {}
-            yield content.get("plan", content)
+            content = _load(path, dict[str, Any]) if path.is_file() else {}
+            plan = content.get("plan", content)
+            yield plan if isinstance(plan, dict) else {}
 
     def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[Part]:
         """Yield the parts in order. Raises Stopped once `stop` is set."""
@@ -90,7 +130,7 @@ class OutputFolder:
             if stop.is_set():
                 raise Stopped("stopped while writing the tables; nothing is lost, the same command goes on")
             path = self.part(number)
-            yield _load(path if path.is_file() else self.part(number, FAULTS))
+            yield _load(path if path.is_file() else self.part(number, FAULTS), _Part)
 
     def locked(self, stop: threading.Event) -> contextlib.AbstractContextManager[None]:
         """Live in the folder while the block runs, as the only process of this rank. A refused start leaves no trace."""
@@ -117,10 +157,10 @@ class OutputFolder:
                 )
             pause(stop)
         if self.done.is_file():
-            summary = _load(self.done)
-            self._compare(summary.get("plan", {}), plan)
+            summary = _load(self.done, _Summary)
+            self._compare(summary["plan"], plan)
             return summary
-        self._compare(_load(self.plan), plan)
+        self._compare(_load(self.plan, dict[str, Any]), plan)
         for stale in self.path.glob(".*.partial") if self.rank == 0 else ():  # of a run that was killed
             stale.unlink(missing_ok=True)
         self._begin_retries()
@@ -175,11 +215,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
-            return value
-    except ValueError:
-        pass
-    raise Refusal(f"{path} is damaged; give another --out, or delete that folder")
+def _load(path: Path, schema: Any) -> dict[str, Any]:
+    content: dict[str, Any] = files.read_json(path, schema, remedy="give another --out, or delete that folder")
+    return content

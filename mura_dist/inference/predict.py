@@ -35,6 +35,7 @@ from mura_dist.distributed.processes import end_with_launcher
 from mura_dist.distributed.signals import asked_to_stop
 from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
+from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
@@ -69,6 +70,7 @@ class PredictOptions:
     allow_pixels: bool = False  # draw those too whose pixels may show a name
     shared: bool = False  # what is written is for others to read too, as the umask says; else for its owner alone
     keytable: Path | None = None  # files and studies go by pseudonyms, and this CSV leads back
+    batch_limit_s: float = LIMIT_S  # what computing one batch may take
     limits: Limits = worker_pool.DEFAULT  # what reading one file may take: seconds, bytes
 
 
@@ -93,7 +95,7 @@ def predict(
         _check(directory, out, options)
         names = _names(options.keytable, out, directory)
         _check_tuning(options)
-        model = Model.load(model_path, options.provider, flowing(options.batch_size))
+        model = Model.load(model_path, options.provider, flowing(options.batch_size), options.batch_limit_s)
         groups, warnings = _grouping(directory, out, options, names, model.card)
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
@@ -104,7 +106,7 @@ def predict(
             _walked(directory, folder, names, options.keytable, stop, progress) as files,
         ):
             if (tuning := _resolve_tuning(folder, model, model_path, options, say)) != model.tuning:
-                model = Model.load(model_path, options.provider, tuning)
+                model = Model.load(model_path, options.provider, tuning, options.batch_limit_s)
             warnings += study_types.match(groups.given, files.printable_paths())
             if options.allow_pixels and not options.overlays:
                 warnings.append("--allow-pixels without --overlays changes nothing")
@@ -150,6 +152,10 @@ def _check(directory: Path, out: Path, options: PredictOptions) -> None:
     for name, number in (("--batch-size", options.batch_size), ("--workers", options.workers)):
         if number is not None and number < 1:
             raise Refusal(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")
+    if not 0 < options.batch_limit_s < 1e8:
+        raise Refusal(
+            f"--batch-limit {options.batch_limit_s:g}: must be seconds, more than 0; {LIMIT_S:g} is the default"
+        )
     if options.workers is not None and options.workers > MAX_WORKERS:
         raise Refusal(
             f"--workers {options.workers}: must be at most {MAX_WORKERS}; leave it out for a choice by the machine"

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mura_dist import __version__
+from mura_dist.core import files
 from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
+from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.metrics.operating_points import PAPER, Points, Share
 
 KEY = "mura_dist"
@@ -40,7 +42,7 @@ def parse_json(
     """
     newest = schema.model_fields["format"].default
     try:
-        fields = json.loads(text)
+        fields = files.parse_json(text)
         later = isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > newest
         if not later:
             return schema.model_validate(fields)
@@ -100,7 +102,7 @@ class Card(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int = FORMAT
-    size: Annotated[int, Field(ge=1)]  # pixels of a side of `image`
+    size: Annotated[int, Field(ge=1, le=MAX_SIZE_PX)]  # pixels of a side of `image`
     resize: str = RESIZE  # how radiograph.read came to that size
     study_types: list[str]  # those it was trained on
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; none: no call is made

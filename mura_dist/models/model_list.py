@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mura_dist import __version__
 from mura_dist.core.errors import Refusal
 from mura_dist.data import mura
+from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.models.card import Member, parse_json
 
 FORMAT = 1
@@ -28,7 +29,7 @@ class ModelList(BaseModel):
     format: int = FORMAT
     members: Annotated[list[Member], Field(min_length=1)]  # lowest loss first
     select_on: Literal["tune", "valid"]  # the split of `select_loss`
-    size: Annotated[int, Field(ge=1)]  # pixels of a side
+    size: Annotated[int, Field(ge=1, le=MAX_SIZE_PX)]  # pixels of a side
     manifest_sha256: str
     terms: str = mura.TERMS
     version: str = __version__

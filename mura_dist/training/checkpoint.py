@@ -11,7 +11,6 @@ Everything is written into `.step-00012000.partial`, which is then renamed. Noth
 it does so beside the next steps (checkpoint_writer.py): what is written was copied first.
 """
 
-import json
 import math
 import os
 import re
@@ -19,9 +18,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, StrictStr, StringConstraints
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialised
 from torch import Tensor
@@ -33,6 +34,7 @@ from mura_dist.core.storage import sha256
 FORMAT = 2
 MARK = "COMPLETE"
 _DAMAGED = ".damaged"
+_FileName = Annotated[str, StringConstraints(strict=True, pattern="^[0-9a-z.-]+$")]
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -52,16 +54,26 @@ class Checkpoint:
         return self.state["step"]
 
     def model(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "model.safetensors")
+        return _load(self.folder / "model.safetensors")
+
+    def load_into(self, network: torch.nn.Module) -> None:
+        """Fill `network` with `model()`. Raises Refusal where that is another network's."""
+        try:
+            network.load_state_dict(self.model())
+        except RuntimeError as error:  # of many lines, one a name that differs
+            raise Refusal(
+                f"{self.folder} holds the weights of another network than the run's recipe.toml names; restore that, or choose "
+                "another checkpoint"
+            ) from error
 
     def training(self) -> dict[str, Tensor]:
         """What `Engine.state` was; empty for a run without a moving average."""
         path = self.folder / "training.safetensors"
-        return load_file(path) if path.is_file() else {}
+        return _load(path) if path.is_file() else {}
 
     def optimiser(self) -> dict[str, Tensor]:
         """What all ranks' `OptimizerState.tensors` were, end to end: vectors joined, counters as they are."""
-        shares = [load_file(path) for path in sorted(self.folder.glob("optimiser-*.safetensors"))]
+        shares = [_load(path) for path in sorted(self.folder.glob("optimiser-*.safetensors"))]
         return {
             name: torch.cat([share[name] for share in shares]) if value.ndim else value
             for name, value in shares[0].items()
@@ -69,6 +81,28 @@ class Checkpoint:
 
 
 Tensors = dict[str, Tensor]
+
+
+class _State(BaseModel):
+    """What any checkpoint's state.json holds."""
+
+    format: Annotated[int, Field(strict=True)]
+    step: Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+
+
+def _load(path: Path) -> Tensors:
+    """The tensors of a file, which are no program: nothing of it is executed. Raises Refusal where it holds none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0][:160]
+        raise Refusal(f"{path} holds no tensors ({reason}); choose another checkpoint, or train again") from error
+
+
+def read_mark(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, by its name. Raises ValueError where its mark is damaged, OSError."""
+    digests: dict[str, str] = atomic.parse_json((folder / MARK).read_bytes(), dict[_FileName, StrictStr])
+    return digests
 
 
 def _optimiser_name(rank: int, shares: int) -> str:
@@ -143,9 +177,9 @@ def _durable_digest(path: Path) -> str:
 def read(folder: Path) -> Checkpoint:
     """Raises ValueError naming what is wrong where `folder` is not a complete, undamaged checkpoint of this format."""
     try:
-        digests = dict(json.loads((folder / MARK).read_bytes()))
-        state = dict(json.loads((folder / "state.json").read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        digests = read_mark(folder)
+        state = atomic.parse_json((folder / "state.json").read_bytes(), _State)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is not complete ({error})") from error
     if missing := {"model.safetensors", "state.json"} - digests.keys():
         raise ValueError(f"{folder}/{MARK} does not name {', '.join(sorted(missing))}")
@@ -237,8 +271,8 @@ def ranking(present: list[Path]) -> list[Path]:
 def select_loss(folder: Path) -> float | None:
     """Of a checkpoint that was evaluated at an epoch's end, on the split the run selects on; None of any other."""
     try:
-        value = json.loads((folder / "state.json").read_bytes())["select_loss"]
-    except (OSError, ValueError, KeyError):
+        value = atomic.parse_json((folder / "state.json").read_bytes(), dict[str, Any]).get("select_loss")
+    except (OSError, ValueError):
         return None  # damaged: `read` says so when it is taken
     return value if isinstance(value, float) and math.isfinite(value) else None
 

@@ -101,7 +101,7 @@ def _said_by_recipe(settings: Settings, world_size: int) -> dict[str, tuple[str,
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.parse_json(path.read_bytes())
     except OSError as error:
         raise Refusal(f"{where}: {error.strerror}; give a DeepSpeed JSON file, or deepspeed= for none") from error
     except ValueError as error:

@@ -74,9 +74,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line a kill cut short is left out."""
     lines = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+                line = files.parse_json(text, dict[str, Any])
+                if isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
+                    lines.append(line)
     return lines
 
 

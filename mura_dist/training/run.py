@@ -15,18 +15,20 @@ import os
 import platform
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StrictStr
 
 from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Refusal, Stopped, mask_url
 from mura_dist.data.folder_kind import RECIPE, kinds_of
+from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import lock
 
@@ -39,6 +41,17 @@ _PACKAGES = (
     "onnxruntime-gpu",
     "opencv-python-headless",
 )
+
+
+class _Data(BaseModel):
+    """What is read of data.json."""
+
+    manifest_sha256: StrictStr
+    size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]
+    encoding: StrictStr
+    holds: Literal["phantoms", "radiographs"]
+    splits: dict[str, Annotated[int, Field(strict=True, ge=0)]]
+    study_types: list[StrictStr]
 
 
 @dataclass(frozen=True)
@@ -63,16 +76,16 @@ class Run:
     def begun_with(self, key: str, otherwise: Any) -> Any:
         """A setting as the run's recipe has it; `otherwise` where it has not begun."""
         path = self.folder / RECIPE
-        return tomllib.loads(path.read_text(encoding="utf-8")).get(key, otherwise) if path.is_file() else otherwise
+        return config.read_recipe(path).get(key, otherwise) if path.is_file() else otherwise
 
     def data(self) -> dict[str, Any]:
-        """data.json's content: which shards the run learns from."""
-        return json.loads((self.folder / "data.json").read_bytes())
+        """data.json's content: which shards the run learns from. Raises Refusal where it is missing or damaged."""
+        return files.read_json(self.folder / "data.json", _Data, remedy="restore it, or train again with run=NEW")
 
     def status(self) -> dict[str, Any]:
         """status.json's content; empty where there is none yet."""
         try:
-            return json.loads((self.folder / "status.json").read_bytes())
+            return files.parse_json((self.folder / "status.json").read_bytes(), dict[str, Any])
         except (OSError, ValueError):
             return {}
 
@@ -86,7 +99,7 @@ class Run:
             if self.folder.exists() and not _is_ours(self.folder):
                 raise Refusal(f"run={self.folder} exists and is no run; give run=NEW")
             return
-        before = tomllib.loads((self.folder / RECIPE).read_text(encoding="utf-8"))
+        before = config.read_recipe(self.folder / RECIPE)
         for key, value in config.identity(self.settings).items():
             if before.get(key, value) != value:
                 raise Refusal(
@@ -104,7 +117,8 @@ class Run:
     def check_deepspeed(self, theirs: dict[str, Any]) -> None:
         """Refusal where what a user's DeepSpeed file adds is not what it was."""
         path = self.folder / "deepspeed.json"
-        before = json.loads(path.read_bytes()) if path.is_file() else {}
+        again = "restore it, or give run=NEW"
+        before = files.read_json(path, dict[str, Any], remedy=again) if path.is_file() else {}
         if "run" not in kinds_of(self.folder) or before == theirs:
             return
         key = next(key for key in sorted(before.keys() | theirs.keys()) if before.get(key) != theirs.get(key))

@@ -120,7 +120,7 @@ def make_engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: W
     settings = plan.settings
     network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
     if saved is not None:
-        network.load_state_dict(saved.model())
+        saved.load_into(network)
     elif settings.pretrained:
         _load_pretrained(network, settings.pretrained, ranks)
     engine = Engine(network, settings, ranks)

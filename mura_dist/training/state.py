@@ -4,7 +4,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from mura_dist.core.config import Settings
+from mura_dist.core.errors import Refusal
 from mura_dist.training.schedule import LossScale, Plateau
 
 
@@ -27,12 +30,19 @@ class State:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
-        """From a checkpoint's state.json."""
-        fields = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved or name != "corrupt_samples"}
-        best = saved["plateau"]["best"]
-        fields["plateau"] = Plateau(**saved["plateau"] | {"best": math.inf if best is None else best})
-        fields["loss_scale"] = LossScale(**saved["loss_scale"])
-        return cls(**fields)
+        """From a checkpoint's state.json. Raises Refusal where it lacks a field, or one is of another type."""
+        try:
+            fields = {
+                name: saved[name] for name in cls.__dataclass_fields__ if name in saved or name != "corrupt_samples"
+            }
+            best = saved["plateau"]["best"]
+            fields["plateau"] = saved["plateau"] | {"best": math.inf if best is None else best}
+            return TypeAdapter(cls).validate_python(fields)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = str(error).replace("\n", " ")[:160]
+            raise Refusal(
+                f"state.json of the newest checkpoint is damaged ({reason}); delete it, or give run=NEW"
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         plateau = asdict(self.plateau)

@@ -3,7 +3,6 @@
 RUN, FILE.json -> Weights -> one module: image uint8 -> logit, activation_map          for evaluate and export
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class Weights:
 
 def _network(run: Run, chosen: Checkpoint) -> torch.nn.Module:
     network = build(run.settings.architecture)
-    network.load_state_dict(chosen.model())
+    chosen.load_into(network)
     return network
 
 
@@ -111,4 +110,7 @@ def _member(path: Path, member: Member) -> tuple[Run, Checkpoint]:
 
 def digest(folder: Path) -> str:
     """SHA-256 of a checkpoint's weights, as its mark says it; `checkpoint.read` compares the mark with the files."""
-    return json.loads((folder / checkpoint.MARK).read_bytes())[WEIGHTS]
+    try:
+        return checkpoint.read_mark(folder)[WEIGHTS]
+    except (ValueError, KeyError) as error:
+        raise Refusal(f"{folder}/{checkpoint.MARK} is damaged ({error}); choose another checkpoint") from error

@@ -40,7 +40,7 @@ from mura_dist.data.io_faults import IO_ERROR, IoFaults
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import codec, writer
 from mura_dist.data.shards.codec import MAX_SIZE_PX, Reader, Sample, Task
-from mura_dist.data.shards.index import FORMAT, parse
+from mura_dist.data.shards.index import FORMAT, Fault, parse
 from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
@@ -355,7 +355,10 @@ def _marks(conversion: Conversion) -> list[dict[str, Any]]:
     for data in contents:
         if isinstance(data, OSError):
             raise data
-    return [writer.read_mark(data) for data in contents if isinstance(data, bytes)]
+    try:
+        return [writer.read_mark(data) for data in contents if isinstance(data, bytes)]
+    except ValueError as error:
+        raise Refusal(f"{conversion.out} has a damaged mark ({error}); delete it, then the same command") from error
 
 
 def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -368,7 +371,9 @@ def _refuse_faults(conversion: Conversion, started: float) -> None:
     names = sorted(name for name in conversion.out.names() if name.endswith(writer.FAULTS_SUFFIX))
     if not names:
         return
-    faults = _with_paths(conversion, [item for name in names for item in json.loads(conversion.out.read(name))])
+    faults = _with_paths(
+        conversion, [item for name in names for item in files.parse_json(conversion.out.read(name), list[Fault])]
+    )
     _record(conversion, state="incomplete", started=started, faults=faults)
     raise Failure(
         f"{len(faults)} files could not be read ({IO_ERROR}), the first is {faults[0]['path']}: {faults[0]['reason']}; "

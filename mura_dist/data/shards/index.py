@@ -19,8 +19,11 @@ _Count = Annotated[int, Field(strict=True, ge=0, lt=2**56)]
 _Digest = Annotated[str, StringConstraints(strict=True, pattern="^[0-9a-f]{64}$")]
 
 
+_Name = Annotated[str, StringConstraints(strict=True, pattern=f"^({'|'.join(mura.SPLITS)})-[0-9]{{6}}[.]tar$")]
+
+
 class _Shard(BaseModel):
-    name: Annotated[str, StringConstraints(strict=True, pattern=f"^({'|'.join(mura.SPLITS)})-[0-9]{{6}}[.]tar$")]
+    name: _Name
     num_samples: _Count
     bytes: _Count
     sha256: _Digest
@@ -39,6 +42,24 @@ class _Manifest(BaseModel):
 class _Unreadable(BaseModel):
     row: _Count
     code: StrictStr
+
+
+class Fault(BaseModel):
+    """A file that is not in its shard, and why, as a mark or a list of I/O faults has it."""
+
+    row: _Count
+    code: StrictStr
+    reason: StrictStr
+
+
+class Mark(BaseModel):
+    """A finished shard. sha256: None where no file could be read."""
+
+    name: _Name
+    num_samples: _Count
+    bytes: _Count
+    sha256: _Digest | None
+    unreadable: list[Fault]
 
 
 class _Index(BaseModel):

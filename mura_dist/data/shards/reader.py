@@ -64,7 +64,7 @@ def read_index(path: Path) -> list[list[Member]]:
     header, *lines = path.read_text(encoding="ascii").splitlines()
     version, num_samples = header.split()
     if version != INDEX_HEADER or int(num_samples) != len(lines):
-        raise ValueError(f"{path.name}: {len(lines)} samples of version {version}, header says {header!r}")
+        raise ValueError(f"{path.name}: {len(lines)} samples of version {version}, header says {header[:80]!r}")
     samples = []
     for line in lines:
         words = line.split(" ")
@@ -328,7 +328,10 @@ class _Places:
                     if image.suffix != SUFFIX.get(shards.encoding):
                         raise _contradicted(shards, f"encoding {shards.encoding!r}", f"{image.name} of {name}")
                     tar[image.row], offset[image.row], length[image.row] = number, image.offset, image.size
-                for row, value in shards.crcs(name):
+                values = dict(shards.crcs(name))
+                if values.keys() != set(np.flatnonzero(tar == number).tolist()):
+                    raise ValueError(f"{len(values)} CRC-32 are not of its samples")
+                for row, value in values.items():
                     crc[row] = value
             except (OSError, ValueError, IndexError) as error:
                 if is_io_fault(error):

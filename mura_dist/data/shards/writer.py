@@ -17,10 +17,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+from mura_dist.core import files
 from mura_dist.core.errors import Failure
 from mura_dist.core.storage import Place
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.data.shards.codec import SUFFIX, Sample
+from mura_dist.data.shards.index import Mark
 from mura_dist.data.shards.reader import INDEX_HEADER
 
 FAULTS_SUFFIX = ".faults.json"
@@ -37,8 +39,9 @@ def faults_of(tar: str) -> str:
 
 
 def read_mark(data: bytes) -> dict[str, Any]:
-    """{"name", "num_samples", "bytes", "sha256", "unreadable": [{"row", "code", "reason"}]}"""
-    return json.loads(data)
+    """{"name", "num_samples", "bytes", "sha256", "unreadable": [{"row", "code", "reason"}]}, or ValueError."""
+    mark: dict[str, Any] = files.parse_json(data, Mark)
+    return mark
 
 
 def is_whole(place: Place, name: str, mark: bytes) -> bool:

@@ -14,7 +14,6 @@ descriptions) says what the model is; the card, in the metadata, says all.
 
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +114,14 @@ def _check(out: Path, options: ExportOptions) -> None:
 def _export(
     weights: Weights, measured: dict[str, Any], out: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> ExportReport:
-    card, model = _card(weights, measured), weights.model()
+    try:
+        card = _card(weights, measured)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).replace("\n", " ")[:160]
+        raise Refusal(
+            f"metrics.json is damaged ({type(error).__name__}: {reason}); run `mura-dist evaluate` again"
+        ) from error
+    model = weights.model()
     if options.precision == "fp32":
         report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards))
     else:
@@ -133,7 +139,7 @@ def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
     wanted = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
     for path in (folder / "metrics.json" for folder in folders if (folder / "metrics.json").is_file()):
         try:
-            found = json.loads(path.read_bytes())
+            found = files.parse_json(path.read_bytes())
         except ValueError as error:
             again = "run `mura-dist evaluate` again, or move the file away"
             raise Refusal(f"{path} is damaged ({error}); {again}") from error

@@ -1,0 +1,184 @@
+"""An ONNX file may come from anywhere: what is no model of ours is refused, and one that never answers is left."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers.models import S, card_of, noise
+from onnx import TensorProto, helper
+from PIL import Image
+
+from mura_dist.cli.main import FAILED, WRONG, main
+from mura_dist.core.errors import Failure, Refusal
+from mura_dist.inference import batch_limit, onnx_metadata
+from mura_dist.inference.engine import Tuning
+from mura_dist.inference.onnx_model import Model
+from mura_dist.models.card import KEY
+
+
+def saved(graph: onnx.GraphProto, path: Path) -> Path:
+    """Write a graph as an exported model with a card."""
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, {KEY: card_of().text()})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def value(name: str, kind: int, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+IMAGE = value("image", TensorProto.UINT8, "N", 1, S, S)
+LOGIT, MAP = value("logit", TensorProto.FLOAT, "N"), value("activation_map", TensorProto.FLOAT, "N", "h", "w")
+MEAN = [
+    helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+    helper.make_node("ReduceMean", ["pixels", "channel"], ["activation_map"], keepdims=0),
+    helper.make_node("ReduceMean", ["pixels", "all"], ["logit"], keepdims=0),
+]
+AXES = [
+    helper.make_tensor("channel", TensorProto.INT64, [1], [1]),
+    helper.make_tensor("all", TensorProto.INT64, [3], [1, 2, 3]),
+]
+
+
+def mean(**changes: object) -> onnx.GraphProto:
+    """A graph that answers with the mean grey level, but for `changes`."""
+    parts = {"nodes": MEAN, "name": "mean", "inputs": [IMAGE], "outputs": [LOGIT, MAP], "initializer": AXES}
+    return helper.make_graph(**(parts | changes))
+
+
+def endless() -> onnx.GraphProto:
+    """A graph whose logit is there after 2**62 rounds."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["going"], ["goes_on"]), helper.make_node("Add", ["level", "one"], ["higher"])],
+        "body",
+        [value("round", TensorProto.INT64), value("going", TensorProto.BOOL), value("level", TensorProto.FLOAT, "N")],
+        [value("goes_on", TensorProto.BOOL), value("higher", TensorProto.FLOAT, "N")],
+        [helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])],
+    )
+    nodes = [*MEAN[:2], helper.make_node("ReduceMean", ["pixels", "all"], ["grey"], keepdims=0)]
+    nodes.append(helper.make_node("Loop", ["trips", "", "grey"], ["logit"], body=body))
+    return mean(nodes=nodes, initializer=[*AXES, helper.make_tensor("trips", TensorProto.INT64, [], [2**62])])
+
+
+def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
+    """Else the refusals below would say nothing."""
+    logit, cells = Model.load(saved(mean(), tmp_path / "m.onnx")).outputs(images := noise(3))
+    np.testing.assert_allclose(logit, images.mean(axis=(1, 2, 3)), rtol=1e-5)
+    assert cells.shape == (3, S, S)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": [value("picture", TensorProto.UINT8, "N", 1, S, S)]},
+        {"inputs": [value("image", TensorProto.UINT8, "N", 1, 2 * S, 2 * S)]},
+        {"inputs": [value("image", TensorProto.UINT8, "N", 1, 2**40, 2**40)]},
+        {"inputs": [value("image", TensorProto.UINT8, "N", 3, S, S)]},
+        {"inputs": [IMAGE, value("more", TensorProto.FLOAT, 2**40)]},
+        {"inputs": []},
+        {"outputs": [LOGIT]},
+        {"outputs": [value("logit", TensorProto.FLOAT, "N", 1), MAP]},
+        {"nodes": [helper.make_node("Unknown", ["image"], ["logit"], domain="stranger")]},
+        {"nodes": []},
+    ],
+)
+def test_another_graph_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"no model of ours|not an ONNX model") as refusal:
+        Model.load(saved(mean(**change), tmp_path / "m.onnx"))
+    assert "\n" not in str(refusal.value)
+
+
+def outside(place: str, key: str = "location") -> onnx.TensorProto:
+    tensor = helper.make_tensor("channel", TensorProto.INT64, [1], [1])
+    tensor.ClearField("int64_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    entry = tensor.external_data.add()
+    entry.key, entry.value = key, place
+    return tensor
+
+
+def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
+    constant = helper.make_node("Constant", [], ["inner"], value=tensor)
+    inner = helper.make_graph([constant], "inner", [], [value("inner", TensorProto.INT64, 1)])
+    condition = helper.make_node("If", ["yes"], ["ignored"], then_branch=inner, else_branch=inner)
+    return mean(nodes=[*MEAN, condition], initializer=[*AXES, helper.make_tensor("yes", TensorProto.BOOL, [], [True])])
+
+
+@pytest.mark.parametrize("place", ["../secret", "/etc/hostname", "weights.bin", ""])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda tensor: mean(initializer=[tensor, AXES[1]]),
+        lambda tensor: mean(
+            nodes=[helper.make_node("Constant", [], ["channel"], value=tensor), *MEAN], initializer=AXES[1:]
+        ),
+        in_a_subgraph,
+    ],
+)
+def test_no_other_file_is_read(
+    build: Callable[[onnx.TensorProto], onnx.GraphProto], place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_bytes(bytes(8))
+    (tmp_path / "weights.bin").write_bytes(bytes(8))
+    path = saved(build(outside(place)), tmp_path / "m.onnx")
+    assert onnx_metadata.external_file(path.read_bytes()) == place
+    with pytest.raises(Refusal, match="names another file for its weights"):
+        Model.load(path)
+
+
+def test_ours_names_no_other_file(model: Path) -> None:
+    assert onnx_metadata.external_file(model.read_bytes()) is None
+
+
+def test_a_model_that_never_answers_is_left(tmp_path: Path) -> None:
+    model = Model.load(saved(endless(), tmp_path / "m.onnx"), tuning=Tuning(batch_size=1), limit_s=0.3)
+    started = time.monotonic()
+    for _ in range(2):  # it may be asked again
+        with pytest.raises(
+            Failure, match=r"m\.onnx: a batch took more than 0\.3 s; give a smaller --batch-size or a longer"
+        ):
+            model.logits(noise(1))
+    assert time.monotonic() - started < 8
+
+
+@pytest.mark.slow
+def test_a_prediction_with_such_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(noise(1)[0, 0]).save(tmp_path / "in/a.png")
+    path = saved(endless(), tmp_path / "m.onnx")
+    words = [
+        "predict",
+        str(path),
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+        "--batch-limit",
+        "1",
+        "--quiet",
+    ]
+    assert main(words) == FAILED
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert main([*words[:-2], "0"]) == WRONG
+
+
+STUCK = """
+import sys, time
+from mura_dist.inference import batch_limit
+batch_limit.GRACE_S = 0.2
+with batch_limit.BatchLimit(0.2, "m.onnx").watched(lambda: None):
+    time.sleep(60)
+"""
+
+
+def test_an_engine_that_does_not_return_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        [f"mura-dist: {batch_limit.BatchLimit(0.2, 'm.onnx').line}"],
+    )
