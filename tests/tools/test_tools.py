@@ -1,4 +1,4 @@
-"""tools/: the fuzz run and the kill runs, each short; the tools' own docstrings give the long ones.
+"""tools/: the fuzz run, the kill runs and the scarce run, each short; their own docstrings give the long ones.
 
 That they would notice is tested first: on readers that misbehave, on folders that differ.
 """
@@ -16,6 +16,8 @@ fuzzing, killing = tool("robustness/fuzz_radiograph"), tool("robustness/kill_con
 ranks = tool("robustness/kill_ranks")
 sys.modules["kill_conversion"] = killing  # as a script beside it imports it
 commands = tool("robustness/kill_commands")
+sys.modules["kill_commands"] = commands
+scarcity = tool("robustness/scarce_resources")
 
 # ---- fuzz_radiograph.py
 
@@ -181,16 +183,19 @@ def test_killed_ranks_end_with_the_same_bytes(what: str, tmp_path: Path) -> None
 
 
 def test_contents_differ_in_all_but_the_clock(tmp_path: Path) -> None:
-    folders = [tmp_path / str(number) for number in range(4)]
+    folders = [tmp_path / str(number) for number in range(5)]
     for folder in folders:
         folder.mkdir()
         (folder / "metrics.json").write_text('{"kappa": 0.5}')
         (folder / "report.json").write_text('{"auroc": 0.9, "run": [{"seconds": 1.5}]}')
+        (folder / "metrics.jsonl").write_text('{"step": 1, "time_s": 2}\n{"step": 2, "time_s": 3}\n')
+    (folders[1] / "metrics.jsonl").write_text('{"step": 1, "time_s": 4}\n{"step": 2, "time_s": 5}\n')
     (folders[1] / "report.json").write_text('{"auroc": 0.9, "run": [{"seconds": 2.5}]}')
     (folders[2] / "report.json").write_text('{"auroc": 0.8, "run": [{"seconds": 1.5}]}')
     (folders[3] / "metrics.json").write_text('{"kappa": 0.4}')
+    (folders[4] / "metrics.jsonl").write_text('{"step": 1, "time_s": 2}\n')
     whole, *others = (dict(commands.contents(folder)) for folder in folders)
-    assert [whole == other for other in others] == [True, False, False]
+    assert [whole == other for other in others] == [True, False, False, False]
 
 
 @pytest.mark.nightly(part="kills")
@@ -229,3 +234,64 @@ def test_a_conversion_that_fails_is_told(tmp_path: Path) -> None:
     refused = run("python", ROOT / "tools/robustness/kill_conversion.py", "--keep", tmp_path / "work")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "is not empty; name a new folder" in refused.stderr
+
+
+# ---- scarce_resources.py
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "fault"),
+    [
+        (0, "a\n" * 9, ""),
+        (1, "mura-dist: No space left on device\n", ""),
+        (3, "a\n" * 5, ""),
+        (2, "a\n" * 6, "status 2, 6 lines on stderr"),
+        (1, "", "status 1, 0 lines on stderr"),
+        (1, "Traceback (most recent call last):\nOSError\n", "status 1, 2 lines on stderr"),
+        (-9, "", "ended with status -9"),
+        (None, "", "did not end within 300 s"),
+    ],
+)
+def test_end_of_a_limited_command_is_judged(status: int | None, stderr: str, fault: str) -> None:
+    assert scarcity.End(status, stderr).fault.partition(":")[0] == fault
+
+
+def test_differences_of_limited_commands_are_named() -> None:
+    whole, after = {"a": b"1", "b": b"2", "c": b"3"}, {"a": b"1", "b": b"0", "d.tmp": b""}
+    assert scarcity.differences(whole, whole) == []
+    assert scarcity.differences(whole, after) == ["c is missing", "d.tmp is left over", "b differs"]
+
+
+def test_unknown_case_is_refused() -> None:
+    refused = run("python", ROOT / "tools/robustness/scarce_resources.py", "clock", "disk-50")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "disk-50: name some of disk-10, " in refused.stderr
+
+
+def test_wall_clock_jumps_and_monotonic_clock_does_not(tmp_path: Path) -> None:
+    library = scarcity.compile_clock(tmp_path)
+    if library is None:
+        pytest.skip("the clock is a library for Linux that needs a C compiler (cc)")
+    code = """if True:
+        import datetime, time
+        monotonic_s, walls_s = time.monotonic(), []
+        for _ in range(100):
+            walls_s += [time.time(), datetime.datetime.now().timestamp()]
+            time.sleep(0.002)
+        steps_s = [after - before for before, after in zip(walls_s, walls_s[1:])]
+        print(max(steps_s) > 3000, min(steps_s) < -3000, time.monotonic() - monotonic_s < 60)
+    """
+    env = {"LD_PRELOAD": str(library), "CLOCK_JUMPS_PERIOD_MS": "5"}
+    assert run("python", "-c", code, env=env, cold=True).stdout == "True True True\n"
+
+
+@pytest.mark.nightly(part="files")
+def test_commands_end_well_under_scarce_resources() -> None:
+    """All cases and commands: python tools/robustness/scarce_resources.py"""
+    names = ("disk-10", "disk-80", "files-20", "shm", "clock", "shards", "predict", "score")
+    script = ROOT / "tools/robustness/scarce_resources.py"
+    done = run("python", script, *names, timeout_s=1800, cold=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    trials, verdict = done.stdout.splitlines()[-1].split(": ")
+    assert verdict.endswith(" hold, 0 not")
+    assert int(trials.removesuffix(" trials")) + 3 * done.stdout.count("skipped, ") == 15

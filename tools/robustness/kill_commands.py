@@ -26,8 +26,11 @@ from typing import Any
 from kill_conversion import LIMIT_S, MURA_DIST, kill_after
 
 TINY = ("architecture=tiny", "epochs=2", "global_batch=12", "micro_batch=6", "precision=fp32", "tensorboard=false")
-TIMED = ("report.json", "gallery.json", "report.html", "gallery.html")
-CLOCK = ("seconds", "radiographs_per_s")  # keys whose numbers differ from start to start
+TIMED = ("report.json", "gallery.json", "report.html", "gallery.html", "predict.json", "status.json", "metrics.jsonl")
+CLOCK = (  # keys whose values differ from start to start
+    *("seconds", "radiographs_per_s", "files_per_s", "waiting_s", "time", "time_s", "evaluation_s", "images_per_s"),
+    *("data_wait_share", "overhead_share", "limited_by"),
+)
 COMMANDS = ("evaluate", "export", "ensemble", "score")
 
 
@@ -70,8 +73,11 @@ def contents(out: Path) -> Iterator[tuple[str, Any]]:
         name = path.relative_to(out).as_posix()
         if path.name not in TIMED:
             yield name, path.read_bytes()
+        elif path.suffix == ".html":
+            yield name, None
         else:
-            yield name, without_clock(json.loads(path.read_bytes())) if path.suffix == ".json" else None
+            texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            yield name, [without_clock(json.loads(text)) for text in texts]
 
 
 def without_clock(value: Any) -> Any:
