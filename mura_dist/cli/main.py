@@ -17,7 +17,7 @@ import click
 from mura_dist import __version__
 from mura_dist.cli import benchmarks, data, evaluation, inference, training
 from mura_dist.cli.options import Commands
-from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, Stopped, mask_url
+from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, Stopped, is_out_of_memory, mask_url
 from mura_dist.distributed import environment
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
@@ -81,16 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "is a folder, not a file" if isinstance(error, IsADirectoryError) else "lies below a file, not a folder"
         return _end(WRONG, f"{error.filename or error} {what}; move it away, then the same command", only_first=False)
     except OSError as error:
-        remedy = (
-            "free some space, then the same command goes on"
-            if error.errno == errno.ENOSPC
-            else "mend it, then the same command"
-        )
+        free = {errno.ENOSPC: "space", errno.ENOMEM: "memory"}.get(error.errno or 0)
+        remedy = f"free some {free}, then the same command goes on" if free else "mend it, then the same command"
         return _end(
             FAILED,
             f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; {remedy}",
             only_first=False,
         )
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+        line = f"out of memory ({reason}); free some or raise the limit (ulimit -v), then the same command goes on"
+        return _end(FAILED, line, only_first=False)
     return DONE
 
 

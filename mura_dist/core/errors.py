@@ -21,6 +21,11 @@ _NETWORK = "ENOTCONN ESHUTDOWN EPIPE ENOLINK ECOMM ETIMEDOUT EHOSTDOWN EHOSTUNRE
 _CONNECTION = "ECONNRESET ECONNREFUSED ECONNABORTED"
 _MACHINE = "EMFILE ENFILE ENOMEM ENOBUFS EAGAIN EBUSY"  # what it has too little of at the moment
 _IO_FAULTS = {getattr(errno, name, None) for name in f"{_DISK} {_NETWORK} {_CONNECTION} {_MACHINE}".split()} - {None}
+_OUT_OF_MEMORY = (
+    *("can't allocate memory", "annot allocate memory", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("can't start new thread", "failed to map segment from shared object"),
+)
 
 
 def mask_url(text: str) -> str:
@@ -93,3 +98,11 @@ def is_io_fault(error: BaseException) -> bool:
 def os_reason(error: OSError) -> str:
     """Say why the system refused, for the middle of a line: `permission denied`."""
     return (error.strerror or type(error).__name__).lower()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left. Libraries have no kind of their own for it.
+
+    True for MemoryError, and by its text where an allocator, the start of a thread or the loading of a library failed.
+    """
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)

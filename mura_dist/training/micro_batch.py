@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import CommonFailure, Refusal
+from mura_dist.core.errors import CommonFailure, Refusal, is_out_of_memory
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution
@@ -20,15 +20,11 @@ from mura_dist.training.flat_parameters import Flat
 from mura_dist.training.loss import weighted_bce
 
 _ON_CPU = 8  # micro_batch=auto there
-_SAID = (
-    *("can't allocate memory", "CUDA error: out of memory"),
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
-)
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether it says that there was no memory left; a CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _SAID)
+    """Whether it says that there was no memory left, on the device or the host."""
+    return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
 
 def exhausted(ranks: Sequence[int], micro_batch: int) -> str:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,3 +178,13 @@ def test_scripts_are_the_same_functions(script: str) -> None:
     result = run("python", ROOT / "tools" / script, "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage: mura-dist" in result.stdout
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path) -> None:
+    """torch cannot be loaded into 1 GB of addresses; the error says so in its text alone."""
+    command = f"ulimit -v 1000000; exec {sys.executable} -m mura_dist train shards=none run={tmp_path / 'run'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == FAILED
+    assert re.fullmatch(
+        r"mura-dist: out of memory \(.*\); free some or raise the limit \(ulimit -v\), .*\n", done.stderr
+    )

@@ -1,10 +1,10 @@
-"""Which errors of reading are the machine's, and which the file's."""
+"""Which errors are the machine's: of reading, of memory."""
 
 import errno
 
 import pytest
 
-from mura_dist.core.errors import is_io_fault
+from mura_dist.core.errors import is_io_fault, is_out_of_memory
 
 MACHINE = (
     "EIO",
@@ -39,3 +39,12 @@ def test_errors_without_a_number_go_by_their_kind() -> None:
     assert not is_io_fault(OSError("image file is truncated"))
     assert not is_io_fault(FileNotFoundError("bucket/key"))
     assert not is_io_fault(ValueError("embedded null byte"))
+
+
+def test_libraries_say_in_words_that_there_is_no_memory() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
+    assert is_out_of_memory(ImportError("libx.so: failed to map segment from shared object"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ImportError("libx.so: cannot open shared object file"))
