@@ -49,10 +49,19 @@ class _Part(BaseModel):
     notes: dict[str, _Count] = {}
 
 
+class _Decoding(BaseModel):
+    files_per_s: _Number
+    num_processes: _Count
+
+
+class _Computing(BaseModel):
+    radiographs_per_s: _Number
+
+
 class _Throughput(BaseModel):
     limited_by: str
-    decoding: dict[str, _Number]
-    computing: dict[str, _Number]
+    decoding: _Decoding
+    computing: _Computing
 
 
 class _Summary(BaseModel):

@@ -37,7 +37,7 @@ from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
 from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
-from mura_dist.inference.engine import PROVIDERS, Tuning, flowing
+from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import Model
@@ -233,8 +233,13 @@ def _resolve_tuning(
     usual = (autotune.stored(model) if alone else None) or model.tuning
     for plan in folder.plans():
         if (plan.get("model_sha256"), plan.get("provider")) == (model.sha256, model.provider):
-            tuning = replace(usual, optimisation=plan.get("optimisation", usual.optimisation))
-            return replace(tuning, batch_size=options.batch_size or plan.get("batch_size") or tuning.batch_size)
+            optimisation, batch_size = plan.get("optimisation"), plan.get("batch_size")
+            tuning = replace(usual, optimisation=optimisation) if optimisation in tuple(OPTIMISATIONS) else usual
+            if (
+                isinstance(batch_size, int) and 0 < batch_size < 2**16
+            ):  # what is neither is refused with the rest of the plan
+                tuning = replace(tuning, batch_size=batch_size)
+            return replace(tuning, batch_size=options.batch_size or tuning.batch_size)
     return autotune.choose(model_path, options.provider, say) if options.autotune else usual
 
 

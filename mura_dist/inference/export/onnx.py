@@ -116,6 +116,8 @@ def _export(
 ) -> ExportReport:
     try:
         card = _card(weights, measured)
+    except Refusal:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:160]
         raise Refusal(
