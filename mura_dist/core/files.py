@@ -258,7 +258,8 @@ def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
     """As `parse_json`, of a file. Raises Refusal where it is missing, too large or damaged, with the remedy; OSError."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            num_bytes = os.fstat(file.fileno()).st_size  # a read of n bytes takes memory for all n beforehand
+            data = file.read(min(num_bytes, MAX_JSON_BYTES) + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
         return parse_json(data, schema)

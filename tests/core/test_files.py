@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,16 @@ def test_a_folder_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
     with files.private(tmp_path / "out"):
         files.write_bytes(tmp_path / "out/a", b"a")
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/a")] == [0o755, 0o600]
+
+
+def test_reading_json_takes_memory_for_the_file_alone(tmp_path: Path) -> None:
+    """And a file that never ends is a damaged one."""
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    tracemalloc.start()
+    try:
+        assert files.read_json(tmp_path / "a.json", remedy="") == {"a": 1}
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(Refusal, match="is damaged"):
+        files.read_json(Path("/dev/zero"), remedy="delete it")

@@ -29,7 +29,7 @@ TINY = ("architecture=tiny", "epochs=2", "global_batch=12", "micro_batch=6", "pr
 TIMED = ("report.json", "gallery.json", "report.html", "gallery.html", "predict.json", "status.json", "metrics.jsonl")
 CLOCK = (  # keys whose values differ from start to start
     *("seconds", "radiographs_per_s", "files_per_s", "waiting_s", "time", "time_s", "evaluation_s", "images_per_s"),
-    *("data_wait_share", "overhead_share", "limited_by"),
+    *("data_wait_share", "overhead_share", "limited_by", "throughput"),
 )
 COMMANDS = ("evaluate", "export", "ensemble", "score")
 
