@@ -7,7 +7,8 @@
         README.txt           what the columns of the tables mean
         predict.json         the summary, and the plan; written last: it says "done"
 
-A prediction goes on only as it began: another plan in the same folder is refused.
+A prediction resumes only as it began: another plan in the same folder is refused. Where the plan differs in nothing but the
+version of the gate, whose words must not be mixed in a table, the parts are made again. A finished prediction stays.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from mura_dist.inference.tables import Part
 
 README = "README.txt"
 FAULTS, RETRY = ".faults", ".retry"  # in the names of parts that are not final
+GATE = "gate"  # the plan's key of the version of the gate
 PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
 _POLL_S = 0.2
 
@@ -155,9 +157,9 @@ class OutputFolder:
         The first rank writes the plan, the others wait for it. Raises Refusal for any other prediction.
         """
         ears = heartbeat.Ears()
-        while not self.done.is_file() and not self.plan.is_file():
+        while not self.done.is_file() and not self._has_plan(plan):
             if self.rank == 0:
-                files.write_json(self.plan, plan)
+                self._write_plan(plan)
                 break
             if ears.silent_s(heartbeat.heart(self.parts, 0)) > PLAN_WAIT_S:
                 raise Failure(
@@ -167,13 +169,26 @@ class OutputFolder:
             pause(stop)
         if self.done.is_file():
             summary = _load(self.done, _Summary)
-            self._compare(summary["plan"], plan)
+            self._compare(summary["plan"], {key: value for key, value in plan.items() if key != GATE})
             return summary
         self._compare(_load(self.plan, dict[str, Any]), plan)
         for stale in self.path.glob(".*.partial") if self.rank == 0 else ():  # of a run that was killed
             stale.unlink(missing_ok=True)
         self._begin_retries()
         return None
+
+    def _has_plan(self, plan: dict[str, Any]) -> bool:
+        """Whether there is a plan, other than this one with another version of the gate."""
+        if not self.plan.is_file():
+            return False
+        before = _load(self.plan, dict[str, Any])
+        return {key for key, value in plan.items() if before.get(key) != value} != {GATE}
+
+    def _write_plan(self, plan: dict[str, Any]) -> None:
+        """Write the plan. Parts that are there are of another version of the gate, and go first."""
+        for part in self.parts.glob("[0-9]*.json"):
+            part.unlink()
+        files.write_json(self.plan, plan)
 
     def _begin_retries(self) -> None:
         """Make the chunks missing again that an earlier start could not read whole: this rank's, on the first rank all."""

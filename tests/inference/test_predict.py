@@ -242,6 +242,28 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
     assert (summary["num_calls"], summary["num_studies"]) == (3, 4)
 
 
+@pytest.mark.parametrize("version", [gate.VERSION, gate.VERSION - 1])
+def test_parts_of_another_gate_are_made_again(model: Path, layout: Path, tmp_path: Path, version: int) -> None:
+    """Its words must not be mixed in a table. A finished prediction stays as it is."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    plan = predict(model, layout, whole)["plan"] | {"gate": version}
+    part = [
+        [row["path"], row["study"], row["study_type"], float(row["logit"]), "blank"]
+        for row in rows(whole / "predictions.csv")
+    ]
+    overlays = {"num_overlays": 0, "num_overlays_withheld": 0}
+    (out / ".parts").mkdir(parents=True)
+    (out / ".parts/plan.json").write_text(json.dumps(plan))
+    (out / ".parts/000000.json").write_text(json.dumps({"predictions": part, "failures": [], "overlays": overlays}))
+    assert predict(model, layout, out)["plan"]["gate"] == gate.VERSION
+    words = {row["gate"] for row in rows(out / "predictions.csv")}
+    assert words == ({"blank"} if version == gate.VERSION else {row["gate"] for row in rows(whole / "predictions.csv")})
+    summary = json.loads((out / "predict.json").read_text())
+    summary["plan"]["gate"] -= 1
+    (out / "predict.json").write_text(json.dumps(summary))
+    assert predict(model, layout, out) == summary
+
+
 def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
     predict(model, layout, tmp_path / "csv")
     predict(model, layout, tmp_path / "parquet", PredictOptions(format="parquet"))

@@ -26,8 +26,8 @@ class Session:
         self.shapes: list[tuple[int, ...]] = []
         self.io_binding = self.session.io_binding
 
-    def run_with_iobinding(self, binding: Any) -> None:
-        self.session.run_with_iobinding(binding)
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.session.run_with_iobinding(binding, options)
         self.shapes += [tuple(binding.get_outputs()[0].shape())]
 
 

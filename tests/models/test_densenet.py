@@ -1,5 +1,6 @@
 """densenet.py: torchvision's network, its weights, fresh and pretrained."""
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would keep these proxies for the tests that follow
     return folder / "hub" / "checkpoints" / f"{architecture}-{DIGESTS[architecture]}.pth"
 
 
