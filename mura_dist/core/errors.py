@@ -85,7 +85,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def is_io_fault(error: BaseException) -> bool:
-    """Whether an error of reading is the disk's, the network's or the machine's: it says nothing about the file.
+    """Return whether an error of reading is the disk's, the network's or the machine's: it says nothing about the file.
 
     True for EIO, ESTALE, ENOTCONN, EMFILE, ENOMEM and the like, and for a timeout or a lost connection that has no number.
     False for what is wrong with the file or its name: no such file, permission denied, a folder, a loop of links.
@@ -101,7 +101,7 @@ def os_reason(error: OSError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left. Libraries have no kind of their own for it.
+    """Return whether an error says that there is no memory left. Libraries have no kind of their own for it.
 
     True for MemoryError, and by its text where an allocator, the start of a thread or the loading of a library failed.
     """

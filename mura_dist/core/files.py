@@ -117,7 +117,7 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def creating(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """As `replacing`, but what lies at `path` stays: FileExistsError at the block's end. Of several writers one is first."""
+    """Write as `replacing`, but leave what lies at `path`: FileExistsError at the block's end. One writer is first."""
     with _unfinished(path, mode, "partial") as (file, partial):
         yield file
         _finish(file)
@@ -255,7 +255,7 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
-    """As `parse_json`, of a file. Raises Refusal where it is missing, too large or damaged, with the remedy; OSError."""
+    """Parse a JSON file as `parse_json`. Raises Refusal where it is missing, too large or damaged, with the remedy; OSError."""
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size  # a read of n bytes takes memory for all n beforehand

@@ -67,7 +67,7 @@ def of(where: Where) -> "Place":
 class Place(ABC):
     @abstractmethod
     def __str__(self) -> str:
-        """As the user wrote it, without secrets."""
+        """Return the place as the user wrote it, without secrets."""
 
     @abstractmethod
     def child(self, name: str) -> "Place":
@@ -93,7 +93,7 @@ class Place(ABC):
 
     @abstractmethod
     def holds(self, name: str, num_bytes: int, digest: str) -> bool:
-        """Whether a file is there, of this size and this SHA-256. Behind a URL the size alone is compared: see Remote."""
+        """Return whether a file is there, of this size and this SHA-256. Behind a URL the size alone is compared: see Remote."""
 
     @abstractmethod
     def read(self, name: str) -> bytes: ...

@@ -62,7 +62,7 @@ def _check_scope(header: Header) -> None:
 
 
 def _photometric(header: Header, samples: int) -> str:
-    """What the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises Unreadable."""
+    """Return what the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises Unreadable."""
     label = dicom_header.label(header.dataset, "PhotometricInterpretation")
     name = _BY_LETTERS.get(label.replace(" ", ""), label)
     if samples == 3 and name in _COLORS:
@@ -96,8 +96,8 @@ def _from_monochrome(pixels: Pixels, header: Header, photometric: str) -> np.nda
 
 
 def _is_inverted(photometric: str, header: Header) -> bool:
-    """Whether small values are white. PresentationLUTShape says it of the very output (PS3.3, C.8.11.3), so it counts; in a
-    sound file both say the same."""
+    """Return whether small values are white. PresentationLUTShape describes the output itself (PS3.3, C.8.11.3), so it decides.
+    In a valid file both agree."""
     inverted = photometric == "MONOCHROME1"
     shape = dicom_header.label(header.dataset, "PresentationLUTShape")
     if shape in ("IDENTITY", "INVERSE"):

@@ -38,16 +38,16 @@ def join_fragments(pixel_data: bytes) -> bytes:
 
     The table of offsets before them is for finding frames: of one frame, whatever it says is of no use.
     """
-    view, starts, fragments, place = memoryview(pixel_data), set(), [], 0
-    while place + 8 <= len(view):
-        tag, length = struct.unpack_from("<II", view, place)
+    view, starts, fragments, offset = memoryview(pixel_data), set(), [], 0
+    while offset + 8 <= len(view):
+        tag, length = struct.unpack_from("<II", view, offset)
         if tag == _DELIMITER:
             break
-        if tag != _ITEM or place + 8 + length > len(view):
+        if tag != _ITEM or offset + 8 + length > len(view):
             raise Unreadable("unreadable", "its DICOM pixel data is damaged or cut short")
-        starts.add(place)
-        fragments.append(view[place + 8 : place + 8 + length])
-        place += 8 + length
+        starts.add(offset)
+        fragments.append(view[offset + 8 : offset + 8 + length])
+        offset += 8 + length
     table, *pictures = fragments or [memoryview(b"")]
     first = 8 + len(table)
     offsets = {first + offset for (offset,) in struct.iter_unpack("<I", table[: len(table) // 4 * 4])}
@@ -65,7 +65,7 @@ def read_codestream(frame: bytes) -> Codestream:
 
 
 def _jpeg2000(frame: bytes) -> Iterator[Codestream]:
-    """Of every image and tile size segment."""
+    """Yield what every image and tile size segment says."""
     for start in (match.start() for match in re.finditer(re.escape(_SIZ), frame)):
         length, _, right, bottom, left, top = struct.unpack_from(">HHIIII", frame, start + 4)
         samples, depth = struct.unpack_from(">HB", frame, start + 40)
@@ -73,20 +73,20 @@ def _jpeg2000(frame: bytes) -> Iterator[Codestream]:
         yield Codestream(right - left, bottom - top, samples, (depth & 0x7F) + 1, depth > 0x7F, transform)
 
 
-def _transforms_color(frame: bytes, place: int) -> bool:
-    """Whether the main header, from its segment at `place` on, says that components are transformed."""
-    while place + 9 <= len(frame) and frame[place] == 0xFF and frame[place + 1] != _TILE:
-        if frame[place + 1] == _COD:
-            return frame[place + 8] == 1
-        place += 2 + struct.unpack_from(">H", frame, place + 2)[0]
+def _transforms_color(frame: bytes, offset: int) -> bool:
+    """Return whether the main header, from its segment at `offset` on, says that components are transformed."""
+    while offset + 9 <= len(frame) and frame[offset] == 0xFF and frame[offset + 1] != _TILE:
+        if frame[offset + 1] == _COD:
+            return frame[offset + 8] == 1
+        offset += 2 + struct.unpack_from(">H", frame, offset + 2)[0]
     return False
 
 
 def _jpeg(frame: bytes) -> Iterator[Codestream]:
-    """Of every frame header before the first scan, JPEG and JPEG-LS."""
-    place = 2
-    while frame[place + 1] != _SCAN:
-        if frame[place + 1] in _FRAME_HEADERS:
-            precision, height, width, samples = struct.unpack_from(">BHHB", frame, place + 4)
+    """Yield what every frame header says before the first scan, JPEG and JPEG-LS."""
+    offset = 2
+    while frame[offset + 1] != _SCAN:
+        if frame[offset + 1] in _FRAME_HEADERS:
+            precision, height, width, samples = struct.unpack_from(">BHHB", frame, offset + 4)
             yield Codestream(width, height, samples, precision)
-        place += 1 if frame[place + 1] == 0xFF else 2 + struct.unpack_from(">H", frame, place + 2)[0]
+        offset += 1 if frame[offset + 1] == 0xFF else 2 + struct.unpack_from(">H", frame, offset + 2)[0]

@@ -70,14 +70,14 @@ def is_dicom(data: bytes) -> bool:
 
 
 def _start(data: bytes) -> int:
-    """Where the first element lies."""
+    """Return where the first element lies."""
     if data[_PREAMBLE : _PREAMBLE + 4] == _PREFIX:
         return _PREAMBLE + 4
     return 4 if data.startswith(_PREFIX) else 0
 
 
 def _opens_bare(data: bytes, order: str) -> bool:
-    """Whether an element of a first group opens the data, whole, with a VR that exists or without one (little endian only)."""
+    """Return whether a whole element of a first group opens the data, its VR known or, little endian, implicit."""
     if len(data) < 12:
         return False
     group, _, vr, length = struct.unpack_from(f"{order}HH2sH", data)

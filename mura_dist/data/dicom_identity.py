@@ -23,7 +23,7 @@ _TAGS += ["SOPClassUID", "Modality", "ConversionType", "BurnedInAnnotation"]
 
 @dataclass(frozen=True, slots=True)
 class DicomIdentity:
-    """What a DICOM says of its place in the world; "" where it does not say. Body part and laterality are told alike
+    """The study, body part and side that a DICOM names; "" where it does not say. Body part and laterality are told alike
     whatever the device's capitals and padding; they may be free text, and hold a name.
 
     `may_show_text`: its pixels may hold a name too. BurnedInAnnotation is there and is not NO; or it is a secondary capture,
@@ -81,7 +81,7 @@ def _parse(file: Any) -> Header:
 
 
 def _safe_text(header: Any, keyword: str) -> str:
-    """As written, several values as DICOM writes them; "" where it is not there or holds what cannot be read."""
+    """Return a value as written, several as DICOM writes them; "" where it is not there or holds what cannot be read."""
     try:
         value = header.get(keyword)
         if isinstance(value, Iterable) and not isinstance(value, str | bytes):
@@ -92,7 +92,7 @@ def _safe_text(header: Any, keyword: str) -> str:
 
 
 def _body_part(header: Any) -> str:
-    """As written; where nothing is, by the code of the anatomic region."""
+    """Return the body part as written; where nothing is, by the code of the anatomic region."""
     if written := body_parts.plain(_safe_text(header, "BodyPartExamined")):
         return written
     with contextlib.suppress(Exception):  # none, several, or no sequence at all

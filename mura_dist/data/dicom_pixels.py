@@ -126,7 +126,7 @@ def _encapsulate(frame: bytes) -> bytes:
 
 
 def _planar(header: Header, samples: int) -> int:
-    """By pixel (0), as nearly all do, where nothing else is said."""
+    """Return the planar configuration: by pixel (0), as nearly all do, where nothing else is said."""
     planar = dicom_header.integer(header.dataset, "PlanarConfiguration")
     if samples > 1 and planar not in (None, 0, 1):
         header.ignore("PlanarConfiguration")
@@ -134,7 +134,7 @@ def _planar(header: Header, samples: int) -> int:
 
 
 def _is_ybr(values: np.ndarray) -> bool:
-    """Whether colors that no stream transforms are as the label says, or RGB, which is more frequent. (H, W, 3) uint8.
+    """Return whether colors that no stream transforms are as the label says, or RGB, which is more frequent. (H, W, 3) uint8.
 
     Radiographs are grey: the colors of YBR stay at 128 then, those of RGB are alike. Raises Unreadable for neither.
     """

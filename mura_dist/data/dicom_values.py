@@ -13,7 +13,7 @@ from mura_dist.data.dicom_header import Header
 
 
 class Layout(NamedTuple):
-    """Where a value lies in a word: `bits` bits, the highest of them at `high_bit`; signed: as a complement of two."""
+    """The place of a value in a word: `bits` bits, the highest of them at `high_bit`; signed: as a complement of two."""
 
     bits: int
     high_bit: int

@@ -133,11 +133,11 @@ def pillow_reader(data: bytes) -> str:
 
 def _jpeg_variant(data: bytes) -> str:
     """Return the name of a kind of JPEG that is not decoded; "" of the others, also where the header is broken."""
-    place = 2
-    while data[place : place + 1] == b"\xff":
-        marker = int.from_bytes(data[place + 1 : place + 2], "big")
+    offset = 2
+    while data[offset : offset + 1] == b"\xff":
+        marker = int.from_bytes(data[offset + 1 : offset + 2], "big")
         if marker in _JPEG_FRAMES:
-            precision = int.from_bytes(data[place + 4 : place + 5], "big")
+            precision = int.from_bytes(data[offset + 4 : offset + 5], "big")
             return _JPEG_PROCESSES.get(marker, "JPEG of 12 bits" if precision == 12 else "")
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        offset += 1 if marker == 0xFF else 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return ""

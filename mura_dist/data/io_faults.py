@@ -37,7 +37,7 @@ class IoFaults:
 
 
 def _is_gone(source: Where) -> bool:
-    """Whether a local folder cannot be listed, or holds nothing: a mount point without its disk. A store tells by itself."""
+    """Return whether a local folder cannot be listed, or holds nothing, as a mount point without its disk."""
     if storage.is_remote(source):
         return False
     try:

@@ -144,17 +144,17 @@ def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[Page, in
     (num_tags,) = struct.unpack_from(count_format, data, start)
     if num_tags > MAX_TAGS:
         raise struct.error(f"{num_tags} tags, more than a page has")
-    page, place = Page(start, {}, {}, ()), start + struct.calcsize(count_format)
+    page, position = Page(start, {}, {}, ()), start + struct.calcsize(count_format)
     for _ in range(num_tags):
-        tag, kind = struct.unpack_from(order + "HH", data, place)
-        (count,) = struct.unpack_from(offset_format, data, place + 4)
-        place += 4 + width
+        tag, kind = struct.unpack_from(order + "HH", data, position)
+        (count,) = struct.unpack_from(offset_format, data, position + 4)
+        position += 4 + width
         if tag in _TAGS and kind in _TYPES and count:
             inline = count * struct.calcsize(order + _TYPES[kind]) <= width
-            offset = place if inline else struct.unpack_from(offset_format, data, place)[0]
+            offset = position if inline else struct.unpack_from(offset_format, data, position)[0]
             values = struct.unpack_from(f"{order}{min(count, MAX_VALUES)}{_TYPES[kind]}", data, offset)
             page.values[tag], page.places[tag] = values[0], (offset, _TYPES[kind])
             if tag == SUB_PAGES:
                 page = page._replace(sub_pages=values)
-        place += width
-    return page, struct.unpack_from(offset_format, data, place)[0]
+        position += width
+    return page, struct.unpack_from(offset_format, data, position)[0]

@@ -25,7 +25,8 @@ _FIRST_PORT, _PORTS = 20000, 9000  # below the ports Linux gives to whoever asks
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is. `by`: OpenMPI, MPICH or Intel MPI, Slurm, or the words RANK and WORLD_SIZE, which may be missing.
+    """The identity of this process among its ranks. `by`: OpenMPI, MPICH or Intel MPI, Slurm, or the words RANK and WORLD_SIZE,
+    which may be missing.
 
     local_size is 1 where nothing tells it.
     """
@@ -54,53 +55,53 @@ def _source(by: str) -> str:
     return f"{by} ({_NUMBERS[by]})" if by in _NUMBERS else by
 
 
-def _told(known: Mapping[str, str]) -> Ranks:
+def _told(variables: Mapping[str, str]) -> Ranks:
     # Before Slurm: what mpirun starts in a Slurm job is inside a step of its own, with a task a node.
-    if "RANK" not in known and "OMPI_COMM_WORLD_RANK" in known:
-        all_of_us, here = (known.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
-        return _numbers(OPENMPI, known, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
+    if "RANK" not in variables and "OMPI_COMM_WORLD_RANK" in variables:
+        all_of_us, here = (variables.get(f"OMPI_COMM_WORLD_{name}", "1") for name in ("SIZE", "LOCAL_SIZE"))
+        return _numbers(OPENMPI, variables, "OMPI_COMM_WORLD_RANK", all_of_us, "OMPI_COMM_WORLD_LOCAL_RANK", here)
     # Before Slurm too; but srun --mpi=pmi2 sets PMI_RANK for its tasks as well, without MPI_LOCALRANKID.
-    hydra = "MPI_LOCALRANKID" in known or "SLURM_STEP_NUM_TASKS" not in known
-    if "RANK" not in known and "PMI_RANK" in known and hydra:
-        all_of_us, here = known.get("PMI_SIZE", "1"), known.get("MPI_LOCALNRANKS", "1")
-        return _numbers(MPICH, known, "PMI_RANK", all_of_us, "MPI_LOCALRANKID", here)
+    hydra = "MPI_LOCALRANKID" in variables or "SLURM_STEP_NUM_TASKS" not in variables
+    if "RANK" not in variables and "PMI_RANK" in variables and hydra:
+        all_of_us, here = variables.get("PMI_SIZE", "1"), variables.get("MPI_LOCALNRANKS", "1")
+        return _numbers(MPICH, variables, "PMI_RANK", all_of_us, "MPI_LOCALRANKID", here)
     # srun's alone: a batch script outside srun, which knows SLURM_NTASKS too, is one process.
-    if "RANK" not in known and "SLURM_STEP_NUM_TASKS" in known:
-        here = _tasks_of_node(known)
-        ranks = _numbers(SLURM, known, "SLURM_PROCID", known["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
+    if "RANK" not in variables and "SLURM_STEP_NUM_TASKS" in variables:
+        here = _tasks_of_node(variables)
+        ranks = _numbers(SLURM, variables, "SLURM_PROCID", variables["SLURM_STEP_NUM_TASKS"], "SLURM_LOCALID", here)
         if ranks.size > 1:
-            _refuse_shell(known)
+            _refuse_shell(variables)
         return ranks
-    if "RANK" not in known:
-        _refuse_leftovers(known)
-    here = known.get("LOCAL_WORLD_SIZE") or known.get("LOCAL_SIZE") or "1"  # torchrun's word, deepspeed's
-    return _numbers(PLAIN, known, "RANK", known.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
+    if "RANK" not in variables:
+        _refuse_leftovers(variables)
+    here = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or "1"  # torchrun's word, deepspeed's
+    return _numbers(PLAIN, variables, "RANK", variables.get("WORLD_SIZE", "1"), "LOCAL_RANK", here)
 
 
-def _refuse_leftovers(known: Mapping[str, str]) -> None:
+def _refuse_leftovers(variables: Mapping[str, str]) -> None:
     """Raise Refusal where words of a launcher are set and RANK is not: somebody exported them, or they are a former job's."""
     alone = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     for name, value in alone.items():
-        if known.get(name, value) != value:
+        if variables.get(name, value) != value:
             raise Refusal(
-                f"{name}={known[name]} is set and RANK is not, so no launcher set it; `unset {name}` to run alone, or start the "
-                "ranks with torchrun"
+                f"{name}={variables[name]} is set and RANK is not, so no launcher set it; `unset {name}` to run alone, or start "
+                "the ranks with torchrun"
             )
 
 
-def _refuse_shell(known: Mapping[str, str]) -> None:
+def _refuse_shell(variables: Mapping[str, str]) -> None:
     """Raise Refusal in a step of several tasks where srun does not tell which one this is, or where this is not one of them.
 
     `srun --pty bash` in an allocation of n tasks is a step of n shells: this one has the terminal, the others end at once, and
     what is started here would wait for them. A task itself is started by slurmstepd.
     """
-    number = known["SLURM_STEP_NUM_TASKS"]
-    if "SLURM_PROCID" not in known:
+    number = variables["SLURM_STEP_NUM_TASKS"]
+    if "SLURM_PROCID" not in variables:
         raise Refusal(
             f"SLURM_STEP_NUM_TASKS={number} is set and SLURM_PROCID is not, so srun did not start this process; `unset "
             "SLURM_STEP_NUM_TASKS` to run alone, or start the tasks with srun"
         )
-    if "SLURM_PTY_PORT" in known and _has_terminal() and _parent_name() != "slurmstepd":
+    if "SLURM_PTY_PORT" in variables and _has_terminal() and _parent_name() != "slurmstepd":
         raise Refusal(
             f"this is the shell of `srun --pty` in a step of SLURM_STEP_NUM_TASKS={number} tasks; the other tasks are not there; "
             "`unset SLURM_STEP_NUM_TASKS` to run alone, or leave the shell: srun --ntasks 1 --pty bash, or srun mura-dist ..."
@@ -108,7 +109,7 @@ def _refuse_shell(known: Mapping[str, str]) -> None:
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal, wherever its output goes."""
+    """Return whether this process has a controlling terminal, wherever its output goes."""
     with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
         return True
@@ -121,8 +122,8 @@ def _parent_name() -> str:
     return ""
 
 
-def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Ranks:
-    words = (known.get(rank, "0"), size, known.get(local_rank, "0"), local_size)
+def _numbers(by: str, variables: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Ranks:
+    words = (variables.get(rank, "0"), size, variables.get(local_rank, "0"), local_size)
     try:
         return Ranks(by, *map(int, words))
     except ValueError:
@@ -132,9 +133,9 @@ def _numbers(by: str, known: Mapping[str, str], rank: str, size: str, local_rank
         ) from None
 
 
-def _tasks_of_node(known: Mapping[str, str]) -> str:
+def _tasks_of_node(variables: Mapping[str, str]) -> str:
     """ "4(x2),3": 4 tasks on each of two nodes, 3 on a third -> ours."""
-    tasks, node = known.get("SLURM_STEP_TASKS_PER_NODE", "1"), known.get("SLURM_NODEID", "0")
+    tasks, node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1"), variables.get("SLURM_NODEID", "0")
     if not re.fullmatch(r"\d+(\(x\d{1,6}\))?(,\d+(\(x\d{1,6}\))?)*", tasks) or not node.isdecimal():
         raise Refusal(
             f"SLURM_STEP_TASKS_PER_NODE={tasks} and SLURM_NODEID={node}: no list such as 4(x2),3 and no number; set them right, "
@@ -182,9 +183,9 @@ def meeting_place() -> tuple[str, int]:
 
     Raises Refusal where neither tells it.
     """
-    told, known = ranks(), os.environ
-    address = known.get("MASTER_ADDR") or _address(told, known)
-    port = known.get("MASTER_PORT") or str(_port(known))
+    told, variables = ranks(), os.environ
+    address = variables.get("MASTER_ADDR") or _address(told, variables)
+    port = variables.get("MASTER_PORT") or str(_port(variables))
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise Refusal(
             f"MASTER_PORT={port}: must lie between 1 and 65535; give a free port of {address}, or leave it out"
@@ -192,10 +193,10 @@ def meeting_place() -> tuple[str, int]:
     return address, int(port)
 
 
-def _address(told: Ranks, known: Mapping[str, str]) -> str:
+def _address(told: Ranks, variables: Mapping[str, str]) -> str:
     if told.local_size == told.size:
         return "127.0.0.1"
-    nodes = known.get("SLURM_STEP_NODELIST") or known.get("SLURM_JOB_NODELIST")
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     if told.by == SLURM and nodes:
         return first_host(nodes)
     remedies = {OPENMPI: "mpirun -x MASTER_ADDR=HOST ...", MPICH: "mpiexec -genv MASTER_ADDR HOST ..."}
@@ -212,8 +213,8 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group()) if first else nodes
 
 
-def _port(known: Mapping[str, str]) -> int:
+def _port(variables: Mapping[str, str]) -> int:
     """The same on all ranks of a job's step, another one for another: torch's own default would serve one job a machine."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
-    said = [known[name] for name in names if name in known]
+    said = [variables[name] for name in names if name in variables]
     return _FIRST_PORT + zlib.crc32("/".join(said).encode()) % _PORTS if said else _DEFAULT_PORT

@@ -91,7 +91,7 @@ class Labels:
 
 
 def key_of(text: str) -> str:
-    """What a study is known by: its path from the split's folder on; a name without MURA's layout, without trailing slashes.
+    """Return the key of a study: its path from the split's folder on; a name without MURA's layout, without trailing slashes.
 
     Both as table_names.key has them, without blanks at their ends.
     """

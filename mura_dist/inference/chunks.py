@@ -185,7 +185,7 @@ class ChunkPredictor:
         assert next(readings, None) is None  # read to its end, as a Crew wants it
 
     def _reading(self, result: Reading | Lost) -> Reading:
-        """What a worker has read, or why not. Raises Failure where the disk seems to be gone."""
+        """Return what a worker has read, or why not. Raises Failure where the disk seems to be gone."""
         reading = failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
         self._faults.check(*reading.failure)
         return reading

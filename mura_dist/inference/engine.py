@@ -77,18 +77,18 @@ def check_signature(name: str, size: int, inputs: Sequence[Signature], outputs: 
         inputs: (name, shape) of each, in which what is no int is any number.
     """
     wanted = {"image": (None, 1, size, size), "logit": (None,), "activation_map": (None, None, None)}
-    found = {each: tuple(shape) for each, shape in (*inputs, *outputs)}
+    shapes = {each: tuple(shape) for each, shape in (*inputs, *outputs)}
     fits = [each for each, _ in inputs] == ["image"] and {*OUTPUTS} <= {each for each, _ in outputs}
     for each, shape in wanted.items():
-        there = found.get(each, ())
+        there = shapes.get(each, ())
         pairs = zip(shape, there, strict=False)
         fits &= len(there) == len(shape) and all(
             dim in (None, seen) or not isinstance(seen, int) for dim, seen in pairs
         )
     if not fits:
-        told = ", ".join(f"{each} {list(shape)}" for each, shape in list(found.items())[:4])
+        signature = ", ".join(f"{each} {list(shape)}" for each, shape in list(shapes.items())[:4])
         raise Refusal(
-            f"{name} is no model of ours: it has {told[:160]}, not image [N, 1, {size}, {size}], logit [N] and "
+            f"{name} is no model of ours: it has {signature[:160]}, not image [N, 1, {size}, {size}], logit [N] and "
             "activation_map [N, h, w]; give the model.onnx that `mura-dist export` wrote"
         )
 

@@ -67,7 +67,7 @@ class _Throughput(BaseModel):
 
 
 class _Summary(BaseModel):
-    """What is read of predict.json."""
+    """The part of predict.json that is read."""
 
     num_files: _Count
     num_radiographs: _Count
@@ -178,7 +178,7 @@ class OutputFolder:
         return None
 
     def _has_plan(self, plan: dict[str, Any]) -> bool:
-        """Whether there is a plan, other than this one with another version of the gate."""
+        """Return whether there is a plan, other than this one with another version of the gate."""
         if not self.plan.is_file():
             return False
         before = _load(self.plan, dict[str, Any])

@@ -42,7 +42,7 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Overlays:
-    """Where they go and which may be written. `drawings`: the model was trained on phantoms."""
+    """The folder of the overlays, and which may be written. `drawings`: the model was trained on phantoms."""
 
     out: Path
     allow_pixels: bool = False

@@ -222,7 +222,7 @@ def judged(
 
 
 def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
-    """What a study's probability is compared with, (n,) float64 each: its threshold, the ends of its band, and the paper's
+    """Return what a study's probability is compared with, (n,) float64 each: its threshold, the ends of its band, and the paper's
     threshold, by which `score` calls where the table has no call."""
     bands = card.calibration.bands
     ends = ({name: getattr(band, end) for name, band in bands.items()} for end in ("low", "high"))

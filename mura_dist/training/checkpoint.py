@@ -84,7 +84,7 @@ Tensors = dict[str, Tensor]
 
 
 class _State(BaseModel):
-    """What any checkpoint's state.json holds."""
+    """The content of any checkpoint's state.json."""
 
     format: Annotated[int, Field(strict=True)]
     step: Annotated[int, Field(strict=True, ge=0, lt=2**53)]

@@ -23,7 +23,7 @@ _ON_CPU = 8  # micro_batch=auto there
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether it says that there was no memory left, on the device or the host."""
+    """Return whether an error says that there was no memory left, on the device or the host."""
     return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
 

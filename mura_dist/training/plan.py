@@ -71,7 +71,7 @@ class Plan:
         return self.settings.global_batch // (self.settings.micro_batch * self.world_size)
 
     def most_corrupt(self, num_samples: int) -> int:
-        """How many of `num_samples` may be corrupt: the share max_corrupt_samples, but one at least where it is not 0."""
+        """Return how many of `num_samples` may be corrupt: the share max_corrupt_samples, but one at least where it is not 0."""
         return math.ceil(num_samples * self.settings.max_corrupt_samples - 1e-9)
 
     def micros(self, ordered: order.Epoch, step: int, rank: int) -> list[order.Micro]:

@@ -44,7 +44,7 @@ _PACKAGES = (
 
 
 class _Data(BaseModel):
-    """What is read of data.json."""
+    """The part of data.json that is read."""
 
     manifest_sha256: StrictStr
     size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]

@@ -296,7 +296,7 @@ class _Work:
         self.total, self.done = len(conversion.manifest.frame), 0
 
     def missing(self) -> list[_Planned]:
-        """Those that nobody has tried to make, whoever was to."""
+        """List the shards that nobody has tried to make."""
         names = self.conversion.out.names()
         missing = [
             shard for shard in self.all if not names & {writer.mark_of(shard.name), writer.faults_of(shard.name)}
@@ -436,7 +436,7 @@ _TOO_LARGE = radiograph.Unreadable("too_large", f"the file is larger than {radio
 
 
 def _told(content: bytes | OSError) -> bytes | radiograph.Unreadable:
-    """What is wrong with a file, or with the store and the way to it."""
+    """Return what is wrong with a file, or with the store and the way to it."""
     if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
         return radiograph.Unreadable("unreadable", f"cannot be opened: {os_reason(content)}")
     if isinstance(content, OSError):

@@ -63,7 +63,7 @@ class Mark(BaseModel):
 
 
 class _Index(BaseModel):
-    """What is read of it."""
+    """The part of index.json that is read."""
 
     holds: Literal["phantoms", "radiographs"]
     size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]

@@ -45,7 +45,7 @@ def read_mark(data: bytes) -> dict[str, Any]:
 
 
 def is_whole(place: Place, name: str, mark: bytes) -> bool:
-    """Whether the shard `name` (its tar's) is what its mark says: the tar's size and SHA-256, and its companions are there."""
+    """Return whether a shard is what its mark says: the tar's size and SHA-256, and its companions are there."""
     try:
         told = read_mark(mark)
         if not told["num_samples"]:

@@ -79,7 +79,7 @@ def walk(source: Where) -> Tree:
 
 
 def _within_splits(prefix: str, names: Iterable[str]) -> list[str]:
-    """Those below the root that are a split's folder or lie in one, from the root on, sorted."""
+    """List those below the root that are a split's folder or lie in one, from the root on, sorted."""
     paths = sorted(whole.removeprefix(prefix) for whole in names if whole.startswith(prefix))
     return [path for path in paths if path.partition("/")[0] in FOLDERS]
 

@@ -88,7 +88,7 @@ def _cut_apart(scan: Scan, frame: pd.DataFrame) -> list[str]:
 
 
 def _resolution(resolution: Resolution, frame: pd.DataFrame) -> dict[str, Any]:
-    """What --duplicates did; of the studies that lost a radiograph some have none left."""
+    """Say what --duplicates did; of the studies that lost a radiograph some have none left."""
     studies = {path.rpartition("/")[0] for path, _ in resolution.dropped}
     return {
         "policy": resolution.policy,

@@ -54,7 +54,7 @@ DEFECTS = (
 
 @dataclass(frozen=True)
 class Resolution:
-    """What is done about duplicates (duplicate_policy.py), and what that changed."""
+    """The policy on duplicates (duplicate_policy.py), and what it changed."""
 
     policy: str = "keep"
     dropped: tuple[tuple[str, str], ...] = ()  # (a radiograph of train, its copy in another split)

@@ -27,7 +27,7 @@ SLOW = "the upload arrives too slowly"
 
 @dataclass(frozen=True)
 class Limits:
-    """What the guard lets through at most."""
+    """Limits of what the guard lets through."""
 
     uploads_bytes: int = 1 << 30  # of all unfinished uploads together; parsing holds each twice for a moment
     idle_s: float = 30.0  # between two pieces of a body
