@@ -503,6 +503,9 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     page.on("response", lambda reply: page.cached.extend(_cached(reply)))
     page.goto(server[0])
     page.get_by_role("heading", level=1).wait_for()
+    # Streamlit draws from the top: Tab finds only what is there already.
+    page.locator("input[type=file]").wait_for(state="attached")
+    page.get_by_role("combobox").first.wait_for()
     yield page
     strangers = [
         url
