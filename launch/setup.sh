@@ -39,7 +39,7 @@ if [ ! -x .venv/bin/python ]; then
   }
 fi
 
-echo "installing mura_dist[$extras] into .venv (with train: some minutes, 7 GB)"
+echo "installing $extras into .venv (with train: some minutes, 7 GB)"
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
 # What builds a wheel comes first. For a build environment of its own pip would fetch packages that no hash was checked of.
 install --require-hashes --requirement <("$python" launch/locked.py build)

@@ -35,7 +35,7 @@ def test_the_extra_cpu_predicts(phantoms: Path, untrained: Path, tmp_path: Path)
     refused = subprocess.run([command, *words], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     [line] = refused.stderr.splitlines()
-    assert "pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'" in line
+    assert "pip install '.[cpu]' or pip install '.[cuda]' in the checkout" in line
 
     call(*install, f"{wheel}[cpu]")
     installed = call(python, "-m", "pip", "list", "--format", "freeze").lower()
@@ -53,4 +53,4 @@ def test_the_extra_cpu_predicts(phantoms: Path, untrained: Path, tmp_path: Path)
     call(command, "describe", tmp_path / "shards", "--out", tmp_path / "page.html")
     refused = subprocess.run([command, "train", "shards=a", "run=b"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "pip install 'mura-dist[train]'" in refused.stderr
+    assert "pip install '.[train]' in the checkout" in refused.stderr

@@ -49,8 +49,8 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
 def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> None:
     """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes.
 
-    Both may be URLs (s3://bucket/folder; pip install 'mura-dist[remote]'). Started by torchrun or srun on several machines, the
-    ranks share the work; the bytes are the same.
+    Both may be URLs (s3://bucket/folder; pip install '.[remote]' in the checkout). Started by torchrun or srun on several
+    machines, the ranks share the work; the bytes are the same.
     """
     from mura_dist.data.shards.convert import convert
     from mura_dist.distributed.signals import as_interrupt

@@ -138,8 +138,8 @@ def _measured(report: ExportReport) -> str:
     "--provider",
     default="cpu",
     show_default=True,
-    help="What computes: cpu (pip install 'mura-dist[cpu]'), cuda ('mura-dist[cuda]'), tensorrt (that and TensorRT 10) or "
-    "openvino ('mura-dist[openvino]').",
+    help="What computes: cpu, cuda, tensorrt or openvino. Each but tensorrt is an extra: pip install '.[cpu]' in the checkout; "
+    "tensorrt needs cuda and TensorRT 10.",
 )
 @click.option("--format", default="csv", show_default=True, help="csv or parquet.")
 @click.option(
@@ -230,7 +230,7 @@ def page(model: Path, **options: Any) -> None:
     """Serve the web page on an exported MODEL.onnx: upload a study, see the answer. Ctrl-C ends it.
 
     Nothing uploaded is written to a disk or kept after its session; nothing is sent anywhere. Needs pip install
-    'mura-dist[cpu,page]'.
+    '.[cpu,page]' in the checkout.
     """
     from mura_dist.inference.page.server import serve
 

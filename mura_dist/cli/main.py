@@ -17,7 +17,16 @@ import click
 from mura_dist import __version__
 from mura_dist.cli import benchmarks, data, evaluation, inference, training
 from mura_dist.cli.options import Commands
-from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal, Stopped, is_out_of_memory, mask_url
+from mura_dist.core.errors import (
+    CommonFailure,
+    Failure,
+    OwnRefusal,
+    Refusal,
+    Stopped,
+    install_remedy,
+    is_out_of_memory,
+    mask_url,
+)
 from mura_dist.distributed import environment
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
@@ -70,10 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extras = extras_of(error.name or "")
         if not extras:
             raise
-        remedy = " or ".join(f"'mura-dist[{extra}]'" for extra in extras)
-        return _end(
-            WRONG, f"this command needs {error.name}, which is not installed; pip install {remedy}", only_first=True
-        )
+        line = f"this command needs {error.name}, which is not installed; {install_remedy(*extras)}"
+        return _end(WRONG, line, only_first=True)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left, as `| head` does
         return FAILED

@@ -8,7 +8,9 @@
 import difflib
 import errno
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 MASK = "***"
@@ -82,6 +84,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where something known is near, else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def install_remedy(*extras: str) -> str:
+    """Return the commands that install one of `extras`, for the middle of a line: `pip install '.[page]' in the checkout`.
+
+    launch/setup.sh where it made this environment (it leaves a file `installed`). No command asks an index for mura-dist.
+    """
+    command = "bash launch/setup.sh {}" if Path(sys.prefix, "installed").is_file() else "pip install '.[{}]'"
+    return f"{' or '.join(map(command.format, extras))} in the checkout"
 
 
 def is_io_fault(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import MASK, Failure, Refusal, Stopped, is_io_fault, mask_url
+from mura_dist.core.errors import MASK, Failure, Refusal, Stopped, install_remedy, is_io_fault, mask_url
 
 _SHORTEST_SECRET = 4
 
@@ -347,7 +347,7 @@ def _spoken(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         needed = error.name or f"fsspec's package for {protocol}://"
-        raise Refusal(f"{url}: needs {needed}, which is not installed; pip install 'mura-dist[remote]'") from error
+        raise Refusal(f"{url}: needs {needed}, which is not installed; {install_remedy('remote')}") from error
     except ValueError as error:
         raise Refusal(
             f"{url}: {_hidden(str(error), url)}; give a local folder, or a URL of a store fsspec knows, as s3://bucket/folder"

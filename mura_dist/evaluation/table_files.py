@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import Refusal, install_remedy, nearest
 from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, read_lines
 
 _MAX_SHOWN = 100  # characters of a cell in a message
@@ -120,9 +120,8 @@ def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
 
 def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise Refusal(
-            f"{name}: Parquet needs pyarrow, which is not installed; pip install 'mura-dist[parquet]', or give CSV"
-        )
+        remedy = install_remedy("parquet")
+        raise Refusal(f"{name}: Parquet needs pyarrow, which is not installed; {remedy}, or give CSV")
     try:
         frame = pd.read_parquet(io.BytesIO(data))
     except (OSError, ValueError) as error:

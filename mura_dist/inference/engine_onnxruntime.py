@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Refusal, nearest
+from mura_dist.core.errors import Failure, Refusal, install_remedy, nearest
 from mura_dist.distributed import environment
 from mura_dist.inference import page_locked, provider_libraries
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
@@ -44,13 +44,12 @@ def import_onnxruntime() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise Refusal(
-            "ONNX Runtime is not installed; pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
-        ) from error
+        remedy = install_remedy("cpu", "cuda")
+        raise Refusal(f"ONNX Runtime is not installed (cpu; cuda for an NVIDIA GPU); {remedy}") from error
     if not hasattr(onnxruntime, "InferenceSession"):  # what is left where both were installed and one was removed
         raise Refusal(
             "ONNX Runtime's files are incomplete (onnxruntime and onnxruntime-gpu fill the same folder); pip uninstall both, "
-            "then pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
+            f"then {install_remedy('cpu', 'cuda')}"
         )
     onnxruntime.disable_telemetry_events()  # Windows' way, and for whoever had imported it before
     return onnxruntime
@@ -171,7 +170,7 @@ def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tunin
         if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and PROVIDERS["cuda"] not in available:
             raise Refusal(
                 f"--provider {alias}: the ONNX Runtime installed here computes on CPUs alone; pip uninstall onnxruntime, then "
-                "pip install 'mura-dist[cuda]', or give --provider cpu"
+                f"{install_remedy('cuda')}, or give --provider cpu"
             )
         raise Refusal(
             f"--provider {alias}{nearest(alias, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "

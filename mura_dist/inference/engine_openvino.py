@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import Failure, Refusal, install_remedy
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
 from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Signature, Tuning, batch_failure, check_signature
 from mura_dist.models.card import Card
@@ -21,9 +21,8 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise Refusal(
-            "OpenVINO is not installed; pip install 'mura-dist[openvino]', or do without --provider openvino and --precision bf16"
-        ) from error
+        remedy = f"{install_remedy('openvino')}, or do without --provider openvino and --precision bf16"
+        raise Refusal(f"OpenVINO is not installed; {remedy}") from error
     return openvino
 
 

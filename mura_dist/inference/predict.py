@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist import __version__
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import Failure, Refusal, Stopped, install_remedy
 from mura_dist.core.files import PRIVATE, private, scratch
 from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR
@@ -146,9 +146,8 @@ def _check(directory: Path, out: Path, options: PredictOptions) -> None:
     if options.format not in tables.FORMATS:
         raise Refusal(f"--format {options.format}: must be one of {', '.join(tables.FORMATS)}; csv is the default")
     if options.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise Refusal(
-            "--format parquet needs pyarrow, which is not installed; pip install 'mura-dist[parquet]', or use csv"
-        )
+        remedy = install_remedy("parquet")
+        raise Refusal(f"--format parquet needs pyarrow, which is not installed; {remedy}, or use csv")
     for name, number in (("--batch-size", options.batch_size), ("--workers", options.workers)):
         if number is not None and number < 1:
             raise Refusal(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")

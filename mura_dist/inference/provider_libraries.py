@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mura_dist.core.errors import install_remedy
 from mura_dist.inference.engine import PROVIDERS
 
 # By provider: its own library, whose needs the loader names, and what it opens later by name.
@@ -63,5 +64,5 @@ def remedy(library: str) -> str:
     if library.startswith("libcuda.so"):
         return "install NVIDIA's driver"
     if library.startswith(("libnvinfer", "libnvonnxparser")):
-        return "install TensorRT 10: pip install 'mura-dist[cuda]' 'tensorrt-cu13<11'"
-    return "pip install 'mura-dist[cuda]'"
+        return f"install TensorRT 10: {install_remedy('cuda')}, then pip install 'tensorrt-cu13<11'"
+    return install_remedy("cuda")

@@ -14,6 +14,7 @@ from helpers.commands import ROOT
 from packaging.requirements import Requirement
 
 from mura_dist.cli import extras
+from mura_dist.core.errors import install_remedy
 from mura_dist.training.run import _PACKAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -70,11 +71,41 @@ def test_packages_named_in_environment_json_are_required() -> None:
     assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | train
 
 
+# ---- how they are installed
+
+
+def texts() -> dict[str, str]:
+    """Return each text file of the repository by its path."""
+    paths = {*ROOT.glob("*.*"), *(ROOT / ".ci").iterdir(), *(ROOT / "shards").glob("*.md")}
+    for folder in ("docs", "launch", "mura_dist", "tests", "tools"):
+        paths |= {path for path in (ROOT / folder).rglob("*") if "__pycache__" not in path.parts}
+    return {str(path.relative_to(ROOT)): path.read_text(errors="replace") for path in paths if path.is_file()}
+
+
 def test_texts_name_extras_that_exist() -> None:
-    files = [*(ROOT / "mura_dist").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
-    named = {name for file in files for name in re.findall(r"mura-dist\[([\w,]+)\]", file.read_text())}
-    assert named
-    assert {part for name in named for part in name.split(",")} <= set(OF_EXTRA)
+    pattern = re.compile(r"(?:\.\[|bash launch/setup\.sh |install_remedy\([\"'])(\w[\w,]*)(?=\]'|[\"')\s`])")
+    named = {name for path, text in texts().items() if not path.startswith("tests/") for name in pattern.findall(text)}
+    assert len(named) > 5
+    assert {extra for name in named for extra in name.split(",")} <= set(OF_EXTRA)
+
+
+def test_no_text_installs_mura_dist_from_an_index() -> None:
+    """The name is nobody's there: whoever registers it would be installed. The file of the project may name its own extras."""
+    asks = re.compile(r"mura[-_]dist\[|(pip|uv|pipx)( tool)?( install| add| run)[^\n`]* '?mura[-_]dist\b")
+    hits = {path for path, text in texts().items() if asks.search(text)} - {"tests/cli/test_extras.py"}
+    assert hits == {"pyproject.toml", "tests/launch/test_lock.py"}  # the requirement of train, and what strips it
+
+
+@pytest.mark.parametrize("extras_named", [("page",), ("cpu", "cuda")])
+def test_remedy_fits_the_environment(
+    extras_named: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    commands = [f"pip install '.[{extra}]'" for extra in extras_named]
+    assert install_remedy(*extras_named) == " or ".join(commands) + " in the checkout"
+    (tmp_path / "installed").touch()
+    commands = [f"bash launch/setup.sh {extra}" for extra in extras_named]
+    assert install_remedy(*extras_named) == " or ".join(commands) + " in the checkout"
 
 
 # ---- ONNX Runtime: two siblings

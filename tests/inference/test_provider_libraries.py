@@ -10,12 +10,12 @@ import pytest
 from helpers.commands import ROOT, run
 
 from mura_dist.cli.main import WRONG, main
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, install_remedy
 from mura_dist.inference import provider_libraries
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.predict import predict
 
-BOTH = "pip install 'mura-dist[cpu]' or, for an NVIDIA GPU, 'mura-dist[cuda]'"
+BOTH = f"(cpu; cuda for an NVIDIA GPU); {install_remedy('cpu', 'cuda')}"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -36,8 +36,8 @@ def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "words"),
     [
-        ("libcurand.so.10", "pip install 'mura-dist[cuda]'"),
-        ("libcudnn.so.9", "pip install 'mura-dist[cuda]'"),
+        ("libcurand.so.10", install_remedy("cuda")),
+        ("libcudnn.so.9", install_remedy("cuda")),
         ("libcuda.so.1", "driver"),
         ("libnvinfer.so.10", "'tensorrt-cu13<11'"),
         ("libnvonnxparser.so.10", "TensorRT 10"),

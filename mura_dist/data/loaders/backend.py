@@ -5,7 +5,7 @@ auto -> dali on CUDA, where it can be imported; else cpu
 
 import torch
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, install_remedy
 from mura_dist.data.loaders.warp import triton_error
 
 
@@ -24,8 +24,7 @@ def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
     if pipeline == "auto":
         return "cpu", f"pipeline=auto would be dali on CUDA, which cannot be imported: {reason}"
     raise Refusal(
-        f"pipeline=dali: NVIDIA DALI cannot be imported: {reason}; pip install 'mura-dist[train]' "
-        "(nvidia-dali-cuda130), or give pipeline=cpu"
+        f"pipeline=dali: NVIDIA DALI cannot be imported: {reason}; {install_remedy('train')}, or give pipeline=cpu"
     )
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mura_dist.cli.main import DONE, WRONG, main
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import Refusal, install_remedy
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.inference.export.onnx import export
 from mura_dist.inference.onnx_model import Model
@@ -422,7 +422,7 @@ def test_without_streamlit_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "streamlit.web", None)
     monkeypatch.setitem(sys.modules, "streamlit", None)
     assert main(["page", str(plain)]) == WRONG
-    assert "pip install 'mura-dist[page]'" in capsys.readouterr().err
+    assert install_remedy("page") in capsys.readouterr().err
 
 
 def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
