@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.metrics.classification import CELLS, confusion, is_positive, logistic, logit, of_calls, sigmoid
-from mura_dist.metrics.intervals import Bootstrap, Clusters
+from mura_dist.metrics.group import rate_counts
+from mura_dist.metrics.intervals import Bootstrap, Clusters, Interval
 from mura_dist.metrics.operating_points import BAND, NAMES, Band, OperatingPoint, Points, TypePoints
 
 MIN_OWN = 50  # tune studies of the rarer label, below which a study type is fitted with the pool
@@ -219,7 +220,7 @@ def measured(points: Points, studies: pd.DataFrame, *, resamples: int = 2000, se
     {name: P} and band B. P: threshold (null in `overall`: each study type has its own), num_studies, num_without (studies
     whose type lacks this one point), confusion, and sensitivity, specificity, ppv, npv, each with _low and _high. B: low,
     high, num_studies, num_without, num_uncertain, share_uncertain and accuracy_outside, with _low and _high. What cannot
-    be had is null and has a reason in `reasons`.
+    be had is null and has a reason in `reasons`. Each rate's `_interval` names the method of its interval.
     """
     studies = studies[studies["label"].notna()]
     if points.fitted_on is None or not len(studies) or not np.isfinite(studies["probability"]).all():
@@ -298,6 +299,14 @@ class _Part:
             share, accuracy = uncertain / (uncertain + right + wrong), right / (right + wrong)
         return {"share_uncertain": share, "accuracy_outside": accuracy}
 
+    def _rate_counts(self) -> dict[str, tuple[int, int]]:
+        """Return the count of successes and of trials of each number."""
+        counts = self.cells.sum(axis=0)
+        if len(counts) == len(CELLS):
+            return rate_counts(counts)
+        uncertain, right, wrong = map(int, counts)
+        return {"share_uncertain": (uncertain, int(counts.sum())), "accuracy_outside": (right, right + wrong)}
+
     def told(self, place: str, drawn: Bootstrap, points: Points, study_type: str | None) -> dict[str, Any]:
         """The numbers, their intervals, their reasons."""
         counts, reasons = self.cells.sum(axis=0), dict[str, str]()
@@ -311,12 +320,18 @@ class _Part:
             found["confusion"] = dict(zip(CELLS, map(int, counts), strict=True))
         for name, value in self.numbers(None).items():
             known = bool(np.isfinite(value))
-            interval = drawn.interval(f"{place} {name}") if known else _UNDEFINED[name] if num else why
-            low, high = (None, None) if isinstance(interval, str) else interval
-            found |= {name: float(value) if known else None, f"{name}_low": low, f"{name}_high": high}
-            if isinstance(interval, str):
-                missing = (f"{name}_low", f"{name}_high") if known else (name, f"{name}_low", f"{name}_high")
-                reasons |= dict.fromkeys(missing, interval)
+            if known:
+                interval: Interval | None = drawn.rate_interval(f"{place} {name}", *self._rate_counts()[name])
+            else:
+                interval = None
+                missing = (name, f"{name}_low", f"{name}_high", f"{name}_interval")
+                reasons |= dict.fromkeys(missing, _UNDEFINED[name] if num else why)
+            found |= {
+                name: float(value) if known else None,
+                f"{name}_low": interval and interval.low,
+                f"{name}_high": interval and interval.high,
+                f"{name}_interval": interval and interval.kind,
+            }
         return found
 
 

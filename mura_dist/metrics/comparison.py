@@ -90,7 +90,7 @@ def _difference(
     if isinstance(bounds, str):
         reasons[f"{name}_low"] = reasons[f"{name}_high"] = bounds
         return {"a": a, "b": b, "difference": a - b, "low": None, "high": None}
-    return {"a": a, "b": b, "difference": a - b, "low": bounds[0], "high": bounds[1]}
+    return {"a": a, "b": b, "difference": a - b, "low": bounds.low, "high": bounds.high}
 
 
 def _mcnemar(one: Group, other: Group) -> dict[str, Any]:

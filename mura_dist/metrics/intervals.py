@@ -1,7 +1,8 @@
 """How sure a number is. NumPy only.
 
 patients -> Clusters -> resamples (whole patients) -> Bootstrap: any statistic's 95 % percentile interval    the primary one
-fce, DeLong, Wilson, McNemar: formulas that take studies as independent                                   to stand beside it
+Wilson: a rate's, by a formula that takes studies as independent            beside it, and where the bootstrap has none
+fce, DeLong, McNemar: formulas that take studies as independent                                   to stand beside it
 official_interval: the official scorer's, wrong                              to reproduce published numbers, for nothing else
 """
 
@@ -17,7 +18,17 @@ from mura_dist.metrics.classification import agreement, kappa
 Z = 1.96  # two-sided 95 % of the normal distribution, as the official scorer rounds it
 QUANTILES = (0.025, 0.975)
 MOST_UNDEFINED = 0.05  # share of the resamples in which a number may be undefined (nothing called abnormal: no PPV)
+BOOTSTRAP, WILSON = "bootstrap", "wilson"  # kinds of an interval, as metrics.json names them
 _CELLS_AT_ONCE = 1 << 21  # resamples x studies held in memory at once: about 16 MiB an array, a handful of arrays
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, and the method it was computed by."""
+
+    low: float
+    high: float
+    kind: str
 
 
 # ---- the bootstrap over patients
@@ -96,8 +107,13 @@ class Bootstrap:
             f"{self.dropped} resamples of one class only dropped"
         )
 
-    def interval(self, name: str) -> tuple[float, float] | str:
-        """Low and high, or the reason why there is none."""
+    def rate_interval(self, name: str, successes: int, trials: int) -> Interval:
+        """Return a rate's interval: the bootstrap's, or Wilson's of `successes` in `trials` (not 0) where that has none."""
+        interval = self.interval(name)
+        return Interval(*wilson(successes, trials), WILSON) if isinstance(interval, str) else interval
+
+    def interval(self, name: str) -> Interval | str:
+        """Return the percentile interval, or the reason why there is none."""
         if problem := self._problem():
             return problem
         values = self.drawn[name][np.isfinite(self.drawn[name])]
@@ -107,7 +123,7 @@ class Bootstrap:
         if np.ptp(values) == 0:
             return "every resample gave the same value: a bootstrap cannot see the uncertainty here"
         low, high = np.quantile(values, QUANTILES)
-        return float(low), float(high)
+        return Interval(float(low), float(high), BOOTSTRAP)
 
     def _problem(self) -> str:
         if self.resamples == 0:
@@ -142,13 +158,16 @@ def fce_interval(confusion: np.ndarray) -> tuple[float, float]:
 
 
 def wilson(successes: float, trials: float) -> tuple[float, float]:
-    """Wilson's score interval of a share; of no trials, NaN."""
+    """Return Wilson's 95 % score interval of a share; of no trials, NaN."""
     if trials == 0:
         return math.nan, math.nan
+    if 2 * successes > trials:  # by the mirror image, so that both ends are exact where all are successes, too
+        low, high = wilson(trials - successes, trials)
+        return 1.0 - high, 1.0 - low
     share, extra = successes / trials, Z * Z / trials
     middle = (share + extra / 2) / (1 + extra)
     half = Z * math.sqrt(share * (1 - share) / trials + extra / (4 * trials)) / (1 + extra)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (max(0.0, middle - half) if successes else 0.0), min(1.0, middle + half)
 
 
 def delong(label: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ KEYS = {
     *(f"{name}_{end}" for name in (*NAMES, *BESIDE) for end in ("low", "high")),
     *("num_patients", "confusion", "prevalence", "prevalence_assumed"),
     *("calibration_error", "calibration_error_method", "calibrated"),
+    *(f"{name}_interval" for name in ("sensitivity", "specificity", "ppv", "npv")),
     *NOT_NULLABLE,
 }
 PAPER = (102, 13, 17, 75)  # tn, fp, fn, tp of arXiv 1712.06957 on the hidden test
@@ -51,7 +52,12 @@ def check_group(group: dict) -> None:
         low, high = group[f"{name}_low"], group[f"{name}_high"]
         assert (low is None) == (high is None)
         assert low is None or low <= high
-    for name in summary.METRICS:  # the bootstrap's: an interval of no width is no interval
+    for name in ("sensitivity", "specificity", "ppv", "npv"):
+        ends = [group[f"{name}_{end}"] for end in ("low", "high")]
+        assert (group[f"{name}_interval"] is None) == (group[name] is None) == (None in ends)
+        if group[f"{name}_interval"] == "wilson":
+            assert ends == [group[f"{name}_wilson_{end}"] for end in ("low", "high")]
+    for name in summary.METRICS:  # an interval of no width is no interval
         assert group[f"{name}_low"] is None or -1 <= group[f"{name}_low"] < group[f"{name}_high"] <= 1
 
 
@@ -175,7 +181,9 @@ def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
     assert group["reasons"]["auroc"] == "one class only"
     assert group[known] == pytest.approx(cells[0] / sum(cells) if known == "specificity" else 0)
     assert sum(group["confusion"].values()) == sum(cells)
-    assert group[f"{known}_low"] is None
+    assert group[f"{known}_interval"] == "wilson"
+    successes, trials = (5, 7) if known == "specificity" else (0, 1)
+    assert (group[f"{known}_low"], group[f"{known}_high"]) == intervals.wilson(successes, trials)
 
 
 @pytest.mark.filterwarnings("error")
@@ -207,6 +215,10 @@ def test_perfect_calls_claim_no_certainty() -> None:
     assert "exactly 1" in group["reasons"]["kappa_fce_low"]
     assert "every resample gave the same value" in group["reasons"]["kappa_low"]
     assert group["kappa_official_low"] == 1
+    for name in ("sensitivity", "specificity", "ppv", "npv"):  # 20 of 20: Newcombe 1998, formula of his method 3
+        assert group[name] == 1
+        assert [group[f"{name}_low"], group[f"{name}_high"]] == pytest.approx([0.8389, 1], abs=5e-5)
+        assert group[f"{name}_interval"] == "wilson"
 
 
 @pytest.mark.filterwarnings("error")
@@ -243,6 +255,7 @@ def test_one_patient_has_no_interval() -> None:
     group = check(summary.measure(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
     assert group["kappa"] is not None
     assert group["reasons"]["kappa_low"] == "one patient only"
+    assert (group["sensitivity_low"], group["sensitivity_high"]) == intervals.wilson(5, 7)
 
 
 def test_call_is_strictly_above_the_threshold() -> None:
@@ -261,7 +274,11 @@ def test_summary_table_fits_the_terminal() -> None:
     assert max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines[1:5]] == ["overall", "XR_ELBOW", "XR_HAND", "XR_SOMETHING_VER"]
     assert lines[4].split()[1:] == ["3", "-", "-", "0.333", "-"]
-    assert "XR_SOMETHING_VERY_LONG: kappa, auroc, specificity: one class only" in lines
+    assert lines[-2:] == [
+        "1 number has no bootstrap interval: too few studies; see the report",
+        "3 numbers are missing (-): see the report",
+    ]
+    assert len(lines) <= 9  # a line a group, the header, the method in at most two, the notes
     assert "303" in lines[1]
 
 
@@ -311,11 +328,12 @@ def test_nothing_called_abnormal_has_no_ppv() -> None:
     assert found["npv"] == 0.6
 
 
-def test_a_number_undefined_in_many_resamples_has_no_interval() -> None:
+def test_a_number_undefined_in_many_resamples_has_no_bootstrap() -> None:
     """One call of abnormal among many patients: a third of the resamples have none, hence no PPV."""
-    found = check(summary.measure(of_confusion((30, 0, 19, 1)), resamples=400))
-    assert found["ppv"] == 1
-    assert found["reasons"]["ppv_low"].startswith("undefined in ")
+    found = check(summary.measure(of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1))
+    assert found["ppv"] == found["ppv_at_prevalence"] == 1
+    assert found["reasons"]["ppv_at_prevalence_low"].startswith("undefined in ")
+    assert (found["ppv_interval"], found["ppv_low"], found["ppv_high"]) == ("wilson", *intervals.wilson(1, 1))
 
 
 def test_calibrated_probabilities_are_measured_beside() -> None:
@@ -371,18 +389,6 @@ def test_subgroups_cut_the_studies_once_each() -> None:
 
 
 # ---- intervals
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (437, 538)])
-def test_wilson_is_the_score_tests_interval(successes: int, trials: int) -> None:
-    """Its ends are the shares whose score test just rejects what was seen."""
-    low, high = intervals.wilson(successes, trials)
-    for end in (low, high):
-        if 0 < end < 1:
-            distance = abs(successes / trials - end) / np.sqrt(end * (1 - end) / trials)
-            assert distance == pytest.approx(intervals.Z, abs=1e-9)
-    assert low <= successes / trials <= high
-    assert np.isnan(intervals.wilson(0, 0)).all()
 
 
 def test_delong_is_the_placements_double_loop() -> None:
