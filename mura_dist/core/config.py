@@ -2,18 +2,22 @@
 
     defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, checked once, frozen
 
-A key nobody knows is refused with the nearest name. A setting's traits are part of its annotation: whether it may differ when
-a run is resumed, is a path of this machine, may differ between ranks.
+An unknown key is refused with the names it may mean. A setting's group and traits are part of its annotation: whether it may
+differ when a run is resumed, is a path of this machine, may differ between ranks.
 """
 
+import re
+import textwrap
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
+from mura_dist.core import setting_names
 from mura_dist.core.errors import Refusal, mask_url, nearest
 
 
@@ -27,10 +31,26 @@ class Trait(Enum):
     PER_RANK = "may differ between ranks"
 
 
+class Group(Enum):
+    """A heading of `mura-dist train --help`, part of a setting's annotation: each setting has one."""
+
+    DATA = "data"
+    MODEL = "model"
+    OPTIMIZATION = "optimisation"
+    SCHEDULE = "schedule"
+    MACHINE = "machine"
+    CHECKPOINTS = "checkpoints"
+    OUTPUT = "output"
+
+
 _MOST = 2**31 - 1
+_HELP_INDENT = 22  # where the descriptions begin
 _MAX_RECIPE_BYTES = 1 << 20
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 Count = Annotated[int, Field(ge=0, le=_MOST)]
+COMMAND_LINE = "command line"
+Problem = tuple[str, str]
+"""Where a wrong setting comes from, and what is wrong."""
 AUTO = 0  # micro_batch="auto", until it is tried
 
 
@@ -45,152 +65,179 @@ def _number_or_auto(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """Every setting of a run. Each field's description is its documentation; `mura-dist train --help` prints them."""
+    """Every setting of a run, with its group. `mura-dist train --help` prints the descriptions under the groups' headings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    shards: Annotated[str, Trait.PATH, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
-        description="folder of shards, made by `mura-dist shards`; or its URL"
+    shards: Annotated[str, Group.DATA, Trait.PATH, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
+        description="folder of shards that `mura-dist shards` wrote, or its URL"
     )
-    run: Annotated[str, Trait.PATH, Trait.BY_CONTENT] = Field(
-        description="folder of the run; the same command with the same folder resumes it"
+    run: Annotated[str, Group.OUTPUT, Trait.PATH, Trait.BY_CONTENT] = Field(
+        description="folder to write the run to; the same command with the same folder resumes it"
     )
 
-    architecture: Literal["densenet169", "densenet121", "tiny"] = Field(
-        "densenet169", description="torchvision's network"
+    architecture: Annotated[Literal["densenet169", "densenet121", "tiny"], Group.MODEL] = Field(
+        "densenet169", description="network to train: torchvision's DenseNets, or a tiny one for tests"
     )
-    pretrained: Annotated[str, Trait.FILE, Trait.PER_RANK] = Field(
+    pretrained: Annotated[str, Group.MODEL, Trait.FILE, Trait.PER_RANK] = Field(
         "",
-        description="ImageNet weights: imagenet (torchvision's file, from its cache or the network), or a .pth or "
-        ".safetensors file; empty: none",
+        description="weights to start from: imagenet (torchvision's file, from its cache or the network), or a .pth or "
+        ".safetensors file; empty: random weights",
     )
 
-    epochs: Annotated[Count, Trait.CHANGEABLE] = Field(10, description="passes over the train split")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="decides initial weights, order and augmentation"
+    epochs: Annotated[Count, Group.SCHEDULE, Trait.CHANGEABLE] = Field(
+        10, description="number of passes over the train split"
     )
-    global_batch: Positive = Field(8, description="radiographs an optimiser step sees, over all ranks")
-    micro_batch: Annotated[int, BeforeValidator(_number_or_auto)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63), Group.OPTIMIZATION] = Field(
+        0, description="seed of the initial weights, the order of the radiographs and the augmentation"
+    )
+    global_batch: Annotated[Positive, Group.OPTIMIZATION] = Field(
+        8, description="radiographs per optimiser step, over all ranks"
+    )
+    micro_batch: Annotated[int, BeforeValidator(_number_or_auto), Group.OPTIMIZATION] = Field(
         8,
-        description="radiographs a rank forwards at once: BatchNorm's group, at least 2; auto: the largest that fits on "
-        "every rank, tried once and written into the run; on a CPU 8, or the next smaller that cuts global_batch evenly",
+        description="radiographs that a rank forwards at once, which is BatchNorm's group; at least 2. auto: the largest that "
+        "fits on every rank, tried once and written into the run; on a CPU 8, or the next smaller that divides global_batch "
+        "evenly",
     )
 
-    flip: bool = Field(True, description="flip left-right with probability 1/2")
-    rotate_deg: Annotated[float, Field(ge=0, le=180)] = Field(
-        30.0, description="rotate uniformly within +- this many degrees"
+    flip: Annotated[bool, Group.DATA] = Field(True, description="flip left-right with probability 1/2")
+    rotate_deg: Annotated[float, Field(ge=0, le=180), Group.DATA] = Field(
+        30.0, description="rotate by a uniform angle of up to this many degrees in either direction"
     )
 
-    optimiser: Literal["adam", "adamw", "sgd"] = Field("adam", description="adam: (0.9, 0.999); sgd: momentum 0.9")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="before warm-up and plateau drops")
-    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+    optimiser: Annotated[Literal["adam", "adamw", "sgd"], Group.OPTIMIZATION] = Field(
+        "adam", description="optimiser: adam and adamw with betas 0.9 and 0.999, sgd with momentum 0.9"
+    )
+    learning_rate: Annotated[float, Field(gt=0), Group.OPTIMIZATION] = Field(
+        1e-4, description="learning rate before warm-up and plateau reductions"
+    )
+    lr_scaling: Annotated[Literal["none", "sqrt", "linear"], Group.OPTIMIZATION] = Field(
         "none",
-        description="learning rate times (global_batch / reference_batch): its root (Adam's rule), or itself (SGD's)",
+        description="multiply the learning rate by global_batch / reference_batch (linear, for SGD) or its square root (sqrt, "
+        "for Adam)",
     )
-    reference_batch: Positive = Field(8, description="the global batch that learning_rate is meant for, see lr_scaling")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="the optimiser's own")
-    warmup_steps: Count = Field(0, description="steps over which the learning rate grows linearly to its value")
-    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="the learning rate's factor at a plateau"
+    reference_batch: Annotated[Positive, Group.OPTIMIZATION] = Field(
+        8, description="global batch that learning_rate is meant for; see lr_scaling"
     )
-    plateau_patience: Count = Field(1, description="epochs without a better loss that are borne before a drop")
-    plateau_threshold: Annotated[float, Field(ge=0, lt=1)] = Field(
-        1e-4, description="relative improvement that counts as better"
+    weight_decay: Annotated[float, Field(ge=0), Group.OPTIMIZATION] = Field(
+        0.0, description="weight decay of the optimiser"
     )
-    clip_norm: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="largest norm of a step's whole gradient; a larger one is scaled down to it; 0: none"
+    warmup_steps: Annotated[Count, Group.SCHEDULE] = Field(
+        0, description="number of steps in which the learning rate grows linearly to its value"
     )
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+    plateau_factor: Annotated[float, Field(gt=0, lt=1), Group.SCHEDULE] = Field(
+        0.1, description="factor by which a plateau reduces the learning rate"
+    )
+    plateau_patience: Annotated[Count, Group.SCHEDULE] = Field(
+        1, description="number of epochs without a lower loss before the learning rate is reduced"
+    )
+    plateau_threshold: Annotated[float, Field(ge=0, lt=1), Group.SCHEDULE] = Field(
+        1e-4, description="relative decrease of the loss that counts as lower"
+    )
+    clip_norm: Annotated[float, Field(ge=0), Group.OPTIMIZATION] = Field(
+        0.0, description="largest norm of a step's whole gradient; scale a larger one down to it; 0: no limit"
+    )
+    ema: Annotated[float, Field(ge=0, lt=1), Group.OPTIMIZATION] = Field(
         0.0,
-        description="decay of a moving average of the weights, which is then what is evaluated, chosen and exported; 0: none",
+        description="decay of a moving average of the weights; where it is above 0, the average is evaluated, chosen and "
+        "exported; 0: no average",
     )
-    early_stop: Annotated[Count, Trait.CHANGEABLE] = Field(
-        0, description="epochs without a better loss after which the run is done; 0: never"
+    early_stop: Annotated[Count, Group.SCHEDULE, Trait.CHANGEABLE] = Field(
+        0, description="number of epochs without a lower loss after which the run is done; 0: never"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="training labels are drawn this far towards 1/2; evaluation's are not"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), Group.OPTIMIZATION] = Field(
+        0.0, description="share by which training labels move towards 1/2; evaluation uses the labels as they are"
     )
-    loss_weights: Literal["class", "study_type", "none"] = Field(
+    loss_weights: Annotated[Literal["class", "study_type", "none"], Group.OPTIMIZATION] = Field(
         "class",
-        description="what weighs positives against negatives: class: their counts over all study types; study_type: their "
-        "counts within each study type, as the paper does; none: nothing",
+        description="weigh positives against negatives by their counts over all study types (class), or within each study "
+        "type as the paper does (study_type)",
     )
-    select_on: Literal["tune", "valid"] = Field(
-        "tune", description="split that drives plateau and choice; valid makes the report optimistic"
+    select_on: Annotated[Literal["tune", "valid"], Group.SCHEDULE] = Field(
+        "tune",
+        description="split whose loss reduces the learning rate and chooses the checkpoint; valid makes the report optimistic",
     )
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Group.MACHINE] = Field(
         "auto",
-        description="bf16, fp16 (with loss scaling): autocast over fp32 parameters; auto: bf16 where the GPU or the processor "
-        "computes it, fp32 elsewhere, written into the run; evaluation is fp32 always",
+        description="arithmetic of training: autocast to bf16, or to fp16 with loss scaling, over fp32 parameters; auto: bf16 "
+        "where the GPU or the processor supports it, else fp32, written into the run. Evaluation is always in fp32",
     )
-    channels_last: bool = Field(True, description="images in memory as (B, S, S, C), which convolutions are fastest on")
-    step: Literal["eager", "graph", "compile"] = Field(
+    channels_last: Annotated[bool, Group.MACHINE] = Field(
+        True, description="keep images in memory as (B, S, S, C), the fastest layout for convolutions"
+    )
+    step: Annotated[Literal["eager", "graph", "compile"], Group.MACHINE] = Field(
         "eager",
-        description="how forward and backward are executed. eager: kernel by kernel; graph: recorded as CUDA graphs; compile: "
+        description="how to execute forward and backward. eager: kernel by kernel; graph: recorded as CUDA graphs; compile: "
         "plain layers by torch.compile. graph and compile are experimental (not measured on a GPU): the first micro-batch is "
-        "compared with eager, which the run falls back to with a line",
+        "compared with eager, and the run falls back to eager where they differ",
     )
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = Field(
+    compile: Annotated[Literal["none", "default", "reduce-overhead", "max-autotune"], Group.MACHINE] = Field(
         "none", description="mode of torch.compile for step=compile; needs a C++ compiler, or Triton on a GPU"
     )
-    cudnn_benchmark: Annotated[bool, Trait.CHANGEABLE] = Field(
+    cudnn_benchmark: Annotated[bool, Group.MACHINE, Trait.CHANGEABLE] = Field(
         False,
-        description="let cuDNN time its algorithms for the shapes of this run on a GPU and keep the fastest; two runs may then "
-        "differ in their last bits. Experimental: not measured on a GPU",
+        description="let cuDNN time its algorithms on a GPU and keep the fastest; two runs may then differ in their last bits. "
+        "Experimental: not measured on a GPU",
     )
-    deepspeed: Annotated[str, Trait.FILE, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
-        "", description="a DeepSpeed JSON file to merge in; it may not contradict the recipe"
+    deepspeed: Annotated[str, Group.MACHINE, Trait.FILE, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
+        "", description="DeepSpeed JSON file to merge in; it must not contradict the recipe"
     )
-    zero_stage: Literal[0, 1] = Field(
+    zero_stage: Annotated[Literal[0, 1], Group.MACHINE] = Field(
         0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
     )
-    pipeline: Literal["auto", "dali", "cpu", "resident"] = Field(
+    pipeline: Annotated[Literal["auto", "dali", "cpu", "resident"], Group.MACHINE] = Field(
         "auto",
-        description="batches by DALI, by OpenCV, or from radiographs kept in the device's memory (resident: experimental, not "
-        "measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
+        description="load batches by DALI (dali), by OpenCV (cpu), or from radiographs kept in the device's memory (resident: "
+        "experimental, not measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
     )
 
-    workers: Annotated[int, Field(ge=0, le=1024), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        0, description="loading threads a rank; 0: chosen from the machine"
+    workers: Annotated[int, Field(ge=0, le=1024), Group.MACHINE, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+        0, description="number of loading threads per rank; 0: chosen from the machine"
     )
-    prefetch: Annotated[int, Field(ge=0, le=65536), Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        0, description="micro-batches a rank makes ahead; 0: chosen from the machine"
+    prefetch: Annotated[int, Field(ge=0, le=65536), Group.MACHINE, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+        0, description="number of micro-batches that a rank loads ahead; 0: chosen from the machine"
     )
-    mirror: Annotated[str, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        "", description="folder of this node's disk that shards are copied to first; empty: only those behind a URL"
+    mirror: Annotated[str, Group.DATA, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
+        "", description="folder on this node's disk to copy the shards to first; empty: only those behind a URL"
     )
-    strict: Annotated[bool, Trait.CHANGEABLE] = Field(
-        False, description="a damaged sample ends the run; false: it is named, counted and left out"
+    strict: Annotated[bool, Group.DATA, Trait.CHANGEABLE] = Field(
+        False, description="fail at the first corrupt sample; false: name it, count it and skip it"
     )
-    max_corrupt_samples: Annotated[float, Field(ge=0, le=1), Trait.CHANGEABLE] = Field(
+    max_corrupt_samples: Annotated[float, Field(ge=0, le=1), Group.DATA, Trait.CHANGEABLE] = Field(
         0.01,
-        description="share of an epoch's train samples, and of the samples of an evaluation, over all ranks, that may be corrupt "
-        "before the run fails; one always may, unless 0",
+        description="share of an epoch's train samples, or of an evaluation's samples, over all ranks, that may be corrupt "
+        "before the run fails; one always may, unless this is 0",
     )
-    log_every: Annotated[Positive, Trait.CHANGEABLE] = Field(10, description="steps between lines of metrics.jsonl")
-    tensorboard: Annotated[bool, Trait.CHANGEABLE] = Field(
+    log_every: Annotated[Positive, Group.OUTPUT, Trait.CHANGEABLE] = Field(
+        10, description="number of steps between lines of metrics.jsonl"
+    )
+    tensorboard: Annotated[bool, Group.OUTPUT, Trait.CHANGEABLE] = Field(
         True, description="write TensorBoard events into RUN/tensorboard"
     )
-    checkpoint_every: Annotated[Count, Trait.CHANGEABLE] = Field(
-        0, description="steps between checkpoints; 0: at each epoch's end only"
+    checkpoint_every: Annotated[Count, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
+        0, description="number of steps between checkpoints; 0: one at the end of each epoch only"
     )
-    keep_checkpoints: Annotated[Positive, Trait.CHANGEABLE] = Field(3, description="newest checkpoints kept")
-    keep_best: Annotated[Positive, Trait.CHANGEABLE] = Field(
-        1, description="checkpoints of lowest loss kept besides; an ensemble's members"
+    keep_checkpoints: Annotated[Positive, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
+        3, description="number of newest checkpoints to keep"
     )
-    skip_limit: Annotated[Positive, Trait.CHANGEABLE] = Field(
-        10, description="steps in a row left out for a loss or gradient that is not finite, after which the run ends"
+    keep_best: Annotated[Positive, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
+        1, description="number of checkpoints of lowest loss to keep besides, such as an ensemble's members"
     )
-    stop_signal: Annotated[str, Trait.CHANGEABLE] = Field(
+    skip_limit: Annotated[Positive, Group.OPTIMIZATION, Trait.CHANGEABLE] = Field(
+        10,
+        description="number of consecutive steps skipped for a loss or gradient that is not finite before the run fails",
+    )
+    stop_signal: Annotated[str, Group.MACHINE, Trait.CHANGEABLE] = Field(
         "SIGUSR2",
-        description="signal that, like SIGTERM and SIGINT, saves and stops; a scheduler's warning, for example",
+        description="signal on which the run saves and stops, as it does on SIGTERM and SIGINT; such as a scheduler's warning",
     )
-    wait_s: Annotated[float, Field(ge=0, le=1e8), Trait.CHANGEABLE] = Field(
-        60.0, description="seconds a start waits for a former writer of the run to end"
+    wait_s: Annotated[float, Field(ge=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
+        60.0, description="seconds that a start waits for a previous writer of the run to exit"
     )
-    timeout_s: Annotated[float, Field(gt=0, le=1e8), Trait.CHANGEABLE] = Field(
-        120.0, description="seconds a rank waits for the others before it gives up"
+    timeout_s: Annotated[float, Field(gt=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
+        120.0, description="seconds that a rank waits for the others before it fails"
     )
 
     @property
@@ -222,48 +269,123 @@ def agreed(settings: Settings) -> dict[str, Any]:
 
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
-    """Settings of a recipe file and `key=value` words. Raises Refusal naming the key, its value and the remedy."""
+    """Read the settings of a recipe file and of `key=value` words; the words win.
+
+    Raises:
+        Refusal: names all wrong keys, values and words at once, each with its source, and all missing settings.
+    """
     values = read_recipe(recipe) if recipe is not None else {}
+    sources = dict.fromkeys(values, str(recipe))
+    problems: list[Problem] = []
     for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise Refusal(f"{word!r} is not key=value; write for example epochs=5")
-        values[key.strip()] = _value(key.strip(), text.strip())
-    return check(values, where=str(recipe) if recipe is not None else "command line")
+        key, value, problem = _parse_word(word)
+        if problem:
+            problems.append((COMMAND_LINE, problem))
+        if key:
+            values[key], sources[key] = value, COMMAND_LINE
+    return _validate(values, sources, problems, COMMAND_LINE if recipe is None else str(recipe))
 
 
 def check(values: dict[str, Any], where: str) -> Settings:
-    for key in values:
-        if key not in Settings.model_fields:
-            raise Refusal(
-                f"{where}: unknown setting {key!r}{nearest(key, Settings.model_fields)}; see mura-dist train --help"
-            )
+    """Return checked settings; `where` is their source. Raises Refusal, which names all wrong and missing ones."""
+    return _validate(values, {}, [], where)
+
+
+def _parse_word(word: str) -> tuple[str, Any, str]:
+    """Parse a word of the command line: `key=value`, or what was meant by `--key value`, `--key=value` and `key value`.
+
+    Returns:
+        key, value, problem. The key is empty where the word names no setting; the problem is empty where nothing is wrong.
+    """
+    key, equals, text = word.partition("=")
+    if equals and key.strip() and not word.startswith("-"):
+        return key.strip(), _value(key.strip(), text.strip()), ""
+    key, _, text = re.sub("^-+", "", word).replace("=", " ", 1).partition(" ")
+    if remedy := setting_names.remedy(key):
+        return "", None, f"{word!r}: {remedy}"
+    names = setting_names.candidates(key, Settings.model_fields)
+    if word.endswith(".toml"):
+        return "", None, f"{word!r} is a second recipe; give one recipe"
+    if not names:
+        return "", None, f"{word!r} is not key=value; write for example epochs=5"
+    name, text = names[0], text.strip()
+    forms = " or ".join(f"{each}={text or '...'}" for each in names)
+    form = f"{word!r} is not key=value; settings are written {forms}"
+    return (name, _value(name, text), form) if text else ("", None, form)
+
+
+def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Problem], origin: str) -> Settings:
+    """Return checked settings.
+
+    Args:
+        values: by setting.
+        sources: where a value comes from, if not from `origin`.
+        problems: what is wrong already.
+        origin: where missing settings should stand.
+    """
+    unknown = [key for key in values if key not in Settings.model_fields]
+    problems = problems + [
+        (sources.get(key, origin), f"unknown setting {key!r}{setting_names.hint(key, Settings.model_fields)}")
+        for key in unknown
+    ]
+    values = {key: value for key, value in values.items() if key not in unknown}
+    for key, problem in _contradiction(values):
+        problems.append((sources.get(key, origin), problem))
+    missing: list[str] = []
     try:
-        return Settings(**_with_step(values, where))
+        settings = Settings(**_with_step(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        if first["type"] == "missing":
-            raise Refusal(
-                f"{where}: setting {key!r} is missing; add {key}=... ({Settings.model_fields[key].description})"
-            ) from None
-        raise Refusal(
-            f"{where}: {key}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}; see mura-dist train --help"
-        ) from None
+        for fault in error.errors():
+            key = str(fault["loc"][0])
+            if fault["type"] == "missing":
+                missing.append(key)
+            else:
+                problems.append((sources.get(key, origin), _fault_text(key, fault["input"], fault["msg"])))
+    meant = {name for key in unknown for name in setting_names.candidates(key, Settings.model_fields)}
+    if missing := [key for key in missing if key not in meant]:
+        problems.append((origin, _missing_text(missing)))
+    if problems:
+        raise Refusal(f"{_by_source(problems)}; see mura-dist train --help")
+    return settings
 
 
-def _with_step(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _fault_text(key: str, value: Any, message: str) -> str:
+    """Say what is wrong with a value, by pydantic's message."""
+    reason = message.removeprefix("Value error, ")
+    near = nearest(str(value), map(str, get_args(Settings.model_fields[key].annotation)))
+    return f"{key}={value!r}{near}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _missing_text(keys: list[str]) -> str:
+    remedies = ", ".join(f"{key}=... ({Settings.model_fields[key].description})" for key in keys)
+    what = f"setting {keys[0]!r} is" if len(keys) == 1 else f"settings {' and '.join(map(repr, keys))} are"
+    return f"{what} missing; add {remedies}"
+
+
+def _by_source(problems: list[Problem]) -> str:
+    """Return one line of all problems, with each source named once."""
+    by_source: dict[str, list[str]] = {}
+    for source, problem in problems:
+        by_source.setdefault(source, []).append(problem)
+    return "; ".join(f"{source}: {'; '.join(texts)}" for source, texts in by_source.items())
+
+
+def _with_step(values: dict[str, Any]) -> dict[str, Any]:
     """Complete the pair step and compile: either of them alone asks for torch.compile."""
     mode, step = values.get("compile", "none"), values.get("step")
     if mode != "none" and step is None:
         return values | {"step": "compile"}
     if mode == "none" and step == "compile":
         return values | {"compile": "default"}
-    if mode != "none" and step in ("eager", "graph"):
-        raise Refusal(
-            f"{where}: step={step!r} compiles nothing, compile={mode!r} asks for it; give step=compile, or compile=none"
-        )
     return values
+
+
+def _contradiction(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a setting and a problem where step and compile contradict each other."""
+    mode, step = values.get("compile", "none"), values.get("step")
+    if mode != "none" and step in ("eager", "graph"):
+        remedy = "give step=compile, or compile=none"
+        yield "compile", f"step={step!r} compiles nothing, compile={mode!r} asks for it; {remedy}"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -308,12 +430,20 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-def help_text() -> str:
-    """One line a setting: name, default, what it means."""
-    lines = []
-    for key, field in Settings.model_fields.items():
-        default = "required" if field.is_required() else f"default {_toml(field.default)}"
-        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
-        among = f" [{', '.join(str(choice) for choice in choices)}]" if choices else ""
-        lines.append(f"  {key:18} {field.description}{among} ({default})")
-    return "\n".join(lines)
+def help_text(width: int = 110) -> str:
+    """Return the settings under the headings of their groups: name, description, choices, default; no line beyond `width`."""
+    blocks = []
+    for group in Group:
+        fields = [(key, field) for key, field in Settings.model_fields.items() if group in field.metadata]
+        lines = [f"{group.value.capitalize()}:", *(_help_entry(key, field, width) for key, field in fields)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _help_entry(key: str, field: FieldInfo, width: int) -> str:
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    default = "required" if field.is_required() else f"default: {'empty' if value == '' else value}"
+    choices = "".join(f"{choice}, " for choice in get_args(field.annotation))
+    text = f"{field.description}  [{choices and choices[:-2] + '; '}{default}]"
+    first, indent = f"  {key:{_HELP_INDENT - 2}}", " " * _HELP_INDENT
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,13 +1,14 @@
 """config.py: defaults, recipe, command line; what is refused."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from helpers.commands import ROOT
 
-from mura_dist.core import config
-from mura_dist.core.config import Trait
+from mura_dist.core import config, setting_names
+from mura_dist.core.config import Group, Trait
 from mura_dist.core.errors import Refusal
 
 NEEDED = ["shards=s", "run=r"]
@@ -50,7 +51,15 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         (["clip_norm=nan"], "clip_norm=nan: input should be a finite number"),
         (["select_on=test"], "select_on='test'"),
         (["optimiser=lion"], "'adam', 'adamw' or 'sgd'"),
-        (["epochs"], "'epochs' is not key=value"),
+        (["epochs"], "'epochs' is not key=value; settings are written epochs=..."),
+        (["--epochs=3"], "'--epochs=3' is not key=value; settings are written epochs=3"),
+        (["--lr 3e-4"], "'--lr 3e-4' is not key=value; settings are written learning_rate=3e-4"),
+        (["--batch-size 8"], "settings are written global_batch=8 or micro_batch=8"),
+        (["--gpus 2"], "'--gpus 2': a launcher starts the ranks, one per GPU: bash launch/local.sh N RECIPE.toml"),
+        (["image_size=320"], "unknown setting 'image_size' (training takes the size of the shards; "),
+        (["second.toml"], "'second.toml' is a second recipe; give one recipe"),
+        (["=3"], "'=3' is not key=value"),
+        (["architecture=densnet169"], "architecture='densnet169' (did you mean densenet169?): input should be"),
     ],
 )
 def test_a_wrong_setting_is_named(words: list[str], says: str) -> None:
@@ -60,9 +69,100 @@ def test_a_wrong_setting_is_named(words: list[str], says: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_a_missing_setting_is_named() -> None:
+def test_missing_settings_are_named() -> None:
     with pytest.raises(Refusal, match="setting 'shards' is missing"):
         config.load(None, ["run=r"])
+    with pytest.raises(Refusal, match="settings 'shards' and 'run' are missing"):
+        config.load(None)
+
+
+SYNONYMS = {
+    "batch_size": "global_batch or micro_batch",
+    "batchsize": "global_batch or micro_batch",
+    "lr": "learning_rate",
+    "LR": "learning_rate",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "wd": "weight_decay",
+    "arch": "architecture",
+    "backbone": "architecture",
+    "num_workers": "workers",
+    "num-workers": "workers",
+    "output_dir": "run",
+    "out": "run",
+    "resume": "run",
+    "optim": "optimiser",
+    "optimizer": "optimiser",
+    "random_seed": "seed",
+    "amp": "precision",
+    "fp16": "precision",
+    "data_dir": "shards",
+    "dataset": "shards",
+    "patience": "plateau_patience or early_stop",
+    "grad_clip": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "learning_rat": "learning_rate",
+    "Epochs": "epochs",
+    "global-batch": "global_batch",
+    "warmup": "warmup_steps",
+    "save_every": "checkpoint_every",
+    "log_interval": "log_every",
+    "mikro_batch": "micro_batch",
+}
+
+
+@pytest.mark.parametrize("key", SYNONYMS)
+def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"{key} = 3\n")
+    expected = f"unknown setting {key!r} (did you mean {SYNONYMS[key]}?); see"
+    for where, given in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}=3"]))):
+        with pytest.raises(Refusal) as refusal:
+            config.load(*given)
+        assert str(refusal.value).startswith(f"{where}: {expected}")
+
+
+def test_a_name_like_no_other_gets_no_advice() -> None:
+    with pytest.raises(Refusal, match=r"^command line: unknown setting 'qqqq'; see mura-dist train --help$"):
+        config.load(None, [*NEEDED, "qqqq=1"])
+
+
+def test_synonyms_name_settings_and_are_none() -> None:
+    for synonym, names in setting_names._BY_SYNONYM.items():
+        assert set(names) <= config.Settings.model_fields.keys(), synonym
+    keys = [*setting_names._BY_SYNONYM, *setting_names._BY_OTHER_PLACE]
+    assert len(keys) == len(set(keys))
+    assert not {setting_names._squeeze(name) for name in config.Settings.model_fields} & set(keys)
+    assert sum(map(len, setting_names._SYNONYMS)) == len(setting_names._BY_SYNONYM), "a name has one meaning"
+
+
+def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) -> None:
+    """Law: the line names each wrong key and value once, under the source it comes from, and what is missing."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('lerning_rate = 1\nepochs = -1\nrotate_deg = 400\nseed = "x"\n')
+    with pytest.raises(Refusal) as refusal:
+        config.load(recipe, ["epochs=three", "batch_size=8", "--wd 0.1", "run=r", "seed=1"])
+    line = str(refusal.value)
+    by_source = {
+        "command line": ["--wd 0.1", "weight_decay=0.1", "'batch_size' (did you mean", "epochs='three'"],
+        str(recipe): ["'lerning_rate' (did you mean learning_rate?)", "rotate_deg=400", "setting 'shards' is missing"],
+    }
+    assert "\n" not in line
+    at = {source: line.index(f"{source}: ") for source in by_source}
+    for source, texts in by_source.items():
+        following = [place for place in at.values() if place > at[source]]
+        section = line[at[source] : min(following, default=len(line))]
+        assert all(section.count(text) == 1 == line.count(text) for text in texts), (source, section)
+    assert "epochs=-1" not in line, "the command line wins"
+    assert "seed" not in line
+
+
+def test_a_typo_on_the_command_line_is_not_blamed_on_the_recipe() -> None:
+    recipe = ROOT / "launch" / "recipes" / "mura.toml"
+    with pytest.raises(Refusal) as refusal:
+        config.load(recipe, ["lr=3e-4"])
+    assert str(refusal.value).startswith("command line: unknown setting 'lr'")
+    assert "mura.toml" not in str(refusal.value)
 
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
@@ -96,12 +196,30 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert {key: getattr(settings, key) for key in paper} == paper
 
 
-def test_every_setting_is_in_the_help() -> None:
-    text = config.help_text()
+@pytest.mark.parametrize("width", [78, 108])
+def test_the_help_has_every_setting_under_its_group(width: int) -> None:
+    """Law: each setting has exactly one group, and is listed under its heading, whole, in lines that fit."""
+    text = config.help_text(width)
+    assert max(map(len, text.splitlines())) <= width
+    blocks = dict(block.split("\n", 1) for block in text.split("\n\n"))
+    assert list(blocks) == [
+        *("Data:", "Model:", "Optimisation:", "Schedule:", "Machine:", "Checkpoints:", "Output:"),
+    ]
     for name, field in config.Settings.model_fields.items():
-        assert f"  {name} " in text
+        [group] = [trait for trait in field.metadata if isinstance(trait, Group)]
+        entries = re.split(r"^  (?=\S)", blocks[f"{group.value.capitalize()}:"], flags=re.MULTILINE)
+        [entry] = [" ".join(entry.split()) for entry in entries if entry.startswith(f"{name} ")]
         assert field.description
-        assert field.description in text
+        assert f"{name} {field.description} [" in entry
+        assert entry.endswith("]")
+        assert ("required]" in entry) == field.is_required()
+        assert all(str(choice) in entry for choice in get_args(field.annotation))
+
+
+def test_descriptions_align_and_hang() -> None:
+    lines = [line for line in config.help_text(78).splitlines() if line.startswith("  ")]
+    starts = {re.match(r"  \S+ +|  +", line).end() for line in lines}  # type: ignore[union-attr]
+    assert starts == {22}
 
 
 def other_value(name: str) -> Any:
