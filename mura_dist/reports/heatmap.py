@@ -1,9 +1,9 @@
 """How a class activation map is drawn, wherever it is drawn: one scale of logits for all maps of all pictures.
 
-    cells (h, w) logits -> step of each cell -> colour, opacity -> painted over the radiograph; the scale beside it
+    cells (h, w) logits -> interpolated over the radiograph -> colour, opacity -> painted; the scale beside it
 
-So that two maps may be compared. A map stretched to its own extremes would show something red on every radiograph. Cells
-are drawn as what they are: no smoothing, no outline.
+So that two maps may be compared. A map stretched to its own extremes would show something red on every radiograph. A map of
+fewer than MIN_CELLS cells a side says nothing about a place: `drawable` is False of it.
 """
 
 from typing import Any
@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-EDGES = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits of a cell, on either side of 0: where one colour ends and the next begins
+EDGES = (0.5, 1.0, 2.0, 4.0, 8.0)  # logits of a cell, on either side of 0: each twice the one before
 STEPS = range(-len(EDGES), len(EDGES) + 1)
-OPACITY = (0.0, 0.22, 0.33, 0.44, 0.55, 0.66)
+OPACITY = (0.0, 0.22, 0.33, 0.44, 0.55, 0.66)  # at the middle of each step; between two middles it is interpolated
 AGAINST, FOR = (61, 155, 255), (255, 138, 31)  # blue and orange: apart for every kind of colour vision
 SCALE_PX = 72  # how tall `draw_scale` draws
+MIN_CELLS = 4  # of a side
+
+
+def drawable(cells: np.ndarray) -> bool:
+    """Return whether a map (h, w) has cells enough to be shown."""
+    return min(cells.shape) >= MIN_CELLS
 
 
 def edges() -> list[float]:
@@ -37,30 +43,53 @@ def colour(step: int) -> tuple[tuple[int, int, int], float]:
     return (FOR if step > 0 else AGAINST), OPACITY[abs(step)]
 
 
+def opacity(logit: np.ndarray) -> np.ndarray:
+    """Return how opaque a map is at these logits, of any shape: OPACITY at the middle of each step, without jumps between."""
+    size = np.maximum(np.abs(logit) / EDGES[0], 1e-9)
+    return np.interp(np.log2(size) + 0.5, range(len(OPACITY)), OPACITY)
+
+
 def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.ndarray:
-    """pixels (H, W) uint8 with the map over them, a line between its cells: uint8 (H, W, 3). strength: of the opacity, 0 to 1."""
-    step = steps(cells)
-    ours = np.array([colour(one)[0] for one in step.flat], np.float64).reshape(*step.shape, 3)
-    opacity = strength * np.array([colour(one)[1] for one in step.flat]).reshape(step.shape)
-    # The cell over each pixel.
-    y, x = (np.arange(size) * num // size for size, num in zip(pixels.shape, step.shape, strict=True))
-    opacity = opacity[y][:, x, None]
-    opacity[np.diff(y, append=-1) != 0] = 0
-    opacity[:, np.diff(x, append=-1) != 0] = 0
-    return np.rint(pixels[..., None] * (1 - opacity) + ours[y][:, x] * opacity).astype(np.uint8)
+    """Return a radiograph under its map, interpolated between the middles of the cells.
+
+    Args:
+        pixels: (H, W) uint8.
+        cells: (h, w) logits; one that is no number stays clear.
+        strength: Of the opacity, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    return _mixed(pixels, _interpolated(cells, pixels.shape), strength)
+
+
+def _interpolated(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the logits (h, w) at each pixel of `shape`."""
+    far = 4 * EDGES[-1]  # where opacity no longer grows, so that an infinite cell has neighbours too
+    known = np.clip(np.nan_to_num(cells.astype(np.float32), nan=0, posinf=far, neginf=-far), -far, far)
+    height, width = shape
+    return np.asarray(Image.fromarray(known).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _mixed(pixels: np.ndarray, logit: np.ndarray, strength: float = 1.0) -> np.ndarray:
+    share = strength * opacity(logit)[..., None]
+    ours = np.where(logit[..., None] > 0, FOR, AGAINST)
+    return np.rint(pixels[..., None] * (1 - share) + ours * share).astype(np.uint8)
+
+
+def scale(width: int) -> np.ndarray:
+    """Return the logits along a scale `width` pixels wide, (width,): each of STEPS has the same share of it."""
+    step = (np.arange(width) + 0.5) / width * len(STEPS) - len(STEPS) / 2
+    return np.sign(step) * np.where(np.abs(step) > 0.5, EDGES[0] * 2.0 ** (np.abs(step) - 0.5), np.abs(step) * EDGES[0])
 
 
 def draw_scale(canvas: Image.Image, x: int, y: int, width: int, font: Any) -> None:
     """The colours over black and over white, for that is what they lie on."""
     draw = ImageDraw.Draw(canvas)
     draw.text((x, y), "A cell's logit: blue lowers it, orange raises it, clear is near 0", "#1b1f24", font)
-    slot = width / len(STEPS)
-    for place, step in enumerate(STEPS):
-        for half, grey in enumerate((0, 255)):
-            rgb, opacity = colour(step)
-            mixed = tuple(round(grey * (1 - opacity) + part * opacity) for part in rgb)
-            left, upper = x + place * slot, y + 22 + 14 * half
-            draw.rectangle((left, upper, left + slot, upper + 14), fill=mixed)
+    logits = np.tile(scale(width), (28, 1))
+    ground = np.repeat([[0], [255]], 14, axis=0) * np.ones_like(logits)
+    canvas.paste(Image.fromarray(_mixed(ground, logits)), (x, y + 22))
     draw.rectangle((x, y + 22, x + width, y + 50), outline="#8995a1")
     for place, edge in enumerate(edges(), start=1):
-        draw.text((x + place * slot, y + 54), f"{edge:g}", "#1b1f24", font, anchor="ma")
+        draw.text((x + place * width / len(STEPS), y + 54), f"{edge:g}", "#1b1f24", font, anchor="ma")

@@ -210,16 +210,50 @@ def test_a_logit_has_one_colour() -> None:
 
 @pytest.mark.parametrize("others", [-20.0, 0.0, 3.0, 500.0])
 def test_a_cell_is_painted_alike_whatever_the_others_hold(others: float) -> None:
-    """Never each map scaled to itself; no smoothing over the cell's border."""
-    pixels = np.full((40, 40), 100, np.uint8)
+    """Never each map scaled to itself: the middle of a cell has the colour of its own logit."""
+    pixels = np.full((44, 44), 100, np.uint8)
     cells = np.full((4, 4), others)
-    cells[1, 2] = 1.5
+    cells[1, 2] = 2**0.5  # the middle of a step
     found = heatmap.painted(pixels, cells)
     (red, green, blue), opacity = heatmap.colour(2)
-    wanted = [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
-    assert (found[10:19, 20:29] == wanted).all()
-    assert (found[19, 20:30] == 100).all()  # the line between cells
+    assert found[16, 27].tolist() == [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
     assert heatmap.colour(0)[1] == 0
+
+
+@pytest.mark.parametrize("side", [2, 4, 7, 10])
+def test_a_map_has_no_blocks(side: int) -> None:
+    """The more pixels, the smaller the steps between two of them; between blocks they would stay."""
+    cells = np.random.default_rng(side).normal(0, 4, (side, side))
+
+    def largest_step(size: int) -> int:
+        found = heatmap.painted(np.full((size, size), 100, np.uint8), cells).astype(int)
+        return max(int(np.abs(np.diff(found, axis=axis)).max()) for axis in (0, 1))
+
+    assert 1 <= largest_step(1600) <= 0.5 * largest_step(200)
+
+
+def test_opacity_is_that_of_the_steps_and_grows_with_the_logit() -> None:
+    middles = [2.0 ** (step - 1.5) for step in range(1, len(heatmap.OPACITY))]
+    assert heatmap.opacity(np.array([0.0, *middles])) == pytest.approx(heatmap.OPACITY)
+    logit = np.linspace(0, 40, 4001)
+    assert (np.diff(heatmap.opacity(logit)) >= 0).all()
+    assert (heatmap.opacity(-logit) == heatmap.opacity(logit)).all()
+    along = heatmap.scale(1100)
+    assert (np.diff(along) > 0).all()
+    assert along[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
+
+
+@pytest.mark.parametrize(("shape", "shown"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
+def test_a_map_of_few_cells_is_not_shown(shape: tuple[int, int], shown: bool) -> None:
+    assert heatmap.drawable(np.zeros(shape)) == shown
+
+
+def test_a_cell_that_is_no_number_stays_clear() -> None:
+    cells = np.zeros((5, 5))
+    cells[2, 2] = np.nan
+    assert (heatmap.painted(np.full((50, 50), 7, np.uint8), cells) == 7).all()
+    cells[2, 2] = np.inf
+    assert heatmap.painted(np.full((55, 55), 7, np.uint8), cells)[27, 27].tolist() == [171, 93, 23]
 
 
 # ---- the gallery as a whole

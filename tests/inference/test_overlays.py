@@ -108,12 +108,13 @@ def test_words_stay_within_the_picture(size: int) -> None:
 
 @pytest.mark.parametrize("others", [-50.0, -1.0, 0.0, 1.0, 50.0])
 def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
-    image, cells = np.full((64, 64), 90, np.uint8), np.full((4, 4), others)
-    cells[1, 1] = 1.5
+    """At its cell's middle: between the middles of two cells the map is interpolated."""
+    image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), others)
+    cells[21, 31] = 2**0.5
     pixels = picture(image, cells, 0.0)
     colour, opacity = heatmap.colour(2)
     wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
-    y, x = TOP + 5 * 24, LEFT + 320 + GAP + 5 * 24
+    y, x = TOP + 21 * 5 + 2, LEFT + 320 + GAP + 31 * 5 + 2
     assert pixels[y, x].tolist() == wanted
 
 
