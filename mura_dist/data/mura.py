@@ -83,8 +83,14 @@ _LAYOUT = re.compile(
     r"/(?P<study>study[^/]*?)(?:_(?P<label>positive|negative))?/(?P<view>[^/]+)$"
 )
 _STUDY = re.compile(r"(?:.*/)?(XR_[^/]+/patient[^/]+/study[^/]*)/[^/]+", re.DOTALL)
+_CODE = re.compile("XR_[A-Z]+(?:_[A-Z]+)*")
 _VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)", re.DOTALL)
 _MAX_DIGITS = 18  # what int64 holds; the last number of a DICOM's UID may be longer and is nobody's view
+
+
+def in_words(study_type: str) -> str:
+    """Return a study type as a person says it: XR_HAND -> Hand. A name that is not of this form stays as it is."""
+    return study_type[3:].replace("_", " ").capitalize() if _CODE.fullmatch(study_type) else study_type
 
 
 @dataclass(frozen=True, slots=True)

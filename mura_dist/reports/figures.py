@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from mura_dist.data.mura import in_words
 from mura_dist.metrics.summary import groups, number
 from mura_dist.reports import plots as pictures
 from mura_dist.reports.findings import TITLES, with_words
@@ -45,13 +46,13 @@ def _forest(found: Found, metric: str, chance: float) -> Picture:
     measured, others = found["metrics"], (found["published"].get("kappa", {}) if metric == "kappa" else {})
     rows = []
     for name, group in groups(measured).items():
-        words = f"{'pooled' if name == 'overall' else name} ({group['num_studies']:,})"
+        words = f"{'all studies' if name == 'overall' else in_words(name)} ({group['num_studies']:,})"
         rows.append(_row(words, group, metric, "square" if name == "overall" else "circle", others.get(name)))
     macro = measured.get("macro") or {}
     if macro.get(metric) is not None:
         rows.insert(1, _row(f"macro mean of {macro['num_study_types']}", macro, metric, "diamond"))
     title = f"{TITLES[metric]} with 95 % intervals"
-    said = "; ".join(f"{name} {with_words(group, metric)}" for name, group in groups(measured).items())
+    said = "; ".join(f"{in_words(name)} {with_words(group, metric)}" for name, group in groups(measured).items())
     caption = f"{title}; in brackets the studies. Dotted: chance." + (" Hollow: the paper's." if others else "")
     return pictures.forest(metric, rows, chance=chance, label=TITLES[metric], alt=f"{title}: {said}", caption=caption)
 
@@ -64,11 +65,16 @@ def _differences(comparison: Found, metric: str) -> Picture:
     named = {"pooled": comparison["overall"], **comparison["by_study_type"]}
     sides = {name: difference(one[metric]) if one[metric] else {} for name, one in named.items()}
     rows = [
-        _row(f"{name} ({named[name]['num_studies']:,})", side, "difference", "square" if name == "pooled" else "circle")
+        _row(
+            f"{in_words(name)} ({named[name]['num_studies']:,})",
+            side,
+            "difference",
+            "square" if name == "pooled" else "circle",
+        )
         for name, side in sides.items()
     ]
     title = f"{TITLES[metric]}, A less B, with 95 % intervals"
-    said = "; ".join(f"{name} {with_words(side, 'difference')}" for name, side in sides.items())
+    said = "; ".join(f"{in_words(name)} {with_words(side, 'difference')}" for name, side in sides.items())
     label, caption = f"{TITLES[metric]}: A less B", f"{title}. Dotted: no difference."
     return pictures.forest(
         f"difference-{metric}", rows, chance=0.0, label=label, alt=f"{title}: {said}", caption=caption, top=None
@@ -76,7 +82,7 @@ def _differences(comparison: Found, metric: str) -> Picture:
 
 
 def _of_group(name: str, slug: str, group: Found, plots: Found, threshold: float | None) -> Iterator[Picture]:
-    of = "all studies" if name == "overall" else name
+    of = "all studies" if name == "overall" else in_words(name)
     if plots["roc"]:
         rates = group.get("specificity"), group.get("sensitivity"), group.get("ppv")
         called = (1 - rates[0], rates[1]) if rates[0] is not None and rates[1] is not None else None

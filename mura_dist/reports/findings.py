@@ -20,6 +20,8 @@ from mura_dist.reports import plots as pictures
 from mura_dist.reports import training_curves
 
 FEW_STUDIES, FEW_OF_A_CLASS = 50, 10
+WIDE_BAND = 0.25  # share of the reported studies in the uncertain band, above which it is called wide
+FEW_TUNE_OF_A_CLASS = 200  # tune studies of the rarer label: of fewer, less than ten lie beyond a threshold of 95 %
 POINTS_OF_A_CURVE = 300
 TITLES = {
     "kappa": "Kappa",
@@ -77,6 +79,7 @@ def findings(metrics: dict[str, Any], studies: pd.DataFrame, context: Mapping[st
         "notes": [known["note"]] if known.get("note") and known["note"] not in _STAMPED else [],
         "thresholds": {name: _threshold(name, known) for name in groups(metrics)},
         "few_studies": _few(metrics),
+        "wide_band": _wide_band(metrics),
         "missing": {name: found for name, group in groups(metrics).items() if (found := absences(group))},
         "published": dict(PUBLISHED) if _is_official_test(studies) else {"absent": NOT_COMPARABLE},
         "plots": plots,
@@ -215,6 +218,10 @@ def with_words(group: Mapping[str, Any], name: str) -> str:
     return value if low is None or high is None else f"{value} ({number(low)} to {number(high)})"
 
 
+def _group_words(name: str) -> str:
+    return "all studies" if name == "overall" else mura.in_words(name)
+
+
 def count(num: int, noun: str) -> str:
     return f"{num:,} {noun if num == 1 else noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
 
@@ -226,8 +233,22 @@ def _few(metrics: dict[str, Any]) -> list[str]:
         cells = group["confusion"] or dict.fromkeys(CELLS, 0)
         rarer = min(cells["tp"] + cells["fn"], cells["tn"] + cells["fp"])
         if group["num_studies"] < FEW_STUDIES or rarer < FEW_OF_A_CLASS:
-            found.append(f"{name} ({count(group['num_studies'], 'study')}, {rarer} of the rarer label)")
+            found.append(f"{_group_words(name)} ({count(group['num_studies'], 'study')}, {rarer} of the rarer label)")
     return found
+
+
+def _wide_band(metrics: dict[str, Any]) -> str | None:
+    """Return a sentence on an uncertain band that is wide, and on the tune studies it was fitted on, where these are few."""
+    band = ((metrics.get("operating_points") or {}).get("overall") or {}).get("band") or {}
+    fitted = metrics.get("calibration") or {}
+    rarer = min(fitted.get("num_normal", 0), fitted.get("num_abnormal", 0))
+    if (band.get("share_uncertain") or 0.0) <= WIDE_BAND or not 0 < rarer < FEW_TUNE_OF_A_CLASS:
+        return None
+    return (
+        f"The band is wide: {100 * band['share_uncertain']:.0f} % of the studies lie in it. It was fitted on "
+        f"{count(fitted['num_studies'], 'tune study')} ({fitted['num_normal']:,} normal, {fitted['num_abnormal']:,} abnormal), "
+        "so that a handful of them decide where it begins and ends. With more tune studies (shards --tune) the band would narrow."
+    )
 
 
 def _reading(known: Mapping[str, Any]) -> Iterator[str]:

@@ -19,11 +19,14 @@ _STYLE = """
         --paper: #12161b; --warn: #ffc48a; --warn-wash: #3a2610 } }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100% }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; padding: 1.5rem 1rem 2.5rem; max-width: 62rem; color: var(--ink); background: var(--paper);
        font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 p, ul { margin: .5rem 0; max-width: 46rem } small, .soft { color: var(--soft) }
+.columns { max-width: none; columns: 24rem; column-gap: 2.5rem; font-size: .92rem } .columns li { break-inside: avoid }
+.mark { font-size: .72rem; line-height: 0; margin-left: .12rem; font-weight: 400 } .mark a { padding: 0 .1rem }
+.notes { list-style: none; padding: 0; font-size: .92rem } .notes li:target { background: var(--wash) }
 .banner { border-left: .35rem solid var(--warn); background: var(--warn-wash); color: var(--warn); font-weight: 600;
           padding: .7rem 1rem; margin: 1rem 0; max-width: none }
 .banner::first-letter { text-transform: uppercase }
@@ -47,7 +50,10 @@ td small, th small { display: block; font-weight: 400 } td small { white-space: 
 figure { margin: .6rem 0; break-inside: avoid } figure svg { display: block; width: 100%; height: auto }
 figcaption { font-size: .88rem; color: var(--soft) }
 details { margin: .6rem 0; border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .8rem }
-summary { cursor: pointer } details[open] > summary { margin-bottom: .5rem }
+summary { cursor: pointer; font-size: .94rem } summary small { font-weight: 400 } details[open] > summary { margin-bottom: .5rem }
+.folds { display: grid; gap: .5rem .8rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr));
+         align-items: start; margin: .7rem 0 }
+.folds > details { margin: 0; min-width: 0 } .folds > details[open] { grid-column: 1 / -1 }
 a { color: inherit; text-underline-offset: .2em; text-decoration-color: var(--soft) }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1.4rem 0 0; padding: .6rem 0;
       border-top: 1px solid var(--line); border-bottom: 1px solid var(--line) }
@@ -55,6 +61,16 @@ svg text { font-variant-numeric: tabular-nums }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; color: var(--soft);
          font-size: .88rem }
 @media (max-width: 34rem) { th:first-child { max-width: 38vw; min-width: 5rem }
+  .stack, .stack tbody { display: block } .stack thead { display: none }
+  .stack tr { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .35rem .5rem;
+              padding: .5rem 0; border-bottom: 1px solid var(--line) }
+  .stack th, .stack td { border: 0; padding: 0; text-align: left } .stack td:empty { display: none }
+  .stack td { grid-column: span 3 } .stack td.short { grid-column: span 1 }
+  .stack th:first-child { grid-column: 1 / -1; position: static; max-width: none; font-weight: 600 }
+  .stack th:first-child small { display: inline; margin-left: .4rem }
+  .stack td::before { content: attr(data-name); display: block; font-size: .78rem; color: var(--soft);
+                      white-space: normal }
+  .stack td, .stack td small { white-space: normal }
   .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line) }
   .facts th, .facts td { display: block; border: 0; padding: 0; white-space: normal } }
 @media print { :root { --ink: #000; --soft: #444; --line: #bbb; --wash: #fff; --paper: #fff; --warn: #000;
@@ -63,11 +79,14 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem
   .pictures { grid-template-columns: repeat(3, 1fr) } .wide { grid-template-columns: repeat(2, 1fr) }
   .scroll { overflow: visible } th:first-child { position: static } table { font-size: 8.5pt }
   tr { break-inside: avoid } nav { display: none }
+  .folds { display: block }
   details { border: 0; padding: 0 } details::details-content { content-visibility: visible; display: block; height: auto } }
 """
 
 
 _VOID = ("img", "meta")
+_MOST_COLUMNS_ON_A_PHONE = 2
+_SHORT_CELL, _SHORT_NAME = 6, 9  # characters; such a cell takes a sixth of a phone's width
 # Control characters, and those that turn the direction of what follows: they would change how a page reads, not what it says.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -106,8 +125,8 @@ def section(title: str, *body: Any, **attributes: Any) -> Html:
     return element("section", element("h2", title), *body, Html("\n"), **attributes)
 
 
-def folded(title: str, *body: Any) -> Html:
-    """What is too long to stand open; paper shows it all."""
+def folded(title: Any, *body: Any) -> Html:
+    """Return what is too long to stand open; it needs no script, and paper shows it all."""
     return element("details", element("summary", title), *body)
 
 
@@ -116,15 +135,52 @@ def banner(text: str) -> Html:
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "") -> Html:
-    """First column: what a row is about. Scrolls sideways by itself where the screen is narrow."""
+    """Return a table; its first column says what a row is about.
+
+    On a phone a table of more than two columns becomes a block a row, each value under the name of its column.
+    """
+    stacks = len(header) > _MOST_COLUMNS_ON_A_PHONE
+    names = [_text_of(cell) if stacks else "" for cell in header]
     head = element("thead", element("tr", *(element("th", cell, scope="col") for cell in header)))
-    body = [
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
-    ]
+    body = []
+    for row in rows:
+        cells = (_cell(name, cell) for name, cell in zip(names[1:], row[1:], strict=True))
+        body.append(element("tr", element("th", row[0], scope="row"), *cells))
     named = {"role": "region", "aria_label": caption} if caption else {}
-    whole = element("div", element("table", head, element("tbody", *body)), class_="scroll", tabindex="0", **named)
+    look = {"class_": "stack"} if stacks else {}
+    whole = element(
+        "div", element("table", head, element("tbody", *body), **look), class_="scroll", tabindex="0", **named
+    )
     # Outside: a caption inside is as wide as the table, and scrolls away with it.
     return join((element("p", caption, class_="caption"), whole)) if caption else whole
+
+
+def _cell(name: str, cell: Any) -> Html:
+    """Return a cell. name: its column's, where the table becomes blocks on a phone; else empty."""
+    if not name:
+        return element("td", cell)
+    short = not isinstance(cell, Html) and len(str(cell)) <= _SHORT_CELL and len(name) <= _SHORT_NAME
+    return element("td", cell, data_name=name, **({"class_": "short"} if short else {}))
+
+
+def _text_of(cell: Any) -> str:
+    """Return a header's text without its markup."""
+    if not isinstance(cell, Html):
+        return str(cell)
+    return html.unescape(re.sub("<[^>]*>", "", cell.replace("<small>", ", ")))
+
+
+def plain(value: Any) -> str:
+    """Return a setting as a person reads it: no JSON, no code."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {plain(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    return str(value)
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -133,7 +189,7 @@ def facts(values: Mapping[str, Any]) -> Html:
     return element("table", element("tbody", *rows), class_="facts")
 
 
-def tile(name: str, value: str, below: str) -> Html:
+def tile(name: str, value: str, below: Any) -> Html:
     return element("div", name, element("strong", value), element("small", below))
 
 

@@ -240,8 +240,9 @@ def test_report_says_everything(tmp_path: Path) -> None:
         "is above 0.5.",
         "60 resamples of 60 patients, the clusters",
         "the macro mean, where each of 2 study types counts the same",
-        "XR_HIP: kappa, auroc, specificity: one class only.",
-        "XR_HIP (2 studies, 0 of the rarer label)",
+        "Hip XR_HIP - a - a 1.000 0.342 to 1.000 b - a 2 1 0 0 0 2",
+        "a One class only.",
+        "Hip (2 studies, 0 of the rarer label)",
         "No curves: one class only.",
         "is only reported",
         "step-00000020",
@@ -307,8 +308,8 @@ def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
         "In the uncertain band lie 12 of 40 studies, a share of 0.911 (0.901 to 0.921)",
         "fitted on tune (100 studies of 77 patients), never on what is reported: by hand.",
         "a note of the fit.",
-        "XR_HAND: specificity=0.98: no threshold from 0 to 1 reaches it.",
-        "Left out, as nothing was fitted for them: XR_HIP (2 studies).",
+        "Hand: specificity=0.98: no threshold from 0 to 1 reaches it.",
+        "Left out, as nothing was fitted for them: Hip (2 studies).",
         "A is ours.csv, B is theirs.csv. It compares two files of predictions on these studies, not two recipes",
         "PPV at 0.05",
         "damaged samples in this split, left out 3",
@@ -325,24 +326,38 @@ def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
     assert "McNemar's test and paired DeLong: both assume independent studies" in page.text
 
 
-def test_what_a_table_lacks_stands_below_it(tmp_path: Path) -> None:
+def footnotes(page: Page) -> dict[str, str]:
+    """The letters of the page's footnotes, and what they say; each is referred to, and explained once."""
+    notes = dict(re.findall(r'<li id="note-(\w+)"><sup>\w+</sup> ([^<]*)</li>', page.markup))
+    used = re.findall(r'<sup class="mark"><a href="#note-(\w+)"', page.markup)
+    assert list(dict.fromkeys(used)) == list(notes)
+    assert len(set(notes.values())) == len(notes)
+    return {letter: text.replace("&#x27;", "'") for letter, text in notes.items()}
+
+
+def test_what_a_table_lacks_is_a_footnote(tmp_path: Path) -> None:
     """Few studies, all of one type called abnormal: the macro mean, a slope, an NPV and an operating point lack something."""
     table = whole_studies().head(24)
     table.loc[table["study_type"] == "XR_ELBOW", "probability"] = 0.7
     measured = full(table)
     page = written(tmp_path, studies=table, metrics=measured)
-    spoken = {"macro": "macro mean", "XR_ELBOW": "XR_ELBOW"}
-    for group, key, words in (
-        ("macro", "specificity_low", "specificity's interval"),
-        ("XR_ELBOW", "calibration_slope", "calibration slope"),
-        ("XR_ELBOW", "npv_at_prevalence", "npv, npv at prevalence"),
+    notes = footnotes(page)
+    for group, key in (
+        ("XR_ELBOW", "calibration_slope"),
+        ("XR_ELBOW", "npv_at_prevalence"),
+        ("XR_ELBOW", "auroc_low"),
+        ("XR_HIP", "kappa"),
     ):
-        part = measured["macro"] if group == "macro" else measured["by_study_type"][group]
+        part = measured["by_study_type"][group]
         assert part[key] is None
-        assert re.search(f"{spoken[group]}: [^:]*{words}[^:]*: {re.escape(part['reasons'][key])}", page.text), key
-    compared = measured["comparison"]["by_study_type"]["XR_HIP"]["reasons"]
-    assert f"XR_HIP: kappa, auroc: {compared['kappa']}." in page.text
-    assert f"XR_HIP: delong: {compared['delong']}." in page.text
+        reason = part["reasons"][key]
+        assert f"{reason[:1].upper()}{reason[1:]}." in notes.values(), key
+    assert measured["macro"]["specificity_low"] is None
+    letter = next(letter for letter, text in notes.items() if text.startswith("Undefined in too many"))
+    macro = f"{measured['macro']['specificity']:.3f} {letter} "
+    assert macro in page.text[page.text.index("Macro mean") : page.text.index("Elbow XR_ELBOW")]
+    assert any(text.startswith("Wilson, assumes independent studies") for text in notes.values())
+    assert len(notes) <= 9
 
 
 def test_what_is_reported_is_not_said_to_be_kept_from_the_fit(tmp_path: Path) -> None:
@@ -390,15 +405,19 @@ def test_the_first_table_is_metrics_json(everything: tuple[Path, Page]) -> None:
     measured = said(out)["metrics"]
     table = page.markup.split("<tbody>", 1)[1].split("</tbody>", 1)[0]
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("</tr>")[:-1]]
-    named = {"overall, pooled": measured["overall"], "macro mean of 2 study types, unweighted": measured["macro"]}
+    named = {"All studies": measured["overall"], "Macro mean of 2 study types, unweighted": measured["macro"]}
+    named |= {f"{mura.in_words(name)} {name}": group for name, group in measured["by_study_type"].items()}
+    letters = {text: letter for letter, text in footnotes(page).items()}
+    wilson, one_class = (
+        letters[next(text for text in letters if text.startswith(start))] for start in ("Wilson", "One class")
+    )
     expected = []
-    for name, group in (named | measured["by_study_type"]).items():
+    for name, group in named.items():
         numbers = [
             f"{group[key]:.3f} {group[f'{key}_low']:.3f} to {group[f'{key}_high']:.3f}"
+            + (f" {wilson}" if group.get(f"{key}_interval") == "wilson" else "")
             if group[f"{key}_low"] is not None
-            else f"{group[key]:.3f}"
-            if group[key] is not None
-            else "-"
+            else f"- {one_class}"
             for key in summary.METRICS
         ]
         counts = [group["num_studies"], group["num_patients"]] if "num_studies" in group else []
@@ -464,7 +483,8 @@ def test_calls_only(tmp_path: Path) -> None:
     table = studies().assign(call=lambda frame: (frame["probability"] > 0.5).astype(int)).drop(columns="probability")
     page = written(tmp_path, studies=table)
     assert "Each study came with a call, 0 or 1, and no probability." in page.text
-    assert "Missing: auroc: calls only: no probabilities were given." in page.text
+    assert "AUROC - no interval a" in page.text
+    assert footnotes(page)["a"] == "Calls only: no probabilities were given."
     assert "No curves: no probabilities." in page.text
     names = {path.stem.partition("-")[0] for path in (tmp_path / "pictures").iterdir()}
     assert names == {"kappa", "confusion", "curve"}
@@ -595,7 +615,7 @@ def test_nothing_given_is_said(tmp_path: Path) -> None:
     page = check_page(tmp_path / "report.html")
     assert "Measured on 0 studies of 0 patients" in page.text
     assert "Nothing could be measured." in page.text
-    assert "Missing: kappa, auroc, sensitivity, specificity: no labelled studies." in page.text
+    assert footnotes(page) == {"a": "No labelled studies."}
     assert page.text.count("Not given to this report.") == 6
     assert "No curves: no labelled studies." in page.text
     assert "Split: not given" in page.text

@@ -1,0 +1,172 @@
+"""The report as a person sees it in Chromium: short on a desktop, whole on a phone, unfolded on paper."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import layout
+
+from mura_dist.data import mura
+from mura_dist.metrics import calibration, summary
+from mura_dist.reports import evaluation, html
+
+MOST_PX = 4500  # below the first screen, at 1280 px, for seven study types
+
+
+def studies(num: int, seed: int) -> pd.DataFrame:
+    """Return studies of MURA's seven study types; of the humerus all abnormal ones are called so."""
+    rng = np.random.default_rng(seed)
+    study_type = np.array(mura.STUDY_TYPES)[np.arange(num) % len(mura.STUDY_TYPES)]
+    label = rng.integers(0, 2, num)
+    logit = 2.0 * label - 1 + rng.normal(0, 2, num)
+    sure = (study_type == "XR_HUMERUS") & (label == 1)
+    logit[sure] = np.abs(logit[sure]) + 0.01
+    frame = {
+        "study": [f"s{place}" for place in range(num)],
+        "patient": [f"p{seed}-{place // 2}" for place in range(num)],
+    }
+    frame |= {"study_type": study_type, "label": label, "probability": 1 / (1 + np.exp(-logit))}
+    return pd.DataFrame(frame | {"num_views": np.arange(num) % 4 + 1, "exposure": rng.uniform(20, 90, num)})
+
+
+def write(out: Path, tune: int = 100) -> Path:
+    """Write the report of a run as evaluate does, from tune studies that were really fitted to."""
+    points = calibration.fit(studies(tune, 1), {}, mura.STUDY_TYPES)
+    table = calibration.apply(points, studies(280, 0))
+    table = table.assign(call=(table["probability"] > 0.5).astype(int))
+    metrics = summary.measure(table, resamples=200, prevalence=0.05) | {
+        "subgroups": summary.subgroups(table, resamples=200),
+        "calibration": points.model_dump(mode="json"),
+        "operating_points": calibration.measured(points, table, resamples=200),
+        "split": "valid",
+        "threshold": 0.5,
+        "checkpoint": "step-00000132",
+        "trained_on": "phantoms",
+        "measured_on": "phantoms",
+    }
+    steps = [
+        {
+            "kind": "step",
+            "step": step,
+            "loss": 1 / step,
+            "learning_rate": 1e-3,
+            "images_per_s": 40,
+            "data_wait_share": 0.1,
+        }
+        for step in range(1, 60)
+    ]
+    epochs = [
+        {"kind": "epoch", "step": step, "tune_loss": 0.5, "tune_auroc": 0.8, "tune_kappa": 0.5} for step in (20, 40)
+    ]
+    context = {
+        "title": "demo: step-00000132 on valid",
+        "history": steps + epochs,
+        "roles": {"train": "fits the weights", "valid": "is only reported"},
+        "settings": {
+            f"setting_{place}": value for place, value in enumerate([3, True, "", 1e-4, ["a", "b"], {"c": 1}] * 8)
+        },
+        "environment": {"torch": "9.8.7", "ranks": [{"host": "h", "gpu": None}], "sources": "ab" * 32},
+        "conversion": {"size": 320, "splits": {"valid": {"num_studies": 280, "num_radiographs": 700}}},
+        "manifest_sha256": "ab" * 32,
+        "seconds": 12.0,
+    }
+    return evaluation.write(out, metrics=metrics, studies=table, context=context)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with layout.browser() as started:
+        yield started
+
+
+def test_the_report_is_short_on_a_desktop(chromium: Any, report: Path) -> None:
+    with layout.opened(chromium, report, layout.DESKTOP) as page:
+        first = page.locator("section").first
+        assert first.locator("h2").inner_text() == "How to read this"
+        top = first.bounding_box()["y"]
+        assert top < 900  # the first screen
+        assert layout.height(page) - top <= MOST_PX
+
+
+@pytest.mark.parametrize("width", [layout.DESKTOP, layout.PHONE])
+@pytest.mark.parametrize("unfolded", [False, True])
+def test_no_text_is_cut(chromium: Any, report: Path, width: int, unfolded: bool) -> None:
+    with layout.opened(chromium, report, width) as page:
+        if unfolded:
+            layout.unfold(page)
+        assert layout.cut_text(page) == []
+
+
+def test_details_open_without_script_and_on_paper(chromium: Any, report: Path) -> None:
+    with layout.opened(chromium, report, layout.DESKTOP) as page:
+        table = page.locator("details:has(summary:text-is('By number of views')) table")
+        assert not table.is_visible()
+        page.locator("summary", has_text="By number of views").click()
+        assert table.is_visible()
+    with layout.opened(chromium, report, layout.DESKTOP) as page:
+        page.emulate_media(media="print")
+        assert page.locator("details[open]").count() == 0
+        for table in page.locator("details table").all():
+            assert table.bounding_box()["height"] > 20
+
+
+def test_a_footnotes_letter_leads_to_it(chromium: Any, report: Path) -> None:
+    with layout.opened(chromium, report, layout.DESKTOP) as page:
+        row = page.locator("tr", has_text="XR_HUMERUS").first
+        assert "Humerus" in row.locator("th").inner_text()
+        row.locator("sup a").first.click()
+        note = page.locator("li:target")
+        assert note.inner_text().startswith("a Wilson, assumes independent studies")
+        assert note.evaluate("one => one.getBoundingClientRect().bottom <= innerHeight")
+
+
+@pytest.mark.parametrize(("tune", "wide"), [(60, True), (1500, False)])
+def test_a_wide_band_of_few_tune_studies_is_explained(tune: int, wide: bool, tmp_path: Path) -> None:
+    path = write(tmp_path, tune)
+    found = json.loads((tmp_path / "report.json").read_bytes())
+    band = found["metrics"]["operating_points"]["overall"]["band"]
+    assert band["share_uncertain"] > 0.25  # of many tune studies too: then the model is why, not their number
+    if not wide:
+        assert found["wide_band"] is None
+        return
+    share, num = round(100 * band["share_uncertain"]), found["metrics"]["calibration"]["num_studies"]
+    assert num == 60
+    assert found["wide_band"].startswith(
+        f"The band is wide: {share} % of the studies lie in it. It was fitted on 60 tune studies ("
+    )
+    assert found["wide_band"] in path.read_text()
+
+
+def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
+    text = report.read_text()
+    assert not re.search(r"[{[]&quot;|[>: ](true|false|null)[<,;]", text.split("</style>")[1])
+    for code in mura.STUDY_TYPES:
+        assert f"{mura.in_words(code)}<small>{code}</small>" in text
+        assert f">{code}<" not in text.replace(f"<small>{code}</small>", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "-"),
+        ("", "-"),
+        (True, "yes"),
+        (False, "no"),
+        (0.001, "0.001"),
+        ([], "none"),
+        ([1, "a", True], "1, a, yes"),
+        ({"host": "h", "gpu": None}, "host: h; gpu: -"),
+    ],
+)
+def test_a_setting_in_words(value: Any, words: str) -> None:
+    assert html.plain(value) == words
