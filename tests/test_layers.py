@@ -35,7 +35,7 @@ CONFINED = {
         "models",
         "training",
         "inference/export",
-        "evaluation",
+        "evaluation/evaluate",
         "bench",
     },
     "torchvision": {"models", "bench"},
@@ -55,7 +55,7 @@ EXTRAS = (
     *("webdataset", "openvino"),
 )
 # What a plain PC imports without an extra: whole folders, but for the modules that torch may enter.
-BASE = ("core", "metrics", "data", "reports", "inference", "cli")
+BASE = ("core", "metrics", "data", "reports", "inference", "evaluation", "cli")
 
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}

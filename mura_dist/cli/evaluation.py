@@ -70,7 +70,6 @@ def evaluate(
     """
     from rich.console import Console
 
-    from mura_dist.evaluation.evaluate import evaluate_target
     from mura_dist.evaluation.subject import EvaluateOptions, GalleryOptions
     from mura_dist.metrics.operating_points import operating_point as named
     from mura_dist.metrics.summary import summary_table
@@ -95,6 +94,8 @@ def evaluate(
 
         measured = evaluate_onnx(target, shards, options, provider=provider, say=say)
     else:
+        from mura_dist.evaluation.evaluate import evaluate_target
+
         measured = evaluate_target(target, shards, options, which=which, say=say)
     if environment.is_first():
         click.echo(summary_table(measured))

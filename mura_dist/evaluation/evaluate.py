@@ -28,7 +28,8 @@ from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import PAPER, Points
 from mura_dist.models.target import Target
 from mura_dist.training.metrics_log import read
-from mura_dist.training.validation import Scores, scores, study_scores
+from mura_dist.training.scores import Scores, study_scores
+from mura_dist.training.validation import scores
 from mura_dist.training.weights import Weights
 
 
@@ -85,7 +86,7 @@ def _subject(target: Target, weights: Weights, model: torch.nn.Module, shards: S
     return EvaluationSubject(
         title=f"{target.name}: {weights.name} on {split}",
         name=f"{run_name}{weights.name}",
-        outputs=saliency.of_module(model),
+        outputs=_outputs_of(model),
         checkpoint=weights.name,
         trained_on=data["holds"],
         selected_on=weights.settings.select_on,
@@ -95,6 +96,18 @@ def _subject(target: Target, weights: Weights, model: torch.nn.Module, shards: S
         same_data=data["manifest_sha256"] == shards.index["manifest"]["sha256"],
         history=[] if weights.members else read(target.path / "metrics.jsonl"),
     )
+
+
+def _outputs_of(module: torch.nn.Module) -> saliency.Outputs:
+    """Return the outputs of a network in eval mode, computed on the GPU where there is one."""
+
+    def outputs(images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.inference_mode():
+            logit, cells = module.to(device)(torch.from_numpy(images).to(device))
+        return logit.cpu().numpy(), cells.cpu().numpy()
+
+    return outputs
 
 
 def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:

@@ -1,8 +1,8 @@
-"""Evaluate an ONNX file, in one process.
+"""Evaluate an ONNX file, in one process. No torch: a plain PC does it.
 
     ONNX file, folder of shards -> logits of the split's radiographs -> results.write
 
-Nothing is fitted: calibration and thresholds are those of the card.
+Nothing is fitted: calibration and thresholds are those of the card. Of several ranks the first one does it.
 """
 
 import time
@@ -15,12 +15,13 @@ import numpy as np
 from mura_dist.core.errors import Refusal
 from mura_dist.core.storage import Where
 from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.distributed import environment
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.inference.engine import Tuning
 from mura_dist.inference.onnx_model import Model
 from mura_dist.models.target import Target
-from mura_dist.training.validation import Scores
+from mura_dist.training.scores import Scores
 
 _BATCH = 16
 
@@ -33,7 +34,11 @@ def evaluate_onnx(
     provider: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Evaluate an exported model on a split; returns metrics.json's content."""
+    """Evaluate an exported model on a split; returns metrics.json's content, and {} on every rank but the first."""
+    if not environment.is_first():
+        return {}
+    if (num_ranks := environment.world_size()) > 1:
+        say(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks have nothing to do")
     path = target.path
     shards, model = Shards.open(shards_folder), Model.load(path, provider, Tuning(_BATCH))
     if shards.size != model.size:

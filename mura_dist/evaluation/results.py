@@ -28,7 +28,7 @@ from mura_dist.metrics.summary import curves, measure, subgroups
 from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
 from mura_dist.training.run import environment
-from mura_dist.training.validation import Scores, study_scores
+from mura_dist.training.scores import Scores, study_scores
 
 ROLES = {
     "train": "fits the weights",

@@ -11,10 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import nn
-
-from mura_dist.data.loaders.opencv import augment
 
 ANGLE_DEG = 10.0
 MIN_CELLS = 3  # two always lie on a line
@@ -28,18 +24,6 @@ class Outputs(Protocol):
     """images (B, 1, S, S) uint8 -> logit (B,), activation_map (B, h, w); NumPy. A run's network, or an ONNX file's session."""
 
     def __call__(self, images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def of_module(module: nn.Module) -> Outputs:
-    """Of a network in eval mode; computes on the GPU where there is one."""
-
-    def outputs(images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with torch.inference_mode():
-            logit, cells = module.to(device)(torch.from_numpy(images).to(device))
-        return logit.cpu().numpy(), cells.cpu().numpy()
-
-    return outputs
 
 
 def look(outputs: Outputs, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,10 +62,10 @@ def _turned_and_back(
 
 
 def _turned(images: np.ndarray, angle_deg: float) -> np.ndarray:
-    """images (n, S, S) uint8, as the training turns them."""
+    """images (n, S, S) uint8, turned as the training turns them; one at a time, since float64 takes 8 times the memory."""
     turned = np.empty_like(images)
     for image, out in zip(images, turned, strict=True):
-        augment(image, angle_deg, False, out)
+        np.rint(turn(image[None], angle_deg)[0][0], out=out, casting="unsafe")
     return turned
 
 

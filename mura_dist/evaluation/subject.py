@@ -9,7 +9,7 @@ from typing import Any
 
 from mura_dist.evaluation.saliency import Outputs
 from mura_dist.metrics.operating_points import Points
-from mura_dist.training.validation import Scores
+from mura_dist.training.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from mura_dist.training.engine import Engine, StepResult
 from mura_dist.training.metrics_log import Journal, Stopwatch, skip_reason
 from mura_dist.training.plan import Plan
 from mura_dist.training.run import Run
+from mura_dist.training.scores import study_scores
 from mura_dist.training.state import State
-from mura_dist.training.validation import Interrupted, scores, study_scores, weighted_loss
+from mura_dist.training.validation import Interrupted, scores, weighted_loss
 
 
 def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:

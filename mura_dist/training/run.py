@@ -38,6 +38,7 @@ _PACKAGES = (
     "deepspeed",
     "nvidia-dali-cuda130",
     "numpy",
+    "onnxruntime",
     "onnxruntime-gpu",
     "opencv-python-headless",
 )

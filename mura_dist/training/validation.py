@@ -1,6 +1,6 @@
-"""Score rows with a network, over all ranks; of the scores the loss and the studies' probabilities.
+"""Score rows with a network, over all ranks; of the scores the loss.
 
-    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> Scores -> loss, studies
+    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> Scores -> loss
 
 Used by the training loop on the selecting split, and by evaluation on any.
 """
@@ -8,10 +8,8 @@ Used by the training loop on the selecting split, and by evaluation on any.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,33 +18,13 @@ from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.loaders.sampler import Micro
-from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed.process_group import World
-from mura_dist.metrics import classification
+from mura_dist.training.scores import Scores
 
 # Radiographs of a rank between two questions whether to stop: a second or two. Each makes a GPU wait for its host.
 _ASK_EVERY = {"cpu": 64, "cuda": 2048}
 _MOST_AT_ONCE = 256  # on a GPU; beyond that its arithmetic is busy anyway
 _BYTES_PER_PIXEL = 300  # of a radiograph under way in DenseNet-169, fp32, about
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
-
-    rows: np.ndarray
-    logit: np.ndarray
-    damaged: np.ndarray
-
-    @classmethod
-    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
-        """Of all rows of a split; `sound` bool (n,)."""
-        return cls(rows[sound], logit[sound], rows[~sound])
-
-    def of_rows(self, rows: np.ndarray) -> "Scores":
-        """What it says of these rows only."""
-        there = np.isin(self.rows, rows)
-        return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
 
 
 class Interrupted(Exception):
@@ -127,7 +105,3 @@ def weighted_loss(found: Scores, targets: Targets) -> float:
     z, y = found.logit.astype(np.float64), targets.label[found.rows].astype(np.float64)
     with np.errstate(invalid="ignore"):  # of a network that diverged; the caller sees to a NaN
         return float((targets.weight[found.rows] * (np.logaddexp(0, z) - y * z)).mean())
-
-
-def study_scores(shards: Shards, found: Scores) -> pd.DataFrame:
-    return classification.study_table(found.rows, classification.sigmoid(found.logit), shards.manifest.frame)

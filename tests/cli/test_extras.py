@@ -67,8 +67,8 @@ def test_renamed_distributions_are_required_by_an_extra() -> None:
 
 
 def test_packages_named_in_environment_json_are_required() -> None:
-    train = distributions([*OF_EXTRA["train"], *OF_EXTRA["cuda"]])
-    assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | train
+    extras = distributions([*OF_EXTRA["train"], *OF_EXTRA["cuda"], *OF_EXTRA["cpu"]])
+    assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | extras
 
 
 # ---- how they are installed

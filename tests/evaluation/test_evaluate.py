@@ -23,7 +23,7 @@ from mura_dist.evaluation.evaluate import odds_shift
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import NAMES, STUDIES, Points
-from mura_dist.training.validation import Scores, study_scores
+from mura_dist.training.scores import Scores, study_scores
 from mura_dist.training.weights import Weights
 
 EVALUATE = """

@@ -22,7 +22,7 @@ from mura_dist.evaluation import gallery, results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
 from mura_dist.metrics.operating_points import Points
 from mura_dist.reports import heatmap
-from mura_dist.training.validation import Scores, study_scores
+from mura_dist.training.scores import Scores, study_scores
 
 CELLS = 10
 

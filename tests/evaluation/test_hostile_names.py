@@ -12,7 +12,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
 from mura_dist.metrics.operating_points import Points
-from mura_dist.training.validation import Scores
+from mura_dist.training.scores import Scores
 
 
 def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ import torch
 
 from mura_dist.data.loaders.loader import Targets
 from mura_dist.training.loss import weighted_bce
-from mura_dist.training.validation import Scores, weighted_loss
+from mura_dist.training.scores import Scores
+from mura_dist.training.validation import weighted_loss
 
 
 def test_the_loss_is_the_papers() -> None:

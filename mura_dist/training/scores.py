@@ -1,0 +1,36 @@
+"""Hold the logits of some rows, and compute the probabilities of their studies. No torch.
+
+rows, logits -> Scores -> study_scores -> a table with one line a study
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mura_dist.data.shards.reader import Shards
+from mura_dist.metrics import classification
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
+
+    rows: np.ndarray
+    logit: np.ndarray
+    damaged: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
+        """Of all rows of a split; `sound` bool (n,)."""
+        return cls(rows[sound], logit[sound], rows[~sound])
+
+    def of_rows(self, rows: np.ndarray) -> "Scores":
+        """What it says of these rows only."""
+        there = np.isin(self.rows, rows)
+        return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
+
+
+def study_scores(shards: Shards, scores: Scores) -> pd.DataFrame:
+    """Return a line a study: the mean probability over its views, as `classification.study_table` has it."""
+    return classification.study_table(scores.rows, classification.sigmoid(scores.logit), shards.manifest.frame)
