@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, quiet_option, shared_option
+from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
@@ -89,14 +89,15 @@ def evaluate(
     out = out or target.report_folder
     say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
     options = EvaluateOptions(out, split, point, prevalence, GalleryOptions() if with_gallery else None, shared)
-    if target.kind == "onnx":
-        from mura_dist.evaluation.exported import evaluate_onnx
+    with progress_bar("evaluating", quiet or not environment.is_first()) as progress:
+        if target.kind == "onnx":
+            from mura_dist.evaluation.exported import evaluate_onnx
 
-        measured = evaluate_onnx(target, shards, options, provider=provider, say=say)
-    else:
-        from mura_dist.evaluation.evaluate import evaluate_target
+            measured = evaluate_onnx(target, shards, options, provider=provider, say=say, progress=progress)
+        else:
+            from mura_dist.evaluation.evaluate import evaluate_target
 
-        measured = evaluate_target(target, shards, options, which=which, say=say)
+            measured = evaluate_target(target, shards, options, which=which, say=say, progress=progress)
     if environment.is_first():
         click.echo(summary_table(measured))
         if measured["num_damaged"]:

@@ -71,7 +71,8 @@ def export(
     target = Target.parse(path)
     out = out or default_out(target, precision)
     options = ExportOptions(precision, shards, allow_change, triton)
-    report = export_target(target, which=which, out=out, options=options, say=say)
+    with progress_bar("exporting", quiet) as progress:
+        report = export_target(target, which=which, out=out, options=options, say=say, progress=progress)
     card = report.card
     click.echo(
         f"{out}: {report.num_bytes / 1e6:.1f} MB, operator set {OPSET}, {card.checkpoint}, "

@@ -4,6 +4,7 @@ Little is imported here: every worker process comes through.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int | None],
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, quiet=quiet)
+    # This very stream: what is redirected while the bar stands (torch.onnx's words) takes no bar with it.
+    console = Console(file=sys.stderr, quiet=quiet)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)

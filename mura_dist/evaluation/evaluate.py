@@ -40,11 +40,12 @@ def evaluate_target(
     *,
     which: str = "best",
     say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint, or a list's ensemble, on a split; returns metrics.json's content.
 
-    Called by all ranks; the first one writes, the others return {}. Raises Refusal where a member of the list is not what it
-    was, or the output folder is another run.
+    Called by all ranks; the first one writes, the others return {}. progress: called with the number of radiographs done and
+    that of all. Raises Refusal where a member of the list is not what it was, or the output folder is another run.
     """
     weights, split = Weights.of_target(target, which), options.split
     results.check_out(options.out, target)
@@ -71,7 +72,7 @@ def evaluate_target(
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
-        found = scores(model, np.union1d(rows, also), loading, ranks)
+        found = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
         if not ranks.is_first:
             return {}
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)

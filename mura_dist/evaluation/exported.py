@@ -33,8 +33,12 @@ def evaluate_onnx(
     *,
     provider: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate an exported model on a split; returns metrics.json's content, and {} on every rank but the first."""
+    """Evaluate an exported model on a split; returns metrics.json's content, and {} on every rank but the first.
+
+    progress: called with the radiographs done and their number.
+    """
     if not environment.is_first():
         return {}
     if (num_ranks := environment.world_size()) > 1:
@@ -49,7 +53,7 @@ def evaluate_onnx(
     results.check_out(options.out, target)
     rows, started = shards.rows(options.split), time.perf_counter()
     shards.require(options.split)
-    scores, card = _scores(model, shards, rows, say), model.card
+    scores, card = _scores(model, shards, rows, say, progress), model.card
     subject = EvaluationSubject(
         title=f"{path.name} on {options.split}",
         name=f"{path.name} {card.checkpoint}",
@@ -65,7 +69,13 @@ def evaluate_onnx(
     return results.write(shards, subject, split_scores, options, say)
 
 
-def _scores(model: Model, shards: Shards, rows: np.ndarray, say: Callable[[str], None]) -> Scores:
+def _scores(
+    model: Model,
+    shards: Shards,
+    rows: np.ndarray,
+    say: Callable[[str], None],
+    progress: Callable[[int, int | None], None],
+) -> Scores:
     """The logit of each of `rows`; a damaged one is named, and left out."""
     blank = np.zeros((shards.size, shards.size), np.uint8)
     logit, sound = [], np.ones(len(rows), bool)
@@ -79,4 +89,5 @@ def _scores(model: Model, shards: Shards, rows: np.ndarray, say: Callable[[str],
                 images.append(blank)
                 sound[place] = False
         logit.append(model.logits(np.stack(images)[:, None]))
+        progress(int(part[-1]) + 1, len(rows))
     return Scores.of(rows, np.concatenate(logit), sound)

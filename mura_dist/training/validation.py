@@ -38,11 +38,13 @@ def scores(
     world: World,
     *,
     asked: Callable[[], bool] | None = None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Scores:
     """The logit of each of `rows`, the same on every rank; fp32. Called by all ranks.
 
     Args:
         asked: says whether this rank was asked to stop. Every few micro-batches the ranks tell each other.
+        progress: called with the number of rows done and that of all, by each rank of its own.
 
     Raises:
         Interrupted: a rank was asked to stop.
@@ -66,6 +68,7 @@ def scores(
                 reason = str(error)
                 continue
             mine[place], sound[place] = model(batch.image)[0], batch.mask
+            progress(min(len(rows), (place + 1) * number * world.size), len(rows))
     world.raise_failures(reason)
     if interrupted:
         raise Interrupted

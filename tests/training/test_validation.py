@@ -44,7 +44,9 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once(
     sizes: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     monkeypatch.setattr(validation, "_batch_size", lambda loading, world: number)
-    scores = validation.scores(model, rows, loading, alone)
+    done: list[int] = []
+    scores = validation.scores(model, rows, loading, alone, progress=lambda count, total: done.append(count))
     assert set(sizes) == {number}
+    assert done == [min(count + number, len(rows)) for count in range(0, len(rows), number)]
     assert np.array_equal(scores.rows, rows)
     np.testing.assert_allclose(scores.logit, by_four.logit, rtol=0, atol=1e-5)

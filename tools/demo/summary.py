@@ -1,6 +1,6 @@
-"""The last page of launch/demo.sh: a table on the screen, RUN/summary.json on disk.
+"""The end of launch/demo.sh: five lines on the screen, RUN/summary.json on disk.
 
-python tools/demo/summary.py RUN SECONDS VALID      SECONDS: a file with a line "STAGE SECONDS" for each stage that ended
+python tools/demo/summary.py RUN SECONDS VALID      SECONDS: a file with a line "STAGE SECONDS" for each time a stage ran
                                                     VALID: a folder of studies, the page's examples
 """
 
@@ -8,7 +8,9 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page has a line for it
@@ -34,29 +36,30 @@ def main() -> None:
         "seconds_total": sum(seconds.values()),
     }
     files.write_json(run / "summary.json", summary)
-    print(f"\n{measure.summary_table(trained)}\n")
-    shown = measure.number(summary["auroc_untrained"])
-    print(f"AUROC untrained {shown}, trained {measure.number(summary['auroc'])}; {summary['seconds_total']} s in all")
-    for what, where in {
-        "report": "report.html",
-        "metrics": "metrics.json",
-        "model": "model.onnx",
-        "predictions": "predictions/studies.csv",
-        "curves": "curves.png",
-        "summary": "summary.json",
-    }.items():
-        print(f"  {what:12} {run / where}")
-    page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", sys.argv[3]
-    print(f"The page, with example studies at hand:\n  {shlex.join(page)}")
-    print(mura.TERMS)
+    print("\n".join(lines(run, summary, overall, sys.argv[3])), flush=True)
+    print(mura.TERMS, file=sys.stderr)
+
+
+def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: str) -> Iterator[str]:
+    """Yield what was reached, where the report is, the page's command, the time: a line each."""
+    untrained, studies = measure.number(summary["auroc_untrained"]), f"{summary['num_studies']} studies"
+    what = f"{studies} of drawings" if summary["trained_on"] == "phantoms" else studies
+    yield f"AUROC: untrained {untrained} -> trained {measure.with_interval(overall, 'auroc')}, {what} kept for this"
+    kappa = measure.with_interval(overall, "kappa")
+    yield f"kappa: {kappa}, agreement of the calls with the labels beyond chance (0: chance, 1: all agree)"
+    yield f"report: open {run / 'report.html'}"
+    page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", valid
+    yield f"page: {shlex.join(page)}"
+    minutes, seconds = divmod(summary["seconds_total"], 60)
+    yield f"time: {minutes} min {seconds} s"
 
 
 def stage_seconds(path: Path) -> dict[str, int]:
-    """The longest time of each stage: a second start finds its work done and takes next to none."""
+    """Return the seconds of each stage, over all the times it ran: a finished one is not started again."""
     seconds: dict[str, int] = {}
     for line in path.read_text().splitlines():
         stage, _, value = line.partition(" ")
-        seconds[stage] = max(seconds.get(stage, 0), int(value))
+        seconds[stage] = seconds.get(stage, 0) + int(value)
     return seconds
 
 

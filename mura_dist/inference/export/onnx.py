@@ -81,6 +81,7 @@ def export_target(
     out: Path,
     options: ExportOptions = ExportOptions(),
     say: Callable[[str], None] = _silent,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> ExportReport:
     """Export a checkpoint (best, last or step-N) of a run, or the members of a list, which average their probabilities.
 
@@ -92,7 +93,7 @@ def export_target(
     _check(out, options)
     weights = Weights.of_target(target, which)
     beside = [target.path.parent] if target.kind == "list" else []
-    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, say)
+    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, say, progress)
 
 
 def default_out(target: Target, precision: str) -> Path:
@@ -112,7 +113,12 @@ def _check(out: Path, options: ExportOptions) -> None:
 
 
 def _export(
-    weights: Weights, measured: dict[str, Any], out: Path, options: ExportOptions, say: Callable[[str], None]
+    weights: Weights,
+    measured: dict[str, Any],
+    out: Path,
+    options: ExportOptions,
+    say: Callable[[str], None],
+    progress: Callable[[int, int | None], None],
 ) -> ExportReport:
     try:
         card = _card(weights, measured)
@@ -125,7 +131,7 @@ def _export(
         ) from error
     model = weights.model()
     if options.precision == "fp32":
-        report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards))
+        report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards), progress=progress)
     else:
         shards = precision.opened(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
@@ -184,21 +190,30 @@ def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray 
 
 
 def export(
-    model: torch.nn.Module, card: Card, out: Path, *, tolerance: float = 1e-4, radiographs: np.ndarray | None = None
+    model: torch.nn.Module,
+    card: Card,
+    out: Path,
+    *,
+    tolerance: float = 1e-4,
+    radiographs: np.ndarray | None = None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> ExportReport:
     """Write `model` (a DenseNet or an Ensemble in eval mode, on the CPU, fp32) to `out`; returns what was measured.
 
     tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
-    drawn images. Raises Refusal where the model is too large for one file, Failure where torch and ONNX Runtime disagree;
-    then `out` is as it was before.
+    drawn images; progress: called with the number of steps done and of all. Raises Refusal where the model is too large for
+    one file, Failure where torch and ONNX Runtime disagree; then `out` is as it was before.
     """
     assert not model.training
     _fits(model, card)
+    steps = 1 + len(BATCH_SIZES)  # the graph, and each comparison
+    progress(0, steps)
     data = graph(model, card)
     drawn = probe_images(card.size)
     real = drawn[:0] if radiographs is None else radiographs
-    difference = parity(model, data, np.concatenate([drawn, real]), tolerance)
+    difference = parity(model, data, np.concatenate([drawn, real]), tolerance, lambda done: progress(1 + done, steps))
     files.write_bytes(out, data)
+    progress(steps, steps)
     return ExportReport(card, len(data), difference, len(real))
 
 
@@ -327,7 +342,13 @@ def probe_images(size: int) -> np.ndarray:
     return np.stack(images).round().astype(np.uint8)[:, None]  # (7, 1, size, size) uint8
 
 
-def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: float = 1e-4) -> float:
+def parity(
+    model: torch.nn.Module,
+    data: bytes,
+    images: np.ndarray,
+    tolerance: float = 1e-4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> float:
     """The largest difference of a logit between `model` and the ONNX file `data`, on `images` uint8 (N, 1, S, S).
 
     Compared at BATCH_SIZES, whose last takes the images again from the first where there are fewer: logits, maps, and the
@@ -338,7 +359,8 @@ def parity(model: torch.nn.Module, data: bytes, images: np.ndarray, tolerance: f
     exported = Model.from_bytes(data, "the exported model")
     torch_logit, torch_map = _torch_outputs(model, images)
     worst = 0.0
-    for batch_size in BATCH_SIZES:
+    for done, batch_size in enumerate(BATCH_SIZES):
+        progress(done)
         places = np.arange(max(len(images), batch_size)) % len(images)  # (M,)
         batches = [
             exported.outputs(images[places[start : start + batch_size]]) for start in range(0, len(places), batch_size)

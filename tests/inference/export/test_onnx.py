@@ -71,6 +71,12 @@ def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, ExportR
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
 
+def test_progress_reaches_its_end(exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path) -> None:
+    steps: list[tuple[int, int | None]] = []
+    export(exported[0], card_of(), tmp_path / "model.onnx", progress=lambda *step: steps.append(step))
+    assert steps == [(done, 5) for done in range(6)]  # the graph, four batch sizes
+
+
 @pytest.mark.nightly(part="training")
 def test_densenet169(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
