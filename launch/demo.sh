@@ -61,14 +61,14 @@ if [ -z "$folder" ]; then
   folder=data/phantoms
   begin "drawing bones, some of them broken" "30 s"
   stage phantoms "${code[@]}" -- "$folder" -- \
-    mura-dist phantoms "$folder" --studies "${STUDIES:-1500}" --size 192 --seed "${SEED:-0}"
+    mura-dist phantoms "$folder" --studies "${STUDIES:-1400}" --size 192 --seed "${SEED:-0}"
 else
   steps=7
 fi
 
 # Shards: decoded and resized once, for training and serving alike. 128 px are 4 x 4 cells of the activation map.
 begin "shards, every radiograph decoded and resized once" "10 s"
-stage shards "${code[@]}" "$folder" -- "$shards" -- mura-dist shards "$folder" "$shards" --size 128 --tune 0.25
+stage shards "${code[@]}" "$folder" -- "$shards" -- mura-dist shards "$folder" "$shards" --size 128 --tune 0.2
 
 # What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
 plan=$stamps/plan.sh

@@ -39,10 +39,32 @@ if [ ! -x .venv/bin/python ]; then
   }
 fi
 
-echo "installing $extras into .venv (with train: some minutes, 7 GB)"
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+about() { # about EXTRA: what it brings, why, and how much space that takes beside the base
+  case $1 in
+    cpu) echo "ONNX Runtime for processors, which predicts: 0.1 GB" ;;
+    cuda) echo "ONNX Runtime for NVIDIA GPUs and every CUDA library it opens: 2.5 GB" ;;
+    train) echo "torch, DeepSpeed and DALI with NVIDIA's CUDA libraries: 7.2 GB, on a CPU too, because torch's own libraries are linked against them" ;;
+    page) echo "Streamlit and what it needs, the web page: 0.3 GB" ;;
+    parquet) echo "pyarrow, tables as Parquet: 0.2 GB" ;;
+    openvino) echo "OpenVINO, another runtime for processors: 0.2 GB" ;;
+    remote) echo "fsspec and s3fs, folders on s3://: 0.1 GB" ;;
+    dev) echo "what the tests need: 0.9 GB" ;;
+    mlflow) echo "the client of an MLflow server: 0.1 GB" ;;
+  esac
+}
+echo "installing into .venv, every archive checked by its SHA-256:"
+echo "  base: NumPy, pandas, Pillow, pydicom, which read radiographs: 0.3 GB"
+for extra in ${extras//,/ }; do
+  [[ ",${present:-}," == *",$extra,"* ]] || echo "  $extra: $(about "$extra")"
+done
+quietly=--quiet
+if [ -t 1 ] && [ -t 2 ]; then quietly=; fi # a terminal shows pip's own progress
+install() { .venv/bin/python -m pip install ${quietly:+"$quietly"} --disable-pip-version-check --no-deps "$@"; }
 # What builds a wheel comes first. For a build environment of its own pip would fetch packages that no hash was checked of.
 install --require-hashes --requirement <("$python" launch/locked.py build)
 install --require-hashes --no-build-isolation --requirement <(echo "$locked")
 install --no-build-isolation --editable .
 echo "$digest ${present:+$present,}$extras" > "$stamp"
+if ! { will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu; }; then
+  echo "launch/setup.sh: predict and page need ONNX Runtime too: bash launch/setup.sh cpu, or for an NVIDIA GPU bash launch/setup.sh cuda" >&2
+fi

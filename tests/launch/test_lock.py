@@ -1,6 +1,7 @@
 """requirements.lock: what every extra needs, by version and hash; what launch/locked.py selects of it, and setup.sh installs."""
 
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -127,6 +128,41 @@ def test_an_extra_that_there_is_not_is_refused(tmp_path: Path) -> None:
     [line] = done.stderr.splitlines()
     assert line.startswith("launch/locked.py: no extra nope, x; name some of: cpu, cuda, train")
     assert not (tmp_path / ".venv").exists()
+
+
+def setup(folder: Path, extras: str, *, terminal: bool) -> tuple[str, list[list[str]]]:
+    """Run setup.sh in a checkout whose pip only writes down its words. Returns what it says, and those words of each call."""
+    (folder / "launch").mkdir()
+    for name in ("launch/setup.sh", "launch/locked.py", "pyproject.toml", "requirements.lock"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n')
+    python.chmod(0o755)
+    command = shlex.join(["bash", str(folder / "launch/setup.sh"), extras])
+    words = ["script", "-qec", command, "/dev/null"] if terminal else ["bash", "-c", command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (folder / "calls").read_text().splitlines()
+    return done.stdout + done.stderr, [line.split() for line in calls if line.startswith("-m pip install")]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_pip_shows_its_progress_on_a_terminal(tmp_path: Path, terminal: bool) -> None:
+    _, calls = setup(tmp_path, "cpu", terminal=terminal)
+    assert len(calls) == 3
+    assert ["--quiet" in call for call in calls] == [not terminal] * 3
+
+
+@pytest.mark.parametrize(
+    "extras", [*(extra for extra in EXTRAS if extra not in ("cpu", "cuda", "train")), "train,page", "cuda"]
+)
+def test_setup_says_what_it_installs_and_how_much(tmp_path: Path, extras: str) -> None:
+    text, _ = setup(tmp_path, extras, terminal=False)
+    for extra in ("base", *extras.split(",")):
+        assert re.search(rf"(?m)^  {extra}: \w.*: \d\.\d GB\b", text), text
+    without_runtime = {"cpu", "cuda", "train"}.isdisjoint(extras.split(","))
+    assert ("need ONNX Runtime too: bash launch/setup.sh cpu, or" in text) == without_runtime
 
 
 def test_the_file_is_as_the_tool_writes_it() -> None:

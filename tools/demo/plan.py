@@ -21,7 +21,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.data.source.scan import scan
 
 RECIPE = Path("launch/recipes/demo.toml")
-PASSES = 6_400  # radiographs the demo's training sees
+PASSES = 4_800  # radiographs the demo's training sees
 
 
 def main() -> int:
