@@ -23,8 +23,8 @@ mkdir -p "$stamps"
 step=0 steps=8
 code=(mura_dist launch/recipes/demo.toml)
 
-digest() { # digest PATH ...: of the names, sizes and times of all files below
-  find "$@" -type f ! -name '*.pyc' -printf '%p %s %T@\n' 2> /dev/null | sort | sha256sum | cut -d' ' -f1
+digest() { # digest PATH ...: of the names, sizes and times of all files below; a path that is not there has none
+  { find "$@" ! -type d ! -name '*.pyc' -printf '%p %s %T@\n' 2> /dev/null || true; } | sort | sha256sum | cut -d' ' -f1
 }
 
 begin() { # begin TEXT [TIME]: say which step this is; TIME was measured on drawings
@@ -72,10 +72,11 @@ stage shards "${code[@]}" "$folder" -- "$shards" -- mura-dist shards "$folder" "
 
 # What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
 plan=$stamps/plan.sh
-planned=$(digest "${code[@]}" tools/demo "$shards" "$folder") devices=$(cd /dev && compgen -G 'nvidia[0-9]*' | wc -l)
-if ! grep -qsx "# $planned $devices" "$plan"; then
+planned=$(digest "${code[@]}" tools/demo "$shards" "$folder" /dev/nvidia[0-9]*)
+if ! grep -qsx "# $planned" "$plan"; then
+  [ -z "$asked" ] || exit 1
   text=$(python tools/demo/plan.py "$shards" "$folder") || exit
-  printf '%s\n# %s %s\n' "$text" "$planned" "$devices" > "$plan"
+  printf '%s\n# %s\n' "$text" "$planned" > "$plan"
 fi
 eval "$(cat "$plan")" # ranks=... settings=(...) valid=...
 train=(bash launch/local.sh "$ranks" launch/recipes/demo.toml "shards=$shards" "run=$run" "seed=${SEED:-0}" "${settings[@]}")

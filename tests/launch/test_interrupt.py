@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import NO_GPU, ROOT, TINY
 
+from mura_dist.data import mura
 from mura_dist.training import metrics_log
 from mura_dist.training.run import Run
 
@@ -101,27 +102,43 @@ def test_of_the_demo_at_every_stage(tmp_path: Path) -> None:
     """Each start is interrupted a stage later than the one before; the last one is not, and ends what they began."""
     folder = checkout(tmp_path / "checkout")
     env = {"PYTHONPATH": str(folder), "STUDIES": "80"}
-    stages = ("phantoms", "shards", "untrained", "evaluate_untrained", "train", "evaluate", "export", "predict")
-    for stage, pause_s in [("", 0.3), *((stage, pause_s) for stage in stages for pause_s in (0.05, 1.0))]:
+    for step, pause_s in [(0, 0.3), *((step, pause_s) for step in range(1, 9) for pause_s in (0.05, 1.0))]:
         reached: list[float] = []
 
-        def is_time(said: str, stage: str = stage, pause_s: float = pause_s, reached: list[float] = reached) -> bool:
-            if not reached and (not stage or f"== {stage}:" in said):
+        def is_time(said: str, step: int = step, pause_s: float = pause_s, reached: list[float] = reached) -> bool:
+            if not reached and (not step or f"{step} of 8: " in said):
                 reached.append(time.monotonic())
             return bool(reached) and time.monotonic() - reached[0] > pause_s
 
         status, lines = on_terminal("bash", "launch/demo.sh", is_time=is_time, folder=folder, env=env)
-        assert status == 3, (stage, pause_s, lines)
-        assert "Traceback" not in " ".join(lines), (stage, pause_s, lines)
+        assert status == 3, (step, pause_s, lines)
+        assert "Traceback" not in " ".join(lines), (step, pause_s, lines)
         own = [line for line in lines if re.match(r"(mura-dist|launch/\w+\.sh): stopped", line)]
-        assert len(own) == 1, (stage, pause_s, lines)
-    last = subprocess.run(
-        ["bash", "launch/demo.sh"],
-        cwd=folder,
-        env={**os.environ, **NO_GPU, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert last.returncode == 0, last.stderr
-    assert (folder / "runs/demo/summary.json").is_file()
+        assert len(own) == 1, (step, pause_s, lines)
+
+    def finish() -> list[str]:
+        done = subprocess.run(
+            ["bash", "launch/demo.sh"],
+            cwd=folder,
+            env={**os.environ, **NO_GPU, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == mura.TERMS
+        assert (done.stdout + done.stderr).count(mura.TERMS) == 1
+        return done.stdout.splitlines()
+
+    end = [line.partition(":")[0] for line in finish()[-5:]]
+    assert end == ["AUROC", "kappa", "report", "page", "time"]
+    files = {path: path.stat().st_mtime_ns for path in (folder / "runs/demo").rglob("*") if path.name != "summary.json"}
+    started = time.monotonic()
+    again = finish()
+    assert time.monotonic() - started < 10
+    assert again.count("  done before") == 8
+    assert len(again) == 2 * 8 + 5
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    (folder / "runs/demo/predictions/studies.csv").unlink()
+    assert finish().count("  done before") == 7  # what lost its output runs again
+    assert (folder / "runs/demo/predictions/studies.csv").is_file()
