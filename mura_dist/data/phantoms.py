@@ -11,8 +11,10 @@ is not a break (growth plates, skin folds, overlapping bones, markers, borders) 
 radiograph is a pure function of (seed, study, view); on another processor or NumPy a pixel may differ by a grey level.
 """
 
+import io
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -579,6 +581,47 @@ def _read_mark(path: Path) -> dict[str, Any]:
     except ValueError:
         there = None
     return there if isinstance(there, dict) else {}
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """A finished set as this version draws it. `studies`: by folder."""
+
+    studies: Mapping[str, Study]
+    size: int
+    seed: int
+
+    @classmethod
+    def of(cls, out: Path) -> "DrawnSet | None":
+        """Return the set in a folder; None where there is none, or another version drew it."""
+        mark = _read_mark(out / MARK) if (out / MARK).is_file() else {}
+        studies, size, seed, version = (mark.get(key) for key in ("studies", "size", "seed", "version"))
+        if not (type(studies) is type(size) is type(seed) is int and version == VERSION):
+            return None
+        if not (studies >= MIN_STUDIES and MIN_SIZE_PX <= size <= MAX_SIZE_PX and 0 <= seed < 2**64):
+            return None
+        return cls({study.folder: study for study in plan(studies, seed)}, size, seed)
+
+    def holds(self, path: str, data: bytes) -> bool:
+        """Return whether a file is what the set has there, which is drawn anew to compare: every pixel, to a grey level.
+
+        Args:
+            path: The file's path below the set, "/" between its parts.
+            data: The file's content.
+        """
+        match = re.fullmatch(r"(.+)/image([1-9])\.png", path)
+        study = self.studies.get(match[1]) if match else None
+        if match is None or study is None or int(match[2]) > study.num_views:
+            return False
+        wanted = radiograph(study, int(match[2]), size=self.size, seed=self.seed)
+        try:
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                if (image.size, image.mode) != (wanted.size, wanted.mode):
+                    return False
+                off = np.abs(np.asarray(image).astype(int) - np.asarray(wanted))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return False
+        return bool(off.max() <= 1)
 
 
 def _each(work: Callable[[Study], int], planned: list[Study], count: int | None) -> Iterator[int]:

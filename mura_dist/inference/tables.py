@@ -199,11 +199,12 @@ class Studies:
 
 
 def judged(
-    heads: Sequence[tuple[str, str, str]], code: np.ndarray, probability: np.ndarray, card: Card
+    heads: Sequence[tuple[str, str, str]], code: np.ndarray, probability: np.ndarray, card: Card, *, drawn: bool = False
 ) -> pd.DataFrame:
     """Lines of studies.csv. heads: k of (study, study_type, gate); of the views: code (n,) int64 in 0 .. k - 1, probability (n,).
 
-    Calls and bands are of the probabilities before they are shortened.
+    Calls and bands are of the probabilities before they are shortened. drawn: the views are known to be drawings, so that a model
+    of drawings may call them.
     """
     studies = pd.DataFrame(heads, columns=["study", "study_type", "gate"], dtype="string")
     studies["num_views"] = pd.array(np.bincount(code, minlength=len(heads)), dtype="Int64")
@@ -211,7 +212,7 @@ def judged(
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])
-    calls = card.trained_on.kind != "phantoms"
+    calls = drawn or card.trained_on.kind != "phantoms"
     studies["call"] = studies["call"].astype("Int64").where(calls & studies["threshold"].notna())
     band = studies["band"].astype("string")
     studies["band"] = band.where(calls & (band != ""))

@@ -27,6 +27,7 @@ from mura_dist.core.errors import Refusal
 from mura_dist.distributed import signals
 from mura_dist.distributed.processes import processors
 from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.page import examples as page_examples
 from mura_dist.inference.page import privacy
 from mura_dist.inference.page.connection import Connection
 from mura_dist.inference.page.examples import Example
@@ -41,10 +42,11 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 @dataclass(frozen=True)
 class Serving:
-    """What every session is shown from."""
+    """What every session is shown from. `thumbnails`: a PNG of each example, None where it cannot be read."""
 
     desk: Desk
     examples: tuple[Example, ...]
+    thumbnails: tuple[bytes | None, ...]
 
 
 _serving: Serving | None = None
@@ -79,12 +81,16 @@ def serve(
         Refusal: The model, folder, address, port or a name cannot be used.
     """
     global _serving
-    some = tuple(Example.find(examples)) if examples is not None else ()
+    some = page_examples.find(examples) if examples is not None else ()
     hosts = _hosts(address, allow_host)
     with _listen(address, port) as listener:
         model = Model.load(model_path)
-        with _home(), desk(model, workers=min(2, processors())) as shared:
-            _serving = Serving(shared, some)
+        known: frozenset[str] = frozenset()
+        if examples is not None and model.card.trained_on.kind == "phantoms":
+            known = page_examples.drawings(examples, some)
+        with _home(), desk(model, min(2, processors()), known) as shared:
+            read = shared.read([example.content(0) for example in some])
+            _serving = Serving(shared, some, tuple(map(page_examples.thumbnail, read)))
             say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
             if not _is_loopback(address):
                 names = ", ".join(sorted(hosts.names))

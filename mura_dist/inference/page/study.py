@@ -7,6 +7,7 @@ A `Desk` is what all sessions share: the model and the processes. Nothing of any
 """
 
 import contextlib
+import hashlib
 import io
 import math
 import threading
@@ -36,8 +37,8 @@ _AT_ONCE = 2  # files of a session before another one's turn comes
 
 
 class Upload(NamedTuple):
-    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not. notes:
-    radiograph.Look's."""
+    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not:
+    `failure` with its code, one of failures.WORDS. notes: radiograph.Look's."""
 
     image: np.ndarray | None
     shown: np.ndarray | None
@@ -45,6 +46,7 @@ class Upload(NamedTuple):
     verdict: str
     failure: str
     notes: tuple[str, ...] = ()
+    code: str = ""
 
     @property
     def passes(self) -> bool:
@@ -52,8 +54,8 @@ class Upload(NamedTuple):
         return self.image is not None and self.verdict not in gate.BLOCKING
 
 
-def lost(why: str) -> Upload:
-    return Upload(None, None, None, "", why)
+def lost(why: str, code: str) -> Upload:
+    return Upload(None, None, None, "", why, code=code)
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class UploadReader:
             found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
             verdict = gate.verdict(found.image, found.colours)
         except radiograph.Unreadable as error:
-            return lost(error.reason)
+            return lost(error.reason, error.code)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
-            return lost("it could not be read")
+            return lost("it could not be read", "io_error")
         return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "", found.notes)
 
 
@@ -87,10 +89,14 @@ class View:
 
 @dataclass(frozen=True)
 class Answer:
-    """`studies`: the study's one line of studies.csv; `predictions`: a line a view, as predict writes both."""
+    """`studies`: the study's one line of studies.csv; `predictions`: a line a view, as predict writes both.
+
+    withheld: the model is of drawings, the study is not known to be one: nothing is called.
+    """
 
     studies: pd.DataFrame
     predictions: pd.DataFrame
+    withheld: bool
 
     @property
     def study_type(self) -> str:
@@ -108,18 +114,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class File:
-    """A file of the study at hand; without a view where it was not read, or not looked at."""
+    """A file of the study at hand; without a view where it was not read, or not looked at. drawn: its bytes are an example's that
+    is a drawing."""
 
     name: str
     upload: Upload
     view: View | None
+    drawn: bool = False
 
 
 class Desk:
-    """What all sessions share; several threads at once may `ask`."""
+    """What all sessions share; several threads at once may `ask`. drawings: the SHA-256 of files that are known drawings."""
 
-    def __init__(self, model: Model, workers: int, stack: contextlib.ExitStack) -> None:
-        self.model, self._workers, self._stack = model, workers, stack
+    def __init__(self, model: Model, workers: int, drawings: frozenset[str], stack: contextlib.ExitStack) -> None:
+        self.model, self._workers, self._drawings, self._stack = model, workers, drawings, stack
         self._reading, self._looking = threading.Lock(), threading.Lock()
         self._crew = self._hire()
 
@@ -132,12 +140,15 @@ class Desk:
         uploads = self.read(files)
         views = iter(self.look([one.image for one in uploads if one.passes and one.image is not None]))
         found = []
-        for name, upload in zip(names, uploads, strict=True):
+        for name, data, upload in zip(names, files, uploads, strict=True):
             view = next(views) if upload.passes else None
             if view is not None and not math.isfinite(view.logit):
-                upload, view = lost("the model gives no number for it: the model is broken, export it again"), None
-            found.append(File(name, upload, view))
+                upload, view = lost("the model gives no number for it", "model"), None
+            found.append(File(name, upload, view, self._is_drawing(data)))
         return found
+
+    def _is_drawing(self, data: bytes) -> bool:
+        return bool(self._drawings) and hashlib.sha256(data).hexdigest() in self._drawings
 
     def read(self, files: Sequence[bytes]) -> list[Upload]:
         """Sessions take turns, a few files each: a Crew does one list at a time, and slow files shall not hold up everybody."""
@@ -149,7 +160,7 @@ class Desk:
                 except Exception:  # this one has lost its place; the next shall find another
                     self._crew = self._hire()
                     raise
-        return [lost(f"its decoder {one.why}") if isinstance(one, Lost) else one for one in found]
+        return [lost(f"its decoder {one.why}", "decoder") if isinstance(one, Lost) else one for one in found]
 
     def look(self, images: Sequence[np.ndarray]) -> list[View]:
         """images (S, S) uint8. One study at a time: a model on all processors gains nothing from two."""
@@ -165,10 +176,10 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk(model: Model, workers: int = 1) -> Iterator[Desk]:
+def desk(model: Model, workers: int = 1, drawings: frozenset[str] = frozenset()) -> Iterator[Desk]:
     """The processes end with the block."""
     with contextlib.ExitStack() as stack:
-        yield Desk(model, workers, stack)
+        yield Desk(model, workers, drawings, stack)
 
 
 def study_types(card: Card) -> list[str]:
@@ -201,13 +212,16 @@ def num_studies(files: Sequence[File]) -> int:
 
 
 def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
-    """What predict writes of those that have a view, as one study. A model of drawings calls nothing."""
+    """What predict writes of those that have a view, as one study. A model of drawings calls nothing but known drawings."""
     good = [(file, file.view.logit) for file in files if file.view is not None]
     rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
     predictions = tables.views(rows)
     probability = classification.sigmoid(np.array([logit for _, logit in good], np.float32))
     worst = max((file.upload.verdict for file, _ in good), key=gate.NAMES.index)
-    studies = tables.judged([(STUDY, study_type, worst)], np.zeros(len(rows), np.int64), probability, card)
-    if card.trained_on.kind == "phantoms":
+    drawn = all(file.drawn for file, _ in good)
+    heads = [(STUDY, study_type, worst)]
+    studies = tables.judged(heads, np.zeros(len(rows), np.int64), probability, card, drawn=drawn)
+    withheld = card.trained_on.kind == "phantoms" and not drawn
+    if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan
-    return Answer(studies, predictions)
+    return Answer(studies, predictions, withheld)

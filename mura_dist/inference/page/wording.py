@@ -5,26 +5,44 @@
 "No abnormality flagged" is never "normal": the model may have missed it, and the sentence beside it says how often it did.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mura_dist.inference.page.frequencies import Frequency
 from mura_dist.inference.page.study import Answer
-from mura_dist.metrics.summary import CURVE, RATES
+from mura_dist.metrics.intervals import BOOTSTRAP
+from mura_dist.metrics.summary import CURVE
 from mura_dist.models.card import Card
+from mura_dist.reports.heatmap import MIN_CELLS
 
 Outcome = Literal["none_flagged", "flagged", "uncertain", "no_call"]
 
+TITLE = "Bone radiographs: one study, one answer"
+PURPOSE = (
+    "Upload the radiographs of one study to see how likely an abnormality is, and how often the model was wrong before."
+)
 HEADLINES: dict[Outcome, str] = {
     "none_flagged": "No abnormality flagged",
     "flagged": "Flagged",
     "uncertain": "Uncertain",
     "no_call": "No call",
 }
-DRAWINGS = "Trained on drawings: results on radiographs are meaningless"
-ELSEWHERE = "not your hospital"
+DEMO = "Demo on computer drawings: this is what an answer looks like"
+WITHHELD = (
+    "This model has seen nothing but computer drawings of bones: what it computes of a radiograph means nothing.",
+    "Next step: train on radiographs: mura-dist shards MURA-v1.1 shards/mura, then mura-dist train launch/recipes/mura.toml, "
+    "evaluate and export it, and open the page on that model.",
+)
 ENDS = (CURVE[0], CURVE[-1])  # of the thresholds to look at
 MAP_CAVEAT = "A map shows what moved this model, not where a lesion is."
+SAYS_HOW_OFTEN: dict[Outcome, list[str]] = {  # what was wrong before, beside each outcome
+    "none_flagged": ["missed"],
+    "flagged": ["alarms"],
+    "uncertain": ["missed", "alarms"],
+    "no_call": [],
+}
+SETS = {"train": "training set", "tune": "tuning set", "valid": "test set", "test": "test set"}
 
 
 def drawings(card: Card) -> bool:
@@ -36,10 +54,15 @@ def noun(study_type: str) -> str:
     return study_type.removeprefix("XR_").replace("_", " ").lower()
 
 
-def outcome(answer: Answer, card: Card) -> Outcome:
+def average(num: int) -> str:
+    """Return of how many pictures a probability is the average."""
+    return "one picture" if num == 1 else f"average of {num} pictures"
+
+
+def outcome(answer: Answer) -> Outcome:
     """What to say first. The uncertain band comes before the call: a call out of it is a coin nobody should trust."""
     call, band = answer.cell("call"), answer.cell("band")
-    if drawings(card) or (call is None and band is None):
+    if answer.withheld or (call is None and band is None):
         return "no_call"
     if band == "uncertain":
         return "uncertain"
@@ -48,16 +71,21 @@ def outcome(answer: Answer, card: Card) -> Outcome:
     return "flagged" if call else "none_flagged"
 
 
+def lead(answer: Answer) -> str:
+    """The sentence under the headline: the probability, where it means anything."""
+    if answer.withheld:
+        return WITHHELD[0]
+    return f"Probability of an abnormality: {answer.probability:.2f} ({average(len(answer.predictions))})."
+
+
 def explained(answer: Answer, card: Card) -> list[str]:
-    """The sentences under the headline."""
-    study_type, said = noun(answer.study_type), outcome(answer, card)
-    num = len(answer.predictions)
-    lines = [f"Probability {answer.probability:.2f}, the mean over {num} view{'s' if num > 1 else ''}."]
+    """The sentences under the first: how often it was wrong before anything else, then how the outcome came about."""
+    study_type, said = noun(answer.study_type), outcome(answer)
+    if answer.withheld:
+        return [WITHHELD[1]]
     if said == "no_call":
-        lines.append(f"{DRAWINGS}." if drawings(card) else f"No threshold was evaluated for {study_type} studies.")
-        return lines
-    if (calibrated := answer.cell("calibrated_probability")) is not None:
-        lines[0] += f" Calibrated: {calibrated:.2f}."
+        return [f"No threshold was evaluated for {study_type} studies."]
+    lines = experience(said, answer.study_type, card)
     call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
     if call is not None:
         side = "above" if call else "not above"
@@ -68,60 +96,71 @@ def explained(answer: Answer, card: Card) -> list[str]:
     if band is not None and ends is not None:
         place = {"uncertain": "inside", "negative": "below", "positive": "above"}[str(band)]
         lines.append(f"It lies {place} the uncertain band, {ends.low:.2f} to {ends.high:.2f}.")
-    return lines + experience(said, answer.study_type, card)
+    if (calibrated := answer.cell("calibrated_probability")) is not None:
+        lines.append(f"Calibrated, which corrects a model that is too sure or not sure enough: {calibrated:.2f}.")
+    return lines
+
+
+def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Return why there is no activation map, "" where there is one, by the cells of each picture's map."""
+    height, width = min(shapes, key=min)
+    if min(height, width) >= MIN_CELLS:
+        return ""
+    return (
+        f"No activation map: this model sees a picture in {height} x {width} cells, too few to say where. A model of larger "
+        f"pictures has one, from {MIN_CELLS} x {MIN_CELLS} cells on."
+    )
 
 
 def experience(said: Outcome, study_type: str, card: Card) -> list[str]:
     """How often it was wrong where it was measured: misses before anything else, unless something was flagged."""
     if not measured(card):
-        return ["How often it is wrong was not measured on radiographs."]
+        return [f"How often it is wrong was not measured on {'drawings' if drawings(card) else 'radiographs'}."]
     group = card.metrics["by_study_type"].get(study_type)
-    if group is None or not group.get("num_studies"):
+    confusion = group.get("confusion") if group else None
+    if not confusion:
         return [f"How often it is wrong on {noun(study_type)} studies was not measured."]
     if card.metrics.get("thresholds", {}).get(study_type) != card.thresholds.get(study_type):
         return [f"How often it is wrong on {noun(study_type)} studies at this threshold was not measured."]
-    where = f"In {group['num_studies']} {noun(study_type)} studies of {_of(card)}, "
-    missed = f"{where}{_wrong(group, 'sensitivity', 'abnormal ones were missed')}"
-    alarms = f"{where}{_wrong(group, 'specificity', 'normal ones were flagged')}"
-    order = {"none_flagged": [missed], "flagged": [alarms], "uncertain": [missed, alarms], "no_call": []}[said]
-    return [f"{line}; {'; '.join(_reserve(card))}." for line in order]
+    missed = _frequency(group, "sensitivity", confusion["fn"], confusion["tp"])
+    alarms = _frequency(group, "specificity", confusion["fp"], confusion["tn"])
+    lines = {
+        "missed": f"{missed.sentence(f'abnormal {noun(study_type)} studies {_in(card)}', 'missed')}.",
+        "alarms": f"{alarms.sentence(f'normal {noun(study_type)} studies {_in(card)}', 'flagged')}.",
+    }
+    return [*(lines[name] for name in SAYS_HOW_OFTEN[said]), reserve(card)]
 
 
-def _reserve(card: Card) -> list[str]:
+def reserve(card: Card) -> str:
     """For whom a number of the card's metrics holds, and of what."""
-    reserve, change = [ELSEWHERE], card.change
+    parts = ["The test set is of computer drawings" if drawings(card) else f"The {_set(card)} is not of your hospital"]
     if note := card.metrics.get("note"):
-        reserve.append(str(note))
+        parts.append(str(note).replace("this split", "this set"))
     if card.precision != "fp32":
-        reserve.append("measured in fp32")
-        if change is not None:
-            reserve.append(f"{card.precision} changed {change.num_changed_calls} of {change.num_studies} calls")
-    return reserve
+        parts.append("measured in fp32")
+        if (change := card.change) is not None:
+            parts.append(f"{card.precision} changed {change.num_changed_calls} of {change.num_studies} calls")
+    return f"{'; '.join(parts)}."
 
 
 def measured(card: Card) -> bool:
-    """Whether the card's metrics say something about radiographs."""
-    return bool(card.metrics) and card.metrics.get("measured_on") == "radiographs" and not drawings(card)
+    """Whether the card's metrics are of what the model was trained on: radiographs, or drawings."""
+    return bool(card.metrics) and card.metrics.get("measured_on") == card.trained_on.kind
 
 
-def _of(card: Card) -> str:
-    return f"the split {card.metrics.get('split', 'valid')}"
+def _set(card: Card) -> str:
+    return SETS.get(card.metrics.get("split", "valid"), "test set")
 
 
-def _wrong(group: Mapping[str, Any], rate: str, what: str) -> str:
-    """`18 of 100 abnormal ones were missed [12 to 26]`: the rest of a rate."""
-    value, low, high = (group.get(f"{rate}{end}") for end in ("", "_low", "_high"))
-    if value is None:
-        return f"how many {what} is unknown ({group.get('reasons', {}).get(rate, 'not measured')})"
-    if low is None or high is None:
-        why = group.get("reasons", {}).get(f"{rate}_low", "not measured")
-        return f"{_hundredths(1 - value)} of 100 {what} [no interval: {why}]"
-    return f"{_hundredths(1 - value)} of 100 {what} [{_hundredths(1 - high)} to {_hundredths(1 - low)}]"
+def _in(card: Card) -> str:
+    return f"in the {_set(card)}"
 
 
-def _hundredths(share: float) -> str:
-    """Never "0" of something that did happen."""
-    return "fewer than 1" if 0 < share < 0.005 else f"{100 * abs(share):.0f}"
+def _frequency(group: Mapping[str, Any], rate: str, wrong: int, right: int) -> Frequency:
+    """Of studies that were called wrong, from the rate of those that were called right and its interval."""
+    if group.get(f"{rate}_interval", BOOTSTRAP) != BOOTSTRAP or group.get(f"{rate}_low") is None:
+        return Frequency(wrong, wrong + right)
+    return Frequency(wrong, wrong + right, 1 - group[f"{rate}_high"], 1 - group[f"{rate}_low"])
 
 
 # ---- another threshold
@@ -140,20 +179,24 @@ class Curve:
     def of(cls, card: Card, study_type: str) -> "Curve | None":
         """None where the card's metrics cannot say what another threshold would do."""
         columns = card.metrics.get("curves", {}).get(study_type) if measured(card) else None
-        return cls(columns, study_type, _of(card), "; ".join(_reserve(card))) if columns else None
+        return cls(columns, study_type, _in(card), reserve(card)) if columns else None
 
-    def rates(self, threshold: float) -> list[str]:
-        """Sensitivity and specificity at the nearest threshold that was measured."""
+    def sentences(self, threshold: float) -> list[str]:
+        """What would be missed and what flagged at the nearest threshold that was measured."""
         thresholds = self.columns["threshold"]
         place = min(range(len(thresholds)), key=lambda one: abs(thresholds[one] - threshold))
-        lines = []
-        for name in RATES:
-            value, low, high = (self.columns[f"{name}{end}"][place] for end in ("", "_low", "_high"))
-            interval = "no interval" if low is None or high is None else f"{low:.2f} to {high:.2f}"
-            lines.append(f"{name} {value:.2f} [{interval}]")
-        return lines
+        abnormal = self.columns["num_abnormal"]
+        rates = {"sensitivity": ("abnormal", "missed", abnormal)}
+        rates["specificity"] = ("normal", "flagged", self.columns["num_studies"] - abnormal)
+        return [
+            f"{self._frequency(rate, place, total).sentence(f'{kind} {noun(self.study_type)} studies {self.where}', verb)}."
+            for rate, (kind, verb, total) in rates.items()
+        ]
 
-    @property
-    def people(self) -> str:
-        num, abnormal = self.columns["num_studies"], self.columns["num_abnormal"]
-        return f"{num} {noun(self.study_type)} studies of {self.where}, {abnormal} of them abnormal; {self.reserve}"
+    def _frequency(self, rate: str, place: int, total: int) -> Frequency:
+        value, low, high = (self.columns[f"{rate}{end}"][place] for end in ("", "_low", "_high"))
+        wrong = round((1 - value) * total)
+        kinds = self.columns.get(f"{rate}_interval")
+        if low is None or high is None or (kinds is not None and kinds[place] != BOOTSTRAP):
+            return Frequency(wrong, total)
+        return Frequency(wrong, total, 1 - high, 1 - low)

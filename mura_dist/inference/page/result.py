@@ -1,0 +1,201 @@
+"""What goes out: the answer beside the largest picture, the other pictures, another threshold, downloads.
+
+Answer, files -> outcome, map's switch and scale | picture -> other pictures        card -> rates at another threshold
+"""
+
+import io
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import streamlit as st
+from PIL import Image
+
+from mura_dist.data import table_names
+from mura_dist.inference import overlays
+from mura_dist.inference.page import style, wording
+from mura_dist.inference.page.study import Answer, File, View
+from mura_dist.inference.page.study_input import plain
+from mura_dist.metrics.classification import is_positive
+from mura_dist.models.card import Card
+from mura_dist.reports import heatmap, local_only
+from mura_dist.reports.html import Html, element
+
+if TYPE_CHECKING:
+    from mura_dist.inference.page.server import Serving
+
+_LEAST_BAND = 0.16  # of the gauge, that a word has room
+SCALE = "Colours of the activation map: blue lowers the probability, orange raises it, clear has little effect"
+
+
+@st.fragment  # what moves in here draws this part anew, and nothing else
+def show_answer(
+    found: Answer | None, files: Sequence[File], serving: "Serving", at_hand: str, num_left_out: int
+) -> None:
+    """Draw the answer, where there is one, and the pictures."""
+    largest = max(range(len(files)), key=lambda index: _num_pixels(files[index]))
+    left, right = st.columns([5, 6], gap="medium")
+    with left:
+        strength = None
+        if found is not None:
+            st.html(outcome(found, serving.desk.card, num_left_out))
+            strength = _map_strength(found, files, at_hand)
+    values = found is not None and not found.withheld
+    with right, st.container(key="picture-main"):
+        _picture(files, largest, strength, values=values)
+    others = [index for index in range(len(files)) if index != largest]
+    for start in range(0, len(others), 3):  # row by row: on a phone columns stand under each other, in their order
+        for index, column in zip(others[start : start + 3], st.columns(3), strict=False):
+            with column, st.container(key=f"picture-{index}"):
+                _picture(files, index, strength, values=values)
+
+
+def outcome(found: Answer, card: Card, num_left_out: int) -> Html:
+    """Return the answer as markup."""
+    said, lines = wording.outcome(found), wording.explained(found, card)
+    num_first = len(wording.SAYS_HOW_OFTEN[said])
+    if num_left_out:
+        lines.append(f"{num_left_out} of the files {'is' if num_left_out == 1 else 'are'} left out, see above.")
+    return element(
+        "section",
+        element("h2", wording.HEADLINES[said]),
+        element("p", wording.lead(found), class_="lead"),
+        *([] if found.withheld else [gauge(found, card)]),
+        *(element("p", line, class_="frequency") for line in lines[:num_first]),
+        *(element("small", line) for line in lines[num_first:]),
+        class_="outcome",
+        style=f"--mark: {style.MARKS[said]}",
+        role="alert",
+    )
+
+
+def gauge(found: Answer, card: Card) -> Html:
+    """Return the probability between 0 and 1, beside the threshold and the uncertain band; the words say the same."""
+    above, marks, below = [], [], [element("span", "0", class_="low"), element("span", "1", class_="high")]
+    band = card.calibration.bands.get(found.study_type)
+    if band is not None and found.cell("band") is not None:
+        marks.append(element("span", class_="band", style=f"left: {band.low:.2%}; right: {1 - band.high:.2%}"))
+        if band.high - band.low > _LEAST_BAND:
+            above.append(element("span", "uncertain", style=f"left: {(band.low + band.high) / 2:.2%}"))
+    if (threshold := found.cell("threshold")) is not None:
+        marks.append(element("span", class_="threshold", style=f"left: {float(threshold):.2%}"))
+        if _LEAST_BAND < float(threshold) < 1 - _LEAST_BAND:
+            below.append(element("span", "threshold", style=f"left: {float(threshold):.2%}"))
+    marks.append(element("span", class_="here", style=f"left: {found.probability:.2%}"))
+    words = (element("div", *spans, class_="gauge-words") for spans in (above, below))
+    return element("div", next(words), element("div", *marks, class_="gauge"), next(words), aria_hidden="true")
+
+
+# ---- pictures and their maps
+
+
+def _map_strength(found: Answer, files: Sequence[File], at_hand: str) -> float | None:
+    """Of the maps, 0.1 to 1; None as long as nobody asks for them: a map shows something beside every answer."""
+    if found.withheld:
+        return None
+    if reason := wording.no_map(file.view.cells.shape for file in files if file.view is not None):
+        st.caption(reason)
+        return None
+    if not st.toggle("Show the activation map", value=False, help=wording.MAP_CAVEAT, key=f"map {at_hand}"):
+        return None
+    bar = element("div", class_="bar", style=f"background: {style.scale_gradient()}", role="img", aria_label=SCALE)
+    effects = ("lowers the probability", "little effect", "raises it")
+    ends = element("div", *(element("span", text) for text in effects), class_="ends")
+    note = element("p", f"The same colours for every picture. {wording.MAP_CAVEAT}")
+    st.html(element("div", bar, ends, note, class_="scale"))
+    return st.slider("Strength of the map", 1, 10, 10, key=f"strength {at_hand}") / 10
+
+
+def _picture(files: Sequence[File], index: int, strength: float | None, *, values: bool) -> None:
+    file, which = files[index], f"picture {index + 1}"
+    assert file.view is not None
+    assert file.upload.shown is not None
+    shown, what = file.upload.shown, "Radiograph"
+    if strength is not None:
+        shown, what = heatmap.painted(shown, file.view.cells, strength), "Radiograph under its activation map"
+    st.image(_png(shown), alt=f"{what}, {which}", width="stretch")
+    words = which.capitalize()
+    if not file.drawn:
+        words += f", {plain(file.name.rpartition('/')[2])}"
+    st.markdown(f"{words}: probability **{file.view.probability:.2f}**" if values else words)
+
+
+def _num_pixels(file: File) -> int:
+    return 0 if file.upload.shown is None else int(file.upload.shown.size)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Quickly rather than small: it goes no further than the screen."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", compress_level=1)
+    return data.getvalue()
+
+
+# ---- another threshold
+
+
+@st.fragment
+def show_threshold(found: Answer, serving: "Serving", at_hand: str) -> None:
+    """Look at another threshold; nothing else on the page, and no download, moves with it."""
+    curve = None if found.withheld else wording.Curve.of(serving.desk.card, found.study_type)
+    own = found.cell("threshold")
+    if curve is None or own is None:
+        return
+    st.header("Another threshold", anchor=False)
+    first, last = wording.ENDS
+    start = min(max(round(float(own), 2), first), last)
+    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {found.study_type} {at_hand}")
+    call = "flagged" if is_positive(found.probability, value) else "not flagged"
+    st.markdown(
+        f"At {value:.2f} this study ({found.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
+    )
+    st.caption(f"{curve.reserve} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
+
+
+# ---- downloads
+
+
+def show_downloads(found: Answer, files: Sequence[File], serving: "Serving", at_hand: str) -> None:
+    """Offer the tables that predict would write, and each picture with its map."""
+    st.header("Downloads", anchor=False)
+    drawn = wording.drawings(serving.desk.card)
+    tail = "-of-drawings" if drawn and not found.withheld else ""
+    with st.container(horizontal=True, key="downloads"):
+        for label, table, name in (("Study", found.studies, "studies"), ("Pictures", found.predictions, "predictions")):
+            st.download_button(
+                f"{label} (CSV)",
+                data=table_names.cells(table).to_csv(index=False, lineterminator="\n").encode(),
+                file_name=f"{name}{tail}.csv",
+                mime="text/csv",
+                on_click="ignore",
+            )
+        for index, file in enumerate(files):
+            if not found.withheld and file.view is not None and heatmap.drawable(file.view.cells):
+                _overlay(file, index, at_hand, drawn=drawn)
+    if tail:
+        st.caption("Of computer drawings, by a model of drawings: the tables say so under trained_on.")
+
+
+def _overlay(file: File, index: int, at_hand: str, *, drawn: bool) -> None:
+    """The picture and its map, as predict draws them; where the pixels may show a name, only when that was confirmed."""
+    assert file.upload.image is not None
+    assert file.view is not None
+    identity, which = file.upload.identity, f"picture {index + 1}"
+    withheld = identity is not None and identity.may_show_text
+    allow = f"The pixels of {which} may show a name: I may download it"
+    if withheld and not st.checkbox(allow, key=f"allow {which} {at_hand}"):
+        return
+    st.download_button(
+        f"{which.capitalize()} with its map (PNG)",
+        data=partial(_overlay_png, file.upload.image, file.view, drawn),
+        file_name=f"map-of-{which.replace(' ', '-')}.png",
+        mime="image/png",
+        key=f"overlay {which} {at_hand}",
+        on_click="ignore",
+        help=local_only.WHY,
+    )
+
+
+def _overlay_png(image: np.ndarray, view: View, drawn: bool) -> bytes:
+    return local_only.png(overlays.picture(image, view.cells, view.logit, drawings=drawn))

@@ -1,0 +1,150 @@
+"""What comes in: files that were uploaded, or an example, and the study type.
+
+nothing yet -> drop zone, cards of examples        files -> read and predicted once, kept in the session by number
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from mura_dist.data import gate
+from mura_dist.inference.page import failures, wording
+from mura_dist.inference.page.examples import Example
+from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB, File, num_studies, study_types, told_types
+from mura_dist.reports.html import element
+
+if TYPE_CHECKING:
+    from mura_dist.inference.page.server import Serving
+
+CHOOSE = "Choose the study type"
+UPLOAD = "Drag and drop the radiographs of one study here"
+LIMITS = f"PNG, JPEG, TIFF or DICOM, up to {MAX_FILES} files of {MAX_UPLOAD_MB} MB, of one study of one patient."
+_EXAMPLE = "example"  # of the session's state: its number
+
+Content = dict[str, tuple[str, Callable[[], bytes]]]
+"""By the file's number in this session: its name, and how to get its bytes."""
+
+
+def choose_files(serving: "Serving") -> list[File]:
+    """Draw what asks for files; return those of the study, read and, where they pass the gate, predicted."""
+    number = st.session_state.get(_EXAMPLE)
+    if number is not None:
+        return _kept(serving, _chosen(serving.examples[number - 1]))
+    content = _uploaded()
+    if not content and serving.examples:
+        _cards(serving)
+    return _kept(serving, content)
+
+
+def _uploaded() -> Content:
+    with st.container(key="upload-zone"):
+        uploaded = st.file_uploader(UPLOAD, accept_multiple_files=True, key="upload")
+        st.html(element("p", failures.REFUSED, class_="refused", role="alert"))
+        if uploaded:
+            if len(uploaded) <= MAX_FILES:
+                return {str(one.file_id): (one.name, one.getvalue) for one in uploaded}
+            st.error(f"{len(uploaded)} files: {failures.TOO_MANY}.")
+            return {}
+        kept = "They stay in this server's memory, and are gone when you remove them or close the page."
+        st.html(element("p", f"{LIMITS} {kept}", class_="soft"))
+    return {}
+
+
+def _cards(serving: "Serving") -> None:
+    """One of each study type first, the others folded."""
+    st.header("Or try an example", anchor=False)
+    first = len({example.study_type for example in serving.examples})
+    shown = list(zip(serving.examples, serving.thumbnails, strict=True))
+    _grid("first", shown[:first])
+    if shown[first:]:
+        with st.expander(f"{len(shown) - first} more examples"):
+            _grid("more", shown[first:])
+
+
+def _grid(name: str, shown: Sequence[tuple[Example, bytes | None]]) -> None:
+    with st.container(key=f"cards-{name}"):
+        for example, picture in shown:
+            with st.container(key=f"example-{example.number}"):
+                if picture is not None:
+                    st.image(picture, alt=f"First picture of example {example.number}", width="stretch")
+                st.button(
+                    title(example),
+                    key=f"choose-{example.number}",
+                    on_click=partial(st.session_state.__setitem__, _EXAMPLE, example.number),
+                    type="tertiary",
+                    width="stretch",
+                )
+
+
+def title(example: Example) -> str:
+    """Return what an example is called."""
+    num = len(example.files)
+    return f"Example {example.number}: {wording.noun(example.study_type)}, {num} picture{'s' if num > 1 else ''}"
+
+
+def _chosen(example: Example) -> Content:
+    with st.container(key="bar", horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        st.html(element("p", title(example)))
+        st.button("Choose another study", on_click=partial(st.session_state.pop, _EXAMPLE, None), key="another")
+    return {
+        f"{example.number} {index}": (example.name(index), partial(example.content, index))
+        for index in range(len(example.files))
+    }
+
+
+def _kept(serving: "Serving", content: Content) -> list[File]:
+    """Return the files, each asked about once in a session."""
+    kept: dict[str, File] = st.session_state.get("files", {})
+    new = [number for number in content if number not in kept]
+    if new:
+        with st.spinner("Reading"):
+            asked = serving.desk.ask([content[number][0] for number in new], [content[number][1]() for number in new])
+            kept = {**kept, **dict(zip(new, asked, strict=True))}
+    st.session_state["files"] = {number: kept[number] for number in content}
+    return list(st.session_state["files"].values())
+
+
+def show_failures(files: Sequence[File]) -> None:
+    """Say beside each file's name what is wrong with it."""
+    for file in files:
+        name = plain(file.name)
+        if file.upload.failure:
+            st.error(f"{name}: {plain(failures.sentence(file.upload.code, file.upload.failure))}")
+        elif file.view is None:
+            st.error(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
+        elif file.upload.verdict in gate.WORDS:
+            st.warning(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
+        for note in file.upload.notes:
+            st.caption(f"{name}: {note}.")
+
+
+def choose_study_type(serving: "Serving", files: Sequence[File]) -> str | None:
+    """Return the study type as files tell, else as chosen; None until it is chosen."""
+    known, told = study_types(serving.desk.card), told_types(files, serving.desk.card)
+    if st.session_state.get(_EXAMPLE) is not None and len(told) == 1 and told <= set(known):
+        return min(told)
+    if num_studies(files) > 1:
+        st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
+    if len(told) > 1:
+        st.warning(f"The files tell of several study types: {', '.join(sorted(map(wording.noun, told)))}.")
+    elif told - set(known):
+        st.warning(f"The files tell of the study type {wording.noun(min(told))}, which this model was not trained on.")
+    labels = {wording.noun(one).capitalize(): one for one in known}
+    chosen = st.selectbox(
+        "Study type",
+        list(labels),
+        index=known.index(min(told)) if len(told) == 1 and told <= set(known) else None,
+        placeholder=CHOOSE,
+        help="Read from MURA's names or a DICOM's body part where they tell; else choose it.",
+    )
+    if chosen is None:
+        st.info(f"{CHOOSE}: the answer depends on it.")
+        return None
+    return labels[chosen]
+
+
+def plain(text: str) -> str:
+    """Return text without markup: a file may be called anything."""
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]()#+-.!|<>~$:&" else sign for sign in text)

@@ -1,0 +1,169 @@
+"""The examples of the page: which they are, what they are called, which of them are drawings."""
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from mura_dist.data import mura
+from mura_dist.data.phantoms import MARK, DrawnSet
+from mura_dist.inference.page import examples, study
+from mura_dist.inference.page.examples import PER_TYPE, THUMBNAIL_PX, Example
+from mura_dist.inference.page.study_input import title
+
+
+@pytest.fixture(scope="module")
+def drawn(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the phantoms' valid split and their mark, to change."""
+    folder = tmp_path_factory.mktemp("drawn")
+    shutil.copytree(phantoms / "valid", folder / "valid")
+    shutil.copy(phantoms / MARK, folder)
+    return folder
+
+
+def test_examples_are_some_of_each_type_with_both_labels(phantoms: Path) -> None:
+    found = examples.find(phantoms)
+    assert found == examples.find(phantoms / "valid" / "..")  # another way to the same folder
+    assert [one.number for one in found] == list(range(1, len(found) + 1))
+    assert [one.study_type for one in found[:7]] == list(mura.STUDY_TYPES)  # one of each comes first
+    for study_type in mura.STUDY_TYPES:
+        some = [one for one in found if one.study_type == study_type]
+        assert len(some) <= PER_TYPE
+        assert {one.files[0].parent.name.partition("_")[2] for one in some} == {"positive", "negative"}
+    for one in found:
+        assert 1 <= len(one.files) <= study.MAX_FILES
+        assert all(path.is_file() for path in one.files)
+
+
+def test_examples_without_labels_are_as_few(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / "XR_WRIST" / f"patient{number:05}" / "study1"
+        folder.mkdir(parents=True)
+        (folder / "image1.png").touch()
+    assert len(examples.find(tmp_path)) == PER_TYPE
+
+
+def test_a_name_tells_the_study_type_and_no_label(phantoms: Path) -> None:
+    for one in examples.find(phantoms):
+        for index in range(len(one.files)):
+            name = one.name(index)
+            assert name == f"{one.study_type}/example{one.number}/image{index + 1}.png"
+            assert one.content(index) == one.files[index].read_bytes()
+        plural = "" if len(one.files) == 1 else "s"
+        noun = one.study_type.removeprefix("XR_").lower()
+        assert title(one) == f"Example {one.number}: {noun}, {len(one.files)} picture{plural}"
+    gone = Example(1, "XR_HAND", (Path("/nowhere/image1.PNG"),))
+    assert (gone.content(0), gone.name(0)) == (b"", "XR_HAND/example1/image1.png")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("below", [".", "valid", "valid/XR_HAND"])
+def test_examples_of_a_phantom_set_are_known_drawings(drawn: Path, below: str) -> None:
+    some = examples.find(drawn / below)
+    assert examples.drawings(drawn / below, some) == {digest(path) for one in some for path in one.files}
+
+
+def saved(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def test_a_radiograph_among_them_is_none(drawn: Path) -> None:
+    """Whatever it is called, and whatever the mark says."""
+    some = examples.find(drawn / "valid" / "XR_HAND")
+    target, other = some[0].files[0], some[1].files[0]
+    before = target.read_bytes()
+    with Image.open(target) as image:
+        pixels, mode = np.asarray(image).astype(int), image.mode
+    photograph = Image.fromarray(load_sample_image("flower.jpg")).convert(mode).resize(pixels.shape[1::-1])
+    loud = pixels.copy()
+    loud[pixels.shape[0] // 2, 3] = (loud[pixels.shape[0] // 2, 3] + 128) % 256
+    contents = {
+        "a photograph of the same size": saved(photograph),
+        "another drawing of the set": other.read_bytes(),
+        "one pixel changed": saved(Image.fromarray(loud.astype(np.uint8))),
+        "cut short": before[: len(before) // 2],
+        "nothing": b"",
+        "no picture": b"GIF89a",
+    }
+    try:
+        for what, data in contents.items():
+            target.write_bytes(data)
+            known = examples.drawings(drawn, some)
+            assert hashlib.sha256(data).hexdigest() not in known or what == "another drawing of the set", what
+            assert len(known) == sum(len(one.files) for one in some) - 1, what
+    finally:
+        target.write_bytes(before)
+
+
+def test_another_processors_drawing_is_one(drawn: Path) -> None:
+    """It may differ by a grey level."""
+    found = DrawnSet.of(drawn)
+    assert found is not None
+    path = examples.find(drawn)[0].files[0]
+    with Image.open(path) as image:
+        pixels = np.asarray(image).astype(int)
+    for off, same in ((1, True), (2, False)):
+        moved = np.where(pixels > 128, pixels - off, pixels + off).astype(np.uint8)
+        assert found.holds(path.relative_to(drawn).as_posix(), saved(Image.fromarray(moved))) == same
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 0},
+        {"seed": 2},
+        {"size": 256},
+        {"studies": 61},
+        {"studies": "60"},
+        {"size": 10**9},
+        {"seed": -1},
+        None,
+    ],
+)
+def test_another_mark_knows_no_drawing(drawn: Path, tmp_path: Path, change: dict[str, object] | None) -> None:
+    mark = json.loads((drawn / MARK).read_text())
+    shutil.copytree(drawn / "valid" / "XR_HAND", tmp_path / "valid" / "XR_HAND")
+    for text in ("[torn", "[]") if change is None else (json.dumps(mark | change),):
+        (tmp_path / MARK).write_text(text)
+        assert examples.drawings(tmp_path, examples.find(tmp_path)) == frozenset()
+    (tmp_path / MARK).unlink()
+    assert examples.drawings(tmp_path, examples.find(tmp_path)) == frozenset()
+
+
+def test_a_path_outside_of_the_set_holds_nothing(drawn: Path) -> None:
+    found = DrawnSet.of(drawn)
+    assert found is not None
+    path = examples.find(drawn)[0].files[0]
+    name, data = path.relative_to(drawn).as_posix(), path.read_bytes()
+    assert found.holds(name, data)
+    for wrong in (
+        "",
+        "image1.png",
+        f"x/{name}",
+        name.replace("image1", "image9"),
+        name.replace("image1", "image0"),
+        f"{name}/",
+    ):
+        assert not found.holds(wrong, data)
+
+
+@pytest.mark.parametrize("shape", [(10, 100), (100, 10), (500, 400), (1, 1)])
+def test_a_thumbnail_is_a_square(shape: tuple[int, int]) -> None:
+    shown = np.full(shape, 200, np.uint8)
+    data = examples.thumbnail(study.Upload(None, shown, None, "ok", ""))
+    assert data is not None
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (THUMBNAIL_PX, THUMBNAIL_PX)
+        assert np.asarray(image).max() == 200
+    assert examples.thumbnail(study.lost("no", "not_image")) is None
