@@ -23,8 +23,8 @@ VERDICTS = {
 assert set(VERDICTS) == set(gate.WORDS)
 # The browser names a status code and no reason: all of them in one message.
 REFUSED = (
-    f"A file marked in red was not taken: this file is too large (over {MAX_UPLOAD_MB} MB), or there are more than {MAX_FILES}, "
-    "or the server is busy. Remove it; if it is small enough, try it again in a minute."
+    f"A file marked in red was not taken: this file is too large (over {MAX_UPLOAD_MB} MB), or there are more than "
+    f"{MAX_FILES} files, or the server is busy. Remove it; if it is small enough, try it again in a minute."
 )
 TOO_MANY = f"at most {MAX_FILES} pictures make a study here. Remove some"
 

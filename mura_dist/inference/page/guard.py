@@ -23,6 +23,7 @@ OTHER_ORIGIN = "another web site may not use the page"
 BUSY = "too many uploads arrive at this moment; try again in a minute"
 FULL = "too many sessions are open; try again later"
 SLOW = "the upload arrives too slowly"
+UNCHANGING = "/static/"  # Streamlit's own files; all else is somebody's
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in self.headers.items():
                     headers[name] = value
+                if not scope["path"].startswith(UNCHANGING):  # pictures and tables go into no cache on a disk
+                    headers["Cache-Control"] = "no-store"
             await send(message)
 
         if (refusal := self._refusal(scope)) is not None:

@@ -1,6 +1,6 @@
 """What Streamlit is kept from: files on disks, sessions that stay, strangers asked. Each by replacing a piece of it, by name.
 
-    keep(uploads in memory, few) forget(closed sessions, whole) tell_nobody(browsers' caches, an address service)
+    keep(uploads in memory, few) forget(closed sessions, whole) tell_nobody(an address service)
 
 A version that lacks one of the names is refused: it would go on without a word. tests/inference/page watches the effects.
 """
@@ -70,18 +70,9 @@ def forget_gone_sessions() -> None:
 
 
 def tell_nobody() -> None:
-    """Browsers put pictures and tables into no cache on a disk; and nobody is asked for this machine's address, as Streamlit
-    does where another web site knocks."""
+    """Ask nobody for this machine's address, as Streamlit does where another web site knocks."""
     from streamlit import net_util
-    from streamlit.web.server.starlette import starlette_routes
 
-    finish = starlette_routes._set_cors_headers
-
-    async def finished(request: Any, response: Any) -> None:
-        await finish(request, response)
-        response.headers["Cache-Control"] = "no-store"
-
-    _replace(starlette_routes, "_set_cors_headers", finished)
     _replace(net_util, "get_external_ip", lambda: None)
 
 

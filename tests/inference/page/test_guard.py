@@ -299,6 +299,8 @@ def test_every_response_carries_the_headers(port: int) -> None:
     for status, (actual, headers, _) in answers.items():
         assert actual == status
         assert wanted.items() <= headers.items(), status
+        assert headers["cache-control"] == "no-store", status
+    assert "cache-control" not in ask(port, request(target="/static/none"))[1]
 
 
 def test_the_policy_names_scripts_by_their_hash() -> None:
