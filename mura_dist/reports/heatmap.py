@@ -63,6 +63,13 @@ def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.
     return _mixed(pixels, _interpolated(cells, pixels.shape), strength)
 
 
+def layer(cells: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return a map (h, w) alone, interpolated to `shape`, to be laid over a radiograph: colour and opacity, (H, W, 4) uint8."""
+    logit = _interpolated(cells, shape)
+    colours = np.where(logit[..., None] > 0, FOR, AGAINST)
+    return np.concatenate([colours, np.rint(255 * opacity(logit))[..., None]], axis=-1).astype(np.uint8)
+
+
 def _interpolated(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the logits (h, w) at each pixel of `shape`."""
     far = 4 * EDGES[-1]  # where opacity no longer grows, so that an infinite cell has neighbours too
@@ -83,13 +90,18 @@ def scale(width: int) -> np.ndarray:
     return np.sign(step) * np.where(np.abs(step) > 0.5, EDGES[0] * 2.0 ** (np.abs(step) - 0.5), np.abs(step) * EDGES[0])
 
 
+def scale_strip(width: int) -> np.ndarray:
+    """Return the colours along a scale, over black and below over white: (28, width, 3) uint8."""
+    logits = np.tile(scale(width), (28, 1))
+    ground = np.repeat([[0], [255]], 14, axis=0) * np.ones_like(logits)
+    return _mixed(ground, logits)
+
+
 def draw_scale(canvas: Image.Image, x: int, y: int, width: int, font: Any) -> None:
     """The colours over black and over white, for that is what they lie on."""
     draw = ImageDraw.Draw(canvas)
     draw.text((x, y), "A cell's logit: blue lowers it, orange raises it, clear is near 0", "#1b1f24", font)
-    logits = np.tile(scale(width), (28, 1))
-    ground = np.repeat([[0], [255]], 14, axis=0) * np.ones_like(logits)
-    canvas.paste(Image.fromarray(_mixed(ground, logits)), (x, y + 22))
+    canvas.paste(Image.fromarray(scale_strip(width)), (x, y + 22))
     draw.rectangle((x, y + 22, x + width, y + 50), outline="#8995a1")
     for place, edge in enumerate(edges(), start=1):
         draw.text((x + place * width / len(STEPS), y + 54), f"{edge:g}", "#1b1f24", font, anchor="ma")

@@ -1,5 +1,8 @@
 """gallery.py and saliency.py: the surest errors, how stable maps are, one scale, LOCAL ONLY."""
 
+import base64
+import html
+import io
 import json
 import os
 import re
@@ -17,8 +20,9 @@ from PIL import Image
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data.loaders.opencv import augment
+from mura_dist.data.mura import in_words
 from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation import gallery, results, saliency
+from mura_dist.evaluation import gallery, gallery_page, gallery_picture, gallery_studies, results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
 from mura_dist.metrics.operating_points import Points
 from mura_dist.reports import heatmap
@@ -76,7 +80,7 @@ def table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
 def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
     studies = table(seed, threshold=threshold)
-    chosen = gallery.choose(studies, 24, seed)
+    chosen = gallery_studies.choose(studies, 24, seed)
     of_kind: dict[str, list[Any]] = {}
     for name, line, call in chosen:
         of_kind.setdefault(name.rpartition("-")[0], []).append(line)
@@ -99,8 +103,8 @@ def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
 
 def test_hits_are_drawn_by_the_seed() -> None:
     studies = table(0)
-    again, other = (gallery.choose(studies, 24, seed) for seed in (1, 2))
-    assert again == gallery.choose(studies, 24, 1)
+    again, other = (gallery_studies.choose(studies, 24, seed) for seed in (1, 2))
+    assert again == gallery_studies.choose(studies, 24, 1)
     assert [one for one in again if "hit" in one[0]] != [one for one in other if "hit" in one[0]]
     assert [one for one in again if "hit" not in one[0]] == [one for one in other if "hit" not in one[0]]
 
@@ -108,9 +112,9 @@ def test_hits_are_drawn_by_the_seed() -> None:
 def test_a_call_that_was_made_is_the_call() -> None:
     """With thresholds by study type the table says who is called; few errors make few pictures."""
     studies = table(0).iloc[10:40].assign(call=1)
-    kinds = {name.rpartition("-")[0] for name, _, _ in gallery.choose(studies, 24, 0)}
+    kinds = {name.rpartition("-")[0] for name, _, _ in gallery_studies.choose(studies, 24, 0)}
     assert kinds == {"false-alarm", "hit-abnormal"}
-    assert gallery.choose(studies.iloc[:0], 24, 0) == []
+    assert gallery_studies.choose(studies.iloc[:0], 24, 0) == []
 
 
 # ---- the numbers
@@ -302,7 +306,7 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
             ("normal", "abnormal")[study["label"]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
-        said = f"{study['study_type']}, labelled {label}, {call} at probability {study['probability']:.3f}"
+        said = f"{in_words(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
         assert [one for one in labels if one.startswith(said)], said
         assert study["study"] in page.text
@@ -319,17 +323,131 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
 
 
 def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
-    """Every cell beyond the first edge is there, with the class of its own logit."""
+    """Over each radiograph lies the map of its own cells; the colour of a logit is the same in all of them."""
     out, found = made
-    frame, wanted = opened.manifest.frame, []
+    frame, wanted, radiographs = opened.manifest.frame, [], []
     for study in found["studies"]:
         for row in frame.index[frame["study"] == study["study"]]:
-            wanted += [int(step) for step in heatmap.steps(sees(opened.pixels(row)[None, None])[1][0]).flat if step]
-    text = (out / "gallery.html").read_text().split("</style>")[1].split("</section>", 1)[1]
-    after_scale = text[text.index("</figure>") :]
-    told = [(1 if sign == "f" else -1) * int(step) for sign, step in re.findall(r'class="([fa]) s(\d)"', after_scale)]
-    assert told == wanted
-    assert {abs(step) for step in told} >= {1, 2, 3}
+            radiographs.append(opened.pixels(row))
+            wanted.append(heatmap.layer(sees(radiographs[-1][None, None])[1][0], (60, 60)))
+    text = (out / "gallery.html").read_text()
+    maps = [embedded(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
+    shown = [embedded(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)]
+    assert len(maps) == len(shown) == len(wanted) > 4
+    assert all((ours == theirs).all() for ours, theirs in zip(maps, wanted, strict=True))
+    for ours, theirs in zip(shown, radiographs, strict=True):  # a JPEG: alike to the eye
+        assert np.abs(ours.astype(int) - theirs).mean() < 4
+    assert len({tuple(pixel) for pixel in np.concatenate([one.reshape(-1, 4) for one in maps])}) > 50
+
+
+def embedded(data: str) -> np.ndarray:
+    """A picture of a page, which says inside that it is LOCAL ONLY."""
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        comment = image.info.get("Comment") or image.info["comment"].decode()
+        assert "LOCAL ONLY" in comment
+        return np.asarray(image)
+
+
+def test_a_layer_over_a_radiograph_is_the_painted_one() -> None:
+    """What the browser lays over a radiograph is what a picture file holds."""
+    rng = np.random.default_rng(0)
+    pixels, cells = rng.integers(0, 256, (48, 48), np.uint8), rng.normal(0, 4, (6, 6))
+    above = heatmap.layer(cells, (48, 48)).astype(float)
+    share = above[..., 3:] / 255
+    mixed = pixels[..., None] * (1 - share) + above[..., :3] * share
+    assert np.abs(mixed - heatmap.painted(pixels, cells)).max() <= 1.5
+
+
+# ---- pages
+
+
+def a_study(place: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.Study:
+    """A study of noise, which compresses worst."""
+    rng = np.random.default_rng(place)
+    views = tuple(
+        gallery_studies.View(
+            number, 0.5, rng.integers(0, 256, (size, size), np.uint8), rng.normal(0, 4, (num_cells, num_cells))
+        )
+        for number in range(1, num_views + 1)
+    )
+    kind = list(gallery_studies.NAMES)[place * 4 // 60 % 4]
+    return gallery_studies.Study(f"{kind}-{place}", f"valid/s{place}", "XR_HAND", 1, 0, 0.2, views, 0)
+
+
+CONTENT: dict[str, Any] = {
+    "title": "t",
+    "trained_on": "radiographs",
+    "measured_on": "radiographs",
+    "note": None,
+    "num_networks": 1,
+    "map": {"cells": [10, 10], "caveat": "a caveat"},
+    "stability": {
+        "note": "n",
+        "correlation": "c",
+        "mirror": saliency.summary(np.array([0.5, 0.7]), ["a", "b"], 0) | {"num_cells": 100},
+    }
+    | {"rotation": saliency.summary(np.array([np.nan]), ["a"], 0) | {"num_cells": 2, "angle_deg": 10.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("num", "views", "size"), [(0, 0, 0), (1, 1, 64), (24, 3, 64), (25, 1, 64), (60, 2, 64), (30, 5, 320), (3, 40, 400)]
+)
+def test_pages_are_small_and_lead_to_each_other(num: int, views: int, size: int, tmp_path: Path) -> None:
+    studies = [a_study(place, views, size) for place in range(num)]
+    texts = gallery_page.pages(studies, CONTENT)
+    (tmp_path / "gallery").mkdir()
+    paths = [tmp_path / gallery_page.address(number) for number in range(1, len(texts) + 1)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    shown: list[str] = []
+    for number, path in enumerate(paths, start=1):
+        text = path.read_text()
+        laws.local_only(path)
+        assert path.stat().st_size < 3_000_000
+        cards = re.findall(r"\(gallery/([\w-]+)\.png\)", text)
+        assert len(cards) <= 24
+        shown += cards
+        links = {(path.parent / href).resolve() for href in re.findall(r'<a href="([^"#][^"]*)"', text)}
+        assert links == set(paths) - {path}
+        named = dict(re.findall(r'<a href="([^"]*)">(previous|next)</a>', text))
+        steps = {name: (path.parent / href).resolve() for href, name in named.items()}
+        before, after = paths[number - 2 : number - 1] if number > 1 else [], paths[number : number + 1]
+        assert steps == dict(zip(["previous"], before, strict=False)) | dict(zip(["next"], after, strict=False))
+    assert sorted(shown) == sorted(study.name for study in studies)
+    if size < 320:
+        assert len(paths) == max(1, -(-num // 24))
+    if views > 12:
+        assert f"{views - 12} more views: gallery/" in texts[0]
+
+
+def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
+    [text] = gallery_page.pages([a_study(0, 1, 64)], CONTENT)
+    assert text.count("<strong>0.60</strong>") == 1
+    assert (
+        "Stability of a radiograph turned by ±10°: not measured, since 2 cells of its map stay within the canvas"
+        in text
+    )
+    assert (
+        "There is no study to show of: False alarms, labelled normal, called abnormal; Hits, labelled abnormal" in text
+    )
+    assert not re.search(r"<strong>none</strong>|n = 0|None in this split", text)
+
+
+def test_maps_of_few_cells_are_not_shown() -> None:
+    """Neither on a page nor in a picture; a sentence says why."""
+    study = a_study(0, 2, 64, num_cells=3)
+    [text] = map(html.unescape, gallery_page.pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}}))
+    assert (
+        "this model's class activation maps have 3 x 3 cells here, too few to point at a place (at least 4 x 4)" in text
+    )
+    assert "How far to trust a map" not in text
+    assert "a caveat" not in text
+    assert not re.search("<use|image/png|One scale for all maps", text)
+    pixels = gallery_picture.picture(study)
+    assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # grey, but for the words' ink
+    drawn = gallery_picture.picture(a_study(0, 2, 64, num_cells=4))
+    assert (drawn[26:, :, 0] == drawn[26:, :, 2]).mean() < 0.9
 
 
 def test_pictures_are_files_marked_local(made: tuple[Path, dict[str, Any]]) -> None:
@@ -356,12 +474,13 @@ def test_nothing_of_the_machine_is_told(made: tuple[Path, dict[str, Any]], opene
 
 def test_an_earlier_gallery_is_taken_away(opened: Shards, tmp_path: Path) -> None:
     written(tmp_path, opened, GalleryOptions(num_sampled=4))
-    stale = tmp_path / "gallery" / "missed-77.png"
-    stale.write_bytes(b"of an earlier evaluation")
+    stale = [tmp_path / "gallery" / name for name in ("missed-77.png", "page-2.html", "page-13.html")]
+    for path in stale:
+        path.write_bytes(b"of an earlier evaluation")
     mine = tmp_path / "gallery" / "notes.txt"
     mine.write_text("a person's")
     written(tmp_path, opened, GalleryOptions(num_studies=4, num_sampled=4))
-    assert not stale.exists()
+    assert not any(path.exists() for path in stale)
     assert len(list((tmp_path / "gallery").glob("*.png"))) <= 4
     gallery.clear(tmp_path)
     assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["notes.txt"]
@@ -430,8 +549,9 @@ def test_evaluate_makes_it_and_the_report_stays_clean(
     found, said = evaluated(capsys, one, shard_folder, "--out", tmp_path)
     assert re.search(r"gallery \(LOCAL ONLY\): \d+ studies, maps of \d+ radiographs, [\d.]+ s", said)
     assert (
-        "Too few for a correlation." in laws.local_only(tmp_path / "gallery.html").text
-    )  # 2 x 2 cells, none stays within
+        "class activation maps have 2 x 2 cells here, too few to point"
+        in laws.local_only(tmp_path / "gallery.html").text
+    )
     laws.holds_no_radiograph(tmp_path / "report.html")
     shown = pd.read_csv(tmp_path / "studies.csv").set_index("study")
     for study in found["studies"]:
@@ -464,18 +584,22 @@ def test_an_onnx_file_and_a_list_have_galleries_too(
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_radiographs_of_an_evaluation_are_its_owners_alone(shared: bool, opened: Shards, tmp_path: Path) -> None:
+def test_the_radiographs_of_an_evaluation_are_its_owners_alone(
+    shared: bool, opened: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
     rows = opened.rows("valid")
     logit, _ = saliency.look(sees, np.stack([opened.pixels(row) for row in rows]))
     scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), Points(), 1.0), os.umask(0o022)
     try:
         options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)
+        monkeypatch.setattr(gallery_page, "CARDS", 3)  # several pages
         results.write(opened, toy(sees), scores, options)
     finally:
         os.umask(before)
     radiographs = {path for each in gallery.paths(tmp_path / "out") for path in (each, *each.rglob("*"))}
     assert len(radiographs) > 4
+    assert tmp_path / "out" / "gallery" / "page-2.html" in radiographs
     for path in (tmp_path / "out").rglob("*"):
         mode = 0o755 if path.is_dir() else 0o644
         assert path.stat().st_mode & 0o777 == (mode & 0o700 if path in radiographs and not shared else mode), path

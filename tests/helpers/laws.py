@@ -174,7 +174,10 @@ class Markup(HTMLParser):
 
 
 def local_only(path: Path) -> Markup:
-    """A page with radiographs says LOCAL ONLY where one looks (first lines, title, banner), holds all it shows, loads nothing."""
+    """A page with radiographs says LOCAL ONLY where one looks (first lines, title, banner), holds all it shows, loads nothing.
+
+    Its only links lead to the other pages of the same gallery, which are there.
+    """
     text = path.read_text(encoding="utf-8")
     assert "LOCAL ONLY" in "".join(text.splitlines()[:2]), text[:200]
     assert re.search(r"<title>LOCAL ONLY", text)
@@ -186,7 +189,11 @@ def local_only(path: Path) -> Markup:
     for tag, values in page.elements:
         for key in ("src", "href"):
             where = values.get(key)
-            assert where is None or where.startswith("data:image/png;base64,") or where.removeprefix("#") in ids, where
+            if where is None or re.match("data:image/(png|jpeg);base64,", where) or where.removeprefix("#") in ids:
+                continue
+            assert tag == "a", where
+            assert re.fullmatch(r"(\.\./)?gallery\.html|(gallery/)?page-\d+\.html", where), where
+            assert (path.parent / where).is_file(), where
         assert tag != "img" or values.get("alt")
         assert tag != "svg" or values.get("aria-label")
     return page

@@ -1,0 +1,286 @@
+"""The pages of a gallery: at most CARDS studies each, below MOST_BYTES, with links between them. LOCAL ONLY, every one.
+
+    studies -> cards -> pages, numbered from 1 -> gallery.html, gallery/page-2.html, gallery/page-3.html, ...
+
+A page holds all that it shows; its only links are to the other pages.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mura_dist.data.mura import in_words
+from mura_dist.evaluation import saliency
+from mura_dist.evaluation.gallery_studies import CALLS, LABELS, Study, View
+from mura_dist.reports import heatmap, local_only
+from mura_dist.reports.html import Html, banner, element, section, tile
+
+CARDS = 24  # studies on a page, at most
+MOST_BYTES = 3_000_000  # of a page
+_MOST_VIEWS = 12  # of a study on a page; its picture file has them all
+_SIDE_PX, _MAP_PX = 320, 60  # of an embedded radiograph, at most; of a map, which the browser enlarges smoothly
+_FIRST = "gallery.html"
+_HEADINGS_BYTES = 2000  # of the sections of a page
+TITLES = {
+    "missed": "Missed, labelled abnormal, nothing flagged; lowest probability first",
+    "false-alarm": "False alarms, labelled normal, called abnormal; highest probability first",
+    "hit-abnormal": "Hits, labelled abnormal and called so; drawn at random",
+    "hit-normal": "Hits, labelled normal, nothing flagged; drawn at random",
+}
+_DRAWN = {  # by (trained on, measured on)
+    (True, True): "trained and measured on drawings: says nothing about radiographs",
+    (True, False): "trained on drawings: the model has never seen a radiograph",
+    (False, True): "measured on drawings: says nothing about radiographs",
+}
+_STYLE = """
+body { max-width: 84rem }
+.cards { columns: 24rem; column-gap: 1.2rem }
+.study { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .8rem; margin: 0 0 1.1rem; break-inside: avoid }
+.study h3 { margin: 0 } .study > p { margin: .1rem 0; max-width: none; overflow-wrap: anywhere }
+.views { display: grid; gap: .3rem .8rem; grid-template-columns: 1fr }
+.alone .views { grid-template-columns: 1fr 1fr }
+.views figure { margin: .4rem 0 0 } .views svg { background: #000; border-radius: .2rem }
+.scale { background: var(--paper); padding: .3rem 0; margin: .8rem 0 }
+.scale svg { display: block; width: 100%; max-width: 34rem; height: auto } .scale figcaption { margin-bottom: .2rem }
+.caveat { border: 1px solid var(--warn); border-radius: .4rem; padding: .6rem .9rem; max-width: none }
+.pages { align-items: center } .pages strong { padding: 0 .2rem }
+@media print { .cards { columns: 2 } }
+"""
+
+
+def address(number: int) -> str:
+    """Return where page `number` lies, below the folder of the gallery.html."""
+    return _FIRST if number == 1 else f"gallery/page-{number}.html"
+
+
+def pages(studies: Sequence[Study], content: dict[str, Any]) -> list[str]:
+    """Return the pages, at least one. content: gallery.json's."""
+    drawable = _has_maps(content)
+    cards = [(study, _card(study, drawable)) for study in studies]
+    head, title = [*_head(content), *_missing_kinds(studies), *_numbers(content)], f"Gallery: {content['title']}"
+    room = MOST_BYTES - _HEADINGS_BYTES - len(_page(title, 1, 99, head, [], drawable).encode())
+    groups = _grouped(cards, room)
+    return [
+        _page(title, number, len(groups), head if number == 1 else [*_stamps(content)], group, drawable)
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+Cards = list[tuple[Study, Html]]
+
+
+def _grouped(cards: Cards, room: int) -> list[Cards]:
+    """Split the cards, in order, into pages of at most CARDS and `room` bytes."""
+    groups: list[Cards] = [[]]
+    size = 0
+    for study, card in cards:
+        num_bytes = len(card.encode())
+        if groups[-1] and (len(groups[-1]) == CARDS or size + num_bytes > room):
+            groups.append([])
+            size = 0
+        groups[-1].append((study, card))
+        size += num_bytes
+    return groups
+
+
+def _page(title: str, number: int, count: int, head: Sequence[Html], cards: Cards, drawable: bool) -> str:
+    navigation = _navigation(number, count)
+    scale = [_scale()] if drawable else []
+    whole = f"{title}, page {number} of {count}" if count > 1 else title
+    return local_only.page(whole, *head, *navigation, *scale, *_sections(cards, drawable), *navigation, style=_STYLE)
+
+
+def _navigation(number: int, count: int) -> list[Html]:
+    """Return the links to the page before, to every page and to the page after; nothing where there is one page."""
+    if count == 1:
+        return []
+    links = [_link("previous", number, number - 1)] if number > 1 else []
+    links += [
+        element("strong", other, aria_current="page") if other == number else _link(str(other), number, other)
+        for other in range(1, count + 1)
+    ]
+    links += [_link("next", number, number + 1)] if number < count else []
+    return [element("nav", "Pages: ", *links, aria_label="Pages of the gallery", class_="pages")]
+
+
+def _link(text: str, source: int, target: int) -> Html:
+    path = address(target)
+    href = path if source == 1 else f"../{path}" if target == 1 else path.removeprefix("gallery/")
+    return element("a", text, href=href)
+
+
+# ---- head
+
+
+def _has_maps(content: dict[str, Any]) -> bool:
+    return bool(heatmap.drawable(np.zeros(content["map"]["cells"])))
+
+
+def _stamps(content: dict[str, Any]) -> Iterator[Html]:
+    drawn = tuple(content[key] == "phantoms" for key in ("trained_on", "measured_on"))
+    if any(drawn):
+        yield banner(_DRAWN[drawn])
+    if content["note"]:
+        yield banner(content["note"])
+
+
+def _head(content: dict[str, Any]) -> Iterator[Html]:
+    yield from _stamps(content)
+    text = "The studies this model got most surely wrong, and some it got right."
+    if not _has_maps(content):
+        h, w = content["map"]["cells"]
+        least = f"{heatmap.MIN_CELLS} x {heatmap.MIN_CELLS}"
+        yield element("p", f"{text} Of each view the radiograph.")
+        yield element(
+            "p",
+            f"No maps are shown: this model's class activation maps have {h} x {w} cells here, too few to point at a place (at "
+            f"least {least}). Larger radiographs (shards --size) give more cells.",
+            class_="caveat",
+            role="note",
+        )
+        return
+    several = content["num_networks"] > 1
+    yield element(
+        "p",
+        f"{text} Of each view the radiograph alone, and beside it "
+        "the same under its class activation map: how much each part raises or lowers the logit, which is "
+        f"{'the mean of all cells' if not several else 'about their mean; the map is the mean of the networks'}.",
+    )
+    yield element("p", content["map"]["caveat"], class_="caveat", role="note")
+
+
+def _missing_kinds(studies: Sequence[Study]) -> Iterator[Html]:
+    """Yield a sentence on the kinds of which there is no study."""
+    there = {study.kind for study in studies}
+    if missing := [title.partition(";")[0] for kind, title in TITLES.items() if kind not in there]:
+        yield element("p", f"There is no study to show of: {'; '.join(missing)}.", class_="soft")
+
+
+def _numbers(content: dict[str, Any]) -> Iterator[Html]:
+    """Yield how stable the maps are; nothing where no map is shown."""
+    if not _has_maps(content):
+        return
+    stability = content["stability"]
+    parts = {
+        "mirrored": stability["mirror"],
+        f"turned by ±{stability['rotation']['angle_deg']:g}°": stability["rotation"],
+    }
+    known = {name: part for name, part in parts.items() if part["mean"] is not None}
+    tiles = [tile(f"Stability, {name}", f"{part['mean']:.2f}", _interval(part)) for name, part in known.items()]
+    body = [element("div", *tiles, class_="tiles")] if tiles else []
+    lost = [element("p", _no_number(name, part), class_="soft") for name, part in parts.items() if name not in known]
+    words = [element("p", *_spread(content, known), class_="soft"), _reading(content)] if known else []
+    yield section("How far to trust a map", *body, *lost, *words)
+
+
+def _interval(part: dict[str, Any]) -> str:
+    num = f"{part['num_radiographs']} radiographs"
+    if part["mean_low"] is None:
+        return f"{num} of one patient: no interval"
+    return f"95 %: {part['mean_low']:.2f} to {part['mean_high']:.2f}, {num}"
+
+
+def _no_number(name: str, part: dict[str, Any]) -> str:
+    """Say why a stability has no number."""
+    if part["num_cells"] < saliency.MIN_CELLS:
+        return (
+            f"Stability of a radiograph {name}: not measured, since {part['num_cells']} cells of its map stay within the canvas "
+            f"and a correlation needs {saliency.MIN_CELLS}."
+        )
+    return f"Stability of a radiograph {name}: not measured, since no map has any contrast."
+
+
+def _spread(content: dict[str, Any], known: dict[str, dict[str, Any]]) -> Iterator[str]:
+    first = next(iter(known.values()))
+    yield (
+        f"Correlations ({content['stability']['correlation']}), their mean over {first['num_radiographs']} radiographs of "
+        f"{first['num_patients']} patients, drawn at random from the split; in small print the 95 % interval of that mean, by "
+        "bootstrap over patients. Half of the radiographs lie between "
+    )
+    yield "; ".join(f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in known.items())
+    yield "."
+    if flat := max(part["num_without_contrast"] for part in known.values()):
+        yield f" {flat} maps have no contrast, hence no correlation, and are left out."
+
+
+def _reading(content: dict[str, Any]) -> Html:
+    """Say what the numbers mean, and what they do not."""
+    text = (
+        "1: of the radiograph mirrored, or turned, the map is the same, mirrored or turned. A high number is expected and "
+        "proves little; a low one says that the map depends on how the film lay."
+    )
+    name = element("strong", f"Stability ({content['stability']['note']}). ")
+    return element("ul", element("li", name, text))
+
+
+def _scale() -> Html:
+    """Return the colours of a map by its logit, over black and over white, for that is what they lie on."""
+    slot = 40
+    width = slot * len(heatmap.STEPS)
+    strip = local_only.uri(heatmap.scale_strip(width))
+    parts = [element("image", href=strip, width=width, height=18, preserveAspectRatio="none")]
+    parts.append(element("rect", x=0.5, y=0.5, width=width - 1, height=17, fill="none", stroke="#8995a1"))
+    parts += [
+        element("text", f"{edge:g}".replace("-", "−"), x=place * slot, y=32, text_anchor="middle", fill="currentColor")
+        for place, edge in enumerate(heatmap.edges(), start=1)
+    ]
+    alt = "Colours of a map by its logit: blue below 0, orange above, clear near 0; the stronger, the further from 0"
+    drawing = element("svg", *parts, viewBox=f"0 0 {width} 36", role="img", aria_label=alt, font_size="13")
+    words = "One scale for all maps, a cell's logit: blue lowers it, orange raises it, clear is near 0."
+    return element("figure", element("figcaption", words), drawing, class_="scale")
+
+
+# ---- cards
+
+
+def _sections(cards: Cards, drawable: bool) -> Iterator[Html]:
+    """Yield the cards under the heading of their kind."""
+    for kind, title in TITLES.items():
+        if group := [card for study, card in cards if study.kind == kind]:
+            yield section(title, element("div", *group, class_="cards" if drawable else "cards alone"))
+
+
+def _card(study: Study, drawable: bool) -> Html:
+    shown = study.views[:_MOST_VIEWS]
+    views = [_figure(study, view, place, drawable) for place, view in enumerate(shown)]
+    more = len(study.views) - len(shown)
+    rest = [element("p", f"{more} more views: gallery/{study.name}.png.", class_="soft")] if more else []
+    words = in_words(study.study_type)
+    code = [" ", element("small", study.study_type)] if words != study.study_type else []
+    return element(
+        "article",
+        element("h3", words, *code),
+        element(
+            "p",
+            f"{CALLS[study.call].capitalize()} at probability {study.probability:.3f}. Label: {LABELS[study.label]}.",
+        ),
+        element("p", element("small", f"{study.study}{study.damage} (gallery/{study.name}.png)")),
+        element("div", *views, class_="views"),
+        *rest,
+        class_="study",
+        aria_label=f"{study.words}{study.damage}",
+    )
+
+
+def _figure(study: Study, view: View, place: int, drawable: bool) -> Html:
+    """Return the radiograph alone and, where it may be shown, the same under its map; its pixels are in the page once."""
+    size, gap, name = _SIDE_PX, _SIDE_PX // 40, f"{study.name}-{place}"
+    parts = [element("image", id=name, href=local_only.uri(_small(view.pixels), lossy=True), width=size, height=size)]
+    alt = f"{study.words}; view {view.number}: the radiograph"
+    if drawable:
+        colours = local_only.uri(heatmap.layer(view.cells, (_MAP_PX, _MAP_PX)))
+        at = {"x": size + gap, "width": size, "height": size}
+        parts += [element("use", href=f"#{name}", x=size + gap), element("image", href=colours, **at)]
+        alt += f" alone, and under its class activation map, logit {view.logit:+.2f}"
+    width = 2 * size + gap if drawable else size
+    drawing = element("svg", *parts, viewBox=f"0 0 {width} {size}", role="img", aria_label=alt)
+    return element("figure", drawing, element("figcaption", view.words))
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    """Return a radiograph of at most _SIDE_PX pixels a side."""
+    if len(pixels) <= _SIDE_PX:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS))
