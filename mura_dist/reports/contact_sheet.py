@@ -16,9 +16,10 @@ from PIL import Image
 
 from mura_dist.data import radiograph
 from mura_dist.data.loaders import sampler
+from mura_dist.data.mura import in_words
 from mura_dist.data.shards.reader import Damaged
 from mura_dist.reports import local_only
-from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, banner, element, section
+from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, banner, element, join, section
 
 NUM = 6  # of a study type and label
 SIDE_PX = 160  # of the longer side
@@ -63,7 +64,7 @@ def _body(frame: pd.DataFrame, pixels: Pixels, drawings: bool, num: int, seed: i
             of = f"{name}: {len(shown)} of {part['study'].nunique():,} studies"
             groups.append(element("h3", of + (f"; {passed_over} could not be read" if passed_over else "")))
             groups.append(element("div", *(_figure(frame, one) for one in shown), class_="sheet"))
-        yield section(study_type, *groups)
+        yield section(join((in_words(study_type), " ", element("small", study_type))), *groups)
 
 
 def choose(part: pd.DataFrame, pixels: Pixels, num: int, seed: int) -> tuple[list[Thumb], int]:
@@ -88,6 +89,6 @@ def _readable(rows: pd.Index, pixels: Pixels, failed: list[int]) -> Iterator[Thu
 def _figure(frame: pd.DataFrame, thumb: Thumb) -> Html:
     line: dict[Any, Any] = frame.loc[thumb.row].to_dict()
     label = _LABELS[line["label"]]
-    words = f"{line['study_type']}, {label}"
+    words = f"{in_words(line['study_type'])}, {label}"
     picture = element("img", src=local_only.uri(thumb.pixels), alt=f"{words}, a radiograph of {line['split']}")
     return element("figure", picture, element("figcaption", words), class_=label)

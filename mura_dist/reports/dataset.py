@@ -4,13 +4,13 @@
            -> headers of all files -> sizes      -> pixels of some, evenly chosen -> exposure      -> one page of HTML, JSON
            -> on request only: a contact sheet, apart, LOCAL ONLY
 
-The page holds no radiograph.
+dataset_page.py makes the page, which holds no radiograph.
 """
 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,13 @@ from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Damaged, Shards
 from mura_dist.data.source import report
 from mura_dist.data.source.scan import scan as look_through
-from mura_dist.reports import contact_sheet
-from mura_dist.reports.html import Html, banner, bars, element, facts, figure, join, page, section, table
+from mura_dist.reports import contact_sheet, dataset_page
+from mura_dist.reports.dataset_page import GREY_EDGES
+from mura_dist.reports.html import page
 
 NUM_SAMPLED = 500  # radiographs whose pixels are looked at
 _READING_THREADS = 8  # they wait for the disk most of the time
 _HEADER_BYTES = 1 << 16  # what is fetched of a file behind a URL to find its header in
-_GREY_EDGES = np.linspace(0, 256, 17)
 _LABELS = report.LABELS
 _EXAMPLES = 3
 
@@ -69,7 +69,7 @@ def describe(
             title, drawings = f"Contact sheet of {_name(folder)}", found["holds"] == "phantoms"
             text = contact_sheet.page(title, looked.frame, looked.pixels, drawings=drawings, seed=seed)
             files.write_text(sheet, text)
-        files.write_text(out, page(f"What {_name(folder)} holds", *_body(found)))
+        files.write_text(out, page(f"What {_name(folder)} holds", *dataset_page.body(found)))
         files.write_json(numbers, found | {"terms": mura.TERMS})
     return found
 
@@ -81,8 +81,8 @@ def contact_sheet_path(out: Path) -> Path:
 
 def summary_text(found: dict[str, Any]) -> str:
     """The few lines for the terminal."""
-    lines = [_totals(found)]
-    lines += [f"  {name}: {_line(part)}" for name, part in found["splits"].items()]
+    lines = [dataset_page.totals(found)]
+    lines += [f"  {name}: {dataset_page.counts_line(part)}" for name, part in found["splits"].items()]
     lines += [f"  defect: {name}: {count:,}" for name, count in found["defects"].items()]
     return "\n".join(lines)
 
@@ -233,131 +233,6 @@ def _grey(part: pd.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {"num_radiographs": len(part)}
     for label, name in enumerate(_LABELS):
         values = part.loc[part["label"] == label, "grey"]
-        found[f"{name}_histogram"] = np.histogram(values, _GREY_EDGES)[0].tolist()
+        found[f"{name}_histogram"] = np.histogram(values, GREY_EDGES)[0].tolist()
         found[f"{name}_mean"] = float(values.mean()) if len(values) else None
     return found
-
-
-# ---- page
-
-
-def _body(found: dict[str, Any]) -> Iterator[Html]:
-    yield element("h1", f"What {found['name']} holds")
-    if found["holds"] == "phantoms":
-        yield banner("these are drawings, made by mura-dist phantoms: no radiographs")
-    yield element("p", _totals(found))
-    counted = "are" if found["is_mura_v1_1"] else "are not"
-    yield element(
-        "p", f"The counts {counted} those of MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft"
-    )
-    if found["unknown_study_types"]:
-        yield element("p", f"Study types unknown to MURA: {', '.join(found['unknown_study_types'])}.", class_="soft")
-    yield section("Counts", _counts_table(found))
-    views = found["views_per_study"]
-    chart = bars(
-        list(views), {"studies": list(views.values())}, f"Studies by number of views, {_spoken(views, views.values())}"
-    )
-    by_type = [
-        (name, f"{part['num_studies']:,}", f"{part['mean']:.2f}", part["most"])
-        for name, part in found["views_by_study_type"].items()
-    ]
-    yield section(
-        "Views of a study",
-        element("div", figure(chart, "Studies, by how many views they have."), class_="wide pictures"),
-        table(("", "Studies", "Views, mean", "most"), by_type),
-    )
-    yield section("Sizes", *_sizes_part(found["sizes"]))
-    yield section("Exposure", *_exposure_part(found["exposure"]))
-    defects = {name: _defect(count, found["defect_examples"].get(name, [])) for name, count in found["defects"].items()}
-    yield section("Defects", facts(defects) if defects else element("p", "None found."))
-    yield element("footer", element("p", "This page holds no radiograph."), element("p", f"Terms: {mura.TERMS}."))
-
-
-def _defect(count: int, examples: list[str]) -> Html:
-    more = [f"and {count - len(examples):,} more"] if examples and count > len(examples) else []
-    return join((f"{count:,}", *(element("small", line) for line in [*examples, *more])))
-
-
-def _totals(found: dict[str, Any]) -> str:
-    return f"{found['name']} ({found['kind']}, {found['holds']}): {_line(found)}"
-
-
-def _line(part: dict[str, Any]) -> str:
-    return (
-        f"{part['num_radiographs']:,} radiographs, {part['num_studies']:,} studies "
-        f"({part['normal_studies']:,} normal, {part['abnormal_studies']:,} abnormal), {part['num_patients']:,} patients"
-    )
-
-
-def _counts_table(found: dict[str, Any]) -> Html:
-    keys = ["num_patients", *(f"{name}_{unit}" for unit in ("studies", "radiographs") for name in _LABELS)]
-    lines = [(f"{line['split']} {line['study_type']}", line) for line in found["by_study_type"]]
-    lines += [(f"{name}, all", part) for name, part in found["splits"].items()]
-    header = ("", "Patients", "Studies, normal", "abnormal", "Radiographs, normal", "abnormal")
-    return table(header, [(name, *(f"{part[key]:,}" for key in keys)) for name, part in lines])
-
-
-def _sizes_part(sizes: dict[str, Any]) -> Iterator[Html]:
-    if "size_px" in sizes:
-        yield element(
-            "p", f"Every radiograph is {sizes['size_px']} x {sizes['size_px']} pixels, stored as {sizes['encoding']}."
-        )
-        return
-    if sizes["num_untold"]:
-        yield element(
-            "p", f"{sizes['num_untold']:,} files have a header that Pillow does not read (DICOM, or damaged)."
-        )
-    if not sizes["num_told"]:
-        return
-    rows = [
-        (name, *(f"{sizes[f'{name}_px'][key]:g}" for key in ("min", "median", "max")))
-        for name in ("width", "height", "longest")
-    ]
-    yield table(
-        ("Pixels", "least", "median", "most"),
-        rows,
-        f"Of {sizes['num_told']:,} files; the smallest is {sizes['smallest']}.",
-    )
-    yield element(
-        "p", f"Kinds (Pillow's modes): {', '.join(f'{mode} {count:,}' for mode, count in sizes['modes'].items())}."
-    )
-    edges, counts = sizes["longest_histogram"]["edges_px"], sizes["longest_histogram"]["counts"]
-    chart = bars(
-        [str(edge) for edge in edges[:-1]], {"files": counts}, f"Files by longest side: {_spoken(edges, counts)}"
-    )
-    yield element(
-        "div",
-        figure(chart, "Files, by their longest side in pixels, from the number below on."),
-        class_="wide pictures",
-    )
-
-
-def _exposure_part(exposure: dict[str, Any]) -> Iterator[Html]:
-    yield element(
-        "p",
-        f"Mean grey level (0 black, 255 white) of {exposure['num_radiographs']:,} radiographs, evenly chosen. Where "
-        "normal and abnormal differ, exposure alone tells something of the label: a shortcut a network will find.",
-    )
-    named = [("all", exposure["overall"]), *exposure["split"].items(), *exposure["study_type"].items()]
-    rows = [
-        (name, part["num_radiographs"], *(_mean(part[f"{label}_mean"]) for label in _LABELS)) for name, part in named
-    ]
-    yield table(("", "Radiographs", "Normal, mean", "Abnormal, mean"), rows)
-    charts = (figure(_grey_chart(part), f"{name}: radiographs, by their mean grey level") for name, part in named)
-    yield element("div", *charts, class_="wide pictures")
-
-
-def _mean(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _grey_chart(part: dict[str, Any]) -> Html:
-    series = {name: part[f"{name}_histogram"] for name in _LABELS}
-    edges = _GREY_EDGES.astype(int).tolist()
-    said = "; ".join(f"{name} {_spoken(edges, counts)}" for name, counts in series.items())
-    return bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {said}")
-
-
-def _spoken(names: Iterable[Any], counts: Iterable[int]) -> str:
-    """A chart's bars in words, for those who cannot see them; the empty ones left out."""
-    return ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=False) if count) or "none"

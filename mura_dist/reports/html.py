@@ -121,7 +121,7 @@ def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
     return f'{first}\n<html lang="en"><head>{head}</head>\n<body>\n{join(body)}\n</body></html>\n'
 
 
-def section(title: str, *body: Any, **attributes: Any) -> Html:
+def section(title: Any, *body: Any, **attributes: Any) -> Html:
     return element("section", element("h2", title), *body, Html("\n"), **attributes)
 
 

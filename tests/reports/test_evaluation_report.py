@@ -857,7 +857,8 @@ def test_describe_a_folder(folder: Path, tmp_path: Path) -> None:
     assert found["defects"] == {**COPIES, "not a radiograph": 1, "not_image, among 9 that were read": 1}
     page = check_page(tmp_path / "page.html")
     assert "9 radiographs, 4 studies (2 normal, 2 abnormal), 3 patients" in page.text
-    assert "Study types unknown to MURA: XR_HIP." in page.text
+    assert "Study types unknown to MURA: Hip (XR_HIP)." in page.text
+    assert footnotes(page) == {"a": "None of this label is among the radiographs whose pixels were read."}
     assert "not_image, among 9 that were read 1" in page.text
     assert dataset.summary_text(found).splitlines()[-1] == "  defect: not_image, among 9 that were read: 1"
 

@@ -1,0 +1,189 @@
+"""What a folder of radiographs, or of shards, holds, as a page: dataset.py's numbers in, markup out. It holds no radiograph.
+
+The counts, the views of a study, the sizes, the exposure, the defects; what is long is folded, what is missing is a footnote.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mura_dist.data import mura
+from mura_dist.data.source import report
+from mura_dist.reports.cells import folds, group_cell
+from mura_dist.reports.footnotes import Footnotes
+from mura_dist.reports.html import Html, banner, bars, element, facts, figure, folded, join, section, table, tile
+
+GREY_EDGES = np.linspace(0, 256, 17)
+_LABELS = report.LABELS
+_NO_SUCH = "none of this label is among the radiographs whose pixels were read"
+
+
+def body(found: dict[str, Any]) -> Iterator[Html]:
+    """Yield the page's elements. found: describe's numbers."""
+    notes = Footnotes()
+    yield element("h1", f"What {found['name']} holds")
+    if found["holds"] == "phantoms":
+        yield banner("these are drawings, made by mura-dist phantoms: no radiographs")
+    yield _tiles(found)
+    yield element("p", totals(found))
+    counted = "are" if found["is_mura_v1_1"] else "are not"
+    yield element(
+        "p", f"The counts {counted} those of MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft"
+    )
+    if found["unknown_study_types"]:
+        names = ", ".join(f"{mura.in_words(name)} ({name})" for name in found["unknown_study_types"])
+        yield element("p", f"Study types unknown to MURA: {names}.", class_="soft")
+    yield section("Counts", *_counts(found))
+    yield section("Views of a study", *_views(found))
+    yield section("Sizes", *_sizes(found["sizes"]))
+    yield section("Exposure", *_exposure(found["exposure"], notes))
+    defects = {name: _defect(count, found["defect_examples"].get(name, [])) for name, count in found["defects"].items()}
+    yield section("Defects", facts(defects) if defects else element("p", "None found."))
+    if footnotes := notes.listed():
+        yield section("Footnotes", footnotes)
+    yield element("footer", element("p", "This page holds no radiograph."), element("p", f"Terms: {mura.TERMS}."))
+
+
+def totals(found: dict[str, Any]) -> str:
+    """Return the totals in a line."""
+    return f"{found['name']} ({found['kind']}, {found['holds']}): {counts_line(found)}"
+
+
+def counts_line(counts: dict[str, Any]) -> str:
+    """Return the counts of a part of the data set in words."""
+    return (
+        f"{counts['num_radiographs']:,} radiographs, {counts['num_studies']:,} studies "
+        f"({counts['normal_studies']:,} normal, {counts['abnormal_studies']:,} abnormal), {counts['num_patients']:,} patients"
+    )
+
+
+def _tiles(found: dict[str, Any]) -> Html:
+    abnormal, studies = found["abnormal_studies"], found["num_studies"]
+    share = f"{100 * abnormal / studies:.0f} % abnormal" if studies else "no study"
+    num_views = f"{found['num_radiographs'] / studies:.1f} a study" if studies else "no study"
+    tiles = (
+        tile("Radiographs", f"{found['num_radiographs']:,}", num_views),
+        tile("Studies", f"{studies:,}", share),
+        tile("Patients", f"{found['num_patients']:,}", f"in {len(found['splits'])} splits"),
+    )
+    return element("div", *tiles, class_="tiles")
+
+
+def _counts(found: dict[str, Any]) -> Iterator[Html]:
+    keys = ["num_patients", *(f"{name}_{unit}" for unit in ("studies", "radiographs") for name in _LABELS)]
+    header = ("", "Patients", *(f"{unit}, {name}" for unit in ("Studies", "Radiographs") for name in _LABELS))
+
+    def rows(named: Iterable[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, ...]]:
+        return [(name, *(f"{counts[key]:,}" for key in keys)) for name, counts in named]
+
+    yield table(header, rows(found["splits"].items()))
+    yield folds(
+        folded(
+            f"{split}, by study type",
+            table(
+                header,
+                rows(
+                    (group_cell(line["study_type"]), line) for line in found["by_study_type"] if line["split"] == split
+                ),
+            ),
+        )
+        for split in found["splits"]
+    )
+
+
+def _views(found: dict[str, Any]) -> Iterator[Html]:
+    views = found["views_per_study"]
+    alt = f"Studies by number of views, {_spoken(views, views.values())}"
+    chart = bars(list(views), {"studies": list(views.values())}, alt)
+    yield element("div", figure(chart, "Studies, by how many views they have."), class_="wide pictures")
+    rows = [
+        (group_cell(name), f"{views['num_studies']:,}", f"{views['mean']:.2f}", f"{views['most']}")
+        for name, views in found["views_by_study_type"].items()
+    ]
+    yield folds([folded("By study type", table(("", "Studies", "Views, mean", "Views, most"), rows))])
+
+
+def _sizes(sizes: dict[str, Any]) -> Iterator[Html]:
+    if "size_px" in sizes:
+        yield element(
+            "p", f"Every radiograph is {sizes['size_px']} x {sizes['size_px']} pixels, stored as {sizes['encoding']}."
+        )
+        return
+    if sizes["num_untold"]:
+        yield element(
+            "p", f"{sizes['num_untold']:,} files have a header that Pillow does not read (DICOM, or damaged)."
+        )
+    if not sizes["num_told"]:
+        return
+    rows = [
+        (name, *(f"{sizes[f'{name}_px'][key]:g}" for key in ("min", "median", "max")))
+        for name in ("width", "height", "longest")
+    ]
+    yield table(
+        ("Pixels", "least", "median", "most"),
+        rows,
+        f"Of {sizes['num_told']:,} files; the smallest is {sizes['smallest']}.",
+    )
+    yield element(
+        "p", f"Kinds (Pillow's modes): {', '.join(f'{mode} {count:,}' for mode, count in sizes['modes'].items())}."
+    )
+    edges, counts = sizes["longest_histogram"]["edges_px"], sizes["longest_histogram"]["counts"]
+    chart = bars(
+        [str(edge) for edge in edges[:-1]], {"files": counts}, f"Files by longest side: {_spoken(edges, counts)}"
+    )
+    yield element(
+        "div",
+        figure(chart, "Files, by their longest side in pixels, from the number below on."),
+        class_="wide pictures",
+    )
+
+
+def _exposure(exposure: dict[str, Any], notes: Footnotes) -> Iterator[Html]:
+    yield element(
+        "p",
+        f"Mean grey level (0 black, 255 white) of {exposure['num_radiographs']:,} radiographs, evenly chosen. Where "
+        "normal and abnormal differ, exposure alone tells something of the label: a shortcut a network will find.",
+    )
+    whole = {"All radiographs": exposure["overall"], **exposure["split"]}
+    yield _grey_table(whole, notes)
+    yield _grey_charts({"All radiographs": exposure["overall"]})
+    yield folds(
+        [
+            folded("By split", _grey_charts(exposure["split"])),
+            folded("By study type", _grey_table(exposure["study_type"], notes), _grey_charts(exposure["study_type"])),
+        ]
+    )
+
+
+def _grey_table(named: dict[str, dict[str, Any]], notes: Footnotes) -> Html:
+    rows = [
+        (group_cell(name), f"{grey['num_radiographs']:,}", *(_mean(grey[f"{label}_mean"], notes) for label in _LABELS))
+        for name, grey in named.items()
+    ]
+    return table(("", "Radiographs", "Normal, mean", "Abnormal, mean"), rows)
+
+
+def _mean(value: float | None, notes: Footnotes) -> Any:
+    return join(("-", notes.mark(_NO_SUCH))) if value is None else f"{value:.1f}"
+
+
+def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
+    charts = []
+    edges = GREY_EDGES.astype(int).tolist()
+    for name, grey in named.items():
+        series = {label: grey[f"{label}_histogram"] for label in _LABELS}
+        said = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
+        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {said}")
+        charts.append(figure(chart, f"{mura.in_words(name)}: radiographs, by their mean grey level"))
+    return element("div", *charts, class_="wide pictures")
+
+
+def _defect(count: int, examples: list[str]) -> Html:
+    more = [f"and {count - len(examples):,} more"] if examples and count > len(examples) else []
+    return join((f"{count:,}", *(element("small", line) for line in [*examples, *more])))
+
+
+def _spoken(names: Iterable[Any], counts: Iterable[int]) -> str:
+    """Return a chart's bars in words, for those who cannot see them; the empty ones left out."""
+    return ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=False) if count) or "none"

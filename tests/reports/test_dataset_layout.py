@@ -1,0 +1,48 @@
+"""describe's pages as a person sees them in Chromium: short on a desktop, whole on a phone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import layout
+
+from mura_dist.data import mura
+from mura_dist.reports import dataset
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with layout.browser() as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=["folder", "shards"])
+def described(
+    request: pytest.FixtureRequest, phantoms: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("described") / "page.html"
+    dataset.describe(phantoms if request.param == "folder" else shard_folder, out, with_contact_sheet=True)
+    return out
+
+
+def test_the_page_is_short_on_a_desktop(chromium: Any, described: Path) -> None:
+    with layout.opened(chromium, described, layout.DESKTOP) as page:
+        assert layout.height(page) <= 3000
+
+
+@pytest.mark.parametrize("width", [layout.DESKTOP, layout.PHONE])
+def test_no_text_is_cut(chromium: Any, described: Path, width: int) -> None:
+    for path in (described, dataset.contact_sheet_path(described)):
+        with layout.opened(chromium, path, width) as page:
+            assert layout.cut_text(page) == []
+            layout.unfold(page)
+            assert layout.cut_text(page) == []
+
+
+def test_study_types_stand_in_words(described: Path) -> None:
+    for path in (described, dataset.contact_sheet_path(described)):
+        text = path.read_text()
+        for code in mura.STUDY_TYPES:
+            assert f"{mura.in_words(code)}<small>{code}</small>" in text.replace(" <small>", "<small>")
+            assert f">{code}<" not in text.replace(f"<small>{code}</small>", "")
