@@ -9,6 +9,7 @@ The same command again goes on from the last complete checkpoint; a finished run
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,14 +30,18 @@ from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
 from mura_dist.training.metrics_log import Journal, Stopwatch, skip_reason
 from mura_dist.training.plan import Plan
+from mura_dist.training.progress_lines import LINE_EVERY_S, ProgressLines
 from mura_dist.training.run import Run
 from mura_dist.training.scores import study_scores
 from mura_dist.training.state import State
 from mura_dist.training.validation import Interrupted, scores, weighted_loss
 
 
-def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
-    """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped."""
+def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE_EVERY_S) -> dict[str, Any]:
+    """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped.
+
+    `line_every_s`: seconds between lines of progress where stderr is no terminal.
+    """
     processes.end_with_launcher()
     settings = start.with_precision(settings)
     run = Run(Path(settings.run), settings)
@@ -54,7 +59,7 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
         start.agree(plan, ranks)
         run, plan, note = start.with_micro_batch(run, plan, ranks)
         try:
-            summary = _train(run, plan, ranks, stop, note=note, quiet=quiet)
+            summary = _train(run, plan, ranks, stop, Console(quiet, line_every_s, note))
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
             if micro_batch.is_exhausted(error):
                 raise Failure(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
@@ -65,7 +70,16 @@ def train(settings: Settings, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, note: str, quiet: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Console:
+    """What a training says on stderr: nothing if `quiet`, else `note` in its first line, and a line every `line_every_s`."""
+
+    quiet: bool
+    line_every_s: float
+    note: str
+
+
+def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: Console) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = Targets.of(shards, settings.loss_weights)
     saved = start.resume_point(run, ranks)
@@ -79,15 +93,22 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, *, note: s
     journal = Journal(
         run.folder,
         enabled=ranks.is_first,
-        quiet=quiet,
+        quiet=console.quiet,
         start_step=state.step,
         evaluated_step=state.evaluated_step,
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
     with journal, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
-        journal.say(start.introduction(plan, ranks, loading, state) + note)
-        Training(plan, engine, state, loading, journal, ranks, stop, writer).loop()
+        journal.say(start.introduction(plan, ranks, loading, state) + console.note)
+        lines = ProgressLines(
+            journal.say,
+            start_step=state.step,
+            num_steps=plan.num_steps,
+            num_epochs=settings.epochs,
+            every_s=math.inf if journal.console.is_terminal else console.line_every_s,  # a terminal has the bar
+        )
+        Training(plan, engine, state, loading, journal, lines, ranks, stop, writer).loop()
         writer.flush()
         return _summary(run, plan, state, journal)
 
@@ -101,6 +122,7 @@ class Training:
     state: State
     loading: BatchLoader
     journal: Journal
+    lines: ProgressLines
     ranks: World
     stop: threading.Event
     writer: CheckpointWriter
@@ -203,19 +225,26 @@ class Training:
         whole = [micro for rank in ranks for micro in self.plan.micros(ordered, within, rank)]
         return [int(row) for place in micros or range(len(whole)) for row in whole[place].rows]
 
-    def log(self, result: StepResult, epoch: int, learning_rate: float) -> None:
+    def log(self, result: StepResult, epoch: int, rate: float) -> None:
         settings, step = self.plan.settings, self.state.step
+        self.lines.step(step, epoch=epoch, loss=result.loss, learning_rate=rate, num_images=settings.global_batch)
         if step % settings.log_every == 0:
             images = settings.global_batch * min(settings.log_every, step - self.journal.start_step)
             line = {"step": step, "epoch": epoch, "loss": result.loss, "gradient_norm": result.gradient_norm}
-            self.journal.steps({**line, "learning_rate": learning_rate}, images=images, watch=self.watch)
+            self.journal.steps({**line, "learning_rate": rate}, images=images, watch=self.watch)
 
     def evaluate(self, epoch: int) -> bool:
         """Score the selecting split, tell `state`, log a line; False where a wish to stop came first, and nothing was done."""
         settings, state = self.plan.settings, self.state
+
+        def asked() -> bool:
+            self.lines.evaluating(state.step, settings.select_on)
+            return self.stop.is_set()
+
+        self.lines.begin_evaluation()
         try:
             with self.watch("evaluation"), self.engine.offered() as network:
-                found = scores(network, self.plan.select, self.loading, self.ranks, asked=self.stop.is_set)
+                found = scores(network, self.plan.select, self.loading, self.ranks, asked=asked)
         except Interrupted:
             return False
         self.check_corrupt(len(found.damaged), self.plan.select, settings.select_on)
@@ -234,6 +263,7 @@ class Training:
         if strange:
             self.journal.say(f"{strange} of {len(found.rows)} logits are not finite: this evaluation decides nothing")
         self.journal.epoch(line, self.watch)
+        self.lines.end_evaluation()
         return True
 
     def notice_damage(self) -> None:

@@ -26,7 +26,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mura_dist.core import files
+from mura_dist.training.progress_lines import time_left
 
 _WAITING = 0.05  # of the time: with more than this, faster steps would hardly make a faster run
 
@@ -155,9 +155,7 @@ class Journal:
     def _left(self, step: int) -> str:
         """Time to the end as this start has gone so far, evaluations included. (rich's own column looks back 30 s: it has nothing
         to say where steps are slow enough for one line in that time.)"""
-        each_s = (time.perf_counter() - self.started) / (step - self.start_step)
-        left_s = round(each_s * (self.num_steps - step))
-        return f"{timedelta(seconds=left_s)} left"
+        return time_left(time.perf_counter() - self.started, step - self.start_step, self.num_steps - step)
 
     def skip(self, line: dict[str, Any]) -> None:
         """A step was left out."""
