@@ -19,13 +19,14 @@ Given = str | Mapping[str, str] | None
 
 # Share of letters in common, "XR_" left aside: HANDS and HAND have 0.89, HEAD and HAND 0.75, FOREFOOT and FOREARM 0.53.
 _TYPO, _NEAR = 0.8, 0.7
+_FILE_NAME = re.compile(r"[/\\]|\.\w+$")
 
 
 def read(given: str | None) -> Given:
     """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises Refusal."""
     if given is None:
         return None
-    if not (given.lower().endswith(".csv") or os.path.isfile(given)):
+    if not (_FILE_NAME.search(given) or os.path.isfile(given)):
         return normal(given)
     try:
         text = decode(Path(given).read_bytes(), given)
@@ -58,9 +59,9 @@ def read(given: str | None) -> Given:
 
 
 def normal(study_type: str) -> str:
-    """`hand` and `XR_HAND` are one study type; what MURA does not know stays as written."""
+    """Return MURA's study type: `hand`, `XR hand`, `xr-hand` and `XR_HAND` are one. What MURA does not know stays as written."""
     name = study_type.strip()
-    full = f"XR_{name.upper().removeprefix('XR_')}"
+    full = f"XR_{_word(name)}"
     return full if full in mura.STUDY_TYPES else name
 
 

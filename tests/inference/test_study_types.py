@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mura_dist.core.errors import Refusal
+from mura_dist.data import mura
 from mura_dist.inference import study_types
 
 
@@ -77,3 +78,23 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
         Refusal, match=r"^--study-type .*: is a directory; give a study type, or a CSV of path,study_type$"
     ):
         study_types.read(str(path))
+
+
+@pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
+def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_path: Path) -> None:
+    """Law: capitals, blanks around it, and XR_ with any separator or none make no difference, alone and in a table."""
+    word = study_type.removeprefix("XR_")
+    spellings = [study_type, word, f"XR {word}", f"XR-{word}", f"XR{word}", f"  {word} "]
+    for spelling in [form(each) for each in spellings for form in (str.upper, str.lower, str.title)]:
+        assert study_types.read(spelling) == study_type
+        (tmp_path / "types.csv").write_text(f"path,study_type\na.png,{spelling}\n")
+        assert study_types.read(str(tmp_path / "types.csv")) == {"a.png": study_type}
+        assert study_types.check(study_type, ()) == []
+
+
+@pytest.mark.parametrize("given", ["types.cvs", "no/types.csv", "types.txt", "tables/hand"])
+def test_a_file_that_is_not_there_is_no_study_type(given: str) -> None:
+    with pytest.raises(
+        Refusal, match=rf"^--study-type {given}: no such file or directory; give a study type, or a CSV"
+    ):
+        study_types.read(given)
