@@ -1,6 +1,6 @@
 """The same as `mura-dist predict`, for those who look for a script.
 
-python tools/predict.py MODEL.onnx DIRECTORY --out OUT [options]
+python tools/predict.py MODEL.onnx FILE_OR_FOLDER... --out OUT [options]
 """
 
 import sys

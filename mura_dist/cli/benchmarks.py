@@ -7,37 +7,39 @@ from typing import Any
 import click
 
 from mura_dist.bench.runner import BENCHES
-from mura_dist.cli.options import Choice, a_path, quiet_option
+from mura_dist.cli.options import Choice, Command, a_path, quiet_option
 
 *_FIRST, _LAST = BENCHES
 
 
 @click.command(
-    short_help="Measure against what one would use instead.",
-    help=f"Measure WHAT ({', '.join(_FIRST)} or {_LAST}), side by side with what a user would use instead.",
+    cls=Command,
+    short_help="Measure speed against the usual alternatives.",
+    examples=["mura-dist bench pipeline", "mura-dist bench train --rounds 3 --plot train.png"],
+    help=f"Measure WHAT ({', '.join(_FIRST)} or {_LAST}), side by side with the usual alternatives.",
 )
 @click.argument("what", metavar="WHAT", type=Choice(BENCHES))
-@click.option("--data", type=a_path, default=None, help="A folder in MURA's layout.  [default: phantoms, drawn for it]")
+@click.option("--data", type=a_path, default=None, help="Folder in MURA's layout.  [default: phantoms, drawn for this]")
 @click.option(
-    "--size", type=click.IntRange(32, 2048), default=None, help="Pixels of a side.  [default: 320, train 160]"
+    "--size", type=click.IntRange(32, 2048), default=None, help="Width and height in pixels.  [default: by WHAT]"
 )
+@click.option("--radiographs", type=click.IntRange(16), default=None, help="Number of radiographs.  [default: by WHAT]")
 @click.option(
-    "--radiographs", type=click.IntRange(16), default=None, help="How many are worked on.  [default: by WHAT]"
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of turns of each contender."
 )
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each contender.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Processes or threads that load, on each side; peers of pipeline are tried with 1, 2 and 4.",
+    help="Number of loading processes or threads on each side; peers of pipeline are tried with 1, 2 and 4.",
 )
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Radiographs of a batch.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Radiographs per batch.")
 @click.option(
-    "--model", type=a_path, default=None, metavar="MODEL.onnx", help="Of encodings: whose probabilities are compared."
+    "--model", type=a_path, default=None, metavar="MODEL.onnx", help="Model whose probabilities encodings compares."
 )
-@click.option("--plot", type=a_path, default=None, metavar="FILE.png", help="Also draw what was measured.")
-@click.option("--json", "as_json", is_flag=True, help="The measurements as JSON on stdout.")
+@click.option("--plot", type=a_path, default=None, metavar="FILE.png", help="Picture of the measurements to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON on stdout.")
 @quiet_option
 def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
     from mura_dist.bench import plots

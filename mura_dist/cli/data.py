@@ -5,21 +5,32 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
+from mura_dist.cli.options import Choice, Command, a_path, a_place, progress_bar, quiet_option, shared_option
 from mura_dist.core.errors import Failure, Refusal, mask_url
-from mura_dist.data import mura
 
 
-@click.command(short_help="Draw bones in MURA's layout, some broken.")
+@click.command(
+    cls=Command,
+    short_help="Draw bones in MURA's layout, some broken.",
+    examples=["mura-dist phantoms data/bones --studies 100 --size 256"],
+)
 @click.argument("out", type=a_path)
 @click.option(
-    "--studies", type=int, default=400, show_default=True, help="Studies over all splits, both labels in each."
+    "--studies",
+    type=int,
+    default=400,
+    show_default=True,
+    help="Number of studies over all splits, of both labels in each.",
 )
-@click.option("--size", type=int, default=512, show_default=True, help="Longest side of the largest, in pixels.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed draws the same bytes.")
+@click.option(
+    "--size", type=int, default=512, show_default=True, help="Longest side of the largest drawing, in pixels."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the drawings: the same seed draws the same bytes."
+)
 @quiet_option
 def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None:
-    """Draw bones in MURA's own layout into OUT, some with breaks to find."""
+    """Draw bones into OUT, a new folder in MURA's layout. Some have breaks to find."""
     from mura_dist.data.phantoms import draw
 
     with progress_bar("drawing", quiet) as progress:
@@ -27,30 +38,44 @@ def phantoms(out: Path, studies: int, size: int, seed: int, quiet: bool) -> None
     click.echo(f"{out}: {', '.join(f'{value} {name}' for name, value in counts.items() if isinstance(value, int))}")
 
 
-@click.command(short_help="Convert a folder in MURA's layout to shards.")
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Convert a folder in MURA's layout to shards.",
+    examples=[
+        "mura-dist shards data/bones shards/bones --size 64",
+        "mura-dist shards /data/MURA-v1.1 shards/mura",
+        "mura-dist shards s3://bucket/MURA-v1.1 s3://bucket/shards",
+    ],
+)
 @click.argument("source", type=a_place)
 @click.argument("out", type=a_place)
-@click.option("--size", type=int, default=320, show_default=True, help="Pixels of a side; the aspect is not kept.")
-@click.option("--encoding", default="raw", show_default=True, help="raw, png or jpeg: how pixels are stored.")
-@click.option("--workers", type=int, default=None, help="Processes that read.  [default: one per processor]")
 @click.option(
-    "--tune", type=float, default=0.1, show_default=True, help="Share of the train patients that becomes tune."
+    "--size", type=int, default=320, show_default=True, help="Width and height in pixels; the aspect is not kept."
+)
+@click.option(
+    "--encoding", type=Choice(["raw", "png", "jpeg"]), default="raw", show_default=True, help="How to store pixels."
+)
+@click.option("--workers", type=int, default=None, help="Number of reading processes.  [default: one per processor]")
+@click.option(
+    "--tune", type=float, default=0.1, show_default=True, help="Share of the train patients to move to the tune split."
 )
 @click.option("--labels", type=a_path, default=None, help="CSV of study,label lines that correct labels.")
-@click.option("--strict", is_flag=True, help="Any defect of SOURCE, any unreadable file, is an error.")
+@click.option("--strict", is_flag=True, help="Fail at any defect of SOURCE and any unreadable file.")
 @click.option(
     "--duplicates",
+    type=Choice(["keep", "drop-train", "group"]),
     default="keep",
     show_default=True,
-    help="Byte-identical radiographs: keep, drop-train (train loses what valid or test has too) or group (train patients who "
-    "share one stay together when tune is cut).",
+    help="What to do with byte-identical radiographs: keep them; drop from train those that valid or test has too; or group "
+    "the train patients who share one, so that they stay together when tune is cut.",
 )
 @quiet_option
 def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> None:
-    """Convert SOURCE, a folder in MURA's layout, into WebDataset shards in OUT. Resumes.
+    """Convert SOURCE, a folder in MURA's layout, to WebDataset shards in OUT. The same command resumes.
 
-    Both may be URLs (s3://bucket/folder; pip install '.[remote]' in the checkout). Started by torchrun or srun on several
-    machines, the ranks share the work; the bytes are the same.
+    Both may be URLs (s3://bucket/folder), which need pip install '.[remote]' in the checkout. Under torchrun or srun the ranks
+    share the work and write the same bytes.
     """
     from mura_dist.data.shards.convert import convert
     from mura_dist.distributed.signals import as_interrupt
@@ -60,7 +85,7 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
     if index is None:  # another rank's: the first one speaks
         return
     click.echo(_report_text(out))
-    click.echo(f"{mask_url(str(out))}: {index['size']} px, {index['encoding']}; {mura.TERMS}")
+    click.echo(f"{mask_url(str(out))}: {index['size']} px, {index['encoding']}")
 
 
 def _report_text(out: Path | str) -> str:
@@ -75,11 +100,11 @@ def _report_text(out: Path | str) -> str:
         ) from error
 
 
-@click.command(short_help="Check shards to the bit.")
+@click.command(cls=Command, short_help="Check shards to the bit.", examples=["mura-dist verify shards/bones"])
 @click.argument("out", type=a_place)
 @quiet_option
 def verify(out: Path | str, quiet: bool) -> None:
-    """Check shards: counts, digests, rows, readability; name each damaged sample."""
+    """Check the shards in OUT to the bit: counts, digests, rows, readability. Name each corrupt sample."""
     from mura_dist.data.shards.reader import Shards
     from mura_dist.data.shards.verify import verify as problems_of
 
@@ -95,24 +120,37 @@ def verify(out: Path | str, quiet: bool) -> None:
     click.echo(f"{mask_url(str(out))}: {num} radiographs, all sound")
 
 
-@click.command(short_help="Counts, sizes, exposure, defects, as a page.")
+@click.command(
+    cls=Command,
+    short_help="Summarize a data set as an HTML page.",
+    examples=["mura-dist describe shards/bones", "mura-dist describe data/bones --out bones.html --contact-sheet"],
+)
 @click.argument("folder", metavar="SHARDS_OR_FOLDER", type=a_place)
-@click.option("--out", type=a_path, default=Path("describe.html"), show_default=True, help="The page to write.")
+@click.option(
+    "--out",
+    type=a_path,
+    default=Path("describe.html"),
+    show_default=True,
+    help="HTML page to write; its numbers go beside it as JSON.",
+)
 @click.option(
     "--contact-sheet",
     is_flag=True,
-    help="Also a page of small radiographs by study type and label, OUT-contact-sheet.html, LOCAL ONLY.",
+    help="Write OUT-contact-sheet.html too: small radiographs by study type and label. LOCAL ONLY.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which ones the contact sheet shows."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed that chooses the contact sheet's radiographs.",
 )
 @shared_option
 @quiet_option
 def describe(folder: Path | str, out: Path, contact_sheet: bool, seed: int, shared: bool, quiet: bool) -> None:
-    """Counts, sizes, exposure and defects of shards, or of a folder in MURA's layout, as a page, and as JSON beside it.
+    """Summarize shards, or a folder in MURA's layout, as an HTML page: counts, sizes, exposure, defects.
 
-    The page holds no radiograph; the contact sheet does, and is made on request only. Without --shared both are
-    their owner's alone.
+    The page holds no radiograph. The contact sheet does, and is written on request only.
     """
     from mura_dist.reports.dataset import contact_sheet_path, summary_text
     from mura_dist.reports.dataset import describe as page_of

@@ -6,45 +6,61 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
+from mura_dist.cli.options import Command, a_path, a_place, progress_bar, quiet_option, shared_option
 from mura_dist.core.errors import Refusal, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
 
-@click.command(short_help="Measure a run, an ensemble or an exported model on a split.")
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Measure a run, an ensemble or an exported model on a split.",
+    examples=[
+        "mura-dist evaluate runs/bones shards/bones",
+        "mura-dist evaluate runs/bones/model.onnx shards/bones --out runs/bones-onnx",
+    ],
+)
 @click.argument("path", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
 @click.argument("shards", type=a_place)
-@click.option("--split", default="valid", show_default=True, help="train, tune or valid.")
+@click.option("--split", default="valid", show_default=True, help="Split to score: train, tune or valid.")
 @click.option(
-    "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
+    "--checkpoint",
+    "which",
+    default="best",
+    show_default=True,
+    help="Checkpoint of a run: best (by tune loss), last or step-N.",
 )
 @click.option(
     "--out",
     type=a_path,
     default=None,
-    help="Where to write.  [default: the run; of a list NAME.json, NAME; of an ONNX file it must be given]",
+    help="Folder to write.  [default: the run; NAME for a list NAME.json; required for an ONNX file]",
 )
 @click.option(
     "--operating-point",
     "operating_point",
     default=None,
     metavar="paper|sensitivity=W|specificity=W",
-    help="Whose thresholds make the calls: the paper's 0.5, or those fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  "
-    "[default: paper; of an ONNX file, its own]",
+    help="Thresholds of the calls: the paper's 0.5, or those fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  [default: "
+    "paper; for an ONNX file its own]",
 )
 @click.option(
-    "--prevalence", type=float, default=None, metavar="P", help="Share of abnormal studies to work PPV and NPV out for."
+    "--prevalence",
+    type=float,
+    default=None,
+    metavar="P",
+    help="Share of abnormal studies to compute PPV and NPV for.  [default: the split's]",
 )
 @click.option(
     "--gallery/--no-gallery",
     "with_gallery",
     default=True,
     show_default=True,
-    help="Also pictures of radiographs with class activation maps: gallery.html, gallery/, LOCAL ONLY.",
+    help="Write gallery.html and gallery/ too: radiographs with class activation maps. LOCAL ONLY.",
 )
 @click.option(
-    "--provider", default="cpu", show_default=True, help="What computes an ONNX file: cpu, cuda, tensorrt or openvino."
+    "--provider", default="cpu", show_default=True, help="Engine for an ONNX file: cpu, cuda, tensorrt or openvino."
 )
 @shared_option
 @quiet_option
@@ -63,10 +79,9 @@ def evaluate(
 ) -> None:
     """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
 
-    Of a run or a list, calibration, thresholds and the uncertain band are fitted on the tune split, which is scored too;
-    export puts them into the model. Writes metrics.json, report.html and tables,
-    none of which holds a radiograph; and gallery.html, gallery/ and gallery.json, which are LOCAL ONLY, and without --shared
-    their owner's alone.
+    For a run or a list, also fit calibration, thresholds and the uncertain band on the tune split; export puts them into the
+    model. metrics.json, report.html and the tables hold no radiograph. gallery.html, gallery/ and gallery.json do: they are
+    LOCAL ONLY.
     """
     from rich.console import Console
 
@@ -107,48 +122,58 @@ def evaluate(
             click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {out / 'gallery.html'}")
 
 
-@click.command(short_help="Score a file of predictions against labels.")
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Score a file of predictions against labels.",
+    examples=[
+        "mura-dist score runs/bones/predictions-official.csv labels.csv",
+        "mura-dist score predictions/studies.csv labels.csv --json",
+    ],
+)
 @click.argument("predictions", metavar="PREDICTIONS", type=a_path)
 @click.argument("labels", metavar="LABELS", type=a_path)
 @click.option(
-    "--json", "as_json", is_flag=True, help="metrics.json on stdout, and nothing else; no report unless --out."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print metrics.json, and nothing else, on stdout; write no report without --out.",
 )
 @click.option(
     "--out",
     type=a_path,
     default=None,
     metavar="DIR",
-    help="Where to write.  [default: of PREDICTIONS NAME.csv, NAME-score beside it; with --json, nowhere]",
+    help="Folder to write.  [default: NAME-score beside PREDICTIONS NAME.csv; with --json none]",
 )
 @click.option(
-    "--against", type=a_path, default=None, metavar="B.csv", help="A second file of predictions, to compare with."
+    "--against", type=a_path, default=None, metavar="B.csv", help="Second file of predictions to compare with."
 )
 @click.option(
     "--threshold",
     type=float,
     default=None,
     metavar="T",
-    help="Call abnormal what is above T.  [default: the calls in the file, else 0.5]",
+    help="Probability above which a study is called abnormal.  [default: the calls in the file, else 0.5]",
 )
 @click.option(
     "--prevalence",
     type=float,
     default=None,
     metavar="P",
-    help="Also predictive values where a share P of studies is abnormal.",
+    help="Share of abnormal studies to compute PPV and NPV for.",
 )
-@click.option("--allow-inverted", is_flag=True, help="Score calls that are surely worse than chance.")
+@click.option("--allow-inverted", is_flag=True, help="Score calls even if they are surely worse than chance.")
 @quiet_option
 def score(
     predictions: Path, labels: Path, as_json: bool, out: Path | None, against: Path | None, quiet: bool, **options: Any
 ) -> None:
-    """Score PREDICTIONS, a line a study, against LABELS of the same studies. No model is needed.
+    """Score PREDICTIONS, one line per study, against LABELS of the same studies. This needs no model.
 
-    PREDICTIONS: `path/,1` without a header (the official format; a probability may stand in place of 0 or 1), or a table with
-    a header: study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
-    `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or
-    study,label[,patient][,study_type] with a header. A study missing, unknown, or there twice is refused, and so is a line an
-    image.
+    PREDICTIONS: lines `path/,1` without a header (MURA's official format; a probability may replace 0 or 1), or a table with a
+    header that has study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
+    `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or study,label[,patient][,study_type]
+    with a header. A missing, unknown or repeated study is refused, and so is a line per image.
 
     Writes metrics.json, report.html, report.json, pictures/ and studies.csv.
     """

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mura_dist.cli.options import a_path, a_place, progress_bar, quiet_option, shared_option
-from mura_dist.data import mura
+from mura_dist.cli.options import (
+    Choice,
+    Command,
+    a_path,
+    a_place,
+    echo_terms,
+    progress_bar,
+    quiet_option,
+    shared_option,
+)
 from mura_dist.distributed import environment
 
 if TYPE_CHECKING:
     from mura_dist.inference.export.onnx import ExportReport
 
 
-@click.command(short_help="Write a checkpoint, or an ensemble, as one ONNX file.")
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Write a checkpoint, or an ensemble, as one ONNX file.",
+    examples=["mura-dist export runs/bones", "mura-dist export runs/bones --precision int8"],
+)
 @click.argument("path", metavar="RUN_OR_LIST", type=a_path)
 @click.option(
-    "--checkpoint", "which", default="best", show_default=True, help="best (by tune loss), last or step-N; of a run."
+    "--checkpoint",
+    "which",
+    default="best",
+    show_default=True,
+    help="Checkpoint of a run: best (by tune loss), last or step-N.",
 )
 @click.option(
     "--out",
     type=a_path,
     default=None,
-    help="The file to write.  [default: RUN/model.onnx, RUN/model-int8.onnx; of a list NAME.json, NAME.onnx]",
+    help="File to write.  [default: RUN/model.onnx, or RUN/model-int8.onnx; NAME.onnx for a list NAME.json]",
 )
 @click.option(
     "--precision",
     default="fp32",
     show_default=True,
     metavar="fp32|fp16|bf16|int8",
-    help="What it computes in. int8: for CPUs; fp16: for GPUs; bf16: for OpenVINO on processors that have it.",
+    help="Arithmetic of the model: int8 for CPUs, fp16 for GPUs, bf16 for OpenVINO on processors that support it.",
 )
 @click.option(
-    "--shards", type=a_place, default=None, help="Where the run's shards are now.  [default: where the run found them]"
+    "--shards",
+    type=a_place,
+    default=None,
+    help="Folder or URL of the run's shards, if they moved.  [default: as in the run]",
 )
+@click.option("--allow-change", is_flag=True, help="Write fp16, bf16 or int8 even if it changes more than its limits.")
 @click.option(
-    "--allow-change", is_flag=True, help="Write fp16, bf16 or int8 even where it changes more than its limits."
-)
-@click.option(
-    "--triton", type=a_path, default=None, metavar="DIR", help="Also write a model repository for NVIDIA Triton."
+    "--triton", type=a_path, default=None, metavar="DIR", help="Model repository for NVIDIA Triton to write too."
 )
 @quiet_option
 def export(
@@ -55,12 +74,16 @@ def export(
 ) -> None:
     """Write a run's checkpoint, or a model list's ensemble, as one self-describing ONNX file, if it agrees with torch.
 
-    Input `image` uint8 (N, 1, S, S), outputs `logit` (N,) and `activation_map` (N, h, w); calibration, thresholds, metrics and
-    terms are in its metadata. It is compared with torch at batch sizes 1, 2, 7 and 64, on the run's own radiographs and on drawn
-    images; where a logit differs by more than 1e-4, nothing is written (DenseNet-169 at 320 px: a minute on 2 cores, 3 GB).
-    Below fp32, what fewer bits change is measured against that on the split that chose the model, and refused above limits: 0.005
-    of a probability on average and 1 % of the calls (fp16: 0.001 and 0.5 %). int8 takes some minutes.
-    With --triton, DIR/mura_dist is what a stock Triton server loads; other models in DIR are left alone.
+    The file takes `image` uint8 (N, 1, S, S) and returns `logit` (N,) and `activation_map` (N, h, w). Its metadata holds
+    calibration, thresholds, metrics and terms.
+
+    export compares the file with torch at batch sizes 1, 2, 7 and 64, on the run's own radiographs and on drawn images. It writes
+    nothing if a logit differs by more than 1e-4. DenseNet-169 at 320 px takes a minute on 2 cores, and 3 GB.
+
+    Below fp32, export measures what fewer bits change on the split that chose the model, and refuses more than 0.005 of a
+    probability on average or 1 % of the calls (fp16: 0.001 and 0.5 %). int8 takes some minutes.
+
+    With --triton, a stock Triton server loads DIR/mura_dist. Other models in DIR stay as they are.
     """
     from rich.console import Console
 
@@ -74,10 +97,7 @@ def export(
     with progress_bar("exporting", quiet) as progress:
         report = export_target(target, which=which, out=out, options=options, say=say, progress=progress)
     card = report.card
-    click.echo(
-        f"{out}: {report.num_bytes / 1e6:.1f} MB, operator set {OPSET}, {card.checkpoint}, "
-        f"{_measured(report)}; {mura.TERMS}"
-    )
+    click.echo(f"{out}: {report.num_bytes / 1e6:.1f} MB, operator set {OPSET}, {card.checkpoint}, {_measured(report)}")
     for line in report.over:
         click.echo(f"warning: {line}; written because of --allow-change")
     if triton is not None:
@@ -106,26 +126,41 @@ def _measured(report: ExportReport) -> str:
     )
 
 
-@click.command(short_help="Predict a directory of radiographs.")
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Predict radiographs: files or a folder.",
+    examples=[
+        "mura-dist predict runs/bones/model.onnx data/bones/valid --out predictions",
+        "mura-dist predict model.onnx left.dcm right.dcm --out both --study-type hand",
+    ],
+)
 @click.argument("model", metavar="MODEL.onnx", type=a_path)
-@click.argument("directory", type=a_path)
-@click.option("--out", type=a_path, required=True, help="Folder for predictions, studies and failures.")
-@click.option("--study-by", default="auto", show_default=True, help="auto, folder or file: what makes a study.")
+@click.argument("inputs", metavar="FILE_OR_FOLDER...", type=a_place, nargs=-1, required=True)
+@click.option("--out", type=a_path, required=True, help="Folder to write predictions, studies and failures to.")
+@click.option(
+    "--study-by",
+    type=Choice(["auto", "folder", "file"]),
+    default="auto",
+    show_default=True,
+    help="What makes a study: its folder, each file, or auto: MURA's folders and DICOM's identifiers, else each file.",
+)
 @click.option(
     "--study-type",
     default=None,
-    help="A study type for all, or a CSV of path,study_type.  [default: as paths and DICOM tell]",
+    metavar="TYPE|CSV",
+    help="Study type of all radiographs, such as hand or XR_HAND, or a CSV of path,study_type.  [default: by path and DICOM]",
 )
 @click.option(
     "--overlays",
     is_flag=True,
-    help="Also a PNG of each radiograph and its class activation map, into OUT/overlays. LOCAL ONLY: they hold radiographs, "
-    "and what text is burned into a PNG or JPEG shows.",
+    help="Write OUT/overlays too: a PNG of each radiograph and its class activation map. LOCAL ONLY: they hold radiographs, and "
+    "show text that is burned into a PNG or JPEG.",
 )
 @click.option(
     "--allow-pixels",
     is_flag=True,
-    help="Overlays of DICOMs too whose pixels may show a name: BurnedInAnnotation, secondary captures.",
+    help="Write overlays even of DICOMs whose pixels may show a name: BurnedInAnnotation, secondary captures.",
 )
 @click.option(
     "--pseudonyms",
@@ -133,25 +168,32 @@ def _measured(report: ExportReport) -> str:
     type=a_path,
     default=None,
     metavar="KEYTABLE",
-    help="Files and studies go by pseudonyms in all that is written and said; KEYTABLE, a CSV outside OUT, leads back.",
+    help="Call files and studies by pseudonyms in all output; write the way back to KEYTABLE, a CSV outside OUT.",
 )
 @click.option(
     "--provider",
     default="cpu",
     show_default=True,
-    help="What computes: cpu, cuda, tensorrt or openvino. Each but tensorrt is an extra: pip install '.[cpu]' in the checkout; "
+    help="Engine: cpu, cuda, tensorrt or openvino. Each but tensorrt is an extra: pip install '.[cpu]' in the checkout; "
     "tensorrt needs cuda and TensorRT 10.",
 )
-@click.option("--format", default="csv", show_default=True, help="csv or parquet.")
 @click.option(
-    "--batch-size", type=int, default=None, help="Radiographs at once.  [default: as --autotune found, or by provider]"
+    "--format", type=Choice(["csv", "parquet"]), default="csv", show_default=True, help="Format of the tables."
+)
+@click.option(
+    "--batch-size",
+    type=int,
+    default=None,
+    help="Number of radiographs per batch.  [default: as --autotune measured, or by provider]",
 )
 @click.option(
     "--autotune",
     is_flag=True,
-    help="First measure what runs this model fastest on this machine, and keep it for later commands: about a minute.",
+    help="Measure first how this model runs fastest on this machine (about a minute); later commands use it too.",
 )
-@click.option("--workers", type=int, default=None, help="Processes that read.  [default: by files and processors]")
+@click.option(
+    "--workers", type=int, default=None, help="Number of reading processes.  [default: by files and processors]"
+)
 @click.option(
     "--batch-limit",
     "batch_limit_s",
@@ -159,16 +201,19 @@ def _measured(report: ExportReport) -> str:
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="What computing one batch may take; a model that never answers ends the command.",
+    help="Seconds after which a batch that is still computed fails the command.",
 )
-@click.option("--strict", is_flag=True, help="Any failure is an error, once all tables are written.")
+@click.option("--strict", is_flag=True, help="Exit with status 1 if a file failed, once all tables are written.")
 @shared_option
 @quiet_option
-def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any) -> None:
-    """Predict every radiograph below DIRECTORY. Resumes; every file ends in exactly one table.
+def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool, **options: Any) -> None:
+    """Predict radiographs: files, and every file below a folder. The same command resumes.
 
-    Given a model list NAME.json, it takes NAME.onnx beside it, if that holds the members listed. Started by torchrun or srun,
-    the ranks share the work; the bytes are the same.
+    Each file ends in exactly one table, predictions or failures, with its path relative to DIRECTORY: the folder, if only one is
+    given, else the deepest folder that holds all that is given.
+
+    MODEL.onnx may be a model list NAME.json, if NAME.onnx beside it holds its members. Under torchrun or srun the ranks share
+    the work and write the same bytes.
     """
     from rich.console import Console
 
@@ -178,7 +223,7 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
 
     say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     with progress_bar("predicting", quiet or not environment.is_first()) as progress:
-        summary = run(model, directory, out, PredictOptions(**options), say=say, progress=progress)
+        summary = run(model, inputs, out, PredictOptions(**options), say=say, progress=progress)
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(
@@ -199,7 +244,6 @@ def predict(model: Path, directory: Path, out: Path, quiet: bool, **options: Any
         click.echo(f"note: {note} in {number} of {summary['num_radiographs']} radiographs")
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")
-    click.echo(mura.TERMS)
 
 
 def _calls(summary: dict[str, Any]) -> str:
@@ -208,32 +252,45 @@ def _calls(summary: dict[str, Any]) -> str:
     return f"{summary['num_positive']} of {num_calls} calls positive" if num_calls else "no calls"
 
 
-@click.command
-@click.argument("model", type=a_path)
-@click.option(
-    "--address", default="127.0.0.1", show_default=True, help="Where to listen; the default is this machine alone."
+@click.command(
+    cls=Command,
+    short_help="Serve a web page that answers uploaded studies.",
+    examples=["mura-dist page runs/bones/model.onnx --examples data/bones/valid"],
 )
-@click.option("--port", type=int, default=8501, show_default=True, help="Where to listen.")
+@click.argument("model", metavar="MODEL.onnx", type=a_path)
+@click.option(
+    "--address",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; the default is for this machine alone.",
+)
+@click.option("--port", type=int, default=8501, show_default=True, help="Port to listen on.")
 @click.option(
     "--allow-host",
     multiple=True,
     metavar="NAME",
-    help="A further name by which browsers reach the page, such as a proxy's. May be given several times.",
+    help="Another host name by which browsers reach the page, such as a proxy's. Repeat it for several.",
 )
 @click.option(
     "--examples",
     type=a_path,
     default=None,
     metavar="FOLDER",
-    help="A folder in MURA's layout: some of its studies may be chosen instead of uploading one.",
+    help="Folder in MURA's layout whose studies a visitor may choose instead of uploading one.",
 )
 def page(model: Path, **options: Any) -> None:
-    """Serve the web page on an exported MODEL.onnx: upload a study, see the answer. Ctrl-C ends it.
+    """Serve a web page on an exported MODEL.onnx: upload a study, read the answer. Ctrl-C stops it.
 
-    Nothing uploaded is written to a disk or kept after its session; nothing is sent anywhere. Needs pip install
-    '.[cpu,page]' in the checkout.
+    No upload is written to a disk or kept after its session, and nothing is sent anywhere. This needs pip install '.[cpu,page]'
+    in the checkout.
     """
     from mura_dist.inference.page.server import serve
 
-    click.echo(mura.TERMS)
-    serve(model, say=lambda line: click.echo(line), **options)
+    numbers = itertools.count()
+
+    def say(line: str) -> None:
+        click.echo(line)
+        if next(numbers) == 0:  # it listens, and runs until it is stopped
+            echo_terms()
+
+    serve(model, say=say, **options)

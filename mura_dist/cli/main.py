@@ -26,13 +26,25 @@ from mura_dist.core.errors import (
     install_remedy,
     is_out_of_memory,
     mask_url,
+    nearest,
 )
 from mura_dist.distributed import environment
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
+STORY = (
+    "mura-dist phantoms data/bones",
+    "mura-dist shards data/bones shards/bones --size 64",
+    "mura-dist train launch/recipes/demo.toml shards=shards/bones run=runs/bones",
+    "mura-dist evaluate runs/bones shards/bones",
+    "mura-dist export runs/bones",
+    "mura-dist predict runs/bones/model.onnx data/bones/valid --out predictions",
+)
+"""From nothing to predictions, on drawn bones."""
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, examples=STORY, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="mura-dist")
 def cli() -> None:
     """From a folder of bone radiographs to a trained, honestly measured, deployable model.
@@ -61,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return WRONG
     except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "mura-dist"
-        said, words = error.format_message(), sys.argv if arguments is None else arguments
+        said, words = _usage_text(error), sys.argv[1:] if arguments is None else arguments
+        command = f"mura-dist {words[0]}" if words and words[0] in cli.commands else "mura-dist"
         # What it did not expect click quotes, and a shell makes names of DIRECTORY/*.
         if any(word.startswith("--pseudonyms") for word in words):
             said = f"{said.partition(' (')[0].rstrip('.')}."
@@ -102,6 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"out of memory ({reason}); free some or raise the limit (ulimit -v), then the same command goes on"
         return _end(FAILED, line, only_first=False)
     return DONE
+
+
+def _usage_text(error: click.ClickException) -> str:
+    """Say what is wrong with a command line; an option that does not exist with the nearest one."""
+    if not isinstance(error, click.NoSuchOption) or error.ctx is None:
+        return error.format_message()
+    parameters = [each for each in error.ctx.command.get_params(error.ctx) if not getattr(each, "hidden", False)]
+    names = [name for each in parameters for name in (*each.opts, *each.secondary_opts) if name.startswith("--")]
+    return f"no option {error.option_name}{nearest(error.option_name, names)}."
 
 
 def _speaks() -> bool:

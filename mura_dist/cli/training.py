@@ -1,32 +1,43 @@
 """The commands that make a model: train, ensemble."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from mura_dist.cli.options import WithSettings, a_path, quiet_option
+from mura_dist.cli.options import Command, WithSettings, a_path, quiet_option
 from mura_dist.distributed import environment
 
 
-@click.command(cls=WithSettings, short_help="Train a run, or go on with it.")
-@click.argument("words", metavar="RECIPE.toml [key=value ...]", nargs=-1)
+@click.command(
+    cls=WithSettings,
+    terms=True,
+    short_help="Train a run, or resume it.",
+    context_settings={"ignore_unknown_options": True},
+    examples=[
+        "mura-dist train launch/recipes/mura.toml",
+        "mura-dist train launch/recipes/mura.toml epochs=5 run=runs/short",
+    ],
+)
+@click.argument("words", metavar="[RECIPE.toml] [key=value ...]", nargs=-1)
 @click.option(
     "--local_rank",
     "--local-rank",
     type=int,
     hidden=True,
-    help="The deepspeed launcher adds it; the environment says it too.",
+    help="Rank on this machine; the deepspeed launcher adds it, and the environment has it too.",
 )
 @quiet_option
-def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
-    """Train, or go on with, the run that RECIPE.toml and key=value settings describe.
+@click.pass_context
+def train(context: click.Context, words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
+    """Train the run that RECIPE.toml and key=value settings describe, or resume it. Settings after the recipe win.
 
-    On several ranks: `torchrun --nproc-per-node N -m mura_dist.train ...` or `deepspeed --module mura_dist.train ...`.
+    On several ranks: torchrun --nproc-per-node N -m mura_dist.train ..., or deepspeed --module mura_dist.train ...
     """
-    recipe = next((word for word in words if "=" not in word), None)
     from mura_dist.core import config
 
-    settings = config.load(Path(recipe) if recipe is not None else None, [word for word in words if word != recipe])
+    recipe, overrides = _split(words, context)
+    settings = config.load(recipe, overrides)
     from mura_dist.training.loop import summary_text
     from mura_dist.training.loop import train as run
 
@@ -35,17 +46,52 @@ def train(words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
         click.echo(summary_text(summary))
 
 
-@click.command(short_help="Choose the best checkpoints of runs as one model.")
+def _split(words: Sequence[str], context: click.Context) -> tuple[Path | None, list[str]]:
+    """Return the recipe and the words after it.
+
+    What should be one word `key=value` but was written `--key value` or `key value` becomes one, for config.load to explain.
+
+    Raises:
+        NoSuchOption: a word with dashes that resembles no setting.
+    """
+    from mura_dist.core import config
+
+    recipe, overrides, rest = None, list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        dashed = word.startswith("-")
+        if dashed and not config.resembles(word):
+            raise click.NoSuchOption(word.partition("=")[0], ctx=context)
+        if "=" in word:
+            overrides.append(word)
+        elif dashed or (config.resembles(word, exactly=True) and not Path(word).exists()):
+            has_value = rest and not rest[0].startswith("-") and "=" not in rest[0] and not rest[0].endswith(".toml")
+            overrides.append(f"{word} {rest.pop(0)}" if has_value else word)
+        elif recipe is None:
+            recipe = Path(word)
+        else:
+            overrides.append(word)
+    return recipe, overrides
+
+
+@click.command(
+    cls=Command,
+    terms=True,
+    short_help="Choose the best checkpoints of runs as one model.",
+    examples=["mura-dist ensemble runs/mura runs/mura-seed1 --out runs/five.json"],
+)
 @click.argument("runs", metavar="RUN [RUN ...]", type=a_path, nargs=-1, required=True)
-@click.option("--out", type=a_path, required=True, metavar="FILE.json", help="The model list to write.")
-@click.option("--top", type=int, default=5, show_default=True, help="How many checkpoints, over all runs together.")
+@click.option("--out", type=a_path, required=True, metavar="FILE.json", help="Model list to write.")
+@click.option(
+    "--top", type=int, default=5, show_default=True, help="Number of checkpoints to choose, over all runs together."
+)
 @quiet_option
 def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
-    """Choose, of all checkpoints in the runs, the --top of lowest tune loss; write their names as a model list.
+    """Choose the checkpoints of lowest tune loss among all checkpoints of the runs, and write their names as a model list.
 
-    evaluate and export take the list in place of a run: a model that averages the members' probabilities. The runs must share
-    shards and select_on. A run keeps its newest checkpoints and the keep_best=N of lowest loss (a setting of train, 1 unless
-    set). The list names checkpoints, it holds none: move it together with its runs.
+    evaluate and export take the list in place of a run, and average the probabilities of its members. The runs must share
+    shards and select_on. A run keeps its newest checkpoints, and the keep_best=N of lowest loss (a setting of train, default 1).
+    The list names checkpoints and holds none, so move it together with its runs.
     """
     from rich.console import Console
 

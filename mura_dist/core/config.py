@@ -6,7 +6,6 @@ An unknown key is refused with the names it may mean. A setting's group and trai
 differ when a run is resumed, is a path of this machine, may differ between ranks.
 """
 
-import re
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -291,6 +290,13 @@ def check(values: dict[str, Any], where: str) -> Settings:
     return _validate(values, {}, [], where)
 
 
+def resembles(word: str, *, exactly: bool = False) -> bool:
+    """Return whether a word such as `--lr` or `epochs` names a setting, by whatever name; or, unless `exactly`, nearly does."""
+    key = word.lstrip("-").partition("=")[0]
+    cutoff = 1.0 if exactly else 0.7
+    return bool(setting_names.remedy(key) or setting_names.candidates(key, Settings.model_fields, cutoff=cutoff))
+
+
 def _parse_word(word: str) -> tuple[str, Any, str]:
     """Parse a word of the command line: `key=value`, or what was meant by `--key value`, `--key=value` and `key value`.
 
@@ -300,7 +306,7 @@ def _parse_word(word: str) -> tuple[str, Any, str]:
     key, equals, text = word.partition("=")
     if equals and key.strip() and not word.startswith("-"):
         return key.strip(), _value(key.strip(), text.strip()), ""
-    key, _, text = re.sub("^-+", "", word).replace("=", " ", 1).partition(" ")
+    key, _, text = word.lstrip("-").replace("=", " ", 1).partition(" ")
     if remedy := setting_names.remedy(key):
         return "", None, f"{word!r}: {remedy}"
     names = setting_names.candidates(key, Settings.model_fields)

@@ -81,8 +81,10 @@ class CommonFailure(Failure):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` where something known is near, else nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """Return ` (did you mean X?)` where `word` is the beginning of one of `known` alone, or else near one; else nothing."""
+    known = list(known)
+    longer = [name for name in known if word and name.startswith(word)]
+    matches = longer if len(longer) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 

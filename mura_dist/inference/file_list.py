@@ -1,4 +1,4 @@
-"""Which files a directory holds: as many as it may, in bounded memory.
+"""Which files a directory, or some of its members, hold: as many as it may, in bounded memory.
 
     find: directory -> a table on disk, sorted by the bytes of the paths -> Walk: its digest, its files chunk by chunk
 
@@ -10,7 +10,7 @@ import itertools
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,19 +76,30 @@ def find(
     directory: Path,
     database: Path,
     *,
+    members: Sequence[str] = ("",),
     size: int = 256,
     leave_out: Path | None = None,
     sort_by: Callable[[bytes], bytes] = lambda path: path,
     found: Callable[[int], None] = lambda num: None,
 ) -> Walk:
-    """Every file below `directory`, listed in `database`, a new file. `leave_out` is a folder not to look into; `found`: told how
-    many; `sort_by`: of a path, what the files are in the order of.
+    """List the files of `directory` in `database`, a new file.
+
+    Args:
+        directory: what paths are relative to.
+        database: the file to write.
+        members: files and folders of it to list, relative to it; "" is the directory itself.
+        size: files of a chunk.
+        leave_out: a folder not to look into.
+        sort_by: of a path, what the files are in the order of.
+        found: hears how many there are so far.
 
     Links to files are files; links to folders are followed once the real folders are done, and each folder is entered
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
     with scratch_db.made(database, _SCHEMA) as table:
-        _fill(table, directory, leave_out, found, sort_by)
+        if leave_out is not None and leave_out.is_dir():
+            _enter(table, leave_out)
+        _fill(table, directory, members, found, sort_by)
         num_files, digest = _number(table, size)
     return Walk(database, num_files, digest, size)
 
@@ -96,21 +107,26 @@ def find(
 def _fill(
     table: sqlite3.Connection,
     directory: Path,
-    leave_out: Path | None,
+    members: Sequence[str],
     found: Callable[[int], None],
     sort_by: Callable[[bytes], bytes],
 ) -> None:
-    if leave_out is not None and leave_out.is_dir():
-        _enter(table, leave_out)
-    _put_off(table, "", link=False)
     num = 0
+
+    def insert(rows: Iterator[_Row]) -> None:
+        nonlocal num
+        while some := [(sort_by(row[0]), *row) for row in itertools.islice(rows, _FILES)]:
+            table.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?, ?)", some)
+            num += len(some)
+            found(num)
+
+    is_folder = {member: os.path.isdir(directory / member) for member in members}
+    for folder in (member for member in members if is_folder[member]):
+        _put_off(table, folder, link=False)
+    insert(_row(member, os.path.join(directory, member)) for member in members if not is_folder[member])
     while folders := _next(table):
         for folder in folders:
-            rows = _look_into(table, directory, folder)
-            while some := [(sort_by(row[0]), *row) for row in itertools.islice(rows, _FILES)]:
-                table.executemany("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?, ?, ?)", some)
-                num += len(some)
-                found(num)
+            insert(_look_into(table, directory, folder))
         found(num)
 
 

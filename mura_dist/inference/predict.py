@@ -1,6 +1,6 @@
-"""A directory of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
+"""Files and folders of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    file_list.find -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
+    inputs.Inputs -> file_list.find -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
         -> README.txt -> predict.json (last: it says "done")
 
@@ -20,7 +20,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
 from mura_dist.inference.grouping import Grouping
+from mura_dist.inference.inputs import Inputs
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
 from mura_dist.inference.overlays import Overlays, counted
@@ -76,34 +77,36 @@ class PredictOptions:
 
 def predict(
     model_path: Path,
-    directory: Path,
+    inputs: Path | Sequence[Path | str],
     out: Path,
     options: PredictOptions = PredictOptions(),
     *,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any] | None:
-    """Predict every radiograph below `directory` into tables in `out`. Resumes.
+    """Predict every radiograph of `inputs`, a folder, or files and folders, into tables in `out`. Resumes.
 
     Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. `out` is not looked into
-    where it lies inside `directory`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk), OSError
-    when the disk is full.
+    where it lies inside a folder of `inputs`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk), and
+    OSError when the disk is full.
     """
     end_with_launcher()
-    with pseudonyms.hushed(directory, options.keytable):
+    paths = [inputs] if isinstance(inputs, Path) else list(inputs)
+    with pseudonyms.hushed(paths, options.keytable):
         started = time.perf_counter()
-        _check(directory, out, options)
-        names = _names(options.keytable, out, directory)
+        sources = Inputs.parse(paths)
+        _check(sources, out, options)
+        names = _names(options.keytable, out, sources)
         _check_tuning(options)
         model = Model.load(model_path, options.provider, flowing(options.batch_size), options.batch_limit_s)
-        groups, warnings = _grouping(directory, out, options, names, model.card)
+        groups, warnings = _grouping(sources, out, options, names, model.card)
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
         with (
             contextlib.nullcontext() if options.shared else private(out),
             asked_to_stop(patience_s=0) as stop,
             folder.locked(stop),
-            _walked(directory, folder, names, options.keytable, stop, progress) as files,
+            _walked(sources, folder, names, options.keytable, stop, progress) as files,
         ):
             if (tuning := _resolve_tuning(folder, model, model_path, options, say)) != model.tuning:
                 model = Model.load(model_path, options.provider, tuning, options.batch_limit_s)
@@ -115,7 +118,7 @@ def predict(
             summary = folder.begin(plan, stop)
             if summary is None:
                 overlays = _overlays(model, folder, options)
-                chunks = ChunkPredictor(model, directory, groups, files, folder, overlays, stop, progress)
+                chunks = ChunkPredictor(model, sources.directory, groups, files, folder, overlays, stop, progress)
                 chunks.run(options.workers, options.limits)
                 if folder.rank == 0:
                     tally, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
@@ -133,12 +136,7 @@ def predict(
         return summary
 
 
-def _check(directory: Path, out: Path, options: PredictOptions) -> None:
-    if not directory.is_dir():
-        what = "a file" if directory.exists() else "no such folder"
-        raise Refusal(f"{directory}: {what}; give a folder of radiographs")
-    if not os.access(directory, os.R_OK | os.X_OK):
-        raise Refusal(f"{directory} cannot be listed: permission denied; give a folder you may read")
+def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
     if options.study_by not in grouping.STUDY_BY:
         raise Refusal(
             f"--study-by {options.study_by}: must be one of {', '.join(grouping.STUDY_BY)}; auto is the default"
@@ -161,15 +159,15 @@ def _check(directory: Path, out: Path, options: PredictOptions) -> None:
         )
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; give a folder")
-    if out.is_dir() and out.samefile(directory):
+    if out.is_dir() and any(out.samefile(folder) for folder in inputs.folders):
         raise Refusal(f"--out {out} is the directory of radiographs itself; give another folder")
 
 
-def _names(keytable: Path | None, out: Path, directory: Path) -> Names:
+def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:
     if keytable is None:
         return Names()
-    pseudonyms.check(keytable, out, directory)
-    return Names(pseudonyms.site_key(out, directory))
+    pseudonyms.check(keytable, out, inputs.folders)
+    return Names(pseudonyms.site_key(out, *inputs.folders))
 
 
 def _check_tuning(options: PredictOptions) -> None:
@@ -182,19 +180,19 @@ def _check_tuning(options: PredictOptions) -> None:
 
 
 def _grouping(
-    directory: Path, out: Path, options: PredictOptions, names: Names, card: Card
+    inputs: Inputs, out: Path, options: PredictOptions, names: Names, card: Card
 ) -> tuple[Grouping, list[str]]:
     """Decide how files become studies, and what to warn of. Raises Refusal for a study type that looks like a typo."""
     known = frozenset((*card.study_types, *card.thresholds))
     given = study_types.read(options.study_type)
     warnings = study_types.check(given, known)
-    root = Path(os.path.abspath(directory)).as_posix()
-    return Grouping(root, options.study_by, given, known, names, apart=(out, directory)), warnings
+    root = Path(os.path.abspath(inputs.directory)).as_posix().rstrip("/")
+    return Grouping(root, options.study_by, given, known, names, apart=(out, *inputs.folders)), warnings
 
 
 @contextlib.contextmanager
 def _walked(
-    directory: Path,
+    inputs: Inputs,
     folder: OutputFolder,
     names: Names,
     keytable: Path | None,
@@ -217,9 +215,10 @@ def _walked(
 
     more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
     with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
-        files = file_list.find(directory, database, size=CHUNK, leave_out=folder.path, found=found, **more)
+        more |= {"size": CHUNK, "leave_out": folder.path, "found": found}
+        files = file_list.find(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
-            raise Refusal(f"{directory} holds no files; give a folder of radiographs")
+            raise Refusal(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
         yield files
 
 

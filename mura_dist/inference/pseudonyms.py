@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,10 +140,10 @@ def _same(one: Path, other: Path) -> bool:
 # ---- the way back
 
 
-def check(keytable: Path, out: Path, directory: Path) -> None:
+def check(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
     """Refusal where `keytable` cannot be written, or lies where it would be given away."""
     option = f"--pseudonyms {keytable}"
-    for name, folder in (("--out", out), ("DIRECTORY", directory)):
+    for name, folder in (("--out", out), *(("DIRECTORY", folder) for folder in folders)):
         if _inside(keytable, folder):
             raise Refusal(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
     if keytable.is_dir():
@@ -198,8 +198,8 @@ def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[
 
 
 @contextlib.contextmanager
-def hushed(directory: Path, keytable: Path | None) -> Iterator[None]:
-    """With a key table, keep the directory, and what lies in it, out of the message of whatever goes wrong in the block."""
+def hushed(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None]:
+    """With a key table, keep the inputs, and what lies in them, out of the message of whatever goes wrong in the block."""
     try:
         yield
     except Exception as error:
@@ -208,9 +208,9 @@ def hushed(directory: Path, keytable: Path | None) -> Iterator[None]:
         ):  # that names a package; the command line knows the remedy
             raise
         if isinstance(error, Refusal | Failure | Stopped):
-            raise type(error)(_without(directory, str(error))) from None
+            raise type(error)(_without(inputs, str(error))) from None
         if isinstance(error, OSError) and error.strerror:
-            raise OSError(error.errno, error.strerror, _outside(error.filename, directory)) from None
+            raise OSError(error.errno, error.strerror, _outside(error.filename, inputs)) from None
         place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over
         raise Failure(
             f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; without --pseudonyms, where nobody "
@@ -218,15 +218,31 @@ def hushed(directory: Path, keytable: Path | None) -> Iterator[None]:
         ) from None
 
 
-def _outside(name: Any, directory: Path) -> str | None:
-    """The file an error is about, where it does not lie in `directory`."""
-    if not isinstance(name, str | bytes) or _inside(Path(os.fsdecode(name)), directory):
+def _outside(name: Any, inputs: Sequence[Path | str]) -> str | None:
+    """Return the file an error is about, where it is none of the inputs and lies in none of them."""
+    if not isinstance(name, str | bytes):
         return None
-    return os.fsdecode(name)
+    path = Path(os.fsdecode(name))
+    inside = any(path.resolve() == Path(each).resolve() or _inside(path, Path(each)) for each in inputs)
+    return None if inside else os.fsdecode(name)
 
 
-def _without(directory: Path, text: str) -> str:
-    for name in (os.path.abspath(directory), str(directory.resolve()), str(directory)):
+def _folder(path: Path | str) -> Path:
+    return Path(path) if os.path.isdir(path) else Path(path).parent
+
+
+def _without(inputs: Sequence[Path | str], text: str) -> str:
+    """Return `text` with `input 1` in place of the first input, and so on, and DIRECTORY for the folder they have in common."""
+    aliases = {Path(path): "DIRECTORY" if len(inputs) == 1 else f"input {n}" for n, path in enumerate(inputs, start=1)}
+    with contextlib.suppress(ValueError):  # Windows: on different drives
+        common = os.path.commonpath([os.path.abspath(_folder(path)) for path in inputs])
+        aliases.setdefault(Path(common), "DIRECTORY")
+    names = {
+        name: alias
+        for path, alias in aliases.items()
+        for name in (os.path.abspath(path), str(path.resolve()), str(path))
+    }
+    for name in sorted(names, key=len, reverse=True):
         if name.strip("./\\"):
-            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "DIRECTORY", text)
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", names[name], text)
     return text

@@ -9,7 +9,7 @@ from mura_dist.data import gate, mura
 from mura_dist.models.card import Card
 
 PREDICTIONS = {
-    "path": "the file, relative to the directory; or its pseudonym",
+    "path": "the file, relative to the folder given (of several paths: to the deepest folder that holds all); or its pseudonym",
     "study": "the study it belongs to, as in `studies`",
     "study_type": "which bones it shows, or `unknown`",
     "logit": "the model's output: log odds of abnormal, before any calibration",
@@ -50,7 +50,7 @@ USES = (
     "To read a number as a probability: `calibrated_probability` of studies. It holds for studies like those it was fitted to.",
     "To rank studies, or to cut at a threshold of your own: `probability` of studies.",
     "To find what the model should not be asked about: `gate`. Look at what is not ok before you use its line.",
-    "To see what is missing: failures. Every file of the directory is in predictions or there.",
+    "To see what is missing: failures. Every file is in predictions or there.",
 )
 SHORT = (
     "A probability of studies has 6 significant digits, and more only where 6 would move it across its threshold, an end of its "

@@ -64,9 +64,12 @@ def trained(whole: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 WRONG_REQUESTS = {
     "a mistyped command": (["shrads"], ["shrads", "did you mean shards?"]),
-    "a mistyped option": (["shards", "a", "b", "--sise", "3"], ["--sise", "--size", "mura-dist shards --help"]),
+    "a mistyped option": (
+        ["shards", "a", "b", "--sise", "3"],
+        ["no option --sise (did you mean --size?). See mura-dist shards --help."],
+    ),
     "no number": (["shards", "a", "b", "--size", "big"], ["--size", "big"]),
-    "a missing argument": (["predict", "a"], ["DIRECTORY", "mura-dist predict --help"]),
+    "a missing argument": (["predict", "a"], ["FILE_OR_FOLDER...", "mura-dist predict --help"]),
     "a missing folder": (["shards", "{tmp}/none", "{tmp}/out"], ["none: no such folder"]),
     "no such list": (["evaluate", "{tmp}/none.json", "{shards}"], ["none.json: no such file"]),
     "not MURA's layout": (["shards", "{tmp}/flat", "{tmp}/out"], ["not in MURA's layout", "imageN.png"]),
@@ -74,6 +77,35 @@ WRONG_REQUESTS = {
     "shards of another version": (["verify", "{tmp}/future"], ["format 99", "reads format 1"]),
     "training on them": (["train", "shards={tmp}/future", "run={tmp}/r"], ["format 99"]),
     "an unknown setting": (["train", "shards=a", "run=b", "epoch=3"], ["'epoch'", "did you mean epochs?"]),
+    "a setting as an option": (["train", "a.toml", "--epochs", "3"], ["a.toml: no such recipe"]),
+    "a setting as an option of this recipe": (
+        ["train", "{demo}", "--lr", "3e-4", "--epochs=3", "batch_size=8"],
+        [
+            "command line: '--lr 3e-4' is not key=value; settings are written learning_rate=3e-4; ",
+            "'--epochs=3' is not key=value; settings are written epochs=3; ",
+            "unknown setting 'batch_size' (did you mean global_batch or micro_batch?)",
+        ],
+    ),
+    "an option before the recipe": (["train", "--lr", "3e-4", "{demo}"], ["settings are written learning_rate=3e-4"]),
+    "a switch before the recipe": (["train", "--amp", "{demo}"], ["'--amp' is not key=value", "written precision=..."]),
+    "a setting without =": (["train", "{demo}", "epochs", "3"], ["'epochs 3' is not", "settings are written epochs=3"]),
+    "a mistyped option of train": (["train", "{demo}", "--quite"], ["no option --quite (did you mean --quiet?)"]),
+    "an option like no setting": (["train", "{demo}", "--zzz"], ["no option --zzz. See mura-dist train --help."]),
+    "two recipes": (["train", "{demo}", "other.toml"], ["'other.toml' is a second recipe; give one recipe"]),
+    "nothing to train": (["train"], ["settings 'shards' and 'run' are missing; add shards=...", "run=..."]),
+    "a mistyped value of an option": (
+        ["predict", "m.onnx", "{tmp}", "--out", "{tmp}/p", "--study-by", "flie"],
+        ["--study-by 'flie' (did you mean file?): must be one of auto, folder, file"],
+    ),
+    "a URL for a file": (
+        ["page", "s3://bucket/model.onnx"],
+        ["MODEL.onnx s3://bucket/model.onnx: must be a path of this machine, not a URL; copy it here"],
+    ),
+    "a URL to predict": (["predict", "m.onnx", "s3://b/x", "--out", "{tmp}/p"], ["s3://b/x: predict reads files of"]),
+    "nothing there to predict": (
+        ["predict", "m.onnx", "{tmp}/none", "--out", "{tmp}/p"],
+        ["none: no such file or folder"],
+    ),
     "no recipe": (["train", "{tmp}/none.toml"], ["no such recipe"]),
     "a recipe that is no TOML": (["train", "{tmp}/bad.toml"], ["is not TOML"]),
     "an empty split": (
@@ -117,7 +149,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained
         [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [helper.make_tensor_value_info("y", 1, [1])]
     )
     save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)]), folder / "other.onnx")
-    return {"tmp": folder, "run": trained, "shards": shard_folder}
+    demo = ROOT / "launch" / "recipes" / "demo.toml"
+    return {"tmp": folder, "run": trained, "shards": shard_folder, "demo": demo}
 
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)

@@ -549,7 +549,7 @@ def test_a_score_leaves_a_folder(tmp_path: Path, capsys) -> None:
     for path in folder.rglob("*"):
         assert path.is_dir() or str(tmp_path) not in path.read_text()
     assert main(["score", str(predictions), str(labels), "--quiet"]) == DONE  # again, over its own
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"{mura.TERMS}\n"
     # What was scored can be scored.
     assert printed(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
 

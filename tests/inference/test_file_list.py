@@ -152,7 +152,7 @@ def _looked_into(directory: Path) -> Iterator[tuple[bytes, str | None]]:
     """What a walk writes down, without its file: the folders above that are closed as well."""
     table = sqlite3.connect(":memory:", isolation_level=None)
     table.executescript(file_list._SCHEMA)
-    file_list._fill(table, directory, None, lambda num: None, lambda path: path)
+    file_list._fill(table, directory, ("",), lambda num: None, lambda path: path)
     yield from table.execute("SELECT path, reason FROM file")
 
 

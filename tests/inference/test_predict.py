@@ -650,9 +650,8 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "void.onnx").write_bytes(b"")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"directory": tmp_path / "no"}, r"no: no such folder; give a folder of radiographs$"),
-        ({"directory": source / "a.png"}, r"a\.png: a file; give a folder"),
-        ({"directory": tmp_path / "empty"}, r"empty holds no files; give"),
+        ({"inputs": tmp_path / "no"}, r"no: no such file or folder; give radiographs, or folders of them$"),
+        ({"inputs": tmp_path / "empty"}, r"empty holds no files; give radiographs, or a folder of them$"),
         ({"out": source}, r"^--out .*in is the directory of radiographs itself; give another"),
         ({"out": source / "a.png"}, r"a\.png is a file; give a folder"),
         ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv, which is not of this run; give another folder"),
@@ -672,7 +671,7 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model"),
     ]
     for change, text in cases:
-        paths = {"model_path": model, "directory": source, "out": tmp_path / "out"}
+        paths = {"model_path": model, "inputs": source, "out": tmp_path / "out"}
         options = PredictOptions(**{key: value for key, value in change.items() if key not in paths})
         with pytest.raises(Refusal, match=text) as refusal:
             predict(**paths | {key: value for key, value in change.items() if key in paths}, options=options)

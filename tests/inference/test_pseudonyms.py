@@ -474,7 +474,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     assert words(everything(tmp_path / "out")) == []
 
 
-@pytest.mark.parametrize("directory", ["empty", "none", "file", "ward", "crash", "io", "strange", "table"])
+@pytest.mark.parametrize("directory", ["empty", "none", "several", "ward", "crash", "io", "strange", "table"])
 def test_no_message_names_a_path(
     directory: str,
     model: Path,
@@ -486,10 +486,10 @@ def test_no_message_names_a_path(
     """Refusals, failures of ours and of the system's, and what nobody foresaw."""
     folder = tmp_path / f"of {WORD}"
     folder.mkdir()
-    (tmp_path / f"file {WORD}").write_text("")
     table = tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{WORD}.png,hand\n{WORD}.png,elbow\n")
     source, options = ward, ["--study-type", "hand"]
+    more = [str(folder / f"{WORD}1.png"), str(folder / f"{WORD}2.png")] if directory == "several" else []
 
     def broken(error: Exception) -> Callable[..., Any]:
         def raises(*arguments: Any, **options: Any) -> Any:
@@ -497,8 +497,8 @@ def test_no_message_names_a_path(
 
         return raises
 
-    if directory in ("empty", "none", "file"):
-        source = {"empty": folder, "none": folder / "none", "file": tmp_path / f"file {WORD}"}[directory]
+    if directory in ("empty", "none"):
+        source = {"empty": folder, "none": folder / "none"}[directory]
     elif directory == "ward":
         options = ["--out", str(source)]
     elif directory == "table":
@@ -509,7 +509,7 @@ def test_no_message_names_a_path(
         monkeypatch.setattr(file_list, "find", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
     elif directory == "strange":
         monkeypatch.setattr(file_list, "find", broken(OSError(f"cannot identify {ward}/{WORD}")))
-    command = ["predict", str(model), str(source), "--out", str(tmp_path / "out"), *options]
+    command = ["predict", str(model), str(source), *more, "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
     assert status == (FAILED if directory in ("crash", "io", "strange") else WRONG)
@@ -517,18 +517,16 @@ def test_no_message_names_a_path(
     assert len(captured.err.splitlines()) == 1
     wanted = {"crash": r"KeyError in .*\.py, line \d+; without --pseudonyms", "io": "Permission denied; mend it"}
     wanted["strange"] = wanted["crash"].replace("Key", "OS")
+    wanted["several"] = "input 2, input 3: no such file or folder"
     assert re.search(wanted.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
 
 
-def test_a_command_line_with_too_much_on_it_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
-    """What a shell makes of DIRECTORY/*."""
-    command = ["predict", "model.onnx", "in", *(f"in/{WORD}{number}.png" for number in range(3)), "--out", "out"]
+def test_a_command_line_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a shell makes of DIRECTORY/*, given to an option that does not exist."""
+    command = ["verify", "in", *(f"in/{WORD}{number}.png" for number in range(3))]
     for option in (["--pseudonyms", "keys.csv"], ["--pseudonyms=keys.csv"]):
-        assert main([*command, *option]) == WRONG
-        assert capfd.readouterr() == (
-            "",
-            "mura-dist: Got unexpected extra arguments. See mura-dist predict --help.\n",
-        )
+        assert main([*command, "--", *option]) == WRONG
+        assert capfd.readouterr() == ("", "mura-dist: Got unexpected extra arguments. See mura-dist verify --help.\n")
     assert main(command) == WRONG
     assert f"extra arguments (in/{WORD}0.png" in capfd.readouterr().err
 
@@ -600,7 +598,7 @@ KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
     ("typo", "meant"),
     [
         *(("XR_HANDS", "XR_HAND"), ("HANDS", "XR_HAND"), ("wrst", "XR_WRIST"), ("SHOULDR", "XR_SHOULDER")),
-        *(("XR-WRIST", "XR_WRIST"), ("xr_elbows", "XR_ELBOW"), ("HUMERAS", "XR_HUMERUS"), ("FOREAM", "XR_FOREARM")),
+        *(("XR-WRISTS", "XR_WRIST"), ("xr_elbows", "XR_ELBOW"), ("HUMERAS", "XR_HUMERUS"), ("FOREAM", "XR_FOREARM")),
         *(("HIPS", "XR_HIP"), ("XR_FINGRE", "XR_FINGER")),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import NO_GPU, TINY, run, warm_script
 
+from mura_dist.data import mura
 from mura_dist.training import metrics_log
 from mura_dist.training.metrics_log import Journal, Stopwatch
 
@@ -64,7 +65,8 @@ def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
 def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_path: Path) -> None:
     result = run("mura-dist", "train", *settings(shard_folder, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
-    first, *epochs = result.stderr.splitlines()
+    first, *epochs, terms = result.stderr.splitlines()
+    assert terms == mura.TERMS
     assert "8 steps an epoch, 16 in all" in first
     assert [line.partition(":")[0] for line in epochs] == [f"epoch {n} (step {8 * n})" for n in range(3)]
     assert not CONTROL.search(result.stderr)

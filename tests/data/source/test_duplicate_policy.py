@@ -235,7 +235,11 @@ def test_another_choice_is_refused_into_the_same_folder(
     for policy in ("drop-train", "group"):
         differs = f"holds shards with duplicates=keep, this conversion has duplicates={policy}"
         laws.refusal(capsys, [*words, policy], differs, "give another folder")
-    laws.refusal(capsys, [*words, "drop"], "--duplicates 'drop': must be one of keep, drop-train, group")
+    laws.refusal(
+        capsys,
+        [*words, "drop"],
+        "--duplicates 'drop' (did you mean drop-train?): must be one of keep, drop-train, group",
+    )
     for name in ("conversion.json", "report.json"):  # as an earlier version wrote them
         found = json.loads((out / name).read_bytes())
         del (found["plan"] if name == "conversion.json" else found)["duplicates"]

@@ -13,6 +13,7 @@ from helpers.models import card_of, noise, tiny
 
 from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import Failure, Refusal
+from mura_dist.data import mura
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference import engine_openvino
 from mura_dist.inference.export import precision as variants
@@ -122,7 +123,7 @@ def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.Monk
     assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--quiet"]) == DONE
     said = capsys.readouterr()
     assert "warning: int8 changes a probability" in said.out
-    assert said.err == ""
+    assert said.err == f"{mura.TERMS}\n"
 
 
 def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monkeypatch) -> None:

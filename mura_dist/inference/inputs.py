@@ -1,0 +1,68 @@
+"""What a prediction reads: the files and folders of a command line, below one directory.
+
+    FILE_OR_FOLDER ... -> Inputs.parse: DIRECTORY, and the members of it that are read
+
+DIRECTORY is the folder, if only one is given, else the deepest folder that holds all that is given. Paths in the tables are
+relative to it, so that no two files have the same.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mura_dist.core.errors import Refusal
+
+_MAX_NAMED = 3  # missing paths in a message
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files and folders of one directory.
+
+    members: their paths relative to it, "/" between the parts, each once; "" is the directory itself, which holds all others.
+    """
+
+    directory: Path
+    members: tuple[str, ...] = ("",)
+
+    @classmethod
+    def parse(cls, paths: Sequence[Path | str]) -> "Inputs":
+        """Return the inputs that these paths name. Raises Refusal for a URL, a missing path, a folder that cannot be listed."""
+        if remote := next((path for path in paths if "://" in str(path)), None):
+            raise Refusal(
+                f"{remote}: predict reads files of this machine alone; copy them here, then give their folder"
+            )
+        if missing := [str(path) for path in paths if not os.path.exists(path)]:
+            more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+            raise Refusal(
+                f"{', '.join(missing[:_MAX_NAMED])}{more}: no such file or folder; give radiographs, or folders of them"
+            )
+        for path in filter(os.path.isdir, paths):
+            try:
+                os.scandir(path).close()  # os.access knows nothing of a process's capabilities
+            except PermissionError:
+                raise Refusal(f"{path} cannot be listed: permission denied; give a folder you may read") from None
+        if len(paths) == 1 and os.path.isdir(paths[0]):
+            return cls(Path(paths[0]))
+        wholes = sorted({_absolute(path) for path in paths})
+        try:
+            directory = os.path.commonpath([path if os.path.isdir(path) else os.path.dirname(path) for path in wholes])
+        except ValueError:  # Windows
+            raise Refusal(f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself") from None
+        if directory in wholes:
+            return cls(Path(directory))
+        return cls(Path(directory), tuple(os.path.relpath(path, directory).replace(os.sep, "/") for path in wholes))
+
+    @property
+    def folders(self) -> list[Path]:
+        """The members that are folders."""
+        return [whole for member in self.members if (whole := self.directory / member).is_dir()]
+
+
+def _absolute(path: Path | str) -> str:
+    """Return `path` as an absolute one without `..`, which after a link leads elsewhere than it reads. Links stay."""
+    if ".." not in Path(path).parts:
+        return os.path.abspath(path)
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(folder), name)

@@ -1,0 +1,90 @@
+"""The terms of use: once per command that makes a model, a metric, a prediction or data for them, last, on stderr."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.commands import BIN, NO_GPU, TINY, free_port, run, torchrun
+
+from mura_dist.cli.main import cli
+from mura_dist.data import mura
+
+WITH_TERMS = {"shards", "train", "ensemble", "evaluate", "score", "export", "predict", "page"}
+WITHOUT_TERMS = {"phantoms", "verify", "describe", "bench"}
+
+
+def has_terms(done: subprocess.CompletedProcess[str]) -> None:
+    """Law: the terms stand once, as the last line of stderr, and not on stdout."""
+    assert done.returncode == 0, done.stderr
+    assert (done.stderr + done.stdout).count(mura.TERMS) == 1
+    assert done.stderr.splitlines()[-1] == mura.TERMS, done.stderr
+
+
+def test_each_command_is_of_one_kind() -> None:
+    assert set(cli.commands) == WITH_TERMS | WITHOUT_TERMS
+    declared = {name for name, command in cli.commands.items() if command.terms}  # type: ignore[attr-defined]
+    assert declared == WITH_TERMS - {"page"}, "the page says them once it listens"
+
+
+COMMANDS: dict[str, Callable[..., list[object]]] = {
+    "shards": lambda data, shards, run, out: ["shards", data, out / "s", "--size", "32"],
+    "train": lambda data, shards, run, out: ["train", *TINY, "epochs=1", f"shards={shards}", f"run={out}/r"],
+    "train, finished": lambda data, shards, run, out: ["train", *TINY, "epochs=1", f"shards={shards}", f"run={out}/r"],
+    "ensemble": lambda data, shards, run, out: ["ensemble", run, "--out", out / "list.json"],
+    "evaluate": lambda data, shards, run, out: ["evaluate", run, shards, "--out", out / "e", "--no-gallery"],
+    "score": lambda data, shards, run, out: [
+        *("score", out / "e" / "studies.csv", data / "valid_labeled_studies.csv", "--out", out / "score")
+    ],
+    "score --json": lambda data, shards, run, out: [
+        *("score", out / "e" / "studies.csv", data / "valid_labeled_studies.csv", "--json")
+    ],
+    "export": lambda data, shards, run, out: ["export", run, "--out", out / "m.onnx"],
+    "evaluate model.onnx": lambda data, shards, run, out: [
+        *("evaluate", out / "m.onnx", shards, "--out", out / "o", "--no-gallery")
+    ],
+    "predict": lambda data, shards, run, out: ["predict", out / "m.onnx", data / "valid", "--out", out / "p"],
+}
+
+
+@pytest.mark.slow
+def test_every_command_says_the_terms_once_and_last(
+    phantoms: Path, halved: Path, untrained: Path, tmp_path: Path
+) -> None:
+    """In order, since some read what others wrote. With --quiet the terms are all there is on stderr."""
+    for name, words in COMMANDS.items():
+        has_terms(run("mura-dist", *words(phantoms, halved, untrained, tmp_path)))
+        quiet = run("mura-dist", *words(phantoms, halved, untrained, tmp_path), "--quiet")
+        has_terms(quiet)
+        assert quiet.stderr == f"{mura.TERMS}\n", name
+    done = run("mura-dist", "verify", halved)
+    assert (done.returncode, mura.TERMS in done.stdout + done.stderr) == (0, False)
+
+
+def test_a_command_that_fails_says_its_error_alone(tmp_path: Path) -> None:
+    done = run("mura-dist", "predict", tmp_path / "none.onnx", tmp_path, "--out", tmp_path / "p")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert mura.TERMS not in done.stderr
+
+
+@pytest.mark.slow
+def test_of_several_ranks_the_first_one_says_them(model: Path, phantoms: Path, tmp_path: Path) -> None:
+    done = torchrun(3, "mura_dist.predict", model, phantoms / "valid", "--out", tmp_path / "p", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count(mura.TERMS) == 1 == done.stderr.count(mura.TERMS)
+
+
+@pytest.mark.slow
+def test_the_page_says_them_once_it_listens(model: Path) -> None:
+    pytest.importorskip("streamlit")
+    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(free_port())]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env={**os.environ, **NO_GPU}) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline().startswith("the page: http://")
+        assert process.stderr.readline() == f"{mura.TERMS}\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert mura.TERMS not in out + err

@@ -1,0 +1,167 @@
+"""inputs.py: one folder, a file, several of either; which folder paths are relative to; and predictions of them."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import laws
+from helpers.commands import torchrun
+from PIL import Image
+
+from mura_dist.cli.main import DONE, main
+from mura_dist.core.errors import Refusal
+from mura_dist.inference import file_list
+from mura_dist.inference.inputs import Inputs
+from mura_dist.inference.predict import predict
+
+
+@pytest.fixture
+def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 6 files on 3 levels, two of the same name; the working directory."""
+    names = ("a.png", "b.png", "x/a.png", "x/y/c.png", "x/y/d.png", "z/a.png")
+    for number, name in enumerate(names):
+        path = tmp_path / "ward" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    monkeypatch.chdir(tmp_path / "ward")
+    return tmp_path / "ward"
+
+
+def listed(inputs: Inputs, database: Path) -> set[str]:
+    return set(file_list.find(inputs.directory, database, members=inputs.members).printable_paths())
+
+
+CASES = {
+    ("a.png",): (".", {"a.png"}),
+    ("x/y/c.png",): ("x/y", {"c.png"}),
+    ("a.png", "b.png"): (".", {"a.png", "b.png"}),
+    ("a.png", "x"): (".", {"a.png", "x/a.png", "x/y/c.png", "x/y/d.png"}),
+    ("x/a.png", "z/a.png"): (".", {"x/a.png", "z/a.png"}),
+    ("x/y/d.png", "x/a.png"): ("x", {"y/d.png", "a.png"}),
+    ("x/y", "z"): (".", {"x/y/c.png", "x/y/d.png", "z/a.png"}),
+    ("x", "x/y", "x/y/c.png"): ("x", {"a.png", "y/c.png", "y/d.png"}),
+    ("x", "x"): ("x", {"a.png", "y/c.png", "y/d.png"}),
+    ("x/../a.png", "./a.png"): (".", {"a.png"}),
+    (".", "x/a.png"): (".", {"a.png", "b.png", "x/a.png", "x/y/c.png", "x/y/d.png", "z/a.png"}),
+}
+
+
+@pytest.mark.parametrize("words", CASES, ids=" ".join)
+def test_inputs_are_read_below_their_deepest_common_folder(words: tuple[str, ...], ward: Path, tmp_path: Path) -> None:
+    """Law: each file once, by its path below that folder, whatever the order and form of the arguments."""
+    folder, paths = CASES[words]
+    for number, some in enumerate(itertools.permutations(words)):
+        inputs = Inputs.parse([Path(word) for word in some])
+        assert inputs.directory.samefile(ward / folder)
+        assert listed(inputs, tmp_path / f"list{number}") == paths
+        absolute = Inputs.parse([ward / word for word in some])
+        assert listed(absolute, tmp_path / f"absolute{number}") == paths
+
+
+def test_a_folder_by_itself_is_the_directory_as_it_is_written(ward: Path) -> None:
+    assert Inputs.parse([Path("x/../x")]) == Inputs(Path("x/../x"), ("",))
+
+
+def test_two_dots_after_a_link_lead_where_the_system_says(ward: Path, tmp_path: Path) -> None:
+    """ward/x/y/.. by a link outside is ward/x, not the folder of the link."""
+    (tmp_path / "link").symlink_to(ward / "x" / "y")
+    inputs = Inputs.parse([tmp_path / "link" / ".." / "a.png", ward / "b.png"])
+    assert listed(inputs, tmp_path / "list") == {"x/a.png", "b.png"}
+
+
+def test_a_link_is_a_file_and_a_folder_under_its_own_name(ward: Path, tmp_path: Path) -> None:
+    (ward / "link.png").symlink_to("a.png")
+    (ward / "linked").symlink_to("x/y")
+    inputs = Inputs.parse([Path("link.png"), Path("linked")])
+    assert listed(inputs, tmp_path / "list") == {"link.png", "linked/c.png", "linked/d.png"}
+
+
+def test_what_is_no_input_is_refused(ward: Path) -> None:
+    cases = {
+        ("no.png",): r"^no\.png: no such file or folder; give radiographs, or folders of them$",
+        ("a.png", "1.png", "2.png", "3.png", "4.png"): r"^1\.png, 2\.png, 3\.png and 1 more: no such file or folder",
+        (
+            "s3://key:secret@bucket/a.png",
+        ): r"^s3://\*\*\*@bucket/a\.png: predict reads files of this machine alone; copy",
+    }
+    for words, text in cases.items():
+        with pytest.raises(Refusal, match=text):
+            Inputs.parse(words)
+
+
+def table(out: Path, name: str = "predictions") -> dict[str, float]:
+    return pd.read_csv(out / f"{name}.csv").set_index("path")["logit"].to_dict()
+
+
+def test_several_arguments_are_one_prediction(model: Path, ward: Path, tmp_path: Path, capsys) -> None:
+    """The logits are those of the whole folder; in another order, from another place, it is the same finished prediction."""
+    whole = tmp_path / "whole"
+    predict(model, ward, whole)
+    out, words = tmp_path / "some", ["b.png", "x/y", "z/a.png"]
+    assert main(["predict", str(model), *words, "--out", str(out), "--overlays"]) == DONE
+    paths = {"b.png", "x/y/c.png", "x/y/d.png", "z/a.png"}
+    assert table(out) == {path: logit for path, logit in table(whole).items() if path in paths}
+    assert {path.relative_to(out / "overlays").as_posix() for path in out.rglob("*.png")} == {
+        f"{path}.png" for path in paths
+    }
+    before = (out / "predict.json").read_bytes()
+    again = [str(ward / word) for word in reversed(words)]
+    assert main(["predict", str(model), *again, "--out", str(out), "--overlays"]) == DONE
+    assert (out / "predict.json").read_bytes() == before
+    capsys.readouterr()
+    line = laws.refusal(
+        capsys, ["predict", model, *words, "a.png", "--out", out, "--overlays"], "holds a run with num_files=4"
+    )
+    assert "this one has num_files=5" in line
+
+
+def test_a_file_that_is_no_radiograph_is_a_failure(model: Path, ward: Path, tmp_path: Path) -> None:
+    (ward / "note.txt").write_text("x")
+    summary = predict(model, ["note.txt", "a.png"], tmp_path / "out")
+    assert summary is not None
+    assert (summary["num_radiographs"], summary["failures_by_code"]) == (1, {"not_image": 1})
+    assert list(pd.read_csv(tmp_path / "out" / "failures.csv")["path"]) == ["note.txt"]
+
+
+def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
+    """OUT is refused where it is a folder to be read, not where a file of it is."""
+    predict(model, ["a.png", "b.png"], Path("."))
+    assert set(table(ward)) == {"a.png", "b.png"}
+    with pytest.raises(Refusal, match="is the directory of radiographs itself"):
+        predict(model, ["a.png", "x"], Path("x"))
+
+
+def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path: Path) -> None:
+    views = sorted(next(phantoms.rglob("valid/*/*/study1*")).iterdir())
+    predict(model, views, tmp_path / "out")
+    studies = pd.read_csv(tmp_path / "out" / "studies.csv")
+    assert list(studies["study"]) == [views[0].parent.relative_to(phantoms).as_posix()]
+    assert list(studies["num_views"]) == [len(views)]
+
+
+@pytest.mark.usefixtures("own_site_key")
+def test_pseudonyms_of_several_lead_back(model: Path, ward: Path, tmp_path: Path) -> None:
+    """KEYTABLE may lie beside the files, not in a folder that is read."""
+    words = ["predict", str(model), "a.png", "x", "--out", str(tmp_path / "out"), "--pseudonyms"]
+    assert main([*words, "x/keys.csv"]) == 2
+    assert main([*words, "keys.csv"]) == DONE
+    keys = pd.read_csv(ward / "keys.csv").set_index("pseudonym")["path"]
+    assert {keys[name] for name in table(tmp_path / "out")} == {"a.png", "x/a.png", "x/y/c.png", "x/y/d.png"}
+    text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.*"))
+    assert "a.png" not in text
+
+
+@pytest.mark.slow
+def test_ranks_share_several_arguments(model: Path, ward: Path, tmp_path: Path) -> None:
+    words = ["a.png", "x", "z/a.png"]
+    predict(model, words, tmp_path / "one")
+    done = torchrun(3, "mura_dist.predict", model, *words, "--out", tmp_path / "three", cwd=ward)
+    assert done.returncode == 0, done.stderr
+    for name in ("predictions.csv", "studies.csv", "failures.csv"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    plans = [json.loads((tmp_path / each / "predict.json").read_bytes())["plan"] for each in ("one", "three")]
+    assert plans[0] == plans[1]
