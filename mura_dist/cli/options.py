@@ -5,6 +5,7 @@ Little is imported here: every worker process comes through.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from mura_dist.core.errors import Refusal, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
+TERMS_VARIABLE = "MURA_DIST_TERMS"
+
 
 def echo_terms() -> None:
-    """Print the terms of use on stderr, on the first rank alone."""
-    if environment.is_first():
+    """Print the terms of use on stderr, on the first rank alone; not where a page that runs several commands prints them."""
+    if environment.is_first() and os.environ.get(TERMS_VARIABLE) != "end":
         click.echo(mura.TERMS, err=True)
 
 

@@ -63,6 +63,12 @@ def _number_or_auto(value: Any) -> Any:
     return value
 
 
+def _server_address(value: Any) -> Any:
+    if not isinstance(value, str) or (value and not value.startswith(("http://", "https://"))):
+        raise ValueError("must be the http:// or https:// address of an MLflow server, or empty")
+    return value
+
+
 class Settings(BaseModel):
     """Every setting of a run, with its group. `mura-dist train --help` prints the descriptions under the groups' headings."""
 
@@ -214,6 +220,12 @@ class Settings(BaseModel):
     )
     tensorboard: Annotated[bool, Group.OUTPUT, Trait.CHANGEABLE] = Field(
         True, description="write TensorBoard events into RUN/tensorboard"
+    )
+    mlflow: Annotated[
+        str, BeforeValidator(_server_address), Group.OUTPUT, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK
+    ] = Field(
+        "",
+        description="address of an MLflow server (http:// or https://) to send metrics, settings and reports to; empty: none",
     )
     checkpoint_every: Annotated[Count, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
         0, description="number of steps between checkpoints; 0: one at the end of each epoch only"
@@ -422,8 +434,13 @@ def _value(key: str, text: str) -> Any:
 
 
 def to_toml(settings: Settings) -> str:
-    """The settings as a recipe that gives them again, but for secrets in URLs."""
-    shown = {key: mask_url(value) if isinstance(value, str) else value for key, value in settings.model_dump().items()}
+    """Return the settings as a recipe that gives them again, but for secrets in URLs."""
+    return toml_text(settings.model_dump())
+
+
+def toml_text(values: dict[str, Any]) -> str:
+    """Return `values` as TOML, without the secrets in their URLs."""
+    shown = {key: mask_url(value) if isinstance(value, str) else value for key, value in values.items()}
     return "".join(f"{key} = {_toml(value)}\n" for key, value in shown.items())
 
 

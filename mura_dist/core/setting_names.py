@@ -47,6 +47,7 @@ _SYNONYMS: dict[tuple[str, ...], str] = {
     ("zero", "stage"): "zero_stage",
     ("log_interval", "log_freq", "log_steps", "logging_steps", "print_freq"): "log_every",
     ("tb", "summary"): "tensorboard",
+    ("mlflow_uri", "tracking_uri", "mlflow_tracking_uri"): "mlflow",
     ("save_every", "save_steps", "save_freq", "save_interval", "checkpoint_interval", "ckpt_every"): "checkpoint_every",
     ("save_total_limit", "max_checkpoints", "keep_last", "keep"): "keep_checkpoints",
     ("save_top_k", "top_k"): "keep_best",

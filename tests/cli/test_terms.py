@@ -63,6 +63,11 @@ def test_every_command_says_the_terms_once_and_last(
     assert (done.returncode, mura.TERMS in done.stdout + done.stderr) == (0, False)
 
 
+def test_a_page_of_several_commands_prints_them_itself(phantoms: Path, tmp_path: Path) -> None:
+    done = run("mura-dist", "shards", phantoms, tmp_path / "s", "--size", "32", env={"MURA_DIST_TERMS": "end"})
+    assert (done.returncode, mura.TERMS in done.stdout + done.stderr) == (0, False)
+
+
 def test_a_command_that_fails_says_its_error_alone(tmp_path: Path) -> None:
     done = run("mura-dist", "predict", tmp_path / "none.onnx", tmp_path, "--out", tmp_path / "p")
     assert done.returncode == 2

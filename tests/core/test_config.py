@@ -44,6 +44,7 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
     [
         (["epoch=3"], "unknown setting 'epoch' (did you mean epochs?)"),
         (["lerning_rate=1"], "did you mean learning_rate?"),
+        (["mlflow=ftp://host"], "mlflow='ftp://host': must be the http:// or https:// address of an MLflow server"),
         (["epochs=three"], "epochs='three'"),
         (["epochs=-1"], "epochs=-1"),
         (["micro_batch=1"], "micro_batch=1"),
@@ -241,7 +242,7 @@ def test_a_setting_does_what_its_traits_say(name: str) -> None:
     traits = {trait for trait in Trait if trait in field.metadata}
     settings = config.load(None, NEEDED)
     other = settings.model_copy(update={name: value})
-    is_path = field.annotation is str and any(word in str(field.description) for word in ("folder", "file"))
+    is_path = field.annotation is str and any(word in str(field.description) for word in ("folder", "file", "address"))
     assert is_path == bool(traits & {Trait.PATH, Trait.FILE})
     assert is_path or Trait.BY_CONTENT not in traits
     assert is_path or Trait.CHANGEABLE in traits or Trait.PER_RANK not in traits, "it decides what is learnt"
