@@ -1,0 +1,27 @@
+"""The progress bar: on a terminal alone, whatever is redirected while it stands."""
+
+import contextlib
+import io
+import sys
+
+import pytest
+
+from mura_dist.cli.options import progress_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "quiet", "visible"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
+)
+@pytest.mark.parametrize("redirect", [contextlib.nullcontext, lambda: contextlib.redirect_stderr(io.StringIO())])
+def test_a_bar_is_on_a_terminal_alone(stream, quiet, visible, redirect, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", ours := stream())
+    with progress_bar("counting", quiet) as progress, redirect():
+        progress(3, 7)
+    assert ("counting" in ours.getvalue() and "3/7" in ours.getvalue()) == visible
+    assert visible or not ours.getvalue()
