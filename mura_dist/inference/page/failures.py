@@ -30,6 +30,6 @@ TOO_MANY = f"at most {MAX_FILES} pictures make a study here. Remove some"
 
 
 def sentence(code: str, reason: str) -> str:
-    """Return what is wrong with a file, and what to do."""
+    """Return what is wrong with a file, and what to do. A reason that has its own remedy, after a semicolon, needs no other."""
     problem, remedy = WORDS[code]
-    return f"{problem}. {remedy}. (Detail: {reason}.)"
+    return f"{problem}: {reason}." if ";" in reason else f"{problem}. {remedy}. (Detail: {reason}.)"

@@ -91,6 +91,10 @@ def serve(
         with _home(), desk(model, min(2, processors()), known) as shared:
             read = shared.read([example.content(0) for example in some])
             _serving = Serving(shared, some, tuple(map(page_examples.thumbnail, read)))
+            if some and model.card.trained_on.kind == "phantoms" and not known:
+                say(
+                    "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
+                )
             say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
             if not _is_loopback(address):
                 names = ", ".join(sorted(hosts.names))

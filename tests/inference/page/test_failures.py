@@ -1,0 +1,78 @@
+"""Why a file gives no picture: every way it can end has plain words and something to do."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from mura_dist.data import gate, radiograph
+from mura_dist.data.grey import Code
+from mura_dist.inference.page import failures, study
+from mura_dist.inference.page.guard import BUSY
+
+SIDE = 32
+
+
+def test_every_code_and_verdict_has_words() -> None:
+    assert set(failures.WORDS) == {*get_args(Code), "decoder", "model"}
+    assert set(failures.VERDICTS) == set(gate.NAMES) - {"ok"}
+
+
+@pytest.mark.parametrize("code", sorted(failures.WORDS))
+@pytest.mark.parametrize("reason", ["its header has no usable Rows", "a ZIP archive; unpack it first"])
+def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) -> None:
+    problem, remedy = failures.WORDS[code]
+    text = failures.sentence(code, reason)
+    assert text.startswith(problem)
+    assert reason in text
+    assert (remedy in text) == (";" not in reason)
+    assert not re.search(r"\.\.|\. \.|;\.", text)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "this is not a picture. Choose a PNG, JPEG, TIFF or DICOM file. (Detail: the file is empty.)"),
+        (b"PK\x03\x04" + bytes(40), "this is not a picture: a ZIP archive; unpack it first."),
+        (b"\x89PNG\r\n\x1a\n123", "this picture is damaged or incomplete. Save or export it once more. (Detail: "),
+        (
+            b"\0\0\0\x18ftypheic" + bytes(40),
+            "this kind of file is not read here: a HEIC picture, as phones take them; export the radiograph as DICOM or PNG.",
+        ),
+        (
+            b"P5\n9 9\n255\n",
+            "this kind of file is not read here: a PNM picture; export the radiograph as DICOM or PNG.",
+        ),
+    ],
+)
+def test_what_a_file_is_answered_with(data: bytes, text: str) -> None:
+    upload = study.UploadReader(SIDE)(data)
+    assert upload.image is None
+    assert failures.sentence(upload.code, upload.failure).startswith(text)
+
+
+@pytest.mark.shared
+def test_hostile_files_end_in_plain_words(shared: Path) -> None:
+    """No library's words, no path, no number in hexadecimal, whatever the file."""
+    reader, seen = study.UploadReader(SIDE), set()
+    for path in sorted(
+        path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 1 << 20
+    ):
+        upload = reader(path.read_bytes())
+        if upload.image is None:
+            seen.add(upload.code)
+            text = failures.sentence(upload.code, upload.failure)
+            assert re.match("this (is not a picture|kind of file is not read here|picture is damaged|file )", text), (
+                path.name
+            )
+            assert not re.search(r"Traceback|Error|Exception|0x[0-9a-f]|/tmp|None\b", text), text
+    assert seen >= {"not_image", "out_of_scope", "unreadable", "too_large"}
+
+
+def test_limits_are_those_that_hold() -> None:
+    assert f"over {study.MAX_UPLOAD_MB} MB" in failures.REFUSED
+    assert f"more than {study.MAX_FILES} files" in failures.REFUSED
+    assert "try it again in a minute" in failures.REFUSED
+    assert "in a minute" in BUSY
+    assert f"At most {radiograph.MAX_PIXELS // 1_000_000} million pixels" in failures.WORDS["too_large"][1]
