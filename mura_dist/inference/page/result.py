@@ -1,4 +1,4 @@
-"""What goes out: the answer beside the largest picture, the other pictures, another threshold, downloads.
+"""What goes out: the answer beside the first picture, drawn largest, the other pictures, another threshold, downloads.
 
 Answer, files -> outcome, map's switch and scale | picture -> other pictures        card -> rates at another threshold
 """
@@ -34,7 +34,6 @@ def show_answer(
     found: Answer | None, files: Sequence[File], serving: "Serving", at_hand: str, num_left_out: int
 ) -> None:
     """Draw the answer, where there is one, and the pictures."""
-    largest = max(range(len(files)), key=lambda index: _num_pixels(files[index]))
     left, right = st.columns([5, 6], gap="medium")
     with left:
         strength = None
@@ -43,10 +42,9 @@ def show_answer(
             strength = _map_strength(found, files, at_hand)
     values = found is not None and not found.withheld
     with right, st.container(key="picture-main"):
-        _picture(files, largest, strength, values=values)
-    others = [index for index in range(len(files)) if index != largest]
-    for start in range(0, len(others), 3):  # row by row: on a phone columns stand under each other, in their order
-        for index, column in zip(others[start : start + 3], st.columns(3), strict=False):
+        _picture(files, 0, strength, values=values)
+    for start in range(1, len(files), 3):  # row by row: on a phone columns stand under each other, in their order
+        for index, column in zip(range(start, len(files)), st.columns(3), strict=False):
             with column, st.container(key=f"picture-{index}"):
                 _picture(files, index, strength, values=values)
 
@@ -119,10 +117,6 @@ def _picture(files: Sequence[File], index: int, strength: float | None, *, value
     if not file.drawn:
         words += f", {plain(file.name.rpartition('/')[2])}"
     st.markdown(f"{words}: probability **{file.view.probability:.2f}**" if values else words)
-
-
-def _num_pixels(file: File) -> int:
-    return 0 if file.upload.shown is None else int(file.upload.shown.size)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -42,7 +42,7 @@ _SHEET = """
 [data-testid=stHeader] { height: 0; min-height: 0; background: none }
 [data-testid=stMainBlockContainer] { max-width: 68rem; padding: 1.6rem 1.5rem 2rem }
 [data-testid=stHeading] h1 { font-size: 1.9rem; line-height: 1.2; padding: 0 0 .5rem } h2 { font-size: 1.2rem !important }
-.purpose { margin: -.5rem 0 .3rem; max-width: 60rem; font-size: 1.05rem; line-height: 1.5; color: var(--soft) }
+.purpose { margin: -.35rem 0 .3rem; max-width: 60rem; font-size: 1.05rem; line-height: 1.5; color: var(--soft) }
 [data-testid=stElementContainer]:has(.terms) { position: absolute }
 .soft { color: var(--soft); font-size: .9rem; margin: 0 }
 
@@ -95,7 +95,7 @@ body:not(:has([data-testid=stFileChip][aria-invalid=true])) [data-testid=stEleme
 [class*=st-key-picture-] img { background: #000; object-fit: contain; border-radius: .4rem }
 .st-key-picture-main img { max-height: min(34rem, 70vh) }
 [class*=st-key-picture-] [data-testid=stMarkdownContainer] p { font-size: .92rem }
-.st-key-bar { padding: .5rem .8rem; border-radius: .5rem; background: var(--wash) }
+.st-key-bar { flex-wrap: nowrap; padding: .5rem .8rem; border-radius: .5rem; background: var(--wash) }
 .st-key-bar p { margin: 0; font-weight: 600 }
 
 @media (max-width: 40rem) {
