@@ -754,12 +754,18 @@ def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, sc
     page = context.new_page()
     page.goto(server[0])
     page.get_by_role("heading", level=1).wait_for()
-    page.get_by_role("button", name=example_of(phantoms, "XR_WRIST")).click()
+    first = page.get_by_role("button", name=example_of(phantoms, "XR_WRIST"))
+    first.wait_for()
+    assert page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth <= innerWidth")
+    for place in (".soft", "[class*=st-key-example-] button p", "[data-testid=stFileUploaderDropzone] button"):
+        assert contrast(page, place) >= 4.5, place
+    first.click()
     page.locator("section.outcome").wait_for()
     until(lambda: num_pictures(page) >= 1)
     page.get_by_text("Show the activation map").click()
     page.locator(".scale").wait_for()
-    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    for scrolling in ("document.scrollingElement", "document.querySelector('[data-testid=stMain]')"):
+        assert page.evaluate(f"{scrolling}.scrollWidth <= innerWidth")
     box = page.locator(".terms").bounding_box()
     assert box["y"] + box["height"] == pytest.approx(844, abs=1)
     assert box["width"] == pytest.approx(width, abs=1)
