@@ -93,6 +93,7 @@ body:not(:has([data-testid=stFileChip][aria-invalid=true])) [data-testid=stEleme
 .scale .ends :last-child { text-align: right }
 .scale p { font-size: .84rem; color: var(--soft); margin: .4rem 0 0; line-height: 1.4 }
 [class*=st-key-picture-] img { background: #000; object-fit: contain; border-radius: .4rem }
+[class*=st-key-picture-] [data-testid=stElementToolbar] { top: .4rem; right: .4rem }
 .st-key-picture-main img { max-height: min(34rem, 70vh) }
 [class*=st-key-picture-] [data-testid=stMarkdownContainer] p { font-size: .92rem }
 .st-key-bar { flex-wrap: nowrap; padding: .5rem .8rem; border-radius: .5rem; background: var(--wash) }

@@ -30,7 +30,8 @@ HEADLINES: dict[Outcome, str] = {
 }
 DEMO = "Demo on computer drawings: this is what an answer looks like"
 WITHHELD = (
-    "This model has seen nothing but computer drawings of bones: what it computes of a radiograph means nothing.",
+    "These files are not known to be drawings, and this model has seen nothing but computer drawings of bones: what it computes "
+    "of a radiograph means nothing.",
     "Next step: train on radiographs: mura-dist shards MURA-v1.1 shards/mura, then mura-dist train launch/recipes/mura.toml, "
     "evaluate and export it, and open the page on that model.",
 )
