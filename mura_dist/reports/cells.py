@@ -43,7 +43,7 @@ class Report:
     def absence(self, group: Found, name: str) -> Html:
         """Return the footnote's mark of a missing number or interval; nothing where no reason is known."""
         reasons = group.get("reasons") or {}
-        reason = reasons.get(name if group.get(name) is None else f"{name}_low")
+        reason = reasons.get(name if name in reasons else f"{name}_low")
         return self.notes.mark(reason) if reason else Html()
 
     def wilson_mark(self, group: Found, name: str) -> Html:

@@ -175,7 +175,7 @@ def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
         series = {label: grey[f"{label}_histogram"] for label in _LABELS}
         said = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
         chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {said}")
-        charts.append(figure(chart, f"{mura.in_words(name)}: radiographs, by their mean grey level"))
+        charts.append(figure(chart, f"{mura.in_words(name)}, by their mean grey level."))
     return element("div", *charts, class_="wide pictures")
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from mura_dist import __version__
 from mura_dist.data import mura
 from mura_dist.metrics.classification import CELLS
+from mura_dist.metrics.intervals import WILSON
 from mura_dist.metrics.summary import absences, groups, number
 from mura_dist.reports import plots as pictures
 from mura_dist.reports import training_curves
@@ -212,10 +213,10 @@ def _in_words(metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def with_words(group: Mapping[str, Any], name: str) -> str:
-    """`0.651 (0.605 to 0.694)`, without brackets where there is no interval."""
+    """Return `0.651 (0.605 to 0.694)`, without brackets where there is no interval; Wilson's is named."""
     low, high = group.get(f"{name}_low"), group.get(f"{name}_high")
-    value = number(group.get(name))
-    return value if low is None or high is None else f"{value} ({number(low)} to {number(high)})"
+    value, kind = number(group.get(name)), ", Wilson" if group.get(f"{name}_interval") == WILSON else ""
+    return value if low is None or high is None else f"{value} ({number(low)} to {number(high)}{kind})"
 
 
 def _group_words(name: str) -> str:

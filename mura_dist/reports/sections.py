@@ -10,7 +10,6 @@ from typing import Any
 
 from mura_dist.data.mura import in_words
 from mura_dist.metrics.classification import CELLS
-from mura_dist.metrics.intervals import WILSON
 from mura_dist.metrics.summary import METRICS, groups, number
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, between, bullets, folds, group_cell, num
 from mura_dist.reports.figures import difference, slug
@@ -87,20 +86,23 @@ _FORMULAS = {
 
 
 def _other_intervals(report: Report) -> Html:
-    rows = []
-    for name, group in groups(report.measured).items():
-        for key, (formula, word) in _FORMULAS.items():
-            if group.get(key) is not None:
-                bootstrap = "" if group.get(f"{key}_interval") == WILSON else between(group, key)
-                by_formula = between(group, formula) or join(("-", report.absence(group, f"{formula}_low")))
-                first = join((TITLES[key], element("small", in_words(name) if name != "overall" else "All studies")))
-                rows.append((first, number(group[key]), bootstrap or "-", by_formula, word))
+    rows = [
+        (group_cell(name), *(_by_formula(report, group, key, formula) for key, (formula, _) in _FORMULAS.items()))
+        for name, group in groups(report.measured).items()
+    ]
     text = (
-        "This page's intervals are the bootstrap over patients, first here. The formulas beside it take studies as independent, "
-        "which those of one patient are not; where one is missing, it is not to be trusted there."
+        "The same numbers with intervals by formula, which take studies as independent, as those of one patient are not. Where "
+        "one is missing, it is not to be trusted there. The other intervals of this page are the bootstrap over patients."
     )
-    header = ("", "Value", "Bootstrap over patients", join(("Formula", element("small", INDEPENDENT))), "By")
-    return folded("Intervals by formula, beside the bootstrap", element("p", text), table(header, rows))
+    header = ("", *(join((TITLES[key], element("small", word))) for key, (_, word) in _FORMULAS.items()))
+    caption = f"In small print the 95 % interval by formula ({INDEPENDENT})."
+    return folded("Intervals by formula, beside the bootstrap", element("p", text), table(header, rows, caption))
+
+
+def _by_formula(report: Report, group: Found, key: str, formula: str) -> Html:
+    interval = between(group, formula)
+    small = element("small", interval) if interval else report.absence(group, formula)
+    return join((number(group.get(key)), small))
 
 
 def curves(report: Report) -> Iterator[Html]:
