@@ -62,13 +62,14 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem
          font-size: .88rem }
 @media (max-width: 34rem) { th:first-child { max-width: 38vw; min-width: 5rem }
   .stack, .stack tbody { display: block } .stack thead { display: none }
-  .stack tr { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .35rem .5rem;
+  .stack tr { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .35rem .35rem;
               padding: .5rem 0; border-bottom: 1px solid var(--line) }
   .stack th, .stack td { border: 0; padding: 0; text-align: left } .stack td:empty { display: none }
-  .stack td { grid-column: span 3 } .stack td.short { grid-column: span 1 }
+  .stack td { grid-column: span 3 } .stack td.short { grid-column: span 1; overflow-wrap: normal }
+  details .stack td.short { grid-column: span 2 }
   .stack th:first-child { grid-column: 1 / -1; position: static; max-width: none; font-weight: 600 }
   .stack th:first-child small { display: inline; margin-left: .4rem }
-  .stack td::before { content: attr(data-name); display: block; font-size: .78rem; color: var(--soft);
+  .stack td::before { content: attr(data-name); display: block; font-size: .72rem; color: var(--soft);
                       white-space: normal }
   .stack td, .stack td small { white-space: normal }
   .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--line) }
@@ -86,7 +87,7 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem
 
 _VOID = ("img", "meta")
 _MOST_COLUMNS_ON_A_PHONE = 2
-_SHORT_CELL, _SHORT_NAME = 6, 9  # characters; such a cell takes a sixth of a phone's width
+_SHORT_CELL, _SHORT_NAME = 6, 8  # characters; such a cell takes a sixth of a phone's width
 # Control characters, and those that turn the direction of what follows: they would change how a page reads, not what it says.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 

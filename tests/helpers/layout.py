@@ -14,6 +14,9 @@ _CUT = """() => {
   if (document.documentElement.scrollWidth > wide) cut.push(`the page scrolls: ${document.documentElement.scrollWidth} px`)
   for (const box of document.querySelectorAll(".scroll"))
     if (box.checkVisibility() && box.scrollWidth > box.clientWidth + 1) cut.push(`a table scrolls: ${box.innerText.slice(0, 50)}`)
+  for (const cell of document.querySelectorAll("td, th"))
+    if (cell.checkVisibility() && cell.scrollWidth > cell.clientWidth + 1 && getComputedStyle(cell).display !== "inline")
+      cut.push(`a cell is too narrow: ${cell.dataset.name} ${cell.innerText.slice(0, 50)}`)
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   while (texts.nextNode()) {
     const node = texts.currentNode
