@@ -23,14 +23,14 @@ Found = dict[str, Any]
 class Report:
     """What a section is made of: findings.findings, the pictures by name, and the footnotes it may add to."""
 
-    found: Found
+    findings: Found
     pictures: Mapping[str, Picture]
     notes: Footnotes = field(default_factory=Footnotes)
 
     @property
     def measured(self) -> Found:
         """The content of metrics.json."""
-        measured: Found = self.found["metrics"]
+        measured: Found = self.findings["metrics"]
         return measured
 
     def stacked(self, group: Found, name: str) -> Html:

@@ -19,35 +19,37 @@ _LABELS = report.LABELS
 _NO_SUCH = "none of this label is among the radiographs whose pixels were read"
 
 
-def body(found: dict[str, Any]) -> Iterator[Html]:
-    """Yield the page's elements. found: describe's numbers."""
+def body(numbers: dict[str, Any]) -> Iterator[Html]:
+    """Yield the page's elements. numbers: describe's."""
     notes = Footnotes()
-    yield element("h1", f"What {found['name']} holds")
-    if found["holds"] == "phantoms":
+    yield element("h1", f"What {numbers['name']} holds")
+    if numbers["holds"] == "phantoms":
         yield banner("these are drawings, made by mura-dist phantoms: no radiographs")
-    yield _tiles(found)
-    yield element("p", totals(found))
-    counted = "are" if found["is_mura_v1_1"] else "are not"
+    yield _tiles(numbers)
+    yield element("p", totals(numbers))
+    counted = "are" if numbers["is_mura_v1_1"] else "are not"
     yield element(
         "p", f"The counts {counted} those of MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft"
     )
-    if found["unknown_study_types"]:
-        names = ", ".join(f"{mura.in_words(name)} ({name})" for name in found["unknown_study_types"])
+    if numbers["unknown_study_types"]:
+        names = ", ".join(f"{mura.in_words(name)} ({name})" for name in numbers["unknown_study_types"])
         yield element("p", f"Study types unknown to MURA: {names}.", class_="soft")
-    yield section("Counts", *_counts(found))
-    yield section("Views of a study", *_views(found))
-    yield section("Sizes", *_sizes(found["sizes"]))
-    yield section("Exposure", *_exposure(found["exposure"], notes))
-    defects = {name: _defect(count, found["defect_examples"].get(name, [])) for name, count in found["defects"].items()}
+    yield section("Counts", *_counts(numbers))
+    yield section("Views of a study", *_views(numbers))
+    yield section("Sizes", *_sizes(numbers["sizes"]))
+    yield section("Exposure", *_exposure(numbers["exposure"], notes))
+    defects = {
+        name: _defect(count, numbers["defect_examples"].get(name, [])) for name, count in numbers["defects"].items()
+    }
     yield section("Defects", facts(defects) if defects else element("p", "None found."))
     if footnotes := notes.listed():
         yield section("Footnotes", footnotes)
     yield element("footer", element("p", "This page holds no radiograph."), element("p", f"Terms: {mura.TERMS}."))
 
 
-def totals(found: dict[str, Any]) -> str:
+def totals(numbers: dict[str, Any]) -> str:
     """Return the totals in a line."""
-    return f"{found['name']} ({found['kind']}, {found['holds']}): {counts_line(found)}"
+    return f"{numbers['name']} ({numbers['kind']}, {numbers['holds']}): {counts_line(numbers)}"
 
 
 def counts_line(counts: dict[str, Any]) -> str:
@@ -58,48 +60,50 @@ def counts_line(counts: dict[str, Any]) -> str:
     )
 
 
-def _tiles(found: dict[str, Any]) -> Html:
-    abnormal, studies = found["abnormal_studies"], found["num_studies"]
+def _tiles(numbers: dict[str, Any]) -> Html:
+    abnormal, studies = numbers["abnormal_studies"], numbers["num_studies"]
     share = f"{100 * abnormal / studies:.0f} % abnormal" if studies else "no study"
-    num_views = f"{found['num_radiographs'] / studies:.1f} a study" if studies else "no study"
+    num_views = f"{numbers['num_radiographs'] / studies:.1f} a study" if studies else "no study"
     tiles = (
-        tile("Radiographs", f"{found['num_radiographs']:,}", num_views),
+        tile("Radiographs", f"{numbers['num_radiographs']:,}", num_views),
         tile("Studies", f"{studies:,}", share),
-        tile("Patients", f"{found['num_patients']:,}", f"in {len(found['splits'])} splits"),
+        tile("Patients", f"{numbers['num_patients']:,}", f"in {len(numbers['splits'])} splits"),
     )
     return element("div", *tiles, class_="tiles")
 
 
-def _counts(found: dict[str, Any]) -> Iterator[Html]:
+def _counts(numbers: dict[str, Any]) -> Iterator[Html]:
     keys = ["num_patients", *(f"{name}_{unit}" for unit in ("studies", "radiographs") for name in _LABELS)]
     header = ("", "Patients", *(f"{unit}, {name}" for unit in ("Studies", "Radiographs") for name in _LABELS))
 
     def rows(named: Iterable[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, ...]]:
         return [(name, *(f"{counts[key]:,}" for key in keys)) for name, counts in named]
 
-    yield table(header, rows(found["splits"].items()))
+    yield table(header, rows(numbers["splits"].items()))
     yield folds(
         folded(
             f"{split}, by study type",
             table(
                 header,
                 rows(
-                    (group_cell(line["study_type"]), line) for line in found["by_study_type"] if line["split"] == split
+                    (group_cell(line["study_type"]), line)
+                    for line in numbers["by_study_type"]
+                    if line["split"] == split
                 ),
             ),
         )
-        for split in found["splits"]
+        for split in numbers["splits"]
     )
 
 
-def _views(found: dict[str, Any]) -> Iterator[Html]:
-    views = found["views_per_study"]
+def _views(numbers: dict[str, Any]) -> Iterator[Html]:
+    views = numbers["views_per_study"]
     alt = f"Studies by number of views, {_spoken(views, views.values())}"
     chart = bars(list(views), {"studies": list(views.values())}, alt)
     yield element("div", figure(chart, "Studies, by how many views they have."), class_="wide pictures")
     rows = [
         (group_cell(name), f"{views['num_studies']:,}", f"{views['mean']:.2f}", f"{views['most']}")
-        for name, views in found["views_by_study_type"].items()
+        for name, views in numbers["views_by_study_type"].items()
     ]
     yield folds([folded("By study type", table(("", "Studies", "Views, mean", "Views, most"), rows))])
 
@@ -173,8 +177,8 @@ def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
     edges = GREY_EDGES.astype(int).tolist()
     for name, grey in named.items():
         series = {label: grey[f"{label}_histogram"] for label in _LABELS}
-        said = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
-        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {said}")
+        words = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
+        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {words}")
         charts.append(figure(chart, f"{mura.in_words(name)}, by their mean grey level."))
     return element("div", *charts, class_="wide pictures")
 

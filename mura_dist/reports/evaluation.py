@@ -46,7 +46,7 @@ def _body(report: Report) -> Iterator[Html]:
     whole = [
         (name, title, content)
         for name, title, content in (
-            ("reading", "How to read this", [bullets(report.found["how_to_read"], class_="columns")]),
+            ("reading", "How to read this", [bullets(report.findings["how_to_read"], class_="columns")]),
             ("by-type", "By study type", [*sections.by_type(report)]),
             ("curves", "Curves and calls, all studies", [*sections.curves(report)]),
             ("calibration", "Probabilities and calibration", [*threshold_sections.calibration(report)]),
@@ -66,11 +66,11 @@ def _body(report: Report) -> Iterator[Html]:
     yield element("nav", *(join((" ", link)) for link in links), aria_label="Contents")
     for name, title, content in whole:
         yield section(title, *content, id=name)
-    yield _footer(report.found)
+    yield _footer(report.findings)
 
 
 def _head(report: Report) -> Iterator[Html]:
-    found, overall = report.found, report.measured["overall"]
+    found, overall = report.findings, report.measured["overall"]
     yield element("h1", found["title"])
     yield element(
         "p", " · ".join(f"{key}: {value or 'not given'}" for key, value in found["about"].items()), class_="soft"

@@ -8,13 +8,13 @@ from mura_dist.reports.html import Html, facts, folded, plain, table
 
 def training(report: Report) -> Iterator[Html]:
     """Yield the training's curves and where its time went."""
-    found = report.found["training"]
+    found = report.findings["training"]
     if found["ledger"] is None:
         yield NOT_GIVEN
     parts = []
     if curves := [*report.shown([name for name in report.pictures if name.startswith("curve-")])]:
         parts.append(folded("Curves: loss, learning rate, AUROC, speed", *curves))
-    if lines := dict(_ledger(found["ledger"] or {}, report.found["evaluation"] or {})):
+    if lines := dict(_ledger(found["ledger"] or {}, report.findings["evaluation"] or {})):
         parts.append(folded("Where the time went", facts(lines)))
     if parts:
         yield folds(parts)
@@ -45,7 +45,7 @@ def _ledger(ledger: Found, evaluation: Found) -> Iterator[tuple[str, str]]:
 
 def origins(report: Report) -> Iterator[Html]:
     """Yield what each split did, the data, the settings, the ensemble's members and the versions."""
-    found, parts = report.found, []
+    found, parts = report.findings, []
     for title, key in (
         ("What each split did", "roles"),
         ("The data, and what its check found", "data"),

@@ -27,7 +27,7 @@ def by_type(report: Report) -> Iterator[Html]:
     """Yield the headline numbers of every study type, as a table and as pictures."""
     measured = report.measured
     yield _metrics_table(report)
-    if few := report.found["few_studies"]:
+    if few := report.findings["few_studies"]:
         yield element("p", "Few studies: intervals are wide; rank no study types by these.", class_="soft")
     yield from report.shown(("kappa", "auroc"), wide=True)
     more = []
@@ -66,7 +66,7 @@ def _metrics_table(report: Report) -> Html:
 
 
 def _published(report: Report) -> Html:
-    published = report.found["published"]
+    published = report.findings["published"]
     if "absent" in published:
         return folded("Why the paper's kappas are not beside these", element("p", published["absent"]))
     best = number(published["best_radiologist_kappa"]["overall"])
@@ -108,7 +108,7 @@ def _by_formula(report: Report, group: Found, key: str, formula: str) -> Html:
 def curves(report: Report) -> Iterator[Html]:
     """Yield the curves and the confusion of all studies."""
     yield from report.shown(("roc-overall", "pr-overall", "confusion-overall"))
-    if reason := report.found["plots"]["overall"]["absent"]:
+    if reason := report.findings["plots"]["overall"]["absent"]:
         yield element("p", f"No curves: {reason}.", class_="soft")
 
 
@@ -206,7 +206,7 @@ def each(report: Report) -> Iterator[Html]:
     for name, group in report.measured["by_study_type"].items():
         kinds = ("roc", "pr", "confusion", "scores", "reliability", "reliability-calibrated")
         content = [*report.shown([f"{kind}-{slug(name)}" for kind in kinds])]
-        if reason := report.found["plots"][name]["absent"]:
+        if reason := report.findings["plots"][name]["absent"]:
             content.append(element("p", f"No curves: {reason}.", class_="soft"))
         if name in points:
             caption = "Thresholds wanted on tune, what they have there, and what they cost here."

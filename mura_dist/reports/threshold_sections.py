@@ -38,7 +38,7 @@ def calibration(report: Report) -> Iterator[Html]:
         parts.append(folded("Calibration of each study type", types))
     fitted = report.measured.get("calibration")
     if fitted and fitted.get("fitted_on") is not None:
-        parts.append(_fitted(fitted, report.found["about"].get("Split")))
+        parts.append(_fitted(fitted, report.findings["about"].get("Split")))
     elif fitted:
         why = fitted.get("reason") or "reason not given"
         yield element("p", f"No calibration, thresholds or band were fitted: {why}.")
@@ -120,7 +120,7 @@ def _band_words(report: Report, band: Found) -> Iterator[Html]:
     if band.get("share_uncertain") is not None:
         text += f" Here these are {num(band.get('num_uncertain'))} of {count(band['num_studies'], 'study')}."
     yield element("p", text)
-    if note := report.found["wide_band"]:
+    if note := report.findings["wide_band"]:
         yield element("p", note)
 
 
