@@ -175,7 +175,7 @@ def score(
     `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or study,label[,patient][,study_type]
     with a header. A missing, unknown or repeated study is refused, and so is a line per image.
 
-    Writes metrics.json, report.html, report.json, pictures/ and studies.csv.
+    It writes metrics.json, report.html, report.json, pictures/ and studies.csv.
     """
     from rich.console import Console
 

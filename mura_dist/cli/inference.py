@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     "--shards",
     type=a_place,
     default=None,
+    metavar="FOLDER",
     help="Folder or URL of the run's shards, if they moved.  [default: as in the run]",
 )
 @click.option("--allow-change", is_flag=True, help="Write fp16, bf16 or int8 even if it changes more than its limits.")

@@ -115,7 +115,7 @@ class Choice(click.Choice):
 shared_option = click.option(
     "--shared",
     is_flag=True,
-    help="Set the modes of what is written by the umask.  [default: readable by its owner alone]",
+    help="Let the umask decide who may read what is written.  [default: its owner alone]",
 )
 quiet_option = click.option(
     "--quiet", is_flag=True, help="Print no progress on stderr. Errors and the terms of use stay."

@@ -95,7 +95,6 @@ def test_every_way_to_a_command_has_its_help(words: tuple[object, ...], command:
 EXTRA_WORDS = {
     "phantoms": ["--studies", "60", "--size", "128"],
     "train": [*TINY, "epochs=1"],
-    "bench": ["--rounds", "1", "--radiographs", "16", "--size", "32"],
 }
 """Words that make an example small: it is run as it stands otherwise."""
 
@@ -103,7 +102,8 @@ NOT_RUN = {
     "page": "serves until it is stopped; tests/inference/page runs it",
     "s3://": "needs a store; tests/core/test_storage.py has one",
     "/data/": "a folder that a user has",
-    "bench train": "takes a minute; tests/bench runs it",
+    "bench": "takes minutes; tests/bench runs it, smaller",
+    "int8": "takes a minute; tests/inference/export/test_int8.py runs it",
 }
 
 
