@@ -228,8 +228,8 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(
-        f"{out}: {summary['num_radiographs']} radiographs of {summary['num_studies']} studies, "
-        f"{_calls(summary)}, {summary['num_failures']} failures, {summary['seconds']:.1f} s"
+        f"{out}: {_count(summary['num_radiographs'], 'radiograph')} of {_count(summary['num_studies'], 'study', 'studies')}, "
+        f"{_calls(summary)}, {_count(summary['num_failures'], 'failure')}, {summary['seconds']:.1f} s"
     )
     if throughput := summary.get("throughput"):  # not where an earlier command had computed everything
         decoding, computing = throughput["decoding"], throughput["computing"]
@@ -245,6 +245,10 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
         click.echo(f"note: {note} in {number} of {summary['num_radiographs']} radiographs")
     for warning in summary["warnings"]:
         click.echo(f"warning: {warning}")
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def _calls(summary: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
         start.agree(plan, ranks)
         run, plan, note = start.with_micro_batch(run, plan, ranks)
         try:
-            summary = _train(run, plan, ranks, stop, Console(quiet, line_every_s, note))
+            summary = _train(run, plan, ranks, stop, ConsoleOptions(quiet, line_every_s, note))
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
             if micro_batch.is_exhausted(error):
                 raise Failure(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
@@ -71,7 +71,7 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
 
 
 @dataclass(frozen=True)
-class Console:
+class ConsoleOptions:
     """What a training says on stderr: nothing if `quiet`, else `note` in its first line, and a line every `line_every_s`."""
 
     quiet: bool
@@ -79,7 +79,7 @@ class Console:
     note: str
 
 
-def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: Console) -> dict[str, Any]:
+def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: ConsoleOptions) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = Targets.of(shards, settings.loss_weights)
     saved = start.resume_point(run, ranks)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import laws
-from helpers.commands import ROOT, SHORT, TINY, run
+from helpers.commands import ROOT, SHORT, TINY
 
 from mura_dist import __version__
 from mura_dist.cli.main import DONE, FAILED, WRONG, cli, main
@@ -204,13 +204,6 @@ def test_the_split_that_chose_is_stamped(trained: Path, shard_folder: Path, tmp_
     stamp = "optimistic: this split chose the model"
     assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == stamp
     assert stamp in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize("script", ["make_shards.py", "predict.py", "make_phantoms.py", "check_shards.py"])
-def test_scripts_are_the_same_functions(script: str) -> None:
-    result = run("python", ROOT / "tools" / script, "--help")
-    assert result.returncode == 0, result.stderr
-    assert "Usage: mura-dist" in result.stdout
 
 
 def test_too_little_memory_is_one_line(tmp_path: Path) -> None:

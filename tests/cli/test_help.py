@@ -4,11 +4,12 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
-from helpers.commands import ROOT, TINY, run
+from helpers.commands import ROOT, SHORT, TINY, run
 
 from mura_dist.cli.main import DONE, cli, main
 from mura_dist.core import config
@@ -95,6 +96,7 @@ def test_every_way_to_a_command_has_its_help(words: tuple[object, ...], command:
 EXTRA_WORDS = {
     "phantoms": ["--studies", "60", "--size", "128"],
     "train": [*TINY, "epochs=1"],
+    "ensemble": ["--top", "2"],
 }
 """Words that make an example small: it is run as it stands otherwise."""
 
@@ -108,7 +110,9 @@ NOT_RUN = {
 
 
 @pytest.mark.slow
-def test_the_examples_work(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_the_examples_work(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, model: Path, whole: Callable[..., Path]
+) -> None:
     """The story of `mura-dist --help`, in one folder, then every other example that needs no more than it left there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
@@ -124,13 +128,12 @@ def test_the_examples_work(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPat
     for name, source in {"model.onnx": model, "left.dcm": views[0], "right.dcm": views[1]}.items():
         shutil.copy(source, tmp_path / name)
     shutil.copy(tmp_path / "data" / "bones" / "valid_labeled_studies.csv", tmp_path / "labels.csv")
+    for name, words in {"mura": SHORT, "mura-seed1": (*SHORT, "seed=1")}.items():
+        shutil.copytree(whole(1, *words), tmp_path / "runs" / name)
     for line in example_lines():
         done = line in cli.examples or line.split()[1] in ("phantoms", "shards", "train")  # type: ignore[attr-defined]
         if done or any(word in line for word in NOT_RUN):
             continue
-        if "runs/mura" in line:
-            shutil.copytree("runs/bones", "runs/mura", dirs_exist_ok=True)
-            shutil.copytree("runs/bones", "runs/mura-seed1", dirs_exist_ok=True)
         works(line)
 
 
