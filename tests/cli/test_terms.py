@@ -18,7 +18,7 @@ WITHOUT_TERMS = {"phantoms", "verify", "describe", "bench"}
 
 
 def has_terms(done: subprocess.CompletedProcess[str]) -> None:
-    """Law: the terms stand once, as the last line of stderr, and not on stdout; metrics.json there (score --json) keeps its own."""
+    """Law: the terms stand once, as the last line of stderr, and not on stdout, but in the metrics.json that score prints."""
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(mura.TERMS) == 1
     assert [line for line in done.stdout.splitlines() if mura.TERMS in line and '  "terms": ' not in line] == []
