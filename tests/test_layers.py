@@ -43,6 +43,7 @@ CONFINED = {
     "webdataset": {"bench"},
     "pydicom": {"data/dicom_header", "data/dicom_pixels"},
     "fsspec": {"core/storage"},
+    "mlflow": {"training/mlflow_reader"},
     "onnx": {"inference/export"},
     "onnxscript": {"inference/export"},
     "onnxruntime": {"inference/engine_onnxruntime", "bench"},

@@ -6,6 +6,7 @@ from importlib import metadata
 # Distributions whose modules have another name, or whose module several have. This cannot be read anywhere: a package that is
 # missing has no metadata.
 _DISTRIBUTIONS = {
+    "mlflow": ("mlflow-skinny",),
     "cv2": ("opencv-python-headless",),
     "nvidia": ("nvidia-dali-cuda130",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),

@@ -27,6 +27,7 @@ from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, Spl
 from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import PAPER, Points
 from mura_dist.models.target import Target
+from mura_dist.training import mlflow_process
 from mura_dist.training.metrics_log import read
 from mura_dist.training.scores import Scores, study_scores
 from mura_dist.training.validation import scores
@@ -78,7 +79,10 @@ def evaluate_target(
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)
     seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
     split_scores = SplitScores(found.of_rows(rows), points, seconds, num_scored)
-    return results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, say)
+    metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, say)
+    if target.kind == "run" and options.out.resolve() == target.path.resolve():
+        mlflow_process.send_rest(target.path, say)
+    return metrics
 
 
 def _subject(target: Target, weights: Weights, model: torch.nn.Module, shards: Shards, split: str) -> EvaluationSubject:

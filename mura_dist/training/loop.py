@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from rich.console import Console
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import CommonFailure, Failure, Stopped
@@ -25,7 +26,7 @@ from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
 from mura_dist.metrics.summary import measure
-from mura_dist.training import checkpoint, micro_batch, schedule, start
+from mura_dist.training import checkpoint, micro_batch, mlflow_process, schedule, start
 from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
 from mura_dist.training.metrics_log import Journal, Stopwatch, skip_reason
@@ -43,6 +44,7 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
     `line_every_s`: seconds between lines of progress where stderr is no terminal.
     """
     processes.end_with_launcher()
+    mlflow_process.check_installed(settings)
     settings = start.with_precision(settings)
     run = Run(Path(settings.run), settings)
     plan = Plan.of(run.settings, environment.world_size())
@@ -55,6 +57,9 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
                 process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S))
             )
         if ranks.any(finished):
+            if finished and settings.mlflow:
+                say = Console(stderr=True, quiet=quiet, soft_wrap=True).print
+                mlflow_process.send_rest(run.folder, say, settings.mlflow)
             return run.status()["summary"]
         start.agree(plan, ranks)
         run, plan, note = start.with_micro_batch(run, plan, ranks)
@@ -99,7 +104,8 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    with journal, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
+    sending = mlflow_process.sending(run, journal.say, enabled=ranks.is_first)
+    with journal, sending, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
         journal.say(start.introduction(plan, ranks, loading, state) + console.note)
         lines = ProgressLines(
             journal.say,

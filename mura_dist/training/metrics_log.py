@@ -72,14 +72,16 @@ class Stopwatch:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line a kill cut short is left out."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = files.parse_json(text, dict[str, Any])
-                if isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
-                    lines.append(line)
-    return lines
+    return list(parse(path.read_text(encoding="utf-8", errors="replace"))) if path.is_file() else []
+
+
+def parse(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the lines of `text` that are a metrics.jsonl's."""
+    for each in text.splitlines():
+        with contextlib.suppress(ValueError):
+            line = files.parse_json(each, dict[str, Any])
+            if isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
+                yield line
 
 
 class Journal:

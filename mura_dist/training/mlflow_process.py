@@ -1,0 +1,121 @@
+"""Run the MLflow reader (mlflow_reader.py) beside a training, as a process of the first rank.
+
+    Run -> start: options on the reader's stdin -> its lines to `say` -> end: the outcome on its stdin -> END_S at most, or killed
+
+The training never waits for the server: it only writes metrics.jsonl. Where the reader fails or hangs, a line says so.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from mura_dist.core import config
+from mura_dist.core.errors import MASK, Stopped, mask_url
+from mura_dist.training.run import Run
+
+END_S = 5.0  # that the end of a training waits for the server
+REST_S = 20.0  # that a command waits which has nothing else to do
+_OUTCOMES = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # by the state in status.json
+
+
+def check_installed(settings: config.Settings) -> None:
+    """Raise ModuleNotFoundError where the settings name a server and its client is not installed."""
+    if settings.mlflow and find_spec("mlflow") is None:
+        raise ModuleNotFoundError("mlflow=... needs the MLflow client", name="mlflow")
+
+
+@contextlib.contextmanager
+def sending(run: Run, say: Callable[[str], None], *, enabled: bool, end_s: float = END_S) -> Iterator[None]:
+    """Send the run to its MLflow server while the block runs, then how it ended. Nothing where no server is named."""
+    if not (enabled and run.settings.mlflow):
+        yield
+        return
+    process, outcome = _Process(run, say), "FAILED"
+    try:
+        yield
+        outcome = "FINISHED"
+    except (Stopped, KeyboardInterrupt):
+        outcome = "KILLED"
+        raise
+    finally:
+        process.end(outcome, end_s)
+
+
+def send_rest(folder: Path, say: Callable[[str], None], server: str = "") -> None:
+    """Send what is new in a run that is not training: what its server missed, and its evaluation.
+
+    Args:
+        server: with its password. Empty: the recipe's, of which the disk has no password; MLflow reads user and password from
+            MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD then.
+    """
+    run = Run.load(folder)
+    server = server or run.settings.mlflow.replace(f"{MASK}@", "")
+    outcome = _OUTCOMES.get(run.status().get("state", ""))
+    if server and outcome and find_spec("mlflow") is not None:
+        run = Run(folder, run.settings.model_copy(update={"mlflow": server}))
+        _Process(run, say).end(outcome, REST_S)
+
+
+class _Process:
+    """The reader of a run: a session of its own, which no terminal's Ctrl-C and no launcher's signal reaches."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        settings = config.shareable(run.settings)
+        options = {
+            "server": run.settings.mlflow,
+            "folder": str(run.folder.resolve()),
+            "name": run.folder.resolve().name,
+            "settings": settings,
+            "recipe": config.toml_text(settings),
+        }
+        self._server, self._say, self._num_lines = mask_url(run.settings.mlflow), say, 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mura_dist.training.mlflow_reader"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self._write(json.dumps(options))
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def end(self, outcome: str, end_s: float) -> None:
+        """Tell the reader how the training ended, and give it `end_s` seconds to send the rest."""
+        self._write(outcome)
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        try:
+            status = self._process.wait(end_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            status = None
+        self._listener.join(1.0)
+        if status != 0 and not self._num_lines:
+            why = (
+                f"did not answer within {end_s:g} s" if status is None else f"got nothing: the reader failed ({status})"
+            )
+            self._say(f"MLflow: {self._server} {why}; the next start of the run sends what is missing")
+
+    def _write(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it is gone
+            self._stdin.write(f"{line}\n")
+            self._stdin.flush()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._num_lines += 1
+            self._say(mask_url(line.rstrip("\n")))
+
+    @property
+    def _stdin(self):  # type: ignore[no-untyped-def]
+        assert self._process.stdin is not None
+        return self._process.stdin

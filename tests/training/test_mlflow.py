@@ -1,0 +1,315 @@
+"""mlflow_reader.py and mlflow_process.py: a real MLflow server has each number of a run once, and never holds a training up."""
+
+import json
+import os
+import queue
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.commands import SHORT, free_port, run, train
+from helpers.mlflow_server import Proxy, serve
+
+from mura_dist.core import config
+from mura_dist.core.config import Settings
+from mura_dist.core.errors import Refusal
+from mura_dist.training import metrics_log, mlflow_process, mlflow_reader
+from mura_dist.training.mlflow_reader import ENVIRONMENT, Options, numbers
+from mura_dist.training.run import Run
+
+pytest.importorskip("mlflow", reason="needs the extras mlflow and dev")
+MISSING = (
+    "; the training goes on without it, what is missing is sent as soon as it answers, or by the next start of the run"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The reader's own; each test has its experiment."""
+    for name, value in {**ENVIRONMENT, "MLFLOW_EXPERIMENT_NAME": tmp_path.name}.items():
+        monkeypatch.setenv(name, value)
+
+
+def lines(steps: range) -> list[dict[str, Any]]:
+    """Of a metrics.jsonl: a line a step, and one each eighth step of an epoch, some of them with null."""
+    found: list[dict[str, Any]] = []
+    for step in steps:
+        loss = None if step % 5 == 0 else 1 / step
+        found.append({"kind": "step", "step": step, "epoch": step // 8, "loss": loss, "time_s": step * 0.5})
+        if step % 8 == 0:
+            found.append({"kind": "epoch", "step": step, "split": "tune", "tune_loss": 2 / step, "skipped_steps": 0})
+        if step % 11 == 0:
+            found.append({"kind": "skip", "step": step, "epoch": step // 8, "what": "loss", "rows": [1, 2]})
+    return found
+
+
+def write_lines(folder: Path, steps: range) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(steps)))
+
+
+def options(folder: Path, server: str) -> Options:
+    return Options(server=server, folder=folder, name="name", settings={"epochs": 3}, recipe="epochs = 3\n")
+
+
+def send(folder: Path, server: str, **changes: Any) -> list[str]:
+    """One start of the reader, whose training has ended; returns what it says."""
+    ends: queue.Queue[str] = queue.Queue()
+    ends.put("FINISHED")
+    said: list[str] = []
+    mlflow_reader.follow(options(folder, server).model_copy(update=changes), ends, said.append)
+    return said
+
+
+def runs_of(server: str, experiment: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]]) -> None:
+    """The law."""
+    from mlflow import MlflowClient
+
+    by_name: dict[str, list[tuple[int, float]]] = {}
+    for line in wanted:
+        for name, value in numbers(line):
+            by_name.setdefault(f"{line['kind']}/{name}", []).append((line["step"], value))
+    client = MlflowClient(server)
+    assert client.get_run(run_id).data.metrics.keys() == by_name.keys()
+    for name, points in by_name.items():
+        history = sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        assert history == points, name
+
+
+# ---- what a training sends
+
+
+@pytest.mark.slow
+def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
+    server: str, halved: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    folder, client = tmp_path / "a run", MlflowClient(server)
+    words = ("epochs=1", f"mlflow={server}", "seed=3", "loss_weights=none")
+    assert (done := train(2, halved, folder, *words)).returncode == 0, done.stderr
+    assert done.stderr == ""
+    [sent] = runs_of(server, tmp_path.name)
+    assert (sent.info.status, sent.info.run_name) == ("FINISHED", "a run")
+    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == sent.info.run_id
+    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
+    settings = config.load(folder / "recipe.toml")
+    assert sent.data.params == {name: str(value) for name, value in config.shareable(settings).items()}
+
+    assert (done := run("mura-dist", "evaluate", folder, halved, "--no-gallery")).returncode == 0, done.stderr
+    assert (done := train(1, halved, folder, *words)).returncode == 0, done.stderr  # finished: it sends what is new
+    [again] = runs_of(server, tmp_path.name)
+    assert (again.info.run_id, again.info.status) == (sent.info.run_id, "FINISHED")
+    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
+    local = Path(client.download_artifacts(sent.info.run_id, "", str(tmp_path)))
+    names = {path.name for path in local.iterdir()} & {*mlflow_reader.ARTIFACTS, "recipe.toml"}
+    assert names == {"recipe.toml", "curves.png", "metrics.json", "report.html"}
+    for name in mlflow_reader.ARTIFACTS:
+        assert (local / name).read_bytes() == (folder / name).read_bytes()
+    assert "epochs = 1\n" in (local / "recipe.toml").read_text()
+    here = str(tmp_path).encode()
+    assert not [name for name in names if here in (local / name).read_bytes()]
+    assert here.decode() not in str((again.data.params, again.data.tags))
+
+
+def test_nothing_is_sent_elsewhere(server: str, tmp_path: Path) -> None:
+    """The reader's process: each address that it connects to, and each host that it looks up."""
+    folder, record = tmp_path / "run", tmp_path / "addresses"
+    write_lines(folder, range(1, 30))
+    code = f"""
+import runpy, sys
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "subprocess.Popen", "os.exec"):
+        place = arguments[1] if event in ("socket.connect", "socket.sendto") else arguments[:2]
+        with open({str(record)!r}, "a") as file:
+            print(repr(place), file=file)
+sys.addaudithook(hook)
+runpy.run_module("mura_dist.training.mlflow_reader", run_name="__main__")
+"""
+    plain = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    text = f"{options(folder, server).model_dump_json()}\nFINISHED\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=text, capture_output=True, text=True, check=False, env=plain, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    port = int(server.rpartition(":")[2])
+    allowed = [("127.0.0.1", port), ("127.0.0.1", str(port)), ("uname", ["uname", "-p"])]  # platform's
+    assert set(record.read_text().splitlines()) <= {repr(each) for each in allowed}
+    [sent] = runs_of(server, tmp_path.name)
+    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+
+
+# ---- a server that fails
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_number_is_sent_once_whatever_fails(
+    server: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starts that end at any request, before it is handled or after; the answers of some are lost."""
+    monkeypatch.setattr(mlflow_reader, "_LINES", 7)
+    draws, folder, said = random.Random(seed), tmp_path / "run", list[str]()
+    kinds = ["ok"] * 6 + ["refuse", "lose", "500"]
+    with Proxy(server, lambda: draws.choice(kinds)) as proxy:
+        for last in range(20, 70, 10):
+            write_lines(folder, range(1, last))
+            said += send(folder, proxy.address)
+    assert said
+    assert all(line.startswith("MLflow: http://127.0.0.1:") and line.endswith(MISSING) for line in said)
+    state = json.loads((folder / "mlflow.json").read_text())
+    (folder / "mlflow.json").write_text(json.dumps(state | {"server": server}))  # the same server, without the proxy
+    assert send(folder, server) == []
+    [sent] = runs_of(server, tmp_path.name)
+    assert sent.info.status == "FINISHED"
+    has_each_number_once(server, sent.info.run_id, lines(range(1, 60)))
+
+
+def test_a_resumed_run_that_was_cut_back_continues_the_same_mlflow_run(server: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for last in (20, 30):
+        write_lines(folder, range(1, last))
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"kind": "step", "step": 99')  # a kill cut it short
+        send(folder, server)
+        write_lines(folder, range(1, 17))  # what the training keeps as it resumes
+        send(folder, server)
+    [sent] = runs_of(server, tmp_path.name)
+    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+
+
+def test_a_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_lines(folder, range(1, 3))
+    send(folder, server)
+    assert send(folder, server, settings={"epochs": 5, "ema": 0.5}) == []
+    [sent] = runs_of(server, tmp_path.name)
+    assert sent.data.params == {"epochs": "3", "ema": "0.5"}
+    assert sent.data.tags["resumed.epochs"] == "5"
+    assert "resumed.ema" not in sent.data.tags
+
+
+def test_the_password_reaches_the_server_and_nothing_else(server: str, tmp_path: Path) -> None:
+    folder, kind = tmp_path / "run", ["ok"]
+    write_lines(folder, range(1, 9))
+    with Proxy(server, lambda: kind[0]) as proxy:
+        address = proxy.address.replace("http://", "http://user:geheim@")
+        assert send(folder, address) == []
+        assert set(proxy.authorization) == {"Basic dXNlcjpnZWhlaW0="}
+        assert send(folder, f"{proxy.address}/") == []  # as evaluate does, by the recipe: the same server
+        assert len(runs_of(server, tmp_path.name)) == 1
+        kind[0] = "500"
+        [line] = send(folder, address)
+    assert line.startswith("MLflow: http://***@127.0.0.1:")
+    assert "geheim" not in line
+    assert [path.name for path in folder.iterdir() if b"geheim" in path.read_bytes()] == []
+    settings = Settings(shards="s", run="r", mlflow=address)
+    assert "geheim" not in config.to_toml(settings)
+    assert "mlflow" not in config.shareable(settings)
+
+
+def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first failure and the last start nothing is said again."""
+    monkeypatch.setattr(mlflow_reader, "_POLL_S", 0.05)
+    monkeypatch.setattr(mlflow_reader, "_MAX_PAUSE_S", 0.05)
+    folder, asked, said = tmp_path / "run", [0], list[str]()
+    write_lines(folder, range(1, 30))
+
+    class Ends(queue.Queue[str]):
+        """Says that the training ended once the server answers again."""
+
+        def get(self, block: bool = True, timeout: float | None = None) -> str:
+            if asked[0] > 12:
+                return "KILLED"
+            raise queue.Empty
+
+    def fault() -> str:
+        asked[0] += 1
+        return "refuse" if asked[0] < 8 else "ok"
+
+    with Proxy(server, fault) as proxy:
+        mlflow_reader.follow(options(folder, proxy.address), Ends(), said.append)
+    assert len(said) == 1
+    [sent] = runs_of(server, tmp_path.name)
+    assert sent.info.status == "KILLED"
+    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+
+
+# ---- the training does not wait
+
+
+def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: float) -> tuple[list[str], float]:
+    """What is said, and the seconds that the end of a training takes, once `begun` says that it may end."""
+    write_lines(folder, range(1, 9))
+    said: list[str] = []
+    of_folder = Run(folder, Settings(shards="s", run=str(folder), mlflow=server))
+    with mlflow_process.sending(of_folder, said.append, enabled=True, end_s=end_s):
+        while not begun(said):
+            time.sleep(0.05)
+        started = time.monotonic()
+    return said, time.monotonic() - started
+
+
+def test_a_server_that_was_never_there(tmp_path: Path) -> None:
+    address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
+    said, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
+    assert said == [f"MLflow: http://***@127.0.0.1:{port}: connection refused{MISSING}"]
+    assert seconds < mlflow_process.END_S + 1
+
+
+def test_a_server_that_hangs(server: str, tmp_path: Path) -> None:
+    with Proxy(server, lambda: "hang") as proxy:
+        said, seconds = ended(tmp_path / "run", proxy.address, lambda _: bool(proxy.authorization), 1.0)
+    assert said == [
+        f"MLflow: {proxy.address} did not answer within 1 s; the next start of the run sends what is missing"
+    ]
+    assert 1 <= seconds < 2
+
+
+def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
+    said, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
+    assert said == [
+        "MLflow: http://127.0.0.1:9 got nothing: the reader failed (7); the next start of the run sends what is missing"
+    ]
+
+
+def test_a_training_ends_alike_without_its_server(shard_folder: Path, tmp_path: Path) -> None:
+    result = train(1, shard_folder, tmp_path / "run", *SHORT, f"mlflow=http://127.0.0.1:{free_port()}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "host:5000", "sqlite:///runs.db", "~/mlruns"])
+def test_refused_addresses(address: str) -> None:
+    with pytest.raises(Refusal, match="must be the http:// or https:// address of an MLflow server, or empty"):
+        config.load(None, ["shards=a", "run=b", f"mlflow={address}"])
+
+
+def test_only_the_first_rank_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Callable[..., None]:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    of_folder = Run(tmp_path, Settings(shards="s", run=str(tmp_path), mlflow="http://127.0.0.1:9"))
+    with mlflow_process.sending(of_folder, print, enabled=False):
+        pass
