@@ -20,16 +20,16 @@ export PATH="$PWD/.venv/bin:$PATH" MURA_DIST_TERMS=end # the commands leave the 
 name=demo${folder:+-$(basename "$folder")}
 shards=shards/$name run=runs/$name seconds=runs/$name.seconds log=runs/$name.log stamps=runs/$name.steps
 mkdir -p "$stamps"
-step=0 steps=8
+step=0 steps=8 drawn=yes
 code=(mura_dist launch/recipes/demo.toml)
 
 digest() { # digest PATH ...: of the names, sizes and times of all files below; a path that is not there has none
   { find "$@" ! -type d ! -name '*.pyc' -printf '%p %s %T@\n' 2> /dev/null || true; } | sort | sha256sum | cut -d' ' -f1
 }
 
-begin() { # begin TEXT [TIME]: say which step this is; TIME was measured on drawings
+begin() { # begin TEXT TIME: say which step this is; TIME is that of the drawings
   step=$((step + 1))
-  printf '%d of %d: %s%s\n' "$step" "$steps" "$1" "${2:+, about $2}"
+  printf '%d of %d: %s%s\n' "$step" "$steps" "$1" "${drawn:+, about $2}"
 }
 
 # stage NAME INPUT ... -- OUTPUT ... -- COMMAND ...: run the command, unless inputs and outputs are as it left them; write down its
@@ -63,7 +63,7 @@ if [ -z "$folder" ]; then
   stage phantoms "${code[@]}" -- "$folder" -- \
     mura-dist phantoms "$folder" --studies "${STUDIES:-1400}" --size 192 --seed "${SEED:-0}"
 else
-  steps=7
+  steps=7 drawn=
 fi
 
 # Shards: decoded and resized once, for training and serving alike. 128 px are 4 x 4 cells of the activation map.
