@@ -45,8 +45,8 @@ def colour(step: int) -> tuple[tuple[int, int, int], float]:
 
 def opacity(logit: np.ndarray) -> np.ndarray:
     """Return how opaque a map is at these logits, of any shape: OPACITY at the middle of each step, without jumps between."""
-    size = np.maximum(np.abs(logit) / EDGES[0], 1e-9)
-    return np.interp(np.log2(size) + 0.5, range(len(OPACITY)), OPACITY)
+    middles = [0.0, *(edge * 2**0.5 for edge in EDGES)]
+    return np.interp(np.abs(logit), middles, OPACITY)
 
 
 def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.ndarray:
@@ -87,7 +87,7 @@ def _mixed(pixels: np.ndarray, logit: np.ndarray, strength: float = 1.0) -> np.n
 def scale(width: int) -> np.ndarray:
     """Return the logits along a scale `width` pixels wide, (width,): each of STEPS has the same share of it."""
     step = (np.arange(width) + 0.5) / width * len(STEPS) - len(STEPS) / 2
-    return np.sign(step) * np.where(np.abs(step) > 0.5, EDGES[0] * 2.0 ** (np.abs(step) - 0.5), np.abs(step) * EDGES[0])
+    return np.sign(step) * EDGES[0] * np.where(np.abs(step) > 0.5, 2.0 ** (np.abs(step) - 0.5), 2 * np.abs(step))
 
 
 def scale_strip(width: int) -> np.ndarray:

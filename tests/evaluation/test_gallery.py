@@ -244,6 +244,7 @@ def test_opacity_is_that_of_the_steps_and_grows_with_the_logit() -> None:
     assert (heatmap.opacity(-logit) == heatmap.opacity(logit)).all()
     along = heatmap.scale(1100)
     assert (np.diff(along) > 0).all()
+    assert np.abs(np.diff(heatmap.opacity(along))).max() < 0.01  # nowhere a jump
     assert along[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
 
 
