@@ -1,7 +1,7 @@
 """`mura-dist`: the command group, the exit status of a command, the one line that says why it failed.
 
 Exit status: 0 done; 1 the work failed; 2 the request was wrong; 3 stopped on request, the same command goes on. Progress goes
-to stderr, results to files, the summary to stdout.
+to stderr, results to files, the summary to stdout, the terms of use last, to stderr.
 """
 
 import contextlib

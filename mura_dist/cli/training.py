@@ -49,7 +49,7 @@ def train(context: click.Context, words: tuple[str, ...], local_rank: int | None
 def _split(words: Sequence[str], context: click.Context) -> tuple[Path | None, list[str]]:
     """Return the recipe and the words after it.
 
-    What should be one word `key=value` but was written `--key value` or `key value` becomes one, for config.load to explain.
+    A setting written `--key value`, `key value` or `key = value` becomes one word, whose mistake config.load explains.
 
     Raises:
         NoSuchOption: a word with dashes that resembles no setting.
@@ -65,6 +65,8 @@ def _split(words: Sequence[str], context: click.Context) -> tuple[Path | None, l
         if "=" in word:
             overrides.append(word)
         elif dashed or (config.resembles(word, exactly=True) and not Path(word).exists()):
+            if rest[:1] == ["="]:
+                rest.pop(0)
             has_value = rest and not rest[0].startswith("-") and "=" not in rest[0] and not rest[0].endswith(".toml")
             overrides.append(f"{word} {rest.pop(0)}" if has_value else word)
         elif recipe is None:

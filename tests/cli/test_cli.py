@@ -89,6 +89,7 @@ WRONG_REQUESTS = {
     "an option before the recipe": (["train", "--lr", "3e-4", "{demo}"], ["settings are written learning_rate=3e-4"]),
     "a switch before the recipe": (["train", "--amp", "{demo}"], ["'--amp' is not key=value", "written precision=..."]),
     "a setting without =": (["train", "{demo}", "epochs", "3"], ["'epochs 3' is not", "settings are written epochs=3"]),
+    "a setting with blanks": (["train", "{demo}", "epochs", "=", "3"], ["settings are written epochs=3; see"]),
     "a mistyped option of train": (["train", "{demo}", "--quite"], ["no option --quite (did you mean --quiet?)"]),
     "an option like no setting": (["train", "{demo}", "--zzz"], ["no option --zzz. See mura-dist train --help."]),
     "two recipes": (["train", "{demo}", "other.toml"], ["'other.toml' is a second recipe; give one recipe"]),
