@@ -252,8 +252,6 @@ def main() -> None:
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
     os.environ.update(ENVIRONMENT)
-    with contextlib.suppress(OSError):
-        os.nice(10)
     options = Options.model_validate_json(sys.stdin.readline())
     ends: queue.Queue[str] = queue.Queue()
 

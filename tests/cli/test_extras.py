@@ -34,6 +34,7 @@ def distributions(requirements: list[str]) -> set[str]:
             *("torch", "torchvision", "deepspeed", "nvidia.dali", "cv2", "onnx", "onnxscript", "safetensors"),
             *("matplotlib.pyplot", "tensorboard", "webdataset"),
         ),
+        "mlflow": ("mlflow",),
         "parquet": ("pyarrow",),
         "openvino": ("openvino",),
         "remote": ("fsspec", "s3fs"),
