@@ -125,14 +125,17 @@ class Journal:
         before = [line for line in read(self.path) if line["step"] <= ends.get(line["kind"], start_step)]
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                self.say(
-                    "tensorboard=true, but it is not installed: no events are written; metrics.jsonl has everything"
-                )
-            else:
-                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self.writer = self._event_writer(folder / "tensorboard", start_step + 1)
+
+    def _event_writer(self, folder: Path, first_step: int) -> Any:
+        """Return TensorBoard's writer; None, and a line, where its package is missing or broken."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:  # a training does not need it, whatever is wrong with it
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.say(f"no TensorBoard events are written: {reason}; metrics.jsonl has everything")
+            return None
+        return SummaryWriter(str(folder), purge_step=first_step)
 
     def __enter__(self) -> Self:
         self.progress.start()

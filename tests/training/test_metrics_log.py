@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +85,34 @@ def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step
         told.steps({"step": step, "epoch": 0, "loss": 1.0}, images=80, watch=watch)
     hours, minutes, seconds = map(int, told.progress.tasks[0].fields["left"].removesuffix(" left").split(":"))
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(460 * step_s, abs=1)
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'tensorboard'"), TypeError("Descriptors\nof old")]
+)
+def test_without_tensorboard_a_line_says_so_once(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Finder:
+        """The package is missing, or breaks as it is imported."""
+
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.startswith(("torch.utils.tensorboard", "tensorboard")):
+                raise error
+
+    for name in [name for name in sys.modules if name.startswith(("torch.utils.tensorboard", "tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    how = {"enabled": True, "quiet": False, "start_step": 0, "evaluated_step": -1, "num_steps": 2}
+    with Journal(tmp_path, **how, tensorboard=True) as journal:
+        watch = Stopwatch()
+        for step in (1, 2):
+            watch.seconds |= {"data": 0.0, "step": 1.0}
+            journal.steps({"step": step, "epoch": 0, "loss": 1.0}, images=8, watch=watch)
+    reason = str(error).partition("\n")[0]
+    assert capsys.readouterr().err == f"no TensorBoard events are written: {reason}; metrics.jsonl has everything\n"
+    assert len(metrics_log.read(tmp_path / "metrics.jsonl")) == 2
+    assert not (tmp_path / "tensorboard").exists()
 
 
 @pytest.mark.slow
