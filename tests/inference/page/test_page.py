@@ -964,7 +964,7 @@ def test_sessions_at_once_do_not_mix(
         choose(page, "Study type", "Hand")
         page.locator("section.outcome").wait_for()
         found = asked(desk, [views[place % len(views)]], "XR_HAND")
-        assert f"Probability {found.probability:.2f}" in page.locator("section.outcome").inner_text()
+        assert f"abnormality: {found.probability:.2f} (" in page.locator("section.outcome").inner_text()
         expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
     for context in contexts:
         context.close()
