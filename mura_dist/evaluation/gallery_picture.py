@@ -41,8 +41,7 @@ def picture(study: Study) -> np.ndarray:
 
 def _sides(view: View, side: int) -> list[Image.Image]:
     """Return the radiograph alone and under its map, side x side pixels; the latter only where it may be shown."""
-    alone = Image.fromarray(view.pixels).resize((side, side), Image.Resampling.BICUBIC)
-    both = [Image.merge("RGB", (alone,) * 3)]
+    both = [np.repeat(view.pixels[..., None], 3, axis=2)]
     if heatmap.drawable(view.cells):
-        both.append(Image.fromarray(heatmap.painted(np.asarray(alone), view.cells)))
-    return both
+        both.append(heatmap.painted(view.pixels, view.cells))
+    return [Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC) for pixels in both]
