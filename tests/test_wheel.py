@@ -1,4 +1,4 @@
-"""The wheel in an empty environment: the base says what predicting needs, the extra cpu brings it, and there is no torch."""
+"""The wheel in an empty environment: the base says what predicting needs; the extra cpu predicts and evaluates, without torch."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def call(*words: object, cwd: Path | None = None) -> str:
 
 
 @pytest.mark.nightly(part="system")
-def test_the_extra_cpu_predicts(phantoms: Path, untrained: Path, tmp_path: Path) -> None:
+def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untrained: Path, tmp_path: Path) -> None:
     model = untrained / "model.onnx"
     call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
     call(sys.executable, "-m", "venv", tmp_path / "venv")
@@ -51,6 +51,11 @@ def test_the_extra_cpu_predicts(phantoms: Path, untrained: Path, tmp_path: Path)
     call(command, "shards", tmp_path / "drawn", tmp_path / "shards", "--size", "48")
     call(command, "verify", tmp_path / "shards")
     call(command, "describe", tmp_path / "shards", "--out", tmp_path / "page.html")
+    call(command, "evaluate", model, halved, "--out", tmp_path / "evaluated", "--quiet")
+    full = run("mura-dist", "evaluate", model, halved, "--out", tmp_path / "evaluated-full", "--quiet", cold=True)
+    assert full.returncode == 0, full.stderr
+    for name in ("metrics.json", "predictions.csv", "studies.csv"):
+        assert (tmp_path / "evaluated" / name).read_bytes() == (tmp_path / "evaluated-full" / name).read_bytes()
     refused = subprocess.run([command, "train", "shards=a", "run=b"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "pip install '.[train]' in the checkout" in refused.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import SHORT, free_port, run, train
+from helpers.commands import SHORT, TINY, free_port, killed_when, run, train
 from helpers.mlflow_server import Proxy, serve
 
 from mura_dist.core import config
@@ -23,6 +23,7 @@ from mura_dist.training.mlflow_reader import ENVIRONMENT, Options, numbers
 from mura_dist.training.run import Run
 
 pytest.importorskip("mlflow", reason="needs the extras mlflow and dev")
+WALL_CLOCK = ("time_s", "images_per_s", "data_wait_share", "evaluation_s", "overhead_share")
 MISSING = (
     "; the training goes on without it, what is missing is sent as soon as it answers, or by the next start of the run"
 )
@@ -80,8 +81,8 @@ def runs_of(server: str, experiment: str) -> list[Any]:
     return list(client.search_runs([found.experiment_id])) if found else []
 
 
-def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]]) -> None:
-    """The law."""
+def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]], *, redone: bool = False) -> None:
+    """The law. `redone`: of steps that were done twice the server has the first wall-clock times."""
     from mlflow import MlflowClient
 
     by_name: dict[str, list[tuple[int, float]]] = {}
@@ -92,6 +93,8 @@ def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]])
     assert client.get_run(run_id).data.metrics.keys() == by_name.keys()
     for name, points in by_name.items():
         history = sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        if redone and name.rpartition("/")[2] in WALL_CLOCK:
+            history, points = ([(step, 0.0) for step, _ in each] for each in (history, points))
         assert history == points, name
 
 
@@ -129,6 +132,25 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
     here = str(tmp_path).encode()
     assert not [name for name in names if here in (local / name).read_bytes()]
     assert here.decode() not in str((again.data.params, again.data.tags))
+    assert again.data.tags.keys() == {"mlflow.runName", "mura_dist.key", "mura_dist.version"}
+
+
+@pytest.mark.slow
+def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = (*TINY, "epochs=6", f"shards={shard_folder}", f"run={folder}", f"mlflow={server}", "--quiet")
+
+    def begun() -> bool:
+        """Its server has some of the 48 steps."""
+        sent = runs_of(server, tmp_path.name)
+        return bool(sent) and sent[0].data.metrics.get("step/step", 0) > 4
+
+    killed_when(begun, folder, "mura-dist", "train", *settings)
+    assert (done := run("mura-dist", "train", *settings)).returncode == 0, done.stderr
+    assert done.stderr == ""
+    [sent] = runs_of(server, tmp_path.name)
+    assert sent.info.status == "FINISHED"
+    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"), redone=True)
 
 
 def test_nothing_is_sent_elsewhere(server: str, tmp_path: Path) -> None:
