@@ -59,7 +59,7 @@ stage() {
 # Radiographs: drawn here, or yours.
 if [ -z "$folder" ]; then
   folder=data/phantoms
-  begin "drawing bones, some of them broken" "30 s"
+  begin "drawing bones, some of them broken" "20 s"
   stage phantoms "${code[@]}" -- "$folder" -- \
     mura-dist phantoms "$folder" --studies "${STUDIES:-1400}" --size 192 --seed "${SEED:-0}"
 else
@@ -67,7 +67,7 @@ else
 fi
 
 # Shards: decoded and resized once, for training and serving alike. 128 px are 4 x 4 cells of the activation map.
-begin "shards, every radiograph decoded and resized once" "10 s"
+begin "shards, every radiograph decoded and resized once" "5 s"
 stage shards "${code[@]}" "$folder" -- "$shards" -- mura-dist shards "$folder" "$shards" --size 128 --tune 0.2
 
 # What fits this folder and this machine (ranks, batch, epochs, where the valid split lies).
@@ -85,23 +85,23 @@ train=(bash launch/local.sh "$ranks" launch/recipes/demo.toml "shards=$shards" "
 once() { # once NAME ...: a stage, unless the untrained model was measured
   if [ -e "$run/untrained/metrics.json" ]; then echo "  done before"; else stage "$@"; fi
 }
-begin "an untrained network, to compare with" "10 s"
+begin "an untrained network, to compare with" "15 s"
 once untrained "${code[@]}" "$shards" -- "$run/checkpoints" -- "${train[@]}" epochs=0
-begin "measuring the untrained network" "20 s"
+begin "measuring the untrained network" "25 s"
 once evaluate_untrained "${code[@]}" "$shards" -- "$run/untrained" -- \
   mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained" --no-gallery
 
 # DenseNet on all ranks; it goes on from the checkpoint of step 0.
-begin "training" "4 minutes"
+begin "training" "3 minutes"
 stage train "${code[@]}" "$shards" -- "$run/checkpoints" "$run/metrics.jsonl" -- "${train[@]}"
 
 # Measure on valid, which chose nothing; export; predict a directory as a hospital would.
-begin "measuring the trained network, the report" "30 s"
+begin "measuring the trained network, the report" "35 s"
 stage evaluate "${code[@]}" "$shards" "$run/checkpoints" -- "$run/metrics.json" "$run/report.html" "$run/gallery.html" -- \
   mura-dist evaluate "$run" "$shards"
 begin "exporting it as an ONNX file, compared with torch" "20 s"
 stage export "${code[@]}" "$run/checkpoints" "$run/metrics.json" -- "$run/model.onnx" -- mura-dist export "$run"
-begin "predicting the valid folder from that file alone" "5 s"
+begin "predicting the valid folder from that file alone" "15 s"
 stage predict "${code[@]}" "$run/model.onnx" "$valid" -- "$run/predictions" -- \
   mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
 

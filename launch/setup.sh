@@ -66,5 +66,5 @@ install --require-hashes --no-build-isolation --requirement <(echo "$locked")
 install --no-build-isolation --editable .
 echo "$digest ${present:+$present,}$extras" > "$stamp"
 if ! { will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu; }; then
-  echo "launch/setup.sh: predict and page need ONNX Runtime too: bash launch/setup.sh cpu, or for an NVIDIA GPU bash launch/setup.sh cuda" >&2
+  echo "launch/setup.sh: predict and page need ONNX Runtime too: bash launch/setup.sh cpu (or bash launch/setup.sh cuda for an NVIDIA GPU)" >&2
 fi

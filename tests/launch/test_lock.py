@@ -162,7 +162,7 @@ def test_setup_says_what_it_installs_and_how_much(tmp_path: Path, extras: str) -
     for extra in ("base", *extras.split(",")):
         assert re.search(rf"(?m)^  {extra}: \w.*: \d\.\d GB\b", text), text
     without_runtime = {"cpu", "cuda", "train"}.isdisjoint(extras.split(","))
-    assert ("need ONNX Runtime too: bash launch/setup.sh cpu, or" in text) == without_runtime
+    assert ("need ONNX Runtime too: bash launch/setup.sh cpu (or" in text) == without_runtime
 
 
 def test_the_file_is_as_the_tool_writes_it() -> None:
