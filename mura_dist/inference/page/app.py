@@ -35,14 +35,14 @@ def show(serving: "Serving") -> None:
     if good:
         study_type = choose_study_type(serving, good)
         at_hand = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
-        found = answer(good, study_type, card) if study_type is not None else None
-        show_answer(found, good, serving, at_hand, len(files) - len(good))
-        if found is not None:
+        reply = answer(good, study_type, card) if study_type is not None else None
+        show_answer(reply, good, serving, at_hand, len(files) - len(good))
+        if reply is not None:
             left, right = st.columns([5, 6], gap="medium")
             with left:
-                show_threshold(found, serving, at_hand)
+                show_threshold(reply, serving, at_hand)
             with right:
-                show_downloads(found, good, serving, at_hand)
+                show_downloads(reply, good, serving, at_hand)
     _about(serving)
 
 

@@ -58,26 +58,28 @@ def find(folder: Path) -> tuple[Example, ...]:
         by_type.setdefault(study_type, {}).setdefault(label, []).append((name, paths))
     if not by_type:
         raise Refusal(f"--examples {folder}: no study's folder below it; {_LAYOUT}")
-    kept = {study_type: _some(by_label) for study_type, by_label in sorted(by_type.items())}
-    turns = itertools.zip_longest(*([(study_type, paths) for paths in some] for study_type, some in kept.items()))
-    chosen = [pair for turn in turns for pair in turn if pair is not None]
-    return tuple(Example(number, *pair) for number, pair in enumerate(chosen, start=1))
+    selection = {study_type: _select(by_label) for study_type, by_label in sorted(by_type.items())}
+    turns = itertools.zip_longest(
+        *([(study_type, paths) for paths in files] for study_type, files in selection.items())
+    )
+    pairs = [pair for turn in turns for pair in turn if pair is not None]
+    return tuple(Example(number, *pair) for number, pair in enumerate(pairs, start=1))
 
 
 def _studies(root: Path) -> Iterator[tuple[str, tuple[Path, ...]]]:
     """Yield each study's name, from the study type on, and its files."""
-    for place, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root):
         folders.sort()
-        paths = tuple(Path(place, name) for name in sorted(files)[:MAX_FILES])
+        paths = tuple(Path(folder, name) for name in sorted(files)[:MAX_FILES])
         name = mura.study_folder(paths[0].as_posix()) if paths else None
-        if name is not None and paths[0].parent == Path(place):
+        if name is not None and paths[0].parent == Path(folder):
             yield name, paths
 
 
-def _some(by_label: dict[str, list[tuple[str, tuple[Path, ...]]]]) -> list[tuple[Path, ...]]:
+def _select(by_label: dict[str, list[tuple[str, tuple[Path, ...]]]]) -> list[tuple[Path, ...]]:
     """Return the files of a study type's examples, in the order of patients: it tells no label."""
     share = -(-PER_TYPE // len(by_label))
-    return [paths for _, paths in sorted(study for some in by_label.values() for study in some[:share])]
+    return [paths for _, paths in sorted(study for studies in by_label.values() for study in studies[:share])]
 
 
 def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
@@ -85,16 +87,16 @@ def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
 
     Each is drawn anew and compared: a radiograph that was put among them is none.
     """
-    place = Path(os.path.abspath(folder))
-    root = next((one for one in (place, *place.parents[:3]) if (one / PHANTOMS_MARK).is_file()), None)
-    drawn = DrawnSet.of(root) if root is not None else None
-    if root is None or drawn is None:
+    absolute = Path(os.path.abspath(folder))
+    root = next((above for above in (absolute, *absolute.parents[:3]) if (above / PHANTOMS_MARK).is_file()), None)
+    drawn_set = DrawnSet.of(root) if root is not None else None
+    if root is None or drawn_set is None:
         return frozenset()
     digests = set()
     for example in examples:
         for index, path in enumerate(example.files):
             data = example.content(index)
-            if drawn.holds(path.relative_to(root).as_posix(), data):
+            if drawn_set.holds(path.relative_to(root).as_posix(), data):
                 digests.add(hashlib.sha256(data).hexdigest())
     return frozenset(digests)
 

@@ -31,16 +31,16 @@ SCALE = "Colours of the activation map: blue lowers the probability, orange rais
 
 @st.fragment  # what moves in here draws this part anew, and nothing else
 def show_answer(
-    found: Answer | None, files: Sequence[File], serving: "Serving", at_hand: str, num_left_out: int
+    reply: Answer | None, files: Sequence[File], serving: "Serving", at_hand: str, num_left_out: int
 ) -> None:
     """Draw the answer, where there is one, and the pictures."""
     left, right = st.columns([5, 6], gap="medium")
     with left:
         strength = None
-        if found is not None:
-            st.html(outcome(found, serving.desk.card, num_left_out))
-            strength = _map_strength(found, files, at_hand)
-    values = found is not None and not found.withheld
+        if reply is not None:
+            st.html(outcome(reply, serving.desk.card, num_left_out))
+            strength = _map_strength(reply, files, at_hand)
+    values = reply is not None and not reply.withheld
     with right, st.container(key="picture-main"):
         _picture(files, 0, strength, values=values)
     for start in range(1, len(files), 3):  # row by row: on a phone columns stand under each other, in their order
@@ -49,38 +49,38 @@ def show_answer(
                 _picture(files, index, strength, values=values)
 
 
-def outcome(found: Answer, card: Card, num_left_out: int) -> Html:
+def outcome(reply: Answer, card: Card, num_left_out: int) -> Html:
     """Return the answer as markup."""
-    said, lines = wording.outcome(found), wording.explained(found, card)
-    num_first = len(wording.SAYS_HOW_OFTEN[said])
+    headline, lines = wording.outcome(reply), wording.explained(reply, card)
+    num_first = len(wording.SAYS_HOW_OFTEN[headline])
     if num_left_out:
         lines.append(f"{num_left_out} of the files {'is' if num_left_out == 1 else 'are'} left out, see above.")
     return element(
         "section",
-        element("h2", wording.HEADLINES[said]),
-        element("p", wording.lead(found), class_="lead"),
-        *([] if found.withheld else [gauge(found, card)]),
+        element("h2", wording.HEADLINES[headline]),
+        element("p", wording.lead(reply), class_="lead"),
+        *([] if reply.withheld else [gauge(reply, card)]),
         *(element("p", line, class_="frequency") for line in lines[:num_first]),
         *(element("small", line) for line in lines[num_first:]),
         class_="outcome",
-        style=f"--mark: {style.MARKS[said]}",
+        style=f"--mark: {style.MARKS[headline]}",
         role="alert",
     )
 
 
-def gauge(found: Answer, card: Card) -> Html:
+def gauge(reply: Answer, card: Card) -> Html:
     """Return the probability between 0 and 1, beside the threshold and the uncertain band; the words say the same."""
     above, marks, below = [], [], [element("span", "0", class_="low"), element("span", "1", class_="high")]
-    band = card.calibration.bands.get(found.study_type)
-    if band is not None and found.cell("band") is not None:
+    band = card.calibration.bands.get(reply.study_type)
+    if band is not None and reply.cell("band") is not None:
         marks.append(element("span", class_="band", style=f"left: {band.low:.2%}; right: {1 - band.high:.2%}"))
         if band.high - band.low > _LEAST_BAND:
             above.append(element("span", "uncertain", style=f"left: {(band.low + band.high) / 2:.2%}"))
-    if (threshold := found.cell("threshold")) is not None:
+    if (threshold := reply.cell("threshold")) is not None:
         marks.append(element("span", class_="threshold", style=f"left: {float(threshold):.2%}"))
         if _LEAST_BAND < float(threshold) < 1 - _LEAST_BAND:
             below.append(element("span", "threshold", style=f"left: {float(threshold):.2%}"))
-    marks.append(element("span", class_="here", style=f"left: {found.probability:.2%}"))
+    marks.append(element("span", class_="here", style=f"left: {reply.probability:.2%}"))
     words = (element("div", *spans, class_="gauge-words") for spans in (above, below))
     return element("div", next(words), element("div", *marks, class_="gauge"), next(words), aria_hidden="true")
 
@@ -88,9 +88,9 @@ def gauge(found: Answer, card: Card) -> Html:
 # ---- pictures and their maps
 
 
-def _map_strength(found: Answer, files: Sequence[File], at_hand: str) -> float | None:
+def _map_strength(reply: Answer, files: Sequence[File], at_hand: str) -> float | None:
     """Of the maps, 0.1 to 1; None as long as nobody asks for them: a map shows something beside every answer."""
-    if found.withheld:
+    if reply.withheld:
         return None
     if reason := wording.no_map(file.view.cells.shape for file in files if file.view is not None):
         st.caption(reason)
@@ -130,19 +130,19 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 @st.fragment
-def show_threshold(found: Answer, serving: "Serving", at_hand: str) -> None:
+def show_threshold(reply: Answer, serving: "Serving", at_hand: str) -> None:
     """Look at another threshold; nothing else on the page, and no download, moves with it."""
-    curve = None if found.withheld else wording.Curve.of(serving.desk.card, found.study_type)
-    own = found.cell("threshold")
+    curve = None if reply.withheld else wording.Curve.of(serving.desk.card, reply.study_type)
+    own = reply.cell("threshold")
     if curve is None or own is None:
         return
     st.header("Another threshold", anchor=False)
     first, last = wording.ENDS
     start = min(max(round(float(own), 2), first), last)
-    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {found.study_type} {at_hand}")
-    call = "flagged" if is_positive(found.probability, value) else "not flagged"
+    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {reply.study_type} {at_hand}")
+    call = "flagged" if is_positive(reply.probability, value) else "not flagged"
     st.markdown(
-        f"At {value:.2f} this study ({found.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
+        f"At {value:.2f} this study ({reply.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
     )
     st.caption(f"{curve.reserve} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
 
@@ -150,13 +150,13 @@ def show_threshold(found: Answer, serving: "Serving", at_hand: str) -> None:
 # ---- downloads
 
 
-def show_downloads(found: Answer, files: Sequence[File], serving: "Serving", at_hand: str) -> None:
+def show_downloads(reply: Answer, files: Sequence[File], serving: "Serving", at_hand: str) -> None:
     """Offer the tables that predict would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
     drawn = wording.drawings(serving.desk.card)
-    tail = "-of-drawings" if drawn and not found.withheld else ""
+    tail = "-of-drawings" if drawn and not reply.withheld else ""
     with st.container(horizontal=True, key="downloads"):
-        for label, table, name in (("Study", found.studies, "studies"), ("Pictures", found.predictions, "predictions")):
+        for label, table, name in (("Study", reply.studies, "studies"), ("Pictures", reply.predictions, "predictions")):
             st.download_button(
                 f"{label} (CSV)",
                 data=table_names.cells(table).to_csv(index=False, lineterminator="\n").encode(),
@@ -165,7 +165,7 @@ def show_downloads(found: Answer, files: Sequence[File], serving: "Serving", at_
                 on_click="ignore",
             )
         for index, file in enumerate(files):
-            if not found.withheld and file.view is not None and heatmap.drawable(file.view.cells):
+            if not reply.withheld and file.view is not None and heatmap.drawable(file.view.cells):
                 _overlay(file, index, at_hand, drawn=drawn)
     if tail:
         st.caption("Of computer drawings, by a model of drawings: the tables say so under trained_on.")

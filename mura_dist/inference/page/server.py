@@ -81,17 +81,17 @@ def serve(
         Refusal: The model, folder, address, port or a name cannot be used.
     """
     global _serving
-    some = page_examples.find(examples) if examples is not None else ()
+    studies = page_examples.find(examples) if examples is not None else ()
     hosts = _hosts(address, allow_host)
     with _listen(address, port) as listener:
         model = Model.load(model_path)
-        known: frozenset[str] = frozenset()
+        digests: frozenset[str] = frozenset()
         if examples is not None and model.card.trained_on.kind == "phantoms":
-            known = page_examples.drawings(examples, some)
-        with _home(), desk(model, min(2, processors()), known) as shared:
-            read = shared.read([example.content(0) for example in some])
-            _serving = Serving(shared, some, tuple(map(page_examples.thumbnail, read)))
-            if some and model.card.trained_on.kind == "phantoms" and not known:
+            digests = page_examples.drawings(examples, studies)
+        with _home(), desk(model, min(2, processors()), digests) as shared:
+            uploads = shared.read([example.content(0) for example in studies])
+            _serving = Serving(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
+            if studies and model.card.trained_on.kind == "phantoms" and not digests:
                 say(
                     "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
                 )

@@ -31,11 +31,11 @@ def choose_files(serving: "Serving") -> list[File]:
     """Draw what asks for files; return those of the study, read and, where they pass the gate, predicted."""
     number = st.session_state.get(_EXAMPLE)
     if number is not None:
-        return _kept(serving, _chosen(serving.examples[number - 1]))
+        return _read_once(serving, _chosen(serving.examples[number - 1]))
     content = _uploaded()
     if not content and serving.examples:
         _cards(serving)
-    return _kept(serving, content)
+    return _read_once(serving, content)
 
 
 def _uploaded() -> Content:
@@ -47,8 +47,8 @@ def _uploaded() -> Content:
                 return {str(one.file_id): (one.name, one.getvalue) for one in uploaded}
             st.error(f"{len(uploaded)} files: {failures.TOO_MANY}.")
             return {}
-        kept = "They stay in this server's memory, and are gone when you remove them or close the page."
-        st.html(element("p", f"{LIMITS} {kept}", class_="soft"))
+        privacy = "They stay in this server's memory, and are gone when you remove them or close the page."
+        st.html(element("p", f"{LIMITS} {privacy}", class_="soft"))
     return {}
 
 
@@ -56,16 +56,16 @@ def _cards(serving: "Serving") -> None:
     """One of each study type first, the others folded."""
     st.header("Or try an example", anchor=False)
     first = len({example.study_type for example in serving.examples})
-    shown = list(zip(serving.examples, serving.thumbnails, strict=True))
-    _grid("first", shown[:first])
-    if shown[first:]:
-        with st.expander(f"{len(shown) - first} more examples"):
-            _grid("more", shown[first:])
+    cards = list(zip(serving.examples, serving.thumbnails, strict=True))
+    _grid("first", cards[:first])
+    if cards[first:]:
+        with st.expander(f"{len(cards) - first} more examples"):
+            _grid("more", cards[first:])
 
 
-def _grid(name: str, shown: Sequence[tuple[Example, bytes | None]]) -> None:
+def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
     with st.container(key=f"cards-{name}"):
-        for example, picture in shown:
+        for example, picture in cards:
             with st.container(key=f"example-{example.number}"):
                 if picture is not None:
                     st.image(picture, alt=f"First picture of example {example.number}", width="stretch")
@@ -94,15 +94,15 @@ def _chosen(example: Example) -> Content:
     }
 
 
-def _kept(serving: "Serving", content: Content) -> list[File]:
+def _read_once(serving: "Serving", content: Content) -> list[File]:
     """Return the files, each asked about once in a session."""
-    kept: dict[str, File] = st.session_state.get("files", {})
-    new = [number for number in content if number not in kept]
+    by_number: dict[str, File] = st.session_state.get("files", {})
+    new = [number for number in content if number not in by_number]
     if new:
         with st.spinner("Reading"):
-            asked = serving.desk.ask([content[number][0] for number in new], [content[number][1]() for number in new])
-            kept = {**kept, **dict(zip(new, asked, strict=True))}
-    st.session_state["files"] = {number: kept[number] for number in content}
+            files = serving.desk.ask([content[number][0] for number in new], [content[number][1]() for number in new])
+            by_number |= dict(zip(new, files, strict=True))
+    st.session_state["files"] = {number: by_number[number] for number in content}
     return list(st.session_state["files"].values())
 
 
@@ -122,27 +122,27 @@ def show_failures(files: Sequence[File]) -> None:
 
 def choose_study_type(serving: "Serving", files: Sequence[File]) -> str | None:
     """Return the study type as files tell, else as chosen; None until it is chosen."""
-    known, told = study_types(serving.desk.card), told_types(files, serving.desk.card)
-    if st.session_state.get(_EXAMPLE) is not None and len(told) == 1 and told <= set(known):
-        return min(told)
+    known, types = study_types(serving.desk.card), told_types(files, serving.desk.card)
+    if st.session_state.get(_EXAMPLE) is not None and len(types) == 1 and types <= set(known):
+        return min(types)
     if num_studies(files) > 1:
         st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
-    if len(told) > 1:
-        st.warning(f"The files tell of several study types: {', '.join(sorted(map(wording.noun, told)))}.")
-    elif told - set(known):
-        st.warning(f"The files tell of the study type {wording.noun(min(told))}, which this model was not trained on.")
+    if len(types) > 1:
+        st.warning(f"The files tell of several study types: {', '.join(sorted(map(wording.noun, types)))}.")
+    elif types - set(known):
+        st.warning(f"The files tell of the study type {wording.noun(min(types))}, which this model was not trained on.")
     labels = {wording.noun(one).capitalize(): one for one in known}
-    chosen = st.selectbox(
+    label = st.selectbox(
         "Study type",
         list(labels),
-        index=known.index(min(told)) if len(told) == 1 and told <= set(known) else None,
+        index=known.index(min(types)) if len(types) == 1 and types <= set(known) else None,
         placeholder=CHOOSE,
         help="Read from MURA's names or a DICOM's body part where they tell; else choose it.",
     )
-    if chosen is None:
+    if label is None:
         st.info(f"{CHOOSE}: the answer depends on it.")
         return None
-    return labels[chosen]
+    return labels[label]
 
 
 def plain(text: str) -> str:

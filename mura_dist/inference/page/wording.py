@@ -81,12 +81,12 @@ def lead(answer: Answer) -> str:
 
 def explained(answer: Answer, card: Card) -> list[str]:
     """The sentences under the first: how often it was wrong before anything else, then how the outcome came about."""
-    study_type, said = noun(answer.study_type), outcome(answer)
+    study_type, headline = noun(answer.study_type), outcome(answer)
     if answer.withheld:
         return [WITHHELD[1]]
-    if said == "no_call":
+    if headline == "no_call":
         return [f"No threshold was evaluated for {study_type} studies."]
-    lines = experience(said, answer.study_type, card)
+    lines = experience(headline, answer.study_type, card)
     call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
     if call is not None:
         side = "above" if call else "not above"
@@ -95,8 +95,8 @@ def explained(answer: Answer, card: Card) -> list[str]:
         )
     ends = card.calibration.bands.get(answer.study_type)
     if band is not None and ends is not None:
-        place = {"uncertain": "inside", "negative": "below", "positive": "above"}[str(band)]
-        lines.append(f"It lies {place} the uncertain band, {ends.low:.2f} to {ends.high:.2f}.")
+        side_of_band = {"uncertain": "inside", "negative": "below", "positive": "above"}[str(band)]
+        lines.append(f"It lies {side_of_band} the uncertain band, {ends.low:.2f} to {ends.high:.2f}.")
     if (calibrated := answer.cell("calibrated_probability")) is not None:
         lines.append(f"Calibrated, which corrects a model that is too sure or not sure enough: {calibrated:.2f}.")
     return lines
@@ -113,7 +113,7 @@ def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
     )
 
 
-def experience(said: Outcome, study_type: str, card: Card) -> list[str]:
+def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
     """How often it was wrong where it was measured: misses before anything else, unless something was flagged."""
     if not measured(card):
         return [f"How often it is wrong was not measured on {'drawings' if drawings(card) else 'radiographs'}."]
@@ -129,7 +129,7 @@ def experience(said: Outcome, study_type: str, card: Card) -> list[str]:
         "missed": f"{missed.sentence(f'abnormal {noun(study_type)} studies {_in(card)}', 'missed')}.",
         "alarms": f"{alarms.sentence(f'normal {noun(study_type)} studies {_in(card)}', 'flagged')}.",
     }
-    return [*(lines[name] for name in SAYS_HOW_OFTEN[said]), reserve(card)]
+    return [*(lines[name] for name in SAYS_HOW_OFTEN[headline]), reserve(card)]
 
 
 def reserve(card: Card) -> str:
@@ -185,19 +185,19 @@ class Curve:
     def sentences(self, threshold: float) -> list[str]:
         """What would be missed and what flagged at the nearest threshold that was measured."""
         thresholds = self.columns["threshold"]
-        place = min(range(len(thresholds)), key=lambda one: abs(thresholds[one] - threshold))
+        index = min(range(len(thresholds)), key=lambda each: abs(thresholds[each] - threshold))
         abnormal = self.columns["num_abnormal"]
         rates = {"sensitivity": ("abnormal", "missed", abnormal)}
         rates["specificity"] = ("normal", "flagged", self.columns["num_studies"] - abnormal)
         return [
-            f"{self._frequency(rate, place, total).sentence(f'{kind} {noun(self.study_type)} studies {self.where}', verb)}."
+            f"{self._frequency(rate, index, total).sentence(f'{kind} {noun(self.study_type)} studies {self.where}', verb)}."
             for rate, (kind, verb, total) in rates.items()
         ]
 
-    def _frequency(self, rate: str, place: int, total: int) -> Frequency:
-        value, low, high = (self.columns[f"{rate}{end}"][place] for end in ("", "_low", "_high"))
+    def _frequency(self, rate: str, index: int, total: int) -> Frequency:
+        value, low, high = (self.columns[f"{rate}{end}"][index] for end in ("", "_low", "_high"))
         wrong = round((1 - value) * total)
         kinds = self.columns.get(f"{rate}_interval")
-        if low is None or high is None or (kinds is not None and kinds[place] != BOOTSTRAP):
+        if low is None or high is None or (kinds is not None and kinds[index] != BOOTSTRAP):
             return Frequency(wrong, total)
         return Frequency(wrong, total, 1 - high, 1 - low)
