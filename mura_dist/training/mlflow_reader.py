@@ -80,7 +80,7 @@ class Reader:
         self.options = options
         self.client = MlflowClient(tracking_uri=options.server)
         self.state = self._read_state()
-        self.sent: dict[str, int] = {}  # the last step on the server, by kind of line
+        self.last_steps: dict[str, int] = {}  # the last step on the server, by kind of line
         self.offset = -1  # of metrics.jsonl, up to which everything is on the server; -1: ask the server
 
     def send(self) -> None:
@@ -121,7 +121,7 @@ class Reader:
         if run.info.status != "RUNNING":
             self.client.update_run(self.state.run_id, "RUNNING")
         self._send_settings(run.data.params)
-        self.sent = {
+        self.last_steps = {
             name.removesuffix("/step"): int(value) for name, value in run.data.metrics.items() if name.endswith("/step")
         }
         self.offset = 0
@@ -135,21 +135,21 @@ class Reader:
         from mlflow.exceptions import MlflowException
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             with contextlib.suppress(MlflowException):  # another training has just created it
                 return self.client.create_experiment(name)
-            found = self.client.get_experiment_by_name(name)
-        return found.experiment_id
+            experiment = self.client.get_experiment_by_name(name)
+        return experiment.experiment_id
 
-    def _send_settings(self, known: dict[str, str]) -> None:
+    def _send_settings(self, parameters: dict[str, str]) -> None:
         """Send the settings as parameters, which never change on a server; one that a resumed run changes is a tag."""
         from mlflow.entities import Param, RunTag
 
         settings = {name: str(value) for name, value in self.options.settings.items()}
-        new = [Param(name, value) for name, value in settings.items() if name not in known]
+        new = [Param(name, value) for name, value in settings.items() if name not in parameters]
         changed = [
-            RunTag(f"resumed.{name}", value) for name, value in settings.items() if known.get(name, value) != value
+            RunTag(f"resumed.{name}", value) for name, value in settings.items() if parameters.get(name, value) != value
         ]
         self.client.log_batch(self.state.run_id, params=new, tags=changed)
 
@@ -162,7 +162,7 @@ class Reader:
     def _send_lines(self, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        new = [line for line in lines if line["step"] > self.sent.get(line["kind"], -1)]
+        new = [line for line in lines if line["step"] > self.last_steps.get(line["kind"], -1)]
         for start in range(0, len(new), _LINES):
             part, now_ms = new[start : start + _LINES], int(time.time() * 1000)
             metrics = [
@@ -171,7 +171,7 @@ class Reader:
                 for name, value in numbers(line)
             ]
             self.client.log_batch(self.state.run_id, metrics=metrics)
-            self.sent |= {line["kind"]: line["step"] for line in part}
+            self.last_steps |= {line["kind"]: line["step"] for line in part}
 
     def _read_state(self) -> _State:
         """Return what an earlier start left. Of another server, or damaged: a new key, hence another run."""

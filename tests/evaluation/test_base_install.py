@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.base_install import BaseInstall
+from helpers.commands import stderr_lines
 
 from mura_dist.cli.main import DONE, WRONG, main
 from mura_dist.core import storage
@@ -62,7 +63,7 @@ def test_every_file_of_the_base_is_that_of_the_full_install(
     base: BaseInstall, encoded: Path, model: Path, tmp_path: Path
 ) -> None:
     result = base.run(*EVALUATE, model, encoded, "--out", tmp_path / "base", "--quiet")
-    assert (result.returncode, result.stderr) == (DONE, "")
+    assert (result.returncode, stderr_lines(result)) == (DONE, [])
     assert main(["evaluate", str(model), str(encoded), "--out", str(tmp_path / "full"), "--quiet"]) == DONE
     ours, full = files_of(tmp_path / "base"), files_of(tmp_path / "full")
     assert {"metrics.json", "predictions.csv", "studies.csv", "gallery.html", "gallery.json"} <= ours.keys()
@@ -95,7 +96,7 @@ def test_shards_behind_a_url(base: BaseInstall, s3: str, shard_folder: Path, mod
     result = base.run(
         *EVALUATE, model, f"{s3}/shards", "--out", tmp_path / "url", "--no-gallery", "--quiet", env=mirror
     )
-    assert (result.returncode, result.stderr) == (DONE, "")
+    assert (result.returncode, stderr_lines(result)) == (DONE, [])
     assert (
         main(["evaluate", str(model), str(shard_folder), "--out", str(tmp_path / "here"), "--no-gallery", "--quiet"])
         == DONE
@@ -114,7 +115,7 @@ def test_of_several_ranks_the_first_one_evaluates(
     assert (first.returncode, second.returncode) == (DONE, DONE)
     assert "an ONNX file is evaluated by one process; 1 of 2 ranks have nothing to do" in " ".join(first.stderr.split())
     assert (tmp_path / "0" / "report.html").is_file()
-    assert (second.stdout, second.stderr) == ("", "")
+    assert (second.stdout, stderr_lines(second)) == ("", [])
     assert not (tmp_path / "1").exists()
 
 
@@ -122,5 +123,5 @@ def test_a_run_needs_the_extra_train(base: BaseInstall, shard_folder: Path, tmp_
     (tmp_path / "recipe.toml").write_text(f'shards = "{shard_folder}"\nrun = "{tmp_path}"\n')
     result = base.run(*EVALUATE, tmp_path, shard_folder, "--out", tmp_path / "out")
     assert result.returncode == WRONG
-    [line] = result.stderr.splitlines()
+    [line] = stderr_lines(result)
     assert line.startswith("mura-dist: this command needs torch, which is not installed; ")

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mura_dist.data.mura import TERMS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,6 +37,11 @@ def deepspeed(ranks: int) -> list[str]:
 NO_GPU = {
     "CUDA_VISIBLE_DEVICES": ""
 }  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
+
+
+def stderr_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the lines of a command's stderr but for the terms of use, which end it."""
+    return [line for line in result.stderr.splitlines() if TERMS not in line]
 
 
 def warm_python() -> str:

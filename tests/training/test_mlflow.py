@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.commands import SHORT, TINY, free_port, killed_when, run, train
+from helpers.commands import SHORT, TINY, free_port, killed_when, run, stderr_lines, train
 from helpers.mlflow_server import Proxy, serve
 
 from mura_dist.core import config
@@ -44,15 +44,15 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def lines(steps: range) -> list[dict[str, Any]]:
     """Of a metrics.jsonl: a line a step, and one each eighth step of an epoch, some of them with null."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for step in steps:
         loss = None if step % 5 == 0 else 1 / step
-        found.append({"kind": "step", "step": step, "epoch": step // 8, "loss": loss, "time_s": step * 0.5})
+        rows.append({"kind": "step", "step": step, "epoch": step // 8, "loss": loss, "time_s": step * 0.5})
         if step % 8 == 0:
-            found.append({"kind": "epoch", "step": step, "split": "tune", "tune_loss": 2 / step, "skipped_steps": 0})
+            rows.append({"kind": "epoch", "step": step, "split": "tune", "tune_loss": 2 / step, "skipped_steps": 0})
         if step % 11 == 0:
-            found.append({"kind": "skip", "step": step, "epoch": step // 8, "what": "loss", "rows": [1, 2]})
-    return found
+            rows.append({"kind": "skip", "step": step, "epoch": step // 8, "what": "loss", "rows": [1, 2]})
+    return rows
 
 
 def write_lines(folder: Path, steps: range) -> None:
@@ -68,17 +68,17 @@ def send(folder: Path, server: str, **changes: Any) -> list[str]:
     """One start of the reader, whose training has ended; returns what it says."""
     ends: queue.Queue[str] = queue.Queue()
     ends.put("FINISHED")
-    said: list[str] = []
-    mlflow_reader.follow(options(folder, server).model_copy(update=changes), ends, said.append)
-    return said
+    messages: list[str] = []
+    mlflow_reader.follow(options(folder, server).model_copy(update=changes), ends, messages.append)
+    return messages
 
 
 def runs_of(server: str, experiment: str) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(server)
-    found = client.get_experiment_by_name(experiment)
-    return list(client.search_runs([found.experiment_id])) if found else []
+    of_test = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([of_test.experiment_id])) if of_test else []
 
 
 def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]], *, redone: bool = False) -> None:
@@ -110,20 +110,20 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
     folder, client = tmp_path / "a run", MlflowClient(server)
     words = ("epochs=1", f"mlflow={server}", "seed=3", "loss_weights=none")
     assert (done := train(2, halved, folder, *words)).returncode == 0, done.stderr
-    assert done.stderr == ""
-    [sent] = runs_of(server, tmp_path.name)
-    assert (sent.info.status, sent.info.run_name) == ("FINISHED", "a run")
-    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == sent.info.run_id
-    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
+    assert stderr_lines(done) == []
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert (mlflow_run.info.status, mlflow_run.info.run_name) == ("FINISHED", "a run")
+    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == mlflow_run.info.run_id
+    has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
     settings = config.load(folder / "recipe.toml")
-    assert sent.data.params == {name: str(value) for name, value in config.shareable(settings).items()}
+    assert mlflow_run.data.params == {name: str(value) for name, value in config.shareable(settings).items()}
 
     assert (done := run("mura-dist", "evaluate", folder, halved, "--no-gallery")).returncode == 0, done.stderr
     assert (done := train(1, halved, folder, *words)).returncode == 0, done.stderr  # finished: it sends what is new
     [again] = runs_of(server, tmp_path.name)
-    assert (again.info.run_id, again.info.status) == (sent.info.run_id, "FINISHED")
-    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
-    local = Path(client.download_artifacts(sent.info.run_id, "", str(tmp_path)))
+    assert (again.info.run_id, again.info.status) == (mlflow_run.info.run_id, "FINISHED")
+    has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
+    local = Path(client.download_artifacts(mlflow_run.info.run_id, "", str(tmp_path)))
     names = {path.name for path in local.iterdir()} & {*mlflow_reader.ARTIFACTS, "recipe.toml"}
     assert names == {"recipe.toml", "curves.png", "metrics.json", "report.html"}
     for name in mlflow_reader.ARTIFACTS:
@@ -142,15 +142,15 @@ def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: P
 
     def begun() -> bool:
         """Its server has some of the 48 steps."""
-        sent = runs_of(server, tmp_path.name)
-        return bool(sent) and sent[0].data.metrics.get("step/step", 0) > 4
+        mlflow_runs = runs_of(server, tmp_path.name)
+        return bool(mlflow_runs) and mlflow_runs[0].data.metrics.get("step/step", 0) > 4
 
     killed_when(begun, folder, "mura-dist", "train", *settings)
     assert (done := run("mura-dist", "train", *settings)).returncode == 0, done.stderr
-    assert done.stderr == ""
-    [sent] = runs_of(server, tmp_path.name)
-    assert sent.info.status == "FINISHED"
-    has_each_number_once(server, sent.info.run_id, metrics_log.read(folder / "metrics.jsonl"), redone=True)
+    assert stderr_lines(done) == []
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert mlflow_run.info.status == "FINISHED"
+    has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"), redone=True)
 
 
 def test_nothing_is_sent_elsewhere(server: str, tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ runpy.run_module("mura_dist.training.mlflow_reader", run_name="__main__")
     port = int(server.rpartition(":")[2])
     allowed = [("127.0.0.1", port), ("127.0.0.1", str(port)), ("uname", ["uname", "-p"])]  # platform's
     assert set(record.read_text().splitlines()) <= {repr(each) for each in allowed}
-    [sent] = runs_of(server, tmp_path.name)
-    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
 
 
 # ---- a server that fails
@@ -189,20 +189,20 @@ def test_each_number_is_sent_once_whatever_fails(
 ) -> None:
     """Starts that end at any request, before it is handled or after; the answers of some are lost."""
     monkeypatch.setattr(mlflow_reader, "_LINES", 7)
-    draws, folder, said = random.Random(seed), tmp_path / "run", list[str]()
+    draws, folder, messages = random.Random(seed), tmp_path / "run", list[str]()
     kinds = ["ok"] * 6 + ["refuse", "lose", "500"]
     with Proxy(server, lambda: draws.choice(kinds)) as proxy:
         for last in range(20, 70, 10):
             write_lines(folder, range(1, last))
-            said += send(folder, proxy.address)
-    assert said
-    assert all(line.startswith("MLflow: http://127.0.0.1:") and line.endswith(MISSING) for line in said)
+            messages += send(folder, proxy.address)
+    assert messages
+    assert all(line.startswith("MLflow: http://127.0.0.1:") and line.endswith(MISSING) for line in messages)
     state = json.loads((folder / "mlflow.json").read_text())
     (folder / "mlflow.json").write_text(json.dumps(state | {"server": server}))  # the same server, without the proxy
     assert send(folder, server) == []
-    [sent] = runs_of(server, tmp_path.name)
-    assert sent.info.status == "FINISHED"
-    has_each_number_once(server, sent.info.run_id, lines(range(1, 60)))
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert mlflow_run.info.status == "FINISHED"
+    has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 60)))
 
 
 def test_a_resumed_run_that_was_cut_back_continues_the_same_mlflow_run(server: str, tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_a_resumed_run_that_was_cut_back_continues_the_same_mlflow_run(server: s
         send(folder, server)
         write_lines(folder, range(1, 17))  # what the training keeps as it resumes
         send(folder, server)
-    [sent] = runs_of(server, tmp_path.name)
-    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
 
 
 def test_a_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path) -> None:
@@ -223,10 +223,10 @@ def test_a_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path
     write_lines(folder, range(1, 3))
     send(folder, server)
     assert send(folder, server, settings={"epochs": 5, "ema": 0.5}) == []
-    [sent] = runs_of(server, tmp_path.name)
-    assert sent.data.params == {"epochs": "3", "ema": "0.5"}
-    assert sent.data.tags["resumed.epochs"] == "5"
-    assert "resumed.ema" not in sent.data.tags
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert mlflow_run.data.params == {"epochs": "3", "ema": "0.5"}
+    assert mlflow_run.data.tags["resumed.epochs"] == "5"
+    assert "resumed.ema" not in mlflow_run.data.tags
 
 
 def test_the_password_reaches_the_server_and_nothing_else(server: str, tmp_path: Path) -> None:
@@ -249,58 +249,58 @@ def test_the_password_reaches_the_server_and_nothing_else(server: str, tmp_path:
 
 
 def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the first failure and the last start nothing is said again."""
+    """Between the first failure and the last start no further message comes."""
     monkeypatch.setattr(mlflow_reader, "_POLL_S", 0.05)
     monkeypatch.setattr(mlflow_reader, "_MAX_PAUSE_S", 0.05)
-    folder, asked, said = tmp_path / "run", [0], list[str]()
+    folder, num_requests, messages = tmp_path / "run", [0], list[str]()
     write_lines(folder, range(1, 30))
 
     class Ends(queue.Queue[str]):
         """Says that the training ended once the server answers again."""
 
         def get(self, block: bool = True, timeout: float | None = None) -> str:
-            if asked[0] > 12:
+            if num_requests[0] > 12:
                 return "KILLED"
             raise queue.Empty
 
     def fault() -> str:
-        asked[0] += 1
-        return "refuse" if asked[0] < 8 else "ok"
+        num_requests[0] += 1
+        return "refuse" if num_requests[0] < 8 else "ok"
 
     with Proxy(server, fault) as proxy:
-        mlflow_reader.follow(options(folder, proxy.address), Ends(), said.append)
-    assert len(said) == 1
-    [sent] = runs_of(server, tmp_path.name)
-    assert sent.info.status == "KILLED"
-    has_each_number_once(server, sent.info.run_id, lines(range(1, 30)))
+        mlflow_reader.follow(options(folder, proxy.address), Ends(), messages.append)
+    assert len(messages) == 1
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert mlflow_run.info.status == "KILLED"
+    has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
 
 
 # ---- the training does not wait
 
 
 def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: float) -> tuple[list[str], float]:
-    """What is said, and the seconds that the end of a training takes, once `begun` says that it may end."""
+    """The messages, and the seconds that the end of a training takes, once `begun` says that it may end."""
     write_lines(folder, range(1, 9))
-    said: list[str] = []
+    messages: list[str] = []
     of_folder = Run(folder, Settings(shards="s", run=str(folder), mlflow=server))
-    with mlflow_process.sending(of_folder, said.append, enabled=True, end_s=end_s):
-        while not begun(said):
+    with mlflow_process.sending(of_folder, messages.append, enabled=True, end_s=end_s):
+        while not begun(messages):
             time.sleep(0.05)
         started = time.monotonic()
-    return said, time.monotonic() - started
+    return messages, time.monotonic() - started
 
 
 def test_a_server_that_was_never_there(tmp_path: Path) -> None:
     address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
-    said, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
-    assert said == [f"MLflow: http://***@127.0.0.1:{port}: connection refused{MISSING}"]
+    messages, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
+    assert messages == [f"MLflow: http://***@127.0.0.1:{port}: connection refused{MISSING}"]
     assert seconds < mlflow_process.END_S + 1
 
 
 def test_a_server_that_hangs(server: str, tmp_path: Path) -> None:
     with Proxy(server, lambda: "hang") as proxy:
-        said, seconds = ended(tmp_path / "run", proxy.address, lambda _: bool(proxy.authorization), 1.0)
-    assert said == [
+        messages, seconds = ended(tmp_path / "run", proxy.address, lambda _: bool(proxy.authorization), 1.0)
+    assert messages == [
         f"MLflow: {proxy.address} did not answer within 1 s; the next start of the run sends what is missing"
     ]
     assert 1 <= seconds < 2
@@ -309,15 +309,15 @@ def test_a_server_that_hangs(server: str, tmp_path: Path) -> None:
 def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
-    said, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
-    assert said == [
+    messages, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
+    assert messages == [
         "MLflow: http://127.0.0.1:9 got nothing: the reader failed (7); the next start of the run sends what is missing"
     ]
 
 
 def test_a_training_ends_alike_without_its_server(shard_folder: Path, tmp_path: Path) -> None:
     result = train(1, shard_folder, tmp_path / "run", *SHORT, f"mlflow=http://127.0.0.1:{free_port()}")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, stderr_lines(result)) == (0, [])
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
