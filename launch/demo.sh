@@ -92,7 +92,7 @@ once evaluate_untrained "${code[@]}" "$shards" -- "$run/untrained" -- \
   mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained" --no-gallery
 
 # DenseNet on all ranks; it goes on from the checkpoint of step 0.
-begin "training" "3 minutes"
+begin "training" "4 minutes"
 stage train "${code[@]}" "$shards" -- "$run/checkpoints" "$run/metrics.jsonl" -- "${train[@]}"
 
 # Measure on valid, which chose nothing; export; predict a directory as a hospital would.
