@@ -19,8 +19,16 @@ export PATH="$PWD/.venv/bin:$PATH" MURA_DIST_TERMS=end # the commands leave the 
 
 name=demo${folder:+-$(basename "$folder")}
 shards=shards/$name run=runs/$name seconds=runs/$name.seconds log=runs/$name.log stamps=runs/$name.steps
+step=0 steps=8 drawings=data/phantoms drawn=(--studies "${STUDIES:-1400}" --size 192 --seed "${SEED:-0}")
+if [ -n "$folder" ]; then
+  steps=7 drawn=()
+elif [ -e "$drawings" ] && [ "$(cat "$stamps/drawn" 2> /dev/null)" != "${drawn[*]}" ]; then
+  # An older version of this page left them, or another SEED or STUDIES: nothing of two sets is mixed.
+  echo "launch/demo.sh: $drawings: not known to hold the drawings of ${drawn[*]}; to draw and train anew: rm -r $drawings $shards $run*" >&2
+  exit 2
+fi
 mkdir -p "$stamps"
-step=0 steps=8 drawn=yes
+[ -n "$folder" ] || echo "${drawn[*]}" > "$stamps/drawn"
 code=(mura_dist launch/recipes/demo.toml)
 
 digest() { # digest PATH ...: of the names, sizes and times of all files below; a path that is not there has none
@@ -29,7 +37,7 @@ digest() { # digest PATH ...: of the names, sizes and times of all files below; 
 
 begin() { # begin TEXT TIME: say which step this is; TIME is that of the drawings
   step=$((step + 1))
-  printf '%d of %d: %s%s\n' "$step" "$steps" "$1" "${drawn:+, about $2}"
+  printf '%d of %d: %s%s\n' "$step" "$steps" "$1" "${drawn[0]:+, about $2}"
 }
 
 # stage NAME INPUT ... -- OUTPUT ... -- COMMAND ...: run the command, unless inputs and outputs are as it left them; write down its
@@ -58,12 +66,9 @@ stage() {
 
 # Radiographs: drawn here, or yours.
 if [ -z "$folder" ]; then
-  folder=data/phantoms
+  folder=$drawings
   begin "drawing bones, some of them broken" "20 s"
-  stage phantoms "${code[@]}" -- "$folder" -- \
-    mura-dist phantoms "$folder" --studies "${STUDIES:-1400}" --size 192 --seed "${SEED:-0}"
-else
-  steps=7 drawn=
+  stage phantoms "${code[@]}" -- "$folder" -- mura-dist phantoms "$folder" "${drawn[@]}"
 fi
 
 # Shards: decoded and resized once, for training and serving alike. 128 px are 4 x 4 cells of the activation map.

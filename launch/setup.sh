@@ -28,7 +28,13 @@ missing=
 for extra in ${extras//,/ }; do
   [[ ",${present:-}," == *",$extra,"* ]] || missing=1
 done
-[ -n "$missing" ] || exit 0
+name_missing_runtime() {
+  will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu || echo "launch/setup.sh: predict and page need ONNX Runtime too: bash launch/setup.sh cpu (or bash launch/setup.sh cuda for an NVIDIA GPU)" >&2
+}
+if [ -z "$missing" ]; then
+  name_missing_runtime
+  exit 0
+fi
 
 locked=$("$python" launch/locked.py "${present:+$present,}$extras")
 if [ ! -x .venv/bin/python ]; then
@@ -65,6 +71,4 @@ install --require-hashes --requirement <("$python" launch/locked.py build)
 install --require-hashes --no-build-isolation --requirement <(echo "$locked")
 install --no-build-isolation --editable .
 echo "$digest ${present:+$present,}$extras" > "$stamp"
-if ! { will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu; }; then
-  echo "launch/setup.sh: predict and page need ONNX Runtime too: bash launch/setup.sh cpu (or bash launch/setup.sh cuda for an NVIDIA GPU)" >&2
-fi
+name_missing_runtime

@@ -517,6 +517,25 @@ def test_a_pod_that_says_wrong_words_ends_its_job_and_one_that_saved_begins_anew
     assert job["template"]["spec"]["restartPolicy"] == "Never", "the policy wants it so"
 
 
+@pytest.mark.parametrize("left", [None, "--studies 1400 --size 192 --seed 1"])
+def test_demo_mixes_no_two_sets_of_drawings(left: str | None, tmp_path: Path) -> None:
+    """An older version's drawings, and those of another seed: refused with what to remove, before anything starts."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    (tmp_path / "launch/setup.sh").write_text("")
+    (tmp_path / "data/phantoms").mkdir(parents=True)
+    if left is not None:
+        (tmp_path / "runs/demo.steps").mkdir(parents=True)
+        (tmp_path / "runs/demo.steps/drawn").write_text(f"{left}\n")
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(["bash", tmp_path / "launch/demo.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "launch/demo.sh: data/phantoms: not known to hold the drawings of --studies 1400 --size 192 --seed 0; "
+        "to draw and train anew: rm -r data/phantoms shards/demo runs/demo*\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---- Containerfile
 
 trying = tool("robustness/try_containerfile")

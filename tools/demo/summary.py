@@ -51,7 +51,7 @@ def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: st
     page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", valid
     yield f"page: {shlex.join(page)}"
     minutes, seconds = divmod(summary["seconds_total"], 60)
-    yield f"time: {minutes} min {seconds} s"
+    yield f"time: {minutes} min {seconds} s, all steps together"
 
 
 def stage_seconds(path: Path) -> dict[str, int]:
