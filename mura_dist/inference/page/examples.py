@@ -3,15 +3,17 @@
     folder -> find: a few studies of each study type, numbered -> files, when one is chosen
     folder, examples -> drawings: the SHA-256 of those files that are computer drawings
 
-An example's number says nothing about its label, and neither does a name that a browser sees.
+The order is that of the SHA-256 of the studies' paths without their labels, and so is the choice. An example's number therefore
+says nothing about its label, and neither does a name that a browser sees.
 """
 
 import hashlib
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,9 @@ from mura_dist.data.phantoms import DrawnSet
 from mura_dist.data.source.scan import PHANTOMS_MARK
 from mura_dist.inference.page.study import MAX_FILES, Upload
 
-PER_TYPE = 4  # of each study type, by turns labelled normal and abnormal as long as there are both
+PER_TYPE = 4  # of each study type
 THUMBNAIL_PX = 240
+_LABELS = ("negative", "positive")  # as a study's folder ends
 _LAYOUT = "give one in MURA's layout: XR_WRIST/patient00001/study1_positive"
 
 
@@ -48,38 +51,62 @@ class Example:
             return b""
 
 
+@dataclass(frozen=True)
+class _Study:
+    """A study in the folder. `rank`: SHA-256 of its path without the label; `label`: "" where its folder names none."""
+
+    rank: bytes
+    study_type: str
+    label: str
+    files: tuple[Path, ...]
+
+
 def find(folder: Path) -> tuple[Example, ...]:
     """Return some studies of each study type, in turns, the same on each start. Raises Refusal where there is none."""
     if not folder.is_dir():
         raise Refusal(f"--examples {folder}: no such folder; {_LAYOUT}")
-    by_type: dict[str, dict[str, list[tuple[str, tuple[Path, ...]]]]] = {}
-    for name, paths in _studies(Path(os.path.abspath(folder))):
-        study_type, label = name.partition("/")[0], name.rpartition("/")[2].partition("_")[2]
-        by_type.setdefault(study_type, {}).setdefault(label, []).append((name, paths))
-    if not by_type:
+    studies = sorted(_studies(Path(os.path.abspath(folder))), key=_rank)
+    if not studies:
         raise Refusal(f"--examples {folder}: no study's folder below it; {_LAYOUT}")
-    selection = {study_type: _select(by_label) for study_type, by_label in sorted(by_type.items())}
-    turns = itertools.zip_longest(
-        *([(study_type, paths) for paths in files] for study_type, files in selection.items())
-    )
-    pairs = [pair for turn in turns for pair in turn if pair is not None]
-    return tuple(Example(number, *pair) for number, pair in enumerate(pairs, start=1))
+    turns = itertools.zip_longest(*_select(studies).values())
+    in_order = [study for turn in turns for study in sorted(filter(None, turn), key=_rank)]
+    return tuple(Example(number, study.study_type, study.files) for number, study in enumerate(in_order, start=1))
 
 
-def _studies(root: Path) -> Iterator[tuple[str, tuple[Path, ...]]]:
-    """Yield each study's name, from the study type on, and its files."""
+def _studies(root: Path) -> Iterator[_Study]:
+    """Yield each study in MURA's layout below a folder."""
     for folder, folders, files in os.walk(root):
         folders.sort()
         paths = tuple(Path(folder, name) for name in sorted(files)[:MAX_FILES])
         name = mura.study_folder(paths[0].as_posix()) if paths else None
         if name is not None and paths[0].parent == Path(folder):
-            yield name, paths
+            label = next((label for label in _LABELS if name.endswith(f"_{label}")), "")
+            digest = hashlib.sha256(os.fsencode(name.removesuffix(f"_{label}"))).digest()
+            yield _Study(digest, name.partition("/")[0], label, paths)
 
 
-def _select(by_label: dict[str, list[tuple[str, tuple[Path, ...]]]]) -> list[tuple[Path, ...]]:
-    """Return the files of a study type's examples, in the order of patients: it tells no label."""
-    share = -(-PER_TYPE // len(by_label))
-    return [paths for _, paths in sorted(study for studies in by_label.values() for study in studies[:share])]
+def _rank(study: _Study) -> bytes:
+    return study.rank
+
+
+def _select(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
+    """Return the first studies of each study type, in the order given, and both labels among all of them where there are both.
+
+    How many have which label is left to the folder: a fixed number would let the last example be worked out from the others.
+    """
+    selection: dict[str, list[_Study]] = {}
+    for study in studies:
+        selection.setdefault(study.study_type, []).append(study)
+    selection = {study_type: of_type[:PER_TYPE] for study_type, of_type in selection.items()}
+    for label in _LABELS:
+        counts = Counter(study.label for of_type in selection.values() for study in of_type)
+        absent = next((study for study in studies if study.label == label and not counts[label]), None)
+        if absent is not None:  # it takes the rank of the study that it replaces, and its digest chooses which
+            of_type = selection[absent.study_type]
+            replaceable = [index for index, study in enumerate(of_type) if counts[study.label] > 1]
+            index = replaceable[absent.rank[0] % len(replaceable)]
+            of_type[index] = replace(absent, rank=of_type[index].rank)
+    return selection
 
 
 def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mura_dist.data import mura
-from mura_dist.data.phantoms import MARK, DrawnSet
+from mura_dist.data.phantoms import MARK, DrawnSet, plan
 from mura_dist.inference.page import examples, study
 from mura_dist.inference.page.examples import PER_TYPE, THUMBNAIL_PX, Example
 from mura_dist.inference.page.study_input import title
@@ -27,18 +28,108 @@ def drawn(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def label_of(example: Example) -> str:
+    return example.files[0].parent.name.partition("_")[2]
+
+
 def test_examples_are_some_of_each_type_with_both_labels(phantoms: Path) -> None:
     found = examples.find(phantoms)
     assert found == examples.find(phantoms / "valid" / "..")  # another way to the same folder
     assert [one.number for one in found] == list(range(1, len(found) + 1))
-    assert [one.study_type for one in found[:7]] == list(mura.STUDY_TYPES)  # one of each comes first
-    for study_type in mura.STUDY_TYPES:
-        some = [one for one in found if one.study_type == study_type]
-        assert len(some) <= PER_TYPE
-        assert {one.files[0].parent.name.partition("_")[2] for one in some} == {"positive", "negative"}
+    for turn in range(PER_TYPE):  # one of each comes first
+        assert {one.study_type for one in found[7 * turn : 7 * turn + 7]} == set(mura.STUDY_TYPES)
+    assert len(found) == PER_TYPE * len(mura.STUDY_TYPES)
+    assert {label_of(one) for one in found} == {"positive", "negative"}
     for one in found:
         assert 1 <= len(one.files) <= study.MAX_FILES
         assert all(path.is_file() for path in one.files)
+
+
+def in_layout(root: Path, folders: Iterable[str]) -> Path:
+    """A folder in MURA's layout, its files empty."""
+    for name in folders:
+        (root / name).mkdir(parents=True)
+        (root / name / "image1.png").touch()
+    return root
+
+
+def of_seeds(tmp_path: Path) -> dict[int, tuple[Example, ...]]:
+    """The examples of the valid split of a phantom set, as launch/demo.sh shows them, by seed."""
+    return {
+        seed: examples.find(
+            in_layout(tmp_path / str(seed), (one.folder for one in plan(700, seed) if one.split == "valid"))
+        )
+        for seed in range(8)
+    }
+
+
+def test_a_number_tells_no_label(tmp_path: Path) -> None:
+    """Of every set: both labels at even and at odd numbers, and at some position within a type; over all: at each."""
+    turns: dict[int, set[str]] = {}
+    positions: dict[int, set[str]] = {}
+    types_in_turns, counts_of_types = set(), set()
+    for seed, found in of_seeds(tmp_path).items():
+        assert len(found) == PER_TYPE * len(mura.STUDY_TYPES)
+        for odd in (0, 1):
+            assert {label_of(one) for one in found if one.number % 2 == odd} == {"positive", "negative"}, (seed, odd)
+        for study_type in mura.STUDY_TYPES:
+            of_type = [label_of(one) for one in found if one.study_type == study_type]
+            counts_of_types.add(of_type.count("positive"))
+            for position, label in enumerate(of_type):
+                positions.setdefault(position, set()).add(label)
+        for one in found:
+            turns.setdefault(one.number, set()).add(label_of(one))
+        types_in_turns |= {tuple(one.study_type for one in found[start : start + 7]) for start in range(0, 28, 7)}
+    assert set(map(frozenset, positions.values())) == {frozenset({"positive", "negative"})}
+    assert sum(len(labels) == 2 for labels in turns.values()) >= 0.9 * len(turns)
+    assert len(types_in_turns) > 4, "the study types have no fixed order"
+    assert len(counts_of_types) > 1, "no study type has a fixed number of each label"
+
+
+def test_parity_predicts_a_label_no_better_than_chance(tmp_path: Path) -> None:
+    """Within 4 standard errors of what independence gives, over 224 examples; the old order agreed in all of them."""
+    cases = [(one.number % 2, label_of(one) == "positive") for found in of_seeds(tmp_path).values() for one in found]
+    odd = np.array([case[0] for case in cases])
+    positive = np.array([case[1] for case in cases])
+    difference = positive[odd == 1].mean() - positive[odd == 0].mean()
+    share = positive.mean()
+    assert abs(difference) < 4 * (share * (1 - share) * 4 / len(cases)) ** 0.5
+
+
+def test_no_label_decides_which_study_is_an_example_or_its_number(tmp_path: Path) -> None:
+    """The same studies with all labels exchanged: the same patients under the same numbers."""
+    folders = [one.folder for one in plan(300, 3)]
+    exchanged = [
+        name.replace("_positive", "_x").replace("_negative", "_positive").replace("_x", "_negative") for name in folders
+    ]
+    before = examples.find(in_layout(tmp_path / "a", folders))
+    after = examples.find(in_layout(tmp_path / "b", exchanged))
+    assert [one.files[0].parent.parent.name for one in before] == [one.files[0].parent.parent.name for one in after]
+    assert [label_of(one) for one in before] != [label_of(one) for one in after]
+
+
+@pytest.mark.parametrize(
+    ("rare", "common"),
+    [("_positive", ""), ("_negative", ""), ("_positive", "_negative"), ("_negative", "_positive")],
+)
+def test_a_rare_label_is_among_them_at_any_number(tmp_path: Path, rare: str, common: str) -> None:
+    numbers = set()
+    for rare_number in range(30):
+        names = (
+            f"XR_WRIST/patient{number:05}/study1{rare if number == rare_number else common}" for number in range(30)
+        )
+        found = examples.find(in_layout(tmp_path / str(rare_number), names))
+        assert len(found) == PER_TYPE
+        numbers |= {one.number for one in found if one.files[0].parent.name == f"study1{rare}"}
+    assert numbers == set(range(1, PER_TYPE + 1))
+
+
+def test_both_rare_labels_are_among_many_without_one(tmp_path: Path) -> None:
+    for pair in range(20):
+        suffix = {pair: "_positive", pair + 20: "_negative"}
+        names = (f"XR_HAND/patient{number:05}/study1{suffix.get(number, '')}" for number in range(60))
+        found = examples.find(in_layout(tmp_path / str(pair), names))
+        assert {label_of(one) for one in found} >= {"positive", "negative"}
 
 
 def test_examples_without_labels_are_as_few(tmp_path: Path) -> None:
