@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -291,11 +290,9 @@ def page(model: Path, **options: Any) -> None:
     """
     from mura_dist.inference.page.server import serve
 
-    numbers = itertools.count()
+    def announce(lines: list[str]) -> None:
+        for line in lines:
+            click.echo(line)
+        echo_terms()  # now, since the command runs until it is stopped
 
-    def say(line: str) -> None:
-        click.echo(line)
-        if next(numbers) == 0:  # it listens, and runs until it is stopped
-            echo_terms()
-
-    serve(model, say=say, **options)
+    serve(model, announce=announce, **options)

@@ -1,7 +1,9 @@
 """The terms of use: once per command that makes a model, a metric, a prediction or data for them, last, on stderr."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import BIN, NO_GPU, SHORT, TINY, free_port, run, torchrun
+from helpers.models import card_of, with_card
 
 from mura_dist.cli.main import cli
 from mura_dist.data import mura
+from mura_dist.data.phantoms import MARK
 
 WITH_TERMS = {"shards", "train", "ensemble", "evaluate", "score", "export", "predict", "page"}
 WITHOUT_TERMS = {"phantoms", "verify", "describe", "bench"}
@@ -91,13 +95,35 @@ def test_of_several_ranks_the_first_one_says_them(model: Path, phantoms: Path, t
 
 
 @pytest.mark.slow
-def test_the_page_says_them_once_it_listens(model: Path) -> None:
+@pytest.mark.parametrize("known_drawings", [None, True, False])
+def test_the_page_says_them_last_once_it_listens(
+    model: Path, phantoms: Path, tmp_path: Path, known_drawings: bool | None
+) -> None:
+    """Without examples, with some, and with a warning that none of them is answered."""
     pytest.importorskip("streamlit")
-    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(free_port())]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, env={**os.environ, **NO_GPU}) as process:  # type: ignore[call-overload]
-        assert process.stdout.readline().startswith("the page: http://")
+    of_drawings, words = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
+    if known_drawings is not None:
+        study_type = next((phantoms / "valid").iterdir()).name
+        shutil.copytree(phantoms / "valid" / study_type, tmp_path / "valid" / study_type)
+        if known_drawings:
+            shutil.copy(phantoms / MARK, tmp_path)
+        words = ["--examples", str(tmp_path)]
+    port, out = free_port(), tmp_path / "stdout"
+    command = [str(BIN / "mura-dist"), "page", str(of_drawings), "--port", str(port), *words]
+    with (
+        out.open("w") as stdout,
+        subprocess.Popen(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**os.environ, **NO_GPU}
+        ) as process,
+    ):
+        assert process.stderr is not None
         assert process.stderr.readline() == f"{mura.TERMS}\n"
+        before = out.read_text().splitlines()
+        with socket.create_connection(("127.0.0.1", port), timeout=10):
+            pass
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert mura.TERMS not in out + err
+        _, more = process.communicate(timeout=60)
+    assert before[0] == f"the page: http://127.0.0.1:{port}   (Ctrl-C ends it)"
+    assert [line[:30] for line in before[1:]] == ["no example is a drawing of a s"] * (known_drawings is False)
+    assert out.read_text().splitlines() == before
+    assert mura.TERMS not in more

@@ -37,6 +37,7 @@ from mura_dist.inference.page.study import MAX_UPLOAD_MB, Desk, desk
 ADDRESS, PORT = "127.0.0.1", 8501
 MAX_CONNECTIONS = 500  # 20 browsers open up to 140
 MAX_MESSAGE_BYTES = 1 << 20  # of a browser: what was clicked and typed; files come by HTTP
+_NONE_KNOWN = "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 
@@ -65,7 +66,7 @@ def serve(
     port: int = PORT,
     allow_host: Sequence[str] = (),
     examples: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    announce: Callable[[list[str]], None] = lambda lines: None,
 ) -> None:
     """Answer until it is interrupted.
 
@@ -75,7 +76,7 @@ def serve(
         port: Where to listen.
         allow_host: Names by which browsers reach the page, beside `address`, localhost and IP addresses.
         examples: A folder in MURA's layout, whose studies may be chosen instead of uploading.
-        say: Prints a line.
+        announce: Called once, when browsers can connect, with what to print: the address first.
 
     Raises:
         Refusal: The model, folder, address, port or a name cannot be used.
@@ -91,22 +92,26 @@ def serve(
         with _home(), desk(model, min(2, processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
             _serving = Serving(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
-            if studies and model.card.trained_on.kind == "phantoms" and not digests:
-                say(
-                    "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
-                )
-            say(f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)")
-            if not _is_loopback(address):
-                names = ", ".join(sorted(hosts.names))
-                say(
-                    f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine"
-                )
-                say(f"it answers to IP addresses and to {names}; another name: --allow-host NAME")
             privacy.arrange()
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))
+            lines = [f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
+            if studies and model.card.trained_on.kind == "phantoms" and not digests:
+                lines.append(_NONE_KNOWN)
+            announce(lines)
             with signals.ignored():
                 _server(Guard(app, hosts, security_headers(_policy()))).run(sockets=[listener])
+
+
+def _warnings(address: str, hosts: Hosts) -> list[str]:
+    """Return what to know of an address that others may reach."""
+    if _is_loopback(address):
+        return []
+    names = ", ".join(sorted(hosts.names))
+    return [
+        f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine",
+        f"it answers to IP addresses and to {names}; another name: --allow-host NAME",
+    ]
 
 
 @contextlib.contextmanager
