@@ -248,16 +248,17 @@ class Training:
             return self.stop.is_set()
 
         self.lines.begin_evaluation()
+        bar = self.journal.evaluating(settings.select_on, len(self.plan.select))
         try:
-            with self.watch("evaluation"), self.engine.offered() as network:
-                found = scores(network, self.plan.select, self.loading, self.ranks, asked=asked)
+            with self.watch("evaluation"), self.engine.offered() as network, bar as progress:
+                results = scores(network, self.plan.select, self.loading, self.ranks, asked=asked, progress=progress)
         except Interrupted:
             return False
-        self.check_corrupt(len(found.damaged), self.plan.select, settings.select_on)
-        loss, strange = weighted_loss(found, self.loading.targets), int((~np.isfinite(found.logit)).sum())
+        self.check_corrupt(len(results.damaged), self.plan.select, settings.select_on)
+        loss, strange = weighted_loss(results, self.loading.targets), int((~np.isfinite(results.logit)).sum())
         quick: dict[str, Any] = {"kappa": None, "auroc": None}
-        if not strange and len(found.rows):
-            quick = measure(study_scores(self.plan.shards, found), resamples=0)["overall"]
+        if not strange and len(results.rows):
+            quick = measure(study_scores(self.plan.shards, results), resamples=0)["overall"]
         line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": settings.select_on}
         if epoch > 0:
             line["train_loss"] = state.train_loss_sum / state.taken_steps if state.taken_steps else None
@@ -267,7 +268,7 @@ class Training:
         line["learning_rate"] = schedule.learning_rate(settings, state.plateau, state.step)
         line |= {"skipped_steps": state.skipped_steps, "damaged_samples": len(state.damaged)}
         if strange:
-            self.journal.say(f"{strange} of {len(found.rows)} logits are not finite: this evaluation decides nothing")
+            self.journal.say(f"{strange} of {len(results.rows)} logits are not finite: this evaluation decides nothing")
         self.journal.epoch(line, self.watch)
         self.lines.end_evaluation()
         return True

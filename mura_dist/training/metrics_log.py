@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from mura_dist.core import files
 from mura_dist.training.progress_lines import time_left
@@ -104,20 +104,16 @@ class Journal:
         self.started = self.line_before = time.perf_counter()
         self.console = Console(stderr=True, quiet=quiet or not enabled)
         self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(
-                "step {task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[speed]:.1f} images/s"
-            ),
-            TextColumn("data wait {task.fields[wait]:.1%}"),
+            TextColumn("{task.fields[numbers]}"),
             TextColumn("{task.fields[left]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=self.console.quiet or not self.console.is_terminal,
             transient=True,
         )
-        self.task = self.progress.add_task(
-            "train", total=num_steps, completed=start_step, epoch=0, loss=float("nan"), speed=0.0, wait=0.0, left=""
-        )
+        numbers = f"step {start_step}/{num_steps}"  # no loss, no speed before there is one
+        self.task = self._add_task("training", num_steps, completed=start_step, numbers=numbers, visible=num_steps > 0)
         self.writer: Any = None
         if not enabled:
             return
@@ -154,8 +150,32 @@ class Journal:
         busy = seconds["data"] + seconds["step"]
         speed, wait = images / busy, seconds["data"] / busy
         self._write({"kind": "step", **line, "images_per_s": round(speed, 3), "data_wait_share": round(wait, 5)})
-        shown = {"epoch": line["epoch"], "loss": line["loss"], "left": self._left(line["step"])}
-        self.progress.update(self.task, completed=line["step"], **shown, speed=speed, wait=wait)
+        numbers = (
+            f"step {line['step']}/{self.num_steps}  loss {line['loss']:.4f}  {speed:.1f} images/s  data wait {wait:.1%}"
+        )
+        self.progress.update(
+            self.task,
+            completed=line["step"],
+            description=f"epoch {line['epoch']}",
+            numbers=numbers,
+            left=self._left(line["step"]),
+        )
+
+    def _add_task(self, description: str, total: int | None, **fields: Any) -> TaskID:
+        return self.progress.add_task(description, total=total, **{"numbers": "", "left": "", **fields})
+
+    @contextlib.contextmanager
+    def evaluating(self, split: str, num_radiographs: int) -> Iterator[Callable[[int, int | None], None]]:
+        """Show a bar of its own while an evaluation runs. Yields what is called with the radiographs done and all of them."""
+        task = self._add_task(f"evaluating {split}", num_radiographs, numbers=f"0/{num_radiographs} radiographs")
+
+        def update(num_done: int, total: int | None) -> None:
+            self.progress.update(task, completed=num_done, total=total, numbers=f"{num_done}/{total} radiographs")
+
+        try:
+            yield update
+        finally:
+            self.progress.remove_task(task)
 
     def _left(self, step: int) -> str:
         """Time to the end as this start has gone so far, evaluations included. (rich's own column looks back 30 s: it has nothing

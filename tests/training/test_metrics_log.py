@@ -1,5 +1,6 @@
 """metrics_log.py as a person and a tool meet it: the bar on a terminal, plain lines elsewhere, TensorBoard's files."""
 
+import contextlib
 import os
 import pty
 import re
@@ -11,12 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.commands import NO_GPU, TINY, run, warm_script
+from helpers.commands import NO_GPU, TINY, run, warm_python
 
 from mura_dist.data import mura
 from mura_dist.training import metrics_log
 from mura_dist.training.metrics_log import Journal, Stopwatch
 
+TRAIN_DRAWING_EACH_UPDATE = """
+import functools, sys
+from rich.progress import Progress
+Progress.update = functools.partialmethod(Progress.update, refresh=True)
+from mura_dist.cli.main import entry
+entry(["train", *sys.argv[1:]])
+"""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -50,7 +58,7 @@ def on_a_terminal(*command: str) -> str:
 def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
     """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
     words = settings(shard_folder, tmp_path / "run")
-    said = CONTROL.sub("", on_a_terminal(*warm_script("mura-dist"), "train", *words)).replace("\r", "\n")
+    said = CONTROL.sub("", on_a_terminal(warm_python(), "-c", TRAIN_DRAWING_EACH_UPDATE, *words)).replace("\r", "\n")
     bars = re.findall(
         r"epoch 1 .*step (\d+)/16 +loss (\d\.\d{4}) +(\d+\.\d) images/s +data wait \d+\.\d% +(\d+:\d\d:\d\d) left", said
     )
@@ -59,8 +67,70 @@ def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
     for step, loss, speed, _ in bars:
         line = lines[int(step) - 1]
         assert (f"{line['loss']:.4f}", line["images_per_s"]) == (loss, pytest.approx(float(speed), abs=0.06))
+    evaluations = {tuple(map(int, each)) for each in re.findall(r"evaluating tune .* (\d+)/(\d+) radiographs", said)}
+    [num_radiographs] = {total for _, total in evaluations}
+    assert {(0, num_radiographs), (6, num_radiographs), (num_radiographs, num_radiographs)} <= evaluations
+    assert "loss nan" not in said
     for epoch in range(3):
         assert len(re.findall(rf"^epoch {epoch} \(step {8 * epoch}\): .*tune_loss", said, re.MULTILINE)) == 1
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the captured stderr a terminal."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "150"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def bars(journal: Journal) -> list[str]:
+    """The lines of the bars as they stand, without the bars themselves."""
+    with journal.console.capture() as capture:
+        journal.console.print(journal.progress.get_renderable())
+    text = CONTROL.sub("", capture.get())
+    return [" ".join(re.sub(r"[━╸╺]+", "", line).split()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("num_steps", [0, 500])
+def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: None) -> None:
+    """No step where there are none, no loss before the first; a bar of its own for an evaluation, while that runs."""
+    start = min(20, num_steps)
+    journal = Journal(
+        tmp_path,
+        enabled=True,
+        quiet=False,
+        tensorboard=False,
+        start_step=start,
+        evaluated_step=start,
+        num_steps=num_steps,
+    )
+    training = [f"training step {start}/{num_steps}"] if num_steps else []
+    assert bars(journal) == training
+    with contextlib.suppress(KeyboardInterrupt), journal.evaluating("tune", 100) as update:
+        assert bars(journal) == [*training, "evaluating tune 0/100 radiographs"]
+        for done in (8, 64, 100):
+            update(done, 100)
+            assert bars(journal) == [*training, f"evaluating tune {done}/100 radiographs"]
+        raise KeyboardInterrupt
+    assert bars(journal) == training
+    if num_steps:
+        watch = Stopwatch()
+        watch.seconds |= {"data": 1.0, "step": 9.0}
+        journal.steps({"step": 30, "epoch": 2, "loss": 0.25}, images=80, watch=watch)
+        [line] = bars(journal)
+        assert re.fullmatch(r"epoch 2 step 30/500 loss 0\.2500 8\.0 images/s data wait 10\.0% \d:\d\d:\d\d left", line)
+
+
+@pytest.mark.parametrize(("enabled", "quiet"), [(False, False), (True, True)])
+def test_another_rank_and_a_quiet_training_have_no_bar(
+    tmp_path: Path, enabled: bool, quiet: bool, terminal: None
+) -> None:
+    journal = Journal(
+        tmp_path, enabled=enabled, quiet=quiet, tensorboard=False, start_step=0, evaluated_step=0, num_steps=9
+    )
+    stderr = sys.stderr
+    with journal, journal.evaluating("tune", 100) as update:
+        update(1, 100)
+        assert sys.stderr is stderr  # a bar redirects it, and a console that prints nothing would lose it
 
 
 def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_path: Path) -> None:
