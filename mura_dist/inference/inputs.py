@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mura_dist.core.errors import Refusal
+from mura_dist.data.folder_kind import kinds_of
 
 _MAX_NAMED = 3  # missing paths in a message
 
@@ -45,19 +46,36 @@ class Inputs:
                 raise Refusal(f"{path} cannot be listed: permission denied; give a folder you may read") from None
         if len(paths) == 1 and os.path.isdir(paths[0]):
             return cls(Path(paths[0]))
-        wholes = sorted({_absolute(path) for path in paths})
+        absolute_paths = sorted({_absolute(path) for path in paths})
         try:
-            directory = os.path.commonpath([path if os.path.isdir(path) else os.path.dirname(path) for path in wholes])
+            directory = os.path.commonpath(
+                [path if os.path.isdir(path) else os.path.dirname(path) for path in absolute_paths]
+            )
         except ValueError:  # Windows
             raise Refusal(f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself") from None
-        if directory in wholes:
+        if directory in absolute_paths:
             return cls(Path(directory))
-        return cls(Path(directory), tuple(os.path.relpath(path, directory).replace(os.sep, "/") for path in wholes))
+        return cls(
+            Path(directory), tuple(os.path.relpath(path, directory).replace(os.sep, "/") for path in absolute_paths)
+        )
 
     @property
     def folders(self) -> list[Path]:
         """The members that are folders."""
-        return [whole for member in self.members if (whole := self.directory / member).is_dir()]
+        return [path for member in self.members if (path := self.directory / member).is_dir()]
+
+
+def without_output(paths: Sequence[Path | str], out: Path) -> Sequence[Path | str]:
+    """Return `paths` without `out`, if that holds a prediction: a shell's `*` names the output folder from the second start on.
+
+    It stays among them where no other path would be left, or where another path lies in it.
+    """
+    if "prediction" not in kinds_of(out):
+        return paths
+    inputs = [path for path in paths if not (os.path.isdir(path) and os.path.samefile(path, out))]
+    root = os.path.realpath(out)
+    holds_input = any(Path(os.path.realpath(path)).is_relative_to(root) for path in inputs)
+    return paths if holds_input or not inputs else inputs
 
 
 def _absolute(path: Path | str) -> str:

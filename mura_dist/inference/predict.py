@@ -40,7 +40,7 @@ from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, flowing
 from mura_dist.inference.file_list import Walk
 from mura_dist.inference.grouping import Grouping
-from mura_dist.inference.inputs import Inputs
+from mura_dist.inference.inputs import Inputs, without_output
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
 from mura_dist.inference.overlays import Overlays, counted
@@ -86,12 +86,12 @@ def predict(
 ) -> dict[str, Any] | None:
     """Predict every radiograph of `inputs`, a folder, or files and folders, into tables in `out`. Resumes.
 
-    Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. `out` is not looked into
-    where it lies inside a folder of `inputs`. Raises Refusal, Failure, Stopped (SIGINT, SIGTERM: after the current chunk), and
-    OSError when the disk is full.
+    `out` is not looked into where it lies inside a folder of `inputs`, or where it is one of several and holds a prediction.
+    Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. Raises Refusal, Failure,
+    Stopped (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
     """
     end_with_launcher()
-    paths = [inputs] if isinstance(inputs, Path) else list(inputs)
+    paths = [inputs] if isinstance(inputs, Path) else without_output(inputs, out)
     with pseudonyms.hushed(paths, options.keytable):
         started = time.perf_counter()
         sources = Inputs.parse(paths)
@@ -160,7 +160,8 @@ def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; give a folder")
     if out.is_dir() and any(out.samefile(folder) for folder in inputs.folders):
-        raise Refusal(f"--out {out} is the directory of radiographs itself; give another folder")
+        what = "the directory of radiographs itself" if inputs.members == ("",) else "one of the inputs"
+        raise Refusal(f"--out {out} is {what}; give another folder")
 
 
 def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:

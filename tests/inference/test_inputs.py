@@ -131,8 +131,35 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
     """OUT is refused where it is a folder to be read, not where a file of it is."""
     predict(model, ["a.png", "b.png"], Path("."))
     assert set(table(ward)) == {"a.png", "b.png"}
-    with pytest.raises(Refusal, match="is the directory of radiographs itself"):
+    with pytest.raises(Refusal, match=r"^--out x is one of the inputs; give another folder$"):
         predict(model, ["a.png", "x"], Path("x"))
+    with pytest.raises(Refusal, match=r"^--out \. is the directory of radiographs itself; give another folder$"):
+        predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs
+
+
+@pytest.mark.parametrize("words", [("a.png", "b.png", "x", "z"), ("a.png",), ("x",)], ids=" ".join)
+def test_an_output_folder_that_a_shell_names_again_is_no_input(
+    words: tuple[str, ...], model: Path, ward: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second `predict M * --out predictions` finishes the first one, or has nothing to do: the bytes are the same."""
+    out = Path("predictions")
+    assert main(["predict", str(model), *words, "--out", str(out)]) == DONE
+    contents = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for again in ("predictions", "./predictions/", str(ward / "predictions")):
+        assert main(["predict", str(model), *words, again, "--out", str(out)]) == DONE
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == contents
+    laws.refusal(capsys, ["predict", model, out, "--out", out], "is the directory of radiographs itself")
+
+
+def test_a_killed_prediction_resumes_where_a_shell_names_its_output(model: Path, ward: Path) -> None:
+    out, words = Path("predictions"), ["a.png", "b.png"]
+    predict(model, words, out)
+    (out / ".parts").mkdir()
+    plan = json.loads((out / "predict.json").read_text())["plan"]
+    (out / ".parts" / "plan.json").write_text(json.dumps(plan))
+    (out / "predict.json").unlink()  # begun, not finished
+    predict(model, [*words, "predictions"], out)
+    assert set(table(out)) == set(words)
 
 
 def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path: Path) -> None:
