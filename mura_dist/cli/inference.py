@@ -17,6 +17,7 @@ from mura_dist.cli.options import (
     quiet_option,
     shared_option,
 )
+from mura_dist.core.plurals import count
 from mura_dist.distributed import environment
 
 if TYPE_CHECKING:
@@ -227,8 +228,8 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(
-        f"{out}: {_count(summary['num_radiographs'], 'radiograph')} of {_count(summary['num_studies'], 'study', 'studies')}, "
-        f"{_calls(summary)}, {_count(summary['num_failures'], 'failure')}, {summary['seconds']:.1f} s"
+        f"{out}: {count(summary['num_radiographs'], 'radiograph')} of {count(summary['num_studies'], 'study')}, "
+        f"{_calls(summary)}, {count(summary['num_failures'], 'failure')}, {summary['seconds']:.1f} s"
     )
     if throughput := summary.get("throughput"):  # not where an earlier command had computed everything
         decoding, computing = throughput["decoding"], throughput["computing"]
@@ -246,14 +247,10 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
         click.echo(f"warning: {warning}")
 
 
-def _count(number: int, noun: str, plural: str = "") -> str:
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
-
-
 def _calls(summary: dict[str, Any]) -> str:
     """Say how many calls are positive. A model of drawings makes none, and one without thresholds neither."""
     num_calls = summary["num_calls"]
-    return f"{summary['num_positive']} of {num_calls} calls positive" if num_calls else "no calls"
+    return f"{summary['num_positive']:,} of {num_calls:,} calls positive" if num_calls else "no calls"
 
 
 @click.command(

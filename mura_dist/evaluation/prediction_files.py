@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.plurals import count
 from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
@@ -438,4 +439,4 @@ def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) 
 
 
 def _studies(names: Sequence[str]) -> str:
-    return f"{len(names):,} {'study' if len(names) == 1 else 'studies'}"
+    return count(len(names), "study")

@@ -274,7 +274,7 @@ def _plan(model: Model, files: Walk, groups: Grouping, options: PredictOptions) 
 def _overlays(model: Model, folder: OutputFolder, options: PredictOptions) -> Overlays | None:
     if not options.overlays:
         return None
-    drawings = model.card.trained_on.kind == "phantoms"
+    drawings = model.card.of_drawings
     return Overlays(folder.path, options.allow_pixels, drawings)
 
 

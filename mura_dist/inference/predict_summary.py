@@ -68,7 +68,7 @@ def summarize(
 
 def _warnings(tally: Tally, card: Card) -> list[str]:
     warnings = []
-    if card.trained_on.kind == "phantoms":
+    if card.of_drawings:
         warnings.append(
             "the model was trained on drawings (phantoms): what it says of a radiograph means nothing; no call, no band"
         )

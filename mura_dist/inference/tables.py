@@ -212,7 +212,7 @@ def judged(
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])
-    calls = drawn or card.trained_on.kind != "phantoms"
+    calls = drawn or not card.of_drawings
     studies["call"] = studies["call"].astype("Int64").where(calls & studies["threshold"].notna())
     band = studies["band"].astype("string")
     studies["band"] = band.where(calls & (band != ""))

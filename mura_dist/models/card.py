@@ -121,6 +121,11 @@ class Card(BaseModel):
     precision: Precision = "fp32"  # what it is to be computed in
     change: Change | None = None  # of a precision below fp32: what it changed
 
+    @property
+    def of_drawings(self) -> bool:
+        """Whether the model was trained on computer drawings, so that it says nothing about radiographs."""
+        return self.trained_on.kind == "phantoms"
+
     def text(self) -> str:
         """JSON. Raises ValueError for a NaN: JSON has none."""
         return json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False)

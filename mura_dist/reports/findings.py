@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist import __version__
+from mura_dist.core.plurals import count
 from mura_dist.data import mura
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.intervals import WILSON
@@ -221,10 +222,6 @@ def with_words(group: Mapping[str, Any], name: str) -> str:
 
 def _group_words(name: str) -> str:
     return "all studies" if name == "overall" else mura.in_words(name)
-
-
-def count(num: int, noun: str) -> str:
-    return f"{num:,} {noun if num == 1 else noun[:-1] + 'ies' if noun.endswith('y') else noun + 's'}"
 
 
 def _few(metrics: dict[str, Any]) -> list[str]:

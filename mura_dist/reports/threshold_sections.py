@@ -5,11 +5,12 @@ A Report in, markup out; see sections.py.
 
 from collections.abc import Iterator
 
+from mura_dist.core.plurals import count
 from mura_dist.data.mura import in_words
 from mura_dist.metrics.summary import groups, number
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, bullets, folds, group_cell, num
 from mura_dist.reports.figures import CALIBRATION
-from mura_dist.reports.findings import TITLES, count
+from mura_dist.reports.findings import TITLES
 from mura_dist.reports.html import Html, element, folded, join, table
 
 _RATES = ("sensitivity", "specificity", "ppv", "npv")

@@ -316,7 +316,7 @@ def _tidy(proto: onnx.ModelProto, card: Card) -> None:
 
 def _in_words(card: Card) -> str:
     """The card in three sentences, for ONNX viewers."""
-    what = "drawn phantoms, no radiographs" if card.trained_on.kind == "phantoms" else "radiographs"
+    what = "drawn phantoms, no radiographs" if card.of_drawings else "radiographs"
     return (
         f"Bone radiograph -> normal or abnormal ({', '.join(card.study_types)}): {card.checkpoint}, trained on "
         f"{card.trained_on.num_radiographs} {what}. {card.terms[:1].upper()}{card.terms[1:]}. The JSON under {KEY!r} in the "

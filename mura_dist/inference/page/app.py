@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def show(serving: "Serving") -> None:
     st.set_page_config(page_title="mura_dist: a study", layout="wide")
     card = serving.desk.card
-    drawings = wording.drawings(card)
+    drawings = card.of_drawings
     banner = element("div", wording.DEMO, class_="banner", role="note") if drawings else ""
     terms = element("div", f"{mura.TERMS[0].upper()}{mura.TERMS[1:]}.", class_="terms", role="note")
     st.html(f"{style.sheet(banner=drawings)}{banner}{terms}")
@@ -48,7 +48,7 @@ def show(serving: "Serving") -> None:
 
 def _about(serving: "Serving") -> None:
     card, model = serving.desk.card, serving.desk.model
-    kind = "computer drawings" if wording.drawings(card) else "radiographs"
+    kind = "computer drawings" if card.of_drawings else "radiographs"
     facts = {
         "Trained on": f"{card.trained_on.num_radiographs:,} {kind}",
         "Checkpoint": card.checkpoint,

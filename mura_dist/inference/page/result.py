@@ -153,7 +153,7 @@ def show_threshold(reply: Answer, serving: "Serving", at_hand: str) -> None:
 def show_downloads(reply: Answer, files: Sequence[File], serving: "Serving", at_hand: str) -> None:
     """Offer the tables that predict would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
-    drawn = wording.drawings(serving.desk.card)
+    drawn = serving.desk.card.of_drawings
     tail = "-of-drawings" if drawn and not reply.withheld else ""
     with st.container(horizontal=True, key="downloads"):
         for label, table, name in (("Study", reply.studies, "studies"), ("Pictures", reply.predictions, "predictions")):

@@ -87,7 +87,7 @@ def serve(
     with _listen(address, port) as listener:
         model = Model.load(model_path)
         digests: frozenset[str] = frozenset()
-        if examples is not None and model.card.trained_on.kind == "phantoms":
+        if examples is not None and model.card.of_drawings:
             digests = page_examples.drawings(examples, studies)
         with _home(), desk(model, min(2, processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
@@ -96,7 +96,7 @@ def serve(
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))
             lines = [f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
-            if studies and model.card.trained_on.kind == "phantoms" and not digests:
+            if studies and model.card.of_drawings and not digests:
                 lines.append(_NONE_KNOWN)
             announce(lines)
             with signals.ignored():

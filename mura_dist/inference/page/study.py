@@ -221,7 +221,7 @@ def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
     drawn = all(file.drawn for file, _ in good)
     heads = [(STUDY, study_type, worst)]
     studies = tables.judged(heads, np.zeros(len(rows), np.int64), probability, card, drawn=drawn)
-    withheld = card.trained_on.kind == "phantoms" and not drawn
+    withheld = card.of_drawings and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan
     return Answer(studies, predictions, withheld)

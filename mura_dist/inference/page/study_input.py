@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from mura_dist.core.plurals import count
 from mura_dist.data import gate
-from mura_dist.inference.page import failures, wording
+from mura_dist.data.mura import in_words
+from mura_dist.inference.page import failures
 from mura_dist.inference.page.examples import Example
 from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB, File, num_studies, study_types, told_types
 from mura_dist.reports.html import element
@@ -80,8 +82,7 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
 
 def title(example: Example) -> str:
     """Return what an example is called."""
-    num = len(example.files)
-    return f"Example {example.number}: {wording.noun(example.study_type)}, {num} picture{'s' if num > 1 else ''}"
+    return f"Example {example.number}: {in_words(example.study_type).lower()}, {count(len(example.files), 'picture')}"
 
 
 def _chosen(example: Example) -> Content:
@@ -128,10 +129,12 @@ def choose_study_type(serving: "Serving", files: Sequence[File]) -> str | None:
     if num_studies(files) > 1:
         st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
     if len(types) > 1:
-        st.warning(f"The files tell of several study types: {', '.join(sorted(map(wording.noun, types)))}.")
+        st.warning(f"The files tell of several study types: {', '.join(sorted(map(in_words, types))).lower()}.")
     elif types - set(known):
-        st.warning(f"The files tell of the study type {wording.noun(min(types))}, which this model was not trained on.")
-    labels = {wording.noun(one).capitalize(): one for one in known}
+        st.warning(
+            f"The files tell of the study type {in_words(min(types)).lower()}, which this model was not trained on."
+        )
+    labels = {in_words(one): one for one in known}
     label = st.selectbox(
         "Study type",
         list(labels),

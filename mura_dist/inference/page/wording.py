@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mura_dist.data.mura import in_words
 from mura_dist.inference.page.frequencies import Frequency
 from mura_dist.inference.page.study import Answer
 from mura_dist.metrics.intervals import BOOTSTRAP
@@ -46,15 +47,6 @@ SAYS_HOW_OFTEN: dict[Outcome, list[str]] = {  # what was wrong before, beside ea
 SETS = {"train": "training set", "tune": "tuning set", "valid": "test set", "test": "test set"}
 
 
-def drawings(card: Card) -> bool:
-    return card.trained_on.kind == "phantoms"
-
-
-def noun(study_type: str) -> str:
-    """XR_WRIST -> wrist"""
-    return study_type.removeprefix("XR_").replace("_", " ").lower()
-
-
 def average(num: int) -> str:
     """Return of how many pictures a probability is the average."""
     return "one picture" if num == 1 else f"average of {num} pictures"
@@ -81,11 +73,11 @@ def lead(answer: Answer) -> str:
 
 def explained(answer: Answer, card: Card) -> list[str]:
     """The sentences under the first: how often it was wrong before anything else, then how the outcome came about."""
-    study_type, headline = noun(answer.study_type), outcome(answer)
+    headline = outcome(answer)
     if answer.withheld:
         return [WITHHELD[1]]
     if headline == "no_call":
-        return [f"No threshold was evaluated for {study_type} studies."]
+        return [f"No threshold was evaluated for {in_words(answer.study_type).lower()} studies."]
     lines = experience(headline, answer.study_type, card)
     call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
     if call is not None:
@@ -116,25 +108,27 @@ def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
 def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
     """How often it was wrong where it was measured: misses before anything else, unless something was flagged."""
     if not measured(card):
-        return [f"How often it is wrong was not measured on {'drawings' if drawings(card) else 'radiographs'}."]
-    group = card.metrics["by_study_type"].get(study_type)
+        return [f"How often it is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."]
+    group, type_name = card.metrics["by_study_type"].get(study_type), in_words(study_type).lower()
     confusion = group.get("confusion") if group else None
     if not confusion:
-        return [f"How often it is wrong on {noun(study_type)} studies was not measured."]
+        return [f"How often it is wrong on {type_name} studies was not measured."]
     if card.metrics.get("thresholds", {}).get(study_type) != card.thresholds.get(study_type):
-        return [f"How often it is wrong on {noun(study_type)} studies at this threshold was not measured."]
+        return [f"How often it is wrong on {type_name} studies at this threshold was not measured."]
     missed = _frequency(group, "sensitivity", confusion["fn"], confusion["tp"])
     alarms = _frequency(group, "specificity", confusion["fp"], confusion["tn"])
     lines = {
-        "missed": f"{missed.sentence(f'abnormal {noun(study_type)} studies {_in(card)}', 'missed')}.",
-        "alarms": f"{alarms.sentence(f'normal {noun(study_type)} studies {_in(card)}', 'flagged')}.",
+        "missed": f"{missed.sentence(f'abnormal {type_name} studies {_in(card)}', 'missed')}.",
+        "alarms": f"{alarms.sentence(f'normal {type_name} studies {_in(card)}', 'flagged')}.",
     }
     return [*(lines[name] for name in SAYS_HOW_OFTEN[headline]), reserve(card)]
 
 
 def reserve(card: Card) -> str:
     """For whom a number of the card's metrics holds, and of what."""
-    parts = ["The test set is of computer drawings" if drawings(card) else f"The {_set(card)} is not of your hospital"]
+    parts = [
+        "The test set is of computer drawings" if card.of_drawings else f"The {_set(card)} is not of your hospital"
+    ]
     if note := card.metrics.get("note"):
         parts.append(str(note).replace("this split", "this set"))
     if card.precision != "fp32":
@@ -188,9 +182,10 @@ class Curve:
         index = min(range(len(thresholds)), key=lambda each: abs(thresholds[each] - threshold))
         abnormal = self.columns["num_abnormal"]
         rates = {"sensitivity": ("abnormal", "missed", abnormal)}
+        type_name = in_words(self.study_type).lower()
         rates["specificity"] = ("normal", "flagged", self.columns["num_studies"] - abnormal)
         return [
-            f"{self._frequency(rate, index, total).sentence(f'{kind} {noun(self.study_type)} studies {self.where}', verb)}."
+            f"{self._frequency(rate, index, total).sentence(f'{kind} {type_name} studies {self.where}', verb)}."
             for rate, (kind, verb, total) in rates.items()
         ]
 

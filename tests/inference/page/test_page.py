@@ -545,7 +545,7 @@ def test_a_study_of_several_views(
     until(lambda: num_pictures(page) == len(views))
     assert page.locator("img[alt*='under its activation map']").count() == 0
     for study_type, outcome in OUTCOMES.items():
-        choose(page, "Study type", wording.noun(study_type).capitalize())
+        choose(page, "Study type", mura.in_words(study_type))
         said = answered(page, wording.HEADLINES[outcome])
         found = asked(desk, views, study_type)
         for line in (wording.lead(found), *wording.explained(found, desk.card)):
