@@ -89,7 +89,10 @@ class Entries:
     def put_bootstrap(
         self, drawn: Bootstrap, names: Sequence[str], rates: Mapping[str, tuple[int, int]] | None = None
     ) -> None:
-        """Enter the intervals; Wilson's for a rate (name -> successes, trials) that the bootstrap gives none for."""
+        """Enter the intervals; Wilson's for a rate (name -> successes, trials) that the bootstrap gives none for.
+
+        `rates` None: of means of rates, which have no Wilson interval, and no `NAME_interval` either.
+        """
         self.values |= {"interval_method": drawn.method(), "num_resamples_dropped": drawn.dropped}
         for name in names:
             if self.values[name] is None:
@@ -99,7 +102,7 @@ class Entries:
             else:
                 interval = drawn.interval(name)
             self.put_interval(name, interval)
-            if name in WILSON_RATES:
+            if rates is not None and name in WILSON_RATES:
                 reason = interval if isinstance(interval, str) else ""
                 self.put(f"{name}_interval", None if isinstance(interval, str) else interval.kind, reason)
 
@@ -125,7 +128,7 @@ class Entries:
         official = _ONE_CLASS if self.values["kappa"] is None else Interval(*official_interval(counts), "official")
         self.put_interval("kappa_official", official)
         for name, (successes, trials) in group.rate_counts().items():
-            there = Interval(*wilson(successes, trials), WILSON) if trials else self.reasons.get(name, "") or "none"
+            there = Interval(*wilson(successes, trials), WILSON) if trials else self.reasons[name]
             self.put_interval(f"{name}_wilson", there)
 
     def _asymptotic(self, name: str, group: Group) -> Interval | str:

@@ -150,7 +150,8 @@ def _short(value: float) -> float:
     return round(float(value), 4)
 
 
-_HEADLINE = (*METRICS, *bounds(METRICS), *kinds(METRICS), "interval_method", "num_resamples_dropped")
+_OF_MACRO = (*METRICS, *bounds(METRICS), "interval_method", "num_resamples_dropped")
+_HEADLINE = (*_OF_MACRO, *kinds(METRICS))
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class _Task:
 
             found.put_values(statistic(group.ones()), METRICS)
             found.put_bootstrap(self.bootstrap(group, statistic), METRICS)
-        return found.whole(_HEADLINE)
+        return found.whole(_OF_MACRO)
 
 
 # ---- words
@@ -293,9 +294,8 @@ def interval_notes(metrics: dict[str, Any]) -> list[str]:
     bare = sum(group[name] is not None and not _bootstrapped(group, name) for group, name in cells)
     notes = []
     if bare:
-        notes.append(
-            f"{bare} {'number has' if bare == 1 else 'numbers have'} no bootstrap interval: too few studies; see the report"
-        )
+        have = "number has" if bare == 1 else "numbers have"
+        notes.append(f"{bare} {have} no bootstrap interval: too few studies, or all right or all wrong; see the report")
     if missing:
         notes.append(f"{missing} {'number is' if missing == 1 else 'numbers are'} missing (-): see the report")
     return notes

@@ -275,7 +275,7 @@ def test_summary_table_fits_the_terminal() -> None:
     assert [line.split()[0] for line in lines[1:5]] == ["overall", "XR_ELBOW", "XR_HAND", "XR_SOMETHING_VER"]
     assert lines[4].split()[1:] == ["3", "-", "-", "0.333", "-"]
     assert lines[-2:] == [
-        "1 number has no bootstrap interval: too few studies; see the report",
+        "1 number has no bootstrap interval: too few studies, or all right or all wrong; see the report",
         "3 numbers are missing (-): see the report",
     ]
     assert len(lines) <= 9  # a line a group, the header, the method in at most two, the notes
@@ -366,6 +366,9 @@ def test_macro_is_the_mean_over_types_with_both_labels() -> None:
         assert macro[f"{name}_low"] < macro[name] < macro[f"{name}_high"]
     assert (macro["num_study_types"], macro["left_out"]) == (2, ["XR_HIP"])
     assert macro["method"] == "unweighted mean over study types"
+    assert not [key for key in macro if key.endswith("_interval")], (
+        "a mean of rates has no Wilson interval to tell apart"
+    )
     none = summary.measure(of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
     assert none["kappa"] is None
     assert none["reasons"]["kappa"] == "no study type has studies of both labels"
