@@ -29,15 +29,6 @@ def edges() -> list[float]:
     return [-edge for edge in reversed(EDGES)] + list(EDGES)
 
 
-def steps(cells: np.ndarray) -> np.ndarray:
-    """(h, w) logits -> int (h, w): 0 within the first edge, up to len(EDGES) beyond the last; the sign is the logit's.
-
-    A cell that is no number, of a model that has diverged, stays clear.
-    """
-    cells = np.where(np.isnan(cells), 0, cells)
-    return np.sign(cells).astype(int) * np.digitize(np.abs(cells), EDGES)
-
-
 def colour(step: int) -> tuple[tuple[int, int, int], float]:
     """What a cell of that step is painted with, and how opaque."""
     return (FOR if step > 0 else AGAINST), OPACITY[abs(step)]
@@ -54,7 +45,7 @@ def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.
 
     Args:
         pixels: (H, W) uint8.
-        cells: (h, w) logits; one that is no number stays clear.
+        cells: (h, w) logits; one that is no number, of a model that has diverged, stays clear.
         strength: Of the opacity, 0 to 1.
 
     Returns:

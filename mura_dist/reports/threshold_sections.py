@@ -129,16 +129,17 @@ def _bands(report: Report, points: Found) -> Html:
     rows = []
     for name, group in {"overall": points["overall"], **points["by_study_type"]}.items():
         band = group["band"]
-        low, high = (band.get(end) for end in ("low", "high"))
-        ends = Html() if name == "overall" else report.absence(band | {"low": None}, "low")
-        if low is not None and high is not None:
-            ends = join((f"{number(low)} to {number(high)}",))
-        shown = join(("each its own",)) if name == "overall" else ends or join(("none",))
+        if name == "overall":
+            ends = join(("each its own",))
+        elif band.get("low") is not None and band.get("high") is not None:
+            ends = join((f"{number(band['low'])} to {number(band['high'])}",))
+        else:
+            ends = report.absence(band, "low") or join(("none",))
         uncertain = f"{num(band.get('num_uncertain'))} of {num(band['num_studies'])}"
         rows.append(
             (
                 group_cell(name),
-                shown,
+                ends,
                 uncertain,
                 *(report.stacked(band, key) for key in ("share_uncertain", "accuracy_outside")),
             )

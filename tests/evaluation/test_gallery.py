@@ -204,12 +204,28 @@ def test_the_interval_is_the_patients() -> None:
 # ---- one scale
 
 
-def test_a_logit_has_one_colour() -> None:
-    edges = [-8, -4, -2, -1, -0.5, 0.5, 1, 2, 4, 8]
-    middles = [-99, -6, -3, -1.5, -0.7, 0, 0.7, 1.5, 3, 6, 99]
-    assert heatmap.steps(np.array([middles])).tolist() == [[-5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5]]
-    assert heatmap.steps(np.array([edges])).tolist() == [[-5, -4, -3, -2, -1, 1, 2, 3, 4, 5]]
-    assert len({heatmap.colour(step) for step in range(-5, 6) if step}) == 10
+def test_a_step_has_the_colour_of_its_side_and_the_opacity_at_its_middle() -> None:
+    for step in heatmap.STEPS:
+        colour, opacity = heatmap.colour(step)
+        logit = np.sign(step) * (2.0 ** (abs(step) - 1.5) if step else 0.0)  # edges at 0.5, 1, 2, 4, 8
+        assert opacity == pytest.approx(heatmap.opacity(np.array([logit]))[0])
+        painted = heatmap.painted(np.full((9, 9), 100, np.uint8), np.full((4, 4), logit))[4, 4]
+        assert painted.tolist() == [round(100 * (1 - opacity) + part * opacity) for part in colour]
+    assert len({heatmap.colour(step) for step in heatmap.STEPS}) == 11
+    assert {heatmap.colour(step)[0] for step in (-5, -1)} == {heatmap.AGAINST}
+    assert {heatmap.colour(step)[0] for step in (1, 5)} == {heatmap.FOR}
+
+
+def test_a_logit_has_one_colour_and_opacity_of_its_own() -> None:
+    logits = np.array([-9, -6, -3, -1.5, -0.7, -0.2, 0.2, 0.7, 1.5, 3, 6, 9])
+    layers = [heatmap.layer(np.full((4, 4), logit), (8, 8)) for logit in logits]
+    assert all((layer == layer[0, 0]).all() for layer in layers)
+    assert len({tuple(layer[0, 0]) for layer in layers}) == len(logits)
+    for logit, layer in zip(logits, layers, strict=True):
+        assert tuple(layer[0, 0, :3]) == (heatmap.FOR if logit > 0 else heatmap.AGAINST)
+        assert layer[0, 0, 3] == round(
+            255 * np.interp(abs(logit), [0, *(2.0 ** (np.arange(5) - 0.5))], heatmap.OPACITY)
+        )
 
 
 @pytest.mark.parametrize("others", [-20.0, 0.0, 3.0, 500.0])

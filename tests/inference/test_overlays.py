@@ -124,8 +124,15 @@ def test_a_model_trained_on_drawings_says_so() -> None:
 
 
 def test_a_cell_that_is_no_number_stays_clear() -> None:
-    cells = np.array([[np.nan, np.inf], [-np.inf, 0.0]])
-    assert heatmap.steps(cells).tolist() == [[0, 5], [-5, 0]]
+    image, cells = np.full((320, 320), 90, np.uint8), np.zeros((64, 64))
+    cells[21, 31] = np.nan
+    assert (picture(image, cells, 0.0) == picture(image, np.zeros((64, 64)), 0.0)).all()
+    cells[21, 31], cells[41, 11] = np.inf, -np.inf
+    pixels = picture(image, cells, 0.0)
+    for (row, column), step in (((21, 31), 5), ((41, 11), -5)):
+        colour, opacity = heatmap.colour(step)
+        wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
+        assert pixels[TOP + row * 5 + 2, LEFT + 320 + GAP + column * 5 + 2].tolist() == wanted
 
 
 # ---- names
