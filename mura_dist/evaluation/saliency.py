@@ -62,7 +62,7 @@ def _turned_and_back(
 
 
 def _turned(images: np.ndarray, angle_deg: float) -> np.ndarray:
-    """images (n, S, S) uint8, turned as the training turns them; one at a time, since float64 takes 8 times the memory."""
+    """Turn images (n, S, S) uint8 as the training does; one at a time, since float64 takes 8 times the memory."""
     turned = np.empty_like(images)
     for image, out in zip(images, turned, strict=True):
         np.rint(turn(image[None], angle_deg)[0][0], out=out, casting="unsafe")

@@ -199,7 +199,7 @@ def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[
 
 @contextlib.contextmanager
 def hushed(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None]:
-    """With a key table, keep the inputs, and what lies in them, out of the message of whatever goes wrong in the block."""
+    """Keep the inputs, and what lies in them, out of the messages of errors in the block, where there is a key table."""
     try:
         yield
     except Exception as error:

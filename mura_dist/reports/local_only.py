@@ -27,28 +27,28 @@ _STYLE = """
 
 
 def page(title: str, *body: Any, style: str = "") -> str:
-    """A whole HTML file with radiographs in it; `body` follows its heading and banner."""
+    """Return an HTML file with radiographs in it; `body` follows its heading and banner."""
     head = (element("h1", title), banner(f"{WHY} MURA's licence: no sharing of any portion of the data."))
     foot = element("footer", *(element("p", line) for line in (WHY, f"Terms: {mura.TERMS}.", f"{mura.LICENCE}.")))
     return html_page(f"{MARK}: {title}", *head, *body, foot, remark=WHY, style=_STYLE + style)
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W) grey or (H, W, 3) colour -> a PNG file that says what it is."""
-    said, data = PngImagePlugin.PngInfo(), io.BytesIO()
-    said.add_text("Comment", f"{WHY} {mura.TERMS}")
-    Image.fromarray(pixels).save(data, "PNG", pnginfo=said, compress_level=6)
+    """Return a PNG file of pixels, uint8 (H, W) grey or (H, W, 3) colour, that says what it is."""
+    comment, data = PngImagePlugin.PngInfo(), io.BytesIO()
+    comment.add_text("Comment", f"{WHY} {mura.TERMS}")
+    Image.fromarray(pixels).save(data, "PNG", pnginfo=comment, compress_level=6)
     return data.getvalue()
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W) -> a JPEG file that says what it is: a third of the PNG's bytes, for looking at."""
+    """Return a JPEG file of pixels, uint8 (H, W), that says what it is: a third of the PNG's bytes, for looking at."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=90, comment=f"{WHY} {mura.TERMS}".encode())
     return data.getvalue()
 
 
 def uri(pixels: np.ndarray, *, lossy: bool = False) -> Html:
-    """The same as an address that needs no file: a PNG, or a JPEG where `lossy`."""
+    """Return the file's content as an address that needs no file: a PNG, or a JPEG where `lossy`."""
     kind, data = ("jpeg", jpeg(pixels)) if lossy else ("png", png(pixels))
     return Html(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}")

@@ -22,11 +22,11 @@ class Scores:
 
     @classmethod
     def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
-        """Of all rows of a split; `sound` bool (n,)."""
+        """Return the scores of all rows of a split. `sound`: bool (n,), False where the sample is damaged."""
         return cls(rows[sound], logit[sound], rows[~sound])
 
     def of_rows(self, rows: np.ndarray) -> "Scores":
-        """What it says of these rows only."""
+        """Return the scores of some rows only."""
         there = np.isin(self.rows, rows)
         return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
 

@@ -57,7 +57,7 @@ def _singular(subject: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """Never "0 %" of something that did happen, nor "100 %" of something that did not always."""
+    """Return a share in percent: never "0 %" of what did happen, nor "100 %" of what did not always happen."""
     if 1e-9 < share < 0.005:
         return "under 1 %"
     if 0.995 < share < 1 - 1e-9:

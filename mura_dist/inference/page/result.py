@@ -89,7 +89,7 @@ def gauge(reply: Answer, card: Card) -> Html:
 
 
 def _map_strength(reply: Answer, files: Sequence[File], at_hand: str) -> float | None:
-    """Of the maps, 0.1 to 1; None as long as nobody asks for them: a map shows something beside every answer."""
+    """Return the strength of the maps, 0.1 to 1; None as long as nobody asks: a map shows something beside every answer."""
     if reply.withheld:
         return None
     if reason := wording.no_map(file.view.cells.shape for file in files if file.view is not None):
@@ -120,7 +120,7 @@ def _picture(files: Sequence[File], index: int, strength: float | None, *, value
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Quickly rather than small: it goes no further than the screen."""
+    """Return a PNG, compressed quickly rather than well: it goes no further than the screen."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG", compress_level=1)
     return data.getvalue()
@@ -172,7 +172,7 @@ def show_downloads(reply: Answer, files: Sequence[File], serving: "Serving", at_
 
 
 def _overlay(file: File, index: int, at_hand: str, *, drawn: bool) -> None:
-    """The picture and its map, as predict draws them; where the pixels may show a name, only when that was confirmed."""
+    """Offer a picture with its map, as predict draws them; where pixels may show a name, only after a confirmation."""
     assert file.upload.image is not None
     assert file.view is not None
     identity, which = file.upload.identity, f"picture {index + 1}"

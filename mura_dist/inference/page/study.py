@@ -212,7 +212,7 @@ def num_studies(files: Sequence[File]) -> int:
 
 
 def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
-    """What predict writes of those that have a view, as one study. A model of drawings calls nothing but known drawings."""
+    """Return what predict writes of the files with a view, as one study. A model of drawings calls known drawings alone."""
     good = [(file, file.view.logit) for file in files if file.view is not None]
     rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
     predictions = tables.views(rows)

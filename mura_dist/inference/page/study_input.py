@@ -55,7 +55,7 @@ def _uploaded() -> Content:
 
 
 def _cards(serving: "Serving") -> None:
-    """One of each study type first, the others folded."""
+    """Draw the examples as cards: one of each study type first, the others folded."""
     st.header("Or try an example", anchor=False)
     first = len({example.study_type for example in serving.examples})
     cards = list(zip(serving.examples, serving.thumbnails, strict=True))

@@ -48,12 +48,12 @@ SETS = {"train": "training set", "tune": "tuning set", "valid": "test set", "tes
 
 
 def average(num: int) -> str:
-    """Return of how many pictures a probability is the average."""
+    """Return the words for a probability that is the average of `num` pictures."""
     return "one picture" if num == 1 else f"average of {num} pictures"
 
 
 def outcome(answer: Answer) -> Outcome:
-    """What to say first. The uncertain band comes before the call: a call out of it is a coin nobody should trust."""
+    """Return the outcome of an answer. The uncertain band comes before the call: a call in it is not to be trusted."""
     call, band = answer.cell("call"), answer.cell("band")
     if answer.withheld or (call is None and band is None):
         return "no_call"
@@ -65,14 +65,14 @@ def outcome(answer: Answer) -> Outcome:
 
 
 def lead(answer: Answer) -> str:
-    """The sentence under the headline: the probability, where it means anything."""
+    """Return the sentence under the headline: the probability, where it means anything."""
     if answer.withheld:
         return WITHHELD[0]
     return f"Probability of an abnormality: {answer.probability:.2f} ({average(len(answer.predictions))})."
 
 
 def explained(answer: Answer, card: Card) -> list[str]:
-    """The sentences under the first: how often it was wrong before anything else, then how the outcome came about."""
+    """Return the sentences below: first how often the model was wrong, then how the outcome came about."""
     headline = outcome(answer)
     if answer.withheld:
         return [WITHHELD[1]]
@@ -106,7 +106,7 @@ def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
-    """How often it was wrong where it was measured: misses before anything else, unless something was flagged."""
+    """Return how often the model was wrong where it was measured: what SAYS_HOW_OFTEN names for the outcome."""
     if not measured(card):
         return [f"How often it is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."]
     group, type_name = card.metrics["by_study_type"].get(study_type), in_words(study_type).lower()
@@ -125,7 +125,7 @@ def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
 
 
 def reserve(card: Card) -> str:
-    """For whom a number of the card's metrics holds, and of what."""
+    """Return the sentence on the studies, the split and the precision that the card's metrics were measured with."""
     parts = [
         "The test set is of computer drawings" if card.of_drawings else f"The {_set(card)} is not of your hospital"
     ]
@@ -139,7 +139,7 @@ def reserve(card: Card) -> str:
 
 
 def measured(card: Card) -> bool:
-    """Whether the card's metrics are of what the model was trained on: radiographs, or drawings."""
+    """Return whether the card's metrics are of what the model was trained on: radiographs, or drawings."""
     return bool(card.metrics) and card.metrics.get("measured_on") == card.trained_on.kind
 
 
@@ -152,7 +152,7 @@ def _in(card: Card) -> str:
 
 
 def _frequency(group: Mapping[str, Any], rate: str, wrong: int, right: int) -> Frequency:
-    """Of studies that were called wrong, from the rate of those that were called right and its interval."""
+    """Return the frequency of wrong calls, from the rate of right ones and its interval."""
     if group.get(f"{rate}_interval", BOOTSTRAP) != BOOTSTRAP or group.get(f"{rate}_low") is None:
         return Frequency(wrong, wrong + right)
     return Frequency(wrong, wrong + right, 1 - group[f"{rate}_high"], 1 - group[f"{rate}_low"])
@@ -172,12 +172,12 @@ class Curve:
 
     @classmethod
     def of(cls, card: Card, study_type: str) -> "Curve | None":
-        """None where the card's metrics cannot say what another threshold would do."""
+        """Return the curve of a study type; None where the card's metrics cannot say what another threshold would do."""
         columns = card.metrics.get("curves", {}).get(study_type) if measured(card) else None
         return cls(columns, study_type, _in(card), reserve(card)) if columns else None
 
     def sentences(self, threshold: float) -> list[str]:
-        """What would be missed and what flagged at the nearest threshold that was measured."""
+        """Return the sentences on what would be missed and what flagged, at the nearest threshold that was measured."""
         thresholds = self.columns["threshold"]
         index = min(range(len(thresholds)), key=lambda each: abs(thresholds[each] - threshold))
         abnormal = self.columns["num_abnormal"]
