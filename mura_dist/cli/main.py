@@ -73,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return WRONG
     except click.ClickException as error:
-        said, words = _usage_text(error), sys.argv[1:] if arguments is None else arguments
-        command = f"mura-dist {words[0]}" if words and words[0] in cli.commands else "mura-dist"
+        text, command_line = _usage_text(error), sys.argv[1:] if arguments is None else arguments
+        command = f"mura-dist {command_line[0]}" if command_line and command_line[0] in cli.commands else "mura-dist"
         # What it did not expect click quotes, and a shell makes names of DIRECTORY/*.
-        if any(word.startswith("--pseudonyms") for word in words):
-            said = f"{said.partition(' (')[0].rstrip('.')}."
-        return _end(WRONG, f"{said} See {command} --help.", only_first=True)
+        if any(word.startswith("--pseudonyms") for word in command_line):
+            text = f"{text.partition(' (')[0].rstrip('.')}."
+        return _end(WRONG, f"{text} See {command} --help.", only_first=True)
     except Stopped as error:
         return _end(STOPPED, str(error), only_first=True)
     except (KeyboardInterrupt, click.Abort):

@@ -1,5 +1,6 @@
 """The commands that make a model: train, ensemble."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mura_dist.distributed import environment
         "mura-dist train launch/recipes/mura.toml epochs=5 run=runs/short",
     ],
 )
-@click.argument("words", metavar="[RECIPE.toml] [key=value ...]", nargs=-1)
+@click.argument("arguments", metavar="[RECIPE.toml] [key=value ...]", nargs=-1)
 @click.option(
     "--local_rank",
     "--local-rank",
@@ -29,14 +30,14 @@ from mura_dist.distributed import environment
 )
 @quiet_option
 @click.pass_context
-def train(context: click.Context, words: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
+def train(context: click.Context, arguments: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
     """Train the run that RECIPE.toml and key=value settings describe, or resume it. Settings after the recipe win.
 
     On several ranks: torchrun --nproc-per-node N -m mura_dist.train ..., or deepspeed --module mura_dist.train ...
     """
     from mura_dist.core import config
 
-    recipe, overrides = _split(words, context)
+    recipe, overrides = _split(arguments, context)
     settings = config.load(recipe, overrides)
     from mura_dist.training.loop import summary_text
     from mura_dist.training.loop import train as run
@@ -46,7 +47,7 @@ def train(context: click.Context, words: tuple[str, ...], local_rank: int | None
         click.echo(summary_text(summary))
 
 
-def _split(words: Sequence[str], context: click.Context) -> tuple[Path | None, list[str]]:
+def _split(arguments: Sequence[str], context: click.Context) -> tuple[Path | None, list[str]]:
     """Return the recipe and the words after it.
 
     A setting written `--key value`, `key value` or `key = value` becomes one word, whose mistake config.load explains.
@@ -56,24 +57,31 @@ def _split(words: Sequence[str], context: click.Context) -> tuple[Path | None, l
     """
     from mura_dist.core import config
 
-    recipe, overrides, rest = None, list[str](), list(words)
-    while rest:
-        word = rest.pop(0)
+    recipe, overrides, pending = None, list[str](), list(arguments)
+    while pending:
+        word = pending.pop(0)
         dashed = word.startswith("-")
         if dashed and not config.resembles(word):
             raise click.NoSuchOption(word.partition("=")[0], ctx=context)
         if "=" in word:
             overrides.append(word)
         elif dashed or (config.resembles(word, exactly=True) and not Path(word).exists()):
-            if rest[:1] == ["="]:
-                rest.pop(0)
-            has_value = rest and not rest[0].startswith("-") and "=" not in rest[0] and not rest[0].endswith(".toml")
-            overrides.append(f"{word} {rest.pop(0)}" if has_value else word)
+            if pending[:1] == ["="]:
+                pending.pop(0)
+            overrides.append(f"{word} {pending.pop(0)}" if pending and _is_value(pending[0]) else word)
         elif recipe is None:
             recipe = Path(word)
         else:
             overrides.append(word)
     return recipe, overrides
+
+
+def _is_value(word: str) -> bool:
+    """Return whether a word after a setting's name is its value. A number is one, also below 0."""
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return not word.startswith("-") and "=" not in word and not word.endswith(".toml")
 
 
 @click.command(

@@ -309,6 +309,12 @@ def resembles(word: str, *, exactly: bool = False) -> bool:
     return bool(setting_names.remedy(key) or setting_names.candidates(key, Settings.model_fields, cutoff=cutoff))
 
 
+def _setting_of(key: str) -> str:
+    """Return the one setting that `key`, which is none, can mean; else ""."""
+    names = () if key in Settings.model_fields else setting_names.candidates(key, Settings.model_fields)
+    return names[0] if len(names) == 1 else ""
+
+
 def _parse_word(word: str) -> tuple[str, Any, str]:
     """Parse a word of the command line: `key=value`, or what was meant by `--key value`, `--key=value` and `key value`.
 
@@ -317,7 +323,7 @@ def _parse_word(word: str) -> tuple[str, Any, str]:
     """
     key, equals, text = word.partition("=")
     if equals and key.strip() and not word.startswith("-"):
-        return key.strip(), _value(key.strip(), text.strip()), ""
+        return key.strip(), _value(_setting_of(key.strip()) or key.strip(), text.strip()), ""
     key, _, text = word.lstrip("-").replace("=", " ", 1).partition(" ")
     if remedy := setting_names.remedy(key):
         return "", None, f"{word!r}: {remedy}"
@@ -346,7 +352,11 @@ def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Pr
         (sources.get(key, origin), f"unknown setting {key!r}{setting_names.hint(key, Settings.model_fields)}")
         for key in unknown
     ]
-    values = {key: value for key, value in values.items() if key not in unknown}
+    for key in unknown:  # its value is checked too, so that the next start is not refused for that
+        value = values[key]
+        values = {name: each for name, each in values.items() if name != key}
+        if (name := _setting_of(key)) and name not in values:
+            values, sources = values | {name: value}, sources | {name: sources.get(key, origin)}
     for key, problem in _contradiction(values):
         problems.append((sources.get(key, origin), problem))
     missing: list[str] = []
@@ -359,8 +369,8 @@ def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Pr
                 missing.append(key)
             else:
                 problems.append((sources.get(key, origin), _fault_text(key, fault["input"], fault["msg"])))
-    meant = {name for key in unknown for name in setting_names.candidates(key, Settings.model_fields)}
-    if missing := [key for key in missing if key not in meant]:
+    candidates = {name for key in unknown for name in setting_names.candidates(key, Settings.model_fields)}
+    if missing := [key for key in missing if key not in candidates]:
         problems.append((origin, _missing_text(missing)))
     if problems:
         raise Refusal(f"{_by_source(problems)}; see mura-dist train --help")
@@ -440,8 +450,8 @@ def to_toml(settings: Settings) -> str:
 
 def toml_text(values: dict[str, Any]) -> str:
     """Return `values` as TOML, without the secrets in their URLs."""
-    shown = {key: mask_url(value) if isinstance(value, str) else value for key, value in values.items()}
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in shown.items())
+    masked = {key: mask_url(value) if isinstance(value, str) else value for key, value in values.items()}
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in masked.items())
 
 
 def _toml(value: Any) -> str:

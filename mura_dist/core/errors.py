@@ -80,11 +80,11 @@ class CommonFailure(Failure):
     """Raised on every rank in the same words: the first one prints them for all."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` where `word` is the beginning of one of `known` alone, or else near one; else nothing."""
-    known = list(known)
-    longer = [name for name in known if word and name.startswith(word)]
-    matches = longer if len(longer) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` where `word` is the beginning of one of `names` alone, or else near one; else nothing."""
+    names = list(names)
+    longer = [name for name in names if word and name.startswith(word)]
+    matches = longer if len(longer) == 1 else difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 

@@ -1,6 +1,8 @@
 """What other trainers call our settings, and which setting a misspelt name means.
 
 batch_size -> global_batch, micro_batch          lerning_rate -> learning_rate          gpus -> a remedy in words
+
+A file of its own in core/, since config.py needs it and its tables would bury the settings there.
 """
 
 import difflib
@@ -90,22 +92,22 @@ def _squeeze(key: str) -> str:
 
 
 _BY_SYNONYM = {_squeeze(key): tuple(names.split()) for keys, names in _SYNONYMS.items() for key in keys}
-_BY_OTHER_PLACE = {_squeeze(key): remedy for keys, remedy in _ELSEWHERE.items() for key in keys}
+_REMEDIES = {_squeeze(key): remedy for keys, remedy in _ELSEWHERE.items() for key in keys}
 
 
 def remedy(key: str) -> str:
     """Return what to do in place of a setting that other trainers have and this one has not; else ""."""
-    return _BY_OTHER_PLACE.get(_squeeze(key), "")
+    return _REMEDIES.get(_squeeze(key), "")
 
 
-def candidates(key: str, known: Collection[str], *, cutoff: float = 0.6) -> tuple[str, ...]:
-    """Return the settings among `known` that `key` means: by its spelling, as a synonym, or as the nearest name.
+def candidates(key: str, settings: Collection[str], *, cutoff: float = 0.6) -> tuple[str, ...]:
+    """Return the settings among `settings` that `key` means: by its spelling, as a synonym, or as the nearest name.
 
     `cutoff`: least share of letters in common with the nearest name, as difflib counts it.
     """
-    names = {_squeeze(name): (name,) for name in known}
+    names = {_squeeze(name): (name,) for name in settings}
     meanings = {
-        synonym: tuple(name for name in means if name in known) for synonym, means in _BY_SYNONYM.items()
+        synonym: tuple(name for name in means if name in settings) for synonym, means in _BY_SYNONYM.items()
     } | names
     squeezed = _squeeze(key)
     if squeezed in meanings:
@@ -114,9 +116,9 @@ def candidates(key: str, known: Collection[str], *, cutoff: float = 0.6) -> tupl
     return meanings[near[0]] if near else ()
 
 
-def hint(key: str, known: Collection[str]) -> str:
+def hint(key: str, settings: Collection[str]) -> str:
     """Return what to add to "unknown setting KEY": the settings it may mean, or where else to say it."""
-    if elsewhere := remedy(key):
-        return f" ({elsewhere})"
-    names = candidates(key, known)
+    if text := remedy(key):
+        return f" ({text})"
+    names = candidates(key, settings)
     return f" (did you mean {' or '.join(names)}?)" if names else ""

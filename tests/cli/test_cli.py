@@ -86,6 +86,14 @@ WRONG_REQUESTS = {
             "unknown setting 'batch_size' (did you mean global_batch or micro_batch?)",
         ],
     ),
+    "a value below 0": (
+        ["train", "{demo}", "--epochs", "-3", "--wd", "-.5", "--quiet"],
+        [
+            "command line: '--epochs -3' is not key=value; settings are written epochs=-3; ",
+            "'--wd -.5' is not key=value; settings are written weight_decay=-.5; ",
+            "epochs=-3: input should be greater than or equal to 0",
+        ],
+    ),
     "an option before the recipe": (["train", "--lr", "3e-4", "{demo}"], ["settings are written learning_rate=3e-4"]),
     "a switch before the recipe": (["train", "--amp", "{demo}"], ["'--amp' is not key=value", "written precision=..."]),
     "a setting without =": (["train", "{demo}", "epochs", "3"], ["'epochs 3' is not", "settings are written epochs=3"]),

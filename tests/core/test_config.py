@@ -1,5 +1,6 @@
 """config.py: defaults, recipe, command line; what is refused."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -112,15 +113,44 @@ SYNONYMS = {
 }
 
 
+VALID = {"architecture": "tiny", "optimiser": "sgd", "precision": "fp32", "run": "7", "shards": "8"}
+
+
 @pytest.mark.parametrize("key", SYNONYMS)
 def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f"{key} = 3\n")
+    text = VALID.get(SYNONYMS[key], "3")
+    recipe.write_text(f"{key} = {text if text == '3' else json.dumps(text)}\n")
     expected = f"unknown setting {key!r} (did you mean {SYNONYMS[key]}?); see"
-    for where, given in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}=3"]))):
+    for where, given in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}={text}"]))):
         with pytest.raises(Refusal) as refusal:
             config.load(*given)
         assert str(refusal.value).startswith(f"{where}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("words", "faults"),
+    [
+        (["lr=x"], ["learning_rate='x': input should be a valid number"]),
+        (["lerning_rate=-1"], ["learning_rate=-1: input should be greater than 0"]),
+        (["lr=x", "learning_rate=1"], []),  # what is named well counts
+        (["learning_rate=1", "lr=x"], []),
+        (["--lr x"], ["learning_rate='x': input should be a valid number"]),
+        (["batch_size=x"], []),  # two meanings
+        (["output_dir=7", "data=8"], []),  # names of folders
+        (
+            ["arch=densnet169", "epoch=-3"],
+            ["architecture='densnet169' (did you mean densenet169?)", "epochs=-3: input"],
+        ),
+    ],
+)
+def test_the_value_of_a_synonym_is_checked_too(words: list[str], faults: list[str]) -> None:
+    """Law: what one start refuses, the next one does not."""
+    with pytest.raises(Refusal) as refusal:
+        config.load(None, [*([] if "data=8" in words else NEEDED), *words])
+    line = str(refusal.value)
+    assert line.count("input should be") == len(faults)
+    assert all(fault in line for fault in faults)
 
 
 def test_a_name_like_no_other_gets_no_advice() -> None:
@@ -131,7 +161,7 @@ def test_a_name_like_no_other_gets_no_advice() -> None:
 def test_synonyms_name_settings_and_are_none() -> None:
     for synonym, names in setting_names._BY_SYNONYM.items():
         assert set(names) <= config.Settings.model_fields.keys(), synonym
-    keys = [*setting_names._BY_SYNONYM, *setting_names._BY_OTHER_PLACE]
+    keys = [*setting_names._BY_SYNONYM, *setting_names._REMEDIES]
     assert len(keys) == len(set(keys))
     assert not {setting_names._squeeze(name) for name in config.Settings.model_fields} & set(keys)
     assert sum(map(len, setting_names._SYNONYMS)) == len(setting_names._BY_SYNONYM), "a name has one meaning"
