@@ -73,12 +73,12 @@ def evaluate_target(
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
-        found = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
+        row_scores = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
         if not ranks.is_first:
             return {}
-    points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, found.of_rows(tune), split)
+    points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, row_scores.of_rows(tune), split)
     seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
-    split_scores = SplitScores(found.of_rows(rows), points, seconds, num_scored)
+    split_scores = SplitScores(row_scores.of_rows(rows), points, seconds, num_scored)
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, say)
     if target.kind == "run" and options.out.resolve() == target.path.resolve():
         mlflow_process.send_rest(target.path, say)

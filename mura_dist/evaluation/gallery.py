@@ -50,21 +50,22 @@ def write(
     clear(out)
     started = time.perf_counter()
     chosen = choose(studies, options.num_studies, options.seed)
-    shown = [
+    selection = [
         read_study(shards, dict(studies.loc[line]), rows, name, call, subject.outputs) for name, line, call in chosen
     ]
     numbers = measured(subject, shards, rows, options)
-    for study in shown:
+    for study in selection:
         files.write_bytes(out / "gallery" / f"{study.name}.png", local_only.png(picture(study)))
-    found = _content(shown, numbers, shards, subject, options, metrics)
-    for number, text in enumerate(gallery_page.pages(shown, found), start=1):
+    content = _content(selection, numbers, shards, subject, options, metrics)
+    for number, text in enumerate(gallery_page.pages(selection, content), start=1):
         files.write_text(out / gallery_page.address(number), text)
-    found["seconds"] = round(time.perf_counter() - started, 1)
-    files.write_json(out / "gallery.json", found)
+    content["seconds"] = round(time.perf_counter() - started, 1)
+    files.write_json(out / "gallery.json", content)
     say(
-        f"gallery ({local_only.MARK}): {len(shown)} studies, maps of {numbers['num_sampled']} radiographs, {found['seconds']} s"
+        f"gallery ({local_only.MARK}): {len(selection)} studies, maps of {numbers['num_sampled']} radiographs, "
+        f"{content['seconds']} s"
     )
-    return found
+    return content
 
 
 def paths(out: Path) -> tuple[Path, Path, Path]:

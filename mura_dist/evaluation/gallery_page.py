@@ -88,8 +88,10 @@ def _grouped(cards: Cards, room: int) -> list[Cards]:
 def _page(title: str, number: int, count: int, head: Sequence[Html], cards: Cards, drawable: bool) -> str:
     navigation = _navigation(number, count)
     scale = [_scale()] if drawable else []
-    whole = f"{title}, page {number} of {count}" if count > 1 else title
-    return local_only.page(whole, *head, *navigation, *scale, *_sections(cards, drawable), *navigation, style=_STYLE)
+    page_title = f"{title}, page {number} of {count}" if count > 1 else title
+    return local_only.page(
+        page_title, *head, *navigation, *scale, *_sections(cards, drawable), *navigation, style=_STYLE
+    )
 
 
 def _navigation(number: int, count: int) -> list[Html]:
@@ -167,12 +169,12 @@ def _numbers(content: dict[str, Any]) -> Iterator[Html]:
         "mirrored": stability["mirror"],
         f"turned by ±{stability['rotation']['angle_deg']:g}°": stability["rotation"],
     }
-    known = {name: part for name, part in parts.items() if part["mean"] is not None}
-    tiles = [tile(f"Stability, {name}", f"{part['mean']:.2f}", _interval(part)) for name, part in known.items()]
+    measured = {name: part for name, part in parts.items() if part["mean"] is not None}
+    tiles = [tile(f"Stability, {name}", f"{part['mean']:.2f}", _interval(part)) for name, part in measured.items()]
     body = [element("div", *tiles, class_="tiles")] if tiles else []
-    lost = [element("p", _no_number(name, part), class_="soft") for name, part in parts.items() if name not in known]
-    words = [element("p", *_spread(content, known), class_="soft"), _reading(content)] if known else []
-    yield section("How far to trust a map", *body, *lost, *words)
+    lost = [element("p", _no_number(name, part), class_="soft") for name, part in parts.items() if name not in measured]
+    notes = [element("p", *_spread(content, measured), class_="soft"), _reading(content)] if measured else []
+    yield section("How far to trust a map", *body, *lost, *notes)
 
 
 def _interval(part: dict[str, Any]) -> str:
@@ -192,16 +194,18 @@ def _no_number(name: str, part: dict[str, Any]) -> str:
     return f"Stability of a radiograph {name}: not measured, since no map has any contrast."
 
 
-def _spread(content: dict[str, Any], known: dict[str, dict[str, Any]]) -> Iterator[str]:
-    first = next(iter(known.values()))
+def _spread(content: dict[str, Any], measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+    first = next(iter(measured.values()))
     yield (
         f"Correlations ({content['stability']['correlation']}), their mean over {first['num_radiographs']} radiographs of "
         f"{first['num_patients']} patients, drawn at random from the split; in small print the 95 % interval of that mean, by "
         "bootstrap over patients. Half of the radiographs lie between "
     )
-    yield "; ".join(f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in known.items())
+    yield "; ".join(
+        f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in measured.items()
+    )
     yield "."
-    if flat := max(part["num_without_contrast"] for part in known.values()):
+    if flat := max(part["num_without_contrast"] for part in measured.values()):
         yield f" {flat} maps have no contrast, hence no correlation, and are left out."
 
 
@@ -228,8 +232,8 @@ def _scale() -> Html:
     ]
     alt = "Colours of a map by its logit: blue below 0, orange above, clear near 0; the stronger, the further from 0"
     drawing = element("svg", *parts, viewBox=f"0 0 {width} 36", role="img", aria_label=alt, font_size="13")
-    words = "One scale for all maps, a cell's logit: blue lowers it, orange raises it, clear is near 0."
-    return element("figure", element("figcaption", words), drawing, class_="scale")
+    caption = "One scale for all maps, a cell's logit: blue lowers it, orange raises it, clear is near 0."
+    return element("figure", element("figcaption", caption), drawing, class_="scale")
 
 
 # ---- cards
@@ -243,15 +247,15 @@ def _sections(cards: Cards, drawable: bool) -> Iterator[Html]:
 
 
 def _card(study: Study, drawable: bool) -> Html:
-    shown = study.views[:_MOST_VIEWS]
-    views = [_figure(study, view, place, drawable) for place, view in enumerate(shown)]
-    more = len(study.views) - len(shown)
+    views_on_page = study.views[:_MOST_VIEWS]
+    views = [_figure(study, view, place, drawable) for place, view in enumerate(views_on_page)]
+    more = len(study.views) - len(views_on_page)
     rest = [element("p", f"{more} more views: gallery/{study.name}.png.", class_="soft")] if more else []
-    words = in_words(study.study_type)
-    code = [" ", element("small", study.study_type)] if words != study.study_type else []
+    type_name = in_words(study.study_type)
+    code = [" ", element("small", study.study_type)] if type_name != study.study_type else []
     return element(
         "article",
-        element("h3", words, *code),
+        element("h3", type_name, *code),
         element(
             "p",
             f"{CALLS[study.call].capitalize()} at probability {study.probability:.3f}. Label: {LABELS[study.label]}.",

@@ -33,8 +33,8 @@ def picture(study: Study) -> np.ndarray:
     drawn = any(heatmap.drawable(view.cells) for view in study.views)
     if drawn:
         heatmap.draw_scale(canvas, 2 * _GAP, height - 122, min(width - 4 * _GAP, 640), small)
-    words = "The map does not outline a lesion." if drawn else "No map: it has too few cells to be shown."
-    for number, text in enumerate((words, f"{mura.TERMS}.")):
+    caveat = "The map does not outline a lesion." if drawn else "No map: it has too few cells to be shown."
+    for number, text in enumerate((caveat, f"{mura.TERMS}.")):
         draw.text((2 * _GAP, height - 42 + 18 * number), text, "#5b6570", ImageFont.load_default(13))
     return np.asarray(canvas)
 

@@ -75,12 +75,12 @@ class Study:
 
 def choose(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, int]]:
     """Return (name, index in `studies`, call) of at most `num` studies, a quarter of each kind; fewer where there are fewer."""
-    known = studies[studies["label"].notna() & np.isfinite(studies["probability"].astype(float))]
-    label, called = known["label"].to_numpy(int), known["call"].to_numpy(int)
+    scored = studies[studies["label"].notna() & np.isfinite(studies["probability"].astype(float))]
+    label, called = scored["label"].to_numpy(int), scored["call"].to_numpy(int)
     kinds = {"missed": (1, 0), "false-alarm": (0, 1), "hit-abnormal": (1, 1), "hit-normal": (0, 0)}
     chosen = []
     for kind, (truth, call) in kinds.items():
-        group = known[(label == truth) & (called == call)]
+        group = scored[(label == truth) & (called == call)]
         if truth != call:
             group = group.sort_values("probability", ascending=call == 0, kind="stable")
         else:

@@ -311,13 +311,13 @@ class _Part:
         """The numbers, their intervals, their reasons."""
         counts, reasons = self.cells.sum(axis=0), dict[str, str]()
         num = int(counts.sum())
-        found: dict[str, Any] = {"num_studies": num, "num_without": len(self.cells) - num, "reasons": reasons}
-        found |= _ends(place, points, study_type, reasons)
+        entry: dict[str, Any] = {"num_studies": num, "num_without": len(self.cells) - num, "reasons": reasons}
+        entry |= _ends(place, points, study_type, reasons)
         why = "no study type has it" if study_type is None else points.why_not(study_type, place) if not num else ""
         if place == "band":
-            found["num_uncertain"] = int(counts[0])
+            entry["num_uncertain"] = int(counts[0])
         else:
-            found["confusion"] = dict(zip(CELLS, map(int, counts), strict=True))
+            entry["confusion"] = dict(zip(CELLS, map(int, counts), strict=True))
         for name, value in self.numbers(None).items():
             known = bool(np.isfinite(value))
             if known:
@@ -326,13 +326,13 @@ class _Part:
                 interval = None
                 missing = (name, f"{name}_low", f"{name}_high", f"{name}_interval")
                 reasons |= dict.fromkeys(missing, _UNDEFINED[name] if num else why)
-            found |= {
+            entry |= {
                 name: float(value) if known else None,
                 f"{name}_low": interval and interval.low,
                 f"{name}_high": interval and interval.high,
                 f"{name}_interval": interval and interval.kind,
             }
-        return found
+        return entry
 
 
 def _ends(place: str, points: Points, study_type: str | None, reasons: dict[str, str]) -> dict[str, float | None]:

@@ -167,23 +167,23 @@ class _Task:
     def headline(self, studies: pd.DataFrame) -> dict[str, Any]:
         """METRICS of some studies, with intervals."""
         group = Group.of(studies, self.threshold)
-        found = Entries.about(group)
-        if not found.problem:
-            found.put_values(group.values(group.ones(), METRICS), METRICS)
+        entries = Entries.about(group)
+        if not entries.problem:
+            entries.put_values(group.values(group.ones(), METRICS), METRICS)
             drawn = self.bootstrap(group, lambda weight: group.values(weight, METRICS))
-            found.put_bootstrap(drawn, METRICS, group.rate_counts())
-        return found.whole(_HEADLINE)
+            entries.put_bootstrap(drawn, METRICS, group.rate_counts())
+        return entries.whole(_HEADLINE)
 
     def group(self, studies: pd.DataFrame) -> dict[str, Any]:
         """Everything of some studies: metrics.json's `overall`, or one study type's."""
         group = Group.of(studies, self.threshold)
-        found, names = Entries.about(group), (*OF_CALLS, *OF_PROBABILITIES)
+        entries, names = Entries.about(group), (*OF_CALLS, *OF_PROBABILITIES)
         extra = ("ppv_at_prevalence", "npv_at_prevalence")
-        found.put("prevalence_assumed", self.prevalence, "no prevalence was asked for")
-        if not found.problem:
-            found.values["confusion"] = dict(zip(CELLS, map(int, group.counts()), strict=True))
-            found.values["prevalence"] = float(group.label.mean())
-            self._measure(found, group, names, extra)
+        entries.put("prevalence_assumed", self.prevalence, "no prevalence was asked for")
+        if not entries.problem:
+            entries.values["confusion"] = dict(zip(CELLS, map(int, group.counts()), strict=True))
+            entries.values["prevalence"] = float(group.label.mean())
+            self._measure(entries, group, names, extra)
         intervals = (*bounds((*names, *extra)), *kinds(names), *ASYMPTOTIC)
         keys = (*names, *extra, *intervals, "confusion", "prevalence", "prevalence_assumed")
         rest = (
@@ -193,9 +193,9 @@ class _Task:
             "interval_method",
             "num_resamples_dropped",
         )
-        return found.whole((*keys, *rest))
+        return entries.whole((*keys, *rest))
 
-    def _measure(self, found: Entries, group: Group, names: Sequence[str], extra: Sequence[str]) -> None:
+    def _measure(self, entries: Entries, group: Group, names: Sequence[str], extra: Sequence[str]) -> None:
         def statistic(weight: np.ndarray) -> dict[str, np.ndarray]:
             values = group.values(weight, names)
             if self.prevalence is not None:
@@ -203,34 +203,34 @@ class _Task:
                 values |= dict(zip(extra, metrics.at_prevalence(*rates, self.prevalence), strict=True))
             return values
 
-        found.put_values(statistic(group.ones()), (*names, *extra))
+        entries.put_values(statistic(group.ones()), (*names, *extra))
         drawn = self.bootstrap(group, statistic)
-        found.put_bootstrap(drawn, (*names, *extra), group.rate_counts())
-        found.put_asymptotic(group)
-        found.put_calibration_error(group.label, group.probability)
-        found.put("calibrated", self._calibrated(group), "no calibrated probability for all of these studies")
+        entries.put_bootstrap(drawn, (*names, *extra), group.rate_counts())
+        entries.put_asymptotic(group)
+        entries.put_calibration_error(group.label, group.probability)
+        entries.put("calibrated", self._calibrated(group), "no calibrated probability for all of these studies")
 
     def _calibrated(self, group: Group) -> dict[str, Any] | None:
         """The same of calibrated probabilities, as far as calibration changes it."""
         calibrated = group.calibrated
         if calibrated is None:
             return None
-        found = Entries({}, {}, "")
-        found.put_values(of_probabilities(group.label, calibrated, group.ones(), CALIBRATED), CALIBRATED)
+        entries = Entries({}, {}, "")
+        entries.put_values(of_probabilities(group.label, calibrated, group.ones(), CALIBRATED), CALIBRATED)
         drawn = self.bootstrap(group, lambda weight: of_probabilities(group.label, calibrated, weight, CALIBRATED))
-        found.put_bootstrap(drawn, CALIBRATED)
-        found.put_calibration_error(group.label, calibrated)
-        del found.values["interval_method"], found.values["num_resamples_dropped"]
-        return found.whole((*CALIBRATED, *bounds(CALIBRATED), "calibration_error", "calibration_error_method"))
+        entries.put_bootstrap(drawn, CALIBRATED)
+        entries.put_calibration_error(group.label, calibrated)
+        del entries.values["interval_method"], entries.values["num_resamples_dropped"]
+        return entries.whole((*CALIBRATED, *bounds(CALIBRATED), "calibration_error", "calibration_error_method"))
 
     def macro(self, studies: pd.DataFrame, by_type: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The unweighted mean over the study types that have both labels; its interval from resamples of all patients."""
         names = [name for name, group in by_type.items() if group["kappa"] is not None]
         kept = studies[studies["study_type"].isin(names)]
-        found = Entries({}, {}, "" if names else "no study type has studies of both labels")
-        found.values["method"] = "unweighted mean over study types"
-        found.values["num_study_types"] = len(names)
-        found.values["left_out"] = sorted(set(by_type) - set(names))
+        entries = Entries({}, {}, "" if names else "no study type has studies of both labels")
+        entries.values["method"] = "unweighted mean over study types"
+        entries.values["num_study_types"] = len(names)
+        entries.values["left_out"] = sorted(set(by_type) - set(names))
         if names:
             group = Group.of(kept, self.threshold)
             places = [np.flatnonzero(kept["study_type"].to_numpy() == name) for name in names]
@@ -240,9 +240,9 @@ class _Task:
                 each = [part.values(weight[:, place], METRICS) for part, place in zip(parts, places, strict=True)]
                 return {name: np.mean([one[name] for one in each], axis=0) for name in each[0]}
 
-            found.put_values(statistic(group.ones()), METRICS)
-            found.put_bootstrap(self.bootstrap(group, statistic), METRICS)
-        return found.whole(_OF_MACRO)
+            entries.put_values(statistic(group.ones()), METRICS)
+            entries.put_bootstrap(self.bootstrap(group, statistic), METRICS)
+        return entries.whole(_OF_MACRO)
 
 
 # ---- words

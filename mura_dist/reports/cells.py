@@ -68,8 +68,8 @@ def group_cell(name: str) -> Html:
     """Return a group's name for the first cell of its row: a study type in words, MURA's code in small print."""
     if name == "overall":
         return join(("All studies",))
-    words = in_words(name)
-    return join((words, element("small", name))) if words != name else join((name,))
+    type_name = in_words(name)
+    return join((type_name, element("small", name))) if type_name != name else join((name,))
 
 
 def num(value: int | None) -> str:

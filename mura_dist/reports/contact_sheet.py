@@ -89,6 +89,6 @@ def _readable(rows: pd.Index, pixels: Pixels, failed: list[int]) -> Iterator[Thu
 def _figure(frame: pd.DataFrame, thumb: Thumb) -> Html:
     line: dict[Any, Any] = frame.loc[thumb.row].to_dict()
     label = _LABELS[line["label"]]
-    words = f"{in_words(line['study_type'])}, {label}"
-    picture = element("img", src=local_only.uri(thumb.pixels), alt=f"{words}, a radiograph of {line['split']}")
-    return element("figure", picture, element("figcaption", words), class_=label)
+    caption = f"{in_words(line['study_type'])}, {label}"
+    picture = element("img", src=local_only.uri(thumb.pixels), alt=f"{caption}, a radiograph of {line['split']}")
+    return element("figure", picture, element("figcaption", caption), class_=label)

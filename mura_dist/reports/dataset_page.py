@@ -149,8 +149,8 @@ def _exposure(exposure: dict[str, Any], notes: Footnotes) -> Iterator[Html]:
         f"Mean grey level (0 black, 255 white) of {exposure['num_radiographs']:,} radiographs, evenly chosen. Where "
         "normal and abnormal differ, exposure alone tells something of the label: a shortcut a network will find.",
     )
-    whole = {"All radiographs": exposure["overall"], **exposure["split"]}
-    yield _grey_table(whole, notes)
+    exposure_by_split = {"All radiographs": exposure["overall"], **exposure["split"]}
+    yield _grey_table(exposure_by_split, notes)
     yield _grey_charts({"All radiographs": exposure["overall"]})
     yield folds(
         [
@@ -177,8 +177,8 @@ def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
     edges = GREY_EDGES.astype(int).tolist()
     for name, grey in named.items():
         series = {label: grey[f"{label}_histogram"] for label in _LABELS}
-        words = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
-        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {words}")
+        description = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
+        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {description}")
         charts.append(figure(chart, f"{mura.in_words(name)}, by their mean grey level."))
     return element("div", *charts, class_="wide pictures")
 

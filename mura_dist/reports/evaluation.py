@@ -70,17 +70,17 @@ def _body(report: Report) -> Iterator[Html]:
 
 
 def _head(report: Report) -> Iterator[Html]:
-    found, overall = report.findings, report.measured["overall"]
-    yield element("h1", found["title"])
+    content, overall = report.findings, report.measured["overall"]
+    yield element("h1", content["title"])
     yield element(
-        "p", " · ".join(f"{key}: {value or 'not given'}" for key, value in found["about"].items()), class_="soft"
+        "p", " · ".join(f"{key}: {value or 'not given'}" for key, value in content["about"].items()), class_="soft"
     )
-    yield from map(banner, found["stamps"])
+    yield from map(banner, content["stamps"])
     tiles = [tile(TITLES[name], number(overall[name]), _interval_words(report, name)) for name in METRICS]
     yield element("div", *tiles, class_="tiles")
-    for text in found["summary"]:
+    for text in content["summary"]:
         yield element("p", text)
-    for text in found["notes"]:
+    for text in content["notes"]:
         yield element("p", f"Note: {text}.", class_="soft")
 
 

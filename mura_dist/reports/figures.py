@@ -46,15 +46,17 @@ def _forest(found: Found, metric: str, chance: float) -> Picture:
     measured, others = found["metrics"], (found["published"].get("kappa", {}) if metric == "kappa" else {})
     rows = []
     for name, group in groups(measured).items():
-        words = f"{'all studies' if name == 'overall' else in_words(name)} ({group['num_studies']:,})"
-        rows.append(_row(words, group, metric, "square" if name == "overall" else "circle", others.get(name)))
+        row_label = f"{'all studies' if name == 'overall' else in_words(name)} ({group['num_studies']:,})"
+        rows.append(_row(row_label, group, metric, "square" if name == "overall" else "circle", others.get(name)))
     macro = measured.get("macro") or {}
     if macro.get(metric) is not None:
         rows.insert(1, _row(f"macro mean of {macro['num_study_types']}", macro, metric, "diamond"))
     title = f"{TITLES[metric]} with 95 % intervals"
-    said = "; ".join(f"{in_words(name)} {with_words(group, metric)}" for name, group in groups(measured).items())
+    description = "; ".join(f"{in_words(name)} {with_words(group, metric)}" for name, group in groups(measured).items())
     caption = f"{title}; in brackets the studies. Dotted: chance." + (" Hollow: the paper's." if others else "")
-    return pictures.forest(metric, rows, chance=chance, label=TITLES[metric], alt=f"{title}: {said}", caption=caption)
+    return pictures.forest(
+        metric, rows, chance=chance, label=TITLES[metric], alt=f"{title}: {description}", caption=caption
+    )
 
 
 def _row(name: str, group: Found, metric: str, mark: str, other: float | None = None) -> Row:
@@ -74,10 +76,10 @@ def _differences(comparison: Found, metric: str) -> Picture:
         for name, side in sides.items()
     ]
     title = f"{TITLES[metric]}, A less B, with 95 % intervals"
-    said = "; ".join(f"{in_words(name)} {with_words(side, 'difference')}" for name, side in sides.items())
+    description = "; ".join(f"{in_words(name)} {with_words(side, 'difference')}" for name, side in sides.items())
     label, caption = f"{TITLES[metric]}: A less B", f"{title}. Dotted: no difference."
     return pictures.forest(
-        f"difference-{metric}", rows, chance=0.0, label=label, alt=f"{title}: {said}", caption=caption, top=None
+        f"difference-{metric}", rows, chance=0.0, label=label, alt=f"{title}: {description}", caption=caption, top=None
     )
 
 

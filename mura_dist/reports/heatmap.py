@@ -64,9 +64,9 @@ def layer(cells: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def _interpolated(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the logits (h, w) at each pixel of `shape`."""
     far = 4 * EDGES[-1]  # where opacity no longer grows, so that an infinite cell has neighbours too
-    known = np.clip(np.nan_to_num(cells.astype(np.float32), nan=0, posinf=far, neginf=-far), -far, far)
+    finite = np.clip(np.nan_to_num(cells.astype(np.float32), nan=0, posinf=far, neginf=-far), -far, far)
     height, width = shape
-    return np.asarray(Image.fromarray(known).resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(finite).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _mixed(pixels: np.ndarray, logit: np.ndarray, strength: float = 1.0) -> np.ndarray:

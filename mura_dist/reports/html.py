@@ -149,11 +149,11 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "
         body.append(element("tr", element("th", row[0], scope="row"), *cells))
     named = {"role": "region", "aria_label": caption} if caption else {}
     look = {"class_": "stack"} if stacks else {}
-    whole = element(
+    framed_table = element(
         "div", element("table", head, element("tbody", *body), **look), class_="scroll", tabindex="0", **named
     )
     # Outside: a caption inside is as wide as the table, and scrolls away with it.
-    return join((element("p", caption, class_="caption"), whole)) if caption else whole
+    return join((element("p", caption, class_="caption"), framed_table)) if caption else framed_table
 
 
 def _cell(name: str, cell: Any) -> Html:

@@ -8,13 +8,13 @@ from mura_dist.reports.html import Html, facts, folded, plain, table
 
 def training(report: Report) -> Iterator[Html]:
     """Yield the training's curves and where its time went."""
-    found = report.findings["training"]
-    if found["ledger"] is None:
+    training_findings = report.findings["training"]
+    if training_findings["ledger"] is None:
         yield NOT_GIVEN
     parts = []
     if curves := [*report.shown([name for name in report.pictures if name.startswith("curve-")])]:
         parts.append(folded("Curves: loss, learning rate, AUROC, speed", *curves))
-    if lines := dict(_ledger(found["ledger"] or {}, report.findings["evaluation"] or {})):
+    if lines := dict(_ledger(training_findings["ledger"] or {}, report.findings["evaluation"] or {})):
         parts.append(folded("Where the time went", facts(lines)))
     if parts:
         yield folds(parts)
@@ -45,19 +45,19 @@ def _ledger(ledger: Found, evaluation: Found) -> Iterator[tuple[str, str]]:
 
 def origins(report: Report) -> Iterator[Html]:
     """Yield what each split did, the data, the settings, the ensemble's members and the versions."""
-    found, parts = report.findings, []
+    findings, parts = report.findings, []
     for title, key in (
         ("What each split did", "roles"),
         ("The data, and what its check found", "data"),
         ("Settings", "settings"),
     ):
-        values = {name: plain(value) for name, value in found[key].items()}
+        values = {name: plain(value) for name, value in findings[key].items()}
         parts.append(folded(title, facts(values) if values else NOT_GIVEN))
-    if members := found["members"]:
+    if members := findings["members"]:
         keys = [key for key in ("run", "checkpoint", "architecture", "select_loss", "sha256") if key in members[0]]
         rows = [[plain(member.get(key)) for key in keys] for member in members]
         parts.append(folded("Members of the ensemble", table([key.replace("_", " ") for key in keys], rows)))
     parts.append(
-        folded("Versions and machine", facts({key: plain(value) for key, value in found["environment"].items()}))
+        folded("Versions and machine", facts({key: plain(value) for key, value in findings["environment"].items()}))
     )
     yield folds(parts)

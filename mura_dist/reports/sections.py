@@ -156,8 +156,8 @@ def _sides(report: Report, part: Found, name: str) -> tuple[Any, ...]:
     side = part[name]
     if side is None:
         return "-", "-", join(("-", report.absence(part, name)))
-    whole = difference(side) | {"reasons": {"difference_low": part["reasons"].get(f"{name}_low", "")}}
-    return number(side["a"]), number(side["b"]), report.stacked(whole, "difference")
+    difference_entry = difference(side) | {"reasons": {"difference_low": part["reasons"].get(f"{name}_low", "")}}
+    return number(side["a"]), number(side["b"]), report.stacked(difference_entry, "difference")
 
 
 def _tests(report: Report, part: Found) -> Iterator[Any]:
@@ -214,7 +214,7 @@ def each(report: Report) -> Iterator[Html]:
             content.append(costs(report, points[name], calibration.get(name, {}), caption))
         numbers = (f"{word} {number(group[key])}" for word, key in (("kappa", "kappa"), ("AUROC", "auroc")))
         text = ", ".join((count(group["num_studies"], "study"), *numbers))
-        words = in_words(name)
-        code = [" ", element("small", name)] if words != name else []
-        parts.append(folded(join((element("strong", words), *code, f": {text}")), *content))
+        type_name = in_words(name)
+        code = [" ", element("small", name)] if type_name != name else []
+        parts.append(folded(join((element("strong", type_name), *code, f": {text}")), *content))
     yield folds(parts)

@@ -86,9 +86,12 @@ def _fitted(fitted: Found, split: str | None) -> Html:
         )
         why_not += [f"{in_words(name)}: {key}: {why}." for key, why in points.get("reasons", {}).items()]
     header = ("", "Normal", "Abnormal", "Slope", "Intercept", "log(N/A)", "Fitted on")
-    whole = table(header, rows, "Studies of the tune split.")
+    fit_table = table(header, rows, "Studies of the tune split.")
     return folded(
-        "What was fitted, by study type", *_fit_words(fitted, split), whole, *([bullets(why_not)] if why_not else [])
+        "What was fitted, by study type",
+        *_fit_words(fitted, split),
+        fit_table,
+        *([bullets(why_not)] if why_not else []),
     )
 
 
@@ -105,8 +108,8 @@ def operating(report: Report) -> Iterator[Html]:
             yield element("p", f"Left out, as nothing was fitted for them: {text}.", class_="soft")
         parts.append(folded("The uncertain band of each study type", _bands(report, points)))
         caption = "All study types, measured here; each has a threshold of its own. In small print the 95 % interval."
-        whole = costs(report, points["overall"], None, caption)
-        parts.append(folded("Thresholds, and what they cost", whole))
+        cost_table = costs(report, points["overall"], None, caption)
+        parts.append(folded("Thresholds, and what they cost", cost_table))
     elif measured.get("calibration") is None:
         yield NOT_GIVEN
     if measured["overall"].get("ppv") is not None or measured["overall"].get("npv") is not None:
