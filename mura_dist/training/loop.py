@@ -243,7 +243,7 @@ class Training:
         """Score the selecting split, tell `state`, log a line; False where a wish to stop came first, and nothing was done."""
         settings, state = self.plan.settings, self.state
 
-        def asked() -> bool:
+        def should_stop() -> bool:
             self.lines.evaluating(state.step, settings.select_on)
             return self.stop.is_set()
 
@@ -251,7 +251,9 @@ class Training:
         bar = self.journal.evaluating(settings.select_on, len(self.plan.select))
         try:
             with self.watch("evaluation"), self.engine.offered() as network, bar as progress:
-                results = scores(network, self.plan.select, self.loading, self.ranks, asked=asked, progress=progress)
+                results = scores(
+                    network, self.plan.select, self.loading, self.ranks, asked=should_stop, progress=progress
+                )
         except Interrupted:
             return False
         self.check_corrupt(len(results.damaged), self.plan.select, settings.select_on)

@@ -1,7 +1,7 @@
 """Send a run to an MLflow server: a process beside the training, which reads RUN/metrics.jsonl.
 
     python -m mura_dist.training.mlflow_reader     (mlflow_process.py starts it)
-    stdin: a line of JSON (Options), then how the training ended; its end is the training's    stdout: lines for the user
+    stdin: a line of JSON (Options), then how the training ended; its end is the training's   stdout: READY, lines for the user
     metrics.jsonl -> lines the server has not -> log_batch        at the end: recipe.toml, curves.png, metrics.json, report.html
 
 The server knows what was sent: each line's step is a metric too (`step/step`, `epoch/step`, `skip/step`), and before anything is
@@ -31,8 +31,9 @@ from mura_dist import __version__
 from mura_dist.core import files
 from mura_dist.core.errors import MASK, mask_url
 from mura_dist.training import metrics_log
+from mura_dist.training.mlflow_options import READY, Options
 
-STATE = "mlflow.json"
+STATE, LOCK = "mlflow.json", "mlflow.lock"
 ARTIFACTS = ("curves.png", "metrics.json", "report.html")  # none of them holds a radiograph, or a path of this machine
 EXPERIMENT = "mura_dist"  # unless MLFLOW_EXPERIMENT_NAME names another
 _KEY = "mura_dist.key"
@@ -52,16 +53,6 @@ ENVIRONMENT = {
 }
 
 
-class Options(BaseModel):
-    """What to send where. `settings`: those that may leave this machine; `recipe`: the same as TOML."""
-
-    server: str
-    folder: Path
-    name: str
-    settings: dict[str, Any]
-    recipe: str
-
-
 class _State(BaseModel):
     """mlflow.json's content. `key`: a tag of the MLflow run; `artifacts`: SHA-256 of what was sent, by name."""
 
@@ -75,10 +66,8 @@ class Reader:
     """Sends one run. Everything raises whatever MLflow and requests raise."""
 
     def __init__(self, options: Options) -> None:
-        from mlflow import MlflowClient
-
         self.options = options
-        self.client = MlflowClient(tracking_uri=options.server)
+        self.client = _client_class()(tracking_uri=options.server)
         self.state = self._read_state()
         self.last_steps: dict[str, int] = {}  # the last step on the server, by kind of line
         self.offset = -1  # of metrics.jsonl, up to which everything is on the server; -1: ask the server
@@ -164,14 +153,14 @@ class Reader:
 
         new = [line for line in lines if line["step"] > self.last_steps.get(line["kind"], -1)]
         for start in range(0, len(new), _LINES):
-            part, now_ms = new[start : start + _LINES], int(time.time() * 1000)
+            batch, now_ms = new[start : start + _LINES], int(time.time() * 1000)
             metrics = [
                 Metric(f"{line['kind']}/{name}", value, now_ms, line["step"])
-                for line in part
+                for line in batch
                 for name, value in numbers(line)
             ]
             self.client.log_batch(self.state.run_id, metrics=metrics)
-            self.last_steps |= {line["kind"]: line["step"] for line in part}
+            self.last_steps |= {line["kind"]: line["step"] for line in batch}
 
     def _read_state(self) -> _State:
         """Return what an earlier start left. Of another server, or damaged: a new key, hence another run."""
@@ -210,14 +199,17 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other reader sends this run: one of a training that was killed may still do."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
+    """Wait until no other reader sends this run: one of a training that was killed may still do.
+
+    NFS locks a file for one that may write it, and no folder.
+    """
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks, or a folder that is not ours to write
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, files.mode_of(path))
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def follow(options: Options, ends: "queue.Queue[str]", say: Callable[[str], None]) -> None:
@@ -237,15 +229,21 @@ def follow(options: Options, ends: "queue.Queue[str]", say: Callable[[str], None
             if reader is not None:
                 reader.offset = -1
             if not failed:
-                say(_missing(options, reason(error)))
+                say(_failure_text(options, reason(error), is_training=options.is_training and not outcome))
             failed, pause_s = True, min(max(pause_s, _POLL_S / 2) * 2, _MAX_PAUSE_S)
 
 
-def _missing(options: Options, why: str) -> str:
-    return (
-        f"MLflow: {mask_url(options.server)}: {why}; the training goes on without it, "
-        "what is missing is sent as soon as it answers, or by the next start of the run"
-    )
+def _failure_text(options: Options, why: str, *, is_training: bool) -> str:
+    remedy = options.remedy
+    if is_training:
+        remedy = f"the training continues, and sends what is missing once the server answers; after it, {remedy}"
+    return f"MLflow: {mask_url(options.server)}: {why}; {remedy}"
+
+
+def _client_class() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient
 
 
 def main() -> None:
@@ -260,9 +258,16 @@ def main() -> None:
         signal.alarm(_ORPHAN_S)
         ends.put(outcome)
 
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):  # the training was killed
+            print(line, flush=True)  # noqa: T201
+
     threading.Thread(target=listen, daemon=True).start()
+    with contextlib.suppress(Exception):  # where it cannot be loaded, follow() says why
+        _client_class()
+    say(READY)
     with alone(options.folder):
-        follow(options, ends, lambda line: print(line, flush=True))  # noqa: T201
+        follow(options, ends, say)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """mlflow_reader.py and mlflow_process.py: a real MLflow server has each number of a run once, and never holds a training up."""
 
+import contextlib
 import json
 import os
 import queue
@@ -19,14 +20,15 @@ from mura_dist.core import config
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import Refusal
 from mura_dist.training import metrics_log, mlflow_process, mlflow_reader
-from mura_dist.training.mlflow_reader import ENVIRONMENT, Options, numbers
+from mura_dist.training.mlflow_options import READY, Options
+from mura_dist.training.mlflow_reader import ENVIRONMENT, numbers
 from mura_dist.training.run import Run
 
 pytest.importorskip("mlflow", reason="needs the extras mlflow and dev")
 WALL_CLOCK = ("time_s", "images_per_s", "data_wait_share", "evaluation_s", "overhead_share")
-MISSING = (
-    "; the training goes on without it, what is missing is sent as soon as it answers, or by the next start of the run"
-)
+COMMAND = "mura-dist train RUN/recipe.toml"
+MISSING = f"; {COMMAND} sends what is missing"
+CONTINUES = "; the training continues, and sends what is missing once the server answers; after it, " + MISSING[2:]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,16 @@ def write_lines(folder: Path, steps: range) -> None:
 
 
 def options(folder: Path, server: str) -> Options:
-    return Options(server=server, folder=folder, name="name", settings={"epochs": 3}, recipe="epochs = 3\n")
+    settings = {"epochs": 3}
+    return Options(
+        server=server,
+        folder=folder,
+        name="name",
+        settings=settings,
+        recipe="epochs = 3\n",
+        is_training=True,
+        command=COMMAND,
+    )
 
 
 def send(folder: Path, server: str, **changes: Any) -> list[str]:
@@ -98,6 +109,17 @@ def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]],
         assert history == points, name
 
 
+def send_all(folder: Path) -> None:
+    """Send what the end of a training had no time for, on a busy machine."""
+    messages: list[str] = []
+    for _ in range(5):
+        messages.clear()
+        mlflow_process.send_rest(folder, messages.append)
+        if not messages:
+            return
+    raise AssertionError(messages)
+
+
 # ---- what a training sends
 
 
@@ -111,6 +133,7 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
     words = ("epochs=1", f"mlflow={server}", "seed=3", "loss_weights=none")
     assert (done := train(2, halved, folder, *words)).returncode == 0, done.stderr
     assert stderr_lines(done) == []
+    send_all(folder)
     [mlflow_run] = runs_of(server, tmp_path.name)
     assert (mlflow_run.info.status, mlflow_run.info.run_name) == ("FINISHED", "a run")
     assert json.loads((folder / "mlflow.json").read_text())["run_id"] == mlflow_run.info.run_id
@@ -120,6 +143,7 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
 
     assert (done := run("mura-dist", "evaluate", folder, halved, "--no-gallery")).returncode == 0, done.stderr
     assert (done := train(1, halved, folder, *words)).returncode == 0, done.stderr  # finished: it sends what is new
+    send_all(folder)
     [again] = runs_of(server, tmp_path.name)
     assert (again.info.run_id, again.info.status) == (mlflow_run.info.run_id, "FINISHED")
     has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"))
@@ -138,16 +162,18 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
 @pytest.mark.slow
 def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings = (*TINY, "epochs=6", f"shards={shard_folder}", f"run={folder}", f"mlflow={server}", "--quiet")
+    settings = (*TINY, f"shards={shard_folder}", f"run={folder}", f"mlflow={server}", "--quiet")
 
     def begun() -> bool:
-        """Its server has some of the 48 steps."""
+        """Its server has some of its steps."""
         mlflow_runs = runs_of(server, tmp_path.name)
         return bool(mlflow_runs) and mlflow_runs[0].data.metrics.get("step/step", 0) > 4
 
-    killed_when(begun, folder, "mura-dist", "train", *settings)
-    assert (done := run("mura-dist", "train", *settings)).returncode == 0, done.stderr
+    assert killed_when(begun, Path(f"run={folder}"), "mura-dist", "train", *settings, "epochs=2000")
+    num_epochs = metrics_log.read(folder / "metrics.jsonl")[-1]["epoch"] + 2
+    assert (done := run("mura-dist", "train", *settings, f"epochs={num_epochs}")).returncode == 0, done.stderr
     assert stderr_lines(done) == []
+    send_all(folder)
     [mlflow_run] = runs_of(server, tmp_path.name)
     assert mlflow_run.info.status == "FINISHED"
     has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"), redone=True)
@@ -172,7 +198,7 @@ runpy.run_module("mura_dist.training.mlflow_reader", run_name="__main__")
     done = subprocess.run(
         [sys.executable, "-c", code], input=text, capture_output=True, text=True, check=False, env=plain, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "")
+    assert (done.returncode, done.stdout) == (0, f"{READY}\n")
     port = int(server.rpartition(":")[2])
     allowed = [("127.0.0.1", port), ("127.0.0.1", str(port)), ("uname", ["uname", "-p"])]  # platform's
     assert set(record.read_text().splitlines()) <= {repr(each) for each in allowed}
@@ -269,7 +295,8 @@ def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, m
 
     with Proxy(server, fault) as proxy:
         mlflow_reader.follow(options(folder, proxy.address), Ends(), messages.append)
-    assert len(messages) == 1
+    [line] = messages
+    assert line.endswith(CONTINUES)
     [mlflow_run] = runs_of(server, tmp_path.name)
     assert mlflow_run.info.status == "KILLED"
     has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
@@ -290,29 +317,100 @@ def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: 
     return messages, time.monotonic() - started
 
 
+def rest_by(folder: Path) -> str:
+    return f"; mura-dist train {folder}/recipe.toml sends what is missing"
+
+
+BUSY_S = 30.0  # that a busy machine may take longer
+
+
 def test_a_server_that_was_never_there(tmp_path: Path) -> None:
     address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
     messages, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
-    assert messages == [f"MLflow: http://***@127.0.0.1:{port}: connection refused{MISSING}"]
-    assert seconds < mlflow_process.END_S + 1
+    beginning, remedy = f"MLflow: http://***@127.0.0.1:{port}: connection refused", rest_by(tmp_path / "run")
+    continues = "; the training continues, and sends what is missing once the server answers; after it, "
+    assert messages == [f"{beginning}{continues}{remedy[2:]}"]
+    assert seconds < mlflow_process.END_S + BUSY_S
+
+
+@pytest.mark.slow
+def test_an_end_at_once_waits_until_the_reader_has_started(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training shorter than the import of MLflow's client: `end_s` begins after that."""
+    monkeypatch.setattr(mlflow_process, "START_S", 60.0)
+    messages, _ = ended(tmp_path / "run", server, lambda _: True, 30.0)
+    assert messages == []
+    [mlflow_run] = runs_of(server, tmp_path.name)
+    assert mlflow_run.info.status == "FINISHED"
 
 
 def test_a_server_that_hangs(server: str, tmp_path: Path) -> None:
     with Proxy(server, lambda: "hang") as proxy:
         messages, seconds = ended(tmp_path / "run", proxy.address, lambda _: bool(proxy.authorization), 1.0)
-    assert messages == [
-        f"MLflow: {proxy.address} did not answer within 1 s; the next start of the run sends what is missing"
-    ]
-    assert 1 <= seconds < 2
+    assert messages == [f"MLflow: {proxy.address} did not answer within 1 s{rest_by(tmp_path / 'run')}"]
+    assert 1 <= seconds < 1 + BUSY_S
 
 
 def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
     messages, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
-    assert messages == [
-        "MLflow: http://127.0.0.1:9 got nothing: the reader failed (7); the next start of the run sends what is missing"
-    ]
+    remedy = rest_by(tmp_path / "run")
+    assert messages == [f"MLflow: http://127.0.0.1:9 got nothing: the reader failed (7){remedy}"]
+
+
+def test_a_reader_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late start is not a silent server, and `end_s` does not come on top of it."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(mlflow_process, "START_S", 1.0)
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
+    messages, seconds = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 300.0)
+    what = "got nothing: the reader did not start within 1 s"
+    assert messages == [f"MLflow: http://127.0.0.1:9 {what}{rest_by(tmp_path / 'run')}"]
+    assert seconds < 1 + BUSY_S
+
+
+def test_outside_a_training_no_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` and a finished `train`. The mask of a recipe on the disk is no user."""
+    folder = tmp_path / "a run"
+    write_lines(folder, range(1, 9))
+    address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
+    Run(folder, Settings(shards="s", run=str(folder), mlflow=address)).write_status("done", summary={})
+    (folder / "recipe.toml").write_text(config.to_toml(Settings(shards="s", run=str(folder), mlflow=address)))
+    monkeypatch.setattr(mlflow_process, "START_S", 60.0)
+    messages: list[str] = []
+    mlflow_process.send_rest(folder, messages.append)
+    remedy = f"mura-dist train '{folder}/recipe.toml' sends what is missing"
+    assert messages == [f"MLflow: http://127.0.0.1:{port}: connection refused; {remedy}"]
+
+
+def test_a_recipe_of_the_disk_logs_in_by_the_environment(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train RUN/recipe.toml`, whose address has a mask in place of user and password."""
+    monkeypatch.setattr(mlflow_process, "START_S", 60.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
+    with Proxy(server, lambda: "ok") as proxy:
+        address = proxy.address.replace("http://", "http://***@")
+        messages, _ = ended(tmp_path / "run", address, lambda _: bool(proxy.authorization), 30.0)
+    assert messages == []
+    assert set(proxy.authorization) == {"Basic dXNlcjpnZWhlaW0="}
+
+
+def test_one_reader_at_a_time_sends_a_run(tmp_path: Path) -> None:
+    """The second waits for the first. The lock is a file, which NFS locks too."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mura_dist.training.mlflow_reader import alone\n"
+        "with alone(Path(sys.argv[1])):\n    print('alone', flush=True)\n"
+    )
+    with mlflow_reader.alone(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["mlflow.lock"]
+        second = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(3.0)
+    assert second.communicate(timeout=60)[0] == "alone\n"
 
 
 def test_a_training_ends_alike_without_its_server(shard_folder: Path, tmp_path: Path) -> None:
@@ -335,3 +433,13 @@ def test_only_the_first_rank_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     of_folder = Run(tmp_path, Settings(shards="s", run=str(tmp_path), mlflow="http://127.0.0.1:9"))
     with mlflow_process.sending(of_folder, print, enabled=False):
         pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_needs_the_client(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(mlflow_process, "find_spec", lambda name: None)
+    settings = Settings(shards="s", run="r", mlflow="http://127.0.0.1:9")
+    with pytest.raises(ModuleNotFoundError, match="mlflow") if rank == 0 else contextlib.nullcontext():
+        mlflow_process.check_installed(settings)
