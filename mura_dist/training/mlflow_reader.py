@@ -233,11 +233,11 @@ def follow(options: Options, ends: "queue.Queue[str]", say: Callable[[str], None
             failed, pause_s = True, min(max(pause_s, _POLL_S / 2) * 2, _MAX_PAUSE_S)
 
 
-def _failure_text(options: Options, why: str, *, is_training: bool) -> str:
+def _failure_text(options: Options, cause: str, *, is_training: bool) -> str:
     remedy = options.remedy
     if is_training:
         remedy = f"the training continues, and sends what is missing once the server answers; after it, {remedy}"
-    return f"MLflow: {mask_url(options.server)}: {why}; {remedy}"
+    return f"MLflow: {mask_url(options.server)}: {cause}; {remedy}"
 
 
 def _client_class() -> Any:
