@@ -4,6 +4,7 @@
               data.json          which shards it learns from        environment.json   versions and machine
               metrics.jsonl, tensorboard/, curves.png   metrics_log.py  checkpoints/    checkpoint.py
               lock               lock.py: the one writer; a second one waits for it, then is refused
+              mlflow.json, mlflow.lock   mlflow_reader.py, where the run is sent to a server
 
 Opening decides: a new run, one to go on with, one that is finished, or another one (Refusal naming the key).
 """

@@ -171,7 +171,8 @@ def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: P
 
     assert killed_when(begun, Path(f"run={folder}"), "mura-dist", "train", *settings, "epochs=2000")
     num_epochs = metrics_log.read(folder / "metrics.jsonl")[-1]["epoch"] + 2
-    assert (done := run("mura-dist", "train", *settings, f"epochs={num_epochs}")).returncode == 0, done.stderr
+    done = run("mura-dist", "train", *settings, f"epochs={num_epochs}")
+    assert done.returncode == 0, done.stderr
     [line] = stderr_lines(done)
     assert line.startswith("taking over a stale lock of process ")
     send_all(folder)
