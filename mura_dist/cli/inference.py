@@ -17,8 +17,8 @@ from mura_dist.cli.options import (
     quiet_option,
     shared_option,
 )
-from mura_dist.core.plurals import count
 from mura_dist.distributed import environment
+from mura_dist.reports.plurals import count
 
 if TYPE_CHECKING:
     from mura_dist.inference.export.onnx import ExportReport

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core.errors import Refusal, nearest
-from mura_dist.core.plurals import count
 from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
@@ -32,6 +31,7 @@ from mura_dist.evaluation import table_files
 from mura_dist.evaluation.table_files import Sheet, shown, some
 from mura_dist.metrics.classification import is_positive
 from mura_dist.metrics.operating_points import STUDIES, THRESHOLD
+from mura_dist.reports.plurals import count
 
 POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one

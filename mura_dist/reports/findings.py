@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 
 from mura_dist import __version__
-from mura_dist.core.plurals import count
 from mura_dist.data import mura
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.intervals import WILSON
 from mura_dist.metrics.summary import absences, groups, number
 from mura_dist.reports import plots as pictures
 from mura_dist.reports import training_curves
+from mura_dist.reports.plurals import count
 
 FEW_STUDIES, FEW_OF_A_CLASS = 50, 10
 WIDE_BAND = 0.25  # share of the reported studies in the uncertain band, above which it is called wide

@@ -8,7 +8,6 @@ A section that has nothing to say yields nothing, and is left out; where somethi
 from collections.abc import Iterator
 from typing import Any
 
-from mura_dist.core.plurals import count
 from mura_dist.data.mura import in_words
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.summary import METRICS, groups, number
@@ -16,6 +15,7 @@ from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, betwe
 from mura_dist.reports.figures import difference, slug
 from mura_dist.reports.findings import TITLES, with_words
 from mura_dist.reports.html import Html, element, folded, join, table
+from mura_dist.reports.plurals import count
 from mura_dist.reports.threshold_sections import costs
 
 MANY_LOOKS = (

@@ -5,13 +5,13 @@ A Report in, markup out; see sections.py.
 
 from collections.abc import Iterator
 
-from mura_dist.core.plurals import count
 from mura_dist.data.mura import in_words
 from mura_dist.metrics.summary import groups, number
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, bullets, folds, group_cell, num
 from mura_dist.reports.figures import CALIBRATION
 from mura_dist.reports.findings import TITLES
 from mura_dist.reports.html import Html, element, folded, join, table
+from mura_dist.reports.plurals import count
 
 _RATES = ("sensitivity", "specificity", "ppv", "npv")
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from mura_dist.core.plurals import count
 from mura_dist.data import gate
 from mura_dist.data.mura import in_words
 from mura_dist.inference.page import failures
 from mura_dist.inference.page.examples import Example
 from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB, File, num_studies, study_types, told_types
 from mura_dist.reports.html import element
+from mura_dist.reports.plurals import count
 
 if TYPE_CHECKING:
     from mura_dist.inference.page.server import Serving
