@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mura_dist.core.errors import Refusal, nearest
@@ -57,9 +57,13 @@ def as_interrupt() -> contextlib.AbstractContextManager[None]:
     return _heard({signal.SIGTERM: signal.default_int_handler})
 
 
-def ignored() -> contextlib.AbstractContextManager[None]:
-    """Ignore SIGINT and SIGTERM: around a server that handles both and raises them again when it has ended."""
-    return _heard({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN})
+def handled_by(stop: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Call `stop` on SIGINT and SIGTERM: around a server that handles them while it runs, and raises them again when it ends."""
+
+    def handler(number: int, frame: Any) -> None:
+        stop()
+
+    return _heard({signal.SIGINT: handler, signal.SIGTERM: handler})
 
 
 @contextlib.contextmanager

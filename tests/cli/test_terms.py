@@ -122,7 +122,10 @@ def test_the_page_says_them_last_once_it_listens(
         with socket.create_connection(("127.0.0.1", port), timeout=10):
             pass
         process.send_signal(signal.SIGINT)
-        _, more = process.communicate(timeout=60)
+        try:
+            _, more = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert before[0] == f"the page: http://127.0.0.1:{port}   (Ctrl-C ends it)"
     assert [line[:30] for line in before[1:]] == ["no example is a drawing of a s"] * (known_drawings is False)
     assert out.read_text().splitlines() == before

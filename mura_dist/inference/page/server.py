@@ -16,6 +16,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ def serve(
             lines = [f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
             if studies and model.card.of_drawings and not digests:
                 lines.append(_NONE_KNOWN)
-            announce(lines)
-            with signals.ignored():
-                _server(Guard(app, hosts, security_headers(_policy()))).run(sockets=[listener])
+            server = _server(Guard(app, hosts, security_headers(_policy())))
+            with signals.handled_by(partial(setattr, server, "should_exit", True)):
+                announce(lines)
+                server.run(sockets=[listener])
 
 
 def _warnings(address: str, hosts: Hosts) -> list[str]:

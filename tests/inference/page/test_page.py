@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -25,6 +26,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import faulty_upload_reader
+from helpers.commands import free_port
 from helpers.models import card_of, tiny, with_card
 from helpers.page import choose, chromium, served, until, upload
 from helpers.studies import simulated
@@ -447,6 +449,20 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
 
 
 # ---- what a person sees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_as_soon_as_its_address_is_printed(plain: Path, number: signal.Signals) -> None:
+    """Before the server has handlers of its own, too."""
+    code = (
+        "import os, sys; from pathlib import Path; from mura_dist.inference.page.server import serve\n"
+        "model, port, number = sys.argv[1:]\n"
+        "serve(Path(model), port=int(port), announce=lambda lines: os.kill(os.getpid(), int(number)))"
+    )
+    command = [sys.executable, "-c", code, str(plain), str(free_port()), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def expect(locator: Any) -> Any:
