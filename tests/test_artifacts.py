@@ -22,7 +22,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive, unpacked; no test writes into it."""
     folder = tmp_path_factory.mktemp("v0.1.0")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     return folder
 
 
