@@ -17,7 +17,7 @@ from PIL import Image
 
 from mura_dist.cli.main import DONE, WRONG, main
 from mura_dist.core import config
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models.card import Card
 from mura_dist.training.state import State
 
@@ -227,10 +227,10 @@ def test_a_checkpoints_state_of_another_type_is_refused() -> None:
     assert State.of(saved).to_json() == saved
     for path in places(saved):
         for value in VALUES:
-            with contextlib.suppress(Refusal):
+            with contextlib.suppress(UserError):
                 assert isinstance(State.of(put(saved, path, value)).step, int)
         if len(path) == 1 and path != ("corrupt_samples",):
-            with pytest.raises(Refusal, match=r"state\.json .* is damaged"):
+            with pytest.raises(UserError, match=r"state\.json .* is damaged"):
                 State.of({key: value for key, value in saved.items() if key != path[0]})
 
 
@@ -241,11 +241,11 @@ def test_a_cards_field_of_another_type_is_refused() -> None:
         for value in VALUES:
             try:
                 assert 0 < Card.parse(json.dumps(put(card, path, value)), "m").size <= 2048
-            except Refusal as refusal:
+            except UserError as refusal:
                 refused += "\n" not in str(refusal)
     assert refused > 200
     for text in ("[" * 100_000, '{"size": ' + "[" * 900 + "]" * 900 + "}", "NaN", "", "7"):
-        with pytest.raises(Refusal, match="damaged mura_dist metadata"):
+        with pytest.raises(UserError, match="damaged mura_dist metadata"):
             Card.parse(text, "m")
 
 
@@ -255,7 +255,7 @@ def test_a_hostile_recipe_is_one_line(value: str, tmp_path: Path) -> None:
         if field.annotation is str:
             continue
         (tmp_path / "recipe.toml").write_text(f'shards = "s"\nrun = "r"\n{key} = {value}\n')
-        with contextlib.suppress(Refusal):
+        with contextlib.suppress(UserError):
             found = getattr(config.load(tmp_path / "recipe.toml"), key)
             assert not isinstance(found, int) or abs(found) < 2**63
             assert not isinstance(found, float) or math.isfinite(found)

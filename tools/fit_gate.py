@@ -117,7 +117,7 @@ class Pictures:
         for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
             try:
                 looks = [radiograph.look(path, size) for size in SIZES]
-            except radiograph.Unreadable:
+            except radiograph.UnreadableFileError:
                 continue
             images = [look.image for look in looks]
             values = [gate.statistics(image) for image in images]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.metrics import summary
 
 
@@ -33,10 +33,10 @@ def main() -> int:
 
 
 def measured_of(folder: Path) -> dict[str, Any]:
-    """Refusal where it was not evaluated yet."""
+    """UserError where it was not evaluated yet."""
     path = folder / "metrics.json"
     if not path.is_file():
-        raise Refusal(f"{folder} holds no metrics.json; mura-dist evaluate {folder} SHARDS makes it")
+        raise UserError(f"{folder} holds no metrics.json; mura-dist evaluate {folder} SHARDS makes it")
     return json.loads(path.read_bytes())
 
 
@@ -44,13 +44,13 @@ def over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[st
     """How runs that differ by their seed differ in what they reach: by group and headline metric, {"mean", "deviation"}.
 
     measured: the runs' metrics.json. deviation: of a sample (n - 1), None of one run; both None where a run has no such
-    number. It says how far training varies, nothing of other patients: that is each run's interval. Raises Refusal where the
+    number. It says how far training varies, nothing of other patients: that is each run's interval. Raises UserError where the
     runs were not measured alike.
     """
     first = measured[0]
     for key in ("split", "manifest_sha256", "operating_point", "selected_on"):
         if other := next((one[key] for one in measured if one[key] != first[key]), None):
-            raise Refusal(f"runs measured with {key}={first[key]} and {key}={other}; evaluate all of them alike")
+            raise UserError(f"runs measured with {key}={first[key]} and {key}={other}; evaluate all of them alike")
     return {
         name: {metric: _spread([summary.groups(one)[name][metric] for one in measured]) for metric in summary.METRICS}
         for name in summary.groups(first)
@@ -80,6 +80,6 @@ def over_runs_table(spreads: dict[str, dict[str, dict[str, Any]]], num_runs: int
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"tools/over_runs.py: {refusal}", file=sys.stderr)
         sys.exit(2)

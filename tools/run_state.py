@@ -14,7 +14,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page that asks has a line for it
 
 from mura_dist.core import config
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 from mura_dist.training.run import Run
 
 
@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     settings = config.load(recipe, [word for word in words if "=" in word])
     if name:
         if name not in type(settings).model_fields:
-            raise Refusal(f"no setting {name!r}{nearest(name, type(settings).model_fields)}")
+            raise UserError(f"no setting {name!r}{nearest(name, type(settings).model_fields)}")
         print(getattr(settings, name))
         return 0
     status = Run(Path(settings.run), settings).status()
@@ -38,6 +38,6 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"tools/run_state.py: {refusal}", file=sys.stderr)
         sys.exit(2)

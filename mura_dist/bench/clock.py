@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.bench.workload import Load
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.distributed import processes
 
 _PROBES, _PROBE_S = 3, 0.7  # turns of each number of workers; no longer than a round's
@@ -51,7 +51,7 @@ class Contender:
 def play(
     contenders: Sequence[Contender], load: Load, *, rounds: int, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """rounds, contenders and ratios, as `runner.run` documents them. Raises Failure where a contender dies."""
+    """rounds, contenders and ratios, as `runner.run` documents them. Raises RunError where a contender dies."""
     images: dict[str, list[int]] = {contender.name: [] for contender in contenders}
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:
@@ -66,7 +66,7 @@ def play(
                 rates[name].append(num_images / taken)
                 say(f"round {number} of {rounds}: {name}: {rates[name][-1]:.2f} images/s")
     except BrokenProcessPool as error:
-        raise Failure("a contender's process died, perhaps out of memory; give fewer --radiographs") from error
+        raise RunError("a contender's process died, perhaps out of memory; give fewer --radiographs") from error
     results = [
         {"name": c.name, "ours": c.ours, "num_images": sum(images[c.name]), "images_per_s": spread(rates[c.name])}
         | chosen[c.name]

@@ -18,7 +18,7 @@ from mura_dist.bench.clock import Contender
 from mura_dist.bench.prediction import provider
 from mura_dist.bench.streams import device, stream
 from mura_dist.bench.workload import Load, Options
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.shards.codec import SUFFIX
 from mura_dist.data.shards.reader import Shards
 
@@ -64,13 +64,13 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
 
 
 def size_of(model: Path, size: int | None) -> int:
-    """The pixels of a side that `model` takes. Raises Refusal for another --size, and for what is no model of ours."""
+    """The pixels of a side that `model` takes. Raises UserError for another --size, and for what is no model of ours."""
     from mura_dist.inference.engine import Tuning
     from mura_dist.inference.onnx_model import Model
 
     wanted = Model.load(model, tuning=Tuning(threads=1)).size
     if size not in (None, wanted):
-        raise Refusal(f"--size {size}: {model} takes {wanted} px; leave --size out, or give --size {wanted}")
+        raise UserError(f"--size {size}: {model} takes {wanted} px; leave --size out, or give --size {wanted}")
     return wanted
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from mura_dist.bench.clock import spread
 from mura_dist.bench.streams import Epochs, count, endless
 from mura_dist.bench.workload import Load
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 
 EPOCHS = 10
 _START = "from mura_dist.bench.footprint import main; main()"
@@ -70,7 +70,7 @@ def _fresh(loader: Loader, load: Load) -> dict[str, float]:
     command = [sys.executable, "-c", _START]
     done = subprocess.run(command, input=pickle.dumps((started, loader, load)), stdout=subprocess.PIPE, check=False)
     if done.returncode or not done.stdout:
-        raise Failure(f"the process of {loader.name} ended with status {done.returncode}; its words are above")
+        raise RunError(f"the process of {loader.name} ended with status {done.returncode}; its words are above")
     return json.loads(done.stdout)
 
 

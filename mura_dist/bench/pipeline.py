@@ -25,7 +25,7 @@ from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
 from mura_dist.bench.streams import Epochs, device, stream
 from mura_dist.bench.workload import ROTATE_DEG, Load, Options
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data.loaders import sampler
 
 CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw shards"
@@ -136,7 +136,7 @@ def originals(files: Path, load: Load) -> Epochs:
         data = np.frombuffer(os.pread(tar, size, offset), np.uint8)
         grey = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)  # (H, W) uint8
         if grey is None:
-            raise Failure(f"{load.paths[row]}: OpenCV does not decode it; give --data without it")
+            raise RunError(f"{load.paths[row]}: OpenCV does not decode it; give --data without it")
         return cv2.resize(grey, (load.size, load.size), interpolation=cv2.INTER_AREA)
 
     def epoch() -> Iterator[Any]:

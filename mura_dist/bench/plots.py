@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 _OURS, _THEIRS = "#1f6f8b", "#b8b8b8"
 _LINE_INCHES, _HEAD_INCHES, _LINE_CHARACTERS = 0.21, 0.8, 64
@@ -30,14 +30,14 @@ class Panel(NamedTuple):
 
 
 def check(path: Path) -> None:
-    """Before minutes of measuring: raises Refusal for what cannot be written, ModuleNotFoundError without matplotlib."""
+    """Before minutes of measuring: raises UserError for what cannot be written, ModuleNotFoundError without matplotlib."""
     import matplotlib  # noqa: F401
 
     if path.suffix.lower() != ".png":
-        raise Refusal(f"--plot {path}: the plot is a PNG; give a name that ends in .png")
+        raise UserError(f"--plot {path}: the plot is a PNG; give a name that ends in .png")
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise Refusal(f"--plot {path}: {what}; give a file in a folder that is there")
+        raise UserError(f"--plot {path}: {what}; give a file in a folder that is there")
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:

@@ -26,7 +26,7 @@ _CALIBRATED = 16  # radiographs
 def contenders(load: Load) -> list[Contender]:
     from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 
-    import_onnxruntime()  # or a Refusal, before the minute of the exports
+    import_onnxruntime()  # or a UserError, before the minute of the exports
     fp32, stock = load.scratch / "model.onnx", load.scratch / "stock.onnx"
     files = {("fp32", provider()): fp32}
     if provider() == "cpu":

@@ -17,7 +17,7 @@ from mura_dist.bench.clock import Contender, Work, process
 from mura_dist.bench.streams import device
 from mura_dist.bench.training import batches, labels, our_network, settings_of
 from mura_dist.bench.workload import Load
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 RANKS = 2
 _TIMEOUT_S = 300.0
@@ -38,9 +38,9 @@ def contenders(load: Load) -> list[Contender]:
 
 
 def check_devices(num_gpus: int) -> None:
-    """Raise Refusal on a machine with one GPU: NCCL wants one for each rank."""
+    """Raise UserError on a machine with one GPU: NCCL wants one for each rank."""
     if 0 < num_gpus < RANKS:
-        raise Refusal(
+        raise UserError(
             f"bench ranks: this machine shows {num_gpus} GPU, {RANKS} ranks need one each; show more of them "
             '(CUDA_VISIBLE_DEVICES), or measure on the CPU: CUDA_VISIBLE_DEVICES="" mura-dist bench ranks'
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mura_dist.bench.workload import Load, Options, prepare
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 
 class Defaults(NamedTuple):
@@ -46,8 +46,8 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
     Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
     {median, min, max}, workers, and `tried`, images/s with each number of workers a peer was tried with) and ratios {"ours /
     theirs": {median, min, max}}; of pipeline also `start` (footprint.py), of encodings `encodings`, of train
-    `activations`. `what` is one of BENCHES. Raises Refusal for options that do not serve it and for a folder that does not
-    serve, Failure where a contender dies.
+    `activations`. `what` is one of BENCHES. Raises UserError for options that do not serve it and for a folder that does not
+    serve, RunError where a contender dies.
     """
     import tempfile
 
@@ -77,11 +77,11 @@ def _settle(what: str, options: Options) -> tuple[int, int]:
     default = BENCHES[what]
     number = options.radiographs or (default.phantoms if options.data is None else default.data)
     if options.batch > number:
-        raise Refusal(f"--batch {options.batch}: must be at most the radiographs, {number}; give --radiographs more")
+        raise UserError(f"--batch {options.batch}: must be at most the radiographs, {number}; give --radiographs more")
     if options.model is None:
         return options.size or default.size, number
     if what != "encodings":
-        raise Refusal(f"--model {options.model}: bench {what} takes none, bench encodings does; leave it out")
+        raise UserError(f"--model {options.model}: bench {what} takes none, bench encodings does; leave it out")
     return encodings.size_of(options.model, options.size), number
 
 

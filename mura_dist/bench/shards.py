@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mura_dist.bench.clock import Contender, Work
 from mura_dist.bench.workload import Load
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 
 _READ = """
 import sys
@@ -56,4 +56,4 @@ def reading(load: Load) -> Work:
 
 def _succeed(process: subprocess.Popen) -> None:
     if process.wait():
-        raise Failure(f"a process of the benchmark ended with status {process.returncode}; its words are above")
+        raise RunError(f"a process of the benchmark ended with status {process.returncode}; its words are above")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ class Load:
 def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
     """`number` radiographs of --data, or of phantoms, of which no more are drawn than it takes; as links, repeated as copies.
 
-    Raises Refusal for a folder that does not serve.
+    Raises UserError for a folder that does not serve.
     """
     from mura_dist.data.source.scan import scan
 
@@ -77,7 +77,7 @@ def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
     taken = [known[place * len(known) // number] for place in range(number)] if number < len(known) else known
     usable = [(path, patient) for path, patient in taken if _everyone_reads(scanned.root / path)]
     if not usable:
-        raise Refusal(f"--data {source}: none of its files is a sound PNG or JPEG; give a folder that has some")
+        raise UserError(f"--data {source}: none of its files is a sound PNG or JPEG; give a folder that has some")
     paths = []
     for place in range(number):
         copy, (path, patient) = place // len(usable), usable[place % len(usable)]
@@ -110,6 +110,6 @@ def _everyone_reads(path: Path) -> bool:
 
     try:
         radiograph.read(path, 32)
-    except radiograph.Unreadable:
+    except radiograph.UnreadableFileError:
         return False
     return path.suffix.lower() in (".png", ".jpg", ".jpeg")

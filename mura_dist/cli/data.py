@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mura_dist.cli.options import Choice, Command, a_path, a_place, progress_bar, quiet_option, shared_option
-from mura_dist.core.errors import Failure, Refusal, mask_url
+from mura_dist.core.errors import RunError, UserError, mask_url
 
 
 @click.command(
@@ -95,7 +95,7 @@ def _report_text(out: Path | str) -> str:
     try:
         return report.text(files.parse_json(storage.of(out).read("report.json")))
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, IsADirectoryError) as error:
-        raise Refusal(
+        raise UserError(
             f"{out}/report.json is damaged ({type(error).__name__}); delete index.json, then the same command"
         ) from error
 
@@ -113,7 +113,7 @@ def verify(out: Path | str, quiet: bool) -> None:
         problems += 1
         click.echo(problem)
     if problems:
-        raise Failure(
+        raise RunError(
             f"{out}: {problems} problems; delete the damaged shards' .json files and index.json, then convert again"
         )
     num = sum(part["num_radiographs"] for part in Shards.open(out).index["splits"].values())

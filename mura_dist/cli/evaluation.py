@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mura_dist.cli.options import Command, a_path, a_place, progress_bar, quiet_option, shared_option
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
@@ -92,14 +92,14 @@ def evaluate(
 
     target = Target.parse(path)
     if split not in mura.SPLITS:
-        raise Refusal(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
+        raise UserError(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
     if prevalence is not None and not 0 < prevalence < 1:
-        raise Refusal(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
+        raise UserError(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
     if provider != "cpu" and target.kind != "onnx":
-        raise Refusal(f"--provider {provider}: {path} is no ONNX file, torch computes it; leave --provider out")
+        raise UserError(f"--provider {provider}: {path} is no ONNX file, torch computes it; leave --provider out")
     point = named(operating_point) if operating_point is not None else None
     if out is None and target.kind == "onnx":
-        raise Refusal(f"{path} is a file, so --out is needed; give --out DIR for the report")
+        raise UserError(f"{path} is a file, so --out is needed; give --out DIR for the report")
     target.check_checkpoint(which)
     out = out or target.report_folder
     say = Console(stderr=True, quiet=quiet or not environment.is_first()).print

@@ -18,11 +18,11 @@ from mura_dist import __version__
 from mura_dist.cli import benchmarks, data, evaluation, inference, training
 from mura_dist.cli.options import Commands
 from mura_dist.core.errors import (
-    CommonFailure,
-    Failure,
-    OwnRefusal,
-    Refusal,
-    Stopped,
+    CollectiveRunError,
+    RunError,
+    RankLocalUserError,
+    UserError,
+    StopRequestedError,
     install_remedy,
     is_out_of_memory,
     mask_url,
@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status. One line on stderr says why it is not 0."""
     try:
         cli.main(list(arguments) if arguments is not None else None, prog_name="mura-dist", standalone_mode=False)
-    except Refusal as error:
-        return _end(WRONG, str(error), only_first=not isinstance(error, OwnRefusal))
+    except UserError as error:
+        return _end(WRONG, str(error), only_first=not isinstance(error, RankLocalUserError))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return WRONG
@@ -79,12 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(word.startswith("--pseudonyms") for word in command_line):
             text = f"{text.partition(' (')[0].rstrip('.')}."
         return _end(WRONG, f"{text} See {command} --help.", only_first=True)
-    except Stopped as error:
+    except StopRequestedError as error:
         return _end(STOPPED, str(error), only_first=True)
     except (KeyboardInterrupt, click.Abort):
         return _end(STOPPED, "stopped; the same command goes on", only_first=True)
-    except Failure as error:
-        return _end(FAILED, str(error), only_first=isinstance(error, CommonFailure))
+    except RunError as error:
+        return _end(FAILED, str(error), only_first=isinstance(error, CollectiveRunError))
     except ModuleNotFoundError as error:
         from mura_dist.cli.extras import extras_of
 
@@ -129,7 +129,7 @@ def _speaks() -> bool:
     """Each machine's first: what it lacks, the others may have."""
     try:
         return environment.local_rank() == 0
-    except Refusal:  # who knows which rank it is; that is what is being said
+    except UserError:  # who knows which rank it is; that is what is being said
         return True
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
 
@@ -65,7 +65,7 @@ class Commands(click.Group):
         command = super().get_command(context, name)
         if command is None:
             names = self.list_commands(context)
-            raise Refusal(f"no command {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+            raise UserError(f"no command {name!r}{nearest(name, names)}; there are {', '.join(names)}")
         return command
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -96,7 +96,7 @@ class LocalPath(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if "://" in str(value):
             name = _parameter_name(param, ctx)
-            raise Refusal(
+            raise UserError(
                 f"{name} {value}: must be a path of this machine, not a URL; copy it here, then give that path"
             )
         return Path(value)
@@ -109,7 +109,7 @@ class Choice(click.Choice):
         if value in self.choices:
             return value
         name = _parameter_name(param, ctx)
-        raise Refusal(f"{name} {value!r}{nearest(value, self.choices)}: must be one of {', '.join(self.choices)}")
+        raise UserError(f"{name} {value!r}{nearest(value, self.choices)}: must be one of {', '.join(self.choices)}")
 
 
 shared_option = click.option(

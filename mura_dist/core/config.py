@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from mura_dist.core import setting_names
-from mura_dist.core.errors import Refusal, mask_url, nearest
+from mura_dist.core.errors import UserError, mask_url, nearest
 
 
 class Trait(Enum):
@@ -283,7 +283,7 @@ def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
     """Read the settings of a recipe file and of `key=value` words; the words win.
 
     Raises:
-        Refusal: names all wrong keys, values and words at once, each with its source, and all missing settings.
+        UserError: names all wrong keys, values and words at once, each with its source, and all missing settings.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     sources = dict.fromkeys(values, str(recipe))
@@ -298,7 +298,7 @@ def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
 
 
 def check(values: dict[str, Any], where: str) -> Settings:
-    """Return checked settings; `where` is their source. Raises Refusal, which names all wrong and missing ones."""
+    """Return checked settings; `where` is their source. Raises UserError, which names all wrong and missing ones."""
     return _validate(values, {}, [], where)
 
 
@@ -373,7 +373,7 @@ def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Pr
     if missing := [key for key in missing if key not in candidates]:
         problems.append((origin, _missing_text(missing)))
     if problems:
-        raise Refusal(f"{_by_source(problems)}; see mura-dist train --help")
+        raise UserError(f"{_by_source(problems)}; see mura-dist train --help")
     return settings
 
 
@@ -417,19 +417,19 @@ def _contradiction(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's values, not checked yet. Raises Refusal where it is missing or damaged."""
+    """Return a recipe's values, not checked yet. Raises UserError where it is missing or damaged."""
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
-            raise Refusal(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes; give a recipe, a TOML file")
+            raise UserError(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes; give a recipe, a TOML file")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
-        raise Refusal(f"{path} is nested too deep; write one `key = value` a line") from None
+        raise UserError(f"{path} is nested too deep; write one `key = value` a line") from None
     except FileNotFoundError:
-        raise Refusal(f"{path}: no such recipe; launch/recipes/ has some") from None
+        raise UserError(f"{path}: no such recipe; launch/recipes/ has some") from None
     except IsADirectoryError:
-        raise Refusal(f"{path} is a folder; give a recipe, a TOML file") from None
+        raise UserError(f"{path} is a folder; give a recipe, a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} is not TOML ({error}); write one `key = value` a line") from None
+        raise UserError(f"{path} is not TOML ({error}); write one `key = value` a line") from None
 
 
 def _value(key: str, text: str) -> Any:

@@ -1,8 +1,8 @@
 """The three ways a command ends without its result, none of them a traceback.
 
-`Refusal`: the request was wrong (exit status 2). Its text is one line that names the value, the limit and the remedy.
-`Failure`: the request was right, the work failed (exit status 1).
-`Stopped`: stopped on request (exit status 3); the same command goes on.
+`UserError`: the request was wrong (exit status 2). Its text is one line that names the value, the limit and the remedy.
+`RunError`: the request was right, the work failed (exit status 1).
+`StopRequestedError`: stopped on request (exit status 3); the same command goes on.
 """
 
 import difflib
@@ -60,23 +60,23 @@ class _Line:
         super().__init__(*(mask_url(word) if isinstance(word, str) else word for word in words))
 
 
-class Refusal(_Line, ValueError):
+class UserError(_Line, ValueError):
     """The user asked for something that cannot be done as asked. `str(refusal)` is the line to print."""
 
 
-class OwnRefusal(Refusal):
+class RankLocalUserError(UserError):
     """Of one rank, whichever it is: the others know nothing of it, so that it has to say it itself."""
 
 
-class Stopped(_Line, Exception):
+class StopRequestedError(_Line, Exception):
     """A signal asked the work to stop; everything done so far is on disk."""
 
 
-class Failure(_Line, RuntimeError):
+class RunError(_Line, RuntimeError):
     """The request was right and the work failed (exit status 1). `str(failure)` is the line to print."""
 
 
-class CommonFailure(Failure):
+class CollectiveRunError(RunError):
     """Raised on every rank in the same words: the first one prints them for all."""
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mura_dist.core.errors import Refusal, os_reason
+from mura_dist.core.errors import UserError, os_reason
 
 _LOCKS = os.name == "posix"  # Windows does not delete a file that is open
 if _LOCKS:
@@ -255,7 +255,7 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
 
 
 def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
-    """Parse a JSON file as `parse_json`. Raises Refusal where it is missing, too large or damaged, with the remedy; OSError."""
+    """Parse a JSON file as `parse_json`. Raises UserError where it is missing, too large or damaged, with the remedy; OSError."""
     try:
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size  # a read of n bytes takes memory for all n beforehand
@@ -264,9 +264,9 @@ def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
             raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
         return parse_json(data, schema)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise Refusal(f"{path}: {os_reason(error)}; {remedy}") from None
+        raise UserError(f"{path}: {os_reason(error)}; {remedy}") from None
     except ValueError as error:
-        raise Refusal(f"{path} is damaged ({error}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def _refuse_constant(name: str) -> Any:
@@ -290,12 +290,12 @@ def _check_depth(value: Any) -> None:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refusal where `folder` neither is nor can become one to write into: asked before the work, not after it."""
+    """UserError where `folder` neither is nor can become one to write into: asked before the work, not after it."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise Refusal(f"{option}: {there} is a file, {folder} has to be a folder; give another place")
+        raise UserError(f"{option}: {there} is a file, {folder} has to be a folder; give another place")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise Refusal(
+        raise UserError(
             f"{option}: {there} cannot be written (read-only, or another user's); make it so, or give another place"
         )
 
@@ -304,21 +304,21 @@ def user_folder(variable: str, default: str) -> Path:
     """Return the folder that an environment variable names, or else `default` below the user's home.
 
     Raises:
-        Refusal: neither is known: HOME is not set, and the system does not know the user (a container's).
+        UserError: neither is known: HOME is not set, and the system does not know the user (a container's).
     """
     if named := os.environ.get(variable):
         return Path(named)
     try:
         return Path.home() / default
     except RuntimeError:
-        raise Refusal(
+        raise UserError(
             f"HOME is not set and this user is unknown to the system; set HOME, or {variable}=FOLDER"
         ) from None
 
 
 def expand_user(path: str) -> Path:
-    """Return a path whose leading ~ is the user's home. Raises Refusal where that is not known."""
+    """Return a path whose leading ~ is the user's home. Raises UserError where that is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise Refusal(f"{path}: the home that ~ stands for is not known; write the whole path, or set HOME") from None
+        raise UserError(f"{path}: the home that ~ stands for is not known; write the whole path, or set HOME") from None

@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import MASK, Failure, Refusal, Stopped, install_remedy, is_io_fault, mask_url
+from mura_dist.core.errors import MASK, RunError, UserError, StopRequestedError, install_remedy, is_io_fault, mask_url
 
 _SHORTEST_SECRET = 4
 
@@ -60,7 +60,7 @@ def sha256(path: Path) -> str:
 
 
 def of(where: Where) -> "Place":
-    """Refusal where the URL's protocol is unknown or its package is missing. A local folder need not exist."""
+    """UserError where the URL's protocol is unknown or its package is missing. A local folder need not exist."""
     return Remote(str(where)) if is_remote(where) else Local(Path(where))
 
 
@@ -202,12 +202,12 @@ class Local(Place):
 
 
 class Remote(Place):
-    """Through fsspec. Whatever a store's own library raises comes out as OSError or, one line, as Failure."""
+    """Through fsspec. Whatever a store's own library raises comes out as OSError or, one line, as RunError."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
         if any(masked in url for masked in (f"{MASK}@", f"?{MASK}", f"#{MASK}")):
-            raise Refusal(
+            raise UserError(
                 f"{url}: its credentials were masked where it was kept; give the URL with them, or let the store find them "
                 "(environment, configuration files)"
             )
@@ -285,7 +285,7 @@ class Remote(Place):
             if isinstance(one, OSError):
                 _hide(one, self.url)
             elif isinstance(one, Exception):
-                raise Failure(f"{self.url}: {type(one).__name__}: {_hidden(str(one), self.url)}") from one
+                raise RunError(f"{self.url}: {type(one).__name__}: {_hidden(str(one), self.url)}") from one
         return contents
 
     @contextlib.contextmanager
@@ -340,20 +340,20 @@ def _spoken(url: str) -> Iterator[None]:
     protocol = url.partition("://")[0]
     try:
         yield
-    except (Refusal, Failure, Stopped):
+    except (UserError, RunError, StopRequestedError):
         raise
     except OSError as error:
         _hide(error, url)
         raise
     except ImportError as error:
         needed = error.name or f"fsspec's package for {protocol}://"
-        raise Refusal(f"{url}: needs {needed}, which is not installed; {install_remedy('remote')}") from error
+        raise UserError(f"{url}: needs {needed}, which is not installed; {install_remedy('remote')}") from error
     except ValueError as error:
-        raise Refusal(
+        raise UserError(
             f"{url}: {_hidden(str(error), url)}; give a local folder, or a URL of a store fsspec knows, as s3://bucket/folder"
         ) from error
     except Exception as error:
-        raise Failure(f"{url}: {type(error).__name__}: {_hidden(str(error), url)}") from error
+        raise RunError(f"{url}: {type(error).__name__}: {_hidden(str(error), url)}") from error
 
 
 def _hidden(text: str, url: str) -> str:

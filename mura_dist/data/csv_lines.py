@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 DELIMITERS = ",;\t"
 _SNIFFED_LINES = 100
@@ -42,20 +42,20 @@ def decode(data: bytes, name: str, *, errors: str = "strict") -> str:
         errors: what becomes of bytes that are not UTF-8, as bytes.decode has it.
 
     Raises:
-        Refusal: where the bytes are no text, or not of their encoding.
+        UserError: where the bytes are no text, or not of their encoding.
     """
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in data:
-        raise Refusal(f"{name} is not a text file (it holds zero bytes); save the table as `CSV UTF-8`")
+        raise UserError(f"{name} is not a text file (it holds zero bytes); save the table as `CSV UTF-8`")
     try:
         return data.decode(encoding, errors=errors if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         if encoding != "utf-8-sig":
-            raise Refusal(
+            raise UserError(
                 f"{name} is not {encoding.upper()}, as its first bytes say; save it as `CSV UTF-8`"
             ) from error
         line = data.count(b"\n", 0, error.start) + 1
-        raise Refusal(
+        raise UserError(
             f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}); save it as `CSV UTF-8`"
         ) from error
 
@@ -93,7 +93,7 @@ def read_lines(
         strict, skipinitialspace, delimiter: as csv.reader has them.
 
     Raises:
-        Refusal: where a line is no CSV.
+        UserError: where a line is no CSV.
     """
     file = io.StringIO(text, newline="")
     reader = csv.reader(file, strict=strict, skipinitialspace=skipinitialspace, delimiter=delimiter)
@@ -102,7 +102,7 @@ def read_lines(
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, cells
     except csv.Error as error:
-        raise Refusal(f"{name} line {reader.line_num} is no CSV ({error}); {remedy}") from error
+        raise UserError(f"{name} line {reader.line_num} is no CSV ({error}); {remedy}") from error
 
 
 def parse_number(cell: str) -> float | None:

@@ -17,7 +17,7 @@ from mura_dist.data.dicom_header import Header, is_dicom
 from mura_dist.data.dicom_identity import DicomIdentity, read_identity
 from mura_dist.data.dicom_pixels import PALETTE, Pixels, read_pixels
 from mura_dist.data.dicom_transform import present
-from mura_dist.data.grey import Unreadable, check_size, find_extent, map_blocks, sample_colors, scale
+from mura_dist.data.grey import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
 __all__ = ["DicomIdentity", "decode", "is_dicom", "read_identity"]
 
@@ -37,7 +37,7 @@ def decode(data: bytes) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]
     width, height, samples = (header.require(keyword) for keyword in ("Columns", "Rows", "SamplesPerPixel"))
     check_size(width, height)
     if samples not in (1, 3):
-        raise Unreadable("unreadable", f"{samples} samples a pixel, neither grey nor colour")
+        raise UnreadableFileError("unreadable", f"{samples} samples a pixel, neither grey nor colour")
     photometric = _photometric(header, samples)
     pixels = read_pixels(header, (height, width, samples), photometric)
     if photometric in _MONOCHROME:
@@ -50,19 +50,19 @@ def _check_scope(header: Header) -> None:
     modality = dicom_header.label(dataset, "Modality")
     sop_class = dicom_header.label(header.meta, "MediaStorageSOPClassUID") or dicom_header.label(dataset, "SOPClassUID")
     if not (modality or sop_class) or ("Rows" not in dataset and sop_class in _SOP_CLASSES):
-        raise Unreadable("unreadable", "its DICOM header is damaged or cut short")
+        raise UnreadableFileError("unreadable", "its DICOM header is damaged or cut short")
     if modality not in _MODALITIES and (modality not in ("", *_WRITTEN_FOR_DX) or sop_class not in _SOP_CLASSES):
-        raise Unreadable("out_of_scope", "its DICOM modality is none of CR, DX, RG or a secondary capture")
+        raise UnreadableFileError("out_of_scope", "its DICOM modality is none of CR, DX, RG or a secondary capture")
     if "Rows" not in dataset:
-        raise Unreadable("out_of_scope", "a DICOM without an image, a report for instance")
+        raise UnreadableFileError("out_of_scope", "a DICOM without an image, a report for instance")
     if (dicom_header.integer(dataset, "NumberOfFrames") or 1) > 1:
-        raise Unreadable("out_of_scope", "a DICOM of several frames")
+        raise UnreadableFileError("out_of_scope", "a DICOM of several frames")
     if sop_class == _FOR_PROCESSING or dicom_header.label(dataset, "PresentationIntentType") == "FOR PROCESSING":
-        raise Unreadable("out_of_scope", "raw detector data 'for processing'; send the image 'for presentation'")
+        raise UnreadableFileError("out_of_scope", "raw detector data 'for processing'; send the image 'for presentation'")
 
 
 def _photometric(header: Header, samples: int) -> str:
-    """Return what the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises Unreadable."""
+    """Return what the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises UnreadableFileError."""
     label = dicom_header.label(header.dataset, "PhotometricInterpretation")
     name = _BY_LETTERS.get(label.replace(" ", ""), label)
     if samples == 3 and name in _COLORS:
@@ -70,7 +70,7 @@ def _photometric(header: Header, samples: int) -> str:
     if samples == 1 and name in (*_MONOCHROME, PALETTE):
         return name
     if samples == 3 or not name or name.startswith("MONOCHROME"):
-        raise Unreadable(
+        raise UnreadableFileError(
             "unreadable", "PhotometricInterpretation of its DICOM header does not say what its samples are"
         )
     header.ignore("PhotometricInterpretation")
@@ -82,7 +82,7 @@ def _from_monochrome(pixels: Pixels, header: Header, photometric: str) -> np.nda
     stored, padding, domain = pixels
     first, last = int(stored.min()), int(stored.max())
     if last - first > 0xFFFF:
-        raise Unreadable("unreadable", "its DICOM pixels are not grey integers of up to 16 bits")
+        raise UnreadableFileError("unreadable", "its DICOM pixels are not grey integers of up to 16 bits")
     image = stored if padding is None else stored[~padding]
     span = slice(int(image.min()) - first, int(image.max()) - first + 1)
     table = present(np.arange(first, last + 1), span, domain, header)  # (V,) uint8

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mura_dist.data.grey import Unreadable
+from mura_dist.data.grey import UnreadableFileError
 
 _ITEM, _DELIMITER = 0xE000FFFE, 0xE0DDFFFE
 _SIZ = b"\xff\x4f\xff\x51"  # JPEG 2000: start of codestream, image and tile size
@@ -34,7 +34,7 @@ class Codestream(NamedTuple):
 
 
 def join_fragments(pixel_data: bytes) -> bytes:
-    """Join the fragments of a picture of one frame. Raises Unreadable where they are of several.
+    """Join the fragments of a picture of one frame. Raises UnreadableFileError where they are of several.
 
     The table of offsets before them is for finding frames: of one frame, whatever it says is of no use.
     """
@@ -44,7 +44,7 @@ def join_fragments(pixel_data: bytes) -> bytes:
         if tag == _DELIMITER:
             break
         if tag != _ITEM or offset + 8 + length > len(view):
-            raise Unreadable("unreadable", "its DICOM pixel data is damaged or cut short")
+            raise UnreadableFileError("unreadable", "its DICOM pixel data is damaged or cut short")
         starts.add(offset)
         fragments.append(view[offset + 8 : offset + 8 + length])
         offset += 8 + length
@@ -52,15 +52,15 @@ def join_fragments(pixel_data: bytes) -> bytes:
     first = 8 + len(table)
     offsets = {first + offset for (offset,) in struct.iter_unpack("<I", table[: len(table) // 4 * 4])}
     if len(offsets) > 1 and pictures and offsets <= starts:
-        raise Unreadable("out_of_scope", "a DICOM of several frames")
+        raise UnreadableFileError("out_of_scope", "a DICOM of several frames")
     return b"".join(pictures or [table])
 
 
 def read_codestream(frame: bytes) -> Codestream:
-    """Read the headers of a JPEG, JPEG-LS or JPEG 2000. Raises Unreadable where they contradict each other."""
+    """Read the headers of a JPEG, JPEG-LS or JPEG 2000. Raises UnreadableFileError where they contradict each other."""
     streams = set(_jpeg2000(frame) if _SIZ in frame else _jpeg(frame))
     if len(streams) != 1:
-        raise Unreadable("unreadable", "the image in its DICOM says several sizes, or none")
+        raise UnreadableFileError("unreadable", "the image in its DICOM says several sizes, or none")
     return streams.pop()
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from mura_dist.data import body_parts
-from mura_dist.data.grey import Unreadable
+from mura_dist.data.grey import UnreadableFileError
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _SYNTAXES = {  # of data that are not compressed, by (implicit, little endian)
@@ -54,10 +54,10 @@ class Header:
         self.note(f"{keyword} unusable and ignored")
 
     def require(self, keyword: str) -> int:
-        """Return an attribute's integer. Raises Unreadable, which names it, where there is none."""
+        """Return an attribute's integer. Raises UnreadableFileError, which names it, where there is none."""
         value = integer(self.dataset, keyword)
         if value is None:
-            raise Unreadable("unreadable", f"its DICOM header has no usable {keyword}")
+            raise UnreadableFileError("unreadable", f"its DICOM header has no usable {keyword}")
         return value
 
 
@@ -95,7 +95,7 @@ def _opens_bare(data: bytes, order: str) -> bool:
 
 
 def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: list[str] | None = None) -> Header:
-    """Parse a DICOM that is_dicom knows. Raises Unreadable for a deflated one, and whatever pydicom does.
+    """Parse a DICOM that is_dicom knows. Raises UnreadableFileError for a deflated one, and whatever pydicom does.
 
     A data set that ends in the midst of its pixels comes out empty. pydicom's dcmread is not used: it would inflate
     without a bound.
@@ -110,7 +110,7 @@ def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: li
     meta = FileMetaDataset(read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
     uid = str(meta.get("TransferSyntaxUID") or "").strip(" \0")
     if uid == _DEFLATED:
-        raise Unreadable("out_of_scope", "a deflated DICOM; store it uncompressed or as JPEG 2000")
+        raise UnreadableFileError("out_of_scope", "a deflated DICOM; store it uncompressed or as JPEG 2000")
     implicit, little = next((encoding for encoding, plain in _SYNTAXES.items() if plain == uid), (False, True))
     if not uid:
         implicit, little = _guess_encoding(file)

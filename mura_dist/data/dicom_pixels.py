@@ -13,7 +13,7 @@ import numpy as np
 from mura_dist.data import dicom_header, dicom_values
 from mura_dist.data.dicom_codestream import Codestream, join_fragments, read_codestream
 from mura_dist.data.dicom_header import Header
-from mura_dist.data.grey import Unreadable
+from mura_dist.data.grey import UnreadableFileError
 
 _RLE = "1.2.840.10008.1.2.5"
 PALETTE = "PALETTE COLOR"
@@ -37,12 +37,12 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(header: Header, shape: tuple[int, int, int], photometric: str) -> Pixels:
-    """Decode the pixels; shape: rows, columns, samples as the header says. Raises Unreadable, or whatever a decoder does."""
+    """Decode the pixels; shape: rows, columns, samples as the header says. Raises UnreadableFileError, or whatever a decoder does."""
     bits, signed = header.require("BitsStored"), header.require("PixelRepresentation")
     if not 1 <= bits <= header.require("BitsAllocated"):
-        raise Unreadable("unreadable", "BitsStored of its DICOM header is none of 1 to BitsAllocated")
+        raise UnreadableFileError("unreadable", "BitsStored of its DICOM header is none of 1 to BitsAllocated")
     if signed not in (0, 1):
-        raise Unreadable("unreadable", "PixelRepresentation of its DICOM header is neither 0 nor 1")
+        raise UnreadableFileError("unreadable", "PixelRepresentation of its DICOM header is neither 0 nor 1")
     decode = _decode_compressed if header.syntax.is_encapsulated else _decode_plain
     words, photometric, stream = decode(header, _decoder(header.syntax), shape, photometric)
     if stream is None:
@@ -70,7 +70,7 @@ def _decode_compressed(header: Header, decoder: Any, shape: tuple[int, int, int]
     else:
         stream = read_codestream(frame)
         if (stream.height, stream.width, stream.samples) != shape:
-            raise Unreadable("unreadable", "its DICOM header and the image inside differ in size")
+            raise UnreadableFileError("unreadable", "its DICOM header and the image inside differ in size")
         options["bits_allocated"] = 8 if stream.precision <= 8 else 16 if stream.precision <= 16 else 32
         if stream.samples == 3 and stream.transforms_color:
             options["photometric_interpretation"] = "RGB"
@@ -83,7 +83,7 @@ def _decode_plain(header: Header, decoder: Any, shape: tuple[int, int, int], pho
     """Data that are not compressed."""
     data, allocated = header.dataset["PixelData"], header.require("BitsAllocated")
     if data.is_undefined_length:
-        raise Unreadable("unreadable", "its DICOM pixels are compressed, and TransferSyntaxUID does not say how")
+        raise UnreadableFileError("unreadable", "its DICOM pixels are compressed, and TransferSyntaxUID does not say how")
     if (
         photometric == "YBR_FULL_422" and len(data.value) >= math.prod(shape) * allocated // 8
     ):  # the label says two thirds
@@ -102,7 +102,7 @@ def _decoder(syntax: Any) -> Any:
     except NotImplementedError:  # video, JPEG XL, JPIP, private ones and what has been retired
         decoder = None
     if decoder is None or (syntax.is_encapsulated and "pylibjpeg" not in decoder.available_plugins):
-        raise Unreadable("out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000")
+        raise UnreadableFileError("out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000")
     return decoder
 
 
@@ -115,7 +115,7 @@ def _decode(decoder: Any, data: bytes, shape: tuple[int, int, int], options: dic
     options = sizes | plain | {"bits_stored": options["bits_allocated"]} | options
     words, properties = decoder.as_array(data, raw=True, decoding_plugin=plugin, **options)
     if words.ndim != 2 + (shape[2] > 1):
-        raise Unreadable("unreadable", "its DICOM header says one frame, its PixelData holds more")
+        raise UnreadableFileError("unreadable", "its DICOM header says one frame, its PixelData holds more")
     return words, str(properties["photometric_interpretation"])
 
 
@@ -136,12 +136,12 @@ def _planar(header: Header, samples: int) -> int:
 def _is_ybr(values: np.ndarray) -> bool:
     """Return whether colors that no stream transforms are as the label says, or RGB, which is more frequent. (H, W, 3) uint8.
 
-    Radiographs are grey: the colors of YBR stay at 128 then, those of RGB are alike. Raises Unreadable for neither.
+    Radiographs are grey: the colors of YBR stay at 128 then, those of RGB are alike. Raises UnreadableFileError for neither.
     """
     first, others = values[..., :1].astype(np.int16), values[..., 1:].astype(np.int16)
     from_ybr, from_rgb = (float(np.abs(others - grey).mean()) for grey in (128, first))
     if max(from_ybr, from_rgb) < 2 * min(from_ybr, from_rgb):
-        raise Unreadable(
+        raise UnreadableFileError(
             "unreadable", "PhotometricInterpretation of its DICOM header and its JPEG 2000 contradict each other"
         )
     return from_ybr <= from_rgb
@@ -156,7 +156,7 @@ def _to_rgb(values: np.ndarray, photometric: str, header: Header) -> np.ndarray:
     if photometric not in _YBR:
         return values
     if values.dtype != np.uint8:
-        raise Unreadable(
+        raise UnreadableFileError(
             "unreadable", "PhotometricInterpretation of its DICOM header is for 8 bits, its pixels have more"
         )
     return convert_color_space(values, "YBR_FULL", "RGB")

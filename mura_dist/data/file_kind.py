@@ -1,13 +1,13 @@
 """What a file is, by its first bytes: which of Pillow's readers it is for, or why there is no radiograph to read.
 
-    bytes -> pillow_reader -> "PNG", "JPEG", "TIFF" or "JPEG2000"; else Unreadable, which names the kind and the remedy
+    bytes -> pillow_reader -> "PNG", "JPEG", "TIFF" or "JPEG2000"; else UnreadableFileError, which names the kind and the remedy
 
 What the file is called plays no role. dicom.py tells a DICOM, before any of these.
 """
 
 import re
 
-from mura_dist.data.grey import Code, Unreadable
+from mura_dist.data.grey import Code, UnreadableFileError
 
 HEAD_BYTES = 1 << 16
 
@@ -110,11 +110,11 @@ def pillow_reader(data: bytes) -> str:
     """Return the name of the reader for a file's bytes, of which the first HEAD_BYTES tell.
 
     Raises:
-        Unreadable: none of Pillow's readers should try. The reason names what the file is, where its bytes say so.
+        UnreadableFileError: none of Pillow's readers should try. The reason names what the file is, where its bytes say so.
     """
     reader = next((name for signature, name in _READERS.items() if data.startswith(signature)), "")
     if reader == "JPEG" and (variant := _jpeg_variant(data)):
-        raise Unreadable(
+        raise UnreadableFileError(
             "unreadable", f"a {variant} outside of DICOM is not read; store it as DICOM, PNG or plain JPEG"
         )
     if reader and not (reader == "TIFF" and data[8:10] == b"CR"):  # Canon's raw file opens as a TIFF of its preview
@@ -123,12 +123,12 @@ def pillow_reader(data: bytes) -> str:
     for code, remedy, kinds in _REFUSED:
         for kind, opening in kinds.items():
             if re.match(opening, head, re.DOTALL):
-                raise Unreadable(code, f"{kind}; {remedy}")
+                raise UnreadableFileError(code, f"{kind}; {remedy}")
     if not data:
-        raise Unreadable("not_image", "the file is empty")
+        raise UnreadableFileError("not_image", "the file is empty")
     if not head.strip(b"\0"):
-        raise Unreadable("not_image", "it begins with nothing but zeros, as a copy that broke off does; copy it again")
-    raise Unreadable("not_image", "it does not begin as any image format does")
+        raise UnreadableFileError("not_image", "it begins with nothing but zeros, as a copy that broke off does; copy it again")
+    raise UnreadableFileError("not_image", "it does not begin as any image format does")
 
 
 def _jpeg_variant(data: bytes) -> str:

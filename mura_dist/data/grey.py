@@ -2,7 +2,7 @@
 
     values (H, W) of any depth -> find_extent, scale -> uint8 (H, W)
 
-A file that gives no radiograph raises Unreadable with one of five codes.
+A file that gives no radiograph raises UnreadableFileError with one of five codes.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _GREY_MODES = ("1", "L", "LA", "La")
 _SAMPLE_PX = 64  # of a side of `Look.colours`
 
 
-class Unreadable(Exception):
+class UnreadableFileError(Exception):
     """This file gives no radiograph. `reason` is one plain sentence: no path, no DICOM value, no library's words."""
 
     def __init__(self, code: Code, reason: str) -> None:
@@ -35,9 +35,9 @@ class Unreadable(Exception):
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise Unreadable where a header promises more than MAX_PIXELS."""
+    """Raise UnreadableFileError where a header promises more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
-        raise Unreadable("too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise UnreadableFileError("too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
 def find_extent(values: np.ndarray) -> tuple[float, float]:

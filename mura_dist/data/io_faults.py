@@ -1,6 +1,6 @@
 """When faults of reading end a run early: many in a row, or a source that is gone.
 
-the failures of a run's files, in order -> IoFaults -> Failure
+the failures of a run's files, in order -> IoFaults -> RunError
 
 One such fault ends nothing: the file is listed with code io_error, and the same command reads it again.
 """
@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.core.storage import Where
 from mura_dist.data.grey import Code
 
@@ -25,12 +25,12 @@ class IoFaults:
         self._source, self._in_row = source, 0
 
     def check(self, code: str, reason: str) -> None:
-        """Take note of a file's code, which is empty for a file that was read. Raises Failure where the run is to end."""
+        """Take note of a file's code, which is empty for a file that was read. Raises RunError where the run is to end."""
         self._in_row = self._in_row + 1 if code == IO_ERROR else 0
         if code in _SUSPECT and _is_gone(self._source):
-            raise Failure(f"{self._source} is gone, or empty; bring it back, then the same command goes on")
+            raise RunError(f"{self._source} is gone, or empty; bring it back, then the same command goes on")
         if self._in_row >= MAX_IN_ROW:
-            raise Failure(
+            raise RunError(
                 f"{MAX_IN_ROW} files of {self._source} in a row could not be read, the last one {reason}; fix the disk or the "
                 "network, then the same command goes on"
             )

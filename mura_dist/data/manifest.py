@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.mura import Radiograph
 
@@ -61,14 +61,14 @@ class Manifest:
         try:
             frame = pd.read_csv(path, dtype=text, keep_default_na=False, index_col="row")
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:  # pandas has no kind of its own
-            raise Refusal(f"{path} is not a manifest ({error}); make the shards again") from error
+            raise UserError(f"{path} is not a manifest ({error}); make the shards again") from error
         if tuple(frame.columns) != COLUMNS[1:] or not np.array_equal(frame.index, np.arange(len(frame))):
-            raise Refusal(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")
+            raise UserError(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")
         for column, limit, fits in _LIMITS:
             strange = frame.index[~fits(frame[column])]
             if len(strange):
                 value = frame.loc[strange[0], column]
-                raise Refusal(f"{path} row {strange[0]}: {column} {value!s:.100} ({limit}); make the shards again")
+                raise UserError(f"{path} row {strange[0]}: {column} {value!s:.100} ({limit}); make the shards again")
         return cls(frame.astype({"view": np.int64, "label": np.int64}))
 
     def to_csv(self) -> bytes:
@@ -99,7 +99,7 @@ def cut_tune(manifest: Manifest, fraction: float, seed: int, groups: Sequence[Se
     that they stay together; a group of more than 1/fraction patients stays in train.
     """
     if not 0 <= fraction <= 0.5:
-        raise Refusal(f"--tune {fraction}: must lie between 0 (no tune split) and 0.5; the default is 0.1")
+        raise UserError(f"--tune {fraction}: must lie between 0 (no tune split) and 0.5; the default is 0.1")
     train = manifest.frame[manifest.frame["split"] == "train"]
     name_of = {patient: group[0] for group in groups for patient in group}
     unit = pd.Series([name_of.get(name, name) for name in train["patient"]], index=train.index, dtype=object)

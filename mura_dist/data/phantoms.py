@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.mura import STUDY_TYPES
 from mura_dist.distributed.processes import processors
 from mura_dist.distributed.processes import start as start_workers
@@ -536,15 +536,15 @@ def draw(
     """Draw a phantom set under `out` in MURA's layout, with its CSVs; the same call again finishes what a kill left.
 
     `progress(done, studies)` is called as studies are drawn. Returns the counts of the set. The bytes do not depend on
-    `workers` (by default one for each processor). Raises Refusal for a request that cannot be drawn or an `out` that
+    `workers` (by default one for each processor). Raises UserError for a request that cannot be drawn or an `out` that
     holds something else.
     """
     if studies < MIN_STUDIES:
-        raise Refusal(f"studies={studies}: both labels in train and valid need at least {MIN_STUDIES}; raise --studies")
+        raise UserError(f"studies={studies}: both labels in train and valid need at least {MIN_STUDIES}; raise --studies")
     if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
-        raise Refusal(f"size={size}: a radiograph is drawn {MIN_SIZE_PX} to {MAX_SIZE_PX} pixels long; change --size")
+        raise UserError(f"size={size}: a radiograph is drawn {MIN_SIZE_PX} to {MAX_SIZE_PX} pixels long; change --size")
     if not 0 <= seed < 2**64:
-        raise Refusal(f"seed={seed}: the seed is a whole number from 0 to 2**64 - 1; change --seed")
+        raise UserError(f"seed={seed}: the seed is a whole number from 0 to 2**64 - 1; change --seed")
     planned = plan(studies, seed)
     mark = {"phantoms": True, "studies": studies, "size": size, "seed": seed, "version": VERSION}
     if not _finished(out, mark):
@@ -560,18 +560,18 @@ def draw(
 
 
 def _finished(out: Path, mark: dict[str, Any]) -> bool:
-    """Whether `out` holds this very set; raises Refusal where it holds anything that is not the beginning of it."""
+    """Whether `out` holds this very set; raises UserError where it holds anything that is not the beginning of it."""
     if out.exists() and not out.is_dir():
-        raise Refusal(f"out={out} is a file; a phantom set is a folder; give another path")
+        raise UserError(f"out={out} is a file; a phantom set is a folder; give another path")
     for name in (MARK, STARTED):
         if (out / name).is_file():
             there = _read_mark(out / name)
             if there != mark:
                 told = ", ".join(f"{key}={there.get(key)}" for key in ("studies", "size", "seed", "version"))
-                raise Refusal(f"out={out} holds another set ({told}); one folder holds one set; give a new folder")
+                raise UserError(f"out={out} holds another set ({told}); one folder holds one set; give a new folder")
             return name == MARK
     if out.is_dir() and any(not there.name.endswith(".partial") for there in out.iterdir()):
-        raise Refusal(f"out={out} is not empty and holds no phantoms; they are not mixed in; give a new folder")
+        raise UserError(f"out={out} is not empty and holds no phantoms; they are not mixed in; give a new folder")
     return False
 
 

@@ -19,7 +19,7 @@ training and serving. The rules, in the order in which they apply:
   In scope are single-frame CR, DX, RG and secondary captures;
 - resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
 
-A file that is none of this raises Unreadable with one of five codes; nothing else comes out, whatever the bytes. One of them,
+A file that is none of this raises UnreadableFileError with one of five codes; nothing else comes out, whatever the bytes. One of them,
 io_error, is the disk's or the machine's fault: several attempts failed, and a later one may not.
 """
 
@@ -38,7 +38,7 @@ from mura_dist.core import storage
 from mura_dist.core.errors import is_io_fault, os_reason
 from mura_dist.data import dicom, file_kind, raster
 from mura_dist.data.dicom import DicomIdentity
-from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, Unreadable
+from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, UnreadableFileError
 
 __all__ = [
     "MAX_BYTES",
@@ -46,7 +46,7 @@ __all__ = [
     "DicomIdentity",
     "Look",
     "Source",
-    "Unreadable",
+    "UnreadableFileError",
     "contents",
     "decode",
     "identity",
@@ -60,7 +60,7 @@ HEADER_BYTES = 1 << 20  # what `identity` looks at first: groups 0008 to 0020 op
 
 
 def read(source: Source, size: int) -> np.ndarray:
-    """The radiograph of a file, size x size: (size, size) uint8. Raises Unreadable and nothing else."""
+    """The radiograph of a file, size x size: (size, size) uint8. Raises UnreadableFileError and nothing else."""
     assert size > 0, size
     return np.asarray(_grey(source).resize((size, size), Image.Resampling.BILINEAR))
 
@@ -80,7 +80,7 @@ class Look(NamedTuple):
 
 
 def look(source: Source, size: int, longest: int = 0) -> Look:
-    """`read`, and more of the same decoding. longest: of `shown`, in pixels, at most; 0: nobody looks. Raises Unreadable."""
+    """`read`, and more of the same decoding. longest: of `shown`, in pixels, at most; 0: nobody looks. Raises UnreadableFileError."""
     grey, colours, notes = _decoded(source)
     image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
     if not longest:
@@ -90,7 +90,7 @@ def look(source: Source, size: int, longest: int = 0) -> Look:
 
 
 def decode(source: Source) -> np.ndarray:
-    """The radiograph of a file as large as it is: (H, W) uint8. Raises Unreadable and nothing else.
+    """The radiograph of a file as large as it is: (H, W) uint8. Raises UnreadableFileError and nothing else.
 
     `source` is a path, or a binary file that can seek; what the file is called says nothing about what it is.
     """
@@ -120,14 +120,14 @@ def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str,
     _quieten()
     try:
         return dicom.decode(data) if kind == "DICOM" else (*raster.decode(data, kind), ())
-    except Unreadable:
+    except UnreadableFileError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, before ours
-        raise Unreadable("too_large", f"its {kind} header promises more than {MAX_PIXELS:,} pixels") from error
+        raise UnreadableFileError("too_large", f"its {kind} header promises more than {MAX_PIXELS:,} pixels") from error
     except MemoryError as error:
-        raise Unreadable("too_large", f"this {kind} needs more memory than there is to decode") from error
+        raise UnreadableFileError("too_large", f"this {kind} needs more memory than there is to decode") from error
     except Exception as error:  # the libraries raise some twenty kinds; to the reader they all say the same
-        raise Unreadable("unreadable", f"its {kind} data is damaged, cut short or of an unsupported variant") from error
+        raise UnreadableFileError("unreadable", f"its {kind} data is damaged, cut short or of an unsupported variant") from error
 
 
 def _quieten() -> None:
@@ -141,34 +141,34 @@ def _quieten() -> None:
 
 
 def contents(source: Source) -> bytes:
-    """Read a file whole. Raises Unreadable and nothing else; io_error after several attempts."""
+    """Read a file whole. Raises UnreadableFileError and nothing else; io_error after several attempts."""
     try:
         return storage.retried(lambda: _read(source))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_io_fault(error):
-            raise Unreadable("io_error", f"cannot be read: {os_reason(error)}") from error
+            raise UnreadableFileError("io_error", f"cannot be read: {os_reason(error)}") from error
         why = getattr(error, "strerror", None) or "not a usable path"
-        raise Unreadable("unreadable", f"cannot be opened: {why.lower()}") from error
+        raise UnreadableFileError("unreadable", f"cannot be opened: {why.lower()}") from error
     except MemoryError as error:
-        raise Unreadable("too_large", "there is not enough memory to hold the file") from error
+        raise UnreadableFileError("too_large", "there is not enough memory to hold the file") from error
 
 
 def _read(source: Source) -> bytes:
     if not isinstance(source, Path | str | bytes):
         return _all_of(source)
     if not os.path.isfile(source) and os.path.exists(source):  # opening a pipe would wait for ever
-        raise Unreadable("unreadable", "cannot be opened: not a regular file")
+        raise UnreadableFileError("unreadable", "cannot be opened: not a regular file")
     with open(source, "rb") as file:
         return _all_of(file)
 
 
 def _all_of(file: BinaryIO) -> bytes:
     if file.seek(0, io.SEEK_END) > MAX_BYTES:
-        raise Unreadable("too_large", f"the file is larger than {MAX_BYTES:,} bytes")
+        raise UnreadableFileError("too_large", f"the file is larger than {MAX_BYTES:,} bytes")
     file.seek(0)
     return file.read()
 
 
 def _kind(data: bytes) -> str:
-    """ "DICOM", or the name of Pillow's reader. Raises Unreadable for what neither should try."""
+    """ "DICOM", or the name of Pillow's reader. Raises UnreadableFileError for what neither should try."""
     return "DICOM" if dicom.is_dicom(data) else file_kind.pillow_reader(data)

@@ -2,7 +2,7 @@
 
     bytes, Pillow's name of their format -> grey image (L), a sample of its colors or None
 
-What is broken raises one of Pillow's many exceptions, or Unreadable.
+What is broken raises one of Pillow's many exceptions, or UnreadableFileError.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mura_dist.data import tiff
-from mura_dist.data.grey import Unreadable, check_size, find_extent, map_blocks, sample_colors, scale
+from mura_dist.data.grey import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
 _PNG_KIND, _PNG_GREY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and colour type
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
@@ -77,7 +77,7 @@ def _check_png(data: bytes) -> None:
         if name == b"IDAT":
             checksum = zlib.crc32(view[place + 4 : end]).to_bytes(4, "big")
             if checksum != data[end : end + 4]:
-                raise Unreadable("unreadable", "its PNG data is damaged or cut short")
+                raise UnreadableFileError("unreadable", "its PNG data is damaged or cut short")
         place = len(data) if name == b"IEND" else end + 4
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from mura_dist.data.grey import Unreadable
+from mura_dist.data.grey import UnreadableFileError
 
 MAX_PAGES = 100  # read in search of the picture: a chain of pages may be as long as the file
 MAX_TAGS = 4096  # of a page, likewise
@@ -52,7 +52,7 @@ def open_picture(data: bytes) -> Image.Image:
     """Open the first page that is the picture itself; where all are reduced, the largest. Nothing is decoded yet.
 
     Raises:
-        Unreadable: its samples are of a kind that Pillow does not read rightly.
+        UnreadableFileError: its samples are of a kind that Pillow does not read rightly.
         Exception: one of many, where the file is broken.
     """
     order, big = "<" if data.startswith(b"II") else ">", 43 in data[2:4]
@@ -61,7 +61,7 @@ def open_picture(data: bytes) -> Image.Image:
     grey, separate = page.values.get(NUM_SAMPLES, 1) == 1, page.values.get(PLANES) == _SEPARATE
     plain = page.values.get(BITS, 1) == 8 and page.values.get(FILL_ORDER, 1) == 1
     if separate and not grey and not plain and page.values.get(COMPRESSION, 1) == _UNCOMPRESSED:
-        raise Unreadable("out_of_scope", "a TIFF of deep colors in separate planes; save it in grey")
+        raise UnreadableFileError("out_of_scope", "a TIFF of deep colors in separate planes; save it in grey")
     changed = bytearray(data) if page is not pages[0] or (separate and grey) else data
     if isinstance(changed, bytearray):
         struct.pack_into(order + ("Q" if big else "I"), changed, 8 if big else 4, page.start)
@@ -93,9 +93,9 @@ def is_white_zero(image: Any) -> bool:
 
 
 def _refuse_by_name(page: Page, order: str, big: bool) -> None:
-    """Raise Unreadable for a page whose tags are valid and of a kind that Pillow has no reader for."""
+    """Raise UnreadableFileError for a page whose tags are valid and of a kind that Pillow has no reader for."""
     if big and order == ">":
-        raise Unreadable("out_of_scope", "a big-endian BigTIFF is not read; save it as a TIFF of under 4 GB")
+        raise UnreadableFileError("out_of_scope", "a big-endian BigTIFF is not read; save it as a TIFF of under 4 GB")
     kind, bits, fill = (page.values.get(tag, 1) for tag in (SAMPLE_FORMAT, BITS, FILL_ORDER))
     photometric = page.values.get(PHOTOMETRIC)
     key = (b"II" if order == "<" else b"MM", photometric, (kind,), fill, (bits,), ())
@@ -105,7 +105,7 @@ def _refuse_by_name(page: Page, order: str, big: bool) -> None:
         reason = (
             f"a TIFF of {bits}-bit {_FORMAT_NAMES[kind]}{inverse} is not read; save it with 8 or 16 bits, 0 for black"
         )
-        raise Unreadable("out_of_scope", reason)
+        raise UnreadableFileError("out_of_scope", reason)
 
 
 def _in_native_order(tile: Any) -> Any:
@@ -119,13 +119,13 @@ def _in_native_order(tile: Any) -> Any:
 def _walk(data: bytes, order: str, big: bool) -> Iterator[Page]:
     """Yield the directories in their order, each before its own sub-pages, up to the first that is the picture.
 
-    Raises struct.error where one is cut short, Unreadable where the picture is not among the first MAX_PAGES.
+    Raises struct.error where one is cut short, UnreadableFileError where the picture is not among the first MAX_PAGES.
     """
     waiting = [struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]]
     seen: set[int] = set()
     while waiting:
         if len(seen) == MAX_PAGES:
-            raise Unreadable("out_of_scope", f"a TIFF whose first {MAX_PAGES} pages are reduced copies or masks")
+            raise UnreadableFileError("out_of_scope", f"a TIFF whose first {MAX_PAGES} pages are reduced copies or masks")
         start = waiting.pop(0)
         if start in seen:  # a ring
             continue

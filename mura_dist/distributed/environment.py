@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # torchrun's and deepspeed's own; RANK alone may be set by hand
 OPENMPI, MPICH, SLURM, PLAIN = "OpenMPI", "MPICH or Intel MPI", "Slurm", "RANK and WORLD_SIZE"
@@ -39,11 +39,11 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Return who this process is. Raises Refusal where the environment says what cannot be."""
+    """Return who this process is. Raises UserError where the environment says what cannot be."""
     told = _told({name: value for name, value in os.environ.items() if value})
     # local_rank may exceed local_size, which a job array's page works out as if nodes had equal shares.
     if not (0 <= told.rank < told.size and told.local_rank >= 0 and 1 <= told.local_size <= told.size):
-        raise Refusal(
+        raise UserError(
             f"this process is told by {_source(told.by)} to be rank {told.rank} of {told.size}, on this machine "
             f"{told.local_rank} of {told.local_size}; ranks count from 0: set them right, or unset them to run alone"
         )
@@ -79,30 +79,30 @@ def _told(variables: Mapping[str, str]) -> Ranks:
 
 
 def _refuse_leftovers(variables: Mapping[str, str]) -> None:
-    """Raise Refusal where words of a launcher are set and RANK is not: somebody exported them, or they are a former job's."""
+    """Raise UserError where words of a launcher are set and RANK is not: somebody exported them, or they are a former job's."""
     alone = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
     for name, value in alone.items():
         if variables.get(name, value) != value:
-            raise Refusal(
+            raise UserError(
                 f"{name}={variables[name]} is set and RANK is not, so no launcher set it; `unset {name}` to run alone, or start "
                 "the ranks with torchrun"
             )
 
 
 def _refuse_shell(variables: Mapping[str, str]) -> None:
-    """Raise Refusal in a step of several tasks where srun does not tell which one this is, or where this is not one of them.
+    """Raise UserError in a step of several tasks where srun does not tell which one this is, or where this is not one of them.
 
     `srun --pty bash` in an allocation of n tasks is a step of n shells: this one has the terminal, the others end at once, and
     what is started here would wait for them. A task itself is started by slurmstepd.
     """
     number = variables["SLURM_STEP_NUM_TASKS"]
     if "SLURM_PROCID" not in variables:
-        raise Refusal(
+        raise UserError(
             f"SLURM_STEP_NUM_TASKS={number} is set and SLURM_PROCID is not, so srun did not start this process; `unset "
             "SLURM_STEP_NUM_TASKS` to run alone, or start the tasks with srun"
         )
     if "SLURM_PTY_PORT" in variables and _has_terminal() and _parent_name() != "slurmstepd":
-        raise Refusal(
+        raise UserError(
             f"this is the shell of `srun --pty` in a step of SLURM_STEP_NUM_TASKS={number} tasks; the other tasks are not there; "
             "`unset SLURM_STEP_NUM_TASKS` to run alone, or leave the shell: srun --ntasks 1 --pty bash, or srun mura-dist ..."
         )
@@ -127,7 +127,7 @@ def _numbers(by: str, variables: Mapping[str, str], rank: str, size: str, local_
     try:
         return Ranks(by, *map(int, words))
     except ValueError:
-        raise Refusal(
+        raise UserError(
             f"{_source(by)} in the environment: {', '.join(words)} (rank, world size, both on this machine) are not all whole "
             "numbers; set them right, or unset them to run alone"
         ) from None
@@ -137,7 +137,7 @@ def _tasks_of_node(variables: Mapping[str, str]) -> str:
     """ "4(x2),3": 4 tasks on each of two nodes, 3 on a third -> ours."""
     tasks, node = variables.get("SLURM_STEP_TASKS_PER_NODE", "1"), variables.get("SLURM_NODEID", "0")
     if not re.fullmatch(r"\d+(\(x\d{1,6}\))?(,\d+(\(x\d{1,6}\))?)*", tasks) or not node.isdecimal():
-        raise Refusal(
+        raise UserError(
             f"SLURM_STEP_TASKS_PER_NODE={tasks} and SLURM_NODEID={node}: no list such as 4(x2),3 and no number; set them right, "
             "or unset SLURM_STEP_NUM_TASKS to run alone"
         )
@@ -181,13 +181,13 @@ def holds_the_meeting_place() -> bool:
 def meeting_place() -> tuple[str, int]:
     """(address, port) at which the ranks meet: MASTER_ADDR and MASTER_PORT, or what follows from the scheduler's words.
 
-    Raises Refusal where neither tells it.
+    Raises UserError where neither tells it.
     """
     told, variables = ranks(), os.environ
     address = variables.get("MASTER_ADDR") or _address(told, variables)
     port = variables.get("MASTER_PORT") or str(_port(variables))
     if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise Refusal(
+        raise UserError(
             f"MASTER_PORT={port}: must lie between 1 and 65535; give a free port of {address}, or leave it out"
         )
     return address, int(port)
@@ -201,7 +201,7 @@ def _address(told: Ranks, variables: Mapping[str, str]) -> str:
         return first_host(nodes)
     remedies = {OPENMPI: "mpirun -x MASTER_ADDR=HOST ...", MPICH: "mpiexec -genv MASTER_ADDR HOST ..."}
     remedy = remedies.get(told.by, "export MASTER_ADDR=HOST MASTER_PORT=29500")
-    raise Refusal(
+    raise UserError(
         f"rank {told.rank} of {told.size} (told by {told.by}) does not know where the ranks meet: MASTER_ADDR is not set; name "
         f"rank 0's host: {remedy}"
     )

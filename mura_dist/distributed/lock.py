@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal, Stopped
+from mura_dist.core.errors import UserError, StopRequestedError
 from mura_dist.distributed import processes
 
 HEARTBEAT_S = 10.0
@@ -40,7 +40,7 @@ class Claim:
 
 @contextlib.contextmanager
 def held(path: Path, claim: Claim, stop: threading.Event) -> Iterator[None]:
-    """Hold the lock `path` while the block runs. Raises Refusal where its writer lives on, Stopped where `stop` is set before."""
+    """Hold the lock `path` while the block runs. Raises UserError where its writer lives on, StopRequestedError where `stop` is set before."""
     owner = {**_self(), "started": time.time_ns()}
     _take(path, owner, claim, stop)
     ended = threading.Event()
@@ -77,7 +77,7 @@ def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event
         wait_s = claim.wait_s if lives else max(claim.wait_s, claim.doubt_s)
         left_s = begin + wait_s - time.monotonic()
         if left_s <= 0:
-            raise Refusal(
+            raise UserError(
                 f"{claim.what} is being written by process {writer['process']} on {writer['host']} "
                 f"(heartbeat {age_s:.0f} s ago, waited {wait_s:.0f} s); wait for it or stop it, or {claim.remedy}"
             )
@@ -88,7 +88,7 @@ def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event
             )
         waiting = True
         if stop.wait(min(POLL_S, left_s)):
-            raise Stopped(f"stopped while waiting for the writer of {claim.what}; the same command goes on")
+            raise StopRequestedError(f"stopped while waiting for the writer of {claim.what}; the same command goes on")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
-from mura_dist.core.errors import CommonFailure, Failure, OwnRefusal, Refusal
+from mura_dist.core.errors import CollectiveRunError, RunError, RankLocalUserError, UserError
 from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import Ranks
 
@@ -102,7 +102,7 @@ class World:
         self.sum([0.0])
 
     def raise_failures(self, reason: str) -> None:
-        """Raise CommonFailure on every rank, in the same words, where one of them has a reason. Called by all ranks.
+        """Raise CollectiveRunError on every rank, in the same words, where one of them has a reason. Called by all ranks.
 
         Args:
             reason: why this rank's work failed, cut at 1,000 bytes; empty where it did not.
@@ -114,14 +114,14 @@ class World:
         if failed := [rank for rank, each in enumerate(reasons) if each]:
             more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
             who = f"rank {failed[0]}{more}: " if self.size > 1 else ""
-            raise CommonFailure(f"{who}{reasons[failed[0]]}")
+            raise CollectiveRunError(f"{who}{reasons[failed[0]]}")
 
 
 @contextlib.contextmanager
 def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
     """Meet the other ranks; leave them when the block ends. A rank that waits longer than `timeout_s` for the others raises.
 
-    patience_s: how much longer the others may take to come to the first meeting. Raises Failure where another rank is lost.
+    patience_s: how much longer the others may take to come to the first meeting. Raises RunError where another rank is lost.
     """
     # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
     # that began its threads before it would compute with other bits than one that did not.
@@ -177,7 +177,7 @@ def _device(told: Ranks) -> torch.device:
     if num_gpus == 1 and told.by in (environment.SLURM, environment.OPENMPI):
         place = 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
     if place >= num_gpus:
-        raise OwnRefusal(
+        raise RankLocalUserError(
             f"rank {told.rank} is number {place + 1} on this machine, which has {num_gpus} GPUs; start at most one rank a GPU"
         )
     torch.cuda.set_device(place)
@@ -212,17 +212,17 @@ def _environment(told: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
-    """Raises OwnRefusal where rank 0 cannot be met at the port given, Failure where somebody does not come."""
+    """Raises RankLocalUserError where rank 0 cannot be met at the port given, RunError where somebody does not come."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         yield
     except (RuntimeError, dist.DistError, ValueError) as error:
         if "EADDRINUSE" in str(error):
-            raise OwnRefusal(
+            raise RankLocalUserError(
                 f"rank 0 cannot be met at port {port} of {address}: another program listens there; end it, or give all ranks "
                 "another port: MASTER_PORT=29501"
             ) from error
-        raise Failure(
+        raise RunError(
             f"rank {told.rank} of {told.size} could not meet the others at {address}:{port} ({_reason(error)}; it waits up to "
             f"{limit.total_seconds():.0f} s); see that all were started, that {address} is rank 0's machine, its port open"
         ) from error
@@ -244,17 +244,17 @@ def _losing_others(rank: int, size: int) -> Iterator[None]:
     """A rank that ends takes the connection with it; the others' libraries say so in many ways, none of them for a reader."""
     try:
         yield
-    except (Failure, Refusal, torch.OutOfMemoryError):
+    except (RunError, UserError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, dist.DistError) as error:
         if "Duplicate GPU" in str(error):  # nccl's words
-            raise OwnRefusal(
+            raise RankLocalUserError(
                 f"rank {rank} shares its GPU with another rank of this machine; give each its own: srun --gpus-per-task=1 ..., "
                 "or start fewer ranks"
             ) from error
         if size == 1 or not any(word in str(error) for word in _LOST):
             raise
-        raise Failure(
+        raise RunError(
             f"rank {rank} lost another rank ({_reason(error)}); what ended first says why in a line of its own, or was killed; "
             "the same command goes on from the last checkpoint"
         ) from error

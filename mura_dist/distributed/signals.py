@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 
 _IMPATIENT_S = 2.0  # launchers send SIGINT and SIGTERM in one breath; a person's second Ctrl-C comes later
 
@@ -19,7 +19,7 @@ def asked_to_stop(also: str | None = None, *, patience_s: float = _IMPATIENT_S) 
     A second SIGINT, `patience_s` after the first signal, raises KeyboardInterrupt; other signals are heard once. Without patience
     (0) a second signal of any kind does what it always did.
 
-    Raises Refusal where there is no signal of that name.
+    Raises UserError where there is no signal of that name.
     """
     event, first_s = threading.Event(), [0.0]
     numbers = {signal.SIGTERM, signal.SIGINT} | ({_number(also)} if also is not None else set())
@@ -84,5 +84,5 @@ def _number(name: str) -> signal.Signals:
     known = [one.name for one in signal.valid_signals() if isinstance(one, signal.Signals)]
     usable = sorted(set(known) - {"SIGKILL", "SIGSTOP"})
     if name not in usable:
-        raise Refusal(f"stop_signal={name!r}{nearest(name, usable)}: must be one of {', '.join(usable)}")
+        raise UserError(f"stop_signal={name!r}{nearest(name, usable)}: must be one of {', '.join(usable)}")
     return signal.Signals[name]

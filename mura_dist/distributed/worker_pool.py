@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.distributed.processes import end_with_parent
 
 Prepare = Callable[..., Callable[[Any], Any]]
@@ -259,7 +259,7 @@ class _Guard(threading.Thread):
         _end(worker)
         self.stillborn += not worker.ready
         if self.stillborn > self.count + 2:
-            raise Failure(
+            raise RunError(
                 f"worker processes end before they begin (exit status {worker.process.exitcode}); is there enough memory? "
                 "try again with fewer --workers"
             )

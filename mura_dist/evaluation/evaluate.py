@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
 from mura_dist.data.class_weights import class_weights
 from mura_dist.data.loaders.loader import BatchLoader, Targets
@@ -46,7 +46,7 @@ def evaluate_target(
     """Evaluate a run's checkpoint, or a list's ensemble, on a split; returns metrics.json's content.
 
     Called by all ranks; the first one writes, the others return {}. progress: called with the number of radiographs done and
-    that of all. Raises Refusal where a member of the list is not what it was, or the output folder is another run.
+    that of all. Raises UserError where a member of the list is not what it was, or the output folder is another run.
     """
     weights, split = Weights.of_target(target, which), options.split
     results.check_out(options.out, target)
@@ -55,14 +55,14 @@ def evaluate_target(
     rows = shards.rows(split)
     shards.require(split)
     if data["size"] != shards.size:
-        raise Refusal(
+        raise UserError(
             f"{shards_folder} has radiographs of {shards.size} px, {target.name} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
     tune = _tune(weights, shards)
     if isinstance(tune, str):
         if options.operating_point not in (None, PAPER):
-            raise Refusal(f"--operating-point {options.operating_point}: nothing can be fitted: {tune}")
+            raise UserError(f"--operating-point {options.operating_point}: nothing can be fitted: {tune}")
         also = np.zeros(0, np.int64)
     else:
         also = tune
@@ -121,7 +121,7 @@ def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:
         return "these are not the shards the model was trained on: it may have learnt from their tune split; evaluate on its own"
     try:
         rows = shards.rows("tune")
-    except Refusal:
+    except UserError:
         return "the shards have no tune split; convert with --tune 0.1 and train on that"
     shards.require("tune")
     return rows

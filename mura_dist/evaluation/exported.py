@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.distributed import environment
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
@@ -46,7 +46,7 @@ def evaluate_onnx(
     path = target.path
     shards, model = Shards.open(shards_folder), Model.load(path, provider, Tuning(_BATCH))
     if shards.size != model.size:
-        raise Refusal(
+        raise UserError(
             f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
             f"convert with --size {model.size}"
         )
@@ -84,7 +84,7 @@ def _scores(
         for place in part.tolist():
             try:
                 images.append(shards.pixels(int(rows[place])))
-            except Damaged as damaged:
+            except CorruptSampleError as damaged:
                 say(f"{damaged}; left out")
                 images.append(blank)
                 sound[place] = False

@@ -13,7 +13,7 @@ import pandas as pd
 
 from mura_dist.data.loaders import sampler
 from mura_dist.data.mura import in_words
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import saliency
 from mura_dist.metrics import classification
 
@@ -114,5 +114,5 @@ def pixels_of(shards: Shards, row: int) -> np.ndarray | None:
     """Return a radiograph, (S, S) uint8; None where it is damaged."""
     try:
         return shards.pixels(row)
-    except Damaged:
+    except CorruptSampleError:
         return None

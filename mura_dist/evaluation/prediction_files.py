@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
@@ -116,7 +116,7 @@ def official_text(studies: pd.DataFrame) -> str:
 def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
     """What `path` predicts. `threshold`: cuts probabilities, calls of the file's own or not; None: its calls, else 0.5."""
     if threshold is not None and not 0 <= threshold <= 1:
-        raise Refusal(f"--threshold {threshold:g}: must lie between 0 and 1; the default is {THRESHOLD:g}")
+        raise UserError(f"--threshold {threshold:g}: must lie between 0 and 1; the default is {THRESHOLD:g}")
     sheet = table_files.read(path, "predictions", _OF_PREDICTIONS)
     if sheet.header is None:
         _check_width(sheet, (2,), "study,0 or 1, or a probability")
@@ -142,10 +142,10 @@ def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
 
 def _check_predictions_header(sheet: Sheet) -> None:
     if sheet.find("path") is not None and sheet.find("study", "logit", "gate") is not None:
-        raise Refusal(f"{sheet.name} has a line a radiograph, not a study; give studies.csv, which lies beside it")
+        raise UserError(f"{sheet.name} has a line a radiograph, not a study; give studies.csv, which lies beside it")
     value = sheet.find(*_VALUES)
     if value is None and (sheet.find("label") is not None or _radiologists(sheet)):
-        raise Refusal(
+        raise UserError(
             f"{sheet.name} holds labels, not predictions ({','.join(sheet.header or ())}); the order is PREDICTIONS LABELS, and "
             "a column of predictions is named probability, call or prediction"
         )
@@ -236,11 +236,11 @@ def read_labels(path: Path, *, files_are_studies: bool = False) -> Labels:
 def _check_labels_header(sheet: Sheet) -> None:
     if sheet.find("label") is None and not _radiologists(sheet):
         if sheet.find(*_VALUES) is not None:
-            raise Refusal(f"{sheet.name} holds predictions, not labels; the order is PREDICTIONS LABELS")
+            raise UserError(f"{sheet.name} holds predictions, not labels; the order is PREDICTIONS LABELS")
         _require(sheet, "label", ("label",))
     _require(sheet, "study", _STUDY)
     if sheet.find("label") is not None and _radiologists(sheet):
-        raise Refusal(f"{sheet.name} has a column label and radiologists' too; leave out the one that is not the truth")
+        raise UserError(f"{sheet.name} has a column label and radiologists' too; leave out the one that is not the truth")
 
 
 def _radiologists(sheet: Sheet) -> list[int]:
@@ -264,7 +264,7 @@ def _label(sheet: Sheet, keys: list[str]) -> list[int]:
     votes = np.sum(told, axis=0)
     split = [key for key, num in zip(keys, votes.tolist(), strict=True) if 2 * num == len(raters)]
     if split:
-        raise Refusal(
+        raise UserError(
             f"{sheet.name}: {_studies(split)} on which {len(raters)} radiologists are evenly split ({some(split)}); a majority "
             "needs an odd number of them"
         )
@@ -277,7 +277,7 @@ def _check_labelled_once(sheet: Sheet, keys: list[str], label: list[int]) -> Non
         seen[key].add(value)
     both = [key for key, values in seen.items() if len(values) > 1]
     if both:
-        raise Refusal(
+        raise UserError(
             f"{sheet.name}: {_studies(both)} with both labels ({some(both)}); only one can be true, mend the others"
         )
     _check_once(sheet, keys)
@@ -296,7 +296,7 @@ def joined(predictions: Predictions, labels: Labels) -> pd.DataFrame:
     patients = zip(frame["patient"], [part.patient if part else "" for part in parsed], strict=True)
     frame["study_type"] = pd.Series([next(filter(None, names), UNKNOWN) for names in types], dtype=object)
     if taken := frame.loc[frame["study_type"] == POOLED, "study"].tolist():
-        raise Refusal(
+        raise UserError(
             f"{labels.name}: {_studies(taken)} of study type {POOLED!r} ({some(taken)}), which is the name of all studies "
             "together; give that study type another name"
         )
@@ -318,17 +318,17 @@ def _check_same(predictions: Predictions, labels: Labels) -> None:
         _refuse_images(predictions.name, [key for key in _without(ours, set(theirs)) if _is_image(key)], len(ours))
     missing, unknown = _without(theirs, set(ours)), _without(ours, set(theirs))
     if len(missing) == len(theirs):
-        raise Refusal(
+        raise UserError(
             f"{predictions.name} and {labels.name} have no study in common: the first is {shown(ours.iloc[0])!r} in the one, "
             f"{shown(theirs.iloc[0])!r} in the other; name studies alike in both"
         )
     if missing:
-        raise Refusal(
+        raise UserError(
             f"{predictions.name}: {_studies(missing)} missing of the {len(theirs):,} of {labels.name} ({some(missing)}); "
             "predict every study, or a score is of the easy ones"
         )
     if unknown:
-        raise Refusal(
+        raise UserError(
             f"{predictions.name}: {_studies(unknown)} unknown to {labels.name} ({some(unknown)}); label them, or leave them out"
         )
 
@@ -346,7 +346,7 @@ def _keys(sheet: Sheet) -> list[str]:
     names = sheet.column(place)
     blank = [line for line, name in enumerate(names) if not name.strip("/\\")]
     if blank:
-        raise Refusal(f"{sheet.at(blank[0])} names no study ({len(blank):,} such lines); name it, or delete the line")
+        raise UserError(f"{sheet.at(blank[0])} names no study ({len(blank):,} such lines); name it, or delete the line")
     return [key_of(name) for name in names]
 
 
@@ -357,7 +357,7 @@ def _names(sheet: Sheet, place: int) -> list[str]:
 def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:
     if sheet.width not in widths:
         wanted = " or ".join(map(str, widths))
-        raise Refusal(
+        raise UserError(
             f"{sheet.name}: wrong number of columns, {sheet.width}; without a header it must have {wanted} ({meaning}); with "
             "more, give it a header"
         )
@@ -366,7 +366,7 @@ def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:
 def _require(sheet: Sheet, what: str, names: Sequence[str]) -> None:
     if sheet.find(*names) is None:
         near = next((found for cell in sheet.header or () if (found := nearest(cell, names))), "")
-        raise Refusal(
+        raise UserError(
             f"{sheet.name}: no column {what} in its header {','.join(map(shown, sheet.header or ()))}{near}; add it"
         )
 
@@ -379,7 +379,7 @@ def _not_read(sheet: Sheet, known: Sequence[str]) -> list[str]:
     ]
     for name in others:
         if near := get_close_matches(name, set(known) - set(sheet.header or ()), n=1, cutoff=_NEAR):
-            raise Refusal(f"{sheet.name}: column {shown(name)!r} (did you mean {near[0]}?); rename it, or leave it out")
+            raise UserError(f"{sheet.name}: column {shown(name)!r} (did you mean {near[0]}?); rename it, or leave it out")
     return [f"columns not read: {', '.join(map(shown, others))}"] if others else []
 
 
@@ -397,7 +397,7 @@ def _check_images(sheet: Sheet, keys: list[str], files_are_studies: bool) -> Non
 
 def _refuse_images(name: str, images: list[str], of: int) -> None:
     if images:
-        raise Refusal(
+        raise UserError(
             f"{name}: {len(images):,} of {of:,} lines name an image, not a study ({some(images)}); give a line a "
             "study: its path without the file, its probability the mean over its views"
         )
@@ -411,7 +411,7 @@ def _check_once(sheet: Sheet, keys: list[str]) -> None:
     if twice:
         key, lines = next(iter(twice.items()))
         composed = "; names are compared in Unicode's composed form, NFC" if not key.isascii() else ""
-        raise Refusal(
+        raise UserError(
             f"{sheet.name}: {_studies(list(twice))} more than once ({some(list(twice))}; the first on lines "
             f"{', '.join(map(str, lines[:3]))}{composed}); leave one line of each"
         )
@@ -432,7 +432,7 @@ def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) 
     cell, names = cells[bad[0]], [keys[line] for line in bad]
     wrong = f"{shown(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + kind.range}"
     swapped = what == "label" and all(map(_UNIT.fits, values))
-    raise Refusal(
+    raise UserError(
         f"{sheet.at(bad[0])}: {what} {wrong if cell else 'is empty'} ({_studies(names)} of {len(keys):,} so: {some(names)}); "
         f"it must be {kind.wanted}{'; are these predictions? the order is PREDICTIONS LABELS' if swapped else ''}"
     )

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import gate, mura
 from mura_dist.data.folder_kind import kinds_of
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import gallery, prediction_files
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration, classification
@@ -42,11 +42,11 @@ def check_out(out: Path, target: Target) -> None:
     if target.kind == "run" and out.resolve() == target.path.resolve():
         return
     if out.exists() and not out.is_dir():
-        raise Refusal(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file; give a folder")
     kinds = kinds_of(out)
     for kind, what in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
         if kind in kinds:
-            raise Refusal(f"--out {out} {what} would be overwritten; give another folder")
+            raise UserError(f"--out {out} {what} would be overwritten; give another folder")
 
 
 def write(
@@ -59,7 +59,7 @@ def write(
     """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""
     scores, out = split_scores.scores, options.out
     if not len(scores.rows):
-        raise Failure(
+        raise RunError(
             f"{shards.folder}: every sample of split {options.split!r} is damaged; `mura-dist verify` names them"
         )
     looks = looked_at(shards, scores.rows)
@@ -147,7 +147,7 @@ def looked_at(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
     looks = []
     for row in rows.tolist():
         looks.append((math.nan, ""))
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(CorruptSampleError):
             image = shards.pixels(row)
             looks[-1] = image.mean(), gate.verdict(image)
     return pd.DataFrame(looks, columns=["grey", "gate"], index=rows)
@@ -160,7 +160,7 @@ def exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.
 
 
 def _thresholds(studies: pd.DataFrame, points: Points, name: str) -> dict[str, float]:
-    """Each study type's. Refusal where the operating point was not fitted for one of them."""
+    """Each study type's. UserError where the operating point was not fitted for one of them."""
     counts = {str(key): int(num) for key, num in studies["study_type"].value_counts().sort_index().items()}
     return dict.fromkeys(counts, THRESHOLD) if name == PAPER else chosen(points, name, counts)
 

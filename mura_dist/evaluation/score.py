@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura, table_names
 from mura_dist.data.folder_kind import kinds_of
 from mura_dist.evaluation import prediction_files
@@ -44,13 +44,13 @@ def score(
     out: Path | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """metrics.json's content; with `out` a folder of report and tables too. Raises Refusal.
+    """metrics.json's content; with `out` a folder of report and tables too. Raises UserError.
 
     against: a second file of predictions of the same studies, to compare with. threshold: of both, over their own calls.
     prevalence: share of abnormal studies for which predictive values are computed too.
     """
     if prevalence is not None and not 0 < prevalence < 1:
-        raise Refusal(
+        raise UserError(
             f"--prevalence {prevalence:g}: must lie between 0 and 1, both left out; it is a share, 0.4 is 40 %"
         )
     _check_out(out, [predictions, labels, *([against] if against else [])])
@@ -111,13 +111,13 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
     if out is None:
         return
     if out.exists() and not out.is_dir():
-        raise Refusal(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file; give a folder")
     for name in ("studies.csv", "metrics.json", "report.html"):
         if any((out / name).exists() and path.exists() and path.samefile(out / name) for path in read):
-            raise Refusal(f"--out {out}: its {name} would be written over, which is read here; give another folder")
+            raise UserError(f"--out {out}: its {name} would be written over, which is read here; give another folder")
     for kind, file in kinds_of(out).items():
         what = "is a run" if kind == "run" else "holds another command's results"
-        raise Refusal(f"--out {out} {what} ({file}); a score would write over them, give another folder")
+        raise UserError(f"--out {out} {what} ({file}); a score would write over them, give another folder")
 
 
 def _check_upright(name: str, studies: pd.DataFrame) -> None:
@@ -127,7 +127,7 @@ def _check_upright(name: str, studies: pd.DataFrame) -> None:
     )
     high = _upper(studies) if value < MIN_KAPPA else None  # NaN, of one class, is not below
     if high is not None and high < 0:
-        raise Refusal(
+        raise UserError(
             f"{name}: kappa is {value:.3f}, at most {high:.3f} (95 %), far below chance: it looks inverted; 1 must mean abnormal "
             "in both files, or give --allow-inverted if the calls are meant as they are"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mura_dist.core.errors import Refusal, install_remedy, nearest
+from mura_dist.core.errors import UserError, install_remedy, nearest
 from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, read_lines
 
 _MAX_SHOWN = 100  # characters of a cell in a message
@@ -63,7 +63,7 @@ def read(path: Path, what: str, known: Collection[str]) -> Sheet:
         lines = _of_csv(text, path.name)
         is_header = bool(lines) and _is_header(lines[0], path.name, what, known)
     if len(lines) <= is_header:
-        raise Refusal(f"{path.name} has no rows; one line a study is needed")
+        raise UserError(f"{path.name} has no rows; one line a study is needed")
     width = _width(lines, is_header)
     rows = [(number, _cut(cells, width)) for number, cells in lines]
     _check_widths(rows, width, path.name)
@@ -87,9 +87,9 @@ def some(names: Sequence[str]) -> str:
 def _bytes(path: Path, what: str) -> bytes:
     if path.is_dir():
         inside = next((f", perhaps {name}" for name in ("studies.csv", "labels.csv") if (path / name).is_file()), "")
-        raise Refusal(f"{path} is a folder; give the file of {what} in it{inside}")
+        raise UserError(f"{path} is a folder; give the file of {what} in it{inside}")
     if not path.exists():
-        raise Refusal(f"{path}: no such file; give the file of {what} (the order is PREDICTIONS LABELS)")
+        raise UserError(f"{path}: no such file; give the file of {what} (the order is PREDICTIONS LABELS)")
     return path.read_bytes()
 
 
@@ -97,7 +97,7 @@ def _text(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """(text, notes). Excel's plain CSV is in Windows' own characters; a wrong guess joins no name, and is refused then."""
     try:
         return decode(data, name), ()
-    except Refusal:
+    except UserError:
         if (text := _windows_text(data)) is None:
             raise
         return text, ("not UTF-8: read as Windows-1252",)
@@ -121,11 +121,11 @@ def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
 def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
     if importlib.util.find_spec("pyarrow") is None:
         remedy = install_remedy("parquet")
-        raise Refusal(f"{name}: Parquet needs pyarrow, which is not installed; {remedy}, or give CSV")
+        raise UserError(f"{name}: Parquet needs pyarrow, which is not installed; {remedy}, or give CSV")
     try:
         frame = pd.read_parquet(io.BytesIO(data))
     except (OSError, ValueError) as error:
-        raise Refusal(f"{name} is not a Parquet file; write it again, or give CSV") from error
+        raise UserError(f"{name} is not a Parquet file; write it again, or give CSV") from error
     rows = frame.astype(object).itertuples(index=False, name=None)
     cells = [["" if pd.isna(value) else str(value).strip() for value in row] for row in rows]
     return list(enumerate([list(map(str, frame.columns)), *cells]))  # row 1 is the first below the header
@@ -141,7 +141,7 @@ def _is_header(line: tuple[int, list[str]], name: str, what: str, known: Collect
     if any(parse_label(cell) is not None for cell in cells[1:]):
         return False
     near = next((found for word in words if (found := nearest(word, known))), "")
-    raise Refusal(
+    raise UserError(
         f"{name} line {at}: {shown(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "
         f"{what}{near}; columns may be {', '.join(dict.fromkeys(known))}"
     )
@@ -167,7 +167,7 @@ def _check_widths(lines: list[tuple[int, list[str]]], width: int, name: str) -> 
     if odd:
         number, found = odd[0]
         others = f" (and {len(odd) - 1:,} more such lines)" if len(odd) > 1 else ""
-        raise Refusal(
+        raise UserError(
             f"{name} line {number}: wrong number of columns, {found} where the table has {width}{others}; mend the lines, "
             "and quote names that hold a comma"
         )
@@ -176,4 +176,4 @@ def _check_widths(lines: list[tuple[int, list[str]]], width: int, name: str) -> 
 def _check_repeats(header: tuple[str, ...] | None, name: str) -> None:
     twice = [cell for cell, count in Counter(header or ()).items() if count > 1 and cell]
     if twice:
-        raise Refusal(f"{name}: the header names {some(twice)} twice; each column needs a name of its own")
+        raise UserError(f"{name}: the header names {some(twice)} twice; each column needs a name of its own")

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, Refusal, os_reason
+from mura_dist.core.errors import RunError, UserError, os_reason
 from mura_dist.distributed.processes import processors
 from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, cache_folder, flowing
 from mura_dist.inference.onnx_model import Model
@@ -62,10 +62,10 @@ def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: 
     """
     first = {}
     for tuning in candidates(path, provider):
-        with contextlib.suppress(Failure):  # it does not fit into memory
+        with contextlib.suppress(RunError):  # it does not fit into memory
             first[tuning] = _images_per_s(Model.load(path, provider, tuning))
     if not first:
-        raise Failure("--autotune: the model could be run in no way; predict without it says why")
+        raise RunError("--autotune: the model could be run in no way; predict without it says why")
     promising = sorted(first, key=lambda tuning: -first[tuning])[:_FINALISTS]
     models = {tuning: Model.load(path, provider, tuning) for tuning in promising}
     rates = {tuning: [rate] for tuning, rate in first.items()}
@@ -78,7 +78,7 @@ def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: 
     best = max(promising, key=lambda tuning: medians[tuning])
     try:
         _keep(models[best], best, medians)
-    except Refusal as error:
+    except UserError as error:
         say(f"warning: not kept for later runs: {error}")
     except OSError as error:
         place = f"{cache_folder()}: {os_reason(error)}; XDG_CACHE_HOME=FOLDER names another place"

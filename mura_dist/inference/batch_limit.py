@@ -1,6 +1,6 @@
 """A time limit for one batch: a model may come from anywhere, and a loop in it may have no end.
 
-    watched(stop) -> the engine computes -> in time, or `stop` is called: the engine returns with an error, which becomes Failure
+    watched(stop) -> the engine computes -> in time, or `stop` is called: the engine returns with an error, which becomes RunError
                                          -> it does not return even then: the process ends, with the same line
 
 A runtime's own threads cannot be interrupted from Python: without the last resort a process could not be left.
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 
 LIMIT_S = 600.0  # of a batch: some 100 times what the slowest machine we know takes
 GRACE_S = 10.0  # what an engine gets to return after it was stopped
@@ -38,7 +38,7 @@ class BatchLimit:
         """For the block that computes one batch; several threads may be in one at once.
 
         Raises:
-            Failure: where it took longer than the limit, and `stop` made the engine return.
+            RunError: where it took longer than the limit, and `stop` made the engine return.
         """
         self._start()
         token, late = object(), threading.Event()
@@ -53,13 +53,13 @@ class BatchLimit:
             yield
         except Exception as error:
             if late.is_set():
-                raise Failure(self.line) from error
+                raise RunError(self.line) from error
             raise
         finally:
             with self._lock:
                 del self._under_way[token]
         if late.is_set():
-            raise Failure(self.line)
+            raise RunError(self.line)
 
     def _start(self) -> None:
         with self._lock:

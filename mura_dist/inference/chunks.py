@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Stopped
+from mura_dist.core.errors import RunError, StopRequestedError
 from mura_dist.data.io_faults import IoFaults
 from mura_dist.distributed import environment, heartbeat, worker_pool
 from mura_dist.distributed.processes import processors
@@ -83,7 +83,7 @@ class ChunkPredictor:
         self._faults = IoFaults(self.directory)
 
     def run(self, workers: int | None, limits: Limits) -> None:
-        """Return when every chunk has its part; on ranks but the first, when those of its own have. Raises Stopped.
+        """Return when every chunk has its part; on ranks but the first, when those of its own have. Raises StopRequestedError.
 
         workers: processes that read, None: by files and processors; limits: what reading one file may take.
         """
@@ -151,7 +151,7 @@ class ChunkPredictor:
         self.throughput.computing_s += self.model.busy.seconds - busy_s
         self.throughput.elapsed_s += time.perf_counter() - started
         if self.stop.is_set() and self._missing():
-            raise Stopped(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
+            raise StopRequestedError(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
 
     def _batches(
         self, crew: Crew, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]
@@ -185,7 +185,7 @@ class ChunkPredictor:
         assert next(readings, None) is None  # read to its end, as a Crew wants it
 
     def _reading(self, result: Reading | Lost) -> Reading:
-        """Return what a worker has read, or why not. Raises Failure where the disk seems to be gone."""
+        """Return what a worker has read, or why not. Raises RunError where the disk seems to be gone."""
         reading = failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
         self._faults.check(*reading.failure)
         return reading
@@ -210,7 +210,7 @@ class ChunkPredictor:
                 failures.append((name, *reading.failure))
                 continue
             if not np.isfinite(logit := next(logits)):
-                raise Failure(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
+                raise RunError(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
             rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
         notes = Counter(note for reading in chunk.readings for note in reading.notes)
         drawn = self._draw(chunk, [row[0] for row in rows])

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
 
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
 
 def check_signature(name: str, size: int, inputs: Sequence[Signature], outputs: Sequence[Signature]) -> None:
-    """Raise Refusal where a graph does not take and give what the card says: image (N, 1, S, S) -> logit (N,), map (N, h, w).
+    """Raise UserError where a graph does not take and give what the card says: image (N, 1, S, S) -> logit (N,), map (N, h, w).
 
     Args:
         name: what messages call the file.
@@ -87,21 +87,21 @@ def check_signature(name: str, size: int, inputs: Sequence[Signature], outputs: 
         )
     if not fits:
         signature = ", ".join(f"{each} {list(shape)}" for each, shape in list(shapes.items())[:4])
-        raise Refusal(
+        raise UserError(
             f"{name} is no model of ours: it has {signature[:160]}, not image [N, 1, {size}, {size}], logit [N] and "
             "activation_map [N, h, w]; give the model.onnx that `mura-dist export` wrote"
         )
 
 
-def batch_failure(engine: str, image: np.ndarray, error: Exception) -> Failure:
+def batch_failure(engine: str, image: np.ndarray, error: Exception) -> RunError:
     """Say that a batch could not be computed, and what helps."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return Failure(
+    return RunError(
         f"{engine} failed on a batch of {len(image)} ({reason}); if memory ran out, give a smaller --batch-size"
     )
 
 
 def cache_folder() -> Path:
-    """Return where this machine keeps what can be made again. Raises Refusal where the user has no home."""
+    """Return where this machine keeps what can be made again. Raises UserError where the user has no home."""
     place = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
     return files.user_folder(*place) / "mura-dist"

@@ -1,4 +1,4 @@
-"""ONNX Runtime, of one of two extras: a session on the provider that was asked for, or Refusal; on a GPU bound to its memory.
+"""ONNX Runtime, of one of two extras: a session on the provider that was asked for, or UserError; on a GPU bound to its memory.
 
 A provider that is not there is refused; nothing falls back to another one in silence.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Refusal, install_remedy, nearest
+from mura_dist.core.errors import RunError, UserError, install_remedy, nearest
 from mura_dist.distributed import environment
 from mura_dist.inference import page_locked, provider_libraries
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
@@ -35,7 +35,7 @@ _FATAL, _ERROR, _WARNING = 4, 3, 2  # ONNX Runtime's log levels; the last is its
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime, kept from reporting its sessions. Raises Refusal where neither extra installed it."""
+    """Import ONNX Runtime, kept from reporting its sessions. Raises UserError where neither extra installed it."""
     # Since 1.29 its Linux builds tell Microsoft of each session: the model's file name, its hashes, its graph. Asked for by
     # nobody here, and only this, before the import, keeps it from leaving a file among the temporary ones too.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -45,9 +45,9 @@ def import_onnxruntime() -> Any:
         if error.name != "onnxruntime":
             raise
         remedy = install_remedy("cpu", "cuda")
-        raise Refusal(f"ONNX Runtime is not installed (cpu; cuda for an NVIDIA GPU); {remedy}") from error
+        raise UserError(f"ONNX Runtime is not installed (cpu; cuda for an NVIDIA GPU); {remedy}") from error
     if not hasattr(onnxruntime, "InferenceSession"):  # what is left where both were installed and one was removed
-        raise Refusal(
+        raise UserError(
             "ONNX Runtime's files are incomplete (onnxruntime and onnxruntime-gpu fill the same folder); pip uninstall both, "
             f"then {install_remedy('cpu', 'cuda')}"
         )
@@ -70,12 +70,12 @@ class OnnxRuntime:
             limit_s: seconds that a batch may take.
 
         Raises:
-            Refusal: where it is no model, the provider does not start, or does not compute the card's precision.
-            Failure: where the batch does not fit into the GPU's memory.
+            UserError: where it is no model, the provider does not start, or does not compute the card's precision.
+            RunError: where the batch does not fit into the GPU's memory.
         """
         onnxruntime = import_onnxruntime()
         if card is not None and card.precision == "bf16":
-            raise Refusal(
+            raise UserError(
                 f"--provider {alias}: {name} is for bf16, which ONNX Runtime does not compute; OpenVINO does: --provider openvino"
             )
         self.session = _session(onnxruntime, data, name, alias, tuning, card)
@@ -120,7 +120,7 @@ class OnnxRuntime:
                     return slot.run(image, outputs, options)
                 finally:
                     self.slots.put(slot)
-        except Failure:
+        except RunError:
             raise
         except Exception as error:  # as of a session: a dozen kinds
             raise batch_failure(self.name, image, error) from error
@@ -164,15 +164,15 @@ def _shape(tuning: Tuning, card: Card) -> tuple[int, int, int, int]:
 
 
 def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None) -> Any:
-    """A session on the wanted provider, or Refusal; ONNX Runtime alone would go on with the CPU and a note in a log."""
+    """A session on the wanted provider, or UserError; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(alias.lower(), alias), onnxruntime.get_available_providers()
     if provider not in available:
         if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and PROVIDERS["cuda"] not in available:
-            raise Refusal(
+            raise UserError(
                 f"--provider {alias}: the ONNX Runtime installed here computes on CPUs alone; pip uninstall onnxruntime, then "
                 f"{install_remedy('cuda')}, or give --provider cpu"
             )
-        raise Refusal(
+        raise UserError(
             f"--provider {alias}{nearest(alias, (*PROVIDERS, OPENVINO))}: this ONNX Runtime has {', '.join(available)}; name "
             "one of them, cpu, or openvino"
         )
@@ -198,7 +198,7 @@ def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tunin
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             if provider != PROVIDERS["cpu"]:
                 raise _not_started(onnxruntime, alias, providers, f"on {name} ({reason})") from error
-            raise Refusal(
+            raise UserError(
                 f"{name} is not an ONNX model that ONNX Runtime can load ({reason}); export it again"
             ) from error
     started = session.get_providers()
@@ -208,12 +208,12 @@ def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tunin
     return session
 
 
-def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason: str) -> Refusal:
+def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason: str) -> UserError:
     """Say why the first of `providers` does not start: a library that is missing, or else `reason`."""
     library = provider_libraries.missing(onnxruntime, providers)
     if library is None:
-        return Refusal(f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
-    return Refusal(
+        return UserError(f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
+    return UserError(
         f"--provider {alias}: {providers[0]} does not start, {library} cannot be opened; "
         f"{provider_libraries.remedy(library)}, or give --provider cpu"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Refusal, install_remedy
+from mura_dist.core.errors import RunError, UserError, install_remedy
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
 from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Signature, Tuning, batch_failure, check_signature
 from mura_dist.models.card import Card
@@ -16,18 +16,18 @@ from mura_dist.models.card import Card
 
 def _openvino() -> Any:
     """The package, without the one beside it that reports to its maker how it is used: a hospital's machine tells nobody.
-    Raises Refusal where it is not installed."""
+    Raises UserError where it is not installed."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what it imports instead is a stub of its own
     try:
         import openvino
     except ImportError as error:
         remedy = f"{install_remedy('openvino')}, or do without --provider openvino and --precision bf16"
-        raise Refusal(f"OpenVINO is not installed; {remedy}") from error
+        raise UserError(f"OpenVINO is not installed; {remedy}") from error
     return openvino
 
 
 def computes_bf16() -> bool:
-    """Whether OpenVINO finds instructions for bf16 here. Raises Refusal where it is not installed."""
+    """Whether OpenVINO finds instructions for bf16 here. Raises UserError where it is not installed."""
     return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -35,7 +35,7 @@ class OpenVino:
     """A model compiled by OpenVINO for this CPU; a request a stream."""
 
     def __init__(self, data: bytes, name: str, tuning: Tuning, card: Card, limit_s: float = LIMIT_S) -> None:
-        """Load and compile the file `data`, which messages call `name`, in its card's precision. Raises Refusal."""
+        """Load and compile the file `data`, which messages call `name`, in its card's precision. Raises UserError."""
         openvino = _openvino()
         core, self.name = openvino.Core(), OPENVINO_CPU
         self.version = str(openvino.__version__)
@@ -43,12 +43,12 @@ class OpenVino:
         try:
             model = core.read_model(data)
         except Exception as error:  # plain RuntimeError, of many lines
-            raise Refusal(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
+            raise UserError(f"{name} is not an ONNX model that OpenVINO can load; export it again") from error
         check_signature(name, card.size, _signatures(model.inputs), _signatures(model.outputs))
         self.limit = BatchLimit(limit_s, name)
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         if card.precision == "bf16" and not computes_bf16():
-            raise Refusal(
+            raise UserError(
                 f"{name} is for bf16, which this processor has no instructions for; give the fp32 or the int8 file"
             )
         self.compiled = core.compile_model(
@@ -77,7 +77,7 @@ class OpenVino:
                 request.infer()  # `tensor` lives until it is done
             with self.lock:
                 return [np.array(request.get_tensor(name).data) for name in outputs]
-        except Failure:
+        except RunError:
             raise
         except RuntimeError as error:
             raise batch_failure(self.name, image, error) from error

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.folder_kind import kinds_of
 
 _MAX_NAMED = 3  # missing paths in a message
@@ -29,21 +29,21 @@ class Inputs:
 
     @classmethod
     def parse(cls, paths: Sequence[Path | str]) -> "Inputs":
-        """Return the inputs that these paths name. Raises Refusal for a URL, a missing path, a folder that cannot be listed."""
+        """Return the inputs that these paths name. Raises UserError for a URL, a missing path, a folder that cannot be listed."""
         if remote := next((path for path in paths if "://" in str(path)), None):
-            raise Refusal(
+            raise UserError(
                 f"{remote}: predict reads files of this machine alone; copy them here, then give their folder"
             )
         if missing := [str(path) for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
-            raise Refusal(
+            raise UserError(
                 f"{', '.join(missing[:_MAX_NAMED])}{more}: no such file or folder; give radiographs, or folders of them"
             )
         for path in filter(os.path.isdir, paths):
             try:
                 os.scandir(path).close()  # os.access knows nothing of a process's capabilities
             except PermissionError:
-                raise Refusal(f"{path} cannot be listed: permission denied; give a folder you may read") from None
+                raise UserError(f"{path} cannot be listed: permission denied; give a folder you may read") from None
         if len(paths) == 1 and os.path.isdir(paths[0]):
             return cls(Path(paths[0]))
         absolute_paths = sorted({_absolute(path) for path in paths})
@@ -52,7 +52,7 @@ class Inputs:
                 [path if os.path.isdir(path) else os.path.dirname(path) for path in absolute_paths]
             )
         except ValueError:  # Windows
-            raise Refusal(f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself") from None
+            raise UserError(f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself") from None
         if directory in absolute_paths:
             return cls(Path(directory))
         return cls(

@@ -1,6 +1,6 @@
 """An exported model, loaded and ready: what computes, and what the model says of itself. No torch.
 
-    ONNX file -> an engine on the wanted provider, or Refusal -> Model: image -> logit, activation_map
+    ONNX file -> an engine on the wanted provider, or UserError -> Model: image -> logit, activation_map
 
 `stream` keeps several batches in flight: on a CPU two batches wait less for one another than one on all cores does (1.12 x in
 the median, docs/benchmarks.md); on a GPU one is copied while another is computed.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.inference import onnx_metadata
 from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.engine import OPENVINO, OUTPUTS, Engine, Tuning, on_cpu
@@ -39,7 +39,7 @@ class Model:
         """The model of an ONNX file, or of the one beside a model list.
 
         provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's; limit_s: seconds that a batch may take.
-        Raises Refusal for a file that is not
+        Raises UserError for a file that is not
         there, not ONNX or not ours, for a list that was not exported, for a provider that does not start, and for one
         that cannot compute in the file's precision.
         """
@@ -48,7 +48,7 @@ class Model:
             return cls._of_list(target, provider, tuning, limit_s)
         if target.kind == "run":
             what = "a folder" if path.is_dir() else "no such file"
-            raise Refusal(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
+            raise UserError(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
         return cls.from_bytes(path.read_bytes(), str(path), provider, tuning, limit_s)
 
     @classmethod
@@ -57,10 +57,10 @@ class Model:
         listed = model_list.ModelList.load(path)
         remedy = f"export it first: mura-dist export {path}"
         if not file.is_file():
-            raise Refusal(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
+            raise UserError(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
         model = cls.load(file, provider, tuning, limit_s)
         if not model_list.same(model.card.members, listed.members):
-            raise Refusal(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
+            raise UserError(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
         return model
 
     @classmethod
@@ -73,11 +73,11 @@ class Model:
             text = onnx_metadata.read(data, KEY)
             outside = onnx_metadata.external_file(data)
         except ValueError as error:
-            raise Refusal(
+            raise UserError(
                 f"{name} is not an ONNX model ({error}); give the model.onnx that `mura-dist export` wrote"
             ) from error
         if outside is not None:
-            raise Refusal(
+            raise UserError(
                 f"{name} names another file for its weights ({outside[:80]!r}); give the one file that `mura-dist export` wrote"
             )
         card = Card.parse(text, name)

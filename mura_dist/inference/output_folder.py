@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, OwnRefusal, Refusal, Stopped
+from mura_dist.core.errors import RunError, RankLocalUserError, UserError, StopRequestedError
 from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim
@@ -136,10 +136,10 @@ class OutputFolder:
             yield plan if isinstance(plan, dict) else {}
 
     def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[Part]:
-        """Yield the parts in order. Raises Stopped once `stop` is set."""
+        """Yield the parts in order. Raises StopRequestedError once `stop` is set."""
         for number in range(num_chunks):
             if stop.is_set():
-                raise Stopped("stopped while writing the tables; nothing is lost, the same command goes on")
+                raise StopRequestedError("stopped while writing the tables; nothing is lost, the same command goes on")
             path = self.part(number)
             yield _load(path if path.is_file() else self.part(number, FAULTS), _Part)
 
@@ -154,7 +154,7 @@ class OutputFolder:
     def begin(self, plan: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
         """Return the summary where the folder holds this very prediction, finished; None where it is to be made.
 
-        The first rank writes the plan, the others wait for it. Raises Refusal for any other prediction.
+        The first rank writes the plan, the others wait for it. Raises UserError for any other prediction.
         """
         ears = heartbeat.Ears()
         while not self.done.is_file() and not self._has_plan(plan):
@@ -162,7 +162,7 @@ class OutputFolder:
                 self._write_plan(plan)
                 break
             if ears.silent_s(heartbeat.heart(self.parts, 0)) > PLAN_WAIT_S:
-                raise Failure(
+                raise RunError(
                     f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}; "
                     "see what rank 0 says, and that all ranks see the same folder"
                 )
@@ -199,7 +199,7 @@ class OutputFolder:
                     path.replace(self.part(number, RETRY))
 
     def finish(self, summary: dict[str, Any], readme: str) -> None:
-        """Write README.txt, then predict.json. Raises Failure where another program holds one of them."""
+        """Write README.txt, then predict.json. Raises RunError where another program holds one of them."""
         with tables.replaced(self.path / README):
             files.write_text(self.path / README, readme)
         with tables.replaced(self.done):
@@ -216,22 +216,22 @@ class OutputFolder:
                     f"--out {self.path} holds a run with {key}={before.get(key)}, this one has {key}={value}; "
                     "a run goes on only as it began: give another --out, or delete that folder"
                 )
-                raise OwnRefusal(f"rank {self.rank}: {said}") if self.rank else Refusal(said)
+                raise RankLocalUserError(f"rank {self.rank}: {said}") if self.rank else UserError(said)
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise Refusal where `out` holds tables, overlays or a README.txt, and no prediction of ours that may go on."""
+    """Raise UserError where `out` holds tables, overlays or a README.txt, and no prediction of ours that may go on."""
     if "prediction" in kinds_of(out):
         return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
     if found := [name for name in (*names, overlays.FOLDER, README) if (out / name).exists()]:
-        raise Refusal(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
+        raise UserError(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
 
 
 def pause(stop: threading.Event) -> None:
-    """Wait a moment for another rank. Raises Stopped once `stop` is set."""
+    """Wait a moment for another rank. Raises StopRequestedError once `stop` is set."""
     if stop.wait(_POLL_S):
-        raise Stopped("stopped while waiting for another rank; the same command goes on")
+        raise StopRequestedError("stopped while waiting for another rank; the same command goes on")
 
 
 def digest(value: Any) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist import __version__
-from mura_dist.core.errors import Failure, Refusal, Stopped, install_remedy
+from mura_dist.core.errors import RunError, UserError, StopRequestedError, install_remedy
 from mura_dist.core.files import PRIVATE, private, scratch
 from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR
@@ -87,8 +87,8 @@ def predict(
     """Predict every radiograph of `inputs`, a folder, or files and folders, into tables in `out`. Resumes.
 
     `out` is not looked into where it lies inside a folder of `inputs`, or where it is one of several and holds a prediction.
-    Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. Raises Refusal, Failure,
-    Stopped (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
+    Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. Raises UserError, RunError,
+    StopRequestedError (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
     """
     end_with_launcher()
     paths = [inputs] if isinstance(inputs, Path) else without_output(inputs, out)
@@ -138,30 +138,30 @@ def predict(
 
 def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
     if options.study_by not in grouping.STUDY_BY:
-        raise Refusal(
+        raise UserError(
             f"--study-by {options.study_by}: must be one of {', '.join(grouping.STUDY_BY)}; auto is the default"
         )
     if options.format not in tables.FORMATS:
-        raise Refusal(f"--format {options.format}: must be one of {', '.join(tables.FORMATS)}; csv is the default")
+        raise UserError(f"--format {options.format}: must be one of {', '.join(tables.FORMATS)}; csv is the default")
     if options.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         remedy = install_remedy("parquet")
-        raise Refusal(f"--format parquet needs pyarrow, which is not installed; {remedy}, or use csv")
+        raise UserError(f"--format parquet needs pyarrow, which is not installed; {remedy}, or use csv")
     for name, number in (("--batch-size", options.batch_size), ("--workers", options.workers)):
         if number is not None and number < 1:
-            raise Refusal(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")
+            raise UserError(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")
     if not 0 < options.batch_limit_s < 1e8:
-        raise Refusal(
+        raise UserError(
             f"--batch-limit {options.batch_limit_s:g}: must be seconds, more than 0; {LIMIT_S:g} is the default"
         )
     if options.workers is not None and options.workers > MAX_WORKERS:
-        raise Refusal(
+        raise UserError(
             f"--workers {options.workers}: must be at most {MAX_WORKERS}; leave it out for a choice by the machine"
         )
     if out.exists() and not out.is_dir():
-        raise Refusal(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file; give a folder")
     if out.is_dir() and any(out.samefile(folder) for folder in inputs.folders):
         what = "the directory of radiographs itself" if inputs.members == ("",) else "one of the inputs"
-        raise Refusal(f"--out {out} is {what}; give another folder")
+        raise UserError(f"--out {out} is {what}; give another folder")
 
 
 def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:
@@ -173,17 +173,17 @@ def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:
 
 def _check_tuning(options: PredictOptions) -> None:
     if options.autotune and options.batch_size is not None:
-        raise Refusal(
+        raise UserError(
             f"--autotune finds the batch size, --batch-size {options.batch_size} sets it; leave one of them out"
         )
     if options.autotune and environment.world_size() > 1:
-        raise Refusal("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
+        raise UserError("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
 
 
 def _grouping(
     inputs: Inputs, out: Path, options: PredictOptions, names: Names, card: Card
 ) -> tuple[Grouping, list[str]]:
-    """Decide how files become studies, and what to warn of. Raises Refusal for a study type that looks like a typo."""
+    """Decide how files become studies, and what to warn of. Raises UserError for a study type that looks like a typo."""
     known = frozenset((*card.study_types, *card.thresholds))
     given = study_types.read(options.study_type)
     warnings = study_types.check(given, known)
@@ -200,7 +200,7 @@ def _walked(
     stop: threading.Event,
     progress: Progress,
 ) -> Iterator[Walk]:
-    """List the files on disk while the block runs. Raises Refusal where there is none.
+    """List the files on disk while the block runs. Raises UserError where there is none.
 
     With a key table the list lies beside that, for it names every file, and has the order of the pseudonyms, for in that of
     the paths a list of patients could be laid beside the tables.
@@ -208,7 +208,7 @@ def _walked(
 
     def found(num: int) -> None:
         if stop.is_set():
-            raise Stopped("stopped while looking for files; the same command goes on")
+            raise StopRequestedError("stopped while looking for files; the same command goes on")
         progress(num, None)
 
     def by_name(path: bytes) -> bytes:
@@ -219,7 +219,7 @@ def _walked(
         more |= {"size": CHUNK, "leave_out": folder.path, "found": found}
         files = file_list.find(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
-            raise Refusal(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
+            raise UserError(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
         yield files
 
 
@@ -243,7 +243,7 @@ def _resolve_tuning(
 
 
 def _check_keytable(keytable: Path | None, folder: OutputFolder, files: Walk, names: Names) -> None:
-    """Before any work: Refusal where the key table is there and is not of these files."""
+    """Before any work: UserError where the key table is there and is not of these files."""
     if keytable is not None and folder.rank == 0 and not folder.done.is_file():
         pseudonyms.check_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
 
@@ -293,11 +293,11 @@ def _write_tables(
 
 
 def _refuse_faults(tally: Tally, parts: Iterable[Part]) -> None:
-    """Raise Failure where I/O faults kept files from being read: the prediction is not done."""
+    """Raise RunError where I/O faults kept files from being read: the prediction is not done."""
     if not (num := tally.failures_by_code[IO_ERROR]):
         return
     first = next(failure for part in parts for failure in part["failures"] if failure[1] == IO_ERROR)
-    raise Failure(
+    raise RunError(
         f"{num} files could not be read ({IO_ERROR}), the first is {first[0]}: {first[2]}; the tables hold all others. Fix the "
         "disk or the network, then the same command reads these files again"
     )
@@ -316,7 +316,7 @@ def _ways_back(groups: Grouping, files: Walk, parts: Iterable[Part]) -> Iterator
 
 def _check_strict(summary: dict[str, Any], out: Path, options: PredictOptions) -> None:
     if options.strict and summary["num_failures"]:
-        raise Failure(
+        raise RunError(
             f"--strict: {summary['num_failures']} of {summary['num_files']} files failed, "
             f"{out}/failures.{options.format} says why; mend or remove them and give another --out, or leave --strict out"
         )

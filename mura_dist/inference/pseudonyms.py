@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
+from mura_dist.core.errors import RunError, UserError, StopRequestedError, os_reason
 from mura_dist.data import table_names
 
 PLACE = "MURA_DIST_SITE_KEY"
@@ -85,23 +85,23 @@ def _configuration() -> Path:
 
 
 def site_key(*apart: Path) -> bytes:
-    """The site's secret, made when first needed; two processes that need it at once get the same. Raises Refusal.
+    """The site's secret, made when first needed; two processes that need it at once get the same. Raises UserError.
 
     apart: folders it must not lie in, for they are given away or read.
     """
     path = key_path()
     for folder in apart:
         if _inside(path, folder):
-            raise Refusal(f"site key {path} lies inside {folder}; keep it elsewhere: {PLACE}=PATH names the file")
+            raise UserError(f"site key {path} lies inside {folder}; keep it elsewhere: {PLACE}=PATH names the file")
     try:
         if not path.exists():
             _make_key(path)
         _check_mode(path, "site key")
         key = path.read_bytes()
     except OSError as error:
-        raise Refusal(f"site key {path}: {os_reason(error)}; {PLACE}=PATH names another file") from error
+        raise UserError(f"site key {path}: {os_reason(error)}; {PLACE}=PATH names another file") from error
     if len(key) < _KEY_BYTES:
-        raise Refusal(
+        raise UserError(
             f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
         )
     return key
@@ -121,7 +121,7 @@ def _check_mode(path: Path, what: str) -> None:
         return
     mode = path.stat().st_mode & 0o777
     if mode & _OTHERS:
-        raise Refusal(f"{what} {path} has mode {mode:04o}, others than its owner may use it; chmod 600 {path}")
+        raise UserError(f"{what} {path} has mode {mode:04o}, others than its owner may use it; chmod 600 {path}")
 
 
 def _inside(path: Path, folder: Path) -> bool:
@@ -141,29 +141,29 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def check(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
-    """Refusal where `keytable` cannot be written, or lies where it would be given away."""
+    """UserError where `keytable` cannot be written, or lies where it would be given away."""
     option = f"--pseudonyms {keytable}"
     for name, folder in (("--out", out), *(("DIRECTORY", folder) for folder in folders)):
         if _inside(keytable, folder):
-            raise Refusal(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
+            raise UserError(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
     if keytable.is_dir():
-        raise Refusal(f"{option} is a folder; give a file")
+        raise UserError(f"{option} is a folder; give a file")
     if not keytable.parent.is_dir():
-        raise Refusal(f"{option}: no folder {keytable.parent}; make it first")
+        raise UserError(f"{option}: no folder {keytable.parent}; make it first")
     if not os.access(keytable.parent, os.W_OK | os.X_OK):
-        raise Refusal(f"{option}: permission denied; give a file in a folder you may write to")
+        raise UserError(f"{option}: permission denied; give a file in a folder you may write to")
     if keytable.exists():
         _check_mode(keytable, "--pseudonyms")
 
 
 def check_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
-    """Refusal where `keytable` is there and does not name these very files, (path, pseudonym) each: before any work."""
+    """UserError where `keytable` is there and does not name these very files, (path, pseudonym) each: before any work."""
     if keytable.exists():
         _compare(keytable, (line[:2] for line in _read(keytable)), files)
 
 
 def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
-    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or Refusal."""
+    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or UserError."""
     try:
         with atomic.creating(keytable, mode=0o600) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -191,7 +191,7 @@ def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
 def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[tuple[str, ...]]) -> None:
     for number, (there, ours) in enumerate(itertools.zip_longest(found, wanted), start=2):
         if there != ours:
-            raise Refusal(f"--pseudonyms {keytable}, line {number}: not of this run's names; give another file")
+            raise UserError(f"--pseudonyms {keytable}, line {number}: not of this run's names; give another file")
 
 
 # ---- what is said
@@ -207,12 +207,12 @@ def hushed(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None
             error, ImportError
         ):  # that names a package; the command line knows the remedy
             raise
-        if isinstance(error, Refusal | Failure | Stopped):
+        if isinstance(error, UserError | RunError | StopRequestedError):
             raise type(error)(_without(inputs, str(error))) from None
         if isinstance(error, OSError) and error.strerror:
             raise OSError(error.errno, error.strerror, _outside(error.filename, inputs)) from None
         place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over
-        raise Failure(
+        raise RunError(
             f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; without --pseudonyms, where nobody "
             "else reads it, the same command says more"
         ) from None

@@ -43,7 +43,7 @@ class Reader:
             found = radiograph.look(file, self.size)
             verdict = gate.verdict(found.image, found.colours)
             return Reading(found.image, radiograph.identity(file), ("", ""), verdict, notes=found.notes)
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             return failed(error.code, error.reason)
 
 

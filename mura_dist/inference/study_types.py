@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
-from mura_dist.core.errors import Refusal, os_reason
+from mura_dist.core.errors import UserError, os_reason
 from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import decode, find_delimiter, read_lines
 
@@ -23,7 +23,7 @@ _FILE_NAME = re.compile(r"[/\\]|\.\w+$")
 
 
 def read(given: str | None) -> Given:
-    """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises Refusal."""
+    """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises UserError."""
     if given is None:
         return None
     if not (_FILE_NAME.search(given) or os.path.isfile(given)):
@@ -39,11 +39,11 @@ def read(given: str | None) -> Given:
         if any(len(cells) > len(header) for cells in rows):
             raise ValueError("a line is longer than the header")
     except OSError as error:
-        raise Refusal(
+        raise UserError(
             f"--study-type {given}: {os_reason(error)}; give a study type, or a CSV of path,study_type"
         ) from error
     except ValueError as error:
-        raise Refusal(
+        raise UserError(
             f"--study-type {given}: not a CSV with the columns path and study_type; its first line names them"
         ) from error
     types: dict[str, str] = {}
@@ -51,7 +51,7 @@ def read(given: str | None) -> Given:
         filled = [*cells, *[""] * (len(header) - len(cells))]
         path, study_type = table_names.key(filled[path_at]), normal(table_names.name(filled[type_at]))
         if types.setdefault(path, study_type) != study_type:
-            raise Refusal(
+            raise UserError(
                 f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "
                 "leave one of the lines"
             )
@@ -66,13 +66,13 @@ def normal(study_type: str) -> str:
 
 
 def check(given: Given, known: Collection[str]) -> list[str]:
-    """Warnings, a line each study type that neither MURA nor the model (`known`) has. Raises Refusal for a likely typo."""
+    """Warnings, a line each study type that neither MURA nor the model (`known`) has. Raises UserError for a likely typo."""
     everything = sorted({*mura.STUDY_TYPES, *known})
     asked = [given] if isinstance(given, str) else sorted({name for name in (given or {}).values() if name})
     warnings = []
     for name in (name for name in asked if name not in everything):
         if typo := _alike(name, everything, _TYPO):
-            raise Refusal(
+            raise UserError(
                 f"--study-type {name}: no such study type (did you mean {typo}?); there are {', '.join(everything)}, and "
                 "others under names less like them"
             )
@@ -93,13 +93,13 @@ def _word(study_type: str) -> str:
 
 
 def match(given: Given, paths: Iterable[str]) -> list[str]:
-    """A warning where lines of the table name no file; Refusal where none of them does. paths: as the tables have them."""
+    """A warning where lines of the table name no file; UserError where none of them does. paths: as the tables have them."""
     if given is None or isinstance(given, str):
         return []
     missing = set(given).difference(map(table_names.key, paths))
     if len(missing) < len(given):
         return [f"--study-type: {len(missing):,} of {len(given):,} paths are not in DIRECTORY"] if missing else []
-    raise Refusal(
+    raise UserError(
         f"--study-type: none of its {len(given):,} paths is in DIRECTORY; write them relative to it, with / between "
         "their parts"
     )

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, os_reason
+from mura_dist.core.errors import RunError, os_reason
 from mura_dist.data import gate, table_names
 from mura_dist.inference import grouping, scratch_db, table_guide
 from mura_dist.metrics import calibration, classification
@@ -80,7 +80,7 @@ class Tally:
 def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: str, aside: Path) -> Tally:
     """The three tables of what `parts()` gives, in its order, into `out`; `aside`: a file for what is too long for memory.
 
-    Raises Failure where a table cannot be put in its place, OSError where the disk is full.
+    Raises RunError where a table cannot be put in its place, OSError where the disk is full.
     """
     tally, returns = Tally(), dict.fromkeys(NAMES, False)
 
@@ -236,11 +236,11 @@ def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[None]:
-    """For a block that replaces `path`: raises Failure where another program does not let go of it."""
+    """For a block that replaces `path`: raises RunError where another program does not let go of it."""
     try:
         yield
     except (PermissionError, IsADirectoryError) as error:
-        raise Failure(
+        raise RunError(
             f"{path} cannot be written ({os_reason(error)}): close the program that holds it, or make its folder writable; "
             "the predictions are kept, the same command goes on"
         ) from error

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 FORMAT = 1
 PAPER = "paper"  # the paper's threshold for every study type, which nobody fitted
@@ -98,7 +98,7 @@ class Points(BaseModel):
 
 
 def operating_point(word: str) -> str:
-    """`word` as NAMES or PAPER has it: `sensitivity=.95` -> `sensitivity=0.95`. Refusal where none such is fitted."""
+    """`word` as NAMES or PAPER has it: `sensitivity=.95` -> `sensitivity=0.95`. UserError where none such is fitted."""
     rate, _, number = word.partition("=")
     try:
         name = f"{rate}={float(number):g}" if number else word
@@ -106,20 +106,20 @@ def operating_point(word: str) -> str:
         name = word
     if name not in (PAPER, *NAMES):
         wanted = ", ".join(f"{one:g}" for one in WANTED)
-        raise Refusal(f"--operating-point {word}: must be {PAPER}, sensitivity=W or specificity=W, W one of {wanted}")
+        raise UserError(f"--operating-point {word}: must be {PAPER}, sensitivity=W or specificity=W, W one of {wanted}")
     return name
 
 
 def chosen(points: Points, name: str, study_types: Mapping[str, int]) -> dict[str, float]:
     """The threshold of the fitted operating point `name` for each of `study_types` (with its number of studies).
 
-    Refusal where one of them has none: a mixture of fitted thresholds and the paper's would be neither.
+    UserError where one of them has none: a mixture of fitted thresholds and the paper's would be neither.
     """
     found = points.thresholds(name)
     for study_type, num in study_types.items():
         if study_type not in found:
             why = points.why_not(study_type, name)
-            raise Refusal(
+            raise UserError(
                 f"--operating-point {name}: no such threshold was fitted for {study_type} ({num} studies here): {why}; "
                 f"give --operating-point {PAPER}, or mend that"
             )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mura_dist import __version__
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.metrics.operating_points import PAPER, Points, Share
@@ -38,7 +38,7 @@ def parse_json(
         damaged: what is wrong where the text does not fit; with `remedy`, for the message that gives the reason.
 
     Raises:
-        Refusal: where the text is of a later format, is no JSON, or does not fit `schema`.
+        UserError: where the text is of a later format, is no JSON, or does not fit `schema`.
     """
     newest = schema.model_fields["format"].default
     try:
@@ -52,11 +52,11 @@ def parse_json(
     except ValueError as error:  # no JSON, or no text at all
         reason = str(error)
     else:
-        raise Refusal(
+        raise UserError(
             f"{subject} of format {fields['format']}, mura-dist {__version__} reads up to {newest}; "
             f"update mura-dist, or {remake} with this version"
         )
-    raise Refusal(f"{damaged} ({reason}); {remedy}")
+    raise UserError(f"{damaged} ({reason}); {remedy}")
 
 
 class TrainedOn(BaseModel):
@@ -132,9 +132,9 @@ class Card(BaseModel):
 
     @classmethod
     def parse(cls, text: str | None, model: str) -> "Card":
-        """The card of the file called `model`, whose metadata is `text` (None: it has none of ours). Raises Refusal."""
+        """The card of the file called `model`, whose metadata is `text` (None: it has none of ours). Raises UserError."""
         if text is None:
-            raise Refusal(
+            raise UserError(
                 f"{model} is not a model exported by mura-dist export (no {KEY} metadata); "
                 "give the model.onnx that `mura-dist export` wrote"
             )

@@ -20,7 +20,7 @@ from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 from torchvision.models.densenet import DenseNet121_Weights, DenseNet169_Weights
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models.dense_block import dense_block, stem
 
 # growth rate, layers of the four blocks, width of the stem. `tiny` is the same class at 1/100 of the cost, for tests.
@@ -100,11 +100,11 @@ def torchvision_key(key: str) -> str:
 def imagenet_file(architecture: str) -> Path:
     """torchvision's own ImageNet file of this architecture, from torch.hub's folder or else from the network.
 
-    One process at a time: the first rank calls it before the others. Raises Refusal where there is no such file, or neither
+    One process at a time: the first rank calls it before the others. Raises UserError where there is no such file, or neither
     a cached one nor a way to it.
     """
     if architecture not in IMAGENET_FILES:
-        raise Refusal(
+        raise UserError(
             f"pretrained={IMAGENET}: torchvision has no such weights of architecture={architecture}, only of "
             f"{', '.join(IMAGENET_FILES)}; give pretrained=FILE, or pretrained= for none"
         )
@@ -116,7 +116,7 @@ def imagenet_file(architecture: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
         except (OSError, RuntimeError) as error:  # no network; not the file that was asked for
             reason = str(error).splitlines()[0][:120]
-            raise Refusal(
+            raise UserError(
                 f"pretrained={IMAGENET}: cannot fetch {path.name} ({reason}) and there is no {path}; put the file there, or "
                 "give pretrained=FILE"
             ) from error
@@ -127,7 +127,7 @@ def load_pretrained(model: DenseNet, path: Path | str) -> None:
     """Fill the whole backbone from an ImageNet checkpoint (torchvision's `.pth`, or `.safetensors`); never part of it.
 
     path: a file, or "imagenet" for torchvision's own of the model's architecture, which is fetched where it is not cached.
-    The classifier is left alone: ImageNet's has 1,000 classes. Raises Refusal naming what is missing or misshapen: loading
+    The classifier is left alone: ImageNet's has 1,000 classes. Raises UserError naming what is missing or misshapen: loading
     what happens to fit (`strict=False`) once left 92 % of a popular MURA model random.
     """
     path = imagenet_file(model.architecture) if str(path) == IMAGENET else Path(path)
@@ -140,7 +140,7 @@ def load_pretrained(model: DenseNet, path: Path | str) -> None:
         if not key.endswith("num_batches_tracked") and (key not in state or state[key].shape != value.shape)
     ]
     if bad:
-        raise Refusal(
+        raise UserError(
             f"pretrained={path} fills {len(wanted) - len(bad)} of {len(wanted)} backbone tensors, all are needed "
             f"(missing or of another shape: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}); "
             "give the file of the same architecture, or pretrained= for none"
@@ -150,7 +150,7 @@ def load_pretrained(model: DenseNet, path: Path | str) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise Refusal(f"pretrained={path}: no such file; give torchvision's densenet169 file, or pretrained= for none")
+        raise UserError(f"pretrained={path}: no such file; give torchvision's densenet169 file, or pretrained= for none")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -159,4 +159,4 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds; all of them mean the same to the user
         reason = str(error).splitlines()[0][:120]
-        raise Refusal(f"pretrained={path} is not a file of tensors ({reason}); give torchvision's .pth") from error
+        raise UserError(f"pretrained={path} is not a file of tensors ({reason}); give torchvision's .pth") from error

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from mura_dist import __version__
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.models.card import Member, parse_json
@@ -36,9 +36,9 @@ class ModelList(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "ModelList":
-        """Raises Refusal where `path` is no list, or one of a later format."""
+        """Raises UserError where `path` is no list, or one of a later format."""
         if not path.is_file():
-            raise Refusal(f"{path}: no such file; give the list that `mura-dist ensemble` wrote")
+            raise UserError(f"{path}: no such file; give the list that `mura-dist ensemble` wrote")
         return parse_json(
             cls,
             path.read_bytes(),

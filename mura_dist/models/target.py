@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models.model_list import SUFFIX
 
 
@@ -32,7 +32,7 @@ class Target:
         """Refuse --checkpoint for a list and an ONNX file, which have theirs."""
         kinds = {"list": "a list of chosen checkpoints", "onnx": "one exported checkpoint"}
         if self.kind in kinds and which != "best":
-            raise Refusal(
+            raise UserError(
                 f"--checkpoint {which}: {self.path} is {kinds[self.kind]}; leave --checkpoint out, or give the run"
             )
 

@@ -17,7 +17,7 @@ from PIL import Image
 from mura_dist.data import radiograph
 from mura_dist.data.loaders import sampler
 from mura_dist.data.mura import in_words
-from mura_dist.data.shards.reader import Damaged
+from mura_dist.data.shards.reader import CorruptSampleError
 from mura_dist.reports import local_only
 from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, banner, element, join, section
 
@@ -34,7 +34,7 @@ _STYLE = f"""
 """
 
 Pixels = Callable[[int], np.ndarray]
-"""A row -> uint8 (H, W); may raise Unreadable, Damaged, OSError or ValueError."""
+"""A row -> uint8 (H, W); may raise UnreadableFileError, CorruptSampleError, OSError or ValueError."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _readable(rows: pd.Index, pixels: Pixels, failed: list[int]) -> Iterator[Thu
     for row in rows:
         try:
             image = Image.fromarray(pixels(row))
-        except (radiograph.Unreadable, Damaged, OSError, ValueError):
+        except (radiograph.UnreadableFileError, CorruptSampleError, OSError, ValueError):
             failed.append(row)
             continue
         image.thumbnail((SIDE_PX, SIDE_PX))

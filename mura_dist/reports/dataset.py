@@ -22,10 +22,10 @@ from PIL import Image
 
 from mura_dist.core import files
 from mura_dist.core import storage as places
-from mura_dist.core.errors import Refusal, mask_url
+from mura_dist.core.errors import UserError, mask_url
 from mura_dist.core.storage import Where
 from mura_dist.data import mura, radiograph
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.data.source import report
 from mura_dist.data.source.scan import scan as look_through
 from mura_dist.reports import contact_sheet, dataset_page
@@ -54,12 +54,12 @@ def describe(
     """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out` and in JSON beside it; returns that.
 
     with_contact_sheet: also a page of small radiographs, LOCAL ONLY; `seed` chooses them. shared: others may
-    read the pages too, as the umask says; else their owner alone, for they name patients. Raises Refusal where the folder is
+    read the pages too, as the umask says; else their owner alone, for they name patients. Raises UserError where the folder is
     neither, or `out` cannot be a page.
     """
     if out.suffix.lower() == ".json" or out.is_dir():
         what = "a folder" if out.is_dir() else "where the numbers go"
-        raise Refusal(f"--out {out}: {what}; name a page, such as {out.with_suffix('.html').name}")
+        raise UserError(f"--out {out}: {what}; name a page, such as {out.with_suffix('.html').name}")
     is_shards = any(places.of(folder).exists(name) for name in ("index.json", "conversion.json"))
     looked = _shards(folder) if is_shards else _folder(folder)
     found = looked.found
@@ -212,9 +212,9 @@ def _means(rows: np.ndarray, pixels: Any) -> tuple[pd.Series, list[str]]:
     for row in rows.tolist():
         try:
             means[row] = float(pixels(row).mean())
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             failures.append(error.code)
-        except (OSError, ValueError, Damaged):  # of a damaged shard
+        except (OSError, ValueError, CorruptSampleError):  # of a damaged shard
             failures.append("damaged, see mura-dist verify")
     return pd.Series(means, dtype=np.float64), failures
 

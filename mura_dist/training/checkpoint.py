@@ -28,7 +28,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import sha256
 
 FORMAT = 2
@@ -57,11 +57,11 @@ class Checkpoint:
         return _load(self.folder / "model.safetensors")
 
     def load_into(self, network: torch.nn.Module) -> None:
-        """Fill `network` with `model()`. Raises Refusal where that is another network's."""
+        """Fill `network` with `model()`. Raises UserError where that is another network's."""
         try:
             network.load_state_dict(self.model())
         except RuntimeError as error:  # of many lines, one a name that differs
-            raise Refusal(
+            raise UserError(
                 f"{self.folder} holds the weights of another network than the run's recipe.toml names; restore that, or choose "
                 "another checkpoint"
             ) from error
@@ -91,12 +91,12 @@ class _State(BaseModel):
 
 
 def _load(path: Path) -> Tensors:
-    """The tensors of a file, which are no program: nothing of it is executed. Raises Refusal where it holds none."""
+    """The tensors of a file, which are no program: nothing of it is executed. Raises UserError where it holds none."""
     try:
         return load_file(path)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         reason = str(error).partition("\n")[0][:160]
-        raise Refusal(f"{path} holds no tensors ({reason}); choose another checkpoint, or train again") from error
+        raise UserError(f"{path} holds no tensors ({reason}); choose another checkpoint, or train again") from error
 
 
 def read_mark(folder: Path) -> dict[str, str]:
@@ -205,10 +205,10 @@ def _step_of(folder: Path) -> int:
 def latest(parent: Path, report: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
     """The newest sound checkpoint, None where there is none at all. By the one writer of the run, as it begins.
 
-    Damaged ones that are newer are reported and put out of the way, as `.step-N.damaged`: they are not to be the newest for
+    CorruptSampleError ones that are newer are reported and put out of the way, as `.step-N.damaged`: they are not to be the newest for
     whoever prunes. One that was complete but for its last rename gets it.
 
-    Raises Refusal where all are damaged: to begin anew would throw away what may still be saved.
+    Raises UserError where all are damaged: to begin anew would throw away what may still be saved.
     """
     for aside in parent.glob(".step-*.partial"):
         if (aside / MARK).is_file() and not (folder := parent / aside.name[1 : -len(".partial")]).exists():
@@ -225,7 +225,7 @@ def latest(parent: Path, report: Callable[[str], None] = lambda line: None) -> C
                 _put_away(other)
             return found
     if present:
-        raise Refusal(f"none of the {len(present)} checkpoints in {parent} can be read; restore one, or give run=NEW")
+        raise UserError(f"none of the {len(present)} checkpoints in {parent} can be read; restore one, or give run=NEW")
     return None
 
 
@@ -236,10 +236,10 @@ def _put_away(folder: Path) -> None:
 
 
 def select(parent: Path, which: str) -> Checkpoint:
-    """`best` (lowest loss on the selecting split), `last`, or `step-N`. Refusal where there is none."""
+    """`best` (lowest loss on the selecting split), `last`, or `step-N`. UserError where there is none."""
     present = folders(parent)
     if not present:
-        raise Refusal(f"{parent.parent} has no complete checkpoint; train it with mura-dist train")
+        raise UserError(f"{parent.parent} has no complete checkpoint; train it with mura-dist train")
     if which == "last":
         chosen = present[-1]
     elif which == "best":
@@ -249,12 +249,12 @@ def select(parent: Path, which: str) -> Checkpoint:
         wanted = [folder for folder in present if match and _step_of(folder) == int(match[1])]
         if not wanted:
             names = ", ".join(folder.name for folder in present)
-            raise Refusal(f"--checkpoint {which}: {parent.parent} has best, last, {names}")
+            raise UserError(f"--checkpoint {which}: {parent.parent} has best, last, {names}")
         [chosen] = wanted
     try:
         return read(chosen)
     except ValueError as error:
-        raise Refusal(f"--checkpoint {which}: {error}; choose another one") from error
+        raise UserError(f"--checkpoint {which}: {error}; choose another one") from error
 
 
 def best(present: list[Path]) -> Path:

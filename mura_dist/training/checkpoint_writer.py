@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.core.errors import CommonFailure
+from mura_dist.core.errors import CollectiveRunError
 from mura_dist.distributed.process_group import World
 from mura_dist.reports import training_curves
 from mura_dist.training import checkpoint
@@ -97,13 +97,13 @@ class CheckpointWriter:
         return files | ({"training": rest} if rest else {})
 
     def _check_weights(self, step: int) -> None:
-        """Raise CommonFailure where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
+        """Raise CollectiveRunError where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
         told = self.ranks.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
         where, remedy = f"after step {step}", "the last checkpoint is sound"
         if not told[:, 1].all():
-            raise CommonFailure(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
+            raise CollectiveRunError(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
         if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
-            raise CommonFailure(
+            raise CollectiveRunError(
                 f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "
                 "look for faulty memory or different versions on its machine"
             )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mura_dist.core import files
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal, nearest
+from mura_dist.core.errors import UserError, nearest
 
 # Taken over as they are. What is not here would be ignored by this engine, or change what the recipe says.
 TAKEN = frozenset(
@@ -36,7 +36,7 @@ ZERO_TAKEN = frozenset(
 
 
 def config(settings: Settings, world_size: int, *, num_weights: int) -> dict[str, Any]:
-    """For deepspeed.initialize. Raises Refusal where the user's file is no JSON or contradicts the recipe."""
+    """For deepspeed.initialize. Raises UserError where the user's file is no JSON or contradicts the recipe."""
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.global_batch // (settings.micro_batch * world_size),
@@ -65,7 +65,7 @@ def user(settings: Settings, world_size: int) -> dict[str, Any]:
     for key, value in _leaves(values):
         name, allowed = said.get(key, ("", ()))
         if name and value not in (*allowed, "auto"):
-            raise Refusal(
+            raise UserError(
                 f"{where}: {key} = {json.dumps(value)} contradicts {name}; leave it out of the file, or change the recipe"
             )
         if not name:
@@ -103,11 +103,11 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     try:
         values = files.parse_json(path.read_bytes())
     except OSError as error:
-        raise Refusal(f"{where}: {error.strerror}; give a DeepSpeed JSON file, or deepspeed= for none") from error
+        raise UserError(f"{where}: {error.strerror}; give a DeepSpeed JSON file, or deepspeed= for none") from error
     except ValueError as error:
-        raise Refusal(f"{where} is not JSON ({error}); mend it") from error
+        raise UserError(f"{where} is not JSON ({error}); mend it") from error
     if not isinstance(values, dict):
-        raise Refusal(f'{where} holds no JSON object; write {{"key": value}}')
+        raise UserError(f'{where} holds no JSON object; write {{"key": value}}')
     return values
 
 
@@ -124,7 +124,7 @@ def _place(rest: dict[str, Any], key: str, value: Any, where: str) -> None:
     known = ZERO_TAKEN if parts[0] == "zero_optimization" and len(parts) > 1 else TAKEN
     asked = parts[1] if known is ZERO_TAKEN else parts[0]
     if asked not in known:
-        raise Refusal(
+        raise UserError(
             f"{where}: {key} is the recipe's to say, or not done by this engine{nearest(asked, known)}; leave it out "
             f"(taken are {', '.join(sorted(known))})"
         )

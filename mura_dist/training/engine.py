@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import CommonFailure
+from mura_dist.core.errors import CollectiveRunError
 from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed.process_group import World, limit
 from mura_dist.training import deepspeed_config, execution, micro_batch
@@ -127,7 +127,7 @@ class Engine:
             failed: this rank could not get its micro-batches, and gives none; all ranks hear of it.
 
         Raises:
-            CommonFailure: a rank runs out of memory.
+            CollectiveRunError: a rank runs out of memory.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -206,7 +206,7 @@ class Engine:
         flags, by_micro, norm = list(map(int, sums[:ranks])), sums[len(head) :], math.sqrt(max(sums[ranks + 2], 0.0))
         num_corrupt, num_empty = int(sums[ranks]), int(sums[ranks + 1])
         if short := [rank for rank, flag in enumerate(flags) if flag & _OUT_OF_MEMORY]:
-            raise CommonFailure(micro_batch.exhausted(short, self.settings.micro_batch))
+            raise CollectiveRunError(micro_batch.exhausted(short, self.settings.micro_batch))
         bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
         loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
         abandoned, failed = (any(flag & which for flag in flags) for which in (_ABANDON, _FAILED))

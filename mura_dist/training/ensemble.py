@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models import model_list as members
 from mura_dist.models.card import Member
 from mura_dist.models.model_list import ModelList
@@ -43,7 +43,7 @@ def choose(
 ) -> ModelList:
     """The `top` checkpoints of lowest loss among all complete ones of the runs, written as a list to `out`.
 
-    Damaged checkpoints are reported and passed over. Refusal where the runs do not go together, or hold too few
+    CorruptSampleError checkpoints are reported and passed over. UserError where the runs do not go together, or hold too few
     evaluated checkpoints.
     """
     _check(run_folders, out, top)
@@ -54,7 +54,7 @@ def choose(
     if len(chosen) < top:
         few = f"only {len(chosen)}" if chosen else "none"
         fewer = f"give --top {len(chosen)}, or train" if chosen else "train"
-        raise Refusal(
+        raise UserError(
             f"--top {top}: of the complete checkpoints in {_names(run_folders)} {few} can be chosen (evaluated, sound); "
             f"{fewer} with keep_best={top}, which keeps as many of a run"
         )
@@ -72,15 +72,15 @@ def choose(
 
 def _check(run_folders: Sequence[Path], out: Path, top: int) -> None:
     if top < 1:
-        raise Refusal(f"--top {top}: must be at least 1; the paper's ensemble has 5")
+        raise UserError(f"--top {top}: must be at least 1; the paper's ensemble has 5")
     if out.suffix.lower() != members.SUFFIX:
-        raise Refusal(f"--out {out}: must end in {members.SUFFIX}, other commands know a list by it; add it")
+        raise UserError(f"--out {out}: must end in {members.SUFFIX}, other commands know a list by it; add it")
     if out.is_dir():
-        raise Refusal(f"--out {out} is a folder; give a file")
+        raise UserError(f"--out {out} is a folder; give a file")
     seen: set[Path] = set()
     for folder in run_folders:
         if folder.resolve() in seen:
-            raise Refusal(f"{folder} is given twice; give each run once, its checkpoints all take part")
+            raise UserError(f"{folder} is given twice; give each run once, its checkpoints all take part")
         seen.add(folder.resolve())
 
 
@@ -94,7 +94,7 @@ def _go_together(runs: Sequence[Run]) -> None:
             strict=True,
         ):
             if one != two:
-                raise Refusal(
+                raise UserError(
                     f"{other.folder} has {what} {str(two)[:12]}, {first.folder} {str(one)[:12]}; the members of an ensemble "
                     "are compared by their loss: give runs with the same shards and the same select_on"
                 )
@@ -134,7 +134,7 @@ def _different(chosen: Sequence[_Candidate]) -> None:
     for candidate in chosen:
         before = seen.setdefault(digest(candidate.folder), candidate)
         if before is not candidate:
-            raise Refusal(
+            raise UserError(
                 f"{candidate.folder} and {before.folder} hold the same weights, which would count twice; leave one run out"
             )
 

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import CommonFailure, Failure, Stopped
+from mura_dist.core.errors import CollectiveRunError, RunError, StopRequestedError
 from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
@@ -35,11 +35,11 @@ from mura_dist.training.progress_lines import LINE_EVERY_S, ProgressLines
 from mura_dist.training.run import Run
 from mura_dist.training.scores import study_scores
 from mura_dist.training.state import State
-from mura_dist.training.validation import Interrupted, scores, weighted_loss
+from mura_dist.training.validation import InterruptedValidationError, scores, weighted_loss
 
 
 def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE_EVERY_S) -> dict[str, Any]:
-    """Train or resume; returns the summary. Called on every rank. Raises Refusal, Failure, Stopped.
+    """Train or resume; returns the summary. Called on every rank. Raises UserError, RunError, StopRequestedError.
 
     `line_every_s`: seconds between lines of progress where stderr is no terminal.
     """
@@ -67,7 +67,7 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
             summary = _train(run, plan, ranks, stop, ConsoleOptions(quiet, line_every_s, note))
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
             if micro_batch.is_exhausted(error):
-                raise Failure(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
+                raise RunError(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
             raise
         ranks.barrier()
         if ranks.is_first:  # last: nobody's end can make a failure of it any more
@@ -175,7 +175,7 @@ class Training:
         """When what the first rank writes is on the disk: a launcher that sees one rank end may kill the others."""
         self.writer.flush()
         self.ranks.barrier()
-        raise Stopped(f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on")
+        raise StopRequestedError(f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on")
 
     def steps_of_epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, step by step, from step `first` of the epoch on."""
@@ -190,7 +190,7 @@ class Training:
         """Count the step, taken or left out.
 
         Raises:
-            CommonFailure: too many steps in a row were left out, or too many samples are corrupt.
+            CollectiveRunError: too many steps in a row were left out, or too many samples are corrupt.
         """
         settings, state = self.plan.settings, self.state
         state.corrupt_samples += result.num_corrupt
@@ -204,7 +204,7 @@ class Training:
             self.journal.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
             if state.skipped_in_row >= settings.skip_limit:
                 lower = "give run=NEW and a lower learning_rate, or clip_norm"
-                raise CommonFailure(
+                raise CollectiveRunError(
                     f"{state.skipped_in_row} steps in a row were left out, the last of them step {state.step}: "
                     f"{skip_reason(what)} (rows {', '.join(map(str, rows))}); skip_limit={settings.skip_limit}; the last "
                     f"checkpoint is sound; {lower if result.has_samples else 'make the shards again'}"
@@ -213,13 +213,13 @@ class Training:
             state.loss_scale = state.loss_scale.after(result.applied, settings)
 
     def check_corrupt(self, number: int, rows: np.ndarray, split: str) -> None:
-        """Raise CommonFailure, on all ranks, where more of the samples of `rows` are corrupt than max_corrupt_samples allows."""
+        """Raise CollectiveRunError, on all ranks, where more of the samples of `rows` are corrupt than max_corrupt_samples allows."""
         most, shards = self.plan.most_corrupt(len(rows)), self.plan.shards
         if number <= most:
             return
         self.notice_damage()
         first = int(np.intersect1d(self.state.damaged, rows)[0])
-        raise CommonFailure(
+        raise CollectiveRunError(
             f"{number} of {len(rows)} {split} samples are corrupt, at most {most} may be (max_corrupt_samples="
             f"{self.plan.settings.max_corrupt_samples:g}), the first of them {shards.describe(first)}; `mura-dist verify "
             f"{shards.folder}` names all: convert them again, then the same command resumes; or give a larger max_corrupt_samples"
@@ -254,7 +254,7 @@ class Training:
                 results = scores(
                     network, self.plan.select, self.loading, self.ranks, asked=should_stop, progress=progress
                 )
-        except Interrupted:
+        except InterruptedValidationError:
             return False
         self.check_corrupt(len(results.damaged), self.plan.select, settings.select_on)
         loss, strange = weighted_loss(results, self.loading.targets), int((~np.isfinite(results.logit)).sum())
@@ -290,7 +290,7 @@ def read_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], str]:
     """Return this rank's micro-batches of the next step; where they cannot be read, none of them and why."""
     try:
         return next(steps), ""
-    except Failure as error:
+    except RunError as error:
         return [], str(error)
 
 

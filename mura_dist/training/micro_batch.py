@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import CommonFailure, Refusal, is_out_of_memory
+from mura_dist.core.errors import CollectiveRunError, UserError, is_out_of_memory
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution
@@ -49,13 +49,13 @@ def fitting_micro_batch(settings: Settings, size: int, world: World, *, num_resi
 
     num_resident: radiographs that the loader will keep in the device's memory.
 
-    Raises Refusal where the global batch cannot be shared out, CommonFailure where not even the smallest fits.
+    Raises UserError where the global batch cannot be shared out, CollectiveRunError where not even the smallest fits.
     """
     sizes = candidates(settings.global_batch, world.size)
     if not sizes:
         unit = 2 * world.size
         near = max(1, round(settings.global_batch / unit)) * unit
-        raise Refusal(
+        raise UserError(
             f"global_batch={settings.global_batch} cannot be cut into micro-batches of 2 or more over {world.size} ranks; "
             f"the nearest is global_batch={near}"
         )
@@ -65,11 +65,11 @@ def fitting_micro_batch(settings: Settings, size: int, world: World, *, num_resi
 
 
 def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world: World, num_resident: int = 0) -> int:
-    """Try `sizes`, largest first; return the one that fits on every rank. Raises CommonFailure where none does."""
+    """Try `sizes`, largest first; return the one that fits on every rank. Raises CollectiveRunError where none does."""
     mine = next((number for number in sizes if _fits(settings, size, number, world, num_resident)), 0)
     found = int(world.gather(np.array([mine], np.int64)).min())
     if not found:
-        raise CommonFailure(
+        raise CollectiveRunError(
             f"micro_batch=auto: not even {sizes[-1]} radiographs of {size} px fit; free memory, or convert smaller ones"
         )
     return found

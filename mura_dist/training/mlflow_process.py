@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mura_dist.core import config
-from mura_dist.core.errors import MASK, Stopped, mask_url
+from mura_dist.core.errors import MASK, StopRequestedError, mask_url
 from mura_dist.data.folder_kind import RECIPE
 from mura_dist.distributed import environment
 from mura_dist.training.mlflow_options import READY, Options
@@ -46,7 +46,7 @@ def sending(run: Run, say: Callable[[str], None], *, enabled: bool, end_s: float
     try:
         yield
         outcome = "FINISHED"
-    except (Stopped, KeyboardInterrupt):
+    except (StopRequestedError, KeyboardInterrupt):
         outcome = "KILLED"
         raise
     finally:

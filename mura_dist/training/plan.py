@@ -8,7 +8,7 @@ import numpy as np
 
 from mura_dist.core import files
 from mura_dist.core.config import AUTO, Settings
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.loaders import sampler as order
 from mura_dist.data.shards.reader import Shards
 from mura_dist.training import deepspeed_config
@@ -25,19 +25,19 @@ class Plan:
 
     @classmethod
     def of(cls, settings: Settings, world_size: int) -> "Plan":
-        """Raises Refusal where shards, settings and ranks do not go together."""
+        """Raises UserError where shards, settings and ranks do not go together."""
         shards = Shards.open(settings.shards, files.expand_user(settings.mirror) if settings.mirror else None)
         train, select = shards.rows("train"), shards.rows(settings.select_on)
         shards.require("train", settings.select_on)
         plan = cls(settings, shards, train, select, world_size, {})
         if plan.steps_per_epoch == 0:
-            raise Refusal(
+            raise UserError(
                 f"global_batch={settings.global_batch}: the train split has only {len(train)} radiographs; give a smaller one"
             )
         return plan if settings.micro_batch == AUTO else plan.with_micro_batch(settings.micro_batch)
 
     def with_micro_batch(self, micro: int) -> "Plan":
-        """The same, its micro-batch settled. Raises Refusal as `of` does."""
+        """The same, its micro-batch settled. Raises UserError as `of` does."""
         plan = replace(self, settings=self.settings.model_copy(update={"micro_batch": micro}))
         plan._check_micro_batch()
         return replace(plan, deepspeed=deepspeed_config.user(plan.settings, self.world_size))
@@ -46,13 +46,13 @@ class Plan:
         settings, micro = self.settings, self.settings.micro_batch
         unit = micro * self.world_size  # radiographs of the least step there can be
         if unit > len(self.train):
-            raise Refusal(
+            raise UserError(
                 f"{self.world_size} ranks x micro_batch {micro} = {unit} radiographs a step, the train split has "
                 f"{len(self.train)}; start fewer ranks or give a smaller micro_batch"
             )
         if settings.global_batch % unit:
             near = order.nearest_global_batch(settings.global_batch, unit)
-            raise Refusal(
+            raise UserError(
                 f"global_batch={settings.global_batch} is not a multiple of micro_batch {micro} x {self.world_size} ranks = "
                 f"{unit}; the nearest is global_batch={near}"
             )

@@ -6,7 +6,7 @@
               lock               lock.py: the one writer; a second one waits for it, then is refused
               mlflow.json, mlflow.lock   mlflow_reader.py, where the run is sent to a server
 
-Opening decides: a new run, one to go on with, one that is finished, or another one (Refusal naming the key).
+Opening decides: a new run, one to go on with, one that is finished, or another one (UserError naming the key).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, StrictStr
 from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal, Stopped, mask_url
+from mura_dist.core.errors import UserError, StopRequestedError, mask_url
 from mura_dist.data.folder_kind import RECIPE, kinds_of
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.data.shards.reader import Shards
@@ -69,10 +69,10 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
-        """An existing run, to evaluate or export. Refusal where `folder` is none."""
+        """An existing run, to evaluate or export. UserError where `folder` is none."""
         path = folder / RECIPE
         if not path.is_file():
-            raise Refusal(f"{folder} is not a run (no {RECIPE}); give the folder that run= named")
+            raise UserError(f"{folder} is not a run (no {RECIPE}); give the folder that run= named")
         return cls(folder, config.load(path))
 
     def begun_with(self, key: str, otherwise: Any) -> Any:
@@ -81,7 +81,7 @@ class Run:
         return config.read_recipe(path).get(key, otherwise) if path.is_file() else otherwise
 
     def data(self) -> dict[str, Any]:
-        """data.json's content: which shards the run learns from. Raises Refusal where it is missing or damaged."""
+        """data.json's content: which shards the run learns from. Raises UserError where it is missing or damaged."""
         return files.read_json(self.folder / "data.json", _Data, remedy="restore it, or train again with run=NEW")
 
     def status(self) -> dict[str, Any]:
@@ -96,35 +96,35 @@ class Run:
         files.write_json(self.folder / "status.json", {"state": state, "time": time.strftime("%FT%T%z"), **facts})
 
     def check(self, shards: Shards) -> None:
-        """Refusal where the folder holds another run: other shards, or a setting that may not change."""
+        """UserError where the folder holds another run: other shards, or a setting that may not change."""
         if "run" not in kinds_of(self.folder):
             if self.folder.exists() and not _is_ours(self.folder):
-                raise Refusal(f"run={self.folder} exists and is no run; give run=NEW")
+                raise UserError(f"run={self.folder} exists and is no run; give run=NEW")
             return
         before = config.read_recipe(self.folder / RECIPE)
         for key, value in config.identity(self.settings).items():
             if before.get(key, value) != value:
-                raise Refusal(
+                raise UserError(
                     f"run={self.folder} was started with {key}={before[key]!r}, now it says {key}={value!r}; "
                     "set it back, or give run=NEW for another run"
                 )
         data = self.data()
         for key, value in _data(shards).items():
             if data[key] != value:
-                raise Refusal(
+                raise UserError(
                     f"run={self.folder} learns from shards with {key}={data[key]}, {shards.folder} has {key}={value}; "
                     "give those shards, or run=NEW"
                 )
 
     def check_deepspeed(self, theirs: dict[str, Any]) -> None:
-        """Refusal where what a user's DeepSpeed file adds is not what it was."""
+        """UserError where what a user's DeepSpeed file adds is not what it was."""
         path = self.folder / "deepspeed.json"
         again = "restore it, or give run=NEW"
         before = files.read_json(path, dict[str, Any], remedy=again) if path.is_file() else {}
         if "run" not in kinds_of(self.folder) or before == theirs:
             return
         key = next(key for key in sorted(before.keys() | theirs.keys()) if before.get(key) != theirs.get(key))
-        raise Refusal(
+        raise UserError(
             f"run={self.folder} was started with {key} = {json.dumps(before.get(key))} of a DeepSpeed file, deepspeed="
             f"{self.settings.deepspeed} says {json.dumps(theirs.get(key))}; set it back, or give run=NEW for another run"
         )
@@ -138,7 +138,7 @@ class Run:
         files.write_text(self.folder / RECIPE, config.to_toml(self.settings))  # last: it makes the folder a run
 
     def _make(self) -> None:
-        """Refusal where there can be no such folder, or nothing can be written into it."""
+        """UserError where there can be no such folder, or nothing can be written into it."""
         why = "read-only, or another user's"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,23 +148,23 @@ class Run:
             if error.errno == errno.ENOSPC:
                 raise
             why = error.strerror or str(error)
-        raise Refusal(f"run={self.folder} cannot be written ({why}); make it so, or give run= on a disk that can be")
+        raise UserError(f"run={self.folder} cannot be written ({why}); make it so, or give run= on a disk that can be")
 
     @contextlib.contextmanager
     def writing(self, stop: threading.Event | None = None) -> Iterator[None]:
         """Hold the lock; leave status.json saying how the block ended.
 
-        Where another writer lives, wait up to `wait_s` for it to end; then Refusal. One on another host, whose heart stands
-        still, is waited for until it counts as dead. `stop`, when set, ends the wait: Stopped.
+        Where another writer lives, wait up to `wait_s` for it to end; then UserError. One on another host, whose heart stands
+        still, is waited for until it counts as dead. `stop`, when set, ends the wait: StopRequestedError.
         """
         self._make()
         claim = lock.Claim(f"run={self.folder}", "give run=NEW", self.settings.wait_s, lock.DOUBT_S)
         with lock.held(self.folder / "lock", claim, stop or threading.Event()):
             try:
                 yield
-            except Refusal:  # nothing was done: what the folder says stays true
+            except UserError:  # nothing was done: what the folder says stays true
                 raise
-            except (Stopped, KeyboardInterrupt) as stopped:
+            except (StopRequestedError, KeyboardInterrupt) as stopped:
                 self.write_status("stopped", reason=str(stopped) or "interrupted; the same command goes on")
                 raise
             except BaseException as error:

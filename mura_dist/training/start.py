@@ -15,7 +15,7 @@ import numpy as np
 
 from mura_dist.core import config, files
 from mura_dist.core.config import AUTO, Settings
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import RunError, UserError, StopRequestedError
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
@@ -47,7 +47,7 @@ def begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
         if not _is_ours_to_do(run, plan):  # who wrote until now may have made it another run, or finished it
             return False
         if early.is_set():
-            raise Stopped("stopped before it began; the same command goes on")
+            raise StopRequestedError("stopped before it began; the same command goes on")
     return True
 
 
@@ -65,7 +65,7 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
 
 
 def agree(plan: Plan, ranks: World) -> None:
-    """Raise Refusal, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
+    """Raise UserError, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
     index = plan.shards.index
     text = json.dumps(
         [config.agreed(plan.settings), index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True
@@ -74,12 +74,12 @@ def agree(plan: Plan, ranks: World) -> None:
     others = np.flatnonzero(told != told[0]).tolist()
     computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
     if others and computed.min() < computed.max():
-        raise Refusal(
+        raise UserError(
             f"precision is {'bf16' if computed[0] else 'another'} on rank 0 and not on rank "
             f"{np.argmax(computed != computed[0])}: of auto, their processors differ; name one for all: precision=fp32"
         )
     if others:
-        raise Refusal(
+        raise UserError(
             f"rank {others[0]} was started with other settings or other shards than rank 0; give all the same recipe, "
             "key=value words and shards"
         )
@@ -112,7 +112,7 @@ def resume_point(run: Run, ranks: World) -> Checkpoint | None:
     try:
         return found or checkpoint.read(checkpoint.folder_of(run.checkpoints, step))
     except ValueError as error:
-        raise Failure(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
+        raise RunError(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
 
 
 def make_engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World) -> Engine:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.training.schedule import LossScale, Plateau
 
 
@@ -30,7 +30,7 @@ class State:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> "State":
-        """From a checkpoint's state.json. Raises Refusal where it lacks a field, or one is of another type."""
+        """From a checkpoint's state.json. Raises UserError where it lacks a field, or one is of another type."""
         try:
             fields = {
                 name: saved[name] for name in cls.__dataclass_fields__ if name in saved or name != "corrupt_samples"
@@ -40,7 +40,7 @@ class State:
             return TypeAdapter(cls).validate_python(fields)
         except (KeyError, TypeError, ValueError) as error:
             reason = str(error).replace("\n", " ")[:160]
-            raise Refusal(
+            raise UserError(
                 f"state.json of the newest checkpoint is damaged ({reason}); delete it, or give run=NEW"
             ) from error
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.loader import BatchLoader, Targets
@@ -27,7 +27,7 @@ _MOST_AT_ONCE = 256  # on a GPU; beyond that its arithmetic is busy anyway
 _BYTES_PER_PIXEL = 300  # of a radiograph under way in DenseNet-169, fp32, about
 
 
-class Interrupted(Exception):
+class InterruptedValidationError(Exception):
     """An evaluation that was asked to stop, on all ranks at the same place."""
 
 
@@ -47,8 +47,8 @@ def scores(
         progress: called with the number of rows done and that of all, by each rank of its own.
 
     Raises:
-        Interrupted: a rank was asked to stop.
-        CommonFailure: a rank cannot read its radiographs.
+        InterruptedValidationError: a rank was asked to stop.
+        CollectiveRunError: a rank cannot read its radiographs.
     """
     number = _batch_size(loading, world)
     micros = sampler.evaluation_micros(rows, micro_batch=number, rank=world.rank, world_size=world.size)
@@ -64,14 +64,14 @@ def scores(
                 continue
             try:
                 batch = next(stream)
-            except Failure as error:
+            except RunError as error:
                 reason = str(error)
                 continue
             mine[place], sound[place] = model(batch.image)[0], batch.mask
             progress(min(len(rows), (place + 1) * number * world.size), len(rows))
     world.raise_failures(reason)
     if interrupted:
-        raise Interrupted
+        raise InterruptedValidationError
     return by_row(rows, micros, mine, sound, world)
 
 

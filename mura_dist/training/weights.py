@@ -11,7 +11,7 @@ import torch
 
 from mura_dist.core import config
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models import model_list as members
 from mura_dist.models.card import Member
 from mura_dist.models.densenet import build
@@ -44,14 +44,14 @@ class Weights:
 
     @classmethod
     def of_run(cls, folder: Path, which: str) -> "Weights":
-        """A run's checkpoint: best, last or step-N. Refusal where there is no such run or checkpoint."""
+        """A run's checkpoint: best, last or step-N. UserError where there is no such run or checkpoint."""
         run = Run.load(folder)
         chosen = checkpoint.select(run.checkpoints, which)
         return cls(chosen.name, (run,), (chosen,))
 
     @classmethod
     def of_list(cls, path: Path) -> "Weights":
-        """The members of a list, each checked. Refusal naming the one that changed or is gone."""
+        """The members of a list, each checked. UserError naming the one that changed or is gone."""
         listed = ModelList.load(path)
         found = [_member(path, member) for member in listed.members]
         runs, checkpoints = (tuple(part) for part in zip(*found, strict=True))
@@ -96,13 +96,13 @@ def _member(path: Path, member: Member) -> tuple[Run, Checkpoint]:
     folder = run_folder / "checkpoints" / member.checkpoint
     again = "restore it, or make the list again with `mura-dist ensemble`"
     if not (folder / checkpoint.MARK).is_file():
-        raise Refusal(f"{path}: its member {folder} is gone; {again}")
+        raise UserError(f"{path}: its member {folder} is gone; {again}")
     try:
         found = checkpoint.read(folder)
     except ValueError as error:
-        raise Refusal(f"{path}: of its members, {error}; {again}") from error
+        raise UserError(f"{path}: of its members, {error}; {again}") from error
     if (sha256 := digest(folder)) != member.sha256:
-        raise Refusal(
+        raise UserError(
             f"{path}: its member {folder} has changed ({WEIGHTS} is {sha256[:12]}, listed as {member.sha256[:12]}); {again}"
         )
     return Run.load(run_folder), found
@@ -113,4 +113,4 @@ def digest(folder: Path) -> str:
     try:
         return checkpoint.read_mark(folder)[WEIGHTS]
     except (ValueError, KeyError) as error:
-        raise Refusal(f"{folder}/{checkpoint.MARK} is damaged ({error}); choose another checkpoint") from error
+        raise UserError(f"{folder}/{checkpoint.MARK} is damaged ({error}); choose another checkpoint") from error

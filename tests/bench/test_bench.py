@@ -26,7 +26,7 @@ from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
 from mura_dist.bench.training import kept_bytes
 from mura_dist.bench.workload import Load, Options
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
@@ -253,9 +253,9 @@ def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) 
 
 
 def test_a_contender_that_fails_says_so(nothing: Load) -> None:
-    with pytest.raises(Failure, match="a contender's process died"):
+    with pytest.raises(RunError, match="a contender's process died"):
         play([Contender("dies", toys.dier)], nothing, 1, 0)
-    with pytest.raises(Refusal, match="a contender's own words"):
+    with pytest.raises(UserError, match="a contender's own words"):
         play([Contender("quarrels", toys.quarreller)], nothing, 1, 0)
 
 
@@ -303,7 +303,7 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
     (folder / name).write_bytes(b"no image at all")
     load = Load(folder, tmp_path, [name] * 8, 8, S, 1, 8, "tiny")
     pipeline._pack(load, tmp_path / "files.tar")
-    with pytest.raises(Failure, match=r"image.*: OpenCV does not decode it; give --data without it"):
+    with pytest.raises(RunError, match=r"image.*: OpenCV does not decode it; give --data without it"):
         list(pipeline.originals(tmp_path / "files.tar", load)())
 
 
@@ -328,7 +328,7 @@ def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_a_loader_that_fails_says_so(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
     loader = Loader("the one that fails", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
-    with pytest.raises(Failure, match="the process of the one that fails ended with status 1"):
+    with pytest.raises(RunError, match="the process of the one that fails ended with status 1"):
         footprint.measure([loader], [nothing], 1, print)
     assert "holds no shards" in capfd.readouterr().err
 
@@ -373,7 +373,7 @@ def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Pa
     assert other.with_suffix(".dcm") not in used
     for path in source.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(Refusal, match="none of its files is a sound PNG or JPEG; give a folder"):
+    with pytest.raises(UserError, match="none of its files is a sound PNG or JPEG; give a folder"):
         workload.prepare(Options(data=source), tmp_path / "again", size=S, number=48)
 
 
@@ -457,7 +457,7 @@ def test_what_is_kept_leaves_out_the_weights() -> None:
 def test_two_ranks_want_a_gpu_each(num_gpus: int) -> None:
     """NCCL refuses two ranks of one GPU, one of them after minutes; on a CPU they share it."""
     if num_gpus == 1:
-        with pytest.raises(Refusal, match=r"shows 1 GPU, 2 ranks need one each.*CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(UserError, match=r"shows 1 GPU, 2 ranks need one each.*CUDA_VISIBLE_DEVICES"):
             ranks.check_devices(num_gpus)
     else:
         ranks.check_devices(num_gpus)

@@ -10,7 +10,7 @@ from helpers.commands import ROOT
 
 from mura_dist.core import config, setting_names
 from mura_dist.core.config import Group, Trait
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 NEEDED = ["shards=s", "run=r"]
 
@@ -65,16 +65,16 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_named(words: list[str], says: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         config.load(None, [*NEEDED, *words])
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_missing_settings_are_named() -> None:
-    with pytest.raises(Refusal, match="setting 'shards' is missing"):
+    with pytest.raises(UserError, match="setting 'shards' is missing"):
         config.load(None, ["run=r"])
-    with pytest.raises(Refusal, match="settings 'shards' and 'run' are missing"):
+    with pytest.raises(UserError, match="settings 'shards' and 'run' are missing"):
         config.load(None)
 
 
@@ -123,7 +123,7 @@ def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> No
     recipe.write_text(f"{key} = {text if text == '3' else json.dumps(text)}\n")
     expected = f"unknown setting {key!r} (did you mean {SYNONYMS[key]}?); see"
     for where, given in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}={text}"]))):
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(UserError) as refusal:
             config.load(*given)
         assert str(refusal.value).startswith(f"{where}: {expected}")
 
@@ -146,7 +146,7 @@ def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> No
 )
 def test_the_value_of_a_synonym_is_checked_too(words: list[str], faults: list[str]) -> None:
     """Law: what one start refuses, the next one does not."""
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         config.load(None, [*([] if "data=8" in words else NEEDED), *words])
     line = str(refusal.value)
     assert line.count("input should be") == len(faults)
@@ -154,7 +154,7 @@ def test_the_value_of_a_synonym_is_checked_too(words: list[str], faults: list[st
 
 
 def test_a_name_like_no_other_gets_no_advice() -> None:
-    with pytest.raises(Refusal, match=r"^command line: unknown setting 'qqqq'; see mura-dist train --help$"):
+    with pytest.raises(UserError, match=r"^command line: unknown setting 'qqqq'; see mura-dist train --help$"):
         config.load(None, [*NEEDED, "qqqq=1"])
 
 
@@ -171,7 +171,7 @@ def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) 
     """Law: the line names each wrong key and value once, under the source it comes from, and what is missing."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('lerning_rate = 1\nepochs = -1\nrotate_deg = 400\nseed = "x"\n')
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         config.load(recipe, ["epochs=three", "batch_size=8", "--wd 0.1", "run=r", "seed=1"])
     line = str(refusal.value)
     by_source = {
@@ -190,20 +190,20 @@ def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) 
 
 def test_a_typo_on_the_command_line_is_not_blamed_on_the_recipe() -> None:
     recipe = ROOT / "launch" / "recipes" / "mura.toml"
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         config.load(recipe, ["lr=3e-4"])
     assert str(refusal.value).startswith("command line: unknown setting 'lr'")
     assert "mura.toml" not in str(refusal.value)
 
 
 def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="no such recipe"):
+    with pytest.raises(UserError, match="no such recipe"):
         config.load(tmp_path / "none.toml")
-    with pytest.raises(Refusal, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder"):
         config.load(tmp_path)
     for content in (b"epochs: 3\n", b"\xff\xfe\x00"):
         (tmp_path / "bad.toml").write_bytes(content)
-        with pytest.raises(Refusal, match="is not TOML"):
+        with pytest.raises(UserError, match="is not TOML"):
             config.load(tmp_path / "bad.toml")
 
 
@@ -306,5 +306,5 @@ def test_step_and_compile_complete_each_other(tmp_path: Path, words: list[str], 
 
 @pytest.mark.parametrize("step", ["eager", "graph"])
 def test_a_step_that_compiles_nothing_with_a_mode_is_refused(step: str) -> None:
-    with pytest.raises(Refusal, match=f"step='{step}' compiles nothing, compile='default' asks for it"):
+    with pytest.raises(UserError, match=f"step='{step}' compiles nothing, compile='default' asks for it"):
         config.load(None, [*NEEDED, f"step={step}", "compile=default"])

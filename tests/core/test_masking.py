@@ -10,7 +10,7 @@ import pytest
 
 from mura_dist.cli.main import WRONG, main
 from mura_dist.core import config, storage
-from mura_dist.core.errors import Failure, Refusal, Stopped, mask_url
+from mura_dist.core.errors import RunError, UserError, StopRequestedError, mask_url
 from mura_dist.data.shards.convert import convert
 from mura_dist.reports import dataset
 from mura_dist.training.run import Run
@@ -61,7 +61,7 @@ def test_what_holds_no_secret_stays(text: str) -> None:
 def test_no_error_recipe_status_or_line_holds_a_secret(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for error in (Refusal, Failure, Stopped):
+    for error in (UserError, RunError, StopRequestedError):
         check(str(error(f"{url}: no")) + repr(error(f"{url}: no")))
     settings = config.check({"shards": url, "run": str(tmp_path)}, "here")
     recipe = config.to_toml(settings)
@@ -78,7 +78,7 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
     (tmp_path / "recipe.toml").write_text(recipe)
     kept = config.load(tmp_path / "recipe.toml")
     assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
-    with pytest.raises(Refusal, match="its credentials were masked where it was kept"):
+    with pytest.raises(UserError, match="its credentials were masked where it was kept"):
         storage.of(kept.shards)
     assert main(["shards", url, url]) == WRONG
     assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == WRONG
@@ -126,7 +126,7 @@ def test_what_a_store_says_is_masked_too(
         lambda: place.copy_to("a", tmp_path / "a"),
         lambda: raised(place.read_many(["a"])),
     ):
-        with pytest.raises((OSError, Failure)) as error:
+        with pytest.raises((OSError, RunError)) as error:
             act()
         check(f"{error.value!r} {error.value} {error.value.__dict__}")
     assert main(["verify", f"http://{server}/{path}"]) != 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, parse_path, read_lines
 
 
@@ -18,12 +18,12 @@ def test_lines_keep_their_width_and_their_number() -> None:
 def test_quotes_are_read_as_the_caller_has_it() -> None:
     assert list(read_lines('"a"b, "c"', "t.csv", "fix it")) == [(1, ["ab", ' "c"'])]
     assert list(read_lines('a, "c"', "t.csv", "fix it", strict=True, skipinitialspace=True)) == [(1, ["a", "c"])]
-    with pytest.raises(Refusal, match=r"^t\.csv line 2 is no CSV \(',' expected after '\"'\); fix it$"):
+    with pytest.raises(UserError, match=r"^t\.csv line 2 is no CSV \(',' expected after '\"'\); fix it$"):
         list(read_lines('a,1\n"a"b,1', "t.csv", "fix it", strict=True))
-    with pytest.raises(Refusal, match=r"^t\.csv line 3 is no CSV \(unexpected end of data\); fix it$"):
+    with pytest.raises(UserError, match=r"^t\.csv line 3 is no CSV \(unexpected end of data\); fix it$"):
         list(read_lines('a,1\n"a,1\nb,1', "t.csv", "fix it", strict=True))
     with pytest.raises(
-        Refusal, match=r"^t\.csv line 1 is no CSV \(field larger than field limit \(131072\)\); fix it$"
+        UserError, match=r"^t\.csv line 1 is no CSV \(field larger than field limit \(131072\)\); fix it$"
     ):
         list(read_lines("x" * 200_000, "t.csv", "fix it"))
 
@@ -31,7 +31,7 @@ def test_quotes_are_read_as_the_caller_has_it() -> None:
 def test_lines_before_a_broken_one_come_first() -> None:
     lines = read_lines('a,1\n"b', "t.csv", "fix it", strict=True)
     assert next(lines) == (1, ["a", "1"])
-    with pytest.raises(Refusal, match=r"^t\.csv line 2 "):
+    with pytest.raises(UserError, match=r"^t\.csv line 2 "):
         next(lines)
 
 
@@ -61,7 +61,7 @@ def test_a_byte_order_mark_tells_the_encoding() -> None:
     ],
 )
 def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(UserError, match=message):
         decode(data, "t.csv")
 
 

@@ -28,7 +28,7 @@ from pydicom.dataset import Dataset
 
 from mura_dist.data import dicom as reader
 from mura_dist.data import radiograph
-from mura_dist.data.radiograph import Unreadable, decode
+from mura_dist.data.radiograph import UnreadableFileError, decode
 
 DX = "1.2.840.10008.5.1.4.1.1.1.1"
 VALUES = np.arange(600, dtype=np.uint16).reshape(20, 30)
@@ -36,7 +36,7 @@ GREY = np.rint(VALUES * (255 / 599))
 
 
 def refusal(data: bytes) -> str:
-    with pytest.raises(Unreadable) as caught:
+    with pytest.raises(UnreadableFileError) as caught:
         decode(io.BytesIO(data))
     return str(caught.value)
 

@@ -20,7 +20,7 @@ from helpers.dicoms import (
 from PIL import Image
 
 from mura_dist.data import radiograph
-from mura_dist.data.radiograph import Unreadable, decode
+from mura_dist.data.radiograph import UnreadableFileError, decode
 
 SHAPE = (40, 50)
 
@@ -54,7 +54,7 @@ def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def refusal(data: bytes) -> str:
-    with pytest.raises(Unreadable) as caught:
+    with pytest.raises(UnreadableFileError) as caught:
         decode(io.BytesIO(data))
     return str(caught.value)
 

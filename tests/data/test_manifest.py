@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import laws
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
 from mura_dist.data.manifest import Manifest, cut_tune
@@ -29,7 +29,7 @@ def make(root: Path, *paths: str) -> Path:
 
 def refused(source: Where, *words: str, labels: Path | None = None) -> None:
     """A scan is refused in one line, with all of `words`."""
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         scan(source, labels)
     said = str(refusal.value)
     assert len(said.splitlines()) == 1, said
@@ -692,7 +692,7 @@ def test_phantoms_are_known_wherever_their_mark_is(tmp_path: Path) -> None:
 
 
 def test_tune_has_limits(phantoms: Path) -> None:
-    with pytest.raises(Refusal, match=r"--tune 0\.6.*between 0.*0\.5"):
+    with pytest.raises(UserError, match=r"--tune 0\.6.*between 0.*0\.5"):
         cut_tune(scan(phantoms).manifest, 0.6, 0)
 
 
@@ -704,7 +704,7 @@ def test_a_manifest_survives_the_disk(phantoms: Path, tmp_path: Path) -> None:
     assert loaded.frame.equals(manifest.frame)
     text = (tmp_path / "manifest.csv").read_text().splitlines()
     (tmp_path / "manifest.csv").write_text("\n".join([text[0], *text[2:]]))
-    with pytest.raises(Refusal, match="not a manifest"):
+    with pytest.raises(UserError, match="not a manifest"):
         Manifest.load(tmp_path / "manifest.csv")
 
 
@@ -725,7 +725,7 @@ def test_a_manifest_of_impossible_values_is_refused(column: str, value: str, lim
     assert Manifest.load(path).frame["label"].tolist() == [0, 1, 0]
     lines[1][names.index(column)] = value
     path.write_text("\n".join(",".join(line) for line in [names, *lines]))
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         Manifest.load(path)
     said = str(refusal.value)
     assert said.startswith(f"{path} row 1: {column} ")

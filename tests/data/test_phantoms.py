@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura, phantoms
 
 
@@ -187,7 +187,7 @@ def test_a_half_drawn_set_is_completed(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_request_is_refused(request_: dict[str, int], words: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         phantoms.draw(tmp_path / "set", **{"studies": 10, "size": 64, **request_})  # type: ignore[arg-type]
     assert all(word in str(refused.value) for word in words)
     assert not (tmp_path / "set").exists()
@@ -202,16 +202,16 @@ def test_a_set_killed_at_its_very_first_write_is_completed(tmp_path: Path) -> No
 
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(Refusal, match=r"is not empty and holds no phantoms; .*give a new folder"):
+    with pytest.raises(UserError, match=r"is not empty and holds no phantoms; .*give a new folder"):
         phantoms.draw(tmp_path, studies=10, size=64)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-    with pytest.raises(Refusal, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         phantoms.draw(tmp_path / "letter.txt", studies=10, size=64)
-    with pytest.raises(Refusal, match=r"another set \(studies=140, size=64, seed=3, version=\d+\)"):
+    with pytest.raises(UserError, match=r"another set \(studies=140, size=64, seed=3, version=\d+\)"):
         phantoms.draw(drawn, studies=140, size=64, seed=4)
     (tmp_path / "mark").mkdir()
     (tmp_path / "mark" / phantoms.MARK).write_text("[torn")
-    with pytest.raises(Refusal, match="give a new folder"):
+    with pytest.raises(UserError, match="give a new folder"):
         phantoms.draw(tmp_path / "mark", studies=10, size=64)
 
 

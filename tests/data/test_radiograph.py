@@ -49,7 +49,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
 from mura_dist.data import body_parts, mura, radiograph, raster
-from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, Unreadable, decode, identity, read
+from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError, decode, identity, read
 
 
 def drawn() -> np.ndarray:
@@ -70,17 +70,17 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def refusal(data: bytes) -> Unreadable:
-    with pytest.raises(Unreadable) as caught:
+def refusal(data: bytes) -> UnreadableFileError:
+    with pytest.raises(UnreadableFileError) as caught:
         read(io.BytesIO(data), 16)
     return caught.value
 
 
 def outcome(data: bytes) -> str:
-    """ "read", or the code; anything but a grey square or Unreadable fails the test."""
+    """ "read", or the code; anything but a grey square or UnreadableFileError fails the test."""
     try:
         grey = read(io.BytesIO(data), 24)
-    except Unreadable as refused:
+    except UnreadableFileError as refused:
         return refused.code
     assert grey.shape == (24, 24)
     assert grey.dtype == np.uint8
@@ -502,7 +502,7 @@ def test_refusals_say_why(name: str) -> None:
 
 def test_files_that_do_not_open(tmp_path: Path) -> None:
     def reason(path: Any) -> str:
-        with pytest.raises(Unreadable) as caught:
+        with pytest.raises(UnreadableFileError) as caught:
             read(path, 8)
         assert identity(path) is None
         return str(caught.value)
@@ -518,14 +518,14 @@ def test_files_that_do_not_open(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(Unreadable, match="not a regular file"):
+    with pytest.raises(UnreadableFileError, match="not a regular file"):
         read(tmp_path / "pipe.png", 8)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root opens everything")
 def test_permission(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch(mode=0)
-    with pytest.raises(Unreadable, match="cannot be opened: permission denied"):
+    with pytest.raises(UnreadableFileError, match="cannot be opened: permission denied"):
         read(tmp_path / "a.png", 8)
 
 
@@ -538,7 +538,7 @@ def test_memory_running_out_is_too_large(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_unreadable_crosses_processes() -> None:
-    again = pickle.loads(pickle.dumps(Unreadable("too_large", "why")))
+    again = pickle.loads(pickle.dumps(UnreadableFileError("too_large", "why")))
     assert (again.code, again.reason) == ("too_large", "why")
 
 
@@ -565,7 +565,7 @@ def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[s
         for tail in (0, len(data) - end) if zeros_tell else (0,):
             try:
                 np.testing.assert_array_equal(decode(io.BytesIO(data[:end] + bytes(tail))), whole)
-            except Unreadable as refused:
+            except UnreadableFileError as refused:
                 codes.add(refused.code)
     assert "unreadable" in codes
     assert codes <= {"not_image", "unreadable"}
@@ -891,10 +891,10 @@ def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
         refusal = None
         try:
             wanted = radiograph.read(path, 32)
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             refusal = str(error)
         if refusal is not None:
-            with pytest.raises(radiograph.Unreadable, match=re.escape(refusal)):
+            with pytest.raises(radiograph.UnreadableFileError, match=re.escape(refusal)):
                 radiograph.look(path, 32)
             continue
         whole = radiograph.decode(path)
@@ -939,7 +939,7 @@ for path in sorted(Path(sys.argv[1]).rglob("*.*")):
     radiograph.identity(path)
     try:
         radiograph.read(path, 320)
-    except radiograph.Unreadable as refused:
+    except radiograph.UnreadableFileError as refused:
         assert "\\n" not in refused.reason and path.name not in refused.reason and len(refused.reason) < 100, refused
 print((peak() - before) // 1024)
 """

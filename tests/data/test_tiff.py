@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mura_dist.data.radiograph import Unreadable, decode
+from mura_dist.data.radiograph import UnreadableFileError, decode
 
 UNSIGNED, SIGNED, FLOATING, VOID = 1, 2, 3, 4
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
@@ -189,7 +189,7 @@ def test_samples_are_the_numbers_written_or_refused(kind: int, bits: int) -> Non
         data, num = tiff(page(values, kind, bits, planes=planes, **options), order=order), num + 1
         try:
             grey = decode(io.BytesIO(data))
-        except Unreadable as error:
+        except UnreadableFileError as error:
             reason = error.reason
         else:
             reason, num_read = "", num_read + 1
@@ -209,7 +209,7 @@ def test_samples_of_other_kinds_are_refused_by_name(kind: int, bits: int) -> Non
     for order, compression, photometric in itertools.product("<>", COMPRESSIONS, (BLACK_IS_ZERO, WHITE_IS_ZERO)):
         parts = page(values, kind, bits, order=order, compression=compression, photometric=photometric)
         with pytest.raises(
-            Unreadable, match="TIFF" if kind == VOID else f"a TIFF of {bits}-bit .*; save it with 8 or 16 bits"
+            UnreadableFileError, match="TIFF" if kind == VOID else f"a TIFF of {bits}-bit .*; save it with 8 or 16 bits"
         ):
             decode(io.BytesIO(tiff(parts, order=order)))
 
@@ -261,7 +261,7 @@ def test_colors_in_planes_or_interleaved(bits: int) -> None:
         try:
             np.testing.assert_allclose(decode(io.BytesIO(data)), wanted, atol=1.01, err_msg=str(options))
             num_read += 1
-        except Unreadable:
+        except UnreadableFileError:
             assert fill == 2 or (planes == 2 and bits == 16), options
     assert num_read >= 20
 
@@ -274,7 +274,7 @@ def test_mirrored_bits_are_turned_or_refused(kind: int, bits: int) -> None:
         options = {"order": order, "compression": compression, "photometric": photometric}
         try:
             grey = decode(io.BytesIO(tiff(page(values, kind, bits, fill=2, **options), order=order)))
-        except Unreadable:
+        except UnreadableFileError:
             continue
         num_read += 1
         assert np.abs(grey - stretched(values, photometric)).max() <= 0.51, options
@@ -315,7 +315,7 @@ def test_the_first_page_that_is_not_reduced_is_the_picture(order: str, big: bool
 
 
 def test_a_big_endian_bigtiff_is_refused_by_name() -> None:
-    with pytest.raises(Unreadable, match="a big-endian BigTIFF is not read; save it as a TIFF"):
+    with pytest.raises(UnreadableFileError, match="a big-endian BigTIFF is not read; save it as a TIFF"):
         decode(io.BytesIO(tiff(of_level(200, order=">"), order=">", big=True)))
 
 
@@ -351,7 +351,7 @@ def test_a_ring_or_a_crowd_of_pages_ends() -> None:
     struct.pack_into("<I", data, len(data) - 4, struct.unpack_from("<I", data, 4)[0])
     assert level_of(bytes(data)) == 5
     assert level_of(tiff(*[thumbnail] * 99, of_level(9))) == 9
-    with pytest.raises(Unreadable, match="whose first 100 pages are reduced copies or masks"):
+    with pytest.raises(UnreadableFileError, match="whose first 100 pages are reduced copies or masks"):
         decode(io.BytesIO(tiff(*[thumbnail] * 100, of_level(9))))
 
 
@@ -360,7 +360,7 @@ def test_a_chain_cut_short_before_the_picture_is_refused() -> None:
     data = tiff(of_level(5, tag_254=REDUCED), of_level(9))
     assert level_of(data) == 9
     for end in range(len(data) - 4, len(data) - 100, -7):
-        with pytest.raises(Unreadable, match="damaged, cut short"):
+        with pytest.raises(UnreadableFileError, match="damaged, cut short"):
             decode(io.BytesIO(data[:end]))
     behind = bytearray(tiff(of_level(9)))
     struct.pack_into("<I", behind, len(behind) - 4, 0xFFFFFFF0)

@@ -20,7 +20,7 @@ from helpers import laws
 from helpers.commands import BIN, NO_GPU, TINY, free_port, run, warm_script
 from helpers.runs import losses
 
-from mura_dist.core.errors import Failure, OwnRefusal, Refusal
+from mura_dist.core.errors import RunError, RankLocalUserError, UserError
 from mura_dist.distributed import environment, process_group
 
 WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -138,7 +138,7 @@ def test_several_ranks_only_where_a_launcher_says_which_this_is(monkeypatch: pyt
         monkeypatch.setattr(os, "environ", said)
         try:
             told = environment.ranks()
-        except Refusal as refusal:
+        except UserError as refusal:
             num_refused += any(name in str(refusal) for name in (*said, "OMPI_COMM_WORLD_*"))
             continue
         assert 0 <= told.rank < told.size
@@ -226,13 +226,13 @@ def test_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meet(job | {"MASTER_ADDR": "ib0-gpu07", "MASTER_PORT": "1234"}) == ("ib0-gpu07", 1234)
     assert meet(openmpi(1, 2, 1, 2))[0] == "127.0.0.1", "all on this machine"
     assert meet({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}) == ("a", 29500)
-    with pytest.raises(Refusal, match="mpiexec -genv MASTER_ADDR HOST"):
+    with pytest.raises(UserError, match="mpiexec -genv MASTER_ADDR HOST"):
         meet(hydra(1, 4, 1, 2))
-    with pytest.raises(Refusal, match="mpirun -x MASTER_ADDR=HOST"):
+    with pytest.raises(UserError, match="mpirun -x MASTER_ADDR=HOST"):
         meet(openmpi(1, 4, 1, 2))
-    with pytest.raises(Refusal, match=r"rank 1 of 2 \(told by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
+    with pytest.raises(UserError, match=r"rank 1 of 2 \(told by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
         meet({"RANK": "1", "WORLD_SIZE": "2"})
-    with pytest.raises(Refusal, match="MASTER_PORT=70000: must lie between"):
+    with pytest.raises(UserError, match="MASTER_PORT=70000: must lie between"):
         meet(job | {"MASTER_PORT": "70000"})
 
 
@@ -251,21 +251,21 @@ def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch
             raise AssertionError("nobody is there")
 
     with pytest.raises(
-        OwnRefusal, match=rf"port {taken_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
+        RankLocalUserError, match=rf"port {taken_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
     ):
         join(0, taken_port)
     free = free_port()
     for rank in (0, 1):
         with pytest.raises(
-            Failure, match=rf"rank {rank} of 2 could not meet the others at 127.0.0.1:{free} \(.*up to 1 s\)"
+            RunError, match=rf"rank {rank} of 2 could not meet the others at 127.0.0.1:{free} \(.*up to 1 s\)"
         ):
             join(rank, free)
     begin = time.monotonic()
-    with pytest.raises(Failure, match=r"up to 3 s\)"):
+    with pytest.raises(RunError, match=r"up to 3 s\)"):
         join(1, free, patience_s=2)
     assert time.monotonic() - begin > 3, "rank 0 may come later"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(Failure, match=r"up to 1 s\)"):
+    with pytest.raises(RunError, match=r"up to 1 s\)"):
         join(1, free, patience_s=60)  # torchrun listened before its ranks began
 
 

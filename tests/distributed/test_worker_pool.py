@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.distributed.worker_pool import Limits, Lost, crew
 
 QUICK = Limits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
@@ -91,7 +91,7 @@ def dies_at_once(notes: Path) -> Callable[[Any], Any]:
 def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
     with (
         crew(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as people,
-        pytest.raises(Failure, match=r"end before they begin \(exit status 7\)"),
+        pytest.raises(RunError, match=r"end before they begin \(exit status 7\)"),
     ):
         list(people.results([[1]]))
 

@@ -14,7 +14,7 @@ from helpers import laws
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from mura_dist.cli.main import DONE, main
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.evaluation import prediction_files, score
 
@@ -315,7 +315,7 @@ def test_a_file_may_be_a_study(tmp_path: Path) -> None:
     table[1:] = [[f"{line[0]}.png", *line[1:]] for line in table[1:]]
     labels = write(tmp_path / "l.csv", [LABELLED[0], *((f"{study}.png", label) for study, label in LABELLED[1:])])
     assert len(joined_of_files(write(tmp_path / "studies.csv", table), labels)) == 4
-    with pytest.raises(Refusal, match="4 of 4 lines name an image"):
+    with pytest.raises(UserError, match="4 of 4 lines name an image"):
         joined_of_files(tmp_path / "studies.csv", write(tmp_path / "l.csv", LABELLED))
 
 

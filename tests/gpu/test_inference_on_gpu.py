@@ -16,7 +16,7 @@ if gpu.CUDA and "CUDAExecutionProvider" not in onnxruntime.get_available_provide
 
 from helpers.models import card_of, noise, tiny  # noqa: E402
 
-from mura_dist.core.errors import Refusal  # noqa: E402
+from mura_dist.core.errors import UserError  # noqa: E402
 from mura_dist.inference import page_locked  # noqa: E402
 from mura_dist.inference.engine import Tuning  # noqa: E402
 from mura_dist.inference.export import onnx, precision  # noqa: E402
@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_cpu_at_any_batch_size(
     exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
     try:
         model = Model.from_bytes(exported(name), "the model", provider, Tuning(8, streams=2))
-    except Refusal as error:
+    except UserError as error:
         if "TensorRT 10" not in str(error):
             raise
         pytest.skip("TensorRT 10 is not installed")

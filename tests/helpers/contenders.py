@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mura_dist.bench.workload import Load
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 
 def sleeper(pause_s: float, load: Load) -> Callable[[Path], int]:
@@ -45,7 +45,7 @@ def dier(load: Load) -> Callable[[Path], int]:
 
 
 def quarreller(load: Load) -> Callable[[Path], int]:
-    raise Refusal("a contender's own words")
+    raise UserError("a contender's own words")
 
 
 def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:

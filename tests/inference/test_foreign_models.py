@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from mura_dist.cli.main import FAILED, WRONG, main
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.inference import batch_limit, onnx_metadata
 from mura_dist.inference.engine import Tuning
 from mura_dist.inference.onnx_model import Model
@@ -89,7 +89,7 @@ def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
     ],
 )
 def test_another_graph_is_refused(change: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"no model of ours|not an ONNX model") as refusal:
+    with pytest.raises(UserError, match=r"no model of ours|not an ONNX model") as refusal:
         Model.load(saved(mean(**change), tmp_path / "m.onnx"))
     assert "\n" not in str(refusal.value)
 
@@ -128,7 +128,7 @@ def test_no_other_file_is_read(
     (tmp_path / "weights.bin").write_bytes(bytes(8))
     path = saved(build(outside(place)), tmp_path / "m.onnx")
     assert onnx_metadata.external_file(path.read_bytes()) == place
-    with pytest.raises(Refusal, match="names another file for its weights"):
+    with pytest.raises(UserError, match="names another file for its weights"):
         Model.load(path)
 
 
@@ -141,7 +141,7 @@ def test_a_model_that_never_answers_is_left(tmp_path: Path) -> None:
     started = time.monotonic()
     for _ in range(2):  # it may be asked again
         with pytest.raises(
-            Failure, match=r"m\.onnx: a batch took more than 0\.3 s; give a smaller --batch-size or a longer"
+            RunError, match=r"m\.onnx: a batch took more than 0\.3 s; give a smaller --batch-size or a longer"
         ):
             model.logits(noise(1))
     assert time.monotonic() - started < 8

@@ -12,7 +12,7 @@ from helpers.commands import torchrun
 from PIL import Image
 
 from mura_dist.cli.main import DONE, main
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.inference import file_list
 from mura_dist.inference.inputs import Inputs
 from mura_dist.inference.predict import predict
@@ -89,7 +89,7 @@ def test_what_is_no_input_is_refused(ward: Path) -> None:
         ): r"^s3://\*\*\*@bucket/a\.png: predict reads files of this machine alone; copy",
     }
     for words, text in cases.items():
-        with pytest.raises(Refusal, match=text):
+        with pytest.raises(UserError, match=text):
             Inputs.parse(words)
 
 
@@ -131,9 +131,9 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
     """OUT is refused where it is a folder to be read, not where a file of it is."""
     predict(model, ["a.png", "b.png"], Path("."))
     assert set(table(ward)) == {"a.png", "b.png"}
-    with pytest.raises(Refusal, match=r"^--out x is one of the inputs; give another folder$"):
+    with pytest.raises(UserError, match=r"^--out x is one of the inputs; give another folder$"):
         predict(model, ["a.png", "x"], Path("x"))
-    with pytest.raises(Refusal, match=r"^--out \. is the directory of radiographs itself; give another folder$"):
+    with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself; give another folder$"):
         predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.models import S, card_of, noise, with_card
 
-from mura_dist.core.errors import Failure, Refusal, install_remedy
+from mura_dist.core.errors import RunError, UserError, install_remedy
 from mura_dist.inference import autotune, engine, engine_onnxruntime, engine_openvino
 from mura_dist.inference.engine import OUTPUTS, PROVIDERS, Tuning
 from mura_dist.inference.onnx_model import Model
@@ -72,7 +72,7 @@ def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
 
 
 def test_what_fails_in_a_batch_is_raised(model: Path) -> None:
-    with pytest.raises(Failure, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
+    with pytest.raises(RunError, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
         list(Model.load(model, tuning=Tuning(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
 
 
@@ -137,7 +137,7 @@ def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> N
 
 def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(Refusal, match=re.escape(install_remedy("openvino"))):
+    with pytest.raises(UserError, match=re.escape(install_remedy("openvino"))):
         Model.load(model, "openvino")
 
 
@@ -145,28 +145,28 @@ def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest
 def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
     available = engine_onnxruntime.import_onnxruntime().get_available_providers()
     if PROVIDERS[provider] not in available:
-        with pytest.raises(Refusal, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
+        with pytest.raises(UserError, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
             Model.load(model, provider)
         return
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
-    with pytest.raises(Refusal, match=r"--provider \w+: \w+ does not start, (lib\S+) cannot be opened; ") as refused:
+    with pytest.raises(UserError, match=r"--provider \w+: \w+ does not start, (lib\S+) cannot be opened; ") as refused:
         Model.load(model, provider)
     assert str(refused.value).endswith(", or give --provider cpu")
 
 
 def test_a_mistyped_provider(model: Path) -> None:
-    with pytest.raises(Refusal, match=r"--provider cdua \(did you mean cuda\?\)"):
+    with pytest.raises(UserError, match=r"--provider cdua \(did you mean cuda\?\)"):
         Model.load(model, "cdua")
 
 
 def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.onnx"
     with_card(model, card_of().model_copy(update={"precision": "bf16"}), path)
-    with pytest.raises(Refusal, match="bf16"):
+    with pytest.raises(UserError, match="bf16"):
         Model.load(path)
     if importlib.util.find_spec("openvino") is not None and not engine_openvino.computes_bf16():
-        with pytest.raises(Refusal, match="no instructions"):
+        with pytest.raises(UserError, match="no instructions"):
             Model.load(path, "openvino")
 
 
@@ -175,12 +175,12 @@ def test_openvino_refuses_what_is_no_model(model: Path, tmp_path: Path) -> None:
     import onnx
 
     (tmp_path / "text.onnx").write_text("not a model")
-    with pytest.raises(Refusal, match="not an ONNX model"):
+    with pytest.raises(UserError, match="not an ONNX model"):
         Model.load(tmp_path / "text.onnx", "openvino")
     bare = onnx.load(model)
     del bare.metadata_props[:]
     (tmp_path / "bare.onnx").write_bytes(bare.SerializeToString())
-    with pytest.raises(Refusal, match="mura-dist export"):
+    with pytest.raises(UserError, match="mura-dist export"):
         Model.load(tmp_path / "bare.onnx", "openvino")
 
 

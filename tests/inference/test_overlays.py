@@ -11,7 +11,7 @@ from helpers.predictions import contents, draw, draw_dicom, rows
 from PIL import Image
 
 from mura_dist.cli.main import main
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import radiograph
 from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import overlays
@@ -211,7 +211,7 @@ def test_allowed_all_are_written(model: Path, burned: Path, tmp_path: Path) -> N
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (8, 0)
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*BURNED, *CLEAN, "plain.png"}
     assert not any("overlay" in line for line in summary["warnings"])
-    with pytest.raises(Refusal, match=r"holds a run with allow_pixels=True, this one has allow_pixels=False"):
+    with pytest.raises(UserError, match=r"holds a run with allow_pixels=True, this one has allow_pixels=False"):
         predict(model, burned, tmp_path / "out", PredictOptions(overlays=True))
 
 
@@ -229,7 +229,7 @@ def test_the_one_that_withholds() -> None:
 
 def test_overlays_of_another_run_are_not_mixed_with(model: Path, burned: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / FOLDER).mkdir(parents=True)
-    with pytest.raises(Refusal, match=r"out holds overlays, which is not of this run; give another folder"):
+    with pytest.raises(UserError, match=r"out holds overlays, which is not of this run; give another folder"):
         predict(model, burned, tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ from helpers.commands import run, stderr_lines
 from helpers.predictions import FILES, TABLES, contents, draw, draw_dicom, rows
 
 from mura_dist.cli.main import DONE, FAILED, main
-from mura_dist.core.errors import Failure, Refusal, Stopped
+from mura_dist.core.errors import RunError, UserError, StopRequestedError
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import Limits
 from mura_dist.evaluation import prediction_files
@@ -366,7 +366,7 @@ def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp
     key.parent.mkdir()
     key.write_bytes(b"short")
     key.chmod(0o600)
-    with pytest.raises(Refusal, match=r"^site key .* holds 5 bytes, at least 32 are needed; delete it"):
+    with pytest.raises(UserError, match=r"^site key .* holds 5 bytes, at least 32 are needed; delete it"):
         pseudonyms.site_key()
 
 
@@ -387,12 +387,12 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
     table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
     assert types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
-    with pytest.raises(Refusal, match="is both XR_ELBOW and XR_HAND; leave one"):
+    with pytest.raises(UserError, match="is both XR_ELBOW and XR_HAND; leave one"):
         types("both", str(table))
     table.write_text("file,type\na,b\n")
-    with pytest.raises(Refusal, match="not a CSV with the columns path and study_type"):
+    with pytest.raises(UserError, match="not a CSV with the columns path and study_type"):
         types("columns", str(table))
-    with pytest.raises(Refusal, match=r"missing\.csv: no such file or directory; give a study type"):
+    with pytest.raises(UserError, match=r"missing\.csv: no such file or directory; give a study type"):
         types("missing", str(tmp_path / "missing.csv"))
 
 
@@ -559,7 +559,7 @@ def test_a_signal_stops_in_good_order(
         "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files; the same command goes on$",
         "tables": "^stopped while writing the tables; nothing is lost, the same command goes on$",
     }
-    with pytest.raises(Stopped, match=said[phase]):
+    with pytest.raises(StopRequestedError, match=said[phase]):
         predict(model, many[0], tmp_path / "out", progress=progress)
     assert signal.getsignal(number) is before
     assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
@@ -582,7 +582,7 @@ def test_chunks_without_a_radiograph_are_finished_as_they_come(
             assert len(list((tmp_path / "out" / ".parts").glob("0*.json"))) == 5
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Stopped, match=r"^stopped after 60 of 95 files"):
+    with pytest.raises(StopRequestedError, match=r"^stopped after 60 of 95 files"):
         predict(model, tmp_path / "in", tmp_path / "out", progress=stop)
     summary = predict(model, tmp_path / "in", tmp_path / "out")
     assert summary is not None
@@ -613,7 +613,7 @@ def test_another_run_in_the_same_out(
 
     try:
         predict(model, source, out, progress=stop)
-    except Stopped:
+    except StopRequestedError:
         assert not finished
     assert (out / "predict.json").exists() == finished
     for key, options in {
@@ -621,19 +621,19 @@ def test_another_run_in_the_same_out(
         "study_type": {"study_type": "hand"},
         "format": {"format": "parquet"},
     }.items():
-        with pytest.raises(Refusal, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"):
+        with pytest.raises(UserError, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"):
             predict(model, source, out, PredictOptions(**options))
     other = tmp_path / "other.onnx"
     proto = onnx.load(model)
     proto.doc_string = "another"
     onnx.save(proto, other)
-    with pytest.raises(Refusal, match=r"holds a run with model_sha256="):
+    with pytest.raises(UserError, match=r"holds a run with model_sha256="):
         predict(other, source, out)
     draw(source / "a.png", seed=9)
-    with pytest.raises(Refusal, match=r"holds a run with files_sha256="):
+    with pytest.raises(UserError, match=r"holds a run with files_sha256="):
         predict(model, source, out)
     draw(source / "b.png")
-    with pytest.raises(Refusal, match=rf"holds a run with num_files={CHUNK + 1}, this one has num_files={CHUNK + 2}"):
+    with pytest.raises(UserError, match=rf"holds a run with num_files={CHUNK + 1}, this one has num_files={CHUNK + 2}"):
         predict(model, source, out)
 
 
@@ -673,7 +673,7 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
     for change, text in cases:
         paths = {"model_path": model, "inputs": source, "out": tmp_path / "out"}
         options = PredictOptions(**{key: value for key, value in change.items() if key not in paths})
-        with pytest.raises(Refusal, match=text) as refusal:
+        with pytest.raises(UserError, match=text) as refusal:
             predict(**paths | {key: value for key, value in change.items() if key in paths}, options=options)
         assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
@@ -730,7 +730,7 @@ def test_a_model_that_gives_no_number_is_named(
     model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
-    with pytest.raises(Failure, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
+    with pytest.raises(RunError, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
         predict(model, layout, tmp_path)
 
 
@@ -738,7 +738,7 @@ def test_a_model_that_gives_no_number_is_named(
 def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: pytest.CaptureFixture[str]) -> None:
     try:
         said = Model.load(model, provider).provider.lower()
-    except Refusal as refusal:
+    except UserError as refusal:
         said = str(refusal)
     assert re.match(rf"{provider}|--provider {provider}: \w+ does not start.* or give --provider cpu$", said)
     assert capfd.readouterr() == ("", "")
@@ -746,7 +746,7 @@ def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: py
 
 def test_damaged_plan_is_named(model: Path, layout: Path, tmp_path: Path) -> None:
     (tmp_path / "predict.json").write_text("{")
-    with pytest.raises(Refusal, match=r"predict\.json is damaged \(.*\); give another --out"):
+    with pytest.raises(UserError, match=r"predict\.json is damaged \(.*\); give another --out"):
         predict(model, layout, tmp_path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.commands import ROOT, run
 
 from mura_dist.cli.main import WRONG, main
-from mura_dist.core.errors import Refusal, install_remedy
+from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.inference import provider_libraries
 from mura_dist.inference.onnx_model import Model
 from mura_dist.inference.predict import predict
@@ -86,9 +86,9 @@ def test_a_script_says_how_to_get_onnx_runtime(words: list[object], model: Path,
 
 @pytest.mark.usefixtures("no_onnxruntime")
 def test_the_functions_say_how_to_get_onnx_runtime(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="ONNX Runtime is not installed"):
+    with pytest.raises(UserError, match="ONNX Runtime is not installed"):
         Model.load(model)
-    with pytest.raises(Refusal, match="ONNX Runtime is not installed"):
+    with pytest.raises(UserError, match="ONNX Runtime is not installed"):
         predict(model, tmp_path, tmp_path.with_name("out"))
 
 

@@ -21,7 +21,7 @@ from pydicom.sequence import Sequence
 
 from mura_dist.cli.main import FAILED, STOPPED, WRONG, main
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.inference import file_list, pseudonyms, study_types
 from mura_dist.inference.predict import PredictOptions, predict
@@ -92,7 +92,7 @@ def test_a_key_that_others_may_use_is_refused(mode: int) -> None:
     pseudonyms.site_key()
     pseudonyms.key_path().chmod(mode)
     with pytest.raises(
-        Refusal, match=rf"^site key .* has mode {mode:04o}, others .* may use it; chmod 600 /.*site\.key$"
+        UserError, match=rf"^site key .* has mode {mode:04o}, others .* may use it; chmod 600 /.*site\.key$"
     ):
         pseudonyms.site_key()
 
@@ -112,7 +112,7 @@ def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypat
     for place in (out / "k", out / "a/b/k", directory / "deep/k", tmp_path / "link/k", tmp_path / "x/../in/k"):
         monkeypatch.setenv("MURA_DIST_SITE_KEY", str(place))
         with pytest.raises(
-            Refusal, match=r"^site key .*/k lies inside .*/(in|out); keep it elsewhere: MURA_DIST_SITE_KEY="
+            UserError, match=r"^site key .*/k lies inside .*/(in|out); keep it elsewhere: MURA_DIST_SITE_KEY="
         ):
             pseudonyms.site_key(out, directory)
     assert not out.exists()
@@ -125,7 +125,7 @@ def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "folder").mkdir(mode=0o700)
     for place, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
         monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / place))
-        with pytest.raises(Refusal, match=rf"^site key .*: ({why}); MURA_DIST_SITE_KEY=PATH names another file$"):
+        with pytest.raises(UserError, match=rf"^site key .*: ({why}); MURA_DIST_SITE_KEY=PATH names another file$"):
             pseudonyms.site_key()
 
 
@@ -247,7 +247,7 @@ def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
     for what, text in damaged.items():
         table.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(
-            Refusal, match=r"^--pseudonyms .*keys\.csv, line \d+: not of this run's names; give another file$"
+            UserError, match=r"^--pseudonyms .*keys\.csv, line \d+: not of this run's names; give another file$"
         ):
             predict(model, source, tmp_path / what, PredictOptions(keytable=table))
         assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
@@ -270,7 +270,7 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
     if os.name == "posix":
         cases[tmp_path / "open.csv"] = r"has mode 0644, others than its owner may use it; chmod 600 .*open\.csv"
     for place, text in cases.items():
-        with pytest.raises(Refusal, match=rf"^--pseudonyms .*{text}"):
+        with pytest.raises(UserError, match=rf"^--pseudonyms .*{text}"):
             predict(model, source, out, PredictOptions(keytable=place))
     assert not out.exists()
 
@@ -278,10 +278,10 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
 def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small(tmp_path / "in")
     predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv"))
-    with pytest.raises(Refusal, match=r"holds a run with .*=.*, this one has"):
+    with pytest.raises(UserError, match=r"holds a run with .*=.*, this one has"):
         predict(model, source, tmp_path / "out")
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
-    with pytest.raises(Refusal, match=r"holds a run with files_sha256=.*, this one has"):
+    with pytest.raises(UserError, match=r"holds a run with files_sha256=.*, this one has"):
         predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "more.csv"))
 
 
@@ -532,10 +532,10 @@ def test_a_command_line_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mura_dist.core.errors import Stopped
+    from mura_dist.core.errors import StopRequestedError
 
     def stop(*arguments: Any, **options: Any) -> Any:
-        raise Stopped("stopped after 0 of 9 files; the same command goes on")
+        raise StopRequestedError("stopped after 0 of 9 files; the same command goes on")
 
     monkeypatch.setattr(file_list, "find", stop)
     command = [
@@ -605,7 +605,7 @@ KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
 def test_a_likely_typo_is_refused(typo: str, meant: str) -> None:
     for given in (study_types.read(typo), {"a": "XR_HAND", "b": study_types.normal(typo)}):
         with pytest.raises(
-            Refusal, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\); there are"
+            UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\); there are"
         ):
             study_types.check(given, KNOWN)
 
@@ -631,7 +631,7 @@ def test_known_study_types_need_no_word() -> None:
 def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
-    with pytest.raises(Refusal, match=r"^--study-type: none of its 2 paths is in DIRECTORY; write them relative to it"):
+    with pytest.raises(UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY; write them relative to it"):
         predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert not (tmp_path / "out").exists()
     table.write_text("path,study_type\nloose.png,hand\nelsewhere.png,hand\n")

@@ -14,7 +14,7 @@ from helpers.predictions import FILES, contents, draw, draw_dicom, rows
 from helpers.ranks import LAUNCHERS, start_rank
 from helpers.read_faults import ReadFaults
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data import io_faults
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference import retries, tables
@@ -88,7 +88,7 @@ def test_no_read_of_a_dicom_fails_in_silence(
         with read_faults("study0/04", skip=skip).in_children():
             try:
                 predict(model, directory, out, PredictOptions(workers=1))
-            except Failure:
+            except RunError:
                 assert {row["path"]: row["code"] for row in rows(out / "failures.csv")}["study0/04"] == "io_error"
             studies = {row["path"]: row["study"] for row in rows(out / "predictions.csv")}
             assert studies.get("study0/04", whole["study0/04"]) == whole["study0/04"]
@@ -105,7 +105,7 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
     said = r"^4 files could not be read \(io_error\), the first is study1/10: cannot be read: too many open files; .*same command"
     with (
         read_faults("study1/1", error=errno.EMFILE, call="open").in_children(),
-        pytest.raises(Failure, match=said),
+        pytest.raises(RunError, match=said),
     ):
         predict(model, directory, out, options)
     assert not (out / "predict.json").exists()
@@ -158,12 +158,12 @@ def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
 ) -> None:
     monkeypatch.setattr(io_faults, "MAX_IN_ROW", 5)
     out = tmp_path / "out"
-    with read_faults("study0/02").in_children(), pytest.raises(Failure, match=r"^1 files"):
+    with read_faults("study0/02").in_children(), pytest.raises(RunError, match=r"^1 files"):
         predict(model, directory, out, PredictOptions(workers=1))
     for part in (out / ".parts").glob("000002.json"):
         part.unlink()
     said = rf"^5 files of {directory} in a row could not be read, the last one cannot be read: input/output error; "
-    with read_faults("study").in_children(), pytest.raises(Failure, match=said):
+    with read_faults("study").in_children(), pytest.raises(RunError, match=said):
         predict(model, directory, out, PredictOptions(workers=1))
     again = read_faults("study", call="open", skip=1000)
     with again.in_children():
@@ -184,7 +184,7 @@ def test_a_directory_that_goes_away_ends_the_run_early(left: str, model: Path, d
             if left != "nothing":
                 source.mkdir()
 
-    with pytest.raises(Failure, match=rf"^{source} is gone, or empty; bring it back, then the same command goes on$"):
+    with pytest.raises(RunError, match=rf"^{source} is gone, or empty; bring it back, then the same command goes on$"):
         predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=take_away)
     assert not (tmp_path / "out" / "predict.json").exists()
 

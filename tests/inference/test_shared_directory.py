@@ -17,7 +17,7 @@ from helpers.commands import killed_when, processes_of, run
 from helpers.predictions import FILES, contents, draw
 from helpers.ranks import LAUNCHERS, start_rank
 
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.inference import output_folder
 from mura_dist.inference.predict import predict
@@ -204,7 +204,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(output_folder, "PLAN_WAIT_S", 0.3)
-    with pytest.raises(Failure, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
+    with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
         predict(given[1], given[2], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -224,7 +224,7 @@ def test_a_second_start_is_refused_while_the_first_lives(
     said = (
         rf"^--out .*out is being written by process {first.pid} on .*; wait for it or stop it, or give another --out$"
     )
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         predict(given[1], given[2], tmp_path / "out")
     assert time.monotonic() - begun < 15
     _, told = first.communicate(timeout=120)

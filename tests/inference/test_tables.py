@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from helpers.models import card_of
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data import gate
 from mura_dist.evaluation import prediction_files
 from mura_dist.inference import tables
@@ -315,7 +315,7 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
     if how == "a folder nobody may write into":
         monkeypatch.setattr(os, "open", refuse(opens, place))
     parts = parts_of(rows(20), 7)
-    with pytest.raises(Failure) as failure:
+    with pytest.raises(RunError) as failure:
         tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
     assert str(place) in str(failure.value)
     assert "close the program that holds it" in str(failure.value)

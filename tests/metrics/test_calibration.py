@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.metrics import calibration, operating_points
 from mura_dist.metrics.classification import calibration_slope, logit, sigmoid
 from mura_dist.metrics.operating_points import BAND, NAMES, Points
@@ -359,7 +359,7 @@ def test_names_of_operating_points(word: str, name: str) -> None:
     "word", ["", "0.5", "sensitivity", "sensitivity=", "sensitivity=0.93", "ppv=0.9", "sensitivity=x"]
 )
 def test_unknown_operating_points(word: str) -> None:
-    with pytest.raises(Refusal, match=r"--operating-point .*paper, sensitivity=W .* 0\.8, 0\.9, 0\.95, 0\.98"):
+    with pytest.raises(UserError, match=r"--operating-point .*paper, sensitivity=W .* 0\.8, 0\.9, 0\.95, 0\.98"):
         operating_points.operating_point(word)
 
 
@@ -367,6 +367,6 @@ def test_an_operating_point_is_for_all_study_types_or_none() -> None:
     found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
     assert list(operating_points.chosen(found, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
     with pytest.raises(
-        Refusal, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies here\): XR_FOOT is none of.*paper"
+        UserError, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies here\): XR_FOOT is none of.*paper"
     ):
         operating_points.chosen(found, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})

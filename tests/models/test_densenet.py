@@ -8,7 +8,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models import densenet
 
 
@@ -71,12 +71,12 @@ def test_pretrained_weights_that_do_not_fill_it_are_refused(tmp_path: Path) -> N
     def lacking(state: dict) -> dict:
         return {key: value for key, value in state.items() if "denseblock3" not in key}
 
-    with pytest.raises(Refusal, match=r"fills \d+ of \d+ backbone tensors.*denseblock3"):
+    with pytest.raises(UserError, match=r"fills \d+ of \d+ backbone tensors.*denseblock3"):
         densenet.load_pretrained(network, pretrained(tmp_path, lacking))
-    with pytest.raises(Refusal, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         densenet.load_pretrained(network, tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"<html>")
-    with pytest.raises(Refusal, match="not a file of tensors"):
+    with pytest.raises(UserError, match="not a file of tensors"):
         densenet.load_pretrained(network, tmp_path / "bad.pth")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -112,12 +112,12 @@ def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture
 
 def test_imagenet_without_a_file_or_a_network_is_refused(tmp_path: Path, monkeypatch) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, "densenet169")
-    with pytest.raises(Refusal, match=r"cannot fetch densenet169-\w+\.pth .* give pretrained=FILE") as refusal:
+    with pytest.raises(UserError, match=r"cannot fetch densenet169-\w+\.pth .* give pretrained=FILE") as refusal:
         densenet.load_pretrained(densenet.build("densenet169"), "imagenet")
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not path.exists()
-    with pytest.raises(Refusal, match=r"no such weights of architecture=tiny, only of densenet121, densenet169"):
+    with pytest.raises(UserError, match=r"no such weights of architecture=tiny, only of densenet121, densenet169"):
         densenet.load_pretrained(densenet.build("tiny"), "imagenet")
 
 

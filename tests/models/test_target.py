@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models.target import Target
 
 
@@ -50,5 +50,5 @@ def test_checkpoint_is_of_a_run_alone(folder: Path) -> None:
     for name, what in (("list.json", "a list of chosen checkpoints"), ("model.onnx", "one exported checkpoint")):
         target = Target.parse(folder / name)
         target.check_checkpoint("best")
-        with pytest.raises(Refusal, match=rf"^--checkpoint last: .*{name} is {what}; leave --checkpoint out, or give"):
+        with pytest.raises(UserError, match=rf"^--checkpoint last: .*{name} is {what}; leave --checkpoint out, or give"):
             target.check_checkpoint("last")

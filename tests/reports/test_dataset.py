@@ -19,7 +19,7 @@ from PIL import Image
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data import mura
-from mura_dist.data.radiograph import Unreadable
+from mura_dist.data.radiograph import UnreadableFileError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.reports import contact_sheet, dataset
 
@@ -114,7 +114,7 @@ def test_one_radiograph_a_study_and_what_cannot_be_read_is_counted() -> None:
 
     def pixels(row: int) -> np.ndarray:
         if row in broken:
-            raise Unreadable("unreadable", "torn")
+            raise UnreadableFileError("unreadable", "torn")
         return np.full((400, 200), row, np.uint8)
 
     chosen, passed_over = contact_sheet.choose(frame, pixels, 4, seed=5)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.convert import convert
 from mura_dist.metrics import classification, comparison, intervals, summary
@@ -873,9 +873,9 @@ def test_describe_shards(folder: Path, tmp_path: Path) -> None:
 
 
 def test_describe_refuses(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         dataset.describe(tmp_path / "nothing", tmp_path / "page.html")
     (tmp_path / "conversion.json").write_text("{}")
-    with pytest.raises(Refusal, match="not finished"):
+    with pytest.raises(UserError, match="not finished"):
         dataset.describe(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

@@ -5,7 +5,7 @@ import runpy
 import pytest
 from helpers.commands import ROOT
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "over_runs.py"))
 
@@ -35,5 +35,5 @@ def test_one_run_has_no_deviation_and_what_a_run_lacks_no_mean() -> None:
 
 
 def test_runs_that_were_measured_otherwise_are_refused() -> None:
-    with pytest.raises(Refusal, match="split=valid and split=tune; evaluate all of them alike"):
+    with pytest.raises(UserError, match="split=valid and split=tune; evaluate all of them alike"):
         TOOL["over_runs"]([run_of(0.6), run_of(0.6, split="tune")])

@@ -28,7 +28,7 @@ from PIL import Image
 from scaling import Cluster, Data, Network, Trace
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
@@ -288,7 +288,7 @@ def test_a_network_is_written_as_it_is_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0Gb/s", "25", "25GB/s", "1Gb/s:5", "1Gb/s:", "-1Gb/s"])
 def test_what_is_no_network_is_refused(text: str) -> None:
-    with pytest.raises(Refusal, match="must be a bandwidth above 0, perhaps with a latency, as 25Gb/s:10us"):
+    with pytest.raises(UserError, match="must be a bandwidth above 0, perhaps with a latency, as 25Gb/s:10us"):
         Network.parse(text)
 
 
@@ -298,13 +298,13 @@ def test_a_trace_is_kept(tmp_path: Path) -> None:
     assert Trace.load(path) == trace_of(assumed=["a"])
     for text, says in (("{", "is not a trace"), ('{"device": "cpu"}', "is not a trace"), ("[]", "is not a trace")):
         path.write_text(text)
-        with pytest.raises(Refusal, match=says):
+        with pytest.raises(UserError, match=says):
             Trace.load(path)
     path.unlink()
-    with pytest.raises(Refusal, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         Trace.load(path)
     trace_of(micro_s=[]).save(path)
-    with pytest.raises(Refusal, match="holds 0 samples"):
+    with pytest.raises(UserError, match="holds 0 samples"):
         Trace.load(path)
 
 
@@ -428,7 +428,7 @@ def test_every_measured_step_is_the_same() -> None:
 
 def test_a_rank_that_ends_is_named() -> None:
     with (
-        pytest.raises(Failure, match=r"rank [01] of 2 ended"),
+        pytest.raises(RunError, match=r"rank [01] of 2 ended"),
         Fleet(dataclasses.replace(TINY, architecture="none"), 2),
     ):
         pass
@@ -500,10 +500,10 @@ def test_namespaces_come_with_their_links_and_go() -> None:
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(Refusal, match="take root; run this as root, or leave the networks out with --network none"):
+    with pytest.raises(UserError, match="take root; run this as root, or leave the networks out with --network none"):
         Spaces(2)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(Refusal, match="ip and tc not found; install iproute2"):
+    with pytest.raises(UserError, match="ip and tc not found; install iproute2"):
         Spaces(2)
 
 

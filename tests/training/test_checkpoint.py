@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.training import checkpoint
 from mura_dist.training.checkpoint_writer import Beside
 
@@ -50,7 +50,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
     for path in checkpoint.folders(folder):
         (path / "state.json").write_text("{")
     present = [path.name for path in checkpoint.folders(folder)]
-    with pytest.raises(Refusal, match=f"none of the {len(present)} checkpoints"):
+    with pytest.raises(UserError, match=f"none of the {len(present)} checkpoints"):
         checkpoint.latest(folder)
     assert [path.name for path in checkpoint.folders(folder)] == present, "nothing sound: nothing is moved"
 

@@ -14,7 +14,7 @@ from helpers.cache import Cache
 from helpers.commands import torchrun, train
 
 from mura_dist.cli.main import DONE, main
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx
 from mura_dist.inference.onnx_model import Model
@@ -127,14 +127,14 @@ def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[
 @pytest.mark.slow
 def test_the_gate_asks_the_mean_of_a_map_of_one_checkpoint_only(tmp_path: Path) -> None:
     pair = Ensemble([tiny(0, -2.0), tiny(1, 3.0)]).eval()
-    with pytest.raises(Failure, match=r"^mean of activation_map of the exported model"):
+    with pytest.raises(RunError, match=r"^mean of activation_map of the exported model"):
         onnx.export(pair, card_of(0), tmp_path / "none.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     wide = torch.nn.Linear(2**15, 2**14, bias=False, device="meta")  # 2 GiB that nobody has to hold
-    with pytest.raises(Refusal, match=r"^ensemble of 2: .*2\.15 GB, the limit .* is 2\.15 GB; give fewer.*--top"):
+    with pytest.raises(UserError, match=r"^ensemble of 2: .*2\.15 GB, the limit .* is 2\.15 GB; give fewer.*--top"):
         onnx.export(Ensemble([wide]).eval(), card_of(2), tmp_path / "wide.onnx")
 
 

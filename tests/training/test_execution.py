@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from helpers.steps import batches, settings
 from torch import Tensor, nn
 
-from mura_dist.core.errors import CommonFailure
+from mura_dist.core.errors import CollectiveRunError
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training.checked_network import CheckedNetwork
@@ -188,7 +188,7 @@ def test_out_of_memory_while_recording_is_told_as_in_any_step(alone: World) -> N
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     engine.model.register_forward_hook(exhausted)
-    with pytest.raises(CommonFailure, match=r"out of memory on rank 0 with micro_batch=4"):
+    with pytest.raises(CollectiveRunError, match=r"out of memory on rank 0 with micro_batch=4"):
         engine.step(batches(0), 1e-2)
 
 

@@ -15,7 +15,7 @@ from helpers.runs import equal, tensors
 
 from mura_dist.core import config
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
@@ -360,7 +360,7 @@ def test_a_deepspeed_file_that_contradicts_is_refused(
 ) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(UserError) as refused:
         deepspeed_config.config(settings(deepspeed=str(path)), 2, num_weights=10)
     for word in (*says, str(path)):
         assert word in str(refused.value)

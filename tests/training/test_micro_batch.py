@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mura_dist.core import config
-from mura_dist.core.errors import CommonFailure, Refusal
+from mura_dist.core.errors import CollectiveRunError, UserError
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution, micro_batch
@@ -97,9 +97,9 @@ def test_radiographs_that_stay_on_the_device_leave_room(
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(1))
-    with pytest.raises(CommonFailure, match="not even 2 radiographs of 64 px fit"):
+    with pytest.raises(CollectiveRunError, match="not even 2 radiographs of 64 px fit"):
         micro_batch.largest_that_fits(settings(), 64, SIZES, alone)
-    with pytest.raises(Refusal, match=r"global_batch=1 cannot be cut .* the nearest is global_batch=2"):
+    with pytest.raises(UserError, match=r"global_batch=1 cannot be cut .* the nearest is global_batch=2"):
         micro_batch.fitting_micro_batch(settings(global_batch=1), 64, alone)
 
 

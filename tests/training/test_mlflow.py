@@ -18,7 +18,7 @@ from helpers.mlflow_server import Proxy, serve
 
 from mura_dist.core import config
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.training import metrics_log, mlflow_process, mlflow_reader
 from mura_dist.training.mlflow_options import READY, Options
 from mura_dist.training.mlflow_reader import ENVIRONMENT, numbers
@@ -423,7 +423,7 @@ def test_a_training_ends_alike_without_its_server(shard_folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("address", ["ftp://host", "host:5000", "sqlite:///runs.db", "~/mlruns"])
 def test_refused_addresses(address: str) -> None:
-    with pytest.raises(Refusal, match="must be the http:// or https:// address of an MLflow server, or empty"):
+    with pytest.raises(UserError, match="must be the http:// or https:// address of an MLflow server, or empty"):
         config.load(None, ["shards=a", "run=b", f"mlflow={address}"])
 
 

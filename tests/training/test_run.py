@@ -19,7 +19,7 @@ from helpers.commands import BIN, NO_GPU, ROOT, TINY, deepspeed, warm_python, wa
 from helpers.tools import tool
 
 from mura_dist.core import config
-from mura_dist.core.errors import Refusal, Stopped
+from mura_dist.core.errors import UserError, StopRequestedError
 from mura_dist.distributed import processes as workers
 from mura_dist.training import metrics_log
 from mura_dist.training.run import Run
@@ -134,7 +134,7 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
         return
     heart = processes(sys.executable, "-c", BEATS, path)
     begin = time.monotonic()
-    with pytest.raises(Refusal) as refusal, run.writing():
+    with pytest.raises(UserError) as refusal, run.writing():
         raise AssertionError("it was let in")
     assert time.monotonic() - begin < 20, "a heart was seen to beat"
     heart.kill()
@@ -160,7 +160,7 @@ def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
 def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mura_dist.distributed.lock.DOUBT_S", 0.0)
     (tmp_path / "lock").touch()
-    with pytest.raises(Refusal, match="process 0 on unknown"), run_of(tmp_path).writing():
+    with pytest.raises(UserError, match="process 0 on unknown"), run_of(tmp_path).writing():
         raise AssertionError("it was let in")
     os.utime(tmp_path / "lock", (0, 0))
     with run_of(tmp_path).writing():
@@ -193,7 +193,7 @@ def test_a_wait_that_lasts_too_long_is_refused(processes: Callable[..., subproce
     first.stdout.readline()
     begin = time.monotonic()
     said = f"process {first.pid} on .*waited 1 s"
-    with pytest.raises(Refusal, match=said), run_of(tmp_path / "run", wait_s=1.3).writing():
+    with pytest.raises(UserError, match=said), run_of(tmp_path / "run", wait_s=1.3).writing():
         raise AssertionError("it was let in")
     assert 1.3 <= time.monotonic() - begin < 20
 
@@ -202,7 +202,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
     path, stop = lock(tmp_path / "run", host="elsewhere", process=1), threading.Event()
     threading.Timer(0.5, stop.set).start()
     begin = time.monotonic()
-    with pytest.raises(Stopped, match="the same command goes on"), run_of(tmp_path / "run", 60).writing(stop):
+    with pytest.raises(StopRequestedError, match="the same command goes on"), run_of(tmp_path / "run", 60).writing(stop):
         raise AssertionError("it was let in")
     assert time.monotonic() - begin < 20
     assert json.loads(path.read_bytes())["host"] == "elsewhere"
@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written_is_refused(where: str, tmp_path: Path) 
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
     said = rf"run={folder} cannot be written \(.*\); make it so, or give run="
-    with pytest.raises(Refusal, match=said), run_of(folder).writing():
+    with pytest.raises(UserError, match=said), run_of(folder).writing():
         raise AssertionError("it was let in")
 
 
@@ -237,7 +237,7 @@ def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypat
     """As the kernel answers on such a disk; to mount one wants root."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with (
-        pytest.raises(Refusal, match=r"cannot be written \(read-only, or another user's\)"),
+        pytest.raises(UserError, match=r"cannot be written \(read-only, or another user's\)"),
         run_of(tmp_path).writing(),
     ):
         raise AssertionError("it was let in")

@@ -25,7 +25,7 @@ from torchvision.models.densenet import DenseNet
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import normalize
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.metrics.classification import auroc
 from mura_dist.models.densenet import ARCHITECTURES
@@ -222,7 +222,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"learning.py: {refusal}", file=sys.stderr)
         sys.exit(2)
     except subprocess.CalledProcessError as error:  # the training has said why

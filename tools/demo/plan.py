@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import torch
 
 from mura_dist.core import config
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.data.source.scan import scan
 
@@ -45,6 +45,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"launch/demo.sh: {refusal}", file=sys.stderr)
         sys.exit(2)

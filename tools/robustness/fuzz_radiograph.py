@@ -7,7 +7,7 @@ python tools/robustness/fuzz_radiograph.py [--files 20000] [--seed S] [--seeds F
 Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, some of what a DICOM may hold more, and
 those of --seeds. The child ends,
 stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Wanted of each file: a
-grey square or Unreadable, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
+grey square or UnreadableFileError, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
 seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the constants it finds
 there); a digest of them stands in the summary.
 """
@@ -357,13 +357,13 @@ def child() -> None:
 
 
 def _verdict(radiograph: Any, path: str) -> str:
-    """ "read" or Unreadable's code; anything else is a finding."""
+    """ "read" or UnreadableFileError's code; anything else is a finding."""
     try:
         where = radiograph.identity(path)
         if where is not None and not isinstance(where, radiograph.DicomIdentity):
             return f"identity gave {type(where).__name__}"
         grey = radiograph.read(path, SIZE_PX)
-    except radiograph.Unreadable as refused:
+    except radiograph.UnreadableFileError as refused:
         if "memory" in refused.reason:
             return "allocated without a bound"
         plain = refused.reason.isprintable() and 0 < len(refused.reason) < 120

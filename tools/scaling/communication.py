@@ -28,7 +28,7 @@ MOST = 1.2  # what the ratio is to be
 
 def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """For each number of ranks: ranks, gradient_bytes, gradient_type, vector_bytes, and {median, min, max} of step_s, together_s,
-    alone_s, bare_s, extra_s, waiting_s, sent_s, ratio (of extra), waiting_ratio, sent_ratio. Raises Failure where a rank ends."""
+    alone_s, bare_s, extra_s, waiting_s, sent_s, ratio (of extra), waiting_ratio, sent_ratio. Raises RunError where a rank ends."""
     found = []
     for number in ranks:
         with Fleet(job, number) as fleet:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, NamedTuple, Self
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.distributed import environment, processes
 
 _TIMEOUT_S = 120.0
@@ -61,7 +61,7 @@ class Facts(NamedTuple):
 
 
 class Fleet:
-    """Raises Failure where a rank ends, or does not answer."""
+    """Raises RunError where a rank ends, or does not answer."""
 
     def __init__(self, job: Job, ranks: int, *, spaces: Sequence[str] = (), address: str = "127.0.0.1") -> None:
         self.job, self.ranks, self.spaces, self.address = job, ranks, spaces, address
@@ -118,7 +118,7 @@ class Fleet:
                     raise TimeoutError
                 found[rank] = self._pipes[rank].recv()
             except (EOFError, OSError) as error:
-                raise Failure(
+                raise RunError(
                     f"rank {rank} of {self.ranks} ended, or did not answer for {_TIMEOUT_S:.0f} s; it says why above, or memory "
                     "ran out: fewer ranks or a smaller --size take less"
                 ) from error

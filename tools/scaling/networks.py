@@ -23,7 +23,7 @@ from typing import Self
 
 from scaling import Network
 
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 
 DEVICE = "eth0"
 _NAMESPACE = 0x40000000  # CLONE_NEWNET; os.setns is Python 3.12's
@@ -37,7 +37,7 @@ def enter(space: str) -> None:
     """Put this thread, and those it will start, into a namespace."""
     with open(f"/run/netns/{space}") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NAMESPACE):
-            raise Failure(f"namespace {space}: {os.strerror(ctypes.get_errno())}")
+            raise RunError(f"namespace {space}: {os.strerror(ctypes.get_errno())}")
 
 
 def lacking() -> str:
@@ -53,13 +53,13 @@ def lacking() -> str:
 class Spaces:
     """`names`: the ranks' namespaces, `address`: where the first rank is met; `mtu` of the links.
 
-    latency_s: one way, from a rank to the bridge and on, by `relay` (the script's path). Raises Refusal where there can be no
-    namespaces, Failure.
+    latency_s: one way, from a rank to the bridge and on, by `relay` (the script's path). Raises UserError where there can be no
+    namespaces, RunError.
     """
 
     def __init__(self, ranks: int, *, latency_s: float = 0.0, relay: Path | None = None) -> None:
         if reason := lacking():
-            raise Refusal(reason)
+            raise UserError(reason)
         stem = f"mura{os.getpid()}.{next(_NUMBERS)}"
         self._hub, self.names = f"{stem}-hub", [f"{stem}-{rank}" for rank in range(ranks)]
         self._latency_s, self._relay = latency_s, relay
@@ -100,7 +100,7 @@ class Spaces:
         relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._relays.append(relay)
         if relay.stdout is None or relay.stdout.readline() != "ready\n":
-            raise Failure(f"{self._relay} made no link for {space}; it says why above")
+            raise RunError(f"{self._relay} made no link for {space}; it says why above")
 
     def _remove(self) -> None:
         """A namespace takes its links with it; what was not made is not there."""
@@ -108,13 +108,13 @@ class Spaces:
             relay.kill()
             relay.wait()
         for space in (*self.names, self._hub):
-            with contextlib.suppress(Failure):
+            with contextlib.suppress(RunError):
                 _run("ip", "netns", "delete", space)
 
     def limit(self, network: Network) -> None:
         """To its rate, from now on."""
         for space in self.names:
-            with contextlib.suppress(Failure):  # there may be no limit yet
+            with contextlib.suppress(RunError):  # there may be no limit yet
                 _run("tc", "-n", space, "qdisc", "delete", "dev", DEVICE, "root")
             if not math.isinf(network.bandwidth_bit_s):
                 rate = round(network.bandwidth_bit_s)
@@ -131,7 +131,7 @@ class Spaces:
 def _run(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Failure(f"`{' '.join(words)}`: {' '.join(done.stderr.split()) or done.returncode}")
+        raise RunError(f"`{' '.join(words)}`: {' '.join(done.stderr.split()) or done.returncode}")
     return done.stdout
 
 

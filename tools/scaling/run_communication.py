@@ -19,13 +19,13 @@ import communication
 from fleet import Job
 
 from mura_dist.bench import runner
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 
 
 def numbers(text: str) -> list[int]:
     found = [int(part) if part.isdigit() else 0 for part in text.split(",")]
     if min(found) < 2:
-        raise Refusal(f"--ranks {text}: must be numbers of at least 2, with commas; write for example --ranks 2,4,8")
+        raise UserError(f"--ranks {text}: must be numbers of at least 2, with commas; write for example --ranks 2,4,8")
     return found
 
 
@@ -33,7 +33,7 @@ def measure(options: argparse.Namespace) -> None:
     ranks = numbers(options.ranks)
     for name, least in (("rounds", 1), ("size", 32), ("micro_batch", 2)):
         if getattr(options, name) < least:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
     from mura_dist.distributed import process_group  # torch, which takes seconds to import
 
     precision = (
@@ -63,9 +63,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     try:
         measure(parser.parse_args())
-    except (Refusal, Failure) as error:
+    except (UserError, RunError) as error:
         print(f"run_communication.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Refusal) else 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

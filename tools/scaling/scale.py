@@ -30,7 +30,7 @@ from scaling import Cluster, Data, Network, Trace
 
 from mura_dist.bench import plots, runner
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.convert import SAMPLES_PER_SHARD
 
 NETWORKS = ["25Gb/s:20us", "100Gb/s:10us", "400Gb/s:5us"]
@@ -46,14 +46,14 @@ def say(line: str) -> None:
 def numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdigit() and int(part) >= 1 for part in parts):
-        raise Refusal(f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8")
+        raise UserError(f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8")
     return [int(part) for part in parts]
 
 
 def at_least(options: argparse.Namespace, **limits: float) -> None:
     for name, least in limits.items():
         if getattr(options, name) is not None and not getattr(options, name) >= least:
-            raise Refusal(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
 
 
 def job_of(options: argparse.Namespace) -> Job:
@@ -114,7 +114,7 @@ def _same(trace: Trace, job: Job, path: Path | None) -> None:
     known = (trace.architecture, trace.size_px, trace.micro_batch, trace.precision)
     asked = (job.architecture, job.size, job.micro_batch, job.precision)
     if known != asked:
-        raise Refusal(f"--trace {path} is of {known}, the runs of {asked}; give the same options, or measure anew")
+        raise UserError(f"--trace {path} is of {known}, the runs of {asked}; give the same options, or measure anew")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def _trace(options: argparse.Namespace) -> Trace:
     if (options.trace is None) == (options.images_per_s is None):
-        raise Refusal(
+        raise UserError(
             "give either --trace FILE, measured on what you would buy, or --images-per-s X, what you take it to do"
         )
     if options.trace:
@@ -166,7 +166,7 @@ def _trace(options: argparse.Namespace) -> Trace:
 
 def _data(options: argparse.Namespace) -> Data:
     if options.tune >= 1:
-        raise Refusal(f"--tune {options.tune}: must be less than 1, the share of radiographs that choose")
+        raise UserError(f"--tune {options.tune}: must be less than 1, the share of radiographs that choose")
     return Data(
         radiographs=options.radiographs,
         tune=options.tune,
@@ -187,7 +187,7 @@ def plan(options: argparse.Namespace) -> None:
     for ranks in numbers("--ranks", options.ranks):
         if ranks * options.micro_batch > options.radiographs:
             unit = f"--ranks {ranks} x --micro-batch {options.micro_batch}"
-            raise Refusal(
+            raise UserError(
                 f"{unit}: must be at most --radiographs {options.radiographs}; give more of them, or fewer ranks"
             )
         say(planning.words(planning.measure(options.radiographs, ranks, options.micro_batch)))
@@ -285,9 +285,9 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # namespaces are taken away
     try:
         options.run(options)
-    except (Refusal, Failure, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         print(f"scale.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, Refusal) else 1
+        return 2 if isinstance(error, UserError) else 1
     return 0
 
 

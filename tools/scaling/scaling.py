@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.loaders import sampler
 
 # gloo's ring (AllreduceOptions.maxSegmentSize, and two operations in flight).
@@ -71,17 +71,17 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Refusal where it is none."""
+        """UserError where it is none."""
         remedy = "make one with `python tools/scaling/scale.py measure --out FILE`"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             trace = cls(**values)
         except OSError as error:
-            raise Refusal(f"--trace {path}: {error.strerror}; {remedy}") from error
+            raise UserError(f"--trace {path}: {error.strerror}; {remedy}") from error
         except (ValueError, TypeError) as error:
-            raise Refusal(f"--trace {path} is not a trace ({error}); {remedy}") from error
+            raise UserError(f"--trace {path} is not a trace ({error}); {remedy}") from error
         if not (trace.micro_s and len(trace.micro_s) == len(trace.rest_s) and trace.evaluation_s):
-            raise Refusal(f"--trace {path} holds {len(trace.micro_s)} samples of a micro-batch; {remedy}")
+            raise UserError(f"--trace {path} holds {len(trace.micro_s)} samples of a micro-batch; {remedy}")
         return trace
 
 
@@ -95,12 +95,12 @@ class Network:
 
     @classmethod
     def parse(cls, text: str) -> Network:
-        """`300Mb/s`, `1Gb/s:5ms`, `none`. Refusal for anything else."""
+        """`300Mb/s`, `1Gb/s:5ms`, `none`. UserError for anything else."""
         if text == "none":
             return cls(0.0, math.inf)
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG])b/s(?::(\d+(?:\.\d+)?)(us|ms|s))?", text)
         if found is None or float(found[1]) == 0:
-            raise Refusal(
+            raise UserError(
                 f"network {text!r}: must be a bandwidth above 0, perhaps with a latency, as 25Gb/s:10us or 300Mb/s; or none"
             )
         latency_s = float(found[3]) * _TIMES[found[4]] if found[3] else 0.0

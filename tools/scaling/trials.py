@@ -35,7 +35,7 @@ class Probe:
     """What a rank is worth now: a sample a round, of which the last so many make a trace."""
 
     def __init__(self, job: Job, stack: contextlib.ExitStack, provenance: dict[str, Any]) -> None:
-        """Its ranks end with `stack`. Raises Failure where one ends before."""
+        """Its ranks end with `stack`. Raises RunError where one ends before."""
         self._job, self._provenance = job, provenance
         self._at_once, self._shared = _at_once()
         apart = not networks.lacking()
@@ -87,7 +87,7 @@ class Probe:
 
 
 def measure(job: Job, *, rounds: int, provenance: dict[str, Any], say: Callable[[str], None]) -> Trace:
-    """Raises Failure where a rank ends."""
+    """Raises RunError where a rank ends."""
     with contextlib.ExitStack() as stack:
         probe = Probe(job, stack, provenance)
         for _ in range(rounds):
@@ -123,8 +123,8 @@ def check(
     """For each number of ranks and network: ranks, network, step_s {median, min, max}, predicted_s, error (predicted over the
     median, less 1), parts (of the prediction), sent_bytes (a rank and step, by the kernel), predicted_bytes.
 
-    trace None: of a probe that works in turn with each run. relay: the script that makes a latency. Raises Refusal where this
-    machine has no namespaces, Failure where a rank ends.
+    trace None: of a probe that works in turn with each run. relay: the script that makes a latency. Raises UserError where this
+    machine has no namespaces, RunError where a rank ends.
     """
     apart, found = any(network != _NO_NETWORK for network in links), []
     latencies = list(dict.fromkeys(network.latency_s for network in links))

@@ -5,7 +5,7 @@ auto -> dali on CUDA, where it can be imported; else cpu
 
 import torch
 
-from mura_dist.core.errors import Refusal, install_remedy
+from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.data.loaders.warp import triton_error
 
 
@@ -13,7 +13,7 @@ def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
     """Return the backend's name and why it is not what it should be, empty where it is. Nothing on the device is touched.
 
     Raises:
-        Refusal: pipeline=dali where DALI cannot be imported.
+        UserError: pipeline=dali where DALI cannot be imported.
     """
     if pipeline == "resident" and device.type == "cuda" and triton_error():
         return pipeline, f"by torch operations in place of its Triton kernel: {triton_error()}"
@@ -23,7 +23,7 @@ def choose_backend(pipeline: str, device: torch.device) -> tuple[str, str]:
         return wanted, ""
     if pipeline == "auto":
         return "cpu", f"pipeline=auto would be dali on CUDA, which cannot be imported: {reason}"
-    raise Refusal(
+    raise UserError(
         f"pipeline=dali: NVIDIA DALI cannot be imported: {reason}; {install_remedy('train')}, or give pipeline=cpu"
     )
 

@@ -26,7 +26,7 @@ from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.shards.codec import encode
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 _DEEPEST = 8  # micro-batches DALI holds at once, each on the device
 _READY = 2  # micro-batches that came out of DALI and wait for the consumer
@@ -92,7 +92,7 @@ class _Samples:
     flips: np.ndarray  # (B,) int32
     rows: np.ndarray  # (B,) int64
     mask: np.ndarray  # (B,) bool
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[CorruptSampleError, ...]
 
 
 def _read(shards: Shards, micro: Micro) -> _Samples:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data.class_weights import LossWeights, class_weights
 from mura_dist.data.loaders import resident
 from mura_dist.data.loaders.backend import choose_backend
@@ -82,7 +82,7 @@ class BatchLoader:
     micro_batch: int  # B of training's micro-batches; load() takes others
     workers: int  # threads
     prefetch: int = 0  # micro-batches of that size ready ahead of the step; 0: two a thread
-    strict: bool = False  # Failure at the first damaged sample
+    strict: bool = False  # RunError at the first damaged sample
     timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
     note: str = ""  # why the backend is not what it should be
 
@@ -95,7 +95,7 @@ class BatchLoader:
         from two a thread to sixteen a thread.
 
         Raises:
-            Refusal: pipeline=dali where DALI cannot be imported.
+            UserError: pipeline=dali where DALI cannot be imported.
         """
         cuda = device.type == "cuda"
         backend, note = choose_backend(settings.pipeline, device)
@@ -119,12 +119,12 @@ class BatchLoader:
         """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads.
 
         Raises:
-            Failure: the shards cannot be read (ShardReadError), or a sample is damaged and `strict` is set.
+            RunError: the shards cannot be read (ShardReadError), or a sample is damaged and `strict` is set.
         """
         for images in _in_time(self._images(micros), self.shards, self.timeout_s):
             for damaged in images.damaged:
                 if self.strict:
-                    raise Failure(
+                    raise RunError(
                         f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
                     )
                 if self.shards.note_damaged(damaged):

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mura_dist.core.errors import OwnRefusal
+from mura_dist.core.errors import RankLocalUserError
 from mura_dist.data.loaders.ahead import in_order
 from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.sampler import Micro
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.loaders.warp import inverse_maps, pick_warp
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 _SHARE = 0.5  # of the free memory of the device, which the store may take; the rest is the training's
 _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
@@ -34,7 +34,7 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
     """Yield the Images of each of `micros`, in order, on the device, reading up to `prefetch` micro-batches ahead.
 
     Raises:
-        OwnRefusal: the store would outgrow its share of the device's memory.
+        RankLocalUserError: the store would outgrow its share of the device's memory.
     """
     is_claimed = np.zeros(store.num_rows, bool)  # rows that a micro-batch before this one reads
 
@@ -66,7 +66,7 @@ class _Block:
     micro: Micro
     rows: np.ndarray  # (k,)
     pixels: Tensor  # (k, S, S), pinned where the store is on a GPU
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[CorruptSampleError, ...]
 
 
 class Store:
@@ -77,7 +77,7 @@ class Store:
         self._shards, self._device = shards, device
         self._split_of = shards.manifest.frame["split"].to_numpy()
         self._slots = np.full(self.num_rows, _UNREAD, np.int32)  # of each row, in `pixels`
-        self._damaged: dict[int, Damaged] = {}
+        self._damaged: dict[int, CorruptSampleError] = {}
         self._splits: set[str] = set()
         self._num_kept = 0
         self._pixels = torch.empty(
@@ -98,7 +98,7 @@ class Store:
         """Make room for all of the splits that `rows` are of.
 
         Raises:
-            OwnRefusal: their pixels take more than the store's share of the memory that is free.
+            RankLocalUserError: their pixels take more than the store's share of the memory that is free.
         """
         splits = self._splits.union(self._split_of[rows])
         if splits == self._splits:
@@ -108,7 +108,7 @@ class Store:
         replaced = self._pixels.numel() if self._splits else 0  # bytes
         num_bytes, limit = count * size**2, int(_SHARE * (free_bytes(self._device) + replaced))
         if num_bytes > limit:
-            raise OwnRefusal(
+            raise RankLocalUserError(
                 f"pipeline=resident: the {count} radiographs of {', '.join(sorted(splits))} take {num_bytes:,} bytes, the limit "
                 f"on {self._device} is {limit:,} ({_SHARE:.0%} of what is free); give pipeline=dali or pipeline=cpu"
             )
@@ -130,7 +130,7 @@ class Store:
             try:
                 array[len(readable)] = self._shards.pixels(row)
                 readable.append(row)
-            except Damaged as error:
+            except CorruptSampleError as error:
                 damaged.append(error)
         return _Block(micro, np.array(readable, np.int64), pixels[: len(readable)], tuple(damaged))
 

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from mura_dist.data.loaders.sampler import Micro
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Images:
     pixels: Tensor  # (B, 1, S, S) uint8, on the host or on the device
     rows: np.ndarray  # (B,) int64
     mask: np.ndarray  # (B,) bool
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[CorruptSampleError, ...]
 
 
-def stored(shards: Shards, micro: Micro, *, encoded: bool) -> tuple[list[Any], np.ndarray, tuple[Damaged, ...]]:
+def stored(shards: Shards, micro: Micro, *, encoded: bool) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
     """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
     read = shards.encoded if encoded else shards.pixels
     samples: list[Any] = [None] * len(micro.rows)
@@ -28,7 +28,7 @@ def stored(shards: Shards, micro: Micro, *, encoded: bool) -> tuple[list[Any], n
     for place in np.flatnonzero(micro.mask).tolist():
         try:
             samples[place] = read(int(micro.rows[place]))
-        except Damaged as one:
+        except CorruptSampleError as one:
             mask[place] = False
             damaged.append(one)
     return samples, mask, tuple(damaged)

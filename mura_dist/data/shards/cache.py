@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.core import files, storage
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.core.storage import Place, Where
 from mura_dist.data.shards.index import parse
 
@@ -27,8 +27,8 @@ _ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside t
 def local(where: Where, mirror: Path | None = None) -> Path:
     """The local folder to open `where` in: itself, unless it is a URL or `mirror` (a folder of this node's disk) is given.
 
-    A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises Refusal where there are no finished shards, not
-    enough room or no home, Failure where a copy differs from its SHA-256.
+    A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises UserError where there are no finished shards, not
+    enough room or no home, RunError where a copy differs from its SHA-256.
     """
     if mirror is None and not storage.is_remote(where):
         return Path(where)
@@ -41,7 +41,7 @@ def local(where: Where, mirror: Path | None = None) -> Path:
             if place.exists("conversion.json")
             else f"holds no shards (no index.json); make them with `mura-dist shards SOURCE {where}`"
         )
-        raise Refusal(f"{where}: {why}") from None
+        raise UserError(f"{where}: {why}") from None
     index = parse(data, where)
     folder = (mirror or _cache()) / hashlib.sha256(data).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _copy(place: Place, folder: Path, index: dict[str, Any]) -> None:
     shards = [shard for part in index["splits"].values() for shard in part["shards"]]
     needed = int(sum(shard["bytes"] for shard in shards if not (folder / shard["name"]).is_file()) * _ROOM)
     if needed > (free := shutil.disk_usage(folder).free):
-        raise Refusal(
+        raise UserError(
             f"{folder}: {place} needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
             "make room, or name another disk with mirror=FOLDER"
         )
@@ -96,4 +96,4 @@ def _copy_one(place: Place, name: str, folder: Path, digest: str | None) -> None
             if digest is None or storage.sha256(copy) == digest:
                 os.replace(copy, path)
                 return
-    raise Failure(f"{place}/{name} differs from its SHA-256 in index.json, twice; `mura-dist verify` tells more")
+    raise RunError(f"{place}/{name} differs from its SHA-256 in index.json, twice; `mura-dist verify` tells more")

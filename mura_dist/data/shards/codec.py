@@ -18,7 +18,7 @@ SUFFIX = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 JPEG_QUALITY = 95
 MAX_SIZE_PX = 2048  # of a side
 
-Task = tuple[int, str | bytes | radiograph.Unreadable]
+Task = tuple[int, str | bytes | radiograph.UnreadableFileError]
 """A row, and its file's path; or its content, or why there is none, where only the main process reaches the source."""
 
 
@@ -80,9 +80,9 @@ class Reader:
     def __call__(self, task: Task) -> Sample:
         row, source = task
         try:
-            if isinstance(source, radiograph.Unreadable):
+            if isinstance(source, radiograph.UnreadableFileError):
                 raise source
             pixels = radiograph.read(io.BytesIO(source) if isinstance(source, bytes) else source, self.size)
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             return Sample(row, None, error.code, error.reason)
         return Sample(row, encode(pixels, self.encoding), "", "")

@@ -33,7 +33,7 @@ import numpy as np
 
 from mura_dist import __version__
 from mura_dist.core import files, storage
-from mura_dist.core.errors import Failure, Refusal, Stopped, os_reason
+from mura_dist.core.errors import RunError, UserError, StopRequestedError, os_reason
 from mura_dist.core.storage import Place, Where
 from mura_dist.data import mura, radiograph
 from mura_dist.data.io_faults import IO_ERROR, IoFaults
@@ -91,7 +91,7 @@ def convert(
 
     size: pixels of a side; encoding: raw, png or jpeg; tune: share of the train patients; labels: a file of corrections;
     strict: any defect of the source, any unreadable file, ends it; duplicates: keep, drop-train or group (duplicate_policy.py);
-    limits: what reading one file may take. Raises Refusal, Failure, Stopped; OSError when the disk is full.
+    limits: what reading one file may take. Raises UserError, RunError, StopRequestedError; OSError when the disk is full.
     """
     end_with_launcher()
     _check(source, out, size, encoding, workers)
@@ -108,7 +108,7 @@ def convert(
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
         scanned = duplicate_policy.resolve(scanned, duplicates)
         if strict and scanned.defects:
-            raise Failure(
+            raise RunError(
                 f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
             )
         manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
@@ -129,7 +129,7 @@ def convert(
 
 
 def _share(out: Where, told: environment.Ranks) -> contextlib.AbstractContextManager[None]:
-    """Hold this rank's share of the work while the block runs. Raises Refusal where another process has it.
+    """Hold this rank's share of the work while the block runs. Raises UserError where another process has it.
 
     A URL has no locks: there two starts cost time, but no bytes, for a put is whole and both put the same.
     """
@@ -169,7 +169,7 @@ def _follow(conversion: Conversion, progress: Callable[[int, int], None]) -> Non
     deadline = time.monotonic() + PLAN_WAIT_S
     while not conversion.out.exists("conversion.json"):
         if time.monotonic() > deadline:
-            raise Failure(
+            raise RunError(
                 f"rank {conversion.rank} of {conversion.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in "
                 f"{conversion.out}; see what rank 0 says, and that all ranks see the same folder"
             )
@@ -187,15 +187,15 @@ def _json(value: Any) -> bytes:
 def _check(source: Where, out: Where, size: int, encoding: str, workers: int | None) -> None:
     low, high = SIZE_LIMITS
     if not low <= size <= high:
-        raise Refusal(f"--size {size}: must lie between {low} and {high} pixels; MURA's paper uses 320")
+        raise UserError(f"--size {size}: must lie between {low} and {high} pixels; MURA's paper uses 320")
     if encoding not in codec.SUFFIX:
-        raise Refusal(f"--encoding {encoding!r}: must be one of {', '.join(codec.SUFFIX)}; raw is the default")
+        raise UserError(f"--encoding {encoding!r}: must be one of {', '.join(codec.SUFFIX)}; raw is the default")
     if workers is not None and workers < 1:
-        raise Refusal(f"--workers {workers}: must be at least 1; leave it out for one per processor")
+        raise UserError(f"--workers {workers}: must be at least 1; leave it out for one per processor")
     if isinstance(out, Path) and out.exists() and not out.is_dir():
-        raise Refusal(f"{out} is a file; give a folder for the shards")
+        raise UserError(f"{out} is a file; give a folder for the shards")
     if _same(source, out):
-        raise Refusal(f"{out} is the source itself; give another folder for the shards")
+        raise UserError(f"{out} is the source itself; give another folder for the shards")
 
 
 def _same(one: Where, other: Where) -> bool:
@@ -207,7 +207,7 @@ def _same(one: Where, other: Where) -> bool:
 def _refuse_unreadable(unreadable: list[dict[str, Any]], strict: bool) -> None:
     if strict and unreadable:
         first = unreadable[0]
-        raise Failure(
+        raise RunError(
             f"--strict: {len(unreadable)} files cannot be read, the first is {first['path']}: {first['reason']}; "
             "mend them, or leave --strict out to go on and list them"
         )
@@ -219,12 +219,12 @@ def _first_defect(scanned: Scan) -> str:
 
 
 def _finished(conversion: Conversion) -> bool:
-    """True where the target holds these very shards already; Refusal where it holds anything else."""
+    """True where the target holds these very shards already; UserError where it holds anything else."""
     out = conversion.out
     names = out.names()
     if "conversion.json" not in names:
         if any(not name.startswith(".") for name in names):
-            raise Refusal(f"{out} is not empty and holds no shards; give an empty or new folder")
+            raise UserError(f"{out} is not empty and holds no shards; give an empty or new folder")
         return False
     try:
         before = files.parse_json(out.read("conversion.json"), dict[str, Any])["plan"]
@@ -232,10 +232,10 @@ def _finished(conversion: Conversion) -> bool:
             raise ValueError("plan is none")
         before = {"duplicates": duplicate_policy.KEEP} | before
     except (ValueError, KeyError) as error:
-        raise Refusal(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
+        raise UserError(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
     for key, value in conversion.plan.items():
         if before.get(key) != value:
-            raise Refusal(
+            raise UserError(
                 f"{out} holds shards with {key}={before.get(key)}, this conversion has {key}={value}; give another folder"
             )
     return "index.json" in names
@@ -341,11 +341,11 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
             ours = itertools.islice(stream, len(shard.rows))
             try:
                 writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
-            except writer.Incomplete as incomplete:
+            except writer.IncompleteShardError as incomplete:
                 conversion.out.write(writer.faults_of(shard.name), _json(incomplete.faults))
             work.made(shard)
     except KeyboardInterrupt as error:
-        raise Stopped("stopped; the finished shards stay, the same command goes on") from error
+        raise StopRequestedError("stopped; the finished shards stay, the same command goes on") from error
 
 
 def _marks(conversion: Conversion) -> list[dict[str, Any]]:
@@ -358,7 +358,7 @@ def _marks(conversion: Conversion) -> list[dict[str, Any]]:
     try:
         return [writer.read_mark(data) for data in contents if isinstance(data, bytes)]
     except ValueError as error:
-        raise Refusal(f"{conversion.out} has a damaged mark ({error}); delete it, then the same command") from error
+        raise UserError(f"{conversion.out} has a damaged mark ({error}); delete it, then the same command") from error
 
 
 def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -367,7 +367,7 @@ def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dic
 
 
 def _refuse_faults(conversion: Conversion, started: float) -> None:
-    """Raise Failure where I/O faults kept files from being read; conversion.json lists them."""
+    """Raise RunError where I/O faults kept files from being read; conversion.json lists them."""
     names = sorted(name for name in conversion.out.names() if name.endswith(writer.FAULTS_SUFFIX))
     if not names:
         return
@@ -375,7 +375,7 @@ def _refuse_faults(conversion: Conversion, started: float) -> None:
         conversion, [item for name in names for item in files.parse_json(conversion.out.read(name), list[Fault])]
     )
     _record(conversion, state="incomplete", started=started, faults=faults)
-    raise Failure(
+    raise RunError(
         f"{len(faults)} files could not be read ({IO_ERROR}), the first is {faults[0]['path']}: {faults[0]['reason']}; "
         f"{conversion.out}/conversion.json lists them. All other shards are finished: fix the disk or the network, then the "
         f"same command makes the {len(names)} shards of these files"
@@ -432,15 +432,15 @@ def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> It
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-_TOO_LARGE = radiograph.Unreadable("too_large", f"the file is larger than {radiograph.MAX_BYTES:,} bytes")
+_TOO_LARGE = radiograph.UnreadableFileError("too_large", f"the file is larger than {radiograph.MAX_BYTES:,} bytes")
 
 
-def _told(content: bytes | OSError) -> bytes | radiograph.Unreadable:
+def _told(content: bytes | OSError) -> bytes | radiograph.UnreadableFileError:
     """Return what is wrong with a file, or with the store and the way to it."""
     if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
-        return radiograph.Unreadable("unreadable", f"cannot be opened: {os_reason(content)}")
+        return radiograph.UnreadableFileError("unreadable", f"cannot be opened: {os_reason(content)}")
     if isinstance(content, OSError):
-        return radiograph.Unreadable(IO_ERROR, f"cannot be read: {os_reason(content)}")
+        return radiograph.UnreadableFileError(IO_ERROR, f"cannot be read: {os_reason(content)}")
     return content
 
 

@@ -1,6 +1,6 @@
 """index.json, checked: it may come from another machine. Nothing of it becomes a path or a size before this.
 
-bytes -> parse -> names that are tars' names, counts and sizes that are some; or Refusal
+bytes -> parse -> names that are tars' names, counts and sizes that are some; or UserError
 """
 
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictStr, StringConstraints
 
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
@@ -79,15 +79,15 @@ class _Format(BaseModel):
 
 
 def parse(data: bytes, folder: Where) -> dict[str, Any]:
-    """Return the content of `folder`'s index.json. Raises Refusal where it is damaged, or of another format."""
+    """Return the content of `folder`'s index.json. Raises UserError where it is damaged, or of another format."""
     try:
         version = files.parse_json(data, _Format)["format"]
         index: dict[str, Any] = files.parse_json(data, _Index) if version == FORMAT else {}
         _check_names(index.get("splits", {}))
     except ValueError as error:
-        raise Refusal(f"{folder}/index.json is damaged ({error}); make the shards again") from error
+        raise UserError(f"{folder}/index.json is damaged ({error}); make the shards again") from error
     if version != FORMAT:
-        raise Refusal(
+        raise UserError(
             f"{folder} has shards of format {version}, this mura-dist reads format {FORMAT}; "
             "make them again, or install the version that wrote them"
         )

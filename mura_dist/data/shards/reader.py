@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mura_dist.core.errors import Failure, Refusal, is_io_fault, os_reason
+from mura_dist.core.errors import RunError, UserError, is_io_fault, os_reason
 from mura_dist.core.storage import Where
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards import cache
@@ -30,7 +30,7 @@ _OPEN_TARS = 512  # of a process; beyond them a tar is opened for each read
 _RETRY_PAUSES_S = (0.2, 1.0, 3.0)  # before each further try of a read that a disk or the network refused
 
 
-class Damaged(Exception):
+class CorruptSampleError(Exception):
     """The sample of a row is not what the conversion wrote. `str(damaged)` is one line that names it."""
 
     def __init__(self, row: int, path: str, tar: str, why: str) -> None:
@@ -41,7 +41,7 @@ class Damaged(Exception):
         return f"damaged sample: row {self.row} ({self.path}) in {self.tar}: {self.why}"
 
 
-class ShardReadError(Failure):
+class ShardReadError(RunError):
     """A tar could not be read. It is the disk's or the machine's error and says nothing about a sample."""
 
 
@@ -95,19 +95,19 @@ class Shards:
     _files: dict[int, int] = field(default_factory=dict, repr=False)  # tar's number -> file descriptor
     _replaced: list[int] = field(default_factory=list, repr=False)  # descriptors that a thread may still read from
     _opening: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    damaged: dict[int, Damaged] = field(default_factory=dict, repr=False)  # row -> what its reader noted
+    damaged: dict[int, CorruptSampleError] = field(default_factory=dict, repr=False)  # row -> what its reader noted
 
     @classmethod
     def open(cls, folder: Where, mirror: Path | None = None) -> Self:
         """Of a local folder or a URL, which is copied to this machine first, as everything is where `mirror` names a folder.
 
-        Raises Refusal where there are no finished shards of this format.
+        Raises UserError where there are no finished shards of this format.
         """
         folder = cache.local(folder, mirror)
         path = folder / "index.json"
         if not path.is_file():
             unfinished = (folder / "conversion.json").is_file()
-            raise Refusal(
+            raise UserError(
                 f"{folder}: the conversion is not finished; run the same `mura-dist shards` command again"
                 if unfinished
                 else f"{folder} holds no shards (no index.json); make them with `mura-dist shards SOURCE {folder}`"
@@ -115,7 +115,7 @@ class Shards:
         index = parse(path.read_bytes(), folder)
         shards = cls(folder, index, Manifest.load(folder / "manifest.csv"))
         if shards.manifest.digest != index["manifest"]["sha256"]:
-            raise Refusal(f"{folder}/manifest.csv is not the one index.json was written with; make the shards again")
+            raise UserError(f"{folder}/manifest.csv is not the one index.json was written with; make the shards again")
         return shards
 
     @property
@@ -144,18 +144,18 @@ class Shards:
         return np.array([item["row"] for item in self.index["unreadable"]], dtype=np.int64)
 
     def rows(self, split: str) -> np.ndarray:
-        """The rows of a split that have a sample, ascending: int64 (n,). Refusal where there are none."""
+        """The rows of a split that have a sample, ascending: int64 (n,). UserError where there are none."""
         rows = np.setdiff1d(self.manifest.rows(split), self._unreadable, assume_unique=True)
         if not len(rows):
             present = ", ".join(name for name, part in self.index["splits"].items() if part["num_radiographs"])
-            raise Refusal(f"split {split!r} of {self.folder} is empty; it has {present or 'no radiographs at all'}")
+            raise UserError(f"split {split!r} of {self.folder} is empty; it has {present or 'no radiographs at all'}")
         return rows
 
     def require(self, *splits: str) -> None:
         """Check what can be checked without reading samples, so that no run begins on half its data.
 
         Raises:
-            Refusal: a tar of these splits is missing or was cut short, or index.json contradicts the .idx files.
+            UserError: a tar of these splits is missing or was cut short, or index.json contradicts the .idx files.
         """
         for split in splits:
             for shard in self._listed(split):
@@ -163,7 +163,7 @@ class Shards:
                 size = path.stat().st_size if path.is_file() else None
                 if size != shard["bytes"]:
                     found = "is missing" if size is None else f"has {size:,} bytes, index.json says {shard['bytes']:,}"
-                    raise Refusal(
+                    raise UserError(
                         f"{path} {found}; delete {path.with_suffix('.json').name} and index.json, then run the same "
                         "`mura-dist shards` command again"
                     )
@@ -209,7 +209,7 @@ class Shards:
 
         Raises:
             KeyError: there is no sample, since the file was unreadable.
-            Damaged: the sample is not what the conversion wrote.
+            CorruptSampleError: the sample is not what the conversion wrote.
             ShardReadError: its tar cannot be read, after some tries.
         """
         at = self._places
@@ -228,12 +228,12 @@ class Shards:
         """Name the sample of a row: row, path, tar."""
         return f"row {row} ({self.manifest.frame['path'].at[row]}) in {self._places.names[self._places.tar[row]]}"
 
-    def note_damaged(self, one: Damaged) -> bool:
+    def note_damaged(self, one: CorruptSampleError) -> bool:
         """Whether this is news."""
         return self.damaged.setdefault(one.row, one) is one
 
-    def _damaged(self, row: int, why: str) -> Damaged:
-        return Damaged(row, str(self.manifest.frame.at[row, "path"]), self._places.names[self._places.tar[row]], why)
+    def _damaged(self, row: int, why: str) -> CorruptSampleError:
+        return CorruptSampleError(row, str(self.manifest.frame.at[row, "path"]), self._places.names[self._places.tar[row]], why)
 
     def _read(self, row: int, number: int, length: int, offset: int) -> bytes:
         """Read from tar `number`, again after a pause where a disk or the network refuses. Raises ShardReadError."""
@@ -317,7 +317,7 @@ class _Places:
         """Read the .idx and .crc files.
 
         Raises:
-            Refusal: one of them is missing or damaged, or index.json names another encoding or size than the samples have.
+            UserError: one of them is missing or damaged, or index.json names another encoding or size than the samples have.
         """
         names, num_rows = shards.names(), len(shards.manifest.frame)
         tar, offset, length = (np.full(num_rows, fill, np.int64) for fill in (-1, 0, 0))
@@ -336,7 +336,7 @@ class _Places:
             except (OSError, ValueError, IndexError) as error:
                 if is_io_fault(error):
                     raise
-                raise Refusal(
+                raise UserError(
                     f"{shards.folder}: the .idx or .crc of {name} is missing or damaged ({error}); "
                     f"delete {Path(name).with_suffix('.json')} and index.json, then convert again"
                 ) from error
@@ -347,8 +347,8 @@ class _Places:
         return cls(names, tar, offset, length, crc, np.zeros(num_rows, bool))
 
 
-def _contradicted(shards: Shards, claim: str, sample: str) -> Refusal:
-    return Refusal(
+def _contradicted(shards: Shards, claim: str, sample: str) -> UserError:
+    return UserError(
         f"{shards.folder}/index.json says {claim}, its .idx files say {sample}: index.json was changed, or is of other shards; "
         "make the shards again"
     )

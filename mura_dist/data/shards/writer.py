@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from mura_dist.core import files
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.core.storage import Place
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.data.shards.codec import SUFFIX, Sample
@@ -57,7 +57,7 @@ def is_whole(place: Place, name: str, mark: bytes) -> bool:
         return False
 
 
-class Incomplete(Exception):
+class IncompleteShardError(Exception):
     """A shard lacks files for no fault of theirs. `faults`: {"row", "code", "reason"} of each."""
 
     def __init__(self, faults: list[dict[str, Any]]) -> None:
@@ -68,7 +68,7 @@ class Incomplete(Exception):
 def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
     """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only.
 
-    Raises Incomplete, all samples drawn and nothing written, where an I/O fault kept a file from being read; Failure where the
+    Raises IncompleteShardError, all samples drawn and nothing written, where an I/O fault kept a file from being read; RunError where the
     tar on the disk is not what was written.
     """
     unreadable: list[dict[str, Any]] = []
@@ -84,7 +84,7 @@ def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, en
             tar.close()
             _refuse_faults(unreadable)
         if not place.holds(name, tar.bytes, digest := tar.digest.hexdigest()):
-            raise Failure(
+            raise RunError(
                 f"{place}/{name} is not what was written: another program writes there, or the disk lost it; the same "
                 "command makes it again"
             )
@@ -100,7 +100,7 @@ def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, en
 
 def _refuse_faults(unreadable: list[dict[str, Any]]) -> None:
     if faults := [item for item in unreadable if item["code"] == IO_ERROR]:
-        raise Incomplete(faults)
+        raise IncompleteShardError(faults)
 
 
 def _sorted_out(samples: Iterable[Sample], unreadable: list[dict[str, Any]]) -> Iterator[Sample]:

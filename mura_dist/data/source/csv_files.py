@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import csv_lines, mura
 from mura_dist.data.mura import Radiograph
 from mura_dist.data.source.files import FOLDERS, Tree
@@ -60,7 +60,7 @@ def _listed(
         else:
             seen[spellings.find(radiograph.path)] += 1
     if not seen and _has(tree, split):
-        raise Refusal(
+        raise UserError(
             f"{name} names no radiograph of {split}/ ({_example(strange)}); mend it, or delete it to go by the folders"
         )
     defects["line of a CSV not understood"] += strange
@@ -83,12 +83,12 @@ def _told(
         else:
             labels[spellings.find(study)].add(label)
     if not labels and studies:
-        raise Refusal(
+        raise UserError(
             f"{name} labels no study of {split}/ ({_example(strange)}); a line is study,label with a label of 0 or 1, normal or "
             "abnormal; mend it, or delete it to go by the folders"
         )
     if studies and labels.keys().isdisjoint(studies):
-        raise Refusal(
+        raise UserError(
             f"{name} labels none of the {len(studies):,} studies of {split}/ on disk: the first it names is {min(labels)}, the "
             f"first on disk {studies[0]}; mend it, or delete it to go by the folders"
         )

@@ -14,7 +14,7 @@ Valid and test are never changed: results on them are compared with those of oth
 from collections import defaultdict
 from dataclasses import replace
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.source import duplicates
 from mura_dist.data.source.scan import Resolution, Scan, with_pairs
@@ -23,16 +23,16 @@ KEEP, DROP_TRAIN, GROUP = POLICIES = ("keep", "drop-train", "group")
 
 
 def check(policy: str) -> None:
-    """Raise Refusal where there is no such policy."""
+    """Raise UserError where there is no such policy."""
     if policy not in POLICIES:
-        raise Refusal(f"--duplicates {policy!r}: must be one of {', '.join(POLICIES)}; keep is the default")
+        raise UserError(f"--duplicates {policy!r}: must be one of {', '.join(POLICIES)}; keep is the default")
 
 
 def resolve(scan: Scan, policy: str) -> Scan:
     """Return the scan as `policy` has it. Unless that is keep, its duplicates must have been looked for.
 
     Raises:
-        Refusal: where no radiograph of train would stay.
+        UserError: where no radiograph of train would stay.
     """
     if policy == KEEP:
         return scan
@@ -53,7 +53,7 @@ def _drop_train(scan: Scan) -> Scan:
     frame = scan.manifest.frame
     rest = frame[~frame["path"].isin(gone)]
     if gone and not (rest["split"] == "train").any():
-        raise Refusal(
+        raise UserError(
             f"--duplicates {DROP_TRAIN}: all {len(gone):,} radiographs of train are copies of radiographs in another split, the "
             f"first is {dropped[0][0]} = {dropped[0][1]}; give another train, or --duplicates {KEEP}"
         )

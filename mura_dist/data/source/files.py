@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
 from mura_dist.data.mura import Radiograph
@@ -42,7 +42,7 @@ def walk(source: Where) -> Tree:
     """Everything below `source`; nested copies of the root are found."""
     place = storage.of(source)
     if not place.is_folder():
-        raise Refusal(f"{source}: no such folder; give the folder that holds train/ and valid/")
+        raise UserError(f"{source}: no such folder; give the folder that holds train/ and valid/")
     start = place.url if isinstance(place, storage.Remote) else Path(source).resolve().as_posix()
     found: dict[str, list[tuple[Radiograph, int]]] = defaultdict(list)
     junk, others = [], []
@@ -106,13 +106,13 @@ def _is_junk(name: str) -> bool:
 def _only(source: Where, found: dict[str, list[tuple[Radiograph, int]]]) -> str:
     """The prefix of the one data set there."""
     if not found:
-        raise Refusal(
+        raise UserError(
             f"{source} is not in MURA's layout: no file matches "
             "{train,valid}/XR_TYPE/patientN/studyN_{positive,negative}/imageN.png; give the folder that holds train/"
         )
     if len(found) > 1:
         first, second, *others = sorted(prefix.rstrip("/") for prefix in found)
-        raise Refusal(
+        raise UserError(
             f"{source} holds {len(found)} data sets ({first}, {second}{', ...' if others else ''}); give one of them"
         )
     return next(iter(found))

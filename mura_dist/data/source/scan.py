@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.core.storage import Where
 from mura_dist.data import mura
 from mura_dist.data.csv_lines import parse_label, parse_path
@@ -85,7 +85,7 @@ def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) 
     """Read a folder in MURA's layout, local or behind a URL; `labels` is an optional local file of corrections (`study,label`).
 
     Where MURA's CSVs are present they say which files and labels count; the folders are checked against them. `duplicates`:
-    also look for files that are byte for byte the same. Raises Refusal where there is no
+    also look for files that are byte for byte the same. Raises UserError where there is no
     such folder, nothing in it follows the layout, or it is MURA-v1.0.
     """
     tree = walk(source)
@@ -200,17 +200,17 @@ def _refuse(source: Where, radiographs: list[Radiograph], csvs: Csvs) -> None:
     """What is no data set to train on, or must not be."""
     listed = sum(len(paths) for paths in csvs.listed.values())
     if mura.NUM_IMAGES_V1_0 in (len(radiographs), listed):
-        raise Refusal(
+        raise UserError(
             f"{source} has {mura.NUM_IMAGES_V1_0} radiographs, as MURA-v1.0 had, which held patient data and was "
             "withdrawn; delete it and ask Stanford for MURA-v1.1"
         )
     if not radiographs and csvs.listed:
-        raise Refusal(
+        raise UserError(
             f"{source}: no file on disk is listed in its CSVs ({', '.join(f'{s}_image_paths.csv' for s in csvs.listed)}), "
             f"which name {listed}; mend the CSVs, or delete them to go by the folders"
         )
     if not radiographs:
-        raise Refusal(
+        raise UserError(
             f"{source}: no radiograph has a label; name studies study1_positive or _negative, or give --labels"
         )
 
@@ -221,7 +221,7 @@ def _correct(radiographs: list[Radiograph], labels: Path | None) -> tuple[list[R
     wanted = {} if labels is None else _read_corrections(labels, Spellings(before))
     unknown = sorted(wanted.keys() - before.keys())
     if unknown:
-        raise Refusal(
+        raise UserError(
             f"--labels {labels}: {len(unknown)} studies are not in the data, the first is {unknown[0]}; mend or drop them"
         )
     changed = {study: label for study, label in sorted(wanted.items()) if before[study] != label}
@@ -231,19 +231,19 @@ def _correct(radiographs: list[Radiograph], labels: Path | None) -> tuple[list[R
 
 def _read_corrections(labels: Path, spellings: Spellings) -> dict[str, int]:
     if not labels.is_file():
-        raise Refusal(f"--labels {labels}: no such file; give a CSV of study,label lines")
+        raise UserError(f"--labels {labels}: no such file; give a CSV of study,label lines")
     wanted: dict[str, int] = {}
     for number, line in lines_of(labels.read_bytes(), f"--labels {labels}"):
         path, rest = path_and_rest(line)
         label = parse_label("".join(rest[:1]))
         if label is None:
-            raise Refusal(
+            raise UserError(
                 f"--labels {labels} line {number}: {','.join(line)!r} is not study,label with a label of 0 or 1, normal or "
                 "abnormal; mend the line"
             )
         study = spellings.find(study_of(path) or study_of(parse_path(path)) or path.rstrip("/"))
         if wanted.setdefault(study, label) != label:
-            raise Refusal(f"--labels {labels} line {number}: {study} has label 0 and label 1; leave one of the lines")
+            raise UserError(f"--labels {labels} line {number}: {study} has label 0 and label 1; leave one of the lines")
     if not wanted:
-        raise Refusal(f"--labels {labels} labels no study; give a CSV of study,label lines, or leave --labels out")
+        raise UserError(f"--labels {labels} labels no study; give a CSV of study,label lines, or leave --labels out")
     return wanted

@@ -27,7 +27,7 @@ import torch
 
 from mura_dist import __version__
 from mura_dist.core import files
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
@@ -87,8 +87,8 @@ def export_target(
 
     Writes `out`. The card carries the metrics.json that `evaluate` wrote, and what was fitted on tune, where it is of these very
     weights on `valid` of their own shards; only study types measured there, with both classes, get a threshold. Of a list it is
-    looked for beside it, too. Raises Refusal where there is no such run, list or checkpoint, or where the files cannot go,
-    Failure where the gate stays shut.
+    looked for beside it, too. Raises UserError where there is no such run, list or checkpoint, or where the files cannot go,
+    RunError where the gate stays shut.
     """
     _check(out, options)
     weights = Weights.of_target(target, which)
@@ -106,7 +106,7 @@ def _check(out: Path, options: ExportOptions) -> None:
     import_onnxruntime()  # the gate computes with it: said before the minutes that come first
     precision.check(options.precision)
     if out.is_dir():
-        raise Refusal(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
+        raise UserError(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
     files.check_folder(out.parent, "--out")
     if options.triton_folder is not None:
         triton.check(options.triton_folder)
@@ -122,11 +122,11 @@ def _export(
 ) -> ExportReport:
     try:
         card = _card(weights, measured)
-    except Refusal:
+    except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:160]
-        raise Refusal(
+        raise UserError(
             f"metrics.json is damaged ({type(error).__name__}: {reason}); run `mura-dist evaluate` again"
         ) from error
     model = weights.model()
@@ -150,7 +150,7 @@ def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
             found = files.parse_json(path.read_bytes())
         except ValueError as error:
             again = "run `mura-dist evaluate` again, or move the file away"
-            raise Refusal(f"{path} is damaged ({error}); {again}") from error
+            raise UserError(f"{path} is damaged ({error}); {again}") from error
         if isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items()):
             return found
     return {}
@@ -183,7 +183,7 @@ def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray 
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
     try:
         return precision.some_images(precision.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)
-    except Refusal:
+    except UserError:
         if given is not None:
             raise
         return None
@@ -201,8 +201,8 @@ def export(
     """Write `model` (a DenseNet or an Ensemble in eval mode, on the CPU, fp32) to `out`; returns what was measured.
 
     tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
-    drawn images; progress: called with the number of steps done and of all. Raises Refusal where the model is too large for
-    one file, Failure where torch and ONNX Runtime disagree; then `out` is as it was before.
+    drawn images; progress: called with the number of steps done and of all. Raises UserError where the model is too large for
+    one file, RunError where torch and ONNX Runtime disagree; then `out` is as it was before.
     """
     assert not model.training
     _fits(model, card)
@@ -227,7 +227,7 @@ def export_variant(
 ) -> ExportReport:
     """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within precision.LIMITS.
 
-    The fp32 file it is compared with passes the gate first. Returns what was measured. Raises Failure where the gate
+    The fp32 file it is compared with passes the gate first. Returns what was measured. Raises RunError where the gate
     stays shut or a limit is passed; then `out` is as it was before.
     """
     _fits(model, card)
@@ -256,7 +256,7 @@ def export_variant(
 def _fits(model: torch.nn.Module, card: Card) -> None:
     num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + OTHER_BYTES * max(1, len(card.members))
     if num_bytes > LIMIT_BYTES:
-        raise Refusal(
+        raise UserError(
             f"{card.checkpoint}: the weights would make a file of {num_bytes / 1e9:.2f} GB, the limit of one ONNX file is "
             f"{LIMIT_BYTES / 1e9:.2f} GB; give fewer members (mura-dist ensemble --top)"
         )
@@ -353,7 +353,7 @@ def parity(
 
     Compared at BATCH_SIZES, whose last takes the images again from the first where there are fewer: logits, maps, and the
     mean of a map with its logit (not of an ensemble: its map's mean is the mean of the logits, its logit that of the mean
-    probability). The limit is `tolerance`, relative to the value beyond +-1: fp32 carries about 7 digits. Raises Failure
+    probability). The limit is `tolerance`, relative to the value beyond +-1: fp32 carries about 7 digits. Raises RunError
     naming value and limit.
     """
     exported = Model.from_bytes(data, "the exported model")
@@ -386,13 +386,13 @@ def _torch_outputs(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarr
 
 def _compare(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float, batch_size: int) -> None:
     if got.shape != wanted.shape:
-        raise Failure(
+        raise RunError(
             f"{what} of the exported model has shape {got.shape}, torch's has {wanted.shape}; nothing was written"
         )
     excess = np.abs(got - wanted) / np.maximum(1, np.abs(wanted))
     if not (excess <= tolerance).all():  # so written, a NaN fails too
         worst = np.unravel_index(np.nanargmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
-        raise Failure(
+        raise RunError(
             f"{what} of the exported model is {got[worst]:.6g} where torch gives {wanted[worst]:.6g} (batch size "
             f"{batch_size}), the limit of the difference is {tolerance:g}; nothing was written; look for NaN in the "
             "checkpoint, try another one, or report it with the versions of torch and onnxruntime"

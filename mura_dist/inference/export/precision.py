@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mura_dist.core.errors import Failure, Refusal, nearest
-from mura_dist.data.shards.reader import Damaged, Shards
+from mura_dist.core.errors import RunError, UserError, nearest
+from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.inference.engine import OPENVINO, Tuning, on_cpu
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import classification
@@ -46,27 +46,27 @@ _BATCH_SIZES = (1, 2, 7, 64)
 
 
 def check(precision: str) -> None:
-    """Raises Refusal for what is no precision, and for one that cannot be measured here."""
+    """Raises UserError for what is no precision, and for one that cannot be measured here."""
     if precision not in PRECISIONS:
-        raise Refusal(
+        raise UserError(
             f"--precision {precision}{nearest(precision, PRECISIONS)}: must be one of {', '.join(PRECISIONS)}"
         )
     if precision == "bf16":
         from mura_dist.inference.engine_openvino import computes_bf16
 
         if not computes_bf16():
-            raise Refusal(
+            raise UserError(
                 "--precision bf16: what it changes is measured before it is written, and this processor has no instructions "
                 "for it; export on one that has (AVX-512 BF16 or AMX), or give --precision int8"
             )
 
 
 def opened(weights: Weights, given: str | Path | None) -> Shards:
-    """The run's own shards, where it found them or where `given` says they are now. Raises Refusal."""
+    """The run's own shards, where it found them or where `given` says they are now. Raises UserError."""
     place = given or weights.settings.shards
     shards, data = Shards.open(place), weights.data()
     if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
-        raise Refusal(f"{place}: not the shards this run was trained on; give --shards FOLDER, where those are")
+        raise UserError(f"{place}: not the shards this run was trained on; give --shards FOLDER, where those are")
     return shards
 
 
@@ -95,7 +95,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
     for row in rows:
         try:
             yield row, shards.pixels(row)
-        except Damaged:
+        except CorruptSampleError:
             continue
 
 
@@ -127,7 +127,7 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
     calls = [classification.is_positive(study["probability"], cut) for study in studies]
     difference = np.abs(views[0] - views[1])
     if not np.isfinite(difference).all():
-        raise Failure(
+        raise RunError(
             f"{card.precision} gives {np.count_nonzero(~np.isfinite(difference))} of {len(known)} radiographs no number; nothing "
             "was written; keep fp32"
         )
@@ -144,7 +144,7 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
 def _provider(precision: str, data: bytes) -> str:
     """What measures: for fp16 a GPU where there is one. A CPU stores fp16 and computes in fp32 between."""
     if precision == "fp16":
-        with contextlib.suppress(Refusal):
+        with contextlib.suppress(UserError):
             Model.from_bytes(data, "the exported model", "cuda", Tuning(_BATCH))
             return "cuda"
     return ENGINES[precision]
@@ -152,7 +152,7 @@ def _provider(precision: str, data: bytes) -> str:
 
 @torch.no_grad()
 def check_range(model: nn.Module, images: np.ndarray) -> None:
-    """Raises Failure where an activation of the fp32 `model` on `images` comes near what fp16 cannot hold, which a CPU's
+    """Raises RunError where an activation of the fp32 `model` on `images` comes near what fp16 cannot hold, which a CPU's
     arithmetic would not show."""
     largest = [0.0]
 
@@ -168,7 +168,7 @@ def check_range(model: nn.Module, images: np.ndarray) -> None:
         for handle in handles:
             handle.remove()
     if not max(largest) <= FP16_LIMIT:
-        raise Failure(
+        raise RunError(
             f"fp16: an activation reaches {max(largest):.3g}, the limit is {FP16_LIMIT:g} (fp16 ends at 65504); nothing was "
             "written; keep fp32, or give --precision int8"
         )
@@ -205,7 +205,7 @@ def batch_limit(precision: str, provider: str) -> float:
 
 
 def _same_over_batches(of_batch_size: Callable[[int], Model], limit: float) -> None:
-    """A logit must not depend on which images came along. Raises Failure where one moves by more than `limit`.
+    """A logit must not depend on which images came along. Raises RunError where one moves by more than `limit`.
 
     of_batch_size: gives the model that runs a batch size.
     """
@@ -219,14 +219,14 @@ def _same_over_batches(of_batch_size: Callable[[int], Model], limit: float) -> N
         with np.errstate(invalid="ignore"):  # infinite less infinite
             worst = float(np.abs(found - wanted).max())
         if not worst <= limit:
-            raise Failure(
+            raise RunError(
                 f"a logit of the {model.card.precision} model moves by {worst:.2g} with the batch size ({number} against 1), "
                 f"the limit is {limit:g}; nothing was written; report it with the versions of onnxruntime and openvino"
             )
 
 
 def judge(precision: str, found: Change, allowed: bool) -> list[str]:
-    """What lies above its limit, a line each. Raises Failure unless `allowed`."""
+    """What lies above its limit, a line each. Raises RunError unless `allowed`."""
     limit = LIMITS[precision]
     calls = max(1, int(limit.changed_calls * found.num_studies))  # one may always change: a tiny split has few
     over = []
@@ -241,7 +241,7 @@ def judge(precision: str, found: Change, allowed: bool) -> list[str]:
             f"({limit.changed_calls:.1%}, at least one)"
         )
     if over and not allowed:
-        raise Failure(
+        raise RunError(
             f"{'; '.join(over)}; nothing was written; keep fp32, or give --allow-change to have it all the same"
         )
     return over

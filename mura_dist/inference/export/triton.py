@@ -16,7 +16,7 @@ import onnx
 
 from mura_dist import __version__
 from mura_dist.core import files
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.models.card import KEY, Card
 
 NAME = "mura_dist"  # of the model and, as Triton wants it, of its folder
@@ -30,12 +30,12 @@ _TYPES = {
 
 
 def check(repository: Path) -> None:
-    """Refusal where `repository` cannot take the model: asked before the work, which takes a minute."""
+    """UserError where `repository` cannot take the model: asked before the work, which takes a minute."""
     folder = repository / NAME
     files.check_folder(folder / "1", "--triton")
     config = folder / "config.pbtxt"
     if config.exists() and not (config.is_file() and config.read_bytes().startswith(_MARK.encode())):
-        raise Refusal(
+        raise UserError(
             f"--triton {repository}: {config} is not of mura-dist, another model has that name; give another folder, or move "
             f"{folder} away"
         )

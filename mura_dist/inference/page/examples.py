@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.phantoms import DrawnSet
 from mura_dist.data.source.scan import PHANTOMS_MARK
@@ -62,12 +62,12 @@ class _Study:
 
 
 def find(folder: Path) -> tuple[Example, ...]:
-    """Return some studies of each study type, in turns, the same on each start. Raises Refusal where there is none."""
+    """Return some studies of each study type, in turns, the same on each start. Raises UserError where there is none."""
     if not folder.is_dir():
-        raise Refusal(f"--examples {folder}: no such folder; {_LAYOUT}")
+        raise UserError(f"--examples {folder}: no such folder; {_LAYOUT}")
     studies = sorted(_studies(Path(os.path.abspath(folder))), key=_rank)
     if not studies:
-        raise Refusal(f"--examples {folder}: no study's folder below it; {_LAYOUT}")
+        raise UserError(f"--examples {folder}: no study's folder below it; {_LAYOUT}")
     turns = itertools.zip_longest(*_select(studies).values())
     in_order = [study for turn in turns for study in sorted(filter(None, turn), key=_rank)]
     return tuple(Example(number, study.study_type, study.files) for number, study in enumerate(in_order, start=1))

@@ -8,7 +8,7 @@ A version that lacks one of the names is refused: it would go on without a word.
 import asyncio
 from typing import Any
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB
 
 MAX_KEPT_BYTES = 4 << 30  # of the uploads of all sessions together
@@ -80,7 +80,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         import streamlit
 
-        raise Refusal(
+        raise UserError(
             f"streamlit {streamlit.__version__} has no {owner.__name__}.{name}, without which uploads would not stay where they "
             "should; install the version that requirements.lock names"
         )

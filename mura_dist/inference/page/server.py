@@ -1,6 +1,6 @@
 """The page: a doctor uploads a study and understands the answer. Streamlit, on the exported model alone; no torch.
 
-    mura-dist page MODEL.onnx -> Refusal, or serve: the model and the reading processes, once
+    mura-dist page MODEL.onnx -> UserError, or serve: the model and the reading processes, once
     a request -> uvicorn (connection.py) -> guard.py -> Streamlit's application, changed by privacy.py
     each session, at each change of it: script.py -> app.show(Serving)
 
@@ -24,7 +24,7 @@ import streamlit
 import uvicorn
 from streamlit.web import bootstrap
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.distributed import signals
 from mura_dist.distributed.processes import processors
 from mura_dist.inference.onnx_model import Model
@@ -80,7 +80,7 @@ def serve(
         announce: Called once, when browsers can connect, with what to print: the address first.
 
     Raises:
-        Refusal: The model, folder, address, port or a name cannot be used.
+        UserError: The model, folder, address, port or a name cannot be used.
     """
     global _serving
     studies = page_examples.find(examples) if examples is not None else ()
@@ -183,7 +183,7 @@ def _hosts(address: str, more: Sequence[str]) -> Hosts:
     """Return the names of the page: localhost, and where others may reach it this machine's own."""
     for name in more:
         if not _NAME.fullmatch(name):
-            raise Refusal(
+            raise UserError(
                 f"--allow-host {name}: not a host's name; give it without http:// and port, as in page.hospital.example"
             )
     own = [] if _is_loopback(address) else [address, socket.gethostname()]
@@ -194,17 +194,17 @@ def _hosts(address: str, more: Sequence[str]) -> Hosts:
 def _listen(address: str, port: int) -> socket.socket:
     """Return a socket that listens there. Who connects before the server has started waits."""
     if not 1 <= port <= 65_535:
-        raise Refusal(f"--port {port}: must be 1 to 65535; {PORT} is the default")
+        raise UserError(f"--port {port}: must be 1 to 65535; {PORT} is the default")
     try:
         family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         both = family == socket.AF_INET6 and address == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(place, family=family, backlog=2048, dualstack_ipv6=both)
     except PermissionError:
-        raise Refusal(f"--port {port}: not allowed to listen there; give one from 1024 on") from None
+        raise UserError(f"--port {port}: not allowed to listen there; give one from 1024 on") from None
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
         why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
-        raise Refusal(
+        raise UserError(
             f"--address {address} --port {port}: cannot listen there ({why.lower()}); give another --port, or an address "
             "of this machine"
         ) from None

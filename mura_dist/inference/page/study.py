@@ -68,7 +68,7 @@ class UploadReader:
         try:
             found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
             verdict = gate.verdict(found.image, found.colours)
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             return lost(error.reason, error.code)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
             return lost("it could not be read", "io_error")

@@ -17,12 +17,12 @@ from helpers import laws
 from nvidia.dali import Pipeline
 
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.loaders import dali, loader, opencv, sampler
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards import reader
 from mura_dist.data.shards.convert import convert
-from mura_dist.data.shards.reader import Damaged, ShardReadError, Shards
+from mura_dist.data.shards.reader import CorruptSampleError, ShardReadError, Shards
 
 CPU = torch.device("cpu")
 
@@ -228,7 +228,7 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     path = opened.manifest.frame.at[bad, "path"]
     assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
     assert list(broken.damaged) == [bad]
-    with pytest.raises(Failure, match=rf"row {bad} .*strict=true ends here: mend it"):
+    with pytest.raises(RunError, match=rf"row {bad} .*strict=true ends here: mend it"):
         list(replace(whole, shards=Shards.open(folder), strict=True).load(micros))
 
 
@@ -241,10 +241,10 @@ def test_a_tar_that_shrinks_damages_samples_and_one_that_vanishes_none(opened: S
     broken.pixels(first)
     [tar] = broken.names("train")
     os.truncate(folder / tar, 40_000)
-    with pytest.raises(Damaged, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
+    with pytest.raises(CorruptSampleError, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
         broken.pixels(last)
     (folder / tar).unlink()
-    with pytest.raises(Damaged, match=rf"row {last} .*cut short"):
+    with pytest.raises(CorruptSampleError, match=rf"row {last} .*cut short"):
         broken.pixels(last)
     with pytest.raises(ShardReadError, match=rf"{tar} cannot be read: no such file or directory \(at row {first}\)"):
         Shards.open(folder).pixels(first)
@@ -258,7 +258,7 @@ def test_a_sample_read_before_is_damaged_once_its_tar_was_cut_short(opened: Shar
     last = int(broken.rows("train")[-1])
     broken.pixels(last)
     os.truncate(folder / broken.names("train")[0], 40_000)
-    with pytest.raises(Damaged, match=rf"row {last} .*cut short"):
+    with pytest.raises(CorruptSampleError, match=rf"row {last} .*cut short"):
         broken.pixels(last)
 
 
@@ -318,7 +318,7 @@ def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(ope
     claims += [({"size": 32}, "raw pixels of size 32")] if opened.encoding == "raw" else []
     for change, words in claims:
         (folder / "index.json").write_text(json.dumps(index | change))
-        with pytest.raises(Refusal, match=rf"index.json says {words}, its .idx files say .*make the shards again"):
+        with pytest.raises(UserError, match=rf"index.json says {words}, its .idx files say .*make the shards again"):
             Shards.open(folder).require("train")
 
 

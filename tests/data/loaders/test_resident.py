@@ -11,7 +11,7 @@ import torch
 from helpers.commands import train
 from helpers.runs import losses
 
-from mura_dist.core.errors import OwnRefusal
+from mura_dist.core.errors import RankLocalUserError
 from mura_dist.data.loaders import resident, sampler
 from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
 from mura_dist.data.shards.reader import Shards
@@ -89,7 +89,7 @@ def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatc
     assert len(list(loader.load(training(shards, 0)))) == len(training(shards, 0))
     monkeypatch.setattr(resident, "free_bytes", lambda device: 2 * needed["tune"] - 1)
     loader = loader_of(shards)
-    with pytest.raises(OwnRefusal) as caught:
+    with pytest.raises(RankLocalUserError) as caught:
         list(loader.load(evaluation(shards.rows("tune"))))
     limit = (2 * needed["tune"] - 1) // 2
     line = str(caught.value)

@@ -19,7 +19,7 @@ from helpers.ranks import DIFFERS, LAUNCHERS, start_rank
 from helpers.read_faults import ReadFaults
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.io_faults import MAX_IN_ROW, IoFaults
 from mura_dist.data.shards import convert as converter
 from mura_dist.data.shards import writer
@@ -87,7 +87,7 @@ def test_a_fault_that_lasts_is_listed_and_the_same_command_makes_that_shard_alon
 ) -> None:
     out, path = tmp_path / "out", path_of(whole, 9)
     said = rf"^1 files could not be read \(io_error\), the first is {path}: cannot be read: stale file handle; .*conversion.json"
-    with read_faults(path, error=errno.ESTALE).in_children(), pytest.raises(Failure, match=said):
+    with read_faults(path, error=errno.ESTALE).in_children(), pytest.raises(RunError, match=said):
         convert(phantoms, out, size=40, workers=1)
     assert not (out / "index.json").exists()
     record = json.loads((out / "conversion.json").read_bytes())
@@ -147,7 +147,7 @@ def test_many_faults_in_a_row_end_the_run_early(
     )
     with (
         read_faults("/valid/", error=errno.ENOTCONN).in_children(),
-        pytest.raises(Failure, match=said),
+        pytest.raises(RunError, match=said),
     ):
         convert(phantoms, tmp_path / "out", size=40, workers=8)
     assert not list((tmp_path / "out").glob("valid-*.tar"))
@@ -177,7 +177,7 @@ def test_a_source_that_goes_away_ends_the_run_early(left: str, phantoms: Path, t
             if left != "nothing":
                 source.mkdir()
 
-    with pytest.raises(Failure, match=rf"^{source} is gone, or empty; bring it back"):
+    with pytest.raises(RunError, match=rf"^{source} is gone, or empty; bring it back"):
         convert(source, tmp_path / "out", size=40, workers=1, progress=take_away)
 
 
@@ -204,7 +204,7 @@ def test_a_share_that_another_process_has_is_refused(
         assert first.stdout is not None
         assert first.stdout.readline() == "holds\n"
         said = rf"^{out} is being written by process {first.pid} on .*; wait for it or stop it, or give another folder$"
-        with pytest.raises(Refusal, match=said):
+        with pytest.raises(UserError, match=said):
             convert(phantoms, out, size=40, workers=1)
         assert first.stdin is not None
         first.stdin.close()
@@ -225,7 +225,7 @@ def test_a_second_start_of_the_same_share_is_refused(
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
     said = rf"^{out} is being written by process {first.pid} on .*; wait for it or stop it, or give another folder$"
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(UserError, match=said):
         convert(phantoms, out, size=40, workers=1)
     assert first.poll() is None
     monkeypatch.setenv("RANK", "1")
@@ -334,6 +334,6 @@ class Meddled(storage.Local):
 
 def test_a_tar_is_compared_with_what_was_written_before_its_mark_is_there(tmp_path: Path) -> None:
     samples = [Sample(row, b"pixels", "", "") for row in range(3)]
-    with pytest.raises(Failure, match=r"train-000000\.tar is not what was written"):
+    with pytest.raises(RunError, match=r"train-000000\.tar is not what was written"):
         writer.write(Meddled(tmp_path), "train-000000.tar", samples, [0, 1, 0], encoding="raw")
     assert not (tmp_path / "train-000000.json").exists()

@@ -17,7 +17,7 @@ from helpers.commands import ROOT, killed_when, run
 from helpers.ranks import DIFFERS, LAUNCHERS, start_rank
 from PIL import Image
 
-from mura_dist.core.errors import Failure
+from mura_dist.core.errors import RunError
 from mura_dist.data.shards import convert as room
 from mura_dist.data.shards import writer
 from mura_dist.data.shards.convert import convert
@@ -130,7 +130,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(room, "PLAN_WAIT_S", 0.3)
-    with pytest.raises(Failure, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
+    with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
         convert(phantoms, tmp_path / "out", size=40)
 
 

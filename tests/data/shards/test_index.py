@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mura_dist.core import storage
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.shards import cache, codec
 from mura_dist.data.shards.reader import Shards
 from mura_dist.data.shards.verify import verify
@@ -81,7 +81,7 @@ def test_no_name_of_a_url_writes_outside_the_mirror(shard_folder: Path, tmp_path
     shards_of(index)["name"] = "a/../../escape.tar"
     place.write("index.json", json.dumps(index).encode())
     (tmp_path / "mirror").mkdir()
-    with pytest.raises(Refusal, match=r"^memory://strangers/index.json is damaged \(splits.train.shards.0.name"):
+    with pytest.raises(UserError, match=r"^memory://strangers/index.json is damaged \(splits.train.shards.0.name"):
         Shards.open("memory://strangers", tmp_path / "mirror")
     assert not list(tmp_path.rglob("escape*"))
 
@@ -92,7 +92,7 @@ def test_a_hostile_index_is_one_line(change: Callable[[dict[str, Any]], Any], co
     change(index)
     (copy / "index.json").write_text(json.dumps(index))
     for open_ in (Shards.open, lambda folder: cache.local(folder, tmp_path / "mirror")):
-        with pytest.raises(Refusal, match=r"damaged|format") as refusal:
+        with pytest.raises(UserError, match=r"damaged|format") as refusal:
             open_(copy)
         assert "\n" not in str(refusal.value)
         assert len(str(refusal.value)) < 500
@@ -103,7 +103,7 @@ def test_a_hostile_index_is_one_line(change: Callable[[dict[str, Any]], Any], co
 )
 def test_what_is_no_index_is_one_line(text: bytes, copy: Path) -> None:
     (copy / "index.json").write_bytes(text)
-    with pytest.raises(Refusal, match=r"index\.json is damaged"):
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
         Shards.open(copy)
 
 
@@ -130,7 +130,7 @@ def test_nothing_is_read_outside_a_tar(where: str, copy: Path) -> None:
         line = {"crc": f"{row} {HUGE:x}", "crc row": f"-1 {digits}", "crc long": f"{HUGE} {digits}"}[where]
         crc.write_text(line + "\n")
     shards = Shards.open(copy)
-    with pytest.raises(Refusal, match=r"the .idx or .crc of train-000000.tar is missing or damaged"):
+    with pytest.raises(UserError, match=r"the .idx or .crc of train-000000.tar is missing or damaged"):
         shards.pixels(0)
     assert any("train-000000.tar: it, its .idx or its .crc is damaged" in line for line in verify(copy))
 
@@ -144,7 +144,7 @@ def test_a_sample_larger_than_a_radiograph_is_not_decoded(copy: Path) -> None:
     header, first, *rest = idx.read_text().splitlines()
     suffix, offset, _, *words = first.split(" ")
     idx.write_text("\n".join([header, " ".join([suffix, offset, str(2**38), *words]), *rest]) + "\n")
-    with pytest.raises(Refusal, match="bytes, a radiograph at most 73,728"):
+    with pytest.raises(UserError, match="bytes, a radiograph at most 73,728"):
         Shards.open(copy).pixels(0)
 
 

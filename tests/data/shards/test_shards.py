@@ -14,7 +14,7 @@ import pytest
 from helpers import laws
 from helpers.commands import ROOT, run, warm_python
 
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import radiograph
 from mura_dist.data.shards import codec, reader
 from mura_dist.data.shards.convert import convert
@@ -165,7 +165,7 @@ def test_unreadable_files_are_listed_and_left_out(small: Path, tmp_path: Path) -
     with pytest.raises(KeyError, match="no sample"):
         opened.pixels(lost[0])
     assert list(verify(tmp_path / "out")) == []
-    with pytest.raises(Failure, match="--strict: 2 files cannot be read"):
+    with pytest.raises(RunError, match="--strict: 2 files cannot be read"):
         convert(small, tmp_path / "strict", size=48, workers=2, strict=True)
 
 
@@ -229,26 +229,26 @@ def test_what_cannot_be_converted_is_refused(small: Path, tmp_path: Path, capsys
 
 
 def test_what_are_no_shards_is_refused(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"holds no shards.*mura-dist shards"):
+    with pytest.raises(UserError, match=r"holds no shards.*mura-dist shards"):
         Shards.open(tmp_path)
     convert(small, tmp_path / "out", size=48, workers=1, tune=0)
     path = tmp_path / "out" / "index.json"
     whole = json.loads(path.read_bytes())
     path.write_text(json.dumps(whole | {"format": 99}))
-    with pytest.raises(Refusal, match=r"format 99.*reads format 1"):
+    with pytest.raises(UserError, match=r"format 99.*reads format 1"):
         Shards.open(tmp_path / "out")
     path.write_text("{")
-    with pytest.raises(Refusal, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         Shards.open(tmp_path / "out")
     path.unlink()
-    with pytest.raises(Refusal, match="not finished"):
+    with pytest.raises(UserError, match="not finished"):
         Shards.open(tmp_path / "out")
     path.write_text(json.dumps(whole))
-    with pytest.raises(Refusal, match=r"split 'tune'.*is empty; it has train, valid"):
+    with pytest.raises(UserError, match=r"split 'tune'.*is empty; it has train, valid"):
         Shards.open(tmp_path / "out").rows("tune")
     manifest = tmp_path / "out" / "manifest.csv"
     manifest.write_text(manifest.read_text().replace(",1,train", ",0,train", 1))
-    with pytest.raises(Refusal, match=r"manifest\.csv is not the one"):
+    with pytest.raises(UserError, match=r"manifest\.csv is not the one"):
         Shards.open(tmp_path / "out")
 
 

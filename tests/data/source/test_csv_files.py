@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data.source.scan import Scan, scan
 
 STUDIES = [
@@ -127,7 +127,7 @@ def test_labels_of_which_no_line_fits_are_refused(text: bytes, words: str, tmp_p
     """Nobody who left a file of labels meant the names of the folders."""
     data_set(tmp_path)
     (tmp_path / "train_labeled_studies.csv").write_bytes(text)
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         scan(tmp_path)
     assert str(refusal.value) == (
         f"train_labeled_studies.csv labels no study of train/ ({words}); a line is study,label with a label of 0 or 1, "
@@ -140,12 +140,12 @@ def test_labels_of_other_studies_are_refused(tmp_path: Path) -> None:
     other = "train/XR_WRIST/patient1/study1_negative"
     (tmp_path / "train_labeled_studies.csv").write_text(f"{other}/,1\n")
     with pytest.raises(
-        Refusal, match=rf"labels none of the 2 studies of train/ on disk: the first it names is {other}, the "
+        UserError, match=rf"labels none of the 2 studies of train/ on disk: the first it names is {other}, the "
     ):
         scan(tmp_path)
     (tmp_path / "valid_labeled_studies.csv").write_text("valid/XR_WRIST/patient00009/study1_negative/,1\n")
     (tmp_path / "train_labeled_studies.csv").write_text(f"{other}/,1\n{STUDIES[0]}/,1\n")
-    with pytest.raises(Refusal, match=r"valid_labeled_studies\.csv labels none of the 1 studies of valid/ on disk"):
+    with pytest.raises(UserError, match=r"valid_labeled_studies\.csv labels none of the 1 studies of valid/ on disk"):
         scan(tmp_path)
     assert scan(tmp_path / "train").defects.keys() == {
         "labelled in a CSV, no files",
@@ -159,12 +159,12 @@ def test_corrections_of_no_study_are_refused(tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("study;label\n")
     with pytest.raises(
-        Refusal, match=r"labels\.csv labels no study; give a CSV of study,label lines, or leave --labels out"
+        UserError, match=r"labels\.csv labels no study; give a CSV of study,label lines, or leave --labels out"
     ):
         scan(tmp_path / "set", labels)
     labels.write_text(f"{STUDIES[0]},1\n{STUDIES[1]},fracture\n")
     with pytest.raises(
-        Refusal, match=r"labels\.csv line 2: .* is not study,label with a label of 0 or 1, normal or abnormal"
+        UserError, match=r"labels\.csv line 2: .* is not study,label with a label of 0 or 1, normal or abnormal"
     ):
         scan(tmp_path / "set", labels)
 

@@ -10,7 +10,7 @@ from helpers import laws
 from helpers.ranks import DIFFERS, LAUNCHERS, start_rank
 from PIL import Image
 
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import convert as conversion
 from mura_dist.data.shards.convert import convert
@@ -117,14 +117,14 @@ def test_keep_is_said(scanned: Scan) -> None:
 
 def test_a_train_of_nothing_but_copies_is_refused(tmp_path: Path) -> None:
     root = data_set(tmp_path, {view("train", n): "same" for n in (1, 2)} | {view("valid", 3): "same"})
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         resolve(scan(root), "drop-train")
     assert str(refusal.value) == (
         f"--duplicates drop-train: all 2 radiographs of train are copies of radiographs in another split, the first is "
         f"{view('train', 1)} = {view('valid', 3)}; give another train, or --duplicates keep"
     )
     with pytest.raises(
-        Refusal, match=r"--duplicates 'drop': must be one of keep, drop-train, group; keep is the default"
+        UserError, match=r"--duplicates 'drop': must be one of keep, drop-train, group; keep is the default"
     ):
         check("drop")
 
@@ -250,7 +250,7 @@ def test_another_choice_is_refused_into_the_same_folder(
 
 def test_strict_takes_what_is_dropped_for_mended(tmp_path: Path) -> None:
     root = data_set(tmp_path / "set", {view("train", n): str(n % 3) for n in (1, 2)} | {view("valid", 4): "1"})
-    with pytest.raises(Failure, match="--strict: duplicate across splits: 1, "):
+    with pytest.raises(RunError, match="--strict: duplicate across splits: 1, "):
         convert(root, tmp_path / "out", size=32, workers=1, strict=True)
-    with pytest.raises(Failure, match="--strict: 2 files cannot be read"):  # they are texts: the scan was passed
+    with pytest.raises(RunError, match="--strict: 2 files cannot be read"):  # they are texts: the scan was passed
         convert(root, tmp_path / "out", size=32, workers=1, strict=True, duplicates="drop-train")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.source import report as audit
@@ -210,7 +210,7 @@ def test_v1_0_is_refused_by_its_count(v1_1: Path) -> None:
 
 
 def check_v1_0(root: Path) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         scan(root)
     said = str(refusal.value)
     assert said == (

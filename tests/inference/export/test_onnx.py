@@ -23,7 +23,7 @@ from PIL import Image
 
 from mura_dist import __version__
 from mura_dist.cli.main import DONE, FAILED, STOPPED, main
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx as room
@@ -131,7 +131,7 @@ def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, Exp
     with torch.no_grad():
         other.classifier.bias += 2e-3
     with pytest.raises(
-        Failure, match=r"^logit of the exported model is .* where torch gives .*limit .* is 0\.0001; nothing"
+        RunError, match=r"^logit of the exported model is .* where torch gives .*limit .* is 0\.0001; nothing"
     ):
         parity(other, data, images)
     assert parity(other, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
@@ -143,7 +143,7 @@ def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.De
             logit, activation_map = exported[0](image)
             return logit, activation_map.transpose(1, 2)
 
-    with pytest.raises(Failure, match=r"^activation_map of the exported model"):
+    with pytest.raises(RunError, match=r"^activation_map of the exported model"):
         parity(Transposed(), exported[1].read_bytes(), probe_images(S))
 
 
@@ -171,7 +171,7 @@ def test_gate_sees_what_only_a_large_batch_shows(
         return logit + (2e-3 if len(batch) == 64 else 0), activation_map
 
     monkeypatch.setattr(Model, "outputs", shifted)
-    with pytest.raises(Failure, match=r"^logit of the exported model .*\(batch size 64\)"):
+    with pytest.raises(RunError, match=r"^logit of the exported model .*\(batch size 64\)"):
         parity(exported[0], exported[1].read_bytes(), probe_images(S))
 
 
@@ -181,7 +181,7 @@ def test_gate_leaves_the_old_file(tmp_path: Path) -> None:
     broken = tiny()
     with torch.no_grad():
         broken.classifier.bias.fill_(float("nan"))
-    with pytest.raises(Failure, match=r"is nan where torch gives nan.*nothing was written"):
+    with pytest.raises(RunError, match=r"is nan where torch gives nan.*nothing was written"):
         export(broken, card_of(), path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the old one"]
 
@@ -211,7 +211,7 @@ def test_files_that_are_not_ours(
     exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path, properties: dict[str, str], text: str
 ) -> None:
     path = _with_metadata(exported[1], tmp_path / "other.onnx", properties)
-    with pytest.raises(Refusal, match=rf"^{re.escape(str(path))} {text}"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {text}"):
         Model.load(path)
 
 
@@ -235,7 +235,7 @@ def test_cards_of_before_there_was_calibration() -> None:
 def test_damaged_points_are_refused() -> None:
     fields = json.loads(card_of().text()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
     with pytest.raises(
-        Refusal, match=r"damaged mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
+        UserError, match=r"damaged mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
     ):
         Card.parse(json.dumps(fields), "model.onnx")
 

@@ -12,7 +12,7 @@ from helpers import laws
 from helpers.models import card_of, noise, tiny
 
 from mura_dist.cli.main import DONE, FAILED, main
-from mura_dist.core.errors import Failure, Refusal
+from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference import engine_openvino
@@ -104,7 +104,7 @@ def test_limits(precision: str) -> None:
         change_of(0, most + 1),
         change_of(limit.mean_probability * 2, most + 5),
     ):
-        with pytest.raises(Failure, match=f"{precision} changes .* the limit is .*--allow-change"):
+        with pytest.raises(RunError, match=f"{precision} changes .* the limit is .*--allow-change"):
             variants.judge(precision, change, False)
         assert variants.judge(precision, change, True)
     assert variants.judge(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
@@ -198,7 +198,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
     if fits:
         variants.check_range(model, noise(4))
         return
-    with pytest.raises(Failure, match=r"an activation reaches .* the limit is 32000"):
+    with pytest.raises(RunError, match=r"an activation reaches .* the limit is 32000"):
         variants.check_range(model, noise(4))
 
 
@@ -210,7 +210,7 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
     network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
     with torch.no_grad():
         network.classifier.bias += broken
-    with pytest.raises(Failure, match=r"moves by nan|gives .* of .* radiographs no number"):
+    with pytest.raises(RunError, match=r"moves by nan|gives .* of .* radiographs no number"):
         variants.change(card, model.read_bytes(), graph(network, card), Shards.open(halved), print)
 
 
@@ -225,9 +225,9 @@ def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: 
     variants._same_over_batches(of_batch_size, 1e-4)
     assert sizes == [1, 2, 7, 64]
     monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
-    with pytest.raises(Failure, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
+    with pytest.raises(RunError, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
         variants._same_over_batches(of_batch_size, 1e-4)
-    with pytest.raises(Failure, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):
+    with pytest.raises(RunError, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):
         variants._same_over_batches(of_batch_size, 2e-2)
 
 
@@ -260,5 +260,5 @@ def test_names_and_old_cards() -> None:
     fields = json.loads(card_of().text())
     del fields["precision"], fields["change"]  # as files of before had it
     assert Card.parse(json.dumps(fields), "old") == card_of()
-    with pytest.raises(Refusal, match="precision"):
+    with pytest.raises(UserError, match="precision"):
         Card.parse(json.dumps(fields | {"precision": "int4"}), "other")

@@ -9,7 +9,7 @@ import pytest
 from helpers.models import S, card_of, tiny
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import Refusal
+from mura_dist.core.errors import UserError
 from mura_dist.inference.export import triton
 from mura_dist.inference.export.onnx import BATCH_SIZES, graph
 from mura_dist.inference.onnx_model import Model
@@ -191,7 +191,7 @@ def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: b
     config.parent.mkdir()
     config.write_text('name: "mura_dist"\n')
     with pytest.raises(
-        Refusal, match=r"^--triton .*config\.pbtxt is not of mura-dist, .*; give another folder, or move"
+        UserError, match=r"^--triton .*config\.pbtxt is not of mura-dist, .*; give another folder, or move"
     ):
         triton.write(tmp_path, data)
     assert files(tmp_path) == ["mura_dist/config.pbtxt"]
@@ -202,6 +202,6 @@ def test_what_is_no_model_of_ours(data: bytes) -> None:
 
     model = onnx.load_from_string(data)
     del model.metadata_props[:]
-    with pytest.raises(Refusal, match=r"^the exported model is not a model exported by mura-dist export"):
+    with pytest.raises(UserError, match=r"^the exported model is not a model exported by mura-dist export"):
         triton.config(model.SerializeToString())
     assert isinstance(Model.from_bytes(data, "ours").card, Card)

@@ -34,7 +34,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mura_dist.cli.main import DONE, WRONG, main
-from mura_dist.core.errors import Refusal, install_remedy
+from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.inference.export.onnx import export
 from mura_dist.inference.onnx_model import Model
@@ -354,7 +354,7 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
         reason, found = "", None
         try:
             found = radiograph.look(path, SIDE)
-        except radiograph.Unreadable as error:
+        except radiograph.UnreadableFileError as error:
             reason = error.reason
         assert (reading.failure, bool(reading.code)) == (reason, bool(reason)), path.name
         if found is None:
@@ -385,7 +385,7 @@ def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.delattr(MultiPartParser, "spool_max_size")
     with pytest.raises(
-        Refusal, match=r"has no MultiPartParser\.spool_max_size, .* install the version that requirements"
+        UserError, match=r"has no MultiPartParser\.spool_max_size, .* install the version that requirements"
     ):
         privacy.keep_uploads_in_memory()
 
@@ -648,7 +648,7 @@ def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[
     page.locator("section.outcome").wait_for()
     readable = 0
     for path in files:
-        with contextlib.suppress(radiograph.Unreadable):
+        with contextlib.suppress(radiograph.UnreadableFileError):
             found = radiograph.look(path, SIDE)
             readable += gate.verdict(found.image, found.colours) not in gate.BLOCKING
     until(lambda: num_pictures(page) == 1 + readable)
