@@ -49,7 +49,7 @@ class Contender:
 
 
 def play(
-    contenders: Sequence[Contender], load: Load, *, rounds: int, seconds: float, say: Callable[[str], None]
+    contenders: Sequence[Contender], load: Load, *, rounds: int, seconds: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """rounds, contenders and ratios, as `runner.run` documents them. Raises RunError where a contender dies."""
     images: dict[str, list[int]] = {contender.name: [] for contender in contenders}
@@ -59,12 +59,12 @@ def play(
             pools = {contender.name: stack.enter_context(processes.start(1)) for contender in contenders}
             for ready in [pools[contender.name].submit(_prepare, contender, load) for contender in contenders]:
                 ready.result()
-            chosen = _choose(contenders, pools, min(seconds, _PROBE_S), say)
+            chosen = _choose(contenders, pools, min(seconds, _PROBE_S), log)
             for number, (name, pool) in itertools.product(range(1, rounds + 1), pools.items()):
                 num_images, taken = pool.submit(_turn, seconds).result()
                 images[name].append(num_images)
                 rates[name].append(num_images / taken)
-                say(f"round {number} of {rounds}: {name}: {rates[name][-1]:.2f} images/s")
+                log(f"round {number} of {rounds}: {name}: {rates[name][-1]:.2f} images/s")
     except BrokenProcessPool as error:
         raise RunError("a contender's process died, perhaps out of memory; give fewer --radiographs") from error
     results = [
@@ -82,7 +82,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _choose(
-    contenders: Sequence[Contender], pools: dict[str, ProcessPoolExecutor], seconds: float, say: Callable[[str], None]
+    contenders: Sequence[Contender], pools: dict[str, ProcessPoolExecutor], seconds: float, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """By name: the number of workers that serves best, and images/s with each that was tried."""
     tried = {(c.name, count): 0.0 for c in contenders for count in c.tries}
@@ -96,7 +96,7 @@ def _choose(
         chosen[contender.name] = {"workers": count, "tried": rates}
         if rates:
             said = ", ".join(f"{number}: {rate:.0f}" for number, rate in rates.items())
-            say(f"workers of {contender.name}: {count}; images/s with {said}")
+            log(f"workers of {contender.name}: {count}; images/s with {said}")
     return chosen
 
 

@@ -43,11 +43,11 @@ def _of(encoding: str, load: Load) -> Iterator[Contender]:
         yield Contender(f"{encoding}: {what}", build, ours=True, streams=True)
 
 
-def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """encodings: of each, its name, bytes_per_radiograph, {median, min, max} of what the clock measured (loading_gpu_images_per_s
     null without a GPU), and probability_change {largest, mean, num_radiographs} against png, null without a model."""
     rates = {one["name"]: one["images_per_s"] for one in results["contenders"]}
-    changes = _probability_changes(load, options.model, say) if options.model is not None else {}
+    changes = _probability_changes(load, options.model, log) if options.model is not None else {}
     return {
         "encodings": [
             {
@@ -81,13 +81,13 @@ def _bytes_each(folder: Path) -> float:
     return sum(sizes) / len(sizes)
 
 
-def _probability_changes(load: Load, path: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def _probability_changes(load: Load, path: Path, log: Callable[[str], None]) -> dict[str, dict[str, float]]:
     from mura_dist.inference.onnx_model import Model
 
     model, probabilities = Model.load(path, provider()), {}
     for encoding in SUFFIX:
         probabilities[encoding] = _probabilities(model.logits, load, encoding)
-        say(f"probabilities of {len(probabilities[encoding])} radiographs from {encoding}")
+        log(f"probabilities of {len(probabilities[encoding])} radiographs from {encoding}")
     changes = {name: np.abs(values - probabilities[AGAINST]) for name, values in probabilities.items()}
     return {
         name: {"largest": float(change.max()), "mean": float(change.mean()), "num_radiographs": len(change)}

@@ -45,7 +45,7 @@ class Loader:
 
 
 def measure(
-    loaders: Sequence[Loader], loads: Sequence[Load], rounds: int, say: Callable[[str], None]
+    loaders: Sequence[Loader], loads: Sequence[Load], rounds: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Of each loader: name, ours, workers, num_processes, images_an_epoch, and {median, min, max} of first_batch_s, imports_mib,
     rss_mib, private_mib and, where ten epochs were run (else null), growth_mib of the private memory from epoch 1 to 10,
@@ -54,7 +54,7 @@ def measure(
     for number in range(1, rounds + 1):
         for loader, load, numbers in zip(loaders, loads, seen, strict=True):
             numbers.append(_fresh(loader, load))
-            say(f"start {number} of {rounds}: {loader.name}: first batch after {numbers[-1]['first_batch_s']:.2f} s")
+            log(f"start {number} of {rounds}: {loader.name}: first batch after {numbers[-1]['first_batch_s']:.2f} s")
     return [_facts(*each) for each in zip(loaders, loads, seen, strict=True)]
 
 

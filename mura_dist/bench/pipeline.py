@@ -64,7 +64,7 @@ def _peers(load: Load) -> dict[str, Callable[[Load], Epochs]]:
     }
 
 
-def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """start: seconds to the first batch and memory, of processes that do nothing else; peers with the workers they chose."""
     folder, theirs = load.scratch / "shards", _peers(load)
     chosen = {one["name"]: one["workers"] for one in results["contenders"]}
@@ -81,7 +81,7 @@ def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[s
         *(Loader(name, theirs[name], peers.IMPORTS[name], few) for name in (peers.FILES, peers.TAR, peers.READER)),
     ]
     loads = [replace(load, workers=chosen[loader.name]) for loader in loaders]
-    return {"start": footprint.measure(loaders, loads, options.rounds, say)}
+    return {"start": footprint.measure(loaders, loads, options.rounds, log)}
 
 
 def batches(folder: Path, backend: str, load: Load) -> Epochs:

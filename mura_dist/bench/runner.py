@@ -40,8 +40,8 @@ BENCHES = {
 _COLUMNS = ("median", "min", "max")
 
 
-def run(what: str, say: Callable[[str], None], options: Options | None = None) -> dict[str, Any]:
-    """Measure `what`; `say` hears a line for each contender and round, and of phantoms that are drawn.
+def run(what: str, log: Callable[[str], None], options: Options | None = None) -> dict[str, Any]:
+    """Measure `what`; `log` hears a line for each contender and round, and of phantoms that are drawn.
 
     Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
     {median, min, max}, workers, and `tried`, images/s with each number of workers a peer was tried with) and ratios {"ours /
@@ -56,7 +56,7 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
     measured = {"what": what, "command": _command(what, options), "hardware": hardware(), "versions": versions()}
     with tempfile.TemporaryDirectory(prefix="mura-dist-bench-") as scratch:
         if options.data is None:
-            say("drawing phantoms")
+            log("drawing phantoms")
         load = prepare(options, Path(scratch), size=size, number=number)
         measured["workload"] = {
             "data": str(options.data or "phantoms"),
@@ -67,7 +67,7 @@ def run(what: str, say: Callable[[str], None], options: Options | None = None) -
             "workers": load.workers,
             "architecture": load.architecture,
         }
-        return measured | _measure(what, load, options, say)
+        return measured | _measure(what, load, options, log)
 
 
 def _settle(what: str, options: Options) -> tuple[int, int]:
@@ -85,13 +85,13 @@ def _settle(what: str, options: Options) -> tuple[int, int]:
     return encodings.size_of(options.model, options.size), number
 
 
-def _measure(what: str, load: Load, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+def _measure(what: str, load: Load, options: Options, log: Callable[[str], None]) -> dict[str, Any]:
     from mura_dist.bench import clock, encodings, pipeline, prediction, ranks, shards, training
 
     rooms: dict[str, Any] = {"shards": shards, "pipeline": pipeline, "encodings": encodings}
     room = (rooms | {"train": training, "ranks": ranks, "predict": prediction})[what]
-    results = clock.play(room.contenders(load), load, rounds=options.rounds, seconds=options.seconds, say=say)
-    return results | (room.more(load, options, results, say) if hasattr(room, "more") else {})
+    results = clock.play(room.contenders(load), load, rounds=options.rounds, seconds=options.seconds, log=log)
+    return results | (room.more(load, options, results, log) if hasattr(room, "more") else {})
 
 
 def table(measured: dict[str, Any]) -> str:

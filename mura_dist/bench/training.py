@@ -32,7 +32,7 @@ def contenders(load: Load) -> list[Contender]:
     ]
 
 
-def more(load: Load, options: Options, results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
     """`activations`: MB a radiograph kept for the backward pass, under bf16 autocast."""
     networks = {
         "mura-dist": lambda: our_network(load.architecture),

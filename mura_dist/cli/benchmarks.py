@@ -50,8 +50,8 @@ def bench(what: str, plot: Path | None, as_json: bool, quiet: bool, **options: A
         plots.check(plot)
     from rich.console import Console
 
-    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print
-    measured = run(what, say, Options(**options))
+    log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True).print
+    measured = run(what, log, Options(**options))
     click.echo(json.dumps(measured, indent=2) if as_json else table(measured))
     if plot is not None:
         plots.draw(measured, plot)

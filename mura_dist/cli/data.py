@@ -93,7 +93,7 @@ def _report_text(out: Path | str) -> str:
     from mura_dist.data.source import report
 
     try:
-        return report.text(files.parse_json(storage.of(out).read("report.json")))
+        return report.text(files.parse_json(storage.open_storage(out).read("report.json")))
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, IsADirectoryError) as error:
         raise UserError(
             f"{out}/report.json is damaged ({type(error).__name__}); delete index.json, then the same command"

@@ -102,17 +102,17 @@ def evaluate(
         raise UserError(f"{path} is a file, so --out is needed; give --out DIR for the report")
     target.check_checkpoint(which)
     out = out or target.report_folder
-    say = Console(stderr=True, quiet=quiet or not environment.is_first()).print
+    log = Console(stderr=True, quiet=quiet or not environment.is_first()).print
     options = EvaluateOptions(out, split, point, prevalence, GalleryOptions() if with_gallery else None, shared)
     with progress_bar("evaluating", quiet or not environment.is_first()) as progress:
         if target.kind == "onnx":
             from mura_dist.evaluation.exported import evaluate_onnx
 
-            measured = evaluate_onnx(target, shards, options, provider=provider, say=say, progress=progress)
+            measured = evaluate_onnx(target, shards, options, provider=provider, log=log, progress=progress)
         else:
             from mura_dist.evaluation.evaluate import evaluate_target
 
-            measured = evaluate_target(target, shards, options, which=which, say=say, progress=progress)
+            measured = evaluate_target(target, shards, options, which=which, log=log, progress=progress)
     if environment.is_first():
         click.echo(summary_table(measured))
         if measured["num_damaged"]:
@@ -183,9 +183,9 @@ def score(
     from mura_dist.evaluation.score import score as run
     from mura_dist.metrics.summary import summary_table
 
-    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
+    log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     out = out or (None if as_json else default_folder(predictions))
-    measured = run(predictions, labels, against=against, out=out, say=say, **options)
+    measured = run(predictions, labels, against=against, out=out, log=log, **options)
     if as_json:
         click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
         return

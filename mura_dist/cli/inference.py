@@ -91,12 +91,12 @@ def export(
     from mura_dist.inference.export.onnx import OPSET, ExportOptions, default_out, export_target
     from mura_dist.models.target import Target
 
-    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
+    log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     target = Target.parse(path)
     out = out or default_out(target, precision)
     options = ExportOptions(precision, shards, allow_change, triton)
     with progress_bar("exporting", quiet) as progress:
-        report = export_target(target, which=which, out=out, options=options, say=say, progress=progress)
+        report = export_target(target, which=which, out=out, options=options, log=log, progress=progress)
     card = report.card
     click.echo(f"{out}: {report.num_bytes / 1e6:.1f} MB, operator set {OPSET}, {card.checkpoint}, {_measured(report)}")
     for line in report.over:
@@ -222,9 +222,9 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
     from mura_dist.inference.predict import predict as run
     from mura_dist.reports import local_only
 
-    say = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
+    log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     with progress_bar("predicting", quiet or not environment.is_first()) as progress:
-        summary = run(model, inputs, out, PredictOptions(**options), say=say, progress=progress)
+        summary = run(model, inputs, out, PredictOptions(**options), log=log, progress=progress)
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(

@@ -79,7 +79,7 @@ def _parameter_name(parameter: click.Parameter | None, context: click.Context | 
     return parameter.make_metavar(context) if parameter is not None and context is not None else ""
 
 
-class Place(click.ParamType):
+class StorageParam(click.ParamType):
     """A folder of this machine (a Path), or a URL (a str), which a Path would mangle."""
 
     name = "place"
@@ -88,7 +88,7 @@ class Place(click.ParamType):
         return value if "://" in str(value) else Path(value)
 
 
-class LocalPath(click.ParamType):
+class LocalPathParam(click.ParamType):
     """A file or folder of this machine (a Path). A URL is refused; a Path would mangle it."""
 
     name = "path"
@@ -120,8 +120,8 @@ shared_option = click.option(
 quiet_option = click.option(
     "--quiet", is_flag=True, help="Print no progress on stderr. Errors and the terms of use stay."
 )
-a_path = LocalPath()
-a_place = Place()
+a_path = LocalPathParam()
+a_place = StorageParam()
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
 
     from mura_dist.training.ensemble import choose
 
-    made = choose(runs, out, top=top, say=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
+    made = choose(runs, out, top=top, log=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
     click.echo(f"{out}: {len(made.members)} members by their loss on {made.select_on}")
     for member in made.members:
         click.echo(f"  {member.select_loss:.6f}  {member.architecture}  {member.run}  {member.checkpoint}")

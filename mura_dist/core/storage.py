@@ -1,10 +1,10 @@
 """A folder: on this machine, or behind a URL (s3://bucket/path, memory://path, anything fsspec knows).
 
-    place = storage.of("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
+    place = storage.open_storage("s3://bucket/MURA-v1.1")      place.files() -> (name, bytes) ...      place.read(name) -> bytes
 
 Names are relative, "/" between their parts. A write appears whole or not at all: locally by rename, in an object store because a
 put is atomic there. Credentials and endpoints are fsspec's and the store's own to find (environment, configuration files). Those
-in a URL are masked wherever it is printed or kept: `str(place)` is for people, `Remote.url` for the store.
+in a URL are masked wherever it is printed or kept: `str(place)` is for people, `RemoteStorage.url` for the store.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mura_dist.core.errors import MASK, RunError, UserError, StopRequestedError,
 
 _SHORTEST_SECRET = 4
 
-Where = Path | str
+StoragePath = Path | str
 """A local folder, or a URL (a str with "://")."""
 
 READ_WAITS_S = (0.1, 0.2, 0.4)  # before each further attempt to read what a disk or network failed to give
@@ -49,7 +49,7 @@ def retried(read: Callable[[], Result]) -> Result:
     return read()
 
 
-def is_remote(where: Where) -> bool:
+def is_remote(where: StoragePath) -> bool:
     return "://" in str(where)
 
 
@@ -59,18 +59,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def of(where: Where) -> "Place":
+def open_storage(where: StoragePath) -> "Storage":
     """UserError where the URL's protocol is unknown or its package is missing. A local folder need not exist."""
-    return Remote(str(where)) if is_remote(where) else Local(Path(where))
+    return RemoteStorage(str(where)) if is_remote(where) else LocalStorage(Path(where))
 
 
-class Place(ABC):
+class Storage(ABC):
     @abstractmethod
     def __str__(self) -> str:
         """Return the place as the user wrote it, without secrets."""
 
     @abstractmethod
-    def child(self, name: str) -> "Place":
+    def child(self, name: str) -> "Storage":
         """The folder `name` below."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Place(ABC):
 
     @abstractmethod
     def holds(self, name: str, num_bytes: int, digest: str) -> bool:
-        """Return whether a file is there, of this size and this SHA-256. Behind a URL the size alone is compared: see Remote."""
+        """Return whether a file is there, of this size and this SHA-256. Behind a URL the size alone is compared: see RemoteStorage."""
 
     @abstractmethod
     def read(self, name: str) -> bytes: ...
@@ -122,15 +122,15 @@ class Place(ABC):
             file.write(data)
 
 
-class Local(Place):
+class LocalStorage(Storage):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def child(self, name: str) -> "Local":
-        return Local(self.folder / name) if name else self
+    def child(self, name: str) -> "LocalStorage":
+        return LocalStorage(self.folder / name) if name else self
 
     def is_folder(self) -> bool:
         return self.folder.is_dir()
@@ -201,7 +201,7 @@ class Local(Place):
         shutil.copyfile(self.folder / name, target)
 
 
-class Remote(Place):
+class RemoteStorage(Storage):
     """Through fsspec. Whatever a store's own library raises comes out as OSError or, one line, as RunError."""
 
     def __init__(self, url: str) -> None:
@@ -220,10 +220,10 @@ class Remote(Place):
         return mask_url(self.url)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Remote, (self.url,)
+        return RemoteStorage, (self.url,)
 
-    def child(self, name: str) -> "Remote":
-        return Remote(f"{self.url}/{name}") if name else self
+    def child(self, name: str) -> "RemoteStorage":
+        return RemoteStorage(f"{self.url}/{name}") if name else self
 
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}"

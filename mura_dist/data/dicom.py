@@ -58,7 +58,9 @@ def _check_scope(header: Header) -> None:
     if (dicom_header.integer(dataset, "NumberOfFrames") or 1) > 1:
         raise UnreadableFileError("out_of_scope", "a DICOM of several frames")
     if sop_class == _FOR_PROCESSING or dicom_header.label(dataset, "PresentationIntentType") == "FOR PROCESSING":
-        raise UnreadableFileError("out_of_scope", "raw detector data 'for processing'; send the image 'for presentation'")
+        raise UnreadableFileError(
+            "out_of_scope", "raw detector data 'for processing'; send the image 'for presentation'"
+        )
 
 
 def _photometric(header: Header, samples: int) -> str:

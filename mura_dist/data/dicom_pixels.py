@@ -83,7 +83,9 @@ def _decode_plain(header: Header, decoder: Any, shape: tuple[int, int, int], pho
     """Data that are not compressed."""
     data, allocated = header.dataset["PixelData"], header.require("BitsAllocated")
     if data.is_undefined_length:
-        raise UnreadableFileError("unreadable", "its DICOM pixels are compressed, and TransferSyntaxUID does not say how")
+        raise UnreadableFileError(
+            "unreadable", "its DICOM pixels are compressed, and TransferSyntaxUID does not say how"
+        )
     if (
         photometric == "YBR_FULL_422" and len(data.value) >= math.prod(shape) * allocated // 8
     ):  # the label says two thirds
@@ -102,7 +104,9 @@ def _decoder(syntax: Any) -> Any:
     except NotImplementedError:  # video, JPEG XL, JPIP, private ones and what has been retired
         decoder = None
     if decoder is None or (syntax.is_encapsulated and "pylibjpeg" not in decoder.available_plugins):
-        raise UnreadableFileError("out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000")
+        raise UnreadableFileError(
+            "out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000"
+        )
     return decoder
 
 

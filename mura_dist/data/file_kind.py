@@ -127,7 +127,9 @@ def pillow_reader(data: bytes) -> str:
     if not data:
         raise UnreadableFileError("not_image", "the file is empty")
     if not head.strip(b"\0"):
-        raise UnreadableFileError("not_image", "it begins with nothing but zeros, as a copy that broke off does; copy it again")
+        raise UnreadableFileError(
+            "not_image", "it begins with nothing but zeros, as a copy that broke off does; copy it again"
+        )
     raise UnreadableFileError("not_image", "it does not begin as any image format does")
 
 

@@ -37,7 +37,9 @@ class UnreadableFileError(Exception):
 def check_size(width: int, height: int) -> None:
     """Raise UnreadableFileError where a header promises more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
-        raise UnreadableFileError("too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise UnreadableFileError(
+            "too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}"
+        )
 
 
 def find_extent(values: np.ndarray) -> tuple[float, float]:

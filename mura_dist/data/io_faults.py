@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mura_dist.core import storage
 from mura_dist.core.errors import RunError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data.grey import Code
 
 MAX_IN_ROW = 20
@@ -21,7 +21,7 @@ _SUSPECT = (IO_ERROR, "unreadable")  # an unmounted folder's files do not exist
 class IoFaults:
     """The faults in a row, of the files of `source` in the order in which they are taken."""
 
-    def __init__(self, source: Where) -> None:
+    def __init__(self, source: StoragePath) -> None:
         self._source, self._in_row = source, 0
 
     def check(self, code: str, reason: str) -> None:
@@ -36,7 +36,7 @@ class IoFaults:
             )
 
 
-def _is_gone(source: Where) -> bool:
+def _is_gone(source: StoragePath) -> bool:
     """Return whether a local folder cannot be listed, or holds nothing, as a mount point without its disk."""
     if storage.is_remote(source):
         return False

@@ -63,7 +63,9 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:  # pandas has no kind of its own
             raise UserError(f"{path} is not a manifest ({error}); make the shards again") from error
         if tuple(frame.columns) != COLUMNS[1:] or not np.array_equal(frame.index, np.arange(len(frame))):
-            raise UserError(f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again")
+            raise UserError(
+                f"{path}: columns or rows are not a manifest's ({','.join(COLUMNS)}); make the shards again"
+            )
         for column, limit, fits in _LIMITS:
             strange = frame.index[~fits(frame[column])]
             if len(strange):

@@ -540,7 +540,9 @@ def draw(
     holds something else.
     """
     if studies < MIN_STUDIES:
-        raise UserError(f"studies={studies}: both labels in train and valid need at least {MIN_STUDIES}; raise --studies")
+        raise UserError(
+            f"studies={studies}: both labels in train and valid need at least {MIN_STUDIES}; raise --studies"
+        )
     if not MIN_SIZE_PX <= size <= MAX_SIZE_PX:
         raise UserError(f"size={size}: a radiograph is drawn {MIN_SIZE_PX} to {MAX_SIZE_PX} pixels long; change --size")
     if not 0 <= seed < 2**64:

@@ -127,7 +127,9 @@ def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str,
     except MemoryError as error:
         raise UnreadableFileError("too_large", f"this {kind} needs more memory than there is to decode") from error
     except Exception as error:  # the libraries raise some twenty kinds; to the reader they all say the same
-        raise UnreadableFileError("unreadable", f"its {kind} data is damaged, cut short or of an unsupported variant") from error
+        raise UnreadableFileError(
+            "unreadable", f"its {kind} data is damaged, cut short or of an unsupported variant"
+        ) from error
 
 
 def _quieten() -> None:

@@ -125,7 +125,9 @@ def _walk(data: bytes, order: str, big: bool) -> Iterator[Page]:
     seen: set[int] = set()
     while waiting:
         if len(seen) == MAX_PAGES:
-            raise UnreadableFileError("out_of_scope", f"a TIFF whose first {MAX_PAGES} pages are reduced copies or masks")
+            raise UnreadableFileError(
+                "out_of_scope", f"a TIFF whose first {MAX_PAGES} pages are reduced copies or masks"
+            )
         start = waiting.pop(0)
         if start in seen:  # a ring
             continue

@@ -17,7 +17,7 @@ import torch
 
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data.class_weights import class_weights
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.data.shards.reader import Shards
@@ -36,11 +36,11 @@ from mura_dist.training.weights import Weights
 
 def evaluate_target(
     target: Target,
-    shards_folder: Where,
+    shards_folder: StoragePath,
     options: EvaluateOptions,
     *,
     which: str = "best",
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint, or a list's ensemble, on a split; returns metrics.json's content.
@@ -72,16 +72,16 @@ def evaluate_target(
         targets = Targets.of(shards)
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
-        say(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
+        log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
         row_scores = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
         if not ranks.is_first:
             return {}
     points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, row_scores.of_rows(tune), split)
     seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
     split_scores = SplitScores(row_scores.of_rows(rows), points, seconds, num_scored)
-    metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, say)
+    metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
     if target.kind == "run" and options.out.resolve() == target.path.resolve():
-        mlflow_process.send_rest(target.path, say)
+        mlflow_process.send_rest(target.path, log)
     return metrics
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.distributed import environment
 from mura_dist.evaluation import results
@@ -28,11 +28,11 @@ _BATCH = 16
 
 def evaluate_onnx(
     target: Target,
-    shards_folder: Where,
+    shards_folder: StoragePath,
     options: EvaluateOptions,
     *,
     provider: str = "cpu",
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Evaluate an exported model on a split; returns metrics.json's content, and {} on every rank but the first.
@@ -42,7 +42,7 @@ def evaluate_onnx(
     if not environment.is_first():
         return {}
     if (num_ranks := environment.world_size()) > 1:
-        say(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks have nothing to do")
+        log(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks have nothing to do")
     path = target.path
     shards, model = Shards.open(shards_folder), Model.load(path, provider, Tuning(_BATCH))
     if shards.size != model.size:
@@ -53,7 +53,7 @@ def evaluate_onnx(
     results.check_out(options.out, target)
     rows, started = shards.rows(options.split), time.perf_counter()
     shards.require(options.split)
-    scores, card = _scores(model, shards, rows, say, progress), model.card
+    scores, card = _scores(model, shards, rows, log, progress), model.card
     subject = EvaluationSubject(
         title=f"{path.name} on {options.split}",
         name=f"{path.name} {card.checkpoint}",
@@ -66,14 +66,14 @@ def evaluate_onnx(
     )
     options = replace(options, operating_point=options.operating_point or card.operating_point)
     split_scores = SplitScores(scores, card.calibration, time.perf_counter() - started)
-    return results.write(shards, subject, split_scores, options, say)
+    return results.write(shards, subject, split_scores, options, log)
 
 
 def _scores(
     model: Model,
     shards: Shards,
     rows: np.ndarray,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Callable[[int, int | None], None],
 ) -> Scores:
     """The logit of each of `rows`; a damaged one is named, and left out."""
@@ -85,7 +85,7 @@ def _scores(
             try:
                 images.append(shards.pixels(int(rows[place])))
             except CorruptSampleError as damaged:
-                say(f"{damaged}; left out")
+                log(f"{damaged}; left out")
                 images.append(blank)
                 sound[place] = False
         logit.append(model.logits(np.stack(images)[:, None]))

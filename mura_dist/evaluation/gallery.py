@@ -38,7 +38,7 @@ def write(
     subject: EvaluationSubject,
     options: GalleryOptions,
     metrics: Mapping[str, Any],
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Write `out`/gallery.html, its further pages, gallery/*.png and gallery.json in place of earlier ones.
 
@@ -61,7 +61,7 @@ def write(
         files.write_text(out / gallery_page.address(number), text)
     content["seconds"] = round(time.perf_counter() - started, 1)
     files.write_json(out / "gallery.json", content)
-    say(
+    log(
         f"gallery ({local_only.MARK}): {len(selection)} studies, maps of {numbers['num_sampled']} radiographs, "
         f"{content['seconds']} s"
     )

@@ -240,7 +240,9 @@ def _check_labels_header(sheet: Sheet) -> None:
         _require(sheet, "label", ("label",))
     _require(sheet, "study", _STUDY)
     if sheet.find("label") is not None and _radiologists(sheet):
-        raise UserError(f"{sheet.name} has a column label and radiologists' too; leave out the one that is not the truth")
+        raise UserError(
+            f"{sheet.name} has a column label and radiologists' too; leave out the one that is not the truth"
+        )
 
 
 def _radiologists(sheet: Sheet) -> list[int]:
@@ -379,7 +381,9 @@ def _not_read(sheet: Sheet, known: Sequence[str]) -> list[str]:
     ]
     for name in others:
         if near := get_close_matches(name, set(known) - set(sheet.header or ()), n=1, cutoff=_NEAR):
-            raise UserError(f"{sheet.name}: column {shown(name)!r} (did you mean {near[0]}?); rename it, or leave it out")
+            raise UserError(
+                f"{sheet.name}: column {shown(name)!r} (did you mean {near[0]}?); rename it, or leave it out"
+            )
     return [f"columns not read: {', '.join(map(shown, others))}"] if others else []
 
 

@@ -54,7 +54,7 @@ def write(
     subject: EvaluationSubject,
     split_scores: SplitScores,
     options: EvaluateOptions,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""
     scores, out = split_scores.scores, options.out
@@ -73,7 +73,7 @@ def write(
     else:
         with contextlib.nullcontext() if options.shared else files.private(*gallery.paths(out)):
             gallery.write(
-                out, shards, studies, scores.rows, subject=subject, options=options.gallery, metrics=metrics, say=say
+                out, shards, studies, scores.rows, subject=subject, options=options.gallery, metrics=metrics, log=log
             )
     return metrics
 

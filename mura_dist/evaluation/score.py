@@ -42,7 +42,7 @@ def score(
     prevalence: float | None = None,
     allow_inverted: bool = False,
     out: Path | None = None,
-    say: Say = lambda line: None,
+    log: Say = lambda line: None,
 ) -> dict[str, Any]:
     """metrics.json's content; with `out` a folder of report and tables too. Raises UserError.
 
@@ -64,7 +64,7 @@ def score(
         for file, studies in zip(files, sides, strict=True):
             _check_upright(file.name, studies)
     draw = _drawing() if out is not None else None  # what a page needs may be missing: said before the numbers are made
-    say(f"{ours.name} against {truth.name}: {len(sides[0]):,} studies, {RESAMPLES:,} resamples")
+    log(f"{ours.name} against {truth.name}: {len(sides[0]):,} studies, {RESAMPLES:,} resamples")
     measured = measure(sides[0], resamples=RESAMPLES, seed=SEED, prevalence=prevalence)
     measured["subgroups"] = subgroups(sides[0], resamples=RESAMPLES, seed=SEED)
     measured |= _facts(files, truth, sides[0])

@@ -55,10 +55,10 @@ def _known() -> dict[str, Any]:
     return {}
 
 
-def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: None) -> Tuning:
-    """Measure, keep and return the fastest way to run the model of `path`; `say` hears a line for each way.
+def choose(path: Path, provider: str, log: Callable[[str], None] = lambda line: None) -> Tuning:
+    """Measure, keep and return the fastest way to run the model of `path`; `log` hears a line for each way.
 
-    Raises what Model.load raises. Where it cannot be kept, `say` hears a warning.
+    Raises what Model.load raises. Where it cannot be kept, `log` hears a warning.
     """
     first = {}
     for tuning in candidates(path, provider):
@@ -74,15 +74,15 @@ def choose(path: Path, provider: str, say: Callable[[str], None] = lambda line: 
             rates[tuning].append(_images_per_s(model))
     medians = {tuning: statistics.median(found) for tuning, found in rates.items()}
     for tuning, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
-        say(f"{rate:9.2f} radiographs/s  {words(tuning)}")
+        log(f"{rate:9.2f} radiographs/s  {words(tuning)}")
     best = max(promising, key=lambda tuning: medians[tuning])
     try:
         _keep(models[best], best, medians)
     except UserError as error:
-        say(f"warning: not kept for later runs: {error}")
+        log(f"warning: not kept for later runs: {error}")
     except OSError as error:
         place = f"{cache_folder()}: {os_reason(error)}; XDG_CACHE_HOME=FOLDER names another place"
-        say(f"warning: not kept for later runs: {place}")
+        log(f"warning: not kept for later runs: {place}")
     return best
 
 

@@ -151,7 +151,9 @@ class ChunkPredictor:
         self.throughput.computing_s += self.model.busy.seconds - busy_s
         self.throughput.elapsed_s += time.perf_counter() - started
         if self.stop.is_set() and self._missing():
-            raise StopRequestedError(f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on")
+            raise StopRequestedError(
+                f"stopped after {self.done:,} of {self.files.num_files:,} files; the same command goes on"
+            )
 
     def _batches(
         self, crew: Crew, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]

@@ -212,7 +212,9 @@ def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason:
     """Say why the first of `providers` does not start: a library that is missing, or else `reason`."""
     library = provider_libraries.missing(onnxruntime, providers)
     if library is None:
-        return UserError(f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu")
+        return UserError(
+            f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu"
+        )
     return UserError(
         f"--provider {alias}: {providers[0]} does not start, {library} cannot be opened; "
         f"{provider_libraries.remedy(library)}, or give --provider cpu"

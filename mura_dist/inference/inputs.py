@@ -52,7 +52,9 @@ class Inputs:
                 [path if os.path.isdir(path) else os.path.dirname(path) for path in absolute_paths]
             )
         except ValueError:  # Windows
-            raise UserError(f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself") from None
+            raise UserError(
+                f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself"
+            ) from None
         if directory in absolute_paths:
             return cls(Path(directory))
         return cls(

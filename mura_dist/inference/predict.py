@@ -81,13 +81,13 @@ def predict(
     out: Path,
     options: PredictOptions = PredictOptions(),
     *,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any] | None:
     """Predict every radiograph of `inputs`, a folder, or files and folders, into tables in `out`. Resumes.
 
     `out` is not looked into where it lies inside a folder of `inputs`, or where it is one of several and holds a prediction.
-    Returns predict.json's content, on ranks but the first None. `say` hears how an autotune goes. Raises UserError, RunError,
+    Returns predict.json's content, on ranks but the first None. `log` hears how an autotune goes. Raises UserError, RunError,
     StopRequestedError (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
     """
     end_with_launcher()
@@ -108,7 +108,7 @@ def predict(
             folder.locked(stop),
             _walked(sources, folder, names, options.keytable, stop, progress) as files,
         ):
-            if (tuning := _resolve_tuning(folder, model, model_path, options, say)) != model.tuning:
+            if (tuning := _resolve_tuning(folder, model, model_path, options, log)) != model.tuning:
                 model = Model.load(model_path, options.provider, tuning, options.batch_limit_s)
             warnings += study_types.match(groups.given, files.printable_paths())
             if options.allow_pixels and not options.overlays:
@@ -177,7 +177,9 @@ def _check_tuning(options: PredictOptions) -> None:
             f"--autotune finds the batch size, --batch-size {options.batch_size} sets it; leave one of them out"
         )
     if options.autotune and environment.world_size() > 1:
-        raise UserError("--autotune measures one process alone; run it once without torchrun or srun, then leave it out")
+        raise UserError(
+            "--autotune measures one process alone; run it once without torchrun or srun, then leave it out"
+        )
 
 
 def _grouping(
@@ -224,7 +226,7 @@ def _walked(
 
 
 def _resolve_tuning(
-    folder: OutputFolder, model: Model, model_path: Path, options: PredictOptions, say: Callable[[str], None]
+    folder: OutputFolder, model: Model, model_path: Path, options: PredictOptions, log: Callable[[str], None]
 ) -> Tuning:
     """Decide how to run `model`: what moves bits as the run in `folder` began, else as it was measured to run fastest on this
     machine, now (autotune) or some time before, else as it comes."""
@@ -239,7 +241,7 @@ def _resolve_tuning(
             ):  # what is neither is refused with the rest of the plan
                 tuning = replace(tuning, batch_size=batch_size)
             return replace(tuning, batch_size=options.batch_size or tuning.batch_size)
-    return autotune.choose(model_path, options.provider, say) if options.autotune else usual
+    return autotune.choose(model_path, options.provider, log) if options.autotune else usual
 
 
 def _check_keytable(keytable: Path | None, folder: OutputFolder, files: Walk, names: Names) -> None:

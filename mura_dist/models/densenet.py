@@ -150,7 +150,9 @@ def load_pretrained(model: DenseNet, path: Path | str) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"pretrained={path}: no such file; give torchvision's densenet169 file, or pretrained= for none")
+        raise UserError(
+            f"pretrained={path}: no such file; give torchvision's densenet169 file, or pretrained= for none"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

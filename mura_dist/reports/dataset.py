@@ -21,9 +21,9 @@ import pandas as pd
 from PIL import Image
 
 from mura_dist.core import files
-from mura_dist.core import storage as places
+from mura_dist.core import storage
 from mura_dist.core.errors import UserError, mask_url
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.data.source import report
@@ -49,7 +49,7 @@ class _Looked:
 
 
 def describe(
-    folder: Where, out: Path, *, with_contact_sheet: bool = False, seed: int = 0, shared: bool = False
+    folder: StoragePath, out: Path, *, with_contact_sheet: bool = False, seed: int = 0, shared: bool = False
 ) -> dict[str, Any]:
     """Describe `folder` (shards, or MURA's layout; a path or a URL) in a page at `out` and in JSON beside it; returns that.
 
@@ -60,7 +60,7 @@ def describe(
     if out.suffix.lower() == ".json" or out.is_dir():
         what = "a folder" if out.is_dir() else "where the numbers go"
         raise UserError(f"--out {out}: {what}; name a page, such as {out.with_suffix('.html').name}")
-    is_shards = any(places.of(folder).exists(name) for name in ("index.json", "conversion.json"))
+    is_shards = any(storage.open_storage(folder).exists(name) for name in ("index.json", "conversion.json"))
     looked = _shards(folder) if is_shards else _folder(folder)
     found = looked.found
     numbers, sheet = out.with_suffix(".json"), contact_sheet_path(out)
@@ -90,13 +90,13 @@ def summary_text(found: dict[str, Any]) -> str:
 # ---- numbers
 
 
-def _name(folder: Where) -> str:
+def _name(folder: StoragePath) -> str:
     if places.is_remote(folder):
         return mask_url(str(folder)).rstrip("/").rpartition("/")[2]
     return Path(folder).resolve().name
 
 
-def _folder(folder: Where) -> _Looked:
+def _folder(folder: StoragePath) -> _Looked:
     scan = look_through(folder)
     frame = scan.manifest.frame
     paths = frame["path"].tolist()
@@ -118,7 +118,7 @@ def _folder(folder: Where) -> _Looked:
     return _Looked(found, frame, pixels)
 
 
-def _shards(folder: Where) -> _Looked:
+def _shards(folder: StoragePath) -> _Looked:
     shards = Shards.open(folder)
     frame, index = shards.manifest.frame, shards.index
     unreadable = [item["row"] for item in index["unreadable"]]
@@ -167,15 +167,15 @@ def _counts(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _source(root: Where, path: str, num_bytes: int | None = None) -> Path | io.BytesIO:
+def _source(root: StoragePath, path: str, num_bytes: int | None = None) -> Path | io.BytesIO:
     """A file as Pillow and radiograph take it; `num_bytes`: no more of it need be fetched."""
     if not places.is_remote(root):
         return Path(root, path)
-    place = places.of(root)
+    place = storage.open_storage(root)
     return io.BytesIO(place.read(path) if num_bytes is None else place.read_part(path, 0, num_bytes))
 
 
-def _header(root: Where, path: str) -> tuple[int, int, str] | None:
+def _header(root: StoragePath, path: str) -> tuple[int, int, str] | None:
     """Width, height and Pillow's mode; None where Pillow cannot tell (a DICOM, a damaged file)."""
     try:
         with Image.open(_source(root, path, _HEADER_BYTES)) as image:

@@ -101,7 +101,9 @@ class CheckpointWriter:
         told = self.ranks.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
         where, remedy = f"after step {step}", "the last checkpoint is sound"
         if not told[:, 1].all():
-            raise CollectiveRunError(f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate")
+            raise CollectiveRunError(
+                f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate"
+            )
         if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
             raise CollectiveRunError(
                 f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "

@@ -39,7 +39,7 @@ class _Candidate:
 
 
 def choose(
-    run_folders: Sequence[Path], out: Path, *, top: int, say: Callable[[str], None] = lambda line: None
+    run_folders: Sequence[Path], out: Path, *, top: int, log: Callable[[str], None] = lambda line: None
 ) -> ModelList:
     """The `top` checkpoints of lowest loss among all complete ones of the runs, written as a list to `out`.
 
@@ -50,7 +50,7 @@ def choose(
     runs = [Run.load(folder) for folder in run_folders]
     _go_together(runs)
     candidates = sorted(candidate for run in runs for candidate in _candidates(run, out.parent))
-    chosen = _sound(candidates, top, say)
+    chosen = _sound(candidates, top, log)
     if len(chosen) < top:
         few = f"only {len(chosen)}" if chosen else "none"
         fewer = f"give --top {len(chosen)}, or train" if chosen else "train"
@@ -114,7 +114,7 @@ def _candidates(run: Run, beside: Path) -> Iterator[_Candidate]:
             yield _Candidate(loss, relative, folder.name, folder, run.settings.architecture)
 
 
-def _sound(candidates: Sequence[_Candidate], top: int, say: Callable[[str], None]) -> list[_Candidate]:
+def _sound(candidates: Sequence[_Candidate], top: int, log: Callable[[str], None]) -> list[_Candidate]:
     """The first `top` that can be read."""
     sound: list[_Candidate] = []
     for candidate in candidates:
@@ -123,7 +123,7 @@ def _sound(candidates: Sequence[_Candidate], top: int, say: Callable[[str], None
         try:
             checkpoint.read(candidate.folder)
         except ValueError as error:
-            say(f"{error}; taking the next one")
+            log(f"{error}; taking the next one")
         else:
             sound.append(candidate)
     return sound

@@ -58,8 +58,8 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
             )
         if ranks.any(finished):
             if finished and settings.mlflow:
-                say = Console(stderr=True, quiet=quiet, soft_wrap=True).print
-                mlflow_process.send_rest(run.folder, say, settings.mlflow)
+                log = Console(stderr=True, quiet=quiet, soft_wrap=True).print
+                mlflow_process.send_rest(run.folder, log, settings.mlflow)
             return run.status()["summary"]
         start.agree(plan, ranks)
         run, plan, note = start.with_micro_batch(run, plan, ranks)
@@ -104,11 +104,11 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    sending = mlflow_process.sending(run, journal.say, enabled=ranks.is_first)
+    sending = mlflow_process.sending(run, journal.log, enabled=ranks.is_first)
     with journal, sending, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
-        journal.say(start.introduction(plan, ranks, loading, state) + console.note)
+        journal.log(start.introduction(plan, ranks, loading, state) + console.note)
         lines = ProgressLines(
-            journal.say,
+            journal.log,
             start_step=state.step,
             num_steps=plan.num_steps,
             num_epochs=settings.epochs,
@@ -175,7 +175,9 @@ class Training:
         """When what the first rank writes is on the disk: a launcher that sees one rank end may kill the others."""
         self.writer.flush()
         self.ranks.barrier()
-        raise StopRequestedError(f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on")
+        raise StopRequestedError(
+            f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on"
+        )
 
     def steps_of_epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, step by step, from step `first` of the epoch on."""
@@ -270,7 +272,7 @@ class Training:
         line["learning_rate"] = schedule.learning_rate(settings, state.plateau, state.step)
         line |= {"skipped_steps": state.skipped_steps, "damaged_samples": len(state.damaged)}
         if strange:
-            self.journal.say(f"{strange} of {len(results.rows)} logits are not finite: this evaluation decides nothing")
+            self.journal.log(f"{strange} of {len(results.rows)} logits are not finite: this evaluation decides nothing")
         self.journal.epoch(line, self.watch)
         self.lines.end_evaluation()
         return True

@@ -129,7 +129,7 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter
         except Exception as error:  # a training does not need it, whatever is wrong with it
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            self.say(f"no TensorBoard events are written: {reason}; metrics.jsonl has everything")
+            self.log(f"no TensorBoard events are written: {reason}; metrics.jsonl has everything")
             return None
         return SummaryWriter(str(folder), purge_step=first_step)
 
@@ -186,7 +186,7 @@ class Journal:
         """A step was left out."""
         self._write({"kind": "skip", **line})
         rows = ", ".join(map(str, line["rows"]))
-        self.say(f"step {line['step']} left out: {skip_reason(line['what'])} (rows {rows})")
+        self.log(f"step {line['step']} left out: {skip_reason(line['what'])} (rows {rows})")
 
     def epoch(self, line: dict[str, Any], watch: Stopwatch) -> None:
         """After an evaluation; `watch` knows the seconds of "data", "step" and "evaluation" since the one before."""
@@ -206,7 +206,7 @@ class Journal:
             remedy = "; more workers=, a faster disk or mirror= would help" if wait > _WAITING else ""
             said += f", data wait {wait:.1%}: {line['limited_by']} limits{remedy}"
         self._write({"kind": "epoch", **line})
-        self.say(f"epoch {line['epoch']} (step {line['step']}): {', '.join(parts)}{said}")
+        self.log(f"epoch {line['epoch']} (step {line['step']}): {', '.join(parts)}{said}")
 
     def sync(self) -> None:
         """What was written is on the disk: before a checkpoint that counts on it."""
@@ -214,7 +214,7 @@ class Journal:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for the person who watches."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -227,7 +227,7 @@ class Journal:
             try:
                 curves(self.lines(), self.path.with_name("curves.png"))
             except Exception as error:  # a picture is no reason to end a training
-                self.say(f"curves.png was not drawn: {error}")
+                self.log(f"curves.png was not drawn: {error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self.enabled:

@@ -1,6 +1,6 @@
 """Run the MLflow reader (mlflow_reader.py) beside a training, as a process of the first rank.
 
-    Run -> start: options on the reader's stdin -> READY, then its lines to `say` -> end: the outcome on its stdin
+    Run -> start: options on the reader's stdin -> READY, then its lines to `log` -> end: the outcome on its stdin
         -> START_S at most from its start until it is ready, then END_S at most, or killed
 
 The training never waits for the server: it only writes metrics.jsonl. Where the reader fails or hangs, a line says so.
@@ -37,12 +37,12 @@ def check_installed(settings: config.Settings) -> None:
 
 
 @contextlib.contextmanager
-def sending(run: Run, say: Callable[[str], None], *, enabled: bool, end_s: float = END_S) -> Iterator[None]:
+def sending(run: Run, log: Callable[[str], None], *, enabled: bool, end_s: float = END_S) -> Iterator[None]:
     """Send the run to its MLflow server while the block runs, then how it ended. Nothing where no server is named."""
     if not (enabled and run.settings.mlflow):
         yield
         return
-    process, outcome = _Process(run, say, is_training=True), "FAILED"
+    process, outcome = _Process(run, log, is_training=True), "FAILED"
     try:
         yield
         outcome = "FINISHED"
@@ -53,7 +53,7 @@ def sending(run: Run, say: Callable[[str], None], *, enabled: bool, end_s: float
         process.end(outcome, end_s)
 
 
-def send_rest(folder: Path, say: Callable[[str], None], server: str = "") -> None:
+def send_rest(folder: Path, log: Callable[[str], None], server: str = "") -> None:
     """Send what is new in a run that is not training: what its server missed, and its evaluation.
 
     Args:
@@ -65,13 +65,13 @@ def send_rest(folder: Path, say: Callable[[str], None], server: str = "") -> Non
     outcome = _OUTCOMES.get(run.status().get("state", ""))
     if server and outcome and find_spec("mlflow") is not None:
         run = Run(folder, run.settings.model_copy(update={"mlflow": server}))
-        _Process(run, say, is_training=False).end(outcome, REST_S)
+        _Process(run, log, is_training=False).end(outcome, REST_S)
 
 
 class _Process:
     """The reader of a run: a session of its own, which no terminal's Ctrl-C and no launcher's signal reaches."""
 
-    def __init__(self, run: Run, say: Callable[[str], None], *, is_training: bool) -> None:
+    def __init__(self, run: Run, log: Callable[[str], None], *, is_training: bool) -> None:
         settings = config.shareable(run.settings)
         self._options = Options(
             # A recipe on the disk has no user and password: MLflow takes them from its environment variables then.
@@ -83,7 +83,7 @@ class _Process:
             is_training=is_training,
             command=f"mura-dist train {shlex.quote(str(run.folder / RECIPE))}",
         )
-        self._say, self._num_lines, self._is_ready = say, 0, threading.Event()
+        self._say, self._num_lines, self._is_ready = log, 0, threading.Event()
         self._started = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mura_dist.training.mlflow_reader"],

@@ -212,7 +212,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def follow(options: Options, ends: "queue.Queue[str]", say: Callable[[str], None]) -> None:
+def follow(options: Options, ends: "queue.Queue[str]", log: Callable[[str], None]) -> None:
     """Send what the training writes until `ends` says how it ended, then the rest."""
     reader: Reader | None = None
     outcome, pause_s, failed = "", 0.0, False
@@ -229,7 +229,7 @@ def follow(options: Options, ends: "queue.Queue[str]", say: Callable[[str], None
             if reader is not None:
                 reader.offset = -1
             if not failed:
-                say(_failure_text(options, reason(error), is_training=options.is_training and not outcome))
+                log(_failure_text(options, reason(error), is_training=options.is_training and not outcome))
             failed, pause_s = True, min(max(pause_s, _POLL_S / 2) * 2, _MAX_PAUSE_S)
 
 
@@ -258,16 +258,16 @@ def main() -> None:
         signal.alarm(_ORPHAN_S)
         ends.put(outcome)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         with contextlib.suppress(OSError):  # the training was killed
             print(line, flush=True)  # noqa: T201
 
     threading.Thread(target=listen, daemon=True).start()
     with contextlib.suppress(Exception):  # where it cannot be loaded, follow() says why
         _client_class()
-    say(READY)
+    log(READY)
     with alone(options.folder):
-        follow(options, ends, say)
+        follow(options, ends, log)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class ProgressLines:
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         start_step: int,
         num_steps: int,
@@ -32,7 +32,7 @@ class ProgressLines:
         every_s: float = LINE_EVERY_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._say, self._every_s, self._clock = say, every_s, clock
+        self._say, self._every_s, self._clock = log, every_s, clock
         self._start_step, self._num_steps, self._num_epochs = start_step, num_steps, num_epochs
         self._started = self._line_at = self._counted_from = self._evaluating_from = clock()
         self._num_images = 0

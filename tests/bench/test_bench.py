@@ -205,8 +205,8 @@ def test_the_command_prints_json_and_nothing_else_on_stdout_and_draws(phantoms: 
 # ---- the clock
 
 
-def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, say: Any = print) -> dict[str, Any]:
-    return clock.play(contenders, load, rounds=rounds, seconds=seconds, say=say)
+def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, log: Any = print) -> dict[str, Any]:
+    return clock.play(contenders, load, rounds=rounds, seconds=seconds, log=log)
 
 
 def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:

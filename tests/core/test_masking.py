@@ -79,7 +79,7 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
     kept = config.load(tmp_path / "recipe.toml")
     assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
     with pytest.raises(UserError, match="its credentials were masked where it was kept"):
-        storage.of(kept.shards)
+        storage.open_storage(kept.shards)
     assert main(["shards", url, url]) == WRONG
     assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == WRONG
     assert main(["verify", url, url]) == WRONG
@@ -118,7 +118,7 @@ def test_what_a_store_says_is_masked_too(
     path: str, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("aiohttp")
-    place = storage.of(f"http://{server}/{path}")
+    place = storage.open_storage(f"http://{server}/{path}")
     check(str(place))
     for act in (
         lambda: place.read("a"),
@@ -139,14 +139,17 @@ def test_nothing_of_a_conversion_keeps_a_secret(
     phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = f"memory://{KEY}:hunter2@ward", f"memory://{KEY}:hunter2@shards"
-    place = storage.of(source)
+    place = storage.open_storage(source)
     for path in sorted((phantoms / "train").rglob("*.png"))[:40]:
         place.write(path.relative_to(phantoms).as_posix(), path.read_bytes())
     assert main(["shards", source, out, "--size", "48", "--workers", "1", "--quiet"]) == 0
     convert(source, out, size=48, workers=1)
     dataset.describe(out, tmp_path / "a.html")
     dataset.describe(source, tmp_path / "b.html")
-    kept = [storage.of(out).read(name) for name in ("index.json", "report.json", "conversion.json", "manifest.csv")]
+    kept = [
+        storage.open_storage(out).read(name)
+        for name in ("index.json", "report.json", "conversion.json", "manifest.csv")
+    ]
     kept += [path.read_bytes() for path in tmp_path.iterdir()]
     for data in kept:
         check(data.decode())

@@ -15,7 +15,7 @@ from helpers.mirrors import open_mirrored
 
 from mura_dist.core import storage
 from mura_dist.core.errors import RunError, UserError
-from mura_dist.core.storage import Place
+from mura_dist.core.storage import Storage
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
@@ -25,15 +25,15 @@ FILES = {"a.txt": b"alpha", "deep/er/b.bin": bytes(range(256)) * 40, "deep/c": b
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
-        return storage.of(tmp_path / "folder")
+        return storage.open_storage(tmp_path / "folder")
     if request.param == "memory":
-        return storage.of(f"memory://{tmp_path.name}")
-    return storage.of(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+        return storage.open_storage(f"memory://{tmp_path.name}")
+    return storage.open_storage(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
 
 
-def test_a_folder_is_the_same_wherever_it_lies(folder: Place, tmp_path: Path) -> None:
+def test_a_folder_is_the_same_wherever_it_lies(folder: Storage, tmp_path: Path) -> None:
     assert folder.names() == set()
     for name, data in FILES.items():
         folder.write(name, data)
@@ -59,7 +59,7 @@ def test_a_folder_is_the_same_wherever_it_lies(folder: Place, tmp_path: Path) ->
         assert again.read("deep/er/b.bin") == FILES["deep/er/b.bin"]
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(folder: Place) -> None:
+def test_a_write_that_breaks_off_leaves_the_old_file(folder: Storage) -> None:
     """Law of torn writes, the same for a disk and an object store."""
     folder.write("x", b"old")
 
@@ -76,19 +76,19 @@ def test_a_write_that_breaks_off_leaves_the_old_file(folder: Place) -> None:
 
 def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
     for name in (".hidden/x", "a/x", "a/.y", "a/.hidden/x"):
-        storage.of(tmp_path).write(name, b"1")
+        storage.open_storage(tmp_path).write(name, b"1")
     (tmp_path / ".link").symlink_to("a")
     (tmp_path / "a" / "link").symlink_to("x")
     (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "none")
     (tmp_path / "a" / "itself").symlink_to("itself")
     files = [("a/.y", 1), ("a/itself", 0), ("a/link", 1), ("a/nowhere", 0), ("a/x", 1)]
-    assert sorted(storage.of(tmp_path).files()) == files
+    assert sorted(storage.open_storage(tmp_path).files()) == files
 
 
 def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
     """Real folders come first, then the least deep link; what a link leads to again is named, and loops end."""
     for name in ("in/real/x", "out/b/x", "out/b/deep/y", "out/c/z"):
-        storage.of(tmp_path).write(name, b"1")
+        storage.open_storage(tmp_path).write(name, b"1")
     links = {
         "in/again": "real",
         "in/b": "../out/b",
@@ -100,7 +100,7 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
     repeated: list[tuple[str, str]] = []
-    files = sorted(name for name, _ in storage.of(tmp_path / "in").files(repeated))
+    files = sorted(name for name, _ in storage.open_storage(tmp_path / "in").files(repeated))
     assert files == ["b/deep/y", "b/x", "real/x", "whole/c/z"]
     assert sorted(repeated) == [
         ("again", "real"),
@@ -137,8 +137,8 @@ def whole(cache: Cache, phantoms: Path) -> Path:
     return cache.path("shards-48", lambda folder: convert(phantoms, folder, size=48, workers=2))
 
 
-def upload(source: Path, target: Place) -> None:
-    for name, _ in storage.of(source).files():
+def upload(source: Path, target: Storage) -> None:
+    for name, _ in storage.open_storage(source).files():
         target.write(name, (source / name).read_bytes())
 
 
@@ -151,7 +151,7 @@ def upload(source: Path, target: Place) -> None:
     ],
 )
 def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
-    direction: str, folder: Place, phantoms: Path, whole: Path, tmp_path: Path
+    direction: str, folder: Storage, phantoms: Path, whole: Path, tmp_path: Path
 ) -> None:
     source, out = phantoms, tmp_path / "out"
     if direction != "to":
@@ -164,14 +164,14 @@ def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
     )
     made = tmp_path / "made"
     made.mkdir()
-    for name in storage.of(out).names():
-        storage.of(out).copy_to(name, made / name)
+    for name in storage.open_storage(out).names():
+        storage.open_storage(out).copy_to(name, made / name)
     laws.same_bytes(whole, made, leave_out=("conversion.json",))
     assert list(verify(out)) == []
 
 
 def test_a_conversion_to_a_url_resumes(s3: str, phantoms: Path, whole: Path, tmp_path: Path) -> None:
-    out = storage.of(f"{s3}/{tmp_path.name}/out")
+    out = storage.open_storage(f"{s3}/{tmp_path.name}/out")
     convert(phantoms, str(out), size=48, workers=2)
     for name in ("index.json", "valid-000000.json", "valid-000000.tar"):
         out.remove(name)
@@ -187,7 +187,7 @@ def test_a_conversion_to_a_url_resumes(s3: str, phantoms: Path, whole: Path, tmp
 
 
 def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: Path) -> None:
-    remote = storage.of(f"{s3}/{tmp_path.name}")
+    remote = storage.open_storage(f"{s3}/{tmp_path.name}")
     upload(whole, remote)
     opened, local = Shards.open(str(remote), mirror=tmp_path / "mirror"), Shards.open(whole)
     for row in local.rows("valid").tolist():
@@ -242,7 +242,7 @@ def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: 
 
 
 def test_what_are_no_shards_behind_a_url_is_refused(tmp_path: Path) -> None:
-    place = storage.of(f"memory://{tmp_path.name}")
+    place = storage.open_storage(f"memory://{tmp_path.name}")
     with pytest.raises(UserError, match=r"memory://.*holds no shards \(no index\.json\); make them with"):
         Shards.open(str(place))
     place.write("conversion.json", b"{}")

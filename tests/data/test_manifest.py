@@ -12,7 +12,7 @@ import pytest
 from helpers import laws
 
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.source import duplicates
@@ -27,7 +27,7 @@ def make(root: Path, *paths: str) -> Path:
     return root
 
 
-def refused(source: Where, *words: str, labels: Path | None = None) -> None:
+def refused(source: StoragePath, *words: str, labels: Path | None = None) -> None:
     """A scan is refused in one line, with all of `words`."""
     with pytest.raises(UserError) as refusal:
         scan(source, labels)
@@ -571,7 +571,7 @@ def test_corrections_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "memory"])
 def test_what_is_no_data_set_is_refused(tmp_path: Path, memory: str, remote: bool) -> None:
-    def at(name: str, *paths: str) -> Where:
+    def at(name: str, *paths: str) -> StoragePath:
         folder = make(tmp_path / name, *paths)
         return upload(folder, f"{memory}/{name}") if remote else folder
 

@@ -89,7 +89,7 @@ def test_law_of_parity_base_and_training_loader(base: BaseInstall, encoded: Path
 
 
 def test_shards_behind_a_url(base: BaseInstall, s3: str, shard_folder: Path, model: Path, tmp_path: Path) -> None:
-    store = storage.of(f"{s3}/shards")
+    store = storage.open_storage(f"{s3}/shards")
     for path in shard_folder.iterdir():
         store.write(path.name, path.read_bytes())
     mirror = {"XDG_CACHE_HOME": str(tmp_path / "cache")}

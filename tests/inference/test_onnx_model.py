@@ -145,7 +145,9 @@ def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest
 def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
     available = engine_onnxruntime.import_onnxruntime().get_available_providers()
     if PROVIDERS[provider] not in available:
-        with pytest.raises(UserError, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
+        with pytest.raises(
+            UserError, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"
+        ):
             Model.load(model, provider)
         return
     if Path("/dev/nvidia0").exists():

@@ -621,7 +621,9 @@ def test_another_run_in_the_same_out(
         "study_type": {"study_type": "hand"},
         "format": {"format": "parquet"},
     }.items():
-        with pytest.raises(UserError, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"):
+        with pytest.raises(
+            UserError, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"
+        ):
             predict(model, source, out, PredictOptions(**options))
     other = tmp_path / "other.onnx"
     proto = onnx.load(model)

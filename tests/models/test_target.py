@@ -50,5 +50,7 @@ def test_checkpoint_is_of_a_run_alone(folder: Path) -> None:
     for name, what in (("list.json", "a list of chosen checkpoints"), ("model.onnx", "one exported checkpoint")):
         target = Target.parse(folder / name)
         target.check_checkpoint("best")
-        with pytest.raises(UserError, match=rf"^--checkpoint last: .*{name} is {what}; leave --checkpoint out, or give"):
+        with pytest.raises(
+            UserError, match=rf"^--checkpoint last: .*{name} is {what}; leave --checkpoint out, or give"
+        ):
             target.check_checkpoint("last")

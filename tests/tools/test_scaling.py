@@ -391,7 +391,7 @@ def started(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("started")
 def test_two_real_ranks_with_and_without_communication() -> None:
     lines: list[str] = []
-    (found,) = communication.measure(TINY, [2], rounds=2, say=lines.append)
+    (found,) = communication.measure(TINY, [2], rounds=2, log=lines.append)
     weights, norms = trials.sizes("tiny")
     assert (found["ranks"], found["gradient_type"], found["gradient_bytes"]) == (2, "float32", 4 * weights)
     assert found["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
@@ -436,7 +436,7 @@ def test_a_rank_that_ends_is_named() -> None:
 
 @pytest.mark.usefixtures("started")
 def test_a_trace_and_a_run_of_two(tmp_path: Path) -> None:
-    trace = trials.measure(TINY, rounds=2, provenance={"command": "test"}, say=lambda line: None)
+    trace = trials.measure(TINY, rounds=2, provenance={"command": "test"}, log=lambda line: None)
     weights, norms = trials.sizes("tiny")
     assert (trace.gradient_bytes, trace.fixed_bytes) == (4 * weights, 4 * norms)
     assert len(trace.micro_s) == len(trace.rest_s) == len(trace.evaluation_s) > 0
@@ -444,7 +444,7 @@ def test_a_trace_and_a_run_of_two(tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.json")
     assert Trace.load(tmp_path / "trace.json") == trace
     for given in (trace, None):
-        (found,) = trials.check(given, TINY, [2], [Network.parse("none")], rounds=2, say=lambda line: None)
+        (found,) = trials.check(given, TINY, [2], [Network.parse("none")], rounds=2, log=lambda line: None)
     assert found["error"] == pytest.approx(found["predicted_s"] / found["step_s"]["median"] - 1)
     assert found["sent_bytes"] is None
 

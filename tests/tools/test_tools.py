@@ -59,7 +59,7 @@ def test_a_misdeed_is_found_and_the_next_file_meets_a_fresh_child(what: str, tmp
 def test_a_finding_is_kept_and_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER.format(good=GOOD, what="os.abort()")]
     said: list[str] = []
-    found = fuzzing.fuzz({"bad": b"BAD" * 9}, 40, 0, keep=tmp_path / "kept", say=said.append, command=command)
+    found = fuzzing.fuzz({"bad": b"BAD" * 9}, 40, 0, keep=tmp_path / "kept", log=said.append, command=command)
     assert len(found.findings) == len(said) == len(list((tmp_path / "kept").iterdir())) > 0
     assert found.counts["read"] + len(found.findings) == found.num_files == 40
     for path in (tmp_path / "kept").iterdir():
@@ -93,14 +93,14 @@ def test_every_blow_changes_some_file(seeds: dict[str, bytes]) -> None:
 def test_300_broken_files(seeds: dict[str, bytes], tmp_path: Path) -> None:
     """Twice: the same cases, the same outcome. 20,000: python tools/robustness/fuzz_radiograph.py"""
     said: list[str] = []
-    first, again = (fuzzing.fuzz(seeds, 300, 0, keep=tmp_path / "kept", say=said.append) for _ in range(2))
+    first, again = (fuzzing.fuzz(seeds, 300, 0, keep=tmp_path / "kept", log=said.append) for _ in range(2))
     assert said == []
     assert first.num_files == sum(first.counts[verdict] for verdict in fuzzing.VERDICTS) == 300
     assert first.counts["read"] >= 15, "some must come through, or the decoders were never reached"
     assert first.counts["unreadable"] >= 50
     assert (first.digest, first.counts) == (again.digest, again.counts)
     assert fuzzing.drawn_seeds() == seeds
-    assert fuzzing.fuzz(seeds, 20, 1, say=said.append).digest != fuzzing.fuzz(seeds, 20, 2, say=said.append).digest
+    assert fuzzing.fuzz(seeds, 20, 1, log=said.append).digest != fuzzing.fuzz(seeds, 20, 2, log=said.append).digest
 
 
 def test_the_fuzz_command(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_three_killed_conversions_end_with_the_same_bytes(phantoms: Path, tmp_pa
     """20: python tools/robustness/kill_conversion.py"""
     said: list[str] = []
     flags = ("--size", "64", "--workers", "2")
-    stories = killing.kill_often(phantoms, tmp_path, flags, kills=3, seed=0, say=said.append)
+    stories = killing.kill_often(phantoms, tmp_path, flags, kills=3, seed=0, log=said.append)
     assert [story.problems for story in stories] == [()] * 3, said
     assert len(said) == 4
     assert {story.group for story in stories} == {True, False}

@@ -202,7 +202,10 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
     path, stop = lock(tmp_path / "run", host="elsewhere", process=1), threading.Event()
     threading.Timer(0.5, stop.set).start()
     begin = time.monotonic()
-    with pytest.raises(StopRequestedError, match="the same command goes on"), run_of(tmp_path / "run", 60).writing(stop):
+    with (
+        pytest.raises(StopRequestedError, match="the same command goes on"),
+        run_of(tmp_path / "run", 60).writing(stop),
+    ):
         raise AssertionError("it was let in")
     assert time.monotonic() - begin < 20
     assert json.loads(path.read_bytes())["host"] == "elsewhere"

@@ -392,12 +392,12 @@ def kill_often(
     seed: int,
     ranks: int,
     only_ranks: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[Story]:
     """Trains whole into `work`, then `kills` runs that are killed. Each is said as it ends."""
     rng = random.Random(seed)
     whole = trained_whole(shards, work, ranks, words)
-    say(
+    log(
         f"whole: {whole.epochs} epochs of {whole.steps_per_epoch} steps, {whole.writes} checkpoints, {ranks} ranks, "
         f"in {whole.seconds:.1f} s, {whole.start_s:.1f} s of them start-up"
     )
@@ -406,7 +406,7 @@ def kill_often(
         aims, run = draw_aims(rng, number, whole, ranks, only_ranks=only_ranks), work / f"killed-{number}"
         story = one_story(command(shards, run, ranks, words), run, aims, whole, work / f"killed-{number}.log")
         stories.append(story)
-        say(f"kill {number}: {story}")
+        log(f"kill {number}: {story}")
     return stories
 
 

@@ -489,7 +489,7 @@ def fuzz(
     start: int,
     *,
     keep: Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     command: Sequence[str] = Child.command,
 ) -> Outcome:
     """Reads `num_files` broken files in a child process. Findings are said at once, and kept in `keep`."""
@@ -507,7 +507,7 @@ def fuzz(
             outcome.counts[verdict if verdict in VERDICTS else "found"] += 1
             if verdict not in VERDICTS:
                 outcome.findings.append((outcome.num_files, verdict, str(case)))
-                say(f"case {outcome.num_files}: {verdict}: {case}{_kept(path, keep, outcome.num_files)}")
+                log(f"case {outcome.num_files}: {verdict}: {case}{_kept(path, keep, outcome.num_files)}")
 
         each_case(sorted(seeds), num_files, start, visit)
     outcome.digest = digest.hexdigest()[:16]

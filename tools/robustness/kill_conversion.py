@@ -155,20 +155,20 @@ def one_kill(
 
 
 def kill_often(
-    source: Path, work: Path, flags: Sequence[str], *, kills: int, seed: int, say: Callable[[str], None] = print
+    source: Path, work: Path, flags: Sequence[str], *, kills: int, seed: int, log: Callable[[str], None] = print
 ) -> list[Kill]:
     """Converts `source` whole into `work`, then `kills` times killed. Each is said as it ends."""
     rng, whole = random.Random(seed), work / "whole"
     seconds, problem = convert(source, whole, flags)
     if problem:
         raise SystemExit(f"the conversion that nobody killed {problem}")
-    say(f"whole: {len(_files(whole))} files in {seconds:.2f} s")
+    log(f"whole: {len(_files(whole))} files in {seconds:.2f} s")
     stories = []
     for number in range(1, kills + 1):
         moments_s = [rng.uniform(0, seconds) for _ in range(rng.choice((1, 1, 2, 3)))]
         story = one_kill(source, whole, work / f"killed-{number}", flags, moments_s, group=number % 2 == 0)
         stories.append(story)
-        say(f"kill {number}: {story}")
+        log(f"kill {number}: {story}")
     return stories
 
 

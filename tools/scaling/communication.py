@@ -26,7 +26,7 @@ _TURNS = ("step", "together", "alone", "bare")
 MOST = 1.2  # what the ratio is to be
 
 
-def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(job: Job, ranks: Sequence[int], *, rounds: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
     """For each number of ranks: ranks, gradient_bytes, gradient_type, vector_bytes, and {median, min, max} of step_s, together_s,
     alone_s, bare_s, extra_s, waiting_s, sent_s, ratio (of extra), waiting_ratio, sent_ratio. Raises RunError where a rank ends."""
     found = []
@@ -37,7 +37,7 @@ def measure(job: Job, ranks: Sequence[int], *, rounds: int, say: Callable[[str],
             turns = [{what: fleet.play(what) for what in _TURNS} for _ in range(rounds)]
             facts = {key: value for key, value in fleet.facts._asdict().items() if key != "device"}
             found.append({"ranks": number} | facts | _summary(turns))
-        say(f"{number} ranks: {words(found[-1])}")
+        log(f"{number} ranks: {words(found[-1])}")
     return found
 
 

@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace) -> None:
     job = Job(options.architecture, options.size, options.micro_batch, 1, precision)
     hardware, versions = runner.hardware(), runner.versions()
     print(", ".join(f"{key} {value}" for key, value in {**hardware, **versions}.items()))
-    found = communication.measure(job, ranks, rounds=options.rounds, say=lambda line: print(line, flush=True))
+    found = communication.measure(job, ranks, rounds=options.rounds, log=lambda line: print(line, flush=True))
     for one in found:
         sizes = f"{one['gradient_bytes'] / 1e6:.1f} MB ({one['gradient_type']}), {one['vector_bytes'] / 1e6:.2f} MB"
         kept = "at most" if one["ratio"]["median"] <= communication.MOST else "MORE THAN"

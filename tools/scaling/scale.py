@@ -39,14 +39,16 @@ RELAY = Path(__file__).parents[1] / "robustness/slow_link.py"
 GPUS = "1,2,4,8,16,32,64,128,256"
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, flush=True)
 
 
 def numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdigit() and int(part) >= 1 for part in parts):
-        raise UserError(f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8")
+        raise UserError(
+            f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8"
+        )
     return [int(part) for part in parts]
 
 
@@ -79,9 +81,9 @@ def provenance() -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> None:
     at_least(options, size=32, micro_batch=2, micros=1, rounds=1)
-    trace = trials.measure(job_of(options), rounds=options.rounds, provenance=provenance(), say=say)
+    trace = trials.measure(job_of(options), rounds=options.rounds, provenance=provenance(), log=log)
     trace.save(options.out)
-    say(f"{options.out}: {trace.gradient_bytes / 1e6:.1f} MB of gradient, {trace.fixed_bytes / 1e6:.2f} MB beside it")
+    log(f"{options.out}: {trace.gradient_bytes / 1e6:.1f} MB of gradient, {trace.fixed_bytes / 1e6:.2f} MB beside it")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -94,12 +96,12 @@ def check(options: argparse.Namespace) -> None:
     trace = Trace.load(options.trace) if options.trace else None
     if trace is not None:
         _same(trace, job, options.trace)
-    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "say": say}
+    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "say": log}
     found = trials.check(trace, job, ranks, networks, **given)
     worst = max(found, key=lambda one: abs(one["error"]))
     within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
     far = f"{worst['error']:+.1%} ({worst['ranks']} ranks, {worst['network']})"
-    say(f"{within} of {len(found)} within {trials.WITHIN:.0%} of the median of {options.rounds}; the farthest {far}")
+    log(f"{within} of {len(found)} within {trials.WITHIN:.0%} of the median of {options.rounds}; the farthest {far}")
     if options.json:
         options.json.write_text(json.dumps(where | {"job": job.__dict__, "runs": found}, indent=1) + "\n")
     if options.plot:
@@ -140,12 +142,12 @@ def predict(options: argparse.Namespace) -> None:
     if trace.processors:
         nodes = f"ranks share this machine's {trace.processors} processors"
     size = f"{trace.gradient_bytes / 1e6:.1f} MB of gradient"
-    say(f"{trace.architecture}, {trace.precision}, micro-batches of {trace.micro_batch}; {size}")
+    log(f"{trace.architecture}, {trace.precision}, micro-batches of {trace.micro_batch}; {size}")
     for line in outlook.assumptions(trace, data, nodes):
-        say(f"  given: {line}")
+        log(f"  given: {line}")
     for network in networks:
-        say("\n" + "\n".join(outlook.table(network, rows[network])))
-    say("\n" + "\n".join(outlook.data_tables(data, rows[networks[0]])))
+        log("\n" + "\n".join(outlook.table(network, rows[network])))
+    log("\n" + "\n".join(outlook.data_tables(data, rows[networks[0]])))
     if options.plot:
         first = trace.assumed[0] if trace.assumed else f"measured on {trace.device}"
         title = f"predicted, not measured: {trace.architecture}; {first}\n{nodes}"
@@ -190,7 +192,7 @@ def plan(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{unit}: must be at most --radiographs {options.radiographs}; give more of them, or fewer ranks"
             )
-        say(planning.words(planning.measure(options.radiographs, ranks, options.micro_batch)))
+        log(planning.words(planning.measure(options.radiographs, ranks, options.micro_batch)))
 
 
 # ---- the words

@@ -86,7 +86,7 @@ class Probe:
         return statistics.median(turn[what].seconds for turn in turns) / crowd
 
 
-def measure(job: Job, *, rounds: int, provenance: dict[str, Any], say: Callable[[str], None]) -> Trace:
+def measure(job: Job, *, rounds: int, provenance: dict[str, Any], log: Callable[[str], None]) -> Trace:
     """Raises RunError where a rank ends."""
     with contextlib.ExitStack() as stack:
         probe = Probe(job, stack, provenance)
@@ -94,7 +94,7 @@ def measure(job: Job, *, rounds: int, provenance: dict[str, Any], say: Callable[
             probe.sample()
         trace = probe.trace(rounds)
     own = [a + b for a, b in zip(trace.micro_s, trace.rest_s, strict=True)]
-    say(
+    log(
         f"a step with nothing sent {_ms(own)}; an all-reduce of two {1e3 * trace.host_s_per_byte * trace.gradient_bytes:.1f} ms"
     )
     return trace
@@ -118,7 +118,7 @@ def check(
     rounds: int,
     relay: Path | None = None,
     provenance: dict[str, Any] | None = None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """For each number of ranks and network: ranks, network, step_s {median, min, max}, predicted_s, error (predicted over the
     median, less 1), parts (of the prediction), sent_bytes (a rank and step, by the kernel), predicted_bytes.
@@ -137,7 +137,7 @@ def check(
                     run = _Run(job, fleet, spaces, network)
                     seconds = [run.step(probe) for _ in range(rounds)]
                     found.append(run.held_against(trace or probe.trace(rounds), seconds))  # type: ignore[union-attr]
-                    say(words(found[-1]))
+                    log(words(found[-1]))
     return found
 
 

@@ -20,7 +20,9 @@ class Images:
     damaged: tuple[CorruptSampleError, ...]
 
 
-def stored(shards: Shards, micro: Micro, *, encoded: bool) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
+def stored(
+    shards: Shards, micro: Micro, *, encoded: bool
+) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
     """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
     read = shards.encoded if encoded else shards.pixels
     samples: list[Any] = [None] * len(micro.rows)

@@ -17,14 +17,14 @@ from typing import Any
 
 from mura_dist.core import files, storage
 from mura_dist.core.errors import RunError, UserError
-from mura_dist.core.storage import Place, Where
+from mura_dist.core.storage import Storage, StoragePath
 from mura_dist.data.shards.index import parse
 
 _COPIES_AT_ONCE = 4
 _ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside them
 
 
-def local(where: Where, mirror: Path | None = None) -> Path:
+def local(where: StoragePath, mirror: Path | None = None) -> Path:
     """The local folder to open `where` in: itself, unless it is a URL or `mirror` (a folder of this node's disk) is given.
 
     A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises UserError where there are no finished shards, not
@@ -32,7 +32,7 @@ def local(where: Where, mirror: Path | None = None) -> Path:
     """
     if mirror is None and not storage.is_remote(where):
         return Path(where)
-    place = storage.of(where)
+    place = storage.open_storage(where)
     try:
         data = place.read("index.json")
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _copy(place: Place, folder: Path, index: dict[str, Any]) -> None:
+def _copy(place: Storage, folder: Path, index: dict[str, Any]) -> None:
     shards = [shard for part in index["splits"].values() for shard in part["shards"]]
     needed = int(sum(shard["bytes"] for shard in shards if not (folder / shard["name"]).is_file()) * _ROOM)
     if needed > (free := shutil.disk_usage(folder).free):
@@ -85,7 +85,7 @@ def _copy(place: Place, folder: Path, index: dict[str, Any]) -> None:
         list(pool.map(lambda name: _copy_one(place, name, folder, digests[name]), digests))
 
 
-def _copy_one(place: Place, name: str, folder: Path, digest: str | None) -> None:
+def _copy_one(place: Storage, name: str, folder: Path, digest: str | None) -> None:
     """One file, unless an earlier start has it; a tar is checked, and fetched a second time where it differs."""
     path = folder / name
     if path.is_file():

@@ -34,7 +34,7 @@ import numpy as np
 from mura_dist import __version__
 from mura_dist.core import files, storage
 from mura_dist.core.errors import RunError, UserError, StopRequestedError, os_reason
-from mura_dist.core.storage import Place, Where
+from mura_dist.core.storage import Storage, StoragePath
 from mura_dist.data import mura, radiograph
 from mura_dist.data.io_faults import IO_ERROR, IoFaults
 from mura_dist.data.manifest import Manifest, cut_tune
@@ -61,8 +61,8 @@ _FETCHING_THREADS = 4  # chunks of a remote source on their way at once
 class Conversion:
     """What is made, where, by whom. `plan` is all that decides the bytes."""
 
-    out: Place
-    root: Where
+    out: Storage
+    root: StoragePath
     manifest: Manifest
     size: int
     encoding: str
@@ -73,8 +73,8 @@ class Conversion:
 
 
 def convert(
-    source: Where,
-    out: Where,
+    source: StoragePath,
+    out: StoragePath,
     *,
     size: int = 320,
     encoding: str = "raw",
@@ -96,7 +96,7 @@ def convert(
     end_with_launcher()
     _check(source, out, size, encoding, workers)
     duplicate_policy.check(duplicates)
-    target = storage.of(out)  # before the source is scanned: a wrong URL is said at once
+    target = storage.open_storage(out)  # before the source is scanned: a wrong URL is said at once
     told, workers = environment.ranks(), workers or processors()
     with (
         _share(out, told),
@@ -123,12 +123,12 @@ def convert(
             _refuse_unreadable(index["unreadable"], strict)
             return index
         index = _lead(conversion, scanned, strict, progress)
-        if isinstance(target, storage.Local):
+        if isinstance(target, storage.LocalStorage):
             heartbeat.tidy(target.folder / RANKS)
         return index
 
 
-def _share(out: Where, told: environment.Ranks) -> contextlib.AbstractContextManager[None]:
+def _share(out: StoragePath, told: environment.Ranks) -> contextlib.AbstractContextManager[None]:
     """Hold this rank's share of the work while the block runs. Raises UserError where another process has it.
 
     A URL has no locks: there two starts cost time, but no bytes, for a put is whole and both put the same.
@@ -184,7 +184,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 
-def _check(source: Where, out: Where, size: int, encoding: str, workers: int | None) -> None:
+def _check(source: StoragePath, out: StoragePath, size: int, encoding: str, workers: int | None) -> None:
     low, high = SIZE_LIMITS
     if not low <= size <= high:
         raise UserError(f"--size {size}: must lie between {low} and {high} pixels; MURA's paper uses 320")
@@ -198,7 +198,7 @@ def _check(source: Where, out: Where, size: int, encoding: str, workers: int | N
         raise UserError(f"{out} is the source itself; give another folder for the shards")
 
 
-def _same(one: Where, other: Where) -> bool:
+def _same(one: StoragePath, other: StoragePath) -> bool:
     if storage.is_remote(one) or storage.is_remote(other):
         return str(one).rstrip("/") == str(other).rstrip("/")
     return Path(one).resolve() == Path(other).resolve()
@@ -401,7 +401,7 @@ def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
     chunks = (rows[start : start + at_once].tolist() for start in range(0, len(rows), at_once))
     tasks: Iterable[list[Task]]
     if storage.is_remote(root):
-        tasks = _fetched(storage.of(root), paths, chunks)
+        tasks = _fetched(storage.open_storage(root), paths, chunks)
     else:
         tasks = ([(row, os.path.join(root, paths[row])) for row in chunk] for chunk in chunks)
     for row, result in zip(rows.tolist(), conversion.crew.results(tasks), strict=True):
@@ -410,7 +410,7 @@ def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
         yield sample
 
 
-def _fetched(place: Place, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
+def _fetched(place: Storage, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
     """The contents of each chunk's files, some chunks ahead."""
     sizes = dict(place.files())
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StrictStr, StringConstraints
 
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 
@@ -78,7 +78,7 @@ class _Format(BaseModel):
     format: Annotated[int, Field(strict=True)]
 
 
-def parse(data: bytes, folder: Where) -> dict[str, Any]:
+def parse(data: bytes, folder: StoragePath) -> dict[str, Any]:
     """Return the content of `folder`'s index.json. Raises UserError where it is damaged, or of another format."""
     try:
         version = files.parse_json(data, _Format)["format"]

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from mura_dist.core.errors import RunError, UserError, is_io_fault, os_reason
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards import cache
 from mura_dist.data.shards.codec import SUFFIX, decode, npy_header
@@ -98,7 +98,7 @@ class Shards:
     damaged: dict[int, CorruptSampleError] = field(default_factory=dict, repr=False)  # row -> what its reader noted
 
     @classmethod
-    def open(cls, folder: Where, mirror: Path | None = None) -> Self:
+    def open(cls, folder: StoragePath, mirror: Path | None = None) -> Self:
         """Of a local folder or a URL, which is copied to this machine first, as everything is where `mirror` names a folder.
 
         Raises UserError where there are no finished shards of this format.
@@ -233,7 +233,9 @@ class Shards:
         return self.damaged.setdefault(one.row, one) is one
 
     def _damaged(self, row: int, why: str) -> CorruptSampleError:
-        return CorruptSampleError(row, str(self.manifest.frame.at[row, "path"]), self._places.names[self._places.tar[row]], why)
+        return CorruptSampleError(
+            row, str(self.manifest.frame.at[row, "path"]), self._places.names[self._places.tar[row]], why
+        )
 
     def _read(self, row: int, number: int, length: int, offset: int) -> bytes:
         """Read from tar `number`, again after a pause where a disk or the network refuses. Raises ShardReadError."""

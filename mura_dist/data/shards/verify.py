@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data.shards.codec import decode
 from mura_dist.data.shards.reader import Member, Shards
 
 
-def verify(folder: Where) -> Iterator[str]:
+def verify(folder: StoragePath) -> Iterator[str]:
     """Name what is wrong with a shard folder, a line each; nothing at all where it is sound.
 
     Checks that every tar is there, has its SHA-256, holds samples that decode to (S, S), each row once, with the manifest's

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from mura_dist.core import files
 from mura_dist.core.errors import RunError
-from mura_dist.core.storage import Place
+from mura_dist.core.storage import Storage
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.data.shards.codec import SUFFIX, Sample
 from mura_dist.data.shards.index import Mark
@@ -44,7 +44,7 @@ def read_mark(data: bytes) -> dict[str, Any]:
     return mark
 
 
-def is_whole(place: Place, name: str, mark: bytes) -> bool:
+def is_whole(place: Storage, name: str, mark: bytes) -> bool:
     """Return whether a shard is what its mark says: the tar's size and SHA-256, and its companions are there."""
     try:
         told = read_mark(mark)
@@ -65,7 +65,7 @@ class IncompleteShardError(Exception):
         self.faults = faults
 
 
-def write(place: Place, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
+def write(place: Storage, name: str, samples: Iterable[Sample], labels: Any, *, encoding: str) -> dict[str, Any]:
     """Write the shard `name` (its tar's) and return its mark. `labels`: row -> label. Without samples there is a mark only.
 
     Raises IncompleteShardError, all samples drawn and nothing written, where an I/O fault kept a file from being read; RunError where the

@@ -36,7 +36,7 @@ class Csvs:
 
 def read(tree: Tree, defects: Defects) -> Csvs:
     """{split}_image_paths.csv (a path a line) and {split}_labeled_studies.csv (study,label), beside the splits or above them."""
-    folders = [(place, place.names()) for place in map(storage.of, tree.above)]
+    folders = [(place, place.names()) for place in map(storage.open_storage, tree.above)]
     csvs = Csvs({}, {})
     for split in FOLDERS:
         for name, take in ((f"{split}_image_paths.csv", _listed), (f"{split}_labeled_studies.csv", _told)):

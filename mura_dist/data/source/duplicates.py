@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mura_dist.core import storage
 from mura_dist.core.errors import is_io_fault
-from mura_dist.core.storage import Place, Remote
+from mura_dist.core.storage import Storage, RemoteStorage
 from mura_dist.data import mura
 
 _PART_BYTES = 4096  # of files of one size; where these differ, no more is read
@@ -20,7 +20,7 @@ _AT_ONCE = 32  # files a thread takes: handing out costs as much as looking into
 _READING_THREADS = {True: 16, False: 4}  # by whether the place is remote: a store is waited for most of the time
 
 
-def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
+def pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
     """Pairs of byte-identical files among `paths`; `sizes` in bytes, by path.
 
     Of equals, the first of a split stands for it: the others of that split are told as its copies, and so is, across splits,
@@ -41,7 +41,7 @@ def pairs(place: Place, sizes: dict[str, int], paths: list[str]) -> list[tuple[s
     for path in paths:
         by_size[sizes[path]].append(path)
     groups = [group for size, group in by_size.items() if size and len(group) > 1]
-    threads = _READING_THREADS[isinstance(place, Remote)]
+    threads = _READING_THREADS[isinstance(place, RemoteStorage)]
     groups = _alike(_alike(groups, middle, threads), whole, threads)
     return sorted(pair for group in groups for pair in pairs_of(group))
 

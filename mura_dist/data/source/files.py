@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mura_dist.core import storage
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura
 from mura_dist.data.mura import Radiograph
 
@@ -23,9 +23,9 @@ FOLDERS = ("train", "valid", "test")  # the splits that are folders
 class Tree:
     """The files of a source. Paths start at `root`, which is what precedes train/ or valid/; each list is sorted."""
 
-    root: Where
+    root: StoragePath
     within: str  # the source, seen from the root, where it lies below it ("train/XR_HAND"); else ""
-    above: list[Where]  # the folders from the root up to the source, the root first
+    above: list[StoragePath]  # the folders from the root up to the source, the root first
     radiographs: list[Radiograph]
     sizes: dict[str, int]  # bytes, by path
     junk: list[str]
@@ -38,12 +38,12 @@ class Tree:
         return not self.within or path.startswith(f"{self.within}/")
 
 
-def walk(source: Where) -> Tree:
+def walk(source: StoragePath) -> Tree:
     """Everything below `source`; nested copies of the root are found."""
-    place = storage.of(source)
+    place = storage.open_storage(source)
     if not place.is_folder():
         raise UserError(f"{source}: no such folder; give the folder that holds train/ and valid/")
-    start = place.url if isinstance(place, storage.Remote) else Path(source).resolve().as_posix()
+    start = place.url if isinstance(place, storage.RemoteStorage) else Path(source).resolve().as_posix()
     found: dict[str, list[tuple[Radiograph, int]]] = defaultdict(list)
     junk, others = [], []
     repeated: list[tuple[str, str]] = []
@@ -64,7 +64,7 @@ def walk(source: Where) -> Tree:
     beside = _within_splits(prefix, others)
     broken = [] if storage.is_remote(source) else [path for path in beside if _leads_nowhere(prefix + path)]
     beside = [path for path in beside if "/" in path and path not in broken]
-    as_given: Callable[[str], Where] = str if storage.is_remote(source) else Path
+    as_given: Callable[[str], StoragePath] = str if storage.is_remote(source) else Path
     return Tree(
         as_given(root),
         start.removeprefix(prefix) if start.startswith(prefix) else "",
@@ -103,7 +103,7 @@ def _is_junk(name: str) -> bool:
     return last.startswith(".") or os.path.splitext(last)[1].lower() not in SUFFIXES
 
 
-def _only(source: Where, found: dict[str, list[tuple[Radiograph, int]]]) -> str:
+def _only(source: StoragePath, found: dict[str, list[tuple[Radiograph, int]]]) -> str:
     """The prefix of the one data set there."""
     if not found:
         raise UserError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mura_dist.core import storage
 from mura_dist.core.errors import UserError
-from mura_dist.core.storage import Where
+from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura
 from mura_dist.data.csv_lines import parse_label, parse_path
 from mura_dist.data.manifest import Manifest
@@ -70,7 +70,7 @@ class Scan:
     byte for byte the same, each copy named once; None where they were not looked for.
     """
 
-    root: Where
+    root: StoragePath
     manifest: Manifest
     defects: dict[str, list[str]]
     phantoms: bool
@@ -81,7 +81,7 @@ class Scan:
     resolution: Resolution = Resolution()
 
 
-def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) -> Scan:
+def scan(source: StoragePath, labels: Path | None = None, *, duplicates: bool = True) -> Scan:
     """Read a folder in MURA's layout, local or behind a URL; `labels` is an optional local file of corrections (`study,label`).
 
     Where MURA's CSVs are present they say which files and labels count; the folders are checked against them. `duplicates`:
@@ -103,7 +103,9 @@ def scan(source: Where, labels: Path | None = None, *, duplicates: bool = True) 
     radiographs = [r for r in radiographs if r.label is not None]
     _refuse(source, radiographs, csvs)
     defects["patient in train and valid"] += _patients_in_both(radiographs)
-    phantoms = any(place.exists(PHANTOMS_MARK) for place in (storage.of(tree.root), storage.of(source)))
+    phantoms = any(
+        place.exists(PHANTOMS_MARK) for place in (storage.open_storage(tree.root), storage.open_storage(source))
+    )
     sizes = {r.path: tree.sizes[r.path] for r in radiographs}
     found = Scan(tree.root, Manifest.of(radiographs), _told(defects), phantoms, corrections, needless, None, sizes)
     return with_duplicates(found) if duplicates else found
@@ -113,7 +115,7 @@ def with_duplicates(scan: Scan) -> Scan:
     """The same, looked through for files that are byte for byte the same: the only part that opens radiographs."""
     if scan.duplicates is not None:
         return scan
-    return with_pairs(scan, copies.pairs(storage.of(scan.root), scan.sizes, list(scan.sizes)))
+    return with_pairs(scan, copies.pairs(storage.open_storage(scan.root), scan.sizes, list(scan.sizes)))
 
 
 def with_pairs(scan: Scan, pairs: list[tuple[str, str]]) -> Scan:
@@ -196,7 +198,7 @@ def _patients_in_both(radiographs: list[Radiograph]) -> list[str]:
     return sorted(patient for patient, splits in seen.items() if len(splits & {"train", "valid"}) == 2)
 
 
-def _refuse(source: Where, radiographs: list[Radiograph], csvs: Csvs) -> None:
+def _refuse(source: StoragePath, radiographs: list[Radiograph], csvs: Csvs) -> None:
     """What is no data set to train on, or must not be."""
     listed = sum(len(paths) for paths in csvs.listed.values())
     if mura.NUM_IMAGES_V1_0 in (len(radiographs), listed):

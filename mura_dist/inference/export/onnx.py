@@ -80,7 +80,7 @@ def export_target(
     which: str,
     out: Path,
     options: ExportOptions = ExportOptions(),
-    say: Callable[[str], None] = _silent,
+    log: Callable[[str], None] = _silent,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> ExportReport:
     """Export a checkpoint (best, last or step-N) of a run, or the members of a list, which average their probabilities.
@@ -93,7 +93,7 @@ def export_target(
     _check(out, options)
     weights = Weights.of_target(target, which)
     beside = [target.path.parent] if target.kind == "list" else []
-    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, say, progress)
+    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, log, progress)
 
 
 def default_out(target: Target, precision: str) -> Path:
@@ -117,7 +117,7 @@ def _export(
     measured: dict[str, Any],
     out: Path,
     options: ExportOptions,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     progress: Callable[[int, int | None], None],
 ) -> ExportReport:
     try:
@@ -135,7 +135,7 @@ def _export(
     else:
         shards = precision.opened(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
-        report = export_variant(model, card, out, options, shards, say)
+        report = export_variant(model, card, out, options, shards, log)
     if options.triton_folder is not None:
         triton.write(options.triton_folder, out.read_bytes())
     return report
@@ -223,7 +223,7 @@ def export_variant(
     out: Path,
     options: ExportOptions,
     shards: Shards,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> ExportReport:
     """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within precision.LIMITS.
 
@@ -242,11 +242,11 @@ def export_variant(
     if options.precision == "int8":
         images = precision.some_images(shards, "train", precision.NUM_CALIBRATED)
         calibrated_on = len(images)
-        say(f"int8: ranges of {calibrated_on} radiographs of train")
+        log(f"int8: ranges of {calibrated_on} radiographs of train")
         data = finished(int8.graph(model, images), card)
     else:
         data = graph(precision.halved(model), card) if options.precision == "fp16" else _with_card(plain, card)
-    change = precision.change(card, plain, data, shards, say).model_copy(update={"calibrated_on": calibrated_on})
+    change = precision.change(card, plain, data, shards, log).model_copy(update={"calibrated_on": calibrated_on})
     over = precision.judge(options.precision, change, options.allow_change)
     data = _with_card(data, card.model_copy(update={"change": change}))
     files.write_bytes(out, data)

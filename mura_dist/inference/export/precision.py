@@ -99,7 +99,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
             continue
 
 
-def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Callable[[str], None]) -> Change:
+def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> Change:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
 
@@ -111,7 +111,7 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, say: Calla
     of_batch_size = (lambda number: models[1]) if on_cpu(provider) else (lambda number: load(narrowed, number))
     _same_over_batches(of_batch_size, batch_limit(card.precision, provider))
     rows = _some_studies(shards, card.selected_on)
-    say(f"{card.precision}: comparing with fp32 on {len(rows):,} radiographs of {card.selected_on}")
+    log(f"{card.precision}: comparing with fp32 on {len(rows):,} radiographs of {card.selected_on}")
     used: list[int] = []
     one: list[np.ndarray] = []
     two: list[np.ndarray] = []

@@ -321,7 +321,7 @@ def test_a_shard_that_is_not_what_its_mark_says_is_made_anew(
     assert len(same) == len(before) - len(BROKEN)
 
 
-class Meddled(storage.Local):
+class Meddled(storage.LocalStorage):
     """A folder in which another program shortens each tar that was written."""
 
     @contextmanager

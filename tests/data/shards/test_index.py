@@ -72,7 +72,7 @@ def copy(shard_folder: Path, tmp_path: Path) -> Path:
 
 def test_no_name_of_a_url_writes_outside_the_mirror(shard_folder: Path, tmp_path: Path) -> None:
     """The tar is there, under the name it is called by, so that nothing but the check is in its way."""
-    place = storage.of("memory://strangers")
+    place = storage.open_storage("memory://strangers")
     index = json.loads((shard_folder / "index.json").read_bytes())
     for name in ("manifest.csv",):
         place.write(name, (shard_folder / name).read_bytes())

@@ -75,7 +75,7 @@ def test_drop_train_drops_each_copy_of_another_split(scanned: Scan) -> None:
     pairs += [(view("train", 4, 2), view("train", n)) for n in (5, 6)]
     assert resolved.duplicates == sorted(pairs)
     assert resolved.duplicates == duplicates.pairs(
-        conversion.storage.of(resolved.root), resolved.sizes, list(resolved.sizes)
+        conversion.storage.open_storage(resolved.root), resolved.sizes, list(resolved.sizes)
     ), "as a scan of what is left has it"
 
 
