@@ -19,10 +19,10 @@ from mura_dist.cli import benchmarks, data, evaluation, inference, training
 from mura_dist.cli.options import Commands
 from mura_dist.core.errors import (
     CollectiveRunError,
-    RunError,
     RankLocalUserError,
-    UserError,
+    RunError,
     StopRequestedError,
+    UserError,
     install_remedy,
     is_out_of_memory,
     mask_url,

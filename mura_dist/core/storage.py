@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import MASK, RunError, UserError, StopRequestedError, install_remedy, is_io_fault, mask_url
+from mura_dist.core.errors import MASK, RunError, StopRequestedError, UserError, install_remedy, is_io_fault, mask_url
 
 _SHORTEST_SECRET = 4
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.core import files
-from mura_dist.core.errors import UserError, StopRequestedError
+from mura_dist.core.errors import StopRequestedError, UserError
 from mura_dist.distributed import processes
 
 HEARTBEAT_S = 10.0

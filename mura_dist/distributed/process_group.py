@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
-from mura_dist.core.errors import CollectiveRunError, RunError, RankLocalUserError, UserError
+from mura_dist.core.errors import CollectiveRunError, RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, nccl
 from mura_dist.distributed.environment import Ranks
 

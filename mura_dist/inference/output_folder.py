@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from mura_dist.core import files
-from mura_dist.core.errors import RunError, RankLocalUserError, UserError, StopRequestedError
+from mura_dist.core.errors import RankLocalUserError, RunError, StopRequestedError, UserError
 from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist import __version__
-from mura_dist.core.errors import RunError, UserError, StopRequestedError, install_remedy
+from mura_dist.core.errors import RunError, StopRequestedError, UserError, install_remedy
 from mura_dist.core.files import PRIVATE, private, scratch
 from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR

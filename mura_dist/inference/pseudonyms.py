@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mura_dist.core import files as atomic
-from mura_dist.core.errors import RunError, UserError, StopRequestedError, os_reason
+from mura_dist.core.errors import RunError, StopRequestedError, UserError, os_reason
 from mura_dist.data import table_names
 
 PLACE = "MURA_DIST_SITE_KEY"

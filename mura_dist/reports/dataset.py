@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from mura_dist.core import files
-from mura_dist.core import storage
+from mura_dist.core import files, storage
 from mura_dist.core.errors import UserError, mask_url
 from mura_dist.core.storage import StoragePath
 from mura_dist.data import mura, radiograph
@@ -91,7 +90,7 @@ def summary_text(found: dict[str, Any]) -> str:
 
 
 def _name(folder: StoragePath) -> str:
-    if places.is_remote(folder):
+    if storage.is_remote(folder):
         return mask_url(str(folder)).rstrip("/").rpartition("/")[2]
     return Path(folder).resolve().name
 
@@ -169,7 +168,7 @@ def _counts(frame: pd.DataFrame) -> dict[str, Any]:
 
 def _source(root: StoragePath, path: str, num_bytes: int | None = None) -> Path | io.BytesIO:
     """A file as Pillow and radiograph take it; `num_bytes`: no more of it need be fetched."""
-    if not places.is_remote(root):
+    if not storage.is_remote(root):
         return Path(root, path)
     place = storage.open_storage(root)
     return io.BytesIO(place.read(path) if num_bytes is None else place.read_part(path, 0, num_bytes))

@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, StrictStr
 from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
-from mura_dist.core.errors import UserError, StopRequestedError, mask_url
+from mura_dist.core.errors import StopRequestedError, UserError, mask_url
 from mura_dist.data.folder_kind import RECIPE, kinds_of
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.data.shards.reader import Shards

@@ -15,7 +15,7 @@ import numpy as np
 
 from mura_dist.core import config, files
 from mura_dist.core.config import AUTO, Settings
-from mura_dist.core.errors import RunError, UserError, StopRequestedError
+from mura_dist.core.errors import RunError, StopRequestedError, UserError
 from mura_dist.data.loaders.loader import BatchLoader, Targets
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World

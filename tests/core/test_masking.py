@@ -10,7 +10,7 @@ import pytest
 
 from mura_dist.cli.main import WRONG, main
 from mura_dist.core import config, storage
-from mura_dist.core.errors import RunError, UserError, StopRequestedError, mask_url
+from mura_dist.core.errors import RunError, StopRequestedError, UserError, mask_url
 from mura_dist.data.shards.convert import convert
 from mura_dist.reports import dataset
 from mura_dist.training.run import Run

@@ -20,7 +20,7 @@ from helpers import laws
 from helpers.commands import BIN, NO_GPU, TINY, free_port, run, warm_script
 from helpers.runs import losses
 
-from mura_dist.core.errors import RunError, RankLocalUserError, UserError
+from mura_dist.core.errors import RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, process_group
 
 WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -23,7 +23,7 @@ from helpers.commands import run, stderr_lines
 from helpers.predictions import FILES, TABLES, contents, draw, draw_dicom, rows
 
 from mura_dist.cli.main import DONE, FAILED, main
-from mura_dist.core.errors import RunError, UserError, StopRequestedError
+from mura_dist.core.errors import RunError, StopRequestedError, UserError
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed.worker_pool import Limits
 from mura_dist.evaluation import prediction_files

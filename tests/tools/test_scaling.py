@@ -243,9 +243,11 @@ def test_the_copys_requests_are_those_of_the_mirror(
 ) -> None:
     asked: list[str] = []
     for name in ("read", "copy_to"):
-        kept = getattr(storage.Local, name)
+        kept = getattr(storage.LocalStorage, name)
         monkeypatch.setattr(
-            storage.Local, name, lambda self, what, *more, kept=kept: (asked.append(what), kept(self, what, *more))[1]
+            storage.LocalStorage,
+            name,
+            lambda self, what, *more, kept=kept: (asked.append(what), kept(self, what, *more))[1],
         )
     for _ in range(2):  # ranks of a node
         cache.local(shard_folder, tmp_path)

@@ -19,7 +19,7 @@ from helpers.commands import BIN, NO_GPU, ROOT, TINY, deepspeed, warm_python, wa
 from helpers.tools import tool
 
 from mura_dist.core import config
-from mura_dist.core.errors import UserError, StopRequestedError
+from mura_dist.core.errors import StopRequestedError, UserError
 from mura_dist.distributed import processes as workers
 from mura_dist.training import metrics_log
 from mura_dist.training.run import Run

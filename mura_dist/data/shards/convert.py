@@ -33,7 +33,7 @@ import numpy as np
 
 from mura_dist import __version__
 from mura_dist.core import files, storage
-from mura_dist.core.errors import RunError, UserError, StopRequestedError, os_reason
+from mura_dist.core.errors import RunError, StopRequestedError, UserError, os_reason
 from mura_dist.core.storage import Storage, StoragePath
 from mura_dist.data import mura, radiograph
 from mura_dist.data.io_faults import IO_ERROR, IoFaults

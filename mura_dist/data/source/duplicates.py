@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mura_dist.core import storage
 from mura_dist.core.errors import is_io_fault
-from mura_dist.core.storage import Storage, RemoteStorage
+from mura_dist.core.storage import RemoteStorage, Storage
 from mura_dist.data import mura
 
 _PART_BYTES = 4096  # of files of one size; where these differ, no more is read
