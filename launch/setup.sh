@@ -55,6 +55,7 @@ about() { # about EXTRA: what it brings, why, and how much space that takes besi
     openvino) echo "OpenVINO, another runtime for processors: 0.2 GB" ;;
     remote) echo "fsspec and s3fs, folders on s3://: 0.1 GB" ;;
     dev) echo "what the tests need: 0.9 GB" ;;
+    docs) echo "mkdocs and its theme, the documentation's site: 0.1 GB" ;;
     mlflow) echo "the client of an MLflow server: 0.1 GB" ;;
   esac
 }

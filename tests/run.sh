@@ -10,21 +10,21 @@ if [ "${1:-}" = --all ]; then
   select="not nightly"
   shift
 fi
-bash launch/setup.sh train,dev,page
+bash launch/setup.sh train,dev,docs,page
 export PATH="$PWD/.venv/bin:$PATH"
 export PYTHONDONTWRITEBYTECODE= # the suite starts hundreds of processes: our modules are compiled once, not in each
 [ $# -eq 0 ] || exec pytest -m "$select" "$@"
 
-# Format, lint and types beside the tests; what they found is printed only where they fail, so that pytest has the last word.
+# Format, lint, types and spelling beside the tests; what they found is printed only where they fail, so that pytest has the last word.
 found=$(mktemp)
-{ ruff format --check . && ruff check . && mypy; } > "$found" 2>&1 &
+{ ruff format --check . && ruff check . && mypy && codespell; } > "$found" 2>&1 &
 checks=$! status=0
 trap 'kill "$checks" 2> /dev/null || true; rm -f "$found"' EXIT
 # Three at a time on two cores: many tests wait. Each worker is handed the longest test or file that is left (helpers/scheduling.py).
 pytest -n 3 -m "$select" || status=$?
 if ! wait "$checks"; then
   cat "$found" >&2
-  echo "tests/run.sh: ruff or mypy failed, as above" >&2
+  echo "tests/run.sh: ruff, mypy or codespell failed, as above" >&2
   status=1
 fi
 exit "$status"
