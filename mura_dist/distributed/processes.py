@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.distributed import environment as launcher
+from mura_dist.distributed.spawn import CONTEXT
 
 WATCH_S = 1.0  # how often a rank looks for its launcher
 ORDERLY_S = 15.0  # how long a rank whose launcher is gone may take to save and leave
@@ -28,8 +29,7 @@ def start(count: int, prepare: Callable[..., None] | None = None, *arguments: An
 
     Spawned, not forked: a fork of a process with threads may hang.
     """
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, _begin, (prepare, arguments))
+    return ProcessPoolExecutor(count, CONTEXT, _begin, (prepare, arguments))
 
 
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from mura_dist.core.errors import RunError
 from mura_dist.distributed.processes import end_with_parent
+from mura_dist.distributed.spawn import CONTEXT
 
 Prepare = Callable[..., Callable[[Any], Any]]
 """Called once in each process with what `results` was given; what it returns does one task."""
@@ -172,9 +173,8 @@ class _Guard(threading.Thread):
             self.ears.close()
 
     def _hire(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self.limits.memory_bytes, *self.prepared), daemon=True)
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_work, args=(theirs, self.limits.memory_bytes, *self.prepared), daemon=True)
         process.start()
         theirs.close()
         worker = _Worker(process, ours)
