@@ -86,7 +86,7 @@ def evaluate(
     from rich.console import Console
 
     from mura_dist.evaluation.subject import EvaluateOptions, GalleryOptions
-    from mura_dist.metrics.operating_points import operating_point as named
+    from mura_dist.metrics.operating_points import parse_operating_point as named
     from mura_dist.metrics.summary import summary_table
     from mura_dist.models.target import Target
 

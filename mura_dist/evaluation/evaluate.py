@@ -25,7 +25,7 @@ from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration
-from mura_dist.metrics.operating_points import PAPER, Points
+from mura_dist.metrics.operating_points import PAPER, FittedThresholds
 from mura_dist.models.target import Target
 from mura_dist.training import mlflow_process
 from mura_dist.training.metrics_log import read
@@ -76,7 +76,11 @@ def evaluate_target(
         row_scores = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
         if not ranks.is_first:
             return {}
-    points = Points(reason=tune) if isinstance(tune, str) else _fit(weights, shards, row_scores.of_rows(tune), split)
+    points = (
+        FittedThresholds(reason=tune)
+        if isinstance(tune, str)
+        else _fit(weights, shards, row_scores.of_rows(tune), split)
+    )
     seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
     split_scores = SplitScores(row_scores.of_rows(rows), points, seconds, num_scored)
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
@@ -127,7 +131,7 @@ def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:
     return rows
 
 
-def _fit(weights: Weights, shards: Shards, found: Scores, split: str) -> Points:
+def _fit(weights: Weights, shards: Shards, found: Scores, split: str) -> FittedThresholds:
     """Everything that is fitted, on tune's studies alone."""
     notes = []
     if split == "tune":

@@ -23,7 +23,7 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import gallery, prediction_files
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration, classification
-from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, Points, chosen
+from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, FittedThresholds, thresholds_at
 from mura_dist.metrics.summary import curves, measure, subgroups
 from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
@@ -159,10 +159,10 @@ def exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.
     return studies.assign(exposure=studies["study"].map(by_study).astype(np.float64))
 
 
-def _thresholds(studies: pd.DataFrame, points: Points, name: str) -> dict[str, float]:
+def _thresholds(studies: pd.DataFrame, points: FittedThresholds, name: str) -> dict[str, float]:
     """Each study type's. UserError where the operating point was not fitted for one of them."""
     counts = {str(key): int(num) for key, num in studies["study_type"].value_counts().sort_index().items()}
-    return dict.fromkeys(counts, THRESHOLD) if name == PAPER else chosen(points, name, counts)
+    return dict.fromkeys(counts, THRESHOLD) if name == PAPER else thresholds_at(points, name, counts)
 
 
 def _write_tables(

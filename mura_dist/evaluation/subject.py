@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mura_dist.evaluation.saliency import Outputs
-from mura_dist.metrics.operating_points import Points
+from mura_dist.metrics.operating_points import FittedThresholds
 from mura_dist.training.scores import Scores
 
 
@@ -59,6 +59,6 @@ class SplitScores:
     """The scores of a split, and the points fitted for them. `num_scored`: radiographs, with tune's; None: the split's alone."""
 
     scores: Scores
-    points: Points
+    points: FittedThresholds
     seconds: float
     num_scored: int | None = None

@@ -1,8 +1,8 @@
 """Calibration, thresholds and the uncertain band: fitted on the tune split, measured on the reported one. NumPy and pandas only.
 
-    tune studies (label, probability) -> fit -> Points (operating_points.py) -> metrics.json["calibration"], the exported card
-    any studies + Points -> apply -> calibrated_probability, band       in evaluate and in predict, by this one function
-    reported studies + Points -> measured                               -> metrics.json["operating_points"]
+    tune studies (label, probability) -> fit -> FittedThresholds -> metrics.json["calibration"], the exported card
+    any studies + FittedThresholds -> apply -> calibrated_probability, band       in evaluate and in predict, by this one function
+    reported studies + FittedThresholds -> measured                               -> metrics.json["operating_points"]
 
 The weighted loss moves a model's odds by N/A (N normal, A abnormal training radiographs, of the study type or of all), so that
 no one temperature can calibrate it: each study type has a slope and an intercept on the logit of the study's probability.
@@ -21,7 +21,7 @@ import pandas as pd
 from mura_dist.metrics.classification import CELLS, confusion, is_positive, logistic, logit, of_calls, sigmoid
 from mura_dist.metrics.group import rate_counts
 from mura_dist.metrics.intervals import Bootstrap, Clusters, Interval
-from mura_dist.metrics.operating_points import BAND, NAMES, Band, OperatingPoint, Points, TypePoints
+from mura_dist.metrics.operating_points import BAND, NAMES, Band, FittedThresholds, OperatingPoint, StudyTypeThresholds
 
 MIN_OWN = 50  # tune studies of the rarer label, below which a study type is fitted with the pool
 MIN_POOL = 10  # the same of the pool, below which nothing is fitted
@@ -40,7 +40,7 @@ def fit(
     *,
     num_damaged: int = 0,
     notes: Sequence[str] = (),
-) -> Points:
+) -> FittedThresholds:
     """Everything there is to fit, from studies with study_type, patient, label (0 or 1) and probability.
 
     odds_shift: log(N/A) by study type, 0 or missing where the loss was not weighted; study_types: the model's own, which
@@ -52,9 +52,9 @@ def fit(
     facts: dict[str, Any] = {"num_studies": len(own), "num_patients": patient.nunique() or None, **pool.counts()}
     facts |= {"method": METHOD, "num_damaged": num_damaged, "notes": list(notes)}
     if problem := pool.problem():
-        return Points(reason=problem, **facts)
+        return FittedThresholds(reason=problem, **facts)
     found = {str(name): _fit_type(name, own, pool, odds_shift) for name in sorted(study_types)}
-    return Points(fitted_on="tune", by_study_type=found, **facts)
+    return FittedThresholds(fitted_on="tune", by_study_type=found, **facts)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Set:
         return ""
 
 
-def _fit_type(name: str, tune: pd.DataFrame, pool: _Set, odds_shift: Mapping[str, float]) -> TypePoints:
+def _fit_type(name: str, tune: pd.DataFrame, pool: _Set, odds_shift: Mapping[str, float]) -> StudyTypeThresholds:
     own, shift = _Set.of(tune[tune["study_type"] == name], odds_shift), float(odds_shift.get(name, 0.0))
     pooled = own.num_of_rarer < MIN_OWN
     reasons: dict[str, str] = {}
@@ -112,7 +112,7 @@ def _fit_type(name: str, tune: pd.DataFrame, pool: _Set, odds_shift: Mapping[str
     facts["band"] = band = _band(points)
     if isinstance(band, str):
         facts["band"], reasons["band"] = None, band
-    return TypePoints(**facts)
+    return StudyTypeThresholds(**facts)
 
 
 def _line(label: np.ndarray, x: np.ndarray) -> tuple[float, float] | str:
@@ -186,7 +186,7 @@ def _band(points: Mapping[str, OperatingPoint]) -> Band | str:
 # ---- use
 
 
-def apply(points: Points, studies: pd.DataFrame) -> pd.DataFrame:
+def apply(points: FittedThresholds, studies: pd.DataFrame) -> pd.DataFrame:
     """`studies` (study_type, probability) with calibrated_probability, NaN where none was fitted, and band, "" likewise."""
     probability, study_type = studies["probability"].to_numpy(dtype=np.float64), studies["study_type"]
     # study type -> slope, intercept, low, high, NaN where missing; NaN is passed on by each of them
@@ -203,7 +203,7 @@ def apply(points: Points, studies: pd.DataFrame) -> pd.DataFrame:
 _NOTHING = (math.nan,) * 4
 
 
-def _numbers(points: Points, study_type: str) -> tuple[float, ...]:
+def _numbers(points: FittedThresholds, study_type: str) -> tuple[float, ...]:
     one = points.by_study_type[study_type]
     line = (math.nan, math.nan) if one.slope is None or one.intercept is None else (one.slope, one.intercept)
     return (*line, *((math.nan, math.nan) if one.band is None else (one.band.low, one.band.high)))
@@ -212,7 +212,9 @@ def _numbers(points: Points, study_type: str) -> tuple[float, ...]:
 # ---- what they are worth, on studies they were not fitted to
 
 
-def measured(points: Points, studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any] | None:
+def measured(
+    points: FittedThresholds, studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, Any] | None:
     """metrics.json["operating_points"], of studies with label, patient and the columns of `apply`; None where nothing was fitted.
 
     {"fitted_on": "tune", "left_out": {study type for which nothing was fitted: its studies}, "overall": G, "by_study_type":
@@ -239,7 +241,7 @@ def measured(points: Points, studies: pd.DataFrame, *, resamples: int = 2000, se
 
 
 def _measured_group(
-    points: Points, studies: pd.DataFrame, resamples: int, seed: int, study_type: str | None
+    points: FittedThresholds, studies: pd.DataFrame, resamples: int, seed: int, study_type: str | None
 ) -> dict[str, Any]:
     label = studies["label"].to_numpy(dtype=np.int64)
     patient = studies["patient"].astype(object).where(studies["patient"].notna(), "").astype(str)
@@ -307,7 +309,7 @@ class _Part:
         uncertain, right, wrong = map(int, counts)
         return {"share_uncertain": (uncertain, int(counts.sum())), "accuracy_outside": (right, right + wrong)}
 
-    def told(self, place: str, drawn: Bootstrap, points: Points, study_type: str | None) -> dict[str, Any]:
+    def told(self, place: str, drawn: Bootstrap, points: FittedThresholds, study_type: str | None) -> dict[str, Any]:
         """The numbers, their intervals, their reasons."""
         counts, reasons = self.cells.sum(axis=0), dict[str, str]()
         num = int(counts.sum())
@@ -335,7 +337,9 @@ class _Part:
         return entry
 
 
-def _ends(place: str, points: Points, study_type: str | None, reasons: dict[str, str]) -> dict[str, float | None]:
+def _ends(
+    place: str, points: FittedThresholds, study_type: str | None, reasons: dict[str, str]
+) -> dict[str, float | None]:
     """The threshold of an operating point, or low and high of the band; null with their reason."""
     one = points.by_study_type.get(study_type) if study_type is not None else None
     found: dict[str, float | None] = dict.fromkeys(("low", "high") if place == "band" else ("threshold",))

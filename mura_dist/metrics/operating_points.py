@@ -1,6 +1,6 @@
 """What was fitted on the tune split, as data: calibration, thresholds, the uncertain band. It travels with the model.
 
-    calibration.fit -> Points -> metrics.json["calibration"] -> Card.calibration -> calibration.apply in predict and page
+    calibration.fit -> FittedThresholds -> metrics.json["calibration"], Card.calibration -> calibration.apply (predict, page)
 
 Everything is of the study's raw probability, the mean over its views; classification.is_positive calls it.
 """
@@ -47,7 +47,7 @@ class Band(BaseModel):
     high: Share
 
 
-class TypePoints(BaseModel):
+class StudyTypeThresholds(BaseModel):
     """What was fitted for a study type. What is missing has its reason: calibration, band, or an operating point's name."""
 
     model_config = ConfigDict(frozen=True)
@@ -63,7 +63,7 @@ class TypePoints(BaseModel):
     reasons: dict[str, str] = {}
 
 
-class Points(BaseModel):
+class FittedThresholds(BaseModel):
     """All study types'. Without any argument: nothing was fitted, as in a card of before there was calibration."""
 
     model_config = ConfigDict(frozen=True)
@@ -78,7 +78,7 @@ class Points(BaseModel):
     num_abnormal: Count = 0
     num_damaged: Count = 0  # radiographs of tune that could not be read
     notes: list[str] = []
-    by_study_type: dict[str, TypePoints] = {}
+    by_study_type: dict[str, StudyTypeThresholds] = {}
 
     def thresholds(self, name: str) -> dict[str, float]:
         """Those of the operating point `name`, by study type, where it was fitted."""
@@ -97,7 +97,7 @@ class Points(BaseModel):
         return self.reason or f"{study_type} is none of the study types the model was trained on"
 
 
-def operating_point(word: str) -> str:
+def parse_operating_point(word: str) -> str:
     """`word` as NAMES or PAPER has it: `sensitivity=.95` -> `sensitivity=0.95`. UserError where none such is fitted."""
     rate, _, number = word.partition("=")
     try:
@@ -110,7 +110,7 @@ def operating_point(word: str) -> str:
     return name
 
 
-def chosen(points: Points, name: str, study_types: Mapping[str, int]) -> dict[str, float]:
+def thresholds_at(points: FittedThresholds, name: str, study_types: Mapping[str, int]) -> dict[str, float]:
     """The threshold of the fitted operating point `name` for each of `study_types` (with its number of studies).
 
     UserError where one of them has none: a mixture of fitted thresholds and the paper's would be neither.

@@ -16,7 +16,7 @@ from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
-from mura_dist.metrics.operating_points import PAPER, Points, Share
+from mura_dist.metrics.operating_points import PAPER, FittedThresholds, Share
 
 KEY = "mura_dist"
 FORMAT = 1
@@ -107,7 +107,9 @@ class Card(BaseModel):
     study_types: list[str]  # those it was trained on
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; none: no call is made
     operating_point: str = PAPER  # what `thresholds` are of: the paper's 1/2, or one fitted on tune
-    calibration: Points = Points()  # all that was fitted on tune: calibration, operating points, the uncertain band
+    calibration: FittedThresholds = (
+        FittedThresholds()
+    )  # all that was fitted on tune: calibration, operating points, the uncertain band
     metrics: dict[str, Any] = {}  # metrics.json of the reported split, {} where it was not evaluated
     trained_on: TrainedOn
     selected_on: str  # the split that chose the checkpoint

@@ -22,7 +22,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation.evaluate import odds_shift
 from mura_dist.inference.onnx_model import Model
 from mura_dist.metrics import calibration
-from mura_dist.metrics.operating_points import NAMES, STUDIES, Points
+from mura_dist.metrics.operating_points import NAMES, STUDIES, FittedThresholds
 from mura_dist.training.scores import Scores, study_scores
 from mura_dist.training.weights import Weights
 
@@ -113,7 +113,7 @@ def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: di
     shards = Shards.open(halved)
     tune = study_scores(shards, logits(exported, shards, "tune"))
     wanted = calibration.fit(tune, {}, sorted(tune["study_type"].unique()))
-    found = Points.model_validate(measured["calibration"])
+    found = FittedThresholds.model_validate(measured["calibration"])
     assert (found.num_studies, found.num_patients) == (len(tune), tune["patient"].nunique())
     assert found.fitted_on == "tune"
     assert found.notes == []
@@ -196,7 +196,7 @@ def test_another_operating_point(untrained: Path, halved: Path, phantoms: Path, 
     shutil.copytree(untrained, folder)
     word = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
     found = evaluated(folder, halved, folder, *word)
-    points = Points.model_validate(found["calibration"])
+    points = FittedThresholds.model_validate(found["calibration"])
     cut = points.thresholds("specificity=0.9")
     assert (found["operating_point"], found["threshold"]) == ("specificity=0.9", None)
     assert found["thresholds"] == {name: cut[name] for name in found["by_study_type"]}

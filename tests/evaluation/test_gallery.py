@@ -24,7 +24,7 @@ from mura_dist.data.mura import TERMS, in_words
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import gallery, gallery_page, gallery_picture, gallery_studies, results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
-from mura_dist.metrics.operating_points import Points
+from mura_dist.metrics.operating_points import FittedThresholds
 from mura_dist.reports import heatmap
 from mura_dist.training.scores import Scores, study_scores
 
@@ -607,7 +607,7 @@ def test_the_radiographs_of_an_evaluation_are_its_owners_alone(
     """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
     rows = opened.rows("valid")
     logit, _ = saliency.look(sees, np.stack([opened.pixels(row) for row in rows]))
-    scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), Points(), 1.0), os.umask(0o022)
+    scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0), os.umask(0o022)
     try:
         options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)
         monkeypatch.setattr(gallery_page, "CARDS", 3)  # several pages

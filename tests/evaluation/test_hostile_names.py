@@ -11,7 +11,7 @@ from helpers.markup import check_names_are_text, renamed_shards
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
-from mura_dist.metrics.operating_points import Points
+from mura_dist.metrics.operating_points import FittedThresholds
 from mura_dist.training.scores import Scores
 
 
@@ -51,7 +51,7 @@ def test_no_name_is_markup_in_a_report_and_a_gallery(shard_folder: Path, tmp_pat
         shards = Shards.open(renamed_shards(shard_folder, out / "shards", rename))
         rows = shards.rows("train")
         logit = sees(np.stack([shards.pixels(row) for row in rows])[:, None])[0]
-        scores = SplitScores(Scores(rows, logit, np.array([], np.int64)), Points(), 1.0)
+        scores = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0)
         options = EvaluateOptions(out, "train", gallery=GalleryOptions(num_studies=8, num_sampled=8))
         results.write(shards, subject(rename), scores, options)
         return [out / "report.html", out / "gallery.html", *sorted((out / "pictures").glob("*.svg"))]

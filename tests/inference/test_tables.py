@@ -22,7 +22,7 @@ from mura_dist.evaluation import prediction_files
 from mura_dist.inference import tables
 from mura_dist.inference.tables import Part
 from mura_dist.metrics import classification
-from mura_dist.metrics.operating_points import Band, Points, TypePoints
+from mura_dist.metrics.operating_points import Band, FittedThresholds, StudyTypeThresholds
 from mura_dist.models.card import Card
 
 
@@ -44,12 +44,12 @@ def test_a_call_is_strict(tmp_path: Path) -> None:
 
 
 FACTS = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
-HAND = TypePoints(**FACTS, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
+HAND = StudyTypeThresholds(**FACTS, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
 
 
 def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
-    wrist = TypePoints(**FACTS, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
-    points = Points(fitted_on="tune", by_study_type={"XR_HAND": HAND, "XR_WRIST": wrist})
+    wrist = StudyTypeThresholds(**FACTS, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
+    points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND, "XR_WRIST": wrist})
     logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
     views = [
         [f"{kind}{place}"] * 2 + [kind, logit, "ok"]
@@ -88,7 +88,7 @@ def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path
 
 def test_a_model_of_drawings_makes_no_call_and_no_band(tmp_path: Path) -> None:
     parts: list[Part] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
-    points = Points(fitted_on="tune", by_study_type={"XR_HAND": HAND})
+    points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND})
     found = {}
     for kind in ("phantoms", "radiographs"):
         card = card_of(kind=kind).model_copy(update={"calibration": points})
@@ -147,13 +147,13 @@ def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format
     exact = classification.sigmoid(logits)
     near = np.array([np.nextafter(exact[i], exact[i] + i % 3 - 1) for i in range(len(exact))])  # below, at, above
     points = {
-        f"type {i}": TypePoints(**FACTS, band=Band(low=cut, high=min(1, cut + 1e-9)))
+        f"type {i}": StudyTypeThresholds(**FACTS, band=Band(low=cut, high=min(1, cut + 1e-9)))
         for i, cut in enumerate(near.tolist())
     }
     card = card_of().model_copy(
         update={
             "thresholds": {f"type {i}": cut for i, cut in enumerate(near.tolist())},
-            "calibration": Points(fitted_on="tune", by_study_type=points),
+            "calibration": FittedThresholds(fitted_on="tune", by_study_type=points),
         }
     )
     tables.write(tmp_path, lambda: [{"predictions": rows, "failures": []}], card, format, tmp_path / "aside")

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from mura_dist.core.errors import UserError
 from mura_dist.metrics import calibration, operating_points
 from mura_dist.metrics.classification import calibration_slope, logit, sigmoid
-from mura_dist.metrics.operating_points import BAND, NAMES, Points
+from mura_dist.metrics.operating_points import BAND, NAMES, FittedThresholds
 from mura_dist.metrics.summary import measure
 
 SHIFT = {"XR_HAND": 1.0, "XR_HUMERUS": 0.2, "XR_WRIST": -0.5}
@@ -124,7 +124,7 @@ def test_separated_studies_have_a_finite_fit() -> None:
     one = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
     assert one.slope is not None
     assert 0 < one.slope < 1
-    table = calibration.apply(Points(fitted_on="tune", by_study_type={"XR_HAND": one}), tune)
+    table = calibration.apply(FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": one}), tune)
     wanted = np.where(label == 1, 61 / 62, 1 / 62)
     np.testing.assert_allclose(table["calibrated_probability"], wanted, atol=1e-6)
 
@@ -320,7 +320,7 @@ def test_its_intervals_are_those_of_measure() -> None:
 
 def test_nothing_measured_without_points() -> None:
     valid = simulated({"XR_HAND": 100})
-    assert calibration.measured(Points(), calibration.apply(Points(), valid)) is None
+    assert calibration.measured(FittedThresholds(), calibration.apply(FittedThresholds(), valid)) is None
     found = calibration.fit(valid, SHIFT, ["XR_HAND"])
     assert calibration.measured(found, calibration.apply(found, valid[:0])) is None
 
@@ -341,10 +341,10 @@ def test_one_class_has_reasons() -> None:
 
 def test_points_travel() -> None:
     found = calibration.fit(simulated({"XR_HAND": 300, "XR_HUMERUS": 40}), SHIFT, list(SHIFT), notes=["a note"])
-    assert Points.model_validate_json(json.dumps(found.model_dump(mode="json"), allow_nan=False)) == found
-    assert Points.model_validate({}) == Points()
+    assert FittedThresholds.model_validate_json(json.dumps(found.model_dump(mode="json"), allow_nan=False)) == found
+    assert FittedThresholds.model_validate({}) == FittedThresholds()
     with pytest.raises(ValidationError):
-        Points.model_validate({"by_study_type": {"XR_HAND": {"slope": "steep"}}})
+        FittedThresholds.model_validate({"by_study_type": {"XR_HAND": {"slope": "steep"}}})
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_points_travel() -> None:
     [("paper", "paper"), ("sensitivity=.95", "sensitivity=0.95"), ("specificity=0.80", "specificity=0.8")],
 )
 def test_names_of_operating_points(word: str, name: str) -> None:
-    assert operating_points.operating_point(word) == name
+    assert operating_points.parse_operating_point(word) == name
 
 
 @pytest.mark.parametrize(
@@ -360,13 +360,13 @@ def test_names_of_operating_points(word: str, name: str) -> None:
 )
 def test_unknown_operating_points(word: str) -> None:
     with pytest.raises(UserError, match=r"--operating-point .*paper, sensitivity=W .* 0\.8, 0\.9, 0\.95, 0\.98"):
-        operating_points.operating_point(word)
+        operating_points.parse_operating_point(word)
 
 
 def test_an_operating_point_is_for_all_study_types_or_none() -> None:
     found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
-    assert list(operating_points.chosen(found, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
+    assert list(operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
     with pytest.raises(
         UserError, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies here\): XR_FOOT is none of.*paper"
     ):
-        operating_points.chosen(found, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})
+        operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})

@@ -32,7 +32,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import Model
-from mura_dist.metrics.operating_points import PAPER, Points
+from mura_dist.metrics.operating_points import PAPER, FittedThresholds
 from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
@@ -164,7 +164,7 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
         study_types=data["study_types"],
         thresholds={key: cuts[key] for key, found in by_type.items() if found["kappa"] is not None},
         operating_point=measured.get("operating_point", PAPER),
-        calibration=Points.model_validate(measured.get("calibration") or {}),
+        calibration=FittedThresholds.model_validate(measured.get("calibration") or {}),
         metrics=measured,
         trained_on=TrainedOn(
             kind=data["holds"],

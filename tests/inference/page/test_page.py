@@ -42,7 +42,7 @@ from mura_dist.inference.page import examples, failures, privacy, study, wording
 from mura_dist.inference.page.study_input import title
 from mura_dist.metrics import summary
 from mura_dist.metrics.classification import sigmoid
-from mura_dist.metrics.operating_points import Band, Points, TypePoints
+from mura_dist.metrics.operating_points import Band, FittedThresholds, StudyTypeThresholds
 from mura_dist.models.card import Card, Change, TrainedOn
 
 SIDE = 128  # a map of 4 x 4 cells
@@ -71,8 +71,8 @@ def told(probability: float, kind: str = "radiographs", num_studies: int = 300) 
         "measured_on": kind,
     }
 
-    def points(band: Band) -> TypePoints:
-        return TypePoints(
+    def points(band: Band) -> StudyTypeThresholds:
+        return StudyTypeThresholds(
             num_normal=99, num_abnormal=99, pooled=False, odds_shift=0.0, slope=1.0, intercept=0.5, band=band
         )
 
@@ -83,7 +83,9 @@ def told(probability: float, kind: str = "radiographs", num_studies: int = 300) 
             "study_types": ["XR_ELBOW", "XR_FINGER", "XR_HAND", "XR_WRIST"],
             "thresholds": thresholds,
             "metrics": measured,
-            "calibration": Points(fitted_on="tune", by_study_type={name: points(band) for name, band in bands.items()}),
+            "calibration": FittedThresholds(
+                fitted_on="tune", by_study_type={name: points(band) for name, band in bands.items()}
+            ),
             "trained_on": TrainedOn(kind=kind, manifest_sha256="0" * 64, num_radiographs=9),
         }
     )
