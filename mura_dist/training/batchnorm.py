@@ -35,17 +35,17 @@ class RunningStatistics:
         """After a micro-batch's forward."""
         torch._foreach_add_(self._sums, self._buffers)
 
-    def move(self, mean: Tensor) -> None:
+    def update(self, mean: Tensor) -> None:
         """`mean`: over all micro-batches of the global batch."""
         self.values.lerp_(mean, MOMENTUM)
         self.moves += 1
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Before the next step. The buffers too: a module adds 0 times what was there, which is NaN where that is NaN."""
         self.sum.zero_()
         torch._foreach_zero_(self._buffers)
 
-    def show(self, values: Tensor) -> None:
+    def load_into_model(self, values: Tensor) -> None:
         """Put `values` where the modules look for them: before evaluation and before a checkpoint."""
         torch._foreach_copy_(self._buffers, self.views(values))
         for norm in self._norms:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 
 Network = Callable[[Tensor], Tensor]  # image (B, 1, S, S) uint8 -> logit (B,) float32
 
@@ -43,7 +43,7 @@ class CheckedNetwork:
     """A network in the execution that `make` returns for a micro-batch's shape, or eager."""
 
     def __init__(
-        self, eager: Network, make: Callable[[Tensor], Network], flat: Flat, step: str, *, is_half: bool
+        self, eager: Network, make: Callable[[Tensor], Network], flat: FlatParameters, step: str, *, is_half: bool
     ) -> None:
         """`make` is given the first micro-batch of a shape; `step` is what messages call it; `flat`: the network's parameters."""
         self._eager, self._make, self._flat, self._step = eager, make, flat, step

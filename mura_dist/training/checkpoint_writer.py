@@ -19,7 +19,7 @@ from mura_dist.distributed.process_group import World
 from mura_dist.reports import training_curves
 from mura_dist.training import checkpoint
 from mura_dist.training.engine import Engine
-from mura_dist.training.metrics_log import Journal
+from mura_dist.training.metrics_log import MetricsLogger
 from mura_dist.training.plan import Plan
 from mura_dist.training.run import Run
 from mura_dist.training.state import State
@@ -27,19 +27,19 @@ from mura_dist.training.state import State
 _DRAW_EVERY_S = 5.0
 
 
-class Beside:
+class BackgroundWriter:
     """Does one piece of work after another in a thread of its own; what fails there is raised by the next call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
-    def do(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], None]) -> None:
         """Waits for the piece before."""
-        self.wait()
+        self.flush()
         self._last = self._pool.submit(work)
 
-    def wait(self) -> None:
+    def flush(self) -> None:
         """Until all is done; raises what the last piece raised."""
         last, self._last = self._last, None
         if last is not None:
@@ -53,9 +53,9 @@ class Beside:
 class CheckpointWriter:
     """The checkpoints of one run, from all ranks to the first rank's disk."""
 
-    def __init__(self, run: Run, plan: Plan, engine: Engine, journal: Journal, ranks: World) -> None:
-        self.run, self.plan, self.engine, self.journal, self.ranks = run, plan, engine, journal, ranks
-        self._beside = Beside()
+    def __init__(self, run: Run, plan: Plan, engine: Engine, metrics_logger: MetricsLogger, ranks: World) -> None:
+        self.run, self.plan, self.engine, self.metrics_logger, self.ranks = run, plan, engine, metrics_logger, ranks
+        self._background = BackgroundWriter()
         self._drawn = -math.inf  # when curves.png last was
 
     def save(self, state: State, *, picture: bool = False) -> None:
@@ -65,7 +65,7 @@ class CheckpointWriter:
         saved = {**state.to_json(), "zero_stage": stage, "world_size": ranks.size}
         if stage:
             if ranks.is_first:
-                self._beside.wait()
+                self._background.flush()
                 checkpoint.begin(parent, step)
             ranks.barrier()
             share = checkpoint.to_cpu(self.engine.optimizer_state.tensors())
@@ -78,11 +78,11 @@ class CheckpointWriter:
             else:
                 optimizer = checkpoint.to_cpu(self.engine.optimizer_state.tensors())
                 write = partial(checkpoint.write, parent, saved, files, optimizer)
-            self._beside.do(partial(self._write, write, step, picture))
+            self._background.submit(partial(self._write, write, step, picture))
 
     def _write(self, write: Callable[[], Any], step: int, picture: bool) -> None:
         settings = self.plan.settings
-        self.journal.sync()
+        self.metrics_logger.sync()
         write()
         checkpoint.prune(self.run.checkpoints, settings.keep_checkpoints, settings.keep_best)
         self.run.write_status("running", step=step, num_steps=self.plan.num_steps)
@@ -91,7 +91,7 @@ class CheckpointWriter:
             self._draw()
 
     def _files(self) -> dict[str, checkpoint.Tensors]:
-        with self.engine.offered() as network:
+        with self.engine.eval_weights() as network:
             files = {"model": checkpoint.to_cpu(network.state_dict())}
         rest = checkpoint.to_cpu(self.engine.state())
         return files | ({"training": rest} if rest else {})
@@ -113,16 +113,16 @@ class CheckpointWriter:
     def draw(self) -> None:
         """Refresh curves.png, on the first rank, beside what follows."""
         if self.ranks.is_first:
-            self._beside.do(self._draw)
+            self._background.submit(self._draw)
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        self.journal.draw(training_curves.draw)
+        self.metrics_logger.draw(training_curves.draw)
 
     def flush(self) -> None:
         """Wait until all is on the disk; raises what the last piece raised."""
-        self._beside.wait()
+        self._background.flush()
 
     def close(self) -> None:
         """End the thread when its piece is done, whatever became of it."""
-        self._beside.close()
+        self._background.close()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass
-class Average:
+class WeightAverage:
     """`weights` (n,), flat_parameters.py's layout; `statistics` (sum of 2 x channels,), batchnorm.py's; `updates` so far."""
 
     decay: float

@@ -30,8 +30,8 @@ from mura_dist.distributed.process_group import World, limit
 from mura_dist.training import deepspeed_config, execution, micro_batch
 from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.checked_network import Network
-from mura_dist.training.ema import Average
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.ema import WeightAverage
+from mura_dist.training.flat_parameters import FlatParameters
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.optimizer_state import OptimizerState
 
@@ -94,10 +94,10 @@ class Engine:
         self.settings, self.world = settings, world
         self.num_micros = settings.global_batch // settings.micro_batch
         self.model = model.to(world.device)
-        self.flat = Flat(self.model, channels_last=settings.channels_last)
+        self.flat = FlatParameters(self.model, channels_last=settings.channels_last)
         self.statistics = RunningStatistics(self.model)
         self.average = (
-            Average(settings.ema, self.flat.weights.detach().clone(), self.statistics.values.clone())
+            WeightAverage(settings.ema, self.flat.weights.detach().clone(), self.statistics.values.clone())
             if settings.ema
             else None
         )
@@ -146,7 +146,7 @@ class Engine:
     def _begin(self) -> None:
         self.flat.attach()  # DeepSpeed lets go of gradients after a step
         self.flat.gradient.zero_()
-        self.statistics.forget()
+        self.statistics.reset()
         self._engine.set_gradient_accumulation_boundary(False)
 
     def _accumulate(self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]) -> _Forwarded:
@@ -221,7 +221,7 @@ class Engine:
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / norm)
         self._engine.step()
-        self.statistics.move(mean)
+        self.statistics.update(mean)
         if self.average is not None:
             self.average.update(self.flat.weights.detach(), mean)
 
@@ -237,15 +237,15 @@ class Engine:
         return digest, all(bool(vector.isfinite().all()) for vector in vectors)
 
     @contextlib.contextmanager
-    def offered(self) -> Iterator[nn.Module]:
+    def eval_weights(self) -> Iterator[nn.Module]:
         """The model as the run offers it, ready to evaluate or to save: the moving average where there is one."""
         trained = None
         if self.average is None:
-            self.statistics.show(self.statistics.values)
+            self.statistics.load_into_model(self.statistics.values)
         else:
             trained = self.flat.weights.detach().clone()
             self._set(self.average.weights)
-            self.statistics.show(self.average.statistics)
+            self.statistics.load_into_model(self.average.statistics)
         try:
             yield self.model.eval()
         finally:
@@ -282,7 +282,7 @@ def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimiz
     return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
 
-def _deepspeed(module: nn.Module, flat: Flat, settings: Settings, world: World) -> Any:
+def _deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, world: World) -> Any:
     """A DeepSpeedEngine. Imported here, and told so: it is to compile nothing (we use torch's optimisers and collectives)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

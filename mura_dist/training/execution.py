@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from mura_dist.core.config import Settings
 from mura_dist.training.checked_network import CheckedNetwork, Network
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 from mura_dist.training.graph import Recording
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build(model: nn.Module, flat: Flat, settings: Settings) -> Network:
+def build(model: nn.Module, flat: FlatParameters, settings: Settings) -> Network:
     """Return `model` as the settings step, compile and precision execute it.
 
     Args:

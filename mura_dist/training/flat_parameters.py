@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _ALIGNMENT = 16  # float32 numbers
 
 
-class Flat:
+class FlatParameters:
     """`weights` (n,) float32 is the parameter an optimiser is given, `gradient` (n,) its .grad."""
 
     def __init__(self, model: nn.Module, *, channels_last: bool) -> None:

@@ -29,7 +29,7 @@ from mura_dist.metrics.summary import measure
 from mura_dist.training import checkpoint, micro_batch, mlflow_process, schedule, start
 from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
-from mura_dist.training.metrics_log import Journal, Stopwatch, skip_reason
+from mura_dist.training.metrics_log import MetricsLogger, Stopwatch, skip_reason
 from mura_dist.training.plan import Plan
 from mura_dist.training.progress_lines import LINE_EVERY_S, ProgressLines
 from mura_dist.training.run import Run
@@ -95,7 +95,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
         how = {"world_size": ranks.size, "device": str(ranks.device)}
         run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)
         run.write_status("running", step=state.step, num_steps=plan.num_steps)
-    journal = Journal(
+    metrics_logger = MetricsLogger(
         run.folder,
         enabled=ranks.is_first,
         quiet=console.quiet,
@@ -104,19 +104,23 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    sending = mlflow_process.sending(run, journal.log, enabled=ranks.is_first)
-    with journal, sending, contextlib.closing(CheckpointWriter(run, plan, engine, journal, ranks)) as writer:
-        journal.log(start.introduction(plan, ranks, loading, state) + console.note)
+    sending = mlflow_process.sending(run, metrics_logger.log, enabled=ranks.is_first)
+    with (
+        metrics_logger,
+        sending,
+        contextlib.closing(CheckpointWriter(run, plan, engine, metrics_logger, ranks)) as writer,
+    ):
+        metrics_logger.log(start.introduction(plan, ranks, loading, state) + console.note)
         lines = ProgressLines(
-            journal.log,
+            metrics_logger.log,
             start_step=state.step,
             num_steps=plan.num_steps,
             num_epochs=settings.epochs,
-            every_s=math.inf if journal.console.is_terminal else console.line_every_s,  # a terminal has the bar
+            every_s=math.inf if metrics_logger.console.is_terminal else console.line_every_s,  # a terminal has the bar
         )
-        Training(plan, engine, state, loading, journal, lines, ranks, stop, writer).loop()
+        Training(plan, engine, state, loading, metrics_logger, lines, ranks, stop, writer).loop()
         writer.flush()
-        return _summary(run, plan, state, journal)
+        return _summary(run, plan, state, metrics_logger)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class Training:
     engine: Engine
     state: State
     loading: BatchLoader
-    journal: Journal
+    metrics_logger: MetricsLogger
     lines: ProgressLines
     ranks: World
     stop: threading.Event
@@ -149,7 +153,7 @@ class Training:
                 return
             if stopping:
                 self.leave()
-            if within == 0 or state.step == self.journal.start_step:
+            if within == 0 or state.step == self.metrics_logger.start_step:
                 steps = self.steps_of_epoch(epoch, within)
 
             with self.watch("data"):
@@ -198,12 +202,12 @@ class Training:
         state.corrupt_samples += result.num_corrupt
         self.check_corrupt(state.corrupt_samples, self.plan.train, "train")
         if result.applied:
-            state.took(result.loss)
+            state.record_step(result.loss)
         else:
-            state.left_out(empty=not result.has_samples)
+            state.record_skipped_step(empty=not result.has_samples)
             rows = self.rows_of(epoch, within, result.bad_micros)
             what = "samples" if not result.has_samples else "loss" if result.bad_micros else "gradient"
-            self.journal.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
+            self.metrics_logger.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
             if state.skipped_in_row >= settings.skip_limit:
                 lower = "give run=NEW and a lower learning_rate, or clip_norm"
                 raise CollectiveRunError(
@@ -237,9 +241,9 @@ class Training:
         settings, step = self.plan.settings, self.state.step
         self.lines.step(step, epoch=epoch, loss=result.loss, learning_rate=rate, num_images=settings.global_batch)
         if step % settings.log_every == 0:
-            images = settings.global_batch * min(settings.log_every, step - self.journal.start_step)
+            images = settings.global_batch * min(settings.log_every, step - self.metrics_logger.start_step)
             line = {"step": step, "epoch": epoch, "loss": result.loss, "gradient_norm": result.gradient_norm}
-            self.journal.steps({**line, "learning_rate": rate}, images=images, watch=self.watch)
+            self.metrics_logger.steps({**line, "learning_rate": rate}, images=images, watch=self.watch)
 
     def evaluate(self, epoch: int) -> bool:
         """Score the selecting split, tell `state`, log a line; False where a wish to stop came first, and nothing was done."""
@@ -250,9 +254,9 @@ class Training:
             return self.stop.is_set()
 
         self.lines.begin_evaluation()
-        bar = self.journal.evaluating(settings.select_on, len(self.plan.select))
+        bar = self.metrics_logger.evaluating(settings.select_on, len(self.plan.select))
         try:
-            with self.watch("evaluation"), self.engine.offered() as network, bar as progress:
+            with self.watch("evaluation"), self.engine.eval_weights() as network, bar as progress:
                 results = scores(
                     network, self.plan.select, self.loading, self.ranks, asked=should_stop, progress=progress
                 )
@@ -272,8 +276,10 @@ class Training:
         line["learning_rate"] = schedule.learning_rate(settings, state.plateau, state.step)
         line |= {"skipped_steps": state.skipped_steps, "damaged_samples": len(state.damaged)}
         if strange:
-            self.journal.log(f"{strange} of {len(results.rows)} logits are not finite: this evaluation decides nothing")
-        self.journal.epoch(line, self.watch)
+            self.metrics_logger.log(
+                f"{strange} of {len(results.rows)} logits are not finite: this evaluation decides nothing"
+            )
+        self.metrics_logger.epoch(line, self.watch)
         self.lines.end_evaluation()
         return True
 
@@ -296,9 +302,9 @@ def read_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], str]:
         return [], str(error)
 
 
-def _summary(run: Run, plan: Plan, state: State, journal: Journal) -> dict[str, Any]:
-    chosen = checkpoint.best(checkpoint.folders(run.checkpoints)) if journal.enabled else None
-    epochs = [line for line in journal.lines() if line["kind"] == "epoch"]
+def _summary(run: Run, plan: Plan, state: State, metrics_logger: MetricsLogger) -> dict[str, Any]:
+    chosen = checkpoint.best(checkpoint.folders(run.checkpoints)) if metrics_logger.enabled else None
+    epochs = [line for line in metrics_logger.lines() if line["kind"] == "epoch"]
     return {
         "run": str(run.folder),
         "step": state.step,

@@ -84,7 +84,7 @@ def parse(text: str) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-class Journal:
+class MetricsLogger:
     """Writes into `folder` from `start_step` on; what an earlier start wrote beyond that step, or beyond the last evaluation
     its checkpoint knows of, is cut away."""
 

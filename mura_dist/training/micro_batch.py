@@ -16,7 +16,7 @@ from mura_dist.core.errors import CollectiveRunError, UserError, is_out_of_memor
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 from mura_dist.training.loss import weighted_bce
 
 _ON_CPU = 8  # micro_batch=auto there
@@ -80,7 +80,7 @@ def _fits(settings: Settings, size: int, number: int, world: World, num_resident
     device = world.device
     try:
         model = build(settings.architecture).to(device).train()
-        flat = Flat(model, channels_last=settings.channels_last)
+        flat = FlatParameters(model, channels_last=settings.channels_last)
         beside = torch.zeros(3 * flat.weights.numel(), device=device)  # Adam's two moments, a copy while one saves
         # A tenth of the device: of NCCL, of batches on their way, and because the allocator's blocks never fit exactly.
         margin = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0

@@ -52,14 +52,14 @@ class State:
             "select_loss": self.select_loss if self.evaluated_step == self.step else None,
         }
 
-    def took(self, loss: float) -> None:
+    def record_step(self, loss: float) -> None:
         """A step was taken."""
         self.step += 1
         self.train_loss_sum += loss
         self.taken_steps += 1
         self.skipped_in_row = 0
 
-    def left_out(self, *, empty: bool = False) -> None:
+    def record_skipped_step(self, *, empty: bool = False) -> None:
         """A step was not: while an fp16 scale may be what is wrong it is not held against the run. `empty`: it had no sample."""
         self.step += 1
         self.skipped_steps += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mura_dist.core.errors import UserError
 from mura_dist.training import checkpoint
-from mura_dist.training.checkpoint_writer import Beside
+from mura_dist.training.checkpoint_writer import BackgroundWriter
 
 
 def write(parent: Path, step: int, loss: float | None = None) -> Path:
@@ -157,17 +157,17 @@ def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
 
 
 def test_what_fails_beside_is_raised_later(tmp_path: Path) -> None:
-    beside = Beside()
+    writer = BackgroundWriter()
     done: list[int] = []
 
     def fail() -> None:
         raise OSError("the disk is full")
 
-    beside.do(lambda: done.append(1))
-    beside.do(fail)
+    writer.submit(lambda: done.append(1))
+    writer.submit(fail)
     with pytest.raises(OSError, match="disk is full"):
-        beside.do(lambda: done.append(2))
-    beside.do(lambda: done.append(3))
-    beside.wait()
-    beside.close()
+        writer.submit(lambda: done.append(2))
+    writer.submit(lambda: done.append(3))
+    writer.flush()
+    writer.close()
     assert done == [1, 3]

@@ -17,9 +17,9 @@ from mura_dist.models.densenet import DenseNet, build
 from mura_dist.training import engine as room
 from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.checked_network import CheckedNetwork
-from mura_dist.training.ema import Average
+from mura_dist.training.ema import WeightAverage
 from mura_dist.training.engine import Engine
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 
 
 def by_hand(model: DenseNet, step: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
@@ -40,7 +40,7 @@ def weights_of(model: torch.nn.Module) -> Tensor:
 
 
 def everything(engine: Engine) -> dict[str, Tensor]:
-    with engine.offered() as model:
+    with engine.eval_weights() as model:
         found = {key: value.clone() for key, value in model.state_dict().items()}
     return (
         found
@@ -97,7 +97,7 @@ def spoil_stem(calls: list[int], module: torch.nn.Module, given: object, output:
 
 
 def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
-    """BatchNorm's own buffers forget as well: (1 - momentum) times NaN would stay for good."""
+    """BatchNorm's own buffers reset as well: (1 - momentum) times NaN would stay for good."""
     engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
     for engine in engines:
         engine.step(batches(1), 1e-2)
@@ -226,19 +226,19 @@ def test_the_moving_average_is_what_is_offered(alone: World) -> None:
         averaged = averaged + share * (weights_of(engine.model) - averaged)
     trained = weights_of(engine.model)
     assert torch.equal(trained, weights_of(plain.model)), "averaging does not change training"
-    with engine.offered() as model:
+    with engine.eval_weights() as model:
         assert not model.training
         torch.testing.assert_close(weights_of(model), averaged, rtol=1e-5, atol=1e-6)
-        offered = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+        eval_weights = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
     assert torch.equal(weights_of(engine.model), trained)
     assert not torch.allclose(averaged, trained)
-    with plain.offered() as model:
-        moved = [key for key in offered if not torch.allclose(offered[key], model.state_dict()[key])]
-    assert len(moved) > len(offered) / 2, "its statistics are its own"
+    with plain.eval_weights() as model:
+        moved = [key for key in eval_weights if not torch.allclose(eval_weights[key], model.state_dict()[key])]
+    assert len(moved) > len(eval_weights) / 2, "its statistics are its own"
 
 
 def test_the_average_forgets_the_start() -> None:
-    average = Average(0.999, torch.zeros(1), torch.zeros(1))
+    average = WeightAverage(0.999, torch.zeros(1), torch.zeros(1))
     shares = []
     for _ in range(3):
         before = average.weights.item()
@@ -287,7 +287,7 @@ def test_compiled_is_near_eager(alone: World) -> None:
 def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
     model = build("tiny", seed=6)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    flat = Flat(model, channels_last=channels_last)
+    flat = FlatParameters(model, channels_last=channels_last)
     assert same({key: value.clone() for key, value in model.state_dict().items()}, before)
     number = sum(parameter.numel() for parameter in model.parameters())
     assert int((flat.weights != 0).sum()) <= number <= flat.weights.numel()
@@ -317,13 +317,13 @@ def test_running_statistics_move_once_a_step_by_the_mean() -> None:
     for image in images:
         model(image)
         statistics.collect()
-    statistics.move(statistics.sum / 3)
-    statistics.show(statistics.values)
+    statistics.update(statistics.sum / 3)
+    statistics.load_into_model(statistics.values)
     torch.testing.assert_close(norm.running_mean, 0.1 * torch.stack(means).mean(0).detach())
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * torch.stack(variances).mean(0).detach())
     assert not torch.equal(before, statistics.values)
     assert norm.num_batches_tracked == 1
-    statistics.forget()
+    statistics.reset()
     assert not statistics.sum.any()
 
 

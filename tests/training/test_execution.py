@@ -16,7 +16,7 @@ from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training.checked_network import CheckedNetwork
 from mura_dist.training.engine import Engine
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 from mura_dist.training.graph import Recording
 
 
@@ -93,7 +93,7 @@ def test_the_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: p
 
 
 def test_weights_are_attached_where_they_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    flat, num_calls = Flat(build("tiny"), channels_last=True), 0
+    flat, num_calls = FlatParameters(build("tiny"), channels_last=True), 0
     views = flat.views
 
     def counted(vector: Tensor) -> list[Tensor]:
@@ -124,7 +124,7 @@ def test_a_recorded_network_is_the_network(
         assert results[0] == results[1]
         assert results[0].applied
         for engine in engines:
-            with engine.offered() as model, torch.no_grad():
+            with engine.eval_weights() as model, torch.no_grad():
                 model(batches(9)[0].image)
     assert engines[0].fingerprint() == engines[1].fingerprint()
     assert torch.equal(engines[0].statistics.values, engines[1].statistics.values)
@@ -195,7 +195,7 @@ def test_out_of_memory_while_recording_is_told_as_in_any_step(alone: World) -> N
 def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> None:
     """ZeRO may move the weights: a graph would still read the old place."""
     model = build("tiny", seed=3).train()
-    flat = Flat(model, channels_last=True)
+    flat = FlatParameters(model, channels_last=True)
     shapes: list[torch.Size] = []
 
     def network(image: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from helpers.commands import NO_GPU, TINY, run, warm_python
 
 from mura_dist.data import mura
 from mura_dist.training import metrics_log
-from mura_dist.training.metrics_log import Journal, Stopwatch
+from mura_dist.training.metrics_log import MetricsLogger, Stopwatch
 
 TRAIN_DRAWING_EACH_UPDATE = """
 import functools, sys
@@ -82,10 +82,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def bars(journal: Journal) -> list[str]:
+def bars(metrics_logger: MetricsLogger) -> list[str]:
     """The lines of the bars as they stand, without the bars themselves."""
-    with journal.console.capture() as capture:
-        journal.console.print(journal.progress.get_renderable())
+    with metrics_logger.console.capture() as capture:
+        metrics_logger.console.print(metrics_logger.progress.get_renderable())
     text = CONTROL.sub("", capture.get())
     return [" ".join(re.sub(r"[━╸╺]+", "", line).split()) for line in text.splitlines() if line.strip()]
 
@@ -94,7 +94,7 @@ def bars(journal: Journal) -> list[str]:
 def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: None) -> None:
     """No step where there are none, no loss before the first; a bar of its own for an evaluation, while that runs."""
     start = min(20, num_steps)
-    journal = Journal(
+    metrics_logger = MetricsLogger(
         tmp_path,
         enabled=True,
         quiet=False,
@@ -104,19 +104,19 @@ def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: Non
         num_steps=num_steps,
     )
     training = [f"training step {start}/{num_steps}"] if num_steps else []
-    assert bars(journal) == training
-    with contextlib.suppress(KeyboardInterrupt), journal.evaluating("tune", 100) as update:
-        assert bars(journal) == [*training, "evaluating tune 0/100 radiographs"]
+    assert bars(metrics_logger) == training
+    with contextlib.suppress(KeyboardInterrupt), metrics_logger.evaluating("tune", 100) as update:
+        assert bars(metrics_logger) == [*training, "evaluating tune 0/100 radiographs"]
         for done in (8, 64, 100):
             update(done, 100)
-            assert bars(journal) == [*training, f"evaluating tune {done}/100 radiographs"]
+            assert bars(metrics_logger) == [*training, f"evaluating tune {done}/100 radiographs"]
         raise KeyboardInterrupt
-    assert bars(journal) == training
+    assert bars(metrics_logger) == training
     if num_steps:
         watch = Stopwatch()
         watch.seconds |= {"data": 1.0, "step": 9.0}
-        journal.steps({"step": 30, "epoch": 2, "loss": 0.25}, images=80, watch=watch)
-        [line] = bars(journal)
+        metrics_logger.steps({"step": 30, "epoch": 2, "loss": 0.25}, images=80, watch=watch)
+        [line] = bars(metrics_logger)
         assert re.fullmatch(r"epoch 2 step 30/500 loss 0\.2500 8\.0 images/s data wait 10\.0% \d:\d\d:\d\d left", line)
 
 
@@ -124,11 +124,11 @@ def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: Non
 def test_another_rank_and_a_quiet_training_have_no_bar(
     tmp_path: Path, enabled: bool, quiet: bool, terminal: None
 ) -> None:
-    journal = Journal(
+    metrics_logger = MetricsLogger(
         tmp_path, enabled=enabled, quiet=quiet, tensorboard=False, start_step=0, evaluated_step=0, num_steps=9
     )
     stderr = sys.stderr
-    with journal, journal.evaluating("tune", 100) as update:
+    with metrics_logger, metrics_logger.evaluating("tune", 100) as update:
         update(1, 100)
         assert sys.stderr is stderr  # a bar redirects it, and a console that prints nothing would lose it
 
@@ -147,7 +147,7 @@ def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_pat
 @pytest.mark.parametrize("step_s", [0.1, 35.0])
 def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step_s: float) -> None:
     how = {"enabled": True, "quiet": True, "tensorboard": False}
-    told = Journal(tmp_path, start_step=20, evaluated_step=20, num_steps=500, **how)
+    told = MetricsLogger(tmp_path, start_step=20, evaluated_step=20, num_steps=500, **how)
     for step in (30, 40):
         told.started = time.perf_counter() - step_s * (step - 20)
         watch = Stopwatch()
@@ -174,11 +174,11 @@ def test_without_tensorboard_a_line_says_so_once(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     how = {"enabled": True, "quiet": False, "start_step": 0, "evaluated_step": -1, "num_steps": 2}
-    with Journal(tmp_path, **how, tensorboard=True) as journal:
+    with MetricsLogger(tmp_path, **how, tensorboard=True) as metrics_logger:
         watch = Stopwatch()
         for step in (1, 2):
             watch.seconds |= {"data": 0.0, "step": 1.0}
-            journal.steps({"step": step, "epoch": 0, "loss": 1.0}, images=8, watch=watch)
+            metrics_logger.steps({"step": step, "epoch": 0, "loss": 1.0}, images=8, watch=watch)
     reason = str(error).partition("\n")[0]
     assert capsys.readouterr().err == f"no TensorBoard events are written: {reason}; metrics.jsonl has everything\n"
     assert len(metrics_log.read(tmp_path / "metrics.jsonl")) == 2

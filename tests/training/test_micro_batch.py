@@ -12,7 +12,7 @@ from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
 from mura_dist.training import execution, micro_batch
 from mura_dist.training.engine import Engine
-from mura_dist.training.flat_parameters import Flat
+from mura_dist.training.flat_parameters import FlatParameters
 
 SIZES = (24, 12, 8, 6, 4, 3, 2)
 
@@ -63,7 +63,7 @@ def test_what_is_tried_is_what_a_step_executes(
     calls: list[tuple[str, str, bool]] = []
     build_network = execution.build
 
-    def spied(model: nn.Module, flat: Flat, settings: config.Settings) -> execution.Network:
+    def spied(model: nn.Module, flat: FlatParameters, settings: config.Settings) -> execution.Network:
         in_order = model.features.conv0.weight.is_contiguous(memory_format=torch.channels_last)
         calls.append((settings.precision, settings.step, in_order))
         return build_network(model, flat, settings)

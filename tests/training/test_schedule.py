@@ -67,10 +67,10 @@ def test_an_overflow_is_held_against_a_run_only_where_the_scale_cannot_shrink() 
     state = State(loss_scale=LossScale(4.0))
     for value, in_row in ((4.0, 0), (2.0, 0), (1.0, 1), (1.0, 2)):
         state.loss_scale = LossScale(value)
-        state.left_out()
+        state.record_skipped_step()
         assert state.skipped_in_row == in_row
     assert (state.skipped_steps, state.step) == (4, 4)
-    state.took(0.5)
+    state.record_step(0.5)
     assert (state.skipped_in_row, state.train_loss_sum, state.taken_steps) == (0, 0.5, 1)
 
 

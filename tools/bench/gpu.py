@@ -229,7 +229,7 @@ class Trainer:
     """A network and its optimizer; `step` gives a training step on any batch."""
 
     def __init__(self, options: StepOptions) -> None:
-        from mura_dist.training.flat_parameters import Flat
+        from mura_dist.training.flat_parameters import FlatParameters
 
         self.options = options
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -237,7 +237,7 @@ class Trainer:
         fused: dict[str, Any] = {"lr": 1e-4, "fused": CUDA or options.flat, "capturable": options.capturable}
         self.zero: Callable[[], object]
         if options.flat:
-            flat = Flat(network, channels_last=options.channels_last)
+            flat = FlatParameters(network, channels_last=options.channels_last)
             self.optimizer, self.zero = torch.optim.Adam([flat.weights], **fused), flat.gradient.zero_
         else:
             self.optimizer = torch.optim.Adam(network.parameters(), **fused)
@@ -469,7 +469,7 @@ def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
         record(f"{what}: recorded", fell_back=engine.network.fell_back)
     host_work: dict[str, Callable[[], object]] = {
         "flat.attach": engine.flat.attach,
-        "statistics.forget": engine.statistics.forget,
+        "statistics.reset": engine.statistics.reset,
     }
     for name, call in host_work.items():
         record(f"{what}: host ms of {name}", ms=min(host_ms(call) for _ in range(10)))

@@ -261,7 +261,7 @@ class _Player:
     def evaluation(self) -> None:
         import torch
 
-        with self.engine.offered() as network, torch.inference_mode():
+        with self.engine.eval_weights() as network, torch.inference_mode():
             network(self.batches[0].image)
 
 

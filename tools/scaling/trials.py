@@ -202,10 +202,10 @@ def sizes(architecture: str) -> tuple[int, int]:
     """Numbers in the flat gradient, and in BatchNorm's statistics."""
     from mura_dist.models import densenet
     from mura_dist.training.batchnorm import RunningStatistics
-    from mura_dist.training.flat_parameters import Flat
+    from mura_dist.training.flat_parameters import FlatParameters
 
     network = densenet.build(architecture)
-    return Flat(network, channels_last=True).weights.numel(), RunningStatistics(network).sum.numel()
+    return FlatParameters(network, channels_last=True).weights.numel(), RunningStatistics(network).sum.numel()
 
 
 def _ms(seconds: Sequence[float]) -> str:
