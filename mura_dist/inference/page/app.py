@@ -11,43 +11,43 @@ import streamlit as st
 
 from mura_dist.data import mura
 from mura_dist.inference.page import style, wording
-from mura_dist.inference.page.result import show_answer, show_downloads, show_threshold
-from mura_dist.inference.page.study import answer
+from mura_dist.inference.page.result import show_downloads, show_result, show_threshold
+from mura_dist.inference.page.study import build_result
 from mura_dist.inference.page.study_input import choose_files, choose_study_type, plain, show_failures
 from mura_dist.reports.html import element
 
 if TYPE_CHECKING:
-    from mura_dist.inference.page.server import Serving
+    from mura_dist.inference.page.server import PageContext
 
 
-def show(serving: "Serving") -> None:
+def show(context: "PageContext") -> None:
     st.set_page_config(page_title="mura_dist: a study", layout="wide")
-    card = serving.desk.card
+    card = context.service.card
     drawings = card.of_drawings
     banner = element("div", wording.DEMO, class_="banner", role="note") if drawings else ""
     terms = element("div", f"{mura.TERMS[0].upper()}{mura.TERMS[1:]}.", class_="terms", role="note")
     st.html(f"{style.sheet(banner=drawings)}{banner}{terms}")
     st.title(wording.TITLE, anchor=False)
     st.html(element("p", wording.PURPOSE, class_="purpose"))
-    files = choose_files(serving)
+    files = choose_files(context)
     show_failures(files)
     good = [file for file in files if file.view is not None]
     if good:
-        study_type = choose_study_type(serving, good)
-        at_hand = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
-        reply = answer(good, study_type, card) if study_type is not None else None
-        show_answer(reply, good, serving, at_hand, len(files) - len(good))
-        if reply is not None:
+        study_type = choose_study_type(context, good)
+        files_key = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
+        result = build_result(good, study_type, card) if study_type is not None else None
+        show_result(result, good, context, files_key, len(files) - len(good))
+        if result is not None:
             left, right = st.columns([5, 6], gap="medium")
             with left:
-                show_threshold(reply, serving, at_hand)
+                show_threshold(result, context, files_key)
             with right:
-                show_downloads(reply, good, serving, at_hand)
-    _about(serving)
+                show_downloads(result, good, context, files_key)
+    _about(context)
 
 
-def _about(serving: "Serving") -> None:
-    card, model = serving.desk.card, serving.desk.model
+def _about(context: "PageContext") -> None:
+    card, model = context.service.card, context.service.model
     kind = "computer drawings" if card.of_drawings else "radiographs"
     facts = {
         "Trained on": f"{card.trained_on.num_radiographs:,} {kind}",

@@ -27,7 +27,7 @@ UNCHANGING = "/static/"  # Streamlit's own files; all else is somebody's
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits of what the guard lets through."""
 
     uploads_bytes: int = 1 << 30  # of all unfinished uploads together; parsing holds each twice for a moment
@@ -36,7 +36,7 @@ class Limits:
     sessions: int = 100
 
 
-DEFAULT = Limits()
+DEFAULT = RequestLimits()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Guard:
         limits: Bytes, seconds and sessions.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, headers: dict[str, str], limits: Limits = DEFAULT) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, headers: dict[str, str], limits: RequestLimits = DEFAULT) -> None:
         self.app, self.hosts, self.headers, self.limits = app, hosts, headers, limits
         self.unfinished_bytes = self.num_sessions = 0
 

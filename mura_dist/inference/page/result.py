@@ -15,7 +15,7 @@ from PIL import Image
 from mura_dist.data import table_names
 from mura_dist.inference import overlays
 from mura_dist.inference.page import style, wording
-from mura_dist.inference.page.study import Answer, File, View
+from mura_dist.inference.page.study import StudyFile, StudyResult, ViewOutput
 from mura_dist.inference.page.study_input import plain
 from mura_dist.metrics.classification import is_positive
 from mura_dist.models.card import Card
@@ -23,24 +23,24 @@ from mura_dist.reports import heatmap, local_only
 from mura_dist.reports.html import Html, element
 
 if TYPE_CHECKING:
-    from mura_dist.inference.page.server import Serving
+    from mura_dist.inference.page.server import PageContext
 
 _LEAST_BAND = 0.16  # of the gauge, that a word has room
 SCALE = "Colours of the activation map: blue lowers the probability, orange raises it, clear has little effect"
 
 
 @st.fragment  # what moves in here draws this part anew, and nothing else
-def show_answer(
-    reply: Answer | None, files: Sequence[File], serving: "Serving", at_hand: str, num_left_out: int
+def show_result(
+    result: StudyResult | None, files: Sequence[StudyFile], context: "PageContext", files_key: str, num_left_out: int
 ) -> None:
     """Draw the answer, where there is one, and the pictures."""
     left, right = st.columns([5, 6], gap="medium")
     with left:
         strength = None
-        if reply is not None:
-            st.html(outcome(reply, serving.desk.card, num_left_out))
-            strength = _map_strength(reply, files, at_hand)
-    values = reply is not None and not reply.withheld
+        if result is not None:
+            st.html(outcome(result, context.service.card, num_left_out))
+            strength = _map_strength(result, files, files_key)
+    values = result is not None and not result.withheld
     with right, st.container(key="picture-main"):
         _picture(files, 0, strength, values=values)
     for start in range(1, len(files), 3):  # row by row: on a phone columns stand under each other, in their order
@@ -49,17 +49,17 @@ def show_answer(
                 _picture(files, index, strength, values=values)
 
 
-def outcome(reply: Answer, card: Card, num_left_out: int) -> Html:
+def outcome(result: StudyResult, card: Card, num_left_out: int) -> Html:
     """Return the answer as markup."""
-    headline, lines = wording.outcome(reply), wording.explained(reply, card)
+    headline, lines = wording.outcome(result), wording.explained(result, card)
     num_first = len(wording.SAYS_HOW_OFTEN[headline])
     if num_left_out:
         lines.append(f"{num_left_out} of the files {'is' if num_left_out == 1 else 'are'} left out, see above.")
     return element(
         "section",
         element("h2", wording.HEADLINES[headline]),
-        element("p", wording.lead(reply), class_="lead"),
-        *([] if reply.withheld else [gauge(reply, card)]),
+        element("p", wording.lead(result), class_="lead"),
+        *([] if result.withheld else [gauge(result, card)]),
         *(element("p", line, class_="frequency") for line in lines[:num_first]),
         *(element("small", line) for line in lines[num_first:]),
         class_="outcome",
@@ -68,19 +68,19 @@ def outcome(reply: Answer, card: Card, num_left_out: int) -> Html:
     )
 
 
-def gauge(reply: Answer, card: Card) -> Html:
+def gauge(result: StudyResult, card: Card) -> Html:
     """Return the probability between 0 and 1, beside the threshold and the uncertain band; the words say the same."""
     above, marks, below = [], [], [element("span", "0", class_="low"), element("span", "1", class_="high")]
-    band = card.calibration.bands.get(reply.study_type)
-    if band is not None and reply.cell("band") is not None:
+    band = card.calibration.bands.get(result.study_type)
+    if band is not None and result.cell("band") is not None:
         marks.append(element("span", class_="band", style=f"left: {band.low:.2%}; right: {1 - band.high:.2%}"))
         if band.high - band.low > _LEAST_BAND:
             above.append(element("span", "uncertain", style=f"left: {(band.low + band.high) / 2:.2%}"))
-    if (threshold := reply.cell("threshold")) is not None:
+    if (threshold := result.cell("threshold")) is not None:
         marks.append(element("span", class_="threshold", style=f"left: {float(threshold):.2%}"))
         if _LEAST_BAND < float(threshold) < 1 - _LEAST_BAND:
             below.append(element("span", "threshold", style=f"left: {float(threshold):.2%}"))
-    marks.append(element("span", class_="here", style=f"left: {reply.probability:.2%}"))
+    marks.append(element("span", class_="here", style=f"left: {result.probability:.2%}"))
     words = (element("div", *spans, class_="gauge-words") for spans in (above, below))
     return element("div", next(words), element("div", *marks, class_="gauge"), next(words), aria_hidden="true")
 
@@ -88,24 +88,24 @@ def gauge(reply: Answer, card: Card) -> Html:
 # ---- pictures and their maps
 
 
-def _map_strength(reply: Answer, files: Sequence[File], at_hand: str) -> float | None:
+def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: str) -> float | None:
     """Return the strength of the maps, 0.1 to 1; None as long as nobody asks: a map shows something beside every answer."""
-    if reply.withheld:
+    if result.withheld:
         return None
     if reason := wording.no_map(file.view.cells.shape for file in files if file.view is not None):
         st.caption(reason)
         return None
-    if not st.toggle("Show the activation map", value=False, help=wording.MAP_CAVEAT, key=f"map {at_hand}"):
+    if not st.toggle("Show the activation map", value=False, help=wording.MAP_CAVEAT, key=f"map {files_key}"):
         return None
     bar = element("div", class_="bar", style=f"background: {style.scale_gradient()}", role="img", aria_label=SCALE)
     effects = ("lowers the probability", "little effect", "raises it")
     ends = element("div", *(element("span", text) for text in effects), class_="ends")
     note = element("p", f"The same colours for every picture. {wording.MAP_CAVEAT}")
     st.html(element("div", bar, ends, note, class_="scale"))
-    return st.slider("Strength of the map", 1, 10, 10, key=f"strength {at_hand}") / 10
+    return st.slider("Strength of the map", 1, 10, 10, key=f"strength {files_key}") / 10
 
 
-def _picture(files: Sequence[File], index: int, strength: float | None, *, values: bool) -> None:
+def _picture(files: Sequence[StudyFile], index: int, strength: float | None, *, values: bool) -> None:
     file, which = files[index], f"picture {index + 1}"
     assert file.view is not None
     assert file.upload.shown is not None
@@ -130,19 +130,19 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 @st.fragment
-def show_threshold(reply: Answer, serving: "Serving", at_hand: str) -> None:
+def show_threshold(result: StudyResult, context: "PageContext", files_key: str) -> None:
     """Look at another threshold; nothing else on the page, and no download, moves with it."""
-    curve = None if reply.withheld else wording.Curve.of(serving.desk.card, reply.study_type)
-    own = reply.cell("threshold")
+    curve = None if result.withheld else wording.Curve.of(context.service.card, result.study_type)
+    own = result.cell("threshold")
     if curve is None or own is None:
         return
     st.header("Another threshold", anchor=False)
     first, last = wording.ENDS
     start = min(max(round(float(own), 2), first), last)
-    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {reply.study_type} {at_hand}")
-    call = "flagged" if is_positive(reply.probability, value) else "not flagged"
+    value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {result.study_type} {files_key}")
+    call = "flagged" if is_positive(result.probability, value) else "not flagged"
     st.markdown(
-        f"At {value:.2f} this study ({reply.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
+        f"At {value:.2f} this study ({result.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
     )
     st.caption(f"{curve.reserve} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
 
@@ -150,13 +150,16 @@ def show_threshold(reply: Answer, serving: "Serving", at_hand: str) -> None:
 # ---- downloads
 
 
-def show_downloads(reply: Answer, files: Sequence[File], serving: "Serving", at_hand: str) -> None:
+def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "PageContext", files_key: str) -> None:
     """Offer the tables that predict would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
-    drawn = serving.desk.card.of_drawings
-    tail = "-of-drawings" if drawn and not reply.withheld else ""
+    drawn = context.service.card.of_drawings
+    tail = "-of-drawings" if drawn and not result.withheld else ""
     with st.container(horizontal=True, key="downloads"):
-        for label, table, name in (("Study", reply.studies, "studies"), ("Pictures", reply.predictions, "predictions")):
+        for label, table, name in (
+            ("Study", result.studies, "studies"),
+            ("Pictures", result.predictions, "predictions"),
+        ):
             st.download_button(
                 f"{label} (CSV)",
                 data=table_names.cells(table).to_csv(index=False, lineterminator="\n").encode(),
@@ -165,31 +168,31 @@ def show_downloads(reply: Answer, files: Sequence[File], serving: "Serving", at_
                 on_click="ignore",
             )
         for index, file in enumerate(files):
-            if not reply.withheld and file.view is not None and heatmap.drawable(file.view.cells):
-                _overlay(file, index, at_hand, drawn=drawn)
+            if not result.withheld and file.view is not None and heatmap.drawable(file.view.cells):
+                _overlay(file, index, files_key, drawn=drawn)
     if tail:
         st.caption("Of computer drawings, by a model of drawings: the tables say so under trained_on.")
 
 
-def _overlay(file: File, index: int, at_hand: str, *, drawn: bool) -> None:
+def _overlay(file: StudyFile, index: int, files_key: str, *, drawn: bool) -> None:
     """Offer a picture with its map, as predict draws them; where pixels may show a name, only after a confirmation."""
     assert file.upload.image is not None
     assert file.view is not None
     identity, which = file.upload.identity, f"picture {index + 1}"
     withheld = identity is not None and identity.may_show_text
     allow = f"The pixels of {which} may show a name: I may download it"
-    if withheld and not st.checkbox(allow, key=f"allow {which} {at_hand}"):
+    if withheld and not st.checkbox(allow, key=f"allow {which} {files_key}"):
         return
     st.download_button(
         f"{which.capitalize()} with its map (PNG)",
         data=partial(_overlay_png, file.upload.image, file.view, drawn),
         file_name=f"map-of-{which.replace(' ', '-')}.png",
         mime="image/png",
-        key=f"overlay {which} {at_hand}",
+        key=f"overlay {which} {files_key}",
         on_click="ignore",
         help=local_only.WHY,
     )
 
 
-def _overlay_png(image: np.ndarray, view: View, drawn: bool) -> bytes:
+def _overlay_png(image: np.ndarray, view: ViewOutput, drawn: bool) -> bytes:
     return local_only.png(overlays.picture(image, view.cells, view.logit, drawings=drawn))

@@ -2,7 +2,7 @@
 
     mura-dist page MODEL.onnx -> UserError, or serve: the model and the reading processes, once
     a request -> uvicorn (connection.py) -> guard.py -> Streamlit's application, changed by privacy.py
-    each session, at each change of it: script.py -> app.show(Serving)
+    each session, at each change of it: script.py -> app.show(PageContext)
 
 Nothing uploaded reaches a disk or outlives its session, nothing is told to anybody, and it listens on this machine alone unless
 told otherwise.
@@ -33,7 +33,7 @@ from mura_dist.inference.page import privacy
 from mura_dist.inference.page.connection import Connection
 from mura_dist.inference.page.examples import Example
 from mura_dist.inference.page.guard import Guard, Hosts, content_security_policy, is_address, security_headers
-from mura_dist.inference.page.study import MAX_UPLOAD_MB, Desk, desk
+from mura_dist.inference.page.study import MAX_UPLOAD_MB, InferenceService, open_inference_service
 
 ADDRESS, PORT = "127.0.0.1", 8501
 MAX_CONNECTIONS = 500  # 20 browsers open up to 140
@@ -43,21 +43,21 @@ _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 
 @dataclass(frozen=True)
-class Serving:
+class PageContext:
     """What every session is shown from. `thumbnails`: a PNG of each example, None where it cannot be read."""
 
-    desk: Desk
+    service: InferenceService
     examples: tuple[Example, ...]
     thumbnails: tuple[bytes | None, ...]
 
 
-_serving: Serving | None = None
+_context: PageContext | None = None
 
 
-def serving() -> Serving:
+def page_context() -> PageContext:
     """For script.py, which Streamlit runs in this very process."""
-    assert _serving is not None, "mura-dist page starts it"
-    return _serving
+    assert _context is not None, "mura-dist page starts it"
+    return _context
 
 
 def serve(
@@ -82,7 +82,7 @@ def serve(
     Raises:
         UserError: The model, folder, address, port or a name cannot be used.
     """
-    global _serving
+    global _context
     studies = page_examples.find(examples) if examples is not None else ()
     hosts = _hosts(address, allow_host)
     with _listen(address, port) as listener:
@@ -90,9 +90,9 @@ def serve(
         digests: frozenset[str] = frozenset()
         if examples is not None and model.card.of_drawings:
             digests = page_examples.drawings(examples, studies)
-        with _home(), desk(model, min(2, processors()), digests) as shared:
+        with _home(), open_inference_service(model, min(2, processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
-            _serving = Serving(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
+            _context = PageContext(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
             privacy.arrange()
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))

@@ -1,9 +1,10 @@
-"""Files of one study -> what the page shows of them. No Streamlit: what is said is decided here and in wording.py.
+"""Read the files of one study, run the model on them, build the study's result. No Streamlit.
 
-    bytes -> Desk.read, in guarded processes -> Upload: the image, a picture of it, the gate's verdict, or why not
-    uploads that pass -> Desk.look -> logit and map     both -> File     files -> answer: predict's lines of its two tables
+    bytes -> InferenceService.read (in worker processes) -> Upload: model image, preview, verdict of the gate, or the failure
+    uploads that pass the gate -> InferenceService.predict -> ViewOutput: logit and activation map
+    uploads and outputs -> StudyFile -> build_result -> StudyResult: the rows that `predict` writes
 
-A `Desk` is what all sessions share: the model and the processes. Nothing of anybody's files stays in it, none is put on disk.
+All sessions share one `InferenceService`. It stores no file of a session and writes nothing to disk. wording.py holds the texts.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ class Upload(NamedTuple):
         return self.image is not None and self.verdict not in gate.BLOCKING
 
 
-def lost(why: str, code: str) -> Upload:
+def failed_upload(why: str, code: str) -> Upload:
     return Upload(None, None, None, "", why, code=code)
 
 
@@ -69,14 +70,14 @@ class UploadReader:
             found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
             verdict = gate.verdict(found.image, found.colours)
         except radiograph.UnreadableFileError as error:
-            return lost(error.reason, error.code)
+            return failed_upload(error.reason, error.code)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
-            return lost("it could not be read", "io_error")
+            return failed_upload("it could not be read", "io_error")
         return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "", found.notes)
 
 
 @dataclass(frozen=True)
-class View:
+class ViewOutput:
     """What the model says of a radiograph. cells (h, w) float32: logits."""
 
     logit: float
@@ -88,7 +89,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StudyResult:
     """`studies`: the study's one line of studies.csv; `predictions`: a line a view, as predict writes both.
 
     withheld: the model is of drawings, the study is not known to be one: nothing is called.
@@ -113,17 +114,17 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class File:
+class StudyFile:
     """A file of the study at hand; without a view where it was not read, or not looked at. drawn: its bytes are an example's that
     is a drawing."""
 
     name: str
     upload: Upload
-    view: View | None
+    view: ViewOutput | None
     drawn: bool = False
 
 
-class Desk:
+class InferenceService:
     """What all sessions share; several threads at once may `ask`. drawings: the SHA-256 of files that are known drawings."""
 
     def __init__(self, model: Model, workers: int, drawings: frozenset[str], stack: contextlib.ExitStack) -> None:
@@ -135,16 +136,16 @@ class Desk:
     def card(self) -> Card:
         return self.model.card
 
-    def ask(self, names: Sequence[str], files: Sequence[bytes]) -> list[File]:
+    def predict(self, names: Sequence[str], files: Sequence[bytes]) -> list[StudyFile]:
         """Every file, read and, where the gate lets it pass, looked at."""
         uploads = self.read(files)
-        views = iter(self.look([one.image for one in uploads if one.passes and one.image is not None]))
+        views = iter(self.run_model([one.image for one in uploads if one.passes and one.image is not None]))
         found = []
         for name, data, upload in zip(names, files, uploads, strict=True):
             view = next(views) if upload.passes else None
             if view is not None and not math.isfinite(view.logit):
-                upload, view = lost("the model gives no number for it", "model"), None
-            found.append(File(name, upload, view, self._is_drawing(data)))
+                upload, view = failed_upload("the model gives no number for it", "model"), None
+            found.append(StudyFile(name, upload, view, self._is_drawing(data)))
         return found
 
     def _is_drawing(self, data: bytes) -> bool:
@@ -160,15 +161,15 @@ class Desk:
                 except Exception:  # this one has lost its place; the next shall find another
                     self._crew = self._hire()
                     raise
-        return [lost(f"its decoder {one.why}", "decoder") if isinstance(one, Lost) else one for one in found]
+        return [failed_upload(f"its decoder {one.why}", "decoder") if isinstance(one, Lost) else one for one in found]
 
-    def look(self, images: Sequence[np.ndarray]) -> list[View]:
+    def run_model(self, images: Sequence[np.ndarray]) -> list[ViewOutput]:
         """images (S, S) uint8. One study at a time: a model on all processors gains nothing from two."""
         if not images:
             return []
         with self._looking:
             logit, cells = self.model.outputs(np.stack(images)[:, None])
-        return [View(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
+        return [ViewOutput(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
 
     def _hire(self) -> Crew:
         crew = worker_pool.crew(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
@@ -176,10 +177,12 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk(model: Model, workers: int = 1, drawings: frozenset[str] = frozenset()) -> Iterator[Desk]:
+def open_inference_service(
+    model: Model, workers: int = 1, drawings: frozenset[str] = frozenset()
+) -> Iterator[InferenceService]:
     """The processes end with the block."""
     with contextlib.ExitStack() as stack:
-        yield Desk(model, workers, drawings, stack)
+        yield InferenceService(model, workers, drawings, stack)
 
 
 def study_types(card: Card) -> list[str]:
@@ -187,7 +190,7 @@ def study_types(card: Card) -> list[str]:
     return list(card.study_types) or list(mura.STUDY_TYPES)
 
 
-def told_types(files: Sequence[File], card: Card) -> set[str]:
+def detect_study_types(files: Sequence[StudyFile], card: Card) -> set[str]:
     """The study types that names or DICOMs tell of: one and the same as a rule, which the model need not know."""
     known = frozenset(study_types(card))
     groups = Grouping("", "file", None, known)
@@ -206,12 +209,12 @@ def _folders(name: str, known: Collection[str]) -> str:
     return name
 
 
-def num_studies(files: Sequence[File]) -> int:
+def num_studies(files: Sequence[StudyFile]) -> int:
     """How many studies the DICOMs among them say they are of."""
     return len({file.upload.identity.study_uid for file in files if file.upload.identity} - {""})
 
 
-def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
+def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> StudyResult:
     """Return what predict writes of the files with a view, as one study. A model of drawings calls known drawings alone."""
     good = [(file, file.view.logit) for file in files if file.view is not None]
     rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
@@ -224,4 +227,4 @@ def answer(files: Sequence[File], study_type: str, card: Card) -> Answer:
     withheld = card.of_drawings and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan
-    return Answer(studies, predictions, withheld)
+    return StudyResult(studies, predictions, withheld)

@@ -13,12 +13,19 @@ from mura_dist.data import gate
 from mura_dist.data.mura import in_words
 from mura_dist.inference.page import failures
 from mura_dist.inference.page.examples import Example
-from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB, File, num_studies, study_types, told_types
+from mura_dist.inference.page.study import (
+    MAX_FILES,
+    MAX_UPLOAD_MB,
+    StudyFile,
+    detect_study_types,
+    num_studies,
+    study_types,
+)
 from mura_dist.reports.html import element
 from mura_dist.reports.plurals import count
 
 if TYPE_CHECKING:
-    from mura_dist.inference.page.server import Serving
+    from mura_dist.inference.page.server import PageContext
 
 CHOOSE = "Choose the study type"
 UPLOAD = "Drag and drop the radiographs of one study here"
@@ -29,15 +36,15 @@ Content = dict[str, tuple[str, Callable[[], bytes]]]
 """By the file's number in this session: its name, and how to get its bytes."""
 
 
-def choose_files(serving: "Serving") -> list[File]:
+def choose_files(context: "PageContext") -> list[StudyFile]:
     """Draw what asks for files; return those of the study, read and, where they pass the gate, predicted."""
     number = st.session_state.get(_EXAMPLE)
     if number is not None:
-        return _read_once(serving, _chosen(serving.examples[number - 1]))
+        return _read_once(context, _chosen(context.examples[number - 1]))
     content = _uploaded()
-    if not content and serving.examples:
-        _cards(serving)
-    return _read_once(serving, content)
+    if not content and context.examples:
+        _cards(context)
+    return _read_once(context, content)
 
 
 def _uploaded() -> Content:
@@ -54,11 +61,11 @@ def _uploaded() -> Content:
     return {}
 
 
-def _cards(serving: "Serving") -> None:
+def _cards(context: "PageContext") -> None:
     """Draw the examples as cards: one of each study type first, the others folded."""
     st.header("Or try an example", anchor=False)
-    first = len({example.study_type for example in serving.examples})
-    cards = list(zip(serving.examples, serving.thumbnails, strict=True))
+    first = len({example.study_type for example in context.examples})
+    cards = list(zip(context.examples, context.thumbnails, strict=True))
     _grid("first", cards[:first])
     if cards[first:]:
         with st.expander(f"{len(cards) - first} more examples"):
@@ -95,19 +102,21 @@ def _chosen(example: Example) -> Content:
     }
 
 
-def _read_once(serving: "Serving", content: Content) -> list[File]:
+def _read_once(context: "PageContext", content: Content) -> list[StudyFile]:
     """Return the files, each asked about once in a session."""
-    by_number: dict[str, File] = st.session_state.get("files", {})
+    by_number: dict[str, StudyFile] = st.session_state.get("files", {})
     new = [number for number in content if number not in by_number]
     if new:
         with st.spinner("Reading"):
-            files = serving.desk.ask([content[number][0] for number in new], [content[number][1]() for number in new])
+            files = context.service.predict(
+                [content[number][0] for number in new], [content[number][1]() for number in new]
+            )
             by_number |= dict(zip(new, files, strict=True))
     st.session_state["files"] = {number: by_number[number] for number in content}
     return list(st.session_state["files"].values())
 
 
-def show_failures(files: Sequence[File]) -> None:
+def show_failures(files: Sequence[StudyFile]) -> None:
     """Say beside each file's name what is wrong with it."""
     for file in files:
         name = plain(file.name)
@@ -121,9 +130,9 @@ def show_failures(files: Sequence[File]) -> None:
             st.caption(f"{name}: {note}.")
 
 
-def choose_study_type(serving: "Serving", files: Sequence[File]) -> str | None:
+def choose_study_type(context: "PageContext", files: Sequence[StudyFile]) -> str | None:
     """Return the study type as files tell, else as chosen; None until it is chosen."""
-    known, types = study_types(serving.desk.card), told_types(files, serving.desk.card)
+    known, types = study_types(context.service.card), detect_study_types(files, context.service.card)
     if st.session_state.get(_EXAMPLE) is not None and len(types) == 1 and types <= set(known):
         return min(types)
     if num_studies(files) > 1:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mura_dist.data.mura import in_words
 from mura_dist.inference.page.frequencies import Frequency
-from mura_dist.inference.page.study import Answer
+from mura_dist.inference.page.study import StudyResult
 from mura_dist.metrics.intervals import BOOTSTRAP
 from mura_dist.metrics.summary import CURVE
 from mura_dist.models.card import Card
@@ -52,7 +52,7 @@ def average(num: int) -> str:
     return "one picture" if num == 1 else f"average of {num} pictures"
 
 
-def outcome(answer: Answer) -> Outcome:
+def outcome(answer: StudyResult) -> Outcome:
     """Return the outcome of an answer. The uncertain band comes before the call: a call in it is not to be trusted."""
     call, band = answer.cell("call"), answer.cell("band")
     if answer.withheld or (call is None and band is None):
@@ -64,14 +64,14 @@ def outcome(answer: Answer) -> Outcome:
     return "flagged" if call else "none_flagged"
 
 
-def lead(answer: Answer) -> str:
+def lead(answer: StudyResult) -> str:
     """Return the sentence under the headline: the probability, where it means anything."""
     if answer.withheld:
         return WITHHELD[0]
     return f"Probability of an abnormality: {answer.probability:.2f} ({average(len(answer.predictions))})."
 
 
-def explained(answer: Answer, card: Card) -> list[str]:
+def explained(answer: StudyResult, card: Card) -> list[str]:
     """Return the sentences below: first how often the model was wrong, then how the outcome came about."""
     headline = outcome(answer)
     if answer.withheld:

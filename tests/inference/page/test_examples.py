@@ -257,4 +257,4 @@ def test_a_thumbnail_is_a_square(shape: tuple[int, int]) -> None:
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (THUMBNAIL_PX, THUMBNAIL_PX)
         assert np.asarray(image).max() == 200
-    assert examples.thumbnail(study.lost("no", "not_image")) is None
+    assert examples.thumbnail(study.failed_upload("no", "not_image")) is None

@@ -28,13 +28,13 @@ from mura_dist.inference.page.guard import (
     SLOW,
     Guard,
     Hosts,
-    Limits,
+    RequestLimits,
     content_security_policy,
     security_headers,
 )
 
 HOSTS = Hosts(frozenset({"localhost", "page.hospital.example"}))
-LIMITS = Limits(uploads_bytes=100_000, idle_s=0.6, body_s=1.5, sessions=2)
+LIMITS = RequestLimits(uploads_bytes=100_000, idle_s=0.6, body_s=1.5, sessions=2)
 HEADERS = security_headers(content_security_policy("<script>inline()</script>"))
 
 

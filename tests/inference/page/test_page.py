@@ -115,14 +115,14 @@ def of_drawings(telling: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def desk(telling: Path) -> Iterator[study.Desk]:
-    with study.desk(Model.load(telling)) as desk:
-        yield desk
+def service(telling: Path) -> Iterator[study.InferenceService]:
+    with study.open_inference_service(Model.load(telling)) as service:
+        yield service
 
 
-def asked(desk: study.Desk, files: list[Path], study_type: str) -> study.Answer:
-    found = desk.ask([path.name for path in files], [path.read_bytes() for path in files])
-    return study.answer(found, study_type, desk.card)
+def asked(service: study.InferenceService, files: list[Path], study_type: str) -> study.StudyResult:
+    found = service.predict([path.name for path in files], [path.read_bytes() for path in files])
+    return study.build_result(found, study_type, service.card)
 
 
 OUTCOMES = {"XR_HAND": "flagged", "XR_WRIST": "none_flagged", "XR_ELBOW": "uncertain", "XR_FINGER": "no_call"}
@@ -134,7 +134,7 @@ OUTCOMES = {"XR_HAND": "flagged", "XR_WRIST": "none_flagged", "XR_ELBOW": "uncer
 @pytest.mark.parametrize("study_type", OUTCOMES)
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_answer_is_predicts(
-    desk: study.Desk, telling: Path, views: list[Path], study_type: str, number: int, tmp_path: Path
+    service: study.InferenceService, telling: Path, views: list[Path], study_type: str, number: int, tmp_path: Path
 ) -> None:
     """The same line of studies.csv, the same lines of predictions.csv, of the same files as one study."""
     folder = tmp_path / "in"
@@ -154,7 +154,7 @@ def test_the_answer_is_predicts(
         "--quiet",
     ]
     assert main([str(word) for word in words_]) == DONE
-    found = asked(desk, views[:number], study_type)
+    found = asked(service, views[:number], study_type)
     for name, ours in (("studies", found.studies), ("predictions", found.predictions)):
         theirs = pd.read_csv(tmp_path / "out" / f"{name}.csv", dtype=str).drop(columns="study")
         assert len(theirs) > 0
@@ -164,18 +164,18 @@ def test_the_answer_is_predicts(
 
 @pytest.mark.parametrize(("study_type", "outcome"), OUTCOMES.items())
 def test_each_outcome_has_its_words(
-    desk: study.Desk, views: list[Path], study_type: str, outcome: wording.Outcome
+    service: study.InferenceService, views: list[Path], study_type: str, outcome: wording.Outcome
 ) -> None:
-    found = asked(desk, views, study_type)
+    found = asked(service, views, study_type)
     assert wording.outcome(found) == outcome
-    lines = " ".join([wording.lead(found), *wording.explained(found, desk.card)])
+    lines = " ".join([wording.lead(found), *wording.explained(found, service.card)])
     assert f"{found.probability:.2f}" in lines
     for said in (
         wording.HEADLINES[outcome],
         lines.replace("abnormal", "").replace("normal hand studies in", "").replace("normal elbow", ""),
     ):
         assert "normal" not in said.lower().replace("abnormality", "")
-    group = desk.card.metrics["by_study_type"].get(study_type, {})
+    group = service.card.metrics["by_study_type"].get(study_type, {})
     assert "Probability of an abnormality: " in lines
     assert f"(average of {len(views)} pictures)" in lines
     for word in ("logit", "split", "valid", "mean over", "view"):
@@ -200,10 +200,10 @@ def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views
     """One picture that is not known to be a drawing withholds the answer of the whole study."""
     known = views if num_known == -1 else views[:num_known]
     digests = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in known)
-    with study.desk(Model.load(of_drawings), drawings=digests) as desk:
+    with study.open_inference_service(Model.load(of_drawings), drawings=digests) as service:
         for study_type, outcome in OUTCOMES.items():
-            found = asked(desk, views, study_type)
-            lines = " ".join([wording.lead(found), *wording.explained(found, desk.card)])
+            found = asked(service, views, study_type)
+            lines = " ".join([wording.lead(found), *wording.explained(found, service.card)])
             values = [found.cell(name) for name in ("call", "band", "threshold", "calibrated_probability")]
             if known == views:
                 assert wording.outcome(found) == outcome
@@ -219,10 +219,12 @@ def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views
 
 
 @pytest.mark.parametrize("change", [{"metrics": {}}, {"measured_on": "phantoms"}, {"curves": {}}])
-def test_what_was_not_measured_is_not_said(desk: study.Desk, views: list[Path], change: dict[str, Any]) -> None:
-    card = desk.card.model_copy(update={"metrics": {} if "metrics" in change else desk.card.metrics | change})
+def test_what_was_not_measured_is_not_said(
+    service: study.InferenceService, views: list[Path], change: dict[str, Any]
+) -> None:
+    card = service.card.model_copy(update={"metrics": {} if "metrics" in change else service.card.metrics | change})
     assert wording.Curve.of(card, "XR_WRIST") is None
-    lines = " ".join(wording.explained(asked(desk, views, "XR_WRIST"), card))
+    lines = " ".join(wording.explained(asked(service, views, "XR_WRIST"), card))
     assert ("was not measured on radiographs" in lines) == ("curves" not in change)
     assert ("were missed: " in lines) == ("curves" in change)
 
@@ -251,8 +253,8 @@ def test_another_thresholds_rates_are_those_of_measure() -> None:
     assert summary.curves(one_label, resamples=10) == {}
 
 
-def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> study.File:
-    return study.File(name, study.Upload(np.zeros((SIDE, SIDE), np.uint8), None, identity, "ok", ""), None)
+def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> study.StudyFile:
+    return study.StudyFile(name, study.Upload(np.zeros((SIDE, SIDE), np.uint8), None, identity, "ok", ""), None)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +272,17 @@ def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> stud
         (["myXR_WRIST_1.png"], set()),
     ],
 )
-def test_a_study_type_is_told_by_names(desk: study.Desk, names: list[str], told: set[str]) -> None:
-    card = desk.card.model_copy(update={"study_types": [*desk.card.study_types, "XR_HIP"]})
-    assert study.told_types([file_of(name) for name in names], card) == told
+def test_a_study_type_is_told_by_names(service: study.InferenceService, names: list[str], told: set[str]) -> None:
+    card = service.card.model_copy(update={"study_types": [*service.card.study_types, "XR_HIP"]})
+    assert study.detect_study_types([file_of(name) for name in names], card) == told
 
 
 @pytest.mark.parametrize(
     ("body_part", "told"), [("WRIST", {"XR_WRIST"}), ("HAND", {"XR_HAND"}), ("DOE^JOHN", set()), ("", set())]
 )
-def test_a_study_type_is_told_by_a_dicom(desk: study.Desk, body_part: str, told: set[str]) -> None:
+def test_a_study_type_is_told_by_a_dicom(service: study.InferenceService, body_part: str, told: set[str]) -> None:
     identity = radiograph.DicomIdentity("1.2.3", body_part, "L")
-    assert study.told_types([file_of("a.dcm", identity)], desk.card) == told
+    assert study.detect_study_types([file_of("a.dcm", identity)], service.card) == told
     other = radiograph.DicomIdentity("1.2.4", body_part, "L")
     for identities, number in (([identity, identity, None], 1), ([identity, other], 2), ([None], 0)):
         assert study.num_studies([file_of("a.dcm", one) for one in identities]) == number
@@ -292,11 +294,15 @@ def test_what_goes_wrong_costs_one_session_its_turn(
     """The next one finds a crew."""
     monkeypatch.setattr(study, "UploadReader", faulty_upload_reader.UploadReader)
     good = views[0].read_bytes()
-    with study.desk(Model.load(telling)) as desk:
+    with study.open_inference_service(Model.load(telling)) as service:
         for _ in range(2):
             with pytest.raises(ValueError, match="no"):
-                desk.ask(["a", "b", "c"], [good, b"raise", good])
-            assert [file.upload.passes for file in desk.ask(["a", "b", "c"], [good, b"", good])] == [True, False, True]
+                service.predict(["a", "b", "c"], [good, b"raise", good])
+            assert [file.upload.passes for file in service.predict(["a", "b", "c"], [good, b"", good])] == [
+                True,
+                False,
+                True,
+            ]
 
 
 @pytest.mark.parametrize("where", [(radiograph, "look"), (gate, "verdict")])
@@ -319,20 +325,20 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
     ]
     broken = np.full(onnx.numpy_helper.to_array(head[-1]).shape, value, np.float32)
     head[-1].CopyFrom(onnx.numpy_helper.from_array(broken, head[-1].name))
-    with study.desk(Model.from_bytes(proto.SerializeToString(), "broken.onnx")) as desk:
-        (file,) = desk.ask(["a.png"], [views[0].read_bytes()])
+    with study.open_inference_service(Model.from_bytes(proto.SerializeToString(), "broken.onnx")) as service:
+        (file,) = service.predict(["a.png"], [views[0].read_bytes()])
     assert file.view is None
     assert failures.sentence(file.upload.code, file.upload.failure).startswith(
         "the model gives no number for this picture. The model is broken: export it again."
     )
 
 
-def test_every_number_says_for_whom_it_holds(desk: study.Desk) -> None:
+def test_every_number_says_for_whom_it_holds(service: study.InferenceService) -> None:
     change = Change(
         engine="x", num_radiographs=9, num_studies=500, mean_probability=0.01, max_probability=0.1, num_changed_calls=3
     )
-    metrics = desk.card.metrics | {"note": "optimistic: this split chose the model"}
-    card = desk.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
+    metrics = service.card.metrics | {"note": "optimistic: this split chose the model"}
+    card = service.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
     lines = " ".join(wording.experience("none_flagged", "XR_WRIST", card))
     for said in (lines, wording.Curve.of(card, "XR_WRIST").reserve):
         for reserve in (
@@ -346,10 +352,10 @@ def test_every_number_says_for_whom_it_holds(desk: study.Desk) -> None:
 
 @pytest.mark.shared
 def test_hostile_files_get_a_plain_message_and_the_others_go_on(
-    desk: study.Desk, shared: Path, views: list[Path]
+    service: study.InferenceService, shared: Path, views: list[Path]
 ) -> None:
     files = sorted(path for path in (shared / "hostile").rglob("*") if path.is_file())
-    uploads = desk.read([path.read_bytes() for path in (*files, views[0])])
+    uploads = service.read([path.read_bytes() for path in (*files, views[0])])
     assert len(files) > 150
     num_failed = 0
     for path, reading in zip(files, uploads, strict=False):
@@ -372,9 +378,11 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
 
 
 @pytest.mark.shared
-def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(desk: study.Desk, shared: Path) -> None:
+def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(
+    service: study.InferenceService, shared: Path
+) -> None:
     for path in sorted((shared / "radiographs" / "jordan-hip-dicom").glob("*.dcm"))[:3]:
-        (upload,) = desk.read([path.read_bytes()])
+        (upload,) = service.read([path.read_bytes()])
         whole = radiograph.decode(path)
         np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
         assert upload.identity == radiograph.identity(path)
@@ -554,7 +562,7 @@ def num_pictures(page: Any) -> int:
 
 @pytest.mark.slow
 def test_a_study_of_several_views(
-    page: Any, telling: Path, views: list[Path], desk: study.Desk, tmp_path: Path
+    page: Any, telling: Path, views: list[Path], service: study.InferenceService, tmp_path: Path
 ) -> None:
     """Upload, choose, read; maps only when asked for; a threshold that moves nothing else; downloads that are predict's."""
     assert page.locator(".terms").inner_text().lower() == f"{mura.TERMS}."
@@ -565,8 +573,8 @@ def test_a_study_of_several_views(
     for study_type, outcome in OUTCOMES.items():
         choose(page, "Study type", mura.in_words(study_type))
         said = answered(page, wording.HEADLINES[outcome])
-        found = asked(desk, views, study_type)
-        for line in (wording.lead(found), *wording.explained(found, desk.card)):
+        found = asked(service, views, study_type)
+        for line in (wording.lead(found), *wording.explained(found, service.card)):
             assert line in said
         sliding = page.get_by_role("heading", name="Another threshold")
         expect(sliding).to_have_count(int(study_type in ("XR_HAND", "XR_WRIST")))
@@ -576,12 +584,12 @@ def test_a_study_of_several_views(
 
     choose(page, "Study type", "Wrist")
     answered(page, "No abnormality flagged")
-    found = asked(desk, views, "XR_WRIST")
+    found = asked(service, views, "XR_WRIST")
     slider = page.get_by_role("slider", name="Threshold")
     slider.focus()
     for _ in range(30):
         page.keyboard.press("ArrowLeft")
-    curve = wording.Curve.of(desk.card, "XR_WRIST")
+    curve = wording.Curve.of(service.card, "XR_WRIST")
     value = round(float(slider.input_value()), 2)
     assert value < found.probability
     for sentence in curve.sentences(value):
@@ -968,7 +976,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
 
 @pytest.mark.nightly(part="system")
 def test_sessions_at_once_do_not_mix(
-    browser: Any, server: tuple[str, int, Path], views: list[Path], desk: study.Desk
+    browser: Any, server: tuple[str, int, Path], views: list[Path], service: study.InferenceService
 ) -> None:
     contexts = [browser.new_context() for _ in range(20)]
     pages = [context.new_page() for context in contexts]
@@ -983,7 +991,7 @@ def test_sessions_at_once_do_not_mix(
     for place, page in enumerate(pages):
         choose(page, "Study type", "Hand")
         page.locator("section.outcome").wait_for()
-        found = asked(desk, [views[place % len(views)]], "XR_HAND")
+        found = asked(service, [views[place % len(views)]], "XR_HAND")
         assert f"abnormality: {found.probability:.2f} (" in page.locator("section.outcome").inner_text()
         expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
     for context in contexts:
