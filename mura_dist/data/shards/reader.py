@@ -2,7 +2,7 @@
 
     shard folder or URL -> Shards: index.json, manifest.csv -> .idx and .crc of each tar -> a row's image member
 
-shards/README.md is the format. The files are written by convert.py and writer.py, and checked whole by verify.py.
+docs/data.md describes the format. The files are written by convert.py and writer.py, and checked whole by verify.py.
 """
 
 import os

@@ -57,8 +57,8 @@ def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
 def test_webdataset_reads_them_without_us(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """By the very lines of shards/README.md, of each tar; of png and jpeg with the name it gives for them."""
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "shards" / "README.md").read_text(), re.DOTALL)
+    """The lines of docs/data.md read each tar; of png and jpeg with the key that the page gives for them."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
     lines = lines.replace('"npy"', f'"{codec.SUFFIX[encoding]}"')
     monkeypatch.chdir(tmp_path)
     convert(small, Path("shards/NAME"), size=48, encoding=encoding, workers=1)

@@ -1,4 +1,4 @@
-"""export: the graph, the gate, the card, the lines of the README, what stops it."""
+"""export: the graph, the gate, the card, the documented lines, what stops it."""
 
 import errno
 import getpass
@@ -275,19 +275,19 @@ def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tm
     assert "no threshold: " in said
 
 
-def readme_lines() -> str:
-    """The code block of the README that imports onnxruntime."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+def documented_lines() -> str:
+    """The code block of docs/api.md that imports onnxruntime."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M | re.S)
     [code] = [block for block in blocks if "import onnxruntime" in block]
     return code
 
 
 @pytest.mark.parametrize(("mode", "shape"), [("L", (90, 70)), ("L", (40, 30)), ("RGB", (90, 70))])
-def test_the_lines_of_the_readme(
+def test_documented_lines_without_mura_dist_give_the_same_bits(
     mode: str, shape: tuple[int, int], exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path
 ) -> None:
     """Copied as they stand, in a process without mura_dist, they give the very bits that predict gives."""
-    code = readme_lines()
+    code = documented_lines()
     assert len([line for line in code.splitlines() if line]) == 10
     shutil.copy(exported[1], tmp_path / "model.onnx")
     pixels = np.random.default_rng(3).integers(0, 256, (*shape, len(mode)), dtype=np.uint8)
