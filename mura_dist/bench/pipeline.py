@@ -86,11 +86,11 @@ def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[s
 
 def batches(folder: Path, backend: str, load: Load) -> Epochs:
     """Ours: the pipeline as training calls it, once an epoch; on a GPU an epoch is as long as MURA's, here too."""
-    from mura_dist.data.loaders.loader import BatchLoader, Targets
+    from mura_dist.data.loaders.loader import BatchLoader, RowTargets
     from mura_dist.data.shards.reader import Shards
 
     shards, place, numbers = Shards.open(folder), device(), count()
-    targets = Targets.of(shards)
+    targets = RowTargets.from_shards(shards)
     loader = BatchLoader(shards, targets, place, backend, load.batch, load.workers)
     rows = np.concatenate([shards.rows(name) for name, part in shards.index["splits"].items() if part["shards"]])
     passes = -(-_MURA // len(rows)) if place.type == "cuda" else 1
@@ -102,11 +102,11 @@ def batches(folder: Path, backend: str, load: Load) -> Epochs:
     return epoch
 
 
-def _micros(rows: np.ndarray, number: int, batch: int) -> list[sampler.Micro]:
-    epoch = sampler.epoch_order(rows, 0, number, rotate_deg=ROTATE_DEG, flip=True)
+def _micros(rows: np.ndarray, number: int, batch: int) -> list[sampler.MicroBatch]:
+    epoch = sampler.epoch_permutation(rows, 0, number, rotate_deg=ROTATE_DEG, flip=True)
     share = {"global_batch": batch, "micro_batch": batch, "rank": 0, "world_size": 1}
     steps = range(sampler.steps_per_epoch(len(rows), batch))
-    return [micro for step in steps for micro in sampler.step_micros(epoch, step, **share)]
+    return [micro for step in steps for micro in sampler.step_micro_batches(epoch, step, **share)]
 
 
 def _pack(load: Load, files: Path) -> None:
@@ -151,7 +151,7 @@ def originals(files: Path, load: Load) -> Epochs:
     return epoch
 
 
-def _filled(pixels: Callable[[int], np.ndarray], micro: sampler.Micro, size: int) -> np.ndarray:
+def _filled(pixels: Callable[[int], np.ndarray], micro: sampler.MicroBatch, size: int) -> np.ndarray:
     """uint8 (B, 1, S, S)."""
     from mura_dist.data.loaders.opencv import augment
 

@@ -19,7 +19,7 @@ from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.core.storage import StoragePath
 from mura_dist.data.class_weights import class_weights
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import results, saliency
@@ -69,7 +69,7 @@ def evaluate_target(
     started = time.perf_counter()
     with world.join(settings.timeout_s) as ranks:
         model = weights.model().to(ranks.device)
-        targets = Targets.of(shards)
+        targets = RowTargets.from_shards(shards)
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")

@@ -92,7 +92,7 @@ def choose(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, i
 
 def shuffled(rows: np.ndarray, seed: int, stream: int) -> np.ndarray:
     """Return rows int64 (n,) in an order that depends on seed and stream only."""
-    return sampler.epoch_order(rows, seed, stream, rotate_deg=0, flip=False).rows
+    return sampler.epoch_permutation(rows, seed, stream, rotate_deg=0, flip=False).rows
 
 
 def read_study(

@@ -69,7 +69,7 @@ def _body(frame: pd.DataFrame, pixels: Pixels, drawings: bool, num: int, seed: i
 
 def choose(part: pd.DataFrame, pixels: Pixels, num: int, seed: int) -> tuple[list[Thumb], int]:
     """At most `num` of the radiographs in `part`, one a study, in a seeded order; and how many were passed over."""
-    shuffled = sampler.epoch_order(part.index.to_numpy(np.int64), seed, 0, rotate_deg=0, flip=False).rows
+    shuffled = sampler.epoch_permutation(part.index.to_numpy(np.int64), seed, 0, rotate_deg=0, flip=False).rows
     first = part.loc[shuffled].drop_duplicates("study").index
     failed: list[int] = []
     return list(itertools.islice(_readable(first, pixels, failed), num)), len(failed)

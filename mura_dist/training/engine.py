@@ -92,7 +92,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, settings: Settings, world: World) -> None:
         self.settings, self.world = settings, world
-        self.num_micros = settings.global_batch // settings.micro_batch
+        self.num_micro_batches = settings.global_batch // settings.micro_batch
         self.model = model.to(world.device)
         self.flat = FlatParameters(self.model, channels_last=settings.channels_last)
         self.statistics = RunningStatistics(self.model)
@@ -151,8 +151,8 @@ class Engine:
 
     def _accumulate(self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]) -> _Forwarded:
         started = time.perf_counter()
-        mine = _Forwarded(torch.zeros(self.num_micros, device=self.world.device))
-        first = self.world.rank * self.num_micros // self.world.size
+        mine = _Forwarded(torch.zeros(self.num_micro_batches, device=self.world.device))
+        first = self.world.rank * self.num_micro_batches // self.world.size
         factor = loss_scale * self._divided_by / self.settings.global_batch  # the sum over all ranks is divided once
         try:
             for place, batch in enumerate(batches, first):
@@ -190,7 +190,7 @@ class Engine:
 
         own: where this rank's backward ends; from there on the others are waited for.
         """
-        ranks, micros = self.world.size, self.num_micros
+        ranks, micros = self.world.size, self.num_micro_batches
         head = torch.zeros(
             ranks + 3, device=self.world.device
         )  # flags by rank, corrupt radiographs, empty micro-batches, norm

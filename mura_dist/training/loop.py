@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import CollectiveRunError, RunError, StopRequestedError
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
@@ -86,7 +86,7 @@ class ConsoleOptions:
 
 def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: ConsoleOptions) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
-    targets = Targets.of(shards, settings.loss_weights)
+    targets = RowTargets.from_shards(shards, settings.loss_weights)
     saved = start.resume_point(run, ranks)
     state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
     loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)

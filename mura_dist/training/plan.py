@@ -74,12 +74,12 @@ class Plan:
         """Return how many of `num_samples` may be corrupt: the share max_corrupt_samples, but one at least where it is not 0."""
         return math.ceil(num_samples * self.settings.max_corrupt_samples - 1e-9)
 
-    def micros(self, ordered: order.Epoch, step: int, rank: int) -> list[order.Micro]:
+    def micros(self, ordered: order.Epoch, step: int, rank: int) -> list[order.MicroBatch]:
         """The micro-batches of `step` (0-based within the epoch) that `rank` takes."""
         s = self.settings
         sizes = {"global_batch": s.global_batch, "micro_batch": s.micro_batch}
-        return order.step_micros(ordered, step, **sizes, rank=rank, world_size=self.world_size)
+        return order.step_micro_batches(ordered, step, **sizes, rank=rank, world_size=self.world_size)
 
     def order(self, epoch: int) -> order.Epoch:
         s = self.settings
-        return order.epoch_order(self.train, s.seed, epoch, rotate_deg=s.rotate_deg, flip=s.flip)
+        return order.epoch_permutation(self.train, s.seed, epoch, rotate_deg=s.rotate_deg, flip=s.flip)

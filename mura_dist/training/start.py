@@ -16,7 +16,7 @@ import numpy as np
 from mura_dist.core import config, files
 from mura_dist.core.config import AUTO, Settings
 from mura_dist.core.errors import RunError, StopRequestedError, UserError
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop
@@ -115,7 +115,7 @@ def resume_point(run: Run, ranks: World) -> Checkpoint | None:
         raise RunError(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
 
 
-def make_engine(plan: Plan, targets: Targets, saved: Checkpoint | None, ranks: World) -> Engine:
+def make_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, ranks: World) -> Engine:
     """Build the engine with the weights and the optimizer's state of a checkpoint, or with those a run begins with."""
     settings = plan.settings
     network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
@@ -140,7 +140,7 @@ def _load_pretrained(network: densenet.DenseNet, name: str, ranks: World) -> Non
         densenet.load_pretrained(network, where)
 
 
-def _base_rate(targets: Targets, rows: np.ndarray) -> float:
+def _base_rate(targets: RowTargets, rows: np.ndarray) -> float:
     """The weighted share of positives, where the head starts; kept off 0 and 1."""
     weight, label = targets.weight[rows].astype(np.float64), targets.label[rows]
     return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))

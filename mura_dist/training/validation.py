@@ -16,8 +16,8 @@ from torch import Tensor
 from mura_dist.core.errors import RunError
 from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.device_memory import free_bytes
-from mura_dist.data.loaders.loader import BatchLoader, Targets
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.distributed.process_group import World
 from mura_dist.training.scores import Scores
 
@@ -51,7 +51,7 @@ def scores(
         CollectiveRunError: a rank cannot read its radiographs.
     """
     number = _batch_size(loading, world)
-    micros = sampler.evaluation_micros(rows, micro_batch=number, rank=world.rank, world_size=world.size)
+    micros = sampler.evaluation_micro_batches(rows, micro_batch=number, rank=world.rank, world_size=world.size)
     mine = torch.zeros(len(micros), number, device=world.device)
     sound = torch.zeros(len(micros), number, dtype=torch.bool, device=world.device)
     every = max(1, _ASK_EVERY[world.device.type] // number)
@@ -89,7 +89,7 @@ def batch_that_fits(size: int, free_bytes: int) -> int:
     return min(_MOST_AT_ONCE, 1 << max(0, int(fitting).bit_length() - 1))
 
 
-def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tensor, world: World) -> Scores:
+def by_row(rows: np.ndarray, micros: Sequence[MicroBatch], mine: Tensor, sound: Tensor, world: World) -> Scores:
     """Put each rank's results where their rows are: padding vanishes, nothing is counted twice."""
     places = world.gather(np.concatenate([micro.rows for micro in micros]))  # (ranks, n)
     values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)
@@ -101,7 +101,7 @@ def by_row(rows: np.ndarray, micros: Sequence[Micro], mine: Tensor, sound: Tenso
     return Scores.of(rows, values[real][at], whole[real][at] > 0)
 
 
-def weighted_loss(found: Scores, targets: Targets) -> float:
+def weighted_loss(found: Scores, targets: RowTargets) -> float:
     """Mean over radiographs of weight x BCE, in float64; NaN of none."""
     if not len(found.rows):
         return math.nan

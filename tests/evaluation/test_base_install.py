@@ -83,7 +83,9 @@ def test_law_of_parity_base_and_training_loader(base: BaseInstall, encoded: Path
         "print([zlib.crc32(shards.pixels(int(row)).tobytes()) for row in shards.rows('valid')])"
     )
     shards = Shards.open(encoded)
-    [micro] = sampler.evaluation_micros(rows := shards.rows("valid"), micro_batch=len(rows), rank=0, world_size=1)
+    [micro] = sampler.evaluation_micro_batches(
+        rows := shards.rows("valid"), micro_batch=len(rows), rank=0, world_size=1
+    )
     batch = opencv.load(shards, micro).pixels.numpy()
     assert json.loads(base.run("-c", code, encoded).stdout) == [zlib.crc32(pixels.tobytes()) for pixels in batch]
 

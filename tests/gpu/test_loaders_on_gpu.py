@@ -9,7 +9,7 @@ import torch
 from helpers import gpu
 
 from mura_dist.data.loaders import sampler
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.loaders.warp import inverse_maps, triton_error, warp_by_torch
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
@@ -27,13 +27,13 @@ def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: py
     return Shards.open(folder)
 
 
-def training_micros(shards: Shards, num_micros: int) -> list[sampler.Micro]:
-    epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
-    return [epoch.micro(place * BATCH, BATCH) for place in range(num_micros)]
+def training_micros(shards: Shards, num_micro_batches: int) -> list[sampler.MicroBatch]:
+    epoch = sampler.epoch_permutation(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
+    return [epoch.micro_batch(place * BATCH, BATCH) for place in range(num_micro_batches)]
 
 
 def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader:
-    return BatchLoader(shards, Targets.of(shards, "study_type"), device, backend, BATCH, workers=2)
+    return BatchLoader(shards, RowTargets.from_shards(shards, "study_type"), device, backend, BATCH, workers=2)
 
 
 @pytest.mark.parametrize("backend", ["dali", "cpu", "resident"])
@@ -41,7 +41,9 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) 
     """Augmented and not, with a last micro-batch that padding fills, in every encoding."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali.fn")
-    evaluated = sampler.evaluation_micros(encoded.rows("valid")[: BATCH + 3], micro_batch=BATCH, rank=0, world_size=1)
+    evaluated = sampler.evaluation_micro_batches(
+        encoded.rows("valid")[: BATCH + 3], micro_batch=BATCH, rank=0, world_size=1
+    )
     for micros in (training_micros(encoded, 4), evaluated):
         host = loader_of(encoded, torch.device("cpu"), "cpu").load(micros)
         device = loader_of(encoded, gpu.DEVICE, backend).load(micros)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mura_dist.core import config
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
@@ -147,7 +147,7 @@ def test_scores_are_the_cpus(alone: World, shard_folder: Path) -> None:
     shards = Shards.open(shard_folder)
     rows, chosen = shards.rows("train"), settings("tiny", 4, pipeline="cpu")
     model = densenet.build("tiny", seed=1).eval()
-    loading = BatchLoader.from_settings(chosen, shards, Targets.of(shards), gpu.DEVICE)
+    loading = BatchLoader.from_settings(chosen, shards, RowTargets.from_shards(shards), gpu.DEVICE)
     scores = validation.scores(model.to(gpu.DEVICE), rows, loading, alone)
     images = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])[:, None])
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Shards, read_index
 
 
-def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.Micro]], *, dropped: int = 0) -> None:
+def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.MicroBatch]], *, dropped: int = 0) -> None:
     """Over all ranks each of `rows` is there exactly once, up to `dropped` of them; every rank has as many micro-batches."""
     assert len({len(micros) for micros in micros_of_ranks}) == 1
     seen = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
@@ -24,7 +24,7 @@ def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.Micro]], *
     assert np.isin(seen, rows).all()
 
 
-def same_order(a: Sequence[sampler.Micro], b: Sequence[sampler.Micro]) -> None:
+def same_order(a: Sequence[sampler.MicroBatch], b: Sequence[sampler.MicroBatch]) -> None:
     """Two ways to the same micro-batches: rows, angles, flips and masks equal bit for bit."""
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):

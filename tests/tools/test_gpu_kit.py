@@ -34,7 +34,7 @@ def test_every_name_it_takes_from_the_package_is_there() -> None:
     """A rename that forgets the script fails here, not on a GPU; mypy checks how they are used."""
     names = names_of_the_package()
     assert ("mura_dist.data.shards.convert", "convert") in names
-    assert ("mura_dist.data.loaders.sampler", "epoch_order") in names
+    assert ("mura_dist.data.loaders.sampler", "epoch_permutation") in names
     for module, name in names:
         parent, _, last = module.rpartition(".")
         owner = getattr(importlib.import_module(parent), last, None) or importlib.import_module(module)

@@ -8,7 +8,7 @@ import pytest
 from helpers.commands import ROOT, run
 from helpers.tools import tool
 
-from mura_dist.data.loaders.loader import Targets
+from mura_dist.data.loaders.loader import RowTargets
 from mura_dist.data.shards.reader import Shards
 
 learning = tool("bench/learning")
@@ -32,7 +32,7 @@ def test_two_seeds_are_trained_and_compared(shard_folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize("loss_weights", ["class", "study_type", "none"])
 def test_the_plain_loop_weighs_as_ours_does(shard_folder: Path, loss_weights: str) -> None:
     shards = Shards.open(shard_folder)
-    plain, ours = learning.Split.read(shards, "train", loss_weights), Targets.of(shards, loss_weights)
+    plain, ours = learning.Split.read(shards, "train", loss_weights), RowTargets.from_shards(shards, loss_weights)
     both = np.isin(
         plain.study_type, [t for t in set(plain.study_type) if 0 < plain.label[plain.study_type == t].mean() < 1]
     )

@@ -40,9 +40,9 @@ def told(stderr: str) -> list[str]:
 
 def rows_of(shards: Path, step: int) -> list[list[int]]:
     """The radiographs of each micro-batch of a step of the first epoch, over all ranks."""
-    epoch = sampler.epoch_order(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
+    epoch = sampler.epoch_permutation(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1}
-    return [micro.rows.tolist() for micro in sampler.step_micros(epoch, step, **sizes)]
+    return [micro.rows.tolist() for micro in sampler.step_micro_batches(epoch, step, **sizes)]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mura_dist.data.loaders.loader import Targets
+from mura_dist.data.loaders.loader import RowTargets
 from mura_dist.training.loss import weighted_bce
 from mura_dist.training.scores import Scores
 from mura_dist.training.validation import weighted_loss
@@ -19,7 +19,7 @@ def test_the_loss_is_the_papers() -> None:
     assert weighted_bce(logit[:1], label[:1], weight[:1]).item() == pytest.approx(0.077153, abs=1e-6)
     assert weighted_bce(logit[1:], label[1:], weight[1:]).item() == pytest.approx(0.616460, abs=1e-6)
     assert weighted_bce(logit, label, weight).item() == pytest.approx(0.693613, abs=2e-6)
-    targets = Targets(label.numpy(), weight.numpy())
+    targets = RowTargets(label.numpy(), weight.numpy())
     found = Scores.of(np.array([0, 1]), logit.numpy(), np.ones(2, bool))
     assert weighted_loss(found, targets) == pytest.approx(0.693613 / 2, abs=1e-6)
 
@@ -28,4 +28,4 @@ def test_the_loss_bears_any_logit() -> None:
     logit = torch.tensor([1e4, -1e4, 0.0])
     assert torch.isfinite(weighted_bce(logit, torch.tensor([0.0, 1.0, 1.0]), torch.ones(3)))
     found = Scores.of(np.arange(3), logit.numpy(), np.ones(3, bool))
-    assert np.isfinite(weighted_loss(found, Targets(np.ones(3, np.float32), np.ones(3, np.float32))))
+    assert np.isfinite(weighted_loss(found, RowTargets(np.ones(3, np.float32), np.ones(3, np.float32))))

@@ -16,7 +16,7 @@ from helpers.runs import losses
 from helpers.tools import tool
 from safetensors.torch import load_file
 
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.training import metrics_log
 from mura_dist.training.plan import Plan
@@ -45,7 +45,9 @@ def batches_of_run(folder: Path) -> Iterator[Batch]:
     """Load the batches of a run of one rank and one micro-batch a step, from its first step to its last."""
     plan = Plan.of(Run.load(folder).settings, 1)
     assert plan.accumulation == 1
-    loader = BatchLoader.from_settings(plan.settings, plan.shards, Targets.of(plan.shards), torch.device("cpu"))
+    loader = BatchLoader.from_settings(
+        plan.settings, plan.shards, RowTargets.from_shards(plan.shards), torch.device("cpu")
+    )
     for epoch in range(plan.settings.epochs):
         order = plan.order(epoch)
         yield from loader.load(micro for step in range(plan.steps_per_epoch) for micro in plan.micros(order, step, 0))

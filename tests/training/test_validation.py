@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mura_dist.core import config
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import build
@@ -37,7 +37,7 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once(
 ) -> None:
     shards = Shards.open(shard_folder)
     chosen = config.check({"shards": str(shard_folder), "run": "", "micro_batch": 4}, "test")
-    loading = BatchLoader.from_settings(chosen, shards, Targets.of(shards), torch.device("cpu"))
+    loading = BatchLoader.from_settings(chosen, shards, RowTargets.from_shards(shards), torch.device("cpu"))
     rows, model = shards.rows("tune"), build("tiny", seed=1).eval()
     assert len(rows) % number or number == 1, "the last batch is padded"
     by_four = validation.scores(model, rows, loading, alone)

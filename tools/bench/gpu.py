@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
 
 if TYPE_CHECKING:  # imported where they are used: a stage whose imports fail does not keep the others from running
-    from mura_dist.data.loaders.loader import Batch, Targets
-    from mura_dist.data.loaders.sampler import Micro
+    from mura_dist.data.loaders.loader import Batch, RowTargets
+    from mura_dist.data.loaders.sampler import MicroBatch
     from mura_dist.data.shards.reader import Shards
 
 ROOT = Path.cwd()
@@ -606,27 +606,27 @@ def compile_steps(record: Recorder, *, only_first: bool) -> None:
 # ---- batches
 
 
-def open_shards(options: argparse.Namespace, encoding: str = "raw") -> tuple[Shards, Targets]:
-    from mura_dist.data.loaders.loader import Targets
+def open_shards(options: argparse.Namespace, encoding: str = "raw") -> tuple[Shards, RowTargets]:
+    from mura_dist.data.loaders.loader import RowTargets
     from mura_dist.data.shards.reader import Shards
 
     folder = options.scratch / f"shards-{encoding}"
     if not (folder / "index.json").is_file():
         raise LeftOutError(f"no {encoding} shards in {options.scratch}; stage data makes them")
     shards = Shards.open(folder)
-    return shards, Targets.of(shards)
+    return shards, RowTargets.from_shards(shards)
 
 
 def backends() -> tuple[str, ...]:
     return ("dali", "cpu", "resident") if imports_dali() else ("cpu", "resident")
 
 
-def micros_of(rows: np.ndarray, number: int, count: int) -> list[Micro]:
+def micros_of(rows: np.ndarray, number: int, count: int) -> list[MicroBatch]:
     """`count` micro-batches of `number` radiographs, of one epoch's again and again."""
     from mura_dist.data.loaders import sampler
 
-    epoch = sampler.epoch_order(rows, 0, 0, rotate_deg=ROTATE_DEG, flip=True)
-    return [epoch.micro(place % (len(rows) // number) * number, number) for place in range(count)]
+    epoch = sampler.epoch_permutation(rows, 0, 0, rotate_deg=ROTATE_DEG, flip=True)
+    return [epoch.micro_batch(place % (len(rows) // number) * number, number) for place in range(count)]
 
 
 def stage_loader(record: Recorder, options: argparse.Namespace) -> None:
@@ -680,7 +680,7 @@ def record_warp(record: Recorder) -> None:
             record_rate(record, what, number, functools.partial(warp, pixels, slots, maps), 0.4)
 
 
-def compare_pixels(record: Recorder, shards: Shards, targets: Targets) -> None:
+def compare_pixels(record: Recorder, shards: Shards, targets: RowTargets) -> None:
     """The law: the pixels of every backend are those of the cpu backend, within 2 levels in 99.9 %."""
     from mura_dist.data.loaders.loader import BatchLoader
 
@@ -725,7 +725,7 @@ def stage_proto(record: Recorder, options: argparse.Namespace) -> None:
                 train_resident(record, what, number, shards, targets, world)
 
 
-def train_resident(record: Recorder, what: str, number: int, shards: Shards, targets: Targets, world: Any) -> None:
+def train_resident(record: Recorder, what: str, number: int, shards: Shards, targets: RowTargets, world: Any) -> None:
     from mura_dist.core import config
     from mura_dist.data.loaders import sampler
     from mura_dist.data.loaders.loader import BatchLoader
@@ -741,8 +741,8 @@ def train_resident(record: Recorder, what: str, number: int, shards: Shards, tar
     losses: list[float] = []
     started, num_timed, held_s = time.perf_counter(), 0, 0.0
     for number_of_epoch in range(20):
-        epoch = sampler.epoch_order(rows, 0, number_of_epoch, rotate_deg=ROTATE_DEG, flip=True)
-        batches = loader.load(epoch.micro(place * number, number) for place in range(len(rows) // number))
+        epoch = sampler.epoch_permutation(rows, 0, number_of_epoch, rotate_deg=ROTATE_DEG, flip=True)
+        batches = loader.load(epoch.micro_batch(place * number, number) for place in range(len(rows) // number))
         while True:
             wait_started = time.perf_counter()
             if (batch := next(batches, None)) is None:

@@ -184,7 +184,7 @@ class _Player:
         self.calls: list[tuple[float, float]] = []
         # The gradient itself, or where it travels in another type (DeepSpeed's own word) another buffer.
         self.buffer = self.engine.flat.gradient.to(self.engine._engine.communication_data_type)
-        length = here.size + 1 + self.engine.num_micros + self.engine.statistics.sum.numel()
+        length = here.size + 1 + self.engine.num_micro_batches + self.engine.statistics.sum.numel()
         self.vector = torch.ones(length, device=here.device)
         self.one = torch.ones(1, device=here.device)
 

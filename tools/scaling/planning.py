@@ -53,7 +53,7 @@ def peak_bytes(rows: np.ndarray, ranks: int, micro_batch: int) -> int:
 
 
 def _order(rows: np.ndarray) -> sampler.Epoch:
-    return sampler.epoch_order(rows, 1, 2, rotate_deg=30.0, flip=True)
+    return sampler.epoch_permutation(rows, 1, 2, rotate_deg=30.0, flip=True)
 
 
 def _walk(ordered: sampler.Epoch, ranks: int, micro_batch: int, *, steps: int | None = None) -> int:
@@ -62,7 +62,7 @@ def _walk(ordered: sampler.Epoch, ranks: int, micro_batch: int, *, steps: int | 
     sizes = {"global_batch": batch, "micro_batch": micro_batch, "world_size": ranks, "rank": ranks // 2}
     all_steps = sampler.steps_per_epoch(len(ordered.rows), batch)
     for step in range(all_steps if steps is None else min(steps, all_steps)):
-        number += len(sampler.step_micros(ordered, step, **sizes))
+        number += len(sampler.step_micro_batches(ordered, step, **sizes))
     return number
 
 

@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from mura_dist.data.loaders.ahead import in_background, in_order
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.shards.codec import encode
@@ -33,13 +33,13 @@ _READY = 2  # micro-batches that came out of DALI and wait for the consumer
 
 
 def images(
-    shards: Shards, micros: Iterable[Micro], *, workers: int, device: torch.device, prefetch: int
+    shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, device: torch.device, prefetch: int
 ) -> Iterator[Images]:
     """Yield the Images of each of `micros` (all of one B), in order, on `device`, for use on the caller's current stream."""
     index = None
     if device.type == "cuda":  # looked up here: another thread's current device is another
         index = device.index if device.index is not None else torch.cuda.current_device()
-    source = _run(shards, iter(micros), workers, index, min(max(2, prefetch), _DEEPEST))
+    source = _run(shards, iter(micro_batches), workers, index, min(max(2, prefetch), _DEEPEST))
     with contextlib.closing(in_background(source, ahead=_READY)) as ready:
         for result, event in ready:
             if event is not None:
@@ -50,16 +50,16 @@ def images(
 
 
 def _run(
-    shards: Shards, micros: Iterator[Micro], workers: int, index: int | None, depth: int
+    shards: Shards, micro_batches: Iterator[MicroBatch], workers: int, index: int | None, depth: int
 ) -> Generator[tuple[Images, torch.cuda.Event | None], None, None]:
     """Run a graph over `micros` on GPU `index` (None: the CPU); each result with the event after which its pixels are there."""
-    if (first := next(micros, None)) is None:
+    if (first := next(micro_batches, None)) is None:
         return
     size, batch = shards.size, len(first.rows)
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool, contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
-        tasks = (pool.submit(_read, shards, micro) for micro in itertools.chain([first], micros))
+        tasks = (pool.submit(_read, shards, micro) for micro in itertools.chain([first], micro_batches))
         feed = _Feed(in_order(tasks, ahead=workers))
         key = (shards.encoding == "raw", batch, workers, index, depth)
         graph = _graphs.pop(key, None)
@@ -95,7 +95,7 @@ class _Samples:
     damaged: tuple[CorruptSampleError, ...]
 
 
-def _read(shards: Shards, micro: Micro) -> _Samples:
+def _read(shards: Shards, micro: MicroBatch) -> _Samples:
     size, encoding = shards.size, shards.encoding
     samples, mask, damaged = stored(shards, micro, encoded=encoding != "raw")
     raw, black = encoding == "raw", np.zeros((size, size), np.uint8)

@@ -1,6 +1,6 @@
 """From shards to batches: one contract, three backends with the same pixels.
 
-    Micro (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
+    MicroBatch (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
 
 `dali` (made for the GPU), `cpu` (OpenCV) and `resident` (radiographs that stay on the device; experimental) rotate
 counter-clockwise about the center, bilinear, fill 0, canvas kept, then flip left-right. Where there is neither rotation nor
@@ -27,7 +27,7 @@ from mura_dist.core.errors import RunError
 from mura_dist.data.class_weights import LossWeights, class_weights
 from mura_dist.data.loaders import resident
 from mura_dist.data.loaders.backend import choose_backend
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.loaders.transfer import DeviceTargets
 from mura_dist.data.shards.reader import Shards
@@ -52,15 +52,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What is known of each row without opening it: label (num_rows,) and weight (num_rows,), float32."""
+class RowTargets:
+    """Label and loss weight of every row of the manifest, float32 (num_rows,) each."""
 
     label: np.ndarray
     weight: np.ndarray
 
     @classmethod
-    def of(cls, shards: Shards, loss_weights: LossWeights = "none") -> "Targets":
-        """Look up the labels of all rows, and the weights that class_weights.py counts over the train split."""
+    def from_shards(cls, shards: Shards, loss_weights: LossWeights = "none") -> "RowTargets":
+        """Look up all labels, and weigh them by the label counts of the train split (class_weights)."""
         frame = shards.manifest.frame
         label, study_type = frame["label"].to_numpy(), frame["study_type"].to_numpy()
         weight = np.ones(len(frame), np.float32)
@@ -76,7 +76,7 @@ class BatchLoader:
     """What makes one rank's batches from its micro-batches."""
 
     shards: Shards
-    targets: Targets
+    targets: RowTargets
     device: torch.device
     backend: str  # dali, cpu or resident
     micro_batch: int  # B of training's micro-batches; load() takes others
@@ -87,7 +87,9 @@ class BatchLoader:
     note: str = ""  # why the backend is not what it should be
 
     @classmethod
-    def from_settings(cls, settings: Settings, shards: Shards, targets: Targets, device: torch.device) -> "BatchLoader":
+    def from_settings(
+        cls, settings: Settings, shards: Shards, targets: RowTargets, device: torch.device
+    ) -> "BatchLoader":
         """Choose from the machine what the settings leave open.
 
         The backend is DALI on CUDA where it is installed, OpenCV elsewhere. The threads are this rank's share of the
@@ -115,13 +117,13 @@ class BatchLoader:
             note,
         )
 
-    def load(self, micros: Iterable[Micro]) -> Generator[Batch, None, None]:
+    def load(self, micro_batches: Iterable[MicroBatch]) -> Generator[Batch, None, None]:
         """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads.
 
         Raises:
             RunError: the shards cannot be read (ShardReadError), or a sample is damaged and `strict` is set.
         """
-        for images in _in_time(self._images(micros), self.shards, self.timeout_s):
+        for images in _in_time(self._images(micro_batches), self.shards, self.timeout_s):
             for damaged in images.damaged:
                 if self.strict:
                     raise RunError(
@@ -131,21 +133,21 @@ class BatchLoader:
                     print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
             yield self._batch(images)
 
-    def _images(self, micros: Iterable[Micro]) -> Iterator[Images]:
-        coming = iter(micros)
+    def _images(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Images]:
+        coming = iter(micro_batches)
         if (first := next(coming, None)) is None:
             return iter(())
-        micros, ahead = itertools.chain([first], coming), self._num_ahead(len(first.rows))
+        micro_batches, ahead = itertools.chain([first], coming), self._num_ahead(len(first.rows))
         if self.backend == "dali":
             from mura_dist.data.loaders import dali
 
-            return dali.images(self.shards, micros, workers=self.workers, device=self.device, prefetch=ahead)
+            return dali.images(self.shards, micro_batches, workers=self.workers, device=self.device, prefetch=ahead)
         if self.backend == "resident":
-            return resident.images(self._store, micros, workers=self.workers, prefetch=ahead)
+            return resident.images(self._store, micro_batches, workers=self.workers, prefetch=ahead)
         from mura_dist.data.loaders import opencv
 
         pinned = self.device.type == "cuda"
-        return opencv.images(self.shards, micros, workers=self.workers, prefetch=ahead, pinned=pinned)
+        return opencv.images(self.shards, micro_batches, workers=self.workers, prefetch=ahead, pinned=pinned)
 
     def _num_ahead(self, batch: int) -> int:
         """Micro-batches of `batch` radiographs to have ready: no more radiographs than of training's, down to two a thread."""

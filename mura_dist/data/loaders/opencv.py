@@ -12,24 +12,24 @@ import numpy as np
 import torch
 
 from mura_dist.data.loaders.ahead import in_order
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.loaders.samples import Images, stored
 from mura_dist.data.shards.reader import Shards
 
 
 def images(
-    shards: Shards, micros: Iterable[Micro], *, workers: int, prefetch: int, pinned: bool = False
+    shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int, pinned: bool = False
 ) -> Iterator[Images]:
     """Yield the Images of each of `micros`, in order, on the host; `pinned`: in memory that a GPU copies from by itself."""
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
-        yield from in_order((pool.submit(load, shards, micro, pinned) for micro in micros), ahead=prefetch)
+        yield from in_order((pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(shards: Shards, micro: Micro, pinned: bool = False) -> Images:
+def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> Images:
     """Read and augment one micro-batch, straight into the memory it is sent from."""
     size = shards.size
     samples, mask, damaged = stored(shards, micro, encoded=False)

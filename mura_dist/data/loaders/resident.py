@@ -19,7 +19,7 @@ from torch import Tensor
 from mura_dist.core.errors import RankLocalUserError
 from mura_dist.data.loaders.ahead import in_order
 from mura_dist.data.loaders.device_memory import free_bytes
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.loaders.samples import Images
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.loaders.warp import inverse_maps, pick_warp
@@ -30,7 +30,7 @@ _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 _UNREAD, _DAMAGED = -1, -2  # a row's slot, where it has none
 
 
-def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: int) -> Iterator[Images]:
+def images(store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int) -> Iterator[Images]:
     """Yield the Images of each of `micros`, in order, on the device, reading up to `prefetch` micro-batches ahead.
 
     Raises:
@@ -40,7 +40,7 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
 
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
 
-        def claim(micro: Micro) -> Future[_Block]:
+        def claim(micro: MicroBatch) -> Future[_Block]:
             rows = np.unique(micro.rows[micro.mask])
             missing = rows[store.is_unread(rows) & ~is_claimed[rows]]
             if not len(missing):
@@ -52,7 +52,7 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
             return pool.submit(store.read, micro, missing)
 
         try:
-            for block in in_order(map(claim, micros), ahead=prefetch):
+            for block in in_order(map(claim, micro_batches), ahead=prefetch):
                 store.add(block)
                 yield store.images(block.micro)
         finally:
@@ -63,7 +63,7 @@ def images(store: "Store", micros: Iterable[Micro], *, workers: int, prefetch: i
 class _Block:
     """Radiographs read for a micro-batch: those that the store did not have."""
 
-    micro: Micro
+    micro: MicroBatch
     rows: np.ndarray  # (k,)
     pixels: Tensor  # (k, S, S), pinned where the store is on a GPU
     damaged: tuple[CorruptSampleError, ...]
@@ -120,7 +120,7 @@ class Store:
             old_pixels.record_stream(self._stream)
         self._splits = splits
 
-    def read(self, micro: Micro, rows: np.ndarray) -> _Block:
+    def read(self, micro: MicroBatch, rows: np.ndarray) -> _Block:
         """Read and decode `rows` into memory that a GPU copies from by itself; damaged ones are named, not kept."""
         size = self._shards.size
         pixels = torch.empty((len(rows), size, size), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -145,7 +145,7 @@ class Store:
             self._slots[damaged.row] = _DAMAGED
             self._damaged[damaged.row] = damaged
 
-    def images(self, micro: Micro) -> Images:
+    def images(self, micro: MicroBatch) -> Images:
         """Warp a micro-batch whose rows were all read."""
         slots = np.where(micro.mask, self._slots[micro.rows], _UNREAD)
         mask = slots >= 0

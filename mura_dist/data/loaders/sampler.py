@@ -17,7 +17,7 @@ _PART = 1 << 18  # of an order worked on at once
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """What one rank forwards at once. rows int64 (B,); angles float32 (B,) degrees, counter-clockwise; flips bool (B,);
     mask bool (B,), False where a place only fills the shape."""
 
@@ -37,13 +37,13 @@ class Epoch:
     rotate_deg: float
     flip: bool
 
-    def micro(self, start: int, size: int) -> Micro:
+    def micro_batch(self, start: int, size: int) -> MicroBatch:
         """The radiographs at places start .. start + size, and how they are turned."""
         angles, flips = draw_turns(self.seed, self.epoch, start, size, rotate_deg=self.rotate_deg, flip=self.flip)
-        return Micro(self.rows[start : start + size], angles, flips, np.ones(size, bool))
+        return MicroBatch(self.rows[start : start + size], angles, flips, np.ones(size, bool))
 
 
-def epoch_order(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
+def epoch_permutation(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
     """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/scaling.md)."""
     place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
     keys = draw_order_keys(seed, epoch, len(rows))  # the only array as long: at last the result
@@ -69,25 +69,25 @@ def steps_per_epoch(num_rows: int, global_batch: int) -> int:
     return num_rows // global_batch
 
 
-def step_micros(
+def step_micro_batches(
     epoch: Epoch, step: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int
-) -> list[Micro]:
+) -> list[MicroBatch]:
     """The micro-batches of `step` (0-based within the epoch) that `rank` takes: whole ones, in order."""
-    num_micros = global_batch // micro_batch
-    assert num_micros * micro_batch == global_batch, (global_batch, micro_batch)
-    assert num_micros % world_size == 0, (num_micros, world_size)
-    mine = range(rank * num_micros // world_size, (rank + 1) * num_micros // world_size)
-    return [epoch.micro(step * global_batch + number * micro_batch, micro_batch) for number in mine]
+    num_micro_batches = global_batch // micro_batch
+    assert num_micro_batches * micro_batch == global_batch, (global_batch, micro_batch)
+    assert num_micro_batches % world_size == 0, (num_micro_batches, world_size)
+    mine = range(rank * num_micro_batches // world_size, (rank + 1) * num_micro_batches // world_size)
+    return [epoch.micro_batch(step * global_batch + number * micro_batch, micro_batch) for number in mine]
 
 
-def evaluation_micros(rows: np.ndarray, *, micro_batch: int, rank: int, world_size: int) -> list[Micro]:
+def evaluation_micro_batches(rows: np.ndarray, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
     """All of `rows` over all ranks, each exactly once, unaugmented; every rank gets as many micro-batches, padded by mask."""
-    num_micros = -(-len(rows) // (micro_batch * world_size))
-    padded = np.full(num_micros * micro_batch * world_size, -1, np.int64)
+    num_micro_batches = -(-len(rows) // (micro_batch * world_size))
+    padded = np.full(num_micro_batches * micro_batch * world_size, -1, np.int64)
     padded[: len(rows)] = rows
-    mine = padded.reshape(world_size, num_micros, micro_batch)[rank]
+    mine = padded.reshape(world_size, num_micro_batches, micro_batch)[rank]
     zeros, upright = np.zeros(micro_batch, np.float32), np.zeros(micro_batch, bool)
-    return [Micro(part, zeros, upright, part >= 0) for part in mine]
+    return [MicroBatch(part, zeros, upright, part >= 0) for part in mine]
 
 
 def nearest_global_batch(global_batch: int, unit: int) -> int:

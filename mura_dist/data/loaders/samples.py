@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 
@@ -21,7 +21,7 @@ class Images:
 
 
 def stored(
-    shards: Shards, micro: Micro, *, encoded: bool
+    shards: Shards, micro: MicroBatch, *, encoded: bool
 ) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
     """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
     read = shards.encoded if encoded else shards.pixels

@@ -41,11 +41,11 @@ def test_auto_on_cuda_without_dali_is_cpu_and_says_so(shard_folder: Path) -> Non
     code = f"""
 import torch
 from mura_dist.core.config import Settings
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 shards = Shards.open({str(shard_folder)!r})
 settings = Settings(shards="s", run="r")
-loader = BatchLoader.from_settings(settings, shards, Targets.of(shards), torch.device("cuda"))
+loader = BatchLoader.from_settings(settings, shards, RowTargets.from_shards(shards), torch.device("cuda"))
 assert not torch.cuda.is_initialized()
 print(loader.backend, loader, sep="\\n")
 """

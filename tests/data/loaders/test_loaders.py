@@ -19,7 +19,7 @@ from nvidia.dali import Pipeline
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.loaders import dali, loader, opencv, sampler
-from mura_dist.data.loaders.loader import BatchLoader, Targets
+from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards import reader
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import CorruptSampleError, ShardReadError, Shards
@@ -34,20 +34,20 @@ def opened(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: pyt
     return Shards.open(folder)
 
 
-def micros_of(shards: Shards, *, rotate_deg: float, flip: bool, micro_batch: int = 5) -> list[sampler.Micro]:
-    epoch = sampler.epoch_order(shards.rows("train"), 0, 0, rotate_deg=rotate_deg, flip=flip)
+def micros_of(shards: Shards, *, rotate_deg: float, flip: bool, micro_batch: int = 5) -> list[sampler.MicroBatch]:
+    epoch = sampler.epoch_permutation(shards.rows("train"), 0, 0, rotate_deg=rotate_deg, flip=flip)
     steps = range(sampler.steps_per_epoch(len(epoch.rows), micro_batch))
     sizes = {"global_batch": micro_batch, "micro_batch": micro_batch, "rank": 0, "world_size": 1}
-    return [micro for step in steps for micro in sampler.step_micros(epoch, step, **sizes)]
+    return [micro for step in steps for micro in sampler.step_micro_batches(epoch, step, **sizes)]
 
 
 BACKENDS = ["cpu", "dali", "resident"]
 
 
-def pixels_by(backend: str, shards: Shards, micros: list[sampler.Micro], workers: int = 2) -> np.ndarray:
+def pixels_by(backend: str, shards: Shards, micro_batches: list[sampler.MicroBatch], workers: int = 2) -> np.ndarray:
     """The images of all micro-batches, uint8 (n, 1, S, S)."""
-    loader = BatchLoader(shards, Targets.of(shards), CPU, backend, len(micros[0].rows), workers)
-    return torch.cat([batch.image for batch in loader.load(micros)]).numpy()
+    loader = BatchLoader(shards, RowTargets.from_shards(shards), CPU, backend, len(micro_batches[0].rows), workers)
+    return torch.cat([batch.image for batch in loader.load(micro_batches)]).numpy()
 
 
 def limit_of(backend: str, shards: Shards) -> int:
@@ -59,8 +59,8 @@ def limit_of(backend: str, shards: Shards) -> int:
 
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 def test_the_backends_agree_within_a_few_grey_levels(opened: Shards, backend: str) -> None:
-    micros = micros_of(opened, rotate_deg=30, flip=True)
-    ours, theirs = (pixels_by(name, opened, micros) for name in ("cpu", backend))
+    micro_batches = micros_of(opened, rotate_deg=30, flip=True)
+    ours, theirs = (pixels_by(name, opened, micro_batches) for name in ("cpu", backend))
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype == np.uint8
     assert (np.abs(ours.astype(int) - theirs) <= limit_of(backend, opened)).mean() >= 0.999
@@ -71,9 +71,9 @@ def test_a_wrong_sign_or_center_would_be_seen(opened: Shards, backend: str) -> N
     """The law above can fail: turned the other way, or about S/2, far fewer pixels agree."""
     if opened.encoding != "raw":
         pytest.skip("geometry does not depend on the encoding")
-    micros = micros_of(opened, rotate_deg=30, flip=True)
-    theirs = pixels_by(backend, opened, micros)
-    wrong = [sampler.Micro(m.rows, -m.angles, m.flips, m.mask) for m in micros]
+    micro_batches = micros_of(opened, rotate_deg=30, flip=True)
+    theirs = pixels_by(backend, opened, micro_batches)
+    wrong = [sampler.MicroBatch(m.rows, -m.angles, m.flips, m.mask) for m in micro_batches]
     ours = pixels_by("cpu", opened, wrong)
     assert (np.abs(ours.astype(int) - theirs) <= 2).mean() < 0.9
 
@@ -81,10 +81,10 @@ def test_a_wrong_sign_or_center_would_be_seen(opened: Shards, backend: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, backend: str) -> None:
     rows = opened.rows("valid")
-    micros = sampler.evaluation_micros(rows, micro_batch=4, rank=0, world_size=1)
-    targets = Targets.of(opened, "study_type")
+    micro_batches = sampler.evaluation_micro_batches(rows, micro_batch=4, rank=0, world_size=1)
+    targets = RowTargets.from_shards(opened, "study_type")
     seen = []
-    for batch in BatchLoader(opened, targets, CPU, backend, 4, workers=2).load(micros):
+    for batch in BatchLoader(opened, targets, CPU, backend, 4, workers=2).load(micro_batches):
         for row, image, real in zip(batch.row.tolist(), batch.image[:, 0].numpy(), batch.mask.tolist(), strict=True):
             if not real:
                 assert row == -1
@@ -101,25 +101,25 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rank_that_has_only_padding_gets_black_batches(opened: Shards, backend: str) -> None:
     """Evaluating fewer radiographs than there are ranks: each has as many micro-batches."""
-    micros = sampler.evaluation_micros(opened.rows("valid")[:2], micro_batch=4, rank=2, world_size=3)
-    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 4, workers=1)
-    [batch] = loader.load(micros)
+    micro_batches = sampler.evaluation_micro_batches(opened.rows("valid")[:2], micro_batch=4, rank=2, world_size=3)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, 4, workers=1)
+    [batch] = loader.load(micro_batches)
     assert batch.row.tolist() == [-1] * 4
     assert not any(tensor.any() for tensor in (batch.image, batch.label, batch.weight, batch.mask))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_batches_from_any_number_of_threads(opened: Shards, backend: str) -> None:
-    micros = micros_of(opened, rotate_deg=30, flip=True)
-    one, four = (pixels_by(backend, opened, micros, workers) for workers in (1, 4))
+    micro_batches = micros_of(opened, rotate_deg=30, flip=True)
+    one, four = (pixels_by(backend, opened, micro_batches, workers) for workers in (1, 4))
     np.testing.assert_array_equal(one, four)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_depends_on_nothing_that_was_loaded_before_it(opened: Shards, backend: str) -> None:
     """A run that resumes in mid-epoch, with other rows in memory, sees what an uninterrupted one would have seen."""
-    micros = micros_of(opened, rotate_deg=30, flip=True)
-    whole, resumed = pixels_by(backend, opened, micros), pixels_by(backend, opened, micros[5:])
+    micro_batches = micros_of(opened, rotate_deg=30, flip=True)
+    whole, resumed = pixels_by(backend, opened, micro_batches), pixels_by(backend, opened, micro_batches[5:])
     np.testing.assert_array_equal(whole[5 * 5 :], resumed)
 
 
@@ -139,7 +139,7 @@ def test_rotation_is_counter_clockwise_then_mirrored() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leaving_early_ends_the_threads(opened: Shards, backend: str) -> None:
-    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=3)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, 5, workers=3)
     stream = loader.load(micros_of(opened, rotate_deg=30, flip=True))
     next(stream)
     stream.close()
@@ -156,7 +156,7 @@ def test_the_consumer_reads_no_sample(opened: Shards, backend: str, monkeypatch:
         return encoded(self, row)
 
     monkeypatch.setattr(Shards, "encoded", note_reader)
-    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=2)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, 5, workers=2)
     assert len(list(loader.load(micros_of(opened, rotate_deg=30, flip=True)))) > 10
     assert readers
     assert threading.get_ident() not in readers
@@ -179,27 +179,31 @@ def test_the_consumer_does_not_run_dali(opened: Shards, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_error_while_reading_reaches_the_consumer(opened: Shards, backend: str) -> None:
     """Raised by a thread; the next epoch comes as if nothing had been."""
-    micros = micros_of(opened, rotate_deg=30, flip=True)
-    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, 5, workers=2)
-    impossible = replace(micros[3], rows=np.full(5, len(opened.manifest.frame)))
+    micro_batches = micros_of(opened, rotate_deg=30, flip=True)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, 5, workers=2)
+    impossible = replace(micro_batches[3], rows=np.full(5, len(opened.manifest.frame)))
     with pytest.raises(IndexError):
-        list(loader.load([*micros[:3], impossible, *micros[3:]]))
+        list(loader.load([*micro_batches[:3], impossible, *micro_batches[3:]]))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
-    assert [batch.row.tolist() for batch in loader.load(micros)] == [micro.rows.tolist() for micro in micros]
+    assert [batch.row.tolist() for batch in loader.load(micro_batches)] == [
+        micro.rows.tolist() for micro in micro_batches
+    ]
 
 
 def test_weights_balance_the_labels_of_what_they_are_counted_over(opened: Shards) -> None:
     """Over all train radiographs, or over those of each study type, both labels pull equally hard."""
-    assert (Targets.of(opened).weight == 1).all()
+    assert (RowTargets.from_shards(opened).weight == 1).all()
     train = opened.manifest.frame.loc[opened.rows("train")]
     whole, parts = [train], [part for _, part in train.groupby("study_type") if part["label"].nunique() == 2]
     assert len(parts) > 1
     for loss_weights, groups in (("class", whole), ("study_type", parts)):
-        weight = Targets.of(opened, loss_weights).weight
+        weight = RowTargets.from_shards(opened, loss_weights).weight
         for group in groups:
             sums = [weight[group.index[group["label"] == label]].sum() for label in (0, 1)]
             assert sums[0] == pytest.approx(sums[1], rel=1e-5), loss_weights
-    by_label = [set(Targets.of(opened, "class").weight[train.index[train["label"] == label]]) for label in (0, 1)]
+    by_label = [
+        set(RowTargets.from_shards(opened, "class").weight[train.index[train["label"] == label]]) for label in (0, 1)
+    ]
     assert [len(weights) for weights in by_label] == [1, 1], "one pair for all study types"
 
 
@@ -212,11 +216,11 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     shutil.copytree(opened.folder, folder)
     bad = sorted(opened.rows("train").tolist())[3]
     tar = laws.damage(Shards.open(folder), bad)
-    broken, micros = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
-    assert sum(bad in micro.rows for micro in micros) == 2, "seen in both epochs"
-    whole = BatchLoader(opened, Targets.of(opened, "study_type"), CPU, backend, 5, workers=2)
+    broken, micro_batches = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
+    assert sum(bad in micro.rows for micro in micro_batches) == 2, "seen in both epochs"
+    whole = BatchLoader(opened, RowTargets.from_shards(opened, "study_type"), CPU, backend, 5, workers=2)
     capfd.readouterr()
-    pairs = zip(whole.load(micros), replace(whole, shards=broken).load(micros), strict=True)
+    pairs = zip(whole.load(micro_batches), replace(whole, shards=broken).load(micro_batches), strict=True)
     for sound, batch in pairs:
         here = batch.row == bad
         assert (batch.mask == (sound.mask & ~here)).all()
@@ -229,7 +233,7 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
     assert list(broken.damaged) == [bad]
     with pytest.raises(RunError, match=rf"row {bad} .*strict=true ends here: mend it"):
-        list(replace(whole, shards=Shards.open(folder), strict=True).load(micros))
+        list(replace(whole, shards=Shards.open(folder), strict=True).load(micro_batches))
 
 
 def test_a_tar_that_shrinks_damages_samples_and_one_that_vanishes_none(opened: Shards, tmp_path: Path) -> None:
@@ -303,7 +307,7 @@ def test_no_backend_hides_an_error_of_the_disk(opened: Shards, backend: str, tmp
     broken = Shards.open(folder)
     broken.require("train")
     (folder / broken.names("train")[0]).unlink()
-    loading = BatchLoader(broken, Targets.of(opened), CPU, backend, 5, workers=2)
+    loading = BatchLoader(broken, RowTargets.from_shards(opened), CPU, backend, 5, workers=2)
     with pytest.raises(ShardReadError, match="no such file or directory"):
         list(loading.load(micros_of(opened, rotate_deg=30, flip=True)))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
@@ -328,15 +332,17 @@ def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(ope
 def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, micro_batch: int, backend: str) -> None:
     """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
     rows = opened.rows("train")
-    loader = BatchLoader(opened, Targets.of(opened), CPU, backend, micro_batch, workers=1)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, micro_batch, workers=1)
     assert len(opened.names("train")) == 1
-    epoch = sampler.epoch_order(rows, 0, 0, rotate_deg=30, flip=True)
+    epoch = sampler.epoch_permutation(rows, 0, 0, rotate_deg=30, flip=True)
     sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
     num_steps = sampler.steps_per_epoch(len(rows), sizes["global_batch"])
     seen = []
     for rank in range(world_size):
-        micros = (m for step in range(num_steps) for m in sampler.step_micros(epoch, step, rank=rank, **sizes))
-        made = list(loader.load(micros))
+        micro_batches = (
+            m for step in range(num_steps) for m in sampler.step_micro_batches(epoch, step, rank=rank, **sizes)
+        )
+        made = list(loader.load(micro_batches))
         assert len(made) == num_steps
         seen += [row for batch in made for row in batch.row.tolist()]
     assert len(seen) == len(set(seen)) == len(rows) - len(rows) % sizes["global_batch"]
@@ -344,7 +350,7 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
 
 
 def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = Targets.of(opened)
+    targets = RowTargets.from_shards(opened)
 
     def chosen(device: str = "cpu", **settings: object) -> BatchLoader:
         return BatchLoader.from_settings(
@@ -372,18 +378,18 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
 
 def test_larger_micro_batches_are_not_held_ahead_in_as_great_a_number(opened: Shards) -> None:
     """Evaluation may load 256 where training loads 8: as many micro-batches ahead would take 32 times the memory."""
-    loader = BatchLoader(opened, Targets.of(opened), CPU, "cpu", micro_batch=2, workers=1, prefetch=16)
+    loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, "cpu", micro_batch=2, workers=1, prefetch=16)
     for batch, num_ahead in ((2, 16), (8, 4), (32, 2)):
         pulled = 0
 
-        def micros(batch: int = batch) -> Iterator[sampler.Micro]:
+        def micro_batches(batch: int = batch) -> Iterator[sampler.MicroBatch]:
             nonlocal pulled
             for micro in micros_of(opened, rotate_deg=0, flip=False, micro_batch=2) * 2:
                 pulled += 1
                 rows = np.resize(micro.rows, batch)
-                yield sampler.Micro(rows, np.zeros(batch, np.float32), np.zeros(batch, bool), np.ones(batch, bool))
+                yield sampler.MicroBatch(rows, np.zeros(batch, np.float32), np.zeros(batch, bool), np.ones(batch, bool))
 
-        stream = loader.load(micros())
+        stream = loader.load(micro_batches())
         assert next(stream).image.shape == (batch, 1, 96, 96)
         assert pulled == num_ahead + 1
         stream.close()
@@ -394,13 +400,15 @@ def test_dali_goes_on_from_epoch_to_epoch(opened: Shards, monkeypatch: pytest.Mo
     monkeypatch.setattr(dali, "_graphs", {})
     epochs = [micros_of(opened, rotate_deg=30, flip=True, micro_batch=size)[:count] for size, count in ((5, 9), (4, 3))]
     for _ in range(3):
-        for micros in epochs:
-            left = dali.images(opened, micros, workers=2, device=CPU, prefetch=4)
+        for micro_batches in epochs:
+            left = dali.images(opened, micro_batches, workers=2, device=CPU, prefetch=4)
             next(left)
             left.close()
-            ours, theirs = pixels_by("cpu", opened, micros), pixels_by("dali", opened, micros)
+            ours, theirs = pixels_by("cpu", opened, micro_batches), pixels_by("dali", opened, micro_batches)
             assert (np.abs(ours.astype(int) - theirs) <= limit_of("dali", opened)).mean() >= 0.999
-            one = [made.rows.tolist() for made in dali.images(opened, micros[:1], workers=2, device=CPU, prefetch=4)]
-            assert one == [micros[0].rows.tolist()]
+            one = [
+                made.rows.tolist() for made in dali.images(opened, micro_batches[:1], workers=2, device=CPU, prefetch=4)
+            ]
+            assert one == [micro_batches[0].rows.tolist()]
     assert all(graph.pipe is not None for graph in dali._graphs.values())
     assert len(dali._graphs) == 2, "one for each batch size"

@@ -13,7 +13,7 @@ from helpers.runs import losses
 
 from mura_dist.core.errors import RankLocalUserError
 from mura_dist.data.loaders import resident, sampler
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
+from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 
 CPU = torch.device("cpu")
@@ -38,16 +38,16 @@ def num_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
 
 
 def loader_of(shards: Shards, backend: str = "resident") -> BatchLoader:
-    return BatchLoader(shards, Targets.of(shards), CPU, backend, 4, workers=2)
+    return BatchLoader(shards, RowTargets.from_shards(shards), CPU, backend, 4, workers=2)
 
 
-def training(shards: Shards, epoch: int) -> list[sampler.Micro]:
-    ordered = sampler.epoch_order(shards.rows("train"), 0, epoch, rotate_deg=30, flip=True)
-    return [ordered.micro(start, 4) for start in range(0, len(ordered.rows) - 3, 4)]
+def training(shards: Shards, epoch: int) -> list[sampler.MicroBatch]:
+    ordered = sampler.epoch_permutation(shards.rows("train"), 0, epoch, rotate_deg=30, flip=True)
+    return [ordered.micro_batch(start, 4) for start in range(0, len(ordered.rows) - 3, 4)]
 
 
-def evaluation(rows: np.ndarray) -> list[sampler.Micro]:
-    return sampler.evaluation_micros(rows, micro_batch=7, rank=0, world_size=1)
+def evaluation(rows: np.ndarray) -> list[sampler.MicroBatch]:
+    return sampler.evaluation_micro_batches(rows, micro_batch=7, rank=0, world_size=1)
 
 
 def assert_same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> None:
@@ -64,20 +64,20 @@ def test_each_radiograph_is_read_once_in_a_run(shards: Shards, num_reads: Counte
     both = np.union1d(shards.rows("valid"), shards.rows("tune"))
     tune = evaluation(shards.rows("tune"))
     streams = [tune * 2, training(shards, 0), training(shards, 1), evaluation(both)]
-    batches = [list(loader.load(micros)) for micros in streams]
+    batches = [list(loader.load(micro_batches)) for micro_batches in streams]
     assert set(both) | set(batches[1][0].row.tolist()) <= set(num_reads)
     assert set(num_reads.values()) == {1}
-    for micros, several in zip(streams, batches, strict=True):
-        assert_same(iter(several), other.load(micros))
+    for micro_batches, several in zip(streams, batches, strict=True):
+        assert_same(iter(several), other.load(micro_batches))
 
 
 def test_streams_beside_each_other_and_left_early_lose_nothing(shards: Shards) -> None:
-    loader, other, micros = loader_of(shards), loader_of(shards, "cpu"), training(shards, 0)
-    left, first, second = (loader.load(micros) for _ in range(3))
+    loader, other, micro_batches = loader_of(shards), loader_of(shards, "cpu"), training(shards, 0)
+    left, first, second = (loader.load(micro_batches) for _ in range(3))
     next(left)
     batches = [batch for pair in zip(first, second, strict=True) for batch in pair]
     left.close()
-    assert_same(iter(batches), other.load([micro for micro in micros for _ in range(2)]))
+    assert_same(iter(batches), other.load([micro for micro in micro_batches for _ in range(2)]))
     assert_same(loader.load(training(shards, 1)), other.load(training(shards, 1)))
 
 
