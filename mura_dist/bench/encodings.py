@@ -65,10 +65,10 @@ def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[s
 
 def size_of(model: Path, size: int | None) -> int:
     """The pixels of a side that `model` takes. Raises UserError for another --size, and for what is no model of ours."""
-    from mura_dist.inference.engine import Tuning
-    from mura_dist.inference.onnx_model import Model
+    from mura_dist.inference.engine import SessionConfig
+    from mura_dist.inference.onnx_model import OnnxModel
 
-    wanted = Model.load(model, tuning=Tuning(threads=1)).size
+    wanted = OnnxModel.load(model, session_config=SessionConfig(threads=1)).size
     if size not in (None, wanted):
         raise UserError(f"--size {size}: {model} takes {wanted} px; leave --size out, or give --size {wanted}")
     return wanted
@@ -82,9 +82,9 @@ def _bytes_each(folder: Path) -> float:
 
 
 def _probability_changes(load: Load, path: Path, log: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    from mura_dist.inference.onnx_model import Model
+    from mura_dist.inference.onnx_model import OnnxModel
 
-    model, probabilities = Model.load(path, provider()), {}
+    model, probabilities = OnnxModel.load(path, provider()), {}
     for encoding in SUFFIX:
         probabilities[encoding] = _probabilities(model.logits, load, encoding)
         log(f"probabilities of {len(probabilities[encoding])} radiographs from {encoding}")

@@ -105,11 +105,11 @@ def _files_to_tables(model: Path, provider: str, load: Load) -> Work:
 
 
 def _alone(path: Path, provider: str, load: Load) -> Work:
-    from mura_dist.inference.engine import flowing
-    from mura_dist.inference.onnx_model import Model
+    from mura_dist.inference.engine import pipelined_config
+    from mura_dist.inference.onnx_model import OnnxModel
 
-    model, images = Model.load(path, provider, flowing()), np.concatenate(load.pixels())
-    return lambda out: sum(len(logit) for (logit,) in model.stream(_cut(images, model.tuning.batch_size or 1)))
+    model, images = OnnxModel.load(path, provider, pipelined_config()), np.concatenate(load.pixels())
+    return lambda out: sum(len(logit) for (logit,) in model.stream(_cut(images, model.session_config.batch_size or 1)))
 
 
 def _cut(images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

@@ -18,8 +18,8 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.distributed import environment
 from mura_dist.evaluation import results
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
-from mura_dist.inference.engine import Tuning
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import SessionConfig
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.target import Target
 from mura_dist.training.scores import Scores
 
@@ -44,7 +44,7 @@ def evaluate_onnx(
     if (num_ranks := environment.world_size()) > 1:
         log(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks have nothing to do")
     path = target.path
-    shards, model = Shards.open(shards_folder), Model.load(path, provider, Tuning(_BATCH))
+    shards, model = Shards.open(shards_folder), OnnxModel.load(path, provider, SessionConfig(_BATCH))
     if shards.size != model.size:
         raise UserError(
             f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
@@ -70,7 +70,7 @@ def evaluate_onnx(
 
 
 def _scores(
-    model: Model,
+    model: OnnxModel,
     shards: Shards,
     rows: np.ndarray,
     log: Callable[[str], None],

@@ -1,6 +1,6 @@
 """The chunks of a prediction: read ahead by guarded processes, predicted in batches, each written as a part when it is whole.
 
-    Walk -> chunks of 256 files -> paths -> worker processes (reader.py) -> batches (B, 1, S, S) uint8 -> Model.stream
+    Walk -> chunks of 256 files -> paths -> worker processes (reader.py) -> batches (B, 1, S, S) uint8 -> OnnxModel.stream
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk
 
 A chunk is the unit of work and of resumption. Where an I/O fault kept a file of it from being read, its part is
@@ -29,7 +29,7 @@ from mura_dist.inference import retries
 from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.file_list import File, Walk
 from mura_dist.inference.grouping import Grouping
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import RETRY, OutputFolder, pause
 from mura_dist.inference.overlays import Overlay, Overlays, counts
 from mura_dist.inference.reader import Reader, Reading, failed
@@ -68,7 +68,7 @@ class ChunkPredictor:
     grouping: how files become studies; progress: hears of files done and of all files; throughput: of what this command made.
     """
 
-    model: Model
+    model: OnnxModel
     directory: Path
     grouping: Grouping
     files: Walk
@@ -159,7 +159,7 @@ class ChunkPredictor:
         self, crew: Crew, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]
     ) -> Iterator[np.ndarray]:
         """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
-        batch_size = self.model.tuning.batch_size or 1
+        batch_size = self.model.session_config.batch_size or 1
         at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // self.model.size**2))
         ahead = max(2, -(-2 * batch_size // (at_once * crew.workers)))  # two batches at least
         readings = crew.results(_tasks(chunks(), self.directory, at_once), ahead=ahead)

@@ -20,7 +20,7 @@ from mura_dist.distributed.processes import processors
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
 OUTPUTS = ("logit", "activation_map")
-OPTIMISATIONS: dict[Literal["all", "extended"], str] = {
+GRAPH_OPTIMIZATIONS: dict[Literal["all", "extended"], str] = {
     "all": "ORT_ENABLE_ALL",
     "extended": "ORT_ENABLE_EXTENDED",
 }  # ONNX Runtime's; all adds blocked layouts
@@ -31,26 +31,26 @@ Signature = tuple[str, Sequence[object]]
 
 
 @dataclass(frozen=True)
-class Tuning:
+class SessionConfig:
     """How a model is run. batch_size: radiographs at once; streams: batches in flight; threads: of all streams together,
     on a CPU. None: a choice by the machine, the same on each start. Only `optimisation` moves fp32 logits, in their last bits."""
 
     batch_size: int | None = None
     streams: int | None = None
     threads: int | None = None
-    optimisation: Literal["all", "extended"] = "all"
+    optimization: Literal["all", "extended"] = "all"
 
-    def settled(self, on_cpu: bool) -> "Tuning":
+    def resolved(self, on_cpu: bool) -> "SessionConfig":
         """With nothing left to choose."""
         threads = self.threads or max(1, processors() // environment.ranks_here())
         streams = self.streams or 1
         return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
 
 
-def flowing(batch_size: int | None = None) -> Tuning:
+def pipelined_config(batch_size: int | None = None) -> SessionConfig:
     """For many batches one after the other, before anything was measured: two in flight."""
     threads = max(1, processors() // environment.ranks_here())
-    return Tuning(batch_size, min(2, threads), threads)
+    return SessionConfig(batch_size, min(2, threads), threads)
 
 
 def on_cpu(provider: str) -> bool:
@@ -58,7 +58,7 @@ def on_cpu(provider: str) -> bool:
     return provider.lower() in ("cpu", OPENVINO, PROVIDERS["cpu"].lower())
 
 
-class Engine(Protocol):
+class InferenceEngine(Protocol):
     """A runtime with an ONNX file loaded. `name` says which, `version` is the library's; `run` may be called from several
     threads at once, with any number of images."""
 

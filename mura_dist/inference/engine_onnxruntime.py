@@ -19,11 +19,11 @@ from mura_dist.distributed import environment
 from mura_dist.inference import page_locked, provider_libraries
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
 from mura_dist.inference.engine import (
+    GRAPH_OPTIMIZATIONS,
     OPENVINO,
-    OPTIMISATIONS,
     OUTPUTS,
     PROVIDERS,
-    Tuning,
+    SessionConfig,
     batch_failure,
     cache_folder,
     check_signature,
@@ -59,7 +59,13 @@ class OnnxRuntime:
     """A session of ONNX Runtime, bound to its device where that is a GPU."""
 
     def __init__(
-        self, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None = None, limit_s: float = LIMIT_S
+        self,
+        data: bytes,
+        name: str,
+        alias: str,
+        session_config: SessionConfig,
+        card: Card | None = None,
+        limit_s: float = LIMIT_S,
     ) -> None:
         """Load the ONNX file `data`, which messages call `name`; a GPU has run one batch of zeros then.
 
@@ -78,7 +84,7 @@ class OnnxRuntime:
             raise UserError(
                 f"--provider {alias}: {name} is for bf16, which ONNX Runtime does not compute; OpenVINO does: --provider openvino"
             )
-        self.session = _session(onnxruntime, data, name, alias, tuning, card)
+        self.session = _session(onnxruntime, data, name, alias, session_config, card)
         self.name: str = self.session.get_providers()[0]
         self.version: str = onnxruntime.__version__
         self.run_options = onnxruntime.RunOptions
@@ -95,17 +101,19 @@ class OnnxRuntime:
         if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
             assert card is not None
             image, runtime, self.slots = (
-                np.zeros(_shape(tuning, card), np.uint8),
+                np.zeros(_shape(session_config, card), np.uint8),
                 page_locked.cuda_runtime(),
                 queue.SimpleQueue(),
             )
             try:
-                for _ in range(tuning.streams or 1):
+                for _ in range(session_config.streams or 1):
                     host = page_locked.allocate(image.shape, runtime, _device())
                     self.slots.put(Slot(onnxruntime, self.session, host, ("cuda", _device())))
             except Exception as error:  # no memory there
                 raise batch_failure(self.name, image, error) from error
-            for _ in range(tuning.streams or 1):  # each slot in turn: memory is taken and algorithms are chosen here
+            for _ in range(
+                session_config.streams or 1
+            ):  # each slot in turn: memory is taken and algorithms are chosen here
                 self.run(image, OUTPUTS)  # TensorRT builds its engine, which takes minutes
 
     def run(self, image: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
@@ -158,12 +166,14 @@ class Slot:
         return [output[: len(image)] for output in binding.copy_outputs_to_cpu()]
 
 
-def _shape(tuning: Tuning, card: Card) -> tuple[int, int, int, int]:
+def _shape(session_config: SessionConfig, card: Card) -> tuple[int, int, int, int]:
     """(B, 1, S, S): that of every batch on a GPU."""
-    return tuning.batch_size or 1, 1, card.size, card.size
+    return session_config.batch_size or 1, 1, card.size, card.size
 
 
-def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tuning, card: Card | None) -> Any:
+def _session(
+    onnxruntime: Any, data: bytes, name: str, alias: str, session_config: SessionConfig, card: Card | None
+) -> Any:
     """A session on the wanted provider, or UserError; ONNX Runtime alone would go on with the CPU and a note in a log."""
     provider, available = PROVIDERS.get(alias.lower(), alias), onnxruntime.get_available_providers()
     if provider not in available:
@@ -178,9 +188,9 @@ def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tunin
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERROR
-    level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMISATIONS[tuning.optimisation])
+    level = getattr(onnxruntime.GraphOptimizationLevel, GRAPH_OPTIMIZATIONS[session_config.optimization])
     options.graph_optimization_level = level
-    threads, streams = tuning.threads or 0, tuning.streams or 1
+    threads, streams = session_config.threads or 0, session_config.streams or 1
     options.intra_op_num_threads = max(1, threads - streams + 1)  # each stream brings a thread of its own
     if streams > 1:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take from the other streams
@@ -192,7 +202,9 @@ def _session(onnxruntime: Any, data: bytes, name: str, alias: str, tuning: Tunin
             session = onnxruntime.InferenceSession(
                 data,
                 options,
-                providers=[(each, _options(each, data, onnxruntime.__version__, tuning, card)) for each in providers],
+                providers=[
+                    (each, _options(each, data, onnxruntime.__version__, session_config, card)) for each in providers
+                ],
             )
         except Exception as error:  # ONNX Runtime has a dozen kinds, none of them public
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -221,10 +233,12 @@ def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason:
     )
 
 
-def _options(provider: str, data: bytes, version: str, tuning: Tuning, card: Card | None) -> dict[str, str]:
+def _options(
+    provider: str, data: bytes, version: str, session_config: SessionConfig, card: Card | None
+) -> dict[str, str]:
     if card is None:
         return {}
-    shape = _shape(tuning, card)
+    shape = _shape(session_config, card)
     folder = Path()
     if provider == PROVIDERS["tensorrt"]:
         # A folder a model and shape: TensorRT's provider tells engines apart by the graph's names, not by its weights.

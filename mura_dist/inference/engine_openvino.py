@@ -10,7 +10,7 @@ import numpy as np
 
 from mura_dist.core.errors import RunError, UserError, install_remedy
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
-from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, Signature, Tuning, batch_failure, check_signature
+from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, SessionConfig, Signature, batch_failure, check_signature
 from mura_dist.models.card import Card
 
 
@@ -34,7 +34,9 @@ def computes_bf16() -> bool:
 class OpenVino:
     """A model compiled by OpenVINO for this CPU; a request a stream."""
 
-    def __init__(self, data: bytes, name: str, tuning: Tuning, card: Card, limit_s: float = LIMIT_S) -> None:
+    def __init__(
+        self, data: bytes, name: str, session_config: SessionConfig, card: Card, limit_s: float = LIMIT_S
+    ) -> None:
         """Load and compile the file `data`, which messages call `name`, in its card's precision. Raises UserError."""
         openvino = _openvino()
         core, self.name = openvino.Core(), OPENVINO_CPU
@@ -56,11 +58,11 @@ class OpenVino:
             "CPU",
             {  # the precision too, or it would take bf16 by itself wherever the processor has it
                 "INFERENCE_PRECISION_HINT": "bf16" if card.precision == "bf16" else "f32",
-                "NUM_STREAMS": tuning.streams or 1,
-                "INFERENCE_NUM_THREADS": tuning.threads or 0,
+                "NUM_STREAMS": session_config.streams or 1,
+                "INFERENCE_NUM_THREADS": session_config.threads or 0,
             },
         )
-        for _ in range(tuning.streams or 1):
+        for _ in range(session_config.streams or 1):
             self.requests.put(self.compiled.create_infer_request())
         # All that is done once, before there are threads.
         self.run(np.zeros((1, 1, card.size, card.size), np.uint8), OUTPUTS)

@@ -17,7 +17,7 @@ import numpy as np
 from mura_dist.core.errors import UserError
 from mura_dist.inference import onnx_metadata
 from mura_dist.inference.batch_limit import LIMIT_S
-from mura_dist.inference.engine import OPENVINO, OUTPUTS, Engine, Tuning, on_cpu
+from mura_dist.inference.engine import OPENVINO, OUTPUTS, InferenceEngine, SessionConfig, on_cpu
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.inference.engine_openvino import OpenVino
 from mura_dist.inference.throughput import BusyTime
@@ -26,16 +26,18 @@ from mura_dist.models.card import KEY, Card
 from mura_dist.models.target import Target
 
 
-class Model:
+class OnnxModel:
     """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's, `tuning` how it is run; `busy` sums
     the time in which `stream` computed."""
 
-    def __init__(self, engine: Engine, card: Card, sha256: str, tuning: Tuning) -> None:
-        self.engine, self.card, self.sha256, self.tuning = engine, card, sha256, tuning
+    def __init__(self, engine: InferenceEngine, card: Card, sha256: str, session_config: SessionConfig) -> None:
+        self.engine, self.card, self.sha256, self.session_config = engine, card, sha256, session_config
         self.busy = BusyTime()
 
     @classmethod
-    def load(cls, path: Path, provider: str = "cpu", tuning: Tuning | None = None, limit_s: float = LIMIT_S) -> "Model":
+    def load(
+        cls, path: Path, provider: str = "cpu", session_config: SessionConfig | None = None, limit_s: float = LIMIT_S
+    ) -> "OnnxModel":
         """The model of an ONNX file, or of the one beside a model list.
 
         provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's; limit_s: seconds that a batch may take.
@@ -45,30 +47,37 @@ class Model:
         """
         target = Target.parse(path)
         if target.kind == "list":
-            return cls._of_list(target, provider, tuning, limit_s)
+            return cls._of_list(target, provider, session_config, limit_s)
         if target.kind == "run":
             what = "a folder" if path.is_dir() else "no such file"
             raise UserError(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
-        return cls.from_bytes(path.read_bytes(), str(path), provider, tuning, limit_s)
+        return cls.from_bytes(path.read_bytes(), str(path), provider, session_config, limit_s)
 
     @classmethod
-    def _of_list(cls, target: Target, provider: str, tuning: Tuning | None, limit_s: float) -> "Model":
+    def _of_list(
+        cls, target: Target, provider: str, session_config: SessionConfig | None, limit_s: float
+    ) -> "OnnxModel":
         path, file = target.path, target.onnx_file
         listed = model_list.ModelList.load(path)
         remedy = f"export it first: mura-dist export {path}"
         if not file.is_file():
             raise UserError(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
-        model = cls.load(file, provider, tuning, limit_s)
+        model = cls.load(file, provider, session_config, limit_s)
         if not model_list.same(model.card.members, listed.members):
             raise UserError(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
         return model
 
     @classmethod
     def from_bytes(
-        cls, data: bytes, name: str, provider: str = "cpu", tuning: Tuning | None = None, limit_s: float = LIMIT_S
-    ) -> "Model":
+        cls,
+        data: bytes,
+        name: str,
+        provider: str = "cpu",
+        session_config: SessionConfig | None = None,
+        limit_s: float = LIMIT_S,
+    ) -> "OnnxModel":
         """As `load`, of a file's content; `name` is what messages call it."""
-        tuning = (tuning or Tuning()).settled(on_cpu(provider))
+        session_config = (session_config or SessionConfig()).resolved(on_cpu(provider))
         try:
             text = onnx_metadata.read(data, KEY)
             outside = onnx_metadata.external_file(data)
@@ -81,12 +90,12 @@ class Model:
                 f"{name} names another file for its weights ({outside[:80]!r}); give the one file that `mura-dist export` wrote"
             )
         card = Card.parse(text, name)
-        engine: Engine
+        engine: InferenceEngine
         if provider.lower() == OPENVINO:
-            engine = OpenVino(data, name, tuning, card, limit_s)
+            engine = OpenVino(data, name, session_config, card, limit_s)
         else:
-            engine = OnnxRuntime(data, name, provider, tuning, card, limit_s)
-        return cls(engine, card, hashlib.sha256(data).hexdigest(), tuning)
+            engine = OnnxRuntime(data, name, provider, session_config, card, limit_s)
+        return cls(engine, card, hashlib.sha256(data).hexdigest(), session_config)
 
     @property
     def size(self) -> int:
@@ -109,11 +118,11 @@ class Model:
 
     def stream(self, batches: Iterable[np.ndarray], outputs: Sequence[str] = OUTPUTS[:1]) -> Iterator[list[np.ndarray]]:
         """For each of `batches`, in order, what `outputs` names; up to `tuning.streams` in flight, one more is fetched ahead."""
-        if self.tuning.streams == 1:
+        if self.session_config.streams == 1:
             for batch in batches:
                 yield self._run(batch, outputs)
             return
-        streams = self.tuning.streams or 1
+        streams = self.session_config.streams or 1
         flying: deque[Future[list[np.ndarray]]] = deque()
         with ThreadPoolExecutor(streams, "stream") as pool:
             for batch in batches:

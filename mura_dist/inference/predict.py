@@ -37,11 +37,11 @@ from mura_dist.distributed.worker_pool import Limits
 from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
 from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
-from mura_dist.inference.engine import OPTIMISATIONS, PROVIDERS, Tuning, flowing
+from mura_dist.inference.engine import GRAPH_OPTIMIZATIONS, PROVIDERS, SessionConfig, pipelined_config
 from mura_dist.inference.file_list import Walk
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.inputs import Inputs, without_output
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
 from mura_dist.inference.overlays import Overlays, counted
 from mura_dist.inference.predict_summary import summarize
@@ -61,7 +61,7 @@ class PredictOptions:
 
     study_by: str = "auto"  # what makes a study: auto, folder or file
     study_type: str | None = None  # of all radiographs, or a CSV of path,study_type; None: as paths and DICOM tell
-    provider: str = "cpu"  # what computes: see Model.load
+    provider: str = "cpu"  # what computes: see OnnxModel.load
     format: str = "csv"  # of the tables: csv or parquet
     batch_size: int | None = None  # radiographs at once; None: as an autotune found best here, or by provider
     workers: int | None = None  # processes that read; None: by files and processors
@@ -97,8 +97,10 @@ def predict(
         sources = Inputs.parse(paths)
         _check(sources, out, options)
         names = _names(options.keytable, out, sources)
-        _check_tuning(options)
-        model = Model.load(model_path, options.provider, flowing(options.batch_size), options.batch_limit_s)
+        _check_autotune(options)
+        model = OnnxModel.load(
+            model_path, options.provider, pipelined_config(options.batch_size), options.batch_limit_s
+        )
         groups, warnings = _grouping(sources, out, options, names, model.card)
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
@@ -108,8 +110,10 @@ def predict(
             folder.locked(stop),
             _walked(sources, folder, names, options.keytable, stop, progress) as files,
         ):
-            if (tuning := _resolve_tuning(folder, model, model_path, options, log)) != model.tuning:
-                model = Model.load(model_path, options.provider, tuning, options.batch_limit_s)
+            if (
+                session_config := _resolve_session_config(folder, model, model_path, options, log)
+            ) != model.session_config:
+                model = OnnxModel.load(model_path, options.provider, session_config, options.batch_limit_s)
             warnings += study_types.match(groups.given, files.printable_paths())
             if options.allow_pixels and not options.overlays:
                 warnings.append("--allow-pixels without --overlays changes nothing")
@@ -171,7 +175,7 @@ def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:
     return Names(pseudonyms.site_key(out, *inputs.folders))
 
 
-def _check_tuning(options: PredictOptions) -> None:
+def _check_autotune(options: PredictOptions) -> None:
     if options.autotune and options.batch_size is not None:
         raise UserError(
             f"--autotune finds the batch size, --batch-size {options.batch_size} sets it; leave one of them out"
@@ -225,22 +229,24 @@ def _walked(
         yield files
 
 
-def _resolve_tuning(
-    folder: OutputFolder, model: Model, model_path: Path, options: PredictOptions, log: Callable[[str], None]
-) -> Tuning:
+def _resolve_session_config(
+    folder: OutputFolder, model: OnnxModel, model_path: Path, options: PredictOptions, log: Callable[[str], None]
+) -> SessionConfig:
     """Decide how to run `model`: what moves bits as the run in `folder` began, else as it was measured to run fastest on this
     machine, now (autotune) or some time before, else as it comes."""
     alone = options.batch_size is None and environment.world_size() == 1
-    usual = (autotune.stored(model) if alone else None) or model.tuning
+    usual = (autotune.stored(model) if alone else None) or model.session_config
     for plan in folder.plans():
         if (plan.get("model_sha256"), plan.get("provider")) == (model.sha256, model.provider):
-            optimisation, batch_size = plan.get("optimisation"), plan.get("batch_size")
-            tuning = replace(usual, optimisation=optimisation) if optimisation in tuple(OPTIMISATIONS) else usual
+            optimization, batch_size = plan.get("optimisation"), plan.get("batch_size")
+            session_config = (
+                replace(usual, optimization=optimization) if optimization in tuple(GRAPH_OPTIMIZATIONS) else usual
+            )
             if (
                 isinstance(batch_size, int) and 0 < batch_size < 2**16
             ):  # what is neither is refused with the rest of the plan
-                tuning = replace(tuning, batch_size=batch_size)
-            return replace(tuning, batch_size=options.batch_size or tuning.batch_size)
+                session_config = replace(session_config, batch_size=batch_size)
+            return replace(session_config, batch_size=options.batch_size or session_config.batch_size)
     return autotune.choose(model_path, options.provider, log) if options.autotune else usual
 
 
@@ -250,7 +256,7 @@ def _check_keytable(keytable: Path | None, folder: OutputFolder, files: Walk, na
         pseudonyms.check_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
 
 
-def _plan(model: Model, files: Walk, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
+def _plan(model: OnnxModel, files: Walk, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
     """Say what the run is; whatever differs, a run does not go on."""
     given, names = groups.given, groups.names
     table = given if given is None or isinstance(given, str) else f"table {names.digest(digest(given))}"
@@ -261,9 +267,9 @@ def _plan(model: Model, files: Walk, groups: Grouping, options: PredictOptions) 
         "files_sha256": names.digest(files.digest),
         "study_type": table,
         "provider": model.provider,
-        "optimisation": model.tuning.optimisation,
+        "optimisation": model.session_config.optimization,
         # Bits do not depend on it in ONNX Runtime on a CPU; nobody promises that of the others.
-        "batch_size": None if model.provider == PROVIDERS["cpu"] else model.tuning.batch_size,
+        "batch_size": None if model.provider == PROVIDERS["cpu"] else model.session_config.batch_size,
         "pseudonyms": names.fingerprint,
         "gate": gate.VERSION,
         "study_by": options.study_by,
@@ -273,7 +279,7 @@ def _plan(model: Model, files: Walk, groups: Grouping, options: PredictOptions) 
     }
 
 
-def _overlays(model: Model, folder: OutputFolder, options: PredictOptions) -> Overlays | None:
+def _overlays(model: OnnxModel, folder: OutputFolder, options: PredictOptions) -> Overlays | None:
     if not options.overlays:
         return None
     drawings = model.card.of_drawings

@@ -13,14 +13,14 @@ import PIL
 from mura_dist import __version__
 from mura_dist.data import gate, mura
 from mura_dist.inference import overlays
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.tables import Tally
 from mura_dist.metrics.operating_points import BANDS
 from mura_dist.models.card import Card
 
 
 def summarize(
-    tally: Tally, model: Model, num_overlays: dict[str, int], warnings: list[str], seconds: float
+    tally: Tally, model: OnnxModel, num_overlays: dict[str, int], warnings: list[str], seconds: float
 ) -> dict[str, Any]:
     """Put predict.json together, but for the plan. `seconds` are those of the last command; `warnings` come first."""
     card, num_failures = model.card, tally.failures_by_code.total()

@@ -173,13 +173,13 @@ def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, mon
 
 
 def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
-    from mura_dist.inference.onnx_model import Model
+    from mura_dist.inference.onnx_model import OnnxModel
 
     load = load_of(small.folder, tmp_path, small.paths)
     for encoding in ("raw", "png", "jpeg"):
         convert(load.folder, tmp_path / encoding, size=S, encoding=encoding, workers=1)
     changes = encodings._probability_changes(load, model, lambda line: None)
-    logits, opened = Model.load(model).logits, {name: Shards.open(tmp_path / name) for name in ("png", "jpeg")}
+    logits, opened = OnnxModel.load(model).logits, {name: Shards.open(tmp_path / name) for name in ("png", "jpeg")}
 
     def probability(name: str, row: int) -> float:
         return 1 / (1 + math.exp(-logits(opened[name].pixels(row)[None, None])[0]))

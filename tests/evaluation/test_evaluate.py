@@ -20,7 +20,7 @@ from mura_dist.data.class_weights import class_weights
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation.evaluate import odds_shift
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import NAMES, STUDIES, FittedThresholds
 from mura_dist.training.scores import Scores, study_scores
@@ -97,7 +97,7 @@ def exported(untrained: Path) -> Path:
 @pytest.fixture(scope="module")
 def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model, said to be of radiographs: one of drawings makes no calls."""
-    card = Model.load(exported).card
+    card = OnnxModel.load(exported).card
     trained_on = card.trained_on.model_copy(update={"kind": "radiographs"})
     target = tmp_path_factory.mktemp("radiographs") / "model.onnx"
     return with_card(exported, card.model_copy(update={"trained_on": trained_on}), target)
@@ -106,7 +106,7 @@ def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def logits(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
     images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
-    return Scores.of(rows, Model.load(model).logits(images), np.ones(len(rows), bool))
+    return Scores.of(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
 
 
 def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ def test_another_operating_point(untrained: Path, halved: Path, phantoms: Path, 
     assert confusion == found["operating_points"]["overall"]["points"]["specificity=0.9"]["confusion"]
 
     assert main(["export", str(folder)]) == DONE
-    card = Model.load(folder / "model.onnx").card
+    card = OnnxModel.load(folder / "model.onnx").card
     assert card.operating_point == "specificity=0.9"
     assert card.thresholds == {name: cut[name] for name in card.thresholds}
     assert set(card.thresholds) == {name for name, one in found["by_study_type"].items() if one["kappa"] is not None}

@@ -18,9 +18,9 @@ from helpers.models import card_of, noise, tiny  # noqa: E402
 
 from mura_dist.core.errors import UserError  # noqa: E402
 from mura_dist.inference import page_locked  # noqa: E402
-from mura_dist.inference.engine import Tuning  # noqa: E402
+from mura_dist.inference.engine import SessionConfig  # noqa: E402
 from mura_dist.inference.export import onnx, precision  # noqa: E402
-from mura_dist.inference.onnx_model import Model  # noqa: E402
+from mura_dist.inference.onnx_model import OnnxModel  # noqa: E402
 
 pytestmark = gpu.MARKS
 PROVIDERS = ["cuda", "tensorrt"] if gpu.CUDA else ["cpu"]
@@ -49,9 +49,9 @@ def test_logits_are_those_of_the_cpu_at_any_batch_size(
     exported: Callable[[str], bytes], provider: str, name: str
 ) -> None:
     images = noise(21)
-    exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
+    exact = OnnxModel.from_bytes(exported("fp32"), "the model").logits(images)
     try:
-        model = Model.from_bytes(exported(name), "the model", provider, Tuning(8, streams=2))
+        model = OnnxModel.from_bytes(exported(name), "the model", provider, SessionConfig(8, streams=2))
     except UserError as error:
         if "TensorRT 10" not in str(error):
             raise
@@ -84,9 +84,9 @@ def test_memory_is_page_locked_until_it_goes() -> None:
 def test_models_come_and_go(exported: Callable[[str], bytes]) -> None:
     """As an autotune has them: each computes from pages of its own."""
     images = noise(16)
-    exact = Model.from_bytes(exported("fp32"), "the model").logits(images)
+    exact = OnnxModel.from_bytes(exported("fp32"), "the model").logits(images)
     for batch_size in (16, 4, 8, 16):
-        model = Model.from_bytes(exported("fp32"), "the model", PROVIDERS[0], Tuning(batch_size))
+        model = OnnxModel.from_bytes(exported("fp32"), "the model", PROVIDERS[0], SessionConfig(batch_size))
         np.testing.assert_allclose(model.logits(images), exact, atol=1e-4)
         del model
         gc.collect()

@@ -16,8 +16,8 @@ from PIL import Image
 from mura_dist.cli.main import FAILED, WRONG, main
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.inference import batch_limit, onnx_metadata
-from mura_dist.inference.engine import Tuning
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import SessionConfig
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import KEY
 
 
@@ -68,7 +68,7 @@ def endless() -> onnx.GraphProto:
 
 def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
     """Else the refusals below would say nothing."""
-    logit, cells = Model.load(saved(mean(), tmp_path / "m.onnx")).outputs(images := noise(3))
+    logit, cells = OnnxModel.load(saved(mean(), tmp_path / "m.onnx")).outputs(images := noise(3))
     np.testing.assert_allclose(logit, images.mean(axis=(1, 2, 3)), rtol=1e-5)
     assert cells.shape == (3, S, S)
 
@@ -90,7 +90,7 @@ def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
 )
 def test_another_graph_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model of ours|not an ONNX model") as refusal:
-        Model.load(saved(mean(**change), tmp_path / "m.onnx"))
+        OnnxModel.load(saved(mean(**change), tmp_path / "m.onnx"))
     assert "\n" not in str(refusal.value)
 
 
@@ -129,7 +129,7 @@ def test_no_other_file_is_read(
     path = saved(build(outside(place)), tmp_path / "m.onnx")
     assert onnx_metadata.external_file(path.read_bytes()) == place
     with pytest.raises(UserError, match="names another file for its weights"):
-        Model.load(path)
+        OnnxModel.load(path)
 
 
 def test_ours_names_no_other_file(model: Path) -> None:
@@ -137,7 +137,9 @@ def test_ours_names_no_other_file(model: Path) -> None:
 
 
 def test_a_model_that_never_answers_is_left(tmp_path: Path) -> None:
-    model = Model.load(saved(endless(), tmp_path / "m.onnx"), tuning=Tuning(batch_size=1), limit_s=0.3)
+    model = OnnxModel.load(
+        saved(endless(), tmp_path / "m.onnx"), session_config=SessionConfig(batch_size=1), limit_s=0.3
+    )
     started = time.monotonic()
     for _ in range(2):  # it may be asked again
         with pytest.raises(

@@ -15,8 +15,8 @@ from helpers.models import S, card_of, noise, with_card
 
 from mura_dist.core.errors import RunError, UserError, install_remedy
 from mura_dist.inference import autotune, engine, engine_onnxruntime, engine_openvino
-from mura_dist.inference.engine import OUTPUTS, PROVIDERS, Tuning
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import OUTPUTS, PROVIDERS, SessionConfig
+from mura_dist.inference.onnx_model import OnnxModel
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed"
@@ -35,8 +35,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, streams: int, threads: int) -> None:
     images = noise(23)
-    wanted = Model.load(model, tuning=Tuning(threads=1, streams=1)).outputs(images)
-    loaded = Model.load(model, tuning=Tuning(batch_size, streams, threads))
+    wanted = OnnxModel.load(model, session_config=SessionConfig(threads=1, streams=1)).outputs(images)
+    loaded = OnnxModel.load(model, session_config=SessionConfig(batch_size, streams, threads))
     batches = (images[at : at + batch_size] for at in range(0, len(images), batch_size))
     found = [np.concatenate(parts) for parts in zip(*loaded.stream(batches, OUTPUTS), strict=True)]
     for one, other in zip(found, wanted, strict=True):
@@ -46,13 +46,13 @@ def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, s
 @pytest.mark.parametrize("provider", BOTH)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_batches_come_back_in_order(model: Path, provider: str, streams: int) -> None:
-    loaded, images = Model.load(model, provider, Tuning(streams=streams)), noise(40)
+    loaded, images = OnnxModel.load(model, provider, SessionConfig(streams=streams)), noise(40)
     sizes = [1, 5, 2, 9, 3, 20]
     starts = np.cumsum([0, *sizes[:-1]])
     batches = [images[start : start + size] for start, size in zip(starts, sizes, strict=True)]
     found = [logit for (logit,) in loaded.stream(batches)]
     assert [len(logit) for logit in found] == sizes
-    np.testing.assert_allclose(np.concatenate(found), Model.load(model).logits(images), atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(found), OnnxModel.load(model).logits(images), atol=1e-4)
     assert list(loaded.stream([])) == []
 
 
@@ -65,7 +65,7 @@ def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
             taken += 1
             yield noise(1)
 
-    stream = Model.load(model, tuning=Tuning(streams=2)).stream(batches())
+    stream = OnnxModel.load(model, session_config=SessionConfig(streams=2)).stream(batches())
     next(stream)
     assert taken <= 4
     stream.close()
@@ -73,7 +73,7 @@ def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
 
 def test_what_fails_in_a_batch_is_raised(model: Path) -> None:
     with pytest.raises(RunError, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
-        list(Model.load(model, tuning=Tuning(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
+        list(OnnxModel.load(model, session_config=SessionConfig(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
 
 
 @needs_openvino
@@ -82,9 +82,9 @@ def test_openvino_agrees_and_tells_nobody(model: Path) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 path, images = Path(sys.argv[1]), np.random.default_rng(1).integers(0, 256, (9, 1, 64, 64), dtype=np.uint8)
-one, two = Model.load(path), Model.load(path, "OpenVINO")
+one, two = OnnxModel.load(path), OnnxModel.load(path, "OpenVINO")
 for a, b in zip(one.outputs(images), two.outputs(images), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
 assert one.card == two.card and two.provider == "OpenVINO CPU"
@@ -103,10 +103,10 @@ def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path
 import sys
 from pathlib import Path
 import numpy as np
-from mura_dist.inference.engine import Tuning
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import SessionConfig
+from mura_dist.inference.onnx_model import OnnxModel
 images = np.zeros((4, 1, 64, 64), np.uint8)
-print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stream([images] * 20))))
+print(len(list(OnnxModel.load(Path(sys.argv[1]), "openvino", SessionConfig(streams=4)).stream([images] * 20))))
 """
     for _ in range(8):
         done = subprocess.run(
@@ -119,7 +119,7 @@ print(len(list(Model.load(Path(sys.argv[1]), "openvino", Tuning(streams=4)).stre
 def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> None:
     """Its usage statistics begin with a file among the temporary ones: none is there. Without us one is."""
     code = (
-        "from pathlib import Path; from mura_dist.inference.onnx_model import Model; Model.load(Path({0!r}))"
+        "from pathlib import Path; from mura_dist.inference.onnx_model import OnnxModel; OnnxModel.load(Path({0!r}))"
         if ours
         else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
     )
@@ -138,7 +138,7 @@ def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> N
 def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=re.escape(install_remedy("openvino"))):
-        Model.load(model, "openvino")
+        OnnxModel.load(model, "openvino")
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
@@ -148,28 +148,28 @@ def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
         with pytest.raises(
             UserError, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"
         ):
-            Model.load(model, provider)
+            OnnxModel.load(model, provider)
         return
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match=r"--provider \w+: \w+ does not start, (lib\S+) cannot be opened; ") as refused:
-        Model.load(model, provider)
+        OnnxModel.load(model, provider)
     assert str(refused.value).endswith(", or give --provider cpu")
 
 
 def test_a_mistyped_provider(model: Path) -> None:
     with pytest.raises(UserError, match=r"--provider cdua \(did you mean cuda\?\)"):
-        Model.load(model, "cdua")
+        OnnxModel.load(model, "cdua")
 
 
 def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.onnx"
     with_card(model, card_of().model_copy(update={"precision": "bf16"}), path)
     with pytest.raises(UserError, match="bf16"):
-        Model.load(path)
+        OnnxModel.load(path)
     if importlib.util.find_spec("openvino") is not None and not engine_openvino.computes_bf16():
         with pytest.raises(UserError, match="no instructions"):
-            Model.load(path, "openvino")
+            OnnxModel.load(path, "openvino")
 
 
 @needs_openvino
@@ -178,27 +178,27 @@ def test_openvino_refuses_what_is_no_model(model: Path, tmp_path: Path) -> None:
 
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(UserError, match="not an ONNX model"):
-        Model.load(tmp_path / "text.onnx", "openvino")
+        OnnxModel.load(tmp_path / "text.onnx", "openvino")
     bare = onnx.load(model)
     del bare.metadata_props[:]
     (tmp_path / "bare.onnx").write_bytes(bare.SerializeToString())
     with pytest.raises(UserError, match="mura-dist export"):
-        Model.load(tmp_path / "bare.onnx", "openvino")
+        OnnxModel.load(tmp_path / "bare.onnx", "openvino")
 
 
 def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = Tuning().settled(on_cpu=True)
+    alone = SessionConfig().resolved(on_cpu=True)
     assert alone.threads == engine.processors()
-    assert engine.flowing(3).streams == min(2, engine.processors())
+    assert engine.pipelined_config(3).streams == min(2, engine.processors())
     for name, value in {
         "RANK": 0,
         "WORLD_SIZE": 4 * engine.processors(),
         "LOCAL_WORLD_SIZE": 4 * engine.processors(),
     }.items():
         monkeypatch.setenv(name, str(value))
-    assert Tuning().settled(on_cpu=True).threads == 1
-    assert engine.flowing(3) == Tuning(3, 1, 1)
-    assert Tuning(3, 1, 7).settled(on_cpu=True) == Tuning(3, 1, 7)
+    assert SessionConfig().resolved(on_cpu=True).threads == 1
+    assert engine.pipelined_config(3) == SessionConfig(3, 1, 1)
+    assert SessionConfig(3, 1, 7).resolved(on_cpu=True) == SessionConfig(3, 1, 7)
 
 
 # ---- tuning
@@ -209,14 +209,14 @@ def test_the_fastest_way_is_measured_kept_and_found(
     model: Path, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
-    assert autotune.stored(Model.load(model, provider)) is None
+    assert autotune.stored(OnnxModel.load(model, provider)) is None
     lines: list[str] = []
     best = autotune.choose(model, provider, lines.append)
     ways = list(autotune.candidates(model, provider))
     assert len(lines) == len(ways) == len(set(ways))
     assert best in ways
     assert autotune.words(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
-    assert autotune.stored(Model.load(model, provider)) == best
+    assert autotune.stored(OnnxModel.load(model, provider)) == best
     kept = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
     [entry] = kept.values()
     assert len(entry["measured"]) == len(ways)
@@ -226,7 +226,7 @@ def test_the_fastest_way_is_measured_kept_and_found(
 @pytest.mark.parametrize(("provider", "streams"), [("cuda", {1, 2, 3}), ("tensorrt", {1})])
 def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> None:
     """The runs of its session take turns."""
-    usual = Tuning(64, 2, 8)
+    usual = SessionConfig(64, 2, 8)
     ways = list(autotune.ways(usual, PROVIDERS[provider], 320))
     assert usual not in ways
     assert {way.streams for way in ways} == streams
@@ -238,10 +238,10 @@ def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: p
     autotune.choose(model, "cpu")
     other = tmp_path / "other.onnx"
     with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other)
-    assert autotune.stored(Model.load(other)) is None
-    assert autotune.stored(Model.load(model)) is not None
+    assert autotune.stored(OnnxModel.load(other)) is None
+    assert autotune.stored(OnnxModel.load(model)) is not None
     monkeypatch.setattr(autotune, "processors", lambda: 99)
-    assert autotune.stored(Model.load(model)) is None
+    assert autotune.stored(OnnxModel.load(model)) is None
 
 
 def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
@@ -257,7 +257,7 @@ def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
     request.getfixturevalue("homeless")
     assert autotune.choose(model, "cpu", lines.append).batch_size
     assert lines[-1].startswith("warning: not kept for later runs: HOME is not set")
-    assert autotune.stored(Model.load(model)) is None
+    assert autotune.stored(OnnxModel.load(model)) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
@@ -266,7 +266,7 @@ def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, m
     path = tmp_path / "cache" / "mura-dist" / autotune.FILE
     path.parent.mkdir(parents=True)
     path.write_text(content)
-    loaded = Model.load(model)
+    loaded = OnnxModel.load(model)
     assert autotune.stored(loaded) is None
     path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
     assert autotune.stored(loaded) is None

@@ -15,7 +15,7 @@ from mura_dist.core.errors import UserError
 from mura_dist.data import radiograph
 from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import overlays
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, picture, place
 from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.reports import heatmap, local_only
@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: Path) -> None:
     summary = predict(model, source, tmp_path / "out", PredictOptions(overlays=True, batch_size=4))
-    folder, loaded = tmp_path / "out" / FOLDER, Model.load(model)
+    folder, loaded = tmp_path / "out" / FOLDER, OnnxModel.load(model)
     lines = rows(tmp_path / "out/predictions.csv")
     assert summary["num_overlays"] == len(lines) == 6
     assert summary["num_overlays_withheld"] == 0

@@ -29,9 +29,9 @@ from mura_dist.distributed.worker_pool import Limits
 from mura_dist.evaluation import prediction_files
 from mura_dist.inference import autotune, chunks, grouping, pseudonyms, tables
 from mura_dist.inference import predict as predict_module
-from mura_dist.inference.engine import Tuning, flowing
+from mura_dist.inference.engine import SessionConfig, pipelined_config
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import OutputFolder
 from mura_dist.inference.predict import CHUNK, PredictOptions, predict
 
@@ -219,7 +219,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> None:
     summary = predict(model, layout, tmp_path / "out")
-    loaded, logits = Model.load(model), {}
+    loaded, logits = OnnxModel.load(model), {}
     for row in rows(tmp_path / "out" / "predictions.csv"):
         image = radiograph.read(layout / row["path"], 64)
         wanted = loaded.logits(image[None, None])[0]
@@ -739,7 +739,7 @@ def test_a_model_that_gives_no_number_is_named(
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: pytest.CaptureFixture[str]) -> None:
     try:
-        said = Model.load(model, provider).provider.lower()
+        said = OnnxModel.load(model, provider).provider.lower()
     except UserError as refusal:
         said = str(refusal)
     assert re.match(rf"{provider}|--provider {provider}: \w+ does not start.* or give --provider cpu$", said)
@@ -818,24 +818,24 @@ def test_a_run_goes_on_as_it_began(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     """Whatever was measured on this machine in between; and nothing is measured for it."""
-    loaded, folder = Model.load(model, tuning=flowing()), OutputFolder(tmp_path / "out", 0, 1)
+    loaded, folder = OnnxModel.load(model, session_config=pipelined_config()), OutputFolder(tmp_path / "out", 0, 1)
 
-    def resolve(**options: Any) -> Tuning:
-        return predict_module._resolve_tuning(folder, loaded, model, PredictOptions(**options), print)
+    def resolve(**options: Any) -> SessionConfig:
+        return predict_module._resolve_session_config(folder, loaded, model, PredictOptions(**options), print)
 
     plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
     folder.parts.mkdir(parents=True)
     (folder.done if finished else folder.plan).write_text(json.dumps({"plan": plan} if finished else plan))
-    monkeypatch.setattr(autotune, "stored", lambda model: Tuning(16, 1, 1, "all"))
+    monkeypatch.setattr(autotune, "stored", lambda model: SessionConfig(16, 1, 1, "all"))
     monkeypatch.setattr(autotune, "choose", lambda *given: pytest.fail("measured"))
     for measure in (False, True):
-        assert resolve(autotune=measure) == Tuning(3, 1, 1, "extended")
-    assert resolve(batch_size=5) == replace(loaded.tuning, optimisation="extended", batch_size=5)
+        assert resolve(autotune=measure) == SessionConfig(3, 1, 1, "extended")
+    assert resolve(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
     (folder.done if finished else folder.plan).write_text("{}")  # another model's
-    assert resolve() == Tuning(16, 1, 1, "all")
+    assert resolve() == SessionConfig(16, 1, 1, "all")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolve() == loaded.tuning
+    assert resolve() == loaded.session_config
 
 
 def test_autotune_is_measured_kept_and_used(

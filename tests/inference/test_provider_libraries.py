@@ -12,7 +12,7 @@ from helpers.commands import ROOT, run
 from mura_dist.cli.main import WRONG, main
 from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.inference import provider_libraries
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.predict import predict
 
 BOTH = f"(cpu; cuda for an NVIDIA GPU); {install_remedy('cpu', 'cuda')}"
@@ -87,7 +87,7 @@ def test_a_script_says_how_to_get_onnx_runtime(words: list[object], model: Path,
 @pytest.mark.usefixtures("no_onnxruntime")
 def test_the_functions_say_how_to_get_onnx_runtime(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ONNX Runtime is not installed"):
-        Model.load(model)
+        OnnxModel.load(model)
     with pytest.raises(UserError, match="ONNX Runtime is not installed"):
         predict(model, tmp_path, tmp_path.with_name("out"))
 
@@ -119,4 +119,4 @@ def test_what_one_uninstalled_twin_leaves_is_refused(model: Path, tmp_path: Path
 @pytest.mark.usefixtures("no_onnxruntime")
 def test_openvino_needs_no_onnx_runtime(model: Path) -> None:
     pytest.importorskip("openvino")
-    assert Model.load(model, "openvino").provider == "OpenVINO CPU"
+    assert OnnxModel.load(model, "openvino").provider == "OpenVINO CPU"

@@ -13,7 +13,7 @@ from helpers.models import S, noise
 from mura_dist.inference import page_locked
 from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.engine_onnxruntime import Slot, import_onnxruntime
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 
 B = 4
 
@@ -46,7 +46,7 @@ def test_batches_of_any_size_run_in_one_shape_with_the_same_outputs(session: Ses
     images = noise(number)
     logit, activation_map = slot_of(session).run(images, OUTPUTS)
     assert session.shapes == [(B,)] * max(1, -(-number // B))
-    for ours, theirs in zip((logit, activation_map), Model.load(model).outputs(images), strict=True):
+    for ours, theirs in zip((logit, activation_map), OnnxModel.load(model).outputs(images), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -55,7 +55,7 @@ def test_what_a_batch_left_does_not_reach_the_next(session: Session, model: Path
     slot.run(images[:B], OUTPUTS)
     assert slot.host.any(axis=(1, 2, 3)).all()
     np.testing.assert_array_equal(
-        slot.run(images[B : B + 1], OUTPUTS[:1])[0], Model.load(model).logits(images[B : B + 1])
+        slot.run(images[B : B + 1], OUTPUTS[:1])[0], OnnxModel.load(model).logits(images[B : B + 1])
     )
     assert not slot.host[1:].any()  # zeros, of which none can be one of another patient's radiographs
 

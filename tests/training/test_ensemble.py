@@ -17,7 +17,7 @@ from mura_dist.cli.main import DONE, main
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models import model_list
 from mura_dist.models.card import Card, Member, TrainedOn
 from mura_dist.models.densenet import build
@@ -116,9 +116,11 @@ def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[
     images = noise(3)
     with torch.inference_mode():
         wanted = log_odds_of_mean(np.stack([network(images)[0].numpy() for network in networks]))
-    np.testing.assert_allclose(Model.load(tmp_path / "two.onnx").logits(images.numpy()), wanted, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        OnnxModel.load(tmp_path / "two.onnx").logits(images.numpy()), wanted, rtol=1e-5, atol=1e-4
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["two.onnx"]
-    model = Model.load(tmp_path / "two.onnx")
+    model = OnnxModel.load(tmp_path / "two.onnx")
     for number in (*range(10), 64):
         logit, cells = model.outputs(noise(number).numpy())
         assert (logit.shape, cells.shape[0]) == ((number,), number)
@@ -262,7 +264,7 @@ def test_the_split_that_chose_is_stamped(listed: Path, shard_folder: Path, tmp_p
 
 def test_the_exported_file_says_what_is_in_it(exported: Path, listed: Path, evaluated: Path) -> None:
     assert (listed.parent / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == exported.read_bytes()
-    card, chosen_members = Model.load(listed).card, ModelList.load(listed).members
+    card, chosen_members = OnnxModel.load(listed).card, ModelList.load(listed).members
     assert model_list.same(card.members, chosen_members)
     assert card.metrics == json.loads((evaluated / "metrics.json").read_bytes())
     assert card.thresholds
@@ -299,7 +301,7 @@ def test_metrics_of_another_model_give_no_threshold(
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     assert main(["export", str(path)]) == DONE
     assert f"mura-dist evaluate {path} SHARDS" in capsys.readouterr().out
-    card = Model.load(path).card
+    card = OnnxModel.load(path).card
     assert (card.checkpoint, card.thresholds) == (metrics["checkpoint"], {})
 
 

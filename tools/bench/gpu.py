@@ -832,9 +832,9 @@ def stage_ort(record: Recorder, options: argparse.Namespace) -> None:
     """ONNX Runtime as `mura-dist predict` runs it; parity with torch."""
     import onnxruntime
 
-    from mura_dist.inference.engine import PROVIDERS, Tuning
+    from mura_dist.inference.engine import PROVIDERS, SessionConfig
     from mura_dist.inference.export import onnx, precision
-    from mura_dist.inference.onnx_model import Model
+    from mura_dist.inference.onnx_model import OnnxModel
     from mura_dist.models import densenet
     from mura_dist.models.card import Card, TrainedOn
 
@@ -856,11 +856,13 @@ def stage_ort(record: Recorder, options: argparse.Namespace) -> None:
         for name, data in files.items():
             by_two = np.empty(0)
             with record.attempt(f"ort {provider} {name} batch 2"):
-                by_two = Model.from_bytes(data, "the exported model", provider, Tuning(batch_size=2)).logits(probe)
+                by_two = OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(batch_size=2)).logits(
+                    probe
+                )
             for number, streams in ways[provider] if CUDA else ways["cpu"]:
                 what = f"ort {provider} {name} batch {number} streams {streams}"
                 with record.attempt(what):
-                    model = Model.from_bytes(data, "the exported model", provider, Tuning(number, streams))
+                    model = OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(number, streams))
                     logits = model.logits(probe)
                     moved = float(np.abs(logits - by_two).max()) if len(by_two) else None
                     rate = predicted_per_s(model, number)

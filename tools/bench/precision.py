@@ -17,15 +17,15 @@ import pandas as pd
 
 from mura_dist.data import phantoms, radiograph
 from mura_dist.data.source.scan import scan
-from mura_dist.inference.engine import flowing
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import pipelined_config
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
 from mura_dist.metrics.comparison import compare
 
 THRESHOLD, BATCH = 0.5, 64
 
 
-def probabilities(model: Model, images: np.ndarray) -> np.ndarray:
+def probabilities(model: OnnxModel, images: np.ndarray) -> np.ndarray:
     """A view's, float64 (N,)."""
     batches = (images[at : at + BATCH] for at in range(0, len(images), BATCH))
     return classification.sigmoid(np.concatenate([logit for (logit,) in model.stream(batches)]))
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=777)
     asked = parser.parse_args()
     models = [
-        Model.load(path, asked.provider if place else "cpu", flowing(BATCH)) for place, path in enumerate(asked.models)
+        OnnxModel.load(path, asked.provider if place else "cpu", pipelined_config(BATCH))
+        for place, path in enumerate(asked.models)
     ]
     with tempfile.TemporaryDirectory() as folder:
         phantoms.draw(Path(folder) / "drawn", studies=asked.studies, size=asked.px, seed=asked.seed)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from mura_dist.inference.engine import Tuning
+from mura_dist.inference.engine import SessionConfig
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
@@ -497,7 +497,7 @@ def _settled(network: DenseNet, images: np.ndarray, prefix: str) -> _Graph:
     with torch.no_grad():
         exact = [network(batch) for batch in batches]
     file = _whole([made], prefix, images.shape[-1], tuple(exact[0][1].shape[1:]))
-    engine = OnnxRuntime(file.SerializeToString(), "the integer graph", "cpu", Tuning().settled(on_cpu=True))
+    engine = OnnxRuntime(file.SerializeToString(), "the integer graph", "cpu", SessionConfig().resolved(on_cpu=True))
     found = [engine.run(batch.numpy(), [f"{prefix}logit"])[0] for batch in batches]
     shift = torch.cat([logit for logit, _ in exact]).double().numpy().mean() - np.concatenate(found).mean(
         dtype=np.float64

@@ -31,7 +31,7 @@ from mura_dist.core.errors import RunError, UserError
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics.operating_points import PAPER, FittedThresholds
 from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
 from mura_dist.models.densenet import DenseNet
@@ -356,7 +356,7 @@ def parity(
     probability). The limit is `tolerance`, relative to the value beyond +-1: fp32 carries about 7 digits. Raises RunError
     naming value and limit.
     """
-    exported = Model.from_bytes(data, "the exported model")
+    exported = OnnxModel.from_bytes(data, "the exported model")
     torch_logit, torch_map = _torch_outputs(model, images)
     worst = 0.0
     for done, batch_size in enumerate(BATCH_SIZES):

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mura_dist.core.errors import RunError, UserError, nearest
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
-from mura_dist.inference.engine import OPENVINO, Tuning, on_cpu
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.engine import OPENVINO, SessionConfig, on_cpu
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
@@ -103,8 +103,8 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Calla
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
 
-    def load(data: bytes, batch_size: int) -> Model:
-        return Model.from_bytes(data, "the exported model", provider, Tuning(batch_size))
+    def load(data: bytes, batch_size: int) -> OnnxModel:
+        return OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(batch_size))
 
     models = [load(data, _BATCH) for data in (plain, narrowed)]
     # A model on a GPU runs one batch size, that on a CPU runs any.
@@ -145,7 +145,7 @@ def _provider(precision: str, data: bytes) -> str:
     """What measures: for fp16 a GPU where there is one. A CPU stores fp16 and computes in fp32 between."""
     if precision == "fp16":
         with contextlib.suppress(UserError):
-            Model.from_bytes(data, "the exported model", "cuda", Tuning(_BATCH))
+            OnnxModel.from_bytes(data, "the exported model", "cuda", SessionConfig(_BATCH))
             return "cuda"
     return ENGINES[precision]
 
@@ -204,7 +204,7 @@ def batch_limit(precision: str, provider: str) -> float:
     return 2e-2 if precision == "fp16" and not on_cpu(provider) else 1e-4
 
 
-def _same_over_batches(of_batch_size: Callable[[int], Model], limit: float) -> None:
+def _same_over_batches(of_batch_size: Callable[[int], OnnxModel], limit: float) -> None:
     """A logit must not depend on which images came along. Raises RunError where one moves by more than `limit`.
 
     of_batch_size: gives the model that runs a batch size.

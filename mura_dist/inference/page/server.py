@@ -27,7 +27,7 @@ from streamlit.web import bootstrap
 from mura_dist.core.errors import UserError
 from mura_dist.distributed import signals
 from mura_dist.distributed.processes import processors
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.page import examples as page_examples
 from mura_dist.inference.page import privacy
 from mura_dist.inference.page.connection import Connection
@@ -86,7 +86,7 @@ def serve(
     studies = page_examples.find(examples) if examples is not None else ()
     hosts = _hosts(address, allow_host)
     with _listen(address, port) as listener:
-        model = Model.load(model_path)
+        model = OnnxModel.load(model_path)
         digests: frozenset[str] = frozenset()
         if examples is not None and model.card.of_drawings:
             digests = page_examples.drawings(examples, studies)

@@ -24,7 +24,7 @@ from mura_dist.distributed import worker_pool
 from mura_dist.distributed.worker_pool import Crew, Lost
 from mura_dist.inference import grouping, tables
 from mura_dist.inference.grouping import Grouping
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
 from mura_dist.models.card import Card
 
@@ -127,7 +127,7 @@ class StudyFile:
 class InferenceService:
     """What all sessions share; several threads at once may `ask`. drawings: the SHA-256 of files that are known drawings."""
 
-    def __init__(self, model: Model, workers: int, drawings: frozenset[str], stack: contextlib.ExitStack) -> None:
+    def __init__(self, model: OnnxModel, workers: int, drawings: frozenset[str], stack: contextlib.ExitStack) -> None:
         self.model, self._workers, self._drawings, self._stack = model, workers, drawings, stack
         self._reading, self._looking = threading.Lock(), threading.Lock()
         self._crew = self._hire()
@@ -178,7 +178,7 @@ class InferenceService:
 
 @contextlib.contextmanager
 def open_inference_service(
-    model: Model, workers: int = 1, drawings: frozenset[str] = frozenset()
+    model: OnnxModel, workers: int = 1, drawings: frozenset[str] = frozenset()
 ) -> Iterator[InferenceService]:
     """The processes end with the block."""
     with contextlib.ExitStack() as stack:

@@ -41,10 +41,10 @@ def trained(seed: int = 0) -> DenseNet:
     return model.eval()
 
 
-def run(model: onnx.ModelProto, images: np.ndarray, *, optimised: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def run(model: onnx.ModelProto, images: np.ndarray, *, optimized: bool = True) -> tuple[np.ndarray, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if not optimised:  # every node as it stands: integers only where bytes are stored
+    if not optimized:  # every node as it stands: integers only where bytes are stored
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     logit, activation_map = session.run(["logit", "activation_map"], {"image": images})
@@ -97,13 +97,13 @@ def test_no_sum_of_products_overflows(seed: int) -> None:
     """What the processor's integer instructions give is what the file says."""
     made = int8.graph(trained(seed), blotches(64))
     images = np.concatenate([blotches(16, 9), np.full((1, 1, S, S), 255, np.uint8), np.zeros((1, 1, S, S), np.uint8)])
-    np.testing.assert_allclose(run(made, images)[0], run(made, images, optimised=False)[0], atol=0.05)
+    np.testing.assert_allclose(run(made, images)[0], run(made, images, optimized=False)[0], atol=0.05)
 
 
 def test_every_product_is_of_integers() -> None:
     options = onnxruntime.SessionOptions()
     made = int8.graph(trained(), blotches(32))
-    found = optimised_kinds(made, options)
+    found = optimized_kinds(made, options)
     model = trained()
     convolutions = sum(isinstance(part, nn.Conv2d) for part in model.modules())
     assert found["QLinearConv"] == convolutions + 3  # the pools too
@@ -113,7 +113,7 @@ def test_every_product_is_of_integers() -> None:
     assert found["BatchNormalization"] == 0
 
 
-def optimised_kinds(made: onnx.ModelProto, options: onnxruntime.SessionOptions) -> Counter[str]:
+def optimized_kinds(made: onnx.ModelProto, options: onnxruntime.SessionOptions) -> Counter[str]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx as room
 from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, export, graph, parity, probe_images
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics.operating_points import PAPER, FittedThresholds
 from mura_dist.models import densenet
 from mura_dist.models.card import FORMAT, KEY, Card
@@ -56,18 +56,18 @@ def test_onnx_runtime_agrees_with_torch(
     images = noise(batch_size, seed=batch_size)
     with torch.inference_mode():
         wanted_logit, wanted_map = (part.numpy() for part in model(torch.from_numpy(images)))
-    logit, activation_map = Model.load(path).outputs(images)
+    logit, activation_map = OnnxModel.load(path).outputs(images)
     assert logit.shape == (batch_size,)
     assert logit.dtype == activation_map.dtype == np.float32
     np.testing.assert_allclose(logit, wanted_logit, atol=1e-4)
     np.testing.assert_allclose(activation_map, wanted_map, atol=1e-4)
     np.testing.assert_allclose(activation_map.mean(axis=(1, 2)), logit, atol=1e-5)
     assert np.ptp(wanted_map) > 1e-3  # a map that is one value everywhere would agree with anything
-    np.testing.assert_array_equal(Model.load(path).logits(images), logit)
+    np.testing.assert_array_equal(OnnxModel.load(path).logits(images), logit)
 
 
 def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
-    logit, activation_map = Model.load(exported[1]).outputs(noise(0))
+    logit, activation_map = OnnxModel.load(exported[1]).outputs(noise(0))
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
 
@@ -86,7 +86,7 @@ def test_densenet169(tmp_path: Path) -> None:
     images = noise(3)
     with torch.inference_mode():
         np.testing.assert_allclose(
-            Model.load(tmp_path / "model.onnx").logits(images), model(torch.from_numpy(images))[0], atol=1e-4
+            OnnxModel.load(tmp_path / "model.onnx").logits(images), model(torch.from_numpy(images))[0], atol=1e-4
         )
 
 
@@ -111,7 +111,7 @@ def test_file_is_valid_and_carries_nothing_of_this_machine(
 
 
 def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
-    model = Model.load(exported[1])
+    model = OnnxModel.load(exported[1])
     assert model.card == card_of().model_copy(update={"opset": OPSET})
     assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENCE)
 
@@ -151,8 +151,8 @@ def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.M
     """Fewer images than a batch are taken again: a batch of 64 is one."""
     model, seen = tiny(), []
     data, images = graph(model, card_of()), np.concatenate([probe_images(S), noise(4)])
-    outputs = Model.outputs
-    monkeypatch.setattr(Model, "outputs", lambda self, batch: (seen.append(batch), outputs(self, batch))[1])
+    outputs = OnnxModel.outputs
+    monkeypatch.setattr(OnnxModel, "outputs", lambda self, batch: (seen.append(batch), outputs(self, batch))[1])
     parity(model, data, images)
     assert {len(batch) for batch in seen} >= set(BATCH_SIZES) == {1, 2, 7, 64}
     for image in images:
@@ -164,13 +164,13 @@ def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.M
 def test_gate_sees_what_only_a_large_batch_shows(
     exported: tuple[densenet.DenseNet, Path, ExportReport], monkeypatch
 ) -> None:
-    outputs = Model.outputs
+    outputs = OnnxModel.outputs
 
-    def shifted(self: Model, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def shifted(self: OnnxModel, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logit, activation_map = outputs(self, batch)
         return logit + (2e-3 if len(batch) == 64 else 0), activation_map
 
-    monkeypatch.setattr(Model, "outputs", shifted)
+    monkeypatch.setattr(OnnxModel, "outputs", shifted)
     with pytest.raises(RunError, match=r"^logit of the exported model .*\(batch size 64\)"):
         parity(exported[0], exported[1].read_bytes(), probe_images(S))
 
@@ -212,7 +212,7 @@ def test_files_that_are_not_ours(
 ) -> None:
     path = _with_metadata(exported[1], tmp_path / "other.onnx", properties)
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {text}"):
-        Model.load(path)
+        OnnxModel.load(path)
 
 
 def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
@@ -299,7 +299,7 @@ def test_documented_lines_without_mura_dist_give_the_same_bits(
     assert done.returncode == 0, done.stderr
     assert mura.TERMS in done.stdout
     found = np.load(tmp_path / "found.npz")
-    wanted = Model.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
+    wanted = OnnxModel.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
     np.testing.assert_array_equal(found["logit"], wanted[0])
     np.testing.assert_array_equal(found["cells"], wanted[1])
     assert f"{1 / (1 + np.exp(-wanted[0][0])):.3f}" in done.stdout

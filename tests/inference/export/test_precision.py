@@ -19,7 +19,7 @@ from mura_dist.inference import engine_openvino
 from mura_dist.inference.export import precision as variants
 from mura_dist.inference.export.onnx import default_out, graph
 from mura_dist.inference.export.precision import LIMITS
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
@@ -36,7 +36,7 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
     path = copy / f"model-{precision}.onnx"
     assert [file.name for file in copy.glob("*.onnx")] == [path.name]
     onnx.checker.check_model(path, full_check=True)
-    model = Model.load(path)
+    model = OnnxModel.load(path)
     assert model.card.precision == precision
     change = model.card.change
     assert change is not None
@@ -48,7 +48,7 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
     assert f"{precision} changes the probability of {change.num_radiographs} radiographs" in said.out
     assert (tmp_path / "served" / "mura_dist" / "1" / "model.onnx").read_bytes() == path.read_bytes()
     assert main(["export", str(copy)]) == DONE
-    plain = Model.load(copy / "model.onnx")
+    plain = OnnxModel.load(copy / "model.onnx")
     assert (plain.card.precision, plain.card.change) == ("fp32", None)
     assert plain.card.model_copy(update={"precision": precision, "change": change}) == model.card
     if precision == "int8":
@@ -63,7 +63,7 @@ def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
         assert main(["export", str(copy), *words]) == DONE
     shards, models = (
         Shards.open(halved),
-        [Model.load(copy / name) for name in ("model.onnx", f"model-{precision}.onnx")],
+        [OnnxModel.load(copy / name) for name in ("model.onnx", f"model-{precision}.onnx")],
     )
     rows = shards.rows(models[0].card.selected_on)
     images = np.stack([shards.pixels(row) for row in rows])[:, None]
@@ -156,7 +156,7 @@ def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
         laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "no instructions for it", "--precision int8")
         return
     assert main(["export", str(copy), "--precision", "bf16", "--allow-change"]) == DONE
-    card = Model.load(copy / "model-bf16.onnx", "openvino").card
+    card = OnnxModel.load(copy / "model-bf16.onnx", "openvino").card
     assert card.change is not None
     assert card.change.engine == "OpenVINO CPU"
 
@@ -182,7 +182,7 @@ def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
     proto = onnx.load_from_string(graph(narrow, card_of().model_copy(update={"precision": "fp16"})))
     assert {output.type.tensor_type.elem_type for output in proto.graph.output} == {onnx.TensorProto.FLOAT}
     images = noise(9)
-    logit, cells = Model.from_bytes(proto.SerializeToString(), "half").outputs(images)
+    logit, cells = OnnxModel.from_bytes(proto.SerializeToString(), "half").outputs(images)
     with torch.no_grad():
         exact_logit, exact_cells = (part.numpy() for part in model(torch.from_numpy(images)))
     np.testing.assert_allclose(logit, exact_logit, atol=0.01)
@@ -215,16 +215,16 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
 
 
 def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = Model.load(model)
+    loaded = OnnxModel.load(model)
     sizes: list[int] = []
 
-    def of_batch_size(number: int) -> Model:
+    def of_batch_size(number: int) -> OnnxModel:
         sizes.append(number)
         return loaded
 
     variants._same_over_batches(of_batch_size, 1e-4)
     assert sizes == [1, 2, 7, 64]
-    monkeypatch.setattr(Model, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
+    monkeypatch.setattr(OnnxModel, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
     with pytest.raises(RunError, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
         variants._same_over_batches(of_batch_size, 1e-4)
     with pytest.raises(RunError, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):

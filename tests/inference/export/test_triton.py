@@ -12,7 +12,7 @@ from mura_dist.core import files as atomic
 from mura_dist.core.errors import UserError
 from mura_dist.inference.export import triton
 from mura_dist.inference.export.onnx import BATCH_SIZES, graph
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import Card
 from mura_dist.models.ensemble import Ensemble
 
@@ -137,7 +137,7 @@ def test_an_unknown_field_is_an_error(repository: Path) -> None:
 
 
 def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -> None:
-    model = Model.load(repository / "mura_dist" / "1" / "model.onnx")
+    model = OnnxModel.load(repository / "mura_dist" / "1" / "model.onnx")
     told = json.loads(parsed(triton.config(data)).parameters["mura_dist"].string_value)
     assert told.pop("model_sha256") == model.sha256
     assert "metrics" not in told  # many kilobytes, in every answer about the configuration
@@ -204,4 +204,4 @@ def test_what_is_no_model_of_ours(data: bytes) -> None:
     del model.metadata_props[:]
     with pytest.raises(UserError, match=r"^the exported model is not a model exported by mura-dist export"):
         triton.config(model.SerializeToString())
-    assert isinstance(Model.from_bytes(data, "ours").card, Card)
+    assert isinstance(OnnxModel.from_bytes(data, "ours").card, Card)

@@ -37,7 +37,7 @@ from mura_dist.cli.main import DONE, WRONG, main
 from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.inference.export.onnx import export
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.page import examples, failures, privacy, study, wording
 from mura_dist.inference.page.study_input import title
 from mura_dist.metrics import summary
@@ -103,20 +103,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def telling(plain: Path, views: list[Path]) -> Path:
-    logits = Model.load(plain).logits(np.stack([radiograph.read(path, SIDE) for path in views])[:, None])
+    logits = OnnxModel.load(plain).logits(np.stack([radiograph.read(path, SIDE) for path in views])[:, None])
     return with_card(plain, told(float(sigmoid(logits).mean())), plain.with_name("telling.onnx"))
 
 
 @pytest.fixture(scope="module")
 def of_drawings(telling: Path) -> Path:
     """Measured on fewer than 30 studies of each label and study type, as the demo is."""
-    probability = Model.load(telling).card.thresholds["XR_HAND"] + 0.05
+    probability = OnnxModel.load(telling).card.thresholds["XR_HAND"] + 0.05
     return with_card(telling, told(probability, "phantoms", 60), telling.with_name("drawings.onnx"))
 
 
 @pytest.fixture(scope="module")
 def service(telling: Path) -> Iterator[study.InferenceService]:
-    with study.open_inference_service(Model.load(telling)) as service:
+    with study.open_inference_service(OnnxModel.load(telling)) as service:
         yield service
 
 
@@ -200,7 +200,7 @@ def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views
     """One picture that is not known to be a drawing withholds the answer of the whole study."""
     known = views if num_known == -1 else views[:num_known]
     digests = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in known)
-    with study.open_inference_service(Model.load(of_drawings), drawings=digests) as service:
+    with study.open_inference_service(OnnxModel.load(of_drawings), drawings=digests) as service:
         for study_type, outcome in OUTCOMES.items():
             found = asked(service, views, study_type)
             lines = " ".join([wording.lead(found), *wording.explained(found, service.card)])
@@ -294,7 +294,7 @@ def test_what_goes_wrong_costs_one_session_its_turn(
     """The next one finds a crew."""
     monkeypatch.setattr(study, "UploadReader", faulty_upload_reader.UploadReader)
     good = views[0].read_bytes()
-    with study.open_inference_service(Model.load(telling)) as service:
+    with study.open_inference_service(OnnxModel.load(telling)) as service:
         for _ in range(2):
             with pytest.raises(ValueError, match="no"):
                 service.predict(["a", "b", "c"], [good, b"raise", good])
@@ -325,7 +325,7 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
     ]
     broken = np.full(onnx.numpy_helper.to_array(head[-1]).shape, value, np.float32)
     head[-1].CopyFrom(onnx.numpy_helper.from_array(broken, head[-1].name))
-    with study.open_inference_service(Model.from_bytes(proto.SerializeToString(), "broken.onnx")) as service:
+    with study.open_inference_service(OnnxModel.from_bytes(proto.SerializeToString(), "broken.onnx")) as service:
         (file,) = service.predict(["a.png"], [views[0].read_bytes()])
     assert file.view is None
     assert failures.sentence(file.upload.code, file.upload.failure).startswith(
