@@ -105,9 +105,9 @@ def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
     """
     from rich.console import Console
 
-    from mura_dist.training.ensemble import choose
+    from mura_dist.training.ensemble import select_members
 
-    made = choose(runs, out, top=top, log=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
+    made = select_members(runs, out, top=top, log=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
     click.echo(f"{out}: {len(made.members)} members by their loss on {made.select_on}")
     for member in made.members:
         click.echo(f"  {member.select_loss:.6f}  {member.architecture}  {member.run}  {member.checkpoint}")

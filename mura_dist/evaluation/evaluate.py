@@ -30,8 +30,8 @@ from mura_dist.models.target import Target
 from mura_dist.training import mlflow_process
 from mura_dist.training.metrics_log import read
 from mura_dist.training.scores import Scores, study_scores
-from mura_dist.training.validation import scores
-from mura_dist.training.weights import Weights
+from mura_dist.training.validation import score_rows
+from mura_dist.training.weights import ModelWeights
 
 
 def evaluate_target(
@@ -48,7 +48,7 @@ def evaluate_target(
     Called by all ranks; the first one writes, the others return {}. progress: called with the number of radiographs done and
     that of all. Raises UserError where a member of the list is not what it was, or the output folder is another run.
     """
-    weights, split = Weights.of_target(target, which), options.split
+    weights, split = ModelWeights.from_target(target, which), options.split
     results.check_out(options.out, target)
     settings, data = weights.settings, weights.data()
     shards = Shards.open(shards_folder, files.expand_user(settings.mirror) if settings.mirror else None)
@@ -68,28 +68,30 @@ def evaluate_target(
         also = tune
     started = time.perf_counter()
     with world.join(settings.timeout_s) as ranks:
-        model = weights.model().to(ranks.device)
+        model = weights.load_model().to(ranks.device)
         targets = RowTargets.from_shards(shards)
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
-        row_scores = scores(model, np.union1d(rows, also), loading, ranks, progress=progress)
+        row_scores = score_rows(model, np.union1d(rows, also), loading, ranks, progress=progress)
         if not ranks.is_first:
             return {}
     points = (
         FittedThresholds(reason=tune)
         if isinstance(tune, str)
-        else _fit(weights, shards, row_scores.of_rows(tune), split)
+        else _fit(weights, shards, row_scores.select_rows(tune), split)
     )
     seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
-    split_scores = SplitScores(row_scores.of_rows(rows), points, seconds, num_scored)
+    split_scores = SplitScores(row_scores.select_rows(rows), points, seconds, num_scored)
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
     if target.kind == "run" and options.out.resolve() == target.path.resolve():
         mlflow_process.send_rest(target.path, log)
     return metrics
 
 
-def _subject(target: Target, weights: Weights, model: torch.nn.Module, shards: Shards, split: str) -> EvaluationSubject:
+def _subject(
+    target: Target, weights: ModelWeights, model: torch.nn.Module, shards: Shards, split: str
+) -> EvaluationSubject:
     data = weights.data()
     run_name = "" if weights.members else f"{weights.runs[0].folder.resolve().name} "
     return EvaluationSubject(
@@ -119,7 +121,7 @@ def _outputs_of(module: torch.nn.Module) -> saliency.Outputs:
     return outputs
 
 
-def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:
+def _tune(weights: ModelWeights, shards: Shards) -> np.ndarray | str:
     """The rows to fit on, or why there are none."""
     if weights.data()["manifest_sha256"] != shards.index["manifest"]["sha256"]:
         return "these are not the shards the model was trained on: it may have learnt from their tune split; evaluate on its own"
@@ -131,19 +133,19 @@ def _tune(weights: Weights, shards: Shards) -> np.ndarray | str:
     return rows
 
 
-def _fit(weights: Weights, shards: Shards, found: Scores, split: str) -> FittedThresholds:
+def _fit(weights: ModelWeights, shards: Shards, found: Scores, split: str) -> FittedThresholds:
     """Everything that is fitted, on tune's studies alone."""
     notes = []
     if split == "tune":
         notes.append("fitted on what is reported here: optimistic")
-    if len(found.damaged):
-        notes.append(f"damaged radiographs of tune, left out: {len(found.damaged)}")
+    if len(found.corrupt):
+        notes.append(f"damaged radiographs of tune, left out: {len(found.corrupt)}")
     studies, shift = study_scores(shards, found), odds_shift(weights, shards)
     study_types = weights.data()["study_types"]
-    return calibration.fit(studies, shift, study_types, num_damaged=len(found.damaged), notes=notes)
+    return calibration.fit(studies, shift, study_types, num_damaged=len(found.corrupt), notes=notes)
 
 
-def odds_shift(weights: Weights, shards: Shards) -> dict[str, float]:
+def odds_shift(weights: ModelWeights, shards: Shards) -> dict[str, float]:
     """Compute by how much the weighted loss moves the log odds of each study type: log(w1/w0), 0 where it was not weighted.
 
     For an ensemble whose members differ in loss_weights, it is the mean over members.

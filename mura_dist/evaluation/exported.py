@@ -90,4 +90,4 @@ def _scores(
                 sound[place] = False
         logit.append(model.logits(np.stack(images)[:, None]))
         progress(int(part[-1]) + 1, len(rows))
-    return Scores.of(rows, np.concatenate(logit), sound)
+    return Scores.from_split(rows, np.concatenate(logit), sound)

@@ -114,7 +114,7 @@ def _metrics(
         "measured_on": shards.trained_on,
         "manifest_sha256": shards.index["manifest"]["sha256"],
         "num_unreadable": len(shards.index["unreadable"]),
-        "num_damaged": len(split_scores.scores.damaged),
+        "num_damaged": len(split_scores.scores.corrupt),
         "terms": mura.TERMS,
     }
 

@@ -191,7 +191,7 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def folders(parent: Path) -> list[Path]:
+def list_folders(parent: Path) -> list[Path]:
     """Checkpoints below `parent` that carry the mark, by step."""
     names = sorted(parent.glob("step-*"), key=_step_of)
     return [folder for folder in names if _NAME.fullmatch(folder.name) and (folder / MARK).is_file()]
@@ -213,7 +213,7 @@ def latest(parent: Path, report: Callable[[str], None] = lambda line: None) -> C
     for aside in parent.glob(".step-*.partial"):
         if (aside / MARK).is_file() and not (folder := parent / aside.name[1 : -len(".partial")]).exists():
             _take_place(aside, folder)
-    present, damaged = folders(parent), []
+    present, damaged = list_folders(parent), []
     for folder in reversed(present):
         try:
             found = read(folder)
@@ -237,7 +237,7 @@ def _put_away(folder: Path) -> None:
 
 def select(parent: Path, which: str) -> Checkpoint:
     """`best` (lowest loss on the selecting split), `last`, or `step-N`. UserError where there is none."""
-    present = folders(parent)
+    present = list_folders(parent)
     if not present:
         raise UserError(f"{parent.parent} has no complete checkpoint; train it with mura-dist train")
     if which == "last":
@@ -279,7 +279,7 @@ def select_loss(folder: Path) -> float | None:
 
 def prune(parent: Path, keep: int, keep_best: int = 1) -> None:
     """Delete all but the newest `keep` and the `keep_best` of lowest loss; and what a kill left half written."""
-    present = folders(parent)
+    present = list_folders(parent)
     kept = {*present[-keep:], *ranking(present)[:keep_best]}
     for folder in [*parent.glob("step-*"), *parent.glob(".step-*")]:
         if folder not in kept and not folder.name.endswith(_DAMAGED):

@@ -1,6 +1,6 @@
 """Choose the members of an ensemble among the checkpoints of runs.
 
-runs -> checkpoints by loss on the selecting split -> choose -> FILE.json (model_list.py)
+runs -> checkpoints by loss on the selecting split -> select_members -> FILE.json (model_list.py)
 """
 
 import os
@@ -38,7 +38,7 @@ class _Candidate:
         )
 
 
-def choose(
+def select_members(
     run_folders: Sequence[Path], out: Path, *, top: int, log: Callable[[str], None] = lambda line: None
 ) -> ModelList:
     """The `top` checkpoints of lowest loss among all complete ones of the runs, written as a list to `out`.
@@ -109,7 +109,7 @@ def _kind(run: Run) -> tuple[int, str, str]:
 def _candidates(run: Run, beside: Path) -> Iterator[_Candidate]:
     """Its checkpoints that were evaluated."""
     relative = Path(os.path.relpath(run.folder.resolve(), beside.resolve())).as_posix()
-    for folder in checkpoint.folders(run.checkpoints):
+    for folder in checkpoint.list_folders(run.checkpoints):
         if (loss := checkpoint.select_loss(folder)) is not None:
             yield _Candidate(loss, relative, folder.name, folder, run.settings.architecture)
 

@@ -35,7 +35,7 @@ from mura_dist.training.progress_lines import LINE_EVERY_S, ProgressLines
 from mura_dist.training.run import Run
 from mura_dist.training.scores import study_scores
 from mura_dist.training.state import State
-from mura_dist.training.validation import InterruptedValidationError, scores, weighted_loss
+from mura_dist.training.validation import InterruptedValidationError, score_rows, weighted_loss
 
 
 def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE_EVERY_S) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
     mlflow_process.check_installed(settings)
     settings = start.with_precision(settings)
     run = Run(Path(settings.run), settings)
-    plan = Plan.of(run.settings, environment.world_size())
+    plan = Plan.from_settings(run.settings, environment.world_size())
     with contextlib.ExitStack() as stack:
         # First in, last out: a launcher's SIGTERM, when another rank failed, must not keep status.json from being written.
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
@@ -257,12 +257,12 @@ class Training:
         bar = self.metrics_logger.evaluating(settings.select_on, len(self.plan.select))
         try:
             with self.watch("evaluation"), self.engine.eval_weights() as network, bar as progress:
-                results = scores(
+                results = score_rows(
                     network, self.plan.select, self.loading, self.ranks, asked=should_stop, progress=progress
                 )
         except InterruptedValidationError:
             return False
-        self.check_corrupt(len(results.damaged), self.plan.select, settings.select_on)
+        self.check_corrupt(len(results.corrupt), self.plan.select, settings.select_on)
         loss, strange = weighted_loss(results, self.loading.targets), int((~np.isfinite(results.logit)).sum())
         quick: dict[str, Any] = {"kappa": None, "auroc": None}
         if not strange and len(results.rows):
@@ -303,7 +303,7 @@ def read_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], str]:
 
 
 def _summary(run: Run, plan: Plan, state: State, metrics_logger: MetricsLogger) -> dict[str, Any]:
-    chosen = checkpoint.best(checkpoint.folders(run.checkpoints)) if metrics_logger.enabled else None
+    chosen = checkpoint.best(checkpoint.list_folders(run.checkpoints)) if metrics_logger.enabled else None
     epochs = [line for line in metrics_logger.lines() if line["kind"] == "epoch"]
     return {
         "run": str(run.folder),

@@ -24,7 +24,7 @@ class Plan:
     deepspeed: dict[str, Any]  # what the user's DeepSpeed file adds
 
     @classmethod
-    def of(cls, settings: Settings, world_size: int) -> "Plan":
+    def from_settings(cls, settings: Settings, world_size: int) -> "Plan":
         """Raises UserError where shards, settings and ranks do not go together."""
         shards = Shards.open(settings.shards, files.expand_user(settings.mirror) if settings.mirror else None)
         train, select = shards.rows("train"), shards.rows(settings.select_on)
@@ -37,7 +37,7 @@ class Plan:
         return plan if settings.micro_batch == AUTO else plan.with_micro_batch(settings.micro_batch)
 
     def with_micro_batch(self, micro: int) -> "Plan":
-        """The same, its micro-batch settled. Raises UserError as `of` does."""
+        """The same, its micro-batch settled. Raises UserError as `from_settings` does."""
         plan = replace(self, settings=self.settings.model_copy(update={"micro_batch": micro}))
         plan._check_micro_batch()
         return replace(plan, deepspeed=deepspeed_config.user(plan.settings, self.world_size))

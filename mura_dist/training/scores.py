@@ -14,21 +14,21 @@ from mura_dist.metrics import classification
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are damaged, int64."""
+    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are corrupt, int64."""
 
     rows: np.ndarray
     logit: np.ndarray
-    damaged: np.ndarray
+    corrupt: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
-        """Return the scores of all rows of a split. `sound`: bool (n,), False where the sample is damaged."""
+    def from_split(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
+        """Return the scores of all rows of a split. `sound`: bool (n,), False where the sample is corrupt."""
         return cls(rows[sound], logit[sound], rows[~sound])
 
-    def of_rows(self, rows: np.ndarray) -> "Scores":
+    def select_rows(self, rows: np.ndarray) -> "Scores":
         """Return the scores of some rows only."""
         there = np.isin(self.rows, rows)
-        return Scores(self.rows[there], self.logit[there], self.damaged[np.isin(self.damaged, rows)])
+        return Scores(self.rows[there], self.logit[there], self.corrupt[np.isin(self.corrupt, rows)])
 
 
 def study_scores(shards: Shards, scores: Scores) -> pd.DataFrame:

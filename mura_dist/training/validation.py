@@ -31,7 +31,7 @@ class InterruptedValidationError(Exception):
     """An evaluation that was asked to stop, on all ranks at the same place."""
 
 
-def scores(
+def score_rows(
     model: torch.nn.Module,
     rows: np.ndarray,
     loading: BatchLoader,
@@ -98,7 +98,7 @@ def by_row(rows: np.ndarray, micros: Sequence[MicroBatch], mine: Tensor, sound: 
     found, at = np.unique(places[real], return_index=True)
     assert np.array_equal(found, rows), "every row"
     assert real.sum() == len(rows), "once"
-    return Scores.of(rows, values[real][at], whole[real][at] > 0)
+    return Scores.from_split(rows, values[real][at], whole[real][at] > 0)
 
 
 def weighted_loss(found: Scores, targets: RowTargets) -> float:

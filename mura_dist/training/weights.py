@@ -1,6 +1,6 @@
 """Which weights make a model: a run's one checkpoint, or the several of a model list.
 
-RUN, FILE.json -> Weights -> one module: image uint8 -> logit, activation_map          for evaluate and export
+RUN, FILE.json -> ModelWeights -> one module: image uint8 -> logit, activation_map          for evaluate and export
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelWeights:
     """Checkpoints that make one model. `runs`: the run of each; `members`: what a list says of them, empty for a run's own."""
 
     name: str
@@ -35,22 +35,22 @@ class Weights:
     members: tuple[Member, ...] = ()
 
     @classmethod
-    def of_target(cls, target: Target, which: str) -> "Weights":
+    def from_target(cls, target: Target, which: str) -> "ModelWeights":
         """Those of a run's checkpoint `which`, or of a model list, which has its own."""
         if target.kind != "list":
-            return cls.of_run(target.path, which)
+            return cls.from_run(target.path, which)
         target.check_checkpoint(which)
-        return cls.of_list(target.path)
+        return cls.from_list(target.path)
 
     @classmethod
-    def of_run(cls, folder: Path, which: str) -> "Weights":
+    def from_run(cls, folder: Path, which: str) -> "ModelWeights":
         """A run's checkpoint: best, last or step-N. UserError where there is no such run or checkpoint."""
         run = Run.load(folder)
         chosen = checkpoint.select(run.checkpoints, which)
         return cls(chosen.name, (run,), (chosen,))
 
     @classmethod
-    def of_list(cls, path: Path) -> "Weights":
+    def from_list(cls, path: Path) -> "ModelWeights":
         """The members of a list, each checked. UserError naming the one that changed or is gone."""
         listed = ModelList.load(path)
         found = [_member(path, member) for member in listed.members]
@@ -79,7 +79,7 @@ class Weights:
             for key, value in each[0].items()
         }
 
-    def model(self) -> torch.nn.Module:
+    def load_model(self) -> torch.nn.Module:
         """On the CPU, in eval mode."""
         networks = [_network(run, chosen) for run, chosen in zip(self.runs, self.checkpoints, strict=True)]
         return (Ensemble(networks) if self.members else networks[0]).eval()

@@ -24,7 +24,7 @@ from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import calibration
 from mura_dist.metrics.operating_points import NAMES, STUDIES, FittedThresholds
 from mura_dist.training.scores import Scores, study_scores
-from mura_dist.training.weights import Weights
+from mura_dist.training.weights import ModelWeights
 
 EVALUATE = """
 import sys
@@ -106,7 +106,7 @@ def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def logits(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
     images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
-    return Scores.of(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
+    return Scores.from_split(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
 
 
 def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ def test_nobody_elses_folder_is_written_over(
 
 def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     """log(N/A) of the training radiographs that the loss's weights were counted over."""
-    weights, shards = Weights.of_run(untrained, "last"), Shards.open(halved)
+    weights, shards = ModelWeights.from_run(untrained, "last"), Shards.open(halved)
     train = shards.manifest.frame.query("split == 'train'")
     names = sorted(set(shards.manifest.frame["study_type"]))
     table = class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)

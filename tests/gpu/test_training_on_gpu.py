@@ -148,7 +148,7 @@ def test_scores_are_the_cpus(alone: World, shard_folder: Path) -> None:
     rows, chosen = shards.rows("train"), settings("tiny", 4, pipeline="cpu")
     model = densenet.build("tiny", seed=1).eval()
     loading = BatchLoader.from_settings(chosen, shards, RowTargets.from_shards(shards), gpu.DEVICE)
-    scores = validation.scores(model.to(gpu.DEVICE), rows, loading, alone)
+    scores = validation.score_rows(model.to(gpu.DEVICE), rows, loading, alone)
     images = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])[:, None])
     with torch.inference_mode():
         logits = model.cpu()(images)[0].numpy()

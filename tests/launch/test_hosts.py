@@ -101,7 +101,7 @@ class Site:
 
     def is_sound(self) -> None:
         """No half-written file: what is there of checkpoints can be read, its digests right."""
-        for folder in checkpoint.folders(self.run / "checkpoints"):
+        for folder in checkpoint.list_folders(self.run / "checkpoints"):
             checkpoint.read(folder)
 
 

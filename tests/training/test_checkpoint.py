@@ -31,28 +31,28 @@ def three(tmp_path: Path) -> Path:
 def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(three, folder)
-    newest = checkpoint.folders(folder)[-1]
+    newest = checkpoint.list_folders(folder)[-1]
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "model.safetensors").write_bytes(data)
-    (checkpoint.folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
-    assert checkpoint.best(checkpoint.folders(folder)).name == checkpoint.best(checkpoint.folders(three)).name
+    (checkpoint.list_folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
+    assert checkpoint.best(checkpoint.list_folders(folder)).name == checkpoint.best(checkpoint.list_folders(three)).name
     said: list[str] = []
     found = checkpoint.latest(folder, said.append)
     assert found is not None
-    assert found.folder == checkpoint.folders(folder)[-1], "the damaged one is out of the way"
+    assert found.folder == checkpoint.list_folders(folder)[-1], "the damaged one is out of the way"
     assert "model.safetensors is damaged" in said[0]
     assert (folder / ".step-00000003.damaged" / "model.safetensors").exists(), "and not lost"
     write(folder, 4)
     checkpoint.prune(folder, keep=1)
     assert (folder / ".step-00000003.damaged").is_dir()
-    assert checkpoint.read(checkpoint.folders(folder)[-1]).step == 4
-    for path in checkpoint.folders(folder):
+    assert checkpoint.read(checkpoint.list_folders(folder)[-1]).step == 4
+    for path in checkpoint.list_folders(folder):
         (path / "state.json").write_text("{")
-    present = [path.name for path in checkpoint.folders(folder)]
+    present = [path.name for path in checkpoint.list_folders(folder)]
     with pytest.raises(UserError, match=f"none of the {len(present)} checkpoints"):
         checkpoint.latest(folder)
-    assert [path.name for path in checkpoint.folders(folder)] == present, "nothing sound: nothing is moved"
+    assert [path.name for path in checkpoint.list_folders(folder)] == present, "nothing sound: nothing is moved"
 
 
 @pytest.mark.parametrize("moment", range(1, 5))

@@ -23,7 +23,7 @@ from mura_dist.models.card import Card, Member, TrainedOn
 from mura_dist.models.densenet import build
 from mura_dist.models.ensemble import Ensemble, mean_probability
 from mura_dist.models.model_list import ModelList
-from mura_dist.training.weights import Weights
+from mura_dist.training.weights import ModelWeights
 
 S = 64
 TOP = 4  # of three checkpoints a run: no run alone can fill it
@@ -207,9 +207,11 @@ def test_the_order_of_the_runs_does_not_matter(listed: Path, runs: list[Path], t
 def test_a_list_moves_with_its_runs(listed: Path, copy: list[Path], tmp_path: Path) -> None:
     moved = Path(shutil.copy(listed, tmp_path / "four.json"))
     assert str(tmp_path) not in moved.read_text()
-    assert [found.folder.parent.parent.parent for found in Weights.of_list(moved).checkpoints] == [tmp_path] * TOP
+    assert [found.folder.parent.parent.parent for found in ModelWeights.from_list(moved).checkpoints] == [
+        tmp_path
+    ] * TOP
     inside = chosen(copy[:1], copy[0] / "own.json", top=2)  # a run named "." from there
-    assert Weights.of_list(inside).name.startswith("ensemble of 2: seed0 step-")
+    assert ModelWeights.from_list(inside).name.startswith("ensemble of 2: seed0 step-")
 
 
 def logits_of(folder: Path) -> dict[str, float]:
@@ -233,7 +235,7 @@ def test_evaluation_averages_the_members_probabilities(evaluated: Path, listed: 
     rows = shards.rows("valid")
     images = torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows])[:, None])
     for member in ModelList.load(listed).members:
-        network = Weights.of_run(listed.parent / member.run, member.checkpoint).model()
+        network = ModelWeights.from_run(listed.parent / member.run, member.checkpoint).load_model()
         with torch.inference_mode():
             each.append(network(images)[0].numpy())
     assert np.ptp(each, axis=0).max() > 1e-2  # members that agree would hide the formula

@@ -141,7 +141,7 @@ def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tm
     assert [line["tune_loss"] is None for line in epochs] == [False, False, True, False, False]
     assert (epochs[2]["tune_kappa"], epochs[2]["tune_auroc"]) == (None, None)
     assert [line["learning_rate"] for line in epochs] == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-5])
-    states = [checkpoint.read(folder).state for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")]
+    states = [checkpoint.read(folder).state for folder in checkpoint.list_folders(tmp_path / "run" / "checkpoints")]
     assert [state["step"] for state in states] == [0, 8, 16, 24, 32]
     assert (states[2]["plateau"], states[2]["stale_epochs"]) == (states[1]["plateau"], states[1]["stale_epochs"])
     assert states[2]["select_loss"] is None

@@ -241,7 +241,7 @@ def test_the_best_are_kept_for_an_ensemble(shard_folder: Path, tmp_path: Path) -
     epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"][1:]
     best = sorted(epochs, key=lambda line: (line["tune_loss"], -line["step"]))[:3]
     wanted = {f"step-{line['step']:08d}" for line in best} | {f"step-{epochs[-1]['step']:08d}"}
-    assert {folder.name for folder in checkpoint.folders(tmp_path / "run" / "checkpoints")} == wanted
+    assert {folder.name for folder in checkpoint.list_folders(tmp_path / "run" / "checkpoints")} == wanted
 
 
 @pytest.mark.slow

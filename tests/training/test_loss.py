@@ -20,12 +20,12 @@ def test_the_loss_is_the_papers() -> None:
     assert weighted_bce(logit[1:], label[1:], weight[1:]).item() == pytest.approx(0.616460, abs=1e-6)
     assert weighted_bce(logit, label, weight).item() == pytest.approx(0.693613, abs=2e-6)
     targets = RowTargets(label.numpy(), weight.numpy())
-    found = Scores.of(np.array([0, 1]), logit.numpy(), np.ones(2, bool))
+    found = Scores.from_split(np.array([0, 1]), logit.numpy(), np.ones(2, bool))
     assert weighted_loss(found, targets) == pytest.approx(0.693613 / 2, abs=1e-6)
 
 
 def test_the_loss_bears_any_logit() -> None:
     logit = torch.tensor([1e4, -1e4, 0.0])
     assert torch.isfinite(weighted_bce(logit, torch.tensor([0.0, 1.0, 1.0]), torch.ones(3)))
-    found = Scores.of(np.arange(3), logit.numpy(), np.ones(3, bool))
+    found = Scores.from_split(np.arange(3), logit.numpy(), np.ones(3, bool))
     assert np.isfinite(weighted_loss(found, RowTargets(np.ones(3, np.float32), np.ones(3, np.float32))))

@@ -43,7 +43,7 @@ def last_tune_loss(folder: Path) -> float:
 
 def batches_of_run(folder: Path) -> Iterator[Batch]:
     """Load the batches of a run of one rank and one micro-batch a step, from its first step to its last."""
-    plan = Plan.of(Run.load(folder).settings, 1)
+    plan = Plan.from_settings(Run.load(folder).settings, 1)
     assert plan.accumulation == 1
     loader = BatchLoader.from_settings(
         plan.settings, plan.shards, RowTargets.from_shards(plan.shards), torch.device("cpu")

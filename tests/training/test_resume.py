@@ -56,7 +56,7 @@ def test_killed_it_goes_on_from_the_last_complete_checkpoint(shard_folder: Path,
     result = run("mura-dist", "train", *words, f"run={torn}")
     assert result.returncode == 0, result.stderr
     assert "stale lock" in result.stderr
-    for folder in checkpoint.folders(
+    for folder in checkpoint.list_folders(
         whole / "checkpoints"
     ):  # a checkpoint of mid-epoch was not evaluated: it is never the best
         state = checkpoint.read(folder).state
@@ -114,7 +114,7 @@ def test_resumed_on_another_number_of_ranks(
     common = ("optimiser=sgd", "checkpoint_every=1", "keep_checkpoints=20", "micro_batch=2", *words)
     same, other = whole(before, *common), tmp_path / "other"
     shutil.copytree(same, other)
-    for folder in checkpoint.folders(other / "checkpoints"):
+    for folder in checkpoint.list_folders(other / "checkpoints"):
         if checkpoint.read(folder).step > 4:
             shutil.rmtree(folder)
     (other / "status.json").unlink()
@@ -147,12 +147,12 @@ def test_a_stop_during_evaluation_saves_what_was_trained(
     script = (
         "import signal, os, sys\n"
         "from mura_dist.training import loop\n"
-        "whole, calls = loop.scores, []\n"
-        "def scores(*given, **named):\n"
+        "original, calls = loop.score_rows, []\n"
+        "def score_rows(*args, **options):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    return whole(*given, **named)\n"
-        "loop.scores = scores\n"
+        "    return original(*args, **options)\n"
+        "loop.score_rows = score_rows\n"
         "from mura_dist.cli.main import entry\n"
         "entry(sys.argv[1:])\n"
     )

@@ -40,12 +40,12 @@ def test_scores_do_not_depend_on_how_many_are_scored_at_once(
     loading = BatchLoader.from_settings(chosen, shards, RowTargets.from_shards(shards), torch.device("cpu"))
     rows, model = shards.rows("tune"), build("tiny", seed=1).eval()
     assert len(rows) % number or number == 1, "the last batch is padded"
-    by_four = validation.scores(model, rows, loading, alone)
+    by_four = validation.score_rows(model, rows, loading, alone)
     sizes: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     monkeypatch.setattr(validation, "_batch_size", lambda loading, world: number)
     done: list[int] = []
-    scores = validation.scores(model, rows, loading, alone, progress=lambda count, total: done.append(count))
+    scores = validation.score_rows(model, rows, loading, alone, progress=lambda count, total: done.append(count))
     assert set(sizes) == {number}
     assert done == [min(count + number, len(rows)) for count in range(0, len(rows), number)]
     assert np.array_equal(scores.rows, rows)

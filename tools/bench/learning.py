@@ -150,7 +150,7 @@ def train_ours(shards: Shards, recipe: Recipe, seed: int, folder: Path, words: l
 
 def logits_by_epoch(run: Run, recipe: Recipe, image: Tensor) -> Iterator[Tensor]:
     """Score image with each epoch's checkpoint of a run, by torchvision's network."""
-    for saved in checkpoint.folders(run.checkpoints)[1:]:  # the first is of step 0
+    for saved in checkpoint.list_folders(run.checkpoints)[1:]:  # the first is of step 0
         yield PlainLoop(recipe, bf16=False, weights=load_file(saved / "model.safetensors")).logits(image)
 
 

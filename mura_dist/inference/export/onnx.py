@@ -37,7 +37,7 @@ from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
-from mura_dist.training.weights import Weights
+from mura_dist.training.weights import ModelWeights
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7, 64)
@@ -91,7 +91,7 @@ def export_target(
     RunError where the gate stays shut.
     """
     _check(out, options)
-    weights = Weights.of_target(target, which)
+    weights = ModelWeights.from_target(target, which)
     beside = [target.path.parent] if target.kind == "list" else []
     return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, log, progress)
 
@@ -113,7 +113,7 @@ def _check(out: Path, options: ExportOptions) -> None:
 
 
 def _export(
-    weights: Weights,
+    weights: ModelWeights,
     measured: dict[str, Any],
     out: Path,
     options: ExportOptions,
@@ -129,7 +129,7 @@ def _export(
         raise UserError(
             f"metrics.json is damaged ({type(error).__name__}: {reason}); run `mura-dist evaluate` again"
         ) from error
-    model = weights.model()
+    model = weights.load_model()
     if options.precision == "fp32":
         report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards), progress=progress)
     else:
@@ -141,7 +141,7 @@ def _export(
     return report
 
 
-def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
+def _measured(weights: ModelWeights, folders: Sequence[Path]) -> dict[str, Any]:
     """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
     digest = weights.data()["manifest_sha256"]
     wanted = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
@@ -156,7 +156,7 @@ def _measured(weights: Weights, folders: Sequence[Path]) -> dict[str, Any]:
     return {}
 
 
-def _card(weights: Weights, measured: dict[str, Any]) -> Card:
+def _card(weights: ModelWeights, measured: dict[str, Any]) -> Card:
     data, by_type = weights.data(), measured.get("by_study_type", {})
     cuts: dict[str, float] = measured.get("thresholds") or dict.fromkeys(by_type, measured.get("threshold", 0.5))
     return Card(
@@ -179,7 +179,7 @@ def _card(weights: Weights, measured: dict[str, Any]) -> Card:
     )
 
 
-def _some_radiographs(weights: Weights, given: Path | str | None) -> np.ndarray | None:
+def _some_radiographs(weights: ModelWeights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
     try:
         return precision.some_images(precision.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)

@@ -26,7 +26,7 @@ from mura_dist.metrics import classification
 from mura_dist.models.card import PRECISIONS, Card, Change
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
-from mura_dist.training.weights import Weights
+from mura_dist.training.weights import ModelWeights
 
 NUM_MEASURED, NUM_CALIBRATED = 1000, 256  # radiographs
 FP16_LIMIT = 32_000.0
@@ -61,7 +61,7 @@ def check(precision: str) -> None:
             )
 
 
-def opened(weights: Weights, given: str | Path | None) -> Shards:
+def opened(weights: ModelWeights, given: str | Path | None) -> Shards:
     """The run's own shards, where it found them or where `given` says they are now. Raises UserError."""
     place = given or weights.settings.shards
     shards, data = Shards.open(place), weights.data()
