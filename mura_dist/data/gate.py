@@ -10,7 +10,7 @@ an arrow or a logo is small.
 A radiograph's score is high, a photograph's, a page's, noise's low. Where the better of the two scores is below THRESHOLD,
 the picture is `not_a_radiograph`; where the inverse is better by MARGIN, it is `inverted`, which warns and no more. Nothing
 depends on how the picture is turned or flipped. `tools/fit_gate.py` made the table below and prints it and what it is worth;
-docs/gate.md has those numbers, and what this cannot do.
+docs/benchmarks.md has those numbers, docs/gate.md the limits.
 """
 
 import numpy as np

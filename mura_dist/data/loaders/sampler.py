@@ -44,7 +44,7 @@ class Epoch:
 
 
 def epoch_permutation(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
-    """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/scaling.md)."""
+    """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/benchmarks.md)."""
     place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
     keys = draw_order_keys(seed, epoch, len(rows))  # the only array as long: at last the result
     keys >>= place_bits
