@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.linear_model import LogisticRegression
 
 from mura_dist.data import gate, phantoms, radiograph
-from mura_dist.metrics.intervals import wilson
+from mura_dist.metrics.intervals import compute_wilson_interval
 
 SIZES, FOLDS, VARIED, DRAWINGS = (320, 128, 64), 5, (8, 3), 1500
 # What each kind weighs in the fit, and its label; inverted radiographs teach which way round.
@@ -200,7 +200,7 @@ def tell(name: str, scores: np.ndarray, num_blank: int = 0) -> None:
     num, num_refused = len(refused) + num_blank, int(refused.sum()) + num_blank
     print(f"  {name}: n {num}", end=f", {num_blank} of them blank" if num_blank else "")
     for word, count in (("refused", num_refused), ("inverted", inverted), ("passed", num - num_refused)):
-        low, high = wilson(count, num)
+        low, high = compute_wilson_interval(count, num)
         print(f"; {word} {count} = {100 * count / num:.2f} % ({100 * low:.2f} to {100 * high:.2f})", end="")
     print()
 

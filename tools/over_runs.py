@@ -14,6 +14,7 @@ import numpy as np
 
 from mura_dist.core.errors import UserError
 from mura_dist.metrics import summary
+from mura_dist.metrics.entries import HEADLINE_METRICS
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
     print(over_runs_table(over_runs(measured), len(measured)))
     if words.together is not None:
         overall = measured_of(words.together)["overall"]
-        numbers = (f"{name} {summary.with_interval(overall, name)}" for name in ("kappa", "auroc"))
+        numbers = (f"{name} {summary.format_with_interval(overall, name)}" for name in ("kappa", "auroc"))
         print(
             f"Together, as one model: {', '.join(numbers)} ({overall['num_studies']} studies); {words.together}/report.html"
         )
@@ -52,8 +53,11 @@ def over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[st
         if other := next((one[key] for one in measured if one[key] != first[key]), None):
             raise UserError(f"runs measured with {key}={first[key]} and {key}={other}; evaluate all of them alike")
     return {
-        name: {metric: _spread([summary.groups(one)[name][metric] for one in measured]) for metric in summary.METRICS}
-        for name in summary.groups(first)
+        name: {
+            metric: _spread([summary.metrics_by_group(one)[name][metric] for one in measured])
+            for metric in HEADLINE_METRICS
+        }
+        for name in summary.metrics_by_group(first)
     }
 
 
@@ -67,9 +71,12 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 def over_runs_table(spreads: dict[str, dict[str, dict[str, Any]]], num_runs: int) -> str:
     """A plain-text table for the terminal: overall, each study type."""
     form = "{:<16} {:<16} {:<16} {:<16} {:<16}"
-    lines = [form.format(f"{num_runs} runs", *(name if name != "auroc" else "AUROC" for name in summary.METRICS))]
+    lines = [form.format(f"{num_runs} runs", *(name if name != "auroc" else "AUROC" for name in HEADLINE_METRICS))]
     for name, group in spreads.items():
-        cells = [f"{summary.number(one['mean'])} +- {summary.number(one['deviation'])}" for one in group.values()]
+        cells = [
+            f"{summary.format_number(one['mean'])} +- {summary.format_number(one['deviation'])}"
+            for one in group.values()
+        ]
         lines.append(form.format(name[:16], *cells))
     lines.append(
         "Mean +- standard deviation over runs: how far training varies. Each run's own report has its interval over patients."

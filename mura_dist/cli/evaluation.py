@@ -87,7 +87,7 @@ def evaluate(
 
     from mura_dist.evaluation.subject import EvaluateOptions, GalleryOptions
     from mura_dist.metrics.operating_points import parse_operating_point as named
-    from mura_dist.metrics.summary import summary_table
+    from mura_dist.metrics.summary import format_summary_table
     from mura_dist.models.target import Target
 
     target = Target.parse(path)
@@ -114,7 +114,7 @@ def evaluate(
 
             measured = evaluate_target(target, shards, options, which=which, log=log, progress=progress)
     if environment.is_first():
-        click.echo(summary_table(measured))
+        click.echo(format_summary_table(measured))
         if measured["num_damaged"]:
             click.echo(f"{measured['num_damaged']} radiographs of {split} are not in it: their samples are corrupt")
         click.echo(f"report: {out / 'report.html'}")
@@ -181,7 +181,7 @@ def score(
 
     from mura_dist.evaluation.score import default_folder, summary_text
     from mura_dist.evaluation.score import score as run
-    from mura_dist.metrics.summary import summary_table
+    from mura_dist.metrics.summary import format_summary_table
 
     log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     out = out or (None if as_json else default_folder(predictions))
@@ -189,7 +189,7 @@ def score(
     if as_json:
         click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    click.echo(summary_table(measured))
+    click.echo(format_summary_table(measured))
     if against is not None:
         click.echo(summary_text(measured["comparison"], predictions.name, against.name))
     if measured["note"]:

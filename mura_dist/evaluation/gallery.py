@@ -44,7 +44,7 @@ def write(
 
     Returns gallery.json's content.
 
-    studies: as classification.study_table gives it, with `call`; rows: the radiographs that were evaluated, int64 (n,);
+    studies: as classification.build_study_table gives it, with `call`; rows: the radiographs that were evaluated, int64 (n,);
     metrics: metrics.json's content, of which split, threshold and note are told, where it has them.
     """
     clear(out)

@@ -33,7 +33,7 @@ class View:
 
     @property
     def probability(self) -> float:
-        return classification.probability(self.logit)
+        return classification.logit_to_probability(self.logit)
 
     @property
     def words(self) -> str:

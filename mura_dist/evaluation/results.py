@@ -24,7 +24,7 @@ from mura_dist.evaluation import gallery, prediction_files
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration, classification
 from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, FittedThresholds, thresholds_at
-from mura_dist.metrics.summary import curves, measure, subgroups
+from mura_dist.metrics.summary import compute_metrics, compute_subgroup_metrics, compute_threshold_curves
 from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
 from mura_dist.training.run import environment
@@ -96,11 +96,11 @@ def _metrics(
 ) -> dict[str, Any]:
     """metrics.json's content."""
     points, operating_point = split_scores.points, options.operating_point or PAPER
-    return measure(studies, prevalence=options.prevalence) | {
-        "subgroups": subgroups(studies),
-        "curves": curves(studies),
+    return compute_metrics(studies, prevalence=options.prevalence) | {
+        "subgroups": compute_subgroup_metrics(studies),
+        "curves": compute_threshold_curves(studies),
         "calibration": points.model_dump(mode="json"),
-        "operating_points": calibration.measured(points, studies),
+        "operating_points": calibration.compute_operating_points(points, studies),
         "split": options.split,
         "operating_point": operating_point,
         "threshold": THRESHOLD if operating_point == PAPER else None,  # of all study types

@@ -24,8 +24,14 @@ from mura_dist.data.folder_kind import kinds_of
 from mura_dist.evaluation import prediction_files
 from mura_dist.evaluation.prediction_files import Labels, Predictions
 from mura_dist.metrics import classification
-from mura_dist.metrics.comparison import compare
-from mura_dist.metrics.summary import groups, measure, number, subgroups, with_interval
+from mura_dist.metrics.comparison import compare_predictions
+from mura_dist.metrics.summary import (
+    compute_metrics,
+    compute_subgroup_metrics,
+    format_number,
+    format_with_interval,
+    metrics_by_group,
+)
 
 Say = Callable[[str], None]
 RESAMPLES, SEED = 2000, 0
@@ -65,11 +71,11 @@ def score(
             _check_upright(file.name, studies)
     draw = _drawing() if out is not None else None  # what a page needs may be missing: said before the numbers are made
     log(f"{ours.name} against {truth.name}: {len(sides[0]):,} studies, {RESAMPLES:,} resamples")
-    measured = measure(sides[0], resamples=RESAMPLES, seed=SEED, prevalence=prevalence)
-    measured["subgroups"] = subgroups(sides[0], resamples=RESAMPLES, seed=SEED)
+    measured = compute_metrics(sides[0], resamples=RESAMPLES, seed=SEED, prevalence=prevalence)
+    measured["subgroups"] = compute_subgroup_metrics(sides[0], resamples=RESAMPLES, seed=SEED)
     measured |= _facts(files, truth, sides[0])
     if theirs:
-        measured["comparison"] = compare(*sides, resamples=RESAMPLES, seed=SEED)
+        measured["comparison"] = compare_predictions(*sides, resamples=RESAMPLES, seed=SEED)
     if out is not None and draw is not None:
         _write(out, measured, sides[0], draw, time.perf_counter() - started)
     return measured
@@ -84,14 +90,14 @@ def summary_text(comparison: dict[str, Any], name: str, other: str) -> str:
     """A comparison as a table of plain text, at most 100 columns; the confirmatory line first."""
     form = "{:<16} {:<6} {:>7} {:>7}  {}"
     lines, missing = [form.format("", "", "A", "B", "A - B [95 %]")], defaultdict(list)
-    for group, found in groups(comparison).items():
+    for group, found in metrics_by_group(comparison).items():
         for key, word in (("kappa", "kappa"), ("auroc", "AUROC")):
             if (reason := found["reasons"].get(key) or found["reasons"].get(f"{key}_low")) is not None:
                 missing[f"{word}{'' if found[key] is None else ', interval'}: {reason}"].append(group)
             if (values := found[key]) is not None:
                 one = {key: values["difference"], f"{key}_low": values["low"], f"{key}_high": values["high"]}
                 role = "  confirmatory" if (group, key) == ("overall", "kappa") else ""
-                cells = number(values["a"]), number(values["b"]), with_interval(one, key) + role
+                cells = format_number(values["a"]), format_number(values["b"]), format_with_interval(one, key) + role
                 lines.append(form.format(group[:16], word, *cells))
     notes = [
         f"A is {name}, B is {other}.",
@@ -123,7 +129,9 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
 def _check_upright(name: str, studies: pd.DataFrame) -> None:
     """Kappa far below chance, and surely below it: 1 meant normal, in one file or the other."""
     value = float(
-        classification.kappa(classification.confusion(studies["label"].to_numpy(), studies["call"].to_numpy()))
+        classification.compute_kappa(
+            classification.compute_confusion(studies["label"].to_numpy(), studies["call"].to_numpy())
+        )
     )
     high = _upper(studies) if value < MIN_KAPPA else None  # NaN, of one class, is not below
     if high is not None and high < 0:
@@ -135,7 +143,7 @@ def _check_upright(name: str, studies: pd.DataFrame) -> None:
 
 def _upper(studies: pd.DataFrame) -> float | None:
     """Kappa's upper bound: the bootstrap's over patients, else the asymptotic one, else None: not sure of anything."""
-    group = measure(studies, resamples=RESAMPLES, seed=SEED)["overall"]
+    group = compute_metrics(studies, resamples=RESAMPLES, seed=SEED)["overall"]
     bounds = (group["kappa_high"], group["kappa_fce_high"])
     return next((float(bound) for bound in bounds if bound is not None), None)
 

@@ -127,7 +127,7 @@ def picture(image: np.ndarray, cells: np.ndarray, logit: float, *, drawings: boo
     for number, pixels in enumerate(both):
         shown = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
         canvas.paste(shown, (left + number * (side + _MARGIN), _TOP + _MARGIN))
-    probability = classification.probability(logit)
+    probability = classification.logit_to_probability(logit)
     words = f"Of this view alone: logit {logit:+.2f}, probability {probability:.3f}; the model sees it as a square"
     draw.text((_MARGIN, bottom + 5), words, "#1b1f24", font)
     heatmap.draw_scale(canvas, _MARGIN, bottom + _BELOW + 4, width - 2 * _MARGIN, font)

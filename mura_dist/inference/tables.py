@@ -208,7 +208,7 @@ def judged(
     """
     studies = pd.DataFrame(heads, columns=["study", "study_type", "gate"], dtype="string")
     studies["num_views"] = pd.array(np.bincount(code, minlength=len(heads)), dtype="Int64")
-    studies["probability"] = classification.study_mean(code, probability)
+    studies["probability"] = classification.compute_study_probability(code, probability)
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])

@@ -18,8 +18,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mura_dist.metrics.classification import CELLS, confusion, is_positive, logistic, logit, of_calls, sigmoid
-from mura_dist.metrics.group import rate_counts
+from mura_dist.metrics.classification import (
+    CELLS,
+    compute_call_metrics,
+    compute_confusion,
+    fit_logistic,
+    is_positive,
+    logit,
+    sigmoid,
+)
+from mura_dist.metrics.group import count_rates
 from mura_dist.metrics.intervals import Bootstrap, Clusters, Interval
 from mura_dist.metrics.operating_points import BAND, NAMES, Band, FittedThresholds, OperatingPoint, StudyTypeThresholds
 
@@ -47,18 +55,18 @@ def fit(
     alone get anything. num_damaged and notes are handed on.
     """
     own = tune[tune["study_type"].isin(list(study_types))]
-    pool = _Set.of(own, odds_shift)
+    pool = _FitData.of(own, odds_shift)
     patient = own["patient"][own["patient"].notna() & (own["patient"] != "")]
     facts: dict[str, Any] = {"num_studies": len(own), "num_patients": patient.nunique() or None, **pool.counts()}
     facts |= {"method": METHOD, "num_damaged": num_damaged, "notes": list(notes)}
     if problem := pool.problem():
         return FittedThresholds(reason=problem, **facts)
-    found = {str(name): _fit_type(name, own, pool, odds_shift) for name in sorted(study_types)}
+    found = {str(name): _fit_study_type(name, own, pool, odds_shift) for name in sorted(study_types)}
     return FittedThresholds(fitted_on="tune", by_study_type=found, **facts)
 
 
 @dataclass(frozen=True)
-class _Set:
+class _FitData:
     """Studies to fit to, (n,) each: label 0 or 1, raw probability, and logit without the type's shift."""
 
     label: np.ndarray
@@ -66,7 +74,7 @@ class _Set:
     logit: np.ndarray
 
     @classmethod
-    def of(cls, studies: pd.DataFrame, odds_shift: Mapping[str, float]) -> "_Set":
+    def of(cls, studies: pd.DataFrame, odds_shift: Mapping[str, float]) -> "_FitData":
         probability = studies["probability"].to_numpy(dtype=np.float64)
         shift = studies["study_type"].map(lambda name: odds_shift.get(name, 0.0)).to_numpy(dtype=np.float64)
         return cls(studies["label"].to_numpy(dtype=np.int64), probability, logit(probability) - shift)
@@ -92,37 +100,39 @@ class _Set:
         return ""
 
 
-def _fit_type(name: str, tune: pd.DataFrame, pool: _Set, odds_shift: Mapping[str, float]) -> StudyTypeThresholds:
-    own, shift = _Set.of(tune[tune["study_type"] == name], odds_shift), float(odds_shift.get(name, 0.0))
+def _fit_study_type(
+    name: str, tune: pd.DataFrame, pool: _FitData, odds_shift: Mapping[str, float]
+) -> StudyTypeThresholds:
+    own, shift = _FitData.of(tune[tune["study_type"] == name], odds_shift), float(odds_shift.get(name, 0.0))
     pooled = own.num_of_rarer < MIN_OWN
     reasons: dict[str, str] = {}
     facts: dict[str, Any] = {"pooled": pooled, "odds_shift": shift, "reasons": reasons, **own.counts()}
-    line = _line(pool.label, pool.logit) if pooled else _line(own.label, logit(own.probability))
+    line = _fit_line(pool.label, pool.logit) if pooled else _fit_line(own.label, logit(own.probability))
     if isinstance(line, str):
         reasons["calibration"] = line
     else:
         facts |= {"slope": line[1], "intercept": line[0] - (line[1] * shift if pooled else 0.0)}
     points = facts["operating_points"] = {}
     for point in NAMES:
-        found = _operating_point(point, pool if pooled else own, shift if pooled else None)
+        found = _fit_operating_point(point, pool if pooled else own, shift if pooled else None)
         if found is None:
             reasons[point] = "no threshold from 0 to 1 reaches it"
         else:
             points[point] = found
-    facts["band"] = band = _band(points)
+    facts["band"] = band = _fit_band(points)
     if isinstance(band, str):
         facts["band"], reasons["band"] = None, band
     return StudyTypeThresholds(**facts)
 
 
-def _line(label: np.ndarray, x: np.ndarray) -> tuple[float, float] | str:
+def _fit_line(label: np.ndarray, x: np.ndarray) -> tuple[float, float] | str:
     """Intercept and slope, or why there are none."""
     if np.ptp(x) == 0:
         return "all tune studies have the same probability"
     negative, positive = np.bincount(label, minlength=2)
     # Platt's targets, short of 0 and 1: without them labels that the logits separate would want an infinite slope.
     target = np.where(label == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
-    intercept, slope = (float(value[0]) for value in logistic(target, x, np.ones((1, len(x)))))
+    intercept, slope = (float(value[0]) for value in fit_logistic(target, x, np.ones((1, len(x)))))
     if not (math.isfinite(intercept) and math.isfinite(slope)):
         return "the fit did not end in numbers"
     if slope <= 0:
@@ -133,20 +143,20 @@ def _line(label: np.ndarray, x: np.ndarray) -> tuple[float, float] | str:
 # ---- thresholds
 
 
-def _operating_point(name: str, studies: _Set, shift: float | None) -> OperatingPoint | None:
+def _fit_operating_point(name: str, studies: _FitData, shift: float | None) -> OperatingPoint | None:
     """shift: None to choose on the raw probability; a number to choose on logits without shift, and put this one's back."""
     scores = studies.probability if shift is None else studies.logit
     # Beyond the last score lies the end of the scale, or, of logits, which have none, odds four times as far.
     ends = (0.0, 1.0) if shift is None else (scores.min() - math.log(4), scores.max() + math.log(4))
-    cut = threshold(name, studies.label, scores, ends)
+    cut = choose_threshold(name, studies.label, scores, ends)
     if cut is None:
         return None
-    tn, fp, fn, tp = confusion(studies.label, is_positive(scores, cut))
+    tn, fp, fn, tp = compute_confusion(studies.label, is_positive(scores, cut))
     value = cut if shift is None else float(sigmoid(np.array(cut + shift)))
     return OperatingPoint(threshold=value, sensitivity=tp / (tp + fn), specificity=tn / (tn + fp))
 
 
-def threshold(name: str, label: np.ndarray, scores: np.ndarray, ends: tuple[float, float]) -> float | None:
+def choose_threshold(name: str, label: np.ndarray, scores: np.ndarray, ends: tuple[float, float]) -> float | None:
     """The cut of an operating point, by which is_positive calls a score; None where no cut in `ends` does it.
 
     sensitivity=W: the largest that leaves at least W of the positives above, as far below the lowest of these as half-way
@@ -156,24 +166,24 @@ def threshold(name: str, label: np.ndarray, scores: np.ndarray, ends: tuple[floa
     rate, _, wanted = name.partition("=")
     if rate == "sensitivity":
         ordered = np.sort(scores[label == 1])[::-1]
-        last = ordered[_needed(float(wanted), len(ordered)) - 1]
+        last = ordered[_min_count(float(wanted), len(ordered)) - 1]
         below = scores[scores < last].max(initial=ends[0])
         middle = (below + last) / 2
         cut = middle if middle < last else below  # neighbours among the floats have nothing in between
         return float(cut) if cut < last else None
     ordered = np.sort(scores[label == 0])
-    last = ordered[_needed(float(wanted), len(ordered)) - 1]
+    last = ordered[_min_count(float(wanted), len(ordered)) - 1]
     above = scores[scores > last].min(initial=ends[1])
     middle = (last + above) / 2
     return float(middle if middle < above else last)
 
 
-def _needed(wanted: float, num: int) -> int:
+def _min_count(wanted: float, num: int) -> int:
     """The smallest count that is a share of at least `wanted`; 0.95 of 60 is 57, whatever the floats make of it."""
     return max(1, math.ceil(wanted * num - 1e-9))
 
 
-def _band(points: Mapping[str, OperatingPoint]) -> Band | str:
+def _fit_band(points: Mapping[str, OperatingPoint]) -> Band | str:
     """From the first of BAND's thresholds to the second, or why there is none."""
     if missing := [name for name in BAND if name not in points]:
         return f"no threshold of {missing[0]}"
@@ -212,7 +222,7 @@ def _numbers(points: FittedThresholds, study_type: str) -> tuple[float, ...]:
 # ---- what they are worth, on studies they were not fitted to
 
 
-def measured(
+def compute_operating_points(
     points: FittedThresholds, studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any] | None:
     """metrics.json["operating_points"], of studies with label, patient and the columns of `apply`; None where nothing was fitted.
@@ -246,8 +256,8 @@ def _measured_group(
     label = studies["label"].to_numpy(dtype=np.int64)
     patient = studies["patient"].astype(object).where(studies["patient"].notna(), "").astype(str)
     clusters = Clusters.of(patient.to_numpy(dtype=object))
-    parts = {name: _Part.of_calls(studies, label, points.thresholds(name)) for name in NAMES}
-    parts["band"] = _Part.of_band(studies, label)
+    parts = {name: _OutcomeCounts.of_calls(studies, label, points.thresholds(name)) for name in NAMES}
+    parts["band"] = _OutcomeCounts.of_band(studies, label)
     drawn = Bootstrap.of(
         clusters,
         label,
@@ -269,7 +279,7 @@ def _measured_group(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _OutcomeCounts:
     """An operating point, or the band, on n studies. `cells` float64 (n, k): in which count each study is.
 
     The counts: CELLS; of the band: uncertain, right outside, wrong outside. In none where its study type has no such point.
@@ -278,13 +288,13 @@ class _Part:
     cells: np.ndarray
 
     @classmethod
-    def of_calls(cls, studies: pd.DataFrame, label: np.ndarray, thresholds: Mapping[str, float]) -> "_Part":
+    def of_calls(cls, studies: pd.DataFrame, label: np.ndarray, thresholds: Mapping[str, float]) -> "_OutcomeCounts":
         cut = studies["study_type"].map(dict(thresholds)).to_numpy(dtype=np.float64)
         call = is_positive(studies["probability"], cut)
         return cls(np.eye(4)[2 * label + call] * np.isfinite(cut)[:, None])
 
     @classmethod
-    def of_band(cls, studies: pd.DataFrame, label: np.ndarray) -> "_Part":
+    def of_band(cls, studies: pd.DataFrame, label: np.ndarray) -> "_OutcomeCounts":
         band = studies["band"].to_numpy(dtype=object)
         right = (band == "positive") == (label == 1)
         state = np.where(band == "uncertain", 0, np.where(right, 1, 2))
@@ -294,7 +304,7 @@ class _Part:
         """weight (R, n) -> name -> (R,); None -> name -> ()."""
         counts = self.cells.sum(axis=0) if weight is None else weight @ self.cells
         if counts.shape[-1] == len(CELLS):
-            rates = of_calls(counts)
+            rates = compute_call_metrics(counts)
             return {name: rates[name] for name in RATES}
         uncertain, right, wrong = np.moveaxis(counts, -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -305,7 +315,7 @@ class _Part:
         """Return the count of successes and of trials of each number."""
         counts = self.cells.sum(axis=0)
         if len(counts) == len(CELLS):
-            return rate_counts(counts)
+            return count_rates(counts)
         uncertain, right, wrong = map(int, counts)
         return {"share_uncertain": (uncertain, int(counts.sum())), "accuracy_outside": (right, right + wrong)}
 
@@ -314,7 +324,7 @@ class _Part:
         counts, reasons = self.cells.sum(axis=0), dict[str, str]()
         num = int(counts.sum())
         entry: dict[str, Any] = {"num_studies": num, "num_without": len(self.cells) - num, "reasons": reasons}
-        entry |= _ends(place, points, study_type, reasons)
+        entry |= _threshold_entries(place, points, study_type, reasons)
         why = "no study type has it" if study_type is None else points.why_not(study_type, place) if not num else ""
         if place == "band":
             entry["num_uncertain"] = int(counts[0])
@@ -337,7 +347,7 @@ class _Part:
         return entry
 
 
-def _ends(
+def _threshold_entries(
     place: str, points: FittedThresholds, study_type: str | None, reasons: dict[str, str]
 ) -> dict[str, float | None]:
     """The threshold of an operating point, or low and high of the band; null with their reason."""

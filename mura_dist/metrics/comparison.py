@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mura_dist.metrics.intervals import Bootstrap, Z, delong, mcnemar, two_sided
-from mura_dist.metrics.summary import MIN_OF_A_CLASS, Group
+from mura_dist.metrics.entries import MIN_RARER_LABEL
+from mura_dist.metrics.group import Group
+from mura_dist.metrics.intervals import (
+    Bootstrap,
+    Z,
+    compute_delong_covariance,
+    compute_mcnemar_p_value,
+    compute_two_sided_p_value,
+)
 
 NAMES = ("kappa", "auroc")
 NOTE = "compares two files of predictions on these studies, not two recipes: training again with another seed moves both sides"
@@ -23,7 +30,7 @@ _ONE_CLASS = "one class only"
 _CALLS_ONLY = "calls only: no probabilities were given for both"
 
 
-def compare(
+def compare_predictions(
     a: pd.DataFrame, b: pd.DataFrame, *, threshold: float = 0.5, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """metrics.json's `comparison`. a, b: studies as for `measure`, with a column study: the same ones, with the same labels."""
@@ -97,7 +104,7 @@ def _mcnemar(one: Group, other: Group) -> dict[str, Any]:
     """Exact, on which side called a study rightly."""
     a_right, b_right = one.call == (one.label == 1), other.call == (other.label == 1)
     a_only, b_only = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
-    return {"a_only_right": a_only, "b_only_right": b_only, "p_value": mcnemar(a_only, b_only)}
+    return {"a_only_right": a_only, "b_only_right": b_only, "p_value": compute_mcnemar_p_value(a_only, b_only)}
 
 
 def _delong(one: Group, other: Group, reasons: dict[str, str]) -> dict[str, Any] | None:
@@ -106,18 +113,18 @@ def _delong(one: Group, other: Group, reasons: dict[str, str]) -> dict[str, Any]
         reasons["delong"] = _CALLS_ONLY
         return None
     rarer = int(min(one.label.sum(), (1 - one.label).sum()))
-    if rarer < MIN_OF_A_CLASS:
+    if rarer < MIN_RARER_LABEL:
         reasons["delong"] = (
-            f"{rarer} studies of the rarer label; the asymptotic interval needs {MIN_OF_A_CLASS}"
+            f"{rarer} studies of the rarer label; the asymptotic interval needs {MIN_RARER_LABEL}"
             if rarer
             else _ONE_CLASS
         )
         return None
-    areas, covariance = delong(one.label, np.stack([one.probability, other.probability]))
+    areas, covariance = compute_delong_covariance(one.label, np.stack([one.probability, other.probability]))
     difference = float(areas[0] - areas[1])
     error = math.sqrt(max(float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]), 0.0))
     if error < 1e-12:
         reasons["delong"] = "both sides rank the studies alike: the standard error of their difference is 0"
         return None
     bounds = {"low": difference - Z * error, "high": difference + Z * error}
-    return {"difference": difference, **bounds, "p_value": two_sided(difference / error)}
+    return {"difference": difference, **bounds, "p_value": compute_two_sided_p_value(difference / error)}

@@ -16,33 +16,35 @@ from mura_dist.metrics.intervals import (
     WILSON,
     Bootstrap,
     Interval,
-    delong_interval,
-    fce_interval,
-    official_interval,
-    wilson,
+    compute_delong_interval,
+    compute_fce_interval,
+    compute_official_interval,
+    compute_wilson_interval,
 )
 
-METRICS = ("kappa", "auroc", "sensitivity", "specificity")  # the headline
+HEADLINE_METRICS = ("kappa", "auroc", "sensitivity", "specificity")  # the headline
 WILSON_RATES = ("sensitivity", "specificity", "ppv", "npv")
-MIN_OF_A_CLASS = 10  # studies of the rarer label below which an asymptotic interval is not to be trusted
-_NO_WIDTH = 1e-9  # of an interval; no set of studies has one so narrow and not empty
+MIN_RARER_LABEL = 10  # studies of the rarer label below which an asymptotic interval is not to be trusted
+_MIN_WIDTH = 1e-9  # of an interval; no set of studies has one so narrow and not empty
 _UNDEFINED = {"ppv": "nothing was called abnormal", "npv": "everything was called abnormal"}
 _SEPARATED = "the probabilities separate the labels, or are all equal: no finite slope"
 _NO_PROBABILITIES = "calls only: no probabilities were given"
 _ONE_CLASS = "one class only"
 
 
-def bounds(names: Sequence[str]) -> tuple[str, ...]:
+def bound_keys(names: Sequence[str]) -> tuple[str, ...]:
     """Return the keys of the intervals' ends."""
     return tuple(f"{name}_{end}" for name in names for end in ("low", "high"))
 
 
-def kinds(names: Sequence[str]) -> tuple[str, ...]:
+def method_keys(names: Sequence[str]) -> tuple[str, ...]:
     """Return the keys that name the method of an interval, of those of `names` that are rates."""
     return tuple(f"{name}_interval" for name in names if name in WILSON_RATES)
 
 
-ASYMPTOTIC = bounds(("kappa_fce", "kappa_official", "auroc_delong", *(f"{name}_wilson" for name in WILSON_RATES)))
+ASYMPTOTIC_KEYS = bound_keys(
+    ("kappa_fce", "kappa_official", "auroc_delong", *(f"{name}_wilson" for name in WILSON_RATES))
+)
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Entries:
         for name in names:
             reason = (
                 _ONE_CLASS
-                if one_class or name in METRICS
+                if one_class or name in HEADLINE_METRICS
                 else _UNDEFINED.get(name.removesuffix("_at_prevalence"), _ONE_CLASS)
             )
             if name == "calibration_slope" and not one_class:
@@ -116,7 +118,7 @@ class Entries:
 
     def put_calibration_error(self, label: np.ndarray, probability: np.ndarray | None) -> None:
         """Enter the calibration error and its method, where there are probabilities."""
-        error, method = (None, None) if probability is None else metrics.calibration_error(label, probability)
+        error, method = (None, None) if probability is None else metrics.compute_calibration_error(label, probability)
         self.put("calibration_error", error, _NO_PROBABILITIES)
         self.put("calibration_error_method", method, _NO_PROBABILITIES)
 
@@ -125,10 +127,12 @@ class Entries:
         counts = group.counts()
         self.put_interval("kappa_fce", self._asymptotic("kappa", group))
         self.put_interval("auroc_delong", self._asymptotic("auroc", group))
-        official = _ONE_CLASS if self.values["kappa"] is None else Interval(*official_interval(counts), "official")
+        official = (
+            _ONE_CLASS if self.values["kappa"] is None else Interval(*compute_official_interval(counts), "official")
+        )
         self.put_interval("kappa_official", official)
         for name, (successes, trials) in group.rate_counts().items():
-            there = Interval(*wilson(successes, trials), WILSON) if trials else self.reasons[name]
+            there = Interval(*compute_wilson_interval(successes, trials), WILSON) if trials else self.reasons[name]
             self.put_interval(f"{name}_wilson", there)
 
     def _asymptotic(self, name: str, group: Group) -> Interval | str:
@@ -137,18 +141,18 @@ class Entries:
         if value is None:
             return self.reasons[name]
         rarer = int(min(counts[:2].sum(), counts[2:].sum()))
-        if rarer < MIN_OF_A_CLASS and abs(value) < 1:
-            return f"{rarer} studies of the rarer label; the asymptotic interval needs {MIN_OF_A_CLASS}"
+        if rarer < MIN_RARER_LABEL and abs(value) < 1:
+            return f"{rarer} studies of the rarer label; the asymptotic interval needs {MIN_RARER_LABEL}"
         # Also of an AUROC of 0, of calls that are all one, of probabilities all equal: no width, which is no certainty.
         no_width = f"{name} is exactly {round(value, 9) + 0.0:g}: its asymptotic standard error is 0"
         if abs(value) == 1:
             return no_width
         if name == "kappa":
-            interval = Interval(*fce_interval(counts), "fce")
+            interval = Interval(*compute_fce_interval(counts), "fce")
         else:
             assert group.probability is not None
-            interval = Interval(*delong_interval(group.label, group.probability), "delong")
-        return no_width if interval.high - interval.low < _NO_WIDTH else interval
+            interval = Interval(*compute_delong_interval(group.label, group.probability), "delong")
+        return no_width if interval.high - interval.low < _MIN_WIDTH else interval
 
     def whole(self, keys: Sequence[str]) -> dict[str, Any]:
         """Return the values with every one of `keys`, and `reasons`."""

@@ -13,13 +13,17 @@ from typing import Self
 
 import numpy as np
 
-from mura_dist.metrics.classification import agreement, kappa
+from mura_dist.metrics.classification import compute_agreement, compute_kappa
 
 Z = 1.96  # two-sided 95 % of the normal distribution, as the official scorer rounds it
 QUANTILES = (0.025, 0.975)
-MOST_UNDEFINED = 0.05  # share of the resamples in which a number may be undefined (nothing called abnormal: no PPV)
+MAX_UNDEFINED_SHARE = (
+    0.05  # share of the resamples in which a number may be undefined (nothing called abnormal: no PPV)
+)
 BOOTSTRAP, WILSON = "bootstrap", "wilson"  # kinds of an interval, as metrics.json names them
-_CELLS_AT_ONCE = 1 << 21  # resamples x studies held in memory at once: about 16 MiB an array, a handful of arrays
+_MAX_WEIGHTS_PER_CHUNK = (
+    1 << 21
+)  # resamples x studies held in memory at once: about 16 MiB an array, a handful of arrays
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Clusters:
         Raw Philox bits, not `Generator`'s methods: NumPy does not promise the latter across versions.
         """
         bits, num = np.random.Philox(key=seed), np.uint64(self.num)
-        chunk = max(1, _CELLS_AT_ONCE // len(self.index))
+        chunk = max(1, _MAX_WEIGHTS_PER_CHUNK // len(self.index))
         for start in range(0, resamples, chunk):
             many = min(chunk, resamples - start)
             raw = bits.random_raw(many * self.num).reshape(many, -1)
@@ -110,7 +114,7 @@ class Bootstrap:
     def rate_interval(self, name: str, successes: int, trials: int) -> Interval:
         """Return a rate's interval: the bootstrap's, or Wilson's of `successes` in `trials` (not 0) where that has none."""
         interval = self.interval(name)
-        return Interval(*wilson(successes, trials), WILSON) if isinstance(interval, str) else interval
+        return Interval(*compute_wilson_interval(successes, trials), WILSON) if isinstance(interval, str) else interval
 
     def interval(self, name: str) -> Interval | str:
         """Return the percentile interval, or the reason why there is none."""
@@ -118,7 +122,7 @@ class Bootstrap:
             return problem
         values = self.drawn[name][np.isfinite(self.drawn[name])]
         kept = self.resamples - self.dropped
-        if len(values) < (1 - MOST_UNDEFINED) * kept:
+        if len(values) < (1 - MAX_UNDEFINED_SHARE) * kept:
             return f"undefined in {kept - len(values)} of {kept} resamples"
         if np.ptp(values) == 0:
             return "every resample gave the same value: a bootstrap cannot see the uncertainty here"
@@ -138,31 +142,31 @@ class Bootstrap:
 # ---- as if studies were independent
 
 
-def fce_standard_error(confusion: np.ndarray) -> float:
+def compute_fce_standard_error(confusion: np.ndarray) -> float:
     """Kappa's asymptotic standard error (Fleiss, Cohen, Everitt 1969), studies taken as independent. confusion (4,)."""
     n = float(np.sum(confusion))
     share = np.asarray(confusion, dtype=np.float64).reshape(2, 2) / n  # label by call
     by_label, by_call = share.sum(axis=1), share.sum(axis=0)
-    value, chance = float(kappa(confusion)), float(by_label @ by_call)
+    value, chance = float(compute_kappa(confusion)), float(by_label @ by_call)
     agreeing = sum(share[i, i] * (1 - (by_label[i] + by_call[i]) * (1 - value)) ** 2 for i in (0, 1))
     differing = sum(share[i, 1 - i] * (by_call[i] + by_label[1 - i]) ** 2 for i in (0, 1))
     variance = agreeing + (1 - value) ** 2 * differing - (value - chance * (1 - value)) ** 2
     return math.sqrt(max(variance, 0.0) / n) / (1 - chance)
 
 
-def fce_interval(confusion: np.ndarray) -> tuple[float, float]:
+def compute_fce_interval(confusion: np.ndarray) -> tuple[float, float]:
     """Kappa's, clipped to [-1, 1]. confusion (4,)."""
-    half = Z * fce_standard_error(confusion)
-    value = float(kappa(confusion))
+    half = Z * compute_fce_standard_error(confusion)
+    value = float(compute_kappa(confusion))
     return max(value - half, -1.0), min(value + half, 1.0)
 
 
-def wilson(successes: float, trials: float) -> tuple[float, float]:
+def compute_wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     """Return Wilson's 95 % score interval of a share; of no trials, NaN."""
     if trials == 0:
         return math.nan, math.nan
     if 2 * successes > trials:  # by the mirror image, so that both ends are exact where all are successes, too
-        low, high = wilson(trials - successes, trials)
+        low, high = compute_wilson_interval(trials - successes, trials)
         return 1.0 - high, 1.0 - low
     share, extra = successes / trials, Z * Z / trials
     middle = (share + extra / 2) / (1 + extra)
@@ -170,40 +174,42 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
     return (max(0.0, middle - half) if successes else 0.0), min(1.0, middle + half)
 
 
-def delong(label: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compute_delong_covariance(label: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC of k scores of the same studies and their covariance (DeLong et al. 1988): (k, n) -> (k,), (k, k).
 
     Needs two studies of each label. By midranks (Sun and Xu 2014), so that n log n steps do.
     """
     positive, negative = scores[:, label == 1], scores[:, label == 0]
     m, n = positive.shape[1], negative.shape[1]
-    all_ranks = np.stack([_midranks(np.concatenate([p, q])) for p, q in zip(positive, negative, strict=True)])
-    above = (all_ranks[:, :m] - np.stack([_midranks(row) for row in positive])) / n  # (k, m): share of negatives below
-    below = 1 - (all_ranks[:, m:] - np.stack([_midranks(row) for row in negative])) / m  # (k, n)
+    all_ranks = np.stack([_compute_midranks(np.concatenate([p, q])) for p, q in zip(positive, negative, strict=True)])
+    above = (
+        all_ranks[:, :m] - np.stack([_compute_midranks(row) for row in positive])
+    ) / n  # (k, m): share of negatives below
+    below = 1 - (all_ranks[:, m:] - np.stack([_compute_midranks(row) for row in negative])) / m  # (k, n)
     covariance = np.cov(above).reshape(len(scores), -1) / m + np.cov(below).reshape(len(scores), -1) / n
     return above.mean(axis=1), covariance
 
 
-def _midranks(values: np.ndarray) -> np.ndarray:
+def _compute_midranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 on, equal values sharing their mean."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[place]
 
 
-def delong_interval(label: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
+def compute_delong_interval(label: np.ndarray, probability: np.ndarray) -> tuple[float, float]:
     """AUROC's, clipped to [0, 1]."""
-    area, covariance = delong(label, probability[None])
+    area, covariance = compute_delong_covariance(label, probability[None])
     half = Z * math.sqrt(max(float(covariance[0, 0]), 0.0))
     return max(float(area[0]) - half, 0.0), min(float(area[0]) + half, 1.0)
 
 
-def two_sided(z: float) -> float:
+def compute_two_sided_p_value(z: float) -> float:
     """Probability of a standard normal at least as far from 0."""
     return math.erfc(abs(z) / math.sqrt(2))
 
 
-def mcnemar(one: int, other: int) -> float:
+def compute_mcnemar_p_value(one: int, other: int) -> float:
     """Exact two-sided p-value of `one` against `other` discordant studies, if either is as likely."""
     total = one + other
     tail = sum(math.comb(total, k) for k in range(min(one, other) + 1))
@@ -213,9 +219,9 @@ def mcnemar(one: int, other: int) -> float:
 # ---- wrong
 
 
-def official_interval(confusion: np.ndarray) -> tuple[float, float]:
+def compute_official_interval(confusion: np.ndarray) -> tuple[float, float]:
     """The official scorer's interval of kappa, too narrow: a variance in place of a standard error. confusion (4,)."""
-    observed, chance = agreement(confusion)
+    observed, chance = compute_agreement(confusion)
     half = Z * observed * (1 - observed) / (np.sum(confusion) * (1 - chance) ** 2)
-    value = kappa(confusion)
+    value = compute_kappa(confusion)
     return float(value - half), float(value + half)

@@ -17,17 +17,20 @@ import pandas as pd
 
 from mura_dist.metrics import classification as metrics
 from mura_dist.metrics.classification import CELLS
-from mura_dist.metrics.entries import ASYMPTOTIC, METRICS, MIN_OF_A_CLASS, Entries, bounds, kinds
-from mura_dist.metrics.group import Group, in_order, of_probabilities
+from mura_dist.metrics.entries import ASYMPTOTIC_KEYS, HEADLINE_METRICS, Entries, bound_keys, method_keys
+from mura_dist.metrics.group import Group, compute_probability_metrics, sort_studies
 from mura_dist.metrics.intervals import WILSON, Bootstrap
 
-__all__ = ["CURVE", "METRICS", "MIN_OF_A_CLASS", "RATES", "Group", "curves", "groups", "measure", "subgroups"]
-
-OF_CALLS = ("kappa", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy")
-OF_PROBABILITIES = ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope")
-CALIBRATED = ("auroc", "brier", "calibration_intercept", "calibration_slope")  # measured again after calibration
+CALL_METRICS = ("kappa", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy")
+PROBABILITY_METRICS = ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope")
+CALIBRATED_METRICS = (
+    "auroc",
+    "brier",
+    "calibration_intercept",
+    "calibration_slope",
+)  # measured again after calibration
 RATES = ("sensitivity", "specificity")
-CURVE = tuple(percent / 100 for percent in range(1, 100))  # the thresholds of `curves`
+CURVE_THRESHOLDS = tuple(percent / 100 for percent in range(1, 100))  # the thresholds of `curves`
 INTERVAL_KINDS = {
     "low_high": "as NAME_interval says, where there is one: bootstrap, or wilson where a rate has no bootstrap interval",
     "bootstrap": "95 % percentile bootstrap over whole patients (where patients are unknown: over studies)",
@@ -38,7 +41,7 @@ INTERVAL_KINDS = {
 }
 
 
-def measure(
+def compute_metrics(
     studies: pd.DataFrame,
     *,
     threshold: float = 0.5,
@@ -57,7 +60,7 @@ def measure(
     assert 0 <= seed < 2**64, seed
     task = _Task(threshold, resamples, seed, prevalence)
     names = sorted(set(studies["study_type"].astype(str)))  # of those without a label too: nothing is passed over
-    studies = in_order(studies)
+    studies = sort_studies(studies)
     by_type = {name: task.group(studies[studies["study_type"] == name]) for name in names}
     return {
         "overall": task.group(studies),
@@ -67,7 +70,7 @@ def measure(
     }
 
 
-def subgroups(
+def compute_subgroup_metrics(
     studies: pd.DataFrame, *, threshold: float = 0.5, resamples: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The headline numbers by what should not matter: {"num_views": {"1": {...}}, "exposure": {"darkest third ...": {...}}}.
@@ -75,7 +78,7 @@ def subgroups(
     studies: as for `measure`; columns num_views and exposure (mean grey level, 0 .. 255), where they are there.
     """
     task = _Task(threshold, resamples, seed, None)
-    studies = in_order(studies)
+    studies = sort_studies(studies)
     by = {"num_views": _by_views, "exposure": _by_exposure}
     return {
         name: {word: task.headline(studies[chosen]) for word, chosen in split(studies[name]).items() if chosen.any()}
@@ -84,14 +87,16 @@ def subgroups(
     }
 
 
-def curves(studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> dict[str, dict[str, Any]]:
+def compute_threshold_curves(
+    studies: pd.DataFrame, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """What sensitivity and specificity would be at another threshold, by study type: columns, one number a threshold of CURVE.
 
     studies: as for `measure`, with probabilities. A study type that has not both labels is left out. Every number has its
     `_low` and `_high`, and `_interval`: the method of both. To be looked at, not to choose by: these are the studies that
     are reported.
     """
-    studies = in_order(studies)
+    studies = sort_studies(studies)
     groups = {str(name): Group.of(part, 0.5) for name, part in studies.groupby("study_type", sort=True)}
     return {
         name: _curve(group, resamples, seed)
@@ -116,7 +121,7 @@ def _by_exposure(exposure: pd.Series) -> dict[str, pd.Series]:
 
 def _curve(group: Group, resamples: int, seed: int) -> dict[str, Any]:
     assert group.probability is not None
-    called = metrics.is_positive(group.probability[:, None], np.array(CURVE))  # (n, thresholds)
+    called = metrics.is_positive(group.probability[:, None], np.array(CURVE_THRESHOLDS))  # (n, thresholds)
     right = {"sensitivity": (group.label[:, None] == 1) & called, "specificity": (group.label[:, None] == 0) & ~called}
     of = {"sensitivity": group.label == 1, "specificity": group.label == 0}
 
@@ -131,12 +136,12 @@ def _curve(group: Group, resamples: int, seed: int) -> dict[str, Any]:
         "num_patients": group.clusters.num_patients,
         "num_abnormal": int(group.label.sum()),
         "interval_method": drawn.method(),
-        "threshold": list(CURVE),
+        "threshold": list(CURVE_THRESHOLDS),
     }
     for name in RATES:
         trials = int(of[name].sum())
         successes = right[name].sum(axis=0)
-        places = range(len(CURVE))
+        places = range(len(CURVE_THRESHOLDS))
         intervals = [drawn.rate_interval(f"{name} {place}", int(successes[place]), trials) for place in places]
         found[name] = [_short(here[f"{name} {place}"][0]) for place in places]
         for end in ("low", "high"):
@@ -150,8 +155,8 @@ def _short(value: float) -> float:
     return round(float(value), 4)
 
 
-_OF_MACRO = (*METRICS, *bounds(METRICS), "interval_method", "num_resamples_dropped")
-_HEADLINE = (*_OF_MACRO, *kinds(METRICS))
+_OF_MACRO = (*HEADLINE_METRICS, *bound_keys(HEADLINE_METRICS), "interval_method", "num_resamples_dropped")
+_HEADLINE = (*_OF_MACRO, *method_keys(HEADLINE_METRICS))
 
 
 @dataclass(frozen=True)
@@ -165,26 +170,26 @@ class _Task:
         return Bootstrap.of(group.clusters, group.label, statistic, resamples=self.resamples, seed=self.seed)
 
     def headline(self, studies: pd.DataFrame) -> dict[str, Any]:
-        """METRICS of some studies, with intervals."""
+        """HEADLINE_METRICS of some studies, with intervals."""
         group = Group.of(studies, self.threshold)
         entries = Entries.about(group)
         if not entries.problem:
-            entries.put_values(group.values(group.ones(), METRICS), METRICS)
-            drawn = self.bootstrap(group, lambda weight: group.values(weight, METRICS))
-            entries.put_bootstrap(drawn, METRICS, group.rate_counts())
+            entries.put_values(group.values(group.ones(), HEADLINE_METRICS), HEADLINE_METRICS)
+            drawn = self.bootstrap(group, lambda weight: group.values(weight, HEADLINE_METRICS))
+            entries.put_bootstrap(drawn, HEADLINE_METRICS, group.rate_counts())
         return entries.whole(_HEADLINE)
 
     def group(self, studies: pd.DataFrame) -> dict[str, Any]:
         """Everything of some studies: metrics.json's `overall`, or one study type's."""
         group = Group.of(studies, self.threshold)
-        entries, names = Entries.about(group), (*OF_CALLS, *OF_PROBABILITIES)
+        entries, names = Entries.about(group), (*CALL_METRICS, *PROBABILITY_METRICS)
         extra = ("ppv_at_prevalence", "npv_at_prevalence")
         entries.put("prevalence_assumed", self.prevalence, "no prevalence was asked for")
         if not entries.problem:
             entries.values["confusion"] = dict(zip(CELLS, map(int, group.counts()), strict=True))
             entries.values["prevalence"] = float(group.label.mean())
             self._measure(entries, group, names, extra)
-        intervals = (*bounds((*names, *extra)), *kinds(names), *ASYMPTOTIC)
+        intervals = (*bound_keys((*names, *extra)), *method_keys(names), *ASYMPTOTIC_KEYS)
         keys = (*names, *extra, *intervals, "confusion", "prevalence", "prevalence_assumed")
         rest = (
             "calibration_error",
@@ -200,7 +205,7 @@ class _Task:
             values = group.values(weight, names)
             if self.prevalence is not None:
                 rates = values["sensitivity"], values["specificity"]
-                values |= dict(zip(extra, metrics.at_prevalence(*rates, self.prevalence), strict=True))
+                values |= dict(zip(extra, metrics.compute_predictive_values(*rates, self.prevalence), strict=True))
             return values
 
         entries.put_values(statistic(group.ones()), (*names, *extra))
@@ -216,12 +221,18 @@ class _Task:
         if calibrated is None:
             return None
         entries = Entries({}, {}, "")
-        entries.put_values(of_probabilities(group.label, calibrated, group.ones(), CALIBRATED), CALIBRATED)
-        drawn = self.bootstrap(group, lambda weight: of_probabilities(group.label, calibrated, weight, CALIBRATED))
-        entries.put_bootstrap(drawn, CALIBRATED)
+        entries.put_values(
+            compute_probability_metrics(group.label, calibrated, group.ones(), CALIBRATED_METRICS), CALIBRATED_METRICS
+        )
+        drawn = self.bootstrap(
+            group, lambda weight: compute_probability_metrics(group.label, calibrated, weight, CALIBRATED_METRICS)
+        )
+        entries.put_bootstrap(drawn, CALIBRATED_METRICS)
         entries.put_calibration_error(group.label, calibrated)
         del entries.values["interval_method"], entries.values["num_resamples_dropped"]
-        return entries.whole((*CALIBRATED, *bounds(CALIBRATED), "calibration_error", "calibration_error_method"))
+        return entries.whole(
+            (*CALIBRATED_METRICS, *bound_keys(CALIBRATED_METRICS), "calibration_error", "calibration_error_method")
+        )
 
     def macro(self, studies: pd.DataFrame, by_type: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The unweighted mean over the study types that have both labels; its interval from resamples of all patients."""
@@ -237,23 +248,25 @@ class _Task:
             parts = [Group.of(kept.iloc[place], self.threshold) for place in places]
 
             def statistic(weight: np.ndarray) -> dict[str, np.ndarray]:
-                each = [part.values(weight[:, place], METRICS) for part, place in zip(parts, places, strict=True)]
+                each = [
+                    part.values(weight[:, place], HEADLINE_METRICS) for part, place in zip(parts, places, strict=True)
+                ]
                 return {name: np.mean([one[name] for one in each], axis=0) for name in each[0]}
 
-            entries.put_values(statistic(group.ones()), METRICS)
-            entries.put_bootstrap(self.bootstrap(group, statistic), METRICS)
+            entries.put_values(statistic(group.ones()), HEADLINE_METRICS)
+            entries.put_bootstrap(self.bootstrap(group, statistic), HEADLINE_METRICS)
         return entries.whole(_OF_MACRO)
 
 
 # ---- words
 
 
-def groups(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def metrics_by_group(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every group of a metrics.json by its name, `overall` first."""
     return {"overall": metrics["overall"], **metrics["by_study_type"]}
 
 
-def absences(group: dict[str, Any], names: tuple[str, ...] = METRICS) -> list[str]:
+def describe_missing(group: dict[str, Any], names: tuple[str, ...] = HEADLINE_METRICS) -> list[str]:
     """What of `names` is missing, a sentence a reason: `kappa, auroc: one class only`. An interval is named once."""
     by_reason: dict[str, list[str]] = {}
     for name in names:
@@ -265,31 +278,35 @@ def absences(group: dict[str, Any], names: tuple[str, ...] = METRICS) -> list[st
     return [f"{', '.join(found)}: {reason}" for reason, found in by_reason.items()]
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0: no -0.000
 
 
-def with_interval(group: dict[str, Any], name: str) -> str:
+def format_with_interval(group: dict[str, Any], name: str) -> str:
     """`0.705 [0.608, 0.803]`; without brackets where there is no interval, `-` where there is no number."""
     value, low, high = (group[key] for key in (name, f"{name}_low", f"{name}_high"))
-    return number(value) if low is None or high is None else f"{number(value)} [{number(low)}, {number(high)}]"
+    return (
+        format_number(value)
+        if low is None or high is None
+        else f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
+    )
 
 
-def summary_table(metrics: dict[str, Any]) -> str:
+def format_summary_table(metrics: dict[str, Any]) -> str:
     """Return a plain-text table for the terminal, at most 100 columns: overall, each study type, notes of a line each."""
     form = "{:<16} {:>7}  {:<23} {:<23} {:>11} {:>11}"
     lines = [form.format("", "studies", "kappa [95 %]", "AUROC [95 %]", "sensitivity", "specificity")]
-    for name, group in groups(metrics).items():
-        rates = [number(group[key]) for key in ("sensitivity", "specificity")]
-        intervals = [with_interval(group, key) for key in ("kappa", "auroc")]
+    for name, group in metrics_by_group(metrics).items():
+        rates = [format_number(group[key]) for key in ("sensitivity", "specificity")]
+        intervals = [format_with_interval(group, key) for key in ("kappa", "auroc")]
         lines.append(form.format(name[:16], group["num_studies"], *intervals, *rates).rstrip())
     method = textwrap.wrap(f"Intervals: {metrics['overall']['interval_method']}.", 100)
-    return "\n".join([*lines, *method, *interval_notes(metrics)])
+    return "\n".join([*lines, *method, *describe_interval_gaps(metrics)])
 
 
-def interval_notes(metrics: dict[str, Any]) -> list[str]:
+def describe_interval_gaps(metrics: dict[str, Any]) -> list[str]:
     """Return a line on the headline numbers without a bootstrap interval, and a line on those that are missing, if any."""
-    cells = [(group, name) for group in groups(metrics).values() for name in METRICS]
+    cells = [(group, name) for group in metrics_by_group(metrics).values() for name in HEADLINE_METRICS]
     missing = sum(group[name] is None for group, name in cells)
     bare = sum(group[name] is not None and not _bootstrapped(group, name) for group, name in cells)
     notes = []

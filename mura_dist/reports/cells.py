@@ -9,7 +9,7 @@ from typing import Any
 
 from mura_dist.data.mura import in_words
 from mura_dist.metrics import intervals
-from mura_dist.metrics.summary import number
+from mura_dist.metrics.summary import format_number
 from mura_dist.reports.footnotes import WILSON, Footnotes
 from mura_dist.reports.html import Html, element, figure, join
 from mura_dist.reports.svg import Picture
@@ -37,8 +37,8 @@ class Report:
         """Return a number with its interval in small print below it, and a footnote's mark for what is missing."""
         value, interval = group.get(name), between(group, name)
         if value is None or not interval:
-            return join((number(value), self.absence(group, name)))
-        return join((number(value), element("small", interval, self.wilson_mark(group, name))))
+            return join((format_number(value), self.absence(group, name)))
+        return join((format_number(value), element("small", interval, self.wilson_mark(group, name))))
 
     def absence(self, group: Found, name: str) -> Html:
         """Return the footnote's mark of a missing number or interval; nothing where no reason is known."""
@@ -61,7 +61,7 @@ class Report:
 def between(group: Found, name: str) -> str:
     """Return `0.602 to 0.794`; "" where there is no interval."""
     low, high = group.get(f"{name}_low"), group.get(f"{name}_high")
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+    return "" if low is None or high is None else f"{format_number(low)} to {format_number(high)}"
 
 
 def group_cell(name: str) -> Html:

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from mura_dist.core import files
-from mura_dist.metrics.summary import METRICS, number
+from mura_dist.metrics.entries import HEADLINE_METRICS
+from mura_dist.metrics.summary import format_number
 from mura_dist.reports import figures, findings, origins, sections, threshold_sections
 from mura_dist.reports.cells import Found, Report, between, bullets
 from mura_dist.reports.findings import TITLES
@@ -24,7 +25,7 @@ from mura_dist.reports.html import Html, banner, element, join, page, section, t
 def write(out: Path, *, metrics: dict[str, Any], studies: pd.DataFrame, context: dict[str, Any]) -> Path:
     """Write `out`/report.html, `out`/report.json and `out`/pictures; returns the page's path.
 
-    metrics: as summary.measure gives it, or metrics.json holds it; studies: one line a study, as summary.measure takes it.
+    metrics: as summary.compute_metrics gives it, or metrics.json holds it; studies: one line a study, as summary.compute_metrics takes it.
     context, all of it optional: title, history (metrics.jsonl's lines), roles (split -> sentence), conversion (of the shards'
     index), settings, environment, same_data, seconds, num_scored, licence; and, in place of what metrics.json says of them:
     split, threshold, operating_point, selected_on, checkpoint, members, trained_on and measured_on ("phantoms" or "radiographs"),
@@ -76,7 +77,9 @@ def _head(report: Report) -> Iterator[Html]:
         "p", " · ".join(f"{key}: {value or 'not given'}" for key, value in content["about"].items()), class_="soft"
     )
     yield from map(banner, content["stamps"])
-    tiles = [tile(TITLES[name], number(overall[name]), _interval_words(report, name)) for name in METRICS]
+    tiles = [
+        tile(TITLES[name], format_number(overall[name]), _interval_words(report, name)) for name in HEADLINE_METRICS
+    ]
     yield element("div", *tiles, class_="tiles")
     for text in content["summary"]:
         yield element("p", text)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mura_dist.data.mura import in_words
-from mura_dist.metrics.summary import groups, number
+from mura_dist.metrics.summary import format_number, metrics_by_group
 from mura_dist.reports import plots as pictures
 from mura_dist.reports.findings import TITLES, with_words
 from mura_dist.reports.plots import Row
@@ -19,9 +19,9 @@ Found = dict[str, Any]
 def figures(found: Found) -> Iterator[Picture]:
     measured = found["metrics"]
     for name, chance in (("kappa", 0.0), ("auroc", 0.5)):
-        if any(group.get(name) is not None for group in groups(measured).values()):
+        if any(group.get(name) is not None for group in metrics_by_group(measured).values()):
             yield _forest(found, name, chance)
-    for name, group in groups(measured).items():
+    for name, group in metrics_by_group(measured).items():
         yield from _of_group(name, slug(name), group, found["plots"][name], found["thresholds"][name])
     if measured.get("comparison"):
         yield from (_differences(measured["comparison"], name) for name in ("kappa", "auroc"))
@@ -45,14 +45,16 @@ def slug(name: str) -> str:
 def _forest(found: Found, metric: str, chance: float) -> Picture:
     measured, others = found["metrics"], (found["published"].get("kappa", {}) if metric == "kappa" else {})
     rows = []
-    for name, group in groups(measured).items():
+    for name, group in metrics_by_group(measured).items():
         row_label = f"{'all studies' if name == 'overall' else in_words(name)} ({group['num_studies']:,})"
         rows.append(_row(row_label, group, metric, "square" if name == "overall" else "circle", others.get(name)))
     macro = measured.get("macro") or {}
     if macro.get(metric) is not None:
         rows.insert(1, _row(f"macro mean of {macro['num_study_types']}", macro, metric, "diamond"))
     title = f"{TITLES[metric]} with 95 % intervals"
-    description = "; ".join(f"{in_words(name)} {with_words(group, metric)}" for name, group in groups(measured).items())
+    description = "; ".join(
+        f"{in_words(name)} {with_words(group, metric)}" for name, group in metrics_by_group(measured).items()
+    )
     caption = f"{title}; in brackets the studies. Dotted: chance." + (" Hollow: the paper's." if others else "")
     return pictures.forest(
         metric, rows, chance=chance, label=TITLES[metric], alt=f"{title}: {description}", caption=caption
@@ -111,7 +113,7 @@ def _of_group(name: str, slug: str, group: Found, plots: Found, threshold: float
 
 
 def _calibration_words(group: Found) -> str:
-    words = [f"{TITLES[key].lower()} {number(group[key])}" for key in CALIBRATION if group.get(key) is not None]
+    words = [f"{TITLES[key].lower()} {format_number(group[key])}" for key in CALIBRATION if group.get(key) is not None]
     return f"{', '.join(words).capitalize()}." if words else ""
 
 

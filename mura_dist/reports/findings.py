@@ -16,7 +16,7 @@ from mura_dist import __version__
 from mura_dist.data import mura
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.intervals import WILSON
-from mura_dist.metrics.summary import absences, groups, number
+from mura_dist.metrics.summary import describe_missing, format_number, metrics_by_group
 from mura_dist.reports import plots as pictures
 from mura_dist.reports import training_curves
 from mura_dist.reports.plurals import count
@@ -79,10 +79,12 @@ def findings(metrics: dict[str, Any], studies: pd.DataFrame, context: Mapping[st
         "summary": list(_summary(metrics, studies, known)),
         "metrics": metrics,
         "notes": [known["note"]] if known.get("note") and known["note"] not in _STAMPED else [],
-        "thresholds": {name: _threshold(name, known) for name in groups(metrics)},
+        "thresholds": {name: _threshold(name, known) for name in metrics_by_group(metrics)},
         "few_studies": _few(metrics),
         "wide_band": _wide_band(metrics),
-        "missing": {name: found for name, group in groups(metrics).items() if (found := absences(group))},
+        "missing": {
+            name: found for name, group in metrics_by_group(metrics).items() if (found := describe_missing(group))
+        },
         "published": dict(PUBLISHED) if _is_official_test(studies) else {"absent": NOT_COMPARABLE},
         "plots": plots,
         "how_to_read": list(_reading(known)),
@@ -131,7 +133,7 @@ def _threshold(name: str, known: Mapping[str, Any]) -> float | None:
 def _parts(studies: pd.DataFrame, metrics: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
     """The labelled studies of every group."""
     labelled = studies[studies["label"].notna()]
-    for name in groups(metrics):
+    for name in metrics_by_group(metrics):
         yield name, labelled if name == "overall" else labelled[labelled["study_type"] == name]
 
 
@@ -199,8 +201,8 @@ def _in_words(metrics: dict[str, Any]) -> Iterator[str]:
         yield text + "."
     error, after = overall.get("calibration_error"), overall.get("calibrated")
     if error is not None:
-        text = f"Probabilities and shares of abnormal studies differ by {number(error)} on average"
-        text += f"; by {number(after['calibration_error'])} after calibration" if after else ""
+        text = f"Probabilities and shares of abnormal studies differ by {format_number(error)} on average"
+        text += f"; by {format_number(after['calibration_error'])} after calibration" if after else ""
         yield f"{text} (calibration error, {overall['calibration_error_method']})."
     band = ((metrics.get("operating_points") or {}).get("overall") or {}).get("band") or {}
     if band.get("share_uncertain") is not None:
@@ -216,8 +218,8 @@ def _in_words(metrics: dict[str, Any]) -> Iterator[str]:
 def with_words(group: Mapping[str, Any], name: str) -> str:
     """Return `0.651 (0.605 to 0.694)`, without brackets where there is no interval; Wilson's is named."""
     low, high = group.get(f"{name}_low"), group.get(f"{name}_high")
-    value, kind = number(group.get(name)), ", Wilson" if group.get(f"{name}_interval") == WILSON else ""
-    return value if low is None or high is None else f"{value} ({number(low)} to {number(high)}{kind})"
+    value, kind = format_number(group.get(name)), ", Wilson" if group.get(f"{name}_interval") == WILSON else ""
+    return value if low is None or high is None else f"{value} ({format_number(low)} to {format_number(high)}{kind})"
 
 
 def _group_words(name: str) -> str:
@@ -227,7 +229,7 @@ def _group_words(name: str) -> str:
 def _few(metrics: dict[str, Any]) -> list[str]:
     """Groups too small to say much about."""
     found = []
-    for name, group in groups(metrics).items():
+    for name, group in metrics_by_group(metrics).items():
         cells = group["confusion"] or dict.fromkeys(CELLS, 0)
         rarer = min(cells["tp"] + cells["fn"], cells["tn"] + cells["fp"])
         if group["num_studies"] < FEW_STUDIES or rarer < FEW_OF_A_CLASS:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mura_dist.metrics.classification import bins_of_equal_number, pr_curve, roc
-from mura_dist.metrics.intervals import wilson
+from mura_dist.metrics.classification import bin_by_quantile, compute_pr_curve, compute_roc_curve
+from mura_dist.metrics.intervals import compute_wilson_interval
 from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, join
 from mura_dist.reports.svg import (
     CHARACTER_PX,
@@ -48,7 +48,7 @@ SCORE_BINS = 20
 
 def roc_points(label: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
     """The ROC curve's corners, without those in the midst of a straight part. Needs both labels."""
-    false, true = roc(label, probability)
+    false, true = compute_roc_curve(label, probability)
     along = np.diff(false), np.diff(true)
     turn = np.flatnonzero(np.abs(along[0][:-1] * along[1][1:] - along[0][1:] * along[1][:-1]) > 1e-15) + 1
     kept = _some(np.concatenate([[0], turn, [len(false) - 1]]))
@@ -56,7 +56,7 @@ def roc_points(label: np.ndarray, probability: np.ndarray) -> dict[str, list[flo
 
 
 def pr_points(label: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
-    recall, precision = pr_curve(label, probability)
+    recall, precision = compute_pr_curve(label, probability)
     kept = _some(np.arange(len(recall)))
     return {"recall": recall[kept].tolist(), "precision": precision[kept].tolist()}
 
@@ -71,10 +71,10 @@ def reliability(label: np.ndarray, probability: np.ndarray) -> list[dict[str, An
 
     `low` and `high` are the Wilson interval of the share, as if studies were independent.
     """
-    bins = bins_of_equal_number(label, probability)
+    bins = bin_by_quantile(label, probability)
     found = []
     for mean, share, num in zip(*(part.tolist() for part in bins), strict=True):
-        low, high = wilson(share * num, num)
+        low, high = compute_wilson_interval(share * num, num)
         found.append(
             {"num_studies": round(num), "probability": mean, "share_abnormal": share, "low": low, "high": high}
         )

@@ -10,7 +10,8 @@ from typing import Any
 
 from mura_dist.data.mura import in_words
 from mura_dist.metrics.classification import CELLS
-from mura_dist.metrics.summary import METRICS, groups, number
+from mura_dist.metrics.entries import HEADLINE_METRICS
+from mura_dist.metrics.summary import format_number, metrics_by_group
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, between, bullets, folds, group_cell, num
 from mura_dist.reports.figures import difference, slug
 from mura_dist.reports.findings import TITLES, with_words
@@ -36,7 +37,7 @@ def by_type(report: Report) -> Iterator[Html]:
         names = ("average_precision", "f1", "balanced_accuracy")
         rows = [
             (group_cell(name), *(report.stacked(group, key) for key in names))
-            for name, group in groups(measured).items()
+            for name, group in metrics_by_group(measured).items()
         ]
         header = ("", *(TITLES[name] for name in names))
         more.append(folded("Average precision, F1, balanced accuracy", table(header, rows)))
@@ -47,18 +48,18 @@ def by_type(report: Report) -> Iterator[Html]:
 
 def _metrics_table(report: Report) -> Html:
     rows = []
-    for name, group in groups(report.measured).items():
+    for name, group in metrics_by_group(report.measured).items():
         cells = group["confusion"] or dict.fromkeys(CELLS)
         counts = [num(value) for value in (group["num_studies"], group["num_patients"])]
-        numbers = (report.stacked(group, key) for key in METRICS)
+        numbers = (report.stacked(group, key) for key in HEADLINE_METRICS)
         rows.append((group_cell(name), *numbers, *counts, *(num(cells[key]) for key in CELLS)))
         macro = report.measured.get("macro") or {}
         if name == "overall" and macro.get("kappa") is not None:
             macro_name = join(
                 ("Macro mean", element("small", f"of {macro['num_study_types']} study types, unweighted"))
             )
-            rows.append((macro_name, *(report.stacked(macro, key) for key in METRICS), *([""] * 6)))
-    header = ("", *(TITLES[key] for key in METRICS), "Studies", "Patients", *(key.upper() for key in CELLS))
+            rows.append((macro_name, *(report.stacked(macro, key) for key in HEADLINE_METRICS), *([""] * 6)))
+    header = ("", *(TITLES[key] for key in HEADLINE_METRICS), "Studies", "Patients", *(key.upper() for key in CELLS))
     caption = (
         "Per study. In small print the 95 % interval; a letter is a footnote. TN, FP, FN, TP count studies, positive means "
         "abnormal."
@@ -70,11 +71,11 @@ def _published(report: Report) -> Html:
     published = report.findings["published"]
     if "absent" in published:
         return folded("Why the paper's kappas are not beside these", element("p", published["absent"]))
-    best = number(published["best_radiologist_kappa"]["overall"])
+    best = format_number(published["best_radiologist_kappa"]["overall"])
     text = f"The paper's kappas ({published['source']}) beside these; its best radiologist reached {best} overall."
     rows = [
-        (group_cell(name), report.stacked(group, "kappa"), number(published["kappa"].get(name)))
-        for name, group in groups(report.measured).items()
+        (group_cell(name), report.stacked(group, "kappa"), format_number(published["kappa"].get(name)))
+        for name, group in metrics_by_group(report.measured).items()
     ]
     return folded("The paper's kappas beside these", element("p", text), table(("Kappa", "Here", "The paper"), rows))
 
@@ -89,7 +90,7 @@ _FORMULAS = {
 def _other_intervals(report: Report) -> Html:
     rows = [
         (group_cell(name), *(_by_formula(report, group, key, formula) for key, (formula, _) in _FORMULAS.items()))
-        for name, group in groups(report.measured).items()
+        for name, group in metrics_by_group(report.measured).items()
     ]
     text = (
         "The same numbers with intervals by formula, which take studies as independent, as those of one patient are not. Where "
@@ -103,7 +104,7 @@ def _other_intervals(report: Report) -> Html:
 def _by_formula(report: Report, group: Found, key: str, formula: str) -> Html:
     interval = between(group, formula)
     small = element("small", interval) if interval else report.absence(group, formula)
-    return join((number(group.get(key)), small))
+    return join((format_number(group.get(key)), small))
 
 
 def curves(report: Report) -> Iterator[Html]:
@@ -127,7 +128,7 @@ def comparison(report: Report) -> Iterator[Html]:
     if overall["kappa"] is None:
         yield element("p", f"No difference in kappa: {overall['reasons']['kappa']}.")
     else:
-        sides = (number(overall["kappa"][side]) for side in ("a", "b"))
+        sides = (format_number(overall["kappa"][side]) for side in ("a", "b"))
         text = "Confirmatory, the one comparison made to decide: overall kappa is {} (A) and {} (B); A less B is {}."
         yield element("p", text.format(*sides, with_words(difference(overall["kappa"]), "difference")))
     yield element("p", f"Exploratory: {comparison['exploratory']}. Intervals: {overall['interval_method']}.")
@@ -157,7 +158,7 @@ def _sides(report: Report, part: Found, name: str) -> tuple[Any, ...]:
     if side is None:
         return "-", "-", join(("-", report.absence(part, name)))
     difference_entry = difference(side) | {"reasons": {"difference_low": part["reasons"].get(f"{name}_low", "")}}
-    return number(side["a"]), number(side["b"]), report.stacked(difference_entry, "difference")
+    return format_number(side["a"]), format_number(side["b"]), report.stacked(difference_entry, "difference")
 
 
 def _tests(report: Report, part: Found) -> Iterator[Any]:
@@ -170,7 +171,7 @@ def _tests(report: Report, part: Found) -> Iterator[Any]:
 
 
 def _p_value(value: float | None) -> str:
-    return "below 0.001" if value is not None and value < 0.001 else number(value)
+    return "below 0.001" if value is not None and value < 0.001 else format_number(value)
 
 
 _DIMENSIONS = {"num_views": "By number of views", "exposure": "By exposure: mean grey level of a study's views"}
@@ -183,7 +184,7 @@ def subgroups(report: Report) -> Iterator[Html]:
         yield NOT_GIVEN
         return
     yield element("p", MANY_LOOKS)
-    header = ("", "Studies", "Patients", *(TITLES[key] for key in METRICS))
+    header = ("", "Studies", "Patients", *(TITLES[key] for key in HEADLINE_METRICS))
     parts = []
     for name, part in subgroups.items():
         rows = [
@@ -191,7 +192,7 @@ def subgroups(report: Report) -> Iterator[Html]:
                 word,
                 num(group["num_studies"]),
                 num(group["num_patients"]),
-                *(report.stacked(group, key) for key in METRICS),
+                *(report.stacked(group, key) for key in HEADLINE_METRICS),
             )
             for word, group in part.items()
         ]
@@ -212,7 +213,7 @@ def each(report: Report) -> Iterator[Html]:
         if name in points:
             caption = "Thresholds wanted on tune, what they have there, and what they cost here."
             content.append(costs(report, points[name], calibration.get(name, {}), caption))
-        numbers = (f"{word} {number(group[key])}" for word, key in (("kappa", "kappa"), ("AUROC", "auroc")))
+        numbers = (f"{word} {format_number(group[key])}" for word, key in (("kappa", "kappa"), ("AUROC", "auroc")))
         text = ", ".join((count(group["num_studies"], "study"), *numbers))
         type_name = in_words(name)
         code = [" ", element("small", name)] if type_name != name else []

@@ -6,7 +6,7 @@ A Report in, markup out; see sections.py.
 from collections.abc import Iterator
 
 from mura_dist.data.mura import in_words
-from mura_dist.metrics.summary import groups, number
+from mura_dist.metrics.summary import format_number, metrics_by_group
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, bullets, folds, group_cell, num
 from mura_dist.reports.figures import CALIBRATION
 from mura_dist.reports.findings import TITLES
@@ -60,7 +60,7 @@ def _calibration_table(report: Report, named: dict[str, Found], caption: str) ->
 def _of_calibration(report: Report, group: Found, key: str) -> Html:
     """Return a cell; the calibration error has no interval, as the caption says, hence no footnote on it."""
     has_none = key == "calibration_error" and group.get(key) is not None
-    return join((number(group[key]),)) if has_none else report.stacked(group, key)
+    return join((format_number(group[key]),)) if has_none else report.stacked(group, key)
 
 
 def _fit_words(fitted: Found, split: str | None) -> Iterator[Html]:
@@ -79,7 +79,7 @@ def _fit_words(fitted: Found, split: str | None) -> Iterator[Html]:
 def _fitted(fitted: Found, split: str | None) -> Html:
     rows, why_not = [], []
     for name, points in fitted["by_study_type"].items():
-        numbers = (number(points.get(key)) for key in ("slope", "intercept", "odds_shift"))
+        numbers = (format_number(points.get(key)) for key in ("slope", "intercept", "odds_shift"))
         counts = (num(points[key]) for key in ("num_normal", "num_abnormal"))
         rows.append(
             (group_cell(name), *counts, *numbers, "all types pooled" if points["pooled"] else "its own studies")
@@ -135,7 +135,7 @@ def _bands(report: Report, points: Found) -> Html:
         if name == "overall":
             ends = join(("each its own",))
         elif band.get("low") is not None and band.get("high") is not None:
-            ends = join((f"{number(band['low'])} to {number(band['high'])}",))
+            ends = join((f"{format_number(band['low'])} to {format_number(band['high'])}",))
         else:
             ends = report.absence(band, "low") or join(("none",))
         uncertain = f"{num(band.get('num_uncertain'))} of {num(band['num_studies'])}"
@@ -157,8 +157,8 @@ def costs(report: Report, group: Found, fitted: Found | None, caption: str) -> H
         on_tune = ((fitted or {}).get("operating_points") or {}).get(name) or {}
         tune: tuple[str, ...] = ()
         if fitted is not None:
-            first = join((number(point.get("threshold")), report.absence(point, "threshold")))
-            tune = (first, *(number(on_tune.get(key)) for key in _RATES[:2]))
+            first = join((format_number(point.get("threshold")), report.absence(point, "threshold")))
+            tune = (first, *(format_number(on_tune.get(key)) for key in _RATES[:2]))
         rows.append((" ".join(name.split("=")), *tune, *(report.stacked(point, key) for key in _RATES)))
     header = [join((TITLES[key],)) for key in _RATES]
     if fitted is not None:
@@ -171,8 +171,8 @@ def _predictive(report: Report) -> Iterator[Html]:
     assumed = report.measured["overall"].get("prevalence_assumed")
     names = ("ppv", "npv", *(("ppv_at_prevalence", "npv_at_prevalence") if assumed is not None else ()))
     rows = [
-        (group_cell(name), number(group.get("prevalence")), *(report.stacked(group, key) for key in names))
-        for name, group in groups(report.measured).items()
+        (group_cell(name), format_number(group.get("prevalence")), *(report.stacked(group, key) for key in names))
+        for name, group in metrics_by_group(report.measured).items()
     ]
     at = [f"PPV at {assumed:g}", f"NPV at {assumed:g}"] if assumed is not None else []
     text = (

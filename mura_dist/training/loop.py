@@ -25,7 +25,7 @@ from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
 from mura_dist.distributed.signals import asked_to_stop, at_once
-from mura_dist.metrics.summary import measure
+from mura_dist.metrics.summary import compute_metrics
 from mura_dist.training import checkpoint, micro_batch, mlflow_process, schedule, start
 from mura_dist.training.checkpoint_writer import CheckpointWriter
 from mura_dist.training.engine import Engine, StepResult
@@ -266,7 +266,7 @@ class Training:
         loss, strange = weighted_loss(results, self.loading.targets), int((~np.isfinite(results.logit)).sum())
         quick: dict[str, Any] = {"kappa": None, "auroc": None}
         if not strange and len(results.rows):
-            quick = measure(study_scores(self.plan.shards, results), resamples=0)["overall"]
+            quick = compute_metrics(study_scores(self.plan.shards, results), resamples=0)["overall"]
         line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": settings.select_on}
         if epoch > 0:
             line["train_loss"] = state.train_loss_sum / state.taken_steps if state.taken_steps else None

@@ -32,5 +32,5 @@ class Scores:
 
 
 def study_scores(shards: Shards, scores: Scores) -> pd.DataFrame:
-    """Return a line a study: the mean probability over its views, as `classification.study_table` has it."""
-    return classification.study_table(scores.rows, classification.sigmoid(scores.logit), shards.manifest.frame)
+    """Return a line a study: the mean probability over its views, as `classification.build_study_table` has it."""
+    return classification.build_study_table(scores.rows, classification.sigmoid(scores.logit), shards.manifest.frame)

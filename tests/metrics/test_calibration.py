@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 
 from mura_dist.core.errors import UserError
 from mura_dist.metrics import calibration, operating_points
-from mura_dist.metrics.classification import calibration_slope, logit, sigmoid
+from mura_dist.metrics.classification import compute_calibration_slope, logit, sigmoid
 from mura_dist.metrics.operating_points import BAND, NAMES, FittedThresholds
-from mura_dist.metrics.summary import measure
+from mura_dist.metrics.summary import compute_metrics
 
 SHIFT = {"XR_HAND": 1.0, "XR_HUMERUS": 0.2, "XR_WRIST": -0.5}
 
@@ -111,9 +111,9 @@ def test_slope_on_fresh_studies_is_near_one() -> None:
     for seed in range(40):
         tune, fresh = (simulated({"XR_HAND": 300, "XR_HUMERUS": 50}, 1000 * part + seed) for part in (1, 2))
         calibrated = calibration.apply(calibration.fit(tune, SHIFT, list(SHIFT)), fresh)["calibrated_probability"]
-        slopes.append(float(calibration_slope(fresh["label"].to_numpy(), logit(calibrated.to_numpy()))))
+        slopes.append(float(compute_calibration_slope(fresh["label"].to_numpy(), logit(calibrated.to_numpy()))))
     assert np.mean(slopes) == pytest.approx(1, abs=0.08)
-    raw = [float(calibration_slope(fresh["label"].to_numpy(), logit(fresh["probability"].to_numpy())))]
+    raw = [float(compute_calibration_slope(fresh["label"].to_numpy(), logit(fresh["probability"].to_numpy())))]
     assert raw[0] < 0.8  # and it was not before
 
 
@@ -175,7 +175,7 @@ def test_thresholds_obey_their_law(size: int, values: int) -> None:
     between = [(a + b) / 2 for a, b in itertools.pairwise(candidates)]
     for name in NAMES:
         rate, wanted = name.split("=")
-        cut = calibration.threshold(name, label, scores, (0.0, 1.0))
+        cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
         if rate == "sensitivity":
             good = [t for t in between if (scores[label == 1] > t).mean() >= float(wanted) - 1e-12]
             assert cut == (max(good) if good else None)
@@ -188,7 +188,7 @@ def test_thresholds_obey_their_law(size: int, values: int) -> None:
 def test_thresholds_between_neighbours(low: float) -> None:
     scores, label = np.array([low, np.nextafter(low, 2)]), np.array([0, 1])
     for name in NAMES:
-        cut = calibration.threshold(name, label, scores, (0.0, 1.0))
+        cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
         assert cut is not None
         assert (scores > cut).tolist() == [False, True]
 
@@ -258,7 +258,7 @@ def test_measured_on_other_studies() -> None:
     tune = simulated({"XR_HAND": 300, "XR_HUMERUS": 60}, 1)
     found = calibration.fit(tune, SHIFT, ["XR_HAND", "XR_HUMERUS"])
     valid = calibration.apply(found, simulated({"XR_HAND": 200, "XR_HUMERUS": 80, "XR_FOOT": 30}, 2))
-    told = calibration.measured(found, valid, resamples=200)
+    told = calibration.compute_operating_points(found, valid, resamples=200)
     assert told is not None
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert told["left_out"] == {"XR_FOOT": 30}
@@ -291,7 +291,7 @@ def test_a_study_type_without_one_point_is_left_out_of_it_and_counted() -> None:
     wrist = wrist.model_copy(update={"operating_points": fewer, "band": None, "reasons": {name: "no", "band": "no"}})
     found = found.model_copy(update={"by_study_type": found.by_study_type | {"XR_WRIST": wrist}})
     valid = calibration.apply(found, simulated({"XR_HAND": 70, "XR_WRIST": 50}, 2))
-    told = calibration.measured(found, valid, resamples=50)
+    told = calibration.compute_operating_points(found, valid, resamples=50)
     assert told is not None
     whole, of_hand, of_wrist = told["overall"], told["by_study_type"]["XR_HAND"], told["by_study_type"]["XR_WRIST"]
     assert (whole["band"]["num_studies"], whole["band"]["num_without"]) == (70, 50)
@@ -307,11 +307,11 @@ def test_its_intervals_are_those_of_measure() -> None:
     """The same patients drawn, the same numbers: an operating point is measured as a threshold of its own would be."""
     found = calibration.fit(simulated({"XR_HAND": 300}, 1), SHIFT, ["XR_HAND"])
     valid = calibration.apply(found, simulated({"XR_HAND": 200}, 2))
-    told = calibration.measured(found, valid, resamples=300, seed=5)
+    told = calibration.compute_operating_points(found, valid, resamples=300, seed=5)
     assert told is not None
     for name in NAMES:
         cut = found.thresholds(name)["XR_HAND"]
-        wanted = measure(valid.assign(call=(valid["probability"] > cut) * 1), resamples=300, seed=5)["overall"]
+        wanted = compute_metrics(valid.assign(call=(valid["probability"] > cut) * 1), resamples=300, seed=5)["overall"]
         point = told["overall"]["points"][name]
         for key in ("sensitivity", "specificity", "ppv", "npv"):
             for end in ("", "_low", "_high"):
@@ -320,15 +320,17 @@ def test_its_intervals_are_those_of_measure() -> None:
 
 def test_nothing_measured_without_points() -> None:
     valid = simulated({"XR_HAND": 100})
-    assert calibration.measured(FittedThresholds(), calibration.apply(FittedThresholds(), valid)) is None
+    assert (
+        calibration.compute_operating_points(FittedThresholds(), calibration.apply(FittedThresholds(), valid)) is None
+    )
     found = calibration.fit(valid, SHIFT, ["XR_HAND"])
-    assert calibration.measured(found, calibration.apply(found, valid[:0])) is None
+    assert calibration.compute_operating_points(found, calibration.apply(found, valid[:0])) is None
 
 
 def test_one_class_has_reasons() -> None:
     found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
     valid = calibration.apply(found, simulated({"XR_HAND": 50}, 7).assign(label=0))
-    told = calibration.measured(found, valid, resamples=20)
+    told = calibration.compute_operating_points(found, valid, resamples=20)
     assert told is not None
     for group in (told["overall"], told["by_study_type"]["XR_HAND"]):
         for part in (*group["points"].values(), group["band"]):

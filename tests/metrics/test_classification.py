@@ -42,29 +42,33 @@ def test_a_call_is_positive_strictly_above_its_threshold() -> None:
 def test_kappa_is_scikit_learns() -> None:
     label, probability = simulated()
     call = probability > 0.5
-    assert classification.kappa(classification.confusion(label, call)) == pytest.approx(
+    assert classification.compute_kappa(classification.compute_confusion(label, call)) == pytest.approx(
         cohen_kappa_score(label, call), abs=1e-12
     )
     weight = weights(500)
     expected = [cohen_kappa_score(label, call, sample_weight=one) for one in weight]
-    assert classification.kappa(classification.confusion(label, call, weight)) == pytest.approx(expected, abs=1e-12)
+    assert classification.compute_kappa(classification.compute_confusion(label, call, weight)) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_auroc_is_scikit_learns_with_ties_and_weights() -> None:
     label, probability = simulated()
     assert len(np.unique(probability)) < 120
-    assert classification.auroc(label, probability) == pytest.approx(roc_auc_score(label, probability), abs=1e-12)
+    assert classification.compute_auroc(label, probability) == pytest.approx(
+        roc_auc_score(label, probability), abs=1e-12
+    )
     weight = weights(500)
     expected = [roc_auc_score(label, probability, sample_weight=one) for one in weight]
-    assert classification.auroc(label, probability, weight) == pytest.approx(expected, abs=1e-12)
+    assert classification.compute_auroc(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
 def test_area_below_the_roc_curve_is_auroc() -> None:
     label, probability = simulated(300)
-    false, true = classification.roc(label, probability)
+    false, true = classification.compute_roc_curve(label, probability)
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
     assert np.diff(false) @ (true[1:] + true[:-1]) / 2 == pytest.approx(
-        float(classification.auroc(label, probability)), abs=1e-12
+        float(classification.compute_auroc(label, probability)), abs=1e-12
     )
 
 
@@ -78,7 +82,7 @@ def manifest_frame() -> pd.DataFrame:
 
 def test_study_table_means_views_in_any_order() -> None:
     rows, probability = np.array([5, 0, 3, 1, 4, 2]), np.array([0.9, 0.2, 0.6, 0.4, 0.3, 0.7])
-    table = classification.study_table(rows, probability, manifest_frame())
+    table = classification.build_study_table(rows, probability, manifest_frame())
     assert list(table.columns) == ["study", "study_type", "patient", "label", "num_views", "probability"]
     assert table["study"].tolist() == ["a", "b", "c"]
     assert table["num_views"].tolist() == [2, 1, 3]
@@ -86,43 +90,45 @@ def test_study_table_means_views_in_any_order() -> None:
     assert table["probability"].tolist() == pytest.approx([0.3, 0.7, 0.6])
     order = np.random.default_rng(0).permutation(6)
     pd.testing.assert_frame_equal(
-        classification.study_table(rows[order], probability[order], manifest_frame()), table, check_exact=True
+        classification.build_study_table(rows[order], probability[order], manifest_frame()), table, check_exact=True
     )
 
 
 def test_study_table_keeps_nan_and_refuses_a_row_twice() -> None:
-    table = classification.study_table(np.array([0, 1, 3]), np.array([0.2, np.nan, 0.5]), manifest_frame())
+    table = classification.build_study_table(np.array([0, 1, 3]), np.array([0.2, np.nan, 0.5]), manifest_frame())
     assert np.isnan(table["probability"][0])
     assert table["num_views"].tolist() == [2, 1]
     with pytest.raises(AssertionError, match="twice"):
-        classification.study_table(np.array([0, 0]), np.array([0.1, 0.2]), manifest_frame())
+        classification.build_study_table(np.array([0, 0]), np.array([0.1, 0.2]), manifest_frame())
 
 
 def test_average_precision_is_scikit_learns_with_ties_and_weights() -> None:
     label, probability = simulated()
-    assert classification.average_precision(label, probability) == pytest.approx(
+    assert classification.compute_average_precision(label, probability) == pytest.approx(
         average_precision_score(label, probability), abs=1e-12
     )
     weight = weights(500)
     expected = [average_precision_score(label, probability, sample_weight=one) for one in weight]
-    assert classification.average_precision(label, probability, weight) == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(classification.average_precision(np.ones(3, int), np.array([0.1, 0.2, 0.3])))
+    assert classification.compute_average_precision(label, probability, weight) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(classification.compute_average_precision(np.ones(3, int), np.array([0.1, 0.2, 0.3])))
 
 
 def test_the_pr_curve_is_scikit_learns() -> None:
     label, probability = simulated()
     precision, recall, _ = precision_recall_curve(label, probability)
-    ours = classification.pr_curve(label, probability)
+    ours = classification.compute_pr_curve(label, probability)
     np.testing.assert_allclose(ours[0][::-1], recall[:-1], atol=1e-12)
     np.testing.assert_allclose(ours[1][::-1], precision[:-1], atol=1e-12)
 
 
 def test_brier_is_scikit_learns() -> None:
     label, probability = simulated()
-    assert classification.brier(label, probability) == pytest.approx(brier_score_loss(label, probability), abs=1e-12)
+    assert classification.compute_brier_score(label, probability) == pytest.approx(
+        brier_score_loss(label, probability), abs=1e-12
+    )
     weight = weights(500)
     expected = [brier_score_loss(label, probability, sample_weight=one) for one in weight]
-    assert classification.brier(label, probability, weight) == pytest.approx(expected, abs=1e-12)
+    assert classification.compute_brier_score(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -132,11 +138,11 @@ def test_the_slope_is_scikit_learns(seed: int) -> None:
     assert np.abs(logits).max() <= classification.LOGIT_LIMIT  # of probabilities that are 0 and 1
     weight = weights(200, seed)
     for one, found in zip(
-        [None, *weight], [None, *classification.calibration_slope(label, logits, weight)], strict=True
+        [None, *weight], [None, *classification.compute_calibration_slope(label, logits, weight)], strict=True
     ):
         model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
         expected = model.fit(logits[:, None], label, sample_weight=one).coef_[0, 0]
-        value = classification.calibration_slope(label, logits) if found is None else found
+        value = classification.compute_calibration_slope(label, logits) if found is None else found
         assert value == pytest.approx(expected, rel=1e-5)
 
 
@@ -146,14 +152,14 @@ def test_the_intercept_solves_its_equation(seed: int) -> None:
     label, probability = simulated(200, seed)
     logits = classification.logit(probability)
     for weight, found in zip(
-        weights(200), classification.calibration_intercept(label, logits, weights(200)), strict=True
+        weights(200), classification.compute_calibration_intercept(label, logits, weights(200)), strict=True
     ):
         expected = brentq(
             lambda a, w=weight: (w * (classification.sigmoid(a + logits) - label)).sum(), -60, 60, xtol=1e-13
         )
         assert found == pytest.approx(expected, abs=1e-9)
-    assert classification.calibration_intercept(label, logits) == pytest.approx(
-        classification.calibration_intercept(label, logits, np.ones((1, 200)))[0]
+    assert classification.compute_calibration_intercept(label, logits) == pytest.approx(
+        classification.compute_calibration_intercept(label, logits, np.ones((1, 200)))[0]
     )
 
 
@@ -169,9 +175,9 @@ def test_the_intercept_solves_its_equation(seed: int) -> None:
 )
 def test_separated_logits_have_no_slope(logits: list[float]) -> None:
     label = np.array([0, 0, 1, 1])
-    assert np.isnan(classification.calibration_slope(label, np.array(logits)))
-    assert np.isfinite(classification.calibration_intercept(label, np.array(logits)))
-    assert np.isnan(classification.calibration_intercept(np.ones(4, int), np.array(logits)))
+    assert np.isnan(classification.compute_calibration_slope(label, np.array(logits)))
+    assert np.isfinite(classification.compute_calibration_intercept(label, np.array(logits)))
+    assert np.isnan(classification.compute_calibration_intercept(np.ones(4, int), np.array(logits)))
 
 
 @pytest.mark.filterwarnings("error")
@@ -182,7 +188,7 @@ def test_extreme_scores_are_fitted_too(steep: float) -> None:
     label = np.repeat([0, 1], 30)
     logits = np.clip(steep * (6 * label - 3 + rng.normal(0, 0.5, 60)), -30, 30)
     logits[0], logits[59] = logits[40] + 1e-3, logits[10] - 1e-3
-    slope = classification.calibration_slope(label, logits, np.ones((5, 60)))
+    slope = classification.compute_calibration_slope(label, logits, np.ones((5, 60)))
     model = LogisticRegression(C=np.inf, tol=1e-12, max_iter=100_000).fit(logits[:, None], label)
     assert slope == pytest.approx(np.full(5, model.coef_[0, 0]), rel=1e-3)
 
@@ -193,19 +199,19 @@ def test_calibrated_scores_are_found_so_and_others_not() -> None:
     label = (rng.random(40_000) < classification.sigmoid(logits)).astype(int)
     for shift, steep in ((0.0, 1.0), (1.0, 1.0), (0.0, 2.0)):
         said = shift + steep * logits
-        error, method = classification.calibration_error(label, classification.sigmoid(said))
-        assert classification.calibration_slope(label, said) == pytest.approx(1 / steep, abs=0.05)
+        error, method = classification.compute_calibration_error(label, classification.sigmoid(said))
+        assert classification.compute_calibration_slope(label, said) == pytest.approx(1 / steep, abs=0.05)
         assert (error < 0.012) == ((shift, steep) == (0.0, 1.0))
         assert method == "10 bins of equal number of studies"
         if steep == 1:
-            assert classification.calibration_intercept(label, said) == pytest.approx(-shift, abs=0.05)
+            assert classification.compute_calibration_intercept(label, said) == pytest.approx(-shift, abs=0.05)
 
 
 @pytest.mark.parametrize(("num", "count"), [(1, 1), (9, 1), (10, 2), (49, 9), (500, 10)])
 def test_bins_hold_equal_numbers_each_study_once(num: int, count: int) -> None:
     rng = np.random.default_rng(num)
     label, probability = rng.integers(0, 2, num), rng.random(num)
-    bins = classification.bins_of_equal_number(label, probability)
+    bins = classification.bin_by_quantile(label, probability)
     assert len(bins.num) == count
     assert bins.num.sum() == num
     assert np.ptp(bins.num) <= 1
@@ -217,6 +223,6 @@ def test_bins_hold_equal_numbers_each_study_once(num: int, count: int) -> None:
 
 def test_ties_stay_in_one_bin() -> None:
     label, probability = np.array([0, 1] * 50), np.repeat([0.2, 0.2, 0.7, 0.9], 25)
-    bins = classification.bins_of_equal_number(label, probability)
+    bins = classification.bin_by_quantile(label, probability)
     assert bins.probability.tolist() == pytest.approx([0.2, 0.7, 0.9])
     assert bins.num.tolist() == [50, 25, 25]

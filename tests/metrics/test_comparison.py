@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from mura_dist.metrics import classification
-from mura_dist.metrics.comparison import compare
+from mura_dist.metrics.comparison import compare_predictions
 
 
 def sides(num: int = 300, num_patients: int = 90, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -37,7 +37,7 @@ def plain(value: object) -> None:
 
 def test_differences_are_those_of_scikit_learn() -> None:
     a, b = sides()
-    found = compare(a, b, resamples=200)
+    found = compare_predictions(a, b, resamples=200)
     plain(found)
     b = b.set_index("study").loc[a["study"]].reset_index()
     for name, chosen in [("overall", slice(None)), *((t, a["study_type"] == t) for t in ("XR_ELBOW", "XR_HAND"))]:
@@ -72,13 +72,16 @@ def test_the_interval_is_the_paired_loop_over_patients() -> None:
         if len(set(label)) == 2:
             kappas = [cohen_kappa_score(label, side["probability"].to_numpy()[rows] > 0.5) for side in (a, b)]
             differences.append(kappas[0] - kappas[1])
-    found = compare(a, b, resamples=80, seed=3)["overall"]["kappa"]
+    found = compare_predictions(a, b, resamples=80, seed=3)["overall"]["kappa"]
     assert [found["low"], found["high"]] == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=1e-12)
 
 
 def test_swapping_the_sides_mirrors_everything() -> None:
     a, b = sides()
-    one, other = compare(a, b, resamples=100)["overall"], compare(b, a, resamples=100)["overall"]
+    one, other = (
+        compare_predictions(a, b, resamples=100)["overall"],
+        compare_predictions(b, a, resamples=100)["overall"],
+    )
     for key in ("kappa", "auroc"):
         assert one[key]["difference"] == pytest.approx(-other[key]["difference"], abs=1e-12)
         assert one[key]["low"] == pytest.approx(-other[key]["high"], abs=1e-12)
@@ -89,7 +92,7 @@ def test_swapping_the_sides_mirrors_everything() -> None:
 
 def test_a_side_against_itself_differs_in_nothing() -> None:
     a, _ = sides()
-    found = compare(a, a, resamples=50)["overall"]
+    found = compare_predictions(a, a, resamples=50)["overall"]
     assert found["kappa"]["difference"] == found["auroc"]["difference"] == 0
     assert found["kappa"]["low"] is found["delong"] is None
     assert "rank the studies alike" in found["reasons"]["delong"]
@@ -112,7 +115,7 @@ def test_delong_holds_its_level() -> None:
             }
         )
         a, b = (frame.assign(probability=classification.sigmoid(shared + rng.normal(0, 0.7, 120))) for _ in range(2))
-        low += compare(a, b, resamples=0)["overall"]["delong"]["p_value"] < 0.05
+        low += compare_predictions(a, b, resamples=0)["overall"]["delong"]["p_value"] < 0.05
     assert 3 <= low <= 20
 
 
@@ -120,16 +123,16 @@ def test_delong_holds_its_level() -> None:
 def test_what_cannot_be_compared_says_why() -> None:
     a, b = sides(40)
     calls = b.assign(call=1).drop(columns="probability")
-    found = compare(a, calls, resamples=20)["overall"]
+    found = compare_predictions(a, calls, resamples=20)["overall"]
     assert found["auroc"] is found["delong"] is None
     assert found["reasons"]["auroc"].startswith("calls only")
     assert found["kappa"]["b"] == 0
-    one_class = compare(a.assign(label=1), b.assign(label=1), resamples=20)["overall"]
+    one_class = compare_predictions(a.assign(label=1), b.assign(label=1), resamples=20)["overall"]
     plain(one_class)
     assert one_class["kappa"] is one_class["delong"] is None
     assert one_class["reasons"]["kappa"] == one_class["reasons"]["delong"] == "one class only"
-    none = compare(a.assign(label=None), b.assign(label=None))["overall"]
+    none = compare_predictions(a.assign(label=None), b.assign(label=None))["overall"]
     assert none["kappa"] is None
     assert none["reasons"]["kappa"] == "no labelled studies"
     with pytest.raises(AssertionError, match="other studies"):
-        compare(a, b.iloc[1:])
+        compare_predictions(a, b.iloc[1:])

@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from mura_dist.metrics import classification, intervals, summary
+from mura_dist.metrics.entries import HEADLINE_METRICS
 
 NAMES = (
     *("kappa", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy"),
@@ -57,7 +58,7 @@ def check_group(group: dict) -> None:
         assert (group[f"{name}_interval"] is None) == (group[name] is None) == (None in ends)
         if group[f"{name}_interval"] == "wilson":
             assert ends == [group[f"{name}_wilson_{end}"] for end in ("low", "high")]
-    for name in summary.METRICS:  # an interval of no width is no interval
+    for name in HEADLINE_METRICS:  # an interval of no width is no interval
         assert group[f"{name}_low"] is None or -1 <= group[f"{name}_low"] < group[f"{name}_high"] <= 1
 
 
@@ -65,7 +66,7 @@ def check(found: dict) -> dict:
     """Contract of metrics.json; returns `overall`."""
     assert set(found) == {"overall", "by_study_type", "macro", "interval_kinds"}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    for group in summary.groups(found).values():
+    for group in summary.metrics_by_group(found).values():
         check_group(group)
     return found["overall"]
 
@@ -75,7 +76,7 @@ def test_official_vectors(shared: Path) -> None:
     assert len(submissions) == 20
     for submission in submissions:
         for name, cells in submission["confusion_tn_fp_fn_tp"].items():
-            group = check(summary.measure(of_confusion(cells), resamples=0))
+            group = check(summary.compute_metrics(of_confusion(cells), resamples=0))
             found = [group[key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
             assert found == pytest.approx(submission["official_kappa"][name], abs=1e-9), (submission["id"], name)
 
@@ -84,15 +85,15 @@ def test_validation_vectors(shared: Path) -> None:
     rows = json.loads((shared / "vectors/validation_studies.json").read_text())["rows"]
     assert len(rows) == 24
     for row in rows:
-        group = check(summary.measure(of_confusion(row["tn_fp_fn_tp"]), resamples=0))
+        group = check(summary.compute_metrics(of_confusion(row["tn_fp_fn_tp"]), resamples=0))
         assert group["kappa"] == pytest.approx(row["kappa"], abs=1e-9)
         assert group["balanced_accuracy"] == pytest.approx(row["balanced_accuracy_reported_as_roc_auc"], abs=1e-9)
         assert group["f1"] == pytest.approx(row["f1"], abs=1e-9)
 
 
 def test_the_paper() -> None:
-    group = check(summary.measure(of_confusion(PAPER)))
-    assert intervals.fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
+    group = check(summary.compute_metrics(of_confusion(PAPER)))
+    assert intervals.compute_fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
     assert [round(group[key], 3) for key in ("kappa", "kappa_fce_low", "kappa_fce_high")] == [0.705, 0.608, 0.803]
     assert [round(group[key], 3) for key in ("sensitivity", "specificity")] == [0.815, 0.887]
     # Each patient has one study, so the bootstrap must agree with the asymptotic interval.
@@ -102,8 +103,8 @@ def test_the_paper() -> None:
 def test_asymptotic_error_is_the_spread_of_kappa() -> None:
     """On tables drawn from one true table, kappa scatters as the formula says."""
     tables = np.random.default_rng(0).multinomial(600, [0.5, 0.1, 0.15, 0.25], size=20_000)
-    predicted = intervals.fce_standard_error(np.array([300, 60, 90, 150]))
-    assert np.std(classification.kappa(tables)) == pytest.approx(predicted, rel=0.02)
+    predicted = intervals.compute_fce_standard_error(np.array([300, 60, 90, 150]))
+    assert np.std(classification.compute_kappa(tables)) == pytest.approx(predicted, rel=0.02)
 
 
 def draws(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
@@ -113,7 +114,7 @@ def draws(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
 
 
 def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intervals, "_CELLS_AT_ONCE", 100)  # several chunks
+    monkeypatch.setattr(intervals, "_MAX_WEIGHTS_PER_CHUNK", 100)  # several chunks
     studies = simulated(40, 12, seed=3)
     patients = sorted(set(studies["patient"]))
     kappas, areas, dropped = [], [], 0
@@ -124,7 +125,7 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         kappas.append(cohen_kappa_score(sample["label"], sample["probability"] > 0.5))
         areas.append(roc_auc_score(sample["label"], sample["probability"]))
-    group = check(summary.measure(studies, resamples=60, seed=7))
+    group = check(summary.compute_metrics(studies, resamples=60, seed=7))
     assert [group["kappa_low"], group["kappa_high"]] == pytest.approx(np.quantile(kappas, (0.025, 0.975)), abs=1e-12)
     assert [group["auroc_low"], group["auroc_high"]] == pytest.approx(np.quantile(areas, (0.025, 0.975)), abs=1e-12)
     assert group["num_resamples_dropped"] == dropped
@@ -134,7 +135,7 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_class_resamples_are_dropped_and_counted() -> None:
     studies = of_confusion((6, 1, 1, 1))
     expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in draws(400, 9, seed=0))
-    group = check(summary.measure(studies, resamples=400))
+    group = check(summary.compute_metrics(studies, resamples=400))
     assert 10 < expected < 200
     assert group["num_resamples_dropped"] == expected
     assert f"{expected} resamples of one class only dropped" in group["interval_method"]
@@ -143,9 +144,11 @@ def test_one_class_resamples_are_dropped_and_counted() -> None:
 
 def test_deterministic_in_seed_and_free_of_order() -> None:
     studies = simulated(200, 60)
-    found = summary.measure(studies, resamples=200, seed=1)
-    assert summary.measure(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == found
-    assert summary.measure(studies, resamples=200, seed=2)["overall"]["kappa_low"] != found["overall"]["kappa_low"]
+    found = summary.compute_metrics(studies, resamples=200, seed=1)
+    assert summary.compute_metrics(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == found
+    assert (
+        summary.compute_metrics(studies, resamples=200, seed=2)["overall"]["kappa_low"] != found["overall"]["kappa_low"]
+    )
 
 
 def test_clusters_widen_the_interval() -> None:
@@ -156,7 +159,7 @@ def test_clusters_widen_the_interval() -> None:
     width = {
         name: found["kappa_high"] - found["kappa_low"]
         for name, studies in (("one", one), ("clustered", copies), ("naive", naive))
-        for found in [check(summary.measure(studies, resamples=1000))]
+        for found in [check(summary.compute_metrics(studies, resamples=1000))]
     }
     assert width["clustered"] == pytest.approx(width["one"], rel=1e-9)
     assert width["clustered"] / width["naive"] == pytest.approx(2, rel=0.15)
@@ -164,11 +167,11 @@ def test_clusters_widen_the_interval() -> None:
 
 def test_unknown_patients_are_said() -> None:
     studies = simulated(100, 50)
-    group = check(summary.measure(studies.assign(patient=None), resamples=100))
+    group = check(summary.compute_metrics(studies.assign(patient=None), resamples=100))
     assert group["num_patients"] is None
     assert "100 studies, clustering unknown" in group["interval_method"]
     studies.loc[:9, "patient"] = None
-    group = check(summary.measure(studies, resamples=100))
+    group = check(summary.compute_metrics(studies, resamples=100))
     assert group["num_patients"] == studies["patient"].nunique()
     assert "10 studies name none" in group["interval_method"]
 
@@ -176,23 +179,23 @@ def test_unknown_patients_are_said() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("cells", "known"), [((5, 2, 0, 0), "specificity"), ((0, 0, 1, 0), "sensitivity")])
 def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
-    group = check(summary.measure(of_confusion(cells), resamples=50))
+    group = check(summary.compute_metrics(of_confusion(cells), resamples=50))
     assert group["kappa"] is group["auroc"] is None
     assert group["reasons"]["auroc"] == "one class only"
     assert group[known] == pytest.approx(cells[0] / sum(cells) if known == "specificity" else 0)
     assert sum(group["confusion"].values()) == sum(cells)
     assert group[f"{known}_interval"] == "wilson"
     successes, trials = (5, 7) if known == "specificity" else (0, 1)
-    assert (group[f"{known}_low"], group[f"{known}_high"]) == intervals.wilson(successes, trials)
+    assert (group[f"{known}_low"], group[f"{known}_high"]) == intervals.compute_wilson_interval(successes, trials)
 
 
 @pytest.mark.filterwarnings("error")
 def test_empty_and_unlabelled() -> None:
-    empty = check(summary.measure(of_confusion((0, 0, 0, 0))))
+    empty = check(summary.compute_metrics(of_confusion((0, 0, 0, 0))))
     assert (empty["num_studies"], empty["num_patients"], empty["confusion"]) == (0, 0, None)
     assert empty["reasons"]["kappa"] == "no labelled studies"
     studies = pd.concat([of_confusion((3, 1, 1, 3)), of_confusion((2, 0, 0, 2), "XR_LEG").assign(label=None)])
-    found = summary.measure(studies, resamples=10)
+    found = summary.compute_metrics(studies, resamples=10)
     assert check(found)["num_studies"] == 8
     assert found["by_study_type"]["XR_LEG"]["num_studies"] == 0
 
@@ -202,14 +205,14 @@ def test_a_diverged_network_measures_nothing() -> None:
     """NaN > threshold is False: left alone, it would count as a call of normal."""
     studies = of_confusion((20, 5, 5, 20))
     studies.loc[3, "probability"] = np.nan
-    group = check(summary.measure(studies, resamples=10))
+    group = check(summary.compute_metrics(studies, resamples=10))
     assert group["kappa"] is None
     assert group["reasons"]["kappa"] == "1 of 50 studies have no finite probability"
 
 
 @pytest.mark.filterwarnings("error")
 def test_perfect_calls_claim_no_certainty() -> None:
-    group = check(summary.measure(of_confusion((20, 0, 0, 20)), resamples=100))
+    group = check(summary.compute_metrics(of_confusion((20, 0, 0, 20)), resamples=100))
     assert group["kappa"] == group["auroc"] == 1
     assert group["kappa_low"] is group["kappa_fce_low"] is None
     assert "exactly 1" in group["reasons"]["kappa_fce_low"]
@@ -232,7 +235,7 @@ def test_perfect_calls_claim_no_certainty() -> None:
 )
 def test_no_asymptotic_interval_is_without_width(probability: np.ndarray, missing: dict[str, float]) -> None:
     studies = of_confusion((30, 0, 0, 30)).assign(probability=probability)
-    group = check(summary.measure(studies, resamples=20))
+    group = check(summary.compute_metrics(studies, resamples=20))
     for kind in ("kappa_fce", "auroc_delong"):
         if kind in missing:
             assert group[f"{kind}_low"] is group[f"{kind}_high"] is None
@@ -243,33 +246,35 @@ def test_no_asymptotic_interval_is_without_width(probability: np.ndarray, missin
 
 
 def test_few_of_a_class_have_no_asymptotic_interval() -> None:
-    assert check(summary.measure(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith("9 studies")
-    assert check(summary.measure(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
+    assert check(summary.compute_metrics(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith(
+        "9 studies"
+    )
+    assert check(summary.compute_metrics(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
 
 
 def test_asymptotic_interval_is_clipped() -> None:
-    assert check(summary.measure(of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
+    assert check(summary.compute_metrics(of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
 
 
 def test_one_patient_has_no_interval() -> None:
-    group = check(summary.measure(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
+    group = check(summary.compute_metrics(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
     assert group["kappa"] is not None
     assert group["reasons"]["kappa_low"] == "one patient only"
-    assert (group["sensitivity_low"], group["sensitivity_high"]) == intervals.wilson(5, 7)
+    assert (group["sensitivity_low"], group["sensitivity_high"]) == intervals.compute_wilson_interval(5, 7)
 
 
 def test_call_is_strictly_above_the_threshold() -> None:
     studies = pd.DataFrame(
         {"study_type": "XR_HAND", "patient": ["a", "b"], "label": [0, 1], "probability": [0.5, 0.500001]}
     )
-    assert summary.measure(studies)["overall"]["confusion"] == {"tn": 1, "fp": 0, "fn": 0, "tp": 1}
-    cells = summary.measure(studies, threshold=0.4)["overall"]["confusion"]
+    assert summary.compute_metrics(studies)["overall"]["confusion"] == {"tn": 1, "fp": 0, "fn": 0, "tp": 1}
+    cells = summary.compute_metrics(studies, threshold=0.4)["overall"]["confusion"]
     assert cells == {"tn": 0, "fp": 1, "fn": 0, "tp": 1}
 
 
 def test_summary_table_fits_the_terminal() -> None:
     studies = pd.concat([simulated(300, 100), of_confusion((0, 0, 2, 1), "XR_SOMETHING_VERY_LONG")])
-    text = summary.summary_table(summary.measure(studies, resamples=50))
+    text = summary.format_summary_table(summary.compute_metrics(studies, resamples=50))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines[1:5]] == ["overall", "XR_ELBOW", "XR_HAND", "XR_SOMETHING_VER"]
@@ -289,7 +294,10 @@ def test_summary_table_fits_the_terminal() -> None:
 def test_calls_only_have_no_numbers_of_probabilities() -> None:
     studies = simulated(200, 80)
     calls = studies.assign(call=(studies["probability"] > 0.5).astype(int)).drop(columns="probability")
-    found, whole = check(summary.measure(calls, resamples=50)), check(summary.measure(studies, resamples=50))
+    found, whole = (
+        check(summary.compute_metrics(calls, resamples=50)),
+        check(summary.compute_metrics(studies, resamples=50)),
+    )
     for name in ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope"):
         assert found[name] is found[f"{name}_low"] is None
         assert found["reasons"][name] == "calls only: no probabilities were given"
@@ -300,19 +308,19 @@ def test_calls_only_have_no_numbers_of_probabilities() -> None:
 
 def test_given_calls_win_over_the_threshold() -> None:
     studies = simulated(200, 80)
-    found = check(summary.measure(studies.assign(call=1 - studies["label"]), resamples=0))
+    found = check(summary.compute_metrics(studies.assign(call=1 - studies["label"]), resamples=0))
     assert found["kappa"] < -0.9
-    assert found["auroc"] == check(summary.measure(studies, resamples=0))["auroc"]
+    assert found["auroc"] == check(summary.compute_metrics(studies, resamples=0))["auroc"]
 
 
 @pytest.mark.parametrize("prevalence", [0.01, 0.1, 0.5])
 def test_bayes(prevalence: float) -> None:
     """PPV and NPV at a prevalence are those of a set of that prevalence with the same rates; at the set's own, the set's."""
     studies = simulated(400, 150)
-    own = check(summary.measure(studies, resamples=100, prevalence=float(studies["label"].mean())))
+    own = check(summary.compute_metrics(studies, resamples=100, prevalence=float(studies["label"].mean())))
     for name in ("ppv", "npv"):
         assert own[f"{name}_at_prevalence"] == pytest.approx(own[name], abs=1e-12)
-    found = check(summary.measure(studies, resamples=100, prevalence=prevalence))
+    found = check(summary.compute_metrics(studies, resamples=100, prevalence=prevalence))
     abnormal, normal = 1e6 * prevalence, 1e6 * (1 - prevalence)
     right, wrong = abnormal * found["sensitivity"], normal * (1 - found["specificity"])
     assert found["ppv_at_prevalence"] == pytest.approx(right / (right + wrong), abs=1e-12)
@@ -322,7 +330,7 @@ def test_bayes(prevalence: float) -> None:
 
 
 def test_nothing_called_abnormal_has_no_ppv() -> None:
-    found = check(summary.measure(of_confusion((30, 0, 20, 0)), resamples=50))
+    found = check(summary.compute_metrics(of_confusion((30, 0, 20, 0)), resamples=50))
     assert found["ppv"] is found["ppv_low"] is found["ppv_wilson_low"] is None
     assert found["reasons"]["ppv"] == "nothing was called abnormal"
     assert found["npv"] == 0.6
@@ -330,18 +338,23 @@ def test_nothing_called_abnormal_has_no_ppv() -> None:
 
 def test_a_number_undefined_in_many_resamples_has_no_bootstrap() -> None:
     """One call of abnormal among many patients: a third of the resamples have none, hence no PPV."""
-    found = check(summary.measure(of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1))
+    found = check(summary.compute_metrics(of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1))
     assert found["ppv"] == found["ppv_at_prevalence"] == 1
     assert found["reasons"]["ppv_at_prevalence_low"].startswith("undefined in ")
-    assert (found["ppv_interval"], found["ppv_low"], found["ppv_high"]) == ("wilson", *intervals.wilson(1, 1))
+    assert (found["ppv_interval"], found["ppv_low"], found["ppv_high"]) == (
+        "wilson",
+        *intervals.compute_wilson_interval(1, 1),
+    )
 
 
 def test_calibrated_probabilities_are_measured_beside() -> None:
     studies = simulated(400, 150)
     logit = classification.logit(np.clip(studies["probability"].to_numpy(), 0.01, 0.99))
     studies["probability"] = classification.sigmoid(3 * logit + 1)
-    found = check(summary.measure(studies.assign(calibrated_probability=classification.sigmoid(logit)), resamples=200))
-    again = check(summary.measure(studies.assign(probability=classification.sigmoid(logit)), resamples=200))
+    found = check(
+        summary.compute_metrics(studies.assign(calibrated_probability=classification.sigmoid(logit)), resamples=200)
+    )
+    again = check(summary.compute_metrics(studies.assign(probability=classification.sigmoid(logit)), resamples=200))
     assert found["calibrated"]["auroc"] == pytest.approx(found["auroc"], abs=1e-12)
     for name in ("brier", "calibration_slope", "calibration_intercept", "calibration_error", "brier_low", "brier_high"):
         assert found["calibrated"][name] == pytest.approx(again[name], abs=1e-9)
@@ -349,18 +362,18 @@ def test_calibrated_probabilities_are_measured_beside() -> None:
     assert found["calibration_slope"] < found["calibrated"]["calibration_slope"]
     part = studies.assign(calibrated_probability=classification.sigmoid(logit))
     part.loc[3, "calibrated_probability"] = np.nan
-    assert check(summary.measure(part, resamples=0))["calibrated"] is None
+    assert check(summary.compute_metrics(part, resamples=0))["calibrated"] is None
     alone = of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
-    reasons = check(summary.measure(alone, resamples=20))["calibrated"]["reasons"]
+    reasons = check(summary.compute_metrics(alone, resamples=20))["calibrated"]["reasons"]
     assert {reasons[f"calibration_{name}"] for name in ("slope", "intercept")} == {"one class only"}
 
 
 def test_macro_is_the_mean_over_types_with_both_labels() -> None:
     studies = pd.concat([simulated(300, 100), of_confusion((0, 0, 3, 4), "XR_HIP")])
-    found = summary.measure(studies, resamples=200)
+    found = summary.compute_metrics(studies, resamples=200)
     check(found)
     types = [found["by_study_type"][name] for name in ("XR_ELBOW", "XR_HAND")]
-    for name in summary.METRICS:
+    for name in HEADLINE_METRICS:
         macro = found["macro"]
         assert macro[name] == pytest.approx(sum(group[name] for group in types) / 2, abs=1e-12)
         assert macro[f"{name}_low"] < macro[name] < macro[f"{name}_high"]
@@ -369,7 +382,7 @@ def test_macro_is_the_mean_over_types_with_both_labels() -> None:
     assert not [key for key in macro if key.endswith("_interval")], (
         "a mean of rates has no Wilson interval to tell apart"
     )
-    none = summary.measure(of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
+    none = summary.compute_metrics(of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
     assert none["kappa"] is None
     assert none["reasons"]["kappa"] == "no study type has studies of both labels"
 
@@ -378,16 +391,16 @@ def test_subgroups_cut_the_studies_once_each() -> None:
     studies = simulated(400, 150)
     rng = np.random.default_rng(5)
     studies = studies.assign(num_views=rng.integers(1, 8, 400), exposure=rng.normal(60, 15, 400))
-    found = summary.subgroups(studies, resamples=20)
+    found = summary.compute_subgroup_metrics(studies, resamples=20)
     assert list(found["num_views"]) == ["1", "2", "3", "4 or more"]
     assert [name.split(" (")[0] for name in found["exposure"]] == ["darkest third", "middle third", "brightest third"]
     for groups in found.values():
         assert sum(group["num_studies"] for group in groups.values()) == 400
-    two = check(summary.measure(studies[studies["num_views"] == 2], resamples=20))
+    two = check(summary.compute_metrics(studies[studies["num_views"] == 2], resamples=20))
     for key in ("kappa", "kappa_low", "auroc", "auroc_high", "sensitivity"):
         assert found["num_views"]["2"][key] == two[key]
-    assert summary.subgroups(studies.drop(columns=["num_views", "exposure"])) == {}
-    same = summary.subgroups(studies.assign(exposure=7.0), resamples=0)["exposure"]
+    assert summary.compute_subgroup_metrics(studies.drop(columns=["num_views", "exposure"])) == {}
+    same = summary.compute_subgroup_metrics(studies.assign(exposure=7.0), resamples=0)["exposure"]
     assert [group["num_studies"] for group in same.values()] == [400]
 
 
@@ -398,7 +411,7 @@ def test_delong_is_the_placements_double_loop() -> None:
     studies = simulated(90, 90)
     label, one = studies["label"].to_numpy(), studies["probability"].to_numpy()
     other = np.round(np.clip(one + np.random.default_rng(2).normal(0, 0.2, 90), 0, 1), 1)
-    areas, covariance = intervals.delong(label, np.stack([one, other]))
+    areas, covariance = intervals.compute_delong_covariance(label, np.stack([one, other]))
     above, below = [], []
     for score in (one, other):
         p, q = score[label == 1], score[label == 0]
@@ -411,7 +424,7 @@ def test_delong_is_the_placements_double_loop() -> None:
 
 
 def test_delong_and_the_bootstrap_agree_where_studies_are_independent() -> None:
-    found = check(summary.measure(simulated(500, 10**6), resamples=2000))
+    found = check(summary.compute_metrics(simulated(500, 10**6), resamples=2000))
     wide = found["auroc_high"] - found["auroc_low"]
     assert found["auroc_delong_high"] - found["auroc_delong_low"] == pytest.approx(wide, rel=0.06)
 
@@ -419,7 +432,7 @@ def test_delong_and_the_bootstrap_agree_where_studies_are_independent() -> None:
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 5), (3, 9), (40, 61)])
 def test_mcnemar_is_the_binomial_test(one: int, other: int) -> None:
     expected = binomtest(one, one + other).pvalue if one + other else 1.0
-    assert intervals.mcnemar(one, other) == pytest.approx(expected, abs=1e-12)
+    assert intervals.compute_mcnemar_p_value(one, other) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_bootstrap_covers() -> None:
@@ -433,7 +446,7 @@ def test_the_bootstrap_covers() -> None:
         call = np.where(label == 1, rng.random(320) < easy, rng.random(320) < 0.2).astype(int)
         names = [f"patient{one}" for one in patient]
         studies = pd.DataFrame({"study_type": "XR_HAND", "patient": names, "label": label, "call": call})
-        found = summary.measure(studies, resamples=200)["overall"]
+        found = summary.compute_metrics(studies, resamples=200)["overall"]
         for kind in held:
             held[kind] += found[f"sensitivity{kind}_low"] <= 0.8 <= found[f"sensitivity{kind}_high"]
     assert 70 <= held[""] <= 80

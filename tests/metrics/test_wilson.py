@@ -8,7 +8,7 @@ import pytest
 from helpers.studies import simulated
 
 from mura_dist.metrics import calibration, intervals, summary
-from mura_dist.metrics.intervals import wilson
+from mura_dist.metrics.intervals import compute_wilson_interval
 
 TRIALS = (1, 2, 3, 4, 7, 10, 29, 30, 138, 263, 1199, 100_000)
 
@@ -24,7 +24,7 @@ TRIALS = (1, 2, 3, 4, 7, 10, 29, 30, 138, 263, 1199, 100_000)
     ],
 )
 def test_published_intervals(successes: int, trials: int, low: float, high: float) -> None:
-    assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
+    assert compute_wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
 
 
 def _roots(successes: int, trials: int) -> tuple[Decimal, Decimal]:
@@ -39,7 +39,7 @@ def _roots(successes: int, trials: int) -> tuple[Decimal, Decimal]:
 @pytest.mark.parametrize("trials", TRIALS)
 def test_the_ends_are_the_roots_of_the_score_test(trials: int) -> None:
     for successes in {0, 1, trials // 3, trials // 2, trials - 1, trials} & set(range(trials + 1)):
-        low, high = wilson(successes, trials)
+        low, high = compute_wilson_interval(successes, trials)
         exact = _roots(successes, trials)
         assert (low, high) == pytest.approx([float(end) for end in exact], abs=1e-13), successes
 
@@ -48,16 +48,16 @@ def test_the_ends_are_the_roots_of_the_score_test(trials: int) -> None:
 def test_laws(trials: int) -> None:
     """It holds its estimate, lies in 0 .. 1, is exact at both ends, and mirrors with the outcome."""
     for successes in np.unique(np.linspace(0, trials, 41).astype(int)).tolist():
-        low, high = wilson(successes, trials)
+        low, high = compute_wilson_interval(successes, trials)
         assert 0 <= low <= successes / trials <= high <= 1
         assert low < high
         assert (low == 0) == (successes == 0)
         assert (high == 1) == (successes == trials)
-        assert wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-15)
-        wider = wilson(successes, trials)
-        narrower = wilson(2 * successes, 2 * trials)
+        assert compute_wilson_interval(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=1e-15)
+        wider = compute_wilson_interval(successes, trials)
+        narrower = compute_wilson_interval(2 * successes, 2 * trials)
         assert narrower[1] - narrower[0] < wider[1] - wider[0]
-    assert np.isnan(wilson(0, 0)).all()
+    assert np.isnan(compute_wilson_interval(0, 0)).all()
 
 
 # ---- in metrics.json
@@ -76,9 +76,9 @@ def _studies(normal: list[float], abnormal: list[float]) -> pd.DataFrame:
 def test_a_degenerate_rate_has_wilsons(num: int, right: bool) -> None:
     """All right or all wrong on one label: the bootstrap sees no spread there; on the other label it stays."""
     others = [0.2, 0.3, 0.6, 0.7] * 10
-    group = summary.measure(_studies(others, [0.9 if right else 0.1] * num), resamples=200)["overall"]
+    group = summary.compute_metrics(_studies(others, [0.9 if right else 0.1] * num), resamples=200)["overall"]
     ends = group["sensitivity_low"], group["sensitivity_high"]
-    assert ends == wilson(num if right else 0, num)
+    assert ends == compute_wilson_interval(num if right else 0, num)
     assert group["sensitivity_interval"] == "wilson"
     assert "sensitivity_low" not in group["reasons"]
     assert group["specificity_interval"] == "bootstrap"
@@ -88,12 +88,12 @@ def test_a_degenerate_rate_has_wilsons(num: int, right: bool) -> None:
 
 def test_a_clustered_bootstrap_stays_where_it_exists() -> None:
     studies = simulated(300, 90)
-    for group in summary.groups(summary.measure(studies, resamples=200)).values():
+    for group in summary.metrics_by_group(summary.compute_metrics(studies, resamples=200)).values():
         assert {group[f"{name}_interval"] for name in ("sensitivity", "specificity", "ppv", "npv")} == {"bootstrap"}
 
 
 def test_kappa_and_auroc_have_a_reason_and_no_interval() -> None:
-    group = summary.measure(_studies([0.1] * 5, [0.9] * 5), resamples=100)["overall"]
+    group = summary.compute_metrics(_studies([0.1] * 5, [0.9] * 5), resamples=100)["overall"]
     for name in ("kappa", "auroc"):
         assert group[f"{name}_low"] is None
         assert group["reasons"][f"{name}_low"].startswith("every resample gave the same value")
@@ -102,14 +102,14 @@ def test_kappa_and_auroc_have_a_reason_and_no_interval() -> None:
 
 def test_subgroups_have_it_too() -> None:
     studies = _studies([0.1] * 6, [0.9] * 6).assign(num_views=[1, 2] * 6)
-    for group in summary.subgroups(studies, resamples=100)["num_views"].values():
+    for group in summary.compute_subgroup_metrics(studies, resamples=100)["num_views"].values():
         assert group["specificity_interval"] == "wilson"
-        assert (group["specificity_low"], group["specificity_high"]) == wilson(3, 3)
+        assert (group["specificity_low"], group["specificity_high"]) == compute_wilson_interval(3, 3)
 
 
 def test_every_point_of_a_curve_has_an_interval_and_its_kind() -> None:
     studies = simulated(120, 60)
-    for name, curve in summary.curves(studies, resamples=100).items():
+    for name, curve in summary.compute_threshold_curves(studies, resamples=100).items():
         part = studies[studies["study_type"] == name]
         for rate, label in (("sensitivity", 1), ("specificity", 0)):
             trials = int((part["label"] == label).sum())
@@ -118,7 +118,7 @@ def test_every_point_of_a_curve_has_an_interval_and_its_kind() -> None:
             for value, low, high, kind in zip(*columns, strict=True):
                 assert 0 <= low <= high <= 1
                 if kind == "wilson":
-                    expected = wilson(round(value * trials), trials)
+                    expected = compute_wilson_interval(round(value * trials), trials)
                     assert (low, high) == pytest.approx(expected, abs=6e-5), (name, rate, value)
                     assert low <= value <= high
 
@@ -129,19 +129,19 @@ def test_operating_points_and_the_band_have_it() -> None:
     tune = _studies(normal + [0.7] * 6, abnormal + [0.3] * 6)
     points = calibration.fit(tune, {}, ["XR_HAND"])
     reported = calibration.apply(points, _studies([0.05] * 8, [0.95] * 9))
-    measured = calibration.measured(points, reported, resamples=50)
+    measured = calibration.compute_operating_points(points, reported, resamples=50)
     assert measured is not None
     group = measured["by_study_type"]["XR_HAND"]
     point = group["points"]["sensitivity=0.8"]
-    assert (point["sensitivity_low"], point["sensitivity_high"]) == wilson(9, 9)
+    assert (point["sensitivity_low"], point["sensitivity_high"]) == compute_wilson_interval(9, 9)
     assert point["sensitivity_interval"] == "wilson"
     band = group["band"]
-    assert (band["share_uncertain_low"], band["share_uncertain_high"]) == wilson(0, 17)
-    assert (band["accuracy_outside_low"], band["accuracy_outside_high"]) == wilson(17, 17)
+    assert (band["share_uncertain_low"], band["share_uncertain_high"]) == compute_wilson_interval(0, 17)
+    assert (band["accuracy_outside_low"], band["accuracy_outside_high"]) == compute_wilson_interval(17, 17)
     assert band["accuracy_outside_interval"] == "wilson"
 
 
 def test_the_kinds_are_named() -> None:
-    kinds = summary.measure(_studies([0.1], [0.9]), resamples=0)["interval_kinds"]
+    kinds = summary.compute_metrics(_studies([0.1], [0.9]), resamples=0)["interval_kinds"]
     assert kinds[intervals.WILSON] == "Wilson's score interval; assumes independent studies"
     assert kinds[intervals.BOOTSTRAP].startswith("95 % percentile bootstrap over whole patients")

@@ -16,6 +16,7 @@ from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.convert import convert
 from mura_dist.metrics import classification, comparison, intervals, summary
+from mura_dist.metrics.entries import HEADLINE_METRICS
 from mura_dist.reports import dataset, evaluation, figures, findings, html, sections, training_curves
 from mura_dist.reports import plots as pictures
 from mura_dist.reports import svg as plot
@@ -186,10 +187,10 @@ def full(table: pd.DataFrame, resamples: int = 60) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     other = table.assign(probability=np.clip(table["probability"] + rng.normal(0, 0.2, len(table)), 0, 1))
     return {
-        **summary.measure(table, resamples=resamples, prevalence=0.05),
+        **summary.compute_metrics(table, resamples=resamples, prevalence=0.05),
         **fitted(table),
-        "subgroups": summary.subgroups(table, resamples=resamples),
-        "comparison": comparison.compare(table, other, resamples=resamples),
+        "subgroups": summary.compute_subgroup_metrics(table, resamples=resamples),
+        "comparison": comparison.compare_predictions(table, other, resamples=resamples),
         "predictions": {"file": "ours.csv", "sha256": "ef" * 32},
         "against": {"file": "theirs.csv", "sha256": "fe" * 32},
         "num_damaged": 3,
@@ -206,7 +207,7 @@ def whole_studies() -> pd.DataFrame:
 def written(out: Path, **changes: Any) -> Page:
     table = changes.pop("studies", None)
     table = studies() if table is None else table
-    measured = changes.pop("metrics", None) or summary.measure(table, resamples=60)
+    measured = changes.pop("metrics", None) or summary.compute_metrics(table, resamples=60)
     path = evaluation.write(out, metrics=measured, studies=table, context=CONTEXT | changes)
     assert path == out / "report.html"
     return check_page(path)
@@ -231,8 +232,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
 @pytest.mark.filterwarnings("error")
 def test_report_says_everything(tmp_path: Path) -> None:
     page = written(tmp_path)
-    overall = summary.measure(studies(), resamples=60)["overall"]
-    for name in summary.METRICS:
+    overall = summary.compute_metrics(studies(), resamples=60)["overall"]
+    for name in HEADLINE_METRICS:
         assert f"{overall[name]:.3f}" in page.text
         assert f"95 %: {overall[f'{name}_low']:.3f} to {overall[f'{name}_high']:.3f}" in page.text
     for words in (
@@ -418,7 +419,7 @@ def test_the_first_table_is_metrics_json(everything: tuple[Path, Page]) -> None:
             + (f" {wilson}" if group.get(f"{key}_interval") == "wilson" else "")
             if group[f"{key}_low"] is not None
             else f"- {one_class}"
-            for key in summary.METRICS
+            for key in HEADLINE_METRICS
         ]
         counts = [group["num_studies"], group["num_patients"]] if "num_studies" in group else []
         cells = [group["confusion"][key] for key in classification.CELLS] if "confusion" in group else []
@@ -465,7 +466,9 @@ def test_published_kappas_only_beside_the_official_test(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     table = table.assign(patient=None, study=range(len(table)), probability=rng.uniform(0, 1, len(table)))
     for number, (part, there) in enumerate(((table, True), (table.iloc[1:], False))):
-        page = written(tmp_path / str(number), studies=part, split="test", metrics=summary.measure(part, resamples=0))
+        page = written(
+            tmp_path / str(number), studies=part, split="test", metrics=summary.compute_metrics(part, resamples=0)
+        )
         found = said(tmp_path / str(number))["published"]
         assert ("0.931" in page.text) is there
         assert ("its best radiologist reached 0.778 overall" in page.text) is there
@@ -475,7 +478,9 @@ def test_published_kappas_only_beside_the_official_test(tmp_path: Path) -> None:
 
 def test_published_kappas_follow_from_the_papers_confusion() -> None:
     """FIELD.md: TN 102 FP 13 FN 17 TP 75."""
-    assert findings.PUBLISHED["kappa"]["overall"] == round(float(classification.kappa(np.array([102, 13, 17, 75]))), 3)
+    assert findings.PUBLISHED["kappa"]["overall"] == round(
+        float(classification.compute_kappa(np.array([102, 13, 17, 75]))), 3
+    )
     assert {*findings.PUBLISHED["kappa"]} == {"overall", *mura.STUDY_TYPES}
 
 
@@ -498,7 +503,7 @@ def test_forty_study_types_of_long_names(tmp_path: Path) -> None:
     """Names that are no file names, and only at their ends differ: a file each, inside the folder, whole in the page's text."""
     parts = [studies(24, seed).assign(study_type=f"{LONG} {seed:02d}") for seed in range(40)]
     table = pd.concat(parts).assign(patient=None)
-    page = written(tmp_path, studies=table, metrics=summary.measure(table, resamples=0))
+    page = written(tmp_path, studies=table, metrics=summary.compute_metrics(table, resamples=0))
     pictures_there = list((tmp_path / "pictures").iterdir())
     assert sum(path.name.startswith("roc-") for path in pictures_there) == 41
     assert all(path.is_file() and path.suffix == ".svg" for path in pictures_there)
@@ -596,14 +601,14 @@ def test_metrics_json_alone_tells_the_context(tmp_path: Path) -> None:
     told = {"split": "tune", "selected_on": "tune", "threshold": None, "operating_point": "sensitivity=0.95"}
     told |= {"thresholds": {"XR_HAND": 0.31}, "note": "optimistic: this split chose the model", "terms": mura.TERMS}
     table = studies()
-    evaluation.write(tmp_path, metrics=summary.measure(table, resamples=0) | told, studies=table, context={})
+    evaluation.write(tmp_path, metrics=summary.compute_metrics(table, resamples=0) | told, studies=table, context={})
     page = check_page(tmp_path / "report.html")
     assert "Split: tune" in page.text
     assert "above the threshold of its study type (operating point sensitivity=0.95, fitted on tune)" in page.text
     assert "Dashed: the threshold, 0.31." in page.text
     assert "Note:" not in page.text
     evaluation.write(
-        tmp_path, metrics=summary.measure(table, resamples=0) | {"note": "a: b"}, studies=table, context={}
+        tmp_path, metrics=summary.compute_metrics(table, resamples=0) | {"note": "a: b"}, studies=table, context={}
     )
     assert "Note: a: b." in check_page(tmp_path / "report.html").text
 
@@ -611,7 +616,7 @@ def test_metrics_json_alone_tells_the_context(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_nothing_given_is_said(tmp_path: Path) -> None:
     empty = studies().iloc[:0]
-    evaluation.write(tmp_path, metrics=summary.measure(empty), studies=empty, context={})
+    evaluation.write(tmp_path, metrics=summary.compute_metrics(empty), studies=empty, context={})
     page = check_page(tmp_path / "report.html")
     assert "Measured on 0 studies of 0 patients" in page.text
     assert "Nothing could be measured." in page.text
@@ -648,12 +653,12 @@ def test_curves_are_what_is_drawn() -> None:
     points = pictures.roc_points(label, probability)
     x, y = np.array(points["false_positive_rate"]), np.array(points["true_positive_rate"])
     assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(
-        float(classification.auroc(label, probability)), abs=1e-12
+        float(classification.compute_auroc(label, probability)), abs=1e-12
     )
-    assert len(x) < len(classification.roc(label, probability)[0])
+    assert len(x) < len(classification.compute_roc_curve(label, probability)[0])
     points = pictures.pr_points(label, probability)
     area = (np.diff([0.0, *points["recall"]]) * points["precision"]).sum()
-    assert area == pytest.approx(float(classification.average_precision(label, probability)), abs=1e-12)
+    assert area == pytest.approx(float(classification.compute_average_precision(label, probability)), abs=1e-12)
 
 
 def polyline(root: ElementTree.Element) -> list[tuple[float, float]]:
@@ -725,10 +730,12 @@ def test_reliability_bins_are_the_calibration_errors() -> None:
     bins = pictures.reliability(label, probability)
     assert sum(item["num_studies"] for item in bins) == 400
     error = sum(item["num_studies"] * abs(item["probability"] - item["share_abnormal"]) for item in bins) / 400
-    assert error == pytest.approx(classification.calibration_error(label, probability)[0], abs=1e-12)
+    assert error == pytest.approx(classification.compute_calibration_error(label, probability)[0], abs=1e-12)
     for item in bins:
         positives = round(item["share_abnormal"] * item["num_studies"])
-        assert (item["low"], item["high"]) == pytest.approx(intervals.wilson(positives, item["num_studies"]))
+        assert (item["low"], item["high"]) == pytest.approx(
+            intervals.compute_wilson_interval(positives, item["num_studies"])
+        )
 
 
 def test_score_counts_hold_every_study() -> None:

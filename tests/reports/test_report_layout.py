@@ -39,10 +39,10 @@ def write(out: Path, tune: int = 100) -> Path:
     points = calibration.fit(studies(tune, 1), {}, mura.STUDY_TYPES)
     table = calibration.apply(points, studies(280, 0))
     table = table.assign(call=(table["probability"] > 0.5).astype(int))
-    metrics = summary.measure(table, resamples=200, prevalence=0.05) | {
-        "subgroups": summary.subgroups(table, resamples=200),
+    metrics = summary.compute_metrics(table, resamples=200, prevalence=0.05) | {
+        "subgroups": summary.compute_subgroup_metrics(table, resamples=200),
         "calibration": points.model_dump(mode="json"),
-        "operating_points": calibration.measured(points, table, resamples=200),
+        "operating_points": calibration.compute_operating_points(points, table, resamples=200),
         "split": "valid",
         "threshold": 0.5,
         "checkpoint": "step-00000132",

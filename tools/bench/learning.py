@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from mura_dist.core.errors import UserError
 from mura_dist.data.shards.reader import Shards
-from mura_dist.metrics.classification import auroc
+from mura_dist.metrics.classification import compute_auroc
 from mura_dist.models.densenet import ARCHITECTURES
 from mura_dist.training import checkpoint
 from mura_dist.training.run import Run
@@ -168,8 +168,10 @@ def aurocs(split: Split, logit: Tensor) -> tuple[float, float]:
     """Compute the AUROC over a split, and the mean of those within its study types; NaN where no study type has enough."""
     label, score = split.label.numpy(), logit.numpy()
     masks = [split.study_type == name for name in np.unique(split.study_type)]
-    within = [auroc(label[mask], score[mask]) for mask in masks if FEWEST_POSITIVES <= label[mask].sum() < mask.sum()]
-    return float(auroc(label, score)), float(np.mean(within)) if within else float("nan")
+    within = [
+        compute_auroc(label[mask], score[mask]) for mask in masks if FEWEST_POSITIVES <= label[mask].sum() < mask.sum()
+    ]
+    return float(compute_auroc(label, score)), float(np.mean(within)) if within else float("nan")
 
 
 def compare(

@@ -17,8 +17,8 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from mura_dist.data import mura
 from mura_dist.metrics import classification
-from mura_dist.metrics.comparison import compare
-from mura_dist.metrics.summary import measure, subgroups
+from mura_dist.metrics.comparison import compare_predictions
+from mura_dist.metrics.summary import compute_metrics, compute_subgroup_metrics
 
 
 def validation_set(seed: int = 0) -> pd.DataFrame:
@@ -62,9 +62,9 @@ def main() -> None:
     studies, other = validation_set(), validation_set(1)
     other = other.assign(label=studies["label"], patient=studies["patient"])
     works: dict[str, Callable[[], object]] = {
-        "measure": lambda: measure(studies, resamples=options.resamples, prevalence=0.1),
-        "subgroups": lambda: subgroups(studies, resamples=options.resamples),
-        "compare": lambda: compare(studies, other, resamples=options.resamples),
+        "measure": lambda: compute_metrics(studies, resamples=options.resamples, prevalence=0.1),
+        "subgroups": lambda: compute_subgroup_metrics(studies, resamples=options.resamples),
+        "compare": lambda: compare_predictions(studies, other, resamples=options.resamples),
         "scikit-learn, kappa and AUROC, overall": lambda: loop(studies, options.resamples),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}

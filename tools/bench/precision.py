@@ -20,7 +20,7 @@ from mura_dist.data.source.scan import scan
 from mura_dist.inference.engine import pipelined_config
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
-from mura_dist.metrics.comparison import compare
+from mura_dist.metrics.comparison import compare_predictions
 
 THRESHOLD, BATCH = 0.5, 64
 
@@ -34,8 +34,8 @@ def probabilities(model: OnnxModel, images: np.ndarray) -> np.ndarray:
 def measured(studies: pd.DataFrame) -> tuple[float, float]:
     """AUROC, kappa."""
     label, probability = studies["label"].to_numpy(), studies["probability"].to_numpy()
-    confusion = classification.confusion(label, probability > THRESHOLD)
-    return float(classification.auroc(label, probability)), float(classification.kappa(confusion))
+    confusion = classification.compute_confusion(label, probability > THRESHOLD)
+    return float(classification.compute_auroc(label, probability)), float(classification.compute_kappa(confusion))
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         images = np.stack([radiograph.read(scanned.root / path, models[0].size) for path in frame["path"]])[:, None]
     rows = frame.index.to_numpy(np.int64)
     views = [probabilities(model, images) for model in models]
-    studies = [classification.study_table(rows, view, frame) for view in views]
+    studies = [classification.build_study_table(rows, view, frame) for view in views]
     print(f"{len(rows)} radiographs of {len(studies[0])} studies, drawn at {asked.px} px with seed {asked.seed}")
     for path, model, view, table in zip(asked.models, models, views, studies, strict=True):
         auroc, kappa = measured(table)
@@ -65,7 +65,7 @@ def main() -> None:
         if model is not models[0]:
             difference = np.abs(view - views[0])
             calls = ((table["probability"] > THRESHOLD) != (studies[0]["probability"] > THRESHOLD)).sum()
-            kappas = compare(table, studies[0], threshold=THRESHOLD)["overall"]["kappa"]
+            kappas = compare_predictions(table, studies[0], threshold=THRESHOLD)["overall"]["kappa"]
             print(
                 f"  probability: {difference.mean():.5f} on average, {difference.max():.4f} at most; calls changed: {calls} "
                 f"({calls / len(table):.2%}); kappa {kappas}"

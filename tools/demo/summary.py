@@ -42,10 +42,10 @@ def main() -> None:
 
 def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: str) -> Iterator[str]:
     """Yield what was reached, where the report is, the page's command, the time: a line each."""
-    untrained, studies = measure.number(summary["auroc_untrained"]), f"{summary['num_studies']} studies"
+    untrained, studies = measure.format_number(summary["auroc_untrained"]), f"{summary['num_studies']} studies"
     what = f"{studies} of drawings" if summary["trained_on"] == "phantoms" else studies
-    yield f"AUROC: untrained {untrained} -> trained {measure.with_interval(overall, 'auroc')}, {what} kept for this"
-    kappa = measure.with_interval(overall, "kappa")
+    yield f"AUROC: untrained {untrained} -> trained {measure.format_with_interval(overall, 'auroc')}, {what} kept for this"
+    kappa = measure.format_with_interval(overall, "kappa")
     yield f"kappa: {kappa}, agreement of the calls with the labels beyond chance (0: chance, 1: all agree)"
     yield f"report: open {run / 'report.html'}"
     page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", valid

@@ -122,7 +122,7 @@ def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Calla
             found.append(model.logits(images))
     known = np.array(used, np.int64)
     views = [classification.sigmoid(np.concatenate(found)) for found in (one, two)]
-    studies = [classification.study_table(known, view, shards.manifest.frame) for view in views]
+    studies = [classification.build_study_table(known, view, shards.manifest.frame) for view in views]
     cut = studies[0]["study_type"].map(dict(card.thresholds)).astype(np.float64).fillna(0.5)
     calls = [classification.is_positive(study["probability"], cut) for study in studies]
     difference = np.abs(views[0] - views[1])

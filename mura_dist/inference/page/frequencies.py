@@ -8,7 +8,7 @@ A share of fewer than MIN_FOR_SHARE studies is not written in percent: the count
 import math
 from dataclasses import dataclass
 
-from mura_dist.metrics.intervals import wilson
+from mura_dist.metrics.intervals import compute_wilson_interval
 
 MIN_FOR_SHARE = 30
 TOO_FEW = "too few to say more"
@@ -48,7 +48,7 @@ class Frequency:
         """Return the share and its interval: the bootstrap's, else Wilson's by name."""
         low, high, name = self.low, self.high, ""
         if low is None or high is None:
-            (low, high), name = wilson(self.num, self.total), f"; {WILSON}"
+            (low, high), name = compute_wilson_interval(self.num, self.total), f"; {WILSON}"
         return f"{_percent(self.num / self.total)} (95 % interval {_percent(low)} to {_percent(high)}{name})"
 
 

@@ -85,7 +85,7 @@ class ViewOutput:
 
     @property
     def probability(self) -> float:
-        return classification.probability(self.logit)
+        return classification.logit_to_probability(self.logit)
 
 
 @dataclass(frozen=True)

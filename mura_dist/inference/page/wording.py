@@ -13,7 +13,7 @@ from mura_dist.data.mura import in_words
 from mura_dist.inference.page.frequencies import Frequency
 from mura_dist.inference.page.study import StudyResult
 from mura_dist.metrics.intervals import BOOTSTRAP
-from mura_dist.metrics.summary import CURVE
+from mura_dist.metrics.summary import CURVE_THRESHOLDS
 from mura_dist.models.card import Card
 from mura_dist.reports.heatmap import MIN_CELLS
 
@@ -36,7 +36,7 @@ WITHHELD = (
     "Next step: train on radiographs: mura-dist shards MURA-v1.1 shards/mura, then mura-dist train launch/recipes/mura.toml, "
     "evaluate and export it, and open the page on that model.",
 )
-ENDS = (CURVE[0], CURVE[-1])  # of the thresholds to look at
+ENDS = (CURVE_THRESHOLDS[0], CURVE_THRESHOLDS[-1])  # of the thresholds to look at
 MAP_CAVEAT = "A map shows what moved this model, not where a lesion is."
 SAYS_HOW_OFTEN: dict[Outcome, list[str]] = {  # what was wrong before, beside each outcome
     "none_flagged": ["missed"],

@@ -7,7 +7,7 @@ import pytest
 
 from mura_dist.inference.page import wording
 from mura_dist.inference.page.frequencies import MIN_FOR_SHARE, TOO_FEW, WILSON, Frequency
-from mura_dist.metrics.intervals import wilson
+from mura_dist.metrics.intervals import compute_wilson_interval
 from mura_dist.models.card import Card, TrainedOn
 
 TOTALS = (0, 1, 4, 29, 30, 31, 500)
@@ -100,7 +100,7 @@ def card_with(wrong: dict[str, int], right: dict[str, int], *, kinds: bool) -> C
         degenerate = value in (0, 1)
         low, high = (value - 0.1, value + 0.05) if not degenerate else (None, None)
         if kinds and degenerate:
-            low, high = wilson(right[label], total)
+            low, high = compute_wilson_interval(right[label], total)
         group |= {rate: value, f"{rate}_low": low, f"{rate}_high": high}
         columns |= {rate: [value], f"{rate}_low": [low], f"{rate}_high": [high]}
         if kinds:

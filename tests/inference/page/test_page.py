@@ -63,8 +63,8 @@ def told(probability: float, kind: str = "radiographs", num_studies: int = 300) 
     thresholds = {"XR_HAND": low, "XR_WRIST": high, "XR_ELBOW": high}
     studies = simulated(num_studies, num_studies // 2).replace({"study_type": {"XR_ELBOW": "XR_WRIST"}})
     called = studies.assign(call=(studies["probability"] > studies["study_type"].map(thresholds)).astype(int))
-    measured = summary.measure(called, resamples=200) | {  # as evaluate writes it
-        "curves": summary.curves(called, resamples=200),
+    measured = summary.compute_metrics(called, resamples=200) | {  # as evaluate writes it
+        "curves": summary.compute_threshold_curves(called, resamples=200),
         "thresholds": thresholds,
         "split": "valid",
         "note": None,
@@ -231,12 +231,12 @@ def test_what_was_not_measured_is_not_said(
 
 def test_another_thresholds_rates_are_those_of_measure() -> None:
     studies = simulated(300, 120)
-    curves = summary.curves(studies, resamples=300)
+    curves = summary.compute_threshold_curves(studies, resamples=300)
     assert set(curves) == {"XR_ELBOW", "XR_HAND"}
     json.dumps(curves, allow_nan=False)
     for place in (0, 24, 49, 80, 98):
-        threshold = summary.CURVE[place]
-        wanted = summary.measure(studies, threshold=threshold, resamples=300)["by_study_type"]
+        threshold = summary.CURVE_THRESHOLDS[place]
+        wanted = summary.compute_metrics(studies, threshold=threshold, resamples=300)["by_study_type"]
         for name, columns in curves.items():
             assert columns["num_studies"] == wanted[name]["num_studies"]
             for key in (
@@ -250,7 +250,7 @@ def test_another_thresholds_rates_are_those_of_measure() -> None:
                 theirs = wanted[name][key]
                 assert columns[key][place] == (None if theirs is None else pytest.approx(theirs, abs=6e-5)), (name, key)
     one_label = studies.assign(label=studies["study_type"].eq("XR_HAND").astype(int))
-    assert summary.curves(one_label, resamples=10) == {}
+    assert summary.compute_threshold_curves(one_label, resamples=10) == {}
 
 
 def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> study.StudyFile:
