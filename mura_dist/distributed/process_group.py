@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mura_dist.core.errors import CollectiveRunError, RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, nccl
-from mura_dist.distributed.environment import Ranks
+from mura_dist.distributed.environment import LaunchEnv
 
 # What Linux calls the instructions of x86 and ARM that multiply bf16.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -126,25 +126,25 @@ def join(timeout_s: float, *, patience_s: float = 0.0) -> Iterator[World]:
     # Denormal numbers slow a CPU several times. Before any tensor: threads take it from the one that starts them, and a run
     # that began its threads before it would compute with other bits than one that did not.
     torch.set_flush_denormal(True)
-    told = environment.ranks()
-    rank, size = told.rank, told.size
-    device, timeout = _device(told), timedelta(seconds=timeout_s)
+    env = environment.launch_env()
+    rank, size = env.rank, env.world_size
+    device, timeout = _device(env), timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with _environment(told), _losing_others(rank, size):
+    with _environment(env), _losing_others(rank, size):
         if size == 1:  # alone: nobody to meet, whatever the environment says of a meeting place
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             meeting = timedelta(seconds=timeout_s + patience_s)
             # torchrun's own stood there before it started us: not there any more, it does not come back.
-            place = timeout if environment.holds_the_meeting_place() else meeting
-            with _meeting(told, place):
+            place = timeout if environment.launcher_hosts_store() else meeting
+            with _meeting(env, place):
                 store, *_ = next(rendezvous("env://", rank, size, timeout=place))
-            with _meeting(told, meeting):
+            with _meeting(env, meeting):
                 store.set_timeout(meeting)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=meeting)
             limit(timeout_s)  # the group's own limit is the meeting's too
         try:
-            yield World(rank, size, told.local_rank, device, timeout_s)
+            yield World(rank, size, env.local_rank, device, timeout_s)
         except BaseException:
             if backend == "nccl" and size > 1:  # to leave its group is to wait for ranks that wait for us
                 nccl.abandon()  # this process is about to end
@@ -170,15 +170,15 @@ def limit(timeout_s: float) -> None:
         set_timeout(timedelta(seconds=timeout_s + margin_s), group)
 
 
-def _device(told: Ranks) -> torch.device:
+def _device(env: LaunchEnv) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    place, num_gpus = told.local_rank, torch.cuda.device_count()
-    if num_gpus == 1 and told.by in (environment.SLURM, environment.OPENMPI):
+    place, num_gpus = env.local_rank, torch.cuda.device_count()
+    if num_gpus == 1 and env.launcher in (environment.SLURM, environment.OPENMPI):
         place = 0  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
     if place >= num_gpus:
         raise RankLocalUserError(
-            f"rank {told.rank} is number {place + 1} on this machine, which has {num_gpus} GPUs; start at most one rank a GPU"
+            f"rank {env.rank} is number {place + 1} on this machine, which has {num_gpus} GPUs; start at most one rank a GPU"
         )
     torch.cuda.set_device(place)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
@@ -186,18 +186,18 @@ def _device(told: Ranks) -> torch.device:
 
 
 @contextlib.contextmanager
-def _environment(told: Ranks) -> Iterator[None]:
+def _environment(env: LaunchEnv) -> Iterator[None]:
     """torchrun's words, whoever started us: torch's rendezvous and DeepSpeed read these, and one left over may contradict them.
     Processes started later must not take them for a launcher's."""
     known = {
-        "RANK": told.rank,
-        "WORLD_SIZE": told.size,
-        "LOCAL_RANK": told.local_rank,
-        "LOCAL_WORLD_SIZE": told.local_size,
+        "RANK": env.rank,
+        "WORLD_SIZE": env.world_size,
+        "LOCAL_RANK": env.local_rank,
+        "LOCAL_WORLD_SIZE": env.local_world_size,
     }
     words = {name: str(number) for name, number in known.items()}
-    if told.size > 1:
-        address, port = environment.meeting_place()
+    if env.world_size > 1:
+        address, port = environment.rendezvous_endpoint()
         words |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     ours = words | nccl.ENVIRONMENT
     before = {name: os.environ.get(name) for name in ours}
@@ -211,7 +211,7 @@ def _environment(told: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
+def _meeting(env: LaunchEnv, limit: timedelta) -> Iterator[None]:
     """Raises RankLocalUserError where rank 0 cannot be met at the port given, RunError where somebody does not come."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
@@ -223,7 +223,7 @@ def _meeting(told: Ranks, limit: timedelta) -> Iterator[None]:
                 "another port: MASTER_PORT=29501"
             ) from error
         raise RunError(
-            f"rank {told.rank} of {told.size} could not meet the others at {address}:{port} ({_reason(error)}; it waits up to "
+            f"rank {env.rank} of {env.world_size} could not meet the others at {address}:{port} ({_reason(error)}; it waits up to "
             f"{limit.total_seconds():.0f} s); see that all were started, that {address} is rank 0's machine, its port open"
         ) from error
 

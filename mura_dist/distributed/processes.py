@@ -59,7 +59,7 @@ def end_with_launcher() -> None:
     to it looks like `kill -9` from here, and has to save as well. Without a launcher nothing is watched: under `nohup` a
     training outlives its shell.
     """
-    if os.name == "posix" and launcher.is_there():
+    if os.name == "posix" and launcher.has_launcher():
         watched = _launchers(os.getppid())
         threading.Thread(target=_end_without, args=(watched,), daemon=True, name="watch-launcher").start()
 
@@ -89,7 +89,9 @@ def _can_be_launcher(process: int) -> bool:
     except OSError:  # ended, or another user's
         return False
     environment = _read(process, "environ")
-    return "python" in Path(program).name or any(f"{name}=".encode() in environment for name in launcher.VARIABLES)
+    return "python" in Path(program).name or any(
+        f"{name}=".encode() in environment for name in launcher.LAUNCHER_VARIABLES
+    )
 
 
 def _end_without(watched: Sequence[tuple[int, int | None]]) -> None:

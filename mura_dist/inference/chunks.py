@@ -123,7 +123,7 @@ class ChunkPredictor:
         num_files = min(num_chunks * self.files.size, self.files.num_files)
         if workers is not None:
             return max(1, min(workers, num_files))
-        return max(1, min(16, processors() // environment.ranks_here(), num_files // _FILES_PER_WORKER))
+        return max(1, min(16, processors() // environment.local_world_size(), num_files // _FILES_PER_WORKER))
 
     def _make(self, crew: Crew, numbers: list[int]) -> None:
         """A part for each of these chunks; of those that an earlier start could not read whole, one at a time."""

@@ -251,7 +251,7 @@ def _options(
 
 def _device() -> int:
     """Which GPU: ranks of one machine take one each."""
-    here, num_here = environment.local_rank(), environment.ranks_here()
+    here, num_here = environment.local_rank(), environment.local_world_size()
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return here % len(visible) if visible else here if num_here > 1 else 0
 

@@ -1,4 +1,4 @@
-"""Who a process is, by the words of each launcher; trainings that those start: mpirun for real, srun by its words."""
+"""LaunchEnv from the variables of each launcher, and trainings under mpirun and srun's variables."""
 
 import fcntl
 import itertools
@@ -23,34 +23,34 @@ from helpers.runs import losses
 from mura_dist.core.errors import RankLocalUserError, RunError, UserError
 from mura_dist.distributed import environment, process_group
 
-WORDS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
-        if name in WORDS or name.startswith(("SLURM_", "OMPI_", "PMIX_", "PMI_", "MPI_")):
+        if name in VARIABLES or name.startswith(("SLURM_", "OMPI_", "PMIX_", "PMI_", "MPI_")):
             monkeypatch.delenv(name)
 
 
 def slurm(rank: int, node: int, local_rank: int) -> dict[str, str]:
-    """As srun of Slurm 22.05 says it: 11 tasks on three nodes."""
+    """Return the variables of a task that srun of Slurm 22.05 sets: 11 tasks on three nodes."""
     step = {"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_STEP_NODELIST": "gpu[07-09]"}
     return step | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local_rank)}
 
 
 def openmpi(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
-    said = {"RANK": rank, "SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
-    return {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in said.items()}
+    variables = {"RANK": rank, "SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
+    return {f"OMPI_COMM_WORLD_{name}": str(number) for name, number in variables.items()}
 
 
 def hydra(rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
-    """As the mpiexec of MPICH 5.0 and of Intel MPI 2021 says it."""
-    said = {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": local_rank, "MPI_LOCALNRANKS": local_size}
-    return {name: str(number) for name, number in said.items()}
+    """Return the variables that the mpiexec of MPICH 5.0 and of Intel MPI 2021 sets."""
+    variables = {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": local_rank, "MPI_LOCALNRANKS": local_size}
+    return {name: str(number) for name, number in variables.items()}
 
 
-SAID = {
+LAUNCHERS = {
     "nothing": ({}, (0, 1, 0, 1)),
     "torchrun": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
     "deepspeed": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, (5, 8, 1, 4)),
@@ -72,20 +72,20 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("case", SAID)
-def test_each_launcher_is_understood(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, wanted = SAID[case]
-    for name, value in said.items():
+@pytest.mark.parametrize("case", LAUNCHERS)
+def test_launch_env_of_each_launcher(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, expected = LAUNCHERS[case]
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    told = environment.ranks()
-    assert (told.rank, told.size, told.local_rank, told.local_size) == wanted
-    assert (environment.rank(), environment.world_size()) == (told.rank, told.size)
-    assert (environment.local_rank(), environment.ranks_here()) == (told.local_rank, told.local_size)
-    assert environment.is_first() == (told.rank == 0)
+    env = environment.launch_env()
+    assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == expected
+    assert (environment.rank(), environment.world_size()) == (env.rank, env.world_size)
+    assert (environment.local_rank(), environment.local_world_size()) == (env.local_rank, env.local_world_size)
+    assert environment.is_first() == (env.rank == 0)
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("variables", "words"),
     [
         ({"RANK": "3", "WORLD_SIZE": "3"}, ("rank 3 of 3", "count from 0")),
         ({"RANK": "1"}, ("rank 1 of 1", "run alone")),
@@ -104,21 +104,21 @@ def test_each_launcher_is_understood(case: str, monkeypatch: pytest.MonkeyPatch)
         (slurm(1, 0, 1) | {"SLURM_NODEID": "one"}, ("SLURM_NODEID=one",)),
     ],
 )
-def test_what_cannot_be_is_refused(
-    said: dict[str, str],
+def test_contradictory_variables_are_refused(
+    variables: dict[str, str],
     words: tuple[str, ...],
     shard_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in said.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"], *words)
 
 
-def test_several_ranks_only_where_a_launcher_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a grid of what may be left over: a rank that exists, or a refusal that names a variable of the environment."""
+def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of leftover variables gives a rank that exists, or a UserError that names a variable."""
     grid = {
         "RANK": ("0", "2"),
         "WORLD_SIZE": ("1", "4"),
@@ -131,27 +131,27 @@ def test_several_ranks_only_where_a_launcher_says_which_this_is(monkeypatch: pyt
         "SLURM_PROCID": ("0", "1"),
         "SLURM_STEP_NUM_TASKS": ("1", "2"),
     }
-    which = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    rank_variables = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     num_several = num_alone = num_refused = 0
     for values in itertools.product(*((None, *each) for each in grid.values())):
-        said = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
-        monkeypatch.setattr(os, "environ", said)
+        variables = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
+        monkeypatch.setattr(os, "environ", variables)
         try:
-            told = environment.ranks()
+            env = environment.launch_env()
         except UserError as refusal:
-            num_refused += any(name in str(refusal) for name in (*said, "OMPI_COMM_WORLD_*"))
+            num_refused += any(name in str(refusal) for name in (*variables, "OMPI_COMM_WORLD_*"))
             continue
-        assert 0 <= told.rank < told.size
-        num_several += told.size > 1
-        num_alone += told.size == 1
-        assert told.size == 1 or any(said.get(name) == str(told.rank) for name in which), said
+        assert 0 <= env.rank < env.world_size
+        num_several += env.world_size > 1
+        num_alone += env.world_size == 1
+        assert env.world_size == 1 or any(variables.get(name) == str(env.rank) for name in rank_variables), variables
     assert num_several + num_alone + num_refused == math.prod(1 + len(each) for each in grid.values()), (
         "each names a variable"
     )
     assert min(num_several, num_refused) > 1000
 
 
-def in_terminal(*words: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command with a controlling terminal; its output goes to pipes."""
     ours, terminal = pty.openpty()
 
@@ -161,7 +161,7 @@ def in_terminal(*words: str | Path, env: dict[str, str]) -> subprocess.Completed
 
     try:
         return subprocess.run(
-            words, stdin=terminal, capture_output=True, text=True, env=env, preexec_fn=take_terminal, check=False
+            command, stdin=terminal, capture_output=True, text=True, env=env, preexec_fn=take_terminal, check=False
         )
     finally:
         os.close(ours)
@@ -177,22 +177,22 @@ def in_terminal(*words: str | Path, env: dict[str, str]) -> subprocess.Completed
         (4, "44152", "slurmstepd", False),  # a task itself, of `srun --pty mura-dist ...`
     ],
 )
-def test_a_shell_of_srun_with_a_terminal_is_no_task_of_several(
+def test_srun_terminal_shell_of_several_tasks_is_refused(
     num_tasks: int, port: str, starts: str, is_refused: bool, tmp_path: Path
 ) -> None:
-    """Left as it is, a training in it would wait for the other tasks, which have ended."""
+    """A training in it would wait for the other tasks, which have ended."""
     parent = tmp_path / starts
     parent.write_text('#!/bin/sh\n"$@"\nexit $?\n')
     parent.chmod(0o755)
     step = {"SLURM_STEP_NUM_TASKS": str(num_tasks), "SLURM_PROCID": "0", "SLURM_PTY_PORT": port}
-    line = "from mura_dist.distributed import environment; print(environment.ranks().size)"
-    told = in_terminal(parent, sys.executable, "-c", line, env={**os.environ, **step})
-    assert (told.returncode != 0) == is_refused, told.stderr
+    line = "from mura_dist.distributed import environment; print(environment.launch_env().world_size)"
+    result = run_in_terminal(parent, sys.executable, "-c", line, env={**os.environ, **step})
+    assert (result.returncode != 0) == is_refused, result.stderr
     if is_refused:
         for word in ("SLURM_STEP_NUM_TASKS=4", "`srun --pty`", "unset SLURM_STEP_NUM_TASKS", "--ntasks 1"):
-            assert word in told.stderr
+            assert word in result.stderr
     else:
-        assert told.stdout == f"{num_tasks}\n"
+        assert result.stdout == f"{num_tasks}\n"
 
 
 @pytest.mark.parametrize(
@@ -206,16 +206,16 @@ def test_a_shell_of_srun_with_a_terminal_is_no_task_of_several(
         ("a-b.c[001-100].example,d", "a-b.c001.example"),
     ],
 )
-def test_the_first_of_a_node_list(nodes: str, first: str) -> None:
+def test_first_host_of_a_slurm_node_list(nodes: str, first: str) -> None:
     assert environment.first_host(nodes) == first
 
 
-def test_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def meet(said: dict[str, str]) -> tuple[str, int]:
+def test_rendezvous_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meet(variables: dict[str, str]) -> tuple[str, int]:
         with monkeypatch.context() as patched:
-            for name, value in said.items():
+            for name, value in variables.items():
                 patched.setenv(name, value)
-            return environment.meeting_place()
+            return environment.rendezvous_endpoint()
 
     job = slurm(7, 1, 3) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
     address, port = meet(job)
@@ -230,30 +230,30 @@ def test_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         meet(hydra(1, 4, 1, 2))
     with pytest.raises(UserError, match="mpirun -x MASTER_ADDR=HOST"):
         meet(openmpi(1, 4, 1, 2))
-    with pytest.raises(UserError, match=r"rank 1 of 2 \(told by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
+    with pytest.raises(UserError, match=r"rank 1 of 2 \(set by RANK and WORLD_SIZE\).*export MASTER_ADDR=HOST"):
         meet({"RANK": "1", "WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match="MASTER_PORT=70000: must lie between"):
+    with pytest.raises(UserError, match="MASTER_PORT=70000 is not a port"):
         meet(job | {"MASTER_PORT": "70000"})
 
 
 @pytest.fixture
-def taken_port() -> Iterator[int]:
+def used_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-def test_a_meeting_that_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch, taken_port: int) -> None:
+def test_failed_rendezvous_names_endpoint_and_reason(monkeypatch: pytest.MonkeyPatch, used_port: int) -> None:
     def join(rank: int, port: int, patience_s: float = 0.0) -> None:
-        said = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in said.items():
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         with process_group.join(1.0, patience_s=patience_s):
             raise AssertionError("nobody is there")
 
     with pytest.raises(
-        RankLocalUserError, match=rf"port {taken_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
+        RankLocalUserError, match=rf"port {used_port} of 127.0.0.1: another program listens.*MASTER_PORT=29501"
     ):
-        join(0, taken_port)
+        join(0, used_port)
     free = free_port()
     for rank in (0, 1):
         with pytest.raises(
@@ -289,8 +289,8 @@ with process_group.join(3, patience_s=60) as ranks:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.nightly(part="launchers"))])
-def test_a_late_rank_is_waited_for_once(late: int) -> None:
-    """Longer than timeout_s at the first meeting: it may doubt another's lock. Later nobody waits so long."""
+def test_late_rank_extends_only_the_first_meeting(late: int) -> None:
+    """Ranks wait longer than timeout_s at the first meeting only: a late rank may wait for a stale lock."""
     words = ("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE, late)
     done = run(*words)
     assert done.stdout.count("met") == 2, done.stderr
@@ -304,8 +304,8 @@ def test_a_late_rank_is_waited_for_once(late: int) -> None:
 
 
 @pytest.mark.slow
-def test_tasks_of_srun_train_as_ranks_do(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
-    """By srun's words alone: no RANK, no MASTER_ADDR. They end with the losses of torchrun's ranks."""
+def test_srun_tasks_train_as_torchrun_ranks(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
+    """With srun's variables alone (no RANK, no MASTER_ADDR) the losses equal those of torchrun's ranks."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}
     step = job | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     tasks = [
@@ -318,15 +318,15 @@ def test_tasks_of_srun_train_as_ranks_do(whole: Callable[..., Path], shard_folde
         )
         for rank in range(2)
     ]
-    told = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], told
-    assert told[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
-    assert told[1][0] == "", "the first one speaks"
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert outputs[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
+    assert outputs[1][0] == "", "the first one speaks"
     assert losses(tmp_path / "run") == losses(whole(2))
 
 
 @pytest.mark.nightly(part="launchers")
-def test_mpirun_trains_as_torchrun_does(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
+def test_mpirun_trains_as_torchrun(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
     words = [

@@ -348,7 +348,7 @@ def test_an_array_shares_nothing_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     for name, value in {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(name, value)
-    assert launcher.ranks() == launcher.Ranks("RANK and WORLD_SIZE", 0, 1, 0, 1)
+    assert launcher.launch_env() == launcher.LaunchEnv("RANK and WORLD_SIZE", 0, 1, 0, 1)
 
 
 def test_an_ensemble_submits_its_seeds_and_what_comes_after_them(slurm: Slurm, tmp_path: Path) -> None:

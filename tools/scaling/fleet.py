@@ -143,7 +143,7 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
 
         networks.enter(space)
         os.environ["GLOO_SOCKET_IFNAME"] = networks.DEVICE
-    for name in environment.VARIABLES:
+    for name in environment.LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     known = {
         "RANK": rank,

@@ -14,4 +14,4 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     [available] = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(available.split()[1]) * 1024 // environment.ranks_here()
+    return int(available.split()[1]) * 1024 // environment.local_world_size()

@@ -101,7 +101,7 @@ class BatchLoader:
         """
         cuda = device.type == "cuda"
         backend, note = choose_backend(settings.pipeline, device)
-        workers = settings.workers or min(8 if cuda else 4, max(1, processors() // environment.ranks_here()))
+        workers = settings.workers or min(8 if cuda else 4, max(1, processors() // environment.local_world_size()))
         fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
         prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
         return cls(
@@ -180,12 +180,12 @@ class BatchLoader:
 
 def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:
     """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
-    told = environment.ranks()
-    if told.size == 1 or math.isinf(timeout_s):
+    env = environment.launch_env()
+    if env.world_size == 1 or math.isinf(timeout_s):
         yield from made
         return
     line = (
-        f"rank {told.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
+        f"rank {env.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
         "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
     )
     with contextlib.closing(Overdue(timeout_s, line)) as overdue:

@@ -97,9 +97,9 @@ def convert(
     _check(source, out, size, encoding, workers)
     duplicate_policy.check(duplicates)
     target = storage.open_storage(out)  # before the source is scanned: a wrong URL is said at once
-    told, workers = environment.ranks(), workers or processors()
+    env, workers = environment.launch_env(), workers or processors()
     with (
-        _share(out, told),
+        _share(out, env),
         worker_pool.crew(
             Reader, (size, encoding), workers=workers, limits=limits
         ) as crew,  # gets ready during the scan
@@ -114,8 +114,8 @@ def convert(
         manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
         plan = {"format": FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
         plan |= {"duplicates": duplicates, "manifest_sha256": manifest.digest, "version": __version__}
-        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, told.rank, told.size)
-        if told.rank:
+        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, env.rank, env.world_size)
+        if env.rank:
             _follow(conversion, progress)
             return None
         if _finished(conversion) and not _drop_broken(conversion):
@@ -128,7 +128,7 @@ def convert(
         return index
 
 
-def _share(out: StoragePath, told: environment.Ranks) -> contextlib.AbstractContextManager[None]:
+def _share(out: StoragePath, env: environment.LaunchEnv) -> contextlib.AbstractContextManager[None]:
     """Hold this rank's share of the work while the block runs. Raises UserError where another process has it.
 
     A URL has no locks: there two starts cost time, but no bytes, for a put is whole and both put the same.
@@ -136,9 +136,9 @@ def _share(out: StoragePath, told: environment.Ranks) -> contextlib.AbstractCont
     if storage.is_remote(out):
         return contextlib.nullcontext()
     folder = Path(out)
-    what = f"{out} (rank {told.rank} of {told.size})" if told.size > 1 else str(out)
+    what = f"{out} (rank {env.rank} of {env.world_size})" if env.world_size > 1 else str(out)
     claim = lock.Claim(what, "give another folder", heartbeat.WAIT_S, lock.DOUBT_S)
-    return heartbeat.taking_part(folder / RANKS, told.rank, claim, threading.Event())
+    return heartbeat.taking_part(folder / RANKS, env.rank, claim, threading.Event())
 
 
 def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
