@@ -18,7 +18,7 @@ from mura_dist.cli.options import (
     shared_option,
 )
 from mura_dist.distributed import environment
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 
 if TYPE_CHECKING:
     from mura_dist.inference.export.onnx import ExportReport
@@ -228,8 +228,8 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(
-        f"{out}: {count(summary['num_radiographs'], 'radiograph')} of {count(summary['num_studies'], 'study')}, "
-        f"{_calls(summary)}, {count(summary['num_failures'], 'failure')}, {summary['seconds']:.1f} s"
+        f"{out}: {pluralize(summary['num_radiographs'], 'radiograph')} of {pluralize(summary['num_studies'], 'study')}, "
+        f"{_calls(summary)}, {pluralize(summary['num_failures'], 'failure')}, {summary['seconds']:.1f} s"
     )
     if throughput := summary.get("throughput"):  # not where an earlier command had computed everything
         decoding, computing = throughput["decoding"], throughput["computing"]

@@ -223,7 +223,7 @@ def _scale() -> Html:
     """Return the colours of a map by its logit, over black and over white, for that is what they lie on."""
     slot = 40
     width = slot * len(heatmap.STEPS)
-    strip = local_only.uri(heatmap.scale_strip(width))
+    strip = local_only.data_uri(heatmap.scale_strip(width))
     parts = [element("image", href=strip, width=width, height=18, preserveAspectRatio="none")]
     parts.append(element("rect", x=0.5, y=0.5, width=width - 1, height=17, fill="none", stroke="#8995a1"))
     parts += [
@@ -271,10 +271,12 @@ def _card(study: Study, drawable: bool) -> Html:
 def _figure(study: Study, view: View, place: int, drawable: bool) -> Html:
     """Return the radiograph alone and, where it may be shown, the same under its map; its pixels are in the page once."""
     size, gap, name = _SIDE_PX, _SIDE_PX // 40, f"{study.name}-{place}"
-    parts = [element("image", id=name, href=local_only.uri(_small(view.pixels), lossy=True), width=size, height=size)]
+    parts = [
+        element("image", id=name, href=local_only.data_uri(_small(view.pixels), lossy=True), width=size, height=size)
+    ]
     alt = f"{study.words}; view {view.number}: the radiograph"
     if drawable:
-        colours = local_only.uri(heatmap.layer(view.cells, (_MAP_PX, _MAP_PX)))
+        colours = local_only.data_uri(heatmap.render_layer(view.cells, (_MAP_PX, _MAP_PX)))
         at = {"x": size + gap, "width": size, "height": size}
         parts += [element("use", href=f"#{name}", x=size + gap), element("image", href=colours, **at)]
         alt += f" alone, and under its class activation map, logit {view.logit:+.2f}"

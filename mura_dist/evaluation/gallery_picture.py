@@ -43,5 +43,5 @@ def _sides(view: View, side: int) -> list[Image.Image]:
     """Return the radiograph alone and under its map, side x side pixels; the latter only where it may be shown."""
     both = [np.repeat(view.pixels[..., None], 3, axis=2)]
     if heatmap.drawable(view.cells):
-        both.append(heatmap.painted(view.pixels, view.cells))
+        both.append(heatmap.overlay_heatmap(view.pixels, view.cells))
     return [Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC) for pixels in both]

@@ -31,7 +31,7 @@ from mura_dist.evaluation import table_files
 from mura_dist.evaluation.table_files import Sheet, shown, some
 from mura_dist.metrics.classification import is_positive
 from mura_dist.metrics.operating_points import STUDIES, THRESHOLD
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 
 POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one
@@ -443,4 +443,4 @@ def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) 
 
 
 def _studies(names: Sequence[str]) -> str:
-    return count(len(names), "study")
+    return pluralize(len(names), "study")

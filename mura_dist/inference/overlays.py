@@ -122,7 +122,7 @@ def picture(image: np.ndarray, cells: np.ndarray, logit: float, *, drawings: boo
     draw.rectangle((0, 0, width, _TOP), fill="#8a3c00")
     drawn = ". The model was trained on drawings" if drawings else ""
     draw.text((_MARGIN, 4), f"{local_only.MARK}: holds a radiograph; do not send or publish{drawn}", "white", font)
-    both = (np.repeat(image[..., None], 3, axis=2), heatmap.painted(image, cells))
+    both = (np.repeat(image[..., None], 3, axis=2), heatmap.overlay_heatmap(image, cells))
     left = (width - 2 * side - _MARGIN) // 2
     for number, pixels in enumerate(both):
         shown = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)

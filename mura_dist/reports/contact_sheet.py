@@ -19,7 +19,7 @@ from mura_dist.data.loaders import sampler
 from mura_dist.data.mura import in_words
 from mura_dist.data.shards.reader import CorruptSampleError
 from mura_dist.reports import local_only
-from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, banner, element, join, section
+from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR, Html, banner, element, join, section
 
 NUM = 6  # of a study type and label
 SIDE_PX = 160  # of the longer side
@@ -29,7 +29,7 @@ _STYLE = f"""
 .sheet figure {{ margin: 0; border-top: .25rem solid; padding-top: .25rem }}
 .sheet img {{ display: block; width: 100%; height: 8.4rem; object-fit: contain; background: #000 }}
 .sheet figcaption {{ color: var(--ink); font-size: .8rem; line-height: 1.3 }}
-.normal {{ border-color: {NEGATIVE_COLOUR} !important }} .abnormal {{ border-color: {POSITIVE_COLOUR} !important }}
+.normal {{ border-color: {NEGATIVE_COLOR} !important }} .abnormal {{ border-color: {POSITIVE_COLOR} !important }}
 @media print {{ .sheet {{ grid-template-columns: repeat(6, 1fr) }} }}
 """
 
@@ -90,5 +90,5 @@ def _figure(frame: pd.DataFrame, thumb: Thumb) -> Html:
     line: dict[Any, Any] = frame.loc[thumb.row].to_dict()
     label = _LABELS[line["label"]]
     caption = f"{in_words(line['study_type'])}, {label}"
-    picture = element("img", src=local_only.uri(thumb.pixels), alt=f"{caption}, a radiograph of {line['split']}")
+    picture = element("img", src=local_only.data_uri(thumb.pixels), alt=f"{caption}, a radiograph of {line['split']}")
     return element("figure", picture, element("figcaption", caption), class_=label)

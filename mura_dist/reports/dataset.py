@@ -28,7 +28,7 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.data.source import report
 from mura_dist.data.source.scan import scan as look_through
 from mura_dist.reports import contact_sheet, dataset_page
-from mura_dist.reports.dataset_page import GREY_EDGES
+from mura_dist.reports.dataset_page import GRAY_EDGES
 from mura_dist.reports.html import page
 
 NUM_SAMPLED = 500  # radiographs whose pixels are looked at
@@ -232,6 +232,6 @@ def _grey(part: pd.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {"num_radiographs": len(part)}
     for label, name in enumerate(_LABELS):
         values = part.loc[part["label"] == label, "grey"]
-        found[f"{name}_histogram"] = np.histogram(values, GREY_EDGES)[0].tolist()
+        found[f"{name}_histogram"] = np.histogram(values, GRAY_EDGES)[0].tolist()
         found[f"{name}_mean"] = float(values.mean()) if len(values) else None
     return found

@@ -14,7 +14,7 @@ from mura_dist.reports.cells import folds, group_cell
 from mura_dist.reports.footnotes import Footnotes
 from mura_dist.reports.html import Html, banner, bars, element, facts, figure, folded, join, section, table, tile
 
-GREY_EDGES = np.linspace(0, 256, 17)
+GRAY_EDGES = np.linspace(0, 256, 17)
 _LABELS = report.LABELS
 _NO_SUCH = "none of this label is among the radiographs whose pixels were read"
 
@@ -174,7 +174,7 @@ def _mean(value: float | None, notes: Footnotes) -> Any:
 
 def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
     charts = []
-    edges = GREY_EDGES.astype(int).tolist()
+    edges = GRAY_EDGES.astype(int).tolist()
     for name, grey in named.items():
         series = {label: grey[f"{label}_histogram"] for label in _LABELS}
         description = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())

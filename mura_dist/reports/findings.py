@@ -19,7 +19,7 @@ from mura_dist.metrics.intervals import WILSON
 from mura_dist.metrics.summary import describe_missing, format_number, metrics_by_group
 from mura_dist.reports import plots as pictures
 from mura_dist.reports import training_curves
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 
 FEW_STUDIES, FEW_OF_A_CLASS = 50, 10
 WIDE_BAND = 0.25  # share of the reported studies in the uncertain band, above which it is called wide
@@ -159,17 +159,17 @@ def _stamps(known: Mapping[str, Any]) -> Iterator[str]:
 
 def _summary(metrics: dict[str, Any], studies: pd.DataFrame, known: Mapping[str, Any]) -> Iterator[str]:
     overall, split = metrics["overall"], known.get("split")
-    patients = "unknown patients" if overall["num_patients"] is None else count(overall["num_patients"], "patient")
+    patients = "unknown patients" if overall["num_patients"] is None else pluralize(overall["num_patients"], "patient")
     role = (known.get("roles") or {}).get(split) if split else None
     of_split = f", the split {split}{f', which {role}' if role else ''}" if split else ""
-    yield f"Measured on {count(overall['num_studies'], 'study')} of {patients}{of_split}. {_how_called(studies, known)}"
+    yield f"Measured on {pluralize(overall['num_studies'], 'study')} of {patients}{of_split}. {_how_called(studies, known)}"
     cells = overall["confusion"]
     if cells is None:
         yield "Nothing could be measured."
         return
     abnormal, normal = cells["tp"] + cells["fn"], cells["tn"] + cells["fp"]
     yield (
-        f"Of {count(abnormal, 'abnormal study')}, {cells['tp']:,} were called abnormal; of {count(normal, 'normal study')}, "
+        f"Of {pluralize(abnormal, 'abnormal study')}, {cells['tp']:,} were called abnormal; of {pluralize(normal, 'normal study')}, "
         f"{cells['tn']:,} were not."
     )
     yield from _in_words(metrics)
@@ -206,9 +206,7 @@ def _in_words(metrics: dict[str, Any]) -> Iterator[str]:
         yield f"{text} (calibration error, {overall['calibration_error_method']})."
     band = ((metrics.get("operating_points") or {}).get("overall") or {}).get("band") or {}
     if band.get("share_uncertain") is not None:
-        text = (
-            f"In the uncertain band lie {band['num_uncertain']:,} of {count(band['num_studies'], 'study')}, a share of "
-        )
+        text = f"In the uncertain band lie {band['num_uncertain']:,} of {pluralize(band['num_studies'], 'study')}, a share of "
         text += with_words(band, "share_uncertain")
         if band.get("accuracy_outside") is not None:
             text += f"; outside it the accuracy is {with_words(band, 'accuracy_outside')}"
@@ -233,7 +231,9 @@ def _few(metrics: dict[str, Any]) -> list[str]:
         cells = group["confusion"] or dict.fromkeys(CELLS, 0)
         rarer = min(cells["tp"] + cells["fn"], cells["tn"] + cells["fp"])
         if group["num_studies"] < FEW_STUDIES or rarer < FEW_OF_A_CLASS:
-            found.append(f"{_group_words(name)} ({count(group['num_studies'], 'study')}, {rarer} of the rarer label)")
+            found.append(
+                f"{_group_words(name)} ({pluralize(group['num_studies'], 'study')}, {rarer} of the rarer label)"
+            )
     return found
 
 
@@ -246,7 +246,7 @@ def _wide_band(metrics: dict[str, Any]) -> str | None:
         return None
     return (
         f"The band is wide: {100 * band['share_uncertain']:.0f} % of the studies lie in it. It was fitted on "
-        f"{count(fitted['num_studies'], 'tune study')} ({fitted['num_normal']:,} normal, {fitted['num_abnormal']:,} abnormal), "
+        f"{pluralize(fitted['num_studies'], 'tune study')} ({fitted['num_normal']:,} normal, {fitted['num_abnormal']:,} abnormal), "
         "so that a handful of them decide where it begins and ends. With more tune studies (shards --tune) the band would narrow."
     )
 

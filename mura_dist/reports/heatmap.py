@@ -29,7 +29,7 @@ def edges() -> list[float]:
     return [-edge for edge in reversed(EDGES)] + list(EDGES)
 
 
-def colour(step: int) -> tuple[tuple[int, int, int], float]:
+def step_color(step: int) -> tuple[tuple[int, int, int], float]:
     """What a cell of that step is painted with, and how opaque."""
     return (FOR if step > 0 else AGAINST), OPACITY[abs(step)]
 
@@ -40,7 +40,7 @@ def opacity(logit: np.ndarray) -> np.ndarray:
     return np.interp(np.abs(logit), middles, OPACITY)
 
 
-def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.ndarray:
+def overlay_heatmap(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.ndarray:
     """Return a radiograph under its map, interpolated between the middles of the cells.
 
     Args:
@@ -51,17 +51,17 @@ def painted(pixels: np.ndarray, cells: np.ndarray, strength: float = 1.0) -> np.
     Returns:
         (H, W, 3) uint8.
     """
-    return _mixed(pixels, _interpolated(cells, pixels.shape), strength)
+    return _blend(pixels, _interpolate(cells, pixels.shape), strength)
 
 
-def layer(cells: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def render_layer(cells: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return a map (h, w) alone, interpolated to `shape`, to be laid over a radiograph: colour and opacity, (H, W, 4) uint8."""
-    logit = _interpolated(cells, shape)
-    colours = np.where(logit[..., None] > 0, FOR, AGAINST)
-    return np.concatenate([colours, np.rint(255 * opacity(logit))[..., None]], axis=-1).astype(np.uint8)
+    logit = _interpolate(cells, shape)
+    colors = np.where(logit[..., None] > 0, FOR, AGAINST)
+    return np.concatenate([colors, np.rint(255 * opacity(logit))[..., None]], axis=-1).astype(np.uint8)
 
 
-def _interpolated(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _interpolate(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the logits (h, w) at each pixel of `shape`."""
     far = 4 * EDGES[-1]  # where opacity no longer grows, so that an infinite cell has neighbours too
     finite = np.clip(np.nan_to_num(cells.astype(np.float32), nan=0, posinf=far, neginf=-far), -far, far)
@@ -69,13 +69,13 @@ def _interpolated(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(Image.fromarray(finite).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _mixed(pixels: np.ndarray, logit: np.ndarray, strength: float = 1.0) -> np.ndarray:
+def _blend(pixels: np.ndarray, logit: np.ndarray, strength: float = 1.0) -> np.ndarray:
     share = strength * opacity(logit)[..., None]
     ours = np.where(logit[..., None] > 0, FOR, AGAINST)
     return np.rint(pixels[..., None] * (1 - share) + ours * share).astype(np.uint8)
 
 
-def scale(width: int) -> np.ndarray:
+def scale_logits(width: int) -> np.ndarray:
     """Return the logits along a scale `width` pixels wide, (width,): each of STEPS has the same share of it."""
     step = (np.arange(width) + 0.5) / width * len(STEPS) - len(STEPS) / 2
     return np.sign(step) * EDGES[0] * np.where(np.abs(step) > 0.5, 2.0 ** (np.abs(step) - 0.5), 2 * np.abs(step))
@@ -83,9 +83,9 @@ def scale(width: int) -> np.ndarray:
 
 def scale_strip(width: int) -> np.ndarray:
     """Return the colours along a scale, over black and below over white: (28, width, 3) uint8."""
-    logits = np.tile(scale(width), (28, 1))
+    logits = np.tile(scale_logits(width), (28, 1))
     ground = np.repeat([[0], [255]], 14, axis=0) * np.ones_like(logits)
-    return _mixed(ground, logits)
+    return _blend(ground, logits)
 
 
 def draw_scale(canvas: Image.Image, x: int, y: int, width: int, font: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Blue and orange stay apart for every kind of colour vision, on white and on black; ink follows the page's theme.
-NEGATIVE_COLOUR, POSITIVE_COLOUR = "#3f83b5", "#d9722b"
+NEGATIVE_COLOR, POSITIVE_COLOR = "#3f83b5", "#d9722b"
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d5dae0; --wash: #f3f5f7; --paper: #fff;
@@ -203,7 +203,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[int]], alt: str) ->
 
     Counts stand on the bars where all are wide enough, names below, thinned out where there are more than a dozen.
     """
-    colours = (NEGATIVE_COLOUR, POSITIVE_COLOUR)
+    colours = (NEGATIVE_COLOR, POSITIVE_COLOR)
     assert 0 < len(series) <= len(colours), list(series)
     width, top, floor = 420, 30, 166
     peak = max((value for values in series.values() for value in values), default=0) or 1

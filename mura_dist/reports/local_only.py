@@ -48,7 +48,7 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return data.getvalue()
 
 
-def uri(pixels: np.ndarray, *, lossy: bool = False) -> Html:
+def data_uri(pixels: np.ndarray, *, lossy: bool = False) -> Html:
     """Return the file's content as an address that needs no file: a PNG, or a JPEG where `lossy`."""
     kind, data = ("jpeg", jpeg(pixels)) if lossy else ("png", png(pixels))
     return Html(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from mura_dist.metrics.classification import bin_by_quantile, compute_pr_curve, compute_roc_curve
 from mura_dist.metrics.intervals import compute_wilson_interval
-from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR, Html, join
+from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR, Html, join
 from mura_dist.reports.svg import (
     CHARACTER_PX,
     INK,
@@ -126,10 +126,10 @@ def forest(
 
 
 def _forest_marks(axes: Axes, row: Row, y: float, chance: float) -> list[Html]:
-    colour = NEGATIVE_COLOUR if row.mark == "circle" else INK
+    colour = NEGATIVE_COLOR if row.mark == "circle" else INK
     parts = []
     if row.other is not None:
-        parts.append(diamond(axes, row.other, y, POSITIVE_COLOUR, hollow=True))
+        parts.append(diamond(axes, row.other, y, POSITIVE_COLOR, hollow=True))
     if row.value is None:
         return [*parts, words(axes.px(chance) + 6, axes.py(y) + 4, "none", "start", font_style="italic")]
     if row.low is not None and row.high is not None:
@@ -156,11 +156,11 @@ def roc_picture(
     parts = [
         frame(SQUARE, "1 - specificity", "sensitivity"),
         line(SQUARE, (0, 1), (0, 1), width=1, dash="1.5 3"),
-        line(SQUARE, x, y, NEGATIVE_COLOUR, 2),
+        line(SQUARE, x, y, NEGATIVE_COLOR, 2),
     ]
     said = f"ROC curve of {of}: {area}"
     if called is not None:
-        parts.append(dot(SQUARE, *called, POSITIVE_COLOUR, 5))
+        parts.append(dot(SQUARE, *called, POSITIVE_COLOR, 5))
         said += f"; the calls lie at sensitivity {called[1]:.3f}, specificity {1 - called[0]:.3f}"
     caption = f"ROC. {area}." + (" Dot: the calls." if called is not None else "")
     return Picture(name, WIDTH, HEIGHT, join(parts), said, caption)
@@ -175,11 +175,11 @@ def pr_picture(
     parts = [
         frame(SQUARE, "sensitivity (recall)", "PPV (precision)"),
         rule(SQUARE, y=prevalence),
-        line(SQUARE, x, y, NEGATIVE_COLOUR, 2),
+        line(SQUARE, x, y, NEGATIVE_COLOR, 2),
     ]
     said = f"Precision-recall curve of {of}: {area}; share abnormal {prevalence:.3f}"
     if called is not None:
-        parts.append(dot(SQUARE, *called, POSITIVE_COLOUR, 5))
+        parts.append(dot(SQUARE, *called, POSITIVE_COLOR, 5))
         said += f"; the calls lie at sensitivity {called[0]:.3f}, PPV {called[1]:.3f}"
     caption = f"Precision and recall. {area}. Dotted: the share abnormal, {prevalence:.3f}."
     caption += " Dot: the calls." if called is not None else ""
@@ -198,7 +198,7 @@ def confusion_picture(name: str, of: str, cells: dict[str, int]) -> Picture:
         total = sum(cells[key] for key in keys)
         middle = top + tall * (y + 0.5)
         parts += [words(left - 8, middle - 4, "labelled", "end"), words(left - 8, middle + 12, word, "end")]
-        for x, (key, colour) in enumerate(zip(keys, (NEGATIVE_COLOUR, POSITIVE_COLOUR), strict=True)):
+        for x, (key, colour) in enumerate(zip(keys, (NEGATIVE_COLOR, POSITIVE_COLOR), strict=True)):
             share = cells[key] / total if total else 0.0
             parts.append(
                 rect(left + wide * x + 1.5, top + tall * y + 1.5, wide - 3, tall - 3, colour, 0.07 + 0.5 * share)
@@ -225,13 +225,13 @@ def scores_picture(
     if band is not None:
         x, width = axes.px(band[0]), axes.px(band[1]) - axes.px(band[0])
         parts.append(rect(x, axes.top, width, axes.height, INK, 0.1))
-    parts.append(steps(axes, counts["edges"], counts["abnormal"], POSITIVE_COLOUR))
-    parts.append(steps(axes, counts["edges"], [-value for value in counts["normal"]], NEGATIVE_COLOUR))
+    parts.append(steps(axes, counts["edges"], counts["abnormal"], POSITIVE_COLOR))
+    parts.append(steps(axes, counts["edges"], [-value for value in counts["normal"]], NEGATIVE_COLOR))
     parts.append(rule(axes, y=0, dash="", opacity=0.7))
     if threshold is not None:
         parts.append(rule(axes, x=threshold, dash="5 3", opacity=0.9))
     said = []
-    for place, (word, colour) in enumerate((("abnormal", POSITIVE_COLOUR), ("normal", NEGATIVE_COLOUR))):
+    for place, (word, colour) in enumerate((("abnormal", POSITIVE_COLOR), ("normal", NEGATIVE_COLOR))):
         num, median = sum(counts[word]), counts[f"{word}_median"]
         x = axes.left + place * 142
         parts += [rect(x, 9, 11, 11, colour), words(x + 16, 19, f"{word} ({num:,})", "start")]

@@ -16,7 +16,7 @@ from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, betwe
 from mura_dist.reports.figures import difference, slug
 from mura_dist.reports.findings import TITLES, with_words
 from mura_dist.reports.html import Html, element, folded, join, table
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 from mura_dist.reports.threshold_sections import costs
 
 MANY_LOOKS = (
@@ -214,7 +214,7 @@ def each(report: Report) -> Iterator[Html]:
             caption = "Thresholds wanted on tune, what they have there, and what they cost here."
             content.append(costs(report, points[name], calibration.get(name, {}), caption))
         numbers = (f"{word} {format_number(group[key])}" for word, key in (("kappa", "kappa"), ("AUROC", "auroc")))
-        text = ", ".join((count(group["num_studies"], "study"), *numbers))
+        text = ", ".join((pluralize(group["num_studies"], "study"), *numbers))
         type_name = in_words(name)
         code = [" ", element("small", name)] if type_name != name else []
         parts.append(folded(join((element("strong", type_name), *code, f": {text}")), *content))

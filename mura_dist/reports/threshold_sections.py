@@ -11,7 +11,7 @@ from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, bulle
 from mura_dist.reports.figures import CALIBRATION
 from mura_dist.reports.findings import TITLES
 from mura_dist.reports.html import Html, element, folded, join, table
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 
 _RATES = ("sensitivity", "specificity", "ppv", "npv")
 
@@ -66,11 +66,11 @@ def _of_calibration(report: Report, group: Found, key: str) -> Html:
 def _fit_words(fitted: Found, split: str | None) -> Iterator[Html]:
     reported = "which is reported here: optimistic" if split == fitted["fitted_on"] else "never on what is reported"
     patients = fitted.get("num_patients")
-    of = f" of {count(patients, 'patient')}" if patients is not None else ""
+    of = f" of {pluralize(patients, 'patient')}" if patients is not None else ""
     yield element(
         "p",
         f"Calibration and thresholds were fitted on {fitted['fitted_on']} "
-        f"({count(fitted['num_studies'], 'study')}{of}), {reported}: {fitted.get('method') or 'method not given'}.",
+        f"({pluralize(fitted['num_studies'], 'study')}{of}), {reported}: {fitted.get('method') or 'method not given'}.",
     )
     for note in fitted.get("notes") or []:
         yield element("p", f"{note}.", class_="soft")
@@ -104,7 +104,7 @@ def operating(report: Report) -> Iterator[Html]:
     if points:
         yield from _band_words(report, points["overall"]["band"])
         if left_out := points.get("left_out"):
-            text = "; ".join(f"{in_words(name)} ({count(num, 'study')})" for name, num in left_out.items())
+            text = "; ".join(f"{in_words(name)} ({pluralize(num, 'study')})" for name, num in left_out.items())
             yield element("p", f"Left out, as nothing was fitted for them: {text}.", class_="soft")
         parts.append(folded("The uncertain band of each study type", _bands(report, points)))
         caption = "All study types, measured here; each has a threshold of its own. In small print the 95 % interval."
@@ -122,7 +122,7 @@ def _band_words(report: Report, band: Found) -> Iterator[Html]:
     yield element("h3", "The uncertain band")
     text = "From the threshold of sensitivity 95 % to that of specificity 95 %, both on tune: a study in between is uncertain."
     if band.get("share_uncertain") is not None:
-        text += f" Here these are {num(band.get('num_uncertain'))} of {count(band['num_studies'], 'study')}."
+        text += f" Here these are {num(band.get('num_uncertain'))} of {pluralize(band['num_studies'], 'study')}."
     yield element("p", text)
     if note := report.findings["wide_band"]:
         yield element("p", note)

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from mura_dist.core import files
-from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR
 
 History = list[dict[str, Any]]
 Series = dict[str, tuple[list[float], list[float]]]  # label -> steps, values
-COLOURS = {"step": "#8995a1", "train": NEGATIVE_COLOUR, "tune": POSITIVE_COLOUR, "valid": POSITIVE_COLOUR}
+COLOURS = {"step": "#8995a1", "train": NEGATIVE_COLOR, "tune": POSITIVE_COLOR, "valid": POSITIVE_COLOR}
 INK = "#1b1f24"
 _HELD_OUT = re.compile(r"(train|tune|valid)_(loss|kappa|auroc)$")
 

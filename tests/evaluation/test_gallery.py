@@ -206,19 +206,19 @@ def test_the_interval_is_the_patients() -> None:
 
 def test_a_step_has_the_colour_of_its_side_and_the_opacity_at_its_middle() -> None:
     for step in heatmap.STEPS:
-        colour, opacity = heatmap.colour(step)
+        colour, opacity = heatmap.step_color(step)
         logit = np.sign(step) * (2.0 ** (abs(step) - 1.5) if step else 0.0)  # edges at 0.5, 1, 2, 4, 8
         assert opacity == pytest.approx(heatmap.opacity(np.array([logit]))[0])
-        painted = heatmap.painted(np.full((9, 9), 100, np.uint8), np.full((4, 4), logit))[4, 4]
+        painted = heatmap.overlay_heatmap(np.full((9, 9), 100, np.uint8), np.full((4, 4), logit))[4, 4]
         assert painted.tolist() == [round(100 * (1 - opacity) + part * opacity) for part in colour]
-    assert len({heatmap.colour(step) for step in heatmap.STEPS}) == 11
-    assert {heatmap.colour(step)[0] for step in (-5, -1)} == {heatmap.AGAINST}
-    assert {heatmap.colour(step)[0] for step in (1, 5)} == {heatmap.FOR}
+    assert len({heatmap.step_color(step) for step in heatmap.STEPS}) == 11
+    assert {heatmap.step_color(step)[0] for step in (-5, -1)} == {heatmap.AGAINST}
+    assert {heatmap.step_color(step)[0] for step in (1, 5)} == {heatmap.FOR}
 
 
 def test_a_logit_has_one_colour_and_opacity_of_its_own() -> None:
     logits = np.array([-9, -6, -3, -1.5, -0.7, -0.2, 0.2, 0.7, 1.5, 3, 6, 9])
-    layers = [heatmap.layer(np.full((4, 4), logit), (8, 8)) for logit in logits]
+    layers = [heatmap.render_layer(np.full((4, 4), logit), (8, 8)) for logit in logits]
     assert all((layer == layer[0, 0]).all() for layer in layers)
     assert len({tuple(layer[0, 0]) for layer in layers}) == len(logits)
     for logit, layer in zip(logits, layers, strict=True):
@@ -234,10 +234,10 @@ def test_a_cell_is_painted_alike_whatever_the_others_hold(others: float) -> None
     pixels = np.full((44, 44), 100, np.uint8)
     cells = np.full((4, 4), others)
     cells[1, 2] = 2**0.5  # the middle of a step
-    found = heatmap.painted(pixels, cells)
-    (red, green, blue), opacity = heatmap.colour(2)
+    found = heatmap.overlay_heatmap(pixels, cells)
+    (red, green, blue), opacity = heatmap.step_color(2)
     assert found[16, 27].tolist() == [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
-    assert heatmap.colour(0)[1] == 0
+    assert heatmap.step_color(0)[1] == 0
 
 
 @pytest.mark.parametrize("side", [2, 4, 7, 10])
@@ -246,7 +246,7 @@ def test_a_map_has_no_blocks(side: int) -> None:
     cells = np.random.default_rng(side).normal(0, 4, (side, side))
 
     def largest_step(size: int) -> int:
-        found = heatmap.painted(np.full((size, size), 100, np.uint8), cells).astype(int)
+        found = heatmap.overlay_heatmap(np.full((size, size), 100, np.uint8), cells).astype(int)
         return max(int(np.abs(np.diff(found, axis=axis)).max()) for axis in (0, 1))
 
     assert 1 <= largest_step(1600) <= 0.5 * largest_step(200)
@@ -258,7 +258,7 @@ def test_opacity_is_that_of_the_steps_and_grows_with_the_logit() -> None:
     logit = np.linspace(0, 40, 4001)
     assert (np.diff(heatmap.opacity(logit)) >= 0).all()
     assert (heatmap.opacity(-logit) == heatmap.opacity(logit)).all()
-    along = heatmap.scale(1100)
+    along = heatmap.scale_logits(1100)
     assert (np.diff(along) > 0).all()
     assert np.abs(np.diff(heatmap.opacity(along))).max() < 0.01  # nowhere a jump
     assert along[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
@@ -272,9 +272,9 @@ def test_a_map_of_few_cells_is_not_shown(shape: tuple[int, int], shown: bool) ->
 def test_a_cell_that_is_no_number_stays_clear() -> None:
     cells = np.zeros((5, 5))
     cells[2, 2] = np.nan
-    assert (heatmap.painted(np.full((50, 50), 7, np.uint8), cells) == 7).all()
+    assert (heatmap.overlay_heatmap(np.full((50, 50), 7, np.uint8), cells) == 7).all()
     cells[2, 2] = np.inf
-    assert heatmap.painted(np.full((55, 55), 7, np.uint8), cells)[27, 27].tolist() == [171, 93, 23]
+    assert heatmap.overlay_heatmap(np.full((55, 55), 7, np.uint8), cells)[27, 27].tolist() == [171, 93, 23]
 
 
 # ---- the gallery as a whole
@@ -346,7 +346,7 @@ def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]]
     for study in found["studies"]:
         for row in frame.index[frame["study"] == study["study"]]:
             radiographs.append(opened.pixels(row))
-            wanted.append(heatmap.layer(sees(radiographs[-1][None, None])[1][0], (60, 60)))
+            wanted.append(heatmap.render_layer(sees(radiographs[-1][None, None])[1][0], (60, 60)))
     text = (out / "gallery.html").read_text()
     maps = [embedded(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
     shown = [embedded(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)]
@@ -369,10 +369,10 @@ def test_a_layer_over_a_radiograph_is_the_painted_one() -> None:
     """What the browser lays over a radiograph is what a picture file holds."""
     rng = np.random.default_rng(0)
     pixels, cells = rng.integers(0, 256, (48, 48), np.uint8), rng.normal(0, 4, (6, 6))
-    above = heatmap.layer(cells, (48, 48)).astype(float)
+    above = heatmap.render_layer(cells, (48, 48)).astype(float)
     share = above[..., 3:] / 255
     mixed = pixels[..., None] * (1 - share) + above[..., :3] * share
-    assert np.abs(mixed - heatmap.painted(pixels, cells)).max() <= 1.5
+    assert np.abs(mixed - heatmap.overlay_heatmap(pixels, cells)).max() <= 1.5
 
 
 # ---- pages

@@ -61,7 +61,7 @@ def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: 
         assert np.float32(line["logit"]) == logit[0]
         alone, painted = parts(place(tmp_path / "out", line["path"]))
         assert (alone == image[..., None]).all()
-        assert (painted == heatmap.painted(image, cells[0])).all()
+        assert (painted == heatmap.overlay_heatmap(image, cells[0])).all()
     assert (folder / NOTE).read_text().startswith("LOCAL ONLY: ")
     assert overlays.CAVEAT in (folder / NOTE).read_text()
 
@@ -112,7 +112,7 @@ def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
     image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), others)
     cells[21, 31] = 2**0.5
     pixels = picture(image, cells, 0.0)
-    colour, opacity = heatmap.colour(2)
+    colour, opacity = heatmap.step_color(2)
     wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
     y, x = TOP + 21 * 5 + 2, LEFT + 320 + GAP + 31 * 5 + 2
     assert pixels[y, x].tolist() == wanted
@@ -130,7 +130,7 @@ def test_a_cell_that_is_no_number_stays_clear() -> None:
     cells[21, 31], cells[41, 11] = np.inf, -np.inf
     pixels = picture(image, cells, 0.0)
     for (row, column), step in (((21, 31), 5), ((41, 11), -5)):
-        colour, opacity = heatmap.colour(step)
+        colour, opacity = heatmap.step_color(step)
         wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
         assert pixels[TOP + row * 5 + 2, LEFT + 320 + GAP + column * 5 + 2].tolist() == wanted
 

@@ -111,7 +111,7 @@ def _picture(files: Sequence[StudyFile], index: int, strength: float | None, *, 
     assert file.upload.shown is not None
     shown, what = file.upload.shown, "Radiograph"
     if strength is not None:
-        shown, what = heatmap.painted(shown, file.view.cells, strength), "Radiograph under its activation map"
+        shown, what = heatmap.overlay_heatmap(shown, file.view.cells, strength), "Radiograph under its activation map"
     st.image(_png(shown), alt=f"{what}, {which}", width="stretch")
     words = which.capitalize()
     if not file.drawn:

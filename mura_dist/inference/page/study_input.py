@@ -22,7 +22,7 @@ from mura_dist.inference.page.study import (
     study_types,
 )
 from mura_dist.reports.html import element
-from mura_dist.reports.plurals import count
+from mura_dist.reports.plurals import pluralize
 
 if TYPE_CHECKING:
     from mura_dist.inference.page.server import PageContext
@@ -89,7 +89,9 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
 
 def title(example: Example) -> str:
     """Return what an example is called."""
-    return f"Example {example.number}: {in_words(example.study_type).lower()}, {count(len(example.files), 'picture')}"
+    return (
+        f"Example {example.number}: {in_words(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
+    )
 
 
 def _chosen(example: Example) -> Content:

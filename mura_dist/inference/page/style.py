@@ -6,11 +6,11 @@ Colours are mixed from the theme's own ink, so that each scheme has its own.
 
 from mura_dist.inference.page.wording import Outcome
 from mura_dist.reports import heatmap
-from mura_dist.reports.html import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR
 
 MARKS: dict[Outcome, str] = {
-    "none_flagged": NEGATIVE_COLOUR,
-    "flagged": POSITIVE_COLOUR,
+    "none_flagged": NEGATIVE_COLOR,
+    "flagged": POSITIVE_COLOR,
     "uncertain": "#8a8f98",
     "no_call": "#8a8f98",
 }
@@ -25,7 +25,7 @@ def scale_gradient() -> str:
     """Return CSS of the map's colours, as they lie on a radiograph's grey."""
     stops = []
     for step in heatmap.STEPS:
-        (red, green, blue), opacity = heatmap.colour(step)
+        (red, green, blue), opacity = heatmap.step_color(step)
         stops.append(f"rgb({red} {green} {blue} / {opacity:g})")
     return f"linear-gradient(to right, {', '.join(stops)}), linear-gradient(#4a4a4a, #4a4a4a)"
 
