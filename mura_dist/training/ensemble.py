@@ -15,7 +15,7 @@ from mura_dist.models.card import Member
 from mura_dist.models.model_list import ModelList
 from mura_dist.training import checkpoint
 from mura_dist.training.run import Run
-from mura_dist.training.weights import digest
+from mura_dist.training.weights import weights_digest
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,7 @@ class _Candidate:
             checkpoint=self.checkpoint,
             architecture=self.architecture,
             select_loss=self.select_loss,
-            sha256=digest(self.folder),
+            sha256=weights_digest(self.folder),
         )
 
 
@@ -132,7 +132,7 @@ def _sound(candidates: Sequence[_Candidate], top: int, log: Callable[[str], None
 def _different(chosen: Sequence[_Candidate]) -> None:
     seen: dict[str, _Candidate] = {}
     for candidate in chosen:
-        before = seen.setdefault(digest(candidate.folder), candidate)
+        before = seen.setdefault(weights_digest(candidate.folder), candidate)
         if before is not candidate:
             raise UserError(
                 f"{candidate.folder} and {before.folder} hold the same weights, which would count twice; leave one run out"

@@ -1,33 +1,71 @@
-"""Which weights make a model: a run's one checkpoint, or the several of a model list.
+"""Resolve which weights make a model: one checkpoint of a run, or the checkpoints of a model list.
 
-RUN, FILE.json -> ModelWeights -> one module: image uint8 -> logit, activation_map          for evaluate and export
+RUN or FILE.json -> ModelWeights -> one module: image (B, 1, S, S) uint8 -> logit (B,), activation_map (B, h, w)
+
+`evaluate`, `export` and `load_network` use it. DeepSpeed is not imported.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mura_dist.core import config
+from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError
-from mura_dist.models import model_list as members
+from mura_dist.models import model_list
 from mura_dist.models.card import Member
 from mura_dist.models.densenet import build
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.model_list import ModelList
 from mura_dist.models.target import Target
-from mura_dist.training import checkpoint
+from mura_dist.training import checkpoint as checkpoints
 from mura_dist.training.checkpoint import Checkpoint
 from mura_dist.training.run import Run
 
 WEIGHTS = "model.safetensors"
 
 
+def load_network(run: str | os.PathLike[str], checkpoint: str = "best") -> torch.nn.Module:
+    """Load the network of a run's checkpoint, on the CPU and in eval mode.
+
+    The weights are those that `mura-dist evaluate` scores and `mura-dist export` writes. They are the moving average if the recipe
+    sets `ema`.
+
+    Args:
+        run: The folder of a run, or a model list (FILE.json) of `mura-dist ensemble`.
+        checkpoint: `best` (lowest loss on the selecting split), `last` or `step-N`. A model list accepts `best` alone.
+
+    Returns:
+        A module that maps image (B, 1, S, S) uint8 to logit (B,) float32 and activation_map (B, h, w) float32. For a run it is a
+        `DenseNet`. For a model list it is an `Ensemble`, whose logit is that of the mean probability.
+
+    Raises:
+        UserError: `run` is neither a run nor a model list, or the checkpoint is missing or corrupt.
+
+    Example:
+        >>> network = mura_dist.load_network("runs/mura", checkpoint="last")
+        >>> with torch.inference_mode():
+        ...     logit, activation_map = network(image)
+    """
+    target = Target.parse(files.expand_user(os.fspath(run)))
+    if target.kind == "onnx":
+        raise UserError(f"{target.path} is a file, not the folder of a run. Load an ONNX file with mura_dist.load.")
+    return ModelWeights.from_target(target, checkpoint).load_model()
+
+
 @dataclass(frozen=True)
 class ModelWeights:
-    """Checkpoints that make one model. `runs`: the run of each; `members`: what a list says of them, empty for a run's own."""
+    """The checkpoints that make one model.
+
+    Attributes:
+        name: The checkpoint's name, or the ensemble's.
+        runs: The run of each checkpoint.
+        checkpoints: One checkpoint of a run, or one for each member of a model list.
+        members: The entries of the model list; empty for a run.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -36,7 +74,7 @@ class ModelWeights:
 
     @classmethod
     def from_target(cls, target: Target, which: str) -> "ModelWeights":
-        """Those of a run's checkpoint `which`, or of a model list, which has its own."""
+        """Return the weights of a run's checkpoint `which`, or of a model list, which names its own."""
         if target.kind != "list":
             return cls.from_run(target.path, which)
         target.check_checkpoint(which)
@@ -44,73 +82,98 @@ class ModelWeights:
 
     @classmethod
     def from_run(cls, folder: Path, which: str) -> "ModelWeights":
-        """A run's checkpoint: best, last or step-N. UserError where there is no such run or checkpoint."""
+        """Return the weights of a run's checkpoint.
+
+        Args:
+            folder: The run's folder.
+            which: `best`, `last` or `step-N`.
+
+        Raises:
+            UserError: there is no such run or checkpoint.
+        """
         run = Run.load(folder)
-        chosen = checkpoint.select(run.checkpoints, which)
-        return cls(chosen.name, (run,), (chosen,))
+        checkpoint = checkpoints.select(run.checkpoints, which)
+        return cls(checkpoint.name, (run,), (checkpoint,))
 
     @classmethod
     def from_list(cls, path: Path) -> "ModelWeights":
-        """The members of a list, each checked. UserError naming the one that changed or is gone."""
-        listed = ModelList.load(path)
-        found = [_member(path, member) for member in listed.members]
-        runs, checkpoints = (tuple(part) for part in zip(*found, strict=True))
-        named = members.anonymous(path, listed.members)
-        return cls(members.title(named), runs, checkpoints, tuple(named))
+        """Return the weights of a model list.
+
+        Raises:
+            UserError: a member is missing or has changed.
+        """
+        entries = ModelList.load(path).members
+        loaded = [_load_member(path, member) for member in entries]
+        members = model_list.anonymous(path, entries)
+        return cls(
+            model_list.title(members),
+            tuple(run for run, _ in loaded),
+            tuple(checkpoint for _, checkpoint in loaded),
+            tuple(members),
+        )
 
     @property
     def settings(self) -> Settings:
-        """Those of the first member's run: how the shards are loaded."""
+        """The settings of the first member's run. They say how shards are loaded."""
         return self.runs[0].settings
 
     def digests(self) -> list[str]:
-        """SHA-256 of each checkpoint's weights: which ones these are, whatever they are called."""
-        return [digest(chosen.folder) for chosen in self.checkpoints]
+        """Return the SHA-256 of each checkpoint's weights. It identifies them independent of names."""
+        return [weights_digest(checkpoint.folder) for checkpoint in self.checkpoints]
 
     def data(self) -> dict[str, Any]:
-        """data.json of the first member's run; the others learnt from the same."""
+        """Return data.json of the first member's run. All members were trained on the same data."""
         return self.runs[0].data()
 
     def recipe(self) -> dict[str, Any]:
-        """The settings to show; a list of values, one a member, where they differ."""
-        each = [config.shareable(run.settings) for run in self.runs]
+        """Return the settings to publish. A setting that differs between members is a list with one value a member."""
+        recipes = [config.shareable(run.settings) for run in self.runs]
         return {
-            key: value if all(one[key] == value for one in each) else [one[key] for one in each]
-            for key, value in each[0].items()
+            key: value if all(recipe[key] == value for recipe in recipes) else [recipe[key] for recipe in recipes]
+            for key, value in recipes[0].items()
         }
 
     def load_model(self) -> torch.nn.Module:
-        """On the CPU, in eval mode."""
-        networks = [_network(run, chosen) for run, chosen in zip(self.runs, self.checkpoints, strict=True)]
+        """Return the module with its weights, on the CPU and in eval mode."""
+        networks = [
+            _build_network(run, checkpoint) for run, checkpoint in zip(self.runs, self.checkpoints, strict=True)
+        ]
         return (Ensemble(networks) if self.members else networks[0]).eval()
 
 
-def _network(run: Run, chosen: Checkpoint) -> torch.nn.Module:
+def _build_network(run: Run, checkpoint: Checkpoint) -> torch.nn.Module:
     network = build(run.settings.architecture)
-    chosen.load_into(network)
+    checkpoint.load_into(network)
     return network
 
 
-def _member(path: Path, member: Member) -> tuple[Run, Checkpoint]:
+def _load_member(path: Path, member: Member) -> tuple[Run, Checkpoint]:
     run_folder = path.parent / member.run
     folder = run_folder / "checkpoints" / member.checkpoint
-    again = "restore it, or make the list again with `mura-dist ensemble`"
-    if not (folder / checkpoint.MARK).is_file():
-        raise UserError(f"{path}: its member {folder} is gone; {again}")
+    remedy = "Restore it, or make the list again with `mura-dist ensemble`."
+    if not (folder / checkpoints.MARK).is_file():
+        raise UserError(f"{path}: the member {folder} is missing. {remedy}")
     try:
-        found = checkpoint.read(folder)
+        checkpoint = checkpoints.read(folder)
     except ValueError as error:
-        raise UserError(f"{path}: of its members, {error}; {again}") from error
-    if (sha256 := digest(folder)) != member.sha256:
+        raise UserError(f"{path}: a member is corrupt: {error}. {remedy}") from error
+    if (sha256 := weights_digest(folder)) != member.sha256:
         raise UserError(
-            f"{path}: its member {folder} has changed ({WEIGHTS} is {sha256[:12]}, listed as {member.sha256[:12]}); {again}"
+            f"{path}: the member {folder} has changed: {WEIGHTS} has the digest {sha256[:12]}, the list has "
+            f"{member.sha256[:12]}. {remedy}"
         )
-    return Run.load(run_folder), found
+    return Run.load(run_folder), checkpoint
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weights, as its mark says it; `checkpoint.read` compares the mark with the files."""
+def weights_digest(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's weights as its COMPLETE file records it.
+
+    `checkpoint.read` compares the record with the file.
+
+    Raises:
+        UserError: the COMPLETE file is corrupt.
+    """
     try:
-        return checkpoint.read_mark(folder)[WEIGHTS]
+        return checkpoints.read_mark(folder)[WEIGHTS]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{folder}/{checkpoint.MARK} is damaged ({error}); choose another checkpoint") from error
+        raise UserError(f"{folder}/{checkpoints.MARK} is corrupt ({error}). Choose another checkpoint.") from error

@@ -397,7 +397,7 @@ def replaced(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "says"),
-    [(gone, "is gone"), (damaged, "model.safetensors is damaged or missing"), (replaced, "has changed")],
+    [(gone, "is missing"), (damaged, "model.safetensors is damaged or missing"), (replaced, "has changed")],
 )
 @pytest.mark.parametrize("command", ["evaluate", "export"])
 def test_a_member_that_is_no_more_what_it_was(
