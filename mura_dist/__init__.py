@@ -1,3 +1,58 @@
-"""mura_dist: from a folder of bone radiographs to a trained, honestly measured, deployable model."""
+"""mura_dist: from a folder of bone radiographs to a trained, honestly measured, deployable model.
+
+Everything below is imported when it is first used, so that `import mura_dist` is fast and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mura_dist.core.errors import RunError, StopRequestedError, UserError
+    from mura_dist.data.loaders.data_loader import DataLoader, data_loader
+    from mura_dist.data.radiograph import read_radiograph
+    from mura_dist.inference.prediction_tables import PredictionTables, predict_directory
+    from mura_dist.inference.study_model import StudyModel, StudyResult, load
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DataLoader": "data.loaders.data_loader",
+    "PredictionTables": "inference.prediction_tables",
+    "RunError": "core.errors",
+    "StopRequestedError": "core.errors",
+    "StudyModel": "inference.study_model",
+    "StudyResult": "inference.study_model",
+    "UserError": "core.errors",
+    "data_loader": "data.loaders.data_loader",
+    "load": "inference.study_model",
+    "predict_directory": "inference.prediction_tables",
+    "read_radiograph": "data.radiograph",
+}
+
+__all__ = [
+    "DataLoader",
+    "PredictionTables",
+    "RunError",
+    "StopRequestedError",
+    "StudyModel",
+    "StudyResult",
+    "UserError",
+    "__version__",
+    "data_loader",
+    "load",
+    "predict_directory",
+    "read_radiograph",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mura_dist' has no attribute {name!r}")
+    value = getattr(import_module(f"mura_dist.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

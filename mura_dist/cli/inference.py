@@ -218,13 +218,12 @@ def predict(model: Path, inputs: tuple[Path | str, ...], out: Path, quiet: bool,
     """
     from rich.console import Console
 
-    from mura_dist.inference.predict import PredictOptions
-    from mura_dist.inference.predict import predict as run
+    from mura_dist.inference.prediction_tables import predict_directory
     from mura_dist.reports import local_only
 
     log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     with progress_bar("predicting", quiet or not environment.is_first()) as progress:
-        summary = run(model, inputs, out, PredictOptions(**options), log=log, progress=progress)
+        summary = predict_directory(inputs, model=model, out=out, log=log, progress=progress, **options).summary
     if summary is None:  # another rank's: the first one speaks
         return
     click.echo(

@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from mura_dist.core import storage
-from mura_dist.core.errors import is_io_fault, os_reason
+from mura_dist.core.errors import UserError, is_io_fault, os_reason
 from mura_dist.data import dicom, file_kind, raster
 from mura_dist.data.dicom import DicomIdentity
 from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, UnreadableFileError
@@ -52,6 +52,7 @@ __all__ = [
     "identity",
     "look",
     "read",
+    "read_radiograph",
 ]
 
 Source = Path | str | bytes | BinaryIO
@@ -63,6 +64,28 @@ def read(source: Source, size: int) -> np.ndarray:
     """The radiograph of a file, size x size: (size, size) uint8. Raises UnreadableFileError and nothing else."""
     assert size > 0, size
     return np.asarray(_grey(source).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
+    """Read a radiograph as training, prediction and the page do.
+
+    Args:
+        source: Path, or a binary file that can seek: PNG, JPEG, TIFF, JPEG 2000 or DICOM.
+        size: Side of the result in pixels. The aspect ratio is not kept.
+
+    Returns:
+        (size, size) uint8.
+
+    Raises:
+        UserError: no readable radiograph, or a size below 1.
+    """
+    if size < 1:
+        raise UserError(f"size={size}: must be at least 1. Give the pixels of a side, such as 320")
+    try:
+        return read(source, size)
+    except UnreadableFileError as error:
+        name = source if isinstance(source, Path | str) else "the file"
+        raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM") from error
 
 
 class Look(NamedTuple):
