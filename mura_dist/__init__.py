@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mura_dist.data.radiograph import read_radiograph
     from mura_dist.inference.prediction_tables import PredictionTables, predict_directory
     from mura_dist.inference.study_model import StudyModel, StudyResult, load
+    from mura_dist.training.weights import load_network
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "UserError": "core.errors",
     "data_loader": "data.loaders.data_loader",
     "load": "inference.study_model",
+    "load_network": "training.weights",
     "predict_directory": "inference.prediction_tables",
     "read_radiograph": "data.radiograph",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "data_loader",
     "load",
+    "load_network",
     "predict_directory",
     "read_radiograph",
 ]

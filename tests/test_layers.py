@@ -93,9 +93,12 @@ def resolved(name: str, node: ast.ImportFrom) -> str:
 
 @cache
 def imports(name: str, everywhere: bool = True) -> tuple[frozenset[str], frozenset[str]]:
-    """(modules of ours, packages of others) that a module imports; `everywhere`: inside functions too."""
+    """(modules of ours, packages of others) that a module imports; `everywhere`: inside functions too.
+
+    The package's `__init__` names the public objects of all floors for type checkers, and imports them when they are used.
+    """
     ours, others = set(), set()
-    for node in ast.walk(TREES[name]) if everywhere else top_level(TREES[name]):
+    for node in ast.walk(TREES[name]) if everywhere and name != "__init__" else top_level(TREES[name]):
         if isinstance(node, ast.Import):
             others |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -135,6 +138,10 @@ def loaded_with(name: str) -> frozenset[str]:
 def test_every_folder_has_a_floor() -> None:
     folders = {folder_of(name) for name in MODULES} - {""}
     assert folders == set().union(*FLOORS)
+
+
+def test_the_package_itself_imports_no_module_of_its_own() -> None:
+    assert not imports("__init__")[0]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
