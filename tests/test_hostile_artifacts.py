@@ -224,14 +224,14 @@ def test_a_value_of_another_type_is_one_line(
 def test_a_checkpoints_state_of_another_type_is_refused() -> None:
     """As it is, it is taken; with another value anywhere, it is a state or a refusal."""
     saved = json.loads(json.dumps(State(step=3, select_loss=0.5, damaged=[1, 2]).to_json()))
-    assert State.of(saved).to_json() == saved
+    assert State.from_json(saved).to_json() == saved
     for path in places(saved):
         for value in VALUES:
             with contextlib.suppress(UserError):
-                assert isinstance(State.of(put(saved, path, value)).step, int)
+                assert isinstance(State.from_json(put(saved, path, value)).step, int)
         if len(path) == 1 and path != ("corrupt_samples",):
             with pytest.raises(UserError, match=r"state\.json .* is damaged"):
-                State.of({key: value for key, value in saved.items() if key != path[0]})
+                State.from_json({key: value for key, value in saved.items() if key != path[0]})
 
 
 def test_a_cards_field_of_another_type_is_refused() -> None:

@@ -66,17 +66,17 @@ class CheckpointWriter:
         if stage:
             if ranks.is_first:
                 self._background.flush()
-                checkpoint.begin(parent, step)
+                checkpoint.begin_partial(parent, step)
             ranks.barrier()
-            share = checkpoint.to_cpu(self.engine.optimizer_state.tensors())
-            checkpoint.write_share(parent, step, share, rank=ranks.rank, shares=ranks.size)
+            share = checkpoint.copy_to_cpu(self.engine.optimizer_state.tensors())
+            checkpoint.write_optimizer_share(parent, step, share, rank=ranks.rank, num_shares=ranks.size)
             ranks.barrier()
         if ranks.is_first:
             files = self._files()
             if stage:
-                write = partial(checkpoint.complete, parent, saved, files)
+                write = partial(checkpoint.complete_partial, parent, saved, files)
             else:
-                optimizer = checkpoint.to_cpu(self.engine.optimizer_state.tensors())
+                optimizer = checkpoint.copy_to_cpu(self.engine.optimizer_state.tensors())
                 write = partial(checkpoint.write, parent, saved, files, optimizer)
             self._background.submit(partial(self._write, write, step, picture))
 
@@ -92,8 +92,8 @@ class CheckpointWriter:
 
     def _files(self) -> dict[str, checkpoint.Tensors]:
         with self.engine.eval_weights() as network:
-            files = {"model": checkpoint.to_cpu(network.state_dict())}
-        rest = checkpoint.to_cpu(self.engine.state())
+            files = {"model": checkpoint.copy_to_cpu(network.state_dict())}
+        rest = checkpoint.copy_to_cpu(self.engine.state())
         return files | ({"training": rest} if rest else {})
 
     def _check_weights(self, step: int) -> None:

@@ -13,7 +13,7 @@ from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError, nearest
 
 # Taken over as they are. What is not here would be ignored by this engine, or change what the recipe says.
-TAKEN = frozenset(
+ALLOWED_KEYS = frozenset(
     {
         *(
             "steps_per_print",
@@ -27,7 +27,7 @@ TAKEN = frozenset(
         *("gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_optimization"),
     }
 )
-ZERO_TAKEN = frozenset(
+ALLOWED_ZERO_KEYS = frozenset(
     {
         *("stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "reduce_scatter"),
         "use_multi_rank_bucket_allreduce",
@@ -121,8 +121,8 @@ def _leaves(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
 
 def _place(rest: dict[str, Any], key: str, value: Any, where: str) -> None:
     parts = key.split(".")
-    known = ZERO_TAKEN if parts[0] == "zero_optimization" and len(parts) > 1 else TAKEN
-    asked = parts[1] if known is ZERO_TAKEN else parts[0]
+    known = ALLOWED_ZERO_KEYS if parts[0] == "zero_optimization" and len(parts) > 1 else ALLOWED_KEYS
+    asked = parts[1] if known is ALLOWED_ZERO_KEYS else parts[0]
     if asked not in known:
         raise UserError(
             f"{where}: {key} is the recipe's to say, or not done by this engine{nearest(asked, known)}; leave it out "

@@ -54,7 +54,7 @@ class StepResult:
     loss: float
     gradient_norm: float
     applied: bool
-    bad_micros: tuple[int, ...]
+    nonfinite_micro_batches: tuple[int, ...]
     stop: bool
     abandoned: bool = False
     num_corrupt: int = 0
@@ -169,7 +169,7 @@ class Engine:
                 self._engine.backward(loss * factor, scale_wrt_gas=False)
                 mine.losses[place] = loss.detach()
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
-            if not micro_batch.is_exhausted(error):
+            if not micro_batch.is_memory_error(error):
                 raise
             mine.flags = _OUT_OF_MEMORY
         return mine

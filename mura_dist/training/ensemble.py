@@ -110,7 +110,7 @@ def _candidates(run: Run, beside: Path) -> Iterator[_Candidate]:
     """Its checkpoints that were evaluated."""
     relative = Path(os.path.relpath(run.folder.resolve(), beside.resolve())).as_posix()
     for folder in checkpoint.list_folders(run.checkpoints):
-        if (loss := checkpoint.select_loss(folder)) is not None:
+        if (loss := checkpoint.read_select_loss(folder)) is not None:
             yield _Candidate(loss, relative, folder.name, folder, run.settings.architecture)
 
 

@@ -45,13 +45,13 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
     """
     processes.end_with_launcher()
     mlflow_process.check_installed(settings)
-    settings = start.with_precision(settings)
+    settings = start.resolve_precision(settings)
     run = Run(Path(settings.run), settings)
     plan = Plan.from_settings(run.settings, environment.world_size())
     with contextlib.ExitStack() as stack:
         # First in, last out: a launcher's SIGTERM, when another rank failed, must not keep status.json from being written.
         stop = stack.enter_context(asked_to_stop(settings.stop_signal))
-        finished = environment.is_first() and not start.begin(run, plan, stack)
+        finished = environment.is_first() and not start.acquire_run(run, plan, stack)
         with at_once():  # torch waits for the others in C++, where no handler of ours is heard
             ranks = stack.enter_context(
                 process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S))
@@ -61,12 +61,12 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
                 log = Console(stderr=True, quiet=quiet, soft_wrap=True).print
                 mlflow_process.send_rest(run.folder, log, settings.mlflow)
             return run.status()["summary"]
-        start.agree(plan, ranks)
-        run, plan, note = start.with_micro_batch(run, plan, ranks)
+        start.check_agreement(plan, ranks)
+        run, plan, note = start.resolve_micro_batch(run, plan, ranks)
         try:
             summary = _train(run, plan, ranks, stop, ConsoleOptions(quiet, line_every_s, note))
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
-            if micro_batch.is_exhausted(error):
+            if micro_batch.is_memory_error(error):
                 raise RunError(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
             raise
         ranks.barrier()
@@ -87,10 +87,12 @@ class ConsoleOptions:
 def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: ConsoleOptions) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = RowTargets.from_shards(shards, settings.loss_weights)
-    saved = start.resume_point(run, ranks)
-    state = State(loss_scale=schedule.LossScale.of(settings)) if saved is None else State.of(saved.state)
+    saved = start.find_checkpoint(run, ranks)
+    state = (
+        State(loss_scale=schedule.LossScale.from_settings(settings)) if saved is None else State.from_json(saved.state)
+    )
     loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
-    engine = start.make_engine(plan, targets, saved, ranks)
+    engine = start.build_engine(plan, targets, saved, ranks)
     if ranks.is_first:
         how = {"world_size": ranks.size, "device": str(ranks.device)}
         run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)
@@ -110,7 +112,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
         sending,
         contextlib.closing(CheckpointWriter(run, plan, engine, metrics_logger, ranks)) as writer,
     ):
-        metrics_logger.log(start.introduction(plan, ranks, loading, state) + console.note)
+        metrics_logger.log(start.describe_start(plan, ranks, loading, state) + console.note)
         lines = ProgressLines(
             metrics_logger.log,
             start_step=state.step,
@@ -154,7 +156,7 @@ class Training:
             if stopping:
                 self.leave()
             if within == 0 or state.step == self.metrics_logger.start_step:
-                steps = self.steps_of_epoch(epoch, within)
+                steps = self.epoch_steps(epoch, within)
 
             with self.watch("data"):
                 micros, reason = read_step(steps)
@@ -183,7 +185,7 @@ class Training:
             f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on"
         )
 
-    def steps_of_epoch(self, epoch: int, first: int) -> Iterator[list[Batch]]:
+    def epoch_steps(self, epoch: int, first: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, step by step, from step `first` of the epoch on."""
         plan, ordered = self.plan, self.plan.order(epoch)
         steps = range(first, plan.steps_per_epoch)
@@ -205,8 +207,8 @@ class Training:
             state.record_step(result.loss)
         else:
             state.record_skipped_step(empty=not result.has_samples)
-            rows = self.rows_of(epoch, within, result.bad_micros)
-            what = "samples" if not result.has_samples else "loss" if result.bad_micros else "gradient"
+            rows = self.rows_of_micro_batches(epoch, within, result.nonfinite_micro_batches)
+            what = "samples" if not result.has_samples else "loss" if result.nonfinite_micro_batches else "gradient"
             self.metrics_logger.skip({"step": state.step, "epoch": epoch, "what": what, "rows": rows})
             if state.skipped_in_row >= settings.skip_limit:
                 lower = "give run=NEW and a lower learning_rate, or clip_norm"
@@ -220,10 +222,10 @@ class Training:
 
     def check_corrupt(self, number: int, rows: np.ndarray, split: str) -> None:
         """Raise CollectiveRunError, on all ranks, where more of the samples of `rows` are corrupt than max_corrupt_samples allows."""
-        most, shards = self.plan.most_corrupt(len(rows)), self.plan.shards
+        most, shards = self.plan.max_num_corrupt(len(rows)), self.plan.shards
         if number <= most:
             return
-        self.notice_damage()
+        self.gather_corrupt_rows()
         first = int(np.intersect1d(self.state.damaged, rows)[0])
         raise CollectiveRunError(
             f"{number} of {len(rows)} {split} samples are corrupt, at most {most} may be (max_corrupt_samples="
@@ -231,7 +233,7 @@ class Training:
             f"{shards.folder}` names all: convert them again, then the same command resumes; or give a larger max_corrupt_samples"
         )
 
-    def rows_of(self, epoch: int, within: int, micros: tuple[int, ...]) -> list[int]:
+    def rows_of_micro_batches(self, epoch: int, within: int, micros: tuple[int, ...]) -> list[int]:
         """The radiographs of some micro-batches of a step; of none named: all of the step's, over all ranks."""
         ordered, ranks = self.plan.order(epoch), range(self.ranks.size)
         whole = [micro for rank in ranks for micro in self.plan.micros(ordered, within, rank)]
@@ -270,8 +272,8 @@ class Training:
         line: dict[str, Any] = {"step": state.step, "epoch": epoch, "split": settings.select_on}
         if epoch > 0:
             line["train_loss"] = state.train_loss_sum / state.taken_steps if state.taken_steps else None
-        state.evaluated(epoch, loss, settings)
-        self.notice_damage()
+        state.record_evaluation(epoch, loss, settings)
+        self.gather_corrupt_rows()
         line |= {"tune_loss": loss, "tune_kappa": quick["kappa"], "tune_auroc": quick["auroc"]}
         line["learning_rate"] = schedule.learning_rate(settings, state.plateau, state.step)
         line |= {"skipped_steps": state.skipped_steps, "damaged_samples": len(state.damaged)}
@@ -283,14 +285,14 @@ class Training:
         self.lines.end_evaluation()
         return True
 
-    def notice_damage(self) -> None:
+    def gather_corrupt_rows(self) -> None:
         """What any rank met, now or before an interruption."""
         met = {*self.state.damaged, *self.plan.shards.damaged}
         self.state.damaged = self.ranks.union(np.array(sorted(met), np.int64)).tolist()
 
     def save(self, *, picture: bool = False) -> None:
         """Write a checkpoint, on all ranks; `picture`: and redraw curves.png."""
-        self.notice_damage()
+        self.gather_corrupt_rows()
         self.writer.save(self.state, picture=picture)
 
 
@@ -303,7 +305,7 @@ def read_step(steps: Iterator[list[Batch]]) -> tuple[list[Batch], str]:
 
 
 def _summary(run: Run, plan: Plan, state: State, metrics_logger: MetricsLogger) -> dict[str, Any]:
-    chosen = checkpoint.best(checkpoint.list_folders(run.checkpoints)) if metrics_logger.enabled else None
+    chosen = checkpoint.best_folder(checkpoint.list_folders(run.checkpoints)) if metrics_logger.enabled else None
     epochs = [line for line in metrics_logger.lines() if line["kind"] == "epoch"]
     return {
         "run": str(run.folder),

@@ -22,7 +22,7 @@ from mura_dist.training.loss import weighted_bce
 _ON_CPU = 8  # micro_batch=auto there
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_memory_error(error: BaseException) -> bool:
     """Return whether an error says that there was no memory left, on the device or the host."""
     return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
@@ -42,7 +42,7 @@ def candidates(global_batch: int, world_size: int) -> list[int]:
     return [size for size in range(share, 1, -1) if share % size == 0] if share * world_size == global_batch else []
 
 
-def fitting_micro_batch(settings: Settings, size: int, world: World, *, num_resident: int = 0) -> int:
+def find_micro_batch(settings: Settings, size: int, world: World, *, num_resident: int = 0) -> int:
     """Return what micro_batch=auto is, for radiographs of `size` px. Called by all ranks.
 
     The largest that fits on every rank; on a CPU the largest candidate of at most 8, or the smallest of all.
@@ -61,10 +61,10 @@ def fitting_micro_batch(settings: Settings, size: int, world: World, *, num_resi
         )
     if world.device.type == "cpu":
         return max((number for number in sizes if number <= _ON_CPU), default=sizes[-1])
-    return largest_that_fits(settings, size, sizes, world, num_resident)
+    return largest_fitting(settings, size, sizes, world, num_resident)
 
 
-def largest_that_fits(settings: Settings, size: int, sizes: Sequence[int], world: World, num_resident: int = 0) -> int:
+def largest_fitting(settings: Settings, size: int, sizes: Sequence[int], world: World, num_resident: int = 0) -> int:
     """Try `sizes`, largest first; return the one that fits on every rank. Raises CollectiveRunError where none does."""
     mine = next((number for number in sizes if _fits(settings, size, number, world, num_resident)), 0)
     found = int(world.gather(np.array([mine], np.int64)).min())
@@ -93,7 +93,7 @@ def _fits(settings: Settings, size: int, number: int, world: World, num_resident
         weighted_bce(network(image), ones, ones).backward()
         del model, flat, network, beside, others, image, ones
     except (MemoryError, RuntimeError) as error:
-        if not is_exhausted(error):
+        if not is_memory_error(error):
             raise
         return False
     finally:

@@ -70,7 +70,7 @@ class Plan:
         """Micro-batches of a step on each rank."""
         return self.settings.global_batch // (self.settings.micro_batch * self.world_size)
 
-    def most_corrupt(self, num_samples: int) -> int:
+    def max_num_corrupt(self, num_samples: int) -> int:
         """Return how many of `num_samples` may be corrupt: the share max_corrupt_samples, but one at least where it is not 0."""
         return math.ceil(num_samples * self.settings.max_corrupt_samples - 1e-9)
 

@@ -75,7 +75,7 @@ class Run:
             raise UserError(f"{folder} is not a run (no {RECIPE}); give the folder that run= named")
         return cls(folder, config.load(path))
 
-    def begun_with(self, key: str, otherwise: Any) -> Any:
+    def recipe_value(self, key: str, otherwise: Any) -> Any:
         """A setting as the run's recipe has it; `otherwise` where it has not begun."""
         path = self.folder / RECIPE
         return config.read_recipe(path).get(key, otherwise) if path.is_file() else otherwise

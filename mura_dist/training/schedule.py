@@ -57,7 +57,7 @@ class LossScale:
     good_steps: int = 0
 
     @classmethod
-    def of(cls, settings: Settings) -> "LossScale":
+    def from_settings(cls, settings: Settings) -> "LossScale":
         return cls(2.0**16) if settings.precision == "fp16" else cls()
 
     def after(self, finite: bool, settings: Settings) -> "LossScale":

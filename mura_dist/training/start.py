@@ -29,16 +29,16 @@ from mura_dist.training.run import Run
 from mura_dist.training.state import State
 
 
-def with_precision(settings: Settings) -> Settings:
+def resolve_precision(settings: Settings) -> Settings:
     """Settle precision=auto: the precision the run began with, or the one this rank's device computes."""
     if settings.precision != "auto":
         return settings
-    begun = Run(Path(settings.run), settings).begun_with("precision", None)
+    begun = Run(Path(settings.run), settings).recipe_value("precision", None)
     chosen = begun or ("bf16" if process_group.computes_bf16() else "fp32")
     return settings.model_copy(update={"precision": chosen})
 
 
-def begin(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
+def acquire_run(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
     """Hold the folder's lock; False where all is done. On the first rank, while the others wait in `join`."""
     with asked_to_stop(run.settings.stop_signal) as early:
         if not _is_ours_to_do(run, plan):
@@ -64,7 +64,7 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
     return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
 
 
-def agree(plan: Plan, ranks: World) -> None:
+def check_agreement(plan: Plan, ranks: World) -> None:
     """Raise UserError, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
     index = plan.shards.index
     text = json.dumps(
@@ -85,14 +85,14 @@ def agree(plan: Plan, ranks: World) -> None:
         )
 
 
-def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str]:
+def resolve_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str]:
     """Settle micro_batch=auto: the micro-batch the run began with, or the one that fits. Also returns what the log says of it."""
     if run.settings.micro_batch != AUTO:
         return run, plan, ""
-    begun = int(ranks.sum([run.begun_with("micro_batch", AUTO) if ranks.is_first else 0])[0])
+    begun = int(ranks.sum([run.recipe_value("micro_batch", AUTO) if ranks.is_first else 0])[0])
     num_resident = len(plan.train) + len(plan.select) if run.settings.pipeline == "resident" else 0
     plan = plan.with_micro_batch(
-        begun or micro_batch.fitting_micro_batch(run.settings, plan.shards.size, ranks, num_resident=num_resident)
+        begun or micro_batch.find_micro_batch(run.settings, plan.shards.size, ranks, num_resident=num_resident)
     )
     if ranks.is_first:
         run.check_deepspeed(plan.deepspeed)
@@ -101,21 +101,21 @@ def with_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str
     return Run(run.folder, plan.settings), plan, note if on_cpu else ""
 
 
-def resume_point(run: Run, ranks: World) -> Checkpoint | None:
+def find_checkpoint(run: Run, ranks: World) -> Checkpoint | None:
     """Return the newest sound checkpoint, the same on every rank: the first rank decides."""
     found = None
     if ranks.is_first:
-        found = checkpoint.latest(run.checkpoints, lambda line: print(line, file=sys.stderr))  # noqa: T201
+        found = checkpoint.find_latest(run.checkpoints, lambda line: print(line, file=sys.stderr))  # noqa: T201
     step = int(ranks.sum([found.step if found is not None else -1.0 if ranks.is_first else 0.0])[0])
     if step < 0:
         return None
     try:
-        return found or checkpoint.read(checkpoint.folder_of(run.checkpoints, step))
+        return found or checkpoint.read(checkpoint.checkpoint_folder(run.checkpoints, step))
     except ValueError as error:
         raise RunError(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
 
 
-def make_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, ranks: World) -> Engine:
+def build_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, ranks: World) -> Engine:
     """Build the engine with the weights and the optimizer's state of a checkpoint, or with those a run begins with."""
     settings = plan.settings
     network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
@@ -125,8 +125,8 @@ def make_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, ranks
         _load_pretrained(network, settings.pretrained, ranks)
     engine = Engine(network, settings, ranks)
     if saved is not None:
-        engine.load_state(saved.training())
-        engine.optimizer_state.load(saved.optimiser())
+        engine.load_state(saved.training_state())
+        engine.optimizer_state.load(saved.optimizer_state())
     return engine
 
 
@@ -146,7 +146,7 @@ def _base_rate(targets: RowTargets, rows: np.ndarray) -> float:
     return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
 
 
-def introduction(plan: Plan, ranks: World, loading: BatchLoader, state: State) -> str:
+def describe_start(plan: Plan, ranks: World, loading: BatchLoader, state: State) -> str:
     """Return the run's first line of progress: network, data, batches, steps, device."""
     s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
     scaled = (

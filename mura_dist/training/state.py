@@ -1,4 +1,7 @@
-"""What a run is, besides tensors: state.json of a checkpoint. With the order a pure function, it is enough to go on from."""
+"""Hold the numbers of a run besides its tensors: state.json of a checkpoint.
+
+The order of samples is a pure function of the settings and `step`, so state and tensors are enough to resume.
+"""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -13,24 +16,28 @@ from mura_dist.training.schedule import LossScale, Plateau
 
 @dataclass
 class State:
-    """Changed by the loop alone, and in the same way on every rank."""
+    """The progress of a run. Only the training loop changes it, identically on every rank. The fields are keys of state.json."""
 
-    step: int = 0  # steps done, those left out among them: the place in the order
+    step: int = 0  # steps done, including skipped steps
     plateau: Plateau = field(default_factory=Plateau)
     loss_scale: LossScale = field(default_factory=LossScale)
-    evaluated_step: int = -1  # the last step whose evaluation is in here
-    select_loss: float | None = None  # of that evaluation; None before the first epoch and where not finite
-    stale_epochs: int = 0  # since the loss was last better: what early_stop counts
-    train_loss_sum: float = 0.0  # over the steps taken of the epoch so far
-    taken_steps: int = 0  # of the epoch so far
-    skipped_steps: int = 0  # of the whole run: left out, their loss or gradient was not finite, or they had no sample
+    evaluated_step: int = -1  # the step of the last evaluation
+    select_loss: float | None = None  # loss of that evaluation; None before the first epoch or if not finite
+    stale_epochs: int = 0  # evaluations since the last better loss; early_stop limits them
+    train_loss_sum: float = 0.0  # sum over the applied steps of this epoch
+    taken_steps: int = 0  # number of applied steps in this epoch
+    skipped_steps: int = 0  # number in the whole run: loss or gradient not finite, or no valid sample
     skipped_in_row: int = 0
-    damaged: list[int] = field(default_factory=list)  # rows met whose samples are damaged, ascending
-    corrupt_samples: int = 0  # of the epoch so far, over all ranks: what max_corrupt_samples limits
+    damaged: list[int] = field(default_factory=list)  # rows whose samples are corrupt, ascending
+    corrupt_samples: int = 0  # number in this epoch over all ranks; max_corrupt_samples limits it
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> "State":
-        """From a checkpoint's state.json. Raises UserError where it lacks a field, or one is of another type."""
+    def from_json(cls, saved: dict[str, Any]) -> "State":
+        """Return the state in a checkpoint's state.json.
+
+        Raises:
+            UserError: a field is missing or has another type.
+        """
         try:
             fields = {
                 name: saved[name] for name in cls.__dataclass_fields__ if name in saved or name != "corrupt_samples"
@@ -41,32 +48,37 @@ class State:
         except (KeyError, TypeError, ValueError) as error:
             reason = str(error).replace("\n", " ")[:160]
             raise UserError(
-                f"state.json of the newest checkpoint is damaged ({reason}); delete it, or give run=NEW"
+                f"state.json of the newest checkpoint is corrupt ({reason}). Delete that checkpoint, or use a new run=NEW."
             ) from error
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of state.json, without infinities."""
         plateau = asdict(self.plateau)
         return asdict(self) | {
             "plateau": plateau | {"best": plateau["best"] if math.isfinite(plateau["best"]) else None},
-            # Of these very weights, or of none: a checkpoint in mid-epoch was not evaluated and cannot be the best.
+            # A checkpoint in mid-epoch was not evaluated and cannot be the best.
             "select_loss": self.select_loss if self.evaluated_step == self.step else None,
         }
 
     def record_step(self, loss: float) -> None:
-        """A step was taken."""
+        """Count an applied step."""
         self.step += 1
         self.train_loss_sum += loss
         self.taken_steps += 1
         self.skipped_in_row = 0
 
     def record_skipped_step(self, *, empty: bool = False) -> None:
-        """A step was not: while an fp16 scale may be what is wrong it is not held against the run. `empty`: it had no sample."""
+        """Count a skipped step. It does not count towards skip_limit while an fp16 loss scale may be too large.
+
+        Args:
+            empty: The step had no valid sample.
+        """
         self.step += 1
         self.skipped_steps += 1
         self.skipped_in_row += empty or not self.loss_scale.may_shrink
 
-    def evaluated(self, epoch: int, loss: float, settings: Settings) -> None:
-        """The selecting split's loss of these weights; before the first epoch, and where not finite, it decides nothing."""
+    def record_evaluation(self, epoch: int, loss: float, settings: Settings) -> None:
+        """Record the loss on the selecting split. Before the first epoch, or if it is not finite, the loss decides nothing."""
         counts = epoch > 0 and math.isfinite(loss)
         if counts:
             self.stale_epochs = 0 if self.plateau.is_better(loss, settings) else self.stale_epochs + 1
@@ -76,5 +88,5 @@ class State:
         self.train_loss_sum, self.taken_steps, self.corrupt_samples = 0.0, 0, 0
 
     def is_stale(self, settings: Settings) -> bool:
-        """Whether early_stop ends the run here."""
+        """Return whether early_stop ends the run after this evaluation."""
         return 0 < settings.early_stop <= self.stale_epochs

@@ -72,24 +72,24 @@ def score_rows(
     world.raise_failures(reason)
     if interrupted:
         raise InterruptedValidationError
-    return by_row(rows, micros, mine, sound, world)
+    return gather_by_row(rows, micros, mine, sound, world)
 
 
 def _batch_size(loading: BatchLoader, world: World) -> int:
     """Return how many radiographs a rank forwards at once, the same on every rank: on a CPU training's micro-batch."""
     if world.device.type == "cpu":
         return loading.micro_batch
-    fitting = batch_that_fits(loading.shards.size, free_bytes(world.device))
+    fitting = fitting_batch_size(loading.shards.size, free_bytes(world.device))
     return int(world.gather(np.array([fitting], np.int64)).min())
 
 
-def batch_that_fits(size: int, free_bytes: int) -> int:
+def fitting_batch_size(size: int, free_bytes: int) -> int:
     """Return a power of two, 256 at most, of radiographs of `size` px that half of a GPU's free memory holds."""
     fitting = free_bytes // 2 // (_BYTES_PER_PIXEL * size**2)
     return min(_MOST_AT_ONCE, 1 << max(0, int(fitting).bit_length() - 1))
 
 
-def by_row(rows: np.ndarray, micros: Sequence[MicroBatch], mine: Tensor, sound: Tensor, world: World) -> Scores:
+def gather_by_row(rows: np.ndarray, micros: Sequence[MicroBatch], mine: Tensor, sound: Tensor, world: World) -> Scores:
     """Put each rank's results where their rows are: padding vanishes, nothing is counted twice."""
     places = world.gather(np.concatenate([micro.rows for micro in micros]))  # (ranks, n)
     values = world.gather(mine.flatten().cpu().numpy())  # (ranks, n)

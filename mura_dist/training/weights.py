@@ -174,6 +174,6 @@ def weights_digest(folder: Path) -> str:
         UserError: the COMPLETE file is corrupt.
     """
     try:
-        return checkpoints.read_mark(folder)[WEIGHTS]
+        return checkpoints.read_digests(folder)[WEIGHTS]
     except (ValueError, KeyError) as error:
         raise UserError(f"{folder}/{checkpoints.MARK} is corrupt ({error}). Choose another checkpoint.") from error

@@ -36,12 +36,15 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
     data[-1] ^= 1
     (newest / "model.safetensors").write_bytes(data)
     (checkpoint.list_folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
-    assert checkpoint.best(checkpoint.list_folders(folder)).name == checkpoint.best(checkpoint.list_folders(three)).name
+    assert (
+        checkpoint.best_folder(checkpoint.list_folders(folder)).name
+        == checkpoint.best_folder(checkpoint.list_folders(three)).name
+    )
     said: list[str] = []
-    found = checkpoint.latest(folder, said.append)
+    found = checkpoint.find_latest(folder, said.append)
     assert found is not None
     assert found.folder == checkpoint.list_folders(folder)[-1], "the damaged one is out of the way"
-    assert "model.safetensors is damaged" in said[0]
+    assert "model.safetensors is corrupt" in said[0]
     assert (folder / ".step-00000003.damaged" / "model.safetensors").exists(), "and not lost"
     write(folder, 4)
     checkpoint.prune(folder, keep=1)
@@ -51,7 +54,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
         (path / "state.json").write_text("{")
     present = [path.name for path in checkpoint.list_folders(folder)]
     with pytest.raises(UserError, match=f"none of the {len(present)} checkpoints"):
-        checkpoint.latest(folder)
+        checkpoint.find_latest(folder)
     assert [path.name for path in checkpoint.list_folders(folder)] == present, "nothing sound: nothing is moved"
 
 
@@ -61,7 +64,7 @@ def test_the_same_step_again_is_the_old_one_or_the_new(
 ) -> None:
     """Law of the torn write: killed between any two of the renames and deletions, `latest` finds one of them, whole."""
     write(tmp_path, 5, 0.5)
-    aside, calls = ready(tmp_path, 5, 0.25), 0
+    partial, calls = ready(tmp_path, 5, 0.25), 0
 
     def counted(work: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object, **named: object) -> object:
@@ -77,8 +80,8 @@ def test_the_same_step_again_is_the_old_one_or_the_new(
         patch.setattr(checkpoint.os, "replace", counted(os.replace))
         patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
         with contextlib.suppress(KeyboardInterrupt):
-            checkpoint._take_place(aside, tmp_path / "step-00000005")
-    found = checkpoint.latest(tmp_path)
+            checkpoint._publish(partial, tmp_path / "step-00000005")
+    found = checkpoint.find_latest(tmp_path)
     assert found is not None
     assert found.step == 5
     assert found.state["select_loss"] in (0.5, 0.25)
@@ -115,15 +118,15 @@ def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shares", [1, 2, 3])
 def test_shares_end_to_end_are_the_whole(tmp_path: Path, shares: int) -> None:
     whole = torch.arange(12.0)
-    checkpoint.begin(tmp_path, 7)
+    checkpoint.begin_partial(tmp_path, 7)
     for rank, part in enumerate(whole.chunk(shares)):
         own: dict[str, Tensor] = {"moment": part.clone(), "step": torch.tensor(7.0)}
-        checkpoint.write_share(tmp_path, 7, own, rank=rank, shares=shares)
-    folder = checkpoint.complete(tmp_path, {"step": 7, "select_loss": None}, {"model": {"w": torch.ones(2)}})
+        checkpoint.write_optimizer_share(tmp_path, 7, own, rank=rank, num_shares=shares)
+    folder = checkpoint.complete_partial(tmp_path, {"step": 7, "select_loss": None}, {"model": {"w": torch.ones(2)}})
     read = checkpoint.read(folder)
-    assert torch.equal(read.optimiser()["moment"], whole)
-    assert read.optimiser()["step"] == 7
-    assert read.training() == {}
+    assert torch.equal(read.optimizer_state()["moment"], whole)
+    assert read.optimizer_state()["step"] == 7
+    assert read.training_state() == {}
 
 
 @pytest.mark.parametrize("spoil", ["mark", "mark_text", "state", "model", "format", "missing", "unlisted"])
@@ -150,7 +153,7 @@ def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
     with pytest.raises(ValueError, match=r"step-00000003"):
         checkpoint.read(folder)
     said: list[str] = []
-    found = checkpoint.latest(three, said.append)
+    found = checkpoint.find_latest(three, said.append)
     assert found is not None
     assert found.step == 2
     assert said or spoil == "mark", "without the mark it is no checkpoint at all"

@@ -63,7 +63,7 @@ def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, sm
     result = engine.step(batches(1), 0.5)
     loss, gradient = by_hand(build("tiny", seed=1), batches(1), smoothing)
     assert result.applied
-    assert not result.bad_micros
+    assert not result.nonfinite_micro_batches
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
     torch.testing.assert_close(weights_of(engine.model), before - 0.5 * gradient, rtol=1e-4, atol=1e-5)
@@ -105,7 +105,7 @@ def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
     handle = engines[0].model.features.conv0.register_forward_hook(functools.partial(spoil_stem, calls))
     result = engines[0].step(batches(2), 1e-2)
     handle.remove()
-    assert (result.applied, result.bad_micros, len(calls)) == (False, (1,), NUM_MICROS)
+    assert (result.applied, result.nonfinite_micro_batches, len(calls)) == (False, (1,), NUM_MICROS)
     after = [engine.step(batches(3), 1e-2) for engine in engines]
     assert after[0] == after[1]
     assert after[0].applied
@@ -126,7 +126,7 @@ def test_a_step_without_a_sample_is_none(alone: World, words: dict[str, float], 
     for each in (engine, other):
         each.step(batches(1), 1e-2)
     result = engine.step([] if failed else [without_samples(batch) for batch in batches(2)], 1e-2, failed=failed)
-    assert (result.applied, result.failed, result.bad_micros) == (False, failed, ())
+    assert (result.applied, result.failed, result.nonfinite_micro_batches) == (False, failed, ())
     assert result.has_samples == failed
     assert result.num_corrupt == (0 if failed else NUM_MICROS * SIZE)
     assert engine.step(batches(3), 1e-2) == other.step(batches(3), 1e-2)
@@ -206,7 +206,7 @@ def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words
     handle.remove()
     assert calls == NUM_MICROS
     assert not result.applied
-    assert result.bad_micros == ((1,) if fault == "loss" else ())
+    assert result.nonfinite_micro_batches == ((1,) if fault == "loss" else ())
     assert same(everything(engines[0]), before)
     after = [engine.step(batches(3), 1e-2) for engine in engines]
     assert after[0] == after[1]
@@ -264,7 +264,7 @@ def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
     before = everything(engine)
     result = engine.step(batches(1), 1e-3, loss_scale=2.0**40)
     assert not result.applied
-    assert result.bad_micros == (), "the loss is sound"
+    assert result.nonfinite_micro_batches == (), "the loss is sound"
     assert same(everything(engine), before)
 
 

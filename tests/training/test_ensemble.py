@@ -379,7 +379,7 @@ def test_damaged_checkpoints_are_passed_over(copy: list[Path], tmp_path: Path, c
     capsys.readouterr()
     after = ModelList.load(chosen(copy, tmp_path / "list.json")).members
     assert after[: TOP - 1] == before[1:]
-    assert "model.safetensors is damaged" in " ".join(capsys.readouterr().err.split())
+    assert "model.safetensors is corrupt" in " ".join(capsys.readouterr().err.split())
 
 
 def gone(first: Path, second: Path) -> None:
@@ -397,7 +397,7 @@ def replaced(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "says"),
-    [(gone, "is missing"), (damaged, "model.safetensors is damaged or missing"), (replaced, "has changed")],
+    [(gone, "is missing"), (damaged, "model.safetensors is corrupt or missing"), (replaced, "has changed")],
 )
 @pytest.mark.parametrize("command", ["evaluate", "export"])
 def test_a_member_that_is_no_more_what_it_was(

@@ -38,7 +38,7 @@ def told(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("mura-dist:")]
 
 
-def rows_of(shards: Path, step: int) -> list[list[int]]:
+def rows_of_micro_batches(shards: Path, step: int) -> list[list[int]]:
     """The radiographs of each micro-batch of a step of the first epoch, over all ranks."""
     epoch = sampler.epoch_permutation(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1}
@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(
     lines = metrics_log.read(tmp_path / "run" / "metrics.jsonl")
     [skip] = [line for line in lines if line["kind"] == "skip"]
     place = (ranks - 1) * each + 1
-    micros = rows_of(shard_folder, 2)
+    micros = rows_of_micro_batches(shard_folder, 2)
     assert (skip["step"], skip["what"]) == (3, what)
     assert skip["rows"] == (micros[place] if what == "loss" else [row for micro in micros for row in micro])
     epochs = [line for line in lines if line["kind"] == "epoch"]

@@ -46,12 +46,12 @@ class Limited(nn.Module):
 @pytest.mark.parametrize(("limit", "found"), [(100, 24), (11, 8), (2, 2)])
 def test_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, alone: World, limit: int, found: int) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(limit))
-    assert micro_batch.largest_that_fits(settings(), 64, SIZES, alone) == found
+    assert micro_batch.largest_fitting(settings(), 64, SIZES, alone) == found
 
 
 @pytest.mark.parametrize(("batch", "found"), [(24, 8), (12, 6), (36, 6), (22, 2), (11, 11)])
 def test_a_cpu_takes_eight_or_the_next_smaller_that_cuts_evenly(alone: World, batch: int, found: int) -> None:
-    assert micro_batch.fitting_micro_batch(settings(global_batch=batch), 64, alone) == found
+    assert micro_batch.find_micro_batch(settings(global_batch=batch), 64, alone) == found
 
 
 @pytest.mark.parametrize("words", [{"precision": "bf16"}, {"precision": "fp32", "step": "graph"}])
@@ -70,7 +70,7 @@ def test_what_is_tried_is_what_a_step_executes(
 
     monkeypatch.setattr(execution, "build", spied)
     chosen = settings(channels_last=channels_last, **words)
-    assert micro_batch.largest_that_fits(chosen, 64, SIZES, alone) == SIZES[0]
+    assert micro_batch.largest_fitting(chosen, 64, SIZES, alone) == SIZES[0]
     Engine(build("tiny"), chosen.model_copy(update={"micro_batch": 2}), alone)
     assert len(calls) == 2
     assert calls[0] == calls[1] == (chosen.precision, chosen.step, channels_last)
@@ -91,16 +91,16 @@ def test_radiographs_that_stay_on_the_device_leave_room(
         return tensor
 
     monkeypatch.setattr(torch, "zeros", spied)
-    assert micro_batch.largest_that_fits(settings(), 64, (2,), alone, num_resident) == 2
+    assert micro_batch.largest_fitting(settings(), 64, (2,), alone, num_resident) == 2
     assert taken == [num_resident * 64 * 64]
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(1))
     with pytest.raises(CollectiveRunError, match="not even 2 radiographs of 64 px fit"):
-        micro_batch.largest_that_fits(settings(), 64, SIZES, alone)
+        micro_batch.largest_fitting(settings(), 64, SIZES, alone)
     with pytest.raises(UserError, match=r"global_batch=1 cannot be cut .* the nearest is global_batch=2"):
-        micro_batch.fitting_micro_batch(settings(global_batch=1), 64, alone)
+        micro_batch.find_micro_batch(settings(global_batch=1), 64, alone)
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
@@ -109,4 +109,4 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, alon
 
     monkeypatch.setattr(micro_batch, "build", broken)
     with pytest.raises(RuntimeError, match="a fault of the test"):
-        micro_batch.largest_that_fits(settings(), 64, SIZES, alone)
+        micro_batch.largest_fitting(settings(), 64, SIZES, alone)

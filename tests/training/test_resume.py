@@ -127,7 +127,7 @@ def test_resumed_on_another_number_of_ranks(
     assert ours[5:12] == pytest.approx(wanted[5:12], rel=1e-3)
     gradients = []
     for folder in (same, other):
-        at = [checkpoint.select(folder / "checkpoints", f"step-{step}").optimiser() for step in (4, 5)]
+        at = [checkpoint.select(folder / "checkpoints", f"step-{step}").optimizer_state() for step in (4, 5)]
         was, became = (found["momentum_buffer"] for found in at)
         size = min(len(was), len(became))
         gradients.append(became[:size] - 0.9 * was[:size])

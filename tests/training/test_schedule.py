@@ -50,7 +50,7 @@ def test_the_learning_rate_follows_the_global_batch(rule: str, factor: float) ->
 def test_an_fp16_scale_finds_its_place() -> None:
     """Halved by each overflow down to 1, doubled after GROWTH_STEPS without one; never moved where nothing is scaled."""
     half = SETTINGS.model_copy(update={"precision": "fp16"})
-    scale = LossScale.of(half)
+    scale = LossScale.from_settings(half)
     assert scale.value == 2.0**16
     seen = [scale := scale.after(False, half) for _ in range(20)]
     assert [one.value for one in seen] == [max(1.0, 2.0**n) for n in range(15, -5, -1)]
@@ -60,7 +60,11 @@ def test_an_fp16_scale_finds_its_place() -> None:
     assert (scale.after(False, half).good_steps, scale.after(True, half)) == (0, LossScale(2.0, 0))
     for precision in ("bf16", "fp32"):
         other = SETTINGS.model_copy(update={"precision": precision})
-        assert LossScale.of(other).after(True, other) == LossScale.of(other).after(False, other) == LossScale(1.0, 0)
+        assert (
+            LossScale.from_settings(other).after(True, other)
+            == LossScale.from_settings(other).after(False, other)
+            == LossScale(1.0, 0)
+        )
 
 
 def test_an_overflow_is_held_against_a_run_only_where_the_scale_cannot_shrink() -> None:

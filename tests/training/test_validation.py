@@ -28,7 +28,7 @@ GIB = 1 << 30
     ],
 )
 def test_half_of_the_free_memory_is_used(size: int, free: int, number: int) -> None:
-    assert validation.batch_that_fits(size, free) == number
+    assert validation.fitting_batch_size(size, free) == number
 
 
 @pytest.mark.parametrize("number", [1, 5, 64])
