@@ -27,13 +27,13 @@ from mura_dist.distributed.processes import processors
 from mura_dist.distributed.worker_pool import Crew, Limits, Lost
 from mura_dist.inference import retries
 from mura_dist.inference.engine import OUTPUTS
-from mura_dist.inference.file_list import File, Walk
+from mura_dist.inference.file_list import FileList, ListedFile
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import RETRY, OutputFolder, pause
 from mura_dist.inference.overlays import Overlay, Overlays, counts
-from mura_dist.inference.reader import Reader, Reading, failed
-from mura_dist.inference.tables import Part
+from mura_dist.inference.reader import RadiographReader, ReadResult, failed
+from mura_dist.inference.tables import ChunkResult
 from mura_dist.inference.throughput import Throughput
 
 CHUNK = 256
@@ -49,9 +49,9 @@ class _Chunk:
     """
 
     number: int
-    files: list[File]
-    before: Part | None = None
-    readings: list[Reading] = field(default_factory=list)
+    files: list[ListedFile]
+    before: ChunkResult | None = None
+    readings: list[ReadResult] = field(default_factory=list)
     logits: list[float] = field(default_factory=list)
     cells: list[np.ndarray] = field(default_factory=list)  # (h, w) float32, where overlays are wanted
 
@@ -71,7 +71,7 @@ class ChunkPredictor:
     model: OnnxModel
     directory: Path
     grouping: Grouping
-    files: Walk
+    files: FileList
     folder: OutputFolder
     overlays: Overlays | None
     stop: threading.Event
@@ -96,7 +96,7 @@ class ChunkPredictor:
         if not missing or (folder.rank and not mine):
             return
         num_workers = self.throughput.num_processes = self._num_workers(len(mine), workers)
-        with worker_pool.crew(Reader, (self.model.size,), workers=num_workers, limits=limits) as crew:
+        with worker_pool.crew(RadiographReader, (self.model.size,), workers=num_workers, limits=limits) as crew:
             self._make(crew, mine)
             ears = heartbeat.Ears()
             while folder.rank == 0 and (missing := self._missing()):
@@ -132,7 +132,7 @@ class ChunkPredictor:
         for number in sorted(again):
             self._predict(crew, [number], self.folder.retry(number))
 
-    def _predict(self, crew: Crew, numbers: list[int], before: Part | None = None) -> None:
+    def _predict(self, crew: Crew, numbers: list[int], before: ChunkResult | None = None) -> None:
         """The parts of `numbers`. Batches never cross chunks: what is predicted together is the same in every run."""
         started, busy_s = time.perf_counter(), self.model.busy.seconds
         begun: deque[_Chunk] = deque()
@@ -186,7 +186,7 @@ class ChunkPredictor:
             self._write(begun)  # a chunk without a radiograph gets no logits
         assert next(readings, None) is None  # read to its end, as a Crew wants it
 
-    def _reading(self, result: Reading | Lost) -> Reading:
+    def _reading(self, result: ReadResult | Lost) -> ReadResult:
         """Return what a worker has read, or why not. Raises RunError where the disk seems to be gone."""
         reading = failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
         self._faults.check(*reading.failure)
@@ -202,7 +202,7 @@ class ChunkPredictor:
                 self._missing()
                 self.done += sum(len(chunk.readings) for chunk in begun)
 
-    def _part(self, chunk: _Chunk) -> Part:
+    def _part(self, chunk: _Chunk) -> ChunkResult:
         rows: list[list[Any]] = []
         failures: list[tuple[str, str, str]] = []
         logits = iter(chunk.logits)
@@ -216,7 +216,7 @@ class ChunkPredictor:
             rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
         notes = Counter(note for reading in chunk.readings for note in reading.notes)
         drawn = self._draw(chunk, [row[0] for row in rows])
-        part: Part = {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
+        part: ChunkResult = {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
         return retries.complete(chunk.before, part, chunk.readings)
 
     def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
@@ -233,7 +233,7 @@ class ChunkPredictor:
         return counts(len(some), len(names) - len(some))
 
 
-def _chunks(walk: Walk, numbers: list[int], before: Part | None) -> Iterator[_Chunk]:
+def _chunks(walk: FileList, numbers: list[int], before: ChunkResult | None) -> Iterator[_Chunk]:
     """These chunks, nothing read; `before`: see _Chunk."""
     for number, files in zip(numbers, walk.chunks(numbers), strict=True):
         yield _Chunk(number, files if before is None else retries.select(before, files), before)

@@ -93,7 +93,7 @@ def check_signature(name: str, size: int, inputs: Sequence[Signature], outputs: 
         )
 
 
-def batch_failure(engine: str, image: np.ndarray, error: Exception) -> RunError:
+def batch_error(engine: str, image: np.ndarray, error: Exception) -> RunError:
     """Say that a batch could not be computed, and what helps."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return RunError(

@@ -24,7 +24,7 @@ from mura_dist.inference.engine import (
     OUTPUTS,
     PROVIDERS,
     SessionConfig,
-    batch_failure,
+    batch_error,
     cache_folder,
     check_signature,
 )
@@ -97,7 +97,7 @@ class OnnxRuntime:
                 [(each.name, each.shape) for each in inputs],
                 [(each.name, each.shape) for each in outputs],
             )
-        self.slots: queue.SimpleQueue[Slot] | None = None
+        self.slots: queue.SimpleQueue[GpuBatch] | None = None
         if self.name in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
             assert card is not None
             image, runtime, self.slots = (
@@ -108,9 +108,9 @@ class OnnxRuntime:
             try:
                 for _ in range(session_config.streams or 1):
                     host = page_locked.allocate(image.shape, runtime, _device())
-                    self.slots.put(Slot(onnxruntime, self.session, host, ("cuda", _device())))
+                    self.slots.put(GpuBatch(onnxruntime, self.session, host, ("cuda", _device())))
             except Exception as error:  # no memory there
-                raise batch_failure(self.name, image, error) from error
+                raise batch_error(self.name, image, error) from error
             for _ in range(
                 session_config.streams or 1
             ):  # each slot in turn: memory is taken and algorithms are chosen here
@@ -131,10 +131,10 @@ class OnnxRuntime:
         except RunError:
             raise
         except Exception as error:  # as of a session: a dozen kinds
-            raise batch_failure(self.name, image, error) from error
+            raise batch_error(self.name, image, error) from error
 
 
-class Slot:
+class GpuBatch:
     """A batch in flight on a GPU: page-locked memory here, which the GPU copies from by itself, and memory there; both stay.
 
     Every run has the one shape of `host`: for another one cuDNN would choose its algorithms again (ONNX Runtime remembers the

@@ -10,7 +10,7 @@ import numpy as np
 
 from mura_dist.core.errors import RunError, UserError, install_remedy
 from mura_dist.inference.batch_limit import LIMIT_S, BatchLimit
-from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, SessionConfig, Signature, batch_failure, check_signature
+from mura_dist.inference.engine import OPENVINO_CPU, OUTPUTS, SessionConfig, Signature, batch_error, check_signature
 from mura_dist.models.card import Card
 
 
@@ -82,7 +82,7 @@ class OpenVino:
         except RunError:
             raise
         except RuntimeError as error:
-            raise batch_failure(self.name, image, error) from error
+            raise batch_error(self.name, image, error) from error
         finally:
             self.requests.put(request)
 

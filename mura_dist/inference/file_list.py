@@ -32,7 +32,7 @@ _Row = tuple[
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class ListedFile:
     """One thing to account for. `failure`: (code, reason) where it cannot even be opened, a folder's too."""
 
     path: str
@@ -41,13 +41,13 @@ class File:
     failure: tuple[str, str] | None = None
 
 
-def printable(path: str) -> str:
+def printable_path(path: str) -> str:
     """`path` as the tables have it: bytes that are not UTF-8 backslash-escaped."""
     return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)
-class Walk:
+class FileList:
     """What was found. `digest`: SHA-256 over names, sizes, times of modification; `size`: files of a chunk, or fewer."""
 
     database: Path
@@ -62,9 +62,9 @@ class Walk:
     def printable_paths(self) -> Iterator[str]:
         """Yield every file's path as the tables have it."""
         for chunk in self.chunks(range(self.num_chunks)):
-            yield from (printable(file.path) for file in chunk)
+            yield from (printable_path(file.path) for file in chunk)
 
-    def chunks(self, numbers: Iterable[int]) -> Iterator[list[File]]:
+    def chunks(self, numbers: Iterable[int]) -> Iterator[list[ListedFile]]:
         """The files of the chunks asked for; several threads may each have an iterator of their own."""
         query = f"SELECT {_COLUMNS} FROM file WHERE place >= (SELECT place FROM start WHERE chunk = ?) ORDER BY place LIMIT ?"
         with scratch_db.reading(self.database) as database:
@@ -78,10 +78,10 @@ def find(
     *,
     members: Sequence[str] = ("",),
     size: int = 256,
-    leave_out: Path | None = None,
+    exclude: Path | None = None,
     sort_by: Callable[[bytes], bytes] = lambda path: path,
     found: Callable[[int], None] = lambda num: None,
-) -> Walk:
+) -> FileList:
     """List the files of `directory` in `database`, a new file.
 
     Args:
@@ -97,11 +97,11 @@ def find(
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
     with scratch_db.made(database, _SCHEMA) as table:
-        if leave_out is not None and leave_out.is_dir():
-            _enter(table, leave_out)
+        if exclude is not None and exclude.is_dir():
+            _enter(table, exclude)
         _fill(table, directory, members, found, sort_by)
         num_files, digest = _number(table, size)
-    return Walk(database, num_files, digest, size)
+    return FileList(database, num_files, digest, size)
 
 
 def _fill(
@@ -191,9 +191,9 @@ def _row(path: str, whole: str) -> _Row:
     return name, status.st_size, str(status.st_mtime_ns), None, None
 
 
-def _file(row: _Row) -> File:
+def _file(row: _Row) -> ListedFile:
     path, num_bytes, mtime_ns, code, reason = row
-    return File(os.fsdecode(path), num_bytes, int(mtime_ns), _failure(code, reason))
+    return ListedFile(os.fsdecode(path), num_bytes, int(mtime_ns), _failure(code, reason))
 
 
 def _failure(code: str | None, reason: str | None) -> tuple[str, str] | None:

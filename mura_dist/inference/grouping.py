@@ -11,9 +11,9 @@ from pathlib import Path
 from mura_dist.data import body_parts, mura, table_names
 from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import pseudonyms
-from mura_dist.inference.file_list import printable
-from mura_dist.inference.pseudonyms import Names
-from mura_dist.inference.study_types import Given
+from mura_dist.inference.file_list import printable_path
+from mura_dist.inference.pseudonyms import Pseudonymizer
+from mura_dist.inference.study_types import StudyTypeOverride
 
 STUDY_BY = ("auto", "folder", "file")
 UNKNOWN = "unknown"
@@ -29,9 +29,9 @@ class Grouping:
 
     directory: str  # absolute, "/" between its parts
     study_by: str
-    given: Given = None
+    given: StudyTypeOverride = None
     known: frozenset[str] = frozenset(mura.STUDY_TYPES)
-    names: Names = field(default_factory=Names)
+    names: Pseudonymizer = field(default_factory=Pseudonymizer)
     apart: tuple[Path, ...] = ()
     _key: bytes | None = field(default=None, repr=False)
 
@@ -41,33 +41,33 @@ class Grouping:
 
     def name(self, path: str) -> str:
         """Of a file, as the tables have it."""
-        return self.names.file(printable(path))
+        return self.names.file(printable_path(path))
 
     def place(self, path: str) -> str:
         """The study that a path alone tells of, by its own name, printable."""
         if self.study_by == "folder":
-            return printable(path.rpartition("/")[0] or ".")
+            return printable_path(path.rpartition("/")[0] or ".")
         if self.study_by == "file":
-            return printable(path)
+            return printable_path(path)
         whole = f"{self.directory}/{path}"
         if not mura.parse(path) and (above := mura.parse(whole)):  # the directory is, or lies within, a split's folder:
-            return printable(above.study)  # the study is called what an evaluation calls it
+            return printable_path(above.study)  # the study is called what an evaluation calls it
         if mura.study_folder(path):  # below the directory: two copies of a data set stay two
-            return printable(path.rpartition("/")[0])
-        return printable(mura.study_folder(whole) or path)
+            return printable_path(path.rpartition("/")[0])
+        return printable_path(mura.study_folder(whole) or path)
 
     def _study(self, path: str, identity: DicomIdentity | None) -> str:
         in_layout = mura.study_folder(f"{self.directory}/{path}") is not None
         if self.study_by != "auto" or in_layout or identity is None or not identity.study_uid:
             return self.names.study(self.place(path))
         self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)
-        return pseudonyms.of_dicom(self._key, identity.study_uid, identity.body_part, identity.laterality)
+        return pseudonyms.dicom_study_pseudonym(self._key, identity.study_uid, identity.body_part, identity.laterality)
 
     def study_type(self, path: str, identity: DicomIdentity | None) -> str:
         """As it was given, or told by a folder or a DICOM; UNKNOWN where nothing tells."""
         if isinstance(self.given, str):
             return self.given
-        if self.given is not None and (given := self.given.get(table_names.key(printable(path)))):
+        if self.given is not None and (given := self.given.get(table_names.key(printable_path(path)))):
             return given
         whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
         if parsed := mura.parse(whole):

@@ -29,7 +29,7 @@ from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim
 from mura_dist.inference import overlays, retries, tables
-from mura_dist.inference.tables import Part
+from mura_dist.inference.tables import ChunkResult
 
 README = "README.txt"
 FAULTS, RETRY = ".faults", ".retry"  # in the names of parts that are not final
@@ -108,12 +108,12 @@ class OutputFolder:
         """Return the path of a chunk's part. `kind`: FAULTS or RETRY, else a part that is final."""
         return self.parts / f"{number:06d}{kind}.json"
 
-    def write_part(self, number: int, part: Part) -> None:
+    def write_part(self, number: int, part: ChunkResult) -> None:
         """Write a chunk's part, under the name that says whether it is final."""
         kind = FAULTS if retries.FILES in part else ""
         files.write_bytes(self.part(number, kind), json.dumps(part, ensure_ascii=False, allow_nan=False).encode())
 
-    def retry(self, number: int) -> Part | None:
+    def retry(self, number: int) -> ChunkResult | None:
         """Load the part of an earlier start, some of whose files are to be read again; None where there is none."""
         path = self.part(number, RETRY)
         return _load(path, _Part) if path.is_file() else None
@@ -135,7 +135,7 @@ class OutputFolder:
             plan = content.get("plan", content)
             yield plan if isinstance(plan, dict) else {}
 
-    def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[Part]:
+    def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[ChunkResult]:
         """Yield the parts in order. Raises StopRequestedError once `stop` is set."""
         for number in range(num_chunks):
             if stop.is_set():

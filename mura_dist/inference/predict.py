@@ -38,15 +38,15 @@ from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study
 from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import GRAPH_OPTIMIZATIONS, PROVIDERS, SessionConfig, pipelined_config
-from mura_dist.inference.file_list import Walk
+from mura_dist.inference.file_list import FileList
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.inputs import Inputs, without_output
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
 from mura_dist.inference.overlays import Overlays, counted
 from mura_dist.inference.predict_summary import summarize
-from mura_dist.inference.pseudonyms import Names
-from mura_dist.inference.tables import Part, Tally
+from mura_dist.inference.pseudonyms import Pseudonymizer
+from mura_dist.inference.tables import ChunkResult, TableCounts
 from mura_dist.models.card import Card
 
 MAX_WORKERS = 256
@@ -92,7 +92,7 @@ def predict(
     """
     end_with_launcher()
     paths = [inputs] if isinstance(inputs, Path) else without_output(inputs, out)
-    with pseudonyms.hushed(paths, options.keytable):
+    with pseudonyms.redact_paths(paths, options.keytable):
         started = time.perf_counter()
         sources = Inputs.parse(paths)
         _check(sources, out, options)
@@ -168,11 +168,11 @@ def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
         raise UserError(f"--out {out} is {what}; give another folder")
 
 
-def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Names:
+def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
     if keytable is None:
-        return Names()
+        return Pseudonymizer()
     pseudonyms.check(keytable, out, inputs.folders)
-    return Names(pseudonyms.site_key(out, *inputs.folders))
+    return Pseudonymizer(pseudonyms.site_key(out, *inputs.folders))
 
 
 def _check_autotune(options: PredictOptions) -> None:
@@ -187,7 +187,7 @@ def _check_autotune(options: PredictOptions) -> None:
 
 
 def _grouping(
-    inputs: Inputs, out: Path, options: PredictOptions, names: Names, card: Card
+    inputs: Inputs, out: Path, options: PredictOptions, names: Pseudonymizer, card: Card
 ) -> tuple[Grouping, list[str]]:
     """Decide how files become studies, and what to warn of. Raises UserError for a study type that looks like a typo."""
     known = frozenset((*card.study_types, *card.thresholds))
@@ -201,11 +201,11 @@ def _grouping(
 def _walked(
     inputs: Inputs,
     folder: OutputFolder,
-    names: Names,
+    names: Pseudonymizer,
     keytable: Path | None,
     stop: threading.Event,
     progress: Progress,
-) -> Iterator[Walk]:
+) -> Iterator[FileList]:
     """List the files on disk while the block runs. Raises UserError where there is none.
 
     With a key table the list lies beside that, for it names every file, and has the order of the pseudonyms, for in that of
@@ -218,11 +218,11 @@ def _walked(
         progress(num, None)
 
     def by_name(path: bytes) -> bytes:
-        return names.file(file_list.printable(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
+        return names.file(file_list.printable_path(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
 
     more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
     with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
-        more |= {"size": CHUNK, "leave_out": folder.path, "found": found}
+        more |= {"size": CHUNK, "exclude": folder.path, "found": found}
         files = file_list.find(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
             raise UserError(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
@@ -250,13 +250,13 @@ def _resolve_session_config(
     return autotune.choose(model_path, options.provider, log) if options.autotune else usual
 
 
-def _check_keytable(keytable: Path | None, folder: OutputFolder, files: Walk, names: Names) -> None:
+def _check_keytable(keytable: Path | None, folder: OutputFolder, files: FileList, names: Pseudonymizer) -> None:
     """Before any work: UserError where the key table is there and is not of these files."""
     if keytable is not None and folder.rank == 0 and not folder.done.is_file():
         pseudonyms.check_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
 
 
-def _plan(model: OnnxModel, files: Walk, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
+def _plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
     """Say what the run is; whatever differs, a run does not go on."""
     given, names = groups.given, groups.names
     table = given if given is None or isinstance(given, str) else f"table {names.digest(digest(given))}"
@@ -287,11 +287,11 @@ def _overlays(model: OnnxModel, folder: OutputFolder, options: PredictOptions) -
 
 
 def _write_tables(
-    folder: OutputFolder, files: Walk, groups: Grouping, card: Card, options: PredictOptions, stop: threading.Event
-) -> tuple[Tally, dict[str, int]]:
+    folder: OutputFolder, files: FileList, groups: Grouping, card: Card, options: PredictOptions, stop: threading.Event
+) -> tuple[TableCounts, dict[str, int]]:
     """Write the key table, where it is wanted, then the tables; what they hold, and how many overlays there are."""
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[ChunkResult]:
         return folder.load_parts(files.num_chunks, stop)
 
     if options.keytable is not None:
@@ -300,7 +300,7 @@ def _write_tables(
     return tally, counted(part["overlays"] for part in parts())
 
 
-def _refuse_faults(tally: Tally, parts: Iterable[Part]) -> None:
+def _refuse_faults(tally: TableCounts, parts: Iterable[ChunkResult]) -> None:
     """Raise RunError where I/O faults kept files from being read: the prediction is not done."""
     if not (num := tally.failures_by_code[IO_ERROR]):
         return
@@ -311,7 +311,7 @@ def _refuse_faults(tally: Tally, parts: Iterable[Part]) -> None:
     )
 
 
-def _ways_back(groups: Grouping, files: Walk, parts: Iterable[Part]) -> Iterator[pseudonyms.Row]:
+def _ways_back(groups: Grouping, files: FileList, parts: Iterable[ChunkResult]) -> Iterator[pseudonyms.Row]:
     """A line a file for the key table. A DICOM's study has no other name than its pseudonym; what failed has no study."""
     for chunk, part in zip(files.chunks(range(files.num_chunks)), parts, strict=True):
         studies = {name: study for name, study, *_ in part["predictions"]}
@@ -319,7 +319,7 @@ def _ways_back(groups: Grouping, files: Walk, parts: Iterable[Part]) -> Iterator
             name, study = groups.name(file.path), groups.place(file.path)
             known_as = studies.get(name, "")
             by_path = known_as == groups.names.study(study)
-            yield file_list.printable(file.path), name, study if by_path else known_as, known_as
+            yield file_list.printable_path(file.path), name, study if by_path else known_as, known_as
 
 
 def _check_strict(summary: dict[str, Any], out: Path, options: PredictOptions) -> None:

@@ -14,13 +14,13 @@ from mura_dist import __version__
 from mura_dist.data import gate, mura
 from mura_dist.inference import overlays
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.inference.tables import Tally
+from mura_dist.inference.tables import TableCounts
 from mura_dist.metrics.operating_points import BANDS
 from mura_dist.models.card import Card
 
 
 def summarize(
-    tally: Tally, model: OnnxModel, num_overlays: dict[str, int], warnings: list[str], seconds: float
+    tally: TableCounts, model: OnnxModel, num_overlays: dict[str, int], warnings: list[str], seconds: float
 ) -> dict[str, Any]:
     """Put predict.json together, but for the plan. `seconds` are those of the last command; `warnings` come first."""
     card, num_failures = model.card, tally.failures_by_code.total()
@@ -66,7 +66,7 @@ def summarize(
     }
 
 
-def _warnings(tally: Tally, card: Card) -> list[str]:
+def _warnings(tally: TableCounts, card: Card) -> list[str]:
     warnings = []
     if card.of_drawings:
         warnings.append(

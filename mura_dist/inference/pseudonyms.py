@@ -42,13 +42,13 @@ def pseudonym(key: bytes, kind: str, *parts: str) -> str:
     return f"{kind}-{hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGITS]}"
 
 
-def of_dicom(key: bytes, study_uid: str, body_part: str, laterality: str) -> str:
+def dicom_study_pseudonym(key: bytes, study_uid: str, body_part: str, laterality: str) -> str:
     """A study's name: one StudyInstanceUID can hold both wrists and an elbow, which are three studies."""
     return pseudonym(key, "dicom", study_uid, body_part, laterality)
 
 
 @dataclass(frozen=True)
-class Names:
+class Pseudonymizer:
     """What tables, pictures and messages of a run call things. Without a key: by their own names."""
 
     key: bytes | None = field(default=None, repr=False)
@@ -198,7 +198,7 @@ def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[
 
 
 @contextlib.contextmanager
-def hushed(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None]:
+def redact_paths(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None]:
     """Keep the inputs, and what lies in them, out of the messages of errors in the block, where there is a key table."""
     try:
         yield

@@ -13,7 +13,7 @@ import numpy as np
 from mura_dist.data import gate, radiograph
 
 
-class Reading(NamedTuple):
+class ReadResult(NamedTuple):
     """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
     (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took. notes: radiograph.Look's."""
 
@@ -26,26 +26,26 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class RadiographReader:
     """Reads one path; `size`: pixels of a side."""
 
     size: int
 
-    def __call__(self, path: str) -> Reading:
+    def __call__(self, path: str) -> ReadResult:
         started = time.perf_counter()
         reading = self._read(path)
         return reading._replace(seconds=time.perf_counter() - started)
 
-    def _read(self, path: str) -> Reading:
+    def _read(self, path: str) -> ReadResult:
         try:
             # Read once: a second reading could fail, and a DICOM would lose its study in silence.
             file = io.BytesIO(radiograph.contents(path))
             found = radiograph.look(file, self.size)
             verdict = gate.verdict(found.image, found.colours)
-            return Reading(found.image, radiograph.identity(file), ("", ""), verdict, notes=found.notes)
+            return ReadResult(found.image, radiograph.identity(file), ("", ""), verdict, notes=found.notes)
         except radiograph.UnreadableFileError as error:
             return failed(error.code, error.reason)
 
 
-def failed(code: str, reason: str) -> Reading:
-    return Reading(None, None, (code, reason))
+def failed(code: str, reason: str) -> ReadResult:
+    return ReadResult(None, None, (code, reason))

@@ -9,20 +9,20 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mura_dist.data.io_faults import IO_ERROR
-from mura_dist.inference.file_list import File
-from mura_dist.inference.reader import Reading
-from mura_dist.inference.tables import Part
+from mura_dist.inference.file_list import ListedFile
+from mura_dist.inference.reader import ReadResult
+from mura_dist.inference.tables import ChunkResult
 
 FILES = "files"
 _RADIOGRAPH, _FAILURE, _FAULT = "rfi"
 
 
-def select(before: Part, files: Sequence[File]) -> list[File]:
+def select(before: ChunkResult, files: Sequence[ListedFile]) -> list[ListedFile]:
     """Choose the files of a chunk that `before` could not read."""
     return [file for file, letter in zip(files, before[FILES], strict=True) if letter == _FAULT]
 
 
-def complete(before: Part | None, part: Part, readings: Sequence[Reading]) -> Part:
+def complete(before: ChunkResult | None, part: ChunkResult, readings: Sequence[ReadResult]) -> ChunkResult:
     """Put what was read now, `part`, into the part of an earlier start. `readings`: of the files of `part`, in their order.
 
     The result has FILES where an I/O fault kept some of its files from being read again, else it is final.
@@ -33,17 +33,17 @@ def complete(before: Part | None, part: Part, readings: Sequence[Reading]) -> Pa
     return part | {FILES: "".join(letters)} if _FAULT in letters else part
 
 
-def _letter(reading: Reading) -> str:
+def _letter(reading: ReadResult) -> str:
     if reading.image is not None:
         return _RADIOGRAPH
     return _FAULT if reading.failure[0] == IO_ERROR else _FAILURE
 
 
-def _merge(before: Part, part: Part, new: list[str]) -> tuple[list[str], Part]:
+def _merge(before: ChunkResult, part: ChunkResult, new: list[str]) -> tuple[list[str], ChunkResult]:
     """(a letter a file, the part) of the whole chunk, in the order of its files."""
     lists = {_RADIOGRAPH: "predictions", _FAILURE: "failures", _FAULT: "failures"}
     old_lines, new_lines = ({name: iter(one[name]) for name in ("predictions", "failures")} for one in (before, part))
-    merged: Part = {"predictions": [], "failures": []}
+    merged: ChunkResult = {"predictions": [], "failures": []}
     letters, again = [], iter(new)
     for letter in before[FILES]:
         line = next(old_lines[lists[letter]])

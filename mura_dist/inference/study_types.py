@@ -15,14 +15,14 @@ from mura_dist.core.errors import UserError, os_reason
 from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import decode, find_delimiter, read_lines
 
-Given = str | Mapping[str, str] | None
+StudyTypeOverride = str | Mapping[str, str] | None
 
 # Share of letters in common, "XR_" left aside: HANDS and HAND have 0.89, HEAD and HAND 0.75, FOREFOOT and FOREARM 0.53.
 _TYPO, _NEAR = 0.8, 0.7
 _FILE_NAME = re.compile(r"[/\\]|\.\w+$")
 
 
-def read(given: str | None) -> Given:
+def read(given: str | None) -> StudyTypeOverride:
     """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises UserError."""
     if given is None:
         return None
@@ -65,7 +65,7 @@ def normal(study_type: str) -> str:
     return full if full in mura.STUDY_TYPES else name
 
 
-def check(given: Given, known: Collection[str]) -> list[str]:
+def check(given: StudyTypeOverride, known: Collection[str]) -> list[str]:
     """Warnings, a line each study type that neither MURA nor the model (`known`) has. Raises UserError for a likely typo."""
     everything = sorted({*mura.STUDY_TYPES, *known})
     asked = [given] if isinstance(given, str) else sorted({name for name in (given or {}).values() if name})
@@ -92,7 +92,7 @@ def _word(study_type: str) -> str:
     return re.sub(r"^XR[\W_]*", "", study_type.upper())
 
 
-def match(given: Given, paths: Iterable[str]) -> list[str]:
+def match(given: StudyTypeOverride, paths: Iterable[str]) -> list[str]:
     """A warning where lines of the table name no file; UserError where none of them does. paths: as the tables have them."""
     if given is None or isinstance(given, str):
         return []

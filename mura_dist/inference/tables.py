@@ -34,7 +34,7 @@ BLOCK = 16_384  # lines made at a time; a row group of Parquet
 DIGITS = 6  # significant digits of a probability
 _EXACT_DIGITS = 17  # of a float64
 
-Part = dict[str, Any]
+ChunkResult = dict[str, Any]
 """{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...], "notes": {note: number
 of files}} of a chunk's files; parts of earlier states have no notes."""
 Add = Callable[[pd.DataFrame], None]
@@ -52,7 +52,7 @@ _ADD_VIEW = "INSERT INTO view SELECT number, ?, ? FROM study WHERE name = ?"
 
 
 @dataclass
-class Tally:
+class TableCounts:
     """What the tables hold, counted as they are written."""
 
     num_radiographs: int = 0
@@ -77,17 +77,17 @@ class Tally:
         self.unevaluated_by_type.update(studies.loc[studies["threshold"].isna(), "study_type"])
 
 
-def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: str, aside: Path) -> Tally:
+def write(out: Path, parts: Callable[[], Iterable[ChunkResult]], card: Card, format: str, aside: Path) -> TableCounts:
     """The three tables of what `parts()` gives, in its order, into `out`; `aside`: a file for what is too long for memory.
 
     Raises RunError where a table cannot be put in its place, OSError where the disk is full.
     """
-    tally, returns = Tally(), dict.fromkeys(NAMES, False)
+    tally, returns = TableCounts(), dict.fromkeys(NAMES, False)
 
     def table(name: str) -> contextlib.AbstractContextManager[Add]:
         return _table(out / f"{name}.{format}", returns[name])
 
-    with grouped(aside) as studies:
+    with open_study_accumulator(aside) as studies:
         for rows, failures in _blocks(_count_notes(parts(), tally)):
             studies.add(rows)
             returns["predictions"] |= any("\r" in path + study for path, study, *_ in rows)
@@ -95,25 +95,25 @@ def write(out: Path, parts: Callable[[], Iterable[Part]], card: Card, format: st
             returns["failures"] |= any("\r" in path for path, *_ in failures)
         with table("predictions") as predictions, table("failures") as failed:
             for rows, failures in _blocks(parts()):
-                predictions(views(rows))
+                predictions(prediction_frame(rows))
                 failed(pd.DataFrame(failures, columns=list(table_guide.FAILURES), dtype="string"))
                 tally.num_radiographs += len(rows)
                 tally.radiographs_by_gate.update(row[4] for row in rows)
                 tally.failures_by_code.update(code for _, code, _ in failures)
-        with table("studies") as judged:
+        with table("studies") as apply_thresholds:
             for frame in studies.frames(card):
-                judged(frame)
+                apply_thresholds(frame)
                 tally.count(frame)
     return tally
 
 
-def _count_notes(parts: Iterable[Part], tally: Tally) -> Iterator[Part]:
+def _count_notes(parts: Iterable[ChunkResult], tally: TableCounts) -> Iterator[ChunkResult]:
     for part in parts:
         tally.radiographs_by_note.update(part.get("notes", {}))
         yield part
 
 
-def _blocks(parts: Iterable[Part]) -> Iterator[tuple[list[Any], list[Any]]]:
+def _blocks(parts: Iterable[ChunkResult]) -> Iterator[tuple[list[Any], list[Any]]]:
     """(predictions, failures) of some parts at a time; at least once."""
     rows: list[Any] = []
     failures: list[Any] = []
@@ -126,7 +126,7 @@ def _blocks(parts: Iterable[Part]) -> Iterator[tuple[list[Any], list[Any]]]:
     yield rows, failures
 
 
-def views(rows: list[Any]) -> pd.DataFrame:
+def prediction_frame(rows: list[Any]) -> pd.DataFrame:
     """Lines of predictions.csv; rows: [path, study, study_type, logit, gate] each."""
     views = pd.DataFrame(rows, columns=["path", "study", "study_type", "logit", "gate"])
     text = ["path", "study", "study_type", "gate"]
@@ -166,13 +166,13 @@ def _round(probability: np.ndarray, digits: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def grouped(path: Path) -> Iterator["Studies"]:
+def open_study_accumulator(path: Path) -> Iterator["StudyAccumulator"]:
     """Views on disk, which come in any order and lie by study: a study's views may be anywhere in the walk."""
     with files.scratch(path, mode=files.PRIVATE) as scratch, scratch_db.made(scratch, _SCHEMA) as database:
-        yield Studies(database)
+        yield StudyAccumulator(database)
 
 
-class Studies:
+class StudyAccumulator:
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database, self._num_views = database, 0
 
@@ -195,10 +195,10 @@ class Studies:
             heads = [(name, study_type, gate.NAMES[worst]) for name, study_type, worst in rows]
             views = self._database.execute(f"SELECT study, probability FROM view WHERE study {some[0]}", some[1])
             found = np.fromiter(views, [("study", np.int64), ("probability", np.float64)])
-            yield judged(heads, found["study"] - first, found["probability"], card)
+            yield apply_thresholds(heads, found["study"] - first, found["probability"], card)
 
 
-def judged(
+def apply_thresholds(
     heads: Sequence[tuple[str, str, str]], code: np.ndarray, probability: np.ndarray, card: Card, *, drawn: bool = False
 ) -> pd.DataFrame:
     """Lines of studies.csv. heads: k of (study, study_type, gate); of the views: code (n,) int64 in 0 .. k - 1, probability (n,).

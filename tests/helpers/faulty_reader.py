@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 from mura_dist.inference import reader
-from mura_dist.inference.reader import Reading
+from mura_dist.inference.reader import ReadResult
 
 
-class Reader(reader.Reader):
-    def __call__(self, path: str) -> Reading:
+class RadiographReader(reader.RadiographReader):
+    def __call__(self, path: str) -> ReadResult:
         name = Path(path).name
         if "crash" in name:
             os.abort()

@@ -15,7 +15,7 @@ import pytest
 
 from mura_dist.core import files
 from mura_dist.inference import file_list, scratch_db
-from mura_dist.inference.file_list import File, Walk
+from mura_dist.inference.file_list import FileList, ListedFile
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("table") / "walk.sqlite"
 
 
-def listed(found: Walk) -> list[File]:
+def listed(found: FileList) -> list[ListedFile]:
     return list(itertools.chain.from_iterable(found.chunks(range(found.num_chunks))))
 
 
-def paths(directory: Path, table: Path, leave_out: Path | None = None) -> list[str]:
+def paths(directory: Path, table: Path, exclude: Path | None = None) -> list[str]:
     with files.scratch(table) as database:
-        return [file.path for file in listed(file_list.find(directory, database, leave_out=leave_out))]
+        return [file.path for file in listed(file_list.find(directory, database, exclude=exclude))]
 
 
 def make(root: Path, *names: str) -> None:

@@ -186,7 +186,7 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     }
     for name in bad:
         draw(tmp_path / "in" / name)
-    monkeypatch.setattr(chunks, "Reader", faulty_reader.Reader)
+    monkeypatch.setattr(chunks, "Reader", faulty_reader.RadiographReader)
     options = PredictOptions(workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
@@ -540,7 +540,7 @@ def test_a_signal_stops_in_good_order(
     number: signal.Signals,
     phase: str,
 ) -> None:
-    before, frames = signal.getsignal(number), tables.views
+    before, frames = signal.getsignal(number), tables.prediction_frame
     asked: list[int] = []
 
     def ask(now: bool) -> None:

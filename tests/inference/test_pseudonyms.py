@@ -25,7 +25,7 @@ from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.inference import file_list, pseudonyms, study_types
 from mura_dist.inference.predict import PredictOptions, predict
-from mura_dist.inference.pseudonyms import Names
+from mura_dist.inference.pseudonyms import Pseudonymizer
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 WORD, NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's name and number
@@ -143,14 +143,14 @@ def test_a_name_depends_on_key_kind_and_parts_alone() -> None:
 
 
 def test_without_a_key_everything_goes_by_its_own_name() -> None:
-    names = Names()
+    names = Pseudonymizer()
     assert (names.file("a/b.png"), names.study("a"), names.digest("0f"), names.fingerprint) == (
         "a/b.png",
         "a",
         "0f",
         None,
     )
-    assert "1111" not in repr(Names(b"1" * 32))
+    assert "1111" not in repr(Pseudonymizer(b"1" * 32))
 
 
 # ---- a run under pseudonyms
@@ -640,7 +640,7 @@ def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     summary = predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert summary["warnings"][0] == "--study-type: 1 of 2 paths are not in DIRECTORY"
     table.write_text("path,study_type\nloose.png,HAND\n")
-    assert study_types.match(study_types.read(str(table)), [file_list.printable("loose.png")]) == []
+    assert study_types.match(study_types.read(str(table)), [file_list.printable_path("loose.png")]) == []
 
 
 # ---- files made once

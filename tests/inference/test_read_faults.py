@@ -18,10 +18,10 @@ from mura_dist.core.errors import RunError
 from mura_dist.data import io_faults
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference import retries, tables
-from mura_dist.inference.file_list import File
+from mura_dist.inference.file_list import ListedFile
 from mura_dist.inference.overlays import counts
 from mura_dist.inference.predict import PredictOptions, predict
-from mura_dist.inference.reader import Reading, failed
+from mura_dist.inference.reader import ReadResult, failed
 
 RANK = """
 import sys
@@ -126,10 +126,10 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
 def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None:
     """Law: attempts that each read some of a chunk's files end in the part of one that read all."""
     rng = np.random.default_rng(4)
-    image, files = np.zeros((2, 2), np.uint8), [File(str(number)) for number in range(40)]
-    outcomes = [Reading(image, None, ("", "")) if rng.random() < 0.7 else failed("not_image", "") for _ in files]
+    image, files = np.zeros((2, 2), np.uint8), [ListedFile(str(number)) for number in range(40)]
+    outcomes = [ReadResult(image, None, ("", "")) if rng.random() < 0.7 else failed("not_image", "") for _ in files]
 
-    def attempt(before: tables.Part | None, share: float) -> tables.Part:
+    def attempt(before: tables.ChunkResult | None, share: float) -> tables.ChunkResult:
         some = files if before is None else retries.select(before, files)
         readings = [outcomes[int(f.path)] if rng.random() < share else failed("io_error", "") for f in some]
         lines = list(zip((file.path for file in some), readings, strict=True))

@@ -12,7 +12,7 @@ from helpers.models import S, noise
 
 from mura_dist.inference import page_locked
 from mura_dist.inference.engine import OUTPUTS
-from mura_dist.inference.engine_onnxruntime import Slot, import_onnxruntime
+from mura_dist.inference.engine_onnxruntime import GpuBatch, import_onnxruntime
 from mura_dist.inference.onnx_model import OnnxModel
 
 B = 4
@@ -36,9 +36,9 @@ def session(model: Path) -> Session:
     return Session(model)
 
 
-def slot_of(session: Session, host: np.ndarray | None = None) -> Slot:
+def slot_of(session: Session, host: np.ndarray | None = None) -> GpuBatch:
     host = np.full((B, 1, S, S), 255, np.uint8) if host is None else host
-    return Slot(import_onnxruntime(), session, host, ("cpu", 0))
+    return GpuBatch(import_onnxruntime(), session, host, ("cpu", 0))
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 5, 8, 9])

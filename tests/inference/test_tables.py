@@ -20,15 +20,15 @@ from mura_dist.core.errors import RunError
 from mura_dist.data import gate
 from mura_dist.evaluation import prediction_files
 from mura_dist.inference import tables
-from mura_dist.inference.tables import Part
+from mura_dist.inference.tables import ChunkResult
 from mura_dist.metrics import classification
 from mura_dist.metrics.operating_points import Band, FittedThresholds, StudyTypeThresholds
 from mura_dist.models.card import Card
 
 
-def judged(folder: Path, parts: list[Part], card: Card) -> pd.DataFrame:
+def apply_thresholds(folder: Path, parts: list[ChunkResult], card: Card) -> pd.DataFrame:
     """studies.csv as a frame."""
-    with tables.grouped(folder / "studies.sqlite") as studies:
+    with tables.open_study_accumulator(folder / "studies.sqlite") as studies:
         for part in parts:
             studies.add(part["predictions"])
         return pd.concat(studies.frames(card), ignore_index=True)
@@ -38,7 +38,7 @@ def test_a_call_is_strict(tmp_path: Path) -> None:
     parts: list[dict[str, Any]] = [
         {"predictions": [["a", "a", "XR_HAND", 0.0, "ok"], ["b", "b", "XR_HAND", 1e-6, "blank"]], "failures": []}
     ]
-    frame = judged(tmp_path, parts, card_of())
+    frame = apply_thresholds(tmp_path, parts, card_of())
     assert frame["probability"][0] == frame["threshold"][0] == 0.5
     assert frame["call"].tolist() == [0, 1]
 
@@ -58,7 +58,7 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
     ]
     part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0, "ok"]], "failures": []}
     card = card_of().model_copy(update={"calibration": points})
-    frame = judged(tmp_path, [part], card)
+    frame = apply_thresholds(tmp_path, [part], card)
     for kind, probability, calibrated, band in zip(
         *(frame[name] for name in ("study_type", "probability", "calibrated_probability", "band")), strict=True
     ):
@@ -81,13 +81,13 @@ def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path
             "predictions": [[f"{place}", "a", "XR_HAND", logit, "ok"] for place, logit in enumerate(order)],
             "failures": [],
         }
-        found.add(judged(tmp_path, [part], card_of())["probability"][0])
+        found.add(apply_thresholds(tmp_path, [part], card_of())["probability"][0])
     assert len(found) == 1  # to the last bit
     assert found.pop() == float(f"{np.mean(classification.sigmoid(np.array(logits))):.6g}")
 
 
 def test_a_model_of_drawings_makes_no_call_and_no_band(tmp_path: Path) -> None:
-    parts: list[Part] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
+    parts: list[ChunkResult] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
     points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND})
     found = {}
     for kind in ("phantoms", "radiographs"):
@@ -112,7 +112,7 @@ def test_a_studys_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
     rows = [
         [f"{i}", f"{case}", "XR_HAND", 0.0, word] for case, words in enumerate(cases) for i, word in enumerate(words)
     ]
-    frame = judged(
+    frame = apply_thresholds(
         tmp_path, [{"predictions": rows[:30], "failures": []}, {"predictions": rows[30:], "failures": []}], card_of()
     )
     assert frame["gate"].tolist() == [max(words, key=gate.NAMES.index) for words in cases]
@@ -177,7 +177,7 @@ def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format
 def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, format: str) -> None:
     names = ["=1+1.png", "+a.png", "-a/b.png", "@a.png", "\ta.png", "\ra.png", "a=.png"]
     rows = [[name, name, "XR_HAND", -1.0, "ok"] for name in names]
-    parts: list[Part] = [{"predictions": rows, "failures": [[name, "unreadable", "why"] for name in names]}]
+    parts: list[ChunkResult] = [{"predictions": rows, "failures": [[name, "unreadable", "why"] for name in names]}]
     tables.write(tmp_path, lambda: parts, card_of(), format, tmp_path / "aside")
     for table, column in (
         ("predictions", "path"),
@@ -216,7 +216,7 @@ def rows(num: int, seed: int = 0) -> list[list[Any]]:
     return found
 
 
-def parts_of(views: list[list[Any]], size: int) -> list[Part]:
+def parts_of(views: list[list[Any]], size: int) -> list[ChunkResult]:
     failures = [[f"f{number}", "unreadable", "its PNG data is damaged; or, so"] for number in range(len(views) // 5)]
     cuts = range(0, max(len(views), 1), size)
     return [{"predictions": views[at : at + size], "failures": failures[at : at + size]} for at in cuts]

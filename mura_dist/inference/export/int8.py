@@ -51,7 +51,7 @@ _DAMPING = 0.01  # of the mean variance: from few radiographs a covariance is kn
 
 
 @dataclass
-class Observed:
+class ChannelStatistics:
     """Of one tensor, by channel: (C,) float64 each; of one that a convolution of k x k reads also the covariance of its inputs,
     (C k k, C k k) float32."""
 
@@ -106,9 +106,9 @@ class _Watch:
             self.moments[name] = _Moments(read.mean(0))
         self.moments[name].add(read)
 
-    def observed(self) -> dict[str, Observed]:
+    def observed(self) -> dict[str, ChannelStatistics]:
         return {
-            name: Observed(
+            name: ChannelStatistics(
                 np.min([low for low, *_ in rows], axis=0),
                 np.max([high for _, high, *_ in rows], axis=0),
                 np.average([mean for _, _, mean, _ in rows], axis=0, weights=[number for *_, number in rows]),
@@ -142,7 +142,7 @@ class _Moments:
 
 
 @torch.no_grad()
-def observe(network: DenseNet, images: np.ndarray) -> dict[str, Observed]:
+def observe(network: DenseNet, images: np.ndarray) -> dict[str, ChannelStatistics]:
     """Range and mean of the channels of every tensor that gets a grid. images: uint8 (N, 1, S, S); network: eval, CPU, fp32."""
     watch, parts = _Watch(), network.features
     for batch in torch.from_numpy(images).split(_BATCH):
@@ -175,7 +175,7 @@ def _numpy(tensor: Any) -> np.ndarray:
 # ---- grids
 
 
-def _grid(observed: Observed, readers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Grid:
+def _grid(observed: ChannelStatistics, readers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Grid:
     """The grid of channels that norms of (slope, intercept) read: the observed range, less what all of them cut away."""
     low, high = observed.low.copy(), observed.high.copy()
     if readers:
@@ -291,7 +291,7 @@ class _Rectified:
         scaled = weight * self.scale
         return scaled, weight @ self.constant - scaled @ self.zero
 
-    def statistics(self, observed: Observed) -> tuple[np.ndarray, np.ndarray]:
+    def statistics(self, observed: ChannelStatistics) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the bytes, of the values'."""
         scale = np.where(self.scale == 0, np.inf, self.scale)
         # What 32 bits left of a mean, in steps far smaller than it, may lie anywhere: no byte does.
@@ -358,7 +358,7 @@ def _root_of_inverse(matrix: np.ndarray) -> np.ndarray:
             more *= 10
 
 
-def network_nodes(network: DenseNet, observed: dict[str, Observed], prefix: str = "") -> _Graph:
+def network_nodes(network: DenseNet, observed: dict[str, ChannelStatistics], prefix: str = "") -> _Graph:
     """Nodes and constants of one network; "<prefix>logit" (N,) and "<prefix>activation_map" (N, h, w) come out."""
     graph, parts = _Graph(prefix), network.features
     x, grid = _stem(graph, network, observed["stem"])
@@ -387,7 +387,7 @@ def _readers(norms: Sequence[Any], first: int, number: int) -> list[tuple[np.nda
     return [tuple(part[first : first + number] for part in _affine(norm)) for norm in norms]  # type: ignore[misc]
 
 
-def _stem(graph: _Graph, network: DenseNet, observed: Observed) -> tuple[str, Grid]:
+def _stem(graph: _Graph, network: DenseNet, observed: ChannelStatistics) -> tuple[str, Grid]:
     """The image is bytes already. A second channel, 255 everywhere, carries ImageNet's means: where the kernel hangs over the
     border both are 0, as the normalised image is."""
     parts = network.features
@@ -409,7 +409,7 @@ def _stem(graph: _Graph, network: DenseNet, observed: Observed) -> tuple[str, Gr
 
 
 def _layer(
-    graph: _Graph, layer: Any, x: str, grid: Grid, seen: dict[str, Observed], later: Sequence[Any]
+    graph: _Graph, layer: Any, x: str, grid: Grid, seen: dict[str, ChannelStatistics], later: Sequence[Any]
 ) -> tuple[str, Grid]:
     """norm, relu, 1x1, norm, relu, 3x3. `later`: the norms that will read what it adds."""
     slope, intercept = _affine(layer.norm2)
@@ -430,8 +430,8 @@ def _transition(
     transition: Any,
     x: str,
     grid: Grid,
-    before: Observed,
-    after: Observed,
+    before: ChannelStatistics,
+    after: ChannelStatistics,
     readers: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[str, Grid]:
     y = graph.rectified(x, *_affine(transition.norm), grid)

@@ -33,14 +33,14 @@ FP16_LIMIT = 32_000.0
 _BATCH = 4
 
 
-class Limit(NamedTuple):
+class ChangeLimits(NamedTuple):
     """What a precision may change: the mean over radiographs, and the share of studies whose call is another one."""
 
     mean_probability: float
     changed_calls: float
 
 
-LIMITS = {"fp16": Limit(0.001, 0.005), "bf16": Limit(0.005, 0.01), "int8": Limit(0.005, 0.01)}
+LIMITS = {"fp16": ChangeLimits(0.001, 0.005), "bf16": ChangeLimits(0.005, 0.01), "int8": ChangeLimits(0.005, 0.01)}
 ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that measures
 _BATCH_SIZES = (1, 2, 7, 64)
 

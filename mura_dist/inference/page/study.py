@@ -218,12 +218,12 @@ def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> Stu
     """Return what predict writes of the files with a view, as one study. A model of drawings calls known drawings alone."""
     good = [(file, file.view.logit) for file in files if file.view is not None]
     rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
-    predictions = tables.views(rows)
+    predictions = tables.prediction_frame(rows)
     probability = classification.sigmoid(np.array([logit for _, logit in good], np.float32))
     worst = max((file.upload.verdict for file, _ in good), key=gate.NAMES.index)
     drawn = all(file.drawn for file, _ in good)
     heads = [(STUDY, study_type, worst)]
-    studies = tables.judged(heads, np.zeros(len(rows), np.int64), probability, card, drawn=drawn)
+    studies = tables.apply_thresholds(heads, np.zeros(len(rows), np.int64), probability, card, drawn=drawn)
     withheld = card.of_drawings and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan

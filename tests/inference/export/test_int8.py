@@ -12,7 +12,7 @@ from helpers.models import S, tiny
 from torch import nn
 
 from mura_dist.inference.export import int8
-from mura_dist.inference.export.int8 import Grid, Observed
+from mura_dist.inference.export.int8 import ChannelStatistics, Grid
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 
@@ -195,7 +195,7 @@ def test_a_cut_is_the_norm_and_the_relu(slope: float, intercept: float) -> None:
 
 
 def test_a_grid_spans_what_is_seen_and_not_cut_away() -> None:
-    seen = Observed(np.array([-4.0, -4.0, -4.0, 2.0]), np.array([4.0, 4.0, 4.0, 2.0]), np.zeros(4))
+    seen = ChannelStatistics(np.array([-4.0, -4.0, -4.0, 2.0]), np.array([4.0, 4.0, 4.0, 2.0]), np.zeros(4))
     one = (np.array([1.0, 1.0, -1.0, 1.0]), np.array([1.0, 9.0, 2.0, 0.0]))  # cuts at -1, -9, 2 (above), 0
     two = (np.array([1.0, 1.0, -1.0, 1.0]), np.array([-1.0, 9.0, 3.0, 0.0]))  # at 1, -9, 3, 0
     grid = int8._grid(seen, [one, two])

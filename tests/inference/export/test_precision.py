@@ -113,7 +113,7 @@ def test_limits(precision: str) -> None:
 
 @pytest.mark.slow
 def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setitem(variants.LIMITS, "int8", variants.Limit(0.0, 0.0))
+    monkeypatch.setitem(variants.LIMITS, "int8", variants.ChangeLimits(0.0, 0.0))
     (copy / "model-int8.onnx").write_text("an older one")
     assert main(["export", str(copy), "--precision", "int8"]) == FAILED
     said = capsys.readouterr().err.splitlines()
