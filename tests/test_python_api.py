@@ -240,7 +240,7 @@ def test_batches_are_those_of_training(shard_folder: Path) -> None:
     loader = mura_dist.data_loader(shard_folder, micro_batch=8, seed=3, device="cpu", pipeline="cpu")
     rows = Shards.open(shard_folder).rows("train")
     for epoch in range(2):
-        order = sampler.epoch_order(rows, 3, epoch, rotate_deg=30, flip=True)
+        order = sampler.epoch_permutation(rows, 3, epoch, rotate_deg=30, flip=True)
         batches = list(loader)
         assert len(batches) == len(loader) == len(rows) // 8
         assert np.concatenate([batch.row for batch in batches]).tolist() == order.rows[: 8 * len(loader)].tolist()

@@ -21,7 +21,7 @@ from mura_dist.data import gate, radiograph
 from mura_dist.data.radiograph import DicomIdentity, UnreadableFileError
 from mura_dist.inference import grouping, study_types, tables
 from mura_dist.inference.grouping import Grouping
-from mura_dist.inference.onnx_model import Model
+from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
 
 Source = Path | str | bytes | np.ndarray
@@ -84,7 +84,7 @@ class StudyResult:
 class StudyModel:
     """An exported model that predicts one study at a time. Threads may share it."""
 
-    def __init__(self, onnx_model: Model) -> None:
+    def __init__(self, onnx_model: OnnxModel) -> None:
         """Wrap a loaded ONNX model. `mura_dist.load` is the usual way."""
         self.onnx_model = onnx_model
 
@@ -126,7 +126,7 @@ class StudyModel:
             ViewResult(
                 name,
                 float(logit),
-                classification.probability(float(logit)),
+                classification.logit_to_probability(float(logit)),
                 gate.verdict(look.image, look.colours),
                 activation_map,
                 look.notes,
@@ -183,7 +183,7 @@ def load(path: Path | str, *, provider: str = "cpu") -> StudyModel:
     Raises:
         UserError: the file is missing, is no such model, or the provider cannot start.
     """
-    return StudyModel(Model.load(Path(path), provider))
+    return StudyModel(OnnxModel.load(Path(path), provider))
 
 
 def _name(source: Source, number: int) -> str:

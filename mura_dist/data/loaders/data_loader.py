@@ -15,8 +15,8 @@ from mura_dist.core.storage import StoragePath
 from mura_dist.data.class_weights import LossWeights
 from mura_dist.data.loaders import sampler
 from mura_dist.data.loaders.backend import choose_backend
-from mura_dist.data.loaders.loader import Batch, BatchLoader, Targets
-from mura_dist.data.loaders.sampler import Micro
+from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
+from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
 from mura_dist.distributed.processes import processors
@@ -56,8 +56,8 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of the current epoch from the current step on, then begin the next epoch."""
-        micros = self._micros()[self.step :]
-        for batch in self.loader.load(micros):
+        micro_batches = self._micro_batches()[self.step :]
+        for batch in self.loader.load(micro_batches):
             self.step += 1
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
@@ -79,16 +79,16 @@ class DataLoader:
             )
         self.epoch, self.step = epoch, step
 
-    def _micros(self) -> list[Micro]:
+    def _micro_batches(self) -> list[MicroBatch]:
         sizes = {"micro_batch": self.loader.micro_batch, "rank": self.rank, "world_size": self.world_size}
         if not self.shuffle:
-            return sampler.evaluation_micros(self.rows, **sizes)
-        order = sampler.epoch_order(self.rows, self.seed, self.epoch, rotate_deg=self.rotate_deg, flip=self.flip)
+            return sampler.evaluation_micro_batches(self.rows, **sizes)
+        order = sampler.epoch_permutation(self.rows, self.seed, self.epoch, rotate_deg=self.rotate_deg, flip=self.flip)
         global_batch = self.loader.micro_batch * self.world_size
         return [
-            micro
+            batch
             for step in range(len(self))
-            for micro in sampler.step_micros(order, step, global_batch=global_batch, **sizes)
+            for batch in sampler.step_micro_batches(order, step, global_batch=global_batch, **sizes)
         ]
 
 
@@ -144,8 +144,8 @@ def data_loader(
             f"micro_batch={micro_batch}: a step takes {global_batch} of {len(rows)} radiographs. Give a smaller one"
         )
     backend, note = choose_backend(pipeline, device)
-    workers = workers or min(8 if device.type == "cuda" else 4, max(1, processors() // environment.ranks_here()))
-    targets = Targets.of(opened, loss_weights)
+    workers = workers or min(8 if device.type == "cuda" else 4, max(1, processors() // environment.local_world_size()))
+    targets = RowTargets.from_shards(opened, loss_weights)
     loader = BatchLoader(
         opened, targets, device, backend, micro_batch, workers, prefetch=_AHEAD_PER_WORKER * workers, note=note
     )
