@@ -221,7 +221,7 @@ def test_the_stored_sample_is_what_read_radiograph_reads(phantoms: Path, shard_f
     shards = Shards.open(shard_folder)
     for row in shards.rows("train")[:5]:
         image = mura_dist.read_radiograph(phantoms / shards.manifest.frame.at[row, "path"], size=64)
-        assert (shards.pixels(int(row)) == image).all()
+        assert (shards.read_pixels(int(row)) == image).all()
 
 
 def test_read_radiograph_refuses_in_one_line(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_without_shuffle_each_radiograph_comes_once(shard_folder: Path, split: s
     assert len(batches) == len(loader)
     shards = Shards.open(shard_folder)
     first = batches[0]
-    assert (first.image[0, 0].numpy() == shards.pixels(int(first.row[0]))).all()
+    assert (first.image[0, 0].numpy() == shards.read_pixels(int(first.row[0]))).all()
 
 
 def test_a_state_resumes_to_the_bit(shard_folder: Path) -> None:

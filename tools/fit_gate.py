@@ -3,7 +3,7 @@
 python tools/fit_gate.py RADIOGRAPHS PHOTOGRAPHS [--also NAME=FOLDER ...]
 
     folders of files -> radiograph.read at 320, 128 and 64 px -> the same varied, drawings of no radiograph, phantoms
-        -> gate.statistics -> logistic regression on each statistic and its square -> the table
+        -> gate.compute_statistics -> logistic regression on each statistic and its square -> the table
         -> the same by five folds, whole patients apart -> false alarms and misses, with Wilson's 95 % intervals
 
 RADIOGRAPHS is in MURA's layout: `patient...` in a path says who is never on both sides of a fold. --also: folders that are only
@@ -53,7 +53,7 @@ def main() -> None:
     drawn = [
         each if number % 2 else vary(each, np.random.default_rng((4, number))) for number, each in enumerate(drawn)
     ]
-    others = np.array([values for each in drawn if (values := gate.statistics(each)) is not None])
+    others = np.array([values for each in drawn if (values := gate.compute_statistics(each)) is not None])
     with tempfile.TemporaryDirectory() as folder:
         phantoms.draw(Path(folder) / "set", studies=150, size=128, seed=0)
         bones = Pictures(Path(folder) / "set", 5, 1)
@@ -80,19 +80,19 @@ def main() -> None:
             ("phantoms", bones, sides[3]),
         ):
             for kind, values in pictures.by_kind(side == number):
-                scored = gate.scores(values, *table)
+                scored = gate.compute_scores(values, *table)
                 results.setdefault(f"{name}, {kind}", []).append(scored.reshape(-1, 2))
                 if kind in SIZE_NAMES:
                     with_colours = pictures.refused(scored, side == number)
                     results.setdefault(f"{name}, {kind}, and colours", []).append(with_colours)
-        results.setdefault("drawings", []).append(gate.scores(others[sides[2] == number], *table))
+        results.setdefault("drawings", []).append(gate.compute_scores(others[sides[2] == number], *table))
     print(f"held out by {FOLDS} folds")
     for name, found in sorted(results.items()):
         tell(name, np.concatenate(found))
     final = fitted(-1)
     print(f"with the final table; seen by the fit: {len(xrays.names)} radiographs, {len(photos.names)} photographs")
-    tell("radiographs", gate.scores(xrays.plain[320], *final))
-    tell("photographs", gate.scores(photos.plain[320], *final))
+    tell("radiographs", gate.compute_scores(xrays.plain[320], *final))
+    tell("photographs", gate.compute_scores(photos.plain[320], *final))
     print(f"_CONSTANT = {final[0]:.4f}")
     for name, row in zip(gate.STATISTICS, final[1].T, strict=True):
         print(f"    ({', '.join(f'{number:.4f}' for number in row)}),  # {name}", flush=True)
@@ -100,7 +100,7 @@ def main() -> None:
         name, _, folder = word.partition("=")
         also = Pictures(Path(folder), 6, 0)
         for kind, values in also.by_kind(np.arange(len(also.names)) >= 0):
-            scored = gate.scores(values, *final)
+            scored = gate.compute_scores(values, *final)
             tell(f"{name}, {kind}", also.refused(scored), also.num_blank)
 
 
@@ -116,16 +116,16 @@ class Pictures:
         plain, varied, framed, coloured = [], [], [], []
         for number, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
             try:
-                looks = [radiograph.look(path, size) for size in SIZES]
+                looks = [radiograph.read_details(path, size) for size in SIZES]
             except radiograph.UnreadableFileError:
                 continue
             images = [look.image for look in looks]
-            values = [gate.statistics(image) for image in images]
+            values = [gate.compute_statistics(image) for image in images]
             if any(value is None for value in values):
                 self.num_blank += 1
                 continue
             self.names.append(path.as_posix())
-            coloured.append(looks[0].colours is not None and gate.coloured(looks[0].colours))
+            coloured.append(looks[0].colors is not None and gate.is_colored(looks[0].colors))
             plain.append(values)
             varied.append([_sure(images[0], np.random.default_rng((seed, number, k))) for k in range(num_varied)])
             framed.append(
@@ -157,13 +157,13 @@ class Pictures:
 
 def _framed(image: np.ndarray, frame: Callable[[np.ndarray, Random], np.ndarray], random: Random) -> np.ndarray:
     """Of a picture within a border; of the picture alone where too little of it is left."""
-    found = gate.statistics(frame(image, random))
+    found = gate.compute_statistics(frame(image, random))
     return _sure(image, random) if found is None else found
 
 
 def _sure(image: np.ndarray, random: Random) -> np.ndarray:
     """Of a varied picture that is not blank."""
-    while (found := gate.statistics(vary(image, random))) is None:
+    while (found := gate.compute_statistics(vary(image, random))) is None:
         pass
     return found
 

@@ -77,7 +77,7 @@ def size_of(model: Path, size: int | None) -> int:
 def _bytes_each(folder: Path) -> float:
     """Of the image members alone: tar's blocks and the label are the same for all encodings."""
     opened = Shards.open(folder)
-    sizes = [len(opened.encoded(row)) for row in opened.manifest.frame.index]
+    sizes = [len(opened.read_encoded(row)) for row in opened.manifest.frame.index]
     return sum(sizes) / len(sizes)
 
 
@@ -100,5 +100,5 @@ def _probabilities(logits: Callable[[np.ndarray], np.ndarray], load: Load, encod
     opened, distinct = Shards.open(load.scratch / encoding), set(load.paths[: load.num_files])
     rows = [row for row, path in enumerate(opened.manifest.frame["path"]) if path in distinct]
     batches = (rows[start : start + load.batch] for start in range(0, len(rows), load.batch))
-    found = np.concatenate([logits(np.stack([opened.pixels(row) for row in batch])[:, None]) for batch in batches])
+    found = np.concatenate([logits(np.stack([opened.read_pixels(row) for row in batch])[:, None]) for batch in batches])
     return 1 / (1 + np.exp(-found.astype(np.float64)))

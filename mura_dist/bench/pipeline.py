@@ -55,7 +55,7 @@ def _peers(load: Load) -> dict[str, Callable[[Load], Epochs]]:
     from mura_dist.data.shards.reader import Shards
 
     folder = load.scratch / "shards"
-    tars = [str(folder / name) for name in Shards.open(folder).names()]
+    tars = [str(folder / name) for name in Shards.open(folder).tar_names()]
     return {
         peers.FILES: peers.data_loader,
         peers.TAR: partial(peers.webdataset, [str(load.scratch / "files.tar")]),

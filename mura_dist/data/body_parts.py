@@ -57,24 +57,24 @@ _SRT = {
 _CODES = {"SCT": _SCT} | dict.fromkeys(("SRT", "SNM3", "99SDM"), _SRT)  # one dictionary under its names over the years
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """As written, but for what devices vary in: capitals, padding, a separator for a blank."""
     return " ".join(re.sub(r"[\s_\0]+", " ", text).upper().split())
 
 
-def laterality(text: str) -> str:
+def normalize_laterality(text: str) -> str:
     """L, R, B or U where it says that in any usual way, else as written."""
-    return _LATERALITY.get(plain(text), plain(text))
+    return _LATERALITY.get(normalize(text), normalize(text))
 
 
-def of_code(scheme: str, code: str) -> str:
+def body_part_of_code(scheme: str, code: str) -> str:
     """The body part of an anatomic region's code; "" for one that is not of the seven regions."""
-    return _CODES.get(plain(scheme), {}).get(plain(code), "")
+    return _CODES.get(normalize(scheme), {}).get(normalize(code), "")
 
 
-def study_type(body_part: str) -> str | None:
+def find_study_type(body_part: str) -> str | None:
     """MURA's study type of a body part, or None. A side beside it is no part of it, nor is a plural."""
-    words = [word for word in plain(body_part).split() if word not in _SIDES]
+    words = [word for word in normalize(body_part).split() if word not in _SIDES]
     name = " ".join(words)
     for one in (name, name.removesuffix("S")):
         if found := _REGIONS.get(_OTHER_WORDS.get(one, one)):

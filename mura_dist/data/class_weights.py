@@ -11,7 +11,7 @@ import numpy as np
 LossWeights = Literal["class", "study_type", "none"]
 
 
-def class_weights(
+def compute_class_weights(
     loss_weights: LossWeights, study_type: np.ndarray, label: np.ndarray, names: Iterable[str]
 ) -> dict[str, tuple[float, float]]:
     """Compute (w0, w1) for each study type: w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives.

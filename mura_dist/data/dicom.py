@@ -17,7 +17,7 @@ from mura_dist.data.dicom_header import Header, is_dicom
 from mura_dist.data.dicom_identity import DicomIdentity, read_identity
 from mura_dist.data.dicom_pixels import PALETTE, Pixels, read_pixels
 from mura_dist.data.dicom_transform import present
-from mura_dist.data.grey import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
+from mura_dist.data.grayscale import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
 __all__ = ["DicomIdentity", "decode", "is_dicom", "read_identity"]
 
@@ -47,17 +47,17 @@ def decode(data: bytes) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]
 
 def _check_scope(header: Header) -> None:
     dataset = header.dataset
-    modality = dicom_header.label(dataset, "Modality")
-    sop_class = dicom_header.label(header.meta, "MediaStorageSOPClassUID") or dicom_header.label(dataset, "SOPClassUID")
+    modality = dicom_header.get_label(dataset, "Modality")
+    sop_class = dicom_header.get_label(header.meta, "MediaStorageSOPClassUID") or dicom_header.get_label(dataset, "SOPClassUID")
     if not (modality or sop_class) or ("Rows" not in dataset and sop_class in _SOP_CLASSES):
         raise UnreadableFileError("unreadable", "its DICOM header is damaged or cut short")
     if modality not in _MODALITIES and (modality not in ("", *_WRITTEN_FOR_DX) or sop_class not in _SOP_CLASSES):
         raise UnreadableFileError("out_of_scope", "its DICOM modality is none of CR, DX, RG or a secondary capture")
     if "Rows" not in dataset:
         raise UnreadableFileError("out_of_scope", "a DICOM without an image, a report for instance")
-    if (dicom_header.integer(dataset, "NumberOfFrames") or 1) > 1:
+    if (dicom_header.get_integer(dataset, "NumberOfFrames") or 1) > 1:
         raise UnreadableFileError("out_of_scope", "a DICOM of several frames")
-    if sop_class == _FOR_PROCESSING or dicom_header.label(dataset, "PresentationIntentType") == "FOR PROCESSING":
+    if sop_class == _FOR_PROCESSING or dicom_header.get_label(dataset, "PresentationIntentType") == "FOR PROCESSING":
         raise UnreadableFileError(
             "out_of_scope", "raw detector data 'for processing'; send the image 'for presentation'"
         )
@@ -65,7 +65,7 @@ def _check_scope(header: Header) -> None:
 
 def _photometric(header: Header, samples: int) -> str:
     """Return what the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises UnreadableFileError."""
-    label = dicom_header.label(header.dataset, "PhotometricInterpretation")
+    label = dicom_header.get_label(header.dataset, "PhotometricInterpretation")
     name = _BY_LETTERS.get(label.replace(" ", ""), label)
     if samples == 3 and name in _COLORS:
         return name
@@ -101,7 +101,7 @@ def _is_inverted(photometric: str, header: Header) -> bool:
     """Return whether small values are white. PresentationLUTShape describes the output itself (PS3.3, C.8.11.3), so it decides.
     In a valid file both agree."""
     inverted = photometric == "MONOCHROME1"
-    shape = dicom_header.label(header.dataset, "PresentationLUTShape")
+    shape = dicom_header.get_label(header.dataset, "PresentationLUTShape")
     if shape in ("IDENTITY", "INVERSE"):
         if inverted != (shape == "INVERSE"):
             header.note("PresentationLUTShape contradicts PhotometricInterpretation and is followed")

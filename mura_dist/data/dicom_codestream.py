@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mura_dist.data.grey import UnreadableFileError
+from mura_dist.data.grayscale import UnreadableFileError
 
 _ITEM, _DELIMITER = 0xE000FFFE, 0xE0DDFFFE
 _SIZ = b"\xff\x4f\xff\x51"  # JPEG 2000: start of codestream, image and tile size

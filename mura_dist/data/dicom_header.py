@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from mura_dist.data import body_parts
-from mura_dist.data.grey import UnreadableFileError
+from mura_dist.data.grayscale import UnreadableFileError
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _SYNTAXES = {  # of data that are not compressed, by (implicit, little endian)
@@ -55,7 +55,7 @@ class Header:
 
     def require(self, keyword: str) -> int:
         """Return an attribute's integer. Raises UnreadableFileError, which names it, where there is none."""
-        value = integer(self.dataset, keyword)
+        value = get_integer(self.dataset, keyword)
         if value is None:
             raise UnreadableFileError("unreadable", f"its DICOM header has no usable {keyword}")
         return value
@@ -136,12 +136,12 @@ def _guess_encoding(file: BinaryIO) -> tuple[bool, bool]:
 # ---- values
 
 
-def label(dataset: Any, keyword: str) -> str:
+def get_label(dataset: Any, keyword: str) -> str:
     """Return a term of the standard's in capitals, words apart by one blank (YBR_FULL is "YBR FULL"); "" where there is none."""
-    return body_parts.plain(str(_first(dataset, keyword) or ""))
+    return body_parts.normalize(str(_first(dataset, keyword) or ""))
 
 
-def integer(dataset: Any, keyword: str) -> int | None:
+def get_integer(dataset: Any, keyword: str) -> int | None:
     """Return the first value; None where there is none, or it is no integer."""
     try:
         return int(_first(dataset, keyword))
@@ -154,7 +154,7 @@ def _first(dataset: Any, keyword: str) -> Any:
     return next(iter(value), None) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value
 
 
-def numbers(header: Header, scope: Any, keyword: str) -> list[float]:
+def get_numbers(header: Header, scope: Any, keyword: str) -> list[float]:
     """Return the values of an attribute of decimal strings, NaN for each that is none; [] where it is not there.
 
     A decimal comma, as some countries write it, is read and noted; 1,024 may mean two numbers, and is none. scope: the
@@ -182,14 +182,14 @@ def _number(text: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def raw(dataset: Any, keyword: str) -> tuple[bytes, str]:
+def get_bytes(dataset: Any, keyword: str) -> tuple[bytes, str]:
     """Return an attribute's bytes as the file has them, and their order, "<" or ">"; no bytes where there are none."""
     element = dataset.get_item(keyword)
     value = getattr(element, "value", None)
     return value if isinstance(value, bytes) else b"", "<" if getattr(element, "is_little_endian", True) else ">"
 
 
-def items(dataset: Any, keyword: str) -> list[Any]:
+def get_items(dataset: Any, keyword: str) -> list[Any]:
     """Return the items of a sequence; none where it is not there, empty or broken."""
     try:
         return [item for item in dataset.get(keyword) or () if hasattr(item, "get_item")]

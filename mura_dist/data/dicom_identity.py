@@ -69,7 +69,7 @@ def read_identity(file: BinaryIO, head: bytes) -> DicomIdentity:
         _safe_text(header.dataset, "StudyInstanceUID"),
         _body_part(header.dataset),
         # An image's own laterality before its series': a series of both hands has "B", or whichever came first.
-        body_parts.laterality(
+        body_parts.normalize_laterality(
             _safe_text(header.dataset, "ImageLaterality") or _safe_text(header.dataset, "Laterality")
         ),
         _may_show_text(header) or not whole,
@@ -93,11 +93,11 @@ def _safe_text(header: Any, keyword: str) -> str:
 
 def _body_part(header: Any) -> str:
     """Return the body part as written; where nothing is, by the code of the anatomic region."""
-    if written := body_parts.plain(_safe_text(header, "BodyPartExamined")):
+    if written := body_parts.normalize(_safe_text(header, "BodyPartExamined")):
         return written
     with contextlib.suppress(Exception):  # none, several, or no sequence at all
         (region,) = header.AnatomicRegionSequence
-        return body_parts.of_code(_safe_text(region, "CodingSchemeDesignator"), _safe_text(region, "CodeValue"))
+        return body_parts.body_part_of_code(_safe_text(region, "CodingSchemeDesignator"), _safe_text(region, "CodeValue"))
     return ""
 
 
@@ -106,9 +106,9 @@ def _may_show_text(header: Header) -> bool:
     if any(one.startswith(_SECONDARY_CAPTURE) for one in classes):
         return True
     # The type of conversion stands in the module of secondary captures alone: digitised films carry labels, too.
-    if body_parts.plain(_safe_text(header.dataset, "Modality")) in _CAPTURED or "ConversionType" in header.dataset:
+    if body_parts.normalize(_safe_text(header.dataset, "Modality")) in _CAPTURED or "ConversionType" in header.dataset:
         return True
     try:
-        return body_parts.plain(str(header.dataset.get("BurnedInAnnotation") or "NO")) != "NO"
+        return body_parts.normalize(str(header.dataset.get("BurnedInAnnotation") or "NO")) != "NO"
     except Exception:  # it says something, and nobody knows what
         return True

@@ -13,7 +13,7 @@ import numpy as np
 from mura_dist.data import dicom_header, dicom_values
 from mura_dist.data.dicom_codestream import Codestream, join_fragments, read_codestream
 from mura_dist.data.dicom_header import Header
-from mura_dist.data.grey import UnreadableFileError
+from mura_dist.data.grayscale import UnreadableFileError
 
 _RLE = "1.2.840.10008.1.2.5"
 PALETTE = "PALETTE COLOR"
@@ -131,7 +131,7 @@ def _encapsulate(frame: bytes) -> bytes:
 
 def _planar(header: Header, samples: int) -> int:
     """Return the planar configuration: by pixel (0), as nearly all do, where nothing else is said."""
-    planar = dicom_header.integer(header.dataset, "PlanarConfiguration")
+    planar = dicom_header.get_integer(header.dataset, "PlanarConfiguration")
     if samples > 1 and planar not in (None, 0, 1):
         header.ignore("PlanarConfiguration")
     return int(planar == 1)

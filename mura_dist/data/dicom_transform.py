@@ -13,7 +13,7 @@ import numpy as np
 
 from mura_dist.data import dicom_header
 from mura_dist.data.dicom_header import Header
-from mura_dist.data.grey import find_extent, scale
+from mura_dist.data.grayscale import find_extent, scale
 
 _Domain = tuple[float, float]
 _FUNCTIONS = ("LINEAR", "LINEAR EXACT", "SIGMOID")
@@ -34,7 +34,7 @@ def present(values: np.ndarray, span: slice, domain: tuple[int, int], header: He
     shown = _to_voi(modal, modal_domain, header)
     if shown is not None:
         return shown
-    of_8_bits = dicom_header.integer(header.dataset, "BitsStored") == 8 and values[0] >= 0 and values[-1] <= 255
+    of_8_bits = dicom_header.get_integer(header.dataset, "BitsStored") == 8 and values[0] >= 0 and values[-1] <= 255
     if of_8_bits and np.array_equal(modal, values):
         return values.astype(np.uint8)
     return scale(modal, *find_extent(modal[span]))
@@ -44,8 +44,8 @@ def _scopes(header: Header, macro: str) -> Iterator[Any]:
     """The data set, and what its functional groups say of its one frame."""
     yield header.dataset
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        for group in dicom_header.items(header.dataset, groups)[:1]:
-            yield from dicom_header.items(group, macro)[:1]
+        for group in dicom_header.get_items(header.dataset, groups)[:1]:
+            yield from dicom_header.get_items(group, macro)[:1]
 
 
 # ---- modality
@@ -66,8 +66,8 @@ def _to_modality(values: np.ndarray, domain: tuple[int, int], header: Header) ->
 def _find_rescale(scope: Any, header: Header) -> tuple[float, float] | None:
     """(slope, intercept), which are one thing: where one is of no use, so is the other."""
     slopes, intercepts = (
-        dicom_header.numbers(header, scope, "RescaleSlope"),
-        dicom_header.numbers(header, scope, "RescaleIntercept"),
+        dicom_header.get_numbers(header, scope, "RescaleSlope"),
+        dicom_header.get_numbers(header, scope, "RescaleIntercept"),
     )
     if slopes and intercepts and np.isfinite([slopes[0], intercepts[0]]).all() and slopes[0]:
         return slopes[0], intercepts[0]
@@ -95,8 +95,8 @@ def _to_voi(modal: np.ndarray, domain: _Domain, header: Header) -> np.ndarray | 
 def _find_window(scope: Any, header: Header) -> tuple[float, float] | None:
     """(center, width): a data set may offer several, the first is the one to show first."""
     centers, widths = (
-        dicom_header.numbers(header, scope, "WindowCenter"),
-        dicom_header.numbers(header, scope, "WindowWidth"),
+        dicom_header.get_numbers(header, scope, "WindowCenter"),
+        dicom_header.get_numbers(header, scope, "WindowWidth"),
     )
     for center, width in zip(centers, widths, strict=False):
         if np.isfinite(center) and width > 0:
@@ -112,7 +112,7 @@ def _find_window(scope: Any, header: Header) -> tuple[float, float] | None:
 
 
 def _function(scope: Any, header: Header) -> str:
-    function = dicom_header.label(scope, "VOILUTFunction")
+    function = dicom_header.get_label(scope, "VOILUTFunction")
     if function and function not in _FUNCTIONS:
         header.ignore("VOILUTFunction")
     return function
@@ -148,7 +148,7 @@ def _find_table(scope: Any, keyword: str, domain: _Domain, header: Header) -> _T
     """Return the first table of a sequence that can be used."""
     if keyword not in scope:
         return None
-    tables = (_read_table(item, domain) for item in dicom_header.items(scope, keyword))
+    tables = (_read_table(item, domain) for item in dicom_header.get_items(scope, keyword))
     table = next((table for table in tables if table is not None), None)
     if table is None:
         header.ignore(keyword)
@@ -157,7 +157,7 @@ def _find_table(scope: Any, keyword: str, domain: _Domain, header: Header) -> _T
 
 def _read_table(item: Any, domain: _Domain) -> _Table | None:
     """PS3.3, C.11.1.1 and C.11.2.1.1. domain: the smallest and the largest value that could be looked up."""
-    (descriptor, order), (data, _) = (dicom_header.raw(item, keyword) for keyword in ("LUTDescriptor", "LUTData"))
+    (descriptor, order), (data, _) = (dicom_header.get_bytes(item, keyword) for keyword in ("LUTDescriptor", "LUTData"))
     if len(descriptor) < 6:
         return None
     number, first, bits = (int(word) for word in np.frombuffer(descriptor, f"{order}u2", 3))

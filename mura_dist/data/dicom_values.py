@@ -45,7 +45,7 @@ def find_stream_layout(header: Header, words: np.ndarray, stream: Codestream, bi
 
 def _high_bit(header: Header, words: np.ndarray, bits: int, allocated: int) -> int:
     """The header's, unless it cannot be, or the words show that it is not."""
-    high_bit = dicom_header.integer(header.dataset, "HighBit")
+    high_bit = dicom_header.get_integer(header.dataset, "HighBit")
     if high_bit is None or high_bit == bits - 1:
         return bits - 1
     possible = bits <= high_bit < allocated
@@ -108,9 +108,9 @@ def _pattern(header: Header, keyword: str) -> int | None:
     """The attribute's 16 bits, or None."""
     if keyword not in header.dataset:
         return None
-    value, order = dicom_header.raw(header.dataset, keyword)
+    value, order = dicom_header.get_bytes(header.dataset, keyword)
     if len(value) < 2 or header.dataset.get_item(keyword).VR in ("DS", "IS"):
-        number = dicom_header.integer(header.dataset, keyword)
+        number = dicom_header.get_integer(header.dataset, keyword)
         if number is None:
             header.ignore(keyword)
         return None if number is None else number & 0xFFFF

@@ -7,7 +7,7 @@ What the file is called plays no role. dicom.py tells a DICOM, before any of the
 
 import re
 
-from mura_dist.data.grey import Code, UnreadableFileError
+from mura_dist.data.grayscale import Code, UnreadableFileError
 
 HEAD_BYTES = 1 << 16
 

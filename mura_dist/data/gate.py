@@ -4,7 +4,7 @@
         -> stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
         -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
-A file in colours that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
+A file in colors that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
 an arrow or a logo is small.
 
 A radiograph's score is high, a photograph's, a page's, noise's low. Where the better of the two scores is below THRESHOLD,
@@ -18,7 +18,7 @@ from PIL import Image
 
 NAMES = ("ok", "inverted", "not_a_radiograph", "blank")
 BLOCKING = ("not_a_radiograph", "blank")
-WORDS = {
+MESSAGES = {
     "inverted": "its contrast looks inverted (bone dark): the model may be wrong on it",
     "not_a_radiograph": "this does not look like a bone radiograph",
     "blank": "this does not look like a bone radiograph: it is blank, one grey level all over",
@@ -30,7 +30,7 @@ LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
 THRESHOLD, MARGIN = -3.5, 1.0
 # A picture is coloured where so large a share of its pixels is so many levels of 255 off the colour of their grey level.
-COLOURED_SHARE, COLOURED = 0.2, 6.0
+COLORED_SHARE, COLORED = 0.2, 6.0
 # A border: rows or columns along a side, of which so large a share lies so near to the darkest or the brightest level.
 BORDER_SHARE, BORDER_LEVEL = 0.95, 0.03
 FADE, LEAST_FIELD = 2, 16  # of 64 rows or columns: from a border to the field; a smaller field does not count
@@ -98,44 +98,44 @@ _TABLE = np.array(
 ).T  # (4, len(STATISTICS))
 
 
-def verdict(image: np.ndarray, colours: np.ndarray | None = None) -> str:
-    """image (S, S) uint8 grey, as radiograph.read gives it -> one of NAMES. colours: radiograph.Look's, with a file at hand."""
-    found = statistics(image)
+def classify(image: np.ndarray, colors: np.ndarray | None = None) -> str:
+    """image (S, S) uint8 grey, as radiograph.read gives it -> one of NAMES. colors: radiograph.RadiographDetails's, with a file at hand."""
+    found = compute_statistics(image)
     if found is None:
         return "blank"
-    if colours is not None and coloured(colours):
+    if colors is not None and is_colored(colors):
         return "not_a_radiograph"
-    upright, inverse = scores(found)
+    upright, inverse = compute_scores(found)
     if max(upright, inverse) < THRESHOLD:
         return "not_a_radiograph"
     return "inverted" if inverse > upright + MARGIN else "ok"
 
 
-def coloured(colours: np.ndarray) -> bool:
-    """colours (n, n, 3) uint8: whether COLOURED_SHARE of them are COLOURED off a smooth curve, grey level to colour."""
-    red, green, blue = colours.reshape(-1, 3).astype(np.float64).T
+def is_colored(colors: np.ndarray) -> bool:
+    """colors (n, n, 3) uint8: whether COLORED_SHARE of them are COLORED off a smooth curve, grey level to colour."""
+    red, green, blue = colors.reshape(-1, 3).astype(np.float64).T
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     off = np.stack([red - grey, blue - grey], 1)  # (n * n, 2): nothing of a grey pixel
-    if np.abs(off).max() <= COLOURED:
+    if np.abs(off).max() <= COLORED:
         return False
     level = grey[:, None] / 255
     powers = np.concatenate([np.ones_like(level), level, level * level], 1)
     far = np.zeros(len(grey))
     for _ in range(3):  # the curve of those that lie near it: a few loud pixels must not bend it
-        near = far <= np.quantile(far, 1 - COLOURED_SHARE)
+        near = far <= np.quantile(far, 1 - COLORED_SHARE)
         curve = np.linalg.lstsq(powers[near], off[near], rcond=None)[0]
         far = np.hypot(*(off - powers @ curve).T)
-    return bool(np.quantile(far, 1 - COLOURED_SHARE) > COLOURED)
+    return bool(np.quantile(far, 1 - COLORED_SHARE) > COLORED)
 
 
-def scores(found: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _TABLE) -> np.ndarray:
+def compute_scores(found: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _TABLE) -> np.ndarray:
     """(..., len(STATISTICS)) -> (...): how much each looks like a bone radiograph."""
     mean, deviation, slope, bend = table
     value = np.clip((found - mean) / deviation, -MOST, MOST)
     return value @ slope + (value * value - 1) @ bend + constant
 
 
-def statistics(image: np.ndarray) -> np.ndarray | None:
+def compute_statistics(image: np.ndarray) -> np.ndarray | None:
     """(2, len(STATISTICS)) float64: of the exposed field, and of its inverse; None of a blank one."""
     x = _reduced(image)
     levels = _levels(x)

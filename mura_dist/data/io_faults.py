@@ -11,7 +11,7 @@ from pathlib import Path
 from mura_dist.core import storage
 from mura_dist.core.errors import RunError
 from mura_dist.core.storage import StoragePath
-from mura_dist.data.grey import Code
+from mura_dist.data.grayscale import Code
 
 MAX_IN_ROW = 20
 IO_ERROR: Code = "io_error"

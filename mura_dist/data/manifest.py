@@ -48,7 +48,7 @@ class Manifest:
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls, radiographs: Iterable[Radiograph]) -> Self:
+    def from_radiographs(cls, radiographs: Iterable[Radiograph]) -> Self:
         ordered = sorted(radiographs, key=_place)
         lines = [(r.split, r.study_type, r.patient, r.study, r.view, r.label, r.path) for r in ordered]
         # dtype object: pandas' own strings refuse what a file's name may hold, bytes that are not UTF-8.
@@ -120,7 +120,7 @@ def cut_tune(manifest: Manifest, fraction: float, seed: int, groups: Sequence[Se
         chosen = {names[0]}
     frame = manifest.frame.copy()
     frame.loc[unit.index[unit.isin(chosen)], "split"] = "tune"
-    return Manifest.of(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
+    return Manifest.from_radiographs(Radiograph(*line) for line in frame[list(_FIELDS)].itertuples(index=False))
 
 
 def _numbers(values: pd.Series) -> pd.Series:

@@ -17,7 +17,7 @@ STUDY_TYPES = ("XR_ELBOW", "XR_FINGER", "XR_FOREARM", "XR_HAND", "XR_HUMERUS", "
 SPLITS = ("train", "tune", "valid", "test")
 
 TERMS = "research only, not a medical device; a disclaimer does not make clinical use lawful"
-LICENCE = (
+LICENSE = (
     "MURA's research-use agreement: personal, non-commercial research; no sharing of any portion of the data; results "
     "obtained with MURA may not be relied on in patient care; ask Stanford before you share shards or trained weights"
 )
@@ -88,7 +88,7 @@ _VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)", re.DOTALL)
 _MAX_DIGITS = 18  # what int64 holds; the last number of a DICOM's UID may be longer and is nobody's view
 
 
-def in_words(study_type: str) -> str:
+def display_name(study_type: str) -> str:
     """Return a study type as a person says it: XR_HAND -> Hand. A name that is not of this form stays as it is."""
     return study_type[3:].replace("_", " ").capitalize() if _CODE.fullmatch(study_type) else study_type
 

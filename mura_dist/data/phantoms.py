@@ -42,7 +42,7 @@ Array = NDArray[np.float32]
 Point = NDArray[np.float64]
 
 
-class Dice:
+class PhiloxRandom:
     """Numbers from raw Philox bits: NumPy promises those across versions, not what its distributions make of them."""
 
     def __init__(self, *key: int) -> None:
@@ -102,7 +102,7 @@ def _plan_split(split: str, count: int, patient: int, number: int, seed: int) ->
     first_patient = patient + 1
     while len(planned) < count:
         patient += 1
-        dice = Dice(seed, number + len(planned), 0)
+        dice = PhiloxRandom(seed, number + len(planned), 0)
         first_type = (patient - first_patient) % len(STUDY_TYPES)
         # The first two patients have one study each: their labels differ, however small the split.
         num_studies = 1 if patient - first_patient < 2 else (1, 1, 1, 1, 1, 1, 2, 2, 2, 3)[dice.below(10)]
@@ -152,7 +152,7 @@ def _towards(start: Point, angle: float, length: float, lean: float = 0.0) -> Po
     return start + np.array([flat * math.sin(angle), flat * math.cos(angle), length * math.sin(lean)])
 
 
-def skeleton(study_type: str, dice: Dice) -> list[Bone]:
+def skeleton(study_type: str, dice: PhiloxRandom) -> list[Bone]:
     """An arm, each bone after the one that it hangs on. The shoulder is at the origin."""
     flexion = dice.between(0.0, 1.5) if study_type == "XR_ELBOW" else dice.between(-0.1, 0.2)
     stout = dice.between(0.9, 1.2)
@@ -172,7 +172,7 @@ def _scaled(radius: tuple[float, float, float], by: float) -> tuple[float, float
     return radius[0] * by, radius[1] * by, radius[2] * by
 
 
-def _shoulder(joint: Point, dice: Dice) -> Iterator[Bone]:
+def _shoulder(joint: Point, dice: PhiloxRandom) -> Iterator[Bone]:
     sternum = joint + np.array([-13.0, -1.5 + dice.between(-1, 1), 1.0])
     yield Bone("clavicle", "", sternum, joint + np.array([-0.5, -3.0, 0.5]), (1.0, 0.72, 0.95), 2.5, dice.sign() * 0.06)
     blade = joint + np.array([-2.4, 0.4, -1.0])
@@ -213,7 +213,7 @@ _CARPALS = (
 )
 
 
-def _hand(wrist: Point, angle: float, dice: Dice) -> Iterator[Bone]:
+def _hand(wrist: Point, angle: float, dice: PhiloxRandom) -> Iterator[Bone]:
     angle += dice.between(-0.2, 0.2)
     aside = np.array([math.cos(angle), -math.sin(angle), 0.0])
     along = np.array([math.sin(angle), math.cos(angle), 0.0])
@@ -259,7 +259,7 @@ FIELDS = {
 }
 
 
-def break_bone(bones: list[Bone], study_type: str, dice: Dice) -> list[Bone]:
+def break_bone(bones: list[Bone], study_type: str, dice: PhiloxRandom) -> list[Bone]:
     """The skeleton with one bone in two pieces, the lower one and all that hangs on it moved."""
     breaks = FIELDS[study_type].breaks
     name, low, high = breaks[dice.below(len(breaks))]
@@ -287,7 +287,7 @@ def break_bone(bones: list[Bone], study_type: str, dice: Dice) -> list[Bone]:
     return [*pieces, *_splinters(centre, radius, dice)]
 
 
-def _splinters(centre: Point, radius: float, dice: Dice) -> Iterator[Bone]:
+def _splinters(centre: Point, radius: float, dice: PhiloxRandom) -> Iterator[Bone]:
     for number in range(dice.below(4)):
         start = _towards(centre, dice.between(0, 6.28), dice.between(0.6, 1.6) * radius, dice.between(-1, 1))
         tip = _towards(start, dice.between(0, 6.28), dice.between(0.3, 1.0) * radius)
@@ -310,7 +310,7 @@ def _rotation(around: float, angle: float) -> NDArray[np.float64]:
 # ---------------------------------------------------------------------------------------------------------- project
 
 
-def project(bones: list[Bone], study_type: str, height: int, width: int, dice: Dice) -> list[Bone]:
+def project(bones: list[Bone], study_type: str, height: int, width: int, dice: PhiloxRandom) -> list[Bone]:
     """The skeleton seen from one side: head and tail (2,) as x, y; lengths in pixels of a (height, width) picture."""
     field = FIELDS[study_type]
     aim = next(bone for bone in bones if bone.name == field.bone)
@@ -422,7 +422,7 @@ def _enlarged(picture: Array, height: int, width: int) -> Array:
 # ---------------------------------------------------------------------------------------------------------- develop
 
 
-def _folds(height: int, width: int, dice: Dice) -> Array:
+def _folds(height: int, width: int, dice: PhiloxRandom) -> Array:
     """(height, width) float32 in 0..1: skin folds and vessels, faint lines that cross bones without breaking them."""
     layer = Image.new("L", (width, height))
     pen = ImageDraw.Draw(layer)
@@ -437,7 +437,7 @@ def _folds(height: int, width: int, dice: Dice) -> Array:
     return np.asarray(blurred, np.float32) / np.float32(255)
 
 
-def _slope(height: int, width: int, dice: Dice) -> Array:
+def _slope(height: int, width: int, dice: PhiloxRandom) -> Array:
     """(height, width) float32 of mean 0: an exposure that falls off in some direction, and slow blotches."""
     y, x = np.ogrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j]
     gradient = dice.between(-0.3, 0.3) * x + dice.between(-0.3, 0.3) * y
@@ -445,7 +445,7 @@ def _slope(height: int, width: int, dice: Dice) -> Array:
     return (gradient + blotches).astype(np.float32)
 
 
-def _collimated(grey: Array, dice: Dice) -> Array:
+def _collimated(grey: Array, dice: PhiloxRandom) -> Array:
     """Dark beyond the shutters: a turned rectangle."""
     height, width = grey.shape
     angle, border = dice.between(-0.12, 0.12), dice.between(0.0, 0.08)
@@ -461,7 +461,7 @@ _LETTERS = {
 }
 
 
-def _marker(grey: Array, dice: Dice) -> Array:
+def _marker(grey: Array, dice: PhiloxRandom) -> Array:
     """A lead letter, somewhere towards the edge."""
     height, width = grey.shape
     side, angle = max(height, width) * dice.between(0.05, 0.09), dice.between(0, 2 * math.pi)
@@ -475,7 +475,7 @@ def _marker(grey: Array, dice: Dice) -> Array:
     return np.maximum(grey, np.asarray(layer, np.float32) / 255 * dice.between(0.85, 1.0))
 
 
-def develop(bone: Array, flesh: Array, dice: Dice) -> NDArray[np.uint8]:
+def develop(bone: Array, flesh: Array, dice: PhiloxRandom) -> NDArray[np.uint8]:
     """Depths of bone and flesh (H, W), pixels -> the radiograph (H, W) uint8."""
     height, width = bone.shape
     absorbed = bone * dice.between(0.9, 1.4) + flesh * dice.between(0.12, 0.3)
@@ -501,12 +501,12 @@ def develop(bone: Array, flesh: Array, dice: Dice) -> NDArray[np.uint8]:
 
 def radiograph(study: Study, view: int, *, size: int, seed: int) -> Image.Image:
     """View `view` (from 1) of a study: mode L or RGB (three equal bands), longest side 0.55 to 1 times `size`."""
-    dice = Dice(seed, study.number, 1)
+    dice = PhiloxRandom(seed, study.number, 1)
     bones = skeleton(study.study_type, dice)
     wall = dice.between(0.28, 0.5)
     if study.label:
         bones = break_bone(bones, study.study_type, dice)
-    dice = Dice(seed, study.number, 1 + view)
+    dice = PhiloxRandom(seed, study.number, 1 + view)
     longest = round(size * dice.between(0.55, 1.0))
     shortest = round(longest * dice.between(0.68, 1.0))
     height, width = (longest, shortest) if dice.chance(0.75) else (shortest, longest)
@@ -586,7 +586,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class DrawnSet:
+class PhantomSet:
     """A finished set as this version draws it. `studies`: by folder."""
 
     studies: Mapping[str, Study]
@@ -594,7 +594,7 @@ class DrawnSet:
     seed: int
 
     @classmethod
-    def of(cls, out: Path) -> "DrawnSet | None":
+    def open(cls, out: Path) -> "PhantomSet | None":
         """Return the set in a folder; None where there is none, or another version drew it."""
         mark = _read_mark(out / MARK) if (out / MARK).is_file() else {}
         studies, size, seed, version = (mark.get(key) for key in ("studies", "size", "seed", "version"))

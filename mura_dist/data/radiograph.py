@@ -9,13 +9,13 @@ training and serving. The rules, in the order in which they apply:
 - whole or not at all: damaged and cut-short data is refused, never half decoded;
 - first frame of an animation, first page of a TIFF that is neither a reduced copy nor a mask; EXIF orientation applied;
   colour profiles and PNG gamma ignored;
-- colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colours, transparency over black;
+- colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colors, transparency over black;
 - other than 8 unsigned bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
   (16-bit colour in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
 - DICOM: modality LUT or rescale, then VOI LUT or the first window that can be used, the data set's or, of one frame, the
   functional groups'; where there is neither, 8 bits as they are and other depths from minimum to maximum of what is not
   padding; inverted by PresentationLUTShape, else by MONOCHROME1; padding black. One sample is grey whatever it is called; of
-  a codestream its own precision, sign and order of samples hold. What cannot be used is ignored and noted in `Look.notes`.
+  a codestream its own precision, sign and order of samples hold. What cannot be used is ignored and noted in `RadiographDetails.notes`.
   In scope are single-frame CR, DX, RG and secondary captures;
 - resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
 
@@ -38,19 +38,19 @@ from mura_dist.core import storage
 from mura_dist.core.errors import UserError, is_io_fault, os_reason
 from mura_dist.data import dicom, file_kind, raster
 from mura_dist.data.dicom import DicomIdentity
-from mura_dist.data.grey import MAX_BYTES, MAX_PIXELS, UnreadableFileError
+from mura_dist.data.grayscale import MAX_BYTES, MAX_PIXELS, UnreadableFileError
 
 __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "DicomIdentity",
-    "Look",
+    "RadiographDetails",
     "Source",
     "UnreadableFileError",
-    "contents",
+    "read_bytes",
     "decode",
-    "identity",
-    "look",
+    "read_identity",
+    "read_details",
     "read",
     "read_radiograph",
 ]
@@ -88,28 +88,28 @@ def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
         raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM") from error
 
 
-class Look(NamedTuple):
+class RadiographDetails(NamedTuple):
     """A radiograph as the model sees it, and what only its file knows.
 
-    image (size, size) uint8, what `read` gives; colours (n, n, 3) uint8, a sparse sample of the file's own, None of a grey one;
-    shown (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks. notes: which attributes
+    image (size, size) uint8, what `read` gives; colors (n, n, 3) uint8, a sparse sample of the file's own, None of a grey one;
+    display (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks. notes: which attributes
     of a DICOM were ignored, or contradict another, by their keywords.
     """
 
     image: np.ndarray
-    colours: np.ndarray | None
-    shown: np.ndarray | None
+    colors: np.ndarray | None
+    display: np.ndarray | None
     notes: tuple[str, ...] = ()
 
 
-def look(source: Source, size: int, longest: int = 0) -> Look:
-    """`read`, and more of the same decoding. longest: of `shown`, in pixels, at most; 0: nobody looks. Raises UnreadableFileError."""
-    grey, colours, notes = _decoded(source)
+def read_details(source: Source, size: int, longest: int = 0) -> RadiographDetails:
+    """`read`, and more of the same decoding. longest: of `display`, in pixels, at most; 0: nobody looks. Raises UnreadableFileError."""
+    grey, colors, notes = _decoded(source)
     image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
     if not longest:
-        return Look(image, colours, None, notes)
+        return RadiographDetails(image, colors, None, notes)
     grey.thumbnail((longest, longest), Image.Resampling.BOX)
-    return Look(image, colours, np.asarray(grey), notes)
+    return RadiographDetails(image, colors, np.asarray(grey), notes)
 
 
 def decode(source: Source) -> np.ndarray:
@@ -120,7 +120,7 @@ def decode(source: Source) -> np.ndarray:
     return np.asarray(_grey(source))
 
 
-def identity(source: Source) -> DicomIdentity | None:
+def read_identity(source: Source) -> DicomIdentity | None:
     """Study, body part and laterality of a DICOM, from its header alone; None for any other file. Raises nothing."""
     _quieten()
     try:
@@ -137,8 +137,8 @@ def _grey(source: Source) -> Image.Image:
 
 
 def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
-    """The grey radiograph, a sample of the colours it had, and what of a DICOM's header was ignored."""
-    data = contents(source)
+    """The grey radiograph, a sample of the colors it had, and what of a DICOM's header was ignored."""
+    data = read_bytes(source)
     kind = _kind(data)
     _quieten()
     try:
@@ -165,7 +165,7 @@ def _quieten() -> None:
             logger.setLevel(logging.CRITICAL)
 
 
-def contents(source: Source) -> bytes:
+def read_bytes(source: Source) -> bytes:
     """Read a file whole. Raises UnreadableFileError and nothing else; io_error after several attempts."""
     try:
         return storage.retried(lambda: _read(source))

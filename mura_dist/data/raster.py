@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mura_dist.data import tiff
-from mura_dist.data.grey import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
+from mura_dist.data.grayscale import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
 _PNG_KIND, _PNG_GREY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and colour type
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
@@ -48,8 +48,8 @@ def decode(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
         grey = _from_deep(deep, image.info.get("transparency"), inverse=kind == "TIFF" and tiff.is_white_zero(image))
     else:
         grey = _from_shallow(image)
-    colours = None if disguised or deep is not None else sample_colors(image)
-    return (grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey), colours
+    colors = None if disguised or deep is not None else sample_colors(image)
+    return (grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey), colors
 
 
 def _disguised(data: bytes) -> bytes:
@@ -92,8 +92,8 @@ def _from_shallow(image: Image.Image) -> Image.Image:
     """Any mode of 8 bits a sample or fewer."""
     if not image.has_transparency_data:
         return image.convert("L")
-    colours = image.convert("RGBA")
-    return Image.composite(colours.convert("L"), Image.new("L", image.size), colours.getchannel("A"))
+    colors = image.convert("RGBA")
+    return Image.composite(colors.convert("L"), Image.new("L", image.size), colors.getchannel("A"))
 
 
 def _from_deep(values: np.ndarray, key: object, *, inverse: bool) -> Image.Image:

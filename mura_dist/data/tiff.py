@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from mura_dist.data.grey import UnreadableFileError
+from mura_dist.data.grayscale import UnreadableFileError
 
 MAX_PAGES = 100  # read in search of the picture: a chain of pages may be as long as the file
 MAX_TAGS = 4096  # of a page, likewise

@@ -18,7 +18,7 @@ import torch
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.core.storage import StoragePath
-from mura_dist.data.class_weights import class_weights
+from mura_dist.data.class_weights import compute_class_weights
 from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import process_group as world
@@ -53,7 +53,7 @@ def evaluate_target(
     settings, data = weights.settings, weights.data()
     shards = Shards.open(shards_folder, files.expand_user(settings.mirror) if settings.mirror else None)
     rows = shards.rows(split)
-    shards.require(split)
+    shards.check_tars(split)
     if data["size"] != shards.size:
         raise UserError(
             f"{shards_folder} has radiographs of {shards.size} px, {target.name} was trained on {data['size']}; "
@@ -129,7 +129,7 @@ def _tune(weights: ModelWeights, shards: Shards) -> np.ndarray | str:
         rows = shards.rows("tune")
     except UserError:
         return "the shards have no tune split; convert with --tune 0.1 and train on that"
-    shards.require("tune")
+    shards.check_tars("tune")
     return rows
 
 
@@ -153,5 +153,5 @@ def odds_shift(weights: ModelWeights, shards: Shards) -> dict[str, float]:
     frame = shards.manifest.frame
     train, names = frame.loc[shards.rows("train")], sorted(set(frame["study_type"]))
     study_type, label = train["study_type"].to_numpy(), train["label"].to_numpy()
-    tables = [class_weights(run.settings.loss_weights, study_type, label, names) for run in weights.runs]
+    tables = [compute_class_weights(run.settings.loss_weights, study_type, label, names) for run in weights.runs]
     return {name: float(np.mean([np.log(table[name][1] / table[name][0]) for table in tables])) for name in names}

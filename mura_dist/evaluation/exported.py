@@ -52,7 +52,7 @@ def evaluate_onnx(
         )
     results.check_out(options.out, target)
     rows, started = shards.rows(options.split), time.perf_counter()
-    shards.require(options.split)
+    shards.check_tars(options.split)
     scores, card = _scores(model, shards, rows, log, progress), model.card
     subject = EvaluationSubject(
         title=f"{path.name} on {options.split}",
@@ -83,7 +83,7 @@ def _scores(
         images = []
         for place in part.tolist():
             try:
-                images.append(shards.pixels(int(rows[place])))
+                images.append(shards.read_pixels(int(rows[place])))
             except CorruptSampleError as damaged:
                 log(f"{damaged}; left out")
                 images.append(blank)

@@ -149,7 +149,7 @@ def _content(
         "stability": numbers["stability"],
         "studies": [_told(study) for study in shown],
         "terms": mura.TERMS,
-        "licence": mura.LICENCE,
+        "licence": mura.LICENSE,
     }
 
 

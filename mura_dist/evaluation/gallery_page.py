@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.evaluation import saliency
 from mura_dist.evaluation.gallery_studies import CALLS, LABELS, Study, View
 from mura_dist.reports import heatmap, local_only
@@ -251,7 +251,7 @@ def _card(study: Study, drawable: bool) -> Html:
     views = [_figure(study, view, place, drawable) for place, view in enumerate(views_on_page)]
     more = len(study.views) - len(views_on_page)
     rest = [element("p", f"{more} more views: gallery/{study.name}.png.", class_="soft")] if more else []
-    type_name = in_words(study.study_type)
+    type_name = display_name(study.study_type)
     code = [" ", element("small", study.study_type)] if type_name != study.study_type else []
     return element(
         "article",

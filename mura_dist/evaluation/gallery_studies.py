@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.data.loaders import sampler
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import saliency
 from mura_dist.metrics import classification
@@ -63,7 +63,7 @@ class Study:
     def words(self) -> str:
         """Truth and prediction in words."""
         return (
-            f"{in_words(self.study_type)}, labelled {LABELS[self.label]}, {CALLS[self.call]} at probability "
+            f"{display_name(self.study_type)}, labelled {LABELS[self.label]}, {CALLS[self.call]} at probability "
             f"{self.probability:.3f}"
         )
 
@@ -113,6 +113,6 @@ def read_study(
 def pixels_of(shards: Shards, row: int) -> np.ndarray | None:
     """Return a radiograph, (S, S) uint8; None where it is damaged."""
     try:
-        return shards.pixels(row)
+        return shards.read_pixels(row)
     except CorruptSampleError:
         return None

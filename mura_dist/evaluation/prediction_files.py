@@ -94,9 +94,9 @@ class Labels:
 def key_of(text: str) -> str:
     """Return the key of a study: its path from the split's folder on; a name without MURA's layout, without trailing slashes.
 
-    Both as table_names.key has them, without blanks at their ends.
+    Both as table_names.join_key has them, without blanks at their ends.
     """
-    name = table_names.key(text).strip()
+    name = table_names.join_key(text).strip()
     return csv_files.study_of(name.replace("\\", "/")) or name.rstrip("/") or name
 
 
@@ -106,7 +106,7 @@ def official_text(studies: pd.DataFrame) -> str:
     lines = csv.writer(text, lineterminator="\n")
     for study, call in zip(studies["study"], studies["call"], strict=True):
         above = "MURA-v1.1/" if csv_files.study_of(study) == study else ""
-        lines.writerow([table_names.cell(f"{above}{study}/"), int(call)])
+        lines.writerow([table_names.escape_formula(f"{above}{study}/"), int(call)])
     return text.getvalue()
 
 
@@ -353,7 +353,7 @@ def _keys(sheet: Sheet) -> list[str]:
 
 
 def _names(sheet: Sheet, place: int) -> list[str]:
-    return [table_names.name(cell) for cell in sheet.column(place)]
+    return [table_names.unescape(cell) for cell in sheet.column(place)]
 
 
 def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:

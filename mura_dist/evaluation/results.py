@@ -18,7 +18,7 @@ import pandas as pd
 from mura_dist.core import files
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import gate, mura
-from mura_dist.data.folder_kind import kinds_of
+from mura_dist.data.folder_kind import find_output_kinds
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import gallery, prediction_files
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
@@ -43,7 +43,7 @@ def check_out(out: Path, target: Target) -> None:
         return
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    kinds = kinds_of(out)
+    kinds = find_output_kinds(out)
     for kind, what in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
         if kind in kinds:
             raise UserError(f"--out {out} {what} would be overwritten; give another folder")
@@ -129,7 +129,7 @@ def _context(shards: Shards, subject: EvaluationSubject, split_scores: SplitScor
         "same_data": subject.same_data,
         "num_scored": split_scores.num_scored,
         "seconds": split_scores.seconds,
-        "licence": mura.LICENCE,
+        "licence": mura.LICENSE,
         "environment": environment(),
         "roles": {name: roles.get(name, "") for name in shards.index["splits"]},
         "conversion": {key: shards.index[key] for key in ("size", "encoding", "defects", "unreadable", "splits")},
@@ -148,8 +148,8 @@ def looked_at(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
     for row in rows.tolist():
         looks.append((math.nan, ""))
         with contextlib.suppress(CorruptSampleError):
-            image = shards.pixels(row)
-            looks[-1] = image.mean(), gate.verdict(image)
+            image = shards.read_pixels(row)
+            looks[-1] = image.mean(), gate.classify(image)
     return pd.DataFrame(looks, columns=["grey", "gate"], index=rows)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura, table_names
-from mura_dist.data.folder_kind import kinds_of
+from mura_dist.data.folder_kind import find_output_kinds
 from mura_dist.evaluation import prediction_files
 from mura_dist.evaluation.prediction_files import Labels, Predictions
 from mura_dist.metrics import classification
@@ -121,7 +121,7 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
     for name in ("studies.csv", "metrics.json", "report.html"):
         if any((out / name).exists() and path.exists() and path.samefile(out / name) for path in read):
             raise UserError(f"--out {out}: its {name} would be written over, which is read here; give another folder")
-    for kind, file in kinds_of(out).items():
+    for kind, file in find_output_kinds(out).items():
         what = "is a run" if kind == "run" else "holds another command's results"
         raise UserError(f"--out {out} {what} ({file}); a score would write over them, give another folder")
 
@@ -183,11 +183,11 @@ def _write(
             key: measured[key]
             for key in ("split", "threshold", "selected_on", "note", "predictions", "labels", "terms")
         },
-        "licence": mura.LICENCE,
+        "licence": mura.LICENSE,
         "environment": {"python": platform.python_version(), "numpy": np.__version__, "pandas": pd.__version__},
         "settings": {"resamples": RESAMPLES, "seed": SEED},
         "seconds": seconds,
     }
-    atomic.write_text(out / "studies.csv", table_names.cells(studies).to_csv(index=False, lineterminator="\n"))
+    atomic.write_text(out / "studies.csv", table_names.escape_formulas(studies).to_csv(index=False, lineterminator="\n"))
     draw(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)

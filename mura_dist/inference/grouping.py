@@ -67,7 +67,7 @@ class Grouping:
         """As it was given, or told by a folder or a DICOM; UNKNOWN where nothing tells."""
         if isinstance(self.given, str):
             return self.given
-        if self.given is not None and (given := self.given.get(table_names.key(printable_path(path)))):
+        if self.given is not None and (given := self.given.get(table_names.join_key(printable_path(path)))):
             return given
         whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
         if parsed := mura.parse(whole):
@@ -77,5 +77,5 @@ class Grouping:
             return folder
         body_part = identity.body_part if identity is not None else ""
         # Free text in practice: only what is a study type already may reach a table.
-        study_type = body_parts.study_type(body_part) or f"XR_{body_part}"
+        study_type = body_parts.find_study_type(body_part) or f"XR_{body_part}"
         return study_type if study_type in known else UNKNOWN

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mura_dist.core.errors import UserError
-from mura_dist.data.folder_kind import kinds_of
+from mura_dist.data.folder_kind import find_output_kinds
 
 _MAX_NAMED = 3  # missing paths in a message
 
@@ -72,7 +72,7 @@ def without_output(paths: Sequence[Path | str], out: Path) -> Sequence[Path | st
 
     It stays among them where no other path would be left, or where another path lies in it.
     """
-    if "prediction" not in kinds_of(out):
+    if "prediction" not in find_output_kinds(out):
         return paths
     inputs = [path for path in paths if not (os.path.isdir(path) and os.path.samefile(path, out))]
     root = os.path.realpath(out)

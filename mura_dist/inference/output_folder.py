@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field
 
 from mura_dist.core import files
 from mura_dist.core.errors import RankLocalUserError, RunError, StopRequestedError, UserError
-from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, kinds_of
+from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, find_output_kinds
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.distributed.lock import Claim
 from mura_dist.inference import overlays, retries, tables
@@ -221,7 +221,7 @@ class OutputFolder:
 
 def refuse_foreign(out: Path) -> None:
     """Raise UserError where `out` holds tables, overlays or a README.txt, and no prediction of ours that may go on."""
-    if "prediction" in kinds_of(out):
+    if "prediction" in find_output_kinds(out):
         return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
     if found := [name for name in (*names, overlays.FOLDER, README) if (out / name).exists()]:

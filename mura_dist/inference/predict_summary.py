@@ -77,7 +77,7 @@ def _warnings(tally: TableCounts, card: Card) -> list[str]:
     if card.calibration.reason is not None:
         warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")
     for name in gate.NAMES:
-        if name in gate.WORDS and (number := tally.radiographs_by_gate[name]):
+        if name in gate.MESSAGES and (number := tally.radiographs_by_gate[name]):
             many = f"{number} of {tally.num_radiographs} radiographs"
-            warnings.append(f"column gate of predictions says {name} of {many}: {gate.WORDS[name]}")
+            warnings.append(f"column gate of predictions says {name} of {many}: {gate.MESSAGES[name]}")
     return warnings

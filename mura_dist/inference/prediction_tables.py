@@ -56,7 +56,7 @@ class PredictionTables:
         empty = {name: [""] for name in columns if types[name] != "string"}  # a study called NA is no missing value
         frame = pd.read_csv(path, dtype=types, encoding="utf-8", keep_default_na=False, na_values=empty)
         for name in set(columns) & {"path", "study"}:
-            frame[name] = frame[name].map(table_names.name).astype("string")
+            frame[name] = frame[name].map(table_names.unescape).astype("string")
         if "band" in frame:
             frame["band"] = frame["band"].replace("", pd.NA)
         return frame

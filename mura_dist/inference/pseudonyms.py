@@ -169,7 +169,7 @@ def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
             table = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writerow(COLUMNS)
-            table.writerows(map(table_names.cell, row) for row in rows())
+            table.writerows(map(table_names.escape_formula, row) for row in rows())
             text.detach()
     except FileExistsError:
         _compare(keytable, _read(keytable), rows())
@@ -183,7 +183,7 @@ def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
             if tuple(next(lines, ())) != COLUMNS:
                 yield ()
                 return
-            yield from (tuple(map(table_names.name, line)) for line in lines)
+            yield from (tuple(map(table_names.unescape, line)) for line in lines)
     except (ValueError, csv.Error):
         yield ()
 

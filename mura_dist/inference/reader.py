@@ -1,6 +1,6 @@
 """A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
 
-path -> its bytes, read once -> radiograph.look, radiograph.identity -> gate.verdict -> Reading
+path -> its bytes, read once -> radiograph.read_details, radiograph.read_identity -> gate.classify -> Reading
 """
 
 import io
@@ -15,7 +15,7 @@ from mura_dist.data import gate, radiograph
 
 class ReadResult(NamedTuple):
     """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
-    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took. notes: radiograph.Look's."""
+    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took. notes: radiograph.RadiographDetails's."""
 
     image: np.ndarray | None
     identity: radiograph.DicomIdentity | None
@@ -39,10 +39,10 @@ class RadiographReader:
     def _read(self, path: str) -> ReadResult:
         try:
             # Read once: a second reading could fail, and a DICOM would lose its study in silence.
-            file = io.BytesIO(radiograph.contents(path))
-            found = radiograph.look(file, self.size)
-            verdict = gate.verdict(found.image, found.colours)
-            return ReadResult(found.image, radiograph.identity(file), ("", ""), verdict, notes=found.notes)
+            file = io.BytesIO(radiograph.read_bytes(path))
+            found = radiograph.read_details(file, self.size)
+            verdict = gate.classify(found.image, found.colors)
+            return ReadResult(found.image, radiograph.read_identity(file), ("", ""), verdict, notes=found.notes)
         except radiograph.UnreadableFileError as error:
             return failed(error.code, error.reason)
 

@@ -127,7 +127,7 @@ class StudyModel:
                 name,
                 float(logit),
                 classification.logit_to_probability(float(logit)),
-                gate.verdict(look.image, look.colours),
+                gate.classify(look.image, look.colors),
                 activation_map,
                 look.notes,
             )
@@ -190,9 +190,9 @@ def _name(source: Source, number: int) -> str:
     return str(source) if isinstance(source, Path | str) else f"view {number}"
 
 
-def _look(source: Source, name: str, size: int) -> radiograph.Look:
+def _look(source: Source, name: str, size: int) -> radiograph.RadiographDetails:
     try:
-        return radiograph.look(_readable(source, name), size)
+        return radiograph.read_details(_readable(source, name), size)
     except UnreadableFileError as error:
         raise UserError(f"{name}: {error.reason}. Give a radiograph as PNG, JPEG, TIFF or DICOM") from error
 
@@ -218,7 +218,7 @@ def _readable(source: Source, name: str) -> Path | str | io.BytesIO:
 def _identity(source: Source) -> DicomIdentity | None:
     if isinstance(source, np.ndarray):
         return None
-    return radiograph.identity(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return radiograph.read_identity(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _check_one_study(identities: Sequence[DicomIdentity | None]) -> None:

@@ -2,7 +2,7 @@
 
     TYPE | table.csv (path,study_type) -> read -> check against what model and MURA know -> match with the files
 
-Paths match as the tables have them (table_names.key), whatever the run calls them in public. No message quotes a path.
+Paths match as the tables have them (table_names.join_key), whatever the run calls them in public. No message quotes a path.
 """
 
 import os
@@ -49,7 +49,7 @@ def read(given: str | None) -> StudyTypeOverride:
     types: dict[str, str] = {}
     for number, cells in enumerate(rows, start=1):
         filled = [*cells, *[""] * (len(header) - len(cells))]
-        path, study_type = table_names.key(filled[path_at]), normal(table_names.name(filled[type_at]))
+        path, study_type = table_names.join_key(filled[path_at]), normal(table_names.unescape(filled[type_at]))
         if types.setdefault(path, study_type) != study_type:
             raise UserError(
                 f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "
@@ -96,7 +96,7 @@ def match(given: StudyTypeOverride, paths: Iterable[str]) -> list[str]:
     """A warning where lines of the table name no file; UserError where none of them does. paths: as the tables have them."""
     if given is None or isinstance(given, str):
         return []
-    missing = set(given).difference(map(table_names.key, paths))
+    missing = set(given).difference(map(table_names.join_key, paths))
     if len(missing) < len(given):
         return [f"--study-type: {len(missing):,} of {len(given):,} paths are not in DIRECTORY"] if missing else []
     raise UserError(

@@ -266,7 +266,7 @@ class _Csv:
     def add(self, frame: pd.DataFrame) -> None:
         header, self._begun = not self._begun, True
         how: dict[str, Any] = {"lineterminator": "\n", "encoding": "utf-8", "quoting": self._quoting}
-        table_names.cells(frame).to_csv(self._file, index=False, header=header, **how)
+        table_names.escape_formulas(frame).to_csv(self._file, index=False, header=header, **how)
 
 
 class _Parquet:

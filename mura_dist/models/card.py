@@ -117,7 +117,7 @@ class Card(BaseModel):
     checkpoint: str
     members: list[Member] = []  # of an ensemble, whose map is the mean of theirs; empty: one checkpoint
     terms: str = mura.TERMS
-    licence: str = mura.LICENCE
+    licence: str = mura.LICENSE
     version: str = __version__
     opset: int | None = None  # written by export
     precision: Precision = "fp32"  # what it is to be computed in

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.metrics import intervals
 from mura_dist.metrics.summary import format_number
 from mura_dist.reports.footnotes import WILSON, Footnotes
@@ -68,7 +68,7 @@ def group_cell(name: str) -> Html:
     """Return a group's name for the first cell of its row: a study type in words, MURA's code in small print."""
     if name == "overall":
         return join(("All studies",))
-    type_name = in_words(name)
+    type_name = display_name(name)
     return join((type_name, element("small", name))) if type_name != name else join((name,))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mura_dist.data import radiograph
 from mura_dist.data.loaders import sampler
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.data.shards.reader import CorruptSampleError
 from mura_dist.reports import local_only
 from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR, Html, banner, element, join, section
@@ -64,7 +64,7 @@ def _body(frame: pd.DataFrame, pixels: Pixels, drawings: bool, num: int, seed: i
             of = f"{name}: {len(shown)} of {part['study'].nunique():,} studies"
             groups.append(element("h3", of + (f"; {passed_over} could not be read" if passed_over else "")))
             groups.append(element("div", *(_figure(frame, one) for one in shown), class_="sheet"))
-        yield section(join((in_words(study_type), " ", element("small", study_type))), *groups)
+        yield section(join((display_name(study_type), " ", element("small", study_type))), *groups)
 
 
 def choose(part: pd.DataFrame, pixels: Pixels, num: int, seed: int) -> tuple[list[Thumb], int]:
@@ -89,6 +89,6 @@ def _readable(rows: pd.Index, pixels: Pixels, failed: list[int]) -> Iterator[Thu
 def _figure(frame: pd.DataFrame, thumb: Thumb) -> Html:
     line: dict[Any, Any] = frame.loc[thumb.row].to_dict()
     label = _LABELS[line["label"]]
-    caption = f"{in_words(line['study_type'])}, {label}"
+    caption = f"{display_name(line['study_type'])}, {label}"
     picture = element("img", src=local_only.data_uri(thumb.pixels), alt=f"{caption}, a radiograph of {line['split']}")
     return element("figure", picture, element("figcaption", caption), class_=label)

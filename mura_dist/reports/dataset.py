@@ -122,7 +122,7 @@ def _shards(folder: StoragePath) -> _Looked:
     frame, index = shards.manifest.frame, shards.index
     unreadable = [item["row"] for item in index["unreadable"]]
     rows = _evenly(np.setdiff1d(frame.index.to_numpy(), unreadable))
-    grey, failures = _means(rows, shards.pixels)
+    grey, failures = _means(rows, shards.read_pixels)
     defects = {name: len(seen) for name, seen in index["defects"].items()}
     defects |= _tally((item["code"] for item in index["unreadable"]), "left out of the shards")
     defects |= _tally(failures, f"among {len(rows)} that were read")
@@ -130,7 +130,7 @@ def _shards(folder: StoragePath) -> _Looked:
     sizes = {"size_px": shards.size, "encoding": shards.encoding}
     examples = _examples(index["defects"])
     found = about | _counts(frame) | {"sizes": sizes} | _exposure(frame, grey) | {"defects": defects} | examples
-    return _Looked(found, frame.drop(index=unreadable), shards.pixels)
+    return _Looked(found, frame.drop(index=unreadable), shards.read_pixels)
 
 
 def _examples(defects: Mapping[str, Iterable[str]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def body(numbers: dict[str, Any]) -> Iterator[Html]:
         "p", f"The counts {counted} those of MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft"
     )
     if numbers["unknown_study_types"]:
-        names = ", ".join(f"{mura.in_words(name)} ({name})" for name in numbers["unknown_study_types"])
+        names = ", ".join(f"{mura.display_name(name)} ({name})" for name in numbers["unknown_study_types"])
         yield element("p", f"Study types unknown to MURA: {names}.", class_="soft")
     yield section("Counts", *_counts(numbers))
     yield section("Views of a study", *_views(numbers))
@@ -179,7 +179,7 @@ def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
         series = {label: grey[f"{label}_histogram"] for label in _LABELS}
         description = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
         chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {description}")
-        charts.append(figure(chart, f"{mura.in_words(name)}, by their mean grey level."))
+        charts.append(figure(chart, f"{mura.display_name(name)}, by their mean grey level."))
     return element("div", *charts, class_="wide pictures")
 
 

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.metrics.summary import format_number, metrics_by_group
 from mura_dist.reports import plots as pictures
 from mura_dist.reports.findings import TITLES, with_words
@@ -46,14 +46,14 @@ def _forest(found: Found, metric: str, chance: float) -> Picture:
     measured, others = found["metrics"], (found["published"].get("kappa", {}) if metric == "kappa" else {})
     rows = []
     for name, group in metrics_by_group(measured).items():
-        row_label = f"{'all studies' if name == 'overall' else in_words(name)} ({group['num_studies']:,})"
+        row_label = f"{'all studies' if name == 'overall' else display_name(name)} ({group['num_studies']:,})"
         rows.append(_row(row_label, group, metric, "square" if name == "overall" else "circle", others.get(name)))
     macro = measured.get("macro") or {}
     if macro.get(metric) is not None:
         rows.insert(1, _row(f"macro mean of {macro['num_study_types']}", macro, metric, "diamond"))
     title = f"{TITLES[metric]} with 95 % intervals"
     description = "; ".join(
-        f"{in_words(name)} {with_words(group, metric)}" for name, group in metrics_by_group(measured).items()
+        f"{display_name(name)} {with_words(group, metric)}" for name, group in metrics_by_group(measured).items()
     )
     caption = f"{title}; in brackets the studies. Dotted: chance." + (" Hollow: the paper's." if others else "")
     return pictures.forest(
@@ -70,7 +70,7 @@ def _differences(comparison: Found, metric: str) -> Picture:
     sides = {name: difference(one[metric]) if one[metric] else {} for name, one in named.items()}
     rows = [
         _row(
-            f"{in_words(name)} ({named[name]['num_studies']:,})",
+            f"{display_name(name)} ({named[name]['num_studies']:,})",
             side,
             "difference",
             "square" if name == "pooled" else "circle",
@@ -78,7 +78,7 @@ def _differences(comparison: Found, metric: str) -> Picture:
         for name, side in sides.items()
     ]
     title = f"{TITLES[metric]}, A less B, with 95 % intervals"
-    description = "; ".join(f"{in_words(name)} {with_words(side, 'difference')}" for name, side in sides.items())
+    description = "; ".join(f"{display_name(name)} {with_words(side, 'difference')}" for name, side in sides.items())
     label, caption = f"{TITLES[metric]}: A less B", f"{title}. Dotted: no difference."
     return pictures.forest(
         f"difference-{metric}", rows, chance=0.0, label=label, alt=f"{title}: {description}", caption=caption, top=None
@@ -86,7 +86,7 @@ def _differences(comparison: Found, metric: str) -> Picture:
 
 
 def _of_group(name: str, slug: str, group: Found, plots: Found, threshold: float | None) -> Iterator[Picture]:
-    of = "all studies" if name == "overall" else in_words(name)
+    of = "all studies" if name == "overall" else display_name(name)
     if plots["roc"]:
         rates = group.get("specificity"), group.get("sensitivity"), group.get("ppv")
         called = (1 - rates[0], rates[1]) if rates[0] is not None and rates[1] is not None else None

@@ -96,7 +96,7 @@ def findings(metrics: dict[str, Any], studies: pd.DataFrame, context: Mapping[st
         "environment": {"mura-dist": __version__, **(known.get("environment") or {})},
         "members": known.get("members") or [],
         "terms": known.get("terms") or mura.TERMS,
-        "licence": known.get("licence") or mura.LICENCE,
+        "licence": known.get("licence") or mura.LICENSE,
     }
 
 
@@ -221,7 +221,7 @@ def with_words(group: Mapping[str, Any], name: str) -> str:
 
 
 def _group_words(name: str) -> str:
-    return "all studies" if name == "overall" else mura.in_words(name)
+    return "all studies" if name == "overall" else mura.display_name(name)
 
 
 def _few(metrics: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ _STYLE = """
 def page(title: str, *body: Any, style: str = "") -> str:
     """Return an HTML file with radiographs in it; `body` follows its heading and banner."""
     head = (element("h1", title), banner(f"{WHY} MURA's licence: no sharing of any portion of the data."))
-    foot = element("footer", *(element("p", line) for line in (WHY, f"Terms: {mura.TERMS}.", f"{mura.LICENCE}.")))
+    foot = element("footer", *(element("p", line) for line in (WHY, f"Terms: {mura.TERMS}.", f"{mura.LICENSE}.")))
     return html_page(f"{MARK}: {title}", *head, *body, foot, remark=WHY, style=_STYLE + style)
 
 

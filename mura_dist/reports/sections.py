@@ -8,7 +8,7 @@ A section that has nothing to say yields nothing, and is left out; where somethi
 from collections.abc import Iterator
 from typing import Any
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.entries import HEADLINE_METRICS
 from mura_dist.metrics.summary import format_number, metrics_by_group
@@ -215,7 +215,7 @@ def each(report: Report) -> Iterator[Html]:
             content.append(costs(report, points[name], calibration.get(name, {}), caption))
         numbers = (f"{word} {format_number(group[key])}" for word, key in (("kappa", "kappa"), ("AUROC", "auroc")))
         text = ", ".join((pluralize(group["num_studies"], "study"), *numbers))
-        type_name = in_words(name)
+        type_name = display_name(name)
         code = [" ", element("small", name)] if type_name != name else []
         parts.append(folded(join((element("strong", type_name), *code, f": {text}")), *content))
     yield folds(parts)

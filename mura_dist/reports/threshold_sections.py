@@ -5,7 +5,7 @@ A Report in, markup out; see sections.py.
 
 from collections.abc import Iterator
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.metrics.summary import format_number, metrics_by_group
 from mura_dist.reports.cells import INDEPENDENT, NOT_GIVEN, Found, Report, bullets, folds, group_cell, num
 from mura_dist.reports.figures import CALIBRATION
@@ -84,7 +84,7 @@ def _fitted(fitted: Found, split: str | None) -> Html:
         rows.append(
             (group_cell(name), *counts, *numbers, "all types pooled" if points["pooled"] else "its own studies")
         )
-        why_not += [f"{in_words(name)}: {key}: {why}." for key, why in points.get("reasons", {}).items()]
+        why_not += [f"{display_name(name)}: {key}: {why}." for key, why in points.get("reasons", {}).items()]
     header = ("", "Normal", "Abnormal", "Slope", "Intercept", "log(N/A)", "Fitted on")
     fit_table = table(header, rows, "Studies of the tune split.")
     return folded(
@@ -104,7 +104,7 @@ def operating(report: Report) -> Iterator[Html]:
     if points:
         yield from _band_words(report, points["overall"]["band"])
         if left_out := points.get("left_out"):
-            text = "; ".join(f"{in_words(name)} ({pluralize(num, 'study')})" for name, num in left_out.items())
+            text = "; ".join(f"{display_name(name)} ({pluralize(num, 'study')})" for name, num in left_out.items())
             yield element("p", f"Left out, as nothing was fitted for them: {text}.", class_="soft")
         parts.append(folded("The uncertain band of each study type", _bands(report, points)))
         caption = "All study types, measured here; each has a threshold of its own. In small print the 95 % interval."

@@ -28,7 +28,7 @@ class Plan:
         """Raises UserError where shards, settings and ranks do not go together."""
         shards = Shards.open(settings.shards, files.expand_user(settings.mirror) if settings.mirror else None)
         train, select = shards.rows("train"), shards.rows(settings.select_on)
-        shards.require("train", settings.select_on)
+        shards.check_tars("train", settings.select_on)
         plan = cls(settings, shards, train, select, world_size, {})
         if plan.steps_per_epoch == 0:
             raise UserError(

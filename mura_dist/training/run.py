@@ -28,7 +28,7 @@ from mura_dist import __version__
 from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import StopRequestedError, UserError, mask_url
-from mura_dist.data.folder_kind import RECIPE, kinds_of
+from mura_dist.data.folder_kind import RECIPE, find_output_kinds
 from mura_dist.data.shards.codec import MAX_SIZE_PX
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import lock
@@ -97,7 +97,7 @@ class Run:
 
     def check(self, shards: Shards) -> None:
         """UserError where the folder holds another run: other shards, or a setting that may not change."""
-        if "run" not in kinds_of(self.folder):
+        if "run" not in find_output_kinds(self.folder):
             if self.folder.exists() and not _is_ours(self.folder):
                 raise UserError(f"run={self.folder} exists and is no run; give run=NEW")
             return
@@ -121,7 +121,7 @@ class Run:
         path = self.folder / "deepspeed.json"
         again = "restore it, or give run=NEW"
         before = files.read_json(path, dict[str, Any], remedy=again) if path.is_file() else {}
-        if "run" not in kinds_of(self.folder) or before == theirs:
+        if "run" not in find_output_kinds(self.folder) or before == theirs:
             return
         key = next(key for key in sorted(before.keys() | theirs.keys()) if before.get(key) != theirs.get(key))
         raise UserError(

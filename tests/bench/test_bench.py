@@ -182,7 +182,7 @@ def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: 
     logits, opened = OnnxModel.load(model).logits, {name: Shards.open(tmp_path / name) for name in ("png", "jpeg")}
 
     def probability(name: str, row: int) -> float:
-        return 1 / (1 + math.exp(-logits(opened[name].pixels(row)[None, None])[0]))
+        return 1 / (1 + math.exp(-logits(opened[name].read_pixels(row)[None, None])[0]))
 
     wanted = [abs(probability("jpeg", row) - probability("png", row)) for row in range(24)]
     assert changes["jpeg"] == pytest.approx({"largest": max(wanted), "mean": np.mean(wanted), "num_radiographs": 24})

@@ -191,7 +191,7 @@ def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: P
     upload(whole, remote)
     opened, local = Shards.open(str(remote), mirror=tmp_path / "mirror"), Shards.open(whole)
     for row in local.rows("valid").tolist():
-        np.testing.assert_array_equal(opened.pixels(row), local.pixels(row))
+        np.testing.assert_array_equal(opened.read_pixels(row), local.read_pixels(row))
     for name in remote.names():
         remote.remove(name) if name.endswith(".tar") else None
     again = Shards.open(str(remote), mirror=tmp_path / "mirror")
@@ -218,12 +218,12 @@ def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> No
 
 
 def test_a_mirror_that_was_cut_short_goes_on(whole: Path, tmp_path: Path) -> None:
-    folder = cache.local(whole, tmp_path / "mirror")
+    folder = cache.local_folder(whole, tmp_path / "mirror")
     (folder / "index.json").unlink()
     (folder / "train-000000.tar").unlink()
     (folder / ".train-000000.tar.partial").write_bytes(b"half")
     kept = (folder / "valid-000000.tar").stat().st_mtime_ns
-    assert cache.local(whole, tmp_path / "mirror") == folder
+    assert cache.local_folder(whole, tmp_path / "mirror") == folder
     assert list(verify(folder)) == []
     assert (folder / "valid-000000.tar").stat().st_mtime_ns == kept
 
@@ -237,7 +237,7 @@ def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: 
     with pytest.raises(
         UserError, match=r"needs 1[0-9.]+ GB there, .* GB are free; make room, or name another disk with mirror="
     ):
-        cache.local(source, tmp_path / "mirror")
+        cache.local_folder(source, tmp_path / "mirror")
     assert not list((tmp_path / "mirror").rglob("*.tar"))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mura_dist.data import mura
-from mura_dist.data.class_weights import LossWeights, class_weights
+from mura_dist.data.class_weights import LossWeights, compute_class_weights
 
 COUNTS = mura.IMAGES_V1_1["train"]  # study type -> (normal, abnormal)
 STUDY_TYPE = np.concatenate([[name] * sum(pair) for name, pair in COUNTS.items()])
@@ -12,7 +12,7 @@ LABEL = np.concatenate([np.repeat([0, 1], pair) for pair in COUNTS.values()])
 
 
 def test_class_weights_are_the_papers() -> None:
-    weights = class_weights("study_type", STUDY_TYPE, LABEL, COUNTS)
+    weights = compute_class_weights("study_type", STUDY_TYPE, LABEL, COUNTS)
     assert weights["XR_ELBOW"] == pytest.approx((0.406814, 0.593186), abs=5e-7)
     assert weights["XR_HAND"] == pytest.approx((0.267725, 0.732275), abs=5e-7)
     assert weights["XR_WRIST"] == pytest.approx((0.408839, 0.591161), abs=5e-7)
@@ -20,14 +20,14 @@ def test_class_weights_are_the_papers() -> None:
 
 def test_one_pair_weighs_all_study_types() -> None:
     normal, abnormal = (sum(pair[label] for pair in COUNTS.values()) for label in (0, 1))
-    weights = class_weights("class", STUDY_TYPE, LABEL, [*COUNTS, "XR_NEW"])
+    weights = compute_class_weights("class", STUDY_TYPE, LABEL, [*COUNTS, "XR_NEW"])
     assert set(weights) == {*COUNTS, "XR_NEW"}
     for pair in weights.values():
         assert pair == pytest.approx((abnormal / (normal + abnormal), normal / (normal + abnormal)))
 
 
 def test_no_weights_are_ones() -> None:
-    assert class_weights("none", STUDY_TYPE, LABEL, ["XR_HAND"]) == {"XR_HAND": (1.0, 1.0)}
+    assert compute_class_weights("none", STUDY_TYPE, LABEL, ["XR_HAND"]) == {"XR_HAND": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize("loss_weights", ["class", "study_type"])
@@ -35,4 +35,4 @@ def test_no_weights_are_ones() -> None:
 def test_a_missing_label_weighs_as_much_as_the_other(loss_weights: LossWeights, label: list[int]) -> None:
     """The formula would give the label that is there no weight at all."""
     study_type = np.array(["A"] * len(label))
-    assert class_weights(loss_weights, study_type, np.array(label), ["A"]) == {"A": (0.5, 0.5)}
+    assert compute_class_weights(loss_weights, study_type, np.array(label), ["A"]) == {"A": (0.5, 0.5)}

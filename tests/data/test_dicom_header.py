@@ -237,13 +237,13 @@ def test_notes_name_attributes_and_never_their_values() -> None:
         "PixelPaddingValue": 9999,
     }
     data = drawn(**labels, VOILUTFunction=b"DOE^JANE", RescaleSlope=b"Doe", RescaleIntercept=b"Jane")
-    notes = radiograph.look(io.BytesIO(data), 8).notes
+    notes = radiograph.read_details(io.BytesIO(data), 8).notes
     assert len(notes) == 4
     assert "doe" not in " ".join(notes).lower()
 
 
 def test_what_is_sound_has_no_notes() -> None:
-    assert radiograph.look(io.BytesIO(drawn(WindowCenter="300", WindowWidth="600", PixelPaddingValue=0)), 8).notes == ()
+    assert radiograph.read_details(io.BytesIO(drawn(WindowCenter="300", WindowWidth="600", PixelPaddingValue=0)), 8).notes == ()
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(buffer, "PNG")
-    assert radiograph.look(buffer, 8).notes == ()
+    assert radiograph.read_details(buffer, 8).notes == ()

@@ -12,7 +12,7 @@ import pytest
 from helpers.dicoms import CR, EXPLICIT, IMPLICIT, J2K_LOSSLESS, dicom, put, without_meta
 
 from mura_dist.data import radiograph
-from mura_dist.data.radiograph import DicomIdentity, identity
+from mura_dist.data.radiograph import DicomIdentity, read_identity
 
 WANTED = DicomIdentity("1.2.9", "WRIST", "L")
 NAMES = {
@@ -57,20 +57,20 @@ def test_identity_wherever_it_stands(group: int, syntax: str, tmp_path: Path) ->
     for some in (data, without_meta(data)) if syntax != J2K_LOSSLESS else (data,):
         path = tmp_path / "image"
         path.write_bytes(some)
-        assert identity(path) == WANTED
+        assert read_identity(path) == WANTED
         file = Watched(some)
-        assert identity(file) == WANTED
+        assert read_identity(file) == WANTED
         assert file.num_bytes < 1.1 * MIB, "the private value is passed over"
 
 
 @pytest.mark.parametrize("size", [MIB - 200, MIB - 4, MIB, MIB + 2])
 def test_identity_at_the_edge_of_the_head(size: int) -> None:
-    assert identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == WANTED
+    assert read_identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == WANTED
 
 
 def test_annotation_beyond_the_head_counts() -> None:
     data = private(drawn(BurnedInAnnotation="YES"), 0x0019, bytes(2 * MIB))
-    assert identity(io.BytesIO(data)) == DicomIdentity("1.2.9", "WRIST", "L", True)
+    assert read_identity(io.BytesIO(data)) == DicomIdentity("1.2.9", "WRIST", "L", True)
 
 
 def test_pixels_are_not_looked_at() -> None:
@@ -78,13 +78,13 @@ def test_pixels_are_not_looked_at() -> None:
     large = dicom(np.zeros((6400, 6400), np.uint8), **NAMES)
     for data in (large, private(large, 0x0009, bytes(2 * MIB))):
         file = Watched(data)
-        assert identity(file) == WANTED
+        assert read_identity(file) == WANTED
         assert file.num_bytes < 1.1 * MIB
 
 
 def test_a_cut_header_beyond_the_head_promises_nothing() -> None:
     data = private(drawn(), 0x0019, bytes(3 * MIB))[: 2 * MIB]
-    found = identity(io.BytesIO(data))
+    found = read_identity(io.BytesIO(data))
     assert found is not None
     assert (found.study_uid, found.body_part) == ("", "WRIST")
 
@@ -111,7 +111,7 @@ def test_a_header_without_end_is_given_up(nested: bool) -> None:
             * 200_000
         )
     file = Watched(head + endless)
-    assert identity(file) == DicomIdentity("", "", "", True)
+    assert read_identity(file) == DicomIdentity("", "", "", True)
     assert file.num_bytes < 2 * MIB
 
 
@@ -120,7 +120,7 @@ def test_values_of_absurd_length_are_not_allocated() -> None:
     data = bytearray(private(drawn(), 0x0009, bytes(2 * MIB)))
     place = data.index(b"\x20\0\x0d\0UI")
     data[place + 4 : place + 12] = b"UT\0\0\xfe\xff\xff\xff"
-    found = identity(io.BytesIO(bytes(data)))
+    found = read_identity(io.BytesIO(bytes(data)))
     assert found is not None
     assert found.may_show_text
 
@@ -129,9 +129,9 @@ def test_identity_of_labels_in_items_is_not_the_image_s() -> None:
     item = pydicom.dataset.Dataset()
     put(item, "StudyInstanceUID", "9.9.9")
     data = private(drawn(ReferencedStudySequence=pydicom.sequence.Sequence([item])), 0x0009, bytes(2 * MIB))
-    assert identity(io.BytesIO(data)) == WANTED
+    assert read_identity(io.BytesIO(data)) == WANTED
 
 
 def test_of_what_is_no_dicom_there_is_none() -> None:
-    assert identity(io.BytesIO(b"\x89PNG\r\n\x1a\n" + bytes(2 * MIB))) is None
-    assert radiograph.identity(io.BytesIO(b"")) is None
+    assert read_identity(io.BytesIO(b"\x89PNG\r\n\x1a\n" + bytes(2 * MIB))) is None
+    assert radiograph.read_identity(io.BytesIO(b"")) is None

@@ -50,7 +50,7 @@ def words(values: np.ndarray, bits: int, high_bit: int, allocated: int, noise: i
 
 def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     grey = decode(io.BytesIO(data))
-    return grey, radiograph.look(io.BytesIO(data), 8).notes
+    return grey, radiograph.read_details(io.BytesIO(data), 8).notes
 
 
 def refusal(data: bytes) -> str:

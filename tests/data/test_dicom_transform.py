@@ -18,7 +18,7 @@ VALUES.flat[:2] = 300, 3499
 
 def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
     grey = decode(io.BytesIO(data))
-    return grey, radiograph.look(io.BytesIO(data), 8).notes
+    return grey, radiograph.read_details(io.BytesIO(data), 8).notes
 
 
 def drawn(syntax: str = EXPLICIT, values: np.ndarray = VALUES, bits: int = 12, **labels: Any) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mura_dist.data.radiograph import UnreadableFileError, decode, identity
+from mura_dist.data.radiograph import UnreadableFileError, decode, read_identity
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8)
 FALSE_REASONS = ("damaged, cut short", "does not begin as any image format", "DICOM modality")
@@ -162,7 +162,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str, str]] = {
 def refusal(data: bytes) -> UnreadableFileError:
     with pytest.raises(UnreadableFileError) as caught:
         decode(io.BytesIO(data))
-    assert identity(io.BytesIO(data)) is None
+    assert read_identity(io.BytesIO(data)) is None
     return caught.value
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mura_dist.data.folder_kind import Kind, kinds_of
+from mura_dist.data.folder_kind import Kind, find_output_kinds
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ def test_kinds_by_their_files(files: list[str], kinds: dict[Kind, str], tmp_path
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    assert list(kinds_of(tmp_path).items()) == list(kinds.items())
+    assert list(find_output_kinds(tmp_path).items()) == list(kinds.items())
 
 
 def test_a_folder_that_is_not_there_is_of_no_kind(tmp_path: Path) -> None:
-    assert kinds_of(tmp_path / "none") == {}
+    assert find_output_kinds(tmp_path / "none") == {}

@@ -1,4 +1,4 @@
-"""gate.py: radiographs pass, photographs and drawings mostly do not, and predict's column is gate.verdict's word."""
+"""gate.py: radiographs pass, photographs and drawings mostly do not, and predict's column is gate.classify's word."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def radiographs(shared: Path) -> dict[int, list[np.ndarray]]:
 
 
 def counts(images: list[np.ndarray]) -> Counter[str]:
-    return Counter(gate.verdict(image) for image in images)
+    return Counter(gate.classify(image) for image in images)
 
 
 @pytest.mark.shared
@@ -43,10 +43,10 @@ def test_radiographs_pass_at_every_size(radiographs: dict[int, list[np.ndarray]]
 
 @pytest.mark.shared
 def test_size_and_turn_hardly_matter(radiographs: dict[int, list[np.ndarray]]) -> None:
-    verdicts = [[gate.verdict(image) for image in radiographs[size]] for size in SIZES]
+    verdicts = [[gate.classify(image) for image in radiographs[size]] for size in SIZES]
     assert sum(len(set(each)) > 1 for each in zip(*verdicts, strict=True)) <= 2
     for image in radiographs[128]:
-        found = [gate.scores(gate.statistics(turned(image, turn))) for turn in TURNS]
+        found = [gate.compute_scores(gate.compute_statistics(turned(image, turn))) for turn in TURNS]
         assert np.ptp(found, axis=0).max() < 0.2  # Pillow rounds between its two passes
 
 
@@ -111,7 +111,7 @@ BORDERS = {
 def bones(phantoms: Path) -> list[np.ndarray]:
     """Phantoms that neither look inverted nor, inverted, look right: what a border does to them is the border's doing."""
     images = [radiograph.read(path, 128) for path in sorted(phantoms.rglob("*.png"))[::3]]
-    images = [image for image in images if (gate.verdict(image), gate.verdict(255 - image)) == ("ok", "inverted")]
+    images = [image for image in images if (gate.classify(image), gate.classify(255 - image)) == ("ok", "inverted")]
     assert len(images) >= 30
     return images
 
@@ -161,16 +161,16 @@ def test_borders_of_radiographs_do_not_turn_the_verdict(radiographs: dict[int, l
 def test_a_leg_between_unexposed_borders_is_right(shared: Path) -> None:
     """Computed radiography: a dark field between two white borders, of which one fades."""
     leg = radiograph.read(shared / "hostile/dicom/RG3_J2KR.dcm", 320)
-    assert gate.verdict(leg) == "ok"
-    assert gate.verdict(255 - leg) == "inverted"
+    assert gate.classify(leg) == "ok"
+    assert gate.classify(255 - leg) == "inverted"
 
 
 @pytest.mark.parametrize("widths", [(0.45, 0, 0.45), (0.45,) * 4])
 def test_a_strip_between_borders_gets_a_verdict(bones: list[np.ndarray], widths: tuple[float, ...]) -> None:
     """Too small a field for one of its own; and a field of one level."""
     for image in bones[:5]:
-        assert gate.verdict(bordered(image, 255, (0, 1), widths)) in gate.NAMES
-        assert gate.verdict(bordered(np.full_like(image, 90), 255, (0, 1), widths)) in gate.NAMES
+        assert gate.classify(bordered(image, 255, (0, 1), widths)) in gate.NAMES
+        assert gate.classify(bordered(np.full_like(image, 90), 255, (0, 1), widths)) in gate.NAMES
 
 
 # ---- what is no radiograph
@@ -190,30 +190,30 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], size: int) -> None:
     """By its colours; in grey both of these pass, as two thirds do (docs/gate.md)."""
     for path in photographs.values():
-        image, colours, *_ = radiograph.look(path, size)
+        image, colours, *_ = radiograph.read_details(path, size)
         found = {
-            gate.verdict(turned(each, turn), turned(their_colours, turn))
+            gate.classify(turned(each, turn), turned(their_colours, turn))
             for each, their_colours in ((image, colours), (255 - image, 255 - colours))
             for turn in TURNS
         }
         assert found == {"not_a_radiograph"}
-        assert gate.verdict(image) not in gate.BLOCKING
+        assert gate.classify(image) not in gate.BLOCKING
 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 255])
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 320])
 def test_one_level_is_blank(size: int, level: int) -> None:
     image = np.full((size, size), level, np.uint8)
-    assert gate.verdict(image) == "blank"
+    assert gate.classify(image) == "blank"
     image[0, 0] ^= 2  # a level or two apart
-    assert gate.verdict(image) == "blank"
+    assert gate.classify(image) == "blank"
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_noise_is_refused(size: int) -> None:
     random = np.random.default_rng(size)
     for _ in range(5):
-        assert gate.verdict(random.integers(0, 256, (size, size), dtype=np.uint8)) in gate.BLOCKING
+        assert gate.classify(random.integers(0, 256, (size, size), dtype=np.uint8)) in gate.BLOCKING
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -222,15 +222,15 @@ def test_ramps_and_pages_are_refused(size: int, turn: tuple[int, int]) -> None:
     y, x = np.mgrid[:size, :size] / (size - 1)
     ramps = [x, (x + y) / 2, np.hypot(x - 0.5, y - 0.5) / 0.71]
     for ramp in ramps:
-        assert gate.verdict(turned((255 * ramp).astype(np.uint8), turn)) in gate.BLOCKING
+        assert gate.classify(turned((255 * ramp).astype(np.uint8), turn)) in gate.BLOCKING
     page = Image.new("L", (512, 512), 255)
     for line in range(24):
         ImageDraw.Draw(page).text(
             (20, 20 * line + 10), "the patient was seen today, again, " * 2, 0, ImageFont.load_default(16)
         )
     page = np.asarray(page.resize((size, size), Image.Resampling.BILINEAR))
-    assert gate.verdict(turned(page, turn)) in gate.BLOCKING
-    assert gate.verdict(turned(255 - page, turn)) in gate.BLOCKING
+    assert gate.classify(turned(page, turn)) in gate.BLOCKING
+    assert gate.classify(turned(255 - page, turn)) in gate.BLOCKING
 
 
 # ---- what it is asked
@@ -240,7 +240,7 @@ def test_ramps_and_pages_are_refused(size: int, turn: tuple[int, int]) -> None:
 def test_any_size_gets_a_verdict(size: int) -> None:
     random = np.random.default_rng(size)
     for image in (random.integers(0, 256, (size, size), dtype=np.uint8), np.eye(size, dtype=np.uint8) * 255):
-        assert gate.verdict(image) in gate.NAMES
+        assert gate.classify(image) in gate.NAMES
 
 
 def test_memory_layout_does_not_matter(phantoms: Path) -> None:
@@ -248,23 +248,23 @@ def test_memory_layout_does_not_matter(phantoms: Path) -> None:
         image = radiograph.read(path, 128)
         other = [np.asfortranarray(image), np.repeat(image, 2, 1)[:, ::2], image[::-1][::-1]]
         image.flags.writeable = False
-        assert {gate.verdict(each) for each in other} == {gate.verdict(image)}
+        assert {gate.classify(each) for each in other} == {gate.classify(image)}
 
 
 def test_every_verdict_but_ok_has_words() -> None:
-    assert set(gate.WORDS) == set(gate.NAMES) - {"ok"}
-    assert set(gate.BLOCKING) < set(gate.WORDS)
-    assert all("not look like a bone radiograph" in gate.WORDS[name] for name in gate.BLOCKING)
+    assert set(gate.MESSAGES) == set(gate.NAMES) - {"ok"}
+    assert set(gate.BLOCKING) < set(gate.MESSAGES)
+    assert all("not look like a bone radiograph" in gate.MESSAGES[name] for name in gate.BLOCKING)
 
 
 def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 64)  # no reduction: nothing is rounded
-        found, wanted = gate.statistics(255 - image)[::-1], gate.statistics(image)
+        found, wanted = gate.compute_statistics(255 - image)[::-1], gate.compute_statistics(image)
         np.testing.assert_allclose(
             found, wanted, atol=0.05
         )  # a level on the edge between two bins falls on either side
-        np.testing.assert_allclose(gate.scores(found), gate.scores(wanted), atol=0.2)
+        np.testing.assert_allclose(gate.compute_scores(found), gate.compute_scores(wanted), atol=0.2)
 
 
 def test_a_photograph_in_colour_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
@@ -272,8 +272,8 @@ def test_a_photograph_in_colour_is_refused(photographs: dict[str, Path], tmp_pat
         Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
         for each in (path, tmp_path / f"{name}.jpg"):
             for size in SIZES:
-                found = radiograph.look(each, size)
-                assert gate.verdict(found.image, found.colours) == "not_a_radiograph"
+                found = radiograph.read_details(each, size)
+                assert gate.classify(found.image, found.colors) == "not_a_radiograph"
 
 
 TINTS = {
@@ -296,10 +296,10 @@ def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str
         for quality in (60, 95) if tint == "grey" or not loud else (95,):
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "JPEG", quality=quality)
-            found = radiograph.look(data, 64)
-            assert found.colours is not None
-            assert not gate.coloured(found.colours)
-            assert gate.verdict(found.image, found.colours) == gate.verdict(found.image)
+            found = radiograph.read_details(data, 64)
+            assert found.colors is not None
+            assert not gate.is_colored(found.colors)
+            assert gate.classify(found.image, found.colors) == gate.classify(found.image)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17])
@@ -309,7 +309,7 @@ def test_any_sample_of_colours_gets_an_answer(size: int) -> None:
         random.integers(0, 256, (size, size, 3), dtype=np.uint8),
         np.full((size, size, 3), (9, 200, 3), np.uint8),
     ):
-        assert gate.coloured(colours) in (True, False)
+        assert gate.is_colored(colours) in (True, False)
 
 
 def test_predicts_column_is_the_verdict(
@@ -331,13 +331,13 @@ def test_predicts_column_is_the_verdict(
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
         found = {row["path"]: row["gate"] for row in csv.DictReader(file)}
     size = summary["model"]["size"]
-    looks = {path.name: radiograph.look(path, size) for path in sorted(source.glob("*.png"))}
-    assert found == {name: gate.verdict(one.image, one.colours) for name, one in looks.items()}
+    looks = {path.name: radiograph.read_details(path, size) for path in sorted(source.glob("*.png"))}
+    assert found == {name: gate.classify(one.image, one.colors) for name, one in looks.items()}
     assert (found["blank.png"], found["noise.png"], found["flower.png"]) == ("blank", *2 * ["not_a_radiograph"])
     assert summary["radiographs_by_gate"] == {name: list(found.values()).count(name) for name in gate.NAMES}
     told = [line for line in summary["warnings"] if "column gate" in line]
     assert told == [
-        f"column gate of predictions says {name} of {number} of {len(found)} radiographs: {gate.WORDS[name]}"
+        f"column gate of predictions says {name} of {number} of {len(found)} radiographs: {gate.MESSAGES[name]}"
         for name, number in summary["radiographs_by_gate"].items()
         if name != "ok" and number
     ]

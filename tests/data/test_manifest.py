@@ -608,7 +608,7 @@ def test_a_long_number_is_no_view() -> None:
     radiograph = mura.parse(view(image=f"2.25.{'9' * 39}.dcm"))
     assert radiograph is not None
     assert radiograph.view == 0
-    assert Manifest.of([radiograph]).frame["view"].tolist() == [0]
+    assert Manifest.from_radiographs([radiograph]).frame["view"].tolist() == [0]
 
 
 def test_names_may_hold_anything(tmp_path: Path) -> None:
@@ -669,7 +669,7 @@ def drawn_lots() -> Iterator[str]:
 )
 def test_the_choice_of_tune_is_fixed(fraction: float, seed: int, digest: str, patients: list[int] | None) -> None:
     """As it was when these values were written down: shards made since, and runs on them, depend on it."""
-    whole = Manifest.of(radiograph for path in drawn_lots() if (radiograph := mura.parse(path)))
+    whole = Manifest.from_radiographs(radiograph for path in drawn_lots() if (radiograph := mura.parse(path)))
     assert len(whole.frame) == 480
     cut = cut_tune(whole, fraction, seed)
     assert cut.digest.startswith(digest)

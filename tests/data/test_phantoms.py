@@ -124,8 +124,8 @@ def test_files_vary_as_those_of_mura_do(drawn: Path) -> None:
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
 def test_a_break_moves_only_what_hangs_on_the_broken_bone(study_type: str) -> None:
-    whole = phantoms.skeleton(study_type, phantoms.Dice(0, 0, 1))
-    broken = phantoms.break_bone(whole, study_type, phantoms.Dice(0, 7, 1))
+    whole = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, 0, 1))
+    broken = phantoms.break_bone(whole, study_type, phantoms.PhiloxRandom(0, 7, 1))
     before = {bone.name: bone for bone in whole}
     pieces = [bone for bone in broken if bone.cut]
     assert len([bone for bone in broken if bone.name in before]) == len(whole) + 1
@@ -143,10 +143,10 @@ def test_a_break_is_seen_in_most_views_and_changes_nothing_far_from_it(study_typ
     """Bone on each ray with and without the break, same pose: where and how much they differ."""
     changed = []
     for number in range(12):
-        bones = phantoms.skeleton(study_type, phantoms.Dice(0, number, 1))
-        broken = phantoms.break_bone(bones, study_type, phantoms.Dice(1, number, 1))
+        bones = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, number, 1))
+        broken = phantoms.break_bone(bones, study_type, phantoms.PhiloxRandom(1, number, 1))
         depths = [
-            phantoms.bone_depth(phantoms.project(b, study_type, 96, 96, phantoms.Dice(2, number, 1)), 96, 96, 0.4)
+            phantoms.bone_depth(phantoms.project(b, study_type, 96, 96, phantoms.PhiloxRandom(2, number, 1)), 96, 96, 0.4)
             for b in (bones, broken)
         ]
         assert all(np.isfinite(depth).all() and (depth >= 0).all() for depth in depths)

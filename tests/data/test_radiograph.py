@@ -49,7 +49,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
 from mura_dist.data import body_parts, mura, radiograph, raster
-from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError, decode, identity, read
+from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError, decode, read_identity, read
 
 
 def drawn() -> np.ndarray:
@@ -504,7 +504,7 @@ def test_files_that_do_not_open(tmp_path: Path) -> None:
     def reason(path: Any) -> str:
         with pytest.raises(UnreadableFileError) as caught:
             read(path, 8)
-        assert identity(path) is None
+        assert read_identity(path) is None
         return str(caught.value)
 
     assert reason(tmp_path / "none.png") == "unreadable: cannot be opened: no such file or directory"
@@ -585,7 +585,7 @@ def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
 def told(tmp_path: Path, data: bytes) -> radiograph.DicomIdentity | None:
     path = tmp_path / "image"
     path.write_bytes(data)
-    return identity(path)
+    return read_identity(path)
 
 
 PLAIN = {"SOPClassUID": CR, "Modality": "CR"}
@@ -607,13 +607,13 @@ def raw(data: bytes, tag: bytes, kind: bytes, value: bytes) -> bytes:
 def test_identity(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
-    assert identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
+    assert read_identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
     path.write_bytes(dicom(GREY, **PLAIN, Laterality="R", ImageLaterality="L"))
-    assert identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), "the image's own before its series'"
+    assert read_identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), "the image's own before its series'"
     path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
-    assert identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
+    assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
     path.write_bytes(saved(GREY_IMAGE, "PNG"))
-    assert identity(path) is None
+    assert read_identity(path) is None
     found = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
     assert pickle.loads(pickle.dumps(found)) == found
 
@@ -701,7 +701,7 @@ def test_a_header_that_cannot_be_parsed_may_say_anything(tmp_path: Path) -> None
 @pytest.mark.shared
 def test_identity_of_real_dicoms(shared: Path) -> None:
     """Ten hips of ten studies; their headers name no body part."""
-    found = [identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
+    found = [read_identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
     assert len({one.study_uid for one in found if one}) == 10
     assert {(one.body_part, one.laterality, one.may_show_text) for one in found if one} == {("", "", False)}
 
@@ -713,7 +713,7 @@ def test_identity_of_real_dicoms(shared: Path) -> None:
 @pytest.mark.parametrize("shape", ["{}", "{} ", "{}s", "left {}", "{} LT", "R_{}", "{}\0"])
 def test_the_seven_regions(study_type: str, shape: str) -> None:
     word = study_type.removeprefix("XR_")
-    assert body_parts.study_type(shape.format(word)) == body_parts.study_type(shape.format(word.lower())) == study_type
+    assert body_parts.find_study_type(shape.format(word)) == body_parts.find_study_type(shape.format(word.lower())) == study_type
 
 
 WORDS = "CLAVICLE HIP KNEE ANKLE FOOT PELVIS CHEST ARM LEG FEMUR SKULL HANDWRIST JANE L S"
@@ -722,7 +722,7 @@ PHRASES = ["", "HAND\\WRIST", "NO HAND AT ALL", "HAND JANE", "DOE^JANE", "XR_JAN
 
 @pytest.mark.parametrize("words", [*PHRASES, *WORDS.split()])
 def test_other_words_are_no_study_type(words: str) -> None:
-    assert body_parts.study_type(words) is None
+    assert body_parts.find_study_type(words) is None
 
 
 def test_codes_are_the_standards_own() -> None:
@@ -732,13 +732,13 @@ def test_codes_are_the_standards_own() -> None:
     for code, ours in body_parts._SRT.items():
         concept = _snomed_dict.mapping["SRT"][code]
         assert (
-            body_parts.of_code("SRT", code)
-            == body_parts.of_code("SNM3", code)
-            == body_parts.of_code("SCT", concept)
+            body_parts.body_part_of_code("SRT", code)
+            == body_parts.body_part_of_code("SNM3", code)
+            == body_parts.body_part_of_code("SCT", concept)
             == ours
         )
-        assert body_parts.study_type(ours), ours
-    assert {body_parts.study_type(ours) for ours in body_parts._SCT.values()} == set(mura.STUDY_TYPES)
+        assert body_parts.find_study_type(ours), ours
+    assert {body_parts.find_study_type(ours) for ours in body_parts._SCT.values()} == set(mura.STUDY_TYPES)
     concepts = _concepts_dict.concepts["SCT"]
     names = (
         "ElbowJoint",
@@ -752,7 +752,7 @@ def test_codes_are_the_standards_own() -> None:
         "UpperArm",
         "Shoulder",
     )
-    ours = [body_parts.of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")]
+    ours = [body_parts.body_part_of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")]
     wanted = "ELBOW FINGER THUMB FOREARM RADIUSULNA ULNA HAND HUMERUS UPPERARM SHOULDER WRIST WRIST"
     assert ours == wanted.split()
 
@@ -895,17 +895,17 @@ def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
             refusal = str(error)
         if refusal is not None:
             with pytest.raises(radiograph.UnreadableFileError, match=re.escape(refusal)):
-                radiograph.look(path, 32)
+                radiograph.read_details(path, 32)
             continue
         whole = radiograph.decode(path)
         for source in (path, io.BytesIO(path.read_bytes())):
-            found = radiograph.look(source, 32, 100)
+            found = radiograph.read_details(source, 32, 100)
             np.testing.assert_array_equal(found.image, wanted)
-            assert found.shown.dtype == np.uint8
-            assert max(found.shown.shape) == min(100, max(whole.shape))
-            assert found.colours is None or found.colours.shape[2:] == (3,)
-        assert radiograph.look(path, 32).shown is None
-        num_coloured += found.colours is not None
+            assert found.display.dtype == np.uint8
+            assert max(found.display.shape) == min(100, max(whole.shape))
+            assert found.colors is None or found.colors.shape[2:] == (3,)
+        assert radiograph.read_details(path, 32).display is None
+        num_coloured += found.colors is not None
     assert 20 < num_coloured < len(paths)
 
 
@@ -936,7 +936,7 @@ from mura_dist.data import radiograph
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's, too
 before = peak()
 for path in sorted(Path(sys.argv[1]).rglob("*.*")):
-    radiograph.identity(path)
+    radiograph.read_identity(path)
     try:
         radiograph.read(path, 320)
     except radiograph.UnreadableFileError as refused:

@@ -14,31 +14,31 @@ PLAIN = ["a=b.png", "valid/XR_HAND/-/image1.png", ".", "..", ".hidden", "a/./=b"
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_formula_gets_a_leading_dot_and_comes_back(name: str) -> None:
-    assert table_names.cell(name) == f"./{name}"
-    assert table_names.name(table_names.cell(name)) == name
-    assert table_names.cell(table_names.cell(name)) == table_names.cell(name)
+    assert table_names.escape_formula(name) == f"./{name}"
+    assert table_names.unescape(table_names.escape_formula(name)) == name
+    assert table_names.escape_formula(table_names.escape_formula(name)) == table_names.escape_formula(name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_other_names_stay_as_they_are(name: str) -> None:
-    assert table_names.cell(name) == table_names.name(name) == name
+    assert table_names.escape_formula(name) == table_names.unescape(name) == name
 
 
 @pytest.mark.parametrize("dtype", ["string", object])
 def test_numbers_of_a_table_stay_as_they_are(dtype: object) -> None:
     names = [*HOSTILE, *PLAIN, None]
     frame = pd.DataFrame({"path": pd.Series(names, dtype=dtype), "logit": -np.arange(len(names), dtype=np.float32)})
-    found = table_names.cells(frame)
+    found = table_names.escape_formulas(frame)
     assert list(found.columns) == ["path", "logit"]
-    assert found["path"].dropna().tolist() == [*map(table_names.cell, names[:-1])]
+    assert found["path"].dropna().tolist() == [*map(table_names.escape_formula, names[:-1])]
     assert found["path"].isna().tolist() == [False] * (len(names) - 1) + [True]
     pd.testing.assert_series_equal(found["logit"], frame["logit"])
     assert frame["path"].iloc[0] == "=1+1.png"  # not in place
-    assert table_names.cells(frame.iloc[:0]).to_csv(index=False) == "path,logit\n"
+    assert table_names.escape_formulas(frame.iloc[:0]).to_csv(index=False) == "path,logit\n"
 
 
 def test_names_of_both_compositions_have_one_key() -> None:
     for name in ("Müller", "=Größe/å.png", "각", "ệ"):
         spelt = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
         assert len(spelt) == 2
-        assert {table_names.key(prefix + one) for one in spelt for prefix in ("", "./")} == {name}
+        assert {table_names.join_key(prefix + one) for one in spelt for prefix in ("", "./")} == {name}

@@ -80,7 +80,7 @@ def test_law_of_parity_base_and_training_loader(base: BaseInstall, encoded: Path
     code = (
         "import sys, zlib; from pathlib import Path; from mura_dist.data.shards.reader import Shards; "
         "shards = Shards.open(Path(sys.argv[1])); "
-        "print([zlib.crc32(shards.pixels(int(row)).tobytes()) for row in shards.rows('valid')])"
+        "print([zlib.crc32(shards.read_pixels(int(row)).tobytes()) for row in shards.rows('valid')])"
     )
     shards = Shards.open(encoded)
     [micro] = sampler.evaluation_micro_batches(

@@ -16,7 +16,7 @@ from helpers.models import with_card
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data import gate
-from mura_dist.data.class_weights import class_weights
+from mura_dist.data.class_weights import compute_class_weights
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation.evaluate import odds_shift
@@ -105,7 +105,7 @@ def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def logits(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
-    images = np.stack([shards.pixels(int(row)) for row in rows])[:, None]
+    images = np.stack([shards.read_pixels(int(row)) for row in rows])[:, None]
     return Scores.from_split(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
 
 
@@ -264,7 +264,7 @@ def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     weights, shards = ModelWeights.from_run(untrained, "last"), Shards.open(halved)
     train = shards.manifest.frame.query("split == 'train'")
     names = sorted(set(shards.manifest.frame["study_type"]))
-    table = class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)
+    table = compute_class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)
     assert set(odds_shift(weights, shards).values()) == {0.0}
     [only] = weights.runs
     weighted, alike = (

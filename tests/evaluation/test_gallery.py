@@ -20,7 +20,7 @@ from PIL import Image
 
 from mura_dist.cli.main import DONE, main
 from mura_dist.data.loaders.opencv import augment
-from mura_dist.data.mura import TERMS, in_words
+from mura_dist.data.mura import TERMS, display_name
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import gallery, gallery_page, gallery_picture, gallery_studies, results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, GalleryOptions, SplitScores
@@ -298,7 +298,7 @@ def called(shards: Shards, scores: Scores) -> pd.DataFrame:
 
 def written(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
     rows = shards.rows("train")
-    logit, _ = saliency.look(sees, np.stack([shards.pixels(row) for row in rows]))
+    logit, _ = saliency.look(sees, np.stack([shards.read_pixels(row) for row in rows]))
     studies = called(shards, Scores(rows, logit, np.array([], np.int64)))
     metrics = {"threshold": 0.5, "split": "train"}
     return gallery.write(out, shards, studies, rows, subject=toy(sees, **more), options=options, metrics=metrics)
@@ -323,7 +323,7 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
             ("normal", "abnormal")[study["label"]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
-        said = f"{in_words(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
+        said = f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
         assert [one for one in labels if one.startswith(said)], said
         assert study["study"] in page.text
@@ -345,7 +345,7 @@ def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]]
     frame, wanted, radiographs = opened.manifest.frame, [], []
     for study in found["studies"]:
         for row in frame.index[frame["study"] == study["study"]]:
-            radiographs.append(opened.pixels(row))
+            radiographs.append(opened.read_pixels(row))
             wanted.append(heatmap.render_layer(sees(radiographs[-1][None, None])[1][0], (60, 60)))
     text = (out / "gallery.html").read_text()
     maps = [embedded(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
@@ -511,7 +511,7 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     row = frame.index[frame["study"] == study["study"]][0]
     shards = Shards.open(tmp_path / "shards")
     rows = shards.rows("train")
-    logit, _ = saliency.look(sees, np.stack([shards.pixels(one) for one in rows]))
+    logit, _ = saliency.look(sees, np.stack([shards.read_pixels(one) for one in rows]))
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
     left = rows != row
@@ -606,7 +606,7 @@ def test_the_radiographs_of_an_evaluation_are_its_owners_alone(
 ) -> None:
     """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
     rows = opened.rows("valid")
-    logit, _ = saliency.look(sees, np.stack([opened.pixels(row) for row in rows]))
+    logit, _ = saliency.look(sees, np.stack([opened.read_pixels(row) for row in rows]))
     scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0), os.umask(0o022)
     try:
         options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)

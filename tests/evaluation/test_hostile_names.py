@@ -50,7 +50,7 @@ def test_no_name_is_markup_in_a_report_and_a_gallery(shard_folder: Path, tmp_pat
     def write(rename: Callable[[str], str], out: Path) -> list[Path]:
         shards = Shards.open(renamed_shards(shard_folder, out / "shards", rename))
         rows = shards.rows("train")
-        logit = sees(np.stack([shards.pixels(row) for row in rows])[:, None])[0]
+        logit = sees(np.stack([shards.read_pixels(row) for row in rows])[:, None])[0]
         scores = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0)
         options = EvaluateOptions(out, "train", gallery=GalleryOptions(num_studies=8, num_sampled=8))
         results.write(shards, subject(rename), scores, options)

@@ -149,7 +149,7 @@ def test_scores_are_the_cpus(alone: World, shard_folder: Path) -> None:
     model = densenet.build("tiny", seed=1).eval()
     loading = BatchLoader.from_settings(chosen, shards, RowTargets.from_shards(shards), gpu.DEVICE)
     scores = validation.score_rows(model.to(gpu.DEVICE), rows, loading, alone)
-    images = torch.from_numpy(np.stack([shards.pixels(row) for row in rows])[:, None])
+    images = torch.from_numpy(np.stack([shards.read_pixels(row) for row in rows])[:, None])
     with torch.inference_mode():
         logits = model.cpu()(images)[0].numpy()
     assert np.array_equal(scores.rows, rows)

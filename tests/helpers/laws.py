@@ -135,7 +135,7 @@ def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[st
 
 def damage(shards: Shards, row: int) -> str:
     """Flip a bit in the pixels of a row's sample; returns the name of its tar."""
-    for name in shards.names():
+    for name in shards.tar_names():
         for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
             if image.row == row:
                 with open(shards.folder / name, "r+b") as file:

@@ -68,7 +68,7 @@ def renamed_shards(shards: Path, target: Path, rename: Callable[[str], str]) -> 
     frame = Manifest.load(shards / "manifest.csv").frame
     for column in ("study_type", "patient", "study", "path"):
         frame[column] = frame[column].map(rename).astype(object)
-    manifest = Manifest.of(Radiograph(**line) for line in frame[list(COLUMNS[1:])].to_dict("records"))
+    manifest = Manifest.from_radiographs(Radiograph(**line) for line in frame[list(COLUMNS[1:])].to_dict("records"))
     pd.testing.assert_series_equal(manifest.frame["label"], frame["label"])  # the order of the rows stayed
     target.mkdir()
     for path in shards.iterdir():

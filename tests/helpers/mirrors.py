@@ -9,4 +9,4 @@ from mura_dist.data.shards.reader import Shards
 def open_mirrored(folder: Path, mirror: Path, opened: Queue) -> None:
     """Put the mirror's folder and the sum of a sample's pixels into the queue."""
     shards = Shards.open(folder, mirror=mirror)
-    opened.put((str(shards.folder), int(shards.pixels(int(shards.rows("train")[0])).sum())))
+    opened.put((str(shards.folder), int(shards.read_pixels(int(shards.rows("train")[0])).sum())))

@@ -89,7 +89,7 @@ def test_the_contact_sheet(kind: str, phantoms: Path, shard_folder: Path, tmp_pa
     studies = frame.drop_duplicates("study").groupby(["study_type", "label"]).size()
     counts = Counter(re.match(r"(\w+), (\w+),", words).groups() for words, _ in shown(sheet))
     assert counts == {
-        (mura.in_words(study_type), ("normal", "abnormal")[label]): min(num, contact_sheet.NUM)
+        (mura.display_name(study_type), ("normal", "abnormal")[label]): min(num, contact_sheet.NUM)
         for (study_type, label), num in studies.items()
     }
     assert all(max(pixels.shape) <= contact_sheet.SIDE_PX for _, pixels in shown(sheet))
@@ -140,7 +140,7 @@ def test_a_damaged_sample_is_passed_over(shard_folder: Path, tmp_path: Path) -> 
     dataset.describe(tmp_path / "s", tmp_path / "d.html", with_contact_sheet=True)
     words = [words for words, _ in shown(tmp_path / "d-contact-sheet.html")]
     name = ("normal", "abnormal")[label]
-    assert sum(one.startswith(f"{mura.in_words(study_type)}, {name}") for one in words) <= 1
+    assert sum(one.startswith(f"{mura.display_name(study_type)}, {name}") for one in words) <= 1
     assert "could not be read" in (tmp_path / "d-contact-sheet.html").read_text()
 
 

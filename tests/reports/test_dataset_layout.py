@@ -44,5 +44,5 @@ def test_study_types_stand_in_words(described: Path) -> None:
     for path in (described, dataset.contact_sheet_path(described)):
         text = path.read_text()
         for code in mura.STUDY_TYPES:
-            assert f"{mura.in_words(code)}<small>{code}</small>" in text.replace(" <small>", "<small>")
+            assert f"{mura.display_name(code)}<small>{code}</small>" in text.replace(" <small>", "<small>")
             assert f">{code}<" not in text.replace(f"<small>{code}</small>", "")

@@ -253,7 +253,7 @@ def test_report_says_everything(tmp_path: Path) -> None:
         "seconds of this evaluation, start included 12.3",
         "radiographs a second in it 19.4",  # 240 in 12.34 s
         "unreadable: too_large 1",
-        mura.LICENCE,
+        mura.LICENSE,
     ):
         assert words in page.text, words
     assert re.search(r"defect: not a radiograph 2 ", page.text)
@@ -407,7 +407,7 @@ def test_the_first_table_is_metrics_json(everything: tuple[Path, Page]) -> None:
     table = page.markup.split("<tbody>", 1)[1].split("</tbody>", 1)[0]
     rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("</tr>")[:-1]]
     named = {"All studies": measured["overall"], "Macro mean of 2 study types, unweighted": measured["macro"]}
-    named |= {f"{mura.in_words(name)} {name}": group for name, group in measured["by_study_type"].items()}
+    named |= {f"{mura.display_name(name)} {name}": group for name, group in measured["by_study_type"].items()}
     letters = {text: letter for letter, text in footnotes(page).items()}
     wilson, one_class = (
         letters[next(text for text in letters if text.startswith(start))] for start in ("Wilson", "One class")

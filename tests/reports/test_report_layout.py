@@ -151,7 +151,7 @@ def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
     text = report.read_text()
     assert not re.search(r"[{[]&quot;|[>: ](true|false|null)[<,;]", text.split("</style>")[1])
     for code in mura.STUDY_TYPES:
-        assert f"{mura.in_words(code)}<small>{code}</small>" in text
+        assert f"{mura.display_name(code)}<small>{code}</small>" in text
         assert f">{code}<" not in text.replace(f"<small>{code}</small>", "")
 
 

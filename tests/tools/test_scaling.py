@@ -250,7 +250,7 @@ def test_the_copys_requests_are_those_of_the_mirror(
             lambda self, what, *more, kept=kept: (asked.append(what), kept(self, what, *more))[1],
         )
     for _ in range(2):  # ranks of a node
-        cache.local(shard_folder, tmp_path)
+        cache.local_folder(shard_folder, tmp_path)
     index = json.loads((shard_folder / "index.json").read_text())
     counts = {split: part["num_radiographs"] for split, part in index["splits"].items()}
     data = data_of(radiographs=counts["train"] + counts["tune"], others=counts["valid"], tune=0.1)

@@ -233,7 +233,7 @@ def exported(listed: Path) -> Path:
 def test_evaluation_averages_the_members_probabilities(evaluated: Path, listed: Path, shard_folder: Path) -> None:
     shards, each = Shards.open(shard_folder), []
     rows = shards.rows("valid")
-    images = torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows])[:, None])
+    images = torch.from_numpy(np.stack([shards.read_pixels(int(row)) for row in rows])[:, None])
     for member in ModelList.load(listed).members:
         network = ModelWeights.from_run(listed.parent / member.run, member.checkpoint).load_model()
         with torch.inference_mode():

@@ -667,14 +667,14 @@ def record_filling(record: Recorder, what: str, loader: Any) -> None:
 
 def record_warp(record: Recorder) -> None:
     """The kernel of the resident backend alone, and the same by torch operations."""
-    from mura_dist.data.loaders.warp import inverse_maps, pick_warp, warp_by_torch
+    from mura_dist.data.loaders.warp import inverse_maps, select_warp, warp_by_torch
 
     number, rng = 256 if CUDA else 4, np.random.default_rng(0)
     pixels = torch.randint(0, 256, (number, SIZE, SIZE), dtype=torch.uint8, device=DEVICE)
     slots = torch.arange(number, dtype=torch.int32, device=DEVICE)
     angles, flips = rng.uniform(-ROTATE_DEG, ROTATE_DEG, number), rng.random(number) < 0.5
     maps = torch.from_numpy(inverse_maps(angles, flips, SIZE)).to(DEVICE)
-    for name, warp in {"its kernel": pick_warp(DEVICE), "torch operations": warp_by_torch}.items():
+    for name, warp in {"its kernel": select_warp(DEVICE), "torch operations": warp_by_torch}.items():
         what = f"warp, {name}, batch {number}"
         with record.attempt(what):
             record_rate(record, what, number, functools.partial(warp, pixels, slots, maps), 0.4)

@@ -74,7 +74,7 @@ class Split:
             share = frame.groupby(groups)["label"].transform("mean")  # of positives
             weight = np.where(frame["label"] == 1, 1 - share, share)
         return cls(
-            torch.from_numpy(np.stack([shards.pixels(int(row)) for row in rows])[:, None]),
+            torch.from_numpy(np.stack([shards.read_pixels(int(row)) for row in rows])[:, None]),
             torch.from_numpy(frame["label"].to_numpy(np.float32)),
             torch.from_numpy(weight.astype(np.float32)),
             frame["study_type"].to_numpy(),

@@ -359,7 +359,7 @@ def child() -> None:
 def _verdict(radiograph: Any, path: str) -> str:
     """ "read" or UnreadableFileError's code; anything else is a finding."""
     try:
-        where = radiograph.identity(path)
+        where = radiograph.read_identity(path)
         if where is not None and not isinstance(where, radiograph.DicomIdentity):
             return f"identity gave {type(where).__name__}"
         grey = radiograph.read(path, SIZE_PX)

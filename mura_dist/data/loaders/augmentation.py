@@ -23,7 +23,7 @@ def draw_order_keys(seed: int, epoch: int, count: int) -> np.ndarray:
     return _philox.bits(seed, epoch, _ORDER, count=count)
 
 
-def draw_turns(
+def draw_augmentations(
     seed: int, epoch: int, start: int, size: int, *, rotate_deg: float, flip: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw angles float32 (size,) in degrees and flips bool (size,) of the places start .. start + size."""

@@ -21,9 +21,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from mura_dist.data.loaders.ahead import in_background, in_order
+from mura_dist.data.loaders.prefetch import prefetch_in_thread, prefetch_ordered
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import Images, stored
+from mura_dist.data.loaders.samples import MicroBatchImages, stored
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.shards.codec import encode
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
@@ -34,13 +34,13 @@ _READY = 2  # micro-batches that came out of DALI and wait for the consumer
 
 def images(
     shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, device: torch.device, prefetch: int
-) -> Iterator[Images]:
+) -> Iterator[MicroBatchImages]:
     """Yield the Images of each of `micros` (all of one B), in order, on `device`, for use on the caller's current stream."""
     index = None
     if device.type == "cuda":  # looked up here: another thread's current device is another
         index = device.index if device.index is not None else torch.cuda.current_device()
     source = _run(shards, iter(micro_batches), workers, index, min(max(2, prefetch), _DEEPEST))
-    with contextlib.closing(in_background(source, ahead=_READY)) as ready:
+    with contextlib.closing(prefetch_in_thread(source, ahead=_READY)) as ready:
         for result, event in ready:
             if event is not None:
                 stream = torch.cuda.current_stream(device)
@@ -51,7 +51,7 @@ def images(
 
 def _run(
     shards: Shards, micro_batches: Iterator[MicroBatch], workers: int, index: int | None, depth: int
-) -> Generator[tuple[Images, torch.cuda.Event | None], None, None]:
+) -> Generator[tuple[MicroBatchImages, torch.cuda.Event | None], None, None]:
     """Run a graph over `micros` on GPU `index` (None: the CPU); each result with the event after which its pixels are there."""
     if (first := next(micro_batches, None)) is None:
         return
@@ -60,7 +60,7 @@ def _run(
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool, contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         tasks = (pool.submit(_read, shards, micro) for micro in itertools.chain([first], micro_batches))
-        feed = _Feed(in_order(tasks, ahead=workers))
+        feed = _Feed(prefetch_ordered(tasks, ahead=workers))
         key = (shards.encoding == "raw", batch, workers, index, depth)
         graph = _graphs.pop(key, None)
         if graph is None:
@@ -80,7 +80,7 @@ def _run(
             event = graph.stream.record_event() if graph.stream is not None else None
             if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
                 _graphs[key] = graph
-            yield Images(image.view(batch, 1, size, size), micro.rows, micro.mask, micro.damaged), event
+            yield MicroBatchImages(image.view(batch, 1, size, size), micro.rows, micro.mask, micro.damaged), event
 
 
 @dataclass(frozen=True)

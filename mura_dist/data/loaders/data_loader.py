@@ -1,4 +1,4 @@
-"""Micro-batches of a shard folder for anybody's own PyTorch loop.
+"""MicroBatch-batches of a shard folder for anybody's own PyTorch loop.
 
     data_loader(shards, split) -> DataLoader -> Batch, Batch, ...        resumed from {"epoch": 3, "step": 120}
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import RunError
-from mura_dist.data.class_weights import LossWeights, class_weights
+from mura_dist.data.class_weights import LossWeights, compute_class_weights
 from mura_dist.data.loaders import resident
 from mura_dist.data.loaders.backend import choose_backend
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import Images
+from mura_dist.data.loaders.samples import MicroBatchImages
 from mura_dist.data.loaders.transfer import DeviceTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
@@ -66,7 +66,7 @@ class RowTargets:
         weight = np.ones(len(frame), np.float32)
         if loss_weights != "none":
             train = shards.rows("train")
-            pairs = class_weights(loss_weights, study_type[train], label[train], set(study_type))
+            pairs = compute_class_weights(loss_weights, study_type[train], label[train], set(study_type))
             weight[:] = [pairs[name][one] for name, one in zip(study_type, label, strict=True)]
         return cls(label.astype(np.float32), weight)
 
@@ -129,11 +129,11 @@ class BatchLoader:
                     raise RunError(
                         f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
                     )
-                if self.shards.note_damaged(damaged):
+                if self.shards.record_corrupt(damaged):
                     print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
             yield self._batch(images)
 
-    def _images(self, micro_batches: Iterable[MicroBatch]) -> Iterator[Images]:
+    def _images(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatchImages]:
         coming = iter(micro_batches)
         if (first := next(coming, None)) is None:
             return iter(())
@@ -154,7 +154,7 @@ class BatchLoader:
         ahead = self.prefetch or 2 * self.workers
         return min(ahead, max(2 * self.workers, ahead * self.micro_batch // batch))
 
-    def _batch(self, images: Images) -> Batch:
+    def _batch(self, images: MicroBatchImages) -> Batch:
         rows, mask, num_corrupt = images.rows, images.mask, len(images.damaged)
         if self.device.type == "cpu":  # the device's way would take longer here
             label = np.where(mask, self.targets.label[rows], 0).astype(np.float32)
@@ -178,7 +178,7 @@ class BatchLoader:
         return f"batches by {self.backend}{note} from {self.shards.encoding} shards, {how}"
 
 
-def _in_time(made: Iterator[Images], shards: Shards, timeout_s: float) -> Generator[Images, None, None]:
+def _in_time(made: Iterator[MicroBatchImages], shards: Shards, timeout_s: float) -> Generator[MicroBatchImages, None, None]:
     """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
     env = environment.launch_env()
     if env.world_size == 1 or math.isinf(timeout_s):

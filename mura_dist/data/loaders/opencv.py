@@ -11,25 +11,25 @@ import cv2
 import numpy as np
 import torch
 
-from mura_dist.data.loaders.ahead import in_order
+from mura_dist.data.loaders.prefetch import prefetch_ordered
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import Images, stored
+from mura_dist.data.loaders.samples import MicroBatchImages, stored
 from mura_dist.data.shards.reader import Shards
 
 
 def images(
     shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int, pinned: bool = False
-) -> Iterator[Images]:
+) -> Iterator[MicroBatchImages]:
     """Yield the Images of each of `micros`, in order, on the host; `pinned`: in memory that a GPU copies from by itself."""
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
-        yield from in_order((pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch)
+        yield from prefetch_ordered((pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> Images:
+def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> MicroBatchImages:
     """Read and augment one micro-batch, straight into the memory it is sent from."""
     size = shards.size
     samples, mask, damaged = stored(shards, micro, encoded=False)
@@ -46,7 +46,7 @@ def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> Images:
             batch[place] = 0
         else:
             augment(pixels, float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
-    return Images(image, micro.rows, mask, damaged)
+    return MicroBatchImages(image, micro.rows, mask, damaged)
 
 
 def augment(source: np.ndarray, angle_deg: float, flip: bool, out: np.ndarray) -> None:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from mura_dist.core.errors import RankLocalUserError
-from mura_dist.data.loaders.ahead import in_order
+from mura_dist.data.loaders.prefetch import prefetch_ordered
 from mura_dist.data.loaders.device_memory import free_bytes
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import Images
+from mura_dist.data.loaders.samples import MicroBatchImages
 from mura_dist.data.loaders.transfer import send
-from mura_dist.data.loaders.warp import inverse_maps, pick_warp
+from mura_dist.data.loaders.warp import inverse_maps, select_warp
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 _SHARE = 0.5  # of the free memory of the device, which the store may take; the rest is the training's
@@ -30,7 +30,7 @@ _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 _UNREAD, _DAMAGED = -1, -2  # a row's slot, where it has none
 
 
-def images(store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int) -> Iterator[Images]:
+def images(store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int) -> Iterator[MicroBatchImages]:
     """Yield the Images of each of `micros`, in order, on the device, reading up to `prefetch` micro-batches ahead.
 
     Raises:
@@ -52,7 +52,7 @@ def images(store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int,
             return pool.submit(store.read, micro, missing)
 
         try:
-            for block in in_order(map(claim, micro_batches), ahead=prefetch):
+            for block in prefetch_ordered(map(claim, micro_batches), ahead=prefetch):
                 store.add(block)
                 yield store.images(block.micro)
         finally:
@@ -83,7 +83,7 @@ class Store:
         self._pixels = torch.empty(
             (1, shards.size, shards.size), dtype=torch.uint8, device=device
         )  # a kernel may have no radiograph to read, but no empty memory
-        self._warp = pick_warp(device)
+        self._warp = select_warp(device)
         self._stream: torch.cuda.Stream | None = None  # the one that used `pixels` last
 
     @property
@@ -128,7 +128,7 @@ class Store:
         readable: list[int] = []
         for row in rows.tolist():
             try:
-                array[len(readable)] = self._shards.pixels(row)
+                array[len(readable)] = self._shards.read_pixels(row)
                 readable.append(row)
             except CorruptSampleError as error:
                 damaged.append(error)
@@ -145,7 +145,7 @@ class Store:
             self._slots[damaged.row] = _DAMAGED
             self._damaged[damaged.row] = damaged
 
-    def images(self, micro: MicroBatch) -> Images:
+    def images(self, micro: MicroBatch) -> MicroBatchImages:
         """Warp a micro-batch whose rows were all read."""
         slots = np.where(micro.mask, self._slots[micro.rows], _UNREAD)
         mask = slots >= 0
@@ -156,7 +156,7 @@ class Store:
         self._follow_stream()
         pixels = self._warp(self._pixels, on_device.view(torch.int32)[:, 0], on_device[:, 1:])
         damaged = micro.rows[slots == _DAMAGED].tolist()
-        return Images(pixels, micro.rows, mask, tuple(copy.copy(self._damaged[row]) for row in damaged))
+        return MicroBatchImages(pixels, micro.rows, mask, tuple(copy.copy(self._damaged[row]) for row in damaged))
 
     def _follow_stream(self) -> None:
         """Let the current stream wait for the one that used `pixels` before, where it is another."""

@@ -11,7 +11,7 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 
 @dataclass(frozen=True)
-class Images:
+class MicroBatchImages:
     """Where mask is False, pixels are 0: a place that only fills the shape, or one whose sample is damaged."""
 
     pixels: Tensor  # (B, 1, S, S) uint8, on the host or on the device
@@ -24,7 +24,7 @@ def stored(
     shards: Shards, micro: MicroBatch, *, encoded: bool
 ) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
     """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
-    read = shards.encoded if encoded else shards.pixels
+    read = shards.read_encoded if encoded else shards.read_pixels
     samples: list[Any] = [None] * len(micro.rows)
     mask, damaged = micro.mask.copy(), []
     for place in np.flatnonzero(micro.mask).tolist():

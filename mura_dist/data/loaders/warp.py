@@ -45,7 +45,7 @@ def inverse_maps(angles: np.ndarray, flips: np.ndarray, size: int) -> np.ndarray
     return maps.astype(np.float32)
 
 
-def pick_warp(device: torch.device) -> Warp:
+def select_warp(device: torch.device) -> Warp:
     """Return the function that warps on `device`: warp(pixels (n, S, S) uint8, slots (B,) int32, maps (B, 6) float32) gives
     (B, 1, S, S) uint8; a slot of -1 gives 0."""
     if device.type != "cuda" or triton_error():

@@ -24,7 +24,7 @@ _COPIES_AT_ONCE = 4
 _ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside them
 
 
-def local(where: StoragePath, mirror: Path | None = None) -> Path:
+def local_folder(where: StoragePath, mirror: Path | None = None) -> Path:
     """The local folder to open `where` in: itself, unless it is a URL or `mirror` (a folder of this node's disk) is given.
 
     A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises UserError where there are no finished shards, not

@@ -71,7 +71,7 @@ def decode(data: bytes, encoding: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Reader:
+class SampleEncoder:
     """Does one task."""
 
     size: int

@@ -39,8 +39,8 @@ from mura_dist.data import mura, radiograph
 from mura_dist.data.io_faults import IO_ERROR, IoFaults
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import codec, writer
-from mura_dist.data.shards.codec import MAX_SIZE_PX, Reader, Sample, Task
-from mura_dist.data.shards.index import FORMAT, Fault, parse
+from mura_dist.data.shards.codec import MAX_SIZE_PX, SampleEncoder, Sample, Task
+from mura_dist.data.shards.index import FORMAT, FileFault, parse
 from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
@@ -95,18 +95,18 @@ def convert(
     """
     end_with_launcher()
     _check(source, out, size, encoding, workers)
-    duplicate_policy.check(duplicates)
+    duplicate_policy.check_policy(duplicates)
     target = storage.open_storage(out)  # before the source is scanned: a wrong URL is said at once
     env, workers = environment.launch_env(), workers or processors()
     with (
         _share(out, env),
         worker_pool.crew(
-            Reader, (size, encoding), workers=workers, limits=limits
+            SampleEncoder, (size, encoding), workers=workers, limits=limits
         ) as crew,  # gets ready during the scan
     ):
         # Beside the decoding it is too late: the manifest depends on it.
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
-        scanned = duplicate_policy.resolve(scanned, duplicates)
+        scanned = duplicate_policy.apply_policy(scanned, duplicates)
         if strict and scanned.defects:
             raise RunError(
                 f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
@@ -244,18 +244,18 @@ def _finished(conversion: Conversion) -> bool:
 def _drop_broken(conversion: Conversion) -> int:
     """Delete the marks whose shards are not what they say, and then index.json; returns how many. They are made again."""
     out, names = conversion.out, conversion.out.names()
-    tars = [shard.name for shard in _planned(conversion.manifest) if writer.mark_of(shard.name) in names]
+    tars = [shard.name for shard in _planned(conversion.manifest) if writer.mark_name(shard.name) in names]
     with ThreadPoolExecutor(processors(), "check") as pool:  # hashing lets go of the interpreter
-        whole = pool.map(lambda tar: writer.is_whole(out, tar, out.read(writer.mark_of(tar))), tars)
-        broken = [tar for tar, is_whole in zip(tars, whole, strict=True) if not is_whole]
-    for name in ["index.json"] * bool(broken) + [writer.mark_of(tar) for tar in broken]:
+        whole = pool.map(lambda tar: writer.is_complete(out, tar, out.read(writer.mark_name(tar))), tars)
+        broken = [tar for tar, is_complete in zip(tars, whole, strict=True) if not is_complete]
+    for name in ["index.json"] * bool(broken) + [writer.mark_name(tar) for tar in broken]:
         out.remove(name)
     return len(broken)
 
 
 def _drop_faults(conversion: Conversion, shards: Sequence["_Planned"]) -> None:
     """Delete the lists of files that an earlier start could not read: they are read again."""
-    for name in conversion.out.names() & {writer.faults_of(shard.name) for shard in shards}:
+    for name in conversion.out.names() & {writer.faults_name(shard.name) for shard in shards}:
         conversion.out.remove(name)
 
 
@@ -299,7 +299,7 @@ class _Work:
         """List the shards that nobody has tried to make."""
         names = self.conversion.out.names()
         missing = [
-            shard for shard in self.all if not names & {writer.mark_of(shard.name), writer.faults_of(shard.name)}
+            shard for shard in self.all if not names & {writer.mark_name(shard.name), writer.faults_name(shard.name)}
         ]
         self.done = self.total - sum(len(shard.rows) for shard in missing)
         self.progress(self.done, self.total)
@@ -342,7 +342,7 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
             try:
                 writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
             except writer.IncompleteShardError as incomplete:
-                conversion.out.write(writer.faults_of(shard.name), _json(incomplete.faults))
+                conversion.out.write(writer.faults_name(shard.name), _json(incomplete.faults))
             work.made(shard)
     except KeyboardInterrupt as error:
         raise StopRequestedError("stopped; the finished shards stay, the same command goes on") from error
@@ -350,7 +350,7 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
 
 def _marks(conversion: Conversion) -> list[dict[str, Any]]:
     """Of all shards, in order."""
-    names = [writer.mark_of(shard.name) for shard in _planned(conversion.manifest)]
+    names = [writer.mark_name(shard.name) for shard in _planned(conversion.manifest)]
     contents = conversion.out.read_many(names)
     for data in contents:
         if isinstance(data, OSError):
@@ -372,7 +372,7 @@ def _refuse_faults(conversion: Conversion, started: float) -> None:
     if not names:
         return
     faults = _with_paths(
-        conversion, [item for name in names for item in files.parse_json(conversion.out.read(name), list[Fault])]
+        conversion, [item for name in names for item in files.parse_json(conversion.out.read(name), list[FileFault])]
     )
     _record(conversion, state="incomplete", started=started, faults=faults)
     raise RunError(
@@ -470,5 +470,5 @@ def _index(
         "defects": scanned.defects,
         "corrections": scanned.corrections,
         "terms": mura.TERMS,
-        "licence": mura.LICENCE,
+        "licence": mura.LICENSE,
     }

@@ -44,7 +44,7 @@ class _Unreadable(BaseModel):
     code: StrictStr
 
 
-class Fault(BaseModel):
+class FileFault(BaseModel):
     """A file that is not in its shard, and why, as a mark or a list of I/O faults has it."""
 
     row: _Count
@@ -52,14 +52,14 @@ class Fault(BaseModel):
     reason: StrictStr
 
 
-class Mark(BaseModel):
+class CompletionMark(BaseModel):
     """A finished shard. sha256: None where no file could be read."""
 
     name: _Name
     num_samples: _Count
     bytes: _Count
     sha256: _Digest | None
-    unreadable: list[Fault]
+    unreadable: list[FileFault]
 
 
 class _Index(BaseModel):

@@ -46,7 +46,7 @@ class ShardReadError(RunError):
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """A file inside a tar: its data start at `offset` and are `size` bytes long."""
 
     suffix: str
@@ -59,7 +59,7 @@ class Member:
         return int(self.name.split(".", 1)[0])
 
 
-def read_index(path: Path) -> list[list[Member]]:
+def read_index(path: Path) -> list[list[TarMember]]:
     """The members of each sample of one shard, from its .idx file."""
     header, *lines = path.read_text(encoding="ascii").splitlines()
     version, num_samples = header.split()
@@ -69,7 +69,7 @@ def read_index(path: Path) -> list[list[Member]]:
     for line in lines:
         words = line.split(" ")
         samples.append(
-            [Member(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)]
+            [TarMember(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)]
         )
     return samples
 
@@ -103,7 +103,7 @@ class Shards:
 
         Raises UserError where there are no finished shards of this format.
         """
-        folder = cache.local(folder, mirror)
+        folder = cache.local_folder(folder, mirror)
         path = folder / "index.json"
         if not path.is_file():
             unfinished = (folder / "conversion.json").is_file()
@@ -131,7 +131,7 @@ class Shards:
         """`phantoms` or `radiographs`: what a model trained on these has seen."""
         return self.index["holds"]
 
-    def names(self, split: str | None = None) -> list[str]:
+    def tar_names(self, split: str | None = None) -> list[str]:
         """The tars of one split, or of all, in order."""
         return [shard["name"] for shard in self._listed(split)]
 
@@ -151,7 +151,7 @@ class Shards:
             raise UserError(f"split {split!r} of {self.folder} is empty; it has {present or 'no radiographs at all'}")
         return rows
 
-    def require(self, *splits: str) -> None:
+    def check_tars(self, *splits: str) -> None:
         """Check what can be checked without reading samples, so that no run begins on half its data.
 
         Raises:
@@ -169,7 +169,7 @@ class Shards:
                     )
         _ = self._places
 
-    def samples(self, name: str) -> list[list[Member]]:
+    def samples(self, name: str) -> list[list[TarMember]]:
         """The image, label and row of each sample of the tar `name`, from its .idx file.
 
         Raises:
@@ -204,7 +204,7 @@ class Shards:
     def _places(self) -> "_Places":
         return _Places.read(self)
 
-    def encoded(self, row: int) -> bytes:
+    def read_encoded(self, row: int) -> bytes:
         """Return the image member of `row` as stored. Its CRC-32 is checked the first time.
 
         Raises:
@@ -228,7 +228,7 @@ class Shards:
         """Name the sample of a row: row, path, tar."""
         return f"row {row} ({self.manifest.frame['path'].at[row]}) in {self._places.names[self._places.tar[row]]}"
 
-    def note_damaged(self, one: CorruptSampleError) -> bool:
+    def record_corrupt(self, one: CorruptSampleError) -> bool:
         """Whether this is news."""
         return self.damaged.setdefault(one.row, one) is one
 
@@ -289,9 +289,9 @@ class Shards:
         """Length of an image member of raw shards."""
         return self._npy_header_bytes + self.size**2
 
-    def pixels(self, row: int) -> np.ndarray:
-        """uint8 (S, S), read-only. Raises as `encoded`."""
-        data = self.encoded(row)
+    def read_pixels(self, row: int) -> np.ndarray:
+        """uint8 (S, S), read-only. Raises as `read_encoded`."""
+        data = self.read_encoded(row)
         if self.encoding == "raw":
             return np.frombuffer(data, np.uint8, offset=self._npy_header_bytes).reshape(self.size, self.size)
         try:
@@ -321,7 +321,7 @@ class _Places:
         Raises:
             UserError: one of them is missing or damaged, or index.json names another encoding or size than the samples have.
         """
-        names, num_rows = shards.names(), len(shards.manifest.frame)
+        names, num_rows = shards.tar_names(), len(shards.manifest.frame)
         tar, offset, length = (np.full(num_rows, fill, np.int64) for fill in (-1, 0, 0))
         crc = np.zeros(num_rows, np.uint32)
         for number, name in enumerate(names):

@@ -10,7 +10,7 @@ from typing import Any
 
 from mura_dist.core.storage import StoragePath
 from mura_dist.data.shards.codec import decode
-from mura_dist.data.shards.reader import Member, Shards
+from mura_dist.data.shards.reader import TarMember, Shards
 
 
 def verify(folder: StoragePath) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _verify_shard(shards: Shards, split: str, shard: dict[str, Any], seen: list[
 
 
 def _verify_sample(
-    shards: Shards, split: str, data: bytes, members: list[Member], crcs: dict[int, int]
+    shards: Shards, split: str, data: bytes, members: list[TarMember], crcs: dict[int, int]
 ) -> Iterator[str]:
     image, label, identity = members
     part = {m.suffix: data[m.offset : m.offset + m.size] for m in members}

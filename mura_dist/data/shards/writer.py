@@ -22,29 +22,29 @@ from mura_dist.core.errors import RunError
 from mura_dist.core.storage import Storage
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.data.shards.codec import SUFFIX, Sample
-from mura_dist.data.shards.index import Mark
+from mura_dist.data.shards.index import CompletionMark
 from mura_dist.data.shards.reader import INDEX_HEADER
 
 FAULTS_SUFFIX = ".faults.json"
 
 
-def mark_of(tar: str) -> str:
+def mark_name(tar: str) -> str:
     """The mark's name, of a tar's."""
     return tar.removesuffix(".tar") + ".json"
 
 
-def faults_of(tar: str) -> str:
+def faults_name(tar: str) -> str:
     """Return the name of the list of files that an I/O fault kept out of a shard; `tar`: its tar's."""
     return tar.removesuffix(".tar") + FAULTS_SUFFIX
 
 
 def read_mark(data: bytes) -> dict[str, Any]:
     """{"name", "num_samples", "bytes", "sha256", "unreadable": [{"row", "code", "reason"}]}, or ValueError."""
-    mark: dict[str, Any] = files.parse_json(data, Mark)
+    mark: dict[str, Any] = files.parse_json(data, CompletionMark)
     return mark
 
 
-def is_whole(place: Storage, name: str, mark: bytes) -> bool:
+def is_complete(place: Storage, name: str, mark: bytes) -> bool:
     """Return whether a shard is what its mark says: the tar's size and SHA-256, and its companions are there."""
     try:
         told = read_mark(mark)
@@ -94,7 +94,7 @@ def write(place: Storage, name: str, samples: Iterable[Sample], labels: Any, *, 
         mark |= {"num_samples": len(index), "bytes": tar.bytes, "sha256": digest}
     _refuse_faults(unreadable)
     mark["unreadable"] = unreadable
-    place.write(mark_of(name), (json.dumps(mark, indent=2) + "\n").encode())
+    place.write(mark_name(name), (json.dumps(mark, indent=2) + "\n").encode())
     return mark
 
 

@@ -18,7 +18,7 @@ Defects = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
-class Csvs:
+class MuraCsvs:
     """What MURA's CSVs say of the splits that have them."""
 
     listed: dict[str, set[str]]  # split -> paths
@@ -34,10 +34,10 @@ class Csvs:
         return next(iter(labels)) if len(labels) == 1 else radiograph.label
 
 
-def read(tree: Tree, defects: Defects) -> Csvs:
+def read(tree: Tree, defects: Defects) -> MuraCsvs:
     """{split}_image_paths.csv (a path a line) and {split}_labeled_studies.csv (study,label), beside the splits or above them."""
     folders = [(place, place.names()) for place in map(storage.open_storage, tree.above)]
-    csvs = Csvs({}, {})
+    csvs = MuraCsvs({}, {})
     for split in FOLDERS:
         for name, take in ((f"{split}_image_paths.csv", _listed), (f"{split}_labeled_studies.csv", _told)):
             place = next((place for place, names in folders if name in names), None)
@@ -47,7 +47,7 @@ def read(tree: Tree, defects: Defects) -> Csvs:
 
 
 def _listed(
-    csvs: Csvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
+    csvs: MuraCsvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
 ) -> None:
     seen: Counter[str] = Counter()
     strange: list[str] = []
@@ -69,7 +69,7 @@ def _listed(
 
 
 def _told(
-    csvs: Csvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
+    csvs: MuraCsvs, split: str, name: str, lines: Iterable[tuple[int, list[str]]], tree: Tree, defects: Defects
 ) -> None:
     labels: dict[str, set[int]] = defaultdict(set)
     strange: list[str] = []

@@ -1,6 +1,6 @@
 """What a conversion does about radiographs that are there twice, byte for byte.
 
-    Scan with its duplicates -> resolve -> Scan: some radiographs of train are dropped, or some patients go to tune together
+    Scan with its duplicates -> apply_policy -> Scan: some radiographs of train are dropped, or some patients go to tune together
 
 | policy     | a copy in train, another in valid or test | copies of two patients of train, when tune is cut |
 | ---------- | ----------------------------------------- | ------------------------------------------------- |
@@ -17,18 +17,18 @@ from dataclasses import replace
 from mura_dist.core.errors import UserError
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.source import duplicates
-from mura_dist.data.source.scan import Resolution, Scan, with_pairs
+from mura_dist.data.source.scan import DuplicateResolution, Scan, with_pairs
 
 KEEP, DROP_TRAIN, GROUP = POLICIES = ("keep", "drop-train", "group")
 
 
-def check(policy: str) -> None:
+def check_policy(policy: str) -> None:
     """Raise UserError where there is no such policy."""
     if policy not in POLICIES:
         raise UserError(f"--duplicates {policy!r}: must be one of {', '.join(POLICIES)}; keep is the default")
 
 
-def resolve(scan: Scan, policy: str) -> Scan:
+def apply_policy(scan: Scan, policy: str) -> Scan:
     """Return the scan as `policy` has it. Unless that is keep, its duplicates must have been looked for.
 
     Raises:
@@ -38,17 +38,17 @@ def resolve(scan: Scan, policy: str) -> Scan:
         return scan
     assert scan.duplicates is not None
     if policy == GROUP:
-        return replace(scan, resolution=Resolution(policy, groups=_patients(scan)))
+        return replace(scan, resolution=DuplicateResolution(policy, groups=_patients(scan)))
     return _drop_train(scan)
 
 
 def _drop_train(scan: Scan) -> Scan:
     kept: list[tuple[str, str]] = []
     dropped: list[tuple[str, str]] = []
-    for equal in duplicates.connected(scan.duplicates or []):
+    for equal in duplicates.connected_groups(scan.duplicates or []):
         elsewhere = [path for path in equal if not _in_train(path)]
         dropped += [(path, elsewhere[0]) for path in equal if elsewhere and _in_train(path)]
-        kept += duplicates.pairs_of(elsewhere or equal)
+        kept += duplicates.pair_copies(elsewhere or equal)
     gone = {path for path, _ in dropped}
     frame = scan.manifest.frame
     rest = frame[~frame["path"].isin(gone)]
@@ -59,7 +59,7 @@ def _drop_train(scan: Scan) -> Scan:
         )
     manifest = Manifest(rest.reset_index(drop=True).rename_axis("row"))
     sizes = {path: size for path, size in scan.sizes.items() if path not in gone}
-    resolution = Resolution(DROP_TRAIN, dropped=tuple(sorted(dropped)))
+    resolution = DuplicateResolution(DROP_TRAIN, dropped=tuple(sorted(dropped)))
     return with_pairs(replace(scan, manifest=manifest, sizes=sizes, resolution=resolution), sorted(kept))
 
 
@@ -68,10 +68,10 @@ def _patients(scan: Scan) -> tuple[tuple[str, ...], ...]:
     frame = scan.manifest.frame
     patient = dict(zip(frame["path"], frame["patient"], strict=True))
     of_file: dict[str, set[str]] = defaultdict(set)
-    for equal in duplicates.connected(scan.duplicates or []):
+    for equal in duplicates.connected_groups(scan.duplicates or []):
         of_file[equal[0]] = {patient[path] for path in equal if _in_train(path)}
     pairs = [(min(patients), other) for patients in of_file.values() for other in patients]
-    return tuple(map(tuple, duplicates.connected(pairs)))
+    return tuple(map(tuple, duplicates.connected_groups(pairs)))
 
 
 def _in_train(path: str) -> bool:

@@ -20,7 +20,7 @@ _AT_ONCE = 32  # files a thread takes: handing out costs as much as looking into
 _READING_THREADS = {True: 16, False: 4}  # by whether the place is remote: a store is waited for most of the time
 
 
-def pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
+def find_pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
     """Pairs of byte-identical files among `paths`; `sizes` in bytes, by path.
 
     Of equals, the first of a split stands for it: the others of that split are told as its copies, and so is, across splits,
@@ -43,7 +43,7 @@ def pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple
     groups = [group for size, group in by_size.items() if size and len(group) > 1]
     threads = _READING_THREADS[isinstance(place, RemoteStorage)]
     groups = _alike(_alike(groups, middle, threads), whole, threads)
-    return sorted(pair for group in groups for pair in pairs_of(group))
+    return sorted(pair for group in groups for pair in pair_copies(group))
 
 
 def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int) -> list[list[str]]:
@@ -68,8 +68,8 @@ def _or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
         return None
 
 
-def pairs_of(equal: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs, as `pairs` has them, of files that are all the same."""
+def pair_copies(equal: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs, as `find_pairs` has them, of files that are all the same."""
     splits: dict[str, list[str]] = defaultdict(list)
     for path in sorted(equal):
         splits[path.partition("/")[0]].append(path)
@@ -79,7 +79,7 @@ def pairs_of(equal: list[str]) -> Iterator[tuple[str, str]]:
     yield from ((first[0], copy) for paths in others for copy in paths)
 
 
-def connected(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+def connected_groups(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
     """Return the names that pairs connect, directly or through others, each group sorted and of two or more."""
     group_of: dict[str, list[str]] = {}
     for pair in pairs:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from mura_dist.data import mura
 from mura_dist.data.manifest import Manifest
-from mura_dist.data.source.scan import Resolution, Scan
+from mura_dist.data.source.scan import DuplicateResolution, Scan
 
 LABELS = ("normal", "abnormal")
 COMPLETE = "this is MURA-v1.1, complete"
@@ -87,7 +87,7 @@ def _cut_apart(scan: Scan, frame: pd.DataFrame) -> list[str]:
     return [f"{one} = {copy}" for one, copy in scan.duplicates or () if {split[one], split[copy]} == {"train", "tune"}]
 
 
-def _resolution(resolution: Resolution, frame: pd.DataFrame) -> dict[str, Any]:
+def _resolution(resolution: DuplicateResolution, frame: pd.DataFrame) -> dict[str, Any]:
     """Say what --duplicates did; of the studies that lost a radiograph some have none left."""
     studies = {path.rpartition("/")[0] for path, _ in resolution.dropped}
     return {

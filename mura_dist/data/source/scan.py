@@ -20,8 +20,8 @@ from mura_dist.data.csv_lines import parse_label, parse_path
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.mura import Radiograph
 from mura_dist.data.source import csv_files
-from mura_dist.data.source import duplicates as copies
-from mura_dist.data.source.csv_files import Csvs, Defects, Spellings, lines_of, path_and_rest, study_of
+from mura_dist.data.source import duplicates as duplicate_search
+from mura_dist.data.source.csv_files import MuraCsvs, Defects, Spellings, lines_of, path_and_rest, study_of
 from mura_dist.data.source.files import Tree, walk
 
 PHANTOMS_MARK = "phantoms.json"
@@ -53,7 +53,7 @@ DEFECTS = (
 
 
 @dataclass(frozen=True)
-class Resolution:
+class DuplicateResolution:
     """The policy on duplicates (duplicate_policy.py), and what it changed."""
 
     policy: str = "keep"
@@ -78,7 +78,7 @@ class Scan:
     needless: list[str]
     duplicates: list[tuple[str, str]] | None
     sizes: dict[str, int]  # bytes of each radiograph's file, by path
-    resolution: Resolution = Resolution()
+    resolution: DuplicateResolution = DuplicateResolution()
 
 
 def scan(source: StoragePath, labels: Path | None = None, *, duplicates: bool = True) -> Scan:
@@ -107,7 +107,7 @@ def scan(source: StoragePath, labels: Path | None = None, *, duplicates: bool = 
         place.exists(PHANTOMS_MARK) for place in (storage.open_storage(tree.root), storage.open_storage(source))
     )
     sizes = {r.path: tree.sizes[r.path] for r in radiographs}
-    found = Scan(tree.root, Manifest.of(radiographs), _told(defects), phantoms, corrections, needless, None, sizes)
+    found = Scan(tree.root, Manifest.from_radiographs(radiographs), _told(defects), phantoms, corrections, needless, None, sizes)
     return with_duplicates(found) if duplicates else found
 
 
@@ -115,7 +115,7 @@ def with_duplicates(scan: Scan) -> Scan:
     """The same, looked through for files that are byte for byte the same: the only part that opens radiographs."""
     if scan.duplicates is not None:
         return scan
-    return with_pairs(scan, copies.pairs(storage.open_storage(scan.root), scan.sizes, list(scan.sizes)))
+    return with_pairs(scan, duplicate_search.find_pairs(storage.open_storage(scan.root), scan.sizes, list(scan.sizes)))
 
 
 def with_pairs(scan: Scan, pairs: list[tuple[str, str]]) -> Scan:
@@ -131,7 +131,7 @@ def _told(defects: Defects) -> Defects:
     return {name: defects[name] for name in DEFECTS if defects.get(name)}
 
 
-def _check_files(tree: Tree, csvs: Csvs, defects: Defects) -> None:
+def _check_files(tree: Tree, csvs: MuraCsvs, defects: Defects) -> None:
     """The folders against the lists of images; then the views' numbers, as the lists have them."""
     present = {radiograph.path for radiograph in tree.radiographs}
     listed = {path for paths in csvs.listed.values() for path in paths}
@@ -166,7 +166,7 @@ def _gaps(numbers: list[int]) -> list[str]:
     return gaps
 
 
-def _check_labels(tree: Tree, csvs: Csvs, defects: Defects) -> None:
+def _check_labels(tree: Tree, csvs: MuraCsvs, defects: Defects) -> None:
     """The folders' labels against the CSVs', study by study."""
     present = {r.study: r for r in tree.radiographs}
     told = {study: labels for studies in csvs.told.values() for study, labels in studies.items()}
@@ -198,7 +198,7 @@ def _patients_in_both(radiographs: list[Radiograph]) -> list[str]:
     return sorted(patient for patient, splits in seen.items() if len(splits & {"train", "valid"}) == 2)
 
 
-def _refuse(source: StoragePath, radiographs: list[Radiograph], csvs: Csvs) -> None:
+def _refuse(source: StoragePath, radiographs: list[Radiograph], csvs: MuraCsvs) -> None:
     """What is no data set to train on, or must not be."""
     listed = sum(len(paths) for paths in csvs.listed.values())
     if mura.NUM_IMAGES_V1_0 in (len(radiographs), listed):

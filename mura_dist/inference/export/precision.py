@@ -94,7 +94,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
     """Those that are as the conversion wrote them; training and evaluation name the others."""
     for row in rows:
         try:
-            yield row, shards.pixels(row)
+            yield row, shards.read_pixels(row)
         except CorruptSampleError:
             continue
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
-from mura_dist.data.phantoms import DrawnSet
+from mura_dist.data.phantoms import PhantomSet
 from mura_dist.data.source.scan import PHANTOMS_MARK
 from mura_dist.inference.page.study import MAX_FILES, Upload
 
@@ -116,7 +116,7 @@ def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
     """
     absolute = Path(os.path.abspath(folder))
     root = next((above for above in (absolute, *absolute.parents[:3]) if (above / PHANTOMS_MARK).is_file()), None)
-    drawn_set = DrawnSet.of(root) if root is not None else None
+    drawn_set = PhantomSet.open(root) if root is not None else None
     if root is None or drawn_set is None:
         return frozenset()
     digests = set()

@@ -20,7 +20,7 @@ VERDICTS = {
     "blank": "this picture is blank, one grey level all over. It is left out",
     "inverted": "bone looks dark in this picture, as if black and white were swapped. The model may be wrong on it",
 }
-assert set(VERDICTS) == set(gate.WORDS)
+assert set(VERDICTS) == set(gate.MESSAGES)
 # The browser names a status code and no reason: all of them in one message.
 REFUSED = (
     f"A file marked in red was not taken: this file is too large (over {MAX_UPLOAD_MB} MB), or there are more than "

@@ -162,7 +162,7 @@ def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "Pa
         ):
             st.download_button(
                 f"{label} (CSV)",
-                data=table_names.cells(table).to_csv(index=False, lineterminator="\n").encode(),
+                data=table_names.escape_formulas(table).to_csv(index=False, lineterminator="\n").encode(),
                 file_name=f"{name}{tail}.csv",
                 mime="text/csv",
                 on_click="ignore",

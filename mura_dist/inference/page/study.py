@@ -39,7 +39,7 @@ _AT_ONCE = 2  # files of a session before another one's turn comes
 
 class Upload(NamedTuple):
     """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not:
-    `failure` with its code, one of failures.WORDS. notes: radiograph.Look's."""
+    `failure` with its code, one of failures.WORDS. notes: radiograph.RadiographDetails's."""
 
     image: np.ndarray | None
     shown: np.ndarray | None
@@ -67,13 +67,13 @@ class UploadReader:
 
     def __call__(self, data: bytes) -> Upload:
         try:
-            found = radiograph.look(io.BytesIO(data), self.size, LONGEST_PX)
-            verdict = gate.verdict(found.image, found.colours)
+            found = radiograph.read_details(io.BytesIO(data), self.size, LONGEST_PX)
+            verdict = gate.classify(found.image, found.colors)
         except radiograph.UnreadableFileError as error:
             return failed_upload(error.reason, error.code)
         except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
             return failed_upload("it could not be read", "io_error")
-        return Upload(found.image, found.shown, radiograph.identity(io.BytesIO(data)), verdict, "", found.notes)
+        return Upload(found.image, found.display, radiograph.read_identity(io.BytesIO(data)), verdict, "", found.notes)
 
 
 @dataclass(frozen=True)

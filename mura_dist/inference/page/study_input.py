@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from mura_dist.data import gate
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.inference.page import failures
 from mura_dist.inference.page.examples import Example
 from mura_dist.inference.page.study import (
@@ -90,7 +90,7 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
 def title(example: Example) -> str:
     """Return what an example is called."""
     return (
-        f"Example {example.number}: {in_words(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
+        f"Example {example.number}: {display_name(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
     )
 
 
@@ -126,7 +126,7 @@ def show_failures(files: Sequence[StudyFile]) -> None:
             st.error(f"{name}: {plain(failures.sentence(file.upload.code, file.upload.failure))}")
         elif file.view is None:
             st.error(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
-        elif file.upload.verdict in gate.WORDS:
+        elif file.upload.verdict in gate.MESSAGES:
             st.warning(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
         for note in file.upload.notes:
             st.caption(f"{name}: {note}.")
@@ -140,12 +140,12 @@ def choose_study_type(context: "PageContext", files: Sequence[StudyFile]) -> str
     if num_studies(files) > 1:
         st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
     if len(types) > 1:
-        st.warning(f"The files tell of several study types: {', '.join(sorted(map(in_words, types))).lower()}.")
+        st.warning(f"The files tell of several study types: {', '.join(sorted(map(display_name, types))).lower()}.")
     elif types - set(known):
         st.warning(
-            f"The files tell of the study type {in_words(min(types)).lower()}, which this model was not trained on."
+            f"The files tell of the study type {display_name(min(types)).lower()}, which this model was not trained on."
         )
-    labels = {in_words(one): one for one in known}
+    labels = {display_name(one): one for one in known}
     label = st.selectbox(
         "Study type",
         list(labels),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mura_dist.data.mura import in_words
+from mura_dist.data.mura import display_name
 from mura_dist.inference.page.frequencies import Frequency
 from mura_dist.inference.page.study import StudyResult
 from mura_dist.metrics.intervals import BOOTSTRAP
@@ -77,7 +77,7 @@ def explained(answer: StudyResult, card: Card) -> list[str]:
     if answer.withheld:
         return [WITHHELD[1]]
     if headline == "no_call":
-        return [f"No threshold was evaluated for {in_words(answer.study_type).lower()} studies."]
+        return [f"No threshold was evaluated for {display_name(answer.study_type).lower()} studies."]
     lines = experience(headline, answer.study_type, card)
     call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
     if call is not None:
@@ -109,7 +109,7 @@ def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
     """Return how often the model was wrong where it was measured: what SAYS_HOW_OFTEN names for the outcome."""
     if not measured(card):
         return [f"How often it is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."]
-    group, type_name = card.metrics["by_study_type"].get(study_type), in_words(study_type).lower()
+    group, type_name = card.metrics["by_study_type"].get(study_type), display_name(study_type).lower()
     confusion = group.get("confusion") if group else None
     if not confusion:
         return [f"How often it is wrong on {type_name} studies was not measured."]
@@ -182,7 +182,7 @@ class Curve:
         index = min(range(len(thresholds)), key=lambda each: abs(thresholds[each] - threshold))
         abnormal = self.columns["num_abnormal"]
         rates = {"sensitivity": ("abnormal", "missed", abnormal)}
-        type_name = in_words(self.study_type).lower()
+        type_name = display_name(self.study_type).lower()
         rates["specificity"] = ("normal", "flagged", self.columns["num_studies"] - abnormal)
         return [
             f"{self._frequency(rate, index, total).sentence(f'{kind} {type_name} studies {self.where}', verb)}."

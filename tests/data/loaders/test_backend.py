@@ -71,7 +71,7 @@ def test_resident_on_cuda_without_triton_takes_torch_and_says_so(absence: str, r
 import torch
 from mura_dist.data.loaders import backend, warp
 cuda = torch.device("cuda")
-assert warp.pick_warp(cuda) is warp.warp_by_torch
+assert warp.select_warp(cuda) is warp.warp_by_torch
 assert not torch.cuda.is_initialized()
 print(*backend.choose_backend("resident", cuda))
 """

@@ -91,7 +91,7 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
                 assert not image.any()
                 continue
             seen.append(row)
-            difference = np.abs(image.astype(int) - opened.pixels(row))
+            difference = np.abs(image.astype(int) - opened.read_pixels(row))
             assert difference.max() <= (0 if opened.encoding != "jpeg" or backend != "dali" else 4)
         assert (batch.weight[~batch.mask] == 0).all()
         assert (batch.label == torch.from_numpy(targets.label)[batch.row] * batch.mask).all()
@@ -149,13 +149,13 @@ def test_leaving_early_ends_the_threads(opened: Shards, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_consumer_reads_no_sample(opened: Shards, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither reads nor decodes: on a GPU, whose next step it launches, that would be time in which the GPU is idle."""
-    readers, encoded = set(), Shards.encoded
+    readers, encoded = set(), Shards.read_encoded
 
     def note_reader(self: Shards, row: int) -> bytes:
         readers.add(threading.get_ident())
         return encoded(self, row)
 
-    monkeypatch.setattr(Shards, "encoded", note_reader)
+    monkeypatch.setattr(Shards, "read_encoded", note_reader)
     loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, 5, workers=2)
     assert len(list(loader.load(micros_of(opened, rotate_deg=30, flip=True)))) > 10
     assert readers
@@ -242,16 +242,16 @@ def test_a_tar_that_shrinks_damages_samples_and_one_that_vanishes_none(opened: S
     shutil.copytree(opened.folder, folder)
     broken = Shards.open(folder)
     first, last = broken.rows("train")[[0, -1]].tolist()
-    broken.pixels(first)
-    [tar] = broken.names("train")
+    broken.read_pixels(first)
+    [tar] = broken.tar_names("train")
     os.truncate(folder / tar, 40_000)
     with pytest.raises(CorruptSampleError, match=rf"row {last} .* in {tar}: its CRC-32 differs: .*cut short"):
-        broken.pixels(last)
+        broken.read_pixels(last)
     (folder / tar).unlink()
     with pytest.raises(CorruptSampleError, match=rf"row {last} .*cut short"):
-        broken.pixels(last)
+        broken.read_pixels(last)
     with pytest.raises(ShardReadError, match=rf"{tar} cannot be read: no such file or directory \(at row {first}\)"):
-        Shards.open(folder).pixels(first)
+        Shards.open(folder).read_pixels(first)
 
 
 def test_a_sample_read_before_is_damaged_once_its_tar_was_cut_short(opened: Shards, tmp_path: Path) -> None:
@@ -260,10 +260,10 @@ def test_a_sample_read_before_is_damaged_once_its_tar_was_cut_short(opened: Shar
     shutil.copytree(opened.folder, folder)
     broken = Shards.open(folder)
     last = int(broken.rows("train")[-1])
-    broken.pixels(last)
-    os.truncate(folder / broken.names("train")[0], 40_000)
+    broken.read_pixels(last)
+    os.truncate(folder / broken.tar_names("train")[0], 40_000)
     with pytest.raises(CorruptSampleError, match=rf"row {last} .*cut short"):
-        broken.pixels(last)
+        broken.read_pixels(last)
 
 
 @pytest.mark.skipif(
@@ -276,8 +276,8 @@ def test_an_error_of_the_disk_is_retried_and_no_samples_fault(
     folder = tmp_path / "shards"
     shutil.copytree(opened.folder, folder)
     broken = Shards.open(folder)
-    broken.require("train")
-    tar, row = folder / broken.names("train")[0], int(broken.rows("train")[0])
+    broken.check_tars("train")
+    tar, row = folder / broken.tar_names("train")[0], int(broken.rows("train")[0])
     tar.rename(tmp_path / "aside")
     tar.symlink_to("/proc/self/mem")
     pauses: list[float] = []
@@ -290,11 +290,11 @@ def test_an_error_of_the_disk_is_retried_and_no_samples_fault(
 
     monkeypatch.setattr(reader, "time", SimpleNamespace(sleep=pause))
     if passing:
-        np.testing.assert_array_equal(broken.pixels(row), opened.pixels(row))
+        np.testing.assert_array_equal(broken.read_pixels(row), opened.read_pixels(row))
         assert len(pauses) == 2
     else:
         with pytest.raises(ShardReadError, match=rf"{tar.name} cannot be read in 4 tries: input/output error"):
-            broken.pixels(row)
+            broken.read_pixels(row)
         assert pauses == [0.2, 1.0, 3.0]
     assert broken.damaged == {}
 
@@ -305,8 +305,8 @@ def test_no_backend_hides_an_error_of_the_disk(opened: Shards, backend: str, tmp
     folder = tmp_path / "shards"
     shutil.copytree(opened.folder, folder)
     broken = Shards.open(folder)
-    broken.require("train")
-    (folder / broken.names("train")[0]).unlink()
+    broken.check_tars("train")
+    (folder / broken.tar_names("train")[0]).unlink()
     loading = BatchLoader(broken, RowTargets.from_shards(opened), CPU, backend, 5, workers=2)
     with pytest.raises(ShardReadError, match="no such file or directory"):
         list(loading.load(micros_of(opened, rotate_deg=30, flip=True)))
@@ -323,7 +323,7 @@ def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(ope
     for change, words in claims:
         (folder / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=rf"index.json says {words}, its .idx files say .*make the shards again"):
-            Shards.open(folder).require("train")
+            Shards.open(folder).check_tars("train")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -333,7 +333,7 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
     """One shard, up to five ranks: every rank has as many batches, over all of them every row once (law: once)."""
     rows = opened.rows("train")
     loader = BatchLoader(opened, RowTargets.from_shards(opened), CPU, backend, micro_batch, workers=1)
-    assert len(opened.names("train")) == 1
+    assert len(opened.tar_names("train")) == 1
     epoch = sampler.epoch_permutation(rows, 0, 0, rotate_deg=30, flip=True)
     sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
     num_steps = sampler.steps_per_epoch(len(rows), sizes["global_batch"])

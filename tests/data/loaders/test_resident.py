@@ -27,13 +27,13 @@ def shards(shard_folder: Path) -> Shards:
 @pytest.fixture
 def num_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """How often each row was read."""
-    counts, encoded = Counter[int](), Shards.encoded
+    counts, encoded = Counter[int](), Shards.read_encoded
 
     def count_read(self: Shards, row: int) -> bytes:
         counts[row] += 1
         return encoded(self, row)
 
-    monkeypatch.setattr(Shards, "encoded", count_read)
+    monkeypatch.setattr(Shards, "read_encoded", count_read)
     return counts
 
 

@@ -164,7 +164,7 @@ def test_a_file_that_takes_too_long_or_too_much_is_one_failure_row(with_a_giant:
         ours, theirs = Shards.open(tmp_path / name), Shards.open(tmp_path / "whole")
         for split in ("train", "tune"):
             for row in ours.rows(split).tolist():
-                np.testing.assert_array_equal(ours.pixels(row), theirs.pixels(row))
+                np.testing.assert_array_equal(ours.read_pixels(row), theirs.read_pixels(row))
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def test_a_hostile_index_is_one_line(change: Callable[[dict[str, Any]], Any], co
     index = json.loads((copy / "index.json").read_bytes())
     change(index)
     (copy / "index.json").write_text(json.dumps(index))
-    for open_ in (Shards.open, lambda folder: cache.local(folder, tmp_path / "mirror")):
+    for open_ in (Shards.open, lambda folder: cache.local_folder(folder, tmp_path / "mirror")):
         with pytest.raises(UserError, match=r"damaged|format") as refusal:
             open_(copy)
         assert "\n" not in str(refusal.value)
@@ -131,7 +131,7 @@ def test_nothing_is_read_outside_a_tar(where: str, copy: Path) -> None:
         crc.write_text(line + "\n")
     shards = Shards.open(copy)
     with pytest.raises(UserError, match=r"the .idx or .crc of train-000000.tar is missing or damaged"):
-        shards.pixels(0)
+        shards.read_pixels(0)
     assert any("train-000000.tar: it, its .idx or its .crc is damaged" in line for line in verify(copy))
 
 
@@ -145,7 +145,7 @@ def test_a_sample_larger_than_a_radiograph_is_not_decoded(copy: Path) -> None:
     suffix, offset, _, *words = first.split(" ")
     idx.write_text("\n".join([header, " ".join([suffix, offset, str(2**38), *words]), *rest]) + "\n")
     with pytest.raises(UserError, match="bytes, a radiograph at most 73,728"):
-        Shards.open(copy).pixels(0)
+        Shards.open(copy).read_pixels(0)
 
 
 def test_no_member_unpickles_or_takes_more_than_its_bytes(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
     worst = 0.0
     for row in range(0, len(raw.manifest.frame), 7):
         wanted = radiograph.read(source / raw.manifest.frame.at[row, "path"], 96)
-        np.testing.assert_array_equal(raw.pixels(row), wanted)
-        np.testing.assert_array_equal(png.pixels(row), wanted)
-        worst = max(worst, float(np.abs(jpeg.pixels(row).astype(int) - wanted).mean()))
+        np.testing.assert_array_equal(raw.read_pixels(row), wanted)
+        np.testing.assert_array_equal(png.read_pixels(row), wanted)
+        worst = max(worst, float(np.abs(jpeg.read_pixels(row).astype(int) - wanted).mean()))
     assert 0 < worst < 2.5, worst  # grey levels, the mean over the worst radiograph
 
 
@@ -64,14 +64,14 @@ def test_webdataset_reads_them_without_us(
     convert(small, Path("shards/NAME"), size=48, encoding=encoding, workers=1)
     ours = Shards.open(Path("shards/NAME"))
     seen = []
-    for tar in ours.names():
+    for tar in ours.tar_names():
         scope: dict[str, Any] = {}
         exec(lines.replace("train-000000.tar", tar), scope)
-        np.testing.assert_array_equal(scope["pixels"], ours.pixels(scope["row"]))
+        np.testing.assert_array_equal(scope["pixels"], ours.read_pixels(scope["row"]))
         assert scope["label"] == ours.manifest.frame.at[scope["row"], "label"]
         for sample in scope["samples"]:
             row = sample["id"]
-            np.testing.assert_array_equal(sample[codec.SUFFIX[encoding]], ours.pixels(row))
+            np.testing.assert_array_equal(sample[codec.SUFFIX[encoding]], ours.read_pixels(row))
             assert sample["cls"] == ours.manifest.frame.at[row, "label"]
             assert sample["__key__"] == f"{row:09d}"  # a key tells the row, never the label
             seen.append(row)
@@ -83,7 +83,7 @@ def test_dalis_own_reader_takes_our_index(shard_folder: Path) -> None:
     from nvidia.dali import fn, pipeline_def
 
     ours = Shards.open(shard_folder)
-    tars = [str(ours.folder / name) for name in ours.names("valid")]
+    tars = [str(ours.folder / name) for name in ours.tar_names("valid")]
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def read():
@@ -163,7 +163,7 @@ def test_unreadable_files_are_listed_and_left_out(small: Path, tmp_path: Path) -
     lost = [item["row"] for item in index["unreadable"]]
     assert sorted([*rows.tolist(), *lost]) == list(range(len(opened.manifest.frame)))
     with pytest.raises(KeyError, match="no sample"):
-        opened.pixels(lost[0])
+        opened.read_pixels(lost[0])
     assert list(verify(tmp_path / "out")) == []
     with pytest.raises(RunError, match="--strict: 2 files cannot be read"):
         convert(small, tmp_path / "strict", size=48, workers=2, strict=True)

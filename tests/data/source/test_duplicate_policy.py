@@ -16,7 +16,7 @@ from mura_dist.data.shards import convert as conversion
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.source import duplicates
 from mura_dist.data.source import report as audit
-from mura_dist.data.source.duplicate_policy import check, resolve
+from mura_dist.data.source.duplicate_policy import check_policy, apply_policy
 from mura_dist.data.source.scan import Scan, scan
 
 
@@ -54,12 +54,12 @@ def scanned(tmp_path: Path) -> Scan:
 
 
 def test_keep_changes_nothing(scanned: Scan) -> None:
-    assert resolve(scanned, "keep") is scanned
+    assert apply_policy(scanned, "keep") is scanned
     assert scanned.resolution.policy == "keep"
 
 
 def test_drop_train_drops_each_copy_of_another_split(scanned: Scan) -> None:
-    resolved = resolve(scanned, "drop-train")
+    resolved = apply_policy(scanned, "drop-train")
     dropped = (
         (view("train", 1), view("valid", 11)),
         (view("train", 2), view("valid", 11)),
@@ -74,13 +74,13 @@ def test_drop_train_drops_each_copy_of_another_split(scanned: Scan) -> None:
     pairs = [(view("train", 3), view("train", 4)), (view("valid", 11), view("valid", 12))]
     pairs += [(view("train", 4, 2), view("train", n)) for n in (5, 6)]
     assert resolved.duplicates == sorted(pairs)
-    assert resolved.duplicates == duplicates.pairs(
+    assert resolved.duplicates == duplicates.find_pairs(
         conversion.storage.open_storage(resolved.root), resolved.sizes, list(resolved.sizes)
     ), "as a scan of what is left has it"
 
 
 def test_a_report_counts_what_is_dropped(scanned: Scan) -> None:
-    resolved = resolve(scanned, "drop-train")
+    resolved = apply_policy(scanned, "drop-train")
     report = audit.report(resolved, resolved.manifest, ())
     assert report["duplicates"] == {
         "policy": "drop-train",
@@ -96,7 +96,7 @@ def test_a_report_counts_what_is_dropped(scanned: Scan) -> None:
 
 
 def test_group_names_the_patients_that_duplicates_connect(scanned: Scan) -> None:
-    resolved = resolve(scanned, "group")
+    resolved = apply_policy(scanned, "group")
     groups = ((1, 2), (3, 4, 5, 6))
     assert resolved.resolution.groups == tuple(tuple(f"patient{n:05d}" for n in group) for group in groups)
     assert (resolved.manifest, resolved.defects) == (scanned.manifest, scanned.defects)
@@ -118,7 +118,7 @@ def test_keep_is_said(scanned: Scan) -> None:
 def test_a_train_of_nothing_but_copies_is_refused(tmp_path: Path) -> None:
     root = data_set(tmp_path, {view("train", n): "same" for n in (1, 2)} | {view("valid", 3): "same"})
     with pytest.raises(UserError) as refusal:
-        resolve(scan(root), "drop-train")
+        apply_policy(scan(root), "drop-train")
     assert str(refusal.value) == (
         f"--duplicates drop-train: all 2 radiographs of train are copies of radiographs in another split, the first is "
         f"{view('train', 1)} = {view('valid', 3)}; give another train, or --duplicates keep"
@@ -126,7 +126,7 @@ def test_a_train_of_nothing_but_copies_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"--duplicates 'drop': must be one of keep, drop-train, group; keep is the default"
     ):
-        check("drop")
+        check_policy("drop")
 
 
 # ---- the cut of tune
@@ -137,14 +137,14 @@ def test_group_parts_no_duplicates(fraction: float) -> None:
     """Of drawn patients and drawn duplicates, whatever the seed; tune has the patients it is to have, about."""
     rng = np.random.default_rng(0)
     paths = {n: view("train", n) for n in range(400)}
-    manifest = Manifest.of(radiograph for path in paths.values() if (radiograph := conversion.mura.parse(path)))
+    manifest = Manifest.from_radiographs(radiograph for path in paths.values() if (radiograph := conversion.mura.parse(path)))
     sizes = dict.fromkeys(paths.values(), 1)
     parted = 0
     for seed in range(5):
         pairs = [(paths[int(a)], paths[int(b)]) for a, b in np.sort(rng.permutation(400)[:80].reshape(-1, 2))]
         pairs += [(paths[0], paths[n]) for n in range(200, 240)]  # a black picture that 41 patients have
         whole = Scan(Path("x"), manifest, {}, False, {}, [], sorted(set(pairs)), sizes)
-        cut = cut_tune(manifest, fraction, seed, resolve(whole, "group").resolution.groups).frame
+        cut = cut_tune(manifest, fraction, seed, apply_policy(whole, "group").resolution.groups).frame
         split = dict(zip(cut["path"], cut["split"], strict=True))
         assert [pair for pair in pairs if split[pair[0]] != split[pair[1]]] == []
         assert abs((cut["split"] == "tune").sum() - 400 * fraction) <= 41 * fraction + 12
@@ -165,7 +165,7 @@ def test_connected_names_are_those_of_a_graph() -> None:
         for _ in range(6):
             reach = reach @ reach
         groups = {tuple(f"{n:02d}" for n in np.flatnonzero(row)) for row in reach}
-        assert duplicates.connected(pairs) == sorted(list(group) for group in groups if len(group) > 1)
+        assert duplicates.connected_groups(pairs) == sorted(list(group) for group in groups if len(group) > 1)
 
 
 # ---- shards

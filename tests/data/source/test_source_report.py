@@ -41,7 +41,7 @@ JUNK = next(path for path in PATHS if path.startswith("train/XR_WRIST/patient078
 
 
 def frame_of(paths: list[str]) -> pd.DataFrame:
-    return Manifest.of(radiograph for path in paths if (radiograph := mura.parse(path))).frame
+    return Manifest.from_radiographs(radiograph for path in paths if (radiograph := mura.parse(path))).frame
 
 
 def checked(scanned: Scan, manifest: Manifest, unreadable: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_file_is_valid_and_carries_nothing_of_this_machine(
 def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     model = OnnxModel.load(exported[1])
     assert model.card == card_of().model_copy(update={"opset": OPSET})
-    assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENCE)
+    assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENSE)
 
 
 def test_graph_is_the_same_twice_and_made_in_silence(

@@ -66,7 +66,7 @@ def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
         [OnnxModel.load(copy / name) for name in ("model.onnx", f"model-{precision}.onnx")],
     )
     rows = shards.rows(models[0].card.selected_on)
-    images = np.stack([shards.pixels(row) for row in rows])[:, None]
+    images = np.stack([shards.read_pixels(row) for row in rows])[:, None]
     views = [1 / (1 + np.exp(-model.logits(images).astype(np.float64))) for model in models]
     difference, change = np.abs(views[0] - views[1]), models[1].card.change
     assert change is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mura_dist.data import mura
-from mura_dist.data.phantoms import MARK, DrawnSet, plan
+from mura_dist.data.phantoms import MARK, PhantomSet, plan
 from mura_dist.inference.page import examples, study
 from mura_dist.inference.page.examples import PER_TYPE, THUMBNAIL_PX, Example
 from mura_dist.inference.page.study_input import title
@@ -199,7 +199,7 @@ def test_a_radiograph_among_them_is_none(drawn: Path) -> None:
 
 def test_another_processors_drawing_is_one(drawn: Path) -> None:
     """It may differ by a grey level."""
-    found = DrawnSet.of(drawn)
+    found = PhantomSet.open(drawn)
     assert found is not None
     path = examples.find(drawn)[0].files[0]
     with Image.open(path) as image:
@@ -233,7 +233,7 @@ def test_another_mark_knows_no_drawing(drawn: Path, tmp_path: Path, change: dict
 
 
 def test_a_path_outside_of_the_set_holds_nothing(drawn: Path) -> None:
-    found = DrawnSet.of(drawn)
+    found = PhantomSet.open(drawn)
     assert found is not None
     path = examples.find(drawn)[0].files[0]
     name, data = path.relative_to(drawn).as_posix(), path.read_bytes()

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from mura_dist.data import gate, radiograph
-from mura_dist.data.grey import Code
+from mura_dist.data.grayscale import Code
 from mura_dist.inference.page import failures, study
 from mura_dist.inference.page.guard import BUSY
 

@@ -305,7 +305,7 @@ def test_what_goes_wrong_costs_one_session_its_turn(
             ]
 
 
-@pytest.mark.parametrize("where", [(radiograph, "look"), (gate, "verdict")])
+@pytest.mark.parametrize("where", [(radiograph, "read_details"), (gate, "classify")])
 def test_a_reader_that_fails_loses_its_file_alone(
     views: list[Path], where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +361,7 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
     for path, reading in zip(files, uploads, strict=False):
         reason, found = "", None
         try:
-            found = radiograph.look(path, SIDE)
+            found = radiograph.read_details(path, SIDE)
         except radiograph.UnreadableFileError as error:
             reason = error.reason
         assert (reading.failure, bool(reading.code)) == (reason, bool(reason)), path.name
@@ -371,7 +371,7 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
             num_failed += 1
         else:
             np.testing.assert_array_equal(reading.image, found.image)
-            assert reading.verdict == gate.verdict(found.image, found.colours)
+            assert reading.verdict == gate.classify(found.image, found.colors)
             assert max(reading.shown.shape) <= study.LONGEST_PX
     assert 0 < num_failed < len(files)
     assert uploads[-1].passes
@@ -385,7 +385,7 @@ def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(
         (upload,) = service.read([path.read_bytes()])
         whole = radiograph.decode(path)
         np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
-        assert upload.identity == radiograph.identity(path)
+        assert upload.identity == radiograph.read_identity(path)
         assert max(upload.shown.shape) == min(study.LONGEST_PX, max(whole.shape))
         assert upload.shown.shape[0] / upload.shown.shape[1] == pytest.approx(whole.shape[0] / whole.shape[1], rel=0.01)
 
@@ -571,7 +571,7 @@ def test_a_study_of_several_views(
     until(lambda: num_pictures(page) == len(views))
     assert page.locator("img[alt*='under its activation map']").count() == 0
     for study_type, outcome in OUTCOMES.items():
-        choose(page, "Study type", mura.in_words(study_type))
+        choose(page, "Study type", mura.display_name(study_type))
         said = answered(page, wording.HEADLINES[outcome])
         found = asked(service, views, study_type)
         for line in (wording.lead(found), *wording.explained(found, service.card)):
@@ -659,8 +659,8 @@ def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[
     readable = 0
     for path in files:
         with contextlib.suppress(radiograph.UnreadableFileError):
-            found = radiograph.look(path, SIDE)
-            readable += gate.verdict(found.image, found.colours) not in gate.BLOCKING
+            found = radiograph.read_details(path, SIDE)
+            readable += gate.classify(found.image, found.colors) not in gate.BLOCKING
     until(lambda: num_pictures(page) == 1 + readable)
 
 

@@ -19,7 +19,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 BLOCK_PIXELS = 1 << 20  # turned into grey at a time: what lies between is up to 24 times as large as the grey
 
 _GREY_MODES = ("1", "L", "LA", "La")
-_SAMPLE_PX = 64  # of a side of `Look.colours`
+_SAMPLE_PX = 64  # of a side of `RadiographDetails.colors`
 
 
 class UnreadableFileError(Exception):

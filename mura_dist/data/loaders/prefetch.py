@@ -14,7 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_order(tasks: Iterable[Future[T]], *, ahead: int) -> Iterator[T]:
+def prefetch_ordered(tasks: Iterable[Future[T]], *, ahead: int) -> Iterator[T]:
     """Yield the results of `tasks` in their order; of those, up to `ahead` are taken (and so submitted) early."""
     pending: deque[Future[T]] = deque()
     for task in tasks:
@@ -25,7 +25,7 @@ def in_order(tasks: Iterable[Future[T]], *, ahead: int) -> Iterator[T]:
         yield pending.popleft().result()
 
 
-def in_background(source: Generator[T, None, None], *, ahead: int) -> Generator[T, None, None]:
+def prefetch_in_thread(source: Generator[T, None, None], *, ahead: int) -> Generator[T, None, None]:
     """Yield what `source` yields. A thread runs it, up to `ahead` items early; the caller's thread runs none of its code.
 
     An error of `source` is raised here, after the items before it. Closing this generator closes `source`, in its thread,

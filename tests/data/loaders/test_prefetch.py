@@ -1,4 +1,4 @@
-"""ahead.py: order, bound, errors and end of what works ahead of its consumer."""
+"""prefetch.py: order, bound, errors and end of what works ahead of its consumer."""
 
 import threading
 from collections.abc import Generator
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mura_dist.data.loaders.ahead import in_background, in_order
+from mura_dist.data.loaders.prefetch import prefetch_in_thread, prefetch_ordered
 
 
 def test_tasks_come_in_order_and_no_more_are_submitted_than_may_lie_ready() -> None:
@@ -18,7 +18,7 @@ def test_tasks_come_in_order_and_no_more_are_submitted_than_may_lie_ready() -> N
                 submitted.append(number)
                 yield pool.submit(pow, number, 2)
 
-        results = in_order(tasks(), ahead=4)
+        results = prefetch_ordered(tasks(), ahead=4)
         assert next(results) == 0
         assert submitted == [0, 1, 2, 3, 4]
         assert list(results) == [number**2 for number in range(1, 10)]
@@ -51,7 +51,7 @@ def background_threads() -> list[threading.Thread]:
 
 def test_a_background_source_runs_in_its_own_thread_no_further_ahead_than_the_bound() -> None:
     source = Source()
-    stream = in_background(source.items(), ahead=2)
+    stream = prefetch_in_thread(source.items(), ahead=2)
     assert next(stream) == 0
     for _ in range(2):
         assert source.reached.acquire(timeout=10)
@@ -65,7 +65,7 @@ def test_a_background_source_runs_in_its_own_thread_no_further_ahead_than_the_bo
 def test_an_error_of_a_background_source_is_raised_after_the_items_before_it() -> None:
     source, items = Source(fails_at=3), []
     with pytest.raises(ConnectionError, match="the disk is gone"):  # noqa: PT012
-        for item in in_background(source.items(), ahead=2):
+        for item in prefetch_in_thread(source.items(), ahead=2):
             items.append(item)  # noqa: PERF402
     assert items == [0, 1, 2]
     assert background_threads() == []
@@ -73,7 +73,7 @@ def test_an_error_of_a_background_source_is_raised_after_the_items_before_it() -
 
 def test_leaving_early_closes_the_source_in_its_thread_and_ends_it() -> None:
     source = Source()
-    stream = in_background(source.items(), ahead=2)
+    stream = prefetch_in_thread(source.items(), ahead=2)
     next(stream)
     stream.close()
     assert source.count < 7
