@@ -20,12 +20,17 @@ from mura_dist.data.shards.reader import Shards
 HEAVY = ("torch", "numpy", "pandas", "onnxruntime", "pydantic", "PIL")
 
 
-def run_script(folder: Path, text: str, *arguments: object) -> str:
-    """Run a script as a user does, from its own folder; return its standard output."""
+def run_script(folder: Path, text: str, *, stdin: bool = False) -> str:
+    """Run a script as a user does, from its own folder; return its standard output.
+
+    `stdin`: as a notebook runs its cells, where `__main__` has no file.
+    """
     script = folder / "script.py"
     script.write_text(text)
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, *([] if stdin else [str(script)])]
+    done = subprocess.run(
+        command, cwd=folder, input=text if stdin else "", capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -193,16 +198,16 @@ def test_an_unknown_option_is_a_type_error(model: Path, phantoms: Path, tmp_path
         mura_dist.predict_directory(phantoms, model=model, out=tmp_path / "out", batchsize=3)
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-def test_a_plain_script_needs_no_main_guard(model: Path, phantoms: Path, tmp_path: Path, threaded: bool) -> None:
-    """A notebook's cells run in a thread of some servers, and `__main__` has no file there."""
+@pytest.mark.parametrize("caller", ["script", "thread", "notebook"])
+def test_a_plain_script_needs_no_main_guard(model: Path, phantoms: Path, tmp_path: Path, caller: str) -> None:
     folder = next((phantoms / "valid").iterdir())
-    call = f"tables = mura_dist.predict_directory({str(folder)!r}, model={str(model)!r}, out='out', workers=2)"
-    if threaded:
-        call = f"import threading\nbox = {{}}\ndef work():\n    {call}\n    box['tables'] = tables\n"
-        call += "thread = threading.Thread(target=work)\nthread.start()\nthread.join()\ntables = box['tables']"
-    text = f"import mura_dist\nprint('begun')\n{call}\nprint(len(tables.predictions), len(tables.failures))\n"
-    assert run_script(tmp_path, text).splitlines() == ["begun", f"{len(list(folder.rglob('*.png')))} 0"]
+    call = f"tables = mura_dist.predict_directory({str(folder)!r}, model={str(model)!r}, out='out', workers=2)\n"
+    if caller == "thread":
+        call = f"import threading\ndef work():\n    global tables\n    {call}\n"
+        call += "thread = threading.Thread(target=work)\nthread.start()\nthread.join()\n"
+    text = f"import mura_dist\nprint('begun')\n{call}print(len(tables.predictions), len(tables.failures))\n"
+    output = run_script(tmp_path, text, stdin=caller == "notebook")
+    assert output.splitlines() == ["begun", f"{len(list(folder.rglob('*.png')))} 0"]
 
 
 # ---- read_radiograph
