@@ -72,7 +72,7 @@ class PhiloxRandom:
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class PhantomStudy:
     number: int  # 0-based over all splits: with the seed, all that its drawing depends on
     split: str
     study_type: str
@@ -87,17 +87,17 @@ class Study:
         return f"{self.split}/{self.study_type}/patient{self.patient:05d}/study{self.study}_{suffix}"
 
 
-def plan(studies: int, seed: int) -> list[Study]:
+def plan(studies: int, seed: int) -> list[PhantomStudy]:
     """`studies` studies, 22 % of them in valid, each patient in one split; both labels in each split."""
     num_valid = max(2, round(VALID_SHARE * studies))
-    planned: list[Study] = []
+    planned: list[PhantomStudy] = []
     for split, count in (("train", studies - num_valid), ("valid", num_valid)):
         planned += _plan_split(split, count, planned[-1].patient if planned else 0, len(planned), seed)
     return planned
 
 
-def _plan_split(split: str, count: int, patient: int, number: int, seed: int) -> list[Study]:
-    planned: list[Study] = []
+def _plan_split(split: str, count: int, patient: int, number: int, seed: int) -> list[PhantomStudy]:
+    planned: list[PhantomStudy] = []
     seen = dict.fromkeys(STUDY_TYPES, 0)
     first_patient = patient + 1
     while len(planned) < count:
@@ -112,7 +112,7 @@ def _plan_split(split: str, count: int, patient: int, number: int, seed: int) ->
             label = int((seen[study_type] + place) % 2 == 1 and seen[study_type] % 5 != 4)
             seen[study_type] += 1
             num_views = (1, 2, 2, 3, 3, 3, 4)[dice.below(7)]
-            planned.append(Study(number + len(planned), split, study_type, patient, study, label, num_views))
+            planned.append(PhantomStudy(number + len(planned), split, study_type, patient, study, label, num_views))
     return planned
 
 
@@ -236,7 +236,7 @@ def _hand(wrist: Point, angle: float, dice: PhiloxRandom) -> Iterator[Bone]:
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class FieldOfView:
     """What a study type shows: a point (a share of the way down a bone), how much around it, which breaks."""
 
     bone: str
@@ -248,20 +248,20 @@ class Field:
 
 _NECK = (("humerus", 0.12, 0.19),)  # of the humerus, where it breaks most often near the shoulder
 _METACARPALS = tuple((f"finger{finger}.0", 0.3, 0.75) for finger in (1, 2, 3))
-FIELDS = {
-    "XR_SHOULDER": Field("humerus", 0.06, (12, 14), (0.0, 0.5), (*_NECK, *_NECK, *_NECK, ("clavicle", 0.78, 0.88))),
-    "XR_HUMERUS": Field("humerus", 0.5, (14, 18), (0.0, 1.5), (("humerus", 0.4, 0.62),)),
-    "XR_ELBOW": Field("humerus", 1.0, (11.5, 14), (0.0, 0.4), (("humerus", 0.86, 0.91), ("ulna", 0.08, 0.14))),
-    "XR_FOREARM": Field("radius", 0.5, (12, 15), (0.0, 1.2), (("radius", 0.38, 0.62), ("ulna", 0.38, 0.62))),
-    "XR_WRIST": Field("radius", 0.97, (8, 10), (0.0, 1.2), (("radius", 0.85, 0.92), ("ulna", 0.85, 0.92))),
-    "XR_HAND": Field("finger2.0", 0.7, (8.5, 10), (0.0, 0.6), (*_METACARPALS, ("finger2.1", 0.2, 0.5))),
-    "XR_FINGER": Field("finger2.1", 0.65, (6.5, 8), (0.0, 1.0), (("finger2.1", 0.25, 0.75),)),
+FIELDS_OF_VIEW = {
+    "XR_SHOULDER": FieldOfView("humerus", 0.06, (12, 14), (0.0, 0.5), (*_NECK, *_NECK, *_NECK, ("clavicle", 0.78, 0.88))),
+    "XR_HUMERUS": FieldOfView("humerus", 0.5, (14, 18), (0.0, 1.5), (("humerus", 0.4, 0.62),)),
+    "XR_ELBOW": FieldOfView("humerus", 1.0, (11.5, 14), (0.0, 0.4), (("humerus", 0.86, 0.91), ("ulna", 0.08, 0.14))),
+    "XR_FOREARM": FieldOfView("radius", 0.5, (12, 15), (0.0, 1.2), (("radius", 0.38, 0.62), ("ulna", 0.38, 0.62))),
+    "XR_WRIST": FieldOfView("radius", 0.97, (8, 10), (0.0, 1.2), (("radius", 0.85, 0.92), ("ulna", 0.85, 0.92))),
+    "XR_HAND": FieldOfView("finger2.0", 0.7, (8.5, 10), (0.0, 0.6), (*_METACARPALS, ("finger2.1", 0.2, 0.5))),
+    "XR_FINGER": FieldOfView("finger2.1", 0.65, (6.5, 8), (0.0, 1.0), (("finger2.1", 0.25, 0.75),)),
 }
 
 
 def break_bone(bones: list[Bone], study_type: str, dice: PhiloxRandom) -> list[Bone]:
     """The skeleton with one bone in two pieces, the lower one and all that hangs on it moved."""
-    breaks = FIELDS[study_type].breaks
+    breaks = FIELDS_OF_VIEW[study_type].breaks
     name, low, high = breaks[dice.below(len(breaks))]
     place = dice.between(low, high)
     whole = next(bone for bone in bones if bone.name == name)
@@ -312,7 +312,7 @@ def _rotation(around: float, angle: float) -> NDArray[np.float64]:
 
 def project(bones: list[Bone], study_type: str, height: int, width: int, dice: PhiloxRandom) -> list[Bone]:
     """The skeleton seen from one side: head and tail (2,) as x, y; lengths in pixels of a (height, width) picture."""
-    field = FIELDS[study_type]
+    field = FIELDS_OF_VIEW[study_type]
     aim = next(bone for bone in bones if bone.name == field.bone)
     extent = dice.between(*field.extent)
     scale = max(height, width) / extent
@@ -499,7 +499,7 @@ def develop(bone: Array, flesh: Array, dice: PhiloxRandom) -> NDArray[np.uint8]:
 # ------------------------------------------------------------------------------------------------------------- draw
 
 
-def radiograph(study: Study, view: int, *, size: int, seed: int) -> Image.Image:
+def radiograph(study: PhantomStudy, view: int, *, size: int, seed: int) -> Image.Image:
     """View `view` (from 1) of a study: mode L or RGB (three equal bands), longest side 0.55 to 1 times `size`."""
     dice = PhiloxRandom(seed, study.number, 1)
     bones = skeleton(study.study_type, dice)
@@ -516,7 +516,7 @@ def radiograph(study: Study, view: int, *, size: int, seed: int) -> Image.Image:
     return picture.convert("RGB") if dice.chance(0.3) else picture
 
 
-def _draw_study(study: Study, *, out: Path, size: int, seed: int) -> int:
+def _draw_study(study: PhantomStudy, *, out: Path, size: int, seed: int) -> int:
     folder = out / study.folder
     folder.mkdir(parents=True, exist_ok=True)
     for view in range(1, study.num_views + 1):
@@ -589,7 +589,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
 class PhantomSet:
     """A finished set as this version draws it. `studies`: by folder."""
 
-    studies: Mapping[str, Study]
+    studies: Mapping[str, PhantomStudy]
     size: int
     seed: int
 
@@ -626,7 +626,7 @@ class PhantomSet:
         return bool(off.max() <= 1)
 
 
-def _each(work: Callable[[Study], int], planned: list[Study], count: int | None) -> Iterator[int]:
+def _each(work: Callable[[PhantomStudy], int], planned: list[PhantomStudy], count: int | None) -> Iterator[int]:
     count = count or min(processors(), 32)
     if count == 1 or len(planned) < PARALLEL_FROM:
         yield from map(work, planned)
@@ -635,7 +635,7 @@ def _each(work: Callable[[Study], int], planned: list[Study], count: int | None)
         yield from pool.map(work, planned, chunksize=8)
 
 
-def _write_tables(out: Path, planned: list[Study]) -> None:
+def _write_tables(out: Path, planned: list[PhantomStudy]) -> None:
     """MURA's four CSVs: no header; a path a line; a study's path ends in a slash and is followed by its label."""
     for split in ("train", "valid"):
         mine = [study for study in planned if study.split == split]
@@ -645,7 +645,7 @@ def _write_tables(out: Path, planned: list[Study]) -> None:
         files.write_text(out / f"{split}_labeled_studies.csv", "".join(labels))
 
 
-def _counts(planned: list[Study]) -> dict[str, Any]:
+def _counts(planned: list[PhantomStudy]) -> dict[str, Any]:
     by_split = {split: [study for study in planned if study.split == split] for split in ("train", "valid")}
     return {
         "studies": len(planned),
