@@ -1,7 +1,7 @@
 """Decode a DICOM, and read its study, body part and laterality.
 
     bytes -> dicom_header.parse -> in scope? -> dicom_pixels: stored values -> dicom_transform: as they are to be shown
-        -> grey image (L), a sample of its colors or None, notes
+        -> gray image (L), a sample of its colors or None, notes
     a file -> dicom_identity -> DicomIdentity
 
 pydicom, which dicom_header and dicom_pixels alone import, is imported inside the functions: a folder of PNG never loads it.
@@ -31,13 +31,13 @@ _BY_LETTERS = {"".join(name.replace("_", " ").split()): name for name in (*_MONO
 
 
 def decode(data: bytes) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
-    """Return the grey radiograph, a sample of the colors it had, and what of its header was ignored."""
+    """Return the gray radiograph, a sample of the colors it had, and what of its header was ignored."""
     header = dicom_header.parse(io.BytesIO(data))
     _check_scope(header)
     width, height, samples = (header.require(keyword) for keyword in ("Columns", "Rows", "SamplesPerPixel"))
     check_size(width, height)
     if samples not in (1, 3):
-        raise UnreadableFileError("unreadable", f"{samples} samples a pixel, neither grey nor colour")
+        raise UnreadableFileError("unreadable", f"{samples} samples a pixel, neither gray nor color")
     photometric = _photometric(header, samples)
     pixels = read_pixels(header, (height, width, samples), photometric)
     if photometric in _MONOCHROME:
@@ -64,7 +64,7 @@ def _check_scope(header: Header) -> None:
 
 
 def _photometric(header: Header, samples: int) -> str:
-    """Return what the samples mean, as the standard writes it. One sample is a grey, whatever it is called. Raises UnreadableFileError."""
+    """Return what the samples mean, as the standard writes it. One sample is a gray, whatever it is called. Raises UnreadableFileError."""
     label = dicom_header.get_label(header.dataset, "PhotometricInterpretation")
     name = _BY_LETTERS.get(label.replace(" ", ""), label)
     if samples == 3 and name in _COLORS:
@@ -80,21 +80,21 @@ def _photometric(header: Header, samples: int) -> str:
 
 
 def _from_monochrome(pixels: Pixels, header: Header, photometric: str) -> np.ndarray:
-    """Stored values of up to 16 bits -> grey (H, W) uint8, by a table over every value between the extremes."""
+    """Stored values of up to 16 bits -> gray (H, W) uint8, by a table over every value between the extremes."""
     stored, padding, domain = pixels
     first, last = int(stored.min()), int(stored.max())
     if last - first > 0xFFFF:
-        raise UnreadableFileError("unreadable", "its DICOM pixels are not grey integers of up to 16 bits")
+        raise UnreadableFileError("unreadable", "its DICOM pixels are not gray integers of up to 16 bits")
     image = stored if padding is None else stored[~padding]
     span = slice(int(image.min()) - first, int(image.max()) - first + 1)
     table = present(np.arange(first, last + 1), span, domain, header)  # (V,) uint8
     if _is_inverted(photometric, header):
         table = 255 - table
     index = np.int32 if stored.dtype.itemsize < 4 else np.int64
-    grey = map_blocks(lambda block: table[np.subtract(block, first, dtype=index)], stored)
+    gray = map_blocks(lambda block: table[np.subtract(block, first, dtype=index)], stored)
     if padding is not None:
-        grey[padding] = 0
-    return grey
+        gray[padding] = 0
+    return gray
 
 
 def _is_inverted(photometric: str, header: Header) -> bool:

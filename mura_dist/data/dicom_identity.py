@@ -105,7 +105,7 @@ def _may_show_text(header: Header) -> bool:
     classes = (_safe_text(header.meta, "MediaStorageSOPClassUID"), _safe_text(header.dataset, "SOPClassUID"))
     if any(one.startswith(_SECONDARY_CAPTURE) for one in classes):
         return True
-    # The type of conversion stands in the module of secondary captures alone: digitised films carry labels, too.
+    # The type of conversion stands in the module of secondary captures alone: digitized films carry labels, too.
     if body_parts.normalize(_safe_text(header.dataset, "Modality")) in _CAPTURED or "ConversionType" in header.dataset:
         return True
     try:

@@ -1,6 +1,6 @@
 """Decode the pixels of a DICOM of one frame into the values that its header means.
 
-    Header -> words, as allocated, or what a codestream holds -> dicom_values: values, padding -> RGB, if not grey -> Pixels
+    Header -> words, as allocated, or what a codestream holds -> dicom_values: values, padding -> RGB, if not gray -> Pixels
 
 A codestream's own size, precision and sign hold; bits, sign and order of the header are of data that are not compressed.
 """
@@ -27,7 +27,7 @@ _Decoded = tuple[np.ndarray, str, Codestream | None]
 class Pixels(NamedTuple):
     """Stored values.
 
-    values: (H, W) grey, or (H, W, 3) RGB, integers; padding: (H, W) bool, True where no image is, None where it is everywhere.
+    values: (H, W) gray, or (H, W, 3) RGB, integers; padding: (H, W) bool, True where no image is, None where it is everywhere.
     domain: the smallest and the largest value that could be stored.
     """
 
@@ -140,10 +140,10 @@ def _planar(header: Header, samples: int) -> int:
 def _is_ybr(values: np.ndarray) -> bool:
     """Return whether colors that no stream transforms are as the label says, or RGB, which is more frequent. (H, W, 3) uint8.
 
-    Radiographs are grey: the colors of YBR stay at 128 then, those of RGB are alike. Raises UnreadableFileError for neither.
+    Radiographs are gray: the colors of YBR stay at 128 then, those of RGB are alike. Raises UnreadableFileError for neither.
     """
     first, others = values[..., :1].astype(np.int16), values[..., 1:].astype(np.int16)
-    from_ybr, from_rgb = (float(np.abs(others - grey).mean()) for grey in (128, first))
+    from_ybr, from_rgb = (float(np.abs(others - gray).mean()) for gray in (128, first))
     if max(from_ybr, from_rgb) < 2 * min(from_ybr, from_rgb):
         raise UnreadableFileError(
             "unreadable", "PhotometricInterpretation of its DICOM header and its JPEG 2000 contradict each other"

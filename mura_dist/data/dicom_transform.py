@@ -1,4 +1,4 @@
-"""From stored values to grey, as a DICOM wants to be shown (PS3.3, C.11.1 and C.11.2).
+"""From stored values to gray, as a DICOM wants to be shown (PS3.3, C.11.1 and C.11.2).
 
     values -> modality LUT or rescale -> VOI LUT or window -> 0..255, before any inversion
 
@@ -20,7 +20,7 @@ _FUNCTIONS = ("LINEAR", "LINEAR EXACT", "SIGMOID")
 
 
 def present(values: np.ndarray, span: slice, domain: tuple[int, int], header: Header) -> np.ndarray:
-    """Map values to grey.
+    """Map values to gray.
 
     Args:
         values: consecutive stored values (V,), int64.
@@ -82,7 +82,7 @@ def _find_rescale(scope: Any, header: Header) -> tuple[float, float] | None:
 
 
 def _to_voi(modal: np.ndarray, domain: _Domain, header: Header) -> np.ndarray | None:
-    """Return the grey of the first VOI LUT or window that can be used, (V,) uint8; None where there is none."""
+    """Return the gray of the first VOI LUT or window that can be used, (V,) uint8; None where there is none."""
     for scope in _scopes(header, "FrameVOILUTSequence"):
         if (table := _find_table(scope, "VOILUTSequence", domain, header)) is not None:
             # White is the largest entry: descriptors often promise more bits than their tables use.

@@ -4,7 +4,7 @@
         -> stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
         -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
-A file in colors that its grey levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
+A file in colors that its gray levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
 an arrow or a logo is small.
 
 A radiograph's score is high, a photograph's, a page's, noise's low. Where the better of the two scores is below THRESHOLD,
@@ -21,15 +21,15 @@ BLOCKING = ("not_a_radiograph", "blank")
 MESSAGES = {
     "inverted": "its contrast looks inverted (bone dark): the model may be wrong on it",
     "not_a_radiograph": "this does not look like a bone radiograph",
-    "blank": "this does not look like a bone radiograph: it is blank, one grey level all over",
+    "blank": "this does not look like a bone radiograph: it is blank, one gray level all over",
 }
 
 VERSION = 2  # of the verdicts: another number, other words for the same picture
 SIDE_PX = 64
-LEAST_SPREAD = 4  # grey levels of 255 between the 1 % and the 99 % level; below, the picture is blank
+LEAST_SPREAD = 4  # gray levels of 255 between the 1 % and the 99 % level; below, the picture is blank
 MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
 THRESHOLD, MARGIN = -3.5, 1.0
-# A picture is coloured where so large a share of its pixels is so many levels of 255 off the colour of their grey level.
+# A picture is colored where so large a share of its pixels is so many levels of 255 off the color of their gray level.
 COLORED_SHARE, COLORED = 0.2, 6.0
 # A border: rows or columns along a side, of which so large a share lies so near to the darkest or the brightest level.
 BORDER_SHARE, BORDER_LEVEL = 0.95, 0.03
@@ -99,7 +99,7 @@ _TABLE = np.array(
 
 
 def classify(image: np.ndarray, colors: np.ndarray | None = None) -> str:
-    """image (S, S) uint8 grey, as radiograph.read gives it -> one of NAMES. colors: radiograph.RadiographDetails's, with a file at hand."""
+    """image (S, S) uint8 gray, as radiograph.read gives it -> one of NAMES. colors: radiograph.RadiographDetails's, with a file at hand."""
     found = compute_statistics(image)
     if found is None:
         return "blank"
@@ -112,15 +112,15 @@ def classify(image: np.ndarray, colors: np.ndarray | None = None) -> str:
 
 
 def is_colored(colors: np.ndarray) -> bool:
-    """colors (n, n, 3) uint8: whether COLORED_SHARE of them are COLORED off a smooth curve, grey level to colour."""
+    """colors (n, n, 3) uint8: whether COLORED_SHARE of them are COLORED off a smooth curve, gray level to color."""
     red, green, blue = colors.reshape(-1, 3).astype(np.float64).T
-    grey = 0.299 * red + 0.587 * green + 0.114 * blue
-    off = np.stack([red - grey, blue - grey], 1)  # (n * n, 2): nothing of a grey pixel
+    gray = 0.299 * red + 0.587 * green + 0.114 * blue
+    off = np.stack([red - gray, blue - gray], 1)  # (n * n, 2): nothing of a gray pixel
     if np.abs(off).max() <= COLORED:
         return False
-    level = grey[:, None] / 255
+    level = gray[:, None] / 255
     powers = np.concatenate([np.ones_like(level), level, level * level], 1)
-    far = np.zeros(len(grey))
+    far = np.zeros(len(gray))
     for _ in range(3):  # the curve of those that lie near it: a few loud pixels must not bend it
         near = far <= np.quantile(far, 1 - COLORED_SHARE)
         curve = np.linalg.lstsq(powers[near], off[near], rcond=None)[0]

@@ -1,4 +1,4 @@
-"""Grey values of 8 bits, and the limits and the error that all readers of radiographs share.
+"""Gray values of 8 bits, and the limits and the error that all readers of radiographs share.
 
     values (H, W) of any depth -> find_extent, scale -> uint8 (H, W)
 
@@ -16,9 +16,9 @@ Code = Literal["not_image", "out_of_scope", "unreadable", "too_large", "io_error
 
 MAX_PIXELS = 50_000_000  # a stitched whole-leg radiograph has about 30 million, a hand on the finest detector 15
 MAX_BYTES = 4 * MAX_PIXELS
-BLOCK_PIXELS = 1 << 20  # turned into grey at a time: what lies between is up to 24 times as large as the grey
+BLOCK_PIXELS = 1 << 20  # turned into gray at a time: what lies between is up to 24 times as large as the gray
 
-_GREY_MODES = ("1", "L", "LA", "La")
+_GRAY_MODES = ("1", "L", "LA", "La")
 _SAMPLE_PX = 64  # of a side of `RadiographDetails.colors`
 
 
@@ -55,26 +55,26 @@ def scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.zeros(values.shape, np.uint8)
 
     def scaled(block: np.ndarray) -> np.ndarray:
-        grey = np.subtract(block, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
-        grey *= 255 / (high - low)
-        return np.nan_to_num(np.clip(np.rint(grey, out=grey), 0, 255, out=grey), copy=False)
+        gray = np.subtract(block, low, dtype=np.float32 if values.dtype.itemsize < 4 else np.float64)
+        gray *= 255 / (high - low)
+        return np.nan_to_num(np.clip(np.rint(gray, out=gray), 0, 255, out=gray), copy=False)
 
     with np.errstate(all="ignore"):
         return map_blocks(scaled, values)
 
 
-def map_blocks(grey_of: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Apply `grey_of` to BLOCK_PIXELS at a time, in whole rows; uint8 of the shape of `values`."""
-    grey = np.empty(values.shape, np.uint8)
+def map_blocks(gray_of: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Apply `gray_of` to BLOCK_PIXELS at a time, in whole rows; uint8 of the shape of `values`."""
+    gray = np.empty(values.shape, np.uint8)
     rows = max(1, BLOCK_PIXELS * len(values) // max(1, values.size))
     for start in range(0, len(values), rows):
-        grey[start : start + rows] = grey_of(values[start : start + rows])
-    return grey
+        gray[start : start + rows] = gray_of(values[start : start + rows])
+    return gray
 
 
 def sample_colors(image: Image.Image) -> np.ndarray | None:
-    """Return the pixels of a coarse grid, (n, n, 3) uint8; None of a grey image. A file in color may be grey for all that."""
-    if image.mode in _GREY_MODES:
+    """Return the pixels of a coarse grid, (n, n, 3) uint8; None of a gray image. A file in color may be gray for all that."""
+    if image.mode in _GRAY_MODES:
         return None
     side = min(_SAMPLE_PX, *image.size)
     return np.asarray(image.resize((side, side), Image.Resampling.NEAREST).convert("RGB"))

@@ -4,11 +4,11 @@
     skeleton  -> an arm from collar bone to finger tips, in cm; positive: one bone broken, what hangs on it moved
     project   -> the part of the arm that the study type shows, seen from one side: 2-D bones in pixels
     attenuate -> length of bone and flesh that each X-ray crosses (a bone is a tube: dense wall, marrow inside)
-    develop   -> window, exposure, grain, collimation, marker -> uint8 (H, W) -> PNG, grey or RGB
+    develop   -> window, exposure, grain, collimation, marker -> uint8 (H, W) -> PNG, gray or RGB
 
 All views of a study show the same bones and the same break, so a break may hide in one view and show in the next. What
 is not a break (growth plates, skin folds, overlapping bones, markers, borders) is drawn for both labels alike. A
-radiograph is a pure function of (seed, study, view); on another processor or NumPy a pixel may differ by a grey level.
+radiograph is a pure function of (seed, study, view); on another processor or NumPy a pixel may differ by a gray level.
 """
 
 import io
@@ -267,12 +267,12 @@ def break_bone(bones: list[Bone], study_type: str, dice: PhiloxRandom) -> list[B
     whole = next(bone for bone in bones if bone.name == name)
     severity = dice.between(0.6, 1.0)
     radius = whole.radius[1]
-    centre = whole.head + place * (whole.tail - whole.head)
+    center = whole.head + place * (whole.tail - whole.head)
     aside, around = dice.between(0, 2 * math.pi), dice.between(0, 2 * math.pi)
     shift = severity * dice.between(1.0, 2.2) * radius * np.array([math.cos(aside), 0.0, math.sin(aside)])
     shift = shift + severity * dice.between(-0.2, 0.9) * radius * np.array([0.0, 1.0, 0.0])
     turn = _rotation(around, severity * dice.between(0.25, 0.7))
-    move = partial(_moved, centre=centre, turn=turn, shift=shift)
+    move = partial(_moved, center=center, turn=turn, shift=shift)
     callus = max(0.0, dice.between(-0.6, 1.0))
     cut = Cut(place, -1, dice.between(-0.9, 0.9), dice.between(0.3, 0.8), dice.between(0, 2 * math.pi), callus)
     moved, pieces = {name}, []
@@ -284,19 +284,19 @@ def break_bone(bones: list[Bone], study_type: str, dice: PhiloxRandom) -> list[B
             pieces.append(move(bone))
         else:
             pieces.append(bone)
-    return [*pieces, *_splinters(centre, radius, dice)]
+    return [*pieces, *_splinters(center, radius, dice)]
 
 
-def _splinters(centre: Point, radius: float, dice: PhiloxRandom) -> Iterator[Bone]:
+def _splinters(center: Point, radius: float, dice: PhiloxRandom) -> Iterator[Bone]:
     for number in range(dice.below(4)):
-        start = _towards(centre, dice.between(0, 6.28), dice.between(0.6, 1.6) * radius, dice.between(-1, 1))
+        start = _towards(center, dice.between(0, 6.28), dice.between(0.6, 1.6) * radius, dice.between(-1, 1))
         tip = _towards(start, dice.between(0, 6.28), dice.between(0.3, 1.0) * radius)
         thick = dice.between(0.2, 0.4) * radius
         yield Bone(f"splinter{number}", "", start, tip, (thick, thick, thick), 0.0, 0.0, 1.3)
 
 
-def _moved(bone: Bone, *, centre: Point, turn: NDArray[np.float64], shift: Point) -> Bone:
-    head, tail = (centre + turn @ (point - centre) + shift for point in (bone.head, bone.tail))
+def _moved(bone: Bone, *, center: Point, turn: NDArray[np.float64], shift: Point) -> Bone:
+    head, tail = (center + turn @ (point - center) + shift for point in (bone.head, bone.tail))
     return replace(bone, head=head, tail=tail)
 
 
@@ -316,13 +316,13 @@ def project(bones: list[Bone], study_type: str, height: int, width: int, dice: P
     aim = next(bone for bone in bones if bone.name == field.bone)
     extent = dice.between(*field.extent)
     scale = max(height, width) / extent
-    centre = aim.head + field.place * (aim.tail - aim.head)
+    center = aim.head + field.place * (aim.tail - aim.head)
     turn = field.turns[dice.below(len(field.turns))] + dice.between(-0.25, 0.25)
     flip, roll = dice.sign(), dice.between(-0.6, 0.6)
     middle = np.array([width, height]) * (0.5 + np.array([dice.between(-0.15, 0.15), dice.between(-0.1, 0.1)]))
 
     def seen(point: Point) -> Point:
-        x, y, z = point - centre
+        x, y, z = point - center
         x = flip * (x * math.cos(turn) + z * math.sin(turn))
         x, y = x * math.cos(roll) - y * math.sin(roll), x * math.sin(roll) + y * math.cos(roll)
         return middle + scale * np.array([x, y])
@@ -445,14 +445,14 @@ def _slope(height: int, width: int, dice: PhiloxRandom) -> Array:
     return (gradient + blotches).astype(np.float32)
 
 
-def _collimated(grey: Array, dice: PhiloxRandom) -> Array:
+def _collimated(gray: Array, dice: PhiloxRandom) -> Array:
     """Dark beyond the shutters: a turned rectangle."""
-    height, width = grey.shape
+    height, width = gray.shape
     angle, border = dice.between(-0.12, 0.12), dice.between(0.0, 0.08)
     y, x = np.ogrid[-height / 2 : height / 2 : height * 1j, -width / 2 : width / 2 : width * 1j]
     across, down = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     inside = np.minimum(dice.between(0.4, 0.53) * width - abs(across), dice.between(0.4, 0.53) * height - abs(down))
-    return np.where(inside > 0, grey, border).astype(np.float32)
+    return np.where(inside > 0, gray, border).astype(np.float32)
 
 
 _LETTERS = {
@@ -461,9 +461,9 @@ _LETTERS = {
 }
 
 
-def _marker(grey: Array, dice: PhiloxRandom) -> Array:
+def _marker(gray: Array, dice: PhiloxRandom) -> Array:
     """A lead letter, somewhere towards the edge."""
-    height, width = grey.shape
+    height, width = gray.shape
     side, angle = max(height, width) * dice.between(0.05, 0.09), dice.between(0, 2 * math.pi)
     x0, y0 = dice.between(0.02, 0.9) * width, (dice.between(0.02, 0.2) + (0.7 if dice.chance(0.5) else 0)) * height
     layer = Image.new("L", (width, height))
@@ -472,7 +472,7 @@ def _marker(grey: Array, dice: PhiloxRandom) -> Array:
     for stroke in _LETTERS["LR"[dice.below(2)]]:
         turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in stroke]
         pen.line([(x0 + side * x, y0 + side * y) for x, y in turned], fill=255, width=max(1, round(side / 6)))
-    return np.maximum(grey, np.asarray(layer, np.float32) / 255 * dice.between(0.85, 1.0))
+    return np.maximum(gray, np.asarray(layer, np.float32) / 255 * dice.between(0.85, 1.0))
 
 
 def develop(bone: Array, flesh: Array, dice: PhiloxRandom) -> NDArray[np.uint8]:
@@ -485,15 +485,15 @@ def develop(bone: Array, flesh: Array, dice: PhiloxRandom) -> NDArray[np.uint8]:
     window += _slope(height, width, dice) * dice.between(0, 1)
     noise = dice.between(0.01, 0.04) * (0.5 + np.clip(window, 0, 1))  # fewer photons where more is absorbed
     window += noise * dice.normal(height, width)
-    grey: Array = np.clip(window * dice.between(0.8, 1.05) + dice.between(0.0, 0.12), 0, 1).astype(np.float32)
-    grey **= np.float32(dice.between(0.7, 1.4))
+    gray: Array = np.clip(window * dice.between(0.8, 1.05) + dice.between(0.0, 0.12), 0, 1).astype(np.float32)
+    gray **= np.float32(dice.between(0.7, 1.4))
     if dice.chance(0.5):
-        grey = _collimated(grey, dice)
+        gray = _collimated(gray, dice)
     if dice.chance(0.6):
-        grey = _marker(grey, dice)
+        gray = _marker(gray, dice)
     if dice.chance(0.02):
-        grey = 1 - grey  # MURA has a few inverted ones
-    return np.rint(grey * 255).astype(np.uint8)
+        gray = 1 - gray  # MURA has a few inverted ones
+    return np.rint(gray * 255).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------- draw
@@ -605,7 +605,7 @@ class PhantomSet:
         return cls({study.folder: study for study in plan(studies, seed)}, size, seed)
 
     def holds(self, path: str, data: bytes) -> bool:
-        """Return whether a file is what the set has there, which is drawn anew to compare: every pixel, to a grey level.
+        """Return whether a file is what the set has there, which is drawn anew to compare: every pixel, to a gray level.
 
         Args:
             path: The file's path below the set, "/" between its parts.

@@ -1,6 +1,6 @@
-"""One file in, one grey picture out: the only code that decodes and resizes a radiograph.
+"""One file in, one gray picture out: the only code that decodes and resizes a radiograph.
 
-    path or file -> bytes -> what it is (file_kind.py) -> raster.py or dicom.py -> grey uint8 (H, W) -> (size, size)
+    path or file -> bytes -> what it is (file_kind.py) -> raster.py or dicom.py -> gray uint8 (H, W) -> (size, size)
 
 The converter stores what `read` gives; predict and the page call the very same function: nothing can drift between
 training and serving. The rules, in the order in which they apply:
@@ -8,13 +8,13 @@ training and serving. The rules, in the order in which they apply:
 - size: a header that promises more than MAX_PIXELS, or a file of more than MAX_BYTES, is refused before it is decoded;
 - whole or not at all: damaged and cut-short data is refused, never half decoded;
 - first frame of an animation, first page of a TIFF that is neither a reduced copy nor a mask; EXIF orientation applied;
-  colour profiles and PNG gamma ignored;
-- colour to grey by ITU-R 601 (r = g = b = v gives v), palettes by their colors, transparency over black;
+  color profiles and PNG gamma ignored;
+- color to gray by ITU-R 601 (r = g = b = v gives v), palettes by their colors, transparency over black;
 - other than 8 unsigned bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
-  (16-bit colour in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
+  (16-bit color in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
 - DICOM: modality LUT or rescale, then VOI LUT or the first window that can be used, the data set's or, of one frame, the
   functional groups'; where there is neither, 8 bits as they are and other depths from minimum to maximum of what is not
-  padding; inverted by PresentationLUTShape, else by MONOCHROME1; padding black. One sample is grey whatever it is called; of
+  padding; inverted by PresentationLUTShape, else by MONOCHROME1; padding black. One sample is gray whatever it is called; of
   a codestream its own precision, sign and order of samples hold. What cannot be used is ignored and noted in `RadiographDetails.notes`.
   In scope are single-frame CR, DX, RG and secondary captures;
 - resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
@@ -63,7 +63,7 @@ HEADER_BYTES = 1 << 20  # what `identity` looks at first: groups 0008 to 0020 op
 def read(source: Source, size: int) -> np.ndarray:
     """The radiograph of a file, size x size: (size, size) uint8. Raises UnreadableFileError and nothing else."""
     assert size > 0, size
-    return np.asarray(_grey(source).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(_gray(source).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
@@ -91,7 +91,7 @@ def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
 class RadiographDetails(NamedTuple):
     """A radiograph as the model sees it, and what only its file knows.
 
-    image (size, size) uint8, what `read` gives; colors (n, n, 3) uint8, a sparse sample of the file's own, None of a grey one;
+    image (size, size) uint8, what `read` gives; colors (n, n, 3) uint8, a sparse sample of the file's own, None of a gray one;
     display (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks. notes: which attributes
     of a DICOM were ignored, or contradict another, by their keywords.
     """
@@ -104,12 +104,12 @@ class RadiographDetails(NamedTuple):
 
 def read_details(source: Source, size: int, longest: int = 0) -> RadiographDetails:
     """`read`, and more of the same decoding. longest: of `display`, in pixels, at most; 0: nobody looks. Raises UnreadableFileError."""
-    grey, colors, notes = _decoded(source)
-    image = np.asarray(grey.resize((size, size), Image.Resampling.BILINEAR))
+    gray, colors, notes = _decoded(source)
+    image = np.asarray(gray.resize((size, size), Image.Resampling.BILINEAR))
     if not longest:
         return RadiographDetails(image, colors, None, notes)
-    grey.thumbnail((longest, longest), Image.Resampling.BOX)
-    return RadiographDetails(image, colors, np.asarray(grey), notes)
+    gray.thumbnail((longest, longest), Image.Resampling.BOX)
+    return RadiographDetails(image, colors, np.asarray(gray), notes)
 
 
 def decode(source: Source) -> np.ndarray:
@@ -117,7 +117,7 @@ def decode(source: Source) -> np.ndarray:
 
     `source` is a path, or a binary file that can seek; what the file is called says nothing about what it is.
     """
-    return np.asarray(_grey(source))
+    return np.asarray(_gray(source))
 
 
 def read_identity(source: Source) -> DicomIdentity | None:
@@ -132,12 +132,12 @@ def read_identity(source: Source) -> DicomIdentity | None:
         return None
 
 
-def _grey(source: Source) -> Image.Image:
+def _gray(source: Source) -> Image.Image:
     return _decoded(source)[0]
 
 
 def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
-    """The grey radiograph, a sample of the colors it had, and what of a DICOM's header was ignored."""
+    """The gray radiograph, a sample of the colors it had, and what of a DICOM's header was ignored."""
     data = read_bytes(source)
     kind = _kind(data)
     _quieten()

@@ -1,6 +1,6 @@
 """Decode what Pillow reads: PNG, JPEG, JPEG 2000, TIFF.
 
-    bytes, Pillow's name of their format -> grey image (L), a sample of its colors or None
+    bytes, Pillow's name of their format -> gray image (L), a sample of its colors or None
 
 What is broken raises one of Pillow's many exceptions, or UnreadableFileError.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 from mura_dist.data import tiff
 from mura_dist.data.grayscale import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
-_PNG_KIND, _PNG_GREY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and colour type
+_PNG_KIND, _PNG_GRAY_ALPHA_16, _PNG_RGBA_8 = slice(24, 26), b"\x10\4", b"\x08\6"  # bit depth and color type
 _UPRIGHT_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = dict(enumerate((Image.Transpose[name] for name in _UPRIGHT_NAMES.split()), start=2))  # by EXIF orientation
 _EXIF_ORIENTATION = 0x0112
@@ -28,8 +28,8 @@ _stderr_lock = threading.Lock()
 
 
 def decode(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
-    """Return the grey radiograph, upright, and a sample of the colors it had. `kind`: the name of Pillow's reader."""
-    disguised = kind == "PNG" and data[_PNG_KIND] == _PNG_GREY_ALPHA_16
+    """Return the gray radiograph, upright, and a sample of the colors it had. `kind`: the name of Pillow's reader."""
+    disguised = kind == "PNG" and data[_PNG_KIND] == _PNG_GRAY_ALPHA_16
     image: Image.Image
     if kind == "TIFF":
         image = tiff.open_picture(data)
@@ -43,17 +43,17 @@ def decode(data: bytes, kind: str) -> tuple[Image.Image, np.ndarray | None]:
     orientation = _orientation(image)
     deep = tiff.samples(image) if kind == "TIFF" else np.asarray(image) if image.mode[0] in "IF" else None
     if disguised:
-        grey = _from_disguised(image)
+        gray = _from_disguised(image)
     elif deep is not None:
-        grey = _from_deep(deep, image.info.get("transparency"), inverse=kind == "TIFF" and tiff.is_white_zero(image))
+        gray = _from_deep(deep, image.info.get("transparency"), inverse=kind == "TIFF" and tiff.is_white_zero(image))
     else:
-        grey = _from_shallow(image)
+        gray = _from_shallow(image)
     colors = None if disguised or deep is not None else sample_colors(image)
-    return (grey.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else grey), colors
+    return (gray.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else gray), colors
 
 
 def _disguised(data: bytes) -> bytes:
-    """Of 16-bit grey with alpha in a PNG Pillow keeps the high bytes alone: 12 bits of grey would come out black. To the
+    """Of 16-bit gray with alpha in a PNG Pillow keeps the high bytes alone: 12 bits of gray would come out black. To the
     format two samples of 16 bits are four of 8, byte for byte: given out as RGBA, all of them come through."""
     header = data[12:24] + _PNG_RGBA_8 + data[26:29]
     checksum = zlib.crc32(data[12:29]) ^ int.from_bytes(data[29:33], "big")  # not 0: wrong before, wrong after
@@ -61,11 +61,11 @@ def _disguised(data: bytes) -> bytes:
 
 
 def _from_disguised(image: Image.Image) -> Image.Image:
-    """Red and green are the grey's bytes, blue and alpha the alpha's."""
+    """Red and green are the gray's bytes, blue and alpha the alpha's."""
     samples = np.asarray(image).view(">u2")  # (H, W, 2)
     values, alpha = samples[..., 0], samples[..., 1]
-    grey, shown = scale(values, *find_extent(values)), map_blocks(lambda block: np.rint(block / 257), alpha)
-    return Image.composite(Image.fromarray(grey), Image.new("L", image.size), Image.fromarray(shown))
+    gray, shown = scale(values, *find_extent(values)), map_blocks(lambda block: np.rint(block / 257), alpha)
+    return Image.composite(Image.fromarray(gray), Image.new("L", image.size), Image.fromarray(shown))
 
 
 def _check_png(data: bytes) -> None:
@@ -98,12 +98,12 @@ def _from_shallow(image: Image.Image) -> Image.Image:
 
 def _from_deep(values: np.ndarray, key: object, *, inverse: bool) -> Image.Image:
     """Any other number of bits; `convert("L")` would clip them at 255. `key`: the value that is transparent, if any."""
-    grey = scale(values, *find_extent(values))  # (H, W) uint8
+    gray = scale(values, *find_extent(values))  # (H, W) uint8
     if inverse:
-        grey = 255 - grey
+        gray = 255 - gray
     if isinstance(key, int):
-        grey[values == key] = 0
-    return Image.fromarray(grey)
+        gray[values == key] = 0
+    return Image.fromarray(gray)
 
 
 @contextlib.contextmanager

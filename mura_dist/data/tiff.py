@@ -27,7 +27,7 @@ _TAGS = {SUBFILE_KIND, OLD_SUBFILE_KIND, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTO
 _TAGS |= {FILL_ORDER, NUM_SAMPLES, PLANES, SUB_PAGES, SAMPLE_FORMAT}
 _TYPES = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # BYTE, SHORT, LONG, IFD, LONG8, IFD8
 _REDUCED_OR_MASK, _OLD_REDUCED = 1 | 4, 2
-_UNCOMPRESSED, _SEPARATE, _GREY_KINDS, _WHITE_IS_ZERO = 1, 2, (0, 1), 0
+_UNCOMPRESSED, _SEPARATE, _GRAY_KINDS, _WHITE_IS_ZERO = 1, 2, (0, 1), 0
 _UNSIGNED, _SIGNED, _FLOATING = 1, 2, 3
 _FORMAT_NAMES = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", _FLOATING: "floating-point numbers"}
 
@@ -58,14 +58,14 @@ def open_picture(data: bytes) -> Image.Image:
     order, big = "<" if data.startswith(b"II") else ">", 43 in data[2:4]
     pages = list(_walk(data, order, big))
     page = max(pages, key=lambda page: page.rank)
-    grey, separate = page.values.get(NUM_SAMPLES, 1) == 1, page.values.get(PLANES) == _SEPARATE
+    gray, separate = page.values.get(NUM_SAMPLES, 1) == 1, page.values.get(PLANES) == _SEPARATE
     plain = page.values.get(BITS, 1) == 8 and page.values.get(FILL_ORDER, 1) == 1
-    if separate and not grey and not plain and page.values.get(COMPRESSION, 1) == _UNCOMPRESSED:
-        raise UnreadableFileError("out_of_scope", "a TIFF of deep colors in separate planes; save it in grey")
-    changed = bytearray(data) if page is not pages[0] or (separate and grey) else data
+    if separate and not gray and not plain and page.values.get(COMPRESSION, 1) == _UNCOMPRESSED:
+        raise UnreadableFileError("out_of_scope", "a TIFF of deep colors in separate planes; save it in gray")
+    changed = bytearray(data) if page is not pages[0] or (separate and gray) else data
     if isinstance(changed, bytearray):
         struct.pack_into(order + ("Q" if big else "I"), changed, 8 if big else 4, page.start)
-        if separate and grey:  # a single plane is what it would be anyway, but not to Pillow
+        if separate and gray:  # a single plane is what it would be anyway, but not to Pillow
             offset, kind = page.places[PLANES]
             struct.pack_into(order + kind, changed, offset, 1)
     try:
@@ -79,7 +79,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def samples(image: Any) -> np.ndarray | None:
-    """Return the numbers of a grey page, (H, W) of their own dtype; None of colors and of up to 8 unsigned bits."""
+    """Return the numbers of a gray page, (H, W) of their own dtype; None of colors and of up to 8 unsigned bits."""
     tags = image.tag_v2
     kind, bits = tags.get(SAMPLE_FORMAT, (_UNSIGNED,))[0], tags.get(BITS, (1,))[0]
     if image.mode[0] in "IF":
@@ -99,8 +99,8 @@ def _refuse_by_name(page: Page, order: str, big: bool) -> None:
     kind, bits, fill = (page.values.get(tag, 1) for tag in (SAMPLE_FORMAT, BITS, FILL_ORDER))
     photometric = page.values.get(PHOTOMETRIC)
     key = (b"II" if order == "<" else b"MM", photometric, (kind,), fill, (bits,), ())
-    grey = page.values.get(NUM_SAMPLES, 1) == 1 and photometric in _GREY_KINDS
-    if grey and kind in _FORMAT_NAMES and key not in TiffImagePlugin.OPEN_INFO:
+    gray = page.values.get(NUM_SAMPLES, 1) == 1 and photometric in _GRAY_KINDS
+    if gray and kind in _FORMAT_NAMES and key not in TiffImagePlugin.OPEN_INFO:
         inverse = ", 0 for white," if photometric == _WHITE_IS_ZERO else ""
         reason = (
             f"a TIFF of {bits}-bit {_FORMAT_NAMES[kind]}{inverse} is not read; save it with 8 or 16 bits, 0 for black"

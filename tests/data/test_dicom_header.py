@@ -32,7 +32,7 @@ from mura_dist.data.radiograph import UnreadableFileError, decode
 
 DX = "1.2.840.10008.5.1.4.1.1.1.1"
 VALUES = np.arange(600, dtype=np.uint16).reshape(20, 30)
-GREY = np.rint(VALUES * (255 / 599))
+GRAY = np.rint(VALUES * (255 / 599))
 
 
 def refusal(data: bytes) -> str:
@@ -78,7 +78,7 @@ FIRST = {
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
 @pytest.mark.parametrize("first", FIRST)
 def test_a_bare_data_set_of_any_first_element(first: str, syntax: str) -> None:
-    np.testing.assert_array_equal(decode(io.BytesIO(bare(syntax, first, FIRST[first]))), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(bare(syntax, first, FIRST[first]))), GRAY)
 
 
 @pytest.mark.parametrize("group", [0x0010, 0x0018, 0x0020, 0x0028, 0x0032, 0x0040, 0x0060])
@@ -119,12 +119,12 @@ def test_as_pydicom_saves_by_default(tmp_path: Path) -> None:
     del dataset.file_meta["FileMetaInformationGroupLength"]
     dataset.save_as(tmp_path / "a.dcm")
     assert (tmp_path / "a.dcm").read_bytes()[128:132] != b"DICM"
-    np.testing.assert_array_equal(decode(tmp_path / "a.dcm"), GREY)
+    np.testing.assert_array_equal(decode(tmp_path / "a.dcm"), GRAY)
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
 def test_the_prefix_without_its_preamble(syntax: str) -> None:
-    np.testing.assert_array_equal(decode(io.BytesIO(drawn(syntax)[128:])), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(drawn(syntax)[128:])), GRAY)
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
@@ -135,7 +135,7 @@ def test_an_empty_transfer_syntax(uid: str, syntax: str) -> None:
     (length,) = struct.unpack_from("<H", data, place)
     value = uid.encode() * 2
     data = data[:place] + struct.pack("<H", len(value)) + value + data[place + 2 + length :]
-    np.testing.assert_array_equal(decode(io.BytesIO(data)), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(data)), GRAY)
 
 
 def test_compressed_pixels_under_a_syntax_that_is_not_are_refused_by_its_name() -> None:
@@ -149,7 +149,7 @@ def test_compressed_pixels_under_a_syntax_that_is_not_are_refused_by_its_name() 
 
 @pytest.mark.parametrize("keyword", ["ImageComments", "SeriesDescription", "StudyInstanceUID"])
 def test_the_uid_of_deflation_in_a_text_is_a_text(keyword: str) -> None:
-    np.testing.assert_array_equal(decode(io.BytesIO(drawn(**{keyword: DEFLATED}))), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(drawn(**{keyword: DEFLATED}))), GRAY)
 
 
 @pytest.mark.parametrize("start", [0, 128, 132])
@@ -169,7 +169,7 @@ def test_deflated_files_are_refused_with_and_without_preamble(start: int) -> Non
 def test_colors_however_they_are_spelt(name: str, spell: Any, shape: str) -> None:
     label = shape.format(spell(name)).encode()
     if name.startswith("MONOCHROME"):
-        wanted = 255 - GREY if name == "MONOCHROME1" else GREY
+        wanted = 255 - GRAY if name == "MONOCHROME1" else GRAY
         np.testing.assert_array_equal(decode(io.BytesIO(drawn(PhotometricInterpretation=label))), wanted)
         return
     byte = (VALUES % 256).astype(np.uint8)
@@ -191,14 +191,14 @@ def test_colors_however_they_are_spelt(name: str, spell: Any, shape: str) -> Non
 @pytest.mark.parametrize("sop_class", [CR, DX, SC, None])
 @pytest.mark.parametrize("modality", ["dx", " Cr", "rg ", "DX\0", "sc", "Ot"])
 def test_modalities_however_they_are_spelt(modality: str, sop_class: str | None) -> None:
-    np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
 
 
 @pytest.mark.parametrize("modality", ["DR", "dr", "XR"])
 def test_words_for_digital_radiography_that_are_no_modalities(modality: str) -> None:
     """They count beside a class that says the same."""
     for sop_class in (CR, DX):
-        np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GREY)
+        np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
     for other in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
         assert "modality" in refusal(bare_class(modality, other))
 

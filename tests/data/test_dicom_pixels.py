@@ -49,8 +49,8 @@ def words(values: np.ndarray, bits: int, high_bit: int, allocated: int, noise: i
 
 
 def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    grey = decode(io.BytesIO(data))
-    return grey, radiograph.read_details(io.BytesIO(data), 8).notes
+    gray = decode(io.BytesIO(data))
+    return gray, radiograph.read_details(io.BytesIO(data), 8).notes
 
 
 def refusal(data: bytes) -> str:
@@ -87,9 +87,9 @@ def test_values_wherever_they_lie_in_words(
         stored = stored.astype(">u2")
     labels: dict[str, Any] = {"BitsStored": bits, "HighBit": high_bit, "PixelRepresentation": int(signed)}
     labels["PhotometricInterpretation"] = photometric
-    grey, notes = read(dicom(stored, bits=allocated, syntax=syntax, **labels))
+    gray, notes = read(dicom(stored, bits=allocated, syntax=syntax, **labels))
     wanted = values if bits == 8 and not signed else stretched(values)
-    np.testing.assert_array_equal(grey, 255 - wanted if photometric == "MONOCHROME1" else wanted)
+    np.testing.assert_array_equal(gray, 255 - wanted if photometric == "MONOCHROME1" else wanted)
     assert notes == ()
 
 
@@ -108,8 +108,8 @@ def test_bits_around_the_values_mean_nothing(bits: int, high_bit: int, signed: b
 def test_a_high_bit_that_cannot_be_is_ignored(high_bit: int) -> None:
     """Below the bits stored, above those allocated, or where the words show that it is not."""
     values = drawn(1, 4095)
-    grey, notes = read(dicom(values.astype(np.uint16), bits=12, HighBit=high_bit))
-    np.testing.assert_array_equal(grey, stretched(values))
+    gray, notes = read(dicom(values.astype(np.uint16), bits=12, HighBit=high_bit))
+    np.testing.assert_array_equal(gray, stretched(values))
     assert notes == ("HighBit unusable and ignored",)
 
 
@@ -180,11 +180,11 @@ def test_a_codestream_s_precision_counts_not_the_header_s() -> None:
 @pytest.mark.parametrize("name", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "CMYK", "HSV", "ARGB"])
 @pytest.mark.parametrize("syntax", [EXPLICIT, RLE, J2K_LOSSLESS])
 @pytest.mark.parametrize("bits", [8, 12])
-def test_one_sample_is_grey_whatever_it_is_called(bits: int, syntax: str, name: str) -> None:
+def test_one_sample_is_gray_whatever_it_is_called(bits: int, syntax: str, name: str) -> None:
     values = drawn(0, (1 << bits) - 1)
     stored = values.astype(np.uint8 if bits == 8 else np.uint16)
-    grey, notes = read(dicom(stored, bits=bits, syntax=syntax, PhotometricInterpretation=name))
-    np.testing.assert_array_equal(grey, values if bits == 8 else stretched(values))
+    gray, notes = read(dicom(stored, bits=bits, syntax=syntax, PhotometricInterpretation=name))
+    np.testing.assert_array_equal(gray, values if bits == 8 else stretched(values))
     assert notes == ("PhotometricInterpretation unusable and ignored",)
 
 
@@ -195,7 +195,7 @@ def test_a_square_of_one_sample_is_no_row_of_colors() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "MONOCHROME", "MONOCHROME3"])
-def test_a_grey_of_unknown_direction_is_refused(name: str) -> None:
+def test_a_gray_of_unknown_direction_is_refused(name: str) -> None:
     assert "PhotometricInterpretation" in refusal(dicom(drawn(0, 255).astype(np.uint8), PhotometricInterpretation=name))
 
 
@@ -232,8 +232,8 @@ def test_planes_of_plain_colors(planar: int | None, notes: int) -> None:
     colors = colored()
     stored = np.moveaxis(colors, 2, 0) if planar == 1 else colors
     data = dicom(colors, PixelData=stored.tobytes(), PlanarConfiguration=planar)
-    grey, said = read(data)
-    np.testing.assert_allclose(grey, colors @ LUMA, atol=0.51)
+    gray, said = read(data)
+    np.testing.assert_allclose(gray, colors @ LUMA, atol=0.51)
     assert said == ("PlanarConfiguration unusable and ignored",) * notes
 
 
@@ -257,12 +257,12 @@ def labels_of_colors(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["YBR_FULL", "YBR_FULL_422"])
 def test_colors_that_jpeg_2000_leaves_as_they_are(name: str) -> None:
-    """A grey picture shows which they are; a colored one does not, and is refused."""
-    grey = drawn(0, 255).astype(np.uint8)
-    alike, neutral = np.dstack([grey] * 3), np.dstack([grey, *[np.full_like(grey, 128)] * 2])
+    """A gray picture shows which they are; a colored one does not, and is refused."""
+    gray = drawn(0, 255).astype(np.uint8)
+    alike, neutral = np.dstack([gray] * 3), np.dstack([gray, *[np.full_like(gray, 128)] * 2])
     for colors, num_notes in ((alike, 1), (neutral, 0)):
         shown, notes = read(encapsulated(jpeg_2000(colors, transformed=False), J2K_LOSSLESS, **labels_of_colors(name)))
-        np.testing.assert_array_equal(shown, grey)
+        np.testing.assert_array_equal(shown, gray)
         assert notes == ("PhotometricInterpretation unusable and ignored",) * num_notes
     neither = encapsulated(jpeg_2000(colored(), transformed=False), J2K_LOSSLESS, **labels_of_colors(name))
     assert "PhotometricInterpretation" in refusal(neither)
@@ -270,14 +270,14 @@ def test_colors_that_jpeg_2000_leaves_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_halved_chroma_by_label_and_by_length(whole: bool) -> None:
-    """A grey picture whose label says that two pixels share their colors; where there is a color for each, they do not."""
-    grey = drawn(0, 255).astype(np.uint8)
+    """A gray picture whose label says that two pixels share their colors; where there is a color for each, they do not."""
+    gray = drawn(0, 255).astype(np.uint8)
     pairs = np.full((*SHAPE, 2), 128, np.uint8)
-    pairs[..., 0] = grey
-    pixels = np.dstack([grey, np.full_like(grey, 128), np.full_like(grey, 128)])
-    halved = np.stack([grey[:, ::2], grey[:, 1::2], *[np.full((40, 25), 128, np.uint8)] * 2], axis=2)
+    pairs[..., 0] = gray
+    pixels = np.dstack([gray, np.full_like(gray, 128), np.full_like(gray, 128)])
+    halved = np.stack([gray[:, ::2], gray[:, 1::2], *[np.full((40, 25), 128, np.uint8)] * 2], axis=2)
     data = dicom(pixels, PhotometricInterpretation="YBR_FULL_422", PixelData=(pixels if whole else halved).tobytes())
-    np.testing.assert_array_equal(read(data)[0], grey)
+    np.testing.assert_array_equal(read(data)[0], gray)
 
 
 # ---- the table of offsets
@@ -319,12 +319,12 @@ def test_a_table_of_two_frames_that_are_there_is_believed() -> None:
 
 
 def padded(bits: int, signed: bool, pattern: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words (H, W) uint16 of an image with the pattern on its last lines, and the grey wanted."""
+    """Words (H, W) uint16 of an image with the pattern on its last lines, and the gray wanted."""
     values = drawn(100, 900) - (500 if signed else 0)
     stored = words(values, bits, bits - 1, 16)
     stored[35:] = pattern
-    grey = stretched(values[:35])
-    return stored, np.vstack([grey, np.zeros((5, SHAPE[1]))])
+    gray = stretched(values[:35])
+    return stored, np.vstack([gray, np.zeros((5, SHAPE[1]))])
 
 
 SIGNS = [
@@ -374,8 +374,8 @@ def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> Non
     values = drawn(*domain(12, signed))
     values[3] = -1 if signed else 4095
     stored = words(values, 12, 11, 16)
-    grey, _ = read(dicom(stored, bits=12, PixelRepresentation=int(signed), PixelPaddingValue=pattern))
-    np.testing.assert_array_equal(grey, stretched(values))
+    gray, _ = read(dicom(stored, bits=12, PixelRepresentation=int(signed), PixelPaddingValue=pattern))
+    np.testing.assert_array_equal(gray, stretched(values))
 
 
 @pytest.mark.parametrize(
@@ -384,15 +384,15 @@ def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> Non
 def test_padding_of_no_use(value: int | bytes, limit: bytes | None, note: str) -> None:
     values = drawn(0, 4095)
     labels = {"PixelPaddingValue": value} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
-    grey, notes = read(dicom(values.astype(np.uint16), bits=12, **labels))
+    gray, notes = read(dicom(values.astype(np.uint16), bits=12, **labels))
     seen = values[values > 0] if value == 0 else values
     wanted = np.rint(np.clip(values - seen.min(), 0, None) * (255 / (4095 - seen.min())))
-    np.testing.assert_array_equal(grey, wanted)
+    np.testing.assert_array_equal(gray, wanted)
     assert notes == (f"{note} unusable and ignored",)
 
 
 def test_a_picture_is_not_all_padding() -> None:
     values = drawn(0, 4095)
-    grey, notes = read(dicom(values.astype(np.uint16), bits=12, PixelPaddingValue=0, PixelPaddingRangeLimit=4095))
-    np.testing.assert_array_equal(grey, stretched(values))
+    gray, notes = read(dicom(values.astype(np.uint16), bits=12, PixelPaddingValue=0, PixelPaddingRangeLimit=4095))
+    np.testing.assert_array_equal(gray, stretched(values))
     assert notes == ("PixelPaddingValue unusable and ignored",)

@@ -1,4 +1,4 @@
-"""dicom_transform.py: tables, lines and windows from stored values to grey, by NumPy; and what is of no use."""
+"""dicom_transform.py: tables, lines and windows from stored values to gray, by NumPy; and what is of no use."""
 
 import io
 from typing import Any
@@ -17,8 +17,8 @@ VALUES.flat[:2] = 300, 3499
 
 
 def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
-    grey = decode(io.BytesIO(data))
-    return grey, radiograph.read_details(io.BytesIO(data), 8).notes
+    gray = decode(io.BytesIO(data))
+    return gray, radiograph.read_details(io.BytesIO(data), 8).notes
 
 
 def drawn(syntax: str = EXPLICIT, values: np.ndarray = VALUES, bits: int = 12, **labels: Any) -> bytes:
@@ -49,7 +49,7 @@ def curve(bits: int, num_entries: int = 4096) -> np.ndarray:
 
 
 def as_white(mapped: np.ndarray, white: float) -> np.ndarray:
-    """The grey of what a VOI LUT gives; `white`: its largest entry."""
+    """The gray of what a VOI LUT gives; `white`: its largest entry."""
     return np.rint(mapped.astype(float) * (255 / white))
 
 
@@ -62,9 +62,9 @@ def test_a_table_of_any_entries(keyword: str, bits: int, container: str, vr: str
     order = ">" if syntax == BIG_ENDIAN else "<"
     tables = {keyword: table(entries.astype(container), 0, bits, vr=vr, order=order)}
     mapped = entries[VALUES].astype(float)
-    grey, notes = read(drawn(syntax, **tables))
+    gray, notes = read(drawn(syntax, **tables))
     wanted = stretched(mapped) if keyword == "ModalityLUTSequence" else np.rint(mapped * 255 / entries.max())
-    np.testing.assert_array_equal(grey, wanted)
+    np.testing.assert_array_equal(gray, wanted)
     assert notes == ()
 
 
@@ -106,8 +106,8 @@ def test_a_modality_table_s_values_are_what_a_voi_table_looks_up() -> None:
     """They are unsigned even of signed pixels."""
     modality, voi = curve(16), curve(10, 0x10000)
     tables = {"ModalityLUTSequence": table(modality, -1024, 16), "VOILUTSequence": table(voi, 0, 10)}
-    grey, _ = read(drawn(values=VALUES - 1024, bits=16, **tables))
-    np.testing.assert_array_equal(grey, as_white(voi[modality[VALUES]], 1023))
+    gray, _ = read(drawn(values=VALUES - 1024, bits=16, **tables))
+    np.testing.assert_array_equal(gray, as_white(voi[modality[VALUES]], 1023))
 
 
 BROKEN = {
@@ -126,16 +126,16 @@ BROKEN = {
 def test_a_table_of_no_use_is_ignored(keyword: str, name: str) -> None:
     """What comes after it counts: rescale, window."""
     labels = {"RescaleSlope": "2", "RescaleIntercept": "10", "WindowCenter": "4000", "WindowWidth": "6000"}
-    grey, notes = read(drawn(**labels, **{keyword: BROKEN[name]}))
-    np.testing.assert_array_equal(grey, windowed(2 * VALUES + 10, 4000, 6000))
+    gray, notes = read(drawn(**labels, **{keyword: BROKEN[name]}))
+    np.testing.assert_array_equal(gray, windowed(2 * VALUES + 10, 4000, 6000))
     assert notes == ignored(keyword)
 
 
 def test_the_first_table_that_can_be_used() -> None:
     entries = curve(12)
     tables = Sequence([*BROKEN["flat"], *table(entries, 0, 12), *table(entries[::-1].copy(), 0, 12)])
-    grey, notes = read(drawn(VOILUTSequence=tables))
-    np.testing.assert_array_equal(grey, as_white(entries[VALUES], 4095))
+    gray, notes = read(drawn(VOILUTSequence=tables))
+    np.testing.assert_array_equal(gray, as_white(entries[VALUES], 4095))
     assert notes == ()
 
 
@@ -148,37 +148,37 @@ NO_NUMBERS = ["nan", "inf", "-inf", "AUTO", "", "1e999", "1_0", "0x10", "1,024",
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
 def test_a_rescale_of_no_use_is_ignored(syntax: str, word: str) -> None:
     window = {"WindowCenter": "2000", "WindowWidth": "3000"}
-    grey, notes = read(drawn(syntax, RescaleSlope=word.encode(), RescaleIntercept="5", **window))
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(drawn(syntax, RescaleSlope=word.encode(), RescaleIntercept="5", **window))
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert "RescaleSlope unusable and ignored" in notes
     if word in NO_NUMBERS:
-        grey, notes = read(drawn(syntax, RescaleSlope="3", RescaleIntercept=word.encode(), **window))
-        np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+        gray, notes = read(drawn(syntax, RescaleSlope="3", RescaleIntercept=word.encode(), **window))
+        np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
         assert notes == ignored("RescaleIntercept")
 
 
 @pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept"])
 def test_half_a_rescale_is_ignored(keyword: str) -> None:
-    grey, notes = read(drawn(**{keyword: "3"}, WindowCenter="2000", WindowWidth="3000"))
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(drawn(**{keyword: "3"}, WindowCenter="2000", WindowWidth="3000"))
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes == ignored(keyword)
 
 
 @pytest.mark.parametrize("word", NO_NUMBERS)
 def test_a_window_of_no_use_is_ignored(word: str) -> None:
     for keyword, other in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
-        grey, notes = read(drawn(**{keyword: word.encode(), other: "2000"}))
-        np.testing.assert_array_equal(grey, stretched(VALUES))
+        gray, notes = read(drawn(**{keyword: word.encode(), other: "2000"}))
+        np.testing.assert_array_equal(gray, stretched(VALUES))
         assert notes == ignored(keyword)
-        grey, notes = read(drawn(**{keyword: word.encode()}))
-        np.testing.assert_array_equal(grey, stretched(VALUES))
+        gray, notes = read(drawn(**{keyword: word.encode()}))
+        np.testing.assert_array_equal(gray, stretched(VALUES))
         assert notes == ignored(keyword)
 
 
 @pytest.mark.parametrize("width", ["0", "-100", "0,0"])
 def test_a_window_of_no_width_is_ignored(width: str) -> None:
-    grey, notes = read(drawn(WindowCenter="2000", WindowWidth=width.encode()))
-    np.testing.assert_array_equal(grey, stretched(VALUES))
+    gray, notes = read(drawn(WindowCenter="2000", WindowWidth=width.encode()))
+    np.testing.assert_array_equal(gray, stretched(VALUES))
     assert "WindowWidth unusable and ignored" in notes
 
 
@@ -186,14 +186,14 @@ def test_a_window_of_no_width_is_ignored(width: str) -> None:
     ("center", "width"), [("\\2000", "\\3000"), ("AUTO\\2000\\9", "4\\3000\\9"), ("9\\2000", "0\\3000")]
 )
 def test_the_first_window_that_can_be_used(center: str, width: str) -> None:
-    grey, notes = read(drawn(WindowCenter=center.encode(), WindowWidth=width.encode()))
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(drawn(WindowCenter=center.encode(), WindowWidth=width.encode()))
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes
 
 
 def test_later_windows_are_not_looked_at() -> None:
-    grey, notes = read(drawn(WindowCenter=b"2000\\AUTO", WindowWidth=b"3000\\"))
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(drawn(WindowCenter=b"2000\\AUTO", WindowWidth=b"3000\\"))
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes == ()
 
 
@@ -201,15 +201,15 @@ def test_later_windows_are_not_looked_at() -> None:
 def test_a_decimal_comma_is_read_and_noted(syntax: str) -> None:
     """As 2000.5, never as 20005; 1,024 is read neither way."""
     labels = {"WindowCenter": b"2000,5", "WindowWidth": b"3000,0", "RescaleSlope": b"0,125", "RescaleIntercept": b"1,5"}
-    grey, notes = read(drawn(syntax, **labels))
-    np.testing.assert_array_equal(grey, windowed(VALUES * 0.125 + 1.5, 2000.5, 3000))
+    gray, notes = read(drawn(syntax, **labels))
+    np.testing.assert_array_equal(gray, windowed(VALUES * 0.125 + 1.5, 2000.5, 3000))
     assert set(notes) == {f"{keyword} has a decimal comma" for keyword in labels}
 
 
 @pytest.mark.parametrize(("word", "number"), [("+2.0E3", 2000), (" 2000 ", 2000), ("2000.", 2000), ("2000\0", 2000)])
 def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
-    grey, notes = read(drawn(WindowCenter=word.encode(), WindowWidth="3000"))
-    np.testing.assert_array_equal(grey, windowed(VALUES, number, 3000))
+    gray, notes = read(drawn(WindowCenter=word.encode(), WindowWidth="3000"))
+    np.testing.assert_array_equal(gray, windowed(VALUES, number, 3000))
     assert notes == ()
 
 
@@ -226,13 +226,13 @@ def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
 )
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_functions_however_they_are_spelt(function: str, notes: tuple[str, ...]) -> None:
-    grey, said = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
+    gray, said = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
     wanted = windowed(VALUES, 2000, 3000)
     if function == "linear_exact":
         wanted = np.clip(np.rint((VALUES - 500) * (255 / 3000)), 0, 255)
     if function == "Sigmoid":
         wanted = np.rint(255 / (1 + np.exp(-4 * (VALUES - 2000) / 3000)))
-    np.testing.assert_array_equal(grey, wanted)
+    np.testing.assert_array_equal(gray, wanted)
     assert said == notes
 
 
@@ -251,8 +251,8 @@ def groups(name: str, **macros: Sequence) -> dict[str, Sequence]:
 def test_one_frame_s_functional_groups_are_applied(name: str, frames: str | None) -> None:
     labels = {} if frames is None else {"NumberOfFrames": frames}
     window, rescale = sequence(**WINDOW), sequence(**RESCALE)
-    grey, notes = read(drawn(**labels, **groups(name, FrameVOILUTSequence=window)))
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(drawn(**labels, **groups(name, FrameVOILUTSequence=window)))
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     both = groups(name, FrameVOILUTSequence=window, PixelValueTransformationSequence=rescale)
     np.testing.assert_array_equal(read(drawn(**labels, **both))[0], windowed(2 * VALUES - 500, 2000, 3000))
     assert notes == ()
@@ -268,16 +268,16 @@ def test_the_frame_s_own_window_before_the_shared_and_the_data_set_s_before_both
 
 def test_a_window_of_no_use_gives_way_to_the_frame_s() -> None:
     data = drawn(WindowCenter=b"AUTO", WindowWidth=b"AUTO", **groups("Shared", FrameVOILUTSequence=sequence(**WINDOW)))
-    grey, notes = read(data)
-    np.testing.assert_array_equal(grey, windowed(VALUES, 2000, 3000))
+    gray, notes = read(data)
+    np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes == ignored("WindowCenter", "WindowWidth")
 
 
 @pytest.mark.parametrize("broken", [Sequence([]), Sequence([Dataset()])])
 def test_groups_without_a_window_change_nothing(broken: Sequence) -> None:
     data = drawn(SharedFunctionalGroupsSequence=broken, PerFrameFunctionalGroupsSequence=broken)
-    grey, notes = read(data)
-    np.testing.assert_array_equal(grey, stretched(VALUES))
+    gray, notes = read(data)
+    np.testing.assert_array_equal(gray, stretched(VALUES))
     assert notes == ()
 
 
@@ -312,7 +312,7 @@ def test_the_shape_of_the_presentation_counts(
     photometric: str, shape: str | None, inverted: bool, notes: tuple[str, ...], window: dict[str, str]
 ) -> None:
     labels = {} if shape is None else {"PresentationLUTShape": shape.encode()}
-    grey, said = read(drawn(PhotometricInterpretation=photometric, **labels, **window))
+    gray, said = read(drawn(PhotometricInterpretation=photometric, **labels, **window))
     wanted = windowed(VALUES, 2000, 3000) if window else stretched(VALUES)
-    np.testing.assert_array_equal(grey, 255 - wanted if inverted else wanted)
+    np.testing.assert_array_equal(gray, 255 - wanted if inverted else wanted)
     assert said == notes

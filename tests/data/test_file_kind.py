@@ -19,13 +19,13 @@ from PIL import Image, features
 
 from mura_dist.data.radiograph import UnreadableFileError, decode, read_identity
 
-GREY = np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8)
+GRAY = np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8)
 FALSE_REASONS = ("damaged, cut short", "does not begin as any image format", "DICOM modality")
 
 
 def by_pillow(kind: str, mode: str = "L") -> bytes:
     data = io.BytesIO()
-    Image.fromarray(GREY).convert(mode).save(data, kind)
+    Image.fromarray(GRAY).convert(mode).save(data, kind)
     return data.getvalue()
 
 
@@ -46,7 +46,7 @@ def tarred() -> bytes:
 
 def by_numpy(save: Callable[..., None]) -> bytes:
     data = io.BytesIO()
-    save(data, GREY)
+    save(data, GRAY)
     return data.getvalue()
 
 
@@ -126,7 +126,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "npz": (lambda: by_numpy(np.savez), "out_of_scope", "NumPy arrays" + EXPORT),
     "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(99), "out_of_scope", "an HDF5 file" + EXPORT),
     "torch": (lambda: zipped("model/data.pkl"), "out_of_scope", "a PyTorch file" + EXPORT),
-    "pickle": (lambda: pickle.dumps(GREY), "out_of_scope", "a Python pickle" + EXPORT),
+    "pickle": (lambda: pickle.dumps(GRAY), "out_of_scope", "a Python pickle" + EXPORT),
     "sqlite": (database, "out_of_scope", "a Parquet table or an SQLite database" + EXPORT),
     "zip": (lambda: zipped("study1/image1.png"), "not_image", "a ZIP archive; unpack it first"),
     "empty zip": (zipped, "not_image", "a ZIP archive; unpack it first"),

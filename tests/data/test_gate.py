@@ -178,7 +178,7 @@ def test_a_strip_between_borders_gets_a_verdict(bones: list[np.ndarray], widths:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A palace, and a flower: in grey, many of such photographs with a soft dark ground pass (docs/gate.md)."""
+    """A palace, and a flower: in gray, many of such photographs with a soft dark ground pass (docs/gate.md)."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     folder = tmp_path_factory.mktemp("photographs")
     for name, image in zip(("palace", "flower"), images, strict=True):
@@ -188,12 +188,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], size: int) -> None:
-    """By its colours; in grey both of these pass, as two thirds do (docs/gate.md)."""
+    """By its colors; in gray both of these pass, as two thirds do (docs/gate.md)."""
     for path in photographs.values():
-        image, colours, *_ = radiograph.read_details(path, size)
+        image, colors, *_ = radiograph.read_details(path, size)
         found = {
-            gate.classify(turned(each, turn), turned(their_colours, turn))
-            for each, their_colours in ((image, colours), (255 - image, 255 - colours))
+            gate.classify(turned(each, turn), turned(their_colors, turn))
+            for each, their_colors in ((image, colors), (255 - image, 255 - colors))
             for turn in TURNS
         }
         assert found == {"not_a_radiograph"}
@@ -267,7 +267,7 @@ def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
         np.testing.assert_allclose(gate.compute_scores(found), gate.compute_scores(wanted), atol=0.2)
 
 
-def test_a_photograph_in_colour_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_photograph_in_color_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
     for name, path in photographs.items():
         Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
         for each in (path, tmp_path / f"{name}.jpg"):
@@ -277,7 +277,7 @@ def test_a_photograph_in_colour_is_refused(photographs: dict[str, Path], tmp_pat
 
 
 TINTS = {
-    "grey": lambda x: [x, x, x],
+    "gray": lambda x: [x, x, x],
     "blue film": lambda x: [0.75 * x, 0.9 * x, x],
     "sepia": lambda x: [x, 0.85 * x, 0.6 * x],
     "screen": lambda x: [x**1.3, x, x**0.8],
@@ -287,13 +287,13 @@ TINTS = {
 @pytest.mark.parametrize("tint", TINTS)
 @pytest.mark.parametrize("loud", [0.0, 0.03, 0.08])
 def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str, loud: float) -> None:
-    """JPEG; `loud`: the share of the picture that is pure red. Coarse JPEG smears that into a tint's colour: not both at once."""
+    """JPEG; `loud`: the share of the picture that is pure red. Coarse JPEG smears that into a tint's color: not both at once."""
     for path in sorted(phantoms.rglob("*.png"))[:12]:
-        grey = radiograph.decode(path).astype(np.float64) / 255
-        pixels = np.rint(255 * np.stack(TINTS[tint](grey), -1)).astype(np.uint8)
-        side = round((loud * grey.size) ** 0.5)
+        gray = radiograph.decode(path).astype(np.float64) / 255
+        pixels = np.rint(255 * np.stack(TINTS[tint](gray), -1)).astype(np.uint8)
+        side = round((loud * gray.size) ** 0.5)
         pixels[5 : 5 + side, 5 : 5 + side] = (255, 0, 0)
-        for quality in (60, 95) if tint == "grey" or not loud else (95,):
+        for quality in (60, 95) if tint == "gray" or not loud else (95,):
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "JPEG", quality=quality)
             found = radiograph.read_details(data, 64)
@@ -303,13 +303,13 @@ def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17])
-def test_any_sample_of_colours_gets_an_answer(size: int) -> None:
+def test_any_sample_of_colors_gets_an_answer(size: int) -> None:
     random = np.random.default_rng(size)
-    for colours in (
+    for colors in (
         random.integers(0, 256, (size, size, 3), dtype=np.uint8),
         np.full((size, size, 3), (9, 200, 3), np.uint8),
     ):
-        assert gate.is_colored(colours) in (True, False)
+        assert gate.is_colored(colors) in (True, False)
 
 
 def test_predicts_column_is_the_verdict(

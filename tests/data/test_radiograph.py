@@ -56,12 +56,12 @@ def drawn() -> np.ndarray:
     """(60, 45) uint8, every value from 0 to 255: a bone on a gradient, with noise."""
     y, x = np.mgrid[:60, :45]
     bone = 120 * np.exp(-(((x - 20 - y / 10) / 6) ** 2))
-    grey = np.clip(y + bone + np.random.default_rng(0).normal(0, 6, y.shape), 0, 255).astype(np.uint8)
-    grey.flat[:256] = np.arange(256)
-    return grey
+    gray = np.clip(y + bone + np.random.default_rng(0).normal(0, 6, y.shape), 0, 255).astype(np.uint8)
+    gray.flat[:256] = np.arange(256)
+    return gray
 
 
-GREY = drawn()
+GRAY = drawn()
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -77,13 +77,13 @@ def refusal(data: bytes) -> UnreadableFileError:
 
 
 def outcome(data: bytes) -> str:
-    """ "read", or the code; anything but a grey square or UnreadableFileError fails the test."""
+    """ "read", or the code; anything but a gray square or UnreadableFileError fails the test."""
     try:
-        grey = read(io.BytesIO(data), 24)
+        gray = read(io.BytesIO(data), 24)
     except UnreadableFileError as refused:
         return refused.code
-    assert grey.shape == (24, 24)
-    assert grey.dtype == np.uint8
+    assert gray.shape == (24, 24)
+    assert gray.dtype == np.uint8
     return "read"
 
 
@@ -91,14 +91,14 @@ def outcome(data: bytes) -> str:
 
 
 def palette_png() -> bytes:
-    """Indices that are not the values: only the palette's colours tell."""
-    image = Image.fromarray(255 - GREY, "P")
+    """Indices that are not the values: only the palette's colors tell."""
+    image = Image.fromarray(255 - GRAY, "P")
     image.putpalette([level for index in range(256) for level in (255 - index,) * 3])
     return saved(image, "PNG")
 
 
 def animated_png() -> bytes:
-    return saved(Image.fromarray(GREY), "PNG", save_all=True, append_images=[Image.fromarray(255 - GREY)])
+    return saved(Image.fromarray(GRAY), "PNG", save_all=True, append_images=[Image.fromarray(255 - GRAY)])
 
 
 def white_is_zero(kind: str, values: np.ndarray) -> bytes:
@@ -108,69 +108,69 @@ def white_is_zero(kind: str, values: np.ndarray) -> bytes:
     return bytes(data)
 
 
-GREY_IMAGE = Image.fromarray(GREY)
-DEEP = GREY.astype(np.uint16) * 100 + 1000  # minimum 1000, maximum 26500: a step is exactly 100
+GRAY_IMAGE = Image.fromarray(GRAY)
+DEEP = GRAY.astype(np.uint16) * 100 + 1000  # minimum 1000, maximum 26500: a step is exactly 100
 SAME: dict[str, Callable[[], bytes]] = {
-    "grey png": lambda: saved(GREY_IMAGE, "PNG"),
-    "rgb png": lambda: saved(GREY_IMAGE.convert("RGB"), "PNG"),
-    "grey alpha png": lambda: saved(GREY_IMAGE.convert("LA"), "PNG"),
-    "rgba png": lambda: saved(GREY_IMAGE.convert("RGBA"), "PNG"),
+    "gray png": lambda: saved(GRAY_IMAGE, "PNG"),
+    "rgb png": lambda: saved(GRAY_IMAGE.convert("RGB"), "PNG"),
+    "gray alpha png": lambda: saved(GRAY_IMAGE.convert("LA"), "PNG"),
+    "rgba png": lambda: saved(GRAY_IMAGE.convert("RGBA"), "PNG"),
     "palette png": palette_png,
     "animated png": animated_png,
-    "interlaced png": lambda: png(GREY[..., None], GREY_KIND, 8, interlaced=True),
-    "16-bit grey alpha png": lambda: png(np.dstack([DEEP, np.full_like(DEEP, 0xFFFF)]), GREY_ALPHA, 16),
+    "interlaced png": lambda: png(GRAY[..., None], GRAY_KIND, 8, interlaced=True),
+    "16-bit gray alpha png": lambda: png(np.dstack([DEEP, np.full_like(DEEP, 0xFFFF)]), GRAY_ALPHA, 16),
     "16-bit png": lambda: saved(Image.fromarray(DEEP), "PNG"),
-    "png and rubbish behind it": lambda: saved(GREY_IMAGE, "PNG") + b"rubbish" * 9,
-    "tiff": lambda: saved(GREY_IMAGE, "TIFF"),
-    "lzw tiff": lambda: saved(GREY_IMAGE, "TIFF", compression="tiff_lzw"),
+    "png and rubbish behind it": lambda: saved(GRAY_IMAGE, "PNG") + b"rubbish" * 9,
+    "tiff": lambda: saved(GRAY_IMAGE, "TIFF"),
+    "lzw tiff": lambda: saved(GRAY_IMAGE, "TIFF", compression="tiff_lzw"),
     "16-bit tiff": lambda: saved(Image.fromarray(DEEP), "TIFF"),
     "big-endian 16-bit tiff": lambda: saved(Image.fromarray(DEEP.astype(">u2")), "TIFF"),
     "32-bit tiff": lambda: saved(Image.fromarray(DEEP.astype(np.int32) - 9000), "TIFF"),
     "float tiff": lambda: saved(Image.fromarray(DEEP.astype(np.float32)), "TIFF"),
-    "white-is-zero tiff": lambda: white_is_zero("TIFF", 255 - GREY),
+    "white-is-zero tiff": lambda: white_is_zero("TIFF", 255 - GRAY),
     "white-is-zero 16-bit tiff": lambda: white_is_zero("TIFF", 27500 - DEEP),
-    "jpeg 2000": lambda: saved(GREY_IMAGE, "JPEG2000"),
-    "jpeg 2000 codestream": lambda: saved(GREY_IMAGE, "JPEG2000", no_jp2=True),
-    "dicom": lambda: dicom(GREY),
-    "implicit dicom": lambda: dicom(GREY, syntax=IMPLICIT),
-    "bare dicom": lambda: dicom(GREY)[132:],
-    "bare implicit dicom without meta": lambda: without_meta(dicom(GREY, syntax=IMPLICIT)),
-    "rle dicom": lambda: dicom(GREY, syntax=RLE),
-    "jpeg 2000 dicom": lambda: dicom(GREY, syntax=J2K_LOSSLESS),
-    "lossless jpeg dicom": lambda: encapsulated(jpeg_lossless(GREY, 8), JPEG_LOSSLESS_SV1),
+    "jpeg 2000": lambda: saved(GRAY_IMAGE, "JPEG2000"),
+    "jpeg 2000 codestream": lambda: saved(GRAY_IMAGE, "JPEG2000", no_jp2=True),
+    "dicom": lambda: dicom(GRAY),
+    "implicit dicom": lambda: dicom(GRAY, syntax=IMPLICIT),
+    "bare dicom": lambda: dicom(GRAY)[132:],
+    "bare implicit dicom without meta": lambda: without_meta(dicom(GRAY, syntax=IMPLICIT)),
+    "rle dicom": lambda: dicom(GRAY, syntax=RLE),
+    "jpeg 2000 dicom": lambda: dicom(GRAY, syntax=J2K_LOSSLESS),
+    "lossless jpeg dicom": lambda: encapsulated(jpeg_lossless(GRAY, 8), JPEG_LOSSLESS_SV1),
     "big-endian dicom": lambda: dicom(
         DEEP.astype(">u2"), bits=16, syntax=BIG_ENDIAN
     ),  # retired; archives still hold it
-    "rgb dicom": lambda: dicom(np.dstack([GREY] * 3)),
-    "jpeg 2000 rgb dicom": lambda: dicom(np.dstack([GREY] * 3), syntax=J2K_LOSSLESS),
+    "rgb dicom": lambda: dicom(np.dstack([GRAY] * 3)),
+    "jpeg 2000 rgb dicom": lambda: dicom(np.dstack([GRAY] * 3), syntax=J2K_LOSSLESS),
     "16-bit rgb dicom": lambda: dicom(np.dstack([DEEP] * 3), bits=16),
     "16-bit dicom": lambda: dicom(DEEP, bits=16, Modality="DX", SOPClassUID=CR),
     "signed dicom": lambda: dicom(DEEP.astype(np.int16) - 9000, bits=16, Modality="CR"),
-    "monochrome1 dicom": lambda: dicom(255 - GREY, PhotometricInterpretation="MONOCHROME1"),
+    "monochrome1 dicom": lambda: dicom(255 - GRAY, PhotometricInterpretation="MONOCHROME1"),
     "falling rescale": lambda: dicom(27500 - DEEP, bits=16, RescaleSlope="-2", RescaleIntercept="7"),
-    "identity rescale": lambda: dicom(GREY, RescaleSlope="1", RescaleIntercept="0"),
-    "exact window": lambda: dicom(GREY, WindowCenter="127.5", WindowWidth="255", VOILUTFunction="LINEAR_EXACT"),
-    "first of two windows": lambda: dicom(GREY, WindowCenter=["128", "9"], WindowWidth=["256", "9"]),
+    "identity rescale": lambda: dicom(GRAY, RescaleSlope="1", RescaleIntercept="0"),
+    "exact window": lambda: dicom(GRAY, WindowCenter="127.5", WindowWidth="255", VOILUTFunction="LINEAR_EXACT"),
+    "first of two windows": lambda: dicom(GRAY, WindowCenter=["128", "9"], WindowWidth=["256", "9"]),
     "window of no width": lambda: dicom(DEEP, bits=16, WindowCenter="128", WindowWidth="0"),
-    "no modality": lambda: dicom(GREY, Modality=None),
+    "no modality": lambda: dicom(GRAY, Modality=None),
 }
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_the_same_radiograph_however_it_is_kept(name: str) -> None:
-    np.testing.assert_array_equal(decode(io.BytesIO(SAME[name]())), GREY)
+    np.testing.assert_array_equal(decode(io.BytesIO(SAME[name]())), GRAY)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_jpeg_differs_by_its_own_loss_only(mode: str, options: dict[str, Any]) -> None:
-    smooth = Image.fromarray(GREY[10:]).convert(mode)
-    grey = decode(io.BytesIO(saved(smooth, "JPEG", quality=98, **options)))
-    assert np.abs(grey.astype(int) - GREY[10:]).max() <= 6
+    smooth = Image.fromarray(GRAY[10:]).convert(mode)
+    gray = decode(io.BytesIO(saved(smooth, "JPEG", quality=98, **options)))
+    assert np.abs(gray.astype(int) - GRAY[10:]).max() <= 6
 
 
 def test_jpeg_in_dicom() -> None:
-    frame = saved(GREY_IMAGE, "JPEG")
+    frame = saved(GRAY_IMAGE, "JPEG")
     difference = decode(io.BytesIO(encapsulated(frame, JPEG))).astype(int) - decode(io.BytesIO(frame))
     assert np.abs(difference).max() <= 2, "another decoder's rounding"
 
@@ -186,10 +186,10 @@ ADAM7 = [
     (0, 1, 2, 2),
     (1, 0, 2, 1),
 ]  # y, x, steps
-GREY_KIND, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
-PNG_KINDS = [(GREY_KIND, 1), (GREY_KIND, 2), (GREY_KIND, 4), (GREY_KIND, 8), (GREY_KIND, 16), (COLOUR, 8), (COLOUR, 16)]
-PNG_KINDS += [(PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8), (GREY_ALPHA, 8), (GREY_ALPHA, 16)]
-PNG_KINDS += [(COLOUR_ALPHA, 8), (COLOUR_ALPHA, 16)]  # all that there are
+GRAY_KIND, COLOR, PALETTE, GRAY_ALPHA, COLOR_ALPHA = 0, 2, 3, 4, 6
+PNG_KINDS = [(GRAY_KIND, 1), (GRAY_KIND, 2), (GRAY_KIND, 4), (GRAY_KIND, 8), (GRAY_KIND, 16), (COLOR, 8), (COLOR, 16)]
+PNG_KINDS += [(PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8), (GRAY_ALPHA, 8), (GRAY_ALPHA, 16)]
+PNG_KINDS += [(COLOR_ALPHA, 8), (COLOR_ALPHA, 16)]  # all that there are
 
 
 def png_lines(samples: np.ndarray, depth: int) -> bytes:
@@ -214,11 +214,11 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[bytes, np.ndarray]:
-    """(the file, the grey that its samples mean): random samples; random alpha and random palette where there is one."""
+    """(the file, the gray that its samples mean): random samples; random alpha and random palette where there is one."""
     rng, top = np.random.default_rng(seed), (1 << depth) - 1
-    channels = {GREY_KIND: 1, COLOUR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOUR_ALPHA: 4}[kind]
+    channels = {GRAY_KIND: 1, COLOR: 3, PALETTE: 1, GRAY_ALPHA: 2, COLOR_ALPHA: 4}[kind]
     samples = rng.integers(0, top + 1, (13, 19, channels))
-    alpha = samples[..., -1] / top if kind in (GREY_ALPHA, COLOUR_ALPHA) else np.ones((13, 19))
+    alpha = samples[..., -1] / top if kind in (GRAY_ALPHA, COLOR_ALPHA) else np.ones((13, 19))
     luma = np.array([0.299, 0.587, 0.114])
     if kind == PALETTE:
         palette = rng.integers(0, 256, (top + 1, 3))
@@ -226,14 +226,14 @@ def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[b
             samples, kind, depth, interlaced=interlaced, extra=chunk(b"PLTE", palette.astype(np.uint8).tobytes())
         )
         return data, (palette @ luma)[samples[..., 0]]
-    if kind in (COLOUR, COLOUR_ALPHA):
-        grey = (samples[..., :3] >> (depth - 8)) @ luma
+    if kind in (COLOR, COLOR_ALPHA):
+        gray = (samples[..., :3] >> (depth - 8)) @ luma
     elif depth == 16:
         values = samples[..., 0]
-        grey = (values - values.min()) * 255 / (values.max() - values.min())
+        gray = (values - values.min()) * 255 / (values.max() - values.min())
     else:
-        grey = samples[..., 0] * 255 / top
-    return png(samples, kind, depth, interlaced=interlaced), grey * alpha
+        gray = samples[..., 0] * 255 / top
+    return png(samples, kind, depth, interlaced=interlaced), gray * alpha
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -241,7 +241,7 @@ def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[b
 def test_every_kind_of_png(kind: int, depth: int, interlaced: bool) -> None:
     data, wanted = png_of(kind, depth, interlaced=interlaced)
     np.testing.assert_allclose(
-        decode(io.BytesIO(data)), wanted, atol=1.51 if kind in (GREY_ALPHA, COLOUR_ALPHA) else 1.01
+        decode(io.BytesIO(data)), wanted, atol=1.51 if kind in (GRAY_ALPHA, COLOR_ALPHA) else 1.01
     )
 
 
@@ -250,9 +250,9 @@ def test_12_bits_in_16_with_alpha_keep_their_steps() -> None:
     samples = np.stack([np.arange(4096).reshape(64, 64), np.full((64, 64), 0xFFFF)], axis=2)
     wanted = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
     for interlaced in (False, True):
-        np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GREY_ALPHA, 16, interlaced=interlaced))), wanted)
+        np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GRAY_ALPHA, 16, interlaced=interlaced))), wanted)
     for place in range(16, 33):  # the header is read with other eyes; its checksum is still looked at
-        data = bytearray(png(samples, GREY_ALPHA, 16))
+        data = bytearray(png(samples, GRAY_ALPHA, 16))
         data[place] ^= 1
         assert refusal(bytes(data)).code == "unreadable"
 
@@ -260,22 +260,22 @@ def test_12_bits_in_16_with_alpha_keep_their_steps() -> None:
 # ---- lossy kinds, and what DICOM compresses with
 
 LOSSY: dict[str, Callable[[], bytes]] = {
-    "jpeg": lambda: saved(GREY_IMAGE, "JPEG"),
-    "progressive jpeg": lambda: saved(GREY_IMAGE, "JPEG", progressive=True),
-    "rgb jpeg": lambda: saved(GREY_IMAGE.convert("RGB"), "JPEG"),
-    "cmyk jpeg": lambda: saved(GREY_IMAGE.convert("CMYK"), "JPEG"),
-    "jpeg in dicom": lambda: encapsulated(saved(GREY_IMAGE, "JPEG"), JPEG),
+    "jpeg": lambda: saved(GRAY_IMAGE, "JPEG"),
+    "progressive jpeg": lambda: saved(GRAY_IMAGE, "JPEG", progressive=True),
+    "rgb jpeg": lambda: saved(GRAY_IMAGE.convert("RGB"), "JPEG"),
+    "cmyk jpeg": lambda: saved(GRAY_IMAGE.convert("CMYK"), "JPEG"),
+    "jpeg in dicom": lambda: encapsulated(saved(GRAY_IMAGE, "JPEG"), JPEG),
     "jpeg 2000 in dicom": lambda: encapsulated(
-        saved(GREY_IMAGE, "JPEG2000", no_jp2=True, irreversible=True, quality_layers=[4]), J2K
+        saved(GRAY_IMAGE, "JPEG2000", no_jp2=True, irreversible=True, quality_layers=[4]), J2K
     ),
 }
 
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_lossy_files_stay_close(name: str) -> None:
-    difference = np.abs(decode(io.BytesIO(LOSSY[name]())).astype(int) - GREY)
+    difference = np.abs(decode(io.BytesIO(LOSSY[name]())).astype(int) - GRAY)
     assert difference[10:].mean() < 4.5, (
-        "the noise is of 6 grey levels; the first rows, every value in turn, are no picture"
+        "the noise is of 6 gray levels; the first rows, every value in turn, are no picture"
     )
 
 
@@ -325,9 +325,9 @@ def test_jpeg_of_12_bits_in_dicom() -> None:
 def test_jpeg_ls_and_htj2k_give_a_picture(hostile: Path) -> None:
     """No encoder of theirs is installed: files made elsewhere must decode into something smooth, not into noise."""
     for name in ("JLSL_08_07_0_1F", "JLSL_16_15_1_1F", "HTJ2KLossless_08_RGB"):
-        grey = decode(hostile / f"dicom/{name}.dcm").astype(int)
-        assert np.ptp(grey) > 200
-        assert np.abs(np.diff(grey, axis=1)).mean() < 12
+        gray = decode(hostile / f"dicom/{name}.dcm").astype(int)
+        assert np.ptp(gray) > 200
+        assert np.abs(np.diff(gray, axis=1)).mean() < 12
 
 
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -347,25 +347,25 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def test_exif_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for values in (GREY, DEEP):
+    for values in (GRAY, DEEP):
         data = saved(Image.fromarray(values), kind, exif=exif)
-        np.testing.assert_array_equal(decode(io.BytesIO(data)), UPRIGHT[orientation](GREY))
+        np.testing.assert_array_equal(decode(io.BytesIO(data)), UPRIGHT[orientation](GRAY))
 
 
 def test_transparency_lies_over_black() -> None:
     alpha = np.tile(np.array([0, 128, 255], np.uint8), (60, 15))
-    data = saved(Image.merge("LA", [GREY_IMAGE, Image.fromarray(alpha)]), "PNG")
-    np.testing.assert_allclose(decode(io.BytesIO(data)), GREY * (alpha / 255), atol=0.51)
-    keyed = decode(io.BytesIO(saved(GREY_IMAGE, "PNG", transparency=200)))
-    np.testing.assert_array_equal(keyed, np.where(GREY == 200, 0, GREY))
+    data = saved(Image.merge("LA", [GRAY_IMAGE, Image.fromarray(alpha)]), "PNG")
+    np.testing.assert_allclose(decode(io.BytesIO(data)), GRAY * (alpha / 255), atol=0.51)
+    keyed = decode(io.BytesIO(saved(GRAY_IMAGE, "PNG", transparency=200)))
+    np.testing.assert_array_equal(keyed, np.where(GRAY == 200, 0, GRAY))
     keyed = decode(io.BytesIO(saved(Image.fromarray(DEEP), "PNG", transparency=1000 + 200 * 100)))
-    np.testing.assert_array_equal(keyed, np.where(GREY == 200, 0, GREY))
+    np.testing.assert_array_equal(keyed, np.where(GRAY == 200, 0, GRAY))
 
 
-def test_colours_become_luma() -> None:
-    colours = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    luma = colours @ np.array([0.299, 0.587, 0.114])
-    for data in (saved(Image.fromarray(colours), "PNG"), dicom(colours), dicom(colours, syntax=J2K_LOSSLESS)):
+def test_colors_become_luma() -> None:
+    colors = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    luma = colors @ np.array([0.299, 0.587, 0.114])
+    for data in (saved(Image.fromarray(colors), "PNG"), dicom(colors), dicom(colors, syntax=J2K_LOSSLESS)):
         np.testing.assert_allclose(decode(io.BytesIO(data)), luma, atol=0.51)
 
 
@@ -413,23 +413,23 @@ def test_padding_is_black_and_stretches_nothing(photometric: str) -> None:
     stored = 27500 - DEEP if photometric == "MONOCHROME1" else DEEP.copy()
     stored[50:] = 65535
     values: dict[str, Any] = {"PixelPaddingValue": 65535, "PhotometricInterpretation": photometric}
-    wanted = np.where(stored == 65535, 0, GREY)
+    wanted = np.where(stored == 65535, 0, GRAY)
     np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=16, **values))), wanted)
 
 
 def test_dicom_palette() -> None:
     values: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
-    for colour, factor in (("Red", 1.0), ("Green", 0.5), ("Blue", 0.25)):
-        values[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
-        values[f"{colour}PaletteColorLookupTableData"] = (np.arange(256) * factor).astype(np.uint8).tobytes()
-    luma = 0.299 * GREY + 0.587 * (GREY // 2) + 0.114 * (GREY // 4)
-    np.testing.assert_allclose(decode(io.BytesIO(dicom(GREY, **values))), luma, atol=0.51)
+    for color, factor in (("Red", 1.0), ("Green", 0.5), ("Blue", 0.25)):
+        values[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        values[f"{color}PaletteColorLookupTableData"] = (np.arange(256) * factor).astype(np.uint8).tobytes()
+    luma = 0.299 * GRAY + 0.587 * (GRAY // 2) + 0.114 * (GRAY // 4)
+    np.testing.assert_allclose(decode(io.BytesIO(dicom(GRAY, **values))), luma, atol=0.51)
 
 
 def test_read_is_decode_and_pillows_antialiased_bilinear(tmp_path: Path) -> None:
     path = tmp_path / "a wrist.jpg"  # a PNG all the same
-    path.write_bytes(saved(GREY_IMAGE, "PNG"))
-    wanted = np.asarray(GREY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
+    path.write_bytes(saved(GRAY_IMAGE, "PNG"))
+    wanted = np.asarray(GRAY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
     file = io.BytesIO(path.read_bytes())
     file.seek(17)
     for source in (path, str(path), os.fsencode(path), file):
@@ -449,7 +449,7 @@ def bomb_png(width: int, height: int) -> bytes:
 def bomb_in_dicom(syntax: str) -> bytes:
     """The header says 60 x 45, the codestream inside 60,000 x 60,000."""
     kind, options = ("JPEG", {}) if syntax == JPEG else ("JPEG2000", {"no_jp2": True})
-    frame = bytearray(saved(GREY_IMAGE, kind, **options))
+    frame = bytearray(saved(GRAY_IMAGE, kind, **options))
     if syntax == JPEG:
         struct.pack_into(">HH", frame, frame.index(b"\xff\xc0") + 5, 60000, 60000)
     else:
@@ -458,7 +458,7 @@ def bomb_in_dicom(syntax: str) -> bytes:
     return encapsulated(bytes(frame), syntax)
 
 
-GIF, BMP, WEBP = (lambda kind=kind: saved(GREY_IMAGE, kind) for kind in ("GIF", "BMP", "WEBP"))
+GIF, BMP, WEBP = (lambda kind=kind: saved(GRAY_IMAGE, kind) for kind in ("GIF", "BMP", "WEBP"))
 REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty": (lambda: b"", "not_image", "the file is empty"),
     "text": (lambda: b"patient,label\n", "not_image", "does not begin as any image"),
@@ -471,24 +471,24 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "signature alone": (lambda: b"\x89PNG\r\n\x1a\n", "unreadable", "its PNG data is damaged, cut short"),
     "our limit": (lambda: bomb_png(60000, 1000), "too_large", f"60000 x 1000 pixels, more than {MAX_PIXELS:,}"),
     "pillow's limit": (lambda: bomb_png(60000, 60000), "too_large", f"promises more than {MAX_PIXELS:,} pixels"),
-    "dicom limit": (lambda: dicom(GREY, Rows=60000, Columns=1000), "too_large", "60000 pixels, more than"),
+    "dicom limit": (lambda: dicom(GRAY, Rows=60000, Columns=1000), "too_large", "60000 pixels, more than"),
     "jpeg bomb in dicom": (lambda: bomb_in_dicom(JPEG), "unreadable", "header and the image inside differ in size"),
     "j2k bomb in dicom": (lambda: bomb_in_dicom(J2K), "unreadable", "header and the image inside differ in size"),
-    "ct": (lambda: dicom(GREY, Modality="CT"), "out_of_scope", "its DICOM modality is none of CR, DX"),
-    "foreign object": (lambda: dicom(GREY, Modality=None, SOPClassUID="1.2.840.1"), "out_of_scope", "modality"),
-    "frames": (lambda: dicom(np.vstack([GREY] * 2), Rows=60, NumberOfFrames=2), "out_of_scope", "several frames"),
-    "for processing": (lambda: dicom(GREY, PresentationIntentType="FOR PROCESSING"), "out_of_scope", "raw detector"),
-    "for processing class": (lambda: dicom(GREY, SOPClassUID=DX_PROCESSING), "out_of_scope", "raw detector data"),
-    "deflated": (lambda: dicom(GREY, syntax=DEFLATED), "out_of_scope", "a deflated DICOM; store it uncompressed"),
+    "ct": (lambda: dicom(GRAY, Modality="CT"), "out_of_scope", "its DICOM modality is none of CR, DX"),
+    "foreign object": (lambda: dicom(GRAY, Modality=None, SOPClassUID="1.2.840.1"), "out_of_scope", "modality"),
+    "frames": (lambda: dicom(np.vstack([GRAY] * 2), Rows=60, NumberOfFrames=2), "out_of_scope", "several frames"),
+    "for processing": (lambda: dicom(GRAY, PresentationIntentType="FOR PROCESSING"), "out_of_scope", "raw detector"),
+    "for processing class": (lambda: dicom(GRAY, SOPClassUID=DX_PROCESSING), "out_of_scope", "raw detector data"),
+    "deflated": (lambda: dicom(GRAY, syntax=DEFLATED), "out_of_scope", "a deflated DICOM; store it uncompressed"),
     "report": (
-        lambda: dicom(GREY, Rows=None, Columns=None, PixelData=None, SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"),
+        lambda: dicom(GRAY, Rows=None, Columns=None, PixelData=None, SOPClassUID="1.2.840.10008.5.1.4.1.1.104.1"),
         "out_of_scope",
         "without an image",
     ),
-    "no pixels": (lambda: dicom(GREY, PixelData=None), "unreadable", "its DICOM data is damaged, cut short"),
-    "short pixels": (lambda: dicom(GREY, PixelData=b"\0" * 1000), "unreadable", "its DICOM data is damaged, cut short"),
+    "no pixels": (lambda: dicom(GRAY, PixelData=None), "unreadable", "its DICOM data is damaged, cut short"),
+    "short pixels": (lambda: dicom(GRAY, PixelData=b"\0" * 1000), "unreadable", "its DICOM data is damaged, cut short"),
     "no header": (lambda: bytes(128) + b"DICM", "unreadable", "DICOM header is damaged or cut short"),
-    "nonsense sizes": (lambda: dicom(GREY, SamplesPerPixel=60000), "unreadable", "60000 samples a pixel"),
+    "nonsense sizes": (lambda: dicom(GRAY, SamplesPerPixel=60000), "unreadable", "60000 samples a pixel"),
 }
 
 
@@ -534,7 +534,7 @@ def test_memory_running_out_is_too_large(monkeypatch: pytest.MonkeyPatch) -> Non
         raise MemoryError
 
     monkeypatch.setattr(raster, "decode", fail)
-    assert refusal(saved(GREY_IMAGE, "PNG")).code == "too_large"
+    assert refusal(saved(GRAY_IMAGE, "PNG")).code == "too_large"
 
 
 def test_unreadable_crosses_processes() -> None:
@@ -544,9 +544,9 @@ def test_unreadable_crosses_processes() -> None:
 
 # ---- damage
 
-SEEDS = {name: SAME[name]() for name in ("grey png", "16-bit png", "tiff", "lzw tiff", "jpeg 2000", "dicom")} | {
-    "jpeg": saved(GREY_IMAGE, "JPEG"),
-    "progressive jpeg": saved(GREY_IMAGE, "JPEG", progressive=True),
+SEEDS = {name: SAME[name]() for name in ("gray png", "16-bit png", "tiff", "lzw tiff", "jpeg 2000", "dicom")} | {
+    "jpeg": saved(GRAY_IMAGE, "JPEG"),
+    "progressive jpeg": saved(GRAY_IMAGE, "JPEG", progressive=True),
     "rle dicom": SAME["rle dicom"](),
     "jpeg 2000 dicom": SAME["jpeg 2000 dicom"](),
 }
@@ -573,7 +573,7 @@ def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[s
 
 
 def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
-    data = SEEDS["grey png"]
+    data = SEEDS["gray png"]
     start = data.index(b"IDAT") + 4
     for place in range(start, len(data) - 12, 37):
         assert refusal(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]).code == "unreadable"
@@ -606,13 +606,13 @@ def raw(data: bytes, tag: bytes, kind: bytes, value: bytes) -> bytes:
 
 def test_identity(tmp_path: Path) -> None:
     path = tmp_path / "image"
-    path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
+    path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
     assert read_identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
-    path.write_bytes(dicom(GREY, **PLAIN, Laterality="R", ImageLaterality="L"))
+    path.write_bytes(dicom(GRAY, **PLAIN, Laterality="R", ImageLaterality="L"))
     assert read_identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), "the image's own before its series'"
-    path.write_bytes(dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
+    path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
     assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
-    path.write_bytes(saved(GREY_IMAGE, "PNG"))
+    path.write_bytes(saved(GRAY_IMAGE, "PNG"))
     assert read_identity(path) is None
     found = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
     assert pickle.loads(pickle.dumps(found)) == found
@@ -637,7 +637,7 @@ def test_identity(tmp_path: Path) -> None:
     ],
 )
 def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], body_part: str, laterality: str) -> None:
-    assert told(tmp_path, dicom(GREY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
+    assert told(tmp_path, dicom(GRAY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -645,7 +645,7 @@ def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], bo
 @pytest.mark.parametrize("tag", [b"\x18\0\x15\0", b"\x20\0\x60\0", b"\x20\0\x0d\0"])
 def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, kind: bytes, value: bytes) -> None:
     names = {"StudyInstanceUID": "1.2.9", "BodyPartExamined": "HAND", "Laterality": "L"}
-    sound = dicom(GREY, **PLAIN, **names)
+    sound = dicom(GRAY, **PLAIN, **names)
     found = told(tmp_path, raw(sound, tag, kind, value))
     assert found is not None
     fields = (found.study_uid, found.body_part, found.laterality)
@@ -674,7 +674,7 @@ def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, 
     ],
 )
 def test_pixels_that_may_show_text(tmp_path: Path, values: dict[str, Any], wanted: bool) -> None:
-    found = told(tmp_path, dicom(GREY, **PLAIN | values))
+    found = told(tmp_path, dicom(GRAY, **PLAIN | values))
     assert found is not None
     assert found.may_show_text is wanted
 
@@ -684,7 +684,7 @@ def test_a_header_that_was_not_read_to_its_end_may_say_anything(
 ) -> None:
     """Of a file of many megabytes only the head is looked at."""
     large = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9", BurnedInAnnotation="YES")
-    far = dicom(GREY, **PLAIN, StudyInstanceUID="1.2.9", ImageComments="x" * 5000, BurnedInAnnotation="YES")
+    far = dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", ImageComments="x" * 5000, BurnedInAnnotation="YES")
     sound = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9")
     monkeypatch.setattr(radiograph, "HEADER_BYTES", 3000)
     assert [told(tmp_path, data).may_show_text for data in (large, far, sound)] == [True, True, False]
@@ -694,7 +694,7 @@ def test_a_header_that_was_not_read_to_its_end_may_say_anything(
 
 
 def test_a_header_that_cannot_be_parsed_may_say_anything(tmp_path: Path) -> None:
-    deflated = dicom(GREY, syntax=DEFLATED, BurnedInAnnotation="YES")
+    deflated = dicom(GRAY, syntax=DEFLATED, BurnedInAnnotation="YES")
     assert told(tmp_path, deflated) == radiograph.DicomIdentity("", "", "", True)
 
 
@@ -763,8 +763,8 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_pydicom_is_imported_for_dicom_only(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(saved(GREY_IMAGE, "PNG"))
-    (tmp_path / "b").write_bytes(dicom(GREY))
+    (tmp_path / "a").write_bytes(saved(GRAY_IMAGE, "PNG"))
+    (tmp_path / "b").write_bytes(dicom(GRAY))
     code = """
 import sys
 from mura_dist.data import radiograph
@@ -818,7 +818,7 @@ HOSTILE: list[tuple[str, str, str]] = [
     ("unreadable", "a width or height of 0", "pillow/zero_height.j2k"),
     (
         "unreadable",
-        "an impossible colour type (1), bit depth (0, 99) or a header that belies its checksum",
+        "an impossible color type (1), bit depth (0, 99) or a header that belies its checksum",
         "pngsuite/xc1n0g08.png pngsuite/xd0n2c08.png pngsuite/xd9n2c08.png pngsuite/xhdn0g08.png",
     ),
     ("unreadable", "JPEG of 12 bits outside of DICOM: Pillow has no decoder for it", "libjpeg_turbo/monkey12.jpg"),
@@ -838,7 +838,7 @@ HOSTILE: list[tuple[str, str, str]] = [
     ),
     (
         "read",
-        "EXIF, XMP, Adobe segment, colour profile or quantisation tables broken or odd; the pixels beside them are whole",
+        "EXIF, XMP, Adobe segment, color profile or quantisation tables broken or odd; the pixels beside them are whole",
         "pillow/*exif* pillow/truncated_app14.jpg pillow/icc_profile_big.jpg pillow/hopper_16bit_qtables.jpg pillow/xmp_*",
     ),
     (
@@ -849,20 +849,20 @@ HOSTILE: list[tuple[str, str, str]] = [
     # -- the kinds the reader takes; test_same_pixels and the tests behind it compare what comes out
     (
         "read",
-        "grey, palette, alpha, 1 bit, CMYK, progressive, turned by EXIF: one radiograph in many kinds",
+        "gray, palette, alpha, 1 bit, CMYK, progressive, turned by EXIF: one radiograph in many kinds",
         "generated/*",
     ),
-    ("read", "baseline JPEG by other encoders, PNG of 16 bits in colour", "libjpeg_turbo/*"),
+    ("read", "baseline JPEG by other encoders, PNG of 16 bits in color", "libjpeg_turbo/*"),
     (
         "read",
         "the kinds Pillow writes for its own tests: transparency, palettes, 16 bits, eight EXIF orientations",
         "pillow/*",
     ),
     ("read", "computed radiography in JPEG 2000, MONOCHROME1", "dicom/RG?_J2K?.dcm"),
-    ("read", "secondary captures (class SC, or modality OT): JPEG-LS, HTJ2K, palette, 16 bits in colour", "dicom/*"),
+    ("read", "secondary captures (class SC, or modality OT): JPEG-LS, HTJ2K, palette, 16 bits in color", "dicom/*"),
     (
         "read",
-        "the format's own test set: depths, colour types, interlace, filters, sizes, gamma, order of chunks",
+        "the format's own test set: depths, color types, interlace, filters, sizes, gamma, order of chunks",
         "pngsuite/*",
     ),
 ]
@@ -883,10 +883,10 @@ def hostile(shared: Path) -> Path:
 
 @pytest.mark.shared
 def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
-    """Of every file that decodes: `read`'s pixels, from a path or from memory; a sample of colours where it has some."""
+    """Of every file that decodes: `read`'s pixels, from a path or from memory; a sample of colors where it has some."""
     paths = [path for path in sorted(hostile.rglob("*")) if path.is_file()]
     paths += sorted((shared / "radiographs").rglob("*.png"))[::40] + sorted((shared / "radiographs").rglob("*.dcm"))[:2]
-    num_coloured = 0
+    num_colored = 0
     for path in paths:
         refusal = None
         try:
@@ -905,8 +905,8 @@ def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
             assert max(found.display.shape) == min(100, max(whole.shape))
             assert found.colors is None or found.colors.shape[2:] == (3,)
         assert radiograph.read_details(path, 32).display is None
-        num_coloured += found.colors is not None
-    assert 20 < num_coloured < len(paths)
+        num_colored += found.colors is not None
+    assert 20 < num_colored < len(paths)
 
 
 @pytest.mark.shared
@@ -975,7 +975,7 @@ def test_same_pixels(group: str, hostile: Path) -> None:
 
 
 def difference(one: Path, other: Path) -> float:
-    """Mean absolute difference, in grey levels."""
+    """Mean absolute difference, in gray levels."""
     return float(np.abs(decode(one).astype(int) - decode(other)).mean())
 
 
@@ -1000,10 +1000,10 @@ def test_16_bit_wrists_keep_their_range(shared: Path) -> None:
     wrists = [path for path in (shared / "radiographs/grazpedwri").glob("*.png") if Image.open(path).mode == "I;16"]
     assert len(wrists) == 2
     for path in wrists:
-        grey = decode(path)
-        assert (grey.min(), grey.max()) == (0, 255)
-        assert np.mean(grey == 255) < 0.001
-        assert len(np.unique(grey)) > 200
+        gray = decode(path)
+        assert (gray.min(), gray.max()) == (0, 255)
+        assert np.mean(gray == 255) < 0.001
+        assert len(np.unique(gray)) > 200
 
 
 @pytest.mark.shared

@@ -167,7 +167,7 @@ def tiff(*pages: Parts, order: str = "<", big: bool = False, sub_pages: tuple[Pa
 
 
 def stretched(values: np.ndarray, photometric: int = BLACK_IS_ZERO) -> np.ndarray:
-    """The grey that linear numbers mean: smallest to 0, largest to 255; of uint8 as they are."""
+    """The gray that linear numbers mean: smallest to 0, largest to 255; of uint8 as they are."""
     wide = values.astype(np.float64)
     if values.dtype != np.uint8:
         wide = (wide - wide.min()) * 255 / (wide.max() - wide.min())
@@ -188,7 +188,7 @@ def test_samples_are_the_numbers_written_or_refused(kind: int, bits: int) -> Non
         options = {"order": order, "compression": compression, "layout": layout, "photometric": photometric}
         data, num = tiff(page(values, kind, bits, planes=planes, **options), order=order), num + 1
         try:
-            grey = decode(io.BytesIO(data))
+            gray = decode(io.BytesIO(data))
         except UnreadableFileError as error:
             reason = error.reason
         else:
@@ -199,7 +199,7 @@ def test_samples_are_the_numbers_written_or_refused(kind: int, bits: int) -> Non
                 options
             )
             continue
-        assert np.abs(grey - stretched(values, photometric)).max() <= 0.51, (options, planes)
+        assert np.abs(gray - stretched(values, photometric)).max() <= 0.51, (options, planes)
     assert num_read >= num / 4
 
 
@@ -224,8 +224,8 @@ def test_few_bits_white_or_black(bits: int) -> None:
         options = {"photometric": photometric, "planes": planes, "compression": compression}
         parts, directory = page(rows, UNSIGNED, 8, **options)
         data = tiff((parts, directory | {256: (WIDTH,), 258: (bits,)}))
-        grey = np.rint(values * (255 / ((1 << bits) - 1)))
-        np.testing.assert_array_equal(decode(io.BytesIO(data)), 255 - grey if photometric == WHITE_IS_ZERO else grey)
+        gray = np.rint(values * (255 / ((1 << bits) - 1)))
+        np.testing.assert_array_equal(decode(io.BytesIO(data)), 255 - gray if photometric == WHITE_IS_ZERO else gray)
 
 
 @pytest.mark.parametrize("predictor", [2, 3])
@@ -273,11 +273,11 @@ def test_mirrored_bits_are_turned_or_refused(kind: int, bits: int) -> None:
     for order, compression, photometric in itertools.product("<>", COMPRESSIONS, (BLACK_IS_ZERO, WHITE_IS_ZERO)):
         options = {"order": order, "compression": compression, "photometric": photometric}
         try:
-            grey = decode(io.BytesIO(tiff(page(values, kind, bits, fill=2, **options), order=order)))
+            gray = decode(io.BytesIO(tiff(page(values, kind, bits, fill=2, **options), order=order)))
         except UnreadableFileError:
             continue
         num_read += 1
-        assert np.abs(grey - stretched(values, photometric)).max() <= 0.51, options
+        assert np.abs(gray - stretched(values, photometric)).max() <= 0.51, options
     assert num_read >= 6
 
 
@@ -297,9 +297,9 @@ def of_level(level: int, side: int = 6, **tags: int) -> Parts:
 
 
 def level_of(data: bytes) -> int:
-    grey = decode(io.BytesIO(data))
-    assert np.ptp(grey) == 0
-    return int(grey[0, 0])
+    gray = decode(io.BytesIO(data))
+    assert np.ptp(gray) == 0
+    return int(gray[0, 0])
 
 
 @pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])

@@ -163,6 +163,6 @@ def _pipeline(feed: Iterable[Any], *, raw: bool, on_gpu: bool) -> Any:
         pixels = data.gpu() if on_gpu else data
     else:
         pixels = fn.decoders.image(data, device="mixed" if on_gpu else "cpu", output_type=types.GRAY)
-    # DALI turns about S/2 in coordinates whose pixel centres lie at 1/2: OpenCV's (S-1)/2.
+    # DALI turns about S/2 in coordinates whose pixel centers lie at 1/2: OpenCV's (S-1)/2.
     turned = fn.rotate(pixels, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
     return fn.flip(turned, horizontal=flip)

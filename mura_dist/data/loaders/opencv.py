@@ -50,7 +50,7 @@ def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> MicroBatchI
 
 
 def augment(source: np.ndarray, angle_deg: float, flip: bool, out: np.ndarray) -> None:
-    """Rotate `source` uint8 (S, S) counter-clockwise about its centre, then flip left-right, into `out` uint8 (S, S)."""
+    """Rotate `source` uint8 (S, S) counter-clockwise about its center, then flip left-right, into `out` uint8 (S, S)."""
     if angle_deg == 0:
         np.copyto(out, source[:, ::-1] if flip else source)
         return

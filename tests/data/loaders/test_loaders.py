@@ -51,14 +51,14 @@ def pixels_by(backend: str, shards: Shards, micro_batches: list[sampler.MicroBat
 
 
 def limit_of(backend: str, shards: Shards) -> int:
-    """Grey levels by which 99.9 % of a backend's pixels may differ from the cpu backend's."""
+    """Gray levels by which 99.9 % of a backend's pixels may differ from the cpu backend's."""
     if backend == "dali":  # jpeg: two decoders, each free to round, differ before anything is turned
         return 2 if shards.encoding != "jpeg" else 4
     return 1
 
 
 @pytest.mark.parametrize("backend", ["dali", "resident"])
-def test_the_backends_agree_within_a_few_grey_levels(opened: Shards, backend: str) -> None:
+def test_the_backends_agree_within_a_few_gray_levels(opened: Shards, backend: str) -> None:
     micro_batches = micros_of(opened, rotate_deg=30, flip=True)
     ours, theirs = (pixels_by(name, opened, micro_batches) for name in ("cpu", backend))
     assert ours.shape == theirs.shape
@@ -125,7 +125,7 @@ def test_a_batch_depends_on_nothing_that_was_loaded_before_it(opened: Shards, ba
 
 def test_rotation_is_counter_clockwise_then_mirrored() -> None:
     source = np.zeros((65, 65), np.uint8)
-    source[32, 60] = 255  # right of the centre
+    source[32, 60] = 255  # right of the center
     out = np.zeros_like(source)
     opencv.augment(source, 90, False, out)
     assert np.unravel_index(out.argmax(), out.shape) == (4, 32)  # above it

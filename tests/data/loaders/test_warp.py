@@ -34,7 +34,7 @@ def by_torch(pixels: np.ndarray, slots: np.ndarray, angles: np.ndarray, flips: n
 
 @pytest.mark.parametrize("size", [2, 17, 64, 97, 320])
 def test_the_pixels_are_opencvs(size: int) -> None:
-    """Within one grey level everywhere, edges and fill included; equal but for one in 2,000: OpenCV fuses multiply and add."""
+    """Within one gray level everywhere, edges and fill included; equal but for one in 2,000: OpenCV fuses multiply and add."""
     pixels, slots = random_radiographs(size)
     wanted = np.empty((len(ANGLES), size, size), np.uint8)
     for number, slot in enumerate(slots):

@@ -50,7 +50,7 @@ def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(raw.read_pixels(row), wanted)
         np.testing.assert_array_equal(png.read_pixels(row), wanted)
         worst = max(worst, float(np.abs(jpeg.read_pixels(row).astype(int) - wanted).mean()))
-    assert 0 < worst < 2.5, worst  # grey levels, the mean over the worst radiograph
+    assert 0 < worst < 2.5, worst  # gray levels, the mean over the worst radiograph
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
