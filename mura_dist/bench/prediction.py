@@ -67,7 +67,7 @@ def _export(load: Load, fp32: Path, stock: Path, int8: Path | None) -> None:
     facts: dict[str, Any] = {"size": load.size, "study_types": [], "trained_on": trained_on, "selected_on": "tune"}
     card = Card(**facts, recipe={}, checkpoint="none")
     network = model.build(load.architecture).eval()
-    fp32.write_bytes(onnx.graph(network, card))
+    fp32.write_bytes(onnx.build_onnx(network, card))
     theirs = their_network(load.architecture).eval()
     theirs.load_state_dict(network.state_dict())
     with onnx.quiet():
@@ -84,7 +84,7 @@ def _export(load: Load, fp32: Path, stock: Path, int8: Path | None) -> None:
     if int8 is not None:
         images = np.concatenate(load.pixels())[:_CALIBRATED]
         narrow = card.model_copy(update={"precision": "int8"})
-        int8.write_bytes(onnx.finished(quantise.graph(network, images), narrow))
+        int8.write_bytes(onnx.finalize(quantise.build_int8_graph(network, images), narrow))
 
 
 def provider() -> str:

@@ -22,7 +22,7 @@ from mura_dist.core import config
 def contenders(load: Load) -> list[Contender]:
     from mura_dist.distributed import process_group
 
-    default, other = ("bf16", "fp32") if process_group.computes_bf16() else ("fp32", "bf16")  # precision=auto
+    default, other = ("bf16", "fp32") if process_group.supports_bf16() else ("fp32", "bf16")  # precision=auto
     return [
         Contender(f"mura-dist, default settings ({default})", partial(engine, default), ours=True),
         Contender(f"mura-dist, {other}", partial(engine, other), ours=True),

@@ -30,7 +30,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _REASON_BYTES = 1000
 
 
-def computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def supports_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this process's device has instructions for bf16.
 
     Where it has none, torch goes by loops of its own: on two cores of an AVX2 processor a step took 9 times as long as in fp32.

@@ -33,7 +33,7 @@ _MOST_BYTES = 600 << 20  # of memory that batches in flight may take, about
 _BYTES_PER_PIXEL = 260  # of a radiograph under way in DenseNet-169, fp32
 
 
-def stored(model: OnnxModel) -> SessionConfig | None:
+def load_tuned_config(model: OnnxModel) -> SessionConfig | None:
     """What an earlier `choose` kept for this model on this machine."""
     entry = _known().get(_key(model))
     with contextlib.suppress(ValueError):
@@ -61,7 +61,7 @@ def _known() -> dict[str, Any]:
     return {}
 
 
-def choose(path: Path, provider: str, log: Callable[[str], None] = lambda line: None) -> SessionConfig:
+def tune(path: Path, provider: str, log: Callable[[str], None] = lambda line: None) -> SessionConfig:
     """Measure, keep and return the fastest way to run the model of `path`; `log` hears a line for each way.
 
     Raises what OnnxModel.load raises. Where it cannot be kept, `log` hears a warning.
@@ -80,7 +80,7 @@ def choose(path: Path, provider: str, log: Callable[[str], None] = lambda line: 
             rates[session_config].append(_images_per_s(model))
     medians = {session_config: statistics.median(found) for session_config, found in rates.items()}
     for session_config, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
-        log(f"{rate:9.2f} radiographs/s  {words(session_config)}")
+        log(f"{rate:9.2f} radiographs/s  {describe(session_config)}")
     best = max(promising, key=lambda session_config: medians[session_config])
     try:
         _keep(models[best], best, medians)
@@ -92,7 +92,7 @@ def choose(path: Path, provider: str, log: Callable[[str], None] = lambda line: 
     return best
 
 
-def words(session_config: SessionConfig) -> str:
+def describe(session_config: SessionConfig) -> str:
     return (
         f"batch size {session_config.batch_size}, {session_config.streams} in flight, {session_config.threads} threads, "
         f"graph optimization {session_config.optimization}"
@@ -103,10 +103,10 @@ def candidates(path: Path, provider: str) -> Iterator[SessionConfig]:
     """Yield the ways worth a try, the usual one first."""
     model = OnnxModel.load(path, provider, pipelined_config())
     yield model.session_config
-    yield from ways(model.session_config, model.provider, model.size)
+    yield from candidate_configs(model.session_config, model.provider, model.size)
 
 
-def ways(usual: SessionConfig, provider: str, size: int) -> Iterator[SessionConfig]:
+def candidate_configs(usual: SessionConfig, provider: str, size: int) -> Iterator[SessionConfig]:
     """Yield the ways worth a try beside the usual one; on a CPU always with all threads there are.
 
     Args:

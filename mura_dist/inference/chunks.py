@@ -30,9 +30,9 @@ from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.file_list import FileList, ListedFile
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.inference.output_folder import RETRY, OutputFolder, pause
-from mura_dist.inference.overlays import Overlay, Overlays, counts
-from mura_dist.inference.reader import RadiographReader, ReadResult, failed
+from mura_dist.inference.output_folder import RETRY, OutputFolder, wait_for_ranks
+from mura_dist.inference.overlays import Overlay, Overlays, overlay_counts
+from mura_dist.inference.reader import RadiographReader, ReadResult, failure_result
 from mura_dist.inference.tables import ChunkResult
 from mura_dist.inference.throughput import Throughput
 
@@ -105,7 +105,7 @@ class ChunkPredictor:
                 if silent:
                     self._make(crew, silent[:1])
                 else:
-                    pause(self.stop)
+                    wait_for_ranks(self.stop)
 
     def _is_silent(self, ears: heartbeat.Ears, rank: int) -> bool:
         return ears.silent_s(heartbeat.heart(self.folder.parts, rank)) > heartbeat.SILENCE_S
@@ -170,7 +170,7 @@ class ChunkPredictor:
             begun.append(chunk)
             self.done += len(chunk.before[retries.FILES]) - len(chunk.files) if chunk.before is not None else 0
             for file in chunk.files:
-                reading = failed(*file.failure) if file.failure is not None else self._reading(next(readings))
+                reading = failure_result(*file.failure) if file.failure is not None else self._reading(next(readings))
                 chunk.readings.append(reading)
                 self.throughput.num_files += 1
                 self.throughput.reading_s += reading.seconds
@@ -188,7 +188,7 @@ class ChunkPredictor:
 
     def _reading(self, result: ReadResult | Lost) -> ReadResult:
         """Return what a worker has read, or why not. Raises RunError where the disk seems to be gone."""
-        reading = failed("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+        reading = failure_result("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
         self._faults.check(*reading.failure)
         return reading
 
@@ -217,12 +217,12 @@ class ChunkPredictor:
         notes = Counter(note for reading in chunk.readings for note in reading.notes)
         drawn = self._draw(chunk, [row[0] for row in rows])
         part: ChunkResult = {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}
-        return retries.complete(chunk.before, part, chunk.readings)
+        return retries.merge_retry(chunk.before, part, chunk.readings)
 
     def _draw(self, chunk: _Chunk, names: list[str]) -> dict[str, int]:
         """The chunk's overlays are on disk then; how many, and how many are withheld."""
         if self.overlays is None:
-            return counts(0, 0)
+            return overlay_counts(0, 0)
         read = [(reading.image, reading.identity) for reading in chunk.readings if reading.image is not None]
         some = [
             Overlay(name, image, cells, logit)
@@ -230,13 +230,13 @@ class ChunkPredictor:
             if not self.overlays.withholds(identity)
         ]
         self.overlays.write_all(some)
-        return counts(len(some), len(names) - len(some))
+        return overlay_counts(len(some), len(names) - len(some))
 
 
 def _chunks(walk: FileList, numbers: list[int], before: ChunkResult | None) -> Iterator[_Chunk]:
     """These chunks, nothing read; `before`: see _Chunk."""
     for number, files in zip(numbers, walk.chunks(numbers), strict=True):
-        yield _Chunk(number, files if before is None else retries.select(before, files), before)
+        yield _Chunk(number, files if before is None else retries.select_retries(before, files), before)
 
 
 def _tasks(chunks: Iterable[_Chunk], directory: Path, at_once: int) -> Iterator[list[str]]:

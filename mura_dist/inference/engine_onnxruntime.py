@@ -222,7 +222,7 @@ def _session(
 
 def _not_started(onnxruntime: Any, alias: str, providers: Sequence[str], reason: str) -> UserError:
     """Say why the first of `providers` does not start: a library that is missing, or else `reason`."""
-    library = provider_libraries.missing(onnxruntime, providers)
+    library = provider_libraries.find_missing(onnxruntime, providers)
     if library is None:
         return UserError(
             f"--provider {alias}: {providers[0]} does not start {reason}; mend that, or give --provider cpu"

@@ -26,7 +26,7 @@ def _openvino() -> Any:
     return openvino
 
 
-def computes_bf16() -> bool:
+def supports_bf16() -> bool:
     """Whether OpenVINO finds instructions for bf16 here. Raises UserError where it is not installed."""
     return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -49,7 +49,7 @@ class OpenVino:
         check_signature(name, card.size, _signatures(model.inputs), _signatures(model.outputs))
         self.limit = BatchLimit(limit_s, name)
         self.requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        if card.precision == "bf16" and not computes_bf16():
+        if card.precision == "bf16" and not supports_bf16():
             raise UserError(
                 f"{name} is for bf16, which this processor has no instructions for; give the fp32 or the int8 file"
             )

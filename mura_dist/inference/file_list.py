@@ -67,12 +67,12 @@ class FileList:
     def chunks(self, numbers: Iterable[int]) -> Iterator[list[ListedFile]]:
         """The files of the chunks asked for; several threads may each have an iterator of their own."""
         query = f"SELECT {_COLUMNS} FROM file WHERE place >= (SELECT place FROM start WHERE chunk = ?) ORDER BY place LIMIT ?"
-        with scratch_db.reading(self.database) as database:
+        with scratch_db.open_readonly(self.database) as database:
             for number in numbers:
                 yield [_file(row) for row in database.execute(query, (number, self.size))]
 
 
-def find(
+def list_files(
     directory: Path,
     database: Path,
     *,
@@ -96,7 +96,7 @@ def find(
     Links to files are files; links to folders are followed once the real folders are done, and each folder is entered
     once however many links lead to it, so a loop ends. A folder that cannot be listed is in the result, as a failure.
     """
-    with scratch_db.made(database, _SCHEMA) as table:
+    with scratch_db.create(database, _SCHEMA) as table:
         if exclude is not None and exclude.is_dir():
             _enter(table, exclude)
         _fill(table, directory, members, found, sort_by)

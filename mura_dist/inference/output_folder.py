@@ -166,7 +166,7 @@ class OutputFolder:
                     f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}; "
                     "see what rank 0 says, and that all ranks see the same folder"
                 )
-            pause(stop)
+            wait_for_ranks(stop)
         if self.done.is_file():
             summary = _load(self.done, _Summary)
             self._compare(summary["plan"], {key: value for key, value in plan.items() if key != GATE})
@@ -200,9 +200,9 @@ class OutputFolder:
 
     def finish(self, summary: dict[str, Any], readme: str) -> None:
         """Write README.txt, then predict.json. Raises RunError where another program holds one of them."""
-        with tables.replaced(self.path / README):
+        with tables.replacing_table(self.path / README):
             files.write_text(self.path / README, readme)
-        with tables.replaced(self.done):
+        with tables.replacing_table(self.done):
             files.write_json(self.done, summary)
 
     def clean(self) -> None:
@@ -228,13 +228,13 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
 
 
-def pause(stop: threading.Event) -> None:
+def wait_for_ranks(stop: threading.Event) -> None:
     """Wait a moment for another rank. Raises StopRequestedError once `stop` is set."""
     if stop.wait(_POLL_S):
         raise StopRequestedError("stopped while waiting for another rank; the same command goes on")
 
 
-def digest(value: Any) -> str:
+def json_sha256(value: Any) -> str:
     """Compute the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

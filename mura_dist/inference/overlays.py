@@ -62,14 +62,14 @@ class Overlays:
             list(pool.map(self._write, some))
 
     def _write(self, overlay: Overlay) -> None:
-        pixels = picture(overlay.image, overlay.cells, overlay.logit, drawings=self.drawings)
-        self._put(place(self.out, overlay.name), local_only.png(pixels))
+        pixels = draw_overlay(overlay.image, overlay.cells, overlay.logit, drawings=self.drawings)
+        self._put(overlay_path(self.out, overlay.name), local_only.png(pixels))
 
     def _put(self, path: Path, data: bytes) -> None:
         files.write_bytes(path, data)
 
 
-def place(out: Path, name: str) -> Path:
+def overlay_path(out: Path, name: str) -> Path:
     """The file of a radiograph's overlay: two names never share one, nor does one need a folder where the other is a file."""
     *folders, last = (_short(part) for part in name.split("/"))
     return out.joinpath(FOLDER, *(_no_file(folder) for folder in folders), f"{last}.png")
@@ -87,7 +87,7 @@ def _no_file(folder: str) -> str:
     return f"{folder}_" if re.fullmatch(rf"(?s:.*\.png|{re.escape(NOTE)})_*", folder) else folder
 
 
-def warning(num_withheld: int) -> Iterable[str]:
+def withheld_warnings(num_withheld: int) -> Iterable[str]:
     """Why some are not there, in a line."""
     if num_withheld:
         yield (
@@ -96,14 +96,14 @@ def warning(num_withheld: int) -> Iterable[str]:
         )
 
 
-def counts(num_written: int, num_withheld: int) -> dict[str, int]:
+def overlay_counts(num_written: int, num_withheld: int) -> dict[str, int]:
     """As predict.json has them."""
     return {"num_overlays": num_written, "num_overlays_withheld": num_withheld}
 
 
-def counted(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+def sum_overlay_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     """The counts of all parts of a run."""
-    total = Counter(counts(0, 0))
+    total = Counter(overlay_counts(0, 0))
     for part in parts:
         total.update(part)
     return dict(total)
@@ -112,7 +112,7 @@ def counted(parts: Iterable[dict[str, int]]) -> dict[str, int]:
 # ---- the picture
 
 
-def picture(image: np.ndarray, cells: np.ndarray, logit: float, *, drawings: bool = False) -> np.ndarray:
+def draw_overlay(image: np.ndarray, cells: np.ndarray, logit: float, *, drawings: bool = False) -> np.ndarray:
     """image (S, S) uint8 and its map (h, w) -> uint8 (H, W, 3). Nothing in it is of this radiograph but its pixels."""
     zoom = max(1, round(_SIDE_PX / len(image)))
     side = zoom * len(image)

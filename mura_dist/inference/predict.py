@@ -1,6 +1,6 @@
 """Files and folders of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    inputs.Inputs -> file_list.find -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
+    inputs.Inputs -> file_list.list_files -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
         -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
         -> README.txt -> predict.json (last: it says "done")
 
@@ -42,8 +42,8 @@ from mura_dist.inference.file_list import FileList
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.inputs import Inputs, without_output
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.inference.output_folder import OutputFolder, digest, refuse_foreign
-from mura_dist.inference.overlays import Overlays, counted
+from mura_dist.inference.output_folder import OutputFolder, json_sha256, refuse_foreign
+from mura_dist.inference.overlays import Overlays, sum_overlay_counts
 from mura_dist.inference.predict_summary import summarize
 from mura_dist.inference.pseudonyms import Pseudonymizer
 from mura_dist.inference.tables import ChunkResult, TableCounts
@@ -171,7 +171,7 @@ def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
 def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
     if keytable is None:
         return Pseudonymizer()
-    pseudonyms.check(keytable, out, inputs.folders)
+    pseudonyms.check_keytable(keytable, out, inputs.folders)
     return Pseudonymizer(pseudonyms.site_key(out, *inputs.folders))
 
 
@@ -191,7 +191,7 @@ def _grouping(
 ) -> tuple[Grouping, list[str]]:
     """Decide how files become studies, and what to warn of. Raises UserError for a study type that looks like a typo."""
     known = frozenset((*card.study_types, *card.thresholds))
-    given = study_types.read(options.study_type)
+    given = study_types.read_override(options.study_type)
     warnings = study_types.check(given, known)
     root = Path(os.path.abspath(inputs.directory)).as_posix().rstrip("/")
     return Grouping(root, options.study_by, given, known, names, apart=(out, *inputs.folders)), warnings
@@ -223,7 +223,7 @@ def _walked(
     more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
     with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
         more |= {"size": CHUNK, "exclude": folder.path, "found": found}
-        files = file_list.find(inputs.directory, database, members=inputs.members, **more)
+        files = file_list.list_files(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
             raise UserError(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
         yield files
@@ -235,7 +235,7 @@ def _resolve_session_config(
     """Decide how to run `model`: what moves bits as the run in `folder` began, else as it was measured to run fastest on this
     machine, now (autotune) or some time before, else as it comes."""
     alone = options.batch_size is None and environment.world_size() == 1
-    usual = (autotune.stored(model) if alone else None) or model.session_config
+    usual = (autotune.load_tuned_config(model) if alone else None) or model.session_config
     for plan in folder.plans():
         if (plan.get("model_sha256"), plan.get("provider")) == (model.sha256, model.provider):
             optimization, batch_size = plan.get("optimisation"), plan.get("batch_size")
@@ -247,19 +247,19 @@ def _resolve_session_config(
             ):  # what is neither is refused with the rest of the plan
                 session_config = replace(session_config, batch_size=batch_size)
             return replace(session_config, batch_size=options.batch_size or session_config.batch_size)
-    return autotune.choose(model_path, options.provider, log) if options.autotune else usual
+    return autotune.tune(model_path, options.provider, log) if options.autotune else usual
 
 
 def _check_keytable(keytable: Path | None, folder: OutputFolder, files: FileList, names: Pseudonymizer) -> None:
     """Before any work: UserError where the key table is there and is not of these files."""
     if keytable is not None and folder.rank == 0 and not folder.done.is_file():
-        pseudonyms.check_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
+        pseudonyms.check_keytable_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
 
 
 def _plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
     """Say what the run is; whatever differs, a run does not go on."""
     given, names = groups.given, groups.names
-    table = given if given is None or isinstance(given, str) else f"table {names.digest(digest(given))}"
+    table = given if given is None or isinstance(given, str) else f"table {names.digest(json_sha256(given))}"
     return {
         "version": __version__,
         "model_sha256": model.sha256,
@@ -295,9 +295,9 @@ def _write_tables(
         return folder.load_parts(files.num_chunks, stop)
 
     if options.keytable is not None:
-        pseudonyms.write(options.keytable, lambda: _ways_back(groups, files, parts()))
+        pseudonyms.write_keytable(options.keytable, lambda: _ways_back(groups, files, parts()))
     tally = tables.write(folder.path, parts, card, options.format, folder.parts / "studies.sqlite")
-    return tally, counted(part["overlays"] for part in parts())
+    return tally, sum_overlay_counts(part["overlays"] for part in parts())
 
 
 def _refuse_faults(tally: TableCounts, parts: Iterable[ChunkResult]) -> None:
@@ -311,7 +311,7 @@ def _refuse_faults(tally: TableCounts, parts: Iterable[ChunkResult]) -> None:
     )
 
 
-def _ways_back(groups: Grouping, files: FileList, parts: Iterable[ChunkResult]) -> Iterator[pseudonyms.Row]:
+def _ways_back(groups: Grouping, files: FileList, parts: Iterable[ChunkResult]) -> Iterator[pseudonyms.KeyRow]:
     """A line a file for the key table. A DICOM's study has no other name than its pseudonym; what failed has no study."""
     for chunk, part in zip(files.chunks(range(files.num_chunks)), parts, strict=True):
         studies = {name: study for name, study, *_ in part["predictions"]}

@@ -40,7 +40,7 @@ def summarize(
         "studies_by_type": dict(sorted(tally.studies_by_type.items())),
         "warnings": [
             *warnings,
-            *overlays.warning(num_overlays["num_overlays_withheld"]),
+            *overlays.withheld_warnings(num_overlays["num_overlays_withheld"]),
             *_warnings(tally, card),
         ],
         "seconds": round(seconds, 3),

@@ -37,19 +37,19 @@ def preload(onnxruntime: Any, providers: Iterable[str]) -> None:
                     ctypes.CDLL(str(Path(folder) / name))
 
 
-def missing(onnxruntime: Any, providers: Iterable[str]) -> str | None:
+def find_missing(onnxruntime: Any, providers: Iterable[str]) -> str | None:
     """Return the first shared library that one of `providers` needs and that cannot be opened, or None."""
     folder = Path(onnxruntime.__file__).parent / "capi"
     for library, opened_later in (_LIBRARIES[provider] for provider in providers if provider in _LIBRARIES):
         # Of a system that names its libraries otherwise nothing is known.
         if (path := folder / library).is_file():
             for each in (str(path), *opened_later):
-                if (name := unopened(each)) is not None:
+                if (name := find_unopenable(each)) is not None:
                     return name
     return None
 
 
-def unopened(library: str) -> str | None:
+def find_unopenable(library: str) -> str | None:
     """Return the name of `library`, or else of the first library it needs, that the loader cannot open; None if all open."""
     try:
         ctypes.CDLL(library, mode=os.RTLD_LAZY)

@@ -26,13 +26,13 @@ from mura_dist.core import files as atomic
 from mura_dist.core.errors import RunError, StopRequestedError, UserError, os_reason
 from mura_dist.data import table_names
 
-PLACE = "MURA_DIST_SITE_KEY"
+KEY_VARIABLE = "MURA_DIST_SITE_KEY"
 COLUMNS = ("path", "pseudonym", "study", "study_pseudonym")
 DIGITS = 16  # 64 bits: of 10^6 names two are alike with probability 3e-8, of 10^8 with 3e-4
 _KEY_BYTES = 32
 _OTHERS = 0o077  # permissions of anybody but the owner
 
-Row = tuple[str, str, str, str]
+KeyRow = tuple[str, str, str, str]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,7 +76,7 @@ class Pseudonymizer:
 
 def key_path() -> Path:
     """Where the site's key lies, or will: MURA_DIST_SITE_KEY, or the user's own configuration."""
-    return Path(os.environ.get(PLACE) or _configuration() / "site.key")
+    return Path(os.environ.get(KEY_VARIABLE) or _configuration() / "site.key")
 
 
 def _configuration() -> Path:
@@ -92,14 +92,16 @@ def site_key(*apart: Path) -> bytes:
     path = key_path()
     for folder in apart:
         if _inside(path, folder):
-            raise UserError(f"site key {path} lies inside {folder}; keep it elsewhere: {PLACE}=PATH names the file")
+            raise UserError(
+                f"site key {path} lies inside {folder}; keep it elsewhere: {KEY_VARIABLE}=PATH names the file"
+            )
     try:
         if not path.exists():
             _make_key(path)
         _check_mode(path, "site key")
         key = path.read_bytes()
     except OSError as error:
-        raise UserError(f"site key {path}: {os_reason(error)}; {PLACE}=PATH names another file") from error
+        raise UserError(f"site key {path}: {os_reason(error)}; {KEY_VARIABLE}=PATH names another file") from error
     if len(key) < _KEY_BYTES:
         raise UserError(
             f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
@@ -140,7 +142,7 @@ def _same(one: Path, other: Path) -> bool:
 # ---- the way back
 
 
-def check(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
+def check_keytable(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
     """UserError where `keytable` cannot be written, or lies where it would be given away."""
     option = f"--pseudonyms {keytable}"
     for name, folder in (("--out", out), *(("DIRECTORY", folder) for folder in folders)):
@@ -156,13 +158,13 @@ def check(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
         _check_mode(keytable, "--pseudonyms")
 
 
-def check_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
+def check_keytable_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
     """UserError where `keytable` is there and does not name these very files, (path, pseudonym) each: before any work."""
     if keytable.exists():
         _compare(keytable, (line[:2] for line in _read(keytable)), files)
 
 
-def write(keytable: Path, rows: Callable[[], Iterable[Row]]) -> None:
+def write_keytable(keytable: Path, rows: Callable[[], Iterable[KeyRow]]) -> None:
     """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or UserError."""
     try:
         with atomic.creating(keytable, mode=0o600) as file:

@@ -44,8 +44,8 @@ class RadiographReader:
             verdict = gate.classify(found.image, found.colors)
             return ReadResult(found.image, radiograph.read_identity(file), ("", ""), verdict, notes=found.notes)
         except radiograph.UnreadableFileError as error:
-            return failed(error.code, error.reason)
+            return failure_result(error.code, error.reason)
 
 
-def failed(code: str, reason: str) -> ReadResult:
+def failure_result(code: str, reason: str) -> ReadResult:
     return ReadResult(None, None, (code, reason))

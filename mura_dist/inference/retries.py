@@ -17,12 +17,12 @@ FILES = "files"
 _RADIOGRAPH, _FAILURE, _FAULT = "rfi"
 
 
-def select(before: ChunkResult, files: Sequence[ListedFile]) -> list[ListedFile]:
+def select_retries(before: ChunkResult, files: Sequence[ListedFile]) -> list[ListedFile]:
     """Choose the files of a chunk that `before` could not read."""
     return [file for file, letter in zip(files, before[FILES], strict=True) if letter == _FAULT]
 
 
-def complete(before: ChunkResult | None, part: ChunkResult, readings: Sequence[ReadResult]) -> ChunkResult:
+def merge_retry(before: ChunkResult | None, part: ChunkResult, readings: Sequence[ReadResult]) -> ChunkResult:
     """Put what was read now, `part`, into the part of an earlier start. `readings`: of the files of `part`, in their order.
 
     The result has FILES where an I/O fault kept some of its files from being read again, else it is final.

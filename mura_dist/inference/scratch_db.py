@@ -16,7 +16,7 @@ _SETTINGS = f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_
 
 
 @contextlib.contextmanager
-def made(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
+def create(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
     """A new database in one transaction, which ends with the block. Raises OSError where the disk is full."""
     with _opened(path, "rwc&nolock=1") as database:
         database.executescript(_SETTINGS + schema)
@@ -26,7 +26,7 @@ def made(path: Path, schema: str) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection]:
+def open_readonly(path: Path) -> Iterator[sqlite3.Connection]:
     """A database that is made, for a reader of its own: a connection serves one thread."""
     with _opened(path, "ro&immutable=1") as database:
         yield database

@@ -144,7 +144,7 @@ class StudyModel:
     ) -> str:
         known = frozenset((*self.onnx_model.card.study_types, *self.onnx_model.card.thresholds))
         if study_type is not None:
-            study_type = study_types.normal(study_type)
+            study_type = study_types.normalize(study_type)
             for warning in study_types.check(study_type, known):
                 warnings.warn(warning, stacklevel=3)
             return study_type
@@ -157,7 +157,7 @@ class StudyModel:
     def _summarize(self, views: tuple[ViewResult, ...], study_type: str) -> StudyResult:
         worst = max((view.gate for view in views), key=gate.NAMES.index)
         probability = classification.sigmoid(np.array([view.logit for view in views], np.float32))
-        frame = tables.judged(
+        frame = tables.apply_thresholds(
             [(_STUDY, study_type, worst)], np.zeros(len(views), np.int64), probability, self.onnx_model.card
         )
         cells = {str(name): None if pd.isna(value) else value for name, value in frame.iloc[0].items()}

@@ -22,12 +22,12 @@ _TYPO, _NEAR = 0.8, 0.7
 _FILE_NAME = re.compile(r"[/\\]|\.\w+$")
 
 
-def read(given: str | None) -> StudyTypeOverride:
+def read_override(given: str | None) -> StudyTypeOverride:
     """A study type, or the CSV of path,study_type that lies there, as a dict by the paths' keys. Raises UserError."""
     if given is None:
         return None
     if not (_FILE_NAME.search(given) or os.path.isfile(given)):
-        return normal(given)
+        return normalize(given)
     try:
         text = decode(Path(given).read_bytes(), given)
         lines = read_lines(text, given, "name its columns", strict=True, delimiter=find_delimiter(text))
@@ -49,7 +49,7 @@ def read(given: str | None) -> StudyTypeOverride:
     types: dict[str, str] = {}
     for number, cells in enumerate(rows, start=1):
         filled = [*cells, *[""] * (len(header) - len(cells))]
-        path, study_type = table_names.join_key(filled[path_at]), normal(table_names.unescape(filled[type_at]))
+        path, study_type = table_names.join_key(filled[path_at]), normalize(table_names.unescape(filled[type_at]))
         if types.setdefault(path, study_type) != study_type:
             raise UserError(
                 f"--study-type {given}: the path of radiograph {number} is both {types[path]} and {study_type}; "
@@ -58,7 +58,7 @@ def read(given: str | None) -> StudyTypeOverride:
     return types
 
 
-def normal(study_type: str) -> str:
+def normalize(study_type: str) -> str:
     """Return MURA's study type: `hand`, `XR hand`, `xr-hand` and `XR_HAND` are one. What MURA does not know stays as written."""
     name = study_type.strip()
     full = f"XR_{_word(name)}"

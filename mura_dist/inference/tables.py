@@ -168,7 +168,7 @@ def _round(probability: np.ndarray, digits: int) -> np.ndarray:
 @contextlib.contextmanager
 def open_study_accumulator(path: Path) -> Iterator["StudyAccumulator"]:
     """Views on disk, which come in any order and lie by study: a study's views may be anywhere in the walk."""
-    with files.scratch(path, mode=files.PRIVATE) as scratch, scratch_db.made(scratch, _SCHEMA) as database:
+    with files.scratch(path, mode=files.PRIVATE) as scratch, scratch_db.create(scratch, _SCHEMA) as database:
         yield StudyAccumulator(database)
 
 
@@ -235,7 +235,7 @@ def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[None]:
+def replacing_table(path: Path) -> Iterator[None]:
     """For a block that replaces `path`: raises RunError where another program does not let go of it."""
     try:
         yield
@@ -249,7 +249,7 @@ def replaced(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _table(path: Path, returns: bool) -> Iterator[Add]:
     """A table that is `path` when the block ends well: frames are added, one at least. `returns`: text holds a bare one."""
-    with replaced(path), files.replacing(path) as file:
+    with replacing_table(path), files.replacing(path) as file:
         if path.suffix == ".parquet":
             with contextlib.closing(_Parquet(file)) as parquet:
                 yield parquet.add

@@ -34,7 +34,7 @@ def resolve_precision(settings: Settings) -> Settings:
     if settings.precision != "auto":
         return settings
     begun = Run(Path(settings.run), settings).recipe_value("precision", None)
-    chosen = begun or ("bf16" if process_group.computes_bf16() else "fp32")
+    chosen = begun or ("bf16" if process_group.supports_bf16() else "fp32")
     return settings.model_copy(update={"precision": chosen})
 
 
@@ -165,6 +165,6 @@ def describe_start(plan: Plan, ranks: World, loading: BatchLoader, state: State)
 
 def _slow(settings: Settings) -> str:
     """A warning where a run goes on in, or was given, a precision that this device has no instructions for."""
-    if settings.precision != "bf16" or process_group.computes_bf16():
+    if settings.precision != "bf16" or process_group.supports_bf16():
         return ""
     return "; warning: there are no instructions for bf16 here, fp32 is several times as fast (precision=fp32, in a new run)"

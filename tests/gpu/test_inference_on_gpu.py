@@ -32,8 +32,10 @@ LIMITS = {"fp32": 1e-4, "fp16": precision.batch_limit("fp16", "cuda")}  # of a l
 @pytest.fixture(scope="module")
 def exported() -> Callable[[str], bytes]:
     files = {
-        "fp32": onnx.graph(tiny(), card_of()),
-        "fp16": onnx.graph(precision.halved(tiny()), card_of().model_copy(update={"precision": "fp16"})),
+        "fp32": onnx.build_onnx(tiny(), card_of()),
+        "fp16": onnx.build_onnx(
+            precision.to_half_precision(tiny()), card_of().model_copy(update={"precision": "fp16"})
+        ),
     }
     return files.__getitem__
 

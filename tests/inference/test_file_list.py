@@ -29,7 +29,7 @@ def listed(found: FileList) -> list[ListedFile]:
 
 def paths(directory: Path, table: Path, exclude: Path | None = None) -> list[str]:
     with files.scratch(table) as database:
-        return [file.path for file in listed(file_list.find(directory, database, exclude=exclude))]
+        return [file.path for file in listed(file_list.list_files(directory, database, exclude=exclude))]
 
 
 def make(root: Path, *names: str) -> None:
@@ -48,7 +48,7 @@ NAMES = [
 def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, size: int) -> None:
     make(tmp_path, *NAMES)
     told: list[int] = []
-    found = file_list.find(tmp_path, table, size=size, found=told.append)
+    found = file_list.list_files(tmp_path, table, size=size, found=told.append)
     assert told == sorted(told)
     assert (found.num_files, found.num_chunks, told[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
     there = listed(found)
@@ -74,7 +74,7 @@ def test_times_beyond_what_a_database_counts(tmp_path: Path, table: Path) -> Non
     with contextlib.suppress(OSError):  # a disk that keeps no such time
         os.utime(tmp_path / "future", ns=(0, (1 << 63) + (1 << 60)))
     os.utime(tmp_path / "past", ns=(0, -1))
-    found = {file.path: file.mtime_ns for file in listed(file_list.find(tmp_path, table))}
+    found = {file.path: file.mtime_ns for file in listed(file_list.list_files(tmp_path, table))}
     assert found == {name: os.stat(tmp_path / name).st_mtime_ns for name in ("future", "past")}
 
 
@@ -98,7 +98,7 @@ def test_links(tmp_path: Path, table: Path) -> None:
         (root / name).symlink_to(target)
     (outer / "back").symlink_to(root)
     (outer / "sub" / "loop").symlink_to(outer)
-    found = {file.path: file.failure for file in listed(file_list.find(root, table))}
+    found = {file.path: file.failure for file in listed(file_list.list_files(root, table))}
     good = ["a/real.png", "b/far.png", "b/sub/farther.png", "file.png", "z/deep/real.png"]
     assert {path for path, failure in found.items() if failure is None} == set(good)
     assert {path: failure[0] for path, failure in found.items() if failure} == {
@@ -158,7 +158,7 @@ def _looked_into(directory: Path) -> Iterator[tuple[bytes, str | None]]:
 
 def test_a_full_disk_is_said_as_the_system_says_it(tmp_path: Path) -> None:
     def fill() -> None:
-        with scratch_db.made(tmp_path / "t", "CREATE TABLE t (x BLOB);") as table:
+        with scratch_db.create(tmp_path / "t", "CREATE TABLE t (x BLOB);") as table:
             table.execute("PRAGMA max_page_count = 4")
             table.execute("INSERT INTO t VALUES (zeroblob(100000))")
 
@@ -172,7 +172,7 @@ from pathlib import Path
 from mura_dist.inference import file_list
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
-found = file_list.find(Path(sys.argv[1]), Path(sys.argv[2]))
+found = file_list.list_files(Path(sys.argv[1]), Path(sys.argv[2]))
 num = sum(len(chunk) for chunk in found.chunks(range(found.num_chunks)))
 print(json.dumps([before, peak(), found.num_files, num]))
 """

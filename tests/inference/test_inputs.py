@@ -32,7 +32,7 @@ def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def listed(inputs: Inputs, database: Path) -> set[str]:
-    return set(file_list.find(inputs.directory, database, members=inputs.members).printable_paths())
+    return set(file_list.list_files(inputs.directory, database, members=inputs.members).printable_paths())
 
 
 CASES = {

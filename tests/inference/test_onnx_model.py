@@ -167,7 +167,7 @@ def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) 
     with_card(model, card_of().model_copy(update={"precision": "bf16"}), path)
     with pytest.raises(UserError, match="bf16"):
         OnnxModel.load(path)
-    if importlib.util.find_spec("openvino") is not None and not engine_openvino.computes_bf16():
+    if importlib.util.find_spec("openvino") is not None and not engine_openvino.supports_bf16():
         with pytest.raises(UserError, match="no instructions"):
             OnnxModel.load(path, "openvino")
 
@@ -209,14 +209,14 @@ def test_the_fastest_way_is_measured_kept_and_found(
     model: Path, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
-    assert autotune.stored(OnnxModel.load(model, provider)) is None
+    assert autotune.load_tuned_config(OnnxModel.load(model, provider)) is None
     lines: list[str] = []
-    best = autotune.choose(model, provider, lines.append)
+    best = autotune.tune(model, provider, lines.append)
     ways = list(autotune.candidates(model, provider))
     assert len(lines) == len(ways) == len(set(ways))
     assert best in ways
-    assert autotune.words(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
-    assert autotune.stored(OnnxModel.load(model, provider)) == best
+    assert autotune.describe(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
+    assert autotune.load_tuned_config(OnnxModel.load(model, provider)) == best
     kept = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
     [entry] = kept.values()
     assert len(entry["measured"]) == len(ways)
@@ -227,7 +227,7 @@ def test_the_fastest_way_is_measured_kept_and_found(
 def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> None:
     """The runs of its session take turns."""
     usual = SessionConfig(64, 2, 8)
-    ways = list(autotune.ways(usual, PROVIDERS[provider], 320))
+    ways = list(autotune.candidate_configs(usual, PROVIDERS[provider], 320))
     assert usual not in ways
     assert {way.streams for way in ways} == streams
     assert {way.batch_size for way in ways} == {16, 32, 64, 128}
@@ -235,13 +235,13 @@ def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> N
 
 def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
-    autotune.choose(model, "cpu")
+    autotune.tune(model, "cpu")
     other = tmp_path / "other.onnx"
     with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other)
-    assert autotune.stored(OnnxModel.load(other)) is None
-    assert autotune.stored(OnnxModel.load(model)) is not None
+    assert autotune.load_tuned_config(OnnxModel.load(other)) is None
+    assert autotune.load_tuned_config(OnnxModel.load(model)) is not None
     monkeypatch.setattr(autotune, "processors", lambda: 99)
-    assert autotune.stored(OnnxModel.load(model)) is None
+    assert autotune.load_tuned_config(OnnxModel.load(model)) is None
 
 
 def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
@@ -250,14 +250,14 @@ def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     lines: list[str] = []
-    assert autotune.choose(model, "cpu", lines.append).batch_size
+    assert autotune.tune(model, "cpu", lines.append).batch_size
     assert lines[-1].startswith(
         "warning: not kept for later runs: /dev/null/cache/mura-dist: not a directory; XDG_CACHE_HOME="
     )
     request.getfixturevalue("homeless")
-    assert autotune.choose(model, "cpu", lines.append).batch_size
+    assert autotune.tune(model, "cpu", lines.append).batch_size
     assert lines[-1].startswith("warning: not kept for later runs: HOME is not set")
-    assert autotune.stored(OnnxModel.load(model)) is None
+    assert autotune.load_tuned_config(OnnxModel.load(model)) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
@@ -267,9 +267,9 @@ def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, m
     path.parent.mkdir(parents=True)
     path.write_text(content)
     loaded = OnnxModel.load(model)
-    assert autotune.stored(loaded) is None
+    assert autotune.load_tuned_config(loaded) is None
     path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
-    assert autotune.stored(loaded) is None
+    assert autotune.load_tuned_config(loaded) is None
     path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
-    assert autotune.stored(loaded) is None
-    assert autotune.choose(model, "cpu") == autotune.stored(loaded)
+    assert autotune.load_tuned_config(loaded) is None
+    assert autotune.tune(model, "cpu") == autotune.load_tuned_config(loaded)

@@ -16,7 +16,7 @@ from mura_dist.data import radiograph
 from mura_dist.data.radiograph import DicomIdentity
 from mura_dist.inference import overlays
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, picture, place
+from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, draw_overlay, overlay_path
 from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.reports import heatmap, local_only
 
@@ -59,7 +59,7 @@ def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: 
         image = radiograph.read(source / line["path"], 64)
         logit, cells = loaded.outputs(image[None, None])
         assert np.float32(line["logit"]) == logit[0]
-        alone, painted = parts(place(tmp_path / "out", line["path"]))
+        alone, painted = parts(overlay_path(tmp_path / "out", line["path"]))
         assert (alone == image[..., None]).all()
         assert (painted == heatmap.overlay_heatmap(image, cells[0])).all()
     assert (folder / NOTE).read_text().startswith("LOCAL ONLY: ")
@@ -97,13 +97,13 @@ def test_words_stay_within_the_picture(size: int) -> None:
     """Banner, numbers, scale and caveat: dark on light, apart from the edges, whatever the model's size."""
     image = np.zeros((size, size), np.uint8)
     for logit in (0.0, -1234.5678, float("nan"), float("inf")):
-        pixels = picture(image, np.full((2, 2), logit), logit)
+        pixels = draw_overlay(image, np.full((2, 2), logit), logit)
         caveat = pixels[-26:]
         assert (caveat[:, :7] == 255).all()
         assert (caveat[:, -7:] == 255).all()
         assert (caveat != 255).any(axis=(0, 2)).sum() > 400  # a line of words
         assert (caveat[-2:] == 255).all()
-    assert picture(image, np.zeros((2, 2)), 0.0).shape == picture(image, np.full((9, 7), 9.0), 9.0).shape
+    assert draw_overlay(image, np.zeros((2, 2)), 0.0).shape == draw_overlay(image, np.full((9, 7), 9.0), 9.0).shape
 
 
 @pytest.mark.parametrize("others", [-50.0, -1.0, 0.0, 1.0, 50.0])
@@ -111,7 +111,7 @@ def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
     """At its cell's middle: between the middles of two cells the map is interpolated."""
     image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), others)
     cells[21, 31] = 2**0.5
-    pixels = picture(image, cells, 0.0)
+    pixels = draw_overlay(image, cells, 0.0)
     colour, opacity = heatmap.step_color(2)
     wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
     y, x = TOP + 21 * 5 + 2, LEFT + 320 + GAP + 31 * 5 + 2
@@ -120,15 +120,17 @@ def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
 
 def test_a_model_trained_on_drawings_says_so() -> None:
     image = np.zeros((64, 64), np.uint8)
-    assert (picture(image, np.zeros((2, 2)), 0.0) != picture(image, np.zeros((2, 2)), 0.0, drawings=True))[:26].any()
+    assert (draw_overlay(image, np.zeros((2, 2)), 0.0) != draw_overlay(image, np.zeros((2, 2)), 0.0, drawings=True))[
+        :26
+    ].any()
 
 
 def test_a_cell_that_is_no_number_stays_clear() -> None:
     image, cells = np.full((320, 320), 90, np.uint8), np.zeros((64, 64))
     cells[21, 31] = np.nan
-    assert (picture(image, cells, 0.0) == picture(image, np.zeros((64, 64)), 0.0)).all()
+    assert (draw_overlay(image, cells, 0.0) == draw_overlay(image, np.zeros((64, 64)), 0.0)).all()
     cells[21, 31], cells[41, 11] = np.inf, -np.inf
-    pixels = picture(image, cells, 0.0)
+    pixels = draw_overlay(image, cells, 0.0)
     for (row, column), step in (((21, 31), 5), ((41, 11), -5)):
         colour, opacity = heatmap.step_color(step)
         wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
@@ -154,7 +156,7 @@ def test_two_radiographs_never_share_a_file() -> None:
         "a\nb",
     ]
     names = [*words, *("/".join(pair) for pair in itertools.product(words, words)), "a/a/a.png/a"]
-    files = [place(Path("out"), name) for name in names]
+    files = [overlay_path(Path("out"), name) for name in names]
     assert len(set(files)) == len(names)
     folders = {parent for file in files for parent in file.parents}
     assert not folders & set(files)
@@ -256,7 +258,10 @@ def test_the_same_bytes_whoever_else_draws(tmp_path: Path) -> None:
     Overlays(tmp_path / "many").write_all([])
     for one in some:
         Overlays(tmp_path / "one").write_all([one])
-        assert place(tmp_path / "one", one.name).read_bytes() == place(tmp_path / "many", one.name).read_bytes()
-        assert place(tmp_path / "one", one.name).read_bytes() == local_only.png(
-            picture(one.image, one.cells, one.logit)
+        assert (
+            overlay_path(tmp_path / "one", one.name).read_bytes()
+            == overlay_path(tmp_path / "many", one.name).read_bytes()
+        )
+        assert overlay_path(tmp_path / "one", one.name).read_bytes() == local_only.png(
+            draw_overlay(one.image, one.cells, one.logit)
         )

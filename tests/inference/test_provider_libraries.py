@@ -28,9 +28,11 @@ def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
 
     second = compiled("second")
     first = compiled("first", "-x", "none", "-Wl,--no-as-needed", str(second))
-    assert provider_libraries.unopened(str(first)) == "libsecond.so.10"  # the loader looks for the soname, and not here
-    assert provider_libraries.unopened(str(second)) is None
-    assert provider_libraries.unopened("libthird.so.7") == "libthird.so.7"
+    assert (
+        provider_libraries.find_unopenable(str(first)) == "libsecond.so.10"
+    )  # the loader looks for the soname, and not here
+    assert provider_libraries.find_unopenable(str(second)) is None
+    assert provider_libraries.find_unopenable("libthird.so.7") == "libthird.so.7"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,12 @@ def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_onnxruntime")
 @pytest.mark.parametrize("command", ["predict", "page", "evaluate", "export", "bench"])
 def test_a_command_says_how_to_get_onnx_runtime(
-    command: str, model: Path, untrained: Path, halved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    model: Path,
+    untrained: Path,
+    halved: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = {
         "predict": [model, tmp_path, "--out", tmp_path / "out"],

@@ -603,7 +603,7 @@ KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
     ],
 )
 def test_a_likely_typo_is_refused(typo: str, meant: str) -> None:
-    for given in (study_types.read(typo), {"a": "XR_HAND", "b": study_types.normal(typo)}):
+    for given in (study_types.read_override(typo), {"a": "XR_HAND", "b": study_types.normalize(typo)}):
         with pytest.raises(
             UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\); there are"
         ):
@@ -624,7 +624,7 @@ def test_other_study_types_are_taken_with_a_word(name: str) -> None:
 
 def test_known_study_types_need_no_word() -> None:
     for name in (*mura.STUDY_TYPES, *KNOWN):
-        assert study_types.check(study_types.read(name), KNOWN) == []
+        assert study_types.check(study_types.read_override(name), KNOWN) == []
     assert study_types.check(None, KNOWN) == study_types.check({}, KNOWN) == study_types.check({"a": ""}, KNOWN) == []
 
 
@@ -640,7 +640,7 @@ def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     summary = predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert summary["warnings"][0] == "--study-type: 1 of 2 paths are not in DIRECTORY"
     table.write_text("path,study_type\nloose.png,HAND\n")
-    assert study_types.match(study_types.read(str(table)), [file_list.printable_path("loose.png")]) == []
+    assert study_types.match(study_types.read_override(str(table)), [file_list.printable_path("loose.png")]) == []
 
 
 # ---- files made once
@@ -661,15 +661,15 @@ def test_a_file_is_created_once(tmp_path: Path) -> None:
 def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
     names = ['a"b', "a,b", "a\nb", "a\rb", "a\r\nb", "", "\\xff", "é", "=1+1"]
     lines = [(name, f"file-{place}", name, f"study-{place}") for place, name in enumerate(names)]
-    pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
-    pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
+    pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
+    pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
     with open(tmp_path / "keys.csv", newline="", encoding="utf-8") as file:
         found = [tuple(line) for line in csv.reader(file)]
     formula = ("./=1+1", "file-8", "./=1+1", "study-8")
     assert found == [pseudonyms.COLUMNS, *lines[:-1], formula]
     plain = (tmp_path / "keys.csv").read_bytes().replace(b"./", b"")  # as earlier versions wrote it
     (tmp_path / "keys.csv").write_bytes(plain)
-    pseudonyms.write(tmp_path / "keys.csv", lambda: lines)
+    pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
 
 
 def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> None:

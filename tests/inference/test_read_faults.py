@@ -19,9 +19,9 @@ from mura_dist.data import io_faults
 from mura_dist.inference import predict as predict_module
 from mura_dist.inference import retries, tables
 from mura_dist.inference.file_list import ListedFile
-from mura_dist.inference.overlays import counts
+from mura_dist.inference.overlays import overlay_counts
 from mura_dist.inference.predict import PredictOptions, predict
-from mura_dist.inference.reader import ReadResult, failed
+from mura_dist.inference.reader import ReadResult, failure_result
 
 RANK = """
 import sys
@@ -127,18 +127,20 @@ def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None
     """Law: attempts that each read some of a chunk's files end in the part of one that read all."""
     rng = np.random.default_rng(4)
     image, files = np.zeros((2, 2), np.uint8), [ListedFile(str(number)) for number in range(40)]
-    outcomes = [ReadResult(image, None, ("", "")) if rng.random() < 0.7 else failed("not_image", "") for _ in files]
+    outcomes = [
+        ReadResult(image, None, ("", "")) if rng.random() < 0.7 else failure_result("not_image", "") for _ in files
+    ]
 
     def attempt(before: tables.ChunkResult | None, share: float) -> tables.ChunkResult:
-        some = files if before is None else retries.select(before, files)
-        readings = [outcomes[int(f.path)] if rng.random() < share else failed("io_error", "") for f in some]
+        some = files if before is None else retries.select_retries(before, files)
+        readings = [outcomes[int(f.path)] if rng.random() < share else failure_result("io_error", "") for f in some]
         lines = list(zip((file.path for file in some), readings, strict=True))
         part = {
             "predictions": [[path] for path, reading in lines if reading.image is not None],
             "failures": [[path, *reading.failure] for path, reading in lines if reading.image is None],
-            "overlays": counts(sum(reading.image is not None for reading in readings), 0),
+            "overlays": overlay_counts(sum(reading.image is not None for reading in readings), 0),
         }
-        return retries.complete(before, part, readings)
+        return retries.merge_retry(before, part, readings)
 
     for _ in range(20):
         part = attempt(None, 0.3)

@@ -14,16 +14,16 @@ def test_a_table_as_people_save_it(tmp_path: Path) -> None:
     path.write_bytes(
         '\ufeffnumber,path,study_type\r\n1," a, b.png",hand\r\n,,\r\n2,c.png\r\n\r\n3,d.png,Knee \r\n'.encode()
     )
-    assert study_types.read(str(path)) == {" a, b.png": "XR_HAND", "c.png": "", "d.png": "Knee"}
+    assert study_types.read_override(str(path)) == {" a, b.png": "XR_HAND", "c.png": "", "d.png": "Knee"}
     path.write_text("path,study_type\n")
-    assert study_types.read(str(path)) == {}
+    assert study_types.read_override(str(path)) == {}
 
 
 def test_a_table_as_r_writes_it(tmp_path: Path) -> None:
     """`write.table(..., sep = ",")` gives the row names no header."""
     path = tmp_path / "types.csv"
     path.write_text('"path","study_type"\n"1","a.png","hand"\n"2","b.png","XR_WRIST"\n')
-    assert study_types.read(str(path)) == {"a.png": "XR_HAND", "b.png": "XR_WRIST"}
+    assert study_types.read_override(str(path)) == {"a.png": "XR_HAND", "b.png": "XR_WRIST"}
 
 
 def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
@@ -32,11 +32,11 @@ def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
     for mark, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-16")):
         lines = ["path,study_type", "Mu\u0308/a.png,hand", "./=1.png,XR_WRIST"]
         path.write_bytes("\r\n".join(line.replace(",", mark) for line in lines).encode(encoding))
-        assert study_types.read(str(path)) == wanted
+        assert study_types.read_override(str(path)) == wanted
     assert study_types.match(wanted, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
     path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
     with pytest.raises(UserError, match="is both XR_HAND and XR_WRIST; leave one"):
-        study_types.read(str(path))
+        study_types.read_override(str(path))
 
 
 NO_TABLES = {
@@ -57,7 +57,7 @@ def test_what_is_no_such_table_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.write_bytes(data)
     with pytest.raises(UserError) as refusal:
-        study_types.read(str(path))
+        study_types.read_override(str(path))
     wrong = "not a CSV with the columns path and study_type; its first line names them"
     assert str(refusal.value) == f"--study-type {path}: {wrong}"
 
@@ -68,7 +68,7 @@ def test_a_path_of_two_study_types_is_refused_by_its_number(tmp_path: Path) -> N
     with pytest.raises(
         UserError, match=r"types\.csv: the path of radiograph 4 is both XR_WRIST and XR_HAND; leave one of"
     ):
-        study_types.read(str(path))
+        study_types.read_override(str(path))
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^--study-type .*: is a directory; give a study type, or a CSV of path,study_type$"
     ):
-        study_types.read(str(path))
+        study_types.read_override(str(path))
 
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
@@ -86,9 +86,9 @@ def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_p
     word = study_type.removeprefix("XR_")
     spellings = [study_type, word, f"XR {word}", f"XR-{word}", f"XR{word}", f"  {word} "]
     for spelling in [form(each) for each in spellings for form in (str.upper, str.lower, str.title)]:
-        assert study_types.read(spelling) == study_type
+        assert study_types.read_override(spelling) == study_type
         (tmp_path / "types.csv").write_text(f"path,study_type\na.png,{spelling}\n")
-        assert study_types.read(str(tmp_path / "types.csv")) == {"a.png": study_type}
+        assert study_types.read_override(str(tmp_path / "types.csv")) == {"a.png": study_type}
         assert study_types.check(study_type, ()) == []
 
 
@@ -97,4 +97,4 @@ def test_a_file_that_is_not_there_is_no_study_type(given: str) -> None:
     with pytest.raises(
         UserError, match=rf"^--study-type {given}: no such file or directory; give a study type, or a CSV"
     ):
-        study_types.read(given)
+        study_types.read_override(given)

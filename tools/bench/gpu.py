@@ -845,9 +845,9 @@ def stage_ort(record: Recorder, options: argparse.Namespace) -> None:
     card = Card(**facts, recipe={}, checkpoint="none")
     network = densenet.build(ARCHITECTURE).eval()
     started = time.perf_counter()
-    files = {"fp32": onnx.graph(network, card)}
+    files = {"fp32": onnx.build_onnx(network, card)}
     record("export", seconds=time.perf_counter() - started)
-    files["fp16"] = onnx.graph(precision.halved(network), card.model_copy(update={"precision": "fp16"}))
+    files["fp16"] = onnx.build_onnx(precision.to_half_precision(network), card.model_copy(update={"precision": "fp16"}))
     probe = np.random.default_rng(0).integers(0, 256, (7, 1, SIZE, SIZE), dtype=np.uint8)
     with torch.inference_mode():
         wanted = network(torch.from_numpy(probe))[0].numpy()

@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace) -> None:
     from mura_dist.distributed import process_group  # torch, which takes seconds to import
 
     precision = (
-        ("bf16" if process_group.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+        ("bf16" if process_group.supports_bf16() else "fp32") if options.precision == "auto" else options.precision
     )
     job = Job(options.architecture, options.size, options.micro_batch, 1, precision)
     hardware, versions = runner.hardware(), runner.versions()

@@ -62,7 +62,7 @@ def job_of(options: argparse.Namespace) -> Job:
     from mura_dist.distributed import process_group  # torch, which takes seconds to import
 
     precision = (
-        ("bf16" if process_group.computes_bf16() else "fp32") if options.precision == "auto" else options.precision
+        ("bf16" if process_group.supports_bf16() else "fp32") if options.precision == "auto" else options.precision
     )
     return Job(options.architecture, options.size, options.micro_batch, options.micros, precision)
 

@@ -462,7 +462,7 @@ def _head(graph: _Graph, network: DenseNet, x: str, grid: Grid) -> None:
     graph.add("ReduceMean", cells, graph.const(np.array([1, 2])), output=f"{graph.prefix}logit", keepdims=0)
 
 
-def graph(model: DenseNet | Ensemble, images: np.ndarray) -> onnx.ModelProto:
+def build_int8_graph(model: DenseNet | Ensemble, images: np.ndarray) -> onnx.ModelProto:
     """The integer graph of a network, or of an ensemble, in eval mode on the CPU in fp32.
 
     images: uint8 (N, 1, S, S), radiographs of the train split, whose ranges become the grids' and whose mean logit stays. The

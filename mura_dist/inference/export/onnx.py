@@ -104,7 +104,7 @@ def default_out(target: Target, precision: str) -> Path:
 
 def _check(out: Path, options: ExportOptions) -> None:
     import_onnxruntime()  # the gate computes with it: said before the minutes that come first
-    precision.check(options.precision)
+    precision.check_precision(options.precision)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
     files.check_folder(out.parent, "--out")
@@ -133,7 +133,7 @@ def _export(
     if options.precision == "fp32":
         report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards), progress=progress)
     else:
-        shards = precision.opened(weights, options.shards)
+        shards = precision.open_shards(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
         report = export_variant(model, card, out, options, shards, log)
     if options.triton_folder is not None:
@@ -182,7 +182,9 @@ def _card(weights: ModelWeights, measured: dict[str, Any]) -> Card:
 def _some_radiographs(weights: ModelWeights, given: Path | str | None) -> np.ndarray | None:
     """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
     try:
-        return precision.some_images(precision.opened(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS)
+        return precision.sample_images(
+            precision.open_shards(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS
+        )
     except UserError:
         if given is not None:
             raise
@@ -208,7 +210,7 @@ def export(
     _fits(model, card)
     steps = 1 + len(BATCH_SIZES)  # the graph, and each comparison
     progress(0, steps)
-    data = graph(model, card)
+    data = build_onnx(model, card)
     drawn = probe_images(card.size)
     real = drawn[:0] if radiographs is None else radiographs
     difference = parity(model, data, np.concatenate([drawn, real]), tolerance, lambda done: progress(1 + done, steps))
@@ -232,22 +234,28 @@ def export_variant(
     """
     _fits(model, card)
     card = card.model_copy(update={"precision": options.precision})
-    plain = graph(model, card.model_copy(update={"precision": "fp32"}))
-    real = precision.some_images(shards, card.selected_on, NUM_RADIOGRAPHS)
+    plain = build_onnx(model, card.model_copy(update={"precision": "fp32"}))
+    real = precision.sample_images(shards, card.selected_on, NUM_RADIOGRAPHS)
     probes = np.concatenate([probe_images(card.size), real])
     difference = parity(model, plain, probes)
     calibrated_on = 0
     if options.precision == "fp16":
         precision.check_range(model, probes)
     if options.precision == "int8":
-        images = precision.some_images(shards, "train", precision.NUM_CALIBRATED)
+        images = precision.sample_images(shards, "train", precision.NUM_CALIBRATED)
         calibrated_on = len(images)
         log(f"int8: ranges of {calibrated_on} radiographs of train")
-        data = finished(int8.graph(model, images), card)
+        data = finalize(int8.build_int8_graph(model, images), card)
     else:
-        data = graph(precision.halved(model), card) if options.precision == "fp16" else _with_card(plain, card)
-    change = precision.change(card, plain, data, shards, log).model_copy(update={"calibrated_on": calibrated_on})
-    over = precision.judge(options.precision, change, options.allow_change)
+        data = (
+            build_onnx(precision.to_half_precision(model), card)
+            if options.precision == "fp16"
+            else _with_card(plain, card)
+        )
+    change = precision.measure_change(card, plain, data, shards, log).model_copy(
+        update={"calibrated_on": calibrated_on}
+    )
+    over = precision.check_limits(options.precision, change, options.allow_change)
     data = _with_card(data, card.model_copy(update={"change": change}))
     files.write_bytes(out, data)
     return ExportReport(card, len(data), difference, change.num_radiographs, change, over)
@@ -262,7 +270,7 @@ def _fits(model: torch.nn.Module, card: Card) -> None:
         )
 
 
-def graph(model: torch.nn.Module, card: Card) -> bytes:
+def build_onnx(model: torch.nn.Module, card: Card) -> bytes:
     """The ONNX file's content: the graph of `model` for images of `card.size`, any batch size, with `card` inside."""
     example = torch.zeros(2, 1, card.size, card.size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
     with quiet(), torch.no_grad():
@@ -277,10 +285,10 @@ def graph(model: torch.nn.Module, card: Card) -> bytes:
             verbose=False,
         )
     assert program is not None
-    return finished(program.model_proto, card)
+    return finalize(program.model_proto, card)
 
 
-def finished(proto: onnx.ModelProto, card: Card) -> bytes:
+def finalize(proto: onnx.ModelProto, card: Card) -> bytes:
     """The content of the file of a graph, with `card` inside, checked."""
     _tidy(proto, card)
     onnx.checker.check_model(proto, full_check=True)
@@ -288,7 +296,7 @@ def finished(proto: onnx.ModelProto, card: Card) -> bytes:
 
 
 def _with_card(data: bytes, card: Card) -> bytes:
-    return finished(onnx.load_from_string(data), card)
+    return finalize(onnx.load_from_string(data), card)
 
 
 def _tidy(proto: onnx.ModelProto, card: Card) -> None:

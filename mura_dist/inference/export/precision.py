@@ -45,23 +45,23 @@ ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that meas
 _BATCH_SIZES = (1, 2, 7, 64)
 
 
-def check(precision: str) -> None:
+def check_precision(precision: str) -> None:
     """Raises UserError for what is no precision, and for one that cannot be measured here."""
     if precision not in PRECISIONS:
         raise UserError(
             f"--precision {precision}{nearest(precision, PRECISIONS)}: must be one of {', '.join(PRECISIONS)}"
         )
     if precision == "bf16":
-        from mura_dist.inference.engine_openvino import computes_bf16
+        from mura_dist.inference.engine_openvino import supports_bf16
 
-        if not computes_bf16():
+        if not supports_bf16():
             raise UserError(
                 "--precision bf16: what it changes is measured before it is written, and this processor has no instructions "
                 "for it; export on one that has (AVX-512 BF16 or AMX), or give --precision int8"
             )
 
 
-def opened(weights: ModelWeights, given: str | Path | None) -> Shards:
+def open_shards(weights: ModelWeights, given: str | Path | None) -> Shards:
     """The run's own shards, where it found them or where `given` says they are now. Raises UserError."""
     place = given or weights.settings.shards
     shards, data = Shards.open(place), weights.data()
@@ -70,7 +70,7 @@ def opened(weights: ModelWeights, given: str | Path | None) -> Shards:
     return shards
 
 
-def halved(model: DenseNet | Ensemble) -> nn.Module:
+def to_half_precision(model: DenseNet | Ensemble) -> nn.Module:
     """A copy whose convolutions and norms are fp16; the normalisation of the image and both outputs stay fp32."""
     copied = copy.deepcopy(model)
     for network in copied.networks if isinstance(copied, Ensemble) else [copied]:
@@ -80,7 +80,7 @@ def halved(model: DenseNet | Ensemble) -> nn.Module:
     return copied
 
 
-def some_images(shards: Shards, split: str, number: int) -> np.ndarray:
+def sample_images(shards: Shards, split: str, number: int) -> np.ndarray:
     """About `number` radiographs of a split, evenly over it, hence over study types: uint8 (N, 1, S, S)."""
     images = [image for _, image in _sound(shards, _evenly(shards.rows(split), number))]
     return np.stack(images)[:, None] if images else np.empty((0, 1, shards.size, shards.size), np.uint8)
@@ -99,7 +99,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
             continue
 
 
-def change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> Change:
+def measure_change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> Change:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
 
@@ -225,7 +225,7 @@ def _same_over_batches(of_batch_size: Callable[[int], OnnxModel], limit: float) 
             )
 
 
-def judge(precision: str, found: Change, allowed: bool) -> list[str]:
+def check_limits(precision: str, found: Change, allowed: bool) -> list[str]:
     """What lies above its limit, a line each. Raises RunError unless `allowed`."""
     limit = LIMITS[precision]
     calls = max(1, int(limit.changed_calls * found.num_studies))  # one may always change: a tiny split has few

@@ -195,4 +195,4 @@ def _overlay(file: StudyFile, index: int, files_key: str, *, drawn: bool) -> Non
 
 
 def _overlay_png(image: np.ndarray, view: ViewOutput, drawn: bool) -> bytes:
-    return local_only.png(overlays.picture(image, view.cells, view.logit, drawings=drawn))
+    return local_only.png(overlays.draw_overlay(image, view.cells, view.logit, drawings=drawn))

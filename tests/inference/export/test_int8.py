@@ -60,7 +60,7 @@ def wanted(model: nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_still_the_same_network(seed: int) -> None:
     model, images = trained(seed), blotches(64, seed)
-    made = int8.graph(model, blotches(128, seed + 50))
+    made = int8.build_int8_graph(model, blotches(128, seed + 50))
     onnx.checker.check_model(made, full_check=True)
     logit, cells = run(made, images)
     wanted_logit, wanted_cells = wanted(model, images)
@@ -87,7 +87,7 @@ def test_a_slope_of_next_to_nothing_is_as_good_as_none(seed: int, slope: float) 
     images, errors = blotches(64, seed), []
     for each in (slope, 0.0):
         model = with_faint_slopes(seed, each)
-        made = int8.graph(model, blotches(128, seed + 50))
+        made = int8.build_int8_graph(model, blotches(128, seed + 50))
         errors.append(np.abs(run(made, images)[0] - wanted(model, images)[0]).mean())
     assert errors[0] <= 1.5 * errors[1] + 1e-6, errors
 
@@ -95,14 +95,14 @@ def test_a_slope_of_next_to_nothing_is_as_good_as_none(seed: int, slope: float) 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_sum_of_products_overflows(seed: int) -> None:
     """What the processor's integer instructions give is what the file says."""
-    made = int8.graph(trained(seed), blotches(64))
+    made = int8.build_int8_graph(trained(seed), blotches(64))
     images = np.concatenate([blotches(16, 9), np.full((1, 1, S, S), 255, np.uint8), np.zeros((1, 1, S, S), np.uint8)])
     np.testing.assert_allclose(run(made, images)[0], run(made, images, optimized=False)[0], atol=0.05)
 
 
 def test_every_product_is_of_integers() -> None:
     options = onnxruntime.SessionOptions()
-    made = int8.graph(trained(), blotches(32))
+    made = int8.build_int8_graph(trained(), blotches(32))
     found = optimized_kinds(made, options)
     model = trained()
     convolutions = sum(isinstance(part, nn.Conv2d) for part in model.modules())
@@ -125,7 +125,7 @@ def optimized_kinds(made: onnx.ModelProto, options: onnxruntime.SessionOptions) 
 
 @pytest.mark.parametrize("number", [1, 7])
 def test_a_logit_does_not_depend_on_its_batch(number: int) -> None:
-    made, images = int8.graph(trained(), blotches(32)), blotches(64, 3)
+    made, images = int8.build_int8_graph(trained(), blotches(32)), blotches(64, 3)
     alone = np.concatenate([run(made, images[at : at + number])[0] for at in range(0, 64, number)])
     np.testing.assert_allclose(alone, run(made, images)[0], atol=1e-6)
 
@@ -133,13 +133,13 @@ def test_a_logit_does_not_depend_on_its_batch(number: int) -> None:
 def test_an_ensemble_averages_probabilities() -> None:
     one, two = trained(0), trained(1)
     calibration, images = blotches(64), blotches(32, 5)
-    logits = [run(int8.graph(model, calibration), images)[0].astype(np.float64) for model in (one, two)]
+    logits = [run(int8.build_int8_graph(model, calibration), images)[0].astype(np.float64) for model in (one, two)]
     mean = np.mean([1 / (1 + np.exp(-logit)) for logit in logits], axis=0)
-    whole = int8.graph(Ensemble([one, two]).eval(), calibration)
+    whole = int8.build_int8_graph(Ensemble([one, two]).eval(), calibration)
     onnx.checker.check_model(whole, full_check=True)
     found, cells = run(whole, images)
     np.testing.assert_allclose(1 / (1 + np.exp(-found.astype(np.float64))), mean, atol=1e-6)
-    maps = [run(int8.graph(model, calibration), images)[1] for model in (one, two)]
+    maps = [run(int8.build_int8_graph(model, calibration), images)[1] for model in (one, two)]
     np.testing.assert_allclose(cells, np.mean(maps, axis=0), atol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_an_ensembles_logit_keeps_both_ends() -> None:
     one, two = trained(0), trained(1)
     for model, bias in ((one, 80.0), (two, 90.0)):
         nn.init.constant_(model.classifier.bias, bias)
-    found, _ = run(int8.graph(Ensemble([one, two]).eval(), blotches(16)), blotches(4, 1))
+    found, _ = run(int8.build_int8_graph(Ensemble([one, two]).eval(), blotches(16)), blotches(4, 1))
     assert np.isfinite(found).all()
     assert (found > 60).all()
 
@@ -155,7 +155,7 @@ def test_an_ensembles_logit_keeps_both_ends() -> None:
 def test_an_even_picture_stays_even() -> None:
     """The stem's kernels keep their sums: no grey level is an edge, and the border is the network's own."""
     model = trained()
-    made = int8.graph(model, blotches(64))
+    made = int8.build_int8_graph(model, blotches(64))
     images = np.stack([np.full((1, S, S), grey, np.uint8) for grey in (0, 40, 128, 200)])
     with torch.no_grad():
         parts = model.features
@@ -205,7 +205,7 @@ def test_a_grid_spans_what_is_seen_and_not_cut_away() -> None:
 
 
 def test_the_file_does_not_depend_on_the_machine_or_the_run() -> None:
-    first, again = (int8.graph(trained(), blotches(16)).SerializeToString() for _ in range(2))
+    first, again = (int8.build_int8_graph(trained(), blotches(16)).SerializeToString() for _ in range(2))
     assert first == again
 
 
@@ -218,7 +218,7 @@ openvino = pytest.mark.skipif(
 def test_openvino_computes_the_same_integers() -> None:
     from openvino import Core
 
-    made, images = int8.graph(trained(), blotches(64)), blotches(16, 9)
+    made, images = int8.build_int8_graph(trained(), blotches(64)), blotches(16, 9)
     compiled = Core().compile_model(Core().read_model(made.SerializeToString()), "CPU")
     found = compiled.create_infer_request().infer([images])[0]
     np.testing.assert_allclose(found, run(made, images)[0], atol=0.1)

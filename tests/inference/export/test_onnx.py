@@ -27,7 +27,7 @@ from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx as room
-from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, export, graph, parity, probe_images
+from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, build_onnx, export, parity, probe_images
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics.operating_points import PAPER, FittedThresholds
 from mura_dist.models import densenet
@@ -119,7 +119,7 @@ def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, ExportReport])
 def test_graph_is_the_same_twice_and_made_in_silence(
     exported: tuple[densenet.DenseNet, Path, ExportReport], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert graph(tiny(), card_of()) == exported[1].read_bytes()
+    assert build_onnx(tiny(), card_of()) == exported[1].read_bytes()
     assert capfd.readouterr() == ("", "")
 
 
@@ -150,7 +150,7 @@ def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.De
 def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer images than a batch are taken again: a batch of 64 is one."""
     model, seen = tiny(), []
-    data, images = graph(model, card_of()), np.concatenate([probe_images(S), noise(4)])
+    data, images = build_onnx(model, card_of()), np.concatenate([probe_images(S), noise(4)])
     outputs = OnnxModel.outputs
     monkeypatch.setattr(OnnxModel, "outputs", lambda self, batch: (seen.append(batch), outputs(self, batch))[1])
     parity(model, data, images)
@@ -264,7 +264,9 @@ def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
     assert not {"shards", "run", "mirror"} & card["recipe"].keys()
 
 
-def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+def test_it_is_said_when_no_radiograph_was_compared(
+    copy: Path, halved: Path, tmp_path: Path, capsys
+) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     (copy / "metrics.json").write_text("[]")  # another program's
@@ -403,6 +405,6 @@ def test_gate_on_real_radiographs(shared: Path) -> None:
     with torch.no_grad():
         model(torch.from_numpy(images[:8]))
     model.eval()
-    difference = parity(model, graph(model, card_of(320)), np.concatenate([probe_images(320), images]))
+    difference = parity(model, build_onnx(model, card_of(320)), np.concatenate([probe_images(320), images]))
     assert difference <= 1e-4
     print(f"{len(images)} radiographs, logits within {difference:.2g}")

@@ -17,7 +17,7 @@ from mura_dist.data import mura
 from mura_dist.data.shards.reader import Shards
 from mura_dist.inference import engine_openvino
 from mura_dist.inference.export import precision as variants
-from mura_dist.inference.export.onnx import default_out, graph
+from mura_dist.inference.export.onnx import build_onnx, default_out
 from mura_dist.inference.export.precision import LIMITS
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import PRECISIONS, Card, Change
@@ -98,17 +98,17 @@ def change_of(mean: float, calls: int, studies: int = 400) -> Change:
 def test_limits(precision: str) -> None:
     limit = LIMITS[precision]
     most = int(limit.changed_calls * 400)
-    assert variants.judge(precision, change_of(limit.mean_probability, most), False) == []
+    assert variants.check_limits(precision, change_of(limit.mean_probability, most), False) == []
     for change in (
         change_of(limit.mean_probability * 1.01, 0),
         change_of(0, most + 1),
         change_of(limit.mean_probability * 2, most + 5),
     ):
         with pytest.raises(RunError, match=f"{precision} changes .* the limit is .*--allow-change"):
-            variants.judge(precision, change, False)
-        assert variants.judge(precision, change, True)
-    assert variants.judge(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
-    assert variants.judge(precision, change_of(0, 2, studies=3), True)
+            variants.check_limits(precision, change, False)
+        assert variants.check_limits(precision, change, True)
+    assert variants.check_limits(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
+    assert variants.check_limits(precision, change_of(0, 2, studies=3), True)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed")
 def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
-    if not engine_openvino.computes_bf16():
+    if not engine_openvino.supports_bf16():
         laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "no instructions for it", "--precision int8")
         return
     assert main(["export", str(copy), "--precision", "bf16", "--allow-change"]) == DONE
@@ -166,7 +166,9 @@ def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, c
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     laws.refusal(capsys, ["export", copy, "--precision", "int8"], str(tmp_path / "gone"))
-    assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
+    assert (
+        main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
+    )
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -174,12 +176,12 @@ def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
     """The image's normalisation, both outputs, and an ensemble's average; the original is left as it is."""
     model = Ensemble([tiny(0), tiny(1)]).eval() if whole else tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    narrow = variants.halved(model)
+    narrow = variants.to_half_precision(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     networks = [part for part in narrow.modules() if isinstance(part, DenseNet)]
     assert all(network.mean.dtype == torch.float32 for network in networks)
     assert all(parameter.dtype == torch.float16 for parameter in narrow.parameters())
-    proto = onnx.load_from_string(graph(narrow, card_of().model_copy(update={"precision": "fp16"})))
+    proto = onnx.load_from_string(build_onnx(narrow, card_of().model_copy(update={"precision": "fp16"})))
     assert {output.type.tensor_type.elem_type for output in proto.graph.output} == {onnx.TensorProto.FLOAT}
     images = noise(9)
     logit, cells = OnnxModel.from_bytes(proto.SerializeToString(), "half").outputs(images)
@@ -211,7 +213,7 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
     with torch.no_grad():
         network.classifier.bias += broken
     with pytest.raises(RunError, match=r"moves by nan|gives .* of .* radiographs no number"):
-        variants.change(card, model.read_bytes(), graph(network, card), Shards.open(halved), print)
+        variants.measure_change(card, model.read_bytes(), build_onnx(network, card), Shards.open(halved), print)
 
 
 def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +249,7 @@ def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: 
     assert len(every) // 6 < len(some) < len(every) // 2
     studies = shards.manifest.frame["study"]
     assert set(every[studies[every].isin(studies[some])]) == set(some)
-    assert np.array_equal(variants.some_images(shards, "train", 7).shape, (7, 1, shards.size, shards.size))
+    assert np.array_equal(variants.sample_images(shards, "train", 7).shape, (7, 1, shards.size, shards.size))
 
 
 def test_names_and_old_cards() -> None:

@@ -11,7 +11,7 @@ from helpers.models import S, card_of, tiny
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import UserError
 from mura_dist.inference.export import triton
-from mura_dist.inference.export.onnx import BATCH_SIZES, graph
+from mura_dist.inference.export.onnx import BATCH_SIZES, build_onnx
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import Card
 from mura_dist.models.ensemble import Ensemble
@@ -27,7 +27,7 @@ def data(model: Path) -> bytes:
 @pytest.fixture(scope="module")
 def other() -> bytes:
     """Of other weights, with another threshold."""
-    return graph(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
+    return build_onnx(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def stock_server_loads(folder: Path) -> Any:
 @pytest.mark.parametrize("num_members", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stock_server_would_load_it(num_members: int, data: bytes, tmp_path: Path) -> None:
     if num_members == 2:
-        data = graph(Ensemble([tiny(0), tiny(1)]).eval(), card_of())
+        data = build_onnx(Ensemble([tiny(0), tiny(1)]).eval(), card_of())
     triton.write(tmp_path, data)
     assert files(tmp_path) == ["mura_dist/1/model.onnx", "mura_dist/config.pbtxt"]
     assert (tmp_path / "mura_dist" / "1" / "model.onnx").read_bytes() == data
@@ -149,7 +149,7 @@ def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -
 def test_quotes_and_backslashes_arrive(data: bytes) -> None:
     awkward = 'a "b" \\ é {0}\n'
     card = card_of().model_copy(update={"study_types": [awkward]})
-    told = json.loads(parsed(triton.config(graph(tiny(), card))).parameters["mura_dist"].string_value)
+    told = json.loads(parsed(triton.config(build_onnx(tiny(), card))).parameters["mura_dist"].string_value)
     assert told["study_types"] == [awkward]
 
 
