@@ -60,7 +60,7 @@ outcome() {
     now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
     state=${now#*\"state\": \"}
     state=${state%%\"*}
-    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (workers.ORDERLY_S) to save.
+    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (processes.GRACE_S) to save.
     if [ "$state" != running ] || [ "$SECONDS" -ge "$end" ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
     sleep 1
   done

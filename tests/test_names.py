@@ -14,13 +14,63 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("mura_dist", "tools", "launch", "shards", "tests")
 
-FILLERS = """
-    asked found given here judged kept known left made meant offered one ones other others ours painted part place said seen shown stuff
-    taken theirs them there thing things told took wanted way whole whose words
-""".split()
-METAPHORS = (
-    "aside beside bell born claim crew desk dice ears forget heart house hushed journal room staff stillborn".split()
-)
+FILLERS = [
+    "asked",
+    "found",
+    "given",
+    "here",
+    "judged",
+    "kept",
+    "known",
+    "left",
+    "made",
+    "meant",
+    "offered",
+    "one",
+    "ones",
+    "other",
+    "others",
+    "ours",
+    "painted",
+    "part",
+    "place",
+    "said",
+    "seen",
+    "shown",
+    "stuff",
+    "taken",
+    "theirs",
+    "them",
+    "there",
+    "thing",
+    "things",
+    "told",
+    "took",
+    "wanted",
+    "way",
+    "whole",
+    "whose",
+    "words",
+]
+METAPHORS = [
+    "aside",
+    "beside",
+    "bell",
+    "born",
+    "claim",
+    "crew",
+    "desk",
+    "dice",
+    "ears",
+    "forget",
+    "heart",
+    "house",
+    "hushed",
+    "journal",
+    "room",
+    "staff",
+    "stillborn",
+]
 BRITISH = (
     "normalis",
     "optimis",

@@ -56,7 +56,7 @@ def play(
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:
         with contextlib.ExitStack() as stack:
-            pools = {contender.name: stack.enter_context(processes.start(1)) for contender in contenders}
+            pools = {contender.name: stack.enter_context(processes.start_workers(1)) for contender in contenders}
             for ready in [pools[contender.name].submit(_prepare, contender, load) for contender in contenders]:
                 ready.result()
             chosen = _choose(contenders, pools, min(seconds, _PROBE_S), log)

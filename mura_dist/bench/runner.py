@@ -225,7 +225,7 @@ def hardware() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": next(iter(names), platform.machine()),
-        "processors": processes.processors(),
+        "processors": processes.num_processors(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }

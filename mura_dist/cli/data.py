@@ -78,9 +78,9 @@ def shards(source: Path | str, out: Path | str, quiet: bool, **options: Any) -> 
     share the work and write the same bytes.
     """
     from mura_dist.data.shards.convert import convert
-    from mura_dist.distributed.signals import as_interrupt
+    from mura_dist.distributed.signals import sigterm_as_interrupt
 
-    with as_interrupt(), progress_bar("converting", quiet) as progress:
+    with sigterm_as_interrupt(), progress_bar("converting", quiet) as progress:
         index = convert(source, out, progress=progress, **options)
     if index is None:  # another rank's: the first one speaks
         return

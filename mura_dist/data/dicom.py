@@ -48,7 +48,9 @@ def decode(data: bytes) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]
 def _check_scope(header: Header) -> None:
     dataset = header.dataset
     modality = dicom_header.get_label(dataset, "Modality")
-    sop_class = dicom_header.get_label(header.meta, "MediaStorageSOPClassUID") or dicom_header.get_label(dataset, "SOPClassUID")
+    sop_class = dicom_header.get_label(header.meta, "MediaStorageSOPClassUID") or dicom_header.get_label(
+        dataset, "SOPClassUID"
+    )
     if not (modality or sop_class) or ("Rows" not in dataset and sop_class in _SOP_CLASSES):
         raise UnreadableFileError("unreadable", "its DICOM header is damaged or cut short")
     if modality not in _MODALITIES and (modality not in ("", *_WRITTEN_FOR_DX) or sop_class not in _SOP_CLASSES):

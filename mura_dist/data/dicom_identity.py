@@ -97,7 +97,9 @@ def _body_part(header: Any) -> str:
         return written
     with contextlib.suppress(Exception):  # none, several, or no sequence at all
         (region,) = header.AnatomicRegionSequence
-        return body_parts.body_part_of_code(_safe_text(region, "CodingSchemeDesignator"), _safe_text(region, "CodeValue"))
+        return body_parts.body_part_of_code(
+            _safe_text(region, "CodingSchemeDesignator"), _safe_text(region, "CodeValue")
+        )
     return ""
 
 

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.data.mura import STUDY_TYPES
-from mura_dist.distributed.processes import processors
-from mura_dist.distributed.processes import start as start_workers
+from mura_dist.distributed.processes import num_processors
+from mura_dist.distributed.processes import start_workers
 
 VERSION = 1  # of the drawings: another number, other pixels
 MARK = "phantoms.json"  # written last: the set is complete
@@ -249,7 +249,9 @@ class FieldOfView:
 _NECK = (("humerus", 0.12, 0.19),)  # of the humerus, where it breaks most often near the shoulder
 _METACARPALS = tuple((f"finger{finger}.0", 0.3, 0.75) for finger in (1, 2, 3))
 FIELDS_OF_VIEW = {
-    "XR_SHOULDER": FieldOfView("humerus", 0.06, (12, 14), (0.0, 0.5), (*_NECK, *_NECK, *_NECK, ("clavicle", 0.78, 0.88))),
+    "XR_SHOULDER": FieldOfView(
+        "humerus", 0.06, (12, 14), (0.0, 0.5), (*_NECK, *_NECK, *_NECK, ("clavicle", 0.78, 0.88))
+    ),
     "XR_HUMERUS": FieldOfView("humerus", 0.5, (14, 18), (0.0, 1.5), (("humerus", 0.4, 0.62),)),
     "XR_ELBOW": FieldOfView("humerus", 1.0, (11.5, 14), (0.0, 0.4), (("humerus", 0.86, 0.91), ("ulna", 0.08, 0.14))),
     "XR_FOREARM": FieldOfView("radius", 0.5, (12, 15), (0.0, 1.2), (("radius", 0.38, 0.62), ("ulna", 0.38, 0.62))),
@@ -627,7 +629,7 @@ class PhantomSet:
 
 
 def _each(work: Callable[[PhantomStudy], int], planned: list[PhantomStudy], count: int | None) -> Iterator[int]:
-    count = count or min(processors(), 32)
+    count = count or min(num_processors(), 32)
     if count == 1 or len(planned) < PARALLEL_FROM:
         yield from map(work, planned)
         return

@@ -47,11 +47,11 @@ __all__ = [
     "RadiographDetails",
     "Source",
     "UnreadableFileError",
-    "read_bytes",
     "decode",
-    "read_identity",
-    "read_details",
     "read",
+    "read_bytes",
+    "read_details",
+    "read_identity",
     "read_radiograph",
 ]
 

@@ -1,12 +1,12 @@
-"""Ranks that share a folder and talk through it alone: who leads, who lives, what is whose.
+"""Coordination of ranks that share only a folder: one process per rank, and which ranks are alive.
 
-    the first rank   holds `lock`, says what is to be done, makes its share, then what ranks that fell silent left undone
-    another rank     holds `rank-N`, waits for the first one's word, makes its share
+    rank 0       holds `lock`, publishes the plan, does its share, then the shares of ranks whose heartbeat expired
+    other ranks  hold `rank-N`, wait for the plan, do their share
 
-Both are locks (lock.py), so that one process has one share. A start waits a while for the former holder: ranks whose launcher was
-killed notice that, and leave in good order.
+These files are locks (lock.py), so a share has one process. A start waits for the previous holder of its share: ranks whose
+launcher was killed need a while to notice and to exit.
 
-A heart is listened to by our own clock: it beats if the file's time has changed since we looked. Two machines' clocks differ.
+A heartbeat is a change of the file's modification time, timed by the observer's clock. Clocks of two machines differ.
 """
 
 import contextlib
@@ -17,55 +17,56 @@ from pathlib import Path
 
 from mura_dist.core import files
 from mura_dist.distributed import lock, processes
-from mura_dist.distributed.lock import Claim
+from mura_dist.distributed.lock import LockOptions
 
-WAIT_S = processes.ORDERLY_S + 5.0  # how long a start waits for the former holder of its share
-SILENCE_S = 60.0  # a rank whose heart has not beaten for so long makes nothing any more
+LOCK_WAIT_S = processes.GRACE_S + 5.0  # how long a start waits for the previous holder of its share
+HEARTBEAT_TIMEOUT_S = 60.0  # a rank without a heartbeat for this long counts as dead
 
 
-def heart(folder: Path, rank: int) -> Path:
-    """Return the lock of `rank`, which is touched while it lives."""
+def heartbeat_path(folder: Path, rank: int) -> Path:
+    """Return the lock of `rank`, which it touches while it runs."""
     return folder / (f"rank-{rank}" if rank else "lock")
 
 
 @contextlib.contextmanager
-def taking_part(folder: Path, rank: int, claim: Claim, stop: threading.Event) -> Iterator[None]:
-    """Live in `folder` while the block runs, as the only process of this rank: see lock.held.
+def join_folder(folder: Path, rank: int, options: LockOptions, stop: threading.Event) -> Iterator[None]:
+    """Hold the lock of `rank` in `folder` while the block runs, see lock.acquire.
 
-    What had to be made for it, and holds nothing in the end, is taken away again: a refused start leaves no trace.
+    Folders that this call creates and that are empty at its end are removed: a refused start leaves no trace.
     """
-    made = [folder, *(each for each in folder.parents if not each.exists())]
+    created = [folder, *(parent for parent in folder.parents if not parent.exists())]
     files.make_folder(folder)
     try:
-        with lock.held(heart(folder, rank), claim, stop):
+        with lock.acquire(heartbeat_path(folder, rank), options, stop):
             yield
     finally:
-        for each in made:
-            with contextlib.suppress(OSError):  # not empty, or another rank was faster
-                each.rmdir()
+        for path in created:
+            with contextlib.suppress(OSError):  # not empty, or removed by another rank
+                path.rmdir()
 
 
-def tidy(folder: Path) -> None:
-    """Delete what `folder` holds but the first rank's lock, which it still has, and that of a start that waits for it."""
+def clear_folder(folder: Path) -> None:
+    """Delete all files in `folder` except the lock of rank 0 and the files of a start that waits for it."""
+    lock_path = heartbeat_path(folder, 0)
     for path in folder.iterdir():
-        if path != heart(folder, 0) and not path.name.startswith(f".{heart(folder, 0).name}"):
+        if path != lock_path and not path.name.startswith(f".{lock_path.name}"):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-class Ears:
-    """Listens to hearts."""
+class HeartbeatMonitor:
+    """Time since the last heartbeat of each file, by this process's clock."""
 
     def __init__(self) -> None:
-        self._heard: dict[Path, tuple[int, float]] = {}
+        self._last_beats: dict[Path, tuple[int, float]] = {}  # modification time, when it was first observed
 
-    def silent_s(self, path: Path) -> float:
-        """Seconds since this heart was first listened to, or last heard to beat."""
+    def seconds_since_beat(self, path: Path) -> float:
+        """Return the seconds since the last observed heartbeat of `path`, or since the first call for it."""
         try:
             beat = path.stat().st_mtime_ns
         except OSError:
             beat = 0
-        known = self._heard.get(path)
-        if known is None or (beat and known[0] != beat):
-            self._heard[path] = known = beat, time.monotonic()
-        return time.monotonic() - known[1]
+        last = self._last_beats.get(path)
+        if last is None or (beat and last[0] != beat):
+            self._last_beats[path] = last = beat, time.monotonic()
+        return time.monotonic() - last[1]

@@ -1,7 +1,8 @@
-"""One writer of a folder: a file with host, process and heartbeat. A stale one is reported and taken, a living one waited for.
+"""A lock that allows one writer of a folder: a file with host, process and heartbeat.
 
-A lock is stale where its process is known to have ended; on another host, or in another container, where its heart has not
-beaten for STALE_S by the clock of the disk it lies on: two machines' clocks differ. A heart seen to beat is alive.
+A start waits for a live holder, and reports and replaces a stale lock. A lock is stale if its process is known to have ended.
+On another host or in another container that is unknown: there it is stale if its heartbeat is older than STALE_S, by the clock
+of the disk that holds it (clocks of two machines differ). A holder whose heartbeat advances is alive.
 """
 
 import contextlib
@@ -22,100 +23,116 @@ from mura_dist.core.errors import StopRequestedError, UserError
 from mura_dist.distributed import processes
 
 HEARTBEAT_S = 10.0
-STALE_S = 120.0  # a lock of another host whose heart has not beaten for so long is taken over
-DOUBT_S = STALE_S + HEARTBEAT_S  # so long a start waits at least where nobody here can tell whether the writer lives
-POLL_S = 0.5  # how often a start that waits looks at the lock
+STALE_S = 120.0  # age of the last heartbeat after which the lock of another host is taken over
+UNVERIFIED_WAIT_S = STALE_S + HEARTBEAT_S  # shortest wait where this machine cannot tell whether the holder is alive
+POLL_S = 0.5  # time between two looks at a lock that is held
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a start wants to write alone. what, remedy: for its messages; wait_s: how long it waits for the former writer;
-    doubt_s: how long at least where nobody here can tell whether that one still lives."""
+class LockOptions:
+    """Messages and waiting times of a lock.
 
-    what: str
+    Attributes:
+        target: What is locked, for messages.
+        remedy: What to do instead of waiting, for messages.
+        wait_s: Seconds to wait for a live holder.
+        unverified_wait_s: Least seconds to wait where this machine cannot tell whether the holder is alive.
+    """
+
+    target: str
     remedy: str
     wait_s: float
-    doubt_s: float = 0.0
+    unverified_wait_s: float = 0.0
 
 
 @contextlib.contextmanager
-def held(path: Path, claim: Claim, stop: threading.Event) -> Iterator[None]:
-    """Hold the lock `path` while the block runs. Raises UserError where its writer lives on, StopRequestedError where `stop` is set before."""
-    owner = {**_self(), "started": time.time_ns()}
-    _take(path, owner, claim, stop)
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, owner, ended), daemon=True, name="heartbeat")
-    heart.start()
+def acquire(path: Path, options: LockOptions, stop: threading.Event) -> Iterator[None]:
+    """Hold the lock `path` while the block runs.
+
+    Raises:
+        UserError: the holder stays alive beyond the waiting time.
+        StopRequestedError: `stop` was set during the wait.
+    """
+    owner = {**_this_process(), "started": time.time_ns()}
+    _wait_and_take(path, owner, options, stop)
+    released = threading.Event()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(path, owner, released), daemon=True, name="heartbeat")
+    heartbeat.start()
     try:
         yield
     finally:
-        ended.set()
-        heart.join()
-        if _owner(path) == owner:  # else somebody took it for stale, and it is theirs
+        released.set()
+        heartbeat.join()
+        if _read_owner(path) == owner:  # else another process took the lock as stale, and owns it now
             path.unlink(missing_ok=True)
 
 
-def _self() -> dict[str, Any]:
-    """This process among all: host and boot (hosts share names, after a boot numbers begin anew), process, when it was born."""
+def _this_process() -> dict[str, Any]:
+    """Return what identifies this process: host, boot (hosts may share names), number, its namespace, start time."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": platform.node(),
         "boot": boot.read_text(encoding="ascii").strip() if boot.exists() else "",
         "process": os.getpid(),
         "numbers": os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else "",
-        "born": processes.born(os.getpid()),
+        "born": processes.process_start_time(os.getpid()),
     }
 
 
-def _take(path: Path, owner: dict[str, Any], claim: Claim, stop: threading.Event) -> None:
-    """Make the lock ours."""
-    begin, waiting, beats = time.monotonic(), False, set[float]()
-    while (found := _try(path, owner)) is not None:
-        writer, age_s, lives = found.owner, found.age_s, found.lives
-        beats.add(found.beat)
-        lives = lives or len(beats) > 1
-        wait_s = claim.wait_s if lives else max(claim.wait_s, claim.doubt_s)
-        left_s = begin + wait_s - time.monotonic()
-        if left_s <= 0:
+def _wait_and_take(path: Path, owner: dict[str, Any], options: LockOptions, stop: threading.Event) -> None:
+    """Wait for the holder, then take the lock. Raises as `acquire`."""
+    start, is_reported, beats = time.monotonic(), False, set[float]()
+    while (holder := _try_take(path, owner)) is not None:
+        beats.add(holder.beat)
+        is_alive = holder.is_alive or len(beats) > 1
+        wait_s = options.wait_s if is_alive else max(options.wait_s, options.unverified_wait_s)
+        remaining_s = start + wait_s - time.monotonic()
+        process = f"process {holder.owner['process']} on {holder.owner['host']}"
+        if remaining_s <= 0:
             raise UserError(
-                f"{claim.what} is being written by process {writer['process']} on {writer['host']} "
-                f"(heartbeat {age_s:.0f} s ago, waited {wait_s:.0f} s); wait for it or stop it, or {claim.remedy}"
+                f"{options.target} is being written by {process} (heartbeat {holder.age_s:.0f} s ago, waited {wait_s:.0f} s). "
+                f"Wait for it or stop it, or {options.remedy}."
             )
-        if not waiting:
-            _say(
-                f"waiting up to {wait_s:.0f} s for process {writer['process']} on host {writer['host']}, "
-                f"which writes {claim.what}"
+        if not is_reported:
+            _log(f"waiting up to {wait_s:.0f} s for {process}, which writes {options.target}")
+        is_reported = True
+        if stop.wait(min(POLL_S, remaining_s)):
+            raise StopRequestedError(
+                f"stopped while waiting for the writer of {options.target}. The same command resumes."
             )
-        waiting = True
-        if stop.wait(min(POLL_S, left_s)):
-            raise StopRequestedError(f"stopped while waiting for the writer of {claim.what}; the same command goes on")
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A lock that is not ours: who has it, when its heart last beat and how long ago, and whether it surely lives, or does as far
-    as this machine can tell: its process number does."""
+class _Holder:
+    """Another process that holds the lock.
+
+    Attributes:
+        owner: The lock's content.
+        beat: Modification time of the lock.
+        age_s: Seconds since then.
+        is_alive: Whether this machine can tell that the process exists.
+    """
 
     owner: dict[str, Any]
     beat: float
     age_s: float
-    lives: bool
+    is_alive: bool
 
 
-def _try(path: Path, owner: dict[str, Any]) -> _Found | None:
-    """None: the lock is ours."""
-    files.make_folder(path.parent)  # the former writer may have finished, and tidied up
-    with _alone(path.parent):
+def _try_take(path: Path, owner: dict[str, Any]) -> _Holder | None:
+    """Take the lock and return None, or return its holder."""
+    files.make_folder(path.parent)  # the previous writer may have finished and removed it
+    with _machine_lock(path.parent):
         while not _create(path, owner):
-            if (found := _judge(path)) is not None:
-                return found
+            if (holder := _live_holder(path)) is not None:
+                return holder
     return None
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time: of two that find the same lock stale, the second is not to take the first one's."""
-    if os.name != "posix":  # cannot open folders; there `_take_away` knows the lock by its inode, as between machines
+def _machine_lock(folder: Path) -> Iterator[None]:
+    """Allow one process of this machine at a time, so that two starts do not both replace the same stale lock."""
+    if os.name != "posix":  # Windows cannot open folders; there `_remove` compares the inode, as between machines
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -129,17 +146,17 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _create(path: Path, owner: dict[str, Any]) -> bool:
-    """Whether the lock is ours now. It appears with its content: a kill in between leaves no lock that nobody owns."""
+    """Create the lock with its content, and return whether this process holds it."""
     try:
         with files.creating(path) as file:
             file.write(json.dumps(owner).encode())
     except FileExistsError:
-        return _owner(path) == owner  # a network disk may have done it and say it again
+        return _read_owner(path) == owner  # a network disk may have created it and still report this
     except OSError:  # a disk without links
         return _create_in_place(path, owner)
     return True
@@ -155,33 +172,34 @@ def _create_in_place(path: Path, owner: dict[str, Any]) -> bool:
     return True
 
 
-_NOBODY = {"host": "unknown", "process": 0}
+_UNKNOWN_OWNER = {"host": "unknown", "process": 0}
 
 
-def _owner(path: Path) -> dict[str, Any]:
+def _read_owner(path: Path) -> dict[str, Any]:
     try:
         owner = files.parse_json(path.read_bytes())
-        return owner if isinstance(owner.get("host"), str) and isinstance(owner.get("process"), int) else _NOBODY
-    except (OSError, ValueError, AttributeError):  # gone, or its writer was killed between creating and writing it
-        return _NOBODY
+        is_valid = isinstance(owner.get("host"), str) and isinstance(owner.get("process"), int)
+        return owner if is_valid else _UNKNOWN_OWNER
+    except (OSError, ValueError, AttributeError):  # removed, or its writer was killed before it wrote the content
+        return _UNKNOWN_OWNER
 
 
-def _judge(path: Path) -> _Found | None:
-    """The living owner's; None where there is no lock any more: a stale one is taken away."""
+def _live_holder(path: Path) -> _Holder | None:
+    """Return the holder if it is alive; else remove the lock and return None."""
     try:
-        owner, found = _owner(path), path.stat()
+        owner, status = _read_owner(path), path.stat()
     except FileNotFoundError:
         return None
-    age_s, lives = _now(path.parent) - found.st_mtime, _lives(owner)
-    if lives or (lives is None and age_s < STALE_S):
-        return _Found(owner, found.st_mtime, age_s, lives is True or not _is_foreign(owner))
-    _say(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
-    _take_away(path, found.st_ino)
+    age_s, is_alive = _disk_time(path.parent) - status.st_mtime, _is_alive(owner)
+    if is_alive or (is_alive is None and age_s < STALE_S):
+        return _Holder(owner, status.st_mtime, age_s, is_alive is True or not _is_foreign(owner))
+    _log(f"taking over a stale lock of process {owner['process']} on {owner['host']}")
+    _remove(path, status.st_ino)
     return None
 
 
-def _now(folder: Path) -> float:
-    """The time by the clock that dates the folder's files: on a shared disk its server's."""
+def _disk_time(folder: Path) -> float:
+    """Return the time by the clock that dates the files of `folder`: on a shared disk the server's."""
     try:
         with files.scratch(folder / "now") as probe:
             return probe.stat().st_mtime
@@ -189,41 +207,43 @@ def _now(folder: Path) -> float:
         return time.time()
 
 
-def _lives(owner: dict[str, Any]) -> bool | None:
-    """Whether the lock's owner lives; None where only its heartbeat can tell: on another host, or in another container, whose
-    process numbers are not ours. Here it lives even if it has not beaten for long: stopped, or its machine was asleep."""
+def _is_alive(owner: dict[str, Any]) -> bool | None:
+    """Return whether the owner exists, or None where only its heartbeat can tell: on another host or in another container.
+
+    A process of this machine may be alive without a heartbeat: stopped, or after the machine was suspended.
+    """
     if _is_foreign(owner):
         return None
-    since = processes.born(owner["process"])
-    if since is None or owner["process"] == os.getpid():
+    start_time = processes.process_start_time(owner["process"])
+    if start_time is None or owner["process"] == os.getpid():
         return False
-    if not since or "born" not in owner:
+    if not start_time or "born" not in owner:
         return None
-    return since == owner["born"]  # else its number is another process's by now
+    return start_time == owner["born"]  # else another process has its number now
 
 
 def _is_foreign(owner: dict[str, Any]) -> bool:
-    """Whether its process numbers are not ours."""
-    ours = _self()
-    return any(owner.get(name, ours[name]) != ours[name] for name in ("host", "boot", "numbers"))
+    """Return whether the owner's process number belongs to another host or another container."""
+    own = _this_process()
+    return any(owner.get(name, own[name]) != own[name] for name in ("host", "boot", "numbers"))
 
 
-def _take_away(path: Path, inode: int) -> None:
-    """Remove the lock that was judged, and no other: two starts may have judged the same one."""
-    aside = path.with_name(f".lock.{secrets.token_hex(8)}")
+def _remove(path: Path, inode: int) -> None:
+    """Remove the lock if it is still the file `inode`: another start may have replaced it."""
+    renamed = path.with_name(f".lock.{secrets.token_hex(8)}")
     with contextlib.suppress(FileNotFoundError):
-        os.replace(path, aside)
-        if aside.stat().st_ino != inode:
-            os.replace(aside, path)
-        aside.unlink(missing_ok=True)
+        os.replace(path, renamed)
+        if renamed.stat().st_ino != inode:
+            os.replace(renamed, path)
+        renamed.unlink(missing_ok=True)
 
 
-def _beat(path: Path, owner: dict[str, Any], ended: threading.Event) -> None:
-    """A writer that finds the lock another's, who took it for dead, ends at once: there are to be no two."""
-    while not ended.wait(HEARTBEAT_S):
-        now = _owner(path)
-        if now != owner and now["host"] != _NOBODY["host"]:
-            _say(f"process {now['process']} on {now['host']} has taken over {path.parent}; this one ends")
+def _send_heartbeats(path: Path, owner: dict[str, Any], released: threading.Event) -> None:
+    """Touch the lock until `released`. End the process if another one took the lock: there must not be two writers."""
+    while not released.wait(HEARTBEAT_S):
+        holder = _read_owner(path)
+        if holder != owner and holder["host"] != _UNKNOWN_OWNER["host"]:
+            _log(f"process {holder['process']} on {holder['host']} has taken over {path.parent}. This process exits.")
             os._exit(1)
         with contextlib.suppress(OSError):
             os.utime(path)

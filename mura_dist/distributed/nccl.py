@@ -1,10 +1,10 @@
-"""Lose another rank over NCCL as over gloo: with an exception in Python after a time limit.
+"""Detection of a lost rank over NCCL by a timeout that raises in Python, as over gloo.
 
-By itself NCCL's watchdog aborts the process when a peer is lost, while Python waits in CUDA: no message, no status file. Here
-the watchdog only takes note (ENVIRONMENT), and Python waits by looking, so that it can raise.
+By default NCCL's watchdog aborts the process when a peer is lost, while Python waits in CUDA: no message, no status file. With
+ENVIRONMENT the watchdog only records the failure, and Python polls, so that it can raise.
 
-    own kernels -> mark -> collectives, enqueued -> mark -> wait: for the first mark, then timeout_s at most for the second
-    a block that raised -> abandon: NCCL's kernels end, which wait for the lost rank -> the process can exit
+    own kernels -> mark -> collectives, enqueued -> mark -> wait: for the first mark, then at most timeout_s for the second
+    after an exception -> abandon: aborts NCCL's kernels, which wait for the lost rank -> the process can exit
 """
 
 import contextlib
@@ -16,55 +16,58 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-# Set before the process group is made, also where something else is set: torchrun sets 1, which is the abort.
+# Set before the process group is created, and overriding any other value: torchrun sets 1, which aborts.
 ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-MARGIN_S = 30.0  # how much later than ours its own timeout comes, which only writes to stderr then
-_LOOK_S = 2e-5
-_OWN_TIMES = 10  # of timeout_s, for this rank's own kernels: they may wait for the collectives of a step before
-_EXIT_S = 60.0  # a process that does not exit by itself after abandon is ended
+MARGIN_S = 30.0  # how much later than ours NCCL's own timeout expires, which then only writes to stderr
+_POLL_S = 2e-5
+_OWN_WORK_FACTOR = 10  # in units of timeout_s: this rank's kernels may wait for collectives of the previous step
+_EXIT_S = 60.0  # time after `abandon` in which the process has to exit
 
 
-class Mark(Protocol):
-    """A point in the work of a device, as a CUDA event is one."""
+class DeviceEvent(Protocol):
+    """A point in the work of a device, such as a CUDA event."""
 
     def query(self) -> bool:
-        """Tell whether the device has come there."""
+        """Return whether the device has reached this point."""
 
 
-def mark() -> torch.cuda.Event:
-    """Record where the current stream is now."""
+def record_event() -> torch.cuda.Event:
+    """Record an event on the current stream."""
     event = torch.cuda.Event()
     event.record()
     return event
 
 
-def wait(done: Mark, timeout_s: float, own: Mark | None = None) -> None:
-    """Return when the device has come to `done`, which lies behind collectives.
+def wait(done: DeviceEvent, timeout_s: float, own: DeviceEvent | None = None) -> None:
+    """Wait until the device has reached `done`, an event behind collectives.
 
-    Nothing is aborted here: NCCL's communicators have to be aborted together, or one waits for the other (`abandon`).
+    Nothing is aborted here. All communicators must be aborted together (`abandon`), or they wait for each other.
 
     Args:
-        timeout_s: seconds that the other ranks are waited for.
-        own: the end of what this rank does before it can take part; the seconds count from there.
+        done: Event behind the collectives.
+        timeout_s: Longest wait for the other ranks, in seconds.
+        own: End of this rank's own work before the collectives. The timeout starts there.
 
     Raises:
         dist.DistBackendError: another rank is lost or late.
     """
     if own is not None:
-        _wait(own, _OWN_TIMES * timeout_s)
+        _wait(own, _OWN_WORK_FACTOR * timeout_s)
     _wait(done, timeout_s)
 
 
-def _wait(event: Mark, timeout_s: float) -> None:
+def _wait(event: DeviceEvent, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not event.query():
         if time.monotonic() > deadline:
-            raise dist.DistBackendError(f"collective operation timeout: the others did not come for {timeout_s:g} s")
-        time.sleep(_LOOK_S)
+            raise dist.DistBackendError(
+                f"collective operation timeout: the other ranks did not join in {timeout_s:g} s"
+            )
+        time.sleep(_POLL_S)
 
 
 def abandon() -> None:
-    """End the kernels that wait for lost ranks, and this process in a minute should it hang in NCCL on its way out."""
+    """Abort the kernels that wait for lost ranks, and end this process after _EXIT_S in case it hangs in NCCL."""
     faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(Exception):
         dist.distributed_c10d._abort_process_group()

@@ -1,4 +1,4 @@
-"""Signals that ask a run or a prediction to stop: an event is set, the loop saves at a step or chunk boundary and leaves."""
+"""Stop signals. A signal sets an event, and the loop saves and exits at its next step or chunk boundary."""
 
 import contextlib
 import signal
@@ -9,20 +9,23 @@ from typing import Any
 
 from mura_dist.core.errors import UserError, nearest
 
-_IMPATIENT_S = 2.0  # launchers send SIGINT and SIGTERM in one breath; a person's second Ctrl-C comes later
+_SECOND_SIGNAL_S = 2.0  # launchers send SIGINT and SIGTERM at once; a person's second Ctrl-C comes later
 
 
 @contextlib.contextmanager
-def asked_to_stop(also: str | None = None, *, patience_s: float = _IMPATIENT_S) -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM, SIGINT, or the signal named `also` sets; in another thread than the main one none does.
+def stop_event(signal_name: str | None = None, *, patience_s: float = _SECOND_SIGNAL_S) -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM, SIGINT and the signal `signal_name` set. Only the main thread receives signals.
 
-    A second SIGINT, `patience_s` after the first signal, raises KeyboardInterrupt; other signals are heard once. Without patience
-    (0) a second signal of any kind does what it always did.
+    Args:
+        signal_name: Name of a further signal, such as SIGUSR2.
+        patience_s: Seconds after the first signal from which on a SIGINT raises KeyboardInterrupt. 0: a second signal of any
+            kind has its previous handler.
 
-    Raises UserError where there is no signal of that name.
+    Raises:
+        UserError: no signal has that name.
     """
     event, first_s = threading.Event(), [0.0]
-    numbers = {signal.SIGTERM, signal.SIGINT} | ({_number(also)} if also is not None else set())
+    numbers = {signal.SIGTERM, signal.SIGINT} | ({_signal_number(signal_name)} if signal_name is not None else set())
 
     def handle(number: int, frame: object) -> None:
         now = time.monotonic()
@@ -32,57 +35,57 @@ def asked_to_stop(also: str | None = None, *, patience_s: float = _IMPATIENT_S) 
             first_s[0] = now
             event.set()
         if not patience_s:
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
 
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    previous: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
     for number in numbers:
         signal.signal(number, handle)
     try:
         yield event
     finally:
         for number in numbers:
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
 
 
-def at_once() -> contextlib.AbstractContextManager[None]:
-    """Let SIGINT and SIGTERM end the process: where there is nothing to save and Python's handlers may not be heard."""
-    return _heard({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
+def default_signal_handlers() -> contextlib.AbstractContextManager[None]:
+    """Let SIGINT and SIGTERM end the process: for waits in C++, where Python's handlers do not run."""
+    return _handlers({signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL})
 
 
-def as_interrupt() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM, a scheduler's, raise KeyboardInterrupt as Ctrl-C does."""
-    return _heard({signal.SIGTERM: signal.default_int_handler})
+def sigterm_as_interrupt() -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does."""
+    return _handlers({signal.SIGTERM: signal.default_int_handler})
 
 
-def handled_by(stop: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
-    """Call `stop` on SIGINT and SIGTERM: around a server that handles them while it runs, and raises them again when it ends."""
+def call_on_stop(stop: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """Call `stop` on SIGINT and SIGTERM: for a server that raises signals again after it has stopped."""
 
     def handler(number: int, frame: Any) -> None:
         stop()
 
-    return _heard({signal.SIGINT: handler, signal.SIGTERM: handler})
+    return _handlers({signal.SIGINT: handler, signal.SIGTERM: handler})
 
 
 @contextlib.contextmanager
-def _heard(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
-    """Install `handlers` while the block runs. Signals are the main thread's: in another one nothing changes."""
+def _handlers(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
+    """Install `handlers` while the block runs. Only the main thread may: in another thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _number(name: str) -> signal.Signals:
-    known = [one.name for one in signal.valid_signals() if isinstance(one, signal.Signals)]
-    usable = sorted(set(known) - {"SIGKILL", "SIGSTOP"})
+def _signal_number(name: str) -> signal.Signals:
+    names = [number.name for number in signal.valid_signals() if isinstance(number, signal.Signals)]
+    usable = sorted(set(names) - {"SIGKILL", "SIGSTOP"})
     if name not in usable:
-        raise UserError(f"stop_signal={name!r}{nearest(name, usable)}: must be one of {', '.join(usable)}")
+        raise UserError(f"stop_signal={name!r}{nearest(name, usable)}: must be one of {', '.join(usable)}.")
     return signal.Signals[name]

@@ -1,11 +1,11 @@
-"""Work in processes under guard: a task that crashes, stalls or eats memory is one lost task, never the end of the work.
+"""Tasks in worker processes with limits: a task that crashes, stalls or exhausts memory fails alone.
 
-    tasks, in chunks -> worker processes, each under limits -> results in the order of the tasks, decoded ahead, never far ahead
+    tasks, in chunks -> worker processes, each with limits -> results in the order of the tasks, computed a few chunks ahead
 
-A chunk goes to a worker as one message and comes back task by task, so that the one a worker died of is known. Such a task is
-tried once more, alone, in a fresh process: whoever killed the first (an operator, the kernel short of memory) leaves no trace in
-the results. A second time, the result is `Lost`. Time is the worker's processor time, so that a crowded machine judges as an idle
-one does; a clock on the wall, ten times slower, ends those that wait for ever.
+A chunk goes to a worker as one message and its results come back one by one, so the task at which a worker died is known. That
+task runs once more, alone, in a new process: a worker may be killed from outside (by an operator, or by the kernel when memory
+is short). If it fails again, its result is `TaskFailed`. The time limit counts processor time, so a busy machine gives the same
+results as an idle one. A wall-clock limit, ten times longer, ends tasks that wait forever.
 """
 
 import contextlib
@@ -26,35 +26,41 @@ from mura_dist.distributed.processes import end_with_parent
 from mura_dist.distributed.spawn import CONTEXT
 
 Prepare = Callable[..., Callable[[Any], Any]]
-"""Called once in each process with what `results` was given; what it returns does one task."""
+"""Called once in each worker with the pool's arguments. Returns the function that does one task."""
 
-_TICK_S = 0.5  # how often clocks are looked at, at least
+_POLL_S = 0.5  # longest time between two checks of the limits
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one task may take. processor_s: of its process; wall_s: seconds at all; memory_bytes: above an idle worker's."""
+class PoolLimits:
+    """Limits of one task.
+
+    Attributes:
+        processor_s: Processor time of its process, in seconds.
+        wall_s: Wall-clock time in seconds.
+        memory_bytes: Memory above that of an idle worker.
+    """
 
     processor_s: float = 60.0
     wall_s: float = 600.0
     memory_bytes: int = 2 << 30
 
 
-DEFAULT = Limits()
+DEFAULT_LIMITS = PoolLimits()
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A task that took its worker with it, twice. `why` goes on from "its decoder"."""
+class TaskFailed:
+    """Result of a task that ended its worker twice. `reason` is a predicate, such as "crashed"."""
 
-    why: str
+    reason: str
 
 
 @dataclass
 class _Chunk:
     tasks: Sequence[Any]
     results: list[Any] = field(default_factory=list)
-    suspect: bool = False  # the task at hand has ended a worker: it goes alone, once
+    retry: bool = False  # the next task has ended a worker: it runs alone, once more
 
     @property
     def done(self) -> bool:
@@ -67,229 +73,245 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     chunk: _Chunk | None = None
-    at_work_since: float = 0.0  # on the clock, of the task at hand
-    spent_s: float = 0.0  # processor time of the process when that task began
+    task_start: float = 0.0  # monotonic time when the current task began
+    start_processor_s: float = 0.0  # processor time of the process at that moment
 
 
 @contextlib.contextmanager
-def crew(prepare: Prepare, arguments: tuple[Any, ...], *, workers: int, limits: Limits = DEFAULT) -> Iterator["Crew"]:
-    """Processes that get ready at once, to do what is asked of the Crew; they end with the block. Everything sent must pickle."""
-    guard = _Guard(prepare, arguments, workers, limits)
-    guard.start()
+def start_pool(
+    prepare: Prepare, arguments: tuple[Any, ...], *, workers: int, limits: PoolLimits = DEFAULT_LIMITS
+) -> Iterator["WorkerPool"]:
+    """Start worker processes, which exit with the block. Everything that is sent to them must pickle.
+
+    Args:
+        prepare: Called as `prepare(*arguments)` in each worker; returns the function that does one task.
+        arguments: Arguments of `prepare`.
+        workers: Number of processes.
+        limits: Limits of each task.
+    """
+    supervisor = _Supervisor(prepare, arguments, workers, limits)
+    supervisor.start()
     try:
-        yield Crew(guard, workers)
+        yield WorkerPool(supervisor, workers)
     finally:
-        guard.stop()
+        supervisor.stop()
 
 
 @dataclass(frozen=True)
-class Crew:
-    _guard: "_Guard"
+class WorkerPool:
+    """Worker processes that do tasks; see start_pool."""
+
+    _supervisor: "_Supervisor"
     workers: int
 
     def results(self, chunks: Iterable[Sequence[Any]], *, ahead: int = 4) -> Iterator[Any]:
-        """For every task of every chunk, in order, what `prepare(*arguments)(task)` returned, or Lost.
+        """Yield the result of each task, or TaskFailed, in order. Exhaust the iterator before the next call.
 
-        An exception a task raises is raised here. `ahead`: chunks a worker may be ahead of whoever reads. To be read to its
-        end before the next is asked for.
+        Args:
+            chunks: Tasks; a chunk is sent to a worker at once.
+            ahead: Number of chunks per worker to compute ahead of the consumer.
+
+        Raises:
+            Exception: that of a task.
+            RunError: workers cannot be started.
         """
-        self._guard.feed((chunk for chunk in chunks if chunk), ahead * self.workers)
-        while (chunk := self._guard.next()) is not None:
+        self._supervisor.feed((chunk for chunk in chunks if chunk), ahead * self.workers)
+        while (chunk := self._supervisor.next_chunk()) is not None:
             for result in chunk.results:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
 
 
-class _Guard(threading.Thread):
-    """Hands out chunks, takes in results, watches the clocks; a thread, so that no worker waits while the caller writes."""
+class _Supervisor(threading.Thread):
+    """Thread that sends chunks, receives results and enforces limits, so that workers never wait for the consumer."""
 
-    def __init__(self, prepare: Prepare, arguments: tuple[Any, ...], workers: int, limits: Limits) -> None:
-        super().__init__(daemon=True, name="guard")
-        self.prepared, self.limits, self.count = (prepare, arguments), limits, workers
-        self.coming: Iterator[Sequence[Any]] = iter(())
+    def __init__(self, prepare: Prepare, arguments: tuple[Any, ...], num_workers: int, limits: PoolLimits) -> None:
+        super().__init__(daemon=True, name="supervisor")
+        self.prepare, self.limits, self.num_workers = (prepare, arguments), limits, num_workers
+        self.chunks: Iterator[Sequence[Any]] = iter(())
         self.exhausted, self.ahead = True, 0
         self.changed = threading.Condition()
-        self.ordered: deque[_Chunk] = deque()  # handed out, not yet read
-        self.again: deque[_Chunk] = deque()  # begun, to be gone on with
-        self.staff: list[_Worker] = []
-        self.failure: BaseException | None = None
-        self.tick_s = min(_TICK_S, limits.processor_s / 4, limits.wall_s / 4)
-        self.ending = False
-        self.stillborn = 0  # workers in a row that ended before they began
-        self.bell_in, self.bell = multiprocessing.Pipe(duplex=False)
-        self.ears = selectors.DefaultSelector()  # kept: `connection.wait` would make one for each message
-        self.ears.register(self.bell_in, selectors.EVENT_READ)
+        self.pending: deque[_Chunk] = deque()  # sent, not yet consumed
+        self.retries: deque[_Chunk] = deque()  # partly done, to be sent again
+        self.workers: list[_Worker] = []
+        self.error: BaseException | None = None
+        self.poll_s = min(_POLL_S, limits.processor_s / 4, limits.wall_s / 4)
+        self.stopping = False
+        self.failed_starts = 0  # consecutive workers that exited before they were ready
+        self.wakeup_receiver, self.wakeup = multiprocessing.Pipe(duplex=False)
+        self.selector = selectors.DefaultSelector()  # one for all: `connection.wait` would create one per message
+        self.selector.register(self.wakeup_receiver, selectors.EVENT_READ)
 
-    # ---- for whoever reads the results
+    # ---- called by the consumer
 
     def feed(self, chunks: Iterator[Sequence[Any]], ahead: int) -> None:
         with self.changed:
             assert self.exhausted, "one stream of tasks at a time"
-            assert not self.ordered
-            self.coming, self.ahead, self.exhausted = chunks, ahead, False
-        self._ring()
+            assert not self.pending
+            self.chunks, self.ahead, self.exhausted = chunks, ahead, False
+        self._wake()
 
-    def next(self) -> _Chunk | None:
-        """The next chunk, whole; None at the end."""
+    def next_chunk(self) -> _Chunk | None:
+        """Return the next chunk with all its results, or None at the end."""
         with self.changed:
             while True:
-                if self.failure is not None:
-                    raise self.failure
-                if self.ordered and self.ordered[0].done:
-                    chunk = self.ordered.popleft()
-                    self._ring()
+                if self.error is not None:
+                    raise self.error
+                if self.pending and self.pending[0].done:
+                    chunk = self.pending.popleft()
+                    self._wake()
                     return chunk
-                if self.exhausted and not self.ordered:
+                if self.exhausted and not self.pending:
                     return None
-                self.changed.wait(1.0)  # with an end, so that Ctrl-C is heard on every system
+                self.changed.wait(1.0)  # with a limit, so that Ctrl-C works on every system
 
     def stop(self) -> None:
-        self.ending = True
-        self._ring()
+        self.stopping = True
+        self._wake()
         self.join()
 
-    def _ring(self) -> None:
-        """Wake the guard."""
-        with contextlib.suppress(OSError):  # it has ended
-            self.bell.send_bytes(b"!")
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # the thread has ended
+            self.wakeup.send_bytes(b"!")
 
-    # ---- the guard's own thread
+    # ---- in the supervisor's thread
 
     def run(self) -> None:
         try:
-            self.staff = [self._hire() for _ in range(self.count)]
-            while not self.ending:
-                self._hand_out()
-                self._listen()
-                self._watch_the_clocks()
+            self.workers = [self._start_worker() for _ in range(self.num_workers)]
+            while not self.stopping:
+                self._send_chunks()
+                self._receive()
+                self._enforce_limits()
         except BaseException as error:
             with self.changed:
-                self.failure = error
+                self.error = error
                 self.changed.notify_all()
         finally:
-            for worker in self.staff:
-                _end(worker)
-            self.ears.close()
+            for worker in self.workers:
+                _kill(worker)
+            self.selector.close()
 
-    def _hire(self) -> _Worker:
-        ours, theirs = CONTEXT.Pipe()
-        process = CONTEXT.Process(target=_work, args=(theirs, self.limits.memory_bytes, *self.prepared), daemon=True)
+    def _start_worker(self) -> _Worker:
+        pipe, worker_pipe = CONTEXT.Pipe()
+        arguments = (worker_pipe, self.limits.memory_bytes, *self.prepare)
+        process = CONTEXT.Process(target=_run_worker, args=arguments, daemon=True)
         process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self.ears.register(ours, selectors.EVENT_READ, worker)
+        worker_pipe.close()
+        worker = _Worker(process, pipe)
+        self.selector.register(pipe, selectors.EVENT_READ, worker)
         return worker
 
-    def _hand_out(self) -> None:
-        for worker in list(self.staff):
-            if worker.ready and worker.chunk is None and (chunk := self._next_chunk()) is not None:
+    def _send_chunks(self) -> None:
+        for worker in list(self.workers):
+            if worker.ready and worker.chunk is None and (chunk := self._next_to_send()) is not None:
                 worker.chunk = chunk
-                worker.at_work_since = time.monotonic()
-                left = chunk.tasks[len(chunk.results) :]
+                worker.task_start = time.monotonic()
+                tasks = chunk.tasks[len(chunk.results) :]
                 try:
-                    worker.pipe.send(left[:1] if chunk.suspect else left)
+                    worker.pipe.send(tasks[:1] if chunk.retry else tasks)
                 except OSError:
                     self._replace(worker, "crashed")
 
-    def _next_chunk(self) -> _Chunk | None:
-        if self.again:
-            return self.again.popleft()
-        if self.exhausted or len(self.ordered) >= self.ahead:
+    def _next_to_send(self) -> _Chunk | None:
+        if self.retries:
+            return self.retries.popleft()
+        if self.exhausted or len(self.pending) >= self.ahead:
             return None
-        tasks = next(self.coming, None)
+        tasks = next(self.chunks, None)
         with self.changed:
             if tasks is None:
                 self.exhausted = True
                 self.changed.notify_all()
                 return None
             chunk = _Chunk(tasks)
-            self.ordered.append(chunk)
+            self.pending.append(chunk)
             return chunk
 
-    def _listen(self) -> None:
-        """Take in what has come, waiting a little where nothing has."""
-        for key, _ in self.ears.select(self.tick_s):
+    def _receive(self) -> None:
+        """Receive what has arrived, or wait up to `poll_s` for it."""
+        for key, _ in self.selector.select(self.poll_s):
             if key.data is None:
-                self.bell_in.recv_bytes()
+                self.wakeup_receiver.recv_bytes()
             else:
-                self._hear(key.data)
+                self._receive_from(key.data)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive_from(self, worker: _Worker) -> None:
         try:
-            result, worker.spent_s = worker.pipe.recv()
+            result, worker.start_processor_s = worker.pipe.recv()
         except (EOFError, OSError):
             self._replace(worker, "crashed")
             return
         if not worker.ready:
-            worker.ready, self.stillborn = True, 0
+            worker.ready, self.failed_starts = True, 0
             return
         chunk = worker.chunk
         assert chunk is not None
-        worker.at_work_since = time.monotonic()
-        if chunk.suspect or len(chunk.results) + 1 == len(chunk.tasks):
+        worker.task_start = time.monotonic()
+        if chunk.retry or len(chunk.results) + 1 == len(chunk.tasks):
             worker.chunk = None
-        self._settle(chunk, result)
+        self._add_result(chunk, result)
 
-    def _settle(self, chunk: _Chunk, result: Any) -> None:
-        """The task at hand has its result; what was sent alone goes on with the rest of its chunk."""
-        alone, chunk.suspect = chunk.suspect, False
+    def _add_result(self, chunk: _Chunk, result: Any) -> None:
+        """Record the result of the current task. After a retry, the remaining tasks of the chunk are sent again."""
+        was_retry, chunk.retry = chunk.retry, False
         with self.changed:
             chunk.results.append(result)
             if chunk.done:
                 self.changed.notify_all()
-            elif alone:
-                self.again.appendleft(chunk)
+            elif was_retry:
+                self.retries.appendleft(chunk)
 
-    def _watch_the_clocks(self) -> None:
-        for worker in list(self.staff):
+    def _enforce_limits(self) -> None:
+        for worker in list(self.workers):
             if worker.chunk is None:
                 continue
-            waited_s = time.monotonic() - worker.at_work_since
-            if waited_s < min(self.limits.processor_s, self.limits.wall_s):
+            wall_s = time.monotonic() - worker.task_start
+            if wall_s < min(self.limits.processor_s, self.limits.wall_s):
                 continue
-            spent_s = _processor_seconds(worker.process.pid)
-            busy_s = waited_s if spent_s is None else spent_s - worker.spent_s
-            if busy_s >= self.limits.processor_s or waited_s >= self.limits.wall_s:
-                self._replace(worker, f"did not come to an end within {self.limits.processor_s:g} s")
+            total_s = _processor_seconds(worker.process.pid)
+            processor_s = wall_s if total_s is None else total_s - worker.start_processor_s
+            if processor_s >= self.limits.processor_s or wall_s >= self.limits.wall_s:
+                self._replace(worker, f"did not finish within {self.limits.processor_s:g} s")
 
-    def _replace(self, worker: _Worker, why: str) -> None:
-        """End a worker, hire another; what it had at hand is tried once more, or lost."""
-        self.ears.unregister(worker.pipe)
-        _end(worker)
-        self.stillborn += not worker.ready
-        if self.stillborn > self.count + 2:
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        """Kill a worker and start another. The task that it was doing is retried, or fails."""
+        self.selector.unregister(worker.pipe)
+        _kill(worker)
+        self.failed_starts += not worker.ready
+        if self.failed_starts > self.num_workers + 2:
             raise RunError(
-                f"worker processes end before they begin (exit status {worker.process.exitcode}); is there enough memory? "
-                "try again with fewer --workers"
+                f"worker processes exit before they are ready (exit status {worker.process.exitcode}), perhaps for lack of "
+                "memory. Use fewer --workers."
             )
-        self.staff[self.staff.index(worker)] = self._hire()
+        self.workers[self.workers.index(worker)] = self._start_worker()
         chunk = worker.chunk
-        if chunk is not None and chunk.suspect:
-            self._settle(chunk, Lost(why))
+        if chunk is not None and chunk.retry:
+            self._add_result(chunk, TaskFailed(reason))
         elif chunk is not None:
-            chunk.suspect = True
-            self.again.appendleft(chunk)
+            chunk.retry = True
+            self.retries.appendleft(chunk)
 
 
-def _end(worker: _Worker) -> None:
+def _kill(worker: _Worker) -> None:
     worker.pipe.close()
     worker.process.kill()
     worker.process.join()
 
 
 def _processor_seconds(process: int | None) -> float | None:
-    """Of another process, as Linux tells it; None elsewhere, and where it has ended."""
+    """Return the processor time of a process in seconds, or None where unknown: not Linux, or it has exited."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
-            words = file.read().rpartition(b")")[2].split()
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _work(pipe: Connection, memory_bytes: int, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
-    """A worker's whole life."""
+def _run_worker(pipe: Connection, memory_bytes: int, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
+    """Do tasks from `pipe` until it closes. The main function of a worker process."""
     end_with_parent()
     do = prepare(*arguments)
     _limit_memory(memory_bytes)
@@ -302,22 +324,22 @@ def _work(pipe: Connection, memory_bytes: int, prepare: Prepare, arguments: tupl
                 except Exception as error:
                     result = error
                 pipe.send((result, time.process_time()))
-    except (EOFError, OSError):  # the guard has closed the pipe
+    except (EOFError, OSError):  # the supervisor has closed the pipe
         return
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """What a worker holds now, and so much more; beyond it Python raises MemoryError, a library fails or crashes.
+    """Allow this process `memory_bytes` more than it uses now. Beyond it Python raises MemoryError; a library may crash.
 
-    Linux only: elsewhere the limit does not exist or counts something else.
+    Linux only: other systems have no such limit, or count something else.
     """
     try:
         import resource
 
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            held = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmData"))
+            used_bytes = next(int(line.split()[1]) << 10 for line in file if line.startswith("VmData"))
     except (ImportError, OSError, StopIteration):
         return
-    resource.setrlimit(resource.RLIMIT_DATA, (held + memory_bytes, resource.RLIM_INFINITY))
-    # A decoder's crash is no reason to leave a patient's pixels on the disk.
+    resource.setrlimit(resource.RLIMIT_DATA, (used_bytes + memory_bytes, resource.RLIM_INFINITY))
+    # No core dumps: they would write a patient's pixels to the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -188,6 +188,8 @@ def _write(
         "settings": {"resamples": RESAMPLES, "seed": SEED},
         "seconds": seconds,
     }
-    atomic.write_text(out / "studies.csv", table_names.escape_formulas(studies).to_csv(index=False, lineterminator="\n"))
+    atomic.write_text(
+        out / "studies.csv", table_names.escape_formulas(studies).to_csv(index=False, lineterminator="\n")
+    )
     draw(out, metrics=measured, studies=studies, context=context)
     atomic.write_json(out / "metrics.json", measured)

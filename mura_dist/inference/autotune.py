@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from mura_dist.core import files
 from mura_dist.core.errors import RunError, UserError, os_reason
-from mura_dist.distributed.processes import processors
+from mura_dist.distributed.processes import num_processors
 from mura_dist.inference.engine import GRAPH_OPTIMIZATIONS, PROVIDERS, SessionConfig, cache_folder, pipelined_config
 from mura_dist.inference.onnx_model import OnnxModel
 
@@ -118,7 +118,7 @@ def candidate_configs(usual: SessionConfig, provider: str, size: int) -> Iterato
         sizes, streams = [16, 32, 64, 128], [1] if provider == PROVIDERS["tensorrt"] else [1, 2, 3]
         most = 3 * 128
     else:
-        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, processors()), processors()})
+        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, num_processors()), num_processors()})
         most = _MOST_BYTES // (size**2 * _BYTES_PER_PIXEL)  # radiographs under way
     for number in streams:
         for batch_size in sizes:
@@ -146,7 +146,7 @@ def _images_per_s(model: OnnxModel) -> float:
 
 def _key(model: OnnxModel) -> str:
     """Hashed: the cache tells nobody what it is of."""
-    parts = (model.sha256, model.provider, model.engine.version, _processor(), str(processors()))
+    parts = (model.sha256, model.provider, model.engine.version, _processor(), str(num_processors()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

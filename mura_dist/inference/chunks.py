@@ -23,8 +23,8 @@ import numpy as np
 from mura_dist.core.errors import RunError, StopRequestedError
 from mura_dist.data.io_faults import IoFaults
 from mura_dist.distributed import environment, heartbeat, worker_pool
-from mura_dist.distributed.processes import processors
-from mura_dist.distributed.worker_pool import Crew, Limits, Lost
+from mura_dist.distributed.processes import num_processors
+from mura_dist.distributed.worker_pool import PoolLimits, TaskFailed, WorkerPool
 from mura_dist.inference import retries
 from mura_dist.inference.engine import OUTPUTS
 from mura_dist.inference.file_list import FileList, ListedFile
@@ -82,7 +82,7 @@ class ChunkPredictor:
     def __post_init__(self) -> None:
         self._faults = IoFaults(self.directory)
 
-    def run(self, workers: int | None, limits: Limits) -> None:
+    def run(self, workers: int | None, limits: PoolLimits) -> None:
         """Return when every chunk has its part; on ranks but the first, when those of its own have. Raises StopRequestedError.
 
         workers: processes that read, None: by files and processors; limits: what reading one file may take.
@@ -96,19 +96,22 @@ class ChunkPredictor:
         if not missing or (folder.rank and not mine):
             return
         num_workers = self.throughput.num_processes = self._num_workers(len(mine), workers)
-        with worker_pool.crew(RadiographReader, (self.model.size,), workers=num_workers, limits=limits) as crew:
-            self._make(crew, mine)
-            ears = heartbeat.Ears()
+        with worker_pool.start_pool(RadiographReader, (self.model.size,), workers=num_workers, limits=limits) as pool:
+            self._make(pool, mine)
+            monitor = heartbeat.HeartbeatMonitor()
             while folder.rank == 0 and (missing := self._missing()):
                 self.progress(self.done, self.files.num_files)
-                silent = [number for number in missing if self._is_silent(ears, number % folder.num_ranks)]
+                silent = [number for number in missing if self._is_silent(monitor, number % folder.num_ranks)]
                 if silent:
-                    self._make(crew, silent[:1])
+                    self._make(pool, silent[:1])
                 else:
                     wait_for_ranks(self.stop)
 
-    def _is_silent(self, ears: heartbeat.Ears, rank: int) -> bool:
-        return ears.silent_s(heartbeat.heart(self.folder.parts, rank)) > heartbeat.SILENCE_S
+    def _is_silent(self, monitor: heartbeat.HeartbeatMonitor, rank: int) -> bool:
+        return (
+            monitor.seconds_since_beat(heartbeat.heartbeat_path(self.folder.parts, rank))
+            > heartbeat.HEARTBEAT_TIMEOUT_S
+        )
 
     def _missing(self) -> list[int]:
         """List the chunks without a part, whoever is to make them; `done` is brought up to date."""
@@ -123,21 +126,21 @@ class ChunkPredictor:
         num_files = min(num_chunks * self.files.size, self.files.num_files)
         if workers is not None:
             return max(1, min(workers, num_files))
-        return max(1, min(16, processors() // environment.local_world_size(), num_files // _FILES_PER_WORKER))
+        return max(1, min(16, num_processors() // environment.local_world_size(), num_files // _FILES_PER_WORKER))
 
-    def _make(self, crew: Crew, numbers: list[int]) -> None:
+    def _make(self, pool: WorkerPool, numbers: list[int]) -> None:
         """A part for each of these chunks; of those that an earlier start could not read whole, one at a time."""
         again = {number for number in numbers if self.folder.part(number, RETRY).is_file()}
-        self._predict(crew, [number for number in numbers if number not in again])
+        self._predict(pool, [number for number in numbers if number not in again])
         for number in sorted(again):
-            self._predict(crew, [number], self.folder.retry(number))
+            self._predict(pool, [number], self.folder.retry(number))
 
-    def _predict(self, crew: Crew, numbers: list[int], before: ChunkResult | None = None) -> None:
+    def _predict(self, pool: WorkerPool, numbers: list[int], before: ChunkResult | None = None) -> None:
         """The parts of `numbers`. Batches never cross chunks: what is predicted together is the same in every run."""
         started, busy_s = time.perf_counter(), self.model.busy.seconds
         begun: deque[_Chunk] = deque()
         chunks = functools.partial(_chunks, self.files, numbers, before)
-        batches = self._batches(crew, chunks, begun)
+        batches = self._batches(pool, chunks, begun)
         wanted = OUTPUTS if self.overlays is not None else OUTPUTS[:1]
         for logits, *cells in self.model.stream(
             batches, wanted
@@ -156,13 +159,13 @@ class ChunkPredictor:
             )
 
     def _batches(
-        self, crew: Crew, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]
+        self, pool: WorkerPool, chunks: Callable[[], Iterator[_Chunk]], begun: deque[_Chunk]
     ) -> Iterator[np.ndarray]:
         """(B, 1, S, S) uint8, chunk after chunk; each chunk is in `begun` before its first batch. To be drawn by this thread."""
         batch_size = self.model.session_config.batch_size or 1
         at_once = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // self.model.size**2))
-        ahead = max(2, -(-2 * batch_size // (at_once * crew.workers)))  # two batches at least
-        readings = crew.results(_tasks(chunks(), self.directory, at_once), ahead=ahead)
+        ahead = max(2, -(-2 * batch_size // (at_once * pool.workers)))  # two batches at least
+        readings = pool.results(_tasks(chunks(), self.directory, at_once), ahead=ahead)
         for chunk in chunks():
             if self.stop.is_set():
                 return
@@ -184,11 +187,13 @@ class ChunkPredictor:
             if images:
                 yield np.stack(images)[:, None]
             self._write(begun)  # a chunk without a radiograph gets no logits
-        assert next(readings, None) is None  # read to its end, as a Crew wants it
+        assert next(readings, None) is None  # read to its end, as a WorkerPool wants it
 
-    def _reading(self, result: ReadResult | Lost) -> ReadResult:
+    def _reading(self, result: ReadResult | TaskFailed) -> ReadResult:
         """Return what a worker has read, or why not. Raises RunError where the disk seems to be gone."""
-        reading = failure_result("unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+        reading = (
+            failure_result("unreadable", f"its decoder {result.reason}") if isinstance(result, TaskFailed) else result
+        )
         self._faults.check(*reading.failure)
         return reading
 

@@ -15,7 +15,7 @@ import numpy as np
 from mura_dist.core import files
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.distributed import environment
-from mura_dist.distributed.processes import processors
+from mura_dist.distributed.processes import num_processors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 OPENVINO, OPENVINO_CPU = "openvino", "OpenVINO CPU"  # as asked for, and as told
@@ -42,14 +42,14 @@ class SessionConfig:
 
     def resolved(self, on_cpu: bool) -> "SessionConfig":
         """With nothing left to choose."""
-        threads = self.threads or max(1, processors() // environment.local_world_size())
+        threads = self.threads or max(1, num_processors() // environment.local_world_size())
         streams = self.streams or 1
         return replace(self, batch_size=self.batch_size or (4 if on_cpu else 64), streams=streams, threads=threads)
 
 
 def pipelined_config(batch_size: int | None = None) -> SessionConfig:
     """For many batches one after the other, before anything was measured: two in flight."""
-    threads = max(1, processors() // environment.local_world_size())
+    threads = max(1, num_processors() // environment.local_world_size())
     return SessionConfig(batch_size, min(2, threads), threads)
 
 

@@ -27,7 +27,7 @@ from mura_dist.core import files
 from mura_dist.core.errors import RankLocalUserError, RunError, StopRequestedError, UserError
 from mura_dist.data.folder_kind import PREDICT_PLAN, PREDICT_SUMMARY, find_output_kinds
 from mura_dist.distributed import heartbeat, lock
-from mura_dist.distributed.lock import Claim
+from mura_dist.distributed.lock import LockOptions
 from mura_dist.inference import overlays, retries, tables
 from mura_dist.inference.tables import ChunkResult
 
@@ -148,20 +148,20 @@ class OutputFolder:
         what = (
             f"--out {self.path} (rank {self.rank} of {self.num_ranks})" if self.num_ranks > 1 else f"--out {self.path}"
         )
-        claim = Claim(what, "give another --out", heartbeat.WAIT_S, lock.DOUBT_S)
-        return heartbeat.taking_part(self.parts, self.rank, claim, stop)
+        options = LockOptions(what, "give another --out", heartbeat.LOCK_WAIT_S, lock.UNVERIFIED_WAIT_S)
+        return heartbeat.join_folder(self.parts, self.rank, options, stop)
 
     def begin(self, plan: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
         """Return the summary where the folder holds this very prediction, finished; None where it is to be made.
 
         The first rank writes the plan, the others wait for it. Raises UserError for any other prediction.
         """
-        ears = heartbeat.Ears()
+        monitor = heartbeat.HeartbeatMonitor()
         while not self.done.is_file() and not self._has_plan(plan):
             if self.rank == 0:
                 self._write_plan(plan)
                 break
-            if ears.silent_s(heartbeat.heart(self.parts, 0)) > PLAN_WAIT_S:
+            if monitor.seconds_since_beat(heartbeat.heartbeat_path(self.parts, 0)) > PLAN_WAIT_S:
                 raise RunError(
                     f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}; "
                     "see what rank 0 says, and that all ranks see the same folder"
@@ -207,7 +207,7 @@ class OutputFolder:
 
     def clean(self) -> None:
         """Delete the parts of a finished prediction; called by the first rank, which has the lock."""
-        heartbeat.tidy(self.parts)
+        heartbeat.clear_folder(self.parts)
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for key, value in now.items():

@@ -32,8 +32,8 @@ from mura_dist.data import gate
 from mura_dist.data.io_faults import IO_ERROR
 from mura_dist.distributed import environment, worker_pool
 from mura_dist.distributed.processes import end_with_launcher
-from mura_dist.distributed.signals import asked_to_stop
-from mura_dist.distributed.worker_pool import Limits
+from mura_dist.distributed.signals import stop_event
+from mura_dist.distributed.worker_pool import PoolLimits
 from mura_dist.inference import autotune, file_list, grouping, pseudonyms, study_types, table_guide, tables
 from mura_dist.inference.batch_limit import LIMIT_S
 from mura_dist.inference.chunks import CHUNK, ChunkPredictor
@@ -72,7 +72,7 @@ class PredictOptions:
     shared: bool = False  # what is written is for others to read too, as the umask says; else for its owner alone
     keytable: Path | None = None  # files and studies go by pseudonyms, and this CSV leads back
     batch_limit_s: float = LIMIT_S  # what computing one batch may take
-    limits: Limits = worker_pool.DEFAULT  # what reading one file may take: seconds, bytes
+    limits: PoolLimits = worker_pool.DEFAULT_LIMITS  # what reading one file may take: seconds, bytes
 
 
 def predict(
@@ -106,7 +106,7 @@ def predict(
         folder = OutputFolder(out, environment.rank(), environment.world_size())
         with (
             contextlib.nullcontext() if options.shared else private(out),
-            asked_to_stop(patience_s=0) as stop,
+            stop_event(patience_s=0) as stop,
             folder.locked(stop),
             _walked(sources, folder, names, options.keytable, stop, progress) as files,
         ):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import CollectiveRunError
 from mura_dist.data.loaders.loader import Batch
-from mura_dist.distributed.process_group import World, limit
+from mura_dist.distributed.process_group import World, set_timeout
 from mura_dist.training import deepspeed_config, execution, micro_batch
 from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.checked_network import Network
@@ -133,7 +133,7 @@ class Engine:
             group["lr"] = learning_rate
         self._begin()
         mine = self._accumulate(batches, loss_scale, asked)
-        own = self.world.mark()
+        own = self.world.record_event()
         gradients = self._reduce(loss_scale)
         mine.flags += _STOP * asked() + _FAILED * failed
         result, mean = self._agree(mine, gradients, own)
@@ -300,7 +300,7 @@ def _deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, worl
         config=deepspeed_config.config(settings, world.size, num_weights=flat.weights.numel()),
         dist_init_required=False,
     )
-    limit(settings.timeout_s)  # DeepSpeed reduces over a group of its own
+    set_timeout(settings.timeout_s)  # DeepSpeed reduces over a group of its own
     engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
     if not settings.zero_stage and engine.postscale_gradients() and engine.gradient_predivide_factor() == 1:
         # The loss is divided by the global batch; dividing the sum of gradients too took 7 ms of a CPU, an eighth of sending it.

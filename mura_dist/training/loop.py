@@ -24,7 +24,7 @@ from mura_dist.core.errors import CollectiveRunError, RunError, StopRequestedErr
 from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.distributed import environment, lock, process_group, processes
 from mura_dist.distributed.process_group import World
-from mura_dist.distributed.signals import asked_to_stop, at_once
+from mura_dist.distributed.signals import default_signal_handlers, stop_event
 from mura_dist.metrics.summary import compute_metrics
 from mura_dist.training import checkpoint, micro_batch, mlflow_process, schedule, start
 from mura_dist.training.checkpoint_writer import CheckpointWriter
@@ -50,11 +50,11 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
     plan = Plan.from_settings(run.settings, environment.world_size())
     with contextlib.ExitStack() as stack:
         # First in, last out: a launcher's SIGTERM, when another rank failed, must not keep status.json from being written.
-        stop = stack.enter_context(asked_to_stop(settings.stop_signal))
+        stop = stack.enter_context(stop_event(settings.stop_signal))
         finished = environment.is_first() and not start.acquire_run(run, plan, stack)
-        with at_once():  # torch waits for the others in C++, where no handler of ours is heard
+        with default_signal_handlers():  # torch waits for the others in C++, where no handler of ours is heard
             ranks = stack.enter_context(
-                process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.DOUBT_S))
+                process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.UNVERIFIED_WAIT_S))
             )
         if ranks.any(finished):
             if finished and settings.mlflow:

@@ -158,8 +158,8 @@ class Run:
         still, is waited for until it counts as dead. `stop`, when set, ends the wait: StopRequestedError.
         """
         self._make()
-        claim = lock.Claim(f"run={self.folder}", "give run=NEW", self.settings.wait_s, lock.DOUBT_S)
-        with lock.held(self.folder / "lock", claim, stop or threading.Event()):
+        options = lock.LockOptions(f"run={self.folder}", "give run=NEW", self.settings.wait_s, lock.UNVERIFIED_WAIT_S)
+        with lock.acquire(self.folder / "lock", options, stop or threading.Event()):
             try:
                 yield
             except UserError:  # nothing was done: what the folder says stays true

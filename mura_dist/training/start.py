@@ -19,7 +19,7 @@ from mura_dist.core.errors import RunError, StopRequestedError, UserError
 from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.distributed import process_group
 from mura_dist.distributed.process_group import World
-from mura_dist.distributed.signals import asked_to_stop
+from mura_dist.distributed.signals import stop_event
 from mura_dist.models import densenet
 from mura_dist.training import checkpoint, micro_batch, schedule
 from mura_dist.training.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def resolve_precision(settings: Settings) -> Settings:
 
 def acquire_run(run: Run, plan: Plan, stack: contextlib.ExitStack) -> bool:
     """Hold the folder's lock; False where all is done. On the first rank, while the others wait in `join`."""
-    with asked_to_stop(run.settings.stop_signal) as early:
+    with stop_event(run.settings.stop_signal) as early:
         if not _is_ours_to_do(run, plan):
             return False
         stack.enter_context(run.writing(early))

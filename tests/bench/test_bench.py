@@ -275,7 +275,7 @@ def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> N
     ours: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
     ours |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
     build = (ours | pipeline._peers(small))[name]
-    with processes.start(1) as pool:  # as bench has them: a loader that forks may end the process that made it
+    with processes.start_workers(1) as pool:  # as bench has them: a loader that forks may end the process that made it
         seen = pool.submit(toys.batches, build, small, 3).result()
     assert all(batch.shape == (8, 1, S, S) and batch.dtype == np.uint8 for batch in seen)
     images = np.concatenate(seen)

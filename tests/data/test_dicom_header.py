@@ -243,7 +243,10 @@ def test_notes_name_attributes_and_never_their_values() -> None:
 
 
 def test_what_is_sound_has_no_notes() -> None:
-    assert radiograph.read_details(io.BytesIO(drawn(WindowCenter="300", WindowWidth="600", PixelPaddingValue=0)), 8).notes == ()
+    assert (
+        radiograph.read_details(io.BytesIO(drawn(WindowCenter="300", WindowWidth="600", PixelPaddingValue=0)), 8).notes
+        == ()
+    )
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(buffer, "PNG")
     assert radiograph.read_details(buffer, 8).notes == ()

@@ -146,7 +146,9 @@ def test_a_break_is_seen_in_most_views_and_changes_nothing_far_from_it(study_typ
         bones = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, number, 1))
         broken = phantoms.break_bone(bones, study_type, phantoms.PhiloxRandom(1, number, 1))
         depths = [
-            phantoms.bone_depth(phantoms.project(b, study_type, 96, 96, phantoms.PhiloxRandom(2, number, 1)), 96, 96, 0.4)
+            phantoms.bone_depth(
+                phantoms.project(b, study_type, 96, 96, phantoms.PhiloxRandom(2, number, 1)), 96, 96, 0.4
+            )
             for b in (bones, broken)
         ]
         assert all(np.isfinite(depth).all() and (depth >= 0).all() for depth in depths)

@@ -609,7 +609,9 @@ def test_identity(tmp_path: Path) -> None:
     path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
     assert read_identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
     path.write_bytes(dicom(GRAY, **PLAIN, Laterality="R", ImageLaterality="L"))
-    assert read_identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), "the image's own before its series'"
+    assert read_identity(os.fsencode(path)) == radiograph.DicomIdentity("", "", "L"), (
+        "the image's own before its series'"
+    )
     path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
     assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
@@ -713,7 +715,11 @@ def test_identity_of_real_dicoms(shared: Path) -> None:
 @pytest.mark.parametrize("shape", ["{}", "{} ", "{}s", "left {}", "{} LT", "R_{}", "{}\0"])
 def test_the_seven_regions(study_type: str, shape: str) -> None:
     word = study_type.removeprefix("XR_")
-    assert body_parts.find_study_type(shape.format(word)) == body_parts.find_study_type(shape.format(word.lower())) == study_type
+    assert (
+        body_parts.find_study_type(shape.format(word))
+        == body_parts.find_study_type(shape.format(word.lower()))
+        == study_type
+    )
 
 
 WORDS = "CLAVICLE HIP KNEE ANKLE FOOT PELVIS CHEST ARM LEG FEMUR SKULL HANDWRIST JANE L S"
@@ -752,7 +758,9 @@ def test_codes_are_the_standards_own() -> None:
         "UpperArm",
         "Shoulder",
     )
-    ours = [body_parts.body_part_of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")]
+    ours = [
+        body_parts.body_part_of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")
+    ]
     wanted = "ELBOW FINGER THUMB FOREARM RADIUSULNA ULNA HAND HUMERUS UPPERARM SHOULDER WRIST WRIST"
     assert ours == wanted.split()
 

@@ -82,5 +82,5 @@ class Never:
 
 def test_this_ranks_own_work_is_not_waited_for_without_end() -> None:
     """It may lie behind a collective of the step before, as ZeRO's do."""
-    with pytest.raises(RuntimeError, match=r"collective operation timeout: the others did not come for 0\.5 s"):
+    with pytest.raises(RuntimeError, match=r"collective operation timeout: the other ranks did not join in 0\.5 s"):
         nccl.wait(Never(), 0.05, Never())

@@ -11,7 +11,7 @@ import pytest
 LAWS = {
     "without patience a second signal does what it always did": """
 before = [signal.getsignal(number) for number in SIGNALS]
-with signals.asked_to_stop(patience_s=0) as stop:
+with signals.stop_event(patience_s=0) as stop:
     signal.raise_signal(signal.SIGTERM)
     assert stop.is_set()
     assert signal.getsignal(signal.SIGTERM) is before[1]
@@ -21,11 +21,11 @@ assert [signal.getsignal(number) for number in SIGNALS] == before
 """,
     "with patience a late second interrupt ends at once": """
 before = [signal.getsignal(number) for number in SIGNALS]
-with signals.asked_to_stop("SIGUSR2", patience_s=60) as stop:
+with signals.stop_event("SIGUSR2", patience_s=60) as stop:
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
         signal.raise_signal(number)
         assert stop.is_set()
-with signals.asked_to_stop("SIGUSR2", patience_s=1e-9):
+with signals.stop_event("SIGUSR2", patience_s=1e-9):
     signal.raise_signal(signal.SIGTERM)
     interrupts_with(signal.SIGINT)
 assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -33,7 +33,7 @@ assert [signal.getsignal(number) for number in SIGNALS] == before
     "another thread handles no signal": """
 before, handlers = signal.getsignal(signal.SIGTERM), []
 def work():
-    with signals.asked_to_stop() as stop:
+    with signals.stop_event() as stop:
         handlers.append(signal.getsignal(signal.SIGTERM))
         assert not stop.is_set()
 thread = threading.Thread(target=work)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from mura_dist.core.errors import RunError
-from mura_dist.distributed.worker_pool import Limits, Lost, crew
+from mura_dist.distributed.worker_pool import PoolLimits, TaskFailed, start_pool
 
-QUICK = Limits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
+QUICK = PoolLimits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
 
 
 def worker(notes: Path) -> Callable[[Any], Any]:
@@ -46,11 +46,11 @@ def worker(notes: Path) -> Callable[[Any], Any]:
 
 
 def work(
-    notes: Path, tasks: list[tuple[str, int]], *, workers: int, chunk: int = 3, limits: Limits = QUICK
+    notes: Path, tasks: list[tuple[str, int]], *, workers: int, chunk: int = 3, limits: PoolLimits = QUICK
 ) -> list[Any]:
     chunks = (tasks[start : start + chunk] for start in range(0, len(tasks), chunk))
-    with crew(worker, (notes,), workers=workers, limits=limits) as people:
-        return list(people.results(chunks))
+    with start_pool(worker, (notes,), workers=workers, limits=limits) as pool:
+        return list(pool.results(chunks))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -65,8 +65,8 @@ def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: 
     bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
     tasks = [(bad.get(n, "do"), n) for n in range(20)]
     found = work(tmp_path, tasks, workers=workers)
-    assert found[2] == found[8] == Lost("crashed")
-    assert found[7] == Lost("did not come to an end within 1 s")
+    assert found[2] == found[8] == TaskFailed("crashed")
+    assert found[7] == TaskFailed("did not finish within 1 s")
     assert found[12] == "no memory"
     assert found[15] == 15, "killed from outside: tried again, no trace"
     assert [found[n] for n in range(20) if n not in (2, 7, 8, 12)] == [n for n in range(20) if n not in (2, 7, 8, 12)]
@@ -75,8 +75,8 @@ def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: 
 
 
 def test_one_that_waits_for_ever_is_lost(tmp_path: Path) -> None:
-    found = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=Limits(0.5, 1.0, 200 << 20))
-    assert found == [0, Lost("did not come to an end within 0.5 s"), 2]
+    found = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=PoolLimits(0.5, 1.0, 200 << 20))
+    assert found == [0, TaskFailed("did not finish within 0.5 s"), 2]
 
 
 def test_an_exception_of_a_task_is_raised_here(tmp_path: Path) -> None:
@@ -90,17 +90,17 @@ def dies_at_once(notes: Path) -> Callable[[Any], Any]:
 
 def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
     with (
-        crew(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as people,
-        pytest.raises(RunError, match=r"end before they begin \(exit status 7\)"),
+        start_pool(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as pool,
+        pytest.raises(RunError, match=r"exit before they are ready \(exit status 7\)"),
     ):
-        list(people.results([[1]]))
+        list(pool.results([[1]]))
 
 
 def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> None:
     handed_out = itertools.count()
     chunks = ([("do", next(handed_out))] for _ in range(1000))
-    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
-        stream = people.results(chunks, ahead=4)
+    with start_pool(worker, (tmp_path,), workers=2, limits=QUICK) as pool:
+        stream = pool.results(chunks, ahead=4)
         assert next(stream) == 0
         time.sleep(0.5)
         assert next(handed_out) <= 12, "never far ahead"
@@ -109,16 +109,16 @@ def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> N
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert not [thread for thread in threading.enumerate() if thread.name == "guard"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "supervisor"]
 
 
 def test_a_crew_does_one_work_after_another(tmp_path: Path) -> None:
-    with crew(worker, (tmp_path,), workers=2, limits=QUICK) as people:
+    with start_pool(worker, (tmp_path,), workers=2, limits=QUICK) as pool:
         time.sleep(0.3)  # ready, and idle
         for start in (0, 100, 200):
             tasks = [[("do", start + n)] for n in range(20)]
-            assert list(people.results(tasks)) == list(range(start, start + 20))
-        assert list(people.results([])) == []
-        assert list(people.results([[], [("do", 7)], []])) == [7]
+            assert list(pool.results(tasks)) == list(range(start, start + 20))
+        assert list(pool.results([])) == []
+        assert list(pool.results([[], [("do", 7)], []])) == [7]
     pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().split()}
     assert len(pids) <= 2, "the same processes"

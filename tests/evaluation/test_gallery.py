@@ -323,7 +323,9 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
             ("normal", "abnormal")[study["label"]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
-        said = f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
+        said = (
+            f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
+        )
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
         assert [one for one in labels if one.startswith(said)], said
         assert study["study"] in page.text

@@ -196,7 +196,7 @@ with process_group.join(60):
     begin = time.monotonic()
     try:
         dist.all_reduce(vector)
-        nccl.wait(nccl.mark(), 1.0)
+        nccl.wait(nccl.record_event(), 1.0)
     except RuntimeError:
         print(f"waited {time.monotonic() - begin:.1f} s", flush=True)
 """
@@ -245,7 +245,7 @@ def test_a_rank_that_falls_silent_is_lost_with_a_line(shard_folder: Path, tmp_pa
             rank.wait()
     assert ranks[0].returncode == 1
     assert "rank 0 lost another rank (" in stderr
-    assert "the same command goes on from the last checkpoint" in stderr
+    assert "The same command resumes from the last checkpoint" in stderr
     assert Run.load(tmp_path / "run").status()["state"] == "failed"
 
 

@@ -44,7 +44,7 @@ def faulty(self: DenseNet, image: Tensor) -> Any:
 
 
 if FAULT == "bf16":
-    process_group.computes_bf16 = lambda: os.environ.get("RANK", "0") == RANK  # type: ignore[assignment]
+    process_group.supports_bf16 = lambda: os.environ.get("RANK", "0") == RANK  # type: ignore[assignment]
     CALLS = set()
 DenseNet.forward = faulty  # type: ignore[method-assign]
 

@@ -188,12 +188,12 @@ def test_openvino_refuses_what_is_no_model(model: Path, tmp_path: Path) -> None:
 
 def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = SessionConfig().resolved(on_cpu=True)
-    assert alone.threads == engine.processors()
-    assert engine.pipelined_config(3).streams == min(2, engine.processors())
+    assert alone.threads == engine.num_processors()
+    assert engine.pipelined_config(3).streams == min(2, engine.num_processors())
     for name, value in {
         "RANK": 0,
-        "WORLD_SIZE": 4 * engine.processors(),
-        "LOCAL_WORLD_SIZE": 4 * engine.processors(),
+        "WORLD_SIZE": 4 * engine.num_processors(),
+        "LOCAL_WORLD_SIZE": 4 * engine.num_processors(),
     }.items():
         monkeypatch.setenv(name, str(value))
     assert SessionConfig().resolved(on_cpu=True).threads == 1
@@ -240,7 +240,7 @@ def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: p
     with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other)
     assert autotune.load_tuned_config(OnnxModel.load(other)) is None
     assert autotune.load_tuned_config(OnnxModel.load(model)) is not None
-    monkeypatch.setattr(autotune, "processors", lambda: 99)
+    monkeypatch.setattr(autotune, "num_processors", lambda: 99)
     assert autotune.load_tuned_config(OnnxModel.load(model)) is None
 
 

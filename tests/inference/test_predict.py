@@ -25,7 +25,7 @@ from helpers.predictions import FILES, TABLES, contents, draw, draw_dicom, rows
 from mura_dist.cli.main import DONE, FAILED, main
 from mura_dist.core.errors import RunError, StopRequestedError, UserError
 from mura_dist.data import gate, mura, radiograph
-from mura_dist.distributed.worker_pool import Limits
+from mura_dist.distributed.worker_pool import PoolLimits
 from mura_dist.evaluation import prediction_files
 from mura_dist.inference import autotune, chunks, grouping, pseudonyms, tables
 from mura_dist.inference import predict as predict_module
@@ -187,12 +187,12 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     for name in bad:
         draw(tmp_path / "in" / name)
     monkeypatch.setattr(chunks, "Reader", faulty_reader.RadiographReader)
-    options = PredictOptions(workers=2, limits=Limits(processor_s=1, memory_bytes=300 << 20))
+    options = PredictOptions(workers=2, limits=PoolLimits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
     assert {path: code for path, (code, _) in found.items()} == bad
     assert found["03_crash.png"][1] == found["07_crash.png"][1] == "its decoder crashed"
-    assert found["07_spin.png"][1] == "its decoder did not come to an end within 1 s"
+    assert found["07_spin.png"][1] == "its decoder did not finish within 1 s"
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "sound" / "predictions.csv").read_bytes()
     assert summary is not None
     assert summary["failures_by_code"] == {"too_large": 1, "unreadable": 3}

@@ -29,7 +29,7 @@ from mura_dist.cli.main import main
 from mura_dist.distributed import heartbeat, lock
 from mura_dist.inference import predict
 from mura_dist.inference.engine_onnxruntime import OnnxRuntime
-predict.CHUNK, heartbeat.SILENCE_S, lock.HEARTBEAT_S = {CHUNK}, 1.0, 0.1
+predict.CHUNK, heartbeat.HEARTBEAT_TIMEOUT_S, lock.HEARTBEAT_S = {CHUNK}, 1.0, 0.1
 dies_at, slow_s = int(os.environ.get("DIES_AT", -1)), float(os.environ.get("SLOW_S", 0))
 compute, seen, one = OnnxRuntime.run, 0, threading.Lock()  # streams are threads
 def counted(self, image, outputs):
@@ -215,15 +215,13 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 def test_a_second_start_is_refused_while_the_first_lives(
     given: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "WAIT_S", 0.5)
+    monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.5)
     first = start(0, 1, SLOW_S=0.1, cold=True)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     begun = time.monotonic()
-    said = (
-        rf"^--out .*out is being written by process {first.pid} on .*; wait for it or stop it, or give another --out$"
-    )
+    said = rf"^--out .*out is being written by process {first.pid} on .*\. Wait for it or stop it, or give another --out\.$"
     with pytest.raises(UserError, match=said):
         predict(given[1], given[2], tmp_path / "out")
     assert time.monotonic() - begun < 15
@@ -262,24 +260,24 @@ def test_children_end_with_their_parent(
 
 
 def test_a_heart_is_heard_by_our_own_clock(tmp_path: Path) -> None:
-    path, ears = tmp_path / "rank-1", heartbeat.Ears()
+    path, monitor = tmp_path / "rank-1", heartbeat.HeartbeatMonitor()
     path.touch()
     os.utime(path, (0, 0))  # the other machine's clock is not ours
-    assert ears.silent_s(path) < 0.1
+    assert monitor.seconds_since_beat(path) < 0.1
     time.sleep(0.3)
-    assert ears.silent_s(path) >= 0.3
+    assert monitor.seconds_since_beat(path) >= 0.3
     os.utime(path, (1, 1))
-    assert ears.silent_s(path) < 0.1
+    assert monitor.seconds_since_beat(path) < 0.1
     path.unlink()
     time.sleep(0.2)
-    assert ears.silent_s(path) >= 0.2
+    assert monitor.seconds_since_beat(path) >= 0.2
 
 
 def test_a_rank_beats_while_it_lives_and_takes_its_heart_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
     folder = tmp_path / "new" / "out" / ".parts"
-    with heartbeat.taking_part(folder, 3, lock.Claim("", "", 0), threading.Event()):
-        path = heartbeat.heart(folder, 3)
+    with heartbeat.join_folder(folder, 3, lock.LockOptions("", "", 0), threading.Event()):
+        path = heartbeat.heartbeat_path(folder, 3)
         before = path.stat().st_mtime_ns
         time.sleep(0.3)
         assert path.stat().st_mtime_ns > before

@@ -183,7 +183,9 @@ def test_a_cut_link_ends_both_sides_and_mended_they_go_on(site, whole) -> None:
         for number in here.net.numbers:
             said = here.log(number).read_text()
             assert (
-                len(re.findall(rf"mura-dist: rank {number - 1} lost another rank \(.*the same command goes on", said))
+                len(
+                    re.findall(rf"mura-dist: rank {number - 1} lost another rank \(.*[Tt]he same command resumes", said)
+                )
                 == 1
             ), said
         here.is_sound()
@@ -238,7 +240,7 @@ def test_without_the_host_they_meet_at_all_end(site) -> None:
             "launch/torchrun.sh: no answer of host1:29500 for 20 s: this node ends; the same words on all go on" in said
         )
         assert re.search(
-            r"mura-dist: rank 1 lost another rank \(.*the same command goes on from the last checkpoint", said
+            r"mura-dist: rank 1 lost another rank \(.*[Tt]he same command resumes from the last checkpoint", said
         ), said
         here.is_sound()
 
@@ -256,7 +258,8 @@ def test_a_disk_that_is_read_only_on_one_host(site, whole) -> None:
         said = here.log(1).read_text()
         assert f"mura-dist: run={here.run} cannot be written (" in said, said
         assert (
-            "could not meet the others" in here.log(2).read_text() or "lost another rank" in here.log(2).read_text()
+            "could not meet the other ranks" in here.log(2).read_text()
+            or "lost another rank" in here.log(2).read_text()
         ), here.told()
         assert here.end(here.static(first={2: read_only})) == [0, 0], here.told()
         assert chaos.differences(whole(2), here.run) == []

@@ -75,7 +75,7 @@ def test_auto_takes_what_the_processor_computes_and_keeps_it(
 @pytest.mark.parametrize(("precision", "computed"), [("bf16", False), ("bf16", True), ("fp32", False)])
 def test_a_precision_without_instructions_is_warned_of(precision: str, computed: bool, monkeypatch) -> None:
     """As of a run that began on another processor: it goes on, and says why it is slow."""
-    monkeypatch.setattr(process_group, "computes_bf16", lambda: computed)
+    monkeypatch.setattr(process_group, "supports_bf16", lambda: computed)
     settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
     assert ("warning" in start._slow(settings)) == (precision == "bf16" and not computed)
 
@@ -93,8 +93,8 @@ def test_a_precision_without_instructions_is_warned_of(precision: str, computed:
 def test_what_a_processor_computes(tmp_path: Path, text: str, computed: bool, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "cpuinfo").write_text(text)
-    assert process_group.computes_bf16(tmp_path / "cpuinfo") == computed
-    assert not process_group.computes_bf16(tmp_path / "none")
+    assert process_group.supports_bf16(tmp_path / "cpuinfo") == computed
+    assert not process_group.supports_bf16(tmp_path / "none")
 
 
 NOT_FINITE = [

@@ -83,16 +83,16 @@ def lock(folder: Path, **owner: object) -> Path:
 def test_who_was_born_when(processes: Callable[..., subprocess.Popen[str]]) -> None:
     """A living process has a birth that stays; one that ended has none, whether its parent has asked for its status or not."""
     child = processes("sleep", 60)
-    since = workers.born(child.pid)
+    since = workers.process_start_time(child.pid)
     assert since
-    assert workers.born(child.pid) == since >= (workers.born(os.getpid()) or 0) > 0
+    assert workers.process_start_time(child.pid) == since >= (workers.process_start_time(os.getpid()) or 0) > 0
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
     os.kill(child.pid, 0)  # its number is still taken
-    assert workers.born(child.pid) is None
+    assert workers.process_start_time(child.pid) is None
     child.wait()
-    assert workers.born(child.pid) is None
-    assert workers.born(0) is None
+    assert workers.process_start_time(child.pid) is None
+    assert workers.process_start_time(0) is None
 
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -121,7 +121,11 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
 ) -> None:
     facts, age_s, taken = LOCKS[case]
     child = processes("sleep", 60)
-    owner = {"process": child.pid, "born": workers.born(child.pid), "boot": BOOT.read_text().strip()} | facts
+    owner = {
+        "process": child.pid,
+        "born": workers.process_start_time(child.pid),
+        "boot": BOOT.read_text().strip(),
+    } | facts
     path = lock(tmp_path / "run", **{key: value for key, value in owner.items() if value is not None})
     os.utime(path, (time.time() - age_s,) * 2)
     before, run = path.read_bytes(), run_of(tmp_path / "run")
@@ -139,7 +143,7 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
     assert time.monotonic() - begin < 20, "a heart was seen to beat"
     heart.kill()
     where = facts.get("host", platform.node())
-    for part in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "wait for it or stop"):
+    for part in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "Wait for it or stop"):
         assert part in str(refusal.value)
     assert path.read_bytes() == before
     assert sorted(path.name for path in path.parent.iterdir()) == ["lock"]
@@ -158,7 +162,7 @@ def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
 
 
 def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mura_dist.distributed.lock.DOUBT_S", 0.0)
+    monkeypatch.setattr("mura_dist.distributed.lock.UNVERIFIED_WAIT_S", 0.0)
     (tmp_path / "lock").touch()
     with pytest.raises(UserError, match="process 0 on unknown"), run_of(tmp_path).writing():
         raise AssertionError("it was let in")
@@ -183,7 +187,7 @@ def test_a_second_start_waits_for_the_first_to_end(
         timer.join()
         said = capsys.readouterr().err
         assert said.count("waiting up to 30 s for process") == 1
-        assert f"process {first.pid} on host {platform.node()}, which writes run={tmp_path / 'run'}" in said
+        assert f"process {first.pid} on {platform.node()}, which writes run={tmp_path / 'run'}" in said
         assert ("stale lock" in said) == killed
 
 
@@ -203,7 +207,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
     threading.Timer(0.5, stop.set).start()
     begin = time.monotonic()
     with (
-        pytest.raises(StopRequestedError, match="the same command goes on"),
+        pytest.raises(StopRequestedError, match="The same command resumes"),
         run_of(tmp_path / "run", 60).writing(stop),
     ):
         raise AssertionError("it was let in")
@@ -290,7 +294,7 @@ def until_it_trains(run: Path, process: subprocess.Popen[str], more_than: int = 
 def gone_after(pids: list[int], limit_s: float) -> float:
     """Seconds until none of these lives; fails where one still does after `limit_s`."""
     begin = time.monotonic()
-    while alive := [pid for pid in pids if workers.born(pid) is not None]:
+    while alive := [pid for pid in pids if workers.process_start_time(pid) is not None]:
         assert time.monotonic() - begin < limit_s, f"{alive} still live after {limit_s} s"
         time.sleep(0.02)
     return time.monotonic() - begin
@@ -317,7 +321,7 @@ def test_ranks_end_with_a_killed_launcher_and_the_next_start_finishes(
     second = launch(processes, name, shard_folder, run, warm=True)
     gone_after(pids, LIMIT_S)
     assert second.wait(180) == 0, log_of(run)
-    assert "the launcher is gone" in log_of(run)
+    assert "the launcher has ended" in log_of(run)
     assert not chaos.differences(undisturbed, run)
     assert not chaos.survivors(run)
 
@@ -371,7 +375,7 @@ def test_a_second_training_waits_and_then_is_refused_or_goes_on(
     until_it_trains(run, first)
     refused = launch(processes, "plain", shard_folder, run, "wait_s=2", warm=True)
     assert refused.wait(60) == 2, log_of(run)
-    assert f"waiting up to 2 s for process {first.pid} on host {platform.node()}" in log_of(run)
+    assert f"waiting up to 2 s for process {first.pid} on {platform.node()}" in log_of(run)
     assert f"is being written by process {first.pid} on {platform.node()}" in log_of(run)
     assert first.poll() is None
     interrupted, patient = (launch(processes, "plain", shard_folder, run, "epochs=5000", warm=True) for _ in range(2))
@@ -459,7 +463,7 @@ def test_the_page_says_by_its_status_that_it_was_stopped(
             page.wait(10)
     assert Run.load(run).status()["state"] == "stopped"
     said = (tmp_path / "log").read_text()
-    assert "the launcher is gone" not in said, "torchrun heard it and passed it on; it did not die of it"
+    assert "the launcher has ended" not in said, "torchrun heard it and passed it on; it did not die of it"
 
 
 @pytest.mark.slow
@@ -497,8 +501,8 @@ def test_without_a_launcher_a_training_outlives_its_shell(
     shell.wait()
     [training] = chaos.processes_of(run)
     step = steps(run)
-    time.sleep(3 * workers.WATCH_S)
-    assert workers.born(training) is not None, log_of(run)
+    time.sleep(3 * workers.POLL_S)
+    assert workers.process_start_time(training) is not None, log_of(run)
     assert steps(run) > step
     os.kill(training, signal.SIGTERM)
     gone_after([training], LIMIT_S)

@@ -157,7 +157,7 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
 
     from mura_dist.distributed import process_group
 
-    torch.set_num_threads(max(1, processes.processors() // ranks))
+    torch.set_num_threads(max(1, processes.num_processors() // ranks))
     with process_group.join(_TIMEOUT_S) as here:
         player = _Player(job, here)
         pipe.send(player.facts())

@@ -106,7 +106,7 @@ def _at_once() -> tuple[int, int | None]:
 
     if torch.cuda.is_available():
         return torch.cuda.device_count(), None
-    return processes.processors(), processes.processors()
+    return processes.num_processors(), processes.num_processors()
 
 
 def check(

@@ -19,7 +19,7 @@ from mura_dist.data.loaders.loader import Batch, BatchLoader, RowTargets
 from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
-from mura_dist.distributed.processes import processors
+from mura_dist.distributed.processes import num_processors
 
 _AHEAD_PER_WORKER = 4
 
@@ -144,7 +144,9 @@ def data_loader(
             f"micro_batch={micro_batch}: a step takes {global_batch} of {len(rows)} radiographs. Give a smaller one"
         )
     backend, note = choose_backend(pipeline, device)
-    workers = workers or min(8 if device.type == "cuda" else 4, max(1, processors() // environment.local_world_size()))
+    workers = workers or min(
+        8 if device.type == "cuda" else 4, max(1, num_processors() // environment.local_world_size())
+    )
     targets = RowTargets.from_shards(opened, loss_weights)
     loader = BatchLoader(
         opened, targets, device, backend, micro_batch, workers, prefetch=_AHEAD_PER_WORKER * workers, note=note

@@ -32,8 +32,8 @@ from mura_dist.data.loaders.samples import MicroBatchImages
 from mura_dist.data.loaders.transfer import DeviceTargets
 from mura_dist.data.shards.reader import Shards
 from mura_dist.distributed import environment
-from mura_dist.distributed.processes import processors
-from mura_dist.distributed.watchdog import Overdue
+from mura_dist.distributed.processes import num_processors
+from mura_dist.distributed.watchdog import Watchdog
 
 # Of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk.
 _PREFETCHED_BYTES = 64 << 20
@@ -101,7 +101,7 @@ class BatchLoader:
         """
         cuda = device.type == "cuda"
         backend, note = choose_backend(settings.pipeline, device)
-        workers = settings.workers or min(8 if cuda else 4, max(1, processors() // environment.local_world_size()))
+        workers = settings.workers or min(8 if cuda else 4, max(1, num_processors() // environment.local_world_size()))
         fitting = _PREFETCHED_BYTES // (settings.micro_batch * shards.size**2)
         prefetch = settings.prefetch or int(np.clip(fitting, 2 * workers, 16 * workers))
         return cls(
@@ -178,7 +178,9 @@ class BatchLoader:
         return f"batches by {self.backend}{note} from {self.shards.encoding} shards, {how}"
 
 
-def _in_time(made: Iterator[MicroBatchImages], shards: Shards, timeout_s: float) -> Generator[MicroBatchImages, None, None]:
+def _in_time(
+    made: Iterator[MicroBatchImages], shards: Shards, timeout_s: float
+) -> Generator[MicroBatchImages, None, None]:
     """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
     env = environment.launch_env()
     if env.world_size == 1 or math.isinf(timeout_s):
@@ -188,9 +190,9 @@ def _in_time(made: Iterator[MicroBatchImages], shards: Shards, timeout_s: float)
         f"rank {env.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
         "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
     )
-    with contextlib.closing(Overdue(timeout_s, line)) as overdue:
+    with contextlib.closing(Watchdog(timeout_s, line)) as watchdog:
         while True:
-            with overdue.waiting():
+            with watchdog.waiting():
                 images = next(made, None)
             if images is None:
                 return

@@ -24,7 +24,9 @@ def images(
     cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
-        yield from prefetch_ordered((pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch)
+        yield from prefetch_ordered(
+            (pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch
+        )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

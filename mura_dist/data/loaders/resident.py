@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mura_dist.core.errors import RankLocalUserError
-from mura_dist.data.loaders.prefetch import prefetch_ordered
 from mura_dist.data.loaders.device_memory import free_bytes
+from mura_dist.data.loaders.prefetch import prefetch_ordered
 from mura_dist.data.loaders.sampler import MicroBatch
 from mura_dist.data.loaders.samples import MicroBatchImages
 from mura_dist.data.loaders.transfer import send
@@ -30,7 +30,9 @@ _NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 _UNREAD, _DAMAGED = -1, -2  # a row's slot, where it has none
 
 
-def images(store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int) -> Iterator[MicroBatchImages]:
+def images(
+    store: "Store", micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int
+) -> Iterator[MicroBatchImages]:
     """Yield the Images of each of `micros`, in order, on the device, reading up to `prefetch` micro-batches ahead.
 
     Raises:

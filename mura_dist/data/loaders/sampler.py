@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mura_dist.data.loaders.augmentation import draw_order_keys, draw_augmentations
+from mura_dist.data.loaders.augmentation import draw_augmentations, draw_order_keys
 
 _PART = 1 << 18  # of an order worked on at once
 
@@ -39,7 +39,9 @@ class Epoch:
 
     def micro_batch(self, start: int, size: int) -> MicroBatch:
         """The radiographs at places start .. start + size, and how they are turned."""
-        angles, flips = draw_augmentations(self.seed, self.epoch, start, size, rotate_deg=self.rotate_deg, flip=self.flip)
+        angles, flips = draw_augmentations(
+            self.seed, self.epoch, start, size, rotate_deg=self.rotate_deg, flip=self.flip
+        )
         return MicroBatch(self.rows[start : start + size], angles, flips, np.ones(size, bool))
 
 

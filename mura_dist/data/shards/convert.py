@@ -39,14 +39,14 @@ from mura_dist.data import mura, radiograph
 from mura_dist.data.io_faults import IO_ERROR, IoFaults
 from mura_dist.data.manifest import Manifest, cut_tune
 from mura_dist.data.shards import codec, writer
-from mura_dist.data.shards.codec import MAX_SIZE_PX, SampleEncoder, Sample, Task
+from mura_dist.data.shards.codec import MAX_SIZE_PX, Sample, SampleEncoder, Task
 from mura_dist.data.shards.index import FORMAT, FileFault, parse
 from mura_dist.data.source import duplicate_policy
 from mura_dist.data.source import report as audit
 from mura_dist.data.source.scan import Scan, scan, with_duplicates
 from mura_dist.distributed import environment, heartbeat, lock, worker_pool
-from mura_dist.distributed.processes import end_with_launcher, processors
-from mura_dist.distributed.worker_pool import Crew, Limits, Lost
+from mura_dist.distributed.processes import end_with_launcher, num_processors
+from mura_dist.distributed.worker_pool import PoolLimits, TaskFailed, WorkerPool
 
 SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, MAX_SIZE_PX)
@@ -67,7 +67,7 @@ class Conversion:
     size: int
     encoding: str
     plan: dict[str, Any]
-    crew: Crew
+    pool: WorkerPool
     rank: int
     num_ranks: int
 
@@ -84,7 +84,7 @@ def convert(
     labels: Path | None = None,
     strict: bool = False,
     duplicates: str = duplicate_policy.KEEP,
-    limits: Limits = worker_pool.DEFAULT,
+    limits: PoolLimits = worker_pool.DEFAULT_LIMITS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any] | None:
     """Convert `source` into shards in `out`; returns index.json's content, on ranks but the first None. Finished shards stay.
@@ -97,12 +97,12 @@ def convert(
     _check(source, out, size, encoding, workers)
     duplicate_policy.check_policy(duplicates)
     target = storage.open_storage(out)  # before the source is scanned: a wrong URL is said at once
-    env, workers = environment.launch_env(), workers or processors()
+    env, workers = environment.launch_env(), workers or num_processors()
     with (
         _share(out, env),
-        worker_pool.crew(
+        worker_pool.start_pool(
             SampleEncoder, (size, encoding), workers=workers, limits=limits
-        ) as crew,  # gets ready during the scan
+        ) as pool,  # gets ready during the scan
     ):
         # Beside the decoding it is too late: the manifest depends on it.
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
@@ -114,7 +114,7 @@ def convert(
         manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
         plan = {"format": FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
         plan |= {"duplicates": duplicates, "manifest_sha256": manifest.digest, "version": __version__}
-        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, crew, env.rank, env.world_size)
+        conversion = Conversion(target, scanned.root, manifest, size, encoding, plan, pool, env.rank, env.world_size)
         if env.rank:
             _follow(conversion, progress)
             return None
@@ -124,7 +124,7 @@ def convert(
             return index
         index = _lead(conversion, scanned, strict, progress)
         if isinstance(target, storage.LocalStorage):
-            heartbeat.tidy(target.folder / RANKS)
+            heartbeat.clear_folder(target.folder / RANKS)
         return index
 
 
@@ -137,8 +137,8 @@ def _share(out: StoragePath, env: environment.LaunchEnv) -> contextlib.AbstractC
         return contextlib.nullcontext()
     folder = Path(out)
     what = f"{out} (rank {env.rank} of {env.world_size})" if env.world_size > 1 else str(out)
-    claim = lock.Claim(what, "give another folder", heartbeat.WAIT_S, lock.DOUBT_S)
-    return heartbeat.taking_part(folder / RANKS, env.rank, claim, threading.Event())
+    options = lock.LockOptions(what, "give another folder", heartbeat.LOCK_WAIT_S, lock.UNVERIFIED_WAIT_S)
+    return heartbeat.join_folder(folder / RANKS, env.rank, options, threading.Event())
 
 
 def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _drop_broken(conversion: Conversion) -> int:
     """Delete the marks whose shards are not what they say, and then index.json; returns how many. They are made again."""
     out, names = conversion.out, conversion.out.names()
     tars = [shard.name for shard in _planned(conversion.manifest) if writer.mark_name(shard.name) in names]
-    with ThreadPoolExecutor(processors(), "check") as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(num_processors(), "check") as pool:  # hashing lets go of the interpreter
         whole = pool.map(lambda tar: writer.is_complete(out, tar, out.read(writer.mark_name(tar))), tars)
         broken = [tar for tar, is_complete in zip(tars, whole, strict=True) if not is_complete]
     for name in ["index.json"] * bool(broken) + [writer.mark_name(tar) for tar in broken]:
@@ -261,7 +261,7 @@ def _drop_faults(conversion: Conversion, shards: Sequence["_Planned"]) -> None:
 
 def _record(conversion: Conversion, **facts: Any) -> None:
     machine: dict[str, Any] = {"host": platform.node(), "platform": platform.platform()}
-    machine |= {"workers": conversion.crew.workers, "ranks": conversion.num_ranks}
+    machine |= {"workers": conversion.pool.workers, "ranks": conversion.num_ranks}
     conversion.out.write("conversion.json", _json({"plan": conversion.plan, **machine, **facts}))
 
 
@@ -404,8 +404,12 @@ def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
         tasks = _fetched(storage.open_storage(root), paths, chunks)
     else:
         tasks = ([(row, os.path.join(root, paths[row])) for row in chunk] for chunk in chunks)
-    for row, result in zip(rows.tolist(), conversion.crew.results(tasks), strict=True):
-        sample = Sample(row, None, "unreadable", f"its decoder {result.why}") if isinstance(result, Lost) else result
+    for row, result in zip(rows.tolist(), conversion.pool.results(tasks), strict=True):
+        sample = (
+            Sample(row, None, "unreadable", f"its decoder {result.reason}")
+            if isinstance(result, TaskFailed)
+            else result
+        )
         faults.check(sample.code, sample.reason)
         yield sample
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mura_dist.core.storage import StoragePath
 from mura_dist.data.shards.codec import decode
-from mura_dist.data.shards.reader import TarMember, Shards
+from mura_dist.data.shards.reader import Shards, TarMember
 
 
 def verify(folder: StoragePath) -> Iterator[str]:

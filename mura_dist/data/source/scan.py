@@ -21,7 +21,7 @@ from mura_dist.data.manifest import Manifest
 from mura_dist.data.mura import Radiograph
 from mura_dist.data.source import csv_files
 from mura_dist.data.source import duplicates as duplicate_search
-from mura_dist.data.source.csv_files import MuraCsvs, Defects, Spellings, lines_of, path_and_rest, study_of
+from mura_dist.data.source.csv_files import Defects, MuraCsvs, Spellings, lines_of, path_and_rest, study_of
 from mura_dist.data.source.files import Tree, walk
 
 PHANTOMS_MARK = "phantoms.json"
@@ -107,7 +107,9 @@ def scan(source: StoragePath, labels: Path | None = None, *, duplicates: bool = 
         place.exists(PHANTOMS_MARK) for place in (storage.open_storage(tree.root), storage.open_storage(source))
     )
     sizes = {r.path: tree.sizes[r.path] for r in radiographs}
-    found = Scan(tree.root, Manifest.from_radiographs(radiographs), _told(defects), phantoms, corrections, needless, None, sizes)
+    found = Scan(
+        tree.root, Manifest.from_radiographs(radiographs), _told(defects), phantoms, corrections, needless, None, sizes
+    )
     return with_duplicates(found) if duplicates else found
 
 

@@ -26,7 +26,7 @@ from streamlit.web import bootstrap
 
 from mura_dist.core.errors import UserError
 from mura_dist.distributed import signals
-from mura_dist.distributed.processes import processors
+from mura_dist.distributed.processes import num_processors
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.page import examples as page_examples
 from mura_dist.inference.page import privacy
@@ -90,7 +90,7 @@ def serve(
         digests: frozenset[str] = frozenset()
         if examples is not None and model.card.of_drawings:
             digests = page_examples.drawings(examples, studies)
-        with _home(), open_inference_service(model, min(2, processors()), digests) as shared:
+        with _home(), open_inference_service(model, min(2, num_processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
             _context = PageContext(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
             privacy.arrange()
@@ -100,7 +100,7 @@ def serve(
             if studies and model.card.of_drawings and not digests:
                 lines.append(_NONE_KNOWN)
             server = _server(Guard(app, hosts, security_headers(_policy())))
-            with signals.handled_by(partial(setattr, server, "should_exit", True)):
+            with signals.call_on_stop(partial(setattr, server, "should_exit", True)):
                 announce(lines)
                 server.run(sockets=[listener])
 

@@ -21,7 +21,7 @@ import pandas as pd
 
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.distributed import worker_pool
-from mura_dist.distributed.worker_pool import Crew, Lost
+from mura_dist.distributed.worker_pool import TaskFailed, WorkerPool
 from mura_dist.inference import grouping, tables
 from mura_dist.inference.grouping import Grouping
 from mura_dist.inference.onnx_model import OnnxModel
@@ -33,7 +33,9 @@ MAX_UPLOAD_MB = 100  # a file; what radiograph.MAX_PIXELS pixels of 16 bits take
 LONGEST_PX = 1024  # of what is shown
 STUDY = "study"  # what the tables call it: the page has one, and no name of it is anybody's business
 
-_LIMITS = replace(worker_pool.DEFAULT, processor_s=10.0, wall_s=60.0)  # somebody is waiting; the dearest file takes 3
+_LIMITS = replace(
+    worker_pool.DEFAULT_LIMITS, processor_s=10.0, wall_s=60.0
+)  # somebody is waiting; the dearest file takes 3
 _AT_ONCE = 2  # files of a session before another one's turn comes
 
 
@@ -152,8 +154,8 @@ class InferenceService:
         return bool(self._drawings) and hashlib.sha256(data).hexdigest() in self._drawings
 
     def read(self, files: Sequence[bytes]) -> list[Upload]:
-        """Sessions take turns, a few files each: a Crew does one list at a time, and slow files shall not hold up everybody."""
-        found: list[Upload | Lost] = []
+        """Sessions take turns, a few files each: a WorkerPool does one list at a time, and slow files shall not hold up everybody."""
+        found: list[Upload | TaskFailed] = []
         for start in range(0, len(files), _AT_ONCE):
             with self._reading:
                 try:
@@ -161,7 +163,10 @@ class InferenceService:
                 except Exception:  # this one has lost its place; the next shall find another
                     self._crew = self._hire()
                     raise
-        return [failed_upload(f"its decoder {one.why}", "decoder") if isinstance(one, Lost) else one for one in found]
+        return [
+            failed_upload(f"its decoder {one.reason}", "decoder") if isinstance(one, TaskFailed) else one
+            for one in found
+        ]
 
     def run_model(self, images: Sequence[np.ndarray]) -> list[ViewOutput]:
         """images (S, S) uint8. One study at a time: a model on all processors gains nothing from two."""
@@ -171,9 +176,9 @@ class InferenceService:
             logit, cells = self.model.outputs(np.stack(images)[:, None])
         return [ViewOutput(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
 
-    def _hire(self) -> Crew:
-        crew = worker_pool.crew(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
-        return self._stack.enter_context(crew)
+    def _hire(self) -> WorkerPool:
+        pool = worker_pool.start_pool(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
+        return self._stack.enter_context(pool)
 
 
 @contextlib.contextmanager

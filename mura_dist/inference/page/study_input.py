@@ -89,9 +89,7 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
 
 def title(example: Example) -> str:
     """Return what an example is called."""
-    return (
-        f"Example {example.number}: {display_name(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
-    )
+    return f"Example {example.number}: {display_name(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
 
 
 def _chosen(example: Example) -> Content:

@@ -357,7 +357,7 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
             Settings(shards="s", run="r", **settings), opened, targets, torch.device(device)
         )
 
-    monkeypatch.setattr(loader, "processors", lambda: 8)
+    monkeypatch.setattr(loader, "num_processors", lambda: 8)
     assert (chosen().backend, chosen().workers) == ("cpu", 4)
     assert (chosen("cuda").backend, chosen("cuda").workers) == ("dali", 8)
     for name, value in {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_WORLD_SIZE": "4"}.items():

@@ -188,7 +188,7 @@ HOLDS = """
 import sys, threading
 from pathlib import Path
 from mura_dist.distributed import heartbeat, lock
-with heartbeat.taking_part(Path(sys.argv[1]), 0, lock.Claim("", "", 0), threading.Event()):
+with heartbeat.join_folder(Path(sys.argv[1]), 0, lock.LockOptions("", "", 0), threading.Event()):
     print("holds", flush=True)
     sys.stdin.read()
 """
@@ -197,13 +197,15 @@ with heartbeat.taking_part(Path(sys.argv[1]), 0, lock.Claim("", "", 0), threadin
 def test_a_share_that_another_process_has_is_refused(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "WAIT_S", 0.1)
+    monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.1)
     out, pipe = tmp_path / "out", subprocess.PIPE
     command = [sys.executable, "-c", HOLDS, out / converter.RANKS]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "holds\n"
-        said = rf"^{out} is being written by process {first.pid} on .*; wait for it or stop it, or give another folder$"
+        said = (
+            rf"^{out} is being written by process {first.pid} on .*\. Wait for it or stop it, or give another folder\.$"
+        )
         with pytest.raises(UserError, match=said):
             convert(phantoms, out, size=40, workers=1)
         assert first.stdin is not None
@@ -216,7 +218,7 @@ def test_a_second_start_of_the_same_share_is_refused(
     phantoms: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another share is not: jobs of an array, each a rank, share a conversion."""
-    monkeypatch.setattr(heartbeat, "WAIT_S", 0.3)
+    monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.3)
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
     words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
@@ -224,7 +226,7 @@ def test_a_second_start_of_the_same_share_is_refused(
     while not (out / "train-000000.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
-    said = rf"^{out} is being written by process {first.pid} on .*; wait for it or stop it, or give another folder$"
+    said = rf"^{out} is being written by process {first.pid} on .*\. Wait for it or stop it, or give another folder\.$"
     with pytest.raises(UserError, match=said):
         convert(phantoms, out, size=40, workers=1)
     assert first.poll() is None

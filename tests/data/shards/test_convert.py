@@ -23,7 +23,7 @@ from mura_dist.data.shards import writer
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
 from mura_dist.data.shards.verify import verify
-from mura_dist.distributed.worker_pool import Limits
+from mura_dist.distributed.worker_pool import PoolLimits
 
 
 @pytest.fixture
@@ -154,8 +154,8 @@ def test_a_file_that_takes_too_long_or_too_much_is_one_failure_row(with_a_giant:
     assert whole is not None
     assert whole["unreadable"] == []
     for name, limits, code, reason in (
-        ("slow", Limits(processor_s=0.1), "unreadable", "its decoder did not come to an end within 0.1 s"),
-        ("large", Limits(memory_bytes=30 << 20), "too_large", "this PNG needs more memory than there is to decode"),
+        ("slow", PoolLimits(processor_s=0.1), "unreadable", "its decoder did not finish within 0.1 s"),
+        ("large", PoolLimits(memory_bytes=30 << 20), "too_large", "this PNG needs more memory than there is to decode"),
     ):
         index = convert(with_a_giant, tmp_path / name, size=40, workers=2, limits=limits)
         assert index is not None

@@ -16,7 +16,7 @@ from mura_dist.data.shards import convert as conversion
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.source import duplicates
 from mura_dist.data.source import report as audit
-from mura_dist.data.source.duplicate_policy import check_policy, apply_policy
+from mura_dist.data.source.duplicate_policy import apply_policy, check_policy
 from mura_dist.data.source.scan import Scan, scan
 
 
@@ -137,7 +137,9 @@ def test_group_parts_no_duplicates(fraction: float) -> None:
     """Of drawn patients and drawn duplicates, whatever the seed; tune has the patients it is to have, about."""
     rng = np.random.default_rng(0)
     paths = {n: view("train", n) for n in range(400)}
-    manifest = Manifest.from_radiographs(radiograph for path in paths.values() if (radiograph := conversion.mura.parse(path)))
+    manifest = Manifest.from_radiographs(
+        radiograph for path in paths.values() if (radiograph := conversion.mura.parse(path))
+    )
     sizes = dict.fromkeys(paths.values(), 1)
     parted = 0
     for seed in range(5):

@@ -264,9 +264,7 @@ def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
     assert not {"shards", "run", "mirror"} & card["recipe"].keys()
 
 
-def test_it_is_said_when_no_radiograph_was_compared(
-    copy: Path, halved: Path, tmp_path: Path, capsys
-) -> None:
+def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     (copy / "metrics.json").write_text("[]")  # another program's

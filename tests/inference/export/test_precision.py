@@ -166,9 +166,7 @@ def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, c
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     laws.refusal(capsys, ["export", copy, "--precision", "int8"], str(tmp_path / "gone"))
-    assert (
-        main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
-    )
+    assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
