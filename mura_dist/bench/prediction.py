@@ -121,13 +121,13 @@ def _stock(path: Path, load: Load) -> Work:
     """As ONNX Runtime runs it unless told otherwise, float pixels normalised beforehand."""
     import onnxruntime
 
-    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_MEAN, IMAGENET_STD
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     providers = ["CUDAExecutionProvider" if provider() == "cuda" else "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(path, options, providers=providers)
-    mean, deviation = (np.array(part, np.float32)[:, None, None] for part in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    mean, deviation = (np.array(part, np.float32)[:, None, None] for part in (IMAGENET_MEAN, IMAGENET_STD))
     batches = [(np.repeat(batch, 3, axis=1) / np.float32(255) - mean) / deviation for batch in load.pixels()]
     return lambda out: sum(len(session.run(None, {"x": batch})[0]) for batch in batches)
 
@@ -138,11 +138,11 @@ def _one_by_one(threads: int, load: Load) -> Work:
     from PIL import Image
     from torchvision import transforms as t
 
-    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_MEAN, IMAGENET_STD
 
     torch.set_num_threads(threads or torch.get_num_threads())
     network, place, size = their_network(load.architecture).eval(), device(), (load.size, load.size)
-    transform = t.Compose([t.Resize(size), t.ToTensor(), t.Normalize(IMAGENET_MEAN, IMAGENET_DEVIATION)])
+    transform = t.Compose([t.Resize(size), t.ToTensor(), t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     @torch.inference_mode()
     def probability(path: Path) -> float:

@@ -106,9 +106,9 @@ def normalised(image: Any) -> Any:
     """uint8 (B, 1, S, S) -> what torchvision's network wants, float32 (B, 3, S, S)."""
     from torchvision.transforms.functional import normalize
 
-    from mura_dist.models.densenet import IMAGENET_DEVIATION, IMAGENET_MEAN
+    from mura_dist.models.densenet import IMAGENET_MEAN, IMAGENET_STD
 
-    return normalize(image.expand(-1, 3, -1, -1) / 255, IMAGENET_MEAN, IMAGENET_DEVIATION)
+    return normalize(image.expand(-1, 3, -1, -1) / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def bare(precision: str, load: Load, *, ours: bool) -> Work:

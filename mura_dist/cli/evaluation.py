@@ -179,19 +179,19 @@ def score(
     """
     from rich.console import Console
 
-    from mura_dist.evaluation.score import default_folder, summary_text
+    from mura_dist.evaluation.score import default_report_folder, format_comparison
     from mura_dist.evaluation.score import score as run
     from mura_dist.metrics.summary import format_summary_table
 
     log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
-    out = out or (None if as_json else default_folder(predictions))
+    out = out or (None if as_json else default_report_folder(predictions))
     measured = run(predictions, labels, against=against, out=out, log=log, **options)
     if as_json:
         click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
         return
     click.echo(format_summary_table(measured))
     if against is not None:
-        click.echo(summary_text(measured["comparison"], predictions.name, against.name))
+        click.echo(format_comparison(measured["comparison"], predictions.name, against.name))
     if measured["note"]:
         click.echo(f"note: {measured['note']}")
     click.echo(f"report: {out}/report.html")

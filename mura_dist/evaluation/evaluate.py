@@ -25,7 +25,7 @@ from mura_dist.distributed import process_group as world
 from mura_dist.evaluation import results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration
-from mura_dist.metrics.operating_points import PAPER, FittedThresholds
+from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds
 from mura_dist.models.target import Target
 from mura_dist.training import mlflow_process
 from mura_dist.training.metrics_log import read
@@ -59,9 +59,9 @@ def evaluate_target(
             f"{shards_folder} has radiographs of {shards.size} px, {target.name} was trained on {data['size']}; "
             f"convert with --size {data['size']}"
         )
-    tune = _tune(weights, shards)
+    tune = _tune_rows(weights, shards)
     if isinstance(tune, str):
-        if options.operating_point not in (None, PAPER):
+        if options.operating_point not in (None, PAPER_OPERATING_POINT):
             raise UserError(f"--operating-point {options.operating_point}: nothing can be fitted: {tune}")
         also = np.zeros(0, np.int64)
     else:
@@ -97,7 +97,7 @@ def _subject(
     return EvaluationSubject(
         title=f"{target.name}: {weights.name} on {split}",
         name=f"{run_name}{weights.name}",
-        outputs=_outputs_of(model),
+        outputs=_forward_function(model),
         checkpoint=weights.name,
         trained_on=data["holds"],
         selected_on=weights.settings.select_on,
@@ -109,7 +109,7 @@ def _subject(
     )
 
 
-def _outputs_of(module: torch.nn.Module) -> saliency.Outputs:
+def _forward_function(module: torch.nn.Module) -> saliency.ForwardFunction:
     """Return the outputs of a network in eval mode, computed on the GPU where there is one."""
 
     def outputs(images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +121,7 @@ def _outputs_of(module: torch.nn.Module) -> saliency.Outputs:
     return outputs
 
 
-def _tune(weights: ModelWeights, shards: Shards) -> np.ndarray | str:
+def _tune_rows(weights: ModelWeights, shards: Shards) -> np.ndarray | str:
     """The rows to fit on, or why there are none."""
     if weights.data()["manifest_sha256"] != shards.index["manifest"]["sha256"]:
         return "these are not the shards the model was trained on: it may have learnt from their tune split; evaluate on its own"
@@ -140,12 +140,12 @@ def _fit(weights: ModelWeights, shards: Shards, found: Scores, split: str) -> Fi
         notes.append("fitted on what is reported here: optimistic")
     if len(found.corrupt):
         notes.append(f"damaged radiographs of tune, left out: {len(found.corrupt)}")
-    studies, shift = study_scores(shards, found), odds_shift(weights, shards)
+    studies, shift = study_scores(shards, found), compute_odds_shift(weights, shards)
     study_types = weights.data()["study_types"]
     return calibration.fit(studies, shift, study_types, num_damaged=len(found.corrupt), notes=notes)
 
 
-def odds_shift(weights: ModelWeights, shards: Shards) -> dict[str, float]:
+def compute_odds_shift(weights: ModelWeights, shards: Shards) -> dict[str, float]:
     """Compute by how much the weighted loss moves the log odds of each study type: log(w1/w0), 0 where it was not weighted.
 
     For an ensemble whose members differ in loss_weights, it is the mean over members.

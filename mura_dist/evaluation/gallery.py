@@ -21,12 +21,21 @@ from mura_dist.core import files
 from mura_dist.data import mura
 from mura_dist.data.shards.reader import Shards
 from mura_dist.evaluation import gallery_page, saliency
-from mura_dist.evaluation.gallery_picture import picture
-from mura_dist.evaluation.gallery_studies import NAMES, Study, choose, pixels_of, read_study, shuffled
+from mura_dist.evaluation.gallery_picture import draw_picture
+from mura_dist.evaluation.gallery_studies import (
+    KIND_STREAMS,
+    GalleryStudy,
+    choose_studies,
+    read_pixels,
+    read_study,
+    shuffle_rows,
+)
 from mura_dist.evaluation.subject import EvaluationSubject, GalleryOptions
 from mura_dist.reports import heatmap, local_only
 
-_OURS = re.compile(rf"(?:{'|'.join(NAMES)})-\d+\.png|page-\d+\.html")  # what `write` puts into the folder
+_GALLERY_FILES = re.compile(
+    rf"(?:{'|'.join(KIND_STREAMS)})-\d+\.png|page-\d+\.html"
+)  # what `write` puts into the folder
 
 
 def write(
@@ -49,16 +58,16 @@ def write(
     """
     clear(out)
     started = time.perf_counter()
-    chosen = choose(studies, options.num_studies, options.seed)
+    chosen = choose_studies(studies, options.num_studies, options.seed)
     selection = [
         read_study(shards, dict(studies.loc[line]), rows, name, call, subject.outputs) for name, line, call in chosen
     ]
-    numbers = measured(subject, shards, rows, options)
+    numbers = measure_stability(subject, shards, rows, options)
     for study in selection:
-        files.write_bytes(out / "gallery" / f"{study.name}.png", local_only.png(picture(study)))
+        files.write_bytes(out / "gallery" / f"{study.name}.png", local_only.png(draw_picture(study)))
     content = _content(selection, numbers, shards, subject, options, metrics)
-    for number, text in enumerate(gallery_page.pages(selection, content), start=1):
-        files.write_text(out / gallery_page.address(number), text)
+    for number, text in enumerate(gallery_page.render_pages(selection, content), start=1):
+        files.write_text(out / gallery_page.page_path(number), text)
     content["seconds"] = round(time.perf_counter() - started, 1)
     files.write_json(out / "gallery.json", content)
     log(
@@ -80,7 +89,7 @@ def clear(out: Path) -> None:
         path.unlink(missing_ok=True)
     if folder.is_dir() and not folder.is_symlink():
         for path in folder.iterdir():
-            if _OURS.fullmatch(path.name):
+            if _GALLERY_FILES.fullmatch(path.name):
                 path.unlink()
         if not any(folder.iterdir()):
             shutil.rmtree(folder)
@@ -89,25 +98,28 @@ def clear(out: Path) -> None:
 # ---- the numbers
 
 
-def measured(subject: EvaluationSubject, shards: Shards, rows: np.ndarray, options: GalleryOptions) -> dict[str, Any]:
+def measure_stability(
+    subject: EvaluationSubject, shards: Shards, rows: np.ndarray, options: GalleryOptions
+) -> dict[str, Any]:
     """Stability over a seeded sample of `rows`, see saliency.py."""
     sample = [
         (row, pixels)
-        for row in np.sort(shuffled(rows, options.seed, len(NAMES))[: options.num_sampled]).tolist()
-        if (pixels := pixels_of(shards, row)) is not None
+        for row in np.sort(shuffle_rows(rows, options.seed, len(KIND_STREAMS))[: options.num_sampled]).tolist()
+        if (pixels := read_pixels(shards, row)) is not None
     ]
     images = np.stack([pixels for _, pixels in sample])  # (n, S, S)
     patients = shards.manifest.frame.loc[[row for row, _ in sample], "patient"].tolist()
-    _, cells = saliency.look(subject.outputs, images)
-    stability = saliency.stability(subject.outputs, images, cells, patients, options.seed)
+    _, cells = saliency.compute_maps(subject.outputs, images)
+    stability = saliency.compute_stability(subject.outputs, images, cells, patients, options.seed)
     return {
         "num_sampled": len(sample),
         "num_cells": list(cells.shape[1:]),
-        "stability": {"note": flattering(subject.settings), "correlation": saliency.CORRELATION} | stability,
+        "stability": {"note": describe_stability_bias(subject.settings), "correlation": saliency.CORRELATION_TEXT}
+        | stability,
     }
 
 
-def flattering(settings: dict[str, Any]) -> str:
+def describe_stability_bias(settings: dict[str, Any]) -> str:
     """What the training's own augmentation makes of the stability."""
     flip, turned = settings.get("flip"), settings.get("rotate_deg")
     told = isinstance(flip, bool) and isinstance(turned, int | float)
@@ -119,7 +131,7 @@ def flattering(settings: dict[str, Any]) -> str:
 
 
 def _content(
-    shown: Sequence[Study],
+    shown: Sequence[GalleryStudy],
     numbers: dict[str, Any],
     shards: Shards,
     subject: EvaluationSubject,
@@ -144,16 +156,20 @@ def _content(
             "edges_logit": list(heatmap.EDGES),
             "of": "a cell's logit, on either side of 0; the same for all maps",
         },
-        "map": {"cells": [h, w], "cell_px": [shards.size / h, shards.size / w], "caveat": caveat(h, w, shards.size)},
+        "map": {
+            "cells": [h, w],
+            "cell_px": [shards.size / h, shards.size / w],
+            "caveat": map_caveat(h, w, shards.size),
+        },
         "num_sampled": numbers["num_sampled"],
         "stability": numbers["stability"],
-        "studies": [_told(study) for study in shown],
+        "studies": [_study_entry(study) for study in shown],
         "terms": mura.TERMS,
         "licence": mura.LICENSE,
     }
 
 
-def _told(study: Study) -> dict[str, Any]:
+def _study_entry(study: GalleryStudy) -> dict[str, Any]:
     return {
         "file": f"gallery/{study.name}.png",
         "kind": study.kind,
@@ -167,7 +183,7 @@ def _told(study: Study) -> dict[str, Any]:
     }
 
 
-def caveat(h: int, w: int, size: int) -> str:
+def map_caveat(h: int, w: int, size: int) -> str:
     return (
         f"A class activation map has {h} x {w} cells here, each of {size / h:g} x {size / w:g} pixels: it does not outline a "
         "lesion. On MURA such maps were measured to localise poorly: AUPRC 0.44 to 0.59, where radiologists reach 0.82. "

@@ -1,4 +1,4 @@
-"""The pages of a gallery: at most CARDS studies each, below MOST_BYTES, with links between them. LOCAL ONLY, every one.
+"""The pages of a gallery: at most MAX_STUDIES_PER_PAGE studies each, below MAX_PAGE_BYTES, with links between them. LOCAL ONLY, every one.
 
     studies -> cards -> pages, numbered from 1 -> gallery.html, gallery/page-2.html, gallery/page-3.html, ...
 
@@ -13,23 +13,23 @@ from PIL import Image
 
 from mura_dist.data.mura import display_name
 from mura_dist.evaluation import saliency
-from mura_dist.evaluation.gallery_studies import CALLS, LABELS, Study, View
+from mura_dist.evaluation.gallery_studies import CALL_TEXT, LABEL_TEXT, GalleryStudy, GalleryView
 from mura_dist.reports import heatmap, local_only
 from mura_dist.reports.html import Html, banner, element, section, tile
 
-CARDS = 24  # studies on a page, at most
-MOST_BYTES = 3_000_000  # of a page
-_MOST_VIEWS = 12  # of a study on a page; its picture file has them all
+MAX_STUDIES_PER_PAGE = 24  # studies on a page, at most
+MAX_PAGE_BYTES = 3_000_000  # of a page
+_MAX_VIEWS = 12  # of a study on a page; its picture file has them all
 _SIDE_PX, _MAP_PX = 320, 60  # of an embedded radiograph, at most; of a map, which the browser enlarges smoothly
 _FIRST = "gallery.html"
 _HEADINGS_BYTES = 2000  # of the sections of a page
-TITLES = {
+KIND_TITLES = {
     "missed": "Missed, labelled abnormal, nothing flagged; lowest probability first",
     "false-alarm": "False alarms, labelled normal, called abnormal; highest probability first",
     "hit-abnormal": "Hits, labelled abnormal and called so; drawn at random",
     "hit-normal": "Hits, labelled normal, nothing flagged; drawn at random",
 }
-_DRAWN = {  # by (trained on, measured on)
+_PHANTOM_NOTES = {  # by (trained on, measured on)
     (True, True): "trained and measured on drawings: says nothing about radiographs",
     (True, False): "trained on drawings: the model has never seen a radiograph",
     (False, True): "measured on drawings: says nothing about radiographs",
@@ -50,34 +50,34 @@ body { max-width: 84rem }
 """
 
 
-def address(number: int) -> str:
+def page_path(number: int) -> str:
     """Return where page `number` lies, below the folder of the gallery.html."""
     return _FIRST if number == 1 else f"gallery/page-{number}.html"
 
 
-def pages(studies: Sequence[Study], content: dict[str, Any]) -> list[str]:
+def render_pages(studies: Sequence[GalleryStudy], content: dict[str, Any]) -> list[str]:
     """Return the pages, at least one. content: gallery.json's."""
     drawable = _has_maps(content)
     cards = [(study, _card(study, drawable)) for study in studies]
     head, title = [*_head(content), *_missing_kinds(studies), *_numbers(content)], f"Gallery: {content['title']}"
-    room = MOST_BYTES - _HEADINGS_BYTES - len(_page(title, 1, 99, head, [], drawable).encode())
-    groups = _grouped(cards, room)
+    room = MAX_PAGE_BYTES - _HEADINGS_BYTES - len(_page(title, 1, 99, head, [], drawable).encode())
+    groups = _paginate(cards, room)
     return [
-        _page(title, number, len(groups), head if number == 1 else [*_stamps(content)], group, drawable)
+        _page(title, number, len(groups), head if number == 1 else [*_banners(content)], group, drawable)
         for number, group in enumerate(groups, start=1)
     ]
 
 
-Cards = list[tuple[Study, Html]]
+StudyCards = list[tuple[GalleryStudy, Html]]
 
 
-def _grouped(cards: Cards, room: int) -> list[Cards]:
+def _paginate(cards: StudyCards, room: int) -> list[StudyCards]:
     """Split the cards, in order, into pages of at most CARDS and `room` bytes."""
-    groups: list[Cards] = [[]]
+    groups: list[StudyCards] = [[]]
     size = 0
     for study, card in cards:
         num_bytes = len(card.encode())
-        if groups[-1] and (len(groups[-1]) == CARDS or size + num_bytes > room):
+        if groups[-1] and (len(groups[-1]) == MAX_STUDIES_PER_PAGE or size + num_bytes > room):
             groups.append([])
             size = 0
         groups[-1].append((study, card))
@@ -85,7 +85,7 @@ def _grouped(cards: Cards, room: int) -> list[Cards]:
     return groups
 
 
-def _page(title: str, number: int, count: int, head: Sequence[Html], cards: Cards, drawable: bool) -> str:
+def _page(title: str, number: int, count: int, head: Sequence[Html], cards: StudyCards, drawable: bool) -> str:
     navigation = _navigation(number, count)
     scale = [_scale()] if drawable else []
     page_title = f"{title}, page {number} of {count}" if count > 1 else title
@@ -108,7 +108,7 @@ def _navigation(number: int, count: int) -> list[Html]:
 
 
 def _link(text: str, source: int, target: int) -> Html:
-    path = address(target)
+    path = page_path(target)
     href = path if source == 1 else f"../{path}" if target == 1 else path.removeprefix("gallery/")
     return element("a", text, href=href)
 
@@ -120,16 +120,16 @@ def _has_maps(content: dict[str, Any]) -> bool:
     return bool(heatmap.drawable(np.zeros(content["map"]["cells"])))
 
 
-def _stamps(content: dict[str, Any]) -> Iterator[Html]:
+def _banners(content: dict[str, Any]) -> Iterator[Html]:
     drawn = tuple(content[key] == "phantoms" for key in ("trained_on", "measured_on"))
     if any(drawn):
-        yield banner(_DRAWN[drawn])
+        yield banner(_PHANTOM_NOTES[drawn])
     if content["note"]:
         yield banner(content["note"])
 
 
 def _head(content: dict[str, Any]) -> Iterator[Html]:
-    yield from _stamps(content)
+    yield from _banners(content)
     text = "The studies this model got most surely wrong, and some it got right."
     if not _has_maps(content):
         h, w = content["map"]["cells"]
@@ -153,10 +153,10 @@ def _head(content: dict[str, Any]) -> Iterator[Html]:
     yield element("p", content["map"]["caveat"], class_="caveat", role="note")
 
 
-def _missing_kinds(studies: Sequence[Study]) -> Iterator[Html]:
+def _missing_kinds(studies: Sequence[GalleryStudy]) -> Iterator[Html]:
     """Yield a sentence on the kinds of which there is no study."""
     there = {study.kind for study in studies}
-    if missing := [title.partition(";")[0] for kind, title in TITLES.items() if kind not in there]:
+    if missing := [title.partition(";")[0] for kind, title in KIND_TITLES.items() if kind not in there]:
         yield element("p", f"There is no study to show of: {'; '.join(missing)}.", class_="soft")
 
 
@@ -173,7 +173,7 @@ def _numbers(content: dict[str, Any]) -> Iterator[Html]:
     tiles = [tile(f"Stability, {name}", f"{part['mean']:.2f}", _interval(part)) for name, part in measured.items()]
     body = [element("div", *tiles, class_="tiles")] if tiles else []
     lost = [element("p", _no_number(name, part), class_="soft") for name, part in parts.items() if name not in measured]
-    notes = [element("p", *_spread(content, measured), class_="soft"), _reading(content)] if measured else []
+    notes = [element("p", *_spread(content, measured), class_="soft"), _interpretation(content)] if measured else []
     yield section("How far to trust a map", *body, *lost, *notes)
 
 
@@ -209,7 +209,7 @@ def _spread(content: dict[str, Any], measured: dict[str, dict[str, Any]]) -> Ite
         yield f" {flat} maps have no contrast, hence no correlation, and are left out."
 
 
-def _reading(content: dict[str, Any]) -> Html:
+def _interpretation(content: dict[str, Any]) -> Html:
     """Say what the numbers mean, and what they do not."""
     text = (
         "1: of the radiograph mirrored, or turned, the map is the same, mirrored or turned. A high number is expected and "
@@ -239,15 +239,15 @@ def _scale() -> Html:
 # ---- cards
 
 
-def _sections(cards: Cards, drawable: bool) -> Iterator[Html]:
+def _sections(cards: StudyCards, drawable: bool) -> Iterator[Html]:
     """Yield the cards under the heading of their kind."""
-    for kind, title in TITLES.items():
+    for kind, title in KIND_TITLES.items():
         if group := [card for study, card in cards if study.kind == kind]:
             yield section(title, element("div", *group, class_="cards" if drawable else "cards alone"))
 
 
-def _card(study: Study, drawable: bool) -> Html:
-    views_on_page = study.views[:_MOST_VIEWS]
+def _card(study: GalleryStudy, drawable: bool) -> Html:
+    views_on_page = study.views[:_MAX_VIEWS]
     views = [_figure(study, view, place, drawable) for place, view in enumerate(views_on_page)]
     more = len(study.views) - len(views_on_page)
     rest = [element("p", f"{more} more views: gallery/{study.name}.png.", class_="soft")] if more else []
@@ -258,7 +258,7 @@ def _card(study: Study, drawable: bool) -> Html:
         element("h3", type_name, *code),
         element(
             "p",
-            f"{CALLS[study.call].capitalize()} at probability {study.probability:.3f}. Label: {LABELS[study.label]}.",
+            f"{CALL_TEXT[study.call].capitalize()} at probability {study.probability:.3f}. Label: {LABEL_TEXT[study.label]}.",
         ),
         element("p", element("small", f"{study.study}{study.damage} (gallery/{study.name}.png)")),
         element("div", *views, class_="views"),
@@ -268,11 +268,13 @@ def _card(study: Study, drawable: bool) -> Html:
     )
 
 
-def _figure(study: Study, view: View, place: int, drawable: bool) -> Html:
+def _figure(study: GalleryStudy, view: GalleryView, place: int, drawable: bool) -> Html:
     """Return the radiograph alone and, where it may be shown, the same under its map; its pixels are in the page once."""
     size, gap, name = _SIDE_PX, _SIDE_PX // 40, f"{study.name}-{place}"
     parts = [
-        element("image", id=name, href=local_only.data_uri(_small(view.pixels), lossy=True), width=size, height=size)
+        element(
+            "image", id=name, href=local_only.data_uri(_downscale(view.pixels), lossy=True), width=size, height=size
+        )
     ]
     alt = f"{study.words}; view {view.number}: the radiograph"
     if drawable:
@@ -285,7 +287,7 @@ def _figure(study: Study, view: View, place: int, drawable: bool) -> Html:
     return element("figure", drawing, element("figcaption", view.words))
 
 
-def _small(pixels: np.ndarray) -> np.ndarray:
+def _downscale(pixels: np.ndarray) -> np.ndarray:
     """Return a radiograph of at most _SIDE_PX pixels a side."""
     if len(pixels) <= _SIDE_PX:
         return pixels

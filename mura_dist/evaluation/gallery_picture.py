@@ -4,13 +4,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mura_dist.data import mura
-from mura_dist.evaluation.gallery_studies import Study, View
+from mura_dist.evaluation.gallery_studies import GalleryStudy, GalleryView
 from mura_dist.reports import heatmap, local_only
 
 _GAP, _TOP = 8, 92
 
 
-def picture(study: Study) -> np.ndarray:
+def draw_picture(study: GalleryStudy) -> np.ndarray:
     """Return the picture of a study, uint8 (H, W, 3). A map of too few cells is left out."""
     size = max((len(view.pixels) for view in study.views), default=320)
     side = size * max(1, round(320 / size))
@@ -27,7 +27,7 @@ def picture(study: Study) -> np.ndarray:
     draw.text((2 * _GAP, 62), f"{study.study}{study.damage}", "#5b6570", small)
     for place, view in enumerate(study.views):
         x, y = 2 * _GAP + place % columns * (pair + 3 * _GAP), _TOP + place // columns * line
-        for number, pixels in enumerate(_sides(view, side)):
+        for number, pixels in enumerate(_render_pair(view, side)):
             canvas.paste(pixels, (x + number * (side + _GAP), y))
         draw.text((x, y + side + 3), view.words, "#1b1f24", small)
     drawn = any(heatmap.drawable(view.cells) for view in study.views)
@@ -39,7 +39,7 @@ def picture(study: Study) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _sides(view: View, side: int) -> list[Image.Image]:
+def _render_pair(view: GalleryView, side: int) -> list[Image.Image]:
     """Return the radiograph alone and under its map, side x side pixels; the latter only where it may be shown."""
     both = [np.repeat(view.pixels[..., None], 3, axis=2)]
     if heatmap.drawable(view.cells):

@@ -17,13 +17,18 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import saliency
 from mura_dist.metrics import classification
 
-NAMES = {"missed": 0, "false-alarm": 1, "hit-abnormal": 2, "hit-normal": 3}  # of the groups; and the order's stream
-LABELS = ("normal", "abnormal")
-CALLS = ("no abnormality flagged", "called abnormal")
+KIND_STREAMS = {
+    "missed": 0,
+    "false-alarm": 1,
+    "hit-abnormal": 2,
+    "hit-normal": 3,
+}  # of the groups; and the order's stream
+LABEL_TEXT = ("normal", "abnormal")
+CALL_TEXT = ("no abnormality flagged", "called abnormal")
 
 
 @dataclass(frozen=True)
-class View:
+class GalleryView:
     """A radiograph and its map: pixels (S, S) uint8, cells (h, w) float64."""
 
     number: int
@@ -42,7 +47,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Study:
+class GalleryStudy:
     """A study to show. `name`: its picture's; `num_damaged`: views that cannot be shown."""
 
     name: str
@@ -51,7 +56,7 @@ class Study:
     label: int
     call: int
     probability: float
-    views: tuple[View, ...]
+    views: tuple[GalleryView, ...]
     num_damaged: int
 
     @property
@@ -63,7 +68,7 @@ class Study:
     def words(self) -> str:
         """Truth and prediction in words."""
         return (
-            f"{display_name(self.study_type)}, labelled {LABELS[self.label]}, {CALLS[self.call]} at probability "
+            f"{display_name(self.study_type)}, labelled {LABEL_TEXT[self.label]}, {CALL_TEXT[self.call]} at probability "
             f"{self.probability:.3f}"
         )
 
@@ -73,7 +78,7 @@ class Study:
         return f"; {self.num_damaged} of its views damaged, left out" if self.num_damaged else ""
 
 
-def choose(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, int]]:
+def choose_studies(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, int]]:
     """Return (name, index in `studies`, call) of at most `num` studies, a quarter of each kind; fewer where there are fewer."""
     scored = studies[studies["label"].notna() & np.isfinite(studies["probability"].astype(float))]
     label, called = scored["label"].to_numpy(int), scored["call"].to_numpy(int)
@@ -84,33 +89,36 @@ def choose(studies: pd.DataFrame, num: int, seed: int) -> list[tuple[str, Any, i
         if truth != call:
             group = group.sort_values("probability", ascending=call == 0, kind="stable")
         else:
-            group = group.iloc[shuffled(np.arange(len(group)), seed, NAMES[kind])]
+            group = group.iloc[shuffle_rows(np.arange(len(group)), seed, KIND_STREAMS[kind])]
         first = group.index[: num // len(kinds)]
         chosen += [(f"{kind}-{place}", line, call) for place, line in enumerate(first, start=1)]
     return chosen
 
 
-def shuffled(rows: np.ndarray, seed: int, stream: int) -> np.ndarray:
+def shuffle_rows(rows: np.ndarray, seed: int, stream: int) -> np.ndarray:
     """Return rows int64 (n,) in an order that depends on seed and stream only."""
     return sampler.epoch_permutation(rows, seed, stream, rotate_deg=0, flip=False).rows
 
 
 def read_study(
-    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, outputs: saliency.Outputs
-) -> Study:
+    shards: Shards, line: dict[Any, Any], rows: np.ndarray, name: str, call: int, outputs: saliency.ForwardFunction
+) -> GalleryStudy:
     """Return a study with those of its views that are in `rows` and not damaged. line: its line in the table of studies."""
     frame = shards.manifest.frame
     number: dict[int, int] = frame.loc[frame["study"] == line["study"], "view"].to_dict()
-    read = {row: pixels for row in number if row in rows and (pixels := pixels_of(shards, row)) is not None}
-    logit, cells = saliency.look(outputs, np.stack(list(read.values()))) if read else (np.zeros(0), np.zeros(0))
+    read = {row: pixels for row in number if row in rows and (pixels := read_pixels(shards, row)) is not None}
+    logit, cells = saliency.compute_maps(outputs, np.stack(list(read.values()))) if read else (np.zeros(0), np.zeros(0))
     views = tuple(
-        View(number[row], float(logit[place]), pixels, cells[place]) for place, (row, pixels) in enumerate(read.items())
+        GalleryView(number[row], float(logit[place]), pixels, cells[place])
+        for place, (row, pixels) in enumerate(read.items())
     )
     truth, probability = int(line["label"]), float(line["probability"])
-    return Study(name, line["study"], line["study_type"], truth, call, probability, views, len(number) - len(read))
+    return GalleryStudy(
+        name, line["study"], line["study_type"], truth, call, probability, views, len(number) - len(read)
+    )
 
 
-def pixels_of(shards: Shards, row: int) -> np.ndarray | None:
+def read_pixels(shards: Shards, row: int) -> np.ndarray | None:
     """Return a radiograph, (S, S) uint8; None where it is damaged."""
     try:
         return shards.read_pixels(row)

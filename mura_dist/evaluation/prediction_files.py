@@ -28,16 +28,16 @@ from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
 from mura_dist.evaluation import table_files
-from mura_dist.evaluation.table_files import Sheet, shown, some
+from mura_dist.evaluation.table_files import Table, list_examples, quote_cell
 from mura_dist.metrics.classification import is_positive
-from mura_dist.metrics.operating_points import STUDIES, THRESHOLD
+from mura_dist.metrics.operating_points import PAPER_THRESHOLD, STUDY_COLUMNS
 from mura_dist.reports.plurals import pluralize
 
 POOLED = "overall"  # what metrics.json calls all studies together
 UNKNOWN = "unknown"  # the study type of a study of which nobody told one
 _STUDY = ("study", "path", "img_path", "study_path")  # what the column of studies may be called; Img_Path in the wild
 _VALUES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
-_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDIES, "patient", "label", "exposure", "logit", "gate", "trained_on")
+_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDY_COLUMNS, "patient", "label", "exposure", "logit", "gate", "trained_on")
 _OF_LABELS = (*_STUDY, "label", "patient", "study_type", "rad1", "rad2", "rad3")
 _RADIOLOGIST = "rad"
 _IMAGES = {
@@ -116,7 +116,7 @@ def official_text(studies: pd.DataFrame) -> str:
 def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
     """What `path` predicts. `threshold`: cuts probabilities, calls of the file's own or not; None: its calls, else 0.5."""
     if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold:g}: must lie between 0 and 1; the default is {THRESHOLD:g}")
+        raise UserError(f"--threshold {threshold:g}: must lie between 0 and 1; the default is {PAPER_THRESHOLD:g}")
     sheet = table_files.read(path, "predictions", _OF_PREDICTIONS)
     if sheet.header is None:
         _check_width(sheet, (2,), "study,0 or 1, or a probability")
@@ -140,7 +140,7 @@ def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
     )
 
 
-def _check_predictions_header(sheet: Sheet) -> None:
+def _check_predictions_header(sheet: Table) -> None:
     if sheet.find("path") is not None and sheet.find("study", "logit", "gate") is not None:
         raise UserError(f"{sheet.name} has a line a radiograph, not a study; give studies.csv, which lies beside it")
     value = sheet.find(*_VALUES)
@@ -154,7 +154,7 @@ def _check_predictions_header(sheet: Sheet) -> None:
         _require(sheet, "probability, call or prediction", _VALUES)
 
 
-def _values(sheet: Sheet, keys: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _values(sheet: Table, keys: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(probability float64 (n,), call int64 (n,)): what there is. A column of 0 and 1 holds calls, unless named probability."""
     named, call = sheet.find("probability"), sheet.find("call")
     place = 1 if sheet.header is None else sheet.find("probability", "prediction")
@@ -170,20 +170,20 @@ def _values(sheet: Sheet, keys: list[str]) -> tuple[np.ndarray | None, np.ndarra
 
 
 def _calls(
-    sheet: Sheet, keys: list[str], probability: np.ndarray | None, call: np.ndarray | None, threshold: float | None
+    sheet: Table, keys: list[str], probability: np.ndarray | None, call: np.ndarray | None, threshold: float | None
 ) -> tuple[np.ndarray, float | None, str]:
     """(calls int64 (n,), the threshold they were made by if that is known, what is to be said of them)."""
     if call is not None and (probability is None or threshold is None):
         only = "the file's own calls" if probability is not None else "calls only, no probabilities"
         return call, _own_threshold(sheet), only + ("" if threshold is None else ": --threshold changes nothing")
     assert probability is not None
-    place, cut = sheet.find("call"), THRESHOLD if threshold is None else threshold
+    place, cut = sheet.find("call"), PAPER_THRESHOLD if threshold is None else threshold
     empty = 0 if place is None else sheet.column(place).count("")
     why = f"{empty:,} of {len(keys):,} studies have no call in the file: " if empty else ""
     return is_positive(probability, cut).astype(np.int64), cut, f"{why}calls are probability > {cut:g}"
 
 
-def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:
+def _extras(sheet: Table, keys: list[str]) -> dict[str, Any]:
     """What studies.csv has beside the prediction; a column that is empty, or not whole, is as if it were not there."""
     columns: dict[str, Any] = {}
     for name in ("study_type", "band"):
@@ -199,14 +199,14 @@ def _extras(sheet: Sheet, keys: list[str]) -> dict[str, Any]:
     return columns
 
 
-def _drawings(sheet: Sheet) -> list[str]:
+def _drawings(sheet: Table) -> list[str]:
     """The note of a model of drawings, where column trained_on tells of one."""
     place = sheet.find("trained_on")
     drawn = place is not None and "phantoms" in sheet.column(place)
     return ["the model was trained on drawings (phantoms)"] if drawn else []
 
 
-def _own_threshold(sheet: Sheet) -> float | None:
+def _own_threshold(sheet: Table) -> float | None:
     """The file's, where it has one for all studies."""
     told = set(_numbers(sheet, sheet.find("threshold")))
     return told.pop() if len(told) == 1 and all(map(_UNIT.fits, told)) else None
@@ -233,7 +233,7 @@ def read_labels(path: Path, *, files_are_studies: bool = False) -> Labels:
     return Labels(sheet.name, sheet.sha256, frame, (*sheet.notes, *_not_read(sheet, _OF_LABELS)))
 
 
-def _check_labels_header(sheet: Sheet) -> None:
+def _check_labels_header(sheet: Table) -> None:
     if sheet.find("label") is None and not _radiologists(sheet):
         if sheet.find(*_VALUES) is not None:
             raise UserError(f"{sheet.name} holds predictions, not labels; the order is PREDICTIONS LABELS")
@@ -245,7 +245,7 @@ def _check_labels_header(sheet: Sheet) -> None:
         )
 
 
-def _radiologists(sheet: Sheet) -> list[int]:
+def _radiologists(sheet: Table) -> list[int]:
     """The places of the columns Rad1, Rad2, ...; those of a table of four columns without a header."""
     if sheet.header is None:
         return [1, 2, 3] if sheet.width == 4 else []
@@ -256,7 +256,7 @@ def _radiologists(sheet: Sheet) -> list[int]:
     ]
 
 
-def _label(sheet: Sheet, keys: list[str]) -> list[int]:
+def _label(sheet: Table, keys: list[str]) -> list[int]:
     """0 or 1 a line: the label's, or what most radiologists say."""
     if not (raters := _radiologists(sheet)):
         place = 1 if sheet.header is None else sheet.find("label")
@@ -267,20 +267,20 @@ def _label(sheet: Sheet, keys: list[str]) -> list[int]:
     split = [key for key, num in zip(keys, votes.tolist(), strict=True) if 2 * num == len(raters)]
     if split:
         raise UserError(
-            f"{sheet.name}: {_studies(split)} on which {len(raters)} radiologists are evenly split ({some(split)}); a majority "
+            f"{sheet.name}: {_studies(split)} on which {len(raters)} radiologists are evenly split ({list_examples(split)}); a majority "
             "needs an odd number of them"
         )
     return [int(2 * num > len(raters)) for num in votes.tolist()]
 
 
-def _check_labelled_once(sheet: Sheet, keys: list[str], label: list[int]) -> None:
+def _check_labelled_once(sheet: Table, keys: list[str], label: list[int]) -> None:
     seen: dict[str, set[int]] = defaultdict(set)
     for key, value in zip(keys, label, strict=True):
         seen[key].add(value)
     both = [key for key, values in seen.items() if len(values) > 1]
     if both:
         raise UserError(
-            f"{sheet.name}: {_studies(both)} with both labels ({some(both)}); only one can be true, mend the others"
+            f"{sheet.name}: {_studies(both)} with both labels ({list_examples(both)}); only one can be true, mend the others"
         )
     _check_once(sheet, keys)
 
@@ -288,7 +288,7 @@ def _check_labelled_once(sheet: Sheet, keys: list[str], label: list[int]) -> Non
 # ---- joined
 
 
-def joined(predictions: Predictions, labels: Labels) -> pd.DataFrame:
+def join(predictions: Predictions, labels: Labels) -> pd.DataFrame:
     """One line a study, in the labels' order: study, study_type, patient (None: unknown), label, and what is predicted."""
     _check_same(predictions, labels)
     frame = labels.frame.merge(predictions.frame.rename(columns={"study_type": "told"}), on="study", validate="1:1")
@@ -299,7 +299,7 @@ def joined(predictions: Predictions, labels: Labels) -> pd.DataFrame:
     frame["study_type"] = pd.Series([next(filter(None, names), UNKNOWN) for names in types], dtype=object)
     if taken := frame.loc[frame["study_type"] == POOLED, "study"].tolist():
         raise UserError(
-            f"{labels.name}: {_studies(taken)} of study type {POOLED!r} ({some(taken)}), which is the name of all studies "
+            f"{labels.name}: {_studies(taken)} of study type {POOLED!r} ({list_examples(taken)}), which is the name of all studies "
             "together; give that study type another name"
         )
     frame["patient"] = pd.Series([next(filter(None, names), None) for names in patients], dtype=object)
@@ -307,7 +307,7 @@ def joined(predictions: Predictions, labels: Labels) -> pd.DataFrame:
     return frame[["study", "study_type", "patient", "label", *rest]]
 
 
-def split_of(studies: pd.DataFrame) -> str | None:
+def common_split(studies: pd.DataFrame) -> str | None:
     """The split that all studies name; None where they name several, or none."""
     parsed = [mura.parse(f"{study}/image1.png") for study in studies["study"]]
     splits = {part.split if part else None for part in parsed}
@@ -321,17 +321,17 @@ def _check_same(predictions: Predictions, labels: Labels) -> None:
     missing, unknown = _without(theirs, set(ours)), _without(ours, set(theirs))
     if len(missing) == len(theirs):
         raise UserError(
-            f"{predictions.name} and {labels.name} have no study in common: the first is {shown(ours.iloc[0])!r} in the one, "
-            f"{shown(theirs.iloc[0])!r} in the other; name studies alike in both"
+            f"{predictions.name} and {labels.name} have no study in common: the first is {quote_cell(ours.iloc[0])!r} in the one, "
+            f"{quote_cell(theirs.iloc[0])!r} in the other; name studies alike in both"
         )
     if missing:
         raise UserError(
-            f"{predictions.name}: {_studies(missing)} missing of the {len(theirs):,} of {labels.name} ({some(missing)}); "
+            f"{predictions.name}: {_studies(missing)} missing of the {len(theirs):,} of {labels.name} ({list_examples(missing)}); "
             "predict every study, or a score is of the easy ones"
         )
     if unknown:
         raise UserError(
-            f"{predictions.name}: {_studies(unknown)} unknown to {labels.name} ({some(unknown)}); label them, or leave them out"
+            f"{predictions.name}: {_studies(unknown)} unknown to {labels.name} ({list_examples(unknown)}); label them, or leave them out"
         )
 
 
@@ -342,7 +342,7 @@ def _without(studies: Iterable[str], others: set[str]) -> list[str]:
 # ---- checks of both
 
 
-def _keys(sheet: Sheet) -> list[str]:
+def _keys(sheet: Table) -> list[str]:
     place = 0 if sheet.header is None else sheet.find(*_STUDY)
     assert place is not None
     names = sheet.column(place)
@@ -352,11 +352,11 @@ def _keys(sheet: Sheet) -> list[str]:
     return [key_of(name) for name in names]
 
 
-def _names(sheet: Sheet, place: int) -> list[str]:
+def _names(sheet: Table, place: int) -> list[str]:
     return [table_names.unescape(cell) for cell in sheet.column(place)]
 
 
-def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:
+def _check_width(sheet: Table, widths: tuple[int, ...], meaning: str) -> None:
     if sheet.width not in widths:
         wanted = " or ".join(map(str, widths))
         raise UserError(
@@ -365,15 +365,15 @@ def _check_width(sheet: Sheet, widths: tuple[int, ...], meaning: str) -> None:
         )
 
 
-def _require(sheet: Sheet, what: str, names: Sequence[str]) -> None:
+def _require(sheet: Table, what: str, names: Sequence[str]) -> None:
     if sheet.find(*names) is None:
         near = next((found for cell in sheet.header or () if (found := nearest(cell, names))), "")
         raise UserError(
-            f"{sheet.name}: no column {what} in its header {','.join(map(shown, sheet.header or ()))}{near}; add it"
+            f"{sheet.name}: no column {what} in its header {','.join(map(quote_cell, sheet.header or ()))}{near}; add it"
         )
 
 
-def _not_read(sheet: Sheet, known: Sequence[str]) -> list[str]:
+def _not_read(sheet: Table, known: Sequence[str]) -> list[str]:
     """The note of columns that are not used; one that looks like a slip for a known one is refused, not lost in silence."""
     raters = {place for place in _radiologists(sheet) if sheet.header is not None}
     others = [
@@ -382,16 +382,16 @@ def _not_read(sheet: Sheet, known: Sequence[str]) -> list[str]:
     for name in others:
         if near := get_close_matches(name, set(known) - set(sheet.header or ()), n=1, cutoff=_NEAR):
             raise UserError(
-                f"{sheet.name}: column {shown(name)!r} (did you mean {near[0]}?); rename it, or leave it out"
+                f"{sheet.name}: column {quote_cell(name)!r} (did you mean {near[0]}?); rename it, or leave it out"
             )
-    return [f"columns not read: {', '.join(map(shown, others))}"] if others else []
+    return [f"columns not read: {', '.join(map(quote_cell, others))}"] if others else []
 
 
 def _is_image(key: str) -> bool:
     return PurePosixPath(key.replace("\\", "/")).suffix.lower() in _IMAGES
 
 
-def _check_images(sheet: Sheet, keys: list[str], files_are_studies: bool) -> None:
+def _check_images(sheet: Table, keys: list[str], files_are_studies: bool) -> None:
     """Lines of images, not of studies. A name of MURA's layout is one always; another may be a study of one file."""
     images = [key for key in keys if _is_image(key)]
     if files_are_studies:
@@ -402,12 +402,12 @@ def _check_images(sheet: Sheet, keys: list[str], files_are_studies: bool) -> Non
 def _refuse_images(name: str, images: list[str], of: int) -> None:
     if images:
         raise UserError(
-            f"{name}: {len(images):,} of {of:,} lines name an image, not a study ({some(images)}); give a line a "
+            f"{name}: {len(images):,} of {of:,} lines name an image, not a study ({list_examples(images)}); give a line a "
             "study: its path without the file, its probability the mean over its views"
         )
 
 
-def _check_once(sheet: Sheet, keys: list[str]) -> None:
+def _check_once(sheet: Table, keys: list[str]) -> None:
     places: dict[str, list[int]] = defaultdict(list)
     for line, key in enumerate(keys):
         places[key].append(sheet.lines[line][0])
@@ -416,28 +416,28 @@ def _check_once(sheet: Sheet, keys: list[str]) -> None:
         key, lines = next(iter(twice.items()))
         composed = "; names are compared in Unicode's composed form, NFC" if not key.isascii() else ""
         raise UserError(
-            f"{sheet.name}: {_studies(list(twice))} more than once ({some(list(twice))}; the first on lines "
+            f"{sheet.name}: {_studies(list(twice))} more than once ({list_examples(list(twice))}; the first on lines "
             f"{', '.join(map(str, lines[:3]))}{composed}); leave one line of each"
         )
 
 
-def _numbers(sheet: Sheet, place: int | None, parse: Callable[[str], float | None] = parse_number) -> list[float]:
+def _numbers(sheet: Table, place: int | None, parse: Callable[[str], float | None] = parse_number) -> list[float]:
     """A column's numbers, NaN where a cell is none; [] where there is no such column."""
     cells = [] if place is None else sheet.column(place)
     return [math.nan if (value := parse(cell)) is None else value for cell in cells]
 
 
-def _checked(sheet: Sheet, place: int, keys: list[str], kind: _Kind, what: str) -> list[float]:
+def _checked(sheet: Table, place: int, keys: list[str], kind: _Kind, what: str) -> list[float]:
     """A column's numbers, all of which fit; else a refusal that names the first that does not."""
     cells, values = sheet.column(place), _numbers(sheet, place, kind.parse)
     bad = [line for line, value in enumerate(values) if not kind.fits(value)]
     if not bad:
         return values
     cell, names = cells[bad[0]], [keys[line] for line in bad]
-    wrong = f"{shown(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + kind.range}"
+    wrong = f"{quote_cell(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + kind.range}"
     swapped = what == "label" and all(map(_UNIT.fits, values))
     raise UserError(
-        f"{sheet.at(bad[0])}: {what} {wrong if cell else 'is empty'} ({_studies(names)} of {len(keys):,} so: {some(names)}); "
+        f"{sheet.at(bad[0])}: {what} {wrong if cell else 'is empty'} ({_studies(names)} of {len(keys):,} so: {list_examples(names)}); "
         f"it must be {kind.wanted}{'; are these predictions? the order is PREDICTIONS LABELS' if swapped else ''}"
     )
 

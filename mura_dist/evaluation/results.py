@@ -23,14 +23,20 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.evaluation import gallery, prediction_files
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration, classification
-from mura_dist.metrics.operating_points import PAPER, STUDIES, THRESHOLD, FittedThresholds, thresholds_at
+from mura_dist.metrics.operating_points import (
+    PAPER_OPERATING_POINT,
+    PAPER_THRESHOLD,
+    STUDY_COLUMNS,
+    FittedThresholds,
+    thresholds_at,
+)
 from mura_dist.metrics.summary import compute_metrics, compute_subgroup_metrics, compute_threshold_curves
 from mura_dist.models.target import Target
 from mura_dist.reports import evaluation
 from mura_dist.training.run import environment
 from mura_dist.training.scores import Scores, study_scores
 
-ROLES = {
+SPLIT_ROLES = {
     "train": "fits the weights",
     "tune": "chooses: learning-rate drops, the checkpoint, calibration, thresholds, the uncertain band",
     "valid": "is only reported",
@@ -62,8 +68,8 @@ def write(
         raise RunError(
             f"{shards.folder}: every sample of split {options.split!r} is damaged; `mura-dist verify` names them"
         )
-    looks = looked_at(shards, scores.rows)
-    studies = _studies(shards, split_scores, looks, options.operating_point or PAPER)
+    looks = gate_inputs(shards, scores.rows)
+    studies = _studies(shards, split_scores, looks, options.operating_point or PAPER_OPERATING_POINT)
     metrics = _metrics(shards, subject, split_scores, options, studies)
     _write_tables(out, shards, scores, studies, looks["gate"], subject.trained_on)
     evaluation.write(out, metrics=metrics, studies=studies, context=_context(shards, subject, split_scores))
@@ -81,7 +87,7 @@ def write(
 def _studies(shards: Shards, split_scores: SplitScores, looks: pd.DataFrame, operating_point: str) -> pd.DataFrame:
     """A line a study, with the exposure, the threshold of its study type and the call."""
     points = split_scores.points
-    studies = exposures(shards, looks, calibration.apply(points, study_scores(shards, split_scores.scores)))
+    studies = add_exposures(shards, looks, calibration.apply(points, study_scores(shards, split_scores.scores)))
     cut = studies["study_type"].map(_thresholds(studies, points, operating_point)).astype(np.float64)
     calls = classification.is_positive(studies["probability"], cut)
     return studies.assign(threshold=cut, call=calls.astype(np.int64))
@@ -95,7 +101,7 @@ def _metrics(
     studies: pd.DataFrame,
 ) -> dict[str, Any]:
     """metrics.json's content."""
-    points, operating_point = split_scores.points, options.operating_point or PAPER
+    points, operating_point = split_scores.points, options.operating_point or PAPER_OPERATING_POINT
     return compute_metrics(studies, prevalence=options.prevalence) | {
         "subgroups": compute_subgroup_metrics(studies),
         "curves": compute_threshold_curves(studies),
@@ -103,7 +109,7 @@ def _metrics(
         "operating_points": calibration.compute_operating_points(points, studies),
         "split": options.split,
         "operating_point": operating_point,
-        "threshold": THRESHOLD if operating_point == PAPER else None,  # of all study types
+        "threshold": PAPER_THRESHOLD if operating_point == PAPER_OPERATING_POINT else None,  # of all study types
         "thresholds": _thresholds(studies, points, operating_point),
         "selected_on": subject.selected_on,
         "note": _note(options.split, subject.selected_on),
@@ -121,7 +127,11 @@ def _metrics(
 
 def _context(shards: Shards, subject: EvaluationSubject, split_scores: SplitScores) -> dict[str, Any]:
     """What the report says beside the metrics."""
-    roles = ROLES if subject.selected_on != "valid" else ROLES | {"valid": "chooses, and is reported: optimistic"}
+    roles = (
+        SPLIT_ROLES
+        if subject.selected_on != "valid"
+        else SPLIT_ROLES | {"valid": "chooses, and is reported: optimistic"}
+    )
     return {
         "title": subject.title,
         "history": subject.history,
@@ -142,7 +152,7 @@ def _note(split: str, selected_on: str | None) -> str | None:
     return "optimistic: this split chose the model" if split == selected_on else None
 
 
-def looked_at(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
+def gate_inputs(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
     """By row: grey, the mean level 0 to 255, and gate's verdict. It reads the pixels once more; NaN and "" if damaged since."""
     looks = []
     for row in rows.tolist():
@@ -153,7 +163,7 @@ def looked_at(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(looks, columns=["grey", "gate"], index=rows)
 
 
-def exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.DataFrame:
+def add_exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.DataFrame:
     """`studies` with exposure: the mean grey level over a study's views, 0 to 255."""
     by_study = looks["grey"].groupby(shards.manifest.frame.loc[looks.index, "study"]).mean()
     return studies.assign(exposure=studies["study"].map(by_study).astype(np.float64))
@@ -162,7 +172,9 @@ def exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.
 def _thresholds(studies: pd.DataFrame, points: FittedThresholds, name: str) -> dict[str, float]:
     """Each study type's. UserError where the operating point was not fitted for one of them."""
     counts = {str(key): int(num) for key, num in studies["study_type"].value_counts().sort_index().items()}
-    return dict.fromkeys(counts, THRESHOLD) if name == PAPER else thresholds_at(points, name, counts)
+    return (
+        dict.fromkeys(counts, PAPER_THRESHOLD) if name == PAPER_OPERATING_POINT else thresholds_at(points, name, counts)
+    )
 
 
 def _write_tables(
@@ -174,7 +186,7 @@ def _write_tables(
     )
     ranks = verdicts.map({name: rank for rank, name in enumerate(("", *gate.NAMES))})
     worst = ranks.groupby(frame["study"]).max()
-    told = studies[[*STUDIES, "label", "patient", "exposure"]].assign(
+    told = studies[[*STUDY_COLUMNS, "label", "patient", "exposure"]].assign(
         gate=[("", *gate.NAMES)[worst[study]] for study in studies["study"]], trained_on=trained_on
     )
     for name, table in (("predictions", predictions), ("studies", told)):

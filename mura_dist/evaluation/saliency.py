@@ -14,19 +14,19 @@ import numpy as np
 
 ANGLE_DEG = 10.0
 MIN_CELLS = 3  # two always lie on a line
-CORRELATION = "Pearson, of the cells' logits, one value a radiograph"
+CORRELATION_TEXT = "Pearson, of the cells' logits, one value a radiograph"
 _BATCH = 16
 _NUM_RESAMPLES = 2000
-_NO_CONTRAST = 1e-9  # a map's deviation over its cells, in logits
+_MIN_CONTRAST = 1e-9  # a map's deviation over its cells, in logits
 
 
-class Outputs(Protocol):
+class ForwardFunction(Protocol):
     """images (B, 1, S, S) uint8 -> logit (B,), activation_map (B, h, w); NumPy. A run's network, or an ONNX file's session."""
 
     def __call__(self, images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-def look(outputs: Outputs, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compute_maps(outputs: ForwardFunction, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """images (n, S, S) uint8 -> logit (n,), maps (n, h, w) float64; a few at a time."""
     parts = [outputs(images[start : start + _BATCH, None]) for start in range(0, len(images), _BATCH)]
     logit, maps = (np.concatenate(part).astype(np.float64) for part in zip(*parts, strict=True))
@@ -36,40 +36,45 @@ def look(outputs: Outputs, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---- the numbers
 
 
-def stability(
-    outputs: Outputs, images: np.ndarray, maps: np.ndarray, patients: Sequence[str], seed: int
+def compute_stability(
+    outputs: ForwardFunction, images: np.ndarray, maps: np.ndarray, patients: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """images (n, S, S) uint8 and their maps (n, h, w) -> {"mirror": .., "rotation": ..}, see `summary`."""
-    _, mirrored = look(outputs, np.ascontiguousarray(images[:, :, ::-1]))
+    _, mirrored = compute_maps(outputs, np.ascontiguousarray(images[:, :, ::-1]))
     every = np.ones(maps.shape[1:], bool)
-    mirror = correlation(maps, mirrored[:, :, ::-1], every)
+    mirror = compute_correlation(maps, mirrored[:, :, ::-1], every)
     rotation, inside = np.empty(len(images)), every
     for start, angle_deg in enumerate((ANGLE_DEG, -ANGLE_DEG)):
         part = slice(start, None, 2)
-        rotation[part], inside = _turned_and_back(outputs, images[part], maps[part], angle_deg)
+        rotation[part], inside = _correlate_rotated(outputs, images[part], maps[part], angle_deg)
     return {
-        "mirror": summary(mirror, patients, seed) | {"num_cells": every.size},
-        "rotation": summary(rotation, patients, seed) | {"num_cells": int(inside.sum()), "angle_deg": ANGLE_DEG},
+        "mirror": summarize_correlations(mirror, patients, seed) | {"num_cells": every.size},
+        "rotation": summarize_correlations(rotation, patients, seed)
+        | {"num_cells": int(inside.sum()), "angle_deg": ANGLE_DEG},
     }
 
 
-def _turned_and_back(
-    outputs: Outputs, images: np.ndarray, maps: np.ndarray, angle_deg: float
+def _correlate_rotated(
+    outputs: ForwardFunction, images: np.ndarray, maps: np.ndarray, angle_deg: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (n,), and the cells (h, w) they are over."""
-    back, inside = turn(look(outputs, _turned(images, angle_deg))[1], -angle_deg) if len(images) else turn(maps, 0)
-    return correlation(maps, back, inside), inside
+    back, inside = (
+        rotate(compute_maps(outputs, _rotate_images(images, angle_deg))[1], -angle_deg)
+        if len(images)
+        else rotate(maps, 0)
+    )
+    return compute_correlation(maps, back, inside), inside
 
 
-def _turned(images: np.ndarray, angle_deg: float) -> np.ndarray:
+def _rotate_images(images: np.ndarray, angle_deg: float) -> np.ndarray:
     """Turn images (n, S, S) uint8 as the training does; one at a time, since float64 takes 8 times the memory."""
     turned = np.empty_like(images)
     for image, out in zip(images, turned, strict=True):
-        np.rint(turn(image[None], angle_deg)[0][0], out=out, casting="unsafe")
+        np.rint(rotate(image[None], angle_deg)[0][0], out=out, casting="unsafe")
     return turned
 
 
-def turn(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
+def rotate(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
     """maps (n, h, w) turned about their centre, counter-clockwise, bilinear, as the training's radiographs are.
 
     Also inside (h, w): the cells that came from within the maps; the others are 0.
@@ -88,7 +93,7 @@ def turn(maps: np.ndarray, angle_deg: float) -> tuple[np.ndarray, np.ndarray]:
     return np.where(inside, above * (1 - fy) + below * fy, 0.0), inside
 
 
-def correlation(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray:
+def compute_correlation(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Pearson's, of each pair of maps (n, h, w) over the cells of inside (h, w): (n,).
 
     NaN where a map has no contrast, and where there are fewer than MIN_CELLS.
@@ -97,12 +102,12 @@ def correlation(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> np.ndarray:
         return np.full(len(a), np.nan)
     parts = [maps[:, inside] - maps[:, inside].mean(axis=1, keepdims=True) for maps in (a, b)]  # (n, cells)
     spreads = [np.sqrt((part**2).mean(axis=1)) for part in parts]
-    flat = ~((spreads[0] > _NO_CONTRAST) & (spreads[1] > _NO_CONTRAST))  # also where a model has diverged
+    flat = ~((spreads[0] > _MIN_CONTRAST) & (spreads[1] > _MIN_CONTRAST))  # also where a model has diverged
     product = np.where(flat, 1.0, spreads[0] * spreads[1])
     return np.where(flat, np.nan, (parts[0] * parts[1]).mean(axis=1) / product)
 
 
-def summary(values: np.ndarray, patients: Sequence[str], seed: int) -> dict[str, Any]:
+def summarize_correlations(values: np.ndarray, patients: Sequence[str], seed: int) -> dict[str, Any]:
     """Mean with its 95 % interval (bootstrap over patients, percentiles), quartiles, how many; what cannot be had is None."""
     defined = np.isfinite(values)
     known = values[defined]

@@ -33,7 +33,7 @@ from mura_dist.metrics.summary import (
     metrics_by_group,
 )
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 RESAMPLES, SEED = 2000, 0
 MIN_KAPPA = -0.2  # below it, and sure to be below 0: labels, or calls, are taken to be inverted
 _WIDTH = 100
@@ -48,7 +48,7 @@ def score(
     prevalence: float | None = None,
     allow_inverted: bool = False,
     out: Path | None = None,
-    log: Say = lambda line: None,
+    log: LogFunction = lambda line: None,
 ) -> dict[str, Any]:
     """metrics.json's content; with `out` a folder of report and tables too. Raises UserError.
 
@@ -65,15 +65,17 @@ def score(
     truth = prediction_files.read_labels(labels, files_are_studies=ours.files_are_studies)
     theirs = prediction_files.read_predictions(against, threshold) if against else None
     files = (ours, theirs) if theirs else (ours,)
-    sides = [prediction_files.joined(file, truth) for file in files]
+    sides = [prediction_files.join(file, truth) for file in files]
     if not allow_inverted:
         for file, studies in zip(files, sides, strict=True):
-            _check_upright(file.name, studies)
-    draw = _drawing() if out is not None else None  # what a page needs may be missing: said before the numbers are made
+            _check_not_inverted(file.name, studies)
+    draw = (
+        _import_report_writer() if out is not None else None
+    )  # what a page needs may be missing: said before the numbers are made
     log(f"{ours.name} against {truth.name}: {len(sides[0]):,} studies, {RESAMPLES:,} resamples")
     measured = compute_metrics(sides[0], resamples=RESAMPLES, seed=SEED, prevalence=prevalence)
     measured["subgroups"] = compute_subgroup_metrics(sides[0], resamples=RESAMPLES, seed=SEED)
-    measured |= _facts(files, truth, sides[0])
+    measured |= _file_entries(files, truth, sides[0])
     if theirs:
         measured["comparison"] = compare_predictions(*sides, resamples=RESAMPLES, seed=SEED)
     if out is not None and draw is not None:
@@ -81,12 +83,12 @@ def score(
     return measured
 
 
-def default_folder(predictions: Path) -> Path:
+def default_report_folder(predictions: Path) -> Path:
     """Where a report goes if nobody says: beside the predictions, under their name."""
     return predictions.parent / f"{predictions.stem}-score"
 
 
-def summary_text(comparison: dict[str, Any], name: str, other: str) -> str:
+def format_comparison(comparison: dict[str, Any], name: str, other: str) -> str:
     """A comparison as a table of plain text, at most 100 columns; the confirmatory line first."""
     form = "{:<16} {:<6} {:>7} {:>7}  {}"
     lines, missing = [form.format("", "", "A", "B", "A - B [95 %]")], defaultdict(list)
@@ -126,14 +128,14 @@ def _check_out(out: Path | None, read: list[Path]) -> None:
         raise UserError(f"--out {out} {what} ({file}); a score would write over them, give another folder")
 
 
-def _check_upright(name: str, studies: pd.DataFrame) -> None:
+def _check_not_inverted(name: str, studies: pd.DataFrame) -> None:
     """Kappa far below chance, and surely below it: 1 meant normal, in one file or the other."""
     value = float(
         classification.compute_kappa(
             classification.compute_confusion(studies["label"].to_numpy(), studies["call"].to_numpy())
         )
     )
-    high = _upper(studies) if value < MIN_KAPPA else None  # NaN, of one class, is not below
+    high = _kappa_upper_bound(studies) if value < MIN_KAPPA else None  # NaN, of one class, is not below
     if high is not None and high < 0:
         raise UserError(
             f"{name}: kappa is {value:.3f}, at most {high:.3f} (95 %), far below chance: it looks inverted; 1 must mean abnormal "
@@ -141,7 +143,7 @@ def _check_upright(name: str, studies: pd.DataFrame) -> None:
         )
 
 
-def _upper(studies: pd.DataFrame) -> float | None:
+def _kappa_upper_bound(studies: pd.DataFrame) -> float | None:
     """Kappa's upper bound: the bootstrap's over patients, else the asymptotic one, else None: not sure of anything."""
     group = compute_metrics(studies, resamples=RESAMPLES, seed=SEED)["overall"]
     bounds = (group["kappa_high"], group["kappa_fce_high"])
@@ -151,14 +153,14 @@ def _upper(studies: pd.DataFrame) -> float | None:
 # ---- words and files
 
 
-def _facts(files: Sequence[Predictions], labels: Labels, studies: pd.DataFrame) -> dict[str, Any]:
+def _file_entries(files: Sequence[Predictions], labels: Labels, studies: pd.DataFrame) -> dict[str, Any]:
     """What metrics.json says beside the numbers. File names without folders: those may hold a person's name."""
     used: dict[str, Predictions | Labels] = dict(zip(("predictions", "against"), files, strict=False)) | {
         "labels": labels
     }
     notes = [f"{file.name}: {note}" for file in used.values() for note in file.notes]
     return {
-        "split": prediction_files.split_of(studies),
+        "split": prediction_files.common_split(studies),
         "threshold": files[0].threshold,
         "selected_on": None,
         "note": "; ".join(notes) or None,
@@ -167,7 +169,7 @@ def _facts(files: Sequence[Predictions], labels: Labels, studies: pd.DataFrame) 
     }
 
 
-def _drawing() -> Callable[..., Path]:
+def _import_report_writer() -> Callable[..., Path]:
     from mura_dist.reports import evaluation
 
     return evaluation.write

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mura_dist.evaluation.saliency import Outputs
+from mura_dist.evaluation.saliency import ForwardFunction
 from mura_dist.metrics.operating_points import FittedThresholds
 from mura_dist.training.scores import Scores
 
@@ -43,7 +43,7 @@ class EvaluationSubject:
 
     title: str  # of the report
     name: str  # of the model, in the gallery
-    outputs: Outputs
+    outputs: ForwardFunction
     checkpoint: str
     trained_on: str  # phantoms or radiographs
     selected_on: str | None = None

@@ -26,7 +26,7 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """`name`: the file's, without folders. `header`: lower case, None where the file has none. All lines are as wide.
     `notes`: what had to be decided to read it."""
 
@@ -50,41 +50,41 @@ class Sheet:
         return f"{self.name} line {self.lines[line][0]}"
 
 
-def read(path: Path, what: str, known: Collection[str]) -> Sheet:
+def read(path: Path, what: str, known: Collection[str]) -> Table:
     """The table at `path`. what: `predictions` or `labels`, for messages; known: names of columns that make a header."""
-    data = _bytes(path, what)
+    data = _read_bytes(path, what)
     sha256 = hashlib.sha256(data).hexdigest()
     notes: tuple[str, ...] = ()
     if path.suffix.lower() == ".parquet":
-        lines = _of_parquet(data, path.name)
+        lines = _parse_parquet(data, path.name)
         is_header = True
     else:
-        text, notes = _text(data, path.name)
-        lines = _of_csv(text, path.name)
+        text, notes = _decode_text(data, path.name)
+        lines = _parse_csv(text, path.name)
         is_header = bool(lines) and _is_header(lines[0], path.name, what, known)
     if len(lines) <= is_header:
         raise UserError(f"{path.name} has no rows; one line a study is needed")
-    width = _width(lines, is_header)
-    rows = [(number, _cut(cells, width)) for number, cells in lines]
+    width = _find_width(lines, is_header)
+    rows = [(number, _strip_trailing(cells, width)) for number, cells in lines]
     _check_widths(rows, width, path.name)
     header = tuple(cell.lower() for cell in rows[0][1]) if is_header else None
     _check_repeats(header, path.name)
-    return Sheet(path.name, sha256, header, rows[is_header:], width, notes)
+    return Table(path.name, sha256, header, rows[is_header:], width, notes)
 
 
-def shown(text: str) -> str:
+def quote_cell(text: str) -> str:
     """A cell as a message has it: nothing that steers a terminal, not too long."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return safe if len(safe) <= _MAX_SHOWN else f"...{safe[-_MAX_SHOWN:]}"  # of a path the end tells more
 
 
-def some(names: Sequence[str]) -> str:
+def list_examples(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     more = len(names) - _EXAMPLES
-    return ", ".join(map(shown, names[:_EXAMPLES])) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(map(quote_cell, names[:_EXAMPLES])) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _bytes(path: Path, what: str) -> bytes:
+def _read_bytes(path: Path, what: str) -> bytes:
     if path.is_dir():
         inside = next((f", perhaps {name}" for name in ("studies.csv", "labels.csv") if (path / name).is_file()), "")
         raise UserError(f"{path} is a folder; give the file of {what} in it{inside}")
@@ -93,7 +93,7 @@ def _bytes(path: Path, what: str) -> bytes:
     return path.read_bytes()
 
 
-def _text(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
+def _decode_text(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
     """(text, notes). Excel's plain CSV is in Windows' own characters; a wrong guess joins no name, and is refused then."""
     try:
         return decode(data, name), ()
@@ -113,12 +113,12 @@ def _windows_text(data: bytes) -> str | None:
     return None
 
 
-def _of_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
+def _parse_csv(text: str, name: str) -> list[tuple[int, list[str]]]:
     lines = read_lines(text, name, "mend the line", skipinitialspace=True, strict=True, delimiter=find_delimiter(text))
     return [(number, [cell.strip() for cell in cells]) for number, cells in lines]
 
 
-def _of_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
+def _parse_parquet(data: bytes, name: str) -> list[tuple[int, list[str]]]:
     if importlib.util.find_spec("pyarrow") is None:
         remedy = install_remedy("parquet")
         raise UserError(f"{name}: Parquet needs pyarrow, which is not installed; {remedy}, or give CSV")
@@ -142,24 +142,24 @@ def _is_header(line: tuple[int, list[str]], name: str, what: str, known: Collect
         return False
     near = next((found for word in words if (found := nearest(word, known))), "")
     raise UserError(
-        f"{name} line {at}: {shown(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "
+        f"{name} line {at}: {quote_cell(','.join(cells))!r} is neither a study's line (study,number) nor a header that is known for "
         f"{what}{near}; columns may be {', '.join(dict.fromkeys(known))}"
     )
 
 
-def _width(lines: list[tuple[int, list[str]]], is_header: bool) -> int:
+def _find_width(lines: list[tuple[int, list[str]]], is_header: bool) -> int:
     """How many columns the table has: the header's, else most lines', without what trailing commas add."""
-    widths = [_trimmed(cells) for _, cells in (lines[:1] if is_header else lines)]
+    widths = [_trimmed_width(cells) for _, cells in (lines[:1] if is_header else lines)]
     return max(Counter(widths).items(), key=lambda pair: (pair[1], pair[0]))[0]
 
 
-def _trimmed(cells: list[str]) -> int:
+def _trimmed_width(cells: list[str]) -> int:
     return max((place + 1 for place, cell in enumerate(cells) if cell), default=0)
 
 
-def _cut(cells: list[str], width: int) -> list[str]:
+def _strip_trailing(cells: list[str], width: int) -> list[str]:
     """Without the empty cells that trailing commas add."""
-    return cells[: max(width, _trimmed(cells))]
+    return cells[: max(width, _trimmed_width(cells))]
 
 
 def _check_widths(lines: list[tuple[int, list[str]]], width: int, name: str) -> None:
@@ -176,4 +176,4 @@ def _check_widths(lines: list[tuple[int, list[str]]], width: int, name: str) -> 
 def _check_repeats(header: tuple[str, ...] | None, name: str) -> None:
     twice = [cell for cell, count in Counter(header or ()).items() if count > 1 and cell]
     if twice:
-        raise UserError(f"{name}: the header names {some(twice)} twice; each column needs a name of its own")
+        raise UserError(f"{name}: the header names {list_examples(twice)} twice; each column needs a name of its own")

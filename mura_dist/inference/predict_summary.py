@@ -15,7 +15,7 @@ from mura_dist.data import gate, mura
 from mura_dist.inference import overlays
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.tables import TableCounts
-from mura_dist.metrics.operating_points import BANDS
+from mura_dist.metrics.operating_points import BAND_VALUES
 from mura_dist.models.card import Card
 
 
@@ -31,7 +31,7 @@ def summarize(
         "num_calls": tally.num_calls,
         "num_positive": tally.num_positive,
         "num_calibrated": tally.num_calibrated,
-        "studies_by_band": {name: tally.studies_by_band[name] for name in BANDS},
+        "studies_by_band": {name: tally.studies_by_band[name] for name in BAND_VALUES},
         "num_failures": num_failures,
         "failures_by_code": dict(sorted(tally.failures_by_code.items())),
         "radiographs_by_gate": {name: tally.radiographs_by_gate[name] for name in gate.NAMES},

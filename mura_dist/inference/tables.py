@@ -25,7 +25,7 @@ from mura_dist.core.errors import RunError, os_reason
 from mura_dist.data import gate, table_names
 from mura_dist.inference import grouping, scratch_db, table_guide
 from mura_dist.metrics import calibration, classification
-from mura_dist.metrics.operating_points import THRESHOLD
+from mura_dist.metrics.operating_points import PAPER_THRESHOLD
 from mura_dist.models.card import Card
 
 NAMES = tuple(table_guide.TABLES)
@@ -228,7 +228,7 @@ def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
     bands = card.calibration.bands
     ends = ({name: getattr(band, end) for name, band in bands.items()} for end in ("low", "high"))
     mapped = [studies["study_type"].map(values).to_numpy(np.float64, na_value=np.nan) for values in ends]
-    return [studies["threshold"].to_numpy(np.float64), *mapped, np.full(len(studies), THRESHOLD)]
+    return [studies["threshold"].to_numpy(np.float64), *mapped, np.full(len(studies), PAPER_THRESHOLD)]
 
 
 # ---- files

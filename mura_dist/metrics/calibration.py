@@ -29,7 +29,14 @@ from mura_dist.metrics.classification import (
 )
 from mura_dist.metrics.group import count_rates
 from mura_dist.metrics.intervals import Bootstrap, Clusters, Interval
-from mura_dist.metrics.operating_points import BAND, NAMES, Band, FittedThresholds, OperatingPoint, StudyTypeThresholds
+from mura_dist.metrics.operating_points import (
+    BAND_OPERATING_POINTS,
+    OPERATING_POINT_NAMES,
+    Band,
+    FittedThresholds,
+    OperatingPoint,
+    StudyTypeThresholds,
+)
 
 MIN_OWN = 50  # tune studies of the rarer label, below which a study type is fitted with the pool
 MIN_POOL = 10  # the same of the pool, below which nothing is fitted
@@ -113,7 +120,7 @@ def _fit_study_type(
     else:
         facts |= {"slope": line[1], "intercept": line[0] - (line[1] * shift if pooled else 0.0)}
     points = facts["operating_points"] = {}
-    for point in NAMES:
+    for point in OPERATING_POINT_NAMES:
         found = _fit_operating_point(point, pool if pooled else own, shift if pooled else None)
         if found is None:
             reasons[point] = "no threshold from 0 to 1 reaches it"
@@ -185,11 +192,11 @@ def _min_count(wanted: float, num: int) -> int:
 
 def _fit_band(points: Mapping[str, OperatingPoint]) -> Band | str:
     """From the first of BAND's thresholds to the second, or why there is none."""
-    if missing := [name for name in BAND if name not in points]:
+    if missing := [name for name in BAND_OPERATING_POINTS if name not in points]:
         return f"no threshold of {missing[0]}"
-    low, high = (points[name].threshold for name in BAND)
+    low, high = (points[name].threshold for name in BAND_OPERATING_POINTS)
     if low >= high:
-        return f"the thresholds cross ({BAND[0]} at {low:.4g}, {BAND[1]} at {high:.4g}): one threshold reaches both"
+        return f"the thresholds cross ({BAND_OPERATING_POINTS[0]} at {low:.4g}, {BAND_OPERATING_POINTS[1]} at {high:.4g}): one threshold reaches both"
     return Band(low=low, high=high)
 
 
@@ -256,7 +263,7 @@ def _measured_group(
     label = studies["label"].to_numpy(dtype=np.int64)
     patient = studies["patient"].astype(object).where(studies["patient"].notna(), "").astype(str)
     clusters = Clusters.of(patient.to_numpy(dtype=object))
-    parts = {name: _OutcomeCounts.of_calls(studies, label, points.thresholds(name)) for name in NAMES}
+    parts = {name: _OutcomeCounts.of_calls(studies, label, points.thresholds(name)) for name in OPERATING_POINT_NAMES}
     parts["band"] = _OutcomeCounts.of_band(studies, label)
     drawn = Bootstrap.of(
         clusters,

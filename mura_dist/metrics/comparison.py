@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mura_dist.metrics.entries import MIN_RARER_LABEL
-from mura_dist.metrics.group import Group
+from mura_dist.metrics.group import StudyGroup
 from mura_dist.metrics.intervals import (
     Bootstrap,
     Z,
@@ -58,7 +58,7 @@ class _Task:
     seed: int
 
     def group(self, a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
-        one, other = Group.of(a, self.threshold), Group.of(b, self.threshold)
+        one, other = StudyGroup.of(a, self.threshold), StudyGroup.of(b, self.threshold)
         problem = one.problem() or other.problem()
         reasons = dict.fromkeys(("kappa", "auroc", "mcnemar", "delong"), problem) if problem else {}
         found: dict[str, Any] = {"num_studies": len(a), "num_patients": one.clusters.num_patients}
@@ -100,14 +100,14 @@ def _difference(
     return {"a": a, "b": b, "difference": a - b, "low": bounds.low, "high": bounds.high}
 
 
-def _mcnemar(one: Group, other: Group) -> dict[str, Any]:
+def _mcnemar(one: StudyGroup, other: StudyGroup) -> dict[str, Any]:
     """Exact, on which side called a study rightly."""
     a_right, b_right = one.call == (one.label == 1), other.call == (other.label == 1)
     a_only, b_only = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
     return {"a_only_right": a_only, "b_only_right": b_only, "p_value": compute_mcnemar_p_value(a_only, b_only)}
 
 
-def _delong(one: Group, other: Group, reasons: dict[str, str]) -> dict[str, Any] | None:
+def _delong(one: StudyGroup, other: StudyGroup, reasons: dict[str, str]) -> dict[str, Any] | None:
     """The paired difference in AUROC, its interval and p-value."""
     if one.probability is None or other.probability is None:
         reasons["delong"] = _CALLS_ONLY

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from mura_dist.metrics import classification as metrics
-from mura_dist.metrics.group import Group
+from mura_dist.metrics.group import StudyGroup
 from mura_dist.metrics.intervals import (
     WILSON,
     Bootstrap,
@@ -56,7 +56,7 @@ class Entries:
     problem: str  # why there are none at all
 
     @classmethod
-    def about(cls, group: Group) -> Self:
+    def about(cls, group: StudyGroup) -> Self:
         """Begin with a group's number of studies and of patients."""
         entries = cls({"num_studies": len(group.label)}, {}, group.problem())
         entries.put("num_patients", group.clusters.num_patients, "no study names its patient")
@@ -122,7 +122,7 @@ class Entries:
         self.put("calibration_error", error, _NO_PROBABILITIES)
         self.put("calibration_error_method", method, _NO_PROBABILITIES)
 
-    def put_asymptotic(self, group: Group) -> None:
+    def put_asymptotic(self, group: StudyGroup) -> None:
         """Enter the intervals beside the bootstrap's: ASYMPTOTIC."""
         counts = group.counts()
         self.put_interval("kappa_fce", self._asymptotic("kappa", group))
@@ -135,7 +135,7 @@ class Entries:
             there = Interval(*compute_wilson_interval(successes, trials), WILSON) if trials else self.reasons[name]
             self.put_interval(f"{name}_wilson", there)
 
-    def _asymptotic(self, name: str, group: Group) -> Interval | str:
+    def _asymptotic(self, name: str, group: StudyGroup) -> Interval | str:
         """Return the interval by formula of kappa or AUROC, or the reason why there is none."""
         value, counts = self.values[name], group.counts()
         if value is None:

@@ -27,7 +27,7 @@ def sort_studies(studies: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Group:
+class StudyGroup:
     """Labelled studies as arrays (n,)."""
 
     label: np.ndarray  # int64

@@ -13,18 +13,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from mura_dist.core.errors import UserError
 
 FORMAT = 1
-PAPER = "paper"  # the paper's threshold for every study type, which nobody fitted
-THRESHOLD = 0.5  # the paper's
-WANTED = (0.8, 0.9, 0.95, 0.98)
+PAPER_OPERATING_POINT = "paper"  # the paper's threshold for every study type, which nobody fitted
+PAPER_THRESHOLD = 0.5  # the paper's
+TARGET_RATES = (0.8, 0.9, 0.95, 0.98)
 RATES = ("sensitivity", "specificity")
-NAMES = tuple(f"{rate}={wanted:g}" for rate in RATES for wanted in WANTED)
-BANDS = ("negative", "uncertain", "positive")
-BAND = ("sensitivity=0.95", "specificity=0.95")  # whose thresholds are the ends of the uncertain band
+OPERATING_POINT_NAMES = tuple(f"{rate}={wanted:g}" for rate in RATES for wanted in TARGET_RATES)
+BAND_VALUES = ("negative", "uncertain", "positive")
+BAND_OPERATING_POINTS = ("sensitivity=0.95", "specificity=0.95")  # whose thresholds are the ends of the uncertain band
 # The columns of studies.csv, as predict and evaluate write it.
-STUDIES = ("study", "study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band")
+STUDY_COLUMNS = (
+    "study",
+    "study_type",
+    "num_views",
+    "probability",
+    "calibrated_probability",
+    "threshold",
+    "call",
+    "band",
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -55,9 +64,9 @@ class StudyTypeThresholds(BaseModel):
     num_normal: Count  # its own tune studies
     num_abnormal: Count
     pooled: bool  # too few of its own: fitted on the tune studies of all study types, shifts removed
-    odds_shift: Real  # log(N/A) of the weighted loss; 0 where the loss was not weighted
-    slope: Real | None = None  # calibrated = sigmoid(intercept + slope * logit(probability))
-    intercept: Real | None = None
+    odds_shift: FiniteFloat  # log(N/A) of the weighted loss; 0 where the loss was not weighted
+    slope: FiniteFloat | None = None  # calibrated = sigmoid(intercept + slope * logit(probability))
+    intercept: FiniteFloat | None = None
     operating_points: dict[str, OperatingPoint] = {}
     band: Band | None = None
     reasons: dict[str, str] = {}
@@ -104,9 +113,11 @@ def parse_operating_point(word: str) -> str:
         name = f"{rate}={float(number):g}" if number else word
     except ValueError:
         name = word
-    if name not in (PAPER, *NAMES):
-        wanted = ", ".join(f"{one:g}" for one in WANTED)
-        raise UserError(f"--operating-point {word}: must be {PAPER}, sensitivity=W or specificity=W, W one of {wanted}")
+    if name not in (PAPER_OPERATING_POINT, *OPERATING_POINT_NAMES):
+        wanted = ", ".join(f"{one:g}" for one in TARGET_RATES)
+        raise UserError(
+            f"--operating-point {word}: must be {PAPER_OPERATING_POINT}, sensitivity=W or specificity=W, W one of {wanted}"
+        )
     return name
 
 
@@ -121,6 +132,6 @@ def thresholds_at(points: FittedThresholds, name: str, study_types: Mapping[str,
             why = points.why_not(study_type, name)
             raise UserError(
                 f"--operating-point {name}: no such threshold was fitted for {study_type} ({num} studies here): {why}; "
-                f"give --operating-point {PAPER}, or mend that"
+                f"give --operating-point {PAPER_OPERATING_POINT}, or mend that"
             )
     return {study_type: found[study_type] for study_type in study_types}

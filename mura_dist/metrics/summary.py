@@ -18,7 +18,7 @@ import pandas as pd
 from mura_dist.metrics import classification as metrics
 from mura_dist.metrics.classification import CELLS
 from mura_dist.metrics.entries import ASYMPTOTIC_KEYS, HEADLINE_METRICS, Entries, bound_keys, method_keys
-from mura_dist.metrics.group import Group, compute_probability_metrics, sort_studies
+from mura_dist.metrics.group import StudyGroup, compute_probability_metrics, sort_studies
 from mura_dist.metrics.intervals import WILSON, Bootstrap
 
 CALL_METRICS = ("kappa", "sensitivity", "specificity", "ppv", "npv", "f1", "balanced_accuracy")
@@ -97,7 +97,7 @@ def compute_threshold_curves(
     are reported.
     """
     studies = sort_studies(studies)
-    groups = {str(name): Group.of(part, 0.5) for name, part in studies.groupby("study_type", sort=True)}
+    groups = {str(name): StudyGroup.of(part, 0.5) for name, part in studies.groupby("study_type", sort=True)}
     return {
         name: _curve(group, resamples, seed)
         for name, group in groups.items()
@@ -119,7 +119,7 @@ def _by_exposure(exposure: pd.Series) -> dict[str, pd.Series]:
     }
 
 
-def _curve(group: Group, resamples: int, seed: int) -> dict[str, Any]:
+def _curve(group: StudyGroup, resamples: int, seed: int) -> dict[str, Any]:
     assert group.probability is not None
     called = metrics.is_positive(group.probability[:, None], np.array(CURVE_THRESHOLDS))  # (n, thresholds)
     right = {"sensitivity": (group.label[:, None] == 1) & called, "specificity": (group.label[:, None] == 0) & ~called}
@@ -166,12 +166,12 @@ class _Task:
     seed: int
     prevalence: float | None
 
-    def bootstrap(self, group: Group, statistic: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> Bootstrap:
+    def bootstrap(self, group: StudyGroup, statistic: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> Bootstrap:
         return Bootstrap.of(group.clusters, group.label, statistic, resamples=self.resamples, seed=self.seed)
 
     def headline(self, studies: pd.DataFrame) -> dict[str, Any]:
         """HEADLINE_METRICS of some studies, with intervals."""
-        group = Group.of(studies, self.threshold)
+        group = StudyGroup.of(studies, self.threshold)
         entries = Entries.about(group)
         if not entries.problem:
             entries.put_values(group.values(group.ones(), HEADLINE_METRICS), HEADLINE_METRICS)
@@ -181,7 +181,7 @@ class _Task:
 
     def group(self, studies: pd.DataFrame) -> dict[str, Any]:
         """Everything of some studies: metrics.json's `overall`, or one study type's."""
-        group = Group.of(studies, self.threshold)
+        group = StudyGroup.of(studies, self.threshold)
         entries, names = Entries.about(group), (*CALL_METRICS, *PROBABILITY_METRICS)
         extra = ("ppv_at_prevalence", "npv_at_prevalence")
         entries.put("prevalence_assumed", self.prevalence, "no prevalence was asked for")
@@ -200,7 +200,7 @@ class _Task:
         )
         return entries.whole((*keys, *rest))
 
-    def _measure(self, entries: Entries, group: Group, names: Sequence[str], extra: Sequence[str]) -> None:
+    def _measure(self, entries: Entries, group: StudyGroup, names: Sequence[str], extra: Sequence[str]) -> None:
         def statistic(weight: np.ndarray) -> dict[str, np.ndarray]:
             values = group.values(weight, names)
             if self.prevalence is not None:
@@ -215,7 +215,7 @@ class _Task:
         entries.put_calibration_error(group.label, group.probability)
         entries.put("calibrated", self._calibrated(group), "no calibrated probability for all of these studies")
 
-    def _calibrated(self, group: Group) -> dict[str, Any] | None:
+    def _calibrated(self, group: StudyGroup) -> dict[str, Any] | None:
         """The same of calibrated probabilities, as far as calibration changes it."""
         calibrated = group.calibrated
         if calibrated is None:
@@ -243,9 +243,9 @@ class _Task:
         entries.values["num_study_types"] = len(names)
         entries.values["left_out"] = sorted(set(by_type) - set(names))
         if names:
-            group = Group.of(kept, self.threshold)
+            group = StudyGroup.of(kept, self.threshold)
             places = [np.flatnonzero(kept["study_type"].to_numpy() == name) for name in names]
-            parts = [Group.of(kept.iloc[place], self.threshold) for place in places]
+            parts = [StudyGroup.of(kept.iloc[place], self.threshold) for place in places]
 
             def statistic(weight: np.ndarray) -> dict[str, np.ndarray]:
                 each = [

@@ -16,7 +16,7 @@ from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
-from mura_dist.metrics.operating_points import PAPER, FittedThresholds, Share
+from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds, Share
 
 KEY = "mura_dist"
 FORMAT = 1
@@ -70,7 +70,7 @@ class TrainedOn(BaseModel):
     splits: dict[str, int] = {}
 
 
-class Member(BaseModel):
+class EnsembleMember(BaseModel):
     """A checkpoint of an ensemble. `sha256` of its model.safetensors is its identity; the rest is for people."""
 
     model_config = ConfigDict(frozen=True)
@@ -82,7 +82,7 @@ class Member(BaseModel):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Change(BaseModel):
+class PrecisionChange(BaseModel):
     """What computing in fewer bits changed, against fp32, on radiographs of the split that chose the model."""
 
     model_config = ConfigDict(frozen=True)
@@ -106,7 +106,7 @@ class Card(BaseModel):
     resize: str = RESIZE  # how radiograph.read came to that size
     study_types: list[str]  # those it was trained on
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; none: no call is made
-    operating_point: str = PAPER  # what `thresholds` are of: the paper's 1/2, or one fitted on tune
+    operating_point: str = PAPER_OPERATING_POINT  # what `thresholds` are of: the paper's 1/2, or one fitted on tune
     calibration: FittedThresholds = (
         FittedThresholds()
     )  # all that was fitted on tune: calibration, operating points, the uncertain band
@@ -115,13 +115,13 @@ class Card(BaseModel):
     selected_on: str  # the split that chose the checkpoint
     recipe: dict[str, Any]
     checkpoint: str
-    members: list[Member] = []  # of an ensemble, whose map is the mean of theirs; empty: one checkpoint
+    members: list[EnsembleMember] = []  # of an ensemble, whose map is the mean of theirs; empty: one checkpoint
     terms: str = mura.TERMS
     licence: str = mura.LICENSE
     version: str = __version__
     opset: int | None = None  # written by export
     precision: Precision = "fp32"  # what it is to be computed in
-    change: Change | None = None  # of a precision below fp32: what it changed
+    change: PrecisionChange | None = None  # of a precision below fp32: what it changed
 
     @property
     def of_drawings(self) -> bool:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_NOT_ZERO = 1e-20  # a slope of 0 has no kink; this one is as flat, and within the range of float32 and bfloat16
+_MIN_SLOPE = 1e-20  # a slope of 0 has no kink; this one is as flat, and within the range of float32 and bfloat16
 
 
 class Moments(NamedTuple):
@@ -41,7 +41,7 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
-class Gate(NamedTuple):
+class ReluParameters(NamedTuple):
     """relu(weight * x + bias) of normalised x, (C,) each: weight * (max(x, kink) - kink) + least; min where weight < 0."""
 
     weight: Tensor  # never 0
@@ -52,10 +52,10 @@ class Gate(NamedTuple):
     falling: bool  # some weight is negative: it takes both bounds
 
     @classmethod
-    def of(cls, norms: Sequence[Affine], num: int, dtype: torch.dtype) -> "list[Gate]":
+    def of(cls, norms: Sequence[Affine], num: int, dtype: torch.dtype) -> "list[ReluParameters]":
         """num: values a channel, in `dtype`. No normalised value is beyond sqrt(num) (Samuelson), so no kink need be."""
         weight, bias = (torch.cat([norm[which] for norm in norms]) for which in (0, 1))
-        weight = torch.where(weight == 0, _NOT_ZERO, weight)
+        weight = torch.where(weight == 0, _MIN_SLOPE, weight)
         kink = torch.clamp(-bias / weight, -(num**0.5), num**0.5)
         least = torch.relu(torch.addcmul(bias, weight, kink))
         falls, zero = weight < 0, torch.zeros_like(weight, dtype=dtype)
@@ -64,18 +64,18 @@ class Gate(NamedTuple):
         parts = zip(*(whole.split(sizes) for whole in (weight, kink, least, floor, ceiling, falls)), strict=True)
         looks = not weight.is_cuda and bool(falls.any())  # on a GPU, looking costs more than clamping
         return [
-            Gate(w, k, least, low, high, weight.is_cuda or (looks and bool(part.any())))
+            ReluParameters(w, k, least, low, high, weight.is_cuda or (looks and bool(part.any())))
             for w, k, least, low, high, part in parts
         ]
 
 
-class Reader:
+class NormReluConv:
     """relu(norm(x)) of C channels and the 1x1 convolution behind it, as a convolution of a = max(x, kink).
 
     relu(norm(x)) = slope * (a - kink) + least, (C,) float32 each; the kink in x's dtype is what `clipped` goes by.
     """
 
-    def __init__(self, x: Tensor, moments: Moments, gate: Gate, weight: Tensor, pool: bool = False) -> None:
+    def __init__(self, x: Tensor, moments: Moments, gate: ReluParameters, weight: Tensor, pool: bool = False) -> None:
         """x (N, C, h, w), a slice of the buffer; weight (O, C, ...): the convolution's; pool: halve h and w before it."""
         self.x, self.moments, self.gate, self.pool = x, moments, gate, pool
         self.weight = weight.flatten(1)  # (O, C)
@@ -108,14 +108,14 @@ class Reader:
         """
         a = self.clipped()
         read = F.avg_pool2d(a, 2) if self.pool else a
-        grad_a, raw, grad_bias = _conv_backward(grad, read, self.scaled, 0, bias=True)
+        grad_a, raw, grad_bias = _convolution_backward(grad, read, self.scaled, 0, bias=True)
         if self.pool:
             grad_a = torch.ops.aten.avg_pool2d_backward(grad_a, a, [2, 2], [2, 2], [0, 0], False, True, None)
         passed = torch.ne(a, self.limit, out=a)  # 0 where it is clipped, else 1
         grad_bias = grad_bias.to(self.slope.dtype)
         above = torch.addr(raw.flatten(1).to(self.slope.dtype), grad_bias, self.kink, alpha=-1)  # of a - kink
         grad_weight = (above * self.slope).addr_(grad_bias, self.gate.least)
-        grad_shift = _dots(grad_a, passed, *(whole[: len(self.slope)] for whole in identity)) / self.slope
+        grad_shift = _sum_products(grad_a, passed, *(whole[: len(self.slope)] for whole in identity)) / self.slope
         grad_scale = (self.weight * above).sum(0) / self.moments.deviation
         return (
             (grad_a, passed),
@@ -125,7 +125,7 @@ class Reader:
         )
 
 
-def _dots(x: Tensor, y: Tensor, one: Tensor, zero: Tensor) -> Tensor:
+def _sum_products(x: Tensor, y: Tensor, one: Tensor, zero: Tensor) -> Tensor:
     """Sum of x * y over all but the channels, (C,) float32: BatchNorm's kernel for its weight has just that."""
     which = [False, True, False]  # of the gradients: the weight's
     _, dots, _ = torch.ops.aten.native_batch_norm_backward(x, y, one, None, None, zero, one, True, 0.0, which)
@@ -138,7 +138,7 @@ def _empty(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _conv_backward(
+def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, padding: int, *, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias) of a convolution of stride 1."""
@@ -188,10 +188,10 @@ class Features:
         grad, x = (whole[:, part].contiguous(memory_format=torch.channels_last) for whole in (total, self.values))
         return _norm_backward(grad, x, moments, moments.deviation)[0]
 
-    def reader(self, gate: Gate, weight: Tensor, *, pool: bool = False) -> Reader:
+    def reader(self, gate: ReluParameters, weight: Tensor, *, pool: bool = False) -> NormReluConv:
         """Of the channels filled so far."""
         moments = Moments(*(moment[: self.filled] for moment in self.moments))
-        return Reader(self.values[:, : self.filled], moments, gate, weight, pool)
+        return NormReluConv(self.values[:, : self.filled], moments, gate, weight, pool)
 
 
 class Layer(NamedTuple):
@@ -328,7 +328,7 @@ class _Block(torch.autograd.Function):
         features = Features.empty(x, x.shape[1] + sum(len(layer.conv2) for layer in layers))
         unbiased = torch.zeros_like(features.moments.mean)  # zeros: what is moved all the way from NaN is still NaN
         features.append(x, eps, unbiased)
-        gates = Gate.of([*(layer.norm1 for layer in layers), tail.norm], x.numel() // x.shape[1], x.dtype)
+        gates = ReluParameters.of([*(layer.norm1 for layer in layers), tail.norm], x.numel() // x.shape[1], x.dtype)
         kept: list[Tensor] = []
         for (_, norm2), gate, layer in zip(norms.layers, gates, layers, strict=False):
             bottleneck = features.reader(gate, layer.conv1).forward()
@@ -370,7 +370,7 @@ class _Block(torch.autograd.Function):
 def _backward2(grad: Tensor, bottleneck: Tensor, moments: Moments, layer: Layer) -> tuple[Tensor, list[Tensor]]:
     """Through conv2, relu and norm2: the gradient of the bottleneck, and of (scale2, shift2, conv2)."""
     y = _rectified(bottleneck, moments, layer.norm2)
-    grad, weight, _ = _conv_backward(grad, y, layer.conv2.to(y.dtype), 1, bias=False)
+    grad, weight, _ = _convolution_backward(grad, y, layer.conv2.to(y.dtype), 1, bias=False)
     grad = torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     grad, scale, shift = _norm_backward(grad, bottleneck, moments, layer.scale2)
     return grad, [scale, shift, weight.to(layer.conv2.dtype)]

@@ -32,7 +32,7 @@ ARCHITECTURES: dict[str, tuple[int, tuple[int, int, int, int], int]] = {
 IMAGENET = "imagenet"  # as a value of `pretrained`
 IMAGENET_FILES = {"densenet121": DenseNet121_Weights, "densenet169": DenseNet169_Weights}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DenseNet(TorchvisionDenseNet):
@@ -44,7 +44,7 @@ class DenseNet(TorchvisionDenseNet):
         self.architecture = architecture
         # Not persistent: the checkpoint stays torchvision's, key by key.
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("scale", 1 / (torch.tensor(IMAGENET_DEVIATION).view(1, 3, 1, 1) * 255), persistent=False)
+        self.register_buffer("scale", 1 / (torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) * 255), persistent=False)
 
         for number in (1, 2, 3):  # a mean over cells and a 1x1 convolution commute: the pool comes first
             transition = self.features.get_submodule(f"transition{number}")
@@ -54,7 +54,7 @@ class DenseNet(TorchvisionDenseNet):
         """image (B, 1, S, S) uint8 -> logit (B,) float32, activation_map (B, h, w) float32."""
         grey = image.to(self.mean.dtype)  # (B, 1, S, S)
         x = (grey - self.mean) * self.scale  # (B, 3, S, S)
-        cells = self._cells_in_training(x) if self.training and _takes_blocks(x.device.type) else self._cells(x)
+        cells = self._cells_in_training(x) if self.training and _uses_dense_block(x.device.type) else self._cells(x)
         activation_map = cells[:, 0].to(self.mean.dtype)  # (B, h, w)
         return activation_map.mean(dim=(1, 2)), activation_map
 
@@ -74,7 +74,7 @@ class DenseNet(TorchvisionDenseNet):
         return dense_block(x, [*parts.denseblock4.values()], parts.norm5, head.weight, head.bias, pool=False)
 
 
-def _takes_blocks(device: str) -> bool:
+def _uses_dense_block(device: str) -> bool:
     """Whether dense_block.py computes a training step: not for torch.compile and torch.export, which want plain layers; and not
     for float16, whose range does not hold the products of weights and slopes that dense_block.py makes."""
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
@@ -89,7 +89,7 @@ def build(architecture: str, *, seed: int = 0, base_rate: float = 0.5) -> DenseN
     return model
 
 
-def torchvision_key(key: str) -> str:
+def to_torchvision_key(key: str) -> str:
     """Published DenseNet files of 2017 say `norm.1`, `conv.2` inside a dense layer where torchvision says `norm1`, `conv2`."""
     head, _, rest = key.rpartition("denselayer")
     for part in ("norm", "relu", "conv"):
@@ -97,7 +97,7 @@ def torchvision_key(key: str) -> str:
     return f"{head}denselayer{rest}" if head else key
 
 
-def imagenet_file(architecture: str) -> Path:
+def fetch_imagenet_file(architecture: str) -> Path:
     """torchvision's own ImageNet file of this architecture, from torch.hub's folder or else from the network.
 
     One process at a time: the first rank calls it before the others. Raises UserError where there is no such file, or neither
@@ -130,8 +130,8 @@ def load_pretrained(model: DenseNet, path: Path | str) -> None:
     The classifier is left alone: ImageNet's has 1,000 classes. Raises UserError naming what is missing or misshapen: loading
     what happens to fit (`strict=False`) once left 92 % of a popular MURA model random.
     """
-    path = imagenet_file(model.architecture) if str(path) == IMAGENET else Path(path)
-    state = {torchvision_key(key): value for key, value in _read_tensors(path).items()}
+    path = fetch_imagenet_file(model.architecture) if str(path) == IMAGENET else Path(path)
+    state = {to_torchvision_key(key): value for key, value in _read_tensors(path).items()}
     wanted = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier.")}
     # Files older than PyTorch 0.4 lack the counters; they influence nothing while momentum is a number.
     bad = [

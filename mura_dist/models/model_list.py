@@ -15,7 +15,7 @@ from mura_dist import __version__
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
 from mura_dist.data.shards.codec import MAX_SIZE_PX
-from mura_dist.models.card import Member, parse_json
+from mura_dist.models.card import EnsembleMember, parse_json
 
 FORMAT = 1
 SUFFIX = ".json"
@@ -27,7 +27,7 @@ class ModelList(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int = FORMAT
-    members: Annotated[list[Member], Field(min_length=1)]  # lowest loss first
+    members: Annotated[list[EnsembleMember], Field(min_length=1)]  # lowest loss first
     select_on: Literal["tune", "valid"]  # the split of `select_loss`
     size: Annotated[int, Field(ge=1, le=MAX_SIZE_PX)]  # pixels of a side
     manifest_sha256: str
@@ -49,17 +49,17 @@ class ModelList(BaseModel):
         )
 
 
-def same(some: Iterable[Member], others: Iterable[Member]) -> bool:
+def have_same_weights(some: Iterable[EnsembleMember], others: Iterable[EnsembleMember]) -> bool:
     """Whether both are the same weights, in whatever order and wherever they lie."""
     return sorted(one.sha256 for one in some) == sorted(one.sha256 for one in others)
 
 
-def anonymous(path: Path, listed: Iterable[Member]) -> list[Member]:
+def strip_run_folders(path: Path, listed: Iterable[EnsembleMember]) -> list[EnsembleMember]:
     """The members of the list `path` without the folders of this machine, for what leaves it: a run by its name alone."""
     return [one.model_copy(update={"run": (path.parent / one.run).resolve().name}) for one in listed]
 
 
-def title(some: Sequence[Member]) -> str:
+def format_title(some: Sequence[EnsembleMember]) -> str:
     """In a few words: `ensemble of 3: a step-12 step-24, b step-24`."""
     steps: dict[str, list[str]] = {}
     for one in some:

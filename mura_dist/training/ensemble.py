@@ -11,7 +11,7 @@ from pathlib import Path
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.models import model_list as members
-from mura_dist.models.card import Member
+from mura_dist.models.card import EnsembleMember
 from mura_dist.models.model_list import ModelList
 from mura_dist.training import checkpoint
 from mura_dist.training.run import Run
@@ -28,8 +28,8 @@ class _Candidate:
     folder: Path
     architecture: str
 
-    def member(self) -> Member:
-        return Member(
+    def member(self) -> EnsembleMember:
+        return EnsembleMember(
             run=self.run,
             checkpoint=self.checkpoint,
             architecture=self.architecture,

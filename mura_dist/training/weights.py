@@ -16,7 +16,7 @@ from mura_dist.core import config, files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError
 from mura_dist.models import model_list
-from mura_dist.models.card import Member
+from mura_dist.models.card import EnsembleMember
 from mura_dist.models.densenet import build
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.model_list import ModelList
@@ -70,7 +70,7 @@ class ModelWeights:
     name: str
     runs: tuple[Run, ...]
     checkpoints: tuple[Checkpoint, ...]
-    members: tuple[Member, ...] = ()
+    members: tuple[EnsembleMember, ...] = ()
 
     @classmethod
     def from_target(cls, target: Target, which: str) -> "ModelWeights":
@@ -104,9 +104,9 @@ class ModelWeights:
         """
         entries = ModelList.load(path).members
         loaded = [_load_member(path, member) for member in entries]
-        members = model_list.anonymous(path, entries)
+        members = model_list.strip_run_folders(path, entries)
         return cls(
-            model_list.title(members),
+            model_list.format_title(members),
             tuple(run for run, _ in loaded),
             tuple(checkpoint for _, checkpoint in loaded),
             tuple(members),
@@ -147,7 +147,7 @@ def _build_network(run: Run, checkpoint: Checkpoint) -> torch.nn.Module:
     return network
 
 
-def _load_member(path: Path, member: Member) -> tuple[Run, Checkpoint]:
+def _load_member(path: Path, member: EnsembleMember) -> tuple[Run, Checkpoint]:
     run_folder = path.parent / member.run
     folder = run_folder / "checkpoints" / member.checkpoint
     remedy = "Restore it, or make the list again with `mura-dist ensemble`."

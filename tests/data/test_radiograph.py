@@ -49,7 +49,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import AllTransferSyntaxes
 
 from mura_dist.data import body_parts, mura, radiograph, raster
-from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError, decode, read_identity, read
+from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError, decode, read, read_identity
 
 
 def drawn() -> np.ndarray:

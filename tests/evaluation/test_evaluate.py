@@ -19,10 +19,10 @@ from mura_dist.data import gate
 from mura_dist.data.class_weights import compute_class_weights
 from mura_dist.data.manifest import Manifest
 from mura_dist.data.shards.reader import Shards
-from mura_dist.evaluation.evaluate import odds_shift
+from mura_dist.evaluation.evaluate import compute_odds_shift
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import calibration
-from mura_dist.metrics.operating_points import NAMES, STUDIES, FittedThresholds
+from mura_dist.metrics.operating_points import OPERATING_POINT_NAMES, STUDY_COLUMNS, FittedThresholds
 from mura_dist.training.scores import Scores, study_scores
 from mura_dist.training.weights import ModelWeights
 
@@ -124,7 +124,7 @@ def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: di
         assert (ours.slope, ours.intercept) == pytest.approx(
             (theirs.slope, theirs.intercept), rel=1e-2
         )  # logits to 1e-5
-        for point in NAMES:
+        for point in OPERATING_POINT_NAMES:
             assert found.thresholds(point)[name] == pytest.approx(wanted.thresholds(point)[name], abs=1e-4)
     assert measured["operating_points"]["overall"]["num_studies"] == measured["overall"]["num_studies"]
     assert measured["overall"]["calibrated"]["brier"] is not None
@@ -170,10 +170,10 @@ def test_predictions_have_what_the_evaluation_has(
     told = evaluated(exported, halved, tmp_path / "e")
     assert told["calibration"] == measured["calibration"]  # the card's
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
-    assert tuple(predicted.columns) == (*STUDIES, "gate", "trained_on")
+    assert tuple(predicted.columns) == (*STUDY_COLUMNS, "gate", "trained_on")
     for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
         table = pd.read_csv(folder / "studies.csv", keep_default_na=False, dtype=str)
-        assert tuple(table.columns) == (*STUDIES, "label", "patient", "exposure", "gate", "trained_on")
+        assert tuple(table.columns) == (*STUDY_COLUMNS, "label", "patient", "exposure", "gate", "trained_on")
         assert set(table["trained_on"]) == {"phantoms"}
         views = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
         worst = views.groupby("study")["gate"].agg(lambda words: max(words, key=gate.NAMES.index))
@@ -265,24 +265,24 @@ def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     train = shards.manifest.frame.query("split == 'train'")
     names = sorted(set(shards.manifest.frame["study_type"]))
     table = compute_class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)
-    assert set(odds_shift(weights, shards).values()) == {0.0}
+    assert set(compute_odds_shift(weights, shards).values()) == {0.0}
     [only] = weights.runs
     weighted, alike = (
         dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": counted}))
         for counted in ("study_type", "class")
     )
-    found = odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
+    found = compute_odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
     normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))
     for name, (w0, w1) in table.items():
         both = name in normal.index and name in abnormal.index
         assert found[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
         assert found[name] == pytest.approx(np.log(w1 / w0))
     of_all = np.log((train["label"] == 0).sum() / (train["label"] == 1).sum())
-    assert odds_shift(dataclasses.replace(weights, runs=(alike,)), shards) == pytest.approx(
+    assert compute_odds_shift(dataclasses.replace(weights, runs=(alike,)), shards) == pytest.approx(
         dict.fromkeys(names, of_all)
     )
     mixed = dataclasses.replace(weights, runs=(weighted, only))
-    assert odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in found.items()})
+    assert compute_odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in found.items()})
 
 
 def test_damaged_radiographs_of_tune_are_left_out_and_told(untrained: Path, halved: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def places(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cells.mean(axis=(1, 2)), cells
 
 
-def toy(outputs: saliency.Outputs, **more: Any) -> EvaluationSubject:
+def toy(outputs: saliency.ForwardFunction, **more: Any) -> EvaluationSubject:
     return EvaluationSubject(more.pop("title", "a title"), "toy", outputs, "step-1", "radiographs", **more)
 
 
@@ -80,7 +80,7 @@ def table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
 def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
     studies = table(seed, threshold=threshold)
-    chosen = gallery_studies.choose(studies, 24, seed)
+    chosen = gallery_studies.choose_studies(studies, 24, seed)
     of_kind: dict[str, list[Any]] = {}
     for name, line, call in chosen:
         of_kind.setdefault(name.rpartition("-")[0], []).append(line)
@@ -103,8 +103,8 @@ def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
 
 def test_hits_are_drawn_by_the_seed() -> None:
     studies = table(0)
-    again, other = (gallery_studies.choose(studies, 24, seed) for seed in (1, 2))
-    assert again == gallery_studies.choose(studies, 24, 1)
+    again, other = (gallery_studies.choose_studies(studies, 24, seed) for seed in (1, 2))
+    assert again == gallery_studies.choose_studies(studies, 24, 1)
     assert [one for one in again if "hit" in one[0]] != [one for one in other if "hit" in one[0]]
     assert [one for one in again if "hit" not in one[0]] == [one for one in other if "hit" not in one[0]]
 
@@ -112,9 +112,9 @@ def test_hits_are_drawn_by_the_seed() -> None:
 def test_a_call_that_was_made_is_the_call() -> None:
     """With thresholds by study type the table says who is called; few errors make few pictures."""
     studies = table(0).iloc[10:40].assign(call=1)
-    kinds = {name.rpartition("-")[0] for name, _, _ in gallery_studies.choose(studies, 24, 0)}
+    kinds = {name.rpartition("-")[0] for name, _, _ in gallery_studies.choose_studies(studies, 24, 0)}
     assert kinds == {"false-alarm", "hit-abnormal"}
-    assert gallery_studies.choose(studies.iloc[:0], 24, 0) == []
+    assert gallery_studies.choose_studies(studies.iloc[:0], 24, 0) == []
 
 
 # ---- the numbers
@@ -126,7 +126,7 @@ def test_maps_are_turned_as_radiographs_are(angle_deg: float) -> None:
     image = smooth(1, 81)[0]
     wanted = np.empty_like(image)
     augment(image, angle_deg, False, wanted)
-    found, inside = saliency.turn(image[None].astype(np.float64), angle_deg)
+    found, inside = saliency.rotate(image[None].astype(np.float64), angle_deg)
     assert np.abs(found[0] - wanted)[inside].max() < 3
     assert inside[40, 40]
     assert inside.all() == (angle_deg in (0.0, 90.0))
@@ -135,8 +135,8 @@ def test_maps_are_turned_as_radiographs_are(angle_deg: float) -> None:
 @pytest.mark.parametrize("size", [160, 320])
 def test_what_sees_the_radiograph_is_stable(size: int) -> None:
     images = smooth(size=size)
-    _, cells = saliency.look(blocks, images)
-    found = saliency.stability(blocks, images, cells, [str(i) for i in range(len(images))], 0)
+    _, cells = saliency.compute_maps(blocks, images)
+    found = saliency.compute_stability(blocks, images, cells, [str(i) for i in range(len(images))], 0)
     assert found["mirror"]["mean"] == pytest.approx(1, abs=1e-12)
     assert found["rotation"]["quartile_1"] > 0.98
     assert 70 < found["rotation"]["num_cells"] < CELLS**2 == found["mirror"]["num_cells"]
@@ -144,8 +144,8 @@ def test_what_sees_the_radiograph_is_stable(size: int) -> None:
 
 def test_what_sees_places_is_not() -> None:
     images = smooth()
-    _, cells = saliency.look(places, images)
-    found = saliency.stability(places, images, cells, ["p"] * len(images), 0)
+    _, cells = saliency.compute_maps(places, images)
+    found = saliency.compute_stability(places, images, cells, ["p"] * len(images), 0)
     assert found["mirror"]["mean"] == pytest.approx(pearson(cells[:1], cells[:1, :, ::-1])[0])
     assert found["rotation"]["mean"] < 0.9
     assert found["mirror"]["mean_low"] is None  # one patient
@@ -153,18 +153,22 @@ def test_what_sees_places_is_not() -> None:
 
 def test_a_turn_the_wrong_way_would_show() -> None:
     images = smooth()
-    _, cells = saliency.look(blocks, images)
-    _, turned = saliency.look(blocks, saliency._turned(images, saliency.ANGLE_DEG))
-    right, wrong = (saliency.turn(turned, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
-    assert saliency.correlation(cells, *right).mean() > saliency.correlation(cells, *wrong).mean() + 0.05
+    _, cells = saliency.compute_maps(blocks, images)
+    _, turned = saliency.compute_maps(blocks, saliency._rotate_images(images, saliency.ANGLE_DEG))
+    right, wrong = (saliency.rotate(turned, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
+    assert (
+        saliency.compute_correlation(cells, *right).mean() > saliency.compute_correlation(cells, *wrong).mean() + 0.05
+    )
 
 
 def test_correlation_is_pearsons() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5, 7, 7)) * 3 + 1
-    np.testing.assert_allclose(saliency.correlation(a, b, np.ones((7, 7), bool)), pearson(a, b), atol=1e-12)
+    np.testing.assert_allclose(saliency.compute_correlation(a, b, np.ones((7, 7), bool)), pearson(a, b), atol=1e-12)
     inside = rng.random((7, 7)) < 0.7
-    np.testing.assert_allclose(saliency.correlation(a, b, inside), pearson(a[:, inside], b[:, inside]), atol=1e-12)
+    np.testing.assert_allclose(
+        saliency.compute_correlation(a, b, inside), pearson(a[:, inside], b[:, inside]), atol=1e-12
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -172,7 +176,7 @@ def test_correlation_is_pearsons() -> None:
 def test_two_cells_are_too_few(num: int) -> None:
     a, inside = np.random.default_rng(0).normal(size=(3, 2, 2)), np.zeros((2, 2), bool)
     inside.flat[:num] = True
-    assert np.isnan(saliency.correlation(a, a, inside)).all()
+    assert np.isnan(saliency.compute_correlation(a, a, inside)).all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -180,12 +184,12 @@ def test_a_map_without_contrast_has_none() -> None:
     a = np.random.default_rng(0).normal(size=(3, 4, 4))
     b = a.copy()
     a[1], b[2, 0, 0] = 7.0, np.nan
-    found = saliency.correlation(a, b, np.ones((4, 4), bool))
+    found = saliency.compute_correlation(a, b, np.ones((4, 4), bool))
     assert found[0] == pytest.approx(1)
     assert np.isnan(found[1:]).all()
-    told = saliency.summary(found, ["a", "b", "c"], 0)
+    told = saliency.summarize_correlations(found, ["a", "b", "c"], 0)
     assert (told["num_radiographs"], told["num_without_contrast"], told["num_patients"]) == (1, 2, 1)
-    nothing = saliency.summary(np.full(3, np.nan), ["a", "b", "c"], 0)
+    nothing = saliency.summarize_correlations(np.full(3, np.nan), ["a", "b", "c"], 0)
     assert (nothing["mean"], nothing["mean_low"], nothing["num_without_contrast"]) == (None, None, 3)
     assert json.dumps([told, nothing], allow_nan=False)
 
@@ -193,12 +197,14 @@ def test_a_map_without_contrast_has_none() -> None:
 def test_the_interval_is_the_patients() -> None:
     """Ten radiographs of one patient are not ten patients."""
     values = np.repeat(np.random.default_rng(0).normal(size=8), 10)
-    by_patient, alone = (saliency.summary(values, [str(i // size) for i in range(len(values))], 0) for size in (10, 1))
+    by_patient, alone = (
+        saliency.summarize_correlations(values, [str(i // size) for i in range(len(values))], 0) for size in (10, 1)
+    )
     widths = [told["mean_high"] - told["mean_low"] for told in (by_patient, alone)]
     assert widths[0] == pytest.approx(widths[1] * np.sqrt(10), rel=0.15)
     assert by_patient["mean"] == pytest.approx(values.mean())
     assert by_patient["mean_low"] < values.mean() < by_patient["mean_high"]
-    assert by_patient == saliency.summary(values, [str(i // 10) for i in range(len(values))], 0)
+    assert by_patient == saliency.summarize_correlations(values, [str(i // 10) for i in range(len(values))], 0)
 
 
 # ---- one scale
@@ -298,7 +304,7 @@ def called(shards: Shards, scores: Scores) -> pd.DataFrame:
 
 def written(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
     rows = shards.rows("train")
-    logit, _ = saliency.look(sees, np.stack([shards.read_pixels(row) for row in rows]))
+    logit, _ = saliency.compute_maps(sees, np.stack([shards.read_pixels(row) for row in rows]))
     studies = called(shards, Scores(rows, logit, np.array([], np.int64)))
     metrics = {"threshold": 0.5, "split": "train"}
     return gallery.write(out, shards, studies, rows, subject=toy(sees, **more), options=options, metrics=metrics)
@@ -380,17 +386,17 @@ def test_a_layer_over_a_radiograph_is_the_painted_one() -> None:
 # ---- pages
 
 
-def a_study(place: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.Study:
+def a_study(place: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.GalleryStudy:
     """A study of noise, which compresses worst."""
     rng = np.random.default_rng(place)
     views = tuple(
-        gallery_studies.View(
+        gallery_studies.GalleryView(
             number, 0.5, rng.integers(0, 256, (size, size), np.uint8), rng.normal(0, 4, (num_cells, num_cells))
         )
         for number in range(1, num_views + 1)
     )
-    kind = list(gallery_studies.NAMES)[place * 4 // 60 % 4]
-    return gallery_studies.Study(f"{kind}-{place}", f"valid/s{place}", "XR_HAND", 1, 0, 0.2, views, 0)
+    kind = list(gallery_studies.KIND_STREAMS)[place * 4 // 60 % 4]
+    return gallery_studies.GalleryStudy(f"{kind}-{place}", f"valid/s{place}", "XR_HAND", 1, 0, 0.2, views, 0)
 
 
 CONTENT: dict[str, Any] = {
@@ -403,9 +409,9 @@ CONTENT: dict[str, Any] = {
     "stability": {
         "note": "n",
         "correlation": "c",
-        "mirror": saliency.summary(np.array([0.5, 0.7]), ["a", "b"], 0) | {"num_cells": 100},
+        "mirror": saliency.summarize_correlations(np.array([0.5, 0.7]), ["a", "b"], 0) | {"num_cells": 100},
     }
-    | {"rotation": saliency.summary(np.array([np.nan]), ["a"], 0) | {"num_cells": 2, "angle_deg": 10.0}},
+    | {"rotation": saliency.summarize_correlations(np.array([np.nan]), ["a"], 0) | {"num_cells": 2, "angle_deg": 10.0}},
 }
 
 
@@ -414,9 +420,9 @@ CONTENT: dict[str, Any] = {
 )
 def test_pages_are_small_and_lead_to_each_other(num: int, views: int, size: int, tmp_path: Path) -> None:
     studies = [a_study(place, views, size) for place in range(num)]
-    texts = gallery_page.pages(studies, CONTENT)
+    texts = gallery_page.render_pages(studies, CONTENT)
     (tmp_path / "gallery").mkdir()
-    paths = [tmp_path / gallery_page.address(number) for number in range(1, len(texts) + 1)]
+    paths = [tmp_path / gallery_page.page_path(number) for number in range(1, len(texts) + 1)]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
     shown: list[str] = []
@@ -441,7 +447,7 @@ def test_pages_are_small_and_lead_to_each_other(num: int, views: int, size: int,
 
 
 def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
-    [text] = gallery_page.pages([a_study(0, 1, 64)], CONTENT)
+    [text] = gallery_page.render_pages([a_study(0, 1, 64)], CONTENT)
     assert text.count("<strong>0.60</strong>") == 1
     assert (
         "Stability of a radiograph turned by ±10°: not measured, since 2 cells of its map stay within the canvas"
@@ -456,16 +462,18 @@ def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
 def test_maps_of_few_cells_are_not_shown() -> None:
     """Neither on a page nor in a picture; a sentence says why."""
     study = a_study(0, 2, 64, num_cells=3)
-    [text] = map(html.unescape, gallery_page.pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}}))
+    [text] = map(
+        html.unescape, gallery_page.render_pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}})
+    )
     assert (
         "this model's class activation maps have 3 x 3 cells here, too few to point at a place (at least 4 x 4)" in text
     )
     assert "How far to trust a map" not in text
     assert "a caveat" not in text
     assert not re.search("<use|image/png|One scale for all maps", text)
-    pixels = gallery_picture.picture(study)
+    pixels = gallery_picture.draw_picture(study)
     assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # grey, but for the words' ink
-    drawn = gallery_picture.picture(a_study(0, 2, 64, num_cells=4))
+    drawn = gallery_picture.draw_picture(a_study(0, 2, 64, num_cells=4))
     assert (drawn[26:, :, 0] == drawn[26:, :, 2]).mean() < 0.9
 
 
@@ -513,7 +521,7 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     row = frame.index[frame["study"] == study["study"]][0]
     shards = Shards.open(tmp_path / "shards")
     rows = shards.rows("train")
-    logit, _ = saliency.look(sees, np.stack([shards.read_pixels(one) for one in rows]))
+    logit, _ = saliency.compute_maps(sees, np.stack([shards.read_pixels(one) for one in rows]))
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
     left = rows != row
@@ -537,7 +545,7 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_flattery_is_told_as_it_was(settings: dict[str, Any], note: str) -> None:
-    assert gallery.flattering(settings) == note
+    assert gallery.describe_stability_bias(settings) == note
 
 
 # ---- the command
@@ -608,11 +616,11 @@ def test_the_radiographs_of_an_evaluation_are_its_owners_alone(
 ) -> None:
     """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
     rows = opened.rows("valid")
-    logit, _ = saliency.look(sees, np.stack([opened.read_pixels(row) for row in rows]))
+    logit, _ = saliency.compute_maps(sees, np.stack([opened.read_pixels(row) for row in rows]))
     scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0), os.umask(0o022)
     try:
         options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)
-        monkeypatch.setattr(gallery_page, "CARDS", 3)  # several pages
+        monkeypatch.setattr(gallery_page, "MAX_STUDIES_PER_PAGE", 3)  # several pages
         results.write(opened, toy(sees), scores, options)
     finally:
         os.umask(before)

@@ -83,7 +83,7 @@ def test_official_vectors_through_the_command(
 
 def joined(predictions: Path, labels: Path, **options: float) -> pd.DataFrame:
     table = prediction_files.read_predictions(predictions, **options)
-    return prediction_files.joined(table, prediction_files.read_labels(labels))
+    return prediction_files.join(table, prediction_files.read_labels(labels))
 
 
 def test_the_official_test_is_known_by_its_counts() -> None:
@@ -185,8 +185,8 @@ def test_a_mura_patient_is_one_over_study_types_and_splits_are_named(tmp_path: P
     studies = joined(write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
     assert studies["patient"].tolist() == ["patient00001", "patient00001", None]
     assert studies["study_type"].tolist() == ["XR_HAND", "XR_WRIST", "unknown"]
-    assert prediction_files.split_of(studies) is None
-    assert prediction_files.split_of(studies.iloc[:2]) == "valid"
+    assert prediction_files.common_split(studies) is None
+    assert prediction_files.common_split(studies.iloc[:2]) == "valid"
 
 
 def test_windows_own_characters_are_read_where_nothing_else_is_possible(tmp_path: Path, capsys) -> None:
@@ -321,7 +321,7 @@ def test_a_file_may_be_a_study(tmp_path: Path) -> None:
 
 def joined_of_files(predictions: Path, labels: Path) -> pd.DataFrame:
     ours = prediction_files.read_predictions(predictions)
-    return prediction_files.joined(ours, prediction_files.read_labels(labels, files_are_studies=ours.files_are_studies))
+    return prediction_files.join(ours, prediction_files.read_labels(labels, files_are_studies=ours.files_are_studies))
 
 
 def test_official_text_is_read_back(tmp_path: Path) -> None:
@@ -654,7 +654,7 @@ def test_against_calls_only_says_so(tmp_path: Path, capsys) -> None:
     b = write(tmp_path / "b.csv", [line.split(",") for line in labels.read_text().splitlines()])
     found = printed(capsys, a, labels, "--against", b)["comparison"]
     assert found["overall"]["auroc"] is None
-    text = score.summary_text(found, "a.csv", "b.csv")
+    text = score.format_comparison(found, "a.csv", "b.csv")
     assert "AUROC: calls only" in text
     assert [line.split()[1] for line in text.splitlines()[1:4]] == ["kappa"] * 3
 

@@ -139,7 +139,7 @@ def test_names_that_a_spreadsheet_would_compute(model: Path, tmp_path: Path) -> 
     labels = tmp_path / "labels.csv"
     labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
     found = prediction_files.read_predictions(out / "studies.csv")
-    studies = prediction_files.joined(found, prediction_files.read_labels(labels, files_are_studies=True))
+    studies = prediction_files.join(found, prediction_files.read_labels(labels, files_are_studies=True))
     assert studies["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
 
 

@@ -7,13 +7,13 @@ from helpers.commands import ROOT
 from helpers.models import card_of
 
 from mura_dist.inference import table_guide, tables
-from mura_dist.metrics.operating_points import STUDIES
+from mura_dist.metrics.operating_points import STUDY_COLUMNS
 
 
 def test_contract_columns_keep_names_and_order_and_new_ones_come_last() -> None:
     contract = {
         "predictions": ["path", "study", "study_type", "logit", "probability", "gate"],
-        "studies": list(STUDIES),
+        "studies": list(STUDY_COLUMNS),
         "failures": ["path", "code", "reason"],
     }
     assert list(contract["studies"]) == (
@@ -21,7 +21,7 @@ def test_contract_columns_keep_names_and_order_and_new_ones_come_last() -> None:
     )
     for table, columns in contract.items():
         assert list(table_guide.TABLES[table])[: len(columns)] == columns
-    assert list(table_guide.STUDIES)[len(STUDIES) :] == ["gate", "trained_on"]
+    assert list(table_guide.STUDIES)[len(STUDY_COLUMNS) :] == ["gate", "trained_on"]
 
 
 @pytest.mark.parametrize("format", tables.FORMATS)

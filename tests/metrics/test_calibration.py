@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from mura_dist.core.errors import UserError
 from mura_dist.metrics import calibration, operating_points
 from mura_dist.metrics.classification import compute_calibration_slope, logit, sigmoid
-from mura_dist.metrics.operating_points import BAND, NAMES, FittedThresholds
+from mura_dist.metrics.operating_points import BAND_OPERATING_POINTS, OPERATING_POINT_NAMES, FittedThresholds
 from mura_dist.metrics.summary import compute_metrics
 
 SHIFT = {"XR_HAND": 1.0, "XR_HUMERUS": 0.2, "XR_WRIST": -0.5}
@@ -173,7 +173,7 @@ def test_thresholds_obey_their_law(size: int, values: int) -> None:
     scores = rng.integers(0, values + 1, len(label)) / values
     candidates = np.unique(np.concatenate([scores, [0.0, 1.0]]))
     between = [(a + b) / 2 for a, b in itertools.pairwise(candidates)]
-    for name in NAMES:
+    for name in OPERATING_POINT_NAMES:
         rate, wanted = name.split("=")
         cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
         if rate == "sensitivity":
@@ -187,7 +187,7 @@ def test_thresholds_obey_their_law(size: int, values: int) -> None:
 @pytest.mark.parametrize("low", [0.3, 1e-300, 1 - 2**-53])
 def test_thresholds_between_neighbours(low: float) -> None:
     scores, label = np.array([low, np.nextafter(low, 2)]), np.array([0, 1])
-    for name in NAMES:
+    for name in OPERATING_POINT_NAMES:
         cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
         assert cut is not None
         assert (scores > cut).tolist() == [False, True]
@@ -198,7 +198,7 @@ def test_pooled_thresholds_are_the_pools(seed: int) -> None:
     tune = simulated({"XR_HAND": 200, "XR_HUMERUS": 40}, seed)
     found = calibration.fit(tune, SHIFT, list(SHIFT))
     positive, shift = tune["label"] == 1, tune["study_type"].map(SHIFT)
-    for name in NAMES:
+    for name in OPERATING_POINT_NAMES:
         rate, wanted = name.split("=")
         point = found.by_study_type["XR_HUMERUS"].operating_points[name]
         cut = logit(np.array([point.threshold]))[0] - SHIFT["XR_HUMERUS"]
@@ -214,7 +214,7 @@ def test_band() -> None:
     found = calibration.fit(tune, SHIFT, ["XR_HAND"])
     one = found.by_study_type["XR_HAND"]
     assert one.band is not None
-    low, high = (one.operating_points[name].threshold for name in BAND)
+    low, high = (one.operating_points[name].threshold for name in BAND_OPERATING_POINTS)
     assert (one.band.low, one.band.high) == (low, high)
     grid = [
         0.0,
@@ -264,7 +264,7 @@ def test_measured_on_other_studies() -> None:
     assert told["left_out"] == {"XR_FOOT": 30}
     assert list(told["by_study_type"]) == ["XR_HAND", "XR_HUMERUS"]
     ours = valid[valid["study_type"] != "XR_FOOT"]
-    for name in NAMES:
+    for name in OPERATING_POINT_NAMES:
         cut = ours["study_type"].map(found.thresholds(name))
         for place, chosen in (("overall", slice(None)), ("XR_HUMERUS", ours["study_type"] == "XR_HUMERUS")):
             part, group = ours[chosen], told["overall"] if place == "overall" else told["by_study_type"][place]
@@ -309,7 +309,7 @@ def test_its_intervals_are_those_of_measure() -> None:
     valid = calibration.apply(found, simulated({"XR_HAND": 200}, 2))
     told = calibration.compute_operating_points(found, valid, resamples=300, seed=5)
     assert told is not None
-    for name in NAMES:
+    for name in OPERATING_POINT_NAMES:
         cut = found.thresholds(name)["XR_HAND"]
         wanted = compute_metrics(valid.assign(call=(valid["probability"] > cut) * 1), resamples=300, seed=5)["overall"]
         point = told["overall"]["points"][name]

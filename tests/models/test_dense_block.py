@@ -24,9 +24,7 @@ def images(batch: int, size: int, seed: int = 0) -> Tensor:
 
 
 def normalised(image: Tensor, dtype: torch.dtype) -> Tensor:
-    mean, deviation = (
-        torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (densenet.IMAGENET_MEAN, densenet.IMAGENET_DEVIATION)
-    )
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (densenet.IMAGENET_MEAN, densenet.IMAGENET_STD))
     return (image.to(dtype) - mean.to(dtype)) * (1 / deviation).to(dtype)
 
 
@@ -100,7 +98,7 @@ def test_the_plain_layers_are_torchvisions(
     monkeypatch: pytest.MonkeyPatch, architecture: str, batch: int, size: int, training: bool
 ) -> None:
     """The pool before the transition's convolution, the head before the mean: as evaluation, export, torch.compile, fp16 run."""
-    monkeypatch.setattr(densenet, "_takes_blocks", lambda device: False)
+    monkeypatch.setattr(densenet, "_uses_dense_block", lambda device: False)
     ours, theirs = (network.double().train(training) for network in pair(architecture, any_sign))
     same_step(ours, theirs, images(batch, size))
 

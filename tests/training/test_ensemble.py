@@ -19,7 +19,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models import model_list
-from mura_dist.models.card import Card, Member, TrainedOn
+from mura_dist.models.card import Card, EnsembleMember, TrainedOn
 from mura_dist.models.densenet import build
 from mura_dist.models.ensemble import Ensemble, mean_probability
 from mura_dist.models.model_list import ModelList
@@ -51,7 +51,9 @@ def tiny(seed: int, bias: float = 0.0) -> torch.nn.Module:
 
 def card_of(num_members: int) -> Card:
     some = [
-        Member(run="run", checkpoint=f"step-{place:08d}", architecture="tiny", select_loss=0.5, sha256=f"{place:064x}")
+        EnsembleMember(
+            run="run", checkpoint=f"step-{place:08d}", architecture="tiny", select_loss=0.5, sha256=f"{place:064x}"
+        )
         for place in range(num_members)
     ]
     return Card(
@@ -60,7 +62,7 @@ def card_of(num_members: int) -> Card:
         trained_on=TrainedOn(kind="phantoms", manifest_sha256="0" * 64, num_radiographs=9),
         selected_on="tune",
         recipe={},
-        checkpoint=model_list.title(some) if some else "step-00000001",
+        checkpoint=model_list.format_title(some) if some else "step-00000001",
         members=some,
     )
 
@@ -254,7 +256,9 @@ def test_the_report_names_the_members(evaluated: Path, listed: Path) -> None:
     assert metrics["checkpoint"].startswith("ensemble of 4: seed")
     assert metrics["selected_on"] == "tune"
     assert metrics["note"] is None
-    assert [Member(**one) for one in metrics["members"]] == model_list.anonymous(listed, ModelList.load(listed).members)
+    assert [EnsembleMember(**one) for one in metrics["members"]] == model_list.strip_run_folders(
+        listed, ModelList.load(listed).members
+    )
     assert metrics["checkpoint"] in (evaluated / "report.html").read_text()
 
 
@@ -267,7 +271,7 @@ def test_the_split_that_chose_is_stamped(listed: Path, shard_folder: Path, tmp_p
 def test_the_exported_file_says_what_is_in_it(exported: Path, listed: Path, evaluated: Path) -> None:
     assert (listed.parent / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == exported.read_bytes()
     card, chosen_members = OnnxModel.load(listed).card, ModelList.load(listed).members
-    assert model_list.same(card.members, chosen_members)
+    assert model_list.have_same_weights(card.members, chosen_members)
     assert card.metrics == json.loads((evaluated / "metrics.json").read_bytes())
     assert card.thresholds
     told = laws.self_describing(exported, kind="phantoms", secrets=[str(listed.parent), str(Path.home()) + "/"])

@@ -32,8 +32,8 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.inference.export import int8, precision, triton
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.metrics.operating_points import PAPER, FittedThresholds
-from mura_dist.models.card import KEY, PRODUCER, Card, Change, TrainedOn
+from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds
+from mura_dist.models.card import KEY, PRODUCER, Card, PrecisionChange, TrainedOn
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
@@ -66,7 +66,7 @@ class ExportReport:
     num_bytes: int
     max_logit_difference: float  # from torch's, in fp32
     num_radiographs: int  # behind `change`, or else behind that difference
-    change: Change | None = None
+    change: PrecisionChange | None = None
     over: Sequence[str] = ()
 
 
@@ -163,7 +163,7 @@ def _card(weights: ModelWeights, measured: dict[str, Any]) -> Card:
         size=data["size"],
         study_types=data["study_types"],
         thresholds={key: cuts[key] for key, found in by_type.items() if found["kappa"] is not None},
-        operating_point=measured.get("operating_point", PAPER),
+        operating_point=measured.get("operating_point", PAPER_OPERATING_POINT),
         calibration=FittedThresholds.model_validate(measured.get("calibration") or {}),
         metrics=measured,
         trained_on=TrainedOn(

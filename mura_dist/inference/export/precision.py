@@ -3,7 +3,7 @@
     weights, precision -> graph      fp16: the network's own layers in half precision, its outputs in fp32
                                      bf16: the fp32 graph, whose card asks the runtime for bf16
                                      int8: int8.py, its grids from radiographs of the train split
-        -> the same radiographs of the split that chose the model through both files, in one runtime -> Change -> limits
+        -> the same radiographs of the split that chose the model through both files, in one runtime -> PrecisionChange -> limits
 
 A call is of a study, by the thresholds of the card; where it has none, by 1/2.
 """
@@ -23,7 +23,7 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 from mura_dist.inference.engine import OPENVINO, SessionConfig, on_cpu
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
-from mura_dist.models.card import PRECISIONS, Card, Change
+from mura_dist.models.card import PRECISIONS, Card, PrecisionChange
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.training.weights import ModelWeights
@@ -99,7 +99,7 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
             continue
 
 
-def measure_change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> Change:
+def measure_change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> PrecisionChange:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
 
@@ -131,7 +131,7 @@ def measure_change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, lo
             f"{card.precision} gives {np.count_nonzero(~np.isfinite(difference))} of {len(known)} radiographs no number; nothing "
             "was written; keep fp32"
         )
-    return Change(
+    return PrecisionChange(
         engine=models[1].provider,
         num_radiographs=len(known),
         num_studies=len(cut),
@@ -225,7 +225,7 @@ def _same_over_batches(of_batch_size: Callable[[int], OnnxModel], limit: float) 
             )
 
 
-def check_limits(precision: str, found: Change, allowed: bool) -> list[str]:
+def check_limits(precision: str, found: PrecisionChange, allowed: bool) -> list[str]:
     """What lies above its limit, a line each. Raises RunError unless `allowed`."""
     limit = LIMITS[precision]
     calls = max(1, int(limit.changed_calls * found.num_studies))  # one may always change: a tiny split has few

@@ -29,7 +29,7 @@ from mura_dist.data.shards.reader import Shards
 from mura_dist.inference.export import onnx as room
 from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, build_onnx, export, parity, probe_images
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.metrics.operating_points import PAPER, FittedThresholds
+from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds
 from mura_dist.models import densenet
 from mura_dist.models.card import FORMAT, KEY, Card
 
@@ -228,7 +228,7 @@ def test_cards_of_before_there_was_calibration() -> None:
         del fields[key]
     for old in (fields, fields | {"calibration": {}, "bands": {}}):
         card = Card.parse(json.dumps(old), "model.onnx")
-        assert (card.calibration, card.operating_point) == (FittedThresholds(), PAPER)
+        assert (card.calibration, card.operating_point) == (FittedThresholds(), PAPER_OPERATING_POINT)
         assert card.calibration.bands == {}
 
 

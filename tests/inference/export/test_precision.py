@@ -20,7 +20,7 @@ from mura_dist.inference.export import precision as variants
 from mura_dist.inference.export.onnx import build_onnx, default_out
 from mura_dist.inference.export.precision import LIMITS
 from mura_dist.inference.onnx_model import OnnxModel
-from mura_dist.models.card import PRECISIONS, Card, Change
+from mura_dist.models.card import PRECISIONS, Card, PrecisionChange
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
@@ -83,8 +83,8 @@ def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
     assert change.num_changed_calls == sum(one != two for one, two in zip(*calls, strict=True))
 
 
-def change_of(mean: float, calls: int, studies: int = 400) -> Change:
-    return Change(
+def change_of(mean: float, calls: int, studies: int = 400) -> PrecisionChange:
+    return PrecisionChange(
         engine="x",
         num_radiographs=900,
         num_studies=studies,

@@ -43,7 +43,7 @@ from mura_dist.inference.page.study_input import title
 from mura_dist.metrics import summary
 from mura_dist.metrics.classification import sigmoid
 from mura_dist.metrics.operating_points import Band, FittedThresholds, StudyTypeThresholds
-from mura_dist.models.card import Card, Change, TrainedOn
+from mura_dist.models.card import Card, PrecisionChange, TrainedOn
 
 SIDE = 128  # a map of 4 x 4 cells
 
@@ -334,7 +334,7 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
 
 
 def test_every_number_says_for_whom_it_holds(service: study.InferenceService) -> None:
-    change = Change(
+    change = PrecisionChange(
         engine="x", num_radiographs=9, num_studies=500, mean_probability=0.01, max_probability=0.1, num_changed_calls=3
     )
     metrics = service.card.metrics | {"note": "optimistic: this split chose the model"}
