@@ -26,6 +26,6 @@ fi
 
 export OMP_NUM_THREADS NCCL_DEBUG TORCH_DISABLE_SHARE_RDZV_TCP_STORE
 
-# Not here: TORCH_NCCL_ASYNC_ERROR_HANDLING (mura_dist sets it: a rank whose peer is lost says so after timeout_s). What PyTorch
+# Not here: TORCH_NCCL_ASYNC_ERROR_HANDLING (mura_dist sets it: a rank whose peer is lost says so after collective_timeout_s). What PyTorch
 # and NCCL do by themselves is right: TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC (a rank stuck in CUDA ends after some minutes), NCCL_IB_* (NCCL
 # finds InfiniBand); PYTORCH_ALLOC_CONF (every step has the same shapes, memory does not fragment).

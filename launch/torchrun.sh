@@ -11,7 +11,7 @@
 # c10d is elastic: with MIN:MAX nodes, when one is lost (noticed in 15 s) or comes, the ranks begin again from the last checkpoint
 # on as many as there are. A size works where global_batch is a multiple of micro_batch x ranks: of 128 and 16, with 4 ranks a
 # node, 1 node and 2; with 3 the ranks refuse. MASTER's own node has to stay: the others meet on it; without it all end.
-# PATIENCE=150    seconds without an answer of MASTER after which a node ends (c10d): more than the setting timeout_s
+# PATIENCE=150    seconds without an answer of MASTER after which a node ends (c10d): more than the setting collective_timeout_s
 # To stop a training, signal the page on every node: one that is asked alone saves and leaves, and the others go on (or, fewer
 # than MIN, wait 10 minutes for it).
 # Exit status: 0 done; 2 wrong words; 3 stopped on request (as RUN/status.json says; the same words go on); else torchrun's.

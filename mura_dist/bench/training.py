@@ -75,7 +75,7 @@ def engine(precision: str, load: Load) -> Work:
     from mura_dist.training.engine import Engine
 
     settings = settings_of(load, precision)
-    ranks = process.enter_context(process_group.join(settings.timeout_s))
+    ranks = process.enter_context(process_group.join(settings.collective_timeout_s))
     trained, stream = Engine(densenet.build(load.architecture), settings, ranks), batches(load)
 
     def work(out: Path) -> int:

@@ -35,7 +35,7 @@ class Group(Enum):
 
     DATA = "data"
     MODEL = "model"
-    OPTIMIZATION = "optimisation"
+    OPTIMIZATION = "optimization"
     SCHEDULE = "schedule"
     MACHINE = "machine"
     CHECKPOINTS = "checkpoints"
@@ -43,7 +43,7 @@ class Group(Enum):
 
 
 _MOST = 2**31 - 1
-_HELP_INDENT = 22  # where the descriptions begin
+_HELP_INDENT = 24  # where the descriptions begin
 _MAX_RECIPE_BYTES = 1 << 20
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 Count = Annotated[int, Field(ge=0, le=_MOST)]
@@ -97,7 +97,7 @@ class Settings(BaseModel):
         0, description="seed of the initial weights, the order of the radiographs and the augmentation"
     )
     global_batch: Annotated[Positive, Group.OPTIMIZATION] = Field(
-        8, description="radiographs per optimiser step, over all ranks"
+        8, description="radiographs per optimizer step, over all ranks"
     )
     micro_batch: Annotated[int, BeforeValidator(_number_or_auto), Group.OPTIMIZATION] = Field(
         8,
@@ -111,8 +111,8 @@ class Settings(BaseModel):
         30.0, description="rotate by a uniform angle of up to this many degrees in either direction"
     )
 
-    optimiser: Annotated[Literal["adam", "adamw", "sgd"], Group.OPTIMIZATION] = Field(
-        "adam", description="optimiser: adam and adamw with betas 0.9 and 0.999, sgd with momentum 0.9"
+    optimizer: Annotated[Literal["adam", "adamw", "sgd"], Group.OPTIMIZATION] = Field(
+        "adam", description="optimizer: adam and adamw with betas 0.9 and 0.999, sgd with momentum 0.9"
     )
     learning_rate: Annotated[float, Field(gt=0), Group.OPTIMIZATION] = Field(
         1e-4, description="learning rate before warm-up and plateau reductions"
@@ -126,7 +126,7 @@ class Settings(BaseModel):
         8, description="global batch that learning_rate is meant for; see lr_scaling"
     )
     weight_decay: Annotated[float, Field(ge=0), Group.OPTIMIZATION] = Field(
-        0.0, description="weight decay of the optimiser"
+        0.0, description="weight decay of the optimizer"
     )
     warmup_steps: Annotated[Count, Group.SCHEDULE] = Field(
         0, description="number of steps in which the learning rate grows linearly to its value"
@@ -190,7 +190,7 @@ class Settings(BaseModel):
         "", description="DeepSpeed JSON file to merge in; it must not contradict the recipe"
     )
     zero_stage: Annotated[Literal[0, 1], Group.MACHINE] = Field(
-        0, description="DeepSpeed ZeRO stage; 1 splits the optimiser's state over the ranks"
+        0, description="DeepSpeed ZeRO stage; 1 splits the optimizer's state over the ranks"
     )
     pipeline: Annotated[Literal["auto", "dali", "cpu", "resident"], Group.MACHINE] = Field(
         "auto",
@@ -244,11 +244,11 @@ class Settings(BaseModel):
         "SIGUSR2",
         description="signal on which the run saves and stops, as it does on SIGTERM and SIGINT; such as a scheduler's warning",
     )
-    wait_s: Annotated[float, Field(ge=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
-        60.0, description="seconds that a start waits for a previous writer of the run to exit"
+    lock_wait_s: Annotated[float, Field(ge=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
+        60.0, description="seconds to wait at the start for a previous writer of the run to exit"
     )
-    timeout_s: Annotated[float, Field(gt=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
-        120.0, description="seconds that a rank waits for the others before it fails"
+    collective_timeout_s: Annotated[float, Field(gt=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
+        120.0, description="seconds that a rank waits for the other ranks before it fails"
     )
 
     @property
@@ -299,7 +299,7 @@ def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
 
 def check(values: dict[str, Any], where: str) -> Settings:
     """Return checked settings; `where` is their source. Raises UserError, which names all wrong and missing ones."""
-    return _validate(values, {}, [], where)
+    return _validate(_with_new_names(values), {}, [], where)
 
 
 def resembles(word: str, *, exactly: bool = False) -> bool:
@@ -323,7 +323,8 @@ def _parse_word(word: str) -> tuple[str, Any, str]:
     """
     key, equals, text = word.partition("=")
     if equals and key.strip() and not word.startswith("-"):
-        return key.strip(), _value(_setting_of(key.strip()) or key.strip(), text.strip()), ""
+        key = setting_names.RENAMED.get(key.strip(), key.strip())
+        return key, _value(_setting_of(key) or key, text.strip()), ""
     key, _, text = word.lstrip("-").replace("=", " ", 1).partition(" ")
     if remedy := setting_names.remedy(key):
         return "", None, f"{word!r}: {remedy}"
@@ -421,7 +422,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
             raise UserError(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes; give a recipe, a TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return _with_new_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except RecursionError:
         raise UserError(f"{path} is nested too deep; write one `key = value` a line") from None
     except FileNotFoundError:
@@ -430,6 +431,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a folder; give a recipe, a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML ({error}); write one `key = value` a line") from None
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with former names of settings replaced. A former name beside the new one stays, and is unknown."""
+    return {
+        key if (new := setting_names.RENAMED.get(key, key)) in values else new: value for key, value in values.items()
+    }
 
 
 def _value(key: str, text: str) -> Any:

@@ -8,6 +8,9 @@ A file of its own in core/, since config.py needs it and its tables would bury t
 import difflib
 from collections.abc import Collection
 
+RENAMED = {"optimiser": "optimizer", "wait_s": "lock_wait_s", "timeout_s": "collective_timeout_s"}
+"""Names that settings had until 0.1.0, and have now. The former ones still work, in recipes and on the command line."""
+
 _SYNONYMS: dict[tuple[str, ...], str] = {
     ("batch_size", "batch", "bs", "train_batch_size"): "global_batch micro_batch",
     ("global_batch_size", "gbs", "total_batch_size", "effective_batch_size"): "global_batch",
@@ -25,7 +28,7 @@ _SYNONYMS: dict[tuple[str, ...], str] = {
     ("out", "output", "output_dir", "out_dir", "save_dir", "run_dir", "log_dir", "workdir", "name", "exp_name"): "run",
     ("resume", "resume_from", "resume_from_checkpoint", "checkpoint", "ckpt", "load"): "run",
     ("data", "data_dir", "data_path", "dataset", "train_data", "root", "input"): "shards",
-    ("optim", "optimizer", "opt"): "optimiser",
+    ("optim", "opt"): "optimizer",
     ("random_seed", "manual_seed", "rng"): "seed",
     ("amp", "fp16", "bf16", "fp32", "half", "dtype", "mixed_precision", "autocast"): "precision",
     ("warmup", "warmup_epochs", "warmup_iters", "num_warmup_steps"): "warmup_steps",
@@ -54,7 +57,7 @@ _SYNONYMS: dict[tuple[str, ...], str] = {
     ("save_total_limit", "max_checkpoints", "keep_last", "keep"): "keep_checkpoints",
     ("save_top_k", "top_k"): "keep_best",
     ("monitor", "metric", "select"): "select_on",
-    ("timeout", "ddp_timeout"): "timeout_s",
+    ("timeout", "ddp_timeout"): "collective_timeout_s",
     ("signal",): "stop_signal",
 }
 _ELSEWHERE: dict[tuple[str, ...], str] = {

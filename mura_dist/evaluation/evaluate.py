@@ -67,7 +67,7 @@ def evaluate_target(
     else:
         also = tune
     started = time.perf_counter()
-    with world.join(settings.timeout_s) as ranks:
+    with world.join(settings.collective_timeout_s) as ranks:
         model = weights.load_model().to(ranks.device)
         targets = RowTargets.from_shards(shards)
         loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)

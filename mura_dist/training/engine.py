@@ -276,9 +276,9 @@ class Engine:
 
 def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
     lr, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimiser == "sgd":
+    if settings.optimizer == "sgd":
         return torch.optim.SGD([weights], lr=lr, momentum=0.9, weight_decay=decay, fused=True)
-    kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
 
@@ -300,7 +300,7 @@ def _deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, worl
         config=deepspeed_config.config(settings, world.size, num_weights=flat.weights.numel()),
         dist_init_required=False,
     )
-    set_timeout(settings.timeout_s)  # DeepSpeed reduces over a group of its own
+    set_timeout(settings.collective_timeout_s)  # DeepSpeed reduces over a group of its own
     engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
     if not settings.zero_stage and engine.postscale_gradients() and engine.gradient_predivide_factor() == 1:
         # The loss is divided by the global batch; dividing the sum of gradients too took 7 ms of a CPU, an eighth of sending it.

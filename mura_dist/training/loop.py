@@ -54,7 +54,9 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
         finished = environment.is_first() and not start.acquire_run(run, plan, stack)
         with default_signal_handlers():  # torch waits for the others in C++, where no handler of ours is heard
             ranks = stack.enter_context(
-                process_group.join(settings.timeout_s, patience_s=max(settings.wait_s, lock.UNVERIFIED_WAIT_S))
+                process_group.join(
+                    settings.collective_timeout_s, patience_s=max(settings.lock_wait_s, lock.UNVERIFIED_WAIT_S)
+                )
             )
         if ranks.any(finished):
             if finished and settings.mlflow:

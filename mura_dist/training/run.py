@@ -154,11 +154,13 @@ class Run:
     def writing(self, stop: threading.Event | None = None) -> Iterator[None]:
         """Hold the lock; leave status.json saying how the block ended.
 
-        Where another writer lives, wait up to `wait_s` for it to end; then UserError. One on another host, whose heart stands
+        Where another writer lives, wait up to `lock_wait_s` for it to end; then UserError. One on another host, whose heart stands
         still, is waited for until it counts as dead. `stop`, when set, ends the wait: StopRequestedError.
         """
         self._make()
-        options = lock.LockOptions(f"run={self.folder}", "give run=NEW", self.settings.wait_s, lock.UNVERIFIED_WAIT_S)
+        options = lock.LockOptions(
+            f"run={self.folder}", "give run=NEW", self.settings.lock_wait_s, lock.UNVERIFIED_WAIT_S
+        )
         with lock.acquire(self.folder / "lock", options, stop or threading.Event()):
             try:
                 yield

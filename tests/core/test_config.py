@@ -52,7 +52,7 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         (["learning_rate=inf"], "learning_rate=inf: input should be a finite number"),
         (["clip_norm=nan"], "clip_norm=nan: input should be a finite number"),
         (["select_on=test"], "select_on='test'"),
-        (["optimiser=lion"], "'adam', 'adamw' or 'sgd'"),
+        (["optimizer=lion"], "'adam', 'adamw' or 'sgd'"),
         (["epochs"], "'epochs' is not key=value; settings are written epochs=..."),
         (["--epochs=3"], "'--epochs=3' is not key=value; settings are written epochs=3"),
         (["--lr 3e-4"], "'--lr 3e-4' is not key=value; settings are written learning_rate=3e-4"),
@@ -93,8 +93,7 @@ SYNONYMS = {
     "output_dir": "run",
     "out": "run",
     "resume": "run",
-    "optim": "optimiser",
-    "optimizer": "optimiser",
+    "optim": "optimizer",
     "random_seed": "seed",
     "amp": "precision",
     "fp16": "precision",
@@ -113,7 +112,7 @@ SYNONYMS = {
 }
 
 
-VALID = {"architecture": "tiny", "optimiser": "sgd", "precision": "fp32", "run": "7", "shards": "8"}
+VALID = {"architecture": "tiny", "optimizer": "sgd", "precision": "fp32", "run": "7", "shards": "8"}
 
 
 @pytest.mark.parametrize("key", SYNONYMS)
@@ -223,7 +222,7 @@ def test_the_papers_recipe_is_the_papers() -> None:
         "plateau_factor": 0.1,
         "rotate_deg": 30.0,
     }
-    paper |= {"flip": True, "optimiser": "adam", "loss_weights": "study_type", "select_on": "tune"}
+    paper |= {"flip": True, "optimizer": "adam", "loss_weights": "study_type", "select_on": "tune"}
     assert {key: getattr(settings, key) for key in paper} == paper
 
 
@@ -250,7 +249,7 @@ def test_the_help_has_every_setting_under_its_group(width: int) -> None:
 def test_descriptions_align_and_hang() -> None:
     lines = [line for line in config.help_text(78).splitlines() if line.startswith("  ")]
     starts = {re.match(r"  \S+ +|  +", line).end() for line in lines}  # type: ignore[union-attr]
-    assert starts == {22}
+    assert starts == {24}
 
 
 def other_value(name: str) -> Any:

@@ -213,7 +213,7 @@ def test_a_collective_that_does_not_end_raises_in_python() -> None:
 @pytest.mark.skipif(gpu.CUDA and torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two ranks")
 def test_a_rank_that_falls_silent_is_lost_with_a_line(shard_folder: Path, tmp_path: Path) -> None:
     """As docs/training.md promises: the other waits timeout_s, says so in a line, exits with 1; status.json says failed."""
-    settings = [*TINY, "epochs=500", "timeout_s=10", f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
+    settings = [*TINY, "epochs=500", "collective_timeout_s=10", f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
     rendezvous = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

@@ -24,7 +24,7 @@ from mura_dist.training import checkpoint, metrics_log
 chaos = tool("robustness/chaos_train")
 pytestmark = pytest.mark.nightly(part="hosts")
 
-LONGER = ("micro_batch=2", "epochs=8", "checkpoint_every=3", "timeout_s=10")
+LONGER = ("micro_batch=2", "epochs=8", "checkpoint_every=3", "collective_timeout_s=10")
 SLOW = ("--delay-ms", 3, "--loss", 0.01)
 PAGE = ROOT / "launch/torchrun.sh"
 LIMIT_S = 150  # for what takes 30 s on a quiet machine
@@ -282,7 +282,8 @@ def test_a_disk_that_stands_still_on_one_host_is_named(site) -> None:
         signal_all(here, 2, b"sshfs", signal.SIGKILL)  # until then the kernel keeps who reads from it
         assert all(here.end(started[1:], 60)), here.told()
         assert (
-            f"rank 1 waited 10 s (timeout_s) for radiographs from {here.shards}: the disk is slow, or gone" in said
+            f"rank 1 waited 10 s (collective_timeout_s) for radiographs from {here.shards}: the disk is slow, or gone"
+            in said
         ), said
         assert "mura-dist: rank 0 lost another rank" in here.log(1).read_text()
         here.is_sound()

@@ -57,7 +57,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, smoothing: float) -> None:
     """Loss, gradient norm and the optimiser's step against autograd; SGD's first momentum is the gradient."""
-    chosen = settings(optimiser="sgd", channels_last=channels_last, label_smoothing=smoothing)
+    chosen = settings(optimizer="sgd", channels_last=channels_last, label_smoothing=smoothing)
     engine = Engine(build("tiny", seed=1), chosen, alone)
     before = weights_of(engine.model)
     result = engine.step(batches(1), 0.5)
@@ -71,7 +71,7 @@ def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, sm
 
 @pytest.mark.parametrize("limit", [0.01, 1e6])
 def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
-    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", clip_norm=limit), alone)
+    engine = Engine(build("tiny", seed=1), settings(optimizer="sgd", clip_norm=limit), alone)
     before = weights_of(engine.model)
     norm = engine.step(batches(1), 1.0).gradient_norm
     moved = (weights_of(engine.model) - before).norm().item()
@@ -82,7 +82,7 @@ def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_nobody_else_clips(alone: World, stage: int) -> None:
     """DeepSpeed would, to 1, where it is not told otherwise."""
-    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd", zero_stage=stage), alone)
+    engine = Engine(build("tiny", seed=1), settings(optimizer="sgd", zero_stage=stage), alone)
     before = weights_of(engine.model)
     heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in batches(1)]
     norm = engine.step(heavy, 1e-3).gradient_norm
@@ -136,8 +136,8 @@ def test_a_step_without_a_sample_is_none(alone: World, words: dict[str, float], 
 def test_a_micro_batch_without_a_sample_is_no_group_of_batchnorm(alone: World) -> None:
     """The gradient is that of the others, of the whole global batch's size; the statistics' mean is over the others."""
     first, second, third = batches(1)
-    engine = Engine(build("tiny", seed=1), settings(optimiser="sgd"), alone)
-    pair = Engine(build("tiny", seed=1), settings(optimiser="sgd", global_batch=2 * SIZE), alone)
+    engine = Engine(build("tiny", seed=1), settings(optimizer="sgd"), alone)
+    pair = Engine(build("tiny", seed=1), settings(optimizer="sgd", global_batch=2 * SIZE), alone)
     before = weights_of(engine.model)
     result, of_pair = engine.step([first, without_samples(second), third], 0.5), pair.step([first, third], 0.5)
     assert (result.applied, result.has_samples, result.num_corrupt) == (True, True, SIZE)
@@ -184,7 +184,7 @@ def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
         assert engine.fingerprint() == known
 
 
-@pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimiser": "sgd"}])
+@pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimizer": "sgd"}])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words: dict[str, object]) -> None:
     """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""

@@ -113,7 +113,7 @@ def test_weights_are_attached_where_they_moved(monkeypatch: pytest.MonkeyPatch) 
     assert first.data_ptr() == starts
 
 
-@pytest.mark.parametrize("words", [{}, {"precision": "bf16"}, {"zero_stage": 1}, {"ema": 0.9, "optimiser": "sgd"}])
+@pytest.mark.parametrize("words", [{}, {"precision": "bf16"}, {"zero_stage": 1}, {"ema": 0.9, "optimizer": "sgd"}])
 def test_a_recorded_network_is_the_network(
     alone: World, capsys: pytest.CaptureFixture[str], words: dict[str, object]
 ) -> None:

@@ -344,7 +344,7 @@ def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
         ({"train_batch_size": 64}, ["train_batch_size = 64", "global_batch=32"]),
         ({"gradient_clipping": 0.5}, ["gradient_clipping = 0.5", "clip_norm=1.0"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled = true", "precision=bf16"]),
-        ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "optimiser=adam"]),
+        ({"optimizer": {"type": "Lamb"}}, ['optimizer.type = "Lamb"', "optimizer=adam"]),
         ({"optimizer": {"params": {"lr": 1.0}}}, ["optimizer.params.lr = 1.0", "learning_rate=0.0001"]),
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "zero_stage=0"]),
         (

@@ -136,7 +136,7 @@ def test_deepspeed_torchrun_and_plain_run_the_same_page(shard_folder: Path, tmp_
         pytest.param(("precision=bf16",), marks=pytest.mark.slow),
         ("pipeline=dali",),
         pytest.param(
-            ("optimiser=adamw", "weight_decay=0.1", "precision=fp16", "channels_last=false"), marks=pytest.mark.slow
+            ("optimizer=adamw", "weight_decay=0.1", "precision=fp16", "channels_last=false"), marks=pytest.mark.slow
         ),
         pytest.param(
             ("lr_scaling=sqrt", "reference_batch=3", "clip_norm=1.0", "label_smoothing=0.01", "warmup_steps=5"),
@@ -168,7 +168,7 @@ def test_only_one_writes(shard_folder: Path, tmp_path: Path) -> None:
     folder.mkdir()
     owner = {"host": os.uname().nodename, "process": os.getpid()}
     (folder / "lock").write_text(json.dumps(owner))
-    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=0", "wait_s=0", "--quiet")
+    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=0", "lock_wait_s=0", "--quiet")
     result = run("mura-dist", "train", *words)
     assert result.returncode == 2
     assert f"being written by process {os.getpid()}" in result.stderr

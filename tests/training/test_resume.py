@@ -19,7 +19,7 @@ RESUMED = [
     pytest.param(1, ("precision=bf16", "ema=0.9", "clip_norm=0.1", "label_smoothing=0.1"), marks=pytest.mark.slow),
     pytest.param(1, (), marks=pytest.mark.nightly(part="kills")),
     pytest.param(2, ("zero_stage=1",), marks=pytest.mark.nightly(part="kills")),
-    pytest.param(2, ("zero_stage=1", "ema=0.9", "precision=fp16", "optimiser=sgd"), marks=pytest.mark.slow),
+    pytest.param(2, ("zero_stage=1", "ema=0.9", "precision=fp16", "optimizer=sgd"), marks=pytest.mark.slow),
 ]
 
 
@@ -111,7 +111,7 @@ def test_resumed_on_another_number_of_ranks(
 
     SGD, so that its momentum tells the gradient: m' = 0.9 m + g. Steps 4 to 12, across an epoch's end.
     """
-    common = ("optimiser=sgd", "checkpoint_every=1", "keep_checkpoints=20", "micro_batch=2", *words)
+    common = ("optimizer=sgd", "checkpoint_every=1", "keep_checkpoints=20", "micro_batch=2", *words)
     same, other = whole(before, *common), tmp_path / "other"
     shutil.copytree(same, other)
     for folder in checkpoint.list_folders(other / "checkpoints"):

@@ -32,7 +32,7 @@ from pathlib import Path
 from mura_dist.core import config
 from mura_dist.training.run import Run
 def run(wait_s):
-    return Run(Path(sys.argv[1]), config.load(None, [f"run={sys.argv[1]}", "shards=none", f"wait_s={wait_s}"]))
+    return Run(Path(sys.argv[1]), config.load(None, [f"run={sys.argv[1]}", "shards=none", f"lock_wait_s={wait_s}"]))
 """
 HOLDS = RUN_OF + "with run(0).writing():\n    print('holds', flush=True)\n    time.sleep(float(sys.argv[2]))\n"
 BEATS = "import os, sys, time\nwhile True:\n    os.utime(sys.argv[1])\n    time.sleep(0.3)\n"
@@ -49,7 +49,7 @@ with run(60).writing():
 
 
 def run_of(folder: Path, wait_s: float = 0) -> Run:
-    return Run(folder, config.load(None, [f"run={folder}", "shards=none", f"wait_s={wait_s}"]))
+    return Run(folder, config.load(None, [f"run={folder}", "shards=none", f"lock_wait_s={wait_s}"]))
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_a_second_training_waits_and_then_is_refused_or_goes_on(
     run = tmp_path / "run"
     first = launch(processes, "plain", shard_folder, run, "epochs=5000")
     until_it_trains(run, first)
-    refused = launch(processes, "plain", shard_folder, run, "wait_s=2", warm=True)
+    refused = launch(processes, "plain", shard_folder, run, "lock_wait_s=2", warm=True)
     assert refused.wait(60) == 2, log_of(run)
     assert f"waiting up to 2 s for process {first.pid} on {platform.node()}" in log_of(run)
     assert f"is being written by process {first.pid} on {platform.node()}" in log_of(run)
@@ -403,7 +403,7 @@ def test_ranks_that_wait_for_the_first_end_with_it(
     """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
     run = tmp_path / "run"
     processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
-    start = launch(processes, "torchrun", shard_folder, run, f"wait_s={1 if asked is None else 60}", warm=True)
+    start = launch(processes, "torchrun", shard_folder, run, f"lock_wait_s={1 if asked is None else 60}", warm=True)
     end = time.monotonic() + 60
     while "waiting up to" not in log_of(run):
         assert time.monotonic() < end, log_of(run)

@@ -113,7 +113,7 @@ class BatchLoader:
             workers,
             prefetch,
             settings.strict,
-            settings.timeout_s,
+            settings.collective_timeout_s,
             note,
         )
 
@@ -187,7 +187,7 @@ def _in_time(
         yield from made
         return
     line = (
-        f"rank {env.rank} waited {timeout_s:g} s (timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
+        f"rank {env.rank} waited {timeout_s:g} s (collective_timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
         "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
     )
     with contextlib.closing(Watchdog(timeout_s, line)) as watchdog:
