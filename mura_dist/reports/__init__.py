@@ -1,0 +1,1 @@
+"""HTML and SVG reports: evaluation, data set, contact sheet."""

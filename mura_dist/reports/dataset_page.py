@@ -1,7 +1,4 @@
-"""What a folder of radiographs, or of shards, holds, as a page: dataset.py's numbers in, markup out. It holds no radiograph.
-
-The counts, the views of a study, the sizes, the exposure, the defects; what is long is folded, what is missing is a footnote.
-"""
+"""Build the page that describes a data set: dataset.py's numbers in, markup out. It holds no radiograph."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,50 +7,48 @@ import numpy as np
 
 from mura_dist.data import mura
 from mura_dist.data.source import report
-from mura_dist.reports.cells import folds, group_cell
+from mura_dist.reports.cells import details_grid, group_cell
 from mura_dist.reports.footnotes import Footnotes
-from mura_dist.reports.html import Html, banner, bars, element, facts, figure, folded, join, section, table, tile
+from mura_dist.reports.html import Html, banner, bars, details, element, facts_table, figure, join, section, table, tile
 
 GRAY_EDGES = np.linspace(0, 256, 17)
 _LABELS = report.LABELS
-_NO_SUCH = "none of this label is among the radiographs whose pixels were read"
+_NO_SAMPLE = "the sample contains no radiograph with this label"
 
 
 def body(numbers: dict[str, Any]) -> Iterator[Html]:
-    """Yield the page's elements. numbers: describe's."""
+    """Yield the page's elements. numbers: see dataset.describe."""
     notes = Footnotes()
-    yield element("h1", f"What {numbers['name']} holds")
+    yield element("h1", f"Data set {numbers['name']}")
     if numbers["holds"] == "phantoms":
-        yield banner("these are drawings, made by mura-dist phantoms: no radiographs")
+        yield banner("computer drawings from mura-dist phantoms, not radiographs")
     yield _tiles(numbers)
-    yield element("p", totals(numbers))
-    counted = "are" if numbers["is_mura_v1_1"] else "are not"
-    yield element(
-        "p", f"The counts {counted} those of MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft"
-    )
+    yield element("p", totals_line(numbers))
+    match = "match" if numbers["is_mura_v1_1"] else "do not match"
+    yield element("p", f"The counts {match} MURA v1.1 ({mura.NUM_IMAGES_V1_1:,} radiographs).", class_="soft")
     if numbers["unknown_study_types"]:
         names = ", ".join(f"{mura.display_name(name)} ({name})" for name in numbers["unknown_study_types"])
-        yield element("p", f"Study types unknown to MURA: {names}.", class_="soft")
+        yield element("p", f"Study types that MURA does not have: {names}.", class_="soft")
     yield section("Counts", *_counts(numbers))
-    yield section("Views of a study", *_views(numbers))
+    yield section("Views per study", *_views(numbers))
     yield section("Sizes", *_sizes(numbers["sizes"]))
     yield section("Exposure", *_exposure(numbers["exposure"], notes))
     defects = {
         name: _defect(count, numbers["defect_examples"].get(name, [])) for name, count in numbers["defects"].items()
     }
-    yield section("Defects", facts(defects) if defects else element("p", "None found."))
-    if footnotes := notes.listed():
+    yield section("Defects", facts_table(defects) if defects else element("p", "None."))
+    if footnotes := notes.as_list():
         yield section("Footnotes", footnotes)
     yield element("footer", element("p", "This page holds no radiograph."), element("p", f"Terms: {mura.TERMS}."))
 
 
-def totals(numbers: dict[str, Any]) -> str:
-    """Return the totals in a line."""
+def totals_line(numbers: dict[str, Any]) -> str:
+    """Return the totals as one line."""
     return f"{numbers['name']} ({numbers['kind']}, {numbers['holds']}): {counts_line(numbers)}"
 
 
 def counts_line(counts: dict[str, Any]) -> str:
-    """Return the counts of a part of the data set in words."""
+    """Return counts as one line. counts: of the data set or of one split."""
     return (
         f"{counts['num_radiographs']:,} radiographs, {counts['num_studies']:,} studies "
         f"({counts['normal_studies']:,} normal, {counts['abnormal_studies']:,} abnormal), {counts['num_patients']:,} patients"
@@ -63,7 +58,7 @@ def counts_line(counts: dict[str, Any]) -> str:
 def _tiles(numbers: dict[str, Any]) -> Html:
     abnormal, studies = numbers["abnormal_studies"], numbers["num_studies"]
     share = f"{100 * abnormal / studies:.0f} % abnormal" if studies else "no study"
-    num_views = f"{numbers['num_radiographs'] / studies:.1f} a study" if studies else "no study"
+    num_views = f"{numbers['num_radiographs'] / studies:.1f} per study" if studies else "no study"
     tiles = (
         tile("Radiographs", f"{numbers['num_radiographs']:,}", num_views),
         tile("Studies", f"{studies:,}", share),
@@ -80,8 +75,8 @@ def _counts(numbers: dict[str, Any]) -> Iterator[Html]:
         return [(name, *(f"{counts[key]:,}" for key in keys)) for name, counts in named]
 
     yield table(header, rows(numbers["splits"].items()))
-    yield folds(
-        folded(
+    yield details_grid(
+        details(
             f"{split}, by study type",
             table(
                 header,
@@ -98,14 +93,14 @@ def _counts(numbers: dict[str, Any]) -> Iterator[Html]:
 
 def _views(numbers: dict[str, Any]) -> Iterator[Html]:
     views = numbers["views_per_study"]
-    alt = f"Studies by number of views, {_spoken(views, views.values())}"
+    alt = f"Studies by number of views: {_describe_bars(views, views.values())}"
     chart = bars(list(views), {"studies": list(views.values())}, alt)
-    yield element("div", figure(chart, "Studies, by how many views they have."), class_="wide pictures")
+    yield element("div", figure(chart, "Number of studies by number of views."), class_="wide pictures")
     rows = [
         (group_cell(name), f"{views['num_studies']:,}", f"{views['mean']:.2f}", f"{views['most']}")
         for name, views in numbers["views_by_study_type"].items()
     ]
-    yield folds([folded("By study type", table(("", "Studies", "Views, mean", "Views, most"), rows))])
+    yield details_grid([details("By study type", table(("", "Studies", "Views, mean", "Views, max"), rows))])
 
 
 def _sizes(sizes: dict[str, Any]) -> Iterator[Html]:
@@ -115,9 +110,7 @@ def _sizes(sizes: dict[str, Any]) -> Iterator[Html]:
         )
         return
     if sizes["num_untold"]:
-        yield element(
-            "p", f"{sizes['num_untold']:,} files have a header that Pillow does not read (DICOM, or damaged)."
-        )
+        yield element("p", f"{sizes['num_untold']:,} files have a header that Pillow cannot read (DICOM or corrupt).")
     if not sizes["num_told"]:
         return
     rows = [
@@ -125,20 +118,21 @@ def _sizes(sizes: dict[str, Any]) -> Iterator[Html]:
         for name in ("width", "height", "longest")
     ]
     yield table(
-        ("Pixels", "least", "median", "most"),
+        ("Pixels", "Min", "Median", "Max"),
         rows,
-        f"Of {sizes['num_told']:,} files; the smallest is {sizes['smallest']}.",
+        f"Sizes of {sizes['num_told']:,} files. The smallest is {sizes['smallest']}.",
     )
     yield element(
-        "p", f"Kinds (Pillow's modes): {', '.join(f'{mode} {count:,}' for mode, count in sizes['modes'].items())}."
+        "p",
+        f"Pixel formats (Pillow's modes): {', '.join(f'{mode} {count:,}' for mode, count in sizes['modes'].items())}.",
     )
     edges, counts = sizes["longest_histogram"]["edges_px"], sizes["longest_histogram"]["counts"]
     chart = bars(
-        [str(edge) for edge in edges[:-1]], {"files": counts}, f"Files by longest side: {_spoken(edges, counts)}"
+        [str(edge) for edge in edges[:-1]], {"files": counts}, f"Files by longest side: {_describe_bars(edges, counts)}"
     )
     yield element(
         "div",
-        figure(chart, "Files, by their longest side in pixels, from the number below on."),
+        figure(chart, "Number of files by longest side. Each number is the lower edge of its bin, in pixels."),
         class_="wide pictures",
     )
 
@@ -146,40 +140,40 @@ def _sizes(sizes: dict[str, Any]) -> Iterator[Html]:
 def _exposure(exposure: dict[str, Any], notes: Footnotes) -> Iterator[Html]:
     yield element(
         "p",
-        f"Mean grey level (0 black, 255 white) of {exposure['num_radiographs']:,} radiographs, evenly chosen. Where "
-        "normal and abnormal differ, exposure alone tells something of the label: a shortcut a network will find.",
+        f"Mean gray level (0 black, 255 white) of a sample of {exposure['num_radiographs']:,} radiographs. If normal and "
+        "abnormal radiographs differ, exposure alone predicts the label to some degree, and a network will use it.",
     )
     exposure_by_split = {"All radiographs": exposure["overall"], **exposure["split"]}
-    yield _grey_table(exposure_by_split, notes)
-    yield _grey_charts({"All radiographs": exposure["overall"]})
-    yield folds(
+    yield _gray_table(exposure_by_split, notes)
+    yield _gray_charts({"All radiographs": exposure["overall"]})
+    yield details_grid(
         [
-            folded("By split", _grey_charts(exposure["split"])),
-            folded("By study type", _grey_table(exposure["study_type"], notes), _grey_charts(exposure["study_type"])),
+            details("By split", _gray_charts(exposure["split"])),
+            details("By study type", _gray_table(exposure["study_type"], notes), _gray_charts(exposure["study_type"])),
         ]
     )
 
 
-def _grey_table(named: dict[str, dict[str, Any]], notes: Footnotes) -> Html:
+def _gray_table(named: dict[str, dict[str, Any]], notes: Footnotes) -> Html:
     rows = [
-        (group_cell(name), f"{grey['num_radiographs']:,}", *(_mean(grey[f"{label}_mean"], notes) for label in _LABELS))
-        for name, grey in named.items()
+        (group_cell(name), f"{gray['num_radiographs']:,}", *(_mean(gray[f"{label}_mean"], notes) for label in _LABELS))
+        for name, gray in named.items()
     ]
     return table(("", "Radiographs", "Normal, mean", "Abnormal, mean"), rows)
 
 
 def _mean(value: float | None, notes: Footnotes) -> Any:
-    return join(("-", notes.mark(_NO_SUCH))) if value is None else f"{value:.1f}"
+    return join(("-", notes.mark(_NO_SAMPLE))) if value is None else f"{value:.1f}"
 
 
-def _grey_charts(named: dict[str, dict[str, Any]]) -> Html:
+def _gray_charts(named: dict[str, dict[str, Any]]) -> Html:
     charts = []
     edges = GRAY_EDGES.astype(int).tolist()
-    for name, grey in named.items():
-        series = {label: grey[f"{label}_histogram"] for label in _LABELS}
-        description = "; ".join(f"{label} {_spoken(edges, counts)}" for label, counts in series.items())
-        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean grey level, {description}")
-        charts.append(figure(chart, f"{mura.display_name(name)}, by their mean grey level."))
+    for name, gray in named.items():
+        series = {label: gray[f"{label}_histogram"] for label in _LABELS}
+        description = "; ".join(f"{label} {_describe_bars(edges, counts)}" for label, counts in series.items())
+        chart = bars([str(edge) for edge in edges[:-1]], series, f"Radiographs by mean gray level: {description}")
+        charts.append(figure(chart, f"{mura.display_name(name)} by mean gray level."))
     return element("div", *charts, class_="wide pictures")
 
 
@@ -188,6 +182,6 @@ def _defect(count: int, examples: list[str]) -> Html:
     return join((f"{count:,}", *(element("small", line) for line in [*examples, *more])))
 
 
-def _spoken(names: Iterable[Any], counts: Iterable[int]) -> str:
-    """Return a chart's bars in words, for those who cannot see them; the empty ones left out."""
+def _describe_bars(names: Iterable[Any], counts: Iterable[int]) -> str:
+    """Return the text of a bar chart for screen readers, without empty bars."""
     return ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=False) if count) or "none"

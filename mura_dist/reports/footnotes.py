@@ -1,6 +1,6 @@
-"""Footnotes of a page: a letter where a number or an interval is missing, each reason explained once, at the end.
+"""Collect the footnotes of a page. A letter marks a missing number or interval; a list at the end explains each letter.
 
-reason -> Footnotes.mark -> a letter beside the number            Footnotes.listed -> the list that explains the letters
+reason -> Footnotes.mark -> a letter next to the number; Footnotes.as_list -> the list
 """
 
 import re
@@ -10,12 +10,12 @@ from string import ascii_lowercase
 from mura_dist.reports.html import Html, element
 
 WILSON = (
-    "Wilson, assumes independent studies: the bootstrap over patients has no interval here, since every study is right, every "
-    "study is wrong, or too few are there."
+    "Wilson interval, which assumes independent studies. The bootstrap over patients gives no interval here, because every "
+    "study is right, every study is wrong, or there are too few studies."
 )
-# A reason that counts resamples or studies is one footnote, whatever it counts.
+# Reasons that differ only in their counts share one footnote.
 _GENERAL = (
-    (r"undefined in \d+ of \d+ resamples", "undefined in too many of the bootstrap's resamples: too few studies"),
+    (r"undefined in \d+ of \d+ resamples", "undefined in too many bootstrap resamples: too few studies"),
     (r"\d+ of \d+ resamples had one class only", "most resamples had one class only: too few studies"),
     (r"\d+ studies of the rarer label; .*", "too few studies of the rarer label for an interval by formula"),
 )
@@ -29,14 +29,14 @@ class Footnotes:
         self._letters: dict[str, str] = {}
 
     def mark(self, reason: str) -> Html:
-        """Return the letter of a reason, as a link to where it is explained."""
+        """Return the letter of a reason, as a link to its explanation."""
         text = _sentence(reason)
         letter = self._letters.setdefault(text, _LETTERS[min(len(self._letters), len(_LETTERS) - 1)])
         link = element("a", letter, href=f"#note-{letter}", aria_label=f"footnote {letter}", title=text)
         return element("sup", link, class_="mark")
 
-    def listed(self) -> Html:
-        """Return the list that explains every letter; nothing where there is none."""
+    def as_list(self) -> Html:
+        """Return the list that explains every letter, or nothing where there is none."""
         notes = [
             element("li", element("sup", letter), " ", text, id=f"note-{letter}")
             for text, letter in self._letters.items()

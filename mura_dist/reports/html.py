@@ -1,7 +1,6 @@
-"""Pages that open from disk: one file, no network, no script; light and dark, paper and phone.
+"""Build self-contained HTML pages: one file, no network, no script; light and dark, print and phone.
 
-`element` escapes every text it is given, so nothing a file or folder is called can become markup; `Html` is what is
-markup already. evaluation.py and dataset.py put their pages together from these pieces.
+`element` escapes every text, so no name of a file or folder can become markup. `Html` is text that already is markup.
 """
 
 import html
@@ -9,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Blue and orange stay apart for every kind of colour vision, on white and on black; ink follows the page's theme.
+# Blue and orange can be told apart with every kind of color vision, on white and on black.
 NEGATIVE_COLOR, POSITIVE_COLOR = "#3f83b5", "#d9722b"
 
 _STYLE = """
@@ -86,33 +85,41 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem
 
 
 _VOID = ("img", "meta")
-_MOST_COLUMNS_ON_A_PHONE = 2
-_SHORT_CELL, _SHORT_NAME = 6, 8  # characters; such a cell takes a sixth of a phone's width
-# Control characters, and those that turn the direction of what follows: they would change how a page reads, not what it says.
+_MAX_PHONE_COLUMNS = 2
+_SHORT_CELL, _SHORT_NAME = 6, 8  # characters; a short cell takes a sixth of a phone's width
+# Control characters and those that change the text direction, with which a name could disguise itself.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class Html(str):
-    """Markup; everything else is text and gets escaped."""
+    """Markup. Any other string is text and gets escaped."""
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Html:
-    """`element("p", "a < b", class_="soft")` -> `<p class="soft">a &lt; b</p>`. An iterable of Html joins as it is."""
-    named = "".join(f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"' for key, value in attributes.items())
+    """Return an element: `element("p", "a < b", class_="soft")` is `<p class="soft">a &lt; b</p>`."""
+    named = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     return Html(f"<{tag}{named}>" if tag in _VOID else f"<{tag}{named}>{join(children)}</{tag}>")
 
 
 def join(children: Iterable[Any]) -> Html:
-    return Html("".join(child if isinstance(child, Html) else escaped(child) for child in children))
+    """Return the children one after the other; text is escaped."""
+    return Html("".join(child if isinstance(child, Html) else escape(child) for child in children))
 
 
-def escaped(value: Any) -> str:
-    """Return the text of `value` as a page or an attribute holds it: no markup, U+FFFD for a control character."""
+def escape(value: Any) -> str:
+    """Return `value` as escaped text, with U+FFFD for each control character."""
     return html.escape(_CONTROLS.sub("\ufffd", str(value)))
 
 
 def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
-    """A whole HTML file. remark: for those who open it as text, in its first lines; style: what it needs besides."""
+    """Return the content of an HTML file.
+
+    Args:
+        title: The title.
+        body: The content of the body.
+        remark: A comment in the first lines, for readers who open the file as text.
+        style: Additional CSS.
+    """
     assert "--" not in remark, remark
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -123,41 +130,43 @@ def page(title: str, *body: Any, remark: str = "", style: str = "") -> str:
 
 
 def section(title: Any, *body: Any, **attributes: Any) -> Html:
+    """Return a section with a heading."""
     return element("section", element("h2", title), *body, Html("\n"), **attributes)
 
 
-def folded(title: Any, *body: Any) -> Html:
-    """Return what is too long to stand open; it needs no script, and paper shows it all."""
+def details(title: Any, *body: Any) -> Html:
+    """Return a collapsible block. Print shows its content."""
     return element("details", element("summary", title), *body)
 
 
 def banner(text: str) -> Html:
+    """Return a highlighted warning."""
     return element("p", text, class_="banner", role="note")
 
 
 def table(header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "") -> Html:
-    """Return a table; its first column says what a row is about.
+    """Return a table. The first column holds the row headers.
 
-    On a phone a table of more than two columns becomes a block a row, each value under the name of its column.
+    On a phone, each row of a table with more than two columns becomes a block, with each value under its column's name.
     """
-    stacks = len(header) > _MOST_COLUMNS_ON_A_PHONE
+    stacks = len(header) > _MAX_PHONE_COLUMNS
     names = [_text_of(cell) if stacks else "" for cell in header]
     head = element("thead", element("tr", *(element("th", cell, scope="col") for cell in header)))
     body = []
     for row in rows:
         cells = (_cell(name, cell) for name, cell in zip(names[1:], row[1:], strict=True))
         body.append(element("tr", element("th", row[0], scope="row"), *cells))
-    named = {"role": "region", "aria_label": caption} if caption else {}
-    look = {"class_": "stack"} if stacks else {}
+    region = {"role": "region", "aria_label": caption} if caption else {}
+    layout = {"class_": "stack"} if stacks else {}
     framed_table = element(
-        "div", element("table", head, element("tbody", *body), **look), class_="scroll", tabindex="0", **named
+        "div", element("table", head, element("tbody", *body), **layout), class_="scroll", tabindex="0", **region
     )
-    # Outside: a caption inside is as wide as the table, and scrolls away with it.
+    # A caption inside the table would be as wide as the table and scroll with it.
     return join((element("p", caption, class_="caption"), framed_table)) if caption else framed_table
 
 
 def _cell(name: str, cell: Any) -> Html:
-    """Return a cell. name: its column's, where the table becomes blocks on a phone; else empty."""
+    """Return a cell. name: its column's name if the table becomes blocks on a phone, else ""."""
     if not name:
         return element("td", cell)
     short = not isinstance(cell, Html) and len(str(cell)) <= _SHORT_CELL and len(name) <= _SHORT_NAME
@@ -165,60 +174,66 @@ def _cell(name: str, cell: Any) -> Html:
 
 
 def _text_of(cell: Any) -> str:
-    """Return a header's text without its markup."""
+    """Return the text of a header cell without its markup."""
     if not isinstance(cell, Html):
         return str(cell)
     return html.unescape(re.sub("<[^>]*>", "", cell.replace("<small>", ", ")))
 
 
-def plain(value: Any) -> str:
-    """Return a setting as a person reads it: no JSON, no code."""
+def format_value(value: Any) -> str:
+    """Return a setting as readable text, without JSON syntax."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {plain(part)}" for key, part in value.items()) or "none"
+        return "; ".join(f"{key}: {format_value(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value)) or "none"
+        return ", ".join(map(format_value, value)) or "none"
     return str(value)
 
 
-def facts(values: Mapping[str, Any]) -> Html:
-    """Names and their values, one a line."""
+def facts_table(values: Mapping[str, Any]) -> Html:
+    """Return a table of names and values."""
     rows = [element("tr", element("th", key, scope="row"), element("td", value)) for key, value in values.items()]
     return element("table", element("tbody", *rows), class_="facts")
 
 
 def tile(name: str, value: str, below: Any) -> Html:
+    """Return a tile with a large value and small text below it."""
     return element("div", name, element("strong", value), element("small", below))
 
 
 def figure(svg: Html, caption: str = "") -> Html:
+    """Return an SVG plot with its caption."""
     return element("figure", svg, *([element("figcaption", caption)] if caption else []))
 
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[int]], alt: str) -> Html:
-    """A bar chart as inline SVG: for each name a group of bars, one of each series (at most two).
+    """Return a bar chart as inline SVG.
 
-    Counts stand on the bars where all are wide enough, names below, thinned out where there are more than a dozen.
+    Args:
+        names: One for each group of bars. Every second, third, ... is drawn if there are more than twelve.
+        series: At most two; each has one count for each name.
+        alt: Text for screen readers.
     """
-    colours = (NEGATIVE_COLOR, POSITIVE_COLOR)
-    assert 0 < len(series) <= len(colours), list(series)
+    colors = (NEGATIVE_COLOR, POSITIVE_COLOR)
+    assert 0 < len(series) <= len(colors), list(series)
     width, top, floor = 420, 30, 166
     peak = max((value for values in series.values() for value in values), default=0) or 1
-    slot, every = width / max(len(names), 1), -(-len(names) // 12)
-    wide = slot * 0.82 / len(series)
+    group_px, stride = width / max(len(names), 1), -(-len(names) // 12)
+    bar_px = group_px * 0.82 / len(series)
     parts = [_rect(0, floor, width, 1, "currentColor")]
     for number, (label, values) in enumerate(series.items()):
         if len(series) > 1:
-            parts += [_rect(150 * number, 2, 9, 9, colours[number]), _text(150 * number + 14, 11, label, "start")]
-        for place, value in enumerate(values):
-            x, tall = place * slot + slot * 0.09 + number * wide, (floor - top) * value / peak
-            parts.append(_rect(x, floor - tall, wide, tall, colours[number]))
-            if value and wide >= 7 * len(f"{peak:,}"):
-                parts.append(_text(x + wide / 2, floor - tall - 3, f"{value:,}", "middle"))
-    parts += [_text((place + 0.5) * slot, floor + 16, names[place], "middle") for place in range(0, len(names), every)]
+            parts += [_rect(150 * number, 2, 9, 9, colors[number]), _text(150 * number + 14, 11, label, "start")]
+        for index, value in enumerate(values):
+            x, height = index * group_px + group_px * 0.09 + number * bar_px, (floor - top) * value / peak
+            parts.append(_rect(x, floor - height, bar_px, height, colors[number]))
+            if value and bar_px >= 7 * len(f"{peak:,}"):
+                parts.append(_text(x + bar_px / 2, floor - height - 3, f"{value:,}", "middle"))
+    for index in range(0, len(names), stride):
+        parts.append(_text((index + 0.5) * group_px, floor + 16, names[index], "middle"))
     return element("svg", *parts, viewBox=f"0 0 {width} {floor + 24}", role="img", aria_label=alt, font_size="11")
 
 

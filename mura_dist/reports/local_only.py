@@ -1,8 +1,9 @@
-"""Pages and pictures that hold radiographs: marked LOCAL ONLY wherever one may look.
+"""Mark pages and pictures that hold radiographs as LOCAL ONLY.
 
-    body -> page: the file's first lines, title, banner, footer      pixels -> png, jpeg: a line inside the file -> data URI
+    body -> page: marked in its first lines, title, banner and footer
+    pixels -> png, jpeg: marked in the file's comment -> data URI
 
-No other page of the house holds a radiograph. MURA's licence lets nobody share any portion of it, whatever it was made into.
+MURA's license forbids sharing any portion of the data in any form. No other page of this package holds a radiograph.
 """
 
 import base64
@@ -17,9 +18,7 @@ from mura_dist.reports.html import Html, banner, element
 from mura_dist.reports.html import page as html_page
 
 MARK = "LOCAL ONLY"
-WHY = (
-    f"{MARK}: this holds radiographs. It stays on this machine: do not send it, publish it or put it into a repository."
-)
+WHY = f"{MARK}: this file holds radiographs. Keep it on this machine: do not send it, publish it or add it to a repository."
 
 _STYLE = """
 @media print { body::before { content: "LOCAL ONLY: holds radiographs"; font-weight: 600 } }
@@ -27,14 +26,14 @@ _STYLE = """
 
 
 def page(title: str, *body: Any, style: str = "") -> str:
-    """Return an HTML file with radiographs in it; `body` follows its heading and banner."""
-    head = (element("h1", title), banner(f"{WHY} MURA's licence: no sharing of any portion of the data."))
+    """Return an HTML file that holds radiographs. `body` follows the heading and the banner."""
+    head = (element("h1", title), banner(f"{WHY} MURA's license: no sharing of any portion of the data."))
     foot = element("footer", *(element("p", line) for line in (WHY, f"Terms: {mura.TERMS}.", f"{mura.LICENSE}.")))
     return html_page(f"{MARK}: {title}", *head, *body, foot, remark=WHY, style=_STYLE + style)
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Return a PNG file of pixels, uint8 (H, W) grey or (H, W, 3) colour, that says what it is."""
+    """Return a marked PNG file of uint8 pixels, gray (H, W) or RGB (H, W, 3)."""
     comment, data = PngImagePlugin.PngInfo(), io.BytesIO()
     comment.add_text("Comment", f"{WHY} {mura.TERMS}")
     Image.fromarray(pixels).save(data, "PNG", pnginfo=comment, compress_level=6)
@@ -42,13 +41,13 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
-    """Return a JPEG file of pixels, uint8 (H, W), that says what it is: a third of the PNG's bytes, for looking at."""
+    """Return a marked JPEG file of uint8 pixels (H, W), a third of the PNG's size."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "JPEG", quality=90, comment=f"{WHY} {mura.TERMS}".encode())
     return data.getvalue()
 
 
 def data_uri(pixels: np.ndarray, *, lossy: bool = False) -> Html:
-    """Return the file's content as an address that needs no file: a PNG, or a JPEG where `lossy`."""
+    """Return a data URI of a PNG, or of a JPEG if `lossy`."""
     kind, data = ("jpeg", jpeg(pixels)) if lossy else ("png", png(pixels))
     return Html(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}")

@@ -1,9 +1,9 @@
-"""How a training went: the lines of metrics.jsonl as curves, and as a ledger of where the time goes.
+"""Turn the lines of metrics.jsonl into training curves and a breakdown of the training time.
 
-    history (metrics.jsonl's lines, see metrics_log.py) -> panels -> curves.png, and the report's plots
-                                                    -> ledger -> the report
+    history (the lines of metrics.jsonl, see metrics_log.py) -> panels -> curves.png, and the report's plots
+    history -> ledger -> the report
 
-What is null is left out: JSON has no NaN. Of a step logged twice, by a resumed run, the later line counts.
+Null values are skipped. Where a resumed run logged a step twice, the later line counts.
 """
 
 import io
@@ -20,15 +20,15 @@ from mura_dist.reports.html import NEGATIVE_COLOR, POSITIVE_COLOR
 
 History = list[dict[str, Any]]
 Series = dict[str, tuple[list[float], list[float]]]  # label -> steps, values
-COLOURS = {"step": "#8995a1", "train": NEGATIVE_COLOR, "tune": POSITIVE_COLOR, "valid": POSITIVE_COLOR}
+COLORS = {"step": "#8995a1", "train": NEGATIVE_COLOR, "tune": POSITIVE_COLOR, "valid": POSITIVE_COLOR}
 INK = "#1b1f24"
-_HELD_OUT = re.compile(r"(train|tune|valid)_(loss|kappa|auroc)$")
+_SPLIT_METRIC = re.compile(r"(train|tune|valid)_(loss|kappa|auroc)$")
 
 
 def panels(history: History) -> list[tuple[str, Series, str]]:
-    """Title, series and scale ("linear", "log", "zero": from 0 on) of the six panels; a series nobody logged is left out."""
+    """Return title, series and scale ("linear", "log", or "zero": linear from 0) of the six panels."""
     steps = [line for line in history if line.get("kind") == "step"]
-    keys = sorted({key for line in history for key in line if _HELD_OUT.fullmatch(key)})
+    keys = sorted({key for line in history for key in line if _SPLIT_METRIC.fullmatch(key)})
     epochs = {
         kind: {key: key.split("_")[0] for key in keys if key.endswith(kind)} for kind in ("loss", "kappa", "auroc")
     }
@@ -37,43 +37,46 @@ def panels(history: History) -> list[tuple[str, Series, str]]:
         ("Kappa", _series(history, epochs["kappa"]), "linear"),
         ("AUROC", _series(history, epochs["auroc"]), "linear"),
         ("Learning rate", _series(steps, {"learning_rate": "step"}), "log"),
-        ("Radiographs a second", _series(steps, {"images_per_s": "step"}), "zero"),
+        ("Radiographs per second", _series(steps, {"images_per_s": "step"}), "zero"),
         ("Time spent waiting for data, %", _series(steps, {"data_wait_share": "step"}, 100), "zero"),
     ]
 
 
 def _series(history: History, names: Mapping[str, str], factor: float = 1) -> Series:
-    """key -> label: the finite values of each key by step; of a step logged twice (a resumed run) the later one."""
-    found: Series = {}
+    """Return the finite values of each key by step. names: key -> label."""
+    series: Series = {}
     for key, label in names.items():
         points = {line["step"]: line[key] * factor for line in history if _finite(line.get(key)) and "step" in line}
         if points:
             steps = sorted(points)
-            found[label] = (steps, [points[step] for step in steps])
-    return found
+            series[label] = (steps, [points[step] for step in steps])
+    return series
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def thinned(series: Series, most: int) -> tuple[Series, int]:
-    """Series of at most `most` points, each the mean over so many neighbours; and how many."""
-    together = max((-(-len(steps) // most) for steps, _ in series.values()), default=1)
-    if together == 1:
+def downsample(series: Series, max_points: int) -> tuple[Series, int]:
+    """Return series of at most `max_points` means over consecutive points, and the number of points per mean."""
+    window = max((-(-len(steps) // max_points) for steps, _ in series.values()), default=1)
+    if window == 1:
         return series, 1
     return {
-        label: (_means(steps, together), _means(values, together)) if len(steps) > most else (steps, values)
+        label: (_means(steps, window), _means(values, window)) if len(steps) > max_points else (steps, values)
         for label, (steps, values) in series.items()
-    }, together
+    }, window
 
 
-def _means(values: list[float], together: int) -> list[float]:
-    return [float(np.mean(values[start : start + together])) for start in range(0, len(values), together)]
+def _means(values: list[float], window: int) -> list[float]:
+    return [float(np.mean(values[start : start + window])) for start in range(0, len(values), window)]
 
 
 def ledger(history: History) -> dict[str, Any]:
-    """Where a training's time went; None where nobody logged it. Medians are over lines: a line stands for as many steps."""
+    """Return throughput, waiting and evaluation times of a training. A value that was not logged is None.
+
+    Medians are over lines. Each line covers the same number of steps.
+    """
     steps = [line for line in history if line.get("kind") == "step"]
     epochs = [line for line in history if line.get("kind") == "epoch"]
     evaluations = _values(epochs, "evaluation_s")
@@ -101,18 +104,23 @@ def _median(values: list[float]) -> float | None:
 
 
 def _last(lines: History, key: str) -> int | None:
-    known = [line[key] for line in lines if line.get(key) is not None]
-    return known[-1] if known else None
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return values[-1] if values else None
 
 
 def draw(history: History, path: Path) -> None:
-    """Draw the training curves of metrics.jsonl's lines into a PNG file; a panel without data says so."""
-    import matplotlib  # here: the report needs the panels, and no drawing package
+    """Draw the training curves into a PNG file.
+
+    Args:
+        history: The lines of metrics.jsonl.
+        path: The file to write.
+    """
+    import matplotlib  # imported late: the report needs the panels without matplotlib
     from matplotlib.figure import Figure
 
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    color_keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     style = {"font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9.5, "grid.alpha": 0.25}
-    style |= dict.fromkeys(inked, INK)
+    style |= dict.fromkeys(color_keys, INK)
     style |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(11, 6), layout="constrained")
@@ -124,7 +132,7 @@ def draw(history: History, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, title: str, lines: Series, scale: str) -> None:
-    axes.set_title(title, loc="left")  # the legend stands to its right, on no line
+    axes.set_title(title, loc="left")  # the legend is to its right, outside the axes
     axes.set_xlabel("step")
     if not lines:
         axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", fontstyle="italic")
@@ -132,7 +140,7 @@ def _draw_panel(axes: Any, title: str, lines: Series, scale: str) -> None:
         return
     for label, (x, y) in lines.items():
         dots = {} if label == "step" else {"marker": "o", "markersize": 3.5, "linewidth": 1.6}
-        axes.plot(x, y, color=COLOURS[label], label=label, **dots)
+        axes.plot(x, y, color=COLORS[label], label=label, **dots)
     axes.set_xlim(0, 1.02 * max(1, *(x[-1] for x, _ in lines.values())))
     if scale == "log" and min(min(y) for _, y in lines.values()) > 0:
         axes.set_yscale("log")

@@ -84,7 +84,7 @@ def test_the_contact_sheet(kind: str, phantoms: Path, shard_folder: Path, tmp_pa
     assert f"numbers: {tmp_path / 'd.json'}" in said
     page = laws.local_only(sheet)
     laws.holds_no_radiograph(out)
-    assert "these are drawings" in page.text
+    assert "computer drawings" in page.text
     frame = Shards.open(shard_folder).manifest.frame
     studies = frame.drop_duplicates("study").groupby(["study_type", "label"]).size()
     counts = Counter(re.match(r"(\w+), (\w+),", words).groups() for words, _ in shown(sheet))
@@ -117,11 +117,11 @@ def test_one_radiograph_a_study_and_what_cannot_be_read_is_counted() -> None:
             raise UnreadableFileError("unreadable", "torn")
         return np.full((400, 200), row, np.uint8)
 
-    chosen, passed_over = contact_sheet.choose(frame, pixels, 4, seed=5)
+    chosen, passed_over = contact_sheet.select_thumbnails(frame, pixels, 4, seed=5)
     assert len({one.row // 3 for one in chosen}) == len(chosen) == 4
     assert all(one.pixels.shape == (160, 80) and (one.pixels == one.row).all() for one in chosen)
     assert 0 < passed_over <= 15
-    everything, all_broken = contact_sheet.choose(frame, pixels, 99, seed=5)
+    everything, all_broken = contact_sheet.select_thumbnails(frame, pixels, 99, seed=5)
     assert (len(everything), all_broken) == (5, 15)
     text = contact_sheet.page("t", frame, pixels, drawings=False, num=99)
     assert "abnormal: 5 of 20 studies; 15 could not be read" in text
@@ -145,8 +145,12 @@ def test_a_damaged_sample_is_passed_over(shard_folder: Path, tmp_path: Path) -> 
 
 
 def test_wrong_requests(shard_folder: Path, tmp_path: Path, capsys) -> None:
-    laws.refusal(capsys, ["describe", shard_folder, "--out", tmp_path / "d.json"], "d.json", "numbers go", "d.html")
-    laws.refusal(capsys, ["describe", shard_folder, "--out", tmp_path], f"--out {tmp_path}", "a folder", "name a page")
+    laws.refusal(
+        capsys, ["describe", shard_folder, "--out", tmp_path / "d.json"], "d.json", "reserved for the numbers", "d.html"
+    )
+    laws.refusal(
+        capsys, ["describe", shard_folder, "--out", tmp_path], f"--out {tmp_path}", "is a folder", "Name a page"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,8 +17,7 @@ from mura_dist.data import mura
 from mura_dist.data.shards.convert import convert
 from mura_dist.metrics import classification, comparison, intervals, summary
 from mura_dist.metrics.entries import HEADLINE_METRICS
-from mura_dist.reports import dataset, evaluation, figures, findings, html, sections, training_curves
-from mura_dist.reports import plots as pictures
+from mura_dist.reports import dataset, evaluation, figures, findings, html, plots, sections, training_curves
 from mura_dist.reports import svg as plot
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -177,9 +176,12 @@ def _costs(value: float, threshold: float | None) -> dict[str, Any]:
         for key in ("sensitivity", "specificity", "ppv", "npv", "share_uncertain", "accuracy_outside")
         for end, change in (("", 0.0), ("_low", -0.01), ("_high", 0.01))
     }
-    facts = {"num_studies": 40, "num_without": 0, "reasons": {}}
+    facts_table = {"num_studies": 40, "num_without": 0, "reasons": {}}
     band = {"low": threshold, "high": None if threshold is None else 0.7, "num_uncertain": 12}
-    return {"points": {"sensitivity=0.95": facts | numbers | {"threshold": threshold}}, "band": facts | numbers | band}
+    return {
+        "points": {"sensitivity=0.95": facts_table | numbers | {"threshold": threshold}},
+        "band": facts_table | numbers | band,
+    }
 
 
 def full(table: pd.DataFrame, resamples: int = 60) -> dict[str, Any]:
@@ -237,10 +239,10 @@ def test_report_says_everything(tmp_path: Path) -> None:
         assert f"{overall[name]:.3f}" in page.text
         assert f"95 %: {overall[f'{name}_low']:.3f} to {overall[f'{name}_high']:.3f}" in page.text
     for words in (
-        "Measured on 120 studies of 60 patients, the split valid, which is only reported",
+        "Measured on 120 studies of 60 patients (split valid, which is only reported).",
         "is above 0.5.",
         "60 resamples of 60 patients, the clusters",
-        "the macro mean, where each of 2 study types counts the same",
+        "The unweighted mean over 2 study types is",
         "Hip XR_HIP - a - a 1.000 0.342 to 1.000 b - a 2 1 0 0 0 2",
         "a One class only.",
         "Hip (2 studies, 0 of the rarer label)",
@@ -250,8 +252,8 @@ def test_report_says_everything(tmp_path: Path) -> None:
         "1,234 studies",
         "ab" * 32,
         "9.8.7",
-        "seconds of this evaluation, start included 12.3",
-        "radiographs a second in it 19.4",  # 240 in 12.34 s
+        "seconds of this evaluation, including startup 12.3",
+        "radiographs per second in this evaluation 19.4",  # 240 in 12.34 s
         "unreadable: too_large 1",
         mura.LICENSE,
     ):
@@ -282,19 +284,19 @@ def test_the_official_interval_is_json_only(everything: tuple[Path, Page]) -> No
 
 SECTIONS = {
     "operating_points": "The uncertain band",
-    "calibration": "What was fitted, by study type",
+    "calibration": "Fitted values by study type",
     "comparison": "Confirmatory",
-    "subgroups": "many looks at the same data",
+    "subgroups": "many groups of the same data",
 }
 
 
 def test_sections_are_there_when_their_numbers_are(everything: tuple[Path, Page], tmp_path: Path) -> None:
     """Each section goes with its key; the page works without any of them."""
     _, page = everything
-    plain = written(tmp_path)
+    format_value = written(tmp_path)
     for key, words in SECTIONS.items():
         assert words in page.text, key
-        assert words not in plain.text, key
+        assert words not in format_value.text, key
     for number, left_out in enumerate(SECTIONS):
         measured = full(whole_studies(), resamples=0)
         del measured[left_out]
@@ -306,25 +308,25 @@ def test_sections_are_there_when_their_numbers_are(everything: tuple[Path, Page]
 def test_words_beside_the_numbers(everything: tuple[Path, Page]) -> None:
     out, page = everything
     for words in (
-        "In the uncertain band lie 12 of 40 studies, a share of 0.911 (0.901 to 0.921)",
-        "fitted on tune (100 studies of 77 patients), never on what is reported: by hand.",
+        "The uncertain band contains 12 of 40 studies, a share of 0.911 (0.901 to 0.921).",
+        "fitted on tune (100 studies of 77 patients), not on the reported split. Method: by hand.",
         "a note of the fit.",
         "Hand: specificity=0.98: no threshold from 0 to 1 reaches it.",
-        "Left out, as nothing was fitted for them: Hip (2 studies).",
+        "Excluded, because nothing was fitted for these study types: Hip (2 studies).",
         "A is ours.csv, B is theirs.csv. It compares two files of predictions on these studies, not two recipes",
         "PPV at 0.05",
-        "damaged samples in this split, left out 3",
-        "Probabilities, raw. Brier score",
-        "Dots: bins of equal number of studies. Bars: the Wilson interval",
+        "corrupt samples in this split, skipped 3",
+        "Raw probabilities. Brier score",
+        "Dots: bins with equal numbers of studies. Bars: Wilson interval",
     ):
         assert words in page.text, words
     kappa = said(out)["metrics"]["comparison"]["overall"]["kappa"]
     sides = (
-        f"{kappa['a']:.3f} (A) and {kappa['b']:.3f} (B); A less B is {kappa['difference']:.3f} ({kappa['low']:.3f} to"
+        f"{kappa['a']:.3f} (A) and {kappa['b']:.3f} (B). A minus B is {kappa['difference']:.3f} ({kappa['low']:.3f} to"
     )
-    assert f"Confirmatory, the one comparison made to decide: overall kappa is {sides}" in page.text
+    assert f"Confirmatory comparison: the overall kappa is {sides}" in page.text
     assert page.text.count("assumes independent studies") >= 2
-    assert "McNemar's test and paired DeLong: both assume independent studies" in page.text
+    assert "McNemar's test and paired DeLong test (both assume independent studies)" in page.text
 
 
 def footnotes(page: Page) -> dict[str, str]:
@@ -357,14 +359,15 @@ def test_what_a_table_lacks_is_a_footnote(tmp_path: Path) -> None:
     letter = next(letter for letter, text in notes.items() if text.startswith("Undefined in too many"))
     macro = f"{measured['macro']['specificity']:.3f} {letter} "
     assert macro in page.text[page.text.index("Macro mean") : page.text.index("Elbow XR_ELBOW")]
-    assert any(text.startswith("Wilson, assumes independent studies") for text in notes.values())
+    assert any(text.startswith("Wilson interval, which assumes independent studies") for text in notes.values())
     assert len(notes) <= 9
 
 
 def test_what_is_reported_is_not_said_to_be_kept_from_the_fit(tmp_path: Path) -> None:
     page = written(tmp_path, studies=whole_studies(), metrics=full(whole_studies(), resamples=0), split="tune")
-    assert "fitted on tune (100 studies of 77 patients), which is reported here: optimistic: by hand." in page.text
-    assert "never on what is reported" not in page.text
+    expected = "fitted on tune (100 studies of 77 patients), which this report measures: optimistic. Method: by hand."
+    assert expected in page.text
+    assert "not on the reported split" not in page.text
 
 
 NUMBER = re.compile(r"(?<![\w.,#-])-?\d[\d,]*(?:\.\d+)?")
@@ -471,7 +474,7 @@ def test_published_kappas_only_beside_the_official_test(tmp_path: Path) -> None:
         )
         found = said(tmp_path / str(number))["published"]
         assert ("0.931" in page.text) is there
-        assert ("its best radiologist reached 0.778 overall" in page.text) is there
+        assert ("The best radiologist of the paper reached a kappa of 0.778 overall" in page.text) is there
         assert (findings.NOT_COMPARABLE in page.text) is not there
         assert ("kappa" in found) is there
 
@@ -487,7 +490,7 @@ def test_published_kappas_follow_from_the_papers_confusion() -> None:
 def test_calls_only(tmp_path: Path) -> None:
     table = studies().assign(call=lambda frame: (frame["probability"] > 0.5).astype(int)).drop(columns="probability")
     page = written(tmp_path, studies=table)
-    assert "Each study came with a call, 0 or 1, and no probability." in page.text
+    assert "The predictions hold a call, 0 or 1, for each study and no probability." in page.text
     assert "AUROC - no interval a" in page.text
     assert footnotes(page)["a"] == "Calls only: no probabilities were given."
     assert "No curves: no probabilities." in page.text
@@ -529,7 +532,7 @@ def test_a_long_training_is_thinned_and_it_is_said(tmp_path: Path) -> None:
     assert panel["lines_to_a_point"] == 4
     assert panel["series"]["step"]["value"] == [0.5] * 250
     assert panel["series"]["step"]["step"][:2] == [2.5, 6.5]
-    assert "Grey: means over 4 logged steps." in page.text
+    assert "Gray: means over 4 logged steps." in page.text
 
 
 def test_ledger_counts_what_was_logged() -> None:
@@ -574,18 +577,18 @@ def test_ledger_counts_what_was_logged() -> None:
     [
         (
             {"trained_on": "phantoms", "measured_on": "phantoms"},
-            "trained and measured on drawings: says nothing about radiographs",
+            "trained and measured on computer drawings: the numbers do not hold for radiographs",
         ),
         (
             {"trained_on": "phantoms", "measured_on": None},
-            "trained and measured on drawings: says nothing about radiographs",
+            "trained and measured on computer drawings: the numbers do not hold for radiographs",
         ),
-        ({"trained_on": "phantoms"}, "trained on drawings: the model has never seen a radiograph"),
-        ({"measured_on": "phantoms"}, "measured on drawings: says nothing about radiographs"),
+        ({"trained_on": "phantoms"}, "trained on computer drawings: the model was never trained on a radiograph"),
+        ({"measured_on": "phantoms"}, "measured on computer drawings: the numbers do not hold for radiographs"),
         ({"selected_on": "valid"}, "optimistic: this split chose the model"),
         ({"split": "tune"}, "optimistic: this split chose the model"),
         ({"split": "train"}, "optimistic: this split fitted the weights"),
-        ({"same_data": False}, "not the shards the run was trained on"),
+        ({"same_data": False}, "measured on other shards than the run was trained on"),
     ],
 )
 def test_stamps(changes: dict[str, Any], stamp: str, tmp_path: Path) -> None:
@@ -620,10 +623,10 @@ def test_nothing_given_is_said(tmp_path: Path) -> None:
     page = check_page(tmp_path / "report.html")
     assert "Measured on 0 studies of 0 patients" in page.text
     assert "Nothing could be measured." in page.text
-    assert footnotes(page) == {"a": "No labelled studies."}
-    assert page.text.count("Not given to this report.") == 6
-    assert "No curves: no labelled studies." in page.text
-    assert "Split: not given" in page.text
+    assert set(footnotes(page)) == {"a"}
+    assert page.text.count("Not available.") == 6
+    assert "No curves: no labeled studies." in page.text
+    assert "Split: not available" in page.text
     assert page.labels == []
 
 
@@ -650,13 +653,13 @@ def test_curves_are_what_is_drawn() -> None:
     """A ROC curve without the inner points of straight parts has the same area; the steps below have the average precision."""
     table = studies(500)
     label, probability = table["label"].to_numpy(), table["probability"].round(2).to_numpy()
-    points = pictures.roc_points(label, probability)
+    points = plots.roc_points(label, probability)
     x, y = np.array(points["false_positive_rate"]), np.array(points["true_positive_rate"])
     assert (np.diff(x) * (y[1:] + y[:-1]) / 2).sum() == pytest.approx(
         float(classification.compute_auroc(label, probability)), abs=1e-12
     )
     assert len(x) < len(classification.compute_roc_curve(label, probability)[0])
-    points = pictures.pr_points(label, probability)
+    points = plots.pr_points(label, probability)
     area = (np.diff([0.0, *points["recall"]]) * points["precision"]).sum()
     assert area == pytest.approx(float(classification.compute_average_precision(label, probability)), abs=1e-12)
 
@@ -668,7 +671,7 @@ def polyline(root: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def on_paper(*points: tuple[float, float]) -> list[Any]:
-    axes = pictures.SQUARE
+    axes = plots.SQUARE
     return [pytest.approx((axes.px(x), axes.py(y)), abs=0.06) for x, y in points]
 
 
@@ -677,9 +680,9 @@ def test_curves_and_the_calls_on_paper() -> None:
     label, probability = np.array([1, 0, 1]), np.array([0.9, 0.5, 0.1])
     group = {"confusion": {"tn": 0, "fp": 1, "fn": 1, "tp": 1}, "sensitivity": 0.5, "specificity": 0.0, "ppv": 0.5}
     absent = dict.fromkeys(("scores", "reliability", "reliability_calibrated", "band"))
-    plots = {"roc": pictures.roc_points(label, probability), "precision_recall": pictures.pr_points(label, probability)}
-    plots |= absent | {"scores": pictures.score_counts(label, probability)}
-    drawn = {picture.name: picture for picture in figures._of_group("XR_HAND", "XR_HAND", group, plots, 0.3)}
+    plot_data = {"roc": plots.roc_points(label, probability), "precision_recall": plots.pr_points(label, probability)}
+    plot_data |= absent | {"scores": plots.score_histogram(label, probability)}
+    drawn = {picture.name: picture for picture in figures._group_pictures("XR_HAND", "XR_HAND", group, plot_data, 0.3)}
     corners = {
         "roc": [(0, 0), (0, 0.5), (1, 0.5), (1, 1)],
         "pr": [(0, 1), (0.5, 1), (0.5, 0.5), (0.5, 2 / 3), (1, 2 / 3)],
@@ -694,8 +697,8 @@ def test_curves_and_the_calls_on_paper() -> None:
 
 def test_a_curve_comes_back_to_a_precision_it_had() -> None:
     """Down to 1/3, up to 1/2 again at the same recall: drawn from there on level, not as a slope from 1/3."""
-    points = pictures.pr_points(np.array([1, 0, 0, 1]), np.array([0.9, 0.7, 0.5, 0.1]))
-    picture = pictures.pr_picture("pr", "all studies", points, None, 0.5, "")
+    points = plots.pr_points(np.array([1, 0, 0, 1]), np.array([0.9, 0.7, 0.5, 0.1]))
+    picture = plots.pr_picture("pr", "all studies", points, None, 0.5, "")
     corners = [(0, 1), (0.5, 1), (0.5, 0.5), (0.5, 1 / 3), (0.5, 0.5), (1, 0.5)]
     assert polyline(ElementTree.fromstring(picture.file())) == on_paper(*corners)
 
@@ -718,16 +721,16 @@ def test_slugs_tell_names_apart() -> None:
 def test_long_curves_keep_their_ends() -> None:
     rng = np.random.default_rng(0)
     label, probability = rng.integers(0, 2, 5000), rng.uniform(0, 1, 5000)
-    for points in (pictures.roc_points(label, probability), pictures.pr_points(label, probability)):
+    for points in (plots.roc_points(label, probability), plots.pr_points(label, probability)):
         for values in points.values():
-            assert len(values) == pictures.MOST_POINTS
+            assert len(values) == plots.MAX_POINTS
             assert values[-1] in (1.0, label.mean())
 
 
 def test_reliability_bins_are_the_calibration_errors() -> None:
     table = studies(400)
     label, probability = table["label"].to_numpy(), table["probability"].to_numpy()
-    bins = pictures.reliability(label, probability)
+    bins = plots.reliability_bins(label, probability)
     assert sum(item["num_studies"] for item in bins) == 400
     error = sum(item["num_studies"] * abs(item["probability"] - item["share_abnormal"]) for item in bins) / 400
     assert error == pytest.approx(classification.compute_calibration_error(label, probability)[0], abs=1e-12)
@@ -740,11 +743,11 @@ def test_reliability_bins_are_the_calibration_errors() -> None:
 
 def test_score_counts_hold_every_study() -> None:
     label = np.array([0, 0, 1, 1, 1])
-    counts = pictures.score_counts(label, np.array([0.0, 0.05, 0.5, 1.0, 0.96]))
+    counts = plots.score_histogram(label, np.array([0.0, 0.05, 0.5, 1.0, 0.96]))
     assert sum(counts["normal"]) == 2
     assert (counts["abnormal"][10], counts["abnormal"][19]) == (1, 2)
     assert (counts["normal_median"], counts["abnormal_median"]) == (0.025, 0.96)
-    assert pictures.score_counts(label[:2], np.array([0.1, 0.2]))["abnormal_median"] is None
+    assert plots.score_histogram(label[:2], np.array([0.1, 0.2]))["abnormal_median"] is None
 
 
 @pytest.mark.parametrize(
@@ -755,7 +758,7 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     assert 2 <= len(found) <= 8
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in found)
     assert len(set(np.diff(found).round(9))) == 1
-    assert all(len(plot.plain(value)) <= 7 for value in found)
+    assert all(len(plot.format_tick(value)) <= 7 for value in found)
 
 
 @pytest.mark.parametrize(
@@ -772,22 +775,26 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     ],
 )
 def test_a_ticks_number(value: float, text: str) -> None:
-    assert plot.plain(value) == text
+    assert plot.format_tick(value) == text
 
 
 def test_axes_put_data_where_they_belong() -> None:
-    axes = plot.Axes(left=10, top=20, width=100, height=50, x=(0, 2), y=(-1, 1))
+    axes = plot.Axes(left_px=10, top_px=20, width_px=100, height_px=50, x=(0, 2), y=(-1, 1))
     assert (axes.px(0), axes.px(1), axes.px(2)) == (10, 60, 110)
     assert (axes.py(-1), axes.py(0), axes.py(1)) == (70, 45, 20)
-    log = plot.Axes(left=0, top=0, width=10, height=30, y=(1e-3, 1.0), log=True)
+    log = plot.Axes(left_px=0, top_px=0, width_px=10, height_px=30, y=(1e-3, 1.0), log=True)
     assert log.py(1e-2) == pytest.approx(20)
     marks = plot.line(axes, [0, 1, 1, 2], [0, 1, 1, 0])
     assert 'points="10.0,45.0 60.0,20.0 110.0,45.0"' in marks
 
 
 def test_a_forest_has_its_intervals_where_they_are() -> None:
-    rows = [pictures.Row("a", 0.5, 0.25, 0.75, "square"), pictures.Row("b", None), pictures.Row("c", 0.5, other=1.0)]
-    svg = pictures.forest("x", rows, chance=0.0, label="l", alt="a", caption="c").file()
+    rows = [
+        plots.ForestRow("a", 0.5, 0.25, 0.75, "square"),
+        plots.ForestRow("b", None),
+        plots.ForestRow("c", 0.5, reference=1.0),
+    ]
+    svg = plots.forest("x", rows, chance=0.0, label="l", alt="a", caption="c").file()
     root = ElementTree.fromstring(svg)
     assert_inside(root, 400, 200)
     ticks = {node.text: float(node.attrib["x"]) for node in root.iter() if node.tag.endswith("}text")}
@@ -799,8 +806,8 @@ def test_a_forest_has_its_intervals_where_they_are() -> None:
 
 
 def test_a_name_too_long_keeps_both_ends() -> None:
-    assert plot.shortened("abcdefghij", 10) == "abcdefghij"
-    assert plot.shortened("abcdefghijk", 10) == "abcd…ghijk"
+    assert plot.ellipsize("abcdefghij", 10) == "abcdefghij"
+    assert plot.ellipsize("abcdefghijk", 10) == "abcd…ghijk"
 
 
 def test_html_escapes_text_and_attributes() -> None:
@@ -820,7 +827,7 @@ def test_bars_are_as_tall_as_their_values() -> None:
 def folder(tmp_path: Path) -> Path:
     """Four studies of three patients in MURA's layout; the wrists' positives are white; one file is no image, one is junk."""
     root = tmp_path / "data"
-    for split, study_type, patient, study, grey in (
+    for split, study_type, patient, study, gray in (
         ("train", "XR_WRIST", "patient00001", "study1_positive", 200),
         ("train", "XR_WRIST", "patient00001", "study2_negative", 40),
         ("train", "XR_HIP", "patient00002", "study1_negative", 40),
@@ -828,8 +835,8 @@ def folder(tmp_path: Path) -> Path:
     ):
         place = root / split / study_type / patient / study
         place.mkdir(parents=True)
-        Image.new("L", (60, 90), grey).save(place / "image1.png")
-        Image.new("RGB", (100, 80), (grey,) * 3).save(place / "image2.png")
+        Image.new("L", (60, 90), gray).save(place / "image1.png")
+        Image.new("RGB", (100, 80), (gray,) * 3).save(place / "image2.png")
     (place / "image3.png").write_bytes(b"no image")
     (place / "._image1.png").write_bytes(b"\0\5\x16\7")
     return root
@@ -861,13 +868,13 @@ def test_describe_a_folder(folder: Path, tmp_path: Path) -> None:
     assert found["sizes"]["longest_px"] == {"min": 90, "median": 95, "max": 100}
     assert found["sizes"]["smallest"] == "60 x 90"
     assert sum(found["sizes"]["longest_histogram"]["counts"]) == 8
-    assert found["defects"] == {**COPIES, "not a radiograph": 1, "not_image, among 9 that were read": 1}
+    assert found["defects"] == {**COPIES, "not a radiograph": 1, "not_image, among 9 sampled": 1}
     page = check_page(tmp_path / "page.html")
     assert "9 radiographs, 4 studies (2 normal, 2 abnormal), 3 patients" in page.text
-    assert "Study types unknown to MURA: Hip (XR_HIP)." in page.text
-    assert footnotes(page) == {"a": "None of this label is among the radiographs whose pixels were read."}
-    assert "not_image, among 9 that were read 1" in page.text
-    assert dataset.summary_text(found).splitlines()[-1] == "  defect: not_image, among 9 that were read: 1"
+    assert "Study types that MURA does not have: Hip (XR_HIP)." in page.text
+    assert footnotes(page) == {"a": "The sample contains no radiograph with this label."}
+    assert "not_image, among 9 sampled 1" in page.text
+    assert dataset.summary_text(found).splitlines()[-1] == "  defect: not_image, among 9 sampled: 1"
 
 
 def test_describe_shards(folder: Path, tmp_path: Path) -> None:
@@ -875,7 +882,7 @@ def test_describe_shards(folder: Path, tmp_path: Path) -> None:
     found = dataset.describe(tmp_path / "shards", tmp_path / "page.html")
     check_counts(found)
     assert found["sizes"] == {"size_px": 32, "encoding": "raw"}
-    assert found["defects"] == {**COPIES, "not a radiograph": 1, "not_image, left out of the shards": 1}
+    assert found["defects"] == {**COPIES, "not a radiograph": 1, "not_image, not in the shards": 1}
     assert "Every radiograph is 32 x 32 pixels, stored as raw." in check_page(tmp_path / "page.html").text
 
 

@@ -126,7 +126,7 @@ def test_a_footnotes_letter_leads_to_it(chromium: Any, report: Path) -> None:
         assert "Humerus" in row.locator("th").inner_text()
         row.locator("sup a").first.click()
         note = page.locator("li:target")
-        assert note.inner_text().startswith("a Wilson, assumes independent studies")
+        assert note.inner_text().startswith("a Wilson interval, which assumes independent studies")
         assert note.evaluate("one => one.getBoundingClientRect().bottom <= innerHeight")
 
 
@@ -142,7 +142,7 @@ def test_a_wide_band_of_few_tune_studies_is_explained(tune: int, wide: bool, tmp
     share, num = round(100 * band["share_uncertain"]), found["metrics"]["calibration"]["num_studies"]
     assert num == 60
     assert found["wide_band"].startswith(
-        f"The band is wide: {share} % of the studies lie in it. It was fitted on 60 tune studies ("
+        f"The band is wide: it contains {share} % of the studies. It was fitted on only 60 tune studies ("
     )
     assert found["wide_band"] in path.read_text()
 
@@ -169,4 +169,4 @@ def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
     ],
 )
 def test_a_setting_in_words(value: Any, words: str) -> None:
-    assert html.plain(value) == words
+    assert html.format_value(value) == words
