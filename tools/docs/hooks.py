@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[2]
-HELP_WIDTH = 92
+HELP_WIDTH = 80
 SETTINGS, COMMANDS, API = "<!-- settings -->", "<!-- commands -->", "<!-- api -->"
 _OUTSIDE_LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)\s]+)\)")
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_SIGNS = {"ge": "&ge;", "gt": "&gt;", "le": "&le;", "lt": "&lt;"}
 _LARGEST_SHOWN = 10**6  # a bound beyond it guards a data type and tells a reader nothing
 
 
@@ -38,7 +38,7 @@ def settings_markdown() -> str:
     for group in config.Group:
         fields = {name: field for name, field in config.Settings.model_fields.items() if group in field.metadata}
         rows = [_setting_row(name, field, config.Trait) for name, field in fields.items()]
-        table = ["| setting | default | values | what it does |", "| --- | --- | --- | --- |", *rows]
+        table = ["| setting | default, values | what it does |", "| --- | --- | --- |", *rows]
         sections.append("\n".join([f"### {group.value.capitalize()}", "", *table]))
     return "\n\n".join(sections)
 
@@ -61,7 +61,8 @@ def commands_markdown() -> str:
 
 def api_markdown() -> str:
     """Return one directive of mkdocstrings for each name that the package exports."""
-    names = [name for name in getattr(_import_from_checkout("mura_dist"), "__all__", ()) if not name.startswith("_")]
+    names = [name for name in _import_from_checkout("mura_dist").__all__ if not name.startswith("_")]
+    names.sort(key=lambda name: (name.endswith("Error"), name[0].isupper(), name))  # functions, classes, errors
     return "\n\n".join(f"::: mura_dist.{name}" for name in names)
 
 
@@ -74,7 +75,8 @@ def _setting_row(name: str, field: Any, trait: Any) -> str:
     text = str(field.description)
     if trait.CHANGEABLE in field.metadata:
         text += ". May change when a run is resumed"
-    cells = (f"`{name}`", _default(field), _values(field), f"{text[:1].upper()}{text[1:]}.")
+    values = "<br>".join(filter(None, (_default(field), _values(field))))
+    cells = (f"`{name}`", values, f"{text[:1].upper()}{text[1:]}.")
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 
@@ -88,19 +90,21 @@ def _default(field: Any) -> str:
 
 
 def _values(field: Any) -> str:
-    """Return what values a field takes: its choices, or its type and bounds."""
+    """Return the values that a field takes beside its default: other choices, or a number's type and bounds."""
     if choices := [choice for choice in get_args(field.annotation) if not isinstance(choice, (type, Enum))]:
-        return ", ".join(f"`{choice}`" for choice in choices)
-    if field.annotation is bool:
-        return "`true`, `false`"
-    names = {int: "integer", float: "number", str: "text"}
-    bounds = [
-        f"{sign} {bound:g}"
+        return f"or {', '.join(f'`{choice}`' for choice in choices if choice != field.default)}"
+    if field.annotation not in (int, float):
+        return ""
+    bounds = {
+        key: bound
         for constraint in field.metadata
-        for key, sign in _BOUNDS.items()
+        for key in _SIGNS
         if (bound := getattr(constraint, key, None)) is not None and bound <= _LARGEST_SHOWN
-    ]
-    return ", ".join([names.get(field.annotation, "text"), *bounds])
+    }
+    kind = "integer" if field.annotation is int else "number"
+    if bounds.keys() == {"ge", "le"}:
+        return f"{kind}, {bounds['ge']:g} to {bounds['le']:g}"
+    return " and ".join([f"{kind} {_SIGNS[key]}&nbsp;{bound:g}" for key, bound in bounds.items()]) or kind
 
 
 def _import_from_checkout(module: str) -> Any:
