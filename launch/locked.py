@@ -1,8 +1,8 @@
-"""Print those packages of requirements.lock that some extras need, as a requirements file for pip install --require-hashes.
+"""Print the packages of requirements.lock that some extras need, as a requirements file for pip install --require-hashes.
 
-    python3 launch/locked.py EXTRA,...      base is always among them; build alone prints what builds a wheel
+    python3 launch/locked.py EXTRA,...      base is always included; `build` alone prints the build requirements
 
-launch/setup.sh calls it before anything is installed: the standard library has to do.
+launch/setup.sh calls it before anything is installed, so it uses the standard library only.
 """
 
 import sys
@@ -14,22 +14,25 @@ BASE, BUILD = "base", "build"
 
 
 def select(lock: str, extras: set[str]) -> str:
-    """Return the lines of the packages above which one of the extras stands."""
-    selected, wanted = [], False
+    """Return the lines of the packages whose comment names one of the extras."""
+    selected, is_selected = [], False
     for line in lock.splitlines(keepends=True):
         if line.startswith("#"):
-            wanted = not extras.isdisjoint(line[1:].replace(",", " ").split())
-        elif wanted:
+            is_selected = not extras.isdisjoint(line[1:].replace(",", " ").split())
+        elif is_selected:
             selected.append(line)
     return "".join(selected)
 
 
-def main(words: list[str]) -> int:
-    extras = set(words[0].split(",")) if words else set()
+def main(arguments: list[str]) -> int:
+    """Print the requirements of the extras in the first argument. Return the exit status."""
+    extras = set(arguments[0].split(",")) if arguments else set()
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     available = [*project["optional-dependencies"], BUILD]
     if unknown := sorted(extras - {*available}):
-        sys.stderr.write(f"launch/locked.py: no extra {', '.join(unknown)}; name some of: {', '.join(available)}\n")
+        sys.stderr.write(
+            f"launch/locked.py: no such extra: {', '.join(unknown)}. Choose from: {', '.join(available)}\n"
+        )
         return 2
     lock = (HERE / "requirements.lock").read_text()
     sys.stdout.write(select(lock, extras if extras == {BUILD} else {*extras, BASE}))

@@ -1,74 +1,75 @@
-# shellcheck shell=bash disable=SC2034 # still: requeue.sh reads it
-# Sourced by the pages beside it: run a launcher to its end, pass signals on. Launchers hide how a training ended;
-# RUN/status.json says it.
+# shellcheck shell=bash disable=SC2034 # requeue.sh reads no_progress
+# Sourced by the launch scripts: run a launcher to its end, forward signals, and return an exit status. Launchers hide how a
+# training ended, so the status comes from RUN/status.json.
 
-pass() { # a signal to the page: the same to what it runs; a page may have another way
+forward_signal() { # a signal of this script goes to its child; a script may define another way
   kill "-$1" "$child"
 }
 
-asked= # the last signal that the page heard
-hear() { # while nothing runs that it could be passed on to
-  trap 'asked=INT' INT QUIT HUP
-  trap 'asked=TERM' TERM
-  trap 'asked=USR2' USR2
+received= # the last signal that this script received
+record_signals() { # while there is no child to forward them to
+  trap 'received=INT' INT QUIT HUP
+  trap 'received=TERM' TERM
+  trap 'received=USR2' USR2
 }
-hear
+record_signals
 
-beside() { :; } # what a page has done beside it, of process $child; ended with it
+monitor_child() { :; } # runs in the background while process $child runs; a script may define it
 
-patiently() { # patiently COMMAND ...: to its end, whatever signals come; its exit status
-  local status=0 watch early
-  # In a process group of its own: a terminal's Ctrl-C reaches this page alone, which passes TERM on. Python answers an INT with a
-  # traceback while it starts.
+run_to_end() { # run_to_end COMMAND ...: run it to its end, whatever signals arrive; return its exit status
+  local status=0 monitor early
+  # In a process group of its own, so that a terminal's Ctrl-C reaches this script alone. The child gets TERM instead: on INT
+  # Python prints a traceback while it starts.
   set -m
   "$@" &
   child=$!
   set +m
-  beside &
-  watch=$! early=$asked
-  trap 'asked=TERM; pass TERM' TERM # passed on, so that ranks save
-  trap 'asked=USR2; pass USR2' USR2
-  trap 'asked=INT; pass TERM' INT QUIT HUP # of a terminal
-  [ -z "$early" ] || pass "${early/INT/TERM}"
+  monitor_child &
+  monitor=$! early=$received
+  trap 'received=TERM; forward_signal TERM' TERM # so that the ranks save
+  trap 'received=USR2; forward_signal USR2' USR2
+  trap 'received=INT; forward_signal TERM' INT QUIT HUP # of a terminal
+  [ -z "$early" ] || forward_signal "${early/INT/TERM}"
   wait "$child" || status=$?
-  while kill -0 "$child" 2> /dev/null; do # a signal ended the waiting, not the command
+  while kill -0 "$child" 2> /dev/null; do # a signal interrupted wait, the command still runs
     status=0
     wait "$child" || status=$?
   done
-  hear
-  kill "$watch" 2> /dev/null || true
+  record_signals
+  kill "$monitor" 2> /dev/null || true
   return "$status"
 }
 
-unbegun() { # a signal came before the run began: nothing has changed
-  echo "$0: stopped before it began; the same words go on" >&2
+stop_before_start() { # a signal came before the run began: nothing has changed
+  echo "$0: stopped before the run began. The same command starts it" >&2
   return 3
 }
 
-# outcome LAUNCHER ... -- RECIPE.toml [key=value ...]: 0 done; 2 wrong words; 3 stopped, the same words go on; else the launcher's
-outcome() {
+# run_training LAUNCHER ... -- RECIPE.toml [key=value ...]
+# Returns 0: done; 2: invalid arguments; 3: stopped, the same command resumes; else the launcher's exit status.
+run_training() {
   local launcher=() status=0 before now state end
   while [ "$1" != -- ]; do launcher+=("$1"); shift; done
   shift
-  before=$(.venv/bin/python tools/run_state.py --whole "$@") || status=$? # said in one line here, not by every rank
-  if [ -n "$asked" ]; then unbegun; return; fi
+  before=$(.venv/bin/python tools/run_state.py --whole "$@") || status=$? # one error line here instead of one per rank
+  if [ -n "$received" ]; then stop_before_start; return; fi
   if [ "$status" -ne 0 ]; then return "$status"; fi
-  patiently "${launcher[@]}" "$@" || status=$?
+  run_to_end "${launcher[@]}" "$@" || status=$?
   if [ "$status" -eq 0 ]; then return; fi
   end=$((SECONDS + 20))
   while :; do
     now=$(.venv/bin/python tools/run_state.py --whole "$@") || return "$status"
     state=${now#*\"state\": \"}
     state=${state%%\"*}
-    # deepspeed ends at once when a signal asks it to, or dies of it: its ranks may take 15 s (processes.GRACE_S) to save.
-    if [ "$state" != running ] || [ "$SECONDS" -ge "$end" ] || { [ "$status" -le 128 ] && [ -z "$asked" ]; }; then break; fi
+    # On a signal deepspeed exits before its ranks, which may take 15 s to save.
+    if [ "$state" != running ] || [ "$SECONDS" -ge "$end" ] || { [ "$status" -le 128 ] && [ -z "$received" ]; }; then break; fi
     sleep 1
   done
-  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then # else an earlier start was stopped, this one failed
+  if [ "$state" = stopped ] && [ "$now" != "$before" ]; then # else an earlier start was stopped, and this one failed
     status=3
-    if [ "${now#*\"reason\"}" = "${before#*\"reason\"}" ]; then still=yes; fi # at the very step where it had begun
-  elif [ -n "$asked" ] && [ "$now" = "$before" ]; then
-    unbegun || status=$?
+    if [ "${now#*\"reason\"}" = "${before#*\"reason\"}" ]; then no_progress=yes; fi # stopped at the step where it began
+  elif [ -n "$received" ] && [ "$now" = "$before" ]; then
+    stop_before_start || status=$?
   fi
   return "$status"
 }

@@ -181,4 +181,4 @@ def test_setup_refuses_two_onnx_runtimes(tmp_path: Path, extras_asked: str, ther
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"launch/setup.sh: {extras_asked}: ONNX Runtime for CPUs (cpu) cannot stand beside")
+    assert line.startswith(f"launch/setup.sh: {extras_asked}: ONNX Runtime for CPUs (cpu) cannot be installed beside")

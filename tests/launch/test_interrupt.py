@@ -83,7 +83,7 @@ def test_of_a_training(moment: str, shard_folder: Path, tmp_path: Path) -> None:
         assert re.fullmatch(r"mura-dist: stopped at step \d+ of 40000; the same command goes on", lines[0])
         assert Run.load(folder).status()["state"] == "stopped"
     else:
-        assert lines == ["launch/local.sh: stopped before it began; the same words go on"]
+        assert lines == ["launch/local.sh: stopped before the run began. The same command starts it"]
 
 
 def checkout(folder: Path) -> Path:
@@ -136,9 +136,9 @@ def test_of_the_demo_at_every_stage(tmp_path: Path) -> None:
     started = time.monotonic()
     again = finish()
     assert time.monotonic() - started < 10
-    assert again.count("  done before") == 8
+    assert again.count("  already done") == 8
     assert len(again) == 2 * 8 + 5
     assert files == {path: path.stat().st_mtime_ns for path in files}
     (folder / "runs/demo/predictions/studies.csv").unlink()
-    assert finish().count("  done before") == 7  # what lost its output runs again
+    assert finish().count("  already done") == 7  # what lost its output runs again
     assert (folder / "runs/demo/predictions/studies.csv").is_file()

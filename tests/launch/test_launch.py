@@ -174,7 +174,7 @@ def test_only_what_this_start_wrote_says_that_it_was_stopped(launcher: str, stat
     made.write_status("stopped", reason="yesterday")
     if launcher == "write":
         launcher = f"""echo '{{"state": "stopped", "reason": "today"}}' > '{tmp_path}/status.json'; exit 1"""
-    script = 'source launch/outcome.sh; outcome bash -c "$0" -- launch/recipes/mura.toml "$@"'
+    script = 'source launch/outcome.sh; run_training bash -c "$0" -- launch/recipes/mura.toml "$@"'
     told = subprocess.run(["bash", "-c", script, launcher, f"run={tmp_path}"], cwd=ROOT, timeout=60, check=False)
     assert told.returncode == status
 
@@ -256,7 +256,7 @@ def test_a_job_goes_back_into_the_queue_where_slurm_wanted_it_to_stop(
     status: int, asked: str, job: str, wanted: str, slurm: Slurm
 ) -> None:
     (slurm.folder / "job").write_text(job)
-    script = f"source launch/outcome.sh; source launch/requeue.sh; asked={asked}; requeue {status}; echo not here"
+    script = f"source launch/outcome.sh; source launch/requeue.sh; received={asked}; requeue {status}; echo not here"
     told = subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=slurm.environment(), capture_output=True, text=True, check=False
     )
@@ -270,11 +270,11 @@ def test_a_job_that_has_no_time_to_get_anywhere_is_not_requeued_for_ever(slurm: 
     made.write_status("stopped", reason="stopped at step 3 of 10")
     again = f"""echo '{{"state": "stopped", "time": "later", "reason": "stopped at step 3 of 10"}}' > '{tmp_path}/status.json'"""
     script = """source launch/outcome.sh; source launch/requeue.sh; status=0
-    outcome bash -c "$0; exit 1" -- "$@" || status=$?; asked=USR2; requeue "$status" """
+    run_training bash -c "$0; exit 1" -- "$@" || status=$?; received=USR2; requeue "$status" """
     words = ["bash", "-c", script, again, "launch/recipes/mura.toml", f"run={tmp_path}"]
     told = subprocess.run(words, cwd=ROOT, env=slurm.environment(), capture_output=True, text=True, check=False)
     assert told.returncode == 3, told.stderr
-    assert "give the job more time" in told.stderr
+    assert "Give the job more time" in told.stderr
     assert slurm.calls() == ""
 
 
@@ -530,8 +530,8 @@ def test_demo_mixes_no_two_sets_of_drawings(left: str | None, tmp_path: Path) ->
     done = subprocess.run(["bash", tmp_path / "launch/demo.sh"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "launch/demo.sh: data/phantoms: not known to hold the drawings of --studies 1400 --size 192 --seed 0; "
-        "to draw and train anew: rm -r data/phantoms shards/demo runs/demo*\n"
+        "launch/demo.sh: data/phantoms holds other drawings than those of --studies 1400 --size 192 --seed 0. "
+        "To draw and train again: rm -r data/phantoms shards/demo runs/demo*\n"
     )
     assert sorted(tmp_path.rglob("*")) == before
 

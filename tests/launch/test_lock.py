@@ -126,7 +126,7 @@ def test_an_extra_that_there_is_not_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert line.startswith("launch/locked.py: no extra nope, x; name some of: cpu, cuda, train")
+    assert line.startswith("launch/locked.py: no such extra: nope, x. Choose from: cpu, cuda, train")
     assert not (tmp_path / ".venv").exists()
 
 
@@ -162,7 +162,9 @@ def test_setup_says_what_it_installs_and_how_much(tmp_path: Path, extras: str) -
     for extra in ("base", *extras.split(",")):
         assert re.search(rf"(?m)^  {extra}: \w.*: \d\.\d GB\b", text), text
     without_runtime = {"cpu", "cuda", "train"}.isdisjoint(extras.split(","))
-    assert ("need ONNX Runtime too: bash launch/setup.sh cpu (or" in text) == without_runtime
+    assert (
+        "ONNX Runtime is missing, predict and page need it. Run bash launch/setup.sh cpu (or" in text
+    ) == without_runtime
 
 
 def test_the_file_is_as_the_tool_writes_it() -> None:

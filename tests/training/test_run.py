@@ -480,7 +480,7 @@ def test_a_page_waits_for_ranks_that_outlive_their_launcher(
     run.write_status("running")
     timer = threading.Timer(60 if status == 1 else 5, run.write_status, [later])
     timer.start()
-    script = 'source launch/outcome.sh; outcome bash -c "$0" -- "$@"'
+    script = 'source launch/outcome.sh; run_training bash -c "$0" -- "$@"'
     words = ["bash", "-c", script, launcher, f"run={run.folder}", "shards=none"]
     assert subprocess.run(words, cwd=ROOT, timeout=100, check=False).returncode == status
     assert timer.finished.is_set() == (status != 1)
