@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 BASE, BUILD = "base", "build"
 
 
@@ -27,14 +27,14 @@ def select(lock: str, extras: set[str]) -> str:
 def main(arguments: list[str]) -> int:
     """Print the requirements of the extras in the first argument. Return the exit status."""
     extras = set(arguments[0].split(",")) if arguments else set()
-    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     available = [*project["optional-dependencies"], BUILD]
     if unknown := sorted(extras - {*available}):
         sys.stderr.write(
             f"launch/locked.py: no such extra: {', '.join(unknown)}. Choose from: {', '.join(available)}\n"
         )
         return 2
-    lock = (HERE / "requirements.lock").read_text()
+    lock = (ROOT / "requirements.lock").read_text()
     sys.stdout.write(select(lock, extras if extras == {BUILD} else {*extras, BASE}))
     return 0
 
