@@ -13,7 +13,7 @@ from mura_dist.data import mura
 from mura_dist.inference.page import style, wording
 from mura_dist.inference.page.result import show_downloads, show_result, show_threshold
 from mura_dist.inference.page.study import build_result
-from mura_dist.inference.page.study_input import choose_files, choose_study_type, plain, show_failures
+from mura_dist.inference.page.study_input import choose_files, choose_study_type, escape_markdown, show_failures
 from mura_dist.reports.html import element
 
 if TYPE_CHECKING:
@@ -24,25 +24,25 @@ def show(context: "PageContext") -> None:
     st.set_page_config(page_title="mura_dist: a study", layout="wide")
     card = context.service.card
     drawings = card.of_drawings
-    banner = element("div", wording.DEMO, class_="banner", role="note") if drawings else ""
+    banner = element("div", wording.DEMO_BANNER, class_="banner", role="note") if drawings else ""
     terms = element("div", f"{mura.TERMS[0].upper()}{mura.TERMS[1:]}.", class_="terms", role="note")
     st.html(f"{style.sheet(banner=drawings)}{banner}{terms}")
     st.title(wording.TITLE, anchor=False)
     st.html(element("p", wording.PURPOSE, class_="purpose"))
     files = choose_files(context)
     show_failures(files)
-    good = [file for file in files if file.view is not None]
-    if good:
-        study_type = choose_study_type(context, good)
+    scored = [file for file in files if file.output is not None]
+    if scored:
+        study_type = choose_study_type(context, scored)
         files_key = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
-        result = build_result(good, study_type, card) if study_type is not None else None
-        show_result(result, good, context, files_key, len(files) - len(good))
+        result = build_result(scored, study_type, card) if study_type is not None else None
+        show_result(result, scored, context, files_key, len(files) - len(scored))
         if result is not None:
             left, right = st.columns([5, 6], gap="medium")
             with left:
                 show_threshold(result, context, files_key)
             with right:
-                show_downloads(result, good, context, files_key)
+                show_downloads(result, scored, context, files_key)
     _about(context)
 
 
@@ -52,11 +52,11 @@ def _about(context: "PageContext") -> None:
     facts = {
         "Trained on": f"{card.trained_on.num_radiographs:,} {kind}",
         "Checkpoint": card.checkpoint,
-        "Chosen on": f"the {wording.SETS.get(card.selected_on, card.selected_on)}",
+        "Chosen on": f"the {wording.SPLIT_NAMES.get(card.selected_on, card.selected_on)}",
         "Computed in": card.precision,
         "Sees": f"{card.size} x {card.size} pixels, {card.resize}",
         "File (SHA-256)": model.sha256,
         "Terms": f"{card.terms}. {card.licence}.",
     }
     with st.expander("About this model"):
-        st.markdown("\n".join(f"- **{name}**: {plain(str(value))}" for name, value in facts.items()))
+        st.markdown("\n".join(f"- **{name}**: {escape_markdown(str(value))}" for name, value in facts.items()))

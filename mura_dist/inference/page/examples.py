@@ -25,7 +25,7 @@ from mura_dist.data.phantoms import PhantomSet
 from mura_dist.data.source.scan import PHANTOMS_MARK
 from mura_dist.inference.page.study import MAX_FILES, Upload
 
-PER_TYPE = 4  # of each study type
+EXAMPLES_PER_TYPE = 4  # of each study type
 THUMBNAIL_PX = 240
 _LABELS = ("negative", "positive")  # as a study's folder ends
 _LAYOUT = "give one in MURA's layout: XR_WRIST/patient00001/study1_positive"
@@ -61,7 +61,7 @@ class _Study:
     files: tuple[Path, ...]
 
 
-def find(folder: Path) -> tuple[Example, ...]:
+def find_examples(folder: Path) -> tuple[Example, ...]:
     """Return some studies of each study type, in turns, the same on each start. Raises UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"--examples {folder}: no such folder; {_LAYOUT}")
@@ -97,7 +97,7 @@ def _select(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
     selection: dict[str, list[_Study]] = {}
     for study in studies:
         selection.setdefault(study.study_type, []).append(study)
-    selection = {study_type: of_type[:PER_TYPE] for study_type, of_type in selection.items()}
+    selection = {study_type: of_type[:EXAMPLES_PER_TYPE] for study_type, of_type in selection.items()}
     for label in _LABELS:
         counts = Counter(study.label for of_type in selection.values() for study in of_type)
         absent = next((study for study in studies if study.label == label and not counts[label]), None)
@@ -109,7 +109,7 @@ def _select(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
     return selection
 
 
-def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
+def drawing_digests(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
     """Return the SHA-256 of the examples' files that are drawings of the phantom set they lie in.
 
     Each is drawn anew and compared: a radiograph that was put among them is none.
@@ -128,11 +128,11 @@ def drawings(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
     return frozenset(digests)
 
 
-def thumbnail(upload: Upload) -> bytes | None:
+def render_thumbnail(upload: Upload) -> bytes | None:
     """Return a small PNG of a file that was read, on a square of black; None of another file."""
-    if upload.shown is None:
+    if upload.preview is None:
         return None
-    picture = Image.fromarray(np.ascontiguousarray(upload.shown))
+    picture = Image.fromarray(np.ascontiguousarray(upload.preview))
     picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
     square, data = Image.new("L", (THUMBNAIL_PX, THUMBNAIL_PX)), io.BytesIO()
     scale = THUMBNAIL_PX / max(picture.size)

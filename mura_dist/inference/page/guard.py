@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OTHER_NAME = "the page does not answer to this name; start it with --allow-host NAME"
-OTHER_ORIGIN = "another web site may not use the page"
-BUSY = "too many uploads arrive at this moment; try again in a minute"
-FULL = "too many sessions are open; try again later"
-SLOW = "the upload arrives too slowly"
-UNCHANGING = "/static/"  # Streamlit's own files; all else is somebody's
+HOST_REFUSED = "the page does not answer to this name; start it with --allow-host NAME"
+ORIGIN_REFUSED = "another web site may not use the page"
+UPLOADS_FULL = "too many uploads arrive at this moment; try again in a minute"
+SESSIONS_FULL = "too many sessions are open; try again later"
+UPLOAD_SLOW = "the upload arrives too slowly"
+STATIC_PREFIX = "/static/"  # Streamlit's own files; all else is somebody's
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ DEFAULT = RequestLimits()
 
 
 @dataclass(frozen=True)
-class Hosts:
+class AllowedHosts:
     """The names that the page answers to, in lower case. An IP address always is one.
 
     A web site that points its own name at this machine (DNS rebinding) gets no further: its browser sends that name.
@@ -48,7 +48,7 @@ class Hosts:
 
     names: frozenset[str]
 
-    def answers_to(self, host: str) -> bool:
+    def allows(self, host: str) -> bool:
         """Return whether a Host header, with or without its port, names the page."""
         try:
             url = urlsplit(f"//{host}")
@@ -110,7 +110,9 @@ class Guard:
         limits: Bytes, seconds and sessions.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, headers: dict[str, str], limits: RequestLimits = DEFAULT) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: AllowedHosts, headers: dict[str, str], limits: RequestLimits = DEFAULT
+    ) -> None:
         self.app, self.hosts, self.headers, self.limits = app, hosts, headers, limits
         self.unfinished_bytes = self.num_sessions = 0
 
@@ -124,7 +126,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in self.headers.items():
                     headers[name] = value
-                if not scope["path"].startswith(UNCHANGING):  # pictures and tables go into no cache on a disk
+                if not scope["path"].startswith(STATIC_PREFIX):  # pictures and tables go into no cache on a disk
                     headers["Cache-Control"] = "no-store"
             await send(message)
 
@@ -143,17 +145,17 @@ class Guard:
         """Return the answer to a request that is not for this page, or not from it; None otherwise."""
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if len(hosts) != 1 or not self.hosts.answers_to(hosts[0].lower()):
-            return PlainTextResponse(OTHER_NAME, 421)
+        if len(hosts) != 1 or not self.hosts.allows(hosts[0].lower()):
+            return PlainTextResponse(HOST_REFUSED, 421)
         if scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
             return None
         if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
-            return PlainTextResponse(OTHER_ORIGIN, 403)
+            return PlainTextResponse(ORIGIN_REFUSED, 403)
         return None
 
     async def _session(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.num_sessions >= self.limits.sessions:
-            await PlainTextResponse(FULL, 503)(scope, receive, send)
+            await PlainTextResponse(SESSIONS_FULL, 503)(scope, receive, send)
             return
         self.num_sessions += 1
         try:
@@ -185,7 +187,7 @@ class _Body:
             self.release()
             while not self._complete:  # a browser reads the answer only when it has sent everything
                 await self._next()
-            raise HTTPException(503, BUSY, {"Retry-After": "60", "Connection": "close"})
+            raise HTTPException(503, UPLOADS_FULL, {"Retry-After": "60", "Connection": "close"})
         self._count(len(message.get("body", b"")))
         return message
 
@@ -196,7 +198,7 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             self._complete = True
-            raise HTTPException(408, SLOW, {"Connection": "close"}) from None
+            raise HTTPException(408, UPLOAD_SLOW, {"Connection": "close"}) from None
         self._complete = not message.get("more_body", False)
         return message
 

@@ -11,15 +11,15 @@ from typing import Any
 from mura_dist.core.errors import UserError
 from mura_dist.inference.page.study import MAX_FILES, MAX_UPLOAD_MB
 
-MAX_KEPT_BYTES = 4 << 30  # of the uploads of all sessions together
-GONE_S = 20  # how long a session that was cut off is kept for its browser to come back
+MAX_UPLOADS_BYTES = 4 << 30  # of the uploads of all sessions together
+RECONNECT_S = 20  # how long a session that was cut off is kept for its browser to come back
 
 
-def arrange() -> None:
+def apply_patches() -> None:
     """Before the server starts, in its process."""
     keep_uploads_in_memory()
-    forget_gone_sessions()
-    tell_nobody()
+    drop_closed_sessions()
+    disable_address_lookup()
 
 
 def keep_uploads_in_memory() -> None:
@@ -38,7 +38,7 @@ def keep_uploads_in_memory() -> None:
         if len(self.file_storage.get(session_id, {})) >= MAX_FILES:
             raise HTTPException(status_code=413, detail=f"more than {MAX_FILES} files")
         kept = sum(len(one.data) for files in list(self.file_storage.values()) for one in list(files.values()))
-        if kept + len(file.data) > MAX_KEPT_BYTES:
+        if kept + len(file.data) > MAX_UPLOADS_BYTES:
             raise HTTPException(status_code=503, detail="the page holds too many uploads; try again in a minute")
         if not runtime.get_instance().is_active_session(session_id):
             raise HTTPException(status_code=400, detail="the session is closed")
@@ -47,7 +47,7 @@ def keep_uploads_in_memory() -> None:
     _replace(MemoryUploadedFileManager, "add_file", bounded)
 
 
-def forget_gone_sessions() -> None:
+def drop_closed_sessions() -> None:
     """Streamlit keeps the files of a closed session until another one is closed, if ever: they go after GONE_S here."""
     from streamlit import runtime
     from streamlit.runtime.memory_session_storage import MemorySessionStorage
@@ -56,7 +56,7 @@ def forget_gone_sessions() -> None:
 
     def saved(self: Any, info: Any) -> None:
         save(self, info)
-        asyncio.get_running_loop().call_later(GONE_S, forget, self, info)
+        asyncio.get_running_loop().call_later(RECONNECT_S, forget, self, info)
 
     def forget(self: Any, info: Any) -> None:
         if self.get(info.session.id) is not info:  # it has come back, or gone once more
@@ -69,7 +69,7 @@ def forget_gone_sessions() -> None:
     _replace(MemorySessionStorage, "save", saved)
 
 
-def tell_nobody() -> None:
+def disable_address_lookup() -> None:
     """Ask nobody for this machine's address, as Streamlit does where another web site knocks."""
     from streamlit import net_util
 

@@ -16,7 +16,7 @@ from mura_dist.data import table_names
 from mura_dist.inference import overlays
 from mura_dist.inference.page import style, wording
 from mura_dist.inference.page.study import StudyFile, StudyResult, ViewOutput
-from mura_dist.inference.page.study_input import plain
+from mura_dist.inference.page.study_input import escape_markdown
 from mura_dist.metrics.classification import is_positive
 from mura_dist.models.card import Card
 from mura_dist.reports import heatmap, local_only
@@ -51,14 +51,14 @@ def show_result(
 
 def outcome(result: StudyResult, card: Card, num_left_out: int) -> Html:
     """Return the answer as markup."""
-    headline, lines = wording.outcome(result), wording.explained(result, card)
-    num_first = len(wording.SAYS_HOW_OFTEN[headline])
+    headline, lines = wording.outcome(result), wording.explanation_lines(result, card)
+    num_first = len(wording.ERROR_RATES_BY_OUTCOME[headline])
     if num_left_out:
         lines.append(f"{num_left_out} of the files {'is' if num_left_out == 1 else 'are'} left out, see above.")
     return element(
         "section",
         element("h2", wording.HEADLINES[headline]),
-        element("p", wording.lead(result), class_="lead"),
+        element("p", wording.lead_sentence(result), class_="lead"),
         *([] if result.withheld else [gauge(result, card)]),
         *(element("p", line, class_="frequency") for line in lines[:num_first]),
         *(element("small", line) for line in lines[num_first:]),
@@ -92,7 +92,7 @@ def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: st
     """Return the strength of the maps, 0.1 to 1; None as long as nobody asks: a map shows something beside every answer."""
     if result.withheld:
         return None
-    if reason := wording.no_map(file.view.cells.shape for file in files if file.view is not None):
+    if reason := wording.map_unavailable_reason(file.output.cells.shape for file in files if file.output is not None):
         st.caption(reason)
         return None
     if not st.toggle("Show the activation map", value=False, help=wording.MAP_CAVEAT, key=f"map {files_key}"):
@@ -107,16 +107,16 @@ def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: st
 
 def _picture(files: Sequence[StudyFile], index: int, strength: float | None, *, values: bool) -> None:
     file, which = files[index], f"picture {index + 1}"
-    assert file.view is not None
-    assert file.upload.shown is not None
-    shown, what = file.upload.shown, "Radiograph"
+    assert file.output is not None
+    assert file.upload.preview is not None
+    shown, what = file.upload.preview, "Radiograph"
     if strength is not None:
-        shown, what = heatmap.overlay_heatmap(shown, file.view.cells, strength), "Radiograph under its activation map"
+        shown, what = heatmap.overlay_heatmap(shown, file.output.cells, strength), "Radiograph under its activation map"
     st.image(_png(shown), alt=f"{what}, {which}", width="stretch")
     words = which.capitalize()
-    if not file.drawn:
-        words += f", {plain(file.name.rpartition('/')[2])}"
-    st.markdown(f"{words}: probability **{file.view.probability:.2f}**" if values else words)
+    if not file.is_drawing:
+        words += f", {escape_markdown(file.name.rpartition('/')[2])}"
+    st.markdown(f"{words}: probability **{file.output.probability:.2f}**" if values else words)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -132,19 +132,19 @@ def _png(pixels: np.ndarray) -> bytes:
 @st.fragment
 def show_threshold(result: StudyResult, context: "PageContext", files_key: str) -> None:
     """Look at another threshold; nothing else on the page, and no download, moves with it."""
-    curve = None if result.withheld else wording.Curve.of(context.service.card, result.study_type)
+    curve = None if result.withheld else wording.ThresholdCurve.from_card(context.service.card, result.study_type)
     own = result.cell("threshold")
     if curve is None or own is None:
         return
     st.header("Another threshold", anchor=False)
-    first, last = wording.ENDS
+    first, last = wording.THRESHOLD_RANGE
     start = min(max(round(float(own), 2), first), last)
     value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {result.study_type} {files_key}")
     call = "flagged" if is_positive(result.probability, value) else "not flagged"
     st.markdown(
         f"At {value:.2f} this study ({result.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
     )
-    st.caption(f"{curve.reserve} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
+    st.caption(f"{curve.caveat} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
 
 
 # ---- downloads
@@ -168,7 +168,7 @@ def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "Pa
                 on_click="ignore",
             )
         for index, file in enumerate(files):
-            if not result.withheld and file.view is not None and heatmap.drawable(file.view.cells):
+            if not result.withheld and file.output is not None and heatmap.drawable(file.output.cells):
                 _overlay(file, index, files_key, drawn=drawn)
     if tail:
         st.caption("Of computer drawings, by a model of drawings: the tables say so under trained_on.")
@@ -177,7 +177,7 @@ def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "Pa
 def _overlay(file: StudyFile, index: int, files_key: str, *, drawn: bool) -> None:
     """Offer a picture with its map, as predict draws them; where pixels may show a name, only after a confirmation."""
     assert file.upload.image is not None
-    assert file.view is not None
+    assert file.output is not None
     identity, which = file.upload.identity, f"picture {index + 1}"
     withheld = identity is not None and identity.may_show_text
     allow = f"The pixels of {which} may show a name: I may download it"
@@ -185,7 +185,7 @@ def _overlay(file: StudyFile, index: int, files_key: str, *, drawn: bool) -> Non
         return
     st.download_button(
         f"{which.capitalize()} with its map (PNG)",
-        data=partial(_overlay_png, file.upload.image, file.view, drawn),
+        data=partial(_overlay_png, file.upload.image, file.output, drawn),
         file_name=f"map-of-{which.replace(' ', '-')}.png",
         mime="image/png",
         key=f"overlay {which} {files_key}",

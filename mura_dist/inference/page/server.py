@@ -32,13 +32,15 @@ from mura_dist.inference.page import examples as page_examples
 from mura_dist.inference.page import privacy
 from mura_dist.inference.page.connection import Connection
 from mura_dist.inference.page.examples import Example
-from mura_dist.inference.page.guard import Guard, Hosts, content_security_policy, is_address, security_headers
+from mura_dist.inference.page.guard import AllowedHosts, Guard, content_security_policy, is_address, security_headers
 from mura_dist.inference.page.study import MAX_UPLOAD_MB, InferenceService, open_inference_service
 
 ADDRESS, PORT = "127.0.0.1", 8501
 MAX_CONNECTIONS = 500  # 20 browsers open up to 140
 MAX_MESSAGE_BYTES = 1 << 20  # of a browser: what was clicked and typed; files come by HTTP
-_NONE_KNOWN = "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
+_NO_KNOWN_DRAWINGS = (
+    "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
+)
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 
@@ -83,29 +85,29 @@ def serve(
         UserError: The model, folder, address, port or a name cannot be used.
     """
     global _context
-    studies = page_examples.find(examples) if examples is not None else ()
+    studies = page_examples.find_examples(examples) if examples is not None else ()
     hosts = _hosts(address, allow_host)
     with _listen(address, port) as listener:
         model = OnnxModel.load(model_path)
         digests: frozenset[str] = frozenset()
         if examples is not None and model.card.of_drawings:
-            digests = page_examples.drawings(examples, studies)
-        with _home(), open_inference_service(model, min(2, num_processors()), digests) as shared:
+            digests = page_examples.drawing_digests(examples, studies)
+        with _streamlit_home(), open_inference_service(model, min(2, num_processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
-            _context = PageContext(shared, studies, tuple(map(page_examples.thumbnail, uploads)))
-            privacy.arrange()
+            _context = PageContext(shared, studies, tuple(map(page_examples.render_thumbnail, uploads)))
+            privacy.apply_patches()
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))
-            lines = [f"the page: http://{_spoken(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
+            lines = [f"the page: http://{_url_host(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
             if studies and model.card.of_drawings and not digests:
-                lines.append(_NONE_KNOWN)
+                lines.append(_NO_KNOWN_DRAWINGS)
             server = _server(Guard(app, hosts, security_headers(_policy())))
             with signals.call_on_stop(partial(setattr, server, "should_exit", True)):
                 announce(lines)
                 server.run(sockets=[listener])
 
 
-def _warnings(address: str, hosts: Hosts) -> list[str]:
+def _warnings(address: str, hosts: AllowedHosts) -> list[str]:
     """Return what to know of an address that others may reach."""
     if _is_loopback(address):
         return []
@@ -117,7 +119,7 @@ def _warnings(address: str, hosts: Hosts) -> list[str]:
 
 
 @contextlib.contextmanager
-def _home() -> Iterator[None]:
+def _streamlit_home() -> Iterator[None]:
     """Give Streamlit, which looks for its settings there, an empty home folder where the user has none."""
     if os.path.expanduser("~") != "~":
         yield
@@ -157,7 +159,7 @@ def _options() -> dict[str, Any]:
         "server_headless": True,  # opens no browser, asks for no e-mail address
         "server_baseUrlPath": "",
         "server_maxUploadSize": MAX_UPLOAD_MB,
-        "server_disconnectedSessionTTL": 2 * privacy.GONE_S,  # which comes before
+        "server_disconnectedSessionTTL": 2 * privacy.RECONNECT_S,  # which comes before
         "server_enableXsrfProtection": True,
         "server_enableCORS": True,
         "server_allowedHosts": [],  # the guard knows them
@@ -179,7 +181,7 @@ def _options() -> dict[str, Any]:
     }
 
 
-def _hosts(address: str, more: Sequence[str]) -> Hosts:
+def _hosts(address: str, more: Sequence[str]) -> AllowedHosts:
     """Return the names of the page: localhost, and where others may reach it this machine's own."""
     for name in more:
         if not _NAME.fullmatch(name):
@@ -188,7 +190,7 @@ def _hosts(address: str, more: Sequence[str]) -> Hosts:
             )
     own = [] if _is_loopback(address) else [address, socket.gethostname()]
     names = {name.lower().rstrip(".") for name in ("localhost", *own, *more)}
-    return Hosts(frozenset(name for name in names if not is_address(name)))
+    return AllowedHosts(frozenset(name for name in names if not is_address(name)))
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -217,5 +219,5 @@ def _is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def _spoken(address: str) -> str:
+def _url_host(address: str) -> str:
     return f"[{address}]" if ":" in address else address

@@ -28,23 +28,24 @@ from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics import classification
 from mura_dist.models.card import Card
 
-MAX_FILES = 12  # of a study
-MAX_UPLOAD_MB = 100  # a file; what radiograph.MAX_PIXELS pixels of 16 bits take
-LONGEST_PX = 1024  # of what is shown
-STUDY = "study"  # what the tables call it: the page has one, and no name of it is anybody's business
+MAX_FILES = 12  # per study
+MAX_UPLOAD_MB = 100  # per file; the size of radiograph.MAX_PIXELS pixels of 16 bits
+PREVIEW_PX = 1024  # longer side of the preview
+STUDY = "study"  # the study's name in the tables
 
-_LIMITS = replace(
-    worker_pool.DEFAULT_LIMITS, processor_s=10.0, wall_s=60.0
-)  # somebody is waiting; the dearest file takes 3
-_AT_ONCE = 2  # files of a session before another one's turn comes
+_LIMITS = replace(worker_pool.DEFAULT_LIMITS, processor_s=10.0, wall_s=60.0)  # the slowest valid file takes 3 s
+_FILES_PER_TURN = 2  # files of one session that are read before another session's turn
 
 
 class Upload(NamedTuple):
-    """A file as it was read: image (S, S) and `shown` (h, w) uint8, what a DICOM says of itself, the verdict; or why not:
-    `failure` with its code, one of failures.WORDS. notes: radiograph.RadiographDetails's."""
+    """A decoded file, or the reason why it cannot be decoded.
+
+    image: uint8 (S, S), the model's input. preview: uint8 (h, w). verdict: the gate's. failure and code: "" or the reason and
+    its key in failures.FAILURE_TEXTS.
+    """
 
     image: np.ndarray | None
-    shown: np.ndarray | None
+    preview: np.ndarray | None
     identity: radiograph.DicomIdentity | None
     verdict: str
     failure: str
@@ -52,49 +53,53 @@ class Upload(NamedTuple):
     code: str = ""
 
     @property
-    def passes(self) -> bool:
-        """Whether the model is asked about it."""
+    def passes_gate(self) -> bool:
+        """Whether the model is run on the file."""
         return self.image is not None and self.verdict not in gate.BLOCKING
 
 
-def failed_upload(why: str, code: str) -> Upload:
-    return Upload(None, None, None, "", why, code=code)
+def failed_upload(reason: str, code: str) -> Upload:
+    """Return the result for a file that cannot be decoded."""
+    return Upload(None, None, None, "", reason, code=code)
 
 
 @dataclass(frozen=True)
 class UploadReader:
-    """Reads one file's content; `size`: pixels of a side of the model's image. A guarded process runs it."""
+    """Decodes the content of one file, in a worker process. size: side of the model's input in pixels."""
 
     size: int
 
     def __call__(self, data: bytes) -> Upload:
+        """Return the decoded file, or the reason why it cannot be decoded."""
         try:
-            found = radiograph.read_details(io.BytesIO(data), self.size, LONGEST_PX)
-            verdict = gate.classify(found.image, found.colors)
+            details = radiograph.read_details(io.BytesIO(data), self.size, PREVIEW_PX)
+            verdict = gate.classify(details.image, details.colors)
         except radiograph.UnreadableFileError as error:
             return failed_upload(error.reason, error.code)
-        except Exception:  # short of memory, or our own mistake: it costs this file, not everybody's reading
+        except Exception:  # out of memory, or a bug: this file fails, the worker lives on
             return failed_upload("it could not be read", "io_error")
-        return Upload(found.image, found.display, radiograph.read_identity(io.BytesIO(data)), verdict, "", found.notes)
+        identity = radiograph.read_identity(io.BytesIO(data))
+        return Upload(details.image, details.display, identity, verdict, "", details.notes)
 
 
 @dataclass(frozen=True)
 class ViewOutput:
-    """What the model says of a radiograph. cells (h, w) float32: logits."""
+    """The model's output for a radiograph. cells: float32 (h, w), the logits of the activation map."""
 
     logit: float
     cells: np.ndarray
 
     @property
     def probability(self) -> float:
+        """The sigmoid of the logit."""
         return classification.logit_to_probability(self.logit)
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """`studies`: the study's one line of studies.csv; `predictions`: a line a view, as predict writes both.
+    """The rows that `predict` would write: one in `studies`, and one for each view in `predictions`.
 
-    withheld: the model is of drawings, the study is not known to be one: nothing is called.
+    withheld: the model was trained on drawings and a file is not a known drawing, so there is no call.
     """
 
     studies: pd.DataFrame
@@ -103,80 +108,91 @@ class StudyResult:
 
     @property
     def study_type(self) -> str:
+        """The study type."""
         return str(self.studies["study_type"].iloc[0])
 
     @property
     def probability(self) -> float:
+        """The mean probability over the views."""
         return float(self.studies["probability"].iloc[0])
 
     def cell(self, name: str) -> float | str | None:
-        """Of the study's line; None where it is empty."""
+        """Return a value of the study's row, or None where it is empty."""
         value = self.studies[name].iloc[0]
         return None if pd.isna(value) else value
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A file of the study at hand; without a view where it was not read, or not looked at. drawn: its bytes are an example's that
-    is a drawing."""
+    """A file of the study. output: None if the model was not run. is_drawing: it is a known drawing, by its SHA-256."""
 
     name: str
     upload: Upload
-    view: ViewOutput | None
-    drawn: bool = False
+    output: ViewOutput | None
+    is_drawing: bool = False
 
 
 class InferenceService:
-    """What all sessions share; several threads at once may `ask`. drawings: the SHA-256 of files that are known drawings."""
+    """The model and the worker processes that all sessions share. Several threads may call `predict` at once.
+
+    drawings: the SHA-256 of known drawings.
+    """
 
     def __init__(self, model: OnnxModel, workers: int, drawings: frozenset[str], stack: contextlib.ExitStack) -> None:
         self.model, self._workers, self._drawings, self._stack = model, workers, drawings, stack
-        self._reading, self._looking = threading.Lock(), threading.Lock()
-        self._crew = self._hire()
+        self._read_lock, self._model_lock = threading.Lock(), threading.Lock()
+        self._pool = self._start_pool()
 
     @property
     def card(self) -> Card:
+        """The model card."""
         return self.model.card
 
     def predict(self, names: Sequence[str], files: Sequence[bytes]) -> list[StudyFile]:
-        """Every file, read and, where the gate lets it pass, looked at."""
+        """Decode each file, and run the model on those that pass the gate.
+
+        Args:
+            names: Names of the files.
+            files: Their contents.
+        """
         uploads = self.read(files)
-        views = iter(self.run_model([one.image for one in uploads if one.passes and one.image is not None]))
-        found = []
+        images = [upload.image for upload in uploads if upload.passes_gate and upload.image is not None]
+        outputs = iter(self.run_model(images))
+        study_files = []
         for name, data, upload in zip(names, files, uploads, strict=True):
-            view = next(views) if upload.passes else None
-            if view is not None and not math.isfinite(view.logit):
-                upload, view = failed_upload("the model gives no number for it", "model"), None
-            found.append(StudyFile(name, upload, view, self._is_drawing(data)))
-        return found
+            output = next(outputs) if upload.passes_gate else None
+            if output is not None and not math.isfinite(output.logit):
+                upload, output = failed_upload("the model's output is not a finite number", "model"), None
+            study_files.append(StudyFile(name, upload, output, self._is_drawing(data)))
+        return study_files
 
     def _is_drawing(self, data: bytes) -> bool:
         return bool(self._drawings) and hashlib.sha256(data).hexdigest() in self._drawings
 
     def read(self, files: Sequence[bytes]) -> list[Upload]:
-        """Sessions take turns, a few files each: a WorkerPool does one list at a time, and slow files shall not hold up everybody."""
-        found: list[Upload | TaskFailed] = []
-        for start in range(0, len(files), _AT_ONCE):
-            with self._reading:
+        """Decode files in worker processes. Sessions take turns, so that slow files of one session do not block the others."""
+        results: list[Upload | TaskFailed] = []
+        for start in range(0, len(files), _FILES_PER_TURN):
+            with self._read_lock:
                 try:
-                    found += self._crew.results([one] for one in files[start : start + _AT_ONCE])
-                except Exception:  # this one has lost its place; the next shall find another
-                    self._crew = self._hire()
+                    results += self._pool.results([data] for data in files[start : start + _FILES_PER_TURN])
+                except Exception:  # the pool is broken; the next session gets a new one
+                    self._pool = self._start_pool()
                     raise
         return [
-            failed_upload(f"its decoder {one.reason}", "decoder") if isinstance(one, TaskFailed) else one
-            for one in found
+            failed_upload(f"its decoder {result.reason}", "decoder") if isinstance(result, TaskFailed) else result
+            for result in results
         ]
 
     def run_model(self, images: Sequence[np.ndarray]) -> list[ViewOutput]:
-        """images (S, S) uint8. One study at a time: a model on all processors gains nothing from two."""
+        """Run the model on images, uint8 (S, S) each. One study at a time, since the model uses all processors."""
         if not images:
             return []
-        with self._looking:
+        with self._model_lock:
             logit, cells = self.model.outputs(np.stack(images)[:, None])
-        return [ViewOutput(float(one), map_) for one, map_ in zip(logit, cells, strict=True)]
+        return [ViewOutput(float(value), cell_map) for value, cell_map in zip(logit, cells, strict=True)]
 
-    def _hire(self) -> WorkerPool:
+    def _start_pool(self) -> WorkerPool:
         pool = worker_pool.start_pool(UploadReader, (self.model.size,), workers=self._workers, limits=_LIMITS)
         return self._stack.enter_context(pool)
 
@@ -185,50 +201,55 @@ class InferenceService:
 def open_inference_service(
     model: OnnxModel, workers: int = 1, drawings: frozenset[str] = frozenset()
 ) -> Iterator[InferenceService]:
-    """The processes end with the block."""
+    """Yield an inference service. Its worker processes stop at the end of the block."""
     with contextlib.ExitStack() as stack:
         yield InferenceService(model, workers, drawings, stack)
 
 
 def study_types(card: Card) -> list[str]:
-    """Those the model knows, else MURA's."""
+    """Return the study types of the model, or MURA's where its card names none."""
     return list(card.study_types) or list(mura.STUDY_TYPES)
 
 
 def detect_study_types(files: Sequence[StudyFile], card: Card) -> set[str]:
-    """The study types that names or DICOMs tell of: one and the same as a rule, which the model need not know."""
-    known = frozenset(study_types(card))
-    groups = Grouping("", "file", None, known)
-    paths = (file.name.replace("\\", "/") for file in files)
-    found = {
-        groups.study_type(_folders(path, known), file.upload.identity) for path, file in zip(paths, files, strict=True)
-    }
-    return found - {grouping.UNKNOWN}
+    """Return the study types that the files' names or DICOM headers contain, including types the model does not know."""
+    card_types = frozenset(study_types(card))
+    groups = Grouping("", "file", None, card_types)
+    paths = (_with_folder(file.name.replace("\\", "/"), card_types) for file in files)
+    detected = {groups.study_type(path, file.upload.identity) for path, file in zip(paths, files, strict=True)}
+    return detected - {grouping.UNKNOWN}
 
 
-def _folders(name: str, known: Collection[str]) -> str:
-    """A browser sends no folders; people write MURA's into a name: XR_WRIST_patient00006_study1_image1.png."""
-    for study_type in (*known, *mura.STUDY_TYPES):
+def _with_folder(name: str, card_types: Collection[str]) -> str:
+    """Return a name with its study type as a folder: XR_WRIST_patient00006_study1_image1.png. Browsers send no folders."""
+    for study_type in (*card_types, *mura.STUDY_TYPES):
         if name.startswith((f"{study_type}_", f"{study_type}-")):
             return f"{study_type}/{name}"
     return name
 
 
 def num_studies(files: Sequence[StudyFile]) -> int:
-    """How many studies the DICOMs among them say they are of."""
+    """Return the number of different studies in the DICOM headers of the files."""
     return len({file.upload.identity.study_uid for file in files if file.upload.identity} - {""})
 
 
 def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> StudyResult:
-    """Return what predict writes of the files with a view, as one study. A model of drawings calls known drawings alone."""
-    good = [(file, file.view.logit) for file in files if file.view is not None]
-    rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in good]
+    """Return the rows that `predict` writes for the files, as one study.
+
+    Args:
+        files: Files without an output are ignored.
+        study_type: Selects the threshold.
+        card: The model card. A model that was trained on drawings gives a call for known drawings only.
+    """
+    scored = [(file, file.output.logit) for file in files if file.output is not None]
+    rows = [[file.name, STUDY, study_type, logit, file.upload.verdict] for file, logit in scored]
     predictions = tables.prediction_frame(rows)
-    probability = classification.sigmoid(np.array([logit for _, logit in good], np.float32))
-    worst = max((file.upload.verdict for file, _ in good), key=gate.NAMES.index)
-    drawn = all(file.drawn for file, _ in good)
-    heads = [(STUDY, study_type, worst)]
-    studies = tables.apply_thresholds(heads, np.zeros(len(rows), np.int64), probability, card, drawn=drawn)
+    probability = classification.sigmoid(np.array([logit for _, logit in scored], np.float32))
+    worst = max((file.upload.verdict for file, _ in scored), key=gate.NAMES.index)
+    drawn = all(file.is_drawing for file, _ in scored)
+    studies = tables.apply_thresholds(
+        [(STUDY, study_type, worst)], np.zeros(len(rows), np.int64), probability, card, drawn=drawn
+    )
     withheld = card.of_drawings and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan

@@ -40,17 +40,17 @@ def choose_files(context: "PageContext") -> list[StudyFile]:
     """Draw what asks for files; return those of the study, read and, where they pass the gate, predicted."""
     number = st.session_state.get(_EXAMPLE)
     if number is not None:
-        return _read_once(context, _chosen(context.examples[number - 1]))
+        return _read_once(context, _chosen_example(context.examples[number - 1]))
     content = _uploaded()
     if not content and context.examples:
-        _cards(context)
+        _example_cards(context)
     return _read_once(context, content)
 
 
 def _uploaded() -> Content:
     with st.container(key="upload-zone"):
         uploaded = st.file_uploader(UPLOAD, accept_multiple_files=True, key="upload")
-        st.html(element("p", failures.REFUSED, class_="refused", role="alert"))
+        st.html(element("p", failures.UPLOAD_REFUSED, class_="refused", role="alert"))
         if uploaded:
             if len(uploaded) <= MAX_FILES:
                 return {str(one.file_id): (one.name, one.getvalue) for one in uploaded}
@@ -61,7 +61,7 @@ def _uploaded() -> Content:
     return {}
 
 
-def _cards(context: "PageContext") -> None:
+def _example_cards(context: "PageContext") -> None:
     """Draw the examples as cards: one of each study type first, the others folded."""
     st.header("Or try an example", anchor=False)
     first = len({example.study_type for example in context.examples})
@@ -79,7 +79,7 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
                 if picture is not None:
                     st.image(picture, alt=f"First picture of example {example.number}", width="stretch")
                 st.button(
-                    title(example),
+                    example_title(example),
                     key=f"choose-{example.number}",
                     on_click=partial(st.session_state.__setitem__, _EXAMPLE, example.number),
                     type="tertiary",
@@ -87,14 +87,14 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
                 )
 
 
-def title(example: Example) -> str:
+def example_title(example: Example) -> str:
     """Return what an example is called."""
     return f"Example {example.number}: {display_name(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
 
 
-def _chosen(example: Example) -> Content:
+def _chosen_example(example: Example) -> Content:
     with st.container(key="bar", horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.html(element("p", title(example)))
+        st.html(element("p", example_title(example)))
         st.button("Choose another study", on_click=partial(st.session_state.pop, _EXAMPLE, None), key="another")
     return {
         f"{example.number} {index}": (example.name(index), partial(example.content, index))
@@ -119,13 +119,13 @@ def _read_once(context: "PageContext", content: Content) -> list[StudyFile]:
 def show_failures(files: Sequence[StudyFile]) -> None:
     """Say beside each file's name what is wrong with it."""
     for file in files:
-        name = plain(file.name)
+        name = escape_markdown(file.name)
         if file.upload.failure:
-            st.error(f"{name}: {plain(failures.sentence(file.upload.code, file.upload.failure))}")
-        elif file.view is None:
-            st.error(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
+            st.error(f"{name}: {escape_markdown(failures.failure_sentence(file.upload.code, file.upload.failure))}")
+        elif file.output is None:
+            st.error(f"{name}: {failures.GATE_TEXTS[file.upload.verdict]}.")
         elif file.upload.verdict in gate.MESSAGES:
-            st.warning(f"{name}: {failures.VERDICTS[file.upload.verdict]}.")
+            st.warning(f"{name}: {failures.GATE_TEXTS[file.upload.verdict]}.")
         for note in file.upload.notes:
             st.caption(f"{name}: {note}.")
 
@@ -157,6 +157,6 @@ def choose_study_type(context: "PageContext", files: Sequence[StudyFile]) -> str
     return labels[label]
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Return text without markup: a file may be called anything."""
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]()#+-.!|<>~$:&" else sign for sign in text)

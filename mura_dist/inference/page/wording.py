@@ -29,25 +29,25 @@ HEADLINES: dict[Outcome, str] = {
     "uncertain": "Uncertain",
     "no_call": "No call",
 }
-DEMO = "Demo on computer drawings: this is what an answer looks like"
+DEMO_BANNER = "Demo on computer drawings: this is what an answer looks like"
 WITHHELD = (
     "These files are not known to be drawings, and this model has seen nothing but computer drawings of bones: what it computes "
     "of a radiograph means nothing.",
     "Next step: train on radiographs: mura-dist shards MURA-v1.1 shards/mura, then mura-dist train launch/recipes/mura.toml, "
     "evaluate and export it, and open the page on that model.",
 )
-ENDS = (CURVE_THRESHOLDS[0], CURVE_THRESHOLDS[-1])  # of the thresholds to look at
+THRESHOLD_RANGE = (CURVE_THRESHOLDS[0], CURVE_THRESHOLDS[-1])  # of the thresholds to look at
 MAP_CAVEAT = "A map shows what moved this model, not where a lesion is."
-SAYS_HOW_OFTEN: dict[Outcome, list[str]] = {  # what was wrong before, beside each outcome
+ERROR_RATES_BY_OUTCOME: dict[Outcome, list[str]] = {  # what was wrong before, beside each outcome
     "none_flagged": ["missed"],
     "flagged": ["alarms"],
     "uncertain": ["missed", "alarms"],
     "no_call": [],
 }
-SETS = {"train": "training set", "tune": "tuning set", "valid": "test set", "test": "test set"}
+SPLIT_NAMES = {"train": "training set", "tune": "tuning set", "valid": "test set", "test": "test set"}
 
 
-def average(num: int) -> str:
+def averaging_note(num: int) -> str:
     """Return the words for a probability that is the average of `num` pictures."""
     return "one picture" if num == 1 else f"average of {num} pictures"
 
@@ -64,21 +64,21 @@ def outcome(answer: StudyResult) -> Outcome:
     return "flagged" if call else "none_flagged"
 
 
-def lead(answer: StudyResult) -> str:
+def lead_sentence(answer: StudyResult) -> str:
     """Return the sentence under the headline: the probability, where it means anything."""
     if answer.withheld:
         return WITHHELD[0]
-    return f"Probability of an abnormality: {answer.probability:.2f} ({average(len(answer.predictions))})."
+    return f"Probability of an abnormality: {answer.probability:.2f} ({averaging_note(len(answer.predictions))})."
 
 
-def explained(answer: StudyResult, card: Card) -> list[str]:
+def explanation_lines(answer: StudyResult, card: Card) -> list[str]:
     """Return the sentences below: first how often the model was wrong, then how the outcome came about."""
     headline = outcome(answer)
     if answer.withheld:
         return [WITHHELD[1]]
     if headline == "no_call":
         return [f"No threshold was evaluated for {display_name(answer.study_type).lower()} studies."]
-    lines = experience(headline, answer.study_type, card)
+    lines = error_rate_lines(headline, answer.study_type, card)
     call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
     if call is not None:
         side = "above" if call else "not above"
@@ -94,7 +94,7 @@ def explained(answer: StudyResult, card: Card) -> list[str]:
     return lines
 
 
-def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
+def map_unavailable_reason(shapes: Iterable[tuple[int, ...]]) -> str:
     """Return why there is no activation map, "" where there is one, by the cells of each picture's map."""
     height, width = min(shapes, key=min)
     if min(height, width) >= MIN_CELLS:
@@ -105,9 +105,9 @@ def no_map(shapes: Iterable[tuple[int, ...]]) -> str:
     )
 
 
-def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
+def error_rate_lines(headline: Outcome, study_type: str, card: Card) -> list[str]:
     """Return how often the model was wrong where it was measured: what SAYS_HOW_OFTEN names for the outcome."""
-    if not measured(card):
+    if not has_matching_metrics(card):
         return [f"How often it is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."]
     group, type_name = card.metrics["by_study_type"].get(study_type), display_name(study_type).lower()
     confusion = group.get("confusion") if group else None
@@ -121,10 +121,10 @@ def experience(headline: Outcome, study_type: str, card: Card) -> list[str]:
         "missed": f"{missed.sentence(f'abnormal {type_name} studies {_in(card)}', 'missed')}.",
         "alarms": f"{alarms.sentence(f'normal {type_name} studies {_in(card)}', 'flagged')}.",
     }
-    return [*(lines[name] for name in SAYS_HOW_OFTEN[headline]), reserve(card)]
+    return [*(lines[name] for name in ERROR_RATES_BY_OUTCOME[headline]), caveat(card)]
 
 
-def reserve(card: Card) -> str:
+def caveat(card: Card) -> str:
     """Return the sentence on the studies, the split and the precision that the card's metrics were measured with."""
     parts = [
         "The test set is of computer drawings" if card.of_drawings else f"The {_set(card)} is not of your hospital"
@@ -138,13 +138,13 @@ def reserve(card: Card) -> str:
     return f"{'; '.join(parts)}."
 
 
-def measured(card: Card) -> bool:
+def has_matching_metrics(card: Card) -> bool:
     """Return whether the card's metrics are of what the model was trained on: radiographs, or drawings."""
     return bool(card.metrics) and card.metrics.get("measured_on") == card.trained_on.kind
 
 
 def _set(card: Card) -> str:
-    return SETS.get(card.metrics.get("split", "valid"), "test set")
+    return SPLIT_NAMES.get(card.metrics.get("split", "valid"), "test set")
 
 
 def _in(card: Card) -> str:
@@ -162,19 +162,19 @@ def _frequency(group: Mapping[str, Any], rate: str, wrong: int, right: int) -> F
 
 
 @dataclass(frozen=True)
-class Curve:
+class ThresholdCurve:
     """The columns that summary.curves made of a study type, and where."""
 
     columns: Mapping[str, Any]
     study_type: str
     where: str
-    reserve: str
+    caveat: str
 
     @classmethod
-    def of(cls, card: Card, study_type: str) -> "Curve | None":
+    def from_card(cls, card: Card, study_type: str) -> "ThresholdCurve | None":
         """Return the curve of a study type; None where the card's metrics cannot say what another threshold would do."""
-        columns = card.metrics.get("curves", {}).get(study_type) if measured(card) else None
-        return cls(columns, study_type, _in(card), reserve(card)) if columns else None
+        columns = card.metrics.get("curves", {}).get(study_type) if has_matching_metrics(card) else None
+        return cls(columns, study_type, _in(card), caveat(card)) if columns else None
 
     def sentences(self, threshold: float) -> list[str]:
         """Return the sentences on what would be missed and what flagged, at the nearest threshold that was measured."""

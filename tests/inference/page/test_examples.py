@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_image
 from mura_dist.data import mura
 from mura_dist.data.phantoms import MARK, PhantomSet, plan
 from mura_dist.inference.page import examples, study
-from mura_dist.inference.page.examples import PER_TYPE, THUMBNAIL_PX, Example
-from mura_dist.inference.page.study_input import title
+from mura_dist.inference.page.examples import EXAMPLES_PER_TYPE, THUMBNAIL_PX, Example
+from mura_dist.inference.page.study_input import example_title
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def label_of(example: Example) -> str:
 
 
 def test_examples_are_some_of_each_type_with_both_labels(phantoms: Path) -> None:
-    found = examples.find(phantoms)
-    assert found == examples.find(phantoms / "valid" / "..")  # another way to the same folder
+    found = examples.find_examples(phantoms)
+    assert found == examples.find_examples(phantoms / "valid" / "..")  # another way to the same folder
     assert [one.number for one in found] == list(range(1, len(found) + 1))
-    for turn in range(PER_TYPE):  # one of each comes first
+    for turn in range(EXAMPLES_PER_TYPE):  # one of each comes first
         assert {one.study_type for one in found[7 * turn : 7 * turn + 7]} == set(mura.STUDY_TYPES)
-    assert len(found) == PER_TYPE * len(mura.STUDY_TYPES)
+    assert len(found) == EXAMPLES_PER_TYPE * len(mura.STUDY_TYPES)
     assert {label_of(one) for one in found} == {"positive", "negative"}
     for one in found:
         assert 1 <= len(one.files) <= study.MAX_FILES
@@ -56,7 +56,7 @@ def in_layout(root: Path, folders: Iterable[str]) -> Path:
 def of_seeds(tmp_path: Path) -> dict[int, tuple[Example, ...]]:
     """The examples of the valid split of a phantom set, as launch/demo.sh shows them, by seed."""
     return {
-        seed: examples.find(
+        seed: examples.find_examples(
             in_layout(tmp_path / str(seed), (one.folder for one in plan(700, seed) if one.split == "valid"))
         )
         for seed in range(8)
@@ -69,7 +69,7 @@ def test_a_number_tells_no_label(tmp_path: Path) -> None:
     positions: dict[int, set[str]] = {}
     types_in_turns, counts_of_types = set(), set()
     for seed, found in of_seeds(tmp_path).items():
-        assert len(found) == PER_TYPE * len(mura.STUDY_TYPES)
+        assert len(found) == EXAMPLES_PER_TYPE * len(mura.STUDY_TYPES)
         for odd in (0, 1):
             assert {label_of(one) for one in found if one.number % 2 == odd} == {"positive", "negative"}, (seed, odd)
         for study_type in mura.STUDY_TYPES:
@@ -102,8 +102,8 @@ def test_no_label_decides_which_study_is_an_example_or_its_number(tmp_path: Path
     exchanged = [
         name.replace("_positive", "_x").replace("_negative", "_positive").replace("_x", "_negative") for name in folders
     ]
-    before = examples.find(in_layout(tmp_path / "a", folders))
-    after = examples.find(in_layout(tmp_path / "b", exchanged))
+    before = examples.find_examples(in_layout(tmp_path / "a", folders))
+    after = examples.find_examples(in_layout(tmp_path / "b", exchanged))
     assert [one.files[0].parent.parent.name for one in before] == [one.files[0].parent.parent.name for one in after]
     assert [label_of(one) for one in before] != [label_of(one) for one in after]
 
@@ -118,17 +118,17 @@ def test_a_rare_label_is_among_them_at_any_number(tmp_path: Path, rare: str, com
         names = (
             f"XR_WRIST/patient{number:05}/study1{rare if number == rare_number else common}" for number in range(30)
         )
-        found = examples.find(in_layout(tmp_path / str(rare_number), names))
-        assert len(found) == PER_TYPE
+        found = examples.find_examples(in_layout(tmp_path / str(rare_number), names))
+        assert len(found) == EXAMPLES_PER_TYPE
         numbers |= {one.number for one in found if one.files[0].parent.name == f"study1{rare}"}
-    assert numbers == set(range(1, PER_TYPE + 1))
+    assert numbers == set(range(1, EXAMPLES_PER_TYPE + 1))
 
 
 def test_both_rare_labels_are_among_many_without_one(tmp_path: Path) -> None:
     for pair in range(20):
         suffix = {pair: "_positive", pair + 20: "_negative"}
         names = (f"XR_HAND/patient{number:05}/study1{suffix.get(number, '')}" for number in range(60))
-        found = examples.find(in_layout(tmp_path / str(pair), names))
+        found = examples.find_examples(in_layout(tmp_path / str(pair), names))
         assert {label_of(one) for one in found} >= {"positive", "negative"}
 
 
@@ -137,18 +137,18 @@ def test_examples_without_labels_are_as_few(tmp_path: Path) -> None:
         folder = tmp_path / "XR_WRIST" / f"patient{number:05}" / "study1"
         folder.mkdir(parents=True)
         (folder / "image1.png").touch()
-    assert len(examples.find(tmp_path)) == PER_TYPE
+    assert len(examples.find_examples(tmp_path)) == EXAMPLES_PER_TYPE
 
 
 def test_a_name_tells_the_study_type_and_no_label(phantoms: Path) -> None:
-    for one in examples.find(phantoms):
+    for one in examples.find_examples(phantoms):
         for index in range(len(one.files)):
             name = one.name(index)
             assert name == f"{one.study_type}/example{one.number}/image{index + 1}.png"
             assert one.content(index) == one.files[index].read_bytes()
         plural = "" if len(one.files) == 1 else "s"
         noun = one.study_type.removeprefix("XR_").lower()
-        assert title(one) == f"Example {one.number}: {noun}, {len(one.files)} picture{plural}"
+        assert example_title(one) == f"Example {one.number}: {noun}, {len(one.files)} picture{plural}"
     gone = Example(1, "XR_HAND", (Path("/nowhere/image1.PNG"),))
     assert (gone.content(0), gone.name(0)) == (b"", "XR_HAND/example1/image1.png")
 
@@ -159,8 +159,8 @@ def digest(path: Path) -> str:
 
 @pytest.mark.parametrize("below", [".", "valid", "valid/XR_HAND"])
 def test_examples_of_a_phantom_set_are_known_drawings(drawn: Path, below: str) -> None:
-    some = examples.find(drawn / below)
-    assert examples.drawings(drawn / below, some) == {digest(path) for one in some for path in one.files}
+    some = examples.find_examples(drawn / below)
+    assert examples.drawing_digests(drawn / below, some) == {digest(path) for one in some for path in one.files}
 
 
 def saved(image: Image.Image) -> bytes:
@@ -171,7 +171,7 @@ def saved(image: Image.Image) -> bytes:
 
 def test_a_radiograph_among_them_is_none(drawn: Path) -> None:
     """Whatever it is called, and whatever the mark says."""
-    some = examples.find(drawn)[:3]
+    some = examples.find_examples(drawn)[:3]
     target, other = some[0].files[0], some[1].files[0]
     before = target.read_bytes()
     with Image.open(target) as image:
@@ -190,7 +190,7 @@ def test_a_radiograph_among_them_is_none(drawn: Path) -> None:
     try:
         for what, data in contents.items():
             target.write_bytes(data)
-            known = examples.drawings(drawn, some)
+            known = examples.drawing_digests(drawn, some)
             assert hashlib.sha256(data).hexdigest() not in known or what == "another drawing of the set", what
             assert len(known) == sum(len(one.files) for one in some) - 1, what
     finally:
@@ -201,7 +201,7 @@ def test_another_processors_drawing_is_one(drawn: Path) -> None:
     """It may differ by a grey level."""
     found = PhantomSet.open(drawn)
     assert found is not None
-    path = examples.find(drawn)[0].files[0]
+    path = examples.find_examples(drawn)[0].files[0]
     with Image.open(path) as image:
         pixels = np.asarray(image).astype(int)
     for off, same in ((1, True), (2, False)):
@@ -227,15 +227,15 @@ def test_another_mark_knows_no_drawing(drawn: Path, tmp_path: Path, change: dict
     shutil.copytree(drawn / "valid" / "XR_HAND", tmp_path / "valid" / "XR_HAND")
     for text in ("[torn", "[]") if change is None else (json.dumps(mark | change),):
         (tmp_path / MARK).write_text(text)
-        assert examples.drawings(tmp_path, examples.find(tmp_path)) == frozenset()
+        assert examples.drawing_digests(tmp_path, examples.find_examples(tmp_path)) == frozenset()
     (tmp_path / MARK).unlink()
-    assert examples.drawings(tmp_path, examples.find(tmp_path)) == frozenset()
+    assert examples.drawing_digests(tmp_path, examples.find_examples(tmp_path)) == frozenset()
 
 
 def test_a_path_outside_of_the_set_holds_nothing(drawn: Path) -> None:
     found = PhantomSet.open(drawn)
     assert found is not None
-    path = examples.find(drawn)[0].files[0]
+    path = examples.find_examples(drawn)[0].files[0]
     name, data = path.relative_to(drawn).as_posix(), path.read_bytes()
     assert found.holds(name, data)
     for wrong in (
@@ -252,9 +252,9 @@ def test_a_path_outside_of_the_set_holds_nothing(drawn: Path) -> None:
 @pytest.mark.parametrize("shape", [(10, 100), (100, 10), (500, 400), (1, 1)])
 def test_a_thumbnail_is_a_square(shape: tuple[int, int]) -> None:
     shown = np.full(shape, 200, np.uint8)
-    data = examples.thumbnail(study.Upload(None, shown, None, "ok", ""))
+    data = examples.render_thumbnail(study.Upload(None, shown, None, "ok", ""))
     assert data is not None
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (THUMBNAIL_PX, THUMBNAIL_PX)
         assert np.asarray(image).max() == 200
-    assert examples.thumbnail(study.failed_upload("no", "not_image")) is None
+    assert examples.render_thumbnail(study.failed_upload("no", "not_image")) is None

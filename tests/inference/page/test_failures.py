@@ -9,21 +9,21 @@ import pytest
 from mura_dist.data import gate, radiograph
 from mura_dist.data.grayscale import Code
 from mura_dist.inference.page import failures, study
-from mura_dist.inference.page.guard import BUSY
+from mura_dist.inference.page.guard import UPLOADS_FULL
 
 SIDE = 32
 
 
 def test_every_code_and_verdict_has_words() -> None:
-    assert set(failures.WORDS) == {*get_args(Code), "decoder", "model"}
-    assert set(failures.VERDICTS) == set(gate.NAMES) - {"ok"}
+    assert set(failures.FAILURE_TEXTS) == {*get_args(Code), "decoder", "model"}
+    assert set(failures.GATE_TEXTS) == set(gate.NAMES) - {"ok"}
 
 
-@pytest.mark.parametrize("code", sorted(failures.WORDS))
+@pytest.mark.parametrize("code", sorted(failures.FAILURE_TEXTS))
 @pytest.mark.parametrize("reason", ["its header has no usable Rows", "a ZIP archive; unpack it first"])
 def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) -> None:
-    problem, remedy = failures.WORDS[code]
-    text = failures.sentence(code, reason)
+    problem, remedy = failures.FAILURE_TEXTS[code]
+    text = failures.failure_sentence(code, reason)
     assert text.startswith(problem)
     assert reason in text
     assert (remedy in text) == (";" not in reason)
@@ -49,7 +49,7 @@ def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) ->
 def test_what_a_file_is_answered_with(data: bytes, text: str) -> None:
     upload = study.UploadReader(SIDE)(data)
     assert upload.image is None
-    assert failures.sentence(upload.code, upload.failure).startswith(text)
+    assert failures.failure_sentence(upload.code, upload.failure).startswith(text)
 
 
 @pytest.mark.shared
@@ -62,7 +62,7 @@ def test_hostile_files_end_in_plain_words(shared: Path) -> None:
         upload = reader(path.read_bytes())
         if upload.image is None:
             seen.add(upload.code)
-            text = failures.sentence(upload.code, upload.failure)
+            text = failures.failure_sentence(upload.code, upload.failure)
             assert re.match("this (is not a picture|kind of file is not read here|picture is damaged|file )", text), (
                 path.name
             )
@@ -71,8 +71,8 @@ def test_hostile_files_end_in_plain_words(shared: Path) -> None:
 
 
 def test_limits_are_those_that_hold() -> None:
-    assert f"over {study.MAX_UPLOAD_MB} MB" in failures.REFUSED
-    assert f"more than {study.MAX_FILES} files" in failures.REFUSED
-    assert "try it again in a minute" in failures.REFUSED
-    assert "in a minute" in BUSY
-    assert f"At most {radiograph.MAX_PIXELS // 1_000_000} million pixels" in failures.WORDS["too_large"][1]
+    assert f"over {study.MAX_UPLOAD_MB} MB" in failures.UPLOAD_REFUSED
+    assert f"more than {study.MAX_FILES} files" in failures.UPLOAD_REFUSED
+    assert "try it again in a minute" in failures.UPLOAD_REFUSED
+    assert "in a minute" in UPLOADS_FULL
+    assert f"At most {radiograph.MAX_PIXELS // 1_000_000} million pixels" in failures.FAILURE_TEXTS["too_large"][1]

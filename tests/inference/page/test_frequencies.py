@@ -132,8 +132,8 @@ def test_answer_and_slider_say_the_same_whatever_version_wrote_the_card(total: i
     said = []
     for kinds in (False, True):
         card = card_with(wrong, right, kinds=kinds)
-        lines = wording.experience("uncertain", "XR_HAND", card)
-        curve = wording.Curve.of(card, "XR_HAND")
+        lines = wording.error_rate_lines("uncertain", "XR_HAND", card)
+        curve = wording.ThresholdCurve.from_card(card, "XR_HAND")
         assert curve is not None
         assert curve.sentences(0.5) == lines[:2]
         assert ("%" in " ".join(lines)) == (total >= MIN_FOR_SHARE)
@@ -147,7 +147,7 @@ def test_answer_and_slider_say_the_same_whatever_version_wrote_the_card(total: i
 def test_a_card_without_counts_says_so(change: dict[str, object]) -> None:
     card = card_with({"abnormal": 3, "normal": 3}, {"abnormal": 3, "normal": 3}, kinds=True)
     metrics = card.metrics | {"by_study_type": {"XR_HAND": card.metrics["by_study_type"]["XR_HAND"] | change}}
-    lines = wording.experience("flagged", "XR_HAND", card.model_copy(update={"metrics": metrics}))
+    lines = wording.error_rate_lines("flagged", "XR_HAND", card.model_copy(update={"metrics": metrics}))
     assert lines == ["How often it is wrong on hand studies was not measured."]
 
 
@@ -155,12 +155,12 @@ def test_a_card_without_counts_says_so(change: dict[str, object]) -> None:
 def test_a_split_is_called_what_a_doctor_calls_it(split: str, words: str) -> None:
     card = card_with({"abnormal": 3, "normal": 3}, {"abnormal": 3, "normal": 3}, kinds=True)
     card = card.model_copy(update={"metrics": card.metrics | {"split": split}})
-    assert f"in the {words}, 3 were" in wording.experience("flagged", "XR_HAND", card)[0]
+    assert f"in the {words}, 3 were" in wording.error_rate_lines("flagged", "XR_HAND", card)[0]
 
 
 @pytest.mark.parametrize(("shapes", "shown"), [([(4, 4)], True), ([(10, 10)] * 3, True), ([(2, 2)], False)])
 def test_why_there_is_no_map(shapes: list[tuple[int, int]], shown: bool) -> None:
-    text = wording.no_map(shapes)
+    text = wording.map_unavailable_reason(shapes)
     assert (text == "") == shown
     assert shown or text.startswith(
         "No activation map: this model sees a picture in 2 x 2 cells, too few to say where."

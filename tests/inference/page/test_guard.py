@@ -21,19 +21,19 @@ from mura_dist.core.errors import UserError
 from mura_dist.inference.page import server
 from mura_dist.inference.page.connection import Connection
 from mura_dist.inference.page.guard import (
-    BUSY,
-    FULL,
-    OTHER_NAME,
-    OTHER_ORIGIN,
-    SLOW,
+    HOST_REFUSED,
+    ORIGIN_REFUSED,
+    SESSIONS_FULL,
+    UPLOAD_SLOW,
+    UPLOADS_FULL,
+    AllowedHosts,
     Guard,
-    Hosts,
     RequestLimits,
     content_security_policy,
     security_headers,
 )
 
-HOSTS = Hosts(frozenset({"localhost", "page.hospital.example"}))
+HOSTS = AllowedHosts(frozenset({"localhost", "page.hospital.example"}))
 LIMITS = RequestLimits(uploads_bytes=100_000, idle_s=0.6, body_s=1.5, sessions=2)
 HEADERS = security_headers(content_security_policy("<script>inline()</script>"))
 
@@ -142,7 +142,7 @@ def test_its_own_names_and_addresses_are_answered(port: int, host: str) -> None:
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 def test_another_name_is_refused(port: int, host: str, method: str) -> None:
     status, _, body = ask(port, request(method, host=host))
-    assert (status, body) == (421, OTHER_NAME)
+    assert (status, body) == (421, HOST_REFUSED)
 
 
 def test_none_and_two_names_are_refused(port: int) -> None:
@@ -155,8 +155,8 @@ def test_another_web_site_may_neither_upload_nor_open_a_session(port: int) -> No
     upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_version": 13}
     upgrade["sec_websocket_key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
     for origin in ("http://evil.example", "null", "http://localhost:9999", "http://127.0.0.1:8501"):
-        assert ask(port, request("PUT", origin=origin, content_length=1), "x")[::2] == (403, OTHER_ORIGIN)
-        assert ask(port, request(target="/stream", origin=origin, **upgrade))[::2] == (403, OTHER_ORIGIN)
+        assert ask(port, request("PUT", origin=origin, content_length=1), "x")[::2] == (403, ORIGIN_REFUSED)
+        assert ask(port, request(target="/stream", origin=origin, **upgrade))[::2] == (403, ORIGIN_REFUSED)
     assert ask(port, request("PUT", origin=own, content_length=1), "x")[::2] == (200, "1")
     assert ask(port, request("PUT", content_length=1), "x")[::2] == (200, "1")
     assert ask(port, request(target="/stream", origin=own, **upgrade))[0] == 101
@@ -171,7 +171,7 @@ def test_sessions_are_counted(port: int, guard: Guard) -> None:
         for client in (first, second, third):
             client.send(text)
         assert [client.answer()[0] for client in (first, second)] == [101, 101]
-        assert third.answer()[::2] == (503, FULL)
+        assert third.answer()[::2] == (503, SESSIONS_FULL)
     until(lambda: guard.num_sessions == 0)
     assert ask(port, text)[0] == 101
 
@@ -195,9 +195,9 @@ def test_unfinished_uploads_share_one_budget(port: int, guard: Guard) -> None:
             client.send(request("PUT", "/?hold", content_length=half) + "x" * half)
         until(lambda: guard.unfinished_bytes == 2 * half)
         status, headers, body = ask(port, request("PUT", content_length=9), "x" * 9)
-        assert (status, body, headers["retry-after"]) == (503, BUSY, "60")
+        assert (status, body, headers["retry-after"]) == (503, UPLOADS_FULL, "60")
         chunked = request("PUT", transfer_encoding="chunked") + "9\r\nxxxxxxxxx\r\n0\r\n\r\n"
-        assert ask(port, chunked)[::2] == (503, BUSY)
+        assert ask(port, chunked)[::2] == (503, UPLOADS_FULL)
         assert ask(port, request())[0] == 200, "what brings nothing is answered"
         assert guard.unfinished_bytes == 2 * half
         guard.app.state.released.set()
@@ -210,7 +210,7 @@ def test_an_upload_alone_beyond_the_budget_is_refused_after_it_was_read(port: in
     """The answer comes when everything was sent: a browser reads none before."""
     size = 40 * LIMITS.uploads_bytes
     for head in (request("PUT", content_length=size), request("PUT", connection="close", content_length=size)):
-        assert ask(port, head, b"x" * size)[::2] == (503, BUSY)
+        assert ask(port, head, b"x" * size)[::2] == (503, UPLOADS_FULL)
     assert guard.unfinished_bytes == 0
 
 
@@ -273,7 +273,7 @@ def test_a_body_that_does_not_come_is_refused(port: int, guard: Guard, pause_s: 
         thread.start()
         try:
             answer = client.answer()[::2]
-            assert answer == (408, SLOW) or (
+            assert answer == (408, UPLOAD_SLOW) or (
                 pause_s < 1 and answer == (0, "")
             )  # a byte sent too late resets the connection
         finally:

@@ -39,7 +39,7 @@ from mura_dist.data import gate, mura, radiograph
 from mura_dist.inference.export.onnx import export
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.page import examples, failures, privacy, study, wording
-from mura_dist.inference.page.study_input import title
+from mura_dist.inference.page.study_input import example_title
 from mura_dist.metrics import summary
 from mura_dist.metrics.classification import sigmoid
 from mura_dist.metrics.operating_points import Band, FittedThresholds, StudyTypeThresholds
@@ -168,7 +168,7 @@ def test_each_outcome_has_its_words(
 ) -> None:
     found = asked(service, views, study_type)
     assert wording.outcome(found) == outcome
-    lines = " ".join([wording.lead(found), *wording.explained(found, service.card)])
+    lines = " ".join([wording.lead_sentence(found), *wording.explanation_lines(found, service.card)])
     assert f"{found.probability:.2f}" in lines
     for said in (
         wording.HEADLINES[outcome],
@@ -203,7 +203,7 @@ def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views
     with study.open_inference_service(OnnxModel.load(of_drawings), drawings=digests) as service:
         for study_type, outcome in OUTCOMES.items():
             found = asked(service, views, study_type)
-            lines = " ".join([wording.lead(found), *wording.explained(found, service.card)])
+            lines = " ".join([wording.lead_sentence(found), *wording.explanation_lines(found, service.card)])
             values = [found.cell(name) for name in ("call", "band", "threshold", "calibrated_probability")]
             if known == views:
                 assert wording.outcome(found) == outcome
@@ -223,8 +223,8 @@ def test_what_was_not_measured_is_not_said(
     service: study.InferenceService, views: list[Path], change: dict[str, Any]
 ) -> None:
     card = service.card.model_copy(update={"metrics": {} if "metrics" in change else service.card.metrics | change})
-    assert wording.Curve.of(card, "XR_WRIST") is None
-    lines = " ".join(wording.explained(asked(service, views, "XR_WRIST"), card))
+    assert wording.ThresholdCurve.from_card(card, "XR_WRIST") is None
+    lines = " ".join(wording.explanation_lines(asked(service, views, "XR_WRIST"), card))
     assert ("was not measured on radiographs" in lines) == ("curves" not in change)
     assert ("were missed: " in lines) == ("curves" in change)
 
@@ -298,7 +298,7 @@ def test_what_goes_wrong_costs_one_session_its_turn(
         for _ in range(2):
             with pytest.raises(ValueError, match="no"):
                 service.predict(["a", "b", "c"], [good, b"raise", good])
-            assert [file.upload.passes for file in service.predict(["a", "b", "c"], [good, b"", good])] == [
+            assert [file.upload.passes_gate for file in service.predict(["a", "b", "c"], [good, b"", good])] == [
                 True,
                 False,
                 True,
@@ -327,8 +327,8 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
     head[-1].CopyFrom(onnx.numpy_helper.from_array(broken, head[-1].name))
     with study.open_inference_service(OnnxModel.from_bytes(proto.SerializeToString(), "broken.onnx")) as service:
         (file,) = service.predict(["a.png"], [views[0].read_bytes()])
-    assert file.view is None
-    assert failures.sentence(file.upload.code, file.upload.failure).startswith(
+    assert file.output is None
+    assert failures.failure_sentence(file.upload.code, file.upload.failure).startswith(
         "the model gives no number for this picture. The model is broken: export it again."
     )
 
@@ -339,8 +339,8 @@ def test_every_number_says_for_whom_it_holds(service: study.InferenceService) ->
     )
     metrics = service.card.metrics | {"note": "optimistic: this split chose the model"}
     card = service.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
-    lines = " ".join(wording.experience("none_flagged", "XR_WRIST", card))
-    for said in (lines, wording.Curve.of(card, "XR_WRIST").reserve):
+    lines = " ".join(wording.error_rate_lines("none_flagged", "XR_WRIST", card))
+    for said in (lines, wording.ThresholdCurve.from_card(card, "XR_WRIST").caveat):
         for reserve in (
             "not of your hospital",
             "optimistic: this set chose",
@@ -366,7 +366,7 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
             reason = error.reason
         assert (reading.failure, bool(reading.code)) == (reason, bool(reason)), path.name
         if found is None:
-            assert (reading.image, reading.shown, reading.passes) == (None, None, False)
+            assert (reading.image, reading.shown, reading.passes_gate) == (None, None, False)
             assert not re.search(r"Traceback|Error|0x|/", reading.failure.replace("and/or", "")), reading.failure
             num_failed += 1
         else:
@@ -374,7 +374,7 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
             assert reading.verdict == gate.classify(found.image, found.colors)
             assert max(reading.shown.shape) <= study.LONGEST_PX
     assert 0 < num_failed < len(files)
-    assert uploads[-1].passes
+    assert uploads[-1].passes_gate
 
 
 @pytest.mark.shared
@@ -386,8 +386,10 @@ def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(
         whole = radiograph.decode(path)
         np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
         assert upload.identity == radiograph.read_identity(path)
-        assert max(upload.shown.shape) == min(study.LONGEST_PX, max(whole.shape))
-        assert upload.shown.shape[0] / upload.shown.shape[1] == pytest.approx(whole.shape[0] / whole.shape[1], rel=0.01)
+        assert max(upload.preview.shape) == min(study.LONGEST_PX, max(whole.shape))
+        assert upload.preview.shape[0] / upload.preview.shape[1] == pytest.approx(
+            whole.shape[0] / whole.shape[1], rel=0.01
+        )
 
 
 def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,7 +555,7 @@ def answered(page: Any, headline: str) -> str:
 
 def example_of(phantoms: Path, study_type: str) -> str:
     """The name of the first example of a study type."""
-    return title(next(one for one in examples.find(phantoms) if one.study_type == study_type))
+    return example_title(next(one for one in examples.find_examples(phantoms) if one.study_type == study_type))
 
 
 def num_pictures(page: Any) -> int:
@@ -574,7 +576,7 @@ def test_a_study_of_several_views(
         choose(page, "Study type", mura.display_name(study_type))
         said = answered(page, wording.HEADLINES[outcome])
         found = asked(service, views, study_type)
-        for line in (wording.lead(found), *wording.explained(found, service.card)):
+        for line in (wording.lead_sentence(found), *wording.explanation_lines(found, service.card)):
             assert line in said
         sliding = page.get_by_role("heading", name="Another threshold")
         expect(sliding).to_have_count(int(study_type in ("XR_HAND", "XR_WRIST")))
@@ -589,13 +591,13 @@ def test_a_study_of_several_views(
     slider.focus()
     for _ in range(30):
         page.keyboard.press("ArrowLeft")
-    curve = wording.Curve.of(service.card, "XR_WRIST")
+    curve = wording.ThresholdCurve.from_card(service.card, "XR_WRIST")
     value = round(float(slider.input_value()), 2)
     assert value < found.probability
     for sentence in curve.sentences(value):
         page.get_by_text(sentence).wait_for()
     expect(page.get_by_text("would be flagged")).to_be_visible()
-    expect(page.get_by_text("The model's own threshold is")).to_contain_text(curve.reserve)
+    expect(page.get_by_text("The model's own threshold is")).to_contain_text(curve.caveat)
     answered(page, "No abnormality flagged")  # the model's own
     with page.expect_download() as coming:
         page.get_by_role("button", name="Study (CSV)").click()
@@ -700,7 +702,7 @@ def test_too_many_files_and_too_large_ones(page: Any, views: list[Path], tmp_pat
     with open(big, "wb") as file:
         file.truncate((study.MAX_UPLOAD_MB << 20) + 1)
     page.locator("input[type=file]").set_input_files(big)
-    page.get_by_text(failures.REFUSED).wait_for()
+    page.get_by_text(failures.UPLOAD_REFUSED).wait_for()
     assert page.get_by_text("AxiosError").count() == 0
 
 
@@ -917,7 +919,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
     browser: Any, of_drawings: Path, phantoms: Path, views: list[Path]
 ) -> None:
     """An example in full, and an upload of its bytes; any other picture gets no call. No label, no share of few studies."""
-    example = next(one for one in examples.find(phantoms) if one.study_type == "XR_HAND")
+    example = next(one for one in examples.find_examples(phantoms) if one.study_type == "XR_HAND")
     same = [(f"XR_HAND_{index}.png", example.content(index)) for index in range(len(example.files))]
     other = io.BytesIO()
     Image.open(example.files[0]).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other, "PNG")
@@ -927,7 +929,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
         page.get_by_text("more examples").click()
         page.get_by_role("button", name="Example 28:").wait_for()
         texts = [page.content()]
-        page.get_by_role("button", name=title(example)).click()
+        page.get_by_role("button", name=example_title(example)).click()
         for way in ("example", "upload"):
             answer = page.locator("section.outcome")
             answer.wait_for()
@@ -936,7 +938,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
             page.get_by_role("heading", name="Another threshold").wait_for()
             page.get_by_text("Show the activation map").click()
             page.locator("img[alt*='under its activation map']").first.wait_for()
-            assert page.locator(".banner").inner_text() == wording.DEMO
+            assert page.locator(".banner").inner_text() == wording.DEMO_BANNER
             covers_nothing(page, ".banner")
             for name in ("Study (CSV)", "Pictures (CSV)"):
                 with page.expect_download() as coming:
@@ -953,7 +955,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
             texts.append(page.content())
             if way == "example":
                 page.get_by_role("button", name="Choose another study").click()
-                page.get_by_role("button", name=title(example)).wait_for()
+                page.get_by_role("button", name=example_title(example)).wait_for()
                 upload(page, *same)
         for text in texts:
             assert re.search("(posi|nega)tive|study[0-9]|patient[0-9]", re.sub(r"study1?,|of_study", "", text)) is None
