@@ -21,7 +21,7 @@ from mura_dist.core.storage import StoragePath
 from mura_dist.data.class_weights import compute_class_weights
 from mura_dist.data.loaders.loader import BatchLoader, RowTargets
 from mura_dist.data.shards.reader import Shards
-from mura_dist.distributed import process_group as world
+from mura_dist.distributed import process_group
 from mura_dist.evaluation import results, saliency
 from mura_dist.evaluation.subject import EvaluateOptions, EvaluationSubject, SplitScores
 from mura_dist.metrics import calibration
@@ -67,14 +67,14 @@ def evaluate_target(
     else:
         also = tune
     started = time.perf_counter()
-    with world.join(settings.collective_timeout_s) as ranks:
-        model = weights.load_model().to(ranks.device)
+    with process_group.join(settings.collective_timeout_s) as world:
+        model = weights.load_model().to(world.device)
         targets = RowTargets.from_shards(shards)
-        loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
+        loading = BatchLoader.from_settings(settings, shards, targets, world.device)
         with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
         log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
-        row_scores = score_rows(model, np.union1d(rows, also), loading, ranks, progress=progress)
-        if not ranks.is_first:
+        row_scores = score_rows(model, np.union1d(rows, also), loading, world, progress=progress)
+        if not world.is_first:
             return {}
     points = (
         FittedThresholds(reason=tune)

@@ -53,25 +53,25 @@ class BackgroundWriter:
 class CheckpointWriter:
     """The checkpoints of one run, from all ranks to the first rank's disk."""
 
-    def __init__(self, run: Run, plan: Plan, engine: Engine, metrics_logger: MetricsLogger, ranks: World) -> None:
-        self.run, self.plan, self.engine, self.metrics_logger, self.ranks = run, plan, engine, metrics_logger, ranks
+    def __init__(self, run: Run, plan: Plan, engine: Engine, metrics_logger: MetricsLogger, world: World) -> None:
+        self.run, self.plan, self.engine, self.metrics_logger, self.world = run, plan, engine, metrics_logger, world
         self._background = BackgroundWriter()
         self._drawn = -math.inf  # when curves.png last was
 
     def save(self, state: State, *, picture: bool = False) -> None:
         """Write a checkpoint, on all ranks; where one writes all, it does so beside the next steps, and so is a picture drawn."""
-        step, stage, ranks, parent = state.step, self.plan.settings.zero_stage, self.ranks, self.run.checkpoints
+        step, stage, world, parent = state.step, self.plan.settings.zero_stage, self.world, self.run.checkpoints
         self._check_weights(step)
-        saved = {**state.to_json(), "zero_stage": stage, "world_size": ranks.size}
+        saved = {**state.to_json(), "zero_stage": stage, "world_size": world.size}
         if stage:
-            if ranks.is_first:
+            if world.is_first:
                 self._background.flush()
                 checkpoint.begin_partial(parent, step)
-            ranks.barrier()
+            world.barrier()
             share = checkpoint.copy_to_cpu(self.engine.optimizer_state.tensors())
-            checkpoint.write_optimizer_share(parent, step, share, rank=ranks.rank, num_shares=ranks.size)
-            ranks.barrier()
-        if ranks.is_first:
+            checkpoint.write_optimizer_share(parent, step, share, rank=world.rank, num_shares=world.size)
+            world.barrier()
+        if world.is_first:
             files = self._files()
             if stage:
                 write = partial(checkpoint.complete_partial, parent, saved, files)
@@ -98,7 +98,7 @@ class CheckpointWriter:
 
     def _check_weights(self, step: int) -> None:
         """Raise CollectiveRunError where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
-        told = self.ranks.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
+        told = self.world.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
         where, remedy = f"after step {step}", "the last checkpoint is sound"
         if not told[:, 1].all():
             raise CollectiveRunError(
@@ -112,7 +112,7 @@ class CheckpointWriter:
 
     def draw(self) -> None:
         """Refresh curves.png, on the first rank, beside what follows."""
-        if self.ranks.is_first:
+        if self.world.is_first:
             self._background.submit(self._draw)
 
     def _draw(self) -> None:

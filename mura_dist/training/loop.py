@@ -53,26 +53,26 @@ def train(settings: Settings, *, quiet: bool = False, line_every_s: float = LINE
         stop = stack.enter_context(stop_event(settings.stop_signal))
         finished = environment.is_first() and not start.acquire_run(run, plan, stack)
         with default_signal_handlers():  # torch waits for the others in C++, where no handler of ours is heard
-            ranks = stack.enter_context(
+            world = stack.enter_context(
                 process_group.join(
                     settings.collective_timeout_s, patience_s=max(settings.lock_wait_s, lock.UNVERIFIED_WAIT_S)
                 )
             )
-        if ranks.any(finished):
+        if world.any(finished):
             if finished and settings.mlflow:
                 log = Console(stderr=True, quiet=quiet, soft_wrap=True).print
                 mlflow_process.send_rest(run.folder, log, settings.mlflow)
             return run.status()["summary"]
-        start.check_agreement(plan, ranks)
-        run, plan, note = start.resolve_micro_batch(run, plan, ranks)
+        start.check_agreement(plan, world)
+        run, plan, note = start.resolve_micro_batch(run, plan, world)
         try:
-            summary = _train(run, plan, ranks, stop, ConsoleOptions(quiet, line_every_s, note))
+            summary = _train(run, plan, world, stop, ConsoleOptions(quiet, line_every_s, note))
         except (MemoryError, RuntimeError) as error:  # outside a step, where the ranks do not tell each other
             if micro_batch.is_memory_error(error):
-                raise RunError(micro_batch.exhausted([ranks.rank], plan.settings.micro_batch)) from error
+                raise RunError(micro_batch.exhausted([world.rank], plan.settings.micro_batch)) from error
             raise
-        ranks.barrier()
-        if ranks.is_first:  # last: nobody's end can make a failure of it any more
+        world.barrier()
+        if world.is_first:  # last: nobody's end can make a failure of it any more
             run.write_status("done", summary=summary)
     return summary
 
@@ -86,35 +86,35 @@ class ConsoleOptions:
     note: str
 
 
-def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: ConsoleOptions) -> dict[str, Any]:
+def _train(run: Run, plan: Plan, world: World, stop: threading.Event, console: ConsoleOptions) -> dict[str, Any]:
     settings, shards = plan.settings, plan.shards
     targets = RowTargets.from_shards(shards, settings.loss_weights)
-    saved = start.find_checkpoint(run, ranks)
+    saved = start.find_checkpoint(run, world)
     state = (
         State(loss_scale=schedule.LossScale.from_settings(settings)) if saved is None else State.from_json(saved.state)
     )
-    loading = BatchLoader.from_settings(settings, shards, targets, ranks.device)
-    engine = start.build_engine(plan, targets, saved, ranks)
-    if ranks.is_first:
-        how = {"world_size": ranks.size, "device": str(ranks.device)}
+    loading = BatchLoader.from_settings(settings, shards, targets, world.device)
+    engine = start.build_engine(plan, targets, saved, world)
+    if world.is_first:
+        how = {"world_size": world.size, "device": str(world.device)}
         run.describe(shards, plan.deepspeed, **how, pipeline=loading.backend, threads=loading.workers)
         run.write_status("running", step=state.step, num_steps=plan.num_steps)
     metrics_logger = MetricsLogger(
         run.folder,
-        enabled=ranks.is_first,
+        enabled=world.is_first,
         quiet=console.quiet,
         start_step=state.step,
         evaluated_step=state.evaluated_step,
         num_steps=plan.num_steps,
         tensorboard=settings.tensorboard,
     )
-    sending = mlflow_process.sending(run, metrics_logger.log, enabled=ranks.is_first)
+    sending = mlflow_process.sending(run, metrics_logger.log, enabled=world.is_first)
     with (
         metrics_logger,
         sending,
-        contextlib.closing(CheckpointWriter(run, plan, engine, metrics_logger, ranks)) as writer,
+        contextlib.closing(CheckpointWriter(run, plan, engine, metrics_logger, world)) as writer,
     ):
-        metrics_logger.log(start.describe_start(plan, ranks, loading, state) + console.note)
+        metrics_logger.log(start.describe_start(plan, world, loading, state) + console.note)
         lines = ProgressLines(
             metrics_logger.log,
             start_step=state.step,
@@ -122,7 +122,7 @@ def _train(run: Run, plan: Plan, ranks: World, stop: threading.Event, console: C
             num_epochs=settings.epochs,
             every_s=math.inf if metrics_logger.console.is_terminal else console.line_every_s,  # a terminal has the bar
         )
-        Training(plan, engine, state, loading, metrics_logger, lines, ranks, stop, writer).loop()
+        Training(plan, engine, state, loading, metrics_logger, lines, world, stop, writer).loop()
         writer.flush()
         return _summary(run, plan, state, metrics_logger)
 
@@ -137,7 +137,7 @@ class Training:
     loading: BatchLoader
     metrics_logger: MetricsLogger
     lines: ProgressLines
-    ranks: World
+    world: World
     stop: threading.Event
     writer: CheckpointWriter
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -167,7 +167,7 @@ class Training:
                 scale = state.loss_scale.value
                 result = self.engine.step(micros, rate, loss_scale=scale, asked=self.stop.is_set, failed=bool(reason))
             if result.failed:
-                self.ranks.raise_failures(reason)
+                self.world.raise_failures(reason)
             if result.abandoned:
                 self.save()
                 self.leave()
@@ -182,7 +182,7 @@ class Training:
     def leave(self) -> NoReturn:
         """When what the first rank writes is on the disk: a launcher that sees one rank end may kill the others."""
         self.writer.flush()
-        self.ranks.barrier()
+        self.world.barrier()
         raise StopRequestedError(
             f"stopped at step {self.state.step} of {self.plan.num_steps}; the same command goes on"
         )
@@ -191,7 +191,7 @@ class Training:
         """This rank's micro-batches, step by step, from step `first` of the epoch on."""
         plan, ordered = self.plan, self.plan.order(epoch)
         steps = range(first, plan.steps_per_epoch)
-        micros = (micro for step in steps for micro in plan.micros(ordered, step, self.ranks.rank))
+        micros = (micro for step in steps for micro in plan.micros(ordered, step, self.world.rank))
         with contextlib.closing(self.loading.load(micros)) as stream:
             for _ in steps:
                 yield list(itertools.islice(stream, plan.accumulation))
@@ -237,8 +237,8 @@ class Training:
 
     def rows_of_micro_batches(self, epoch: int, within: int, micros: tuple[int, ...]) -> list[int]:
         """The radiographs of some micro-batches of a step; of none named: all of the step's, over all ranks."""
-        ordered, ranks = self.plan.order(epoch), range(self.ranks.size)
-        whole = [micro for rank in ranks for micro in self.plan.micros(ordered, within, rank)]
+        ordered, all_ranks = self.plan.order(epoch), range(self.world.size)
+        whole = [micro for rank in all_ranks for micro in self.plan.micros(ordered, within, rank)]
         return [int(row) for place in micros or range(len(whole)) for row in whole[place].rows]
 
     def log(self, result: StepResult, epoch: int, rate: float) -> None:
@@ -262,7 +262,7 @@ class Training:
         try:
             with self.watch("evaluation"), self.engine.eval_weights() as network, bar as progress:
                 results = score_rows(
-                    network, self.plan.select, self.loading, self.ranks, asked=should_stop, progress=progress
+                    network, self.plan.select, self.loading, self.world, asked=should_stop, progress=progress
                 )
         except InterruptedValidationError:
             return False
@@ -290,7 +290,7 @@ class Training:
     def gather_corrupt_rows(self) -> None:
         """What any rank met, now or before an interruption."""
         met = {*self.state.damaged, *self.plan.shards.damaged}
-        self.state.damaged = self.ranks.union(np.array(sorted(met), np.int64)).tolist()
+        self.state.damaged = self.world.union(np.array(sorted(met), np.int64)).tolist()
 
     def save(self, *, picture: bool = False) -> None:
         """Write a checkpoint, on all ranks; `picture`: and redraw curves.png."""

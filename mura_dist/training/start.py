@@ -64,15 +64,15 @@ def _is_finished(status: dict[str, Any], plan: Plan) -> bool:
     return summary["step"] >= plan.num_steps or 0 < stop_at <= summary["stale_epochs"]
 
 
-def check_agreement(plan: Plan, ranks: World) -> None:
+def check_agreement(plan: Plan, world: World) -> None:
     """Raise UserError, on all ranks, where one of them would train something else: its weights would agree, its radiographs not."""
     index = plan.shards.index
     text = json.dumps(
         [config.agreed(plan.settings), index["manifest"]["sha256"], index["size"], plan.deepspeed], sort_keys=True
     )
-    told = ranks.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
+    told = world.gather(np.array([zlib.crc32(text.encode())], np.int64))[:, 0]
     others = np.flatnonzero(told != told[0]).tolist()
-    computed = ranks.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
+    computed = world.gather(np.array([plan.settings.precision == "bf16"], np.uint8))[:, 0]
     if others and computed.min() < computed.max():
         raise UserError(
             f"precision is {'bf16' if computed[0] else 'another'} on rank 0 and not on rank "
@@ -85,58 +85,58 @@ def check_agreement(plan: Plan, ranks: World) -> None:
         )
 
 
-def resolve_micro_batch(run: Run, plan: Plan, ranks: World) -> tuple[Run, Plan, str]:
+def resolve_micro_batch(run: Run, plan: Plan, world: World) -> tuple[Run, Plan, str]:
     """Settle micro_batch=auto: the micro-batch the run began with, or the one that fits. Also returns what the log says of it."""
     if run.settings.micro_batch != AUTO:
         return run, plan, ""
-    begun = int(ranks.sum([run.recipe_value("micro_batch", AUTO) if ranks.is_first else 0])[0])
+    begun = int(world.sum([run.recipe_value("micro_batch", AUTO) if world.is_first else 0])[0])
     num_resident = len(plan.train) + len(plan.select) if run.settings.pipeline == "resident" else 0
     plan = plan.with_micro_batch(
-        begun or micro_batch.find_micro_batch(run.settings, plan.shards.size, ranks, num_resident=num_resident)
+        begun or micro_batch.find_micro_batch(run.settings, plan.shards.size, world, num_resident=num_resident)
     )
-    if ranks.is_first:
+    if world.is_first:
         run.check_deepspeed(plan.deepspeed)
-    on_cpu = not begun and ranks.device.type == "cpu"
+    on_cpu = not begun and world.device.type == "cpu"
     note = "; micro_batch=auto is 8 on a CPU, or the next smaller that cuts the global batch evenly over the ranks"
     return Run(run.folder, plan.settings), plan, note if on_cpu else ""
 
 
-def find_checkpoint(run: Run, ranks: World) -> Checkpoint | None:
+def find_checkpoint(run: Run, world: World) -> Checkpoint | None:
     """Return the newest sound checkpoint, the same on every rank: the first rank decides."""
     found = None
-    if ranks.is_first:
+    if world.is_first:
         found = checkpoint.find_latest(run.checkpoints, lambda line: print(line, file=sys.stderr))  # noqa: T201
-    step = int(ranks.sum([found.step if found is not None else -1.0 if ranks.is_first else 0.0])[0])
+    step = int(world.sum([found.step if found is not None else -1.0 if world.is_first else 0.0])[0])
     if step < 0:
         return None
     try:
         return found or checkpoint.read(checkpoint.checkpoint_folder(run.checkpoints, step))
     except ValueError as error:
-        raise RunError(f"rank {ranks.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
+        raise RunError(f"rank {world.rank}: {error}, rank 0 reads it; put run= on a disk that all ranks see") from error
 
 
-def build_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, ranks: World) -> Engine:
+def build_engine(plan: Plan, targets: RowTargets, saved: Checkpoint | None, world: World) -> Engine:
     """Build the engine with the weights and the optimizer's state of a checkpoint, or with those a run begins with."""
     settings = plan.settings
     network = densenet.build(settings.architecture, seed=settings.seed, base_rate=_base_rate(targets, plan.train))
     if saved is not None:
         saved.load_into(network)
     elif settings.pretrained:
-        _load_pretrained(network, settings.pretrained, ranks)
-    engine = Engine(network, settings, ranks)
+        _load_pretrained(network, settings.pretrained, world)
+    engine = Engine(network, settings, world)
     if saved is not None:
         engine.load_state(saved.training_state())
         engine.optimizer_state.load(saved.optimizer_state())
     return engine
 
 
-def _load_pretrained(network: densenet.DenseNet, name: str, ranks: World) -> None:
+def _load_pretrained(network: densenet.DenseNet, name: str, world: World) -> None:
     """One rank of a machine goes first: it may have to fetch the file."""
     where = name if name == densenet.IMAGENET else files.expand_user(name)
-    if ranks.local_rank == 0:
+    if world.local_rank == 0:
         densenet.load_pretrained(network, where)
-    ranks.barrier()
-    if ranks.local_rank != 0:
+    world.barrier()
+    if world.local_rank != 0:
         densenet.load_pretrained(network, where)
 
 
@@ -146,7 +146,7 @@ def _base_rate(targets: RowTargets, rows: np.ndarray) -> float:
     return float(np.clip((weight * label).sum() / max(weight.sum(), 1e-12), 0.01, 0.99))
 
 
-def describe_start(plan: Plan, ranks: World, loading: BatchLoader, state: State) -> str:
+def describe_start(plan: Plan, world: World, loading: BatchLoader, state: State) -> str:
     """Return the run's first line of progress: network, data, batches, steps, device."""
     s, rate = plan.settings, schedule.scaling(plan.settings) * plan.settings.learning_rate
     scaled = (
@@ -157,9 +157,9 @@ def describe_start(plan: Plan, ranks: World, loading: BatchLoader, state: State)
     step = f", step={s.step}" if s.step != "eager" else ""
     return (
         f"{s.architecture}, {plan.shards.size} px, {len(plan.train)} train and {len(plan.select)} {s.select_on} radiographs; "
-        f"global batch {s.global_batch} = {s.micro_batch} x {ranks.size} ranks x {plan.accumulation}{scaled}; "
+        f"global batch {s.global_batch} = {s.micro_batch} x {world.size} ranks x {plan.accumulation}{scaled}; "
         f"{plan.steps_per_epoch} steps an epoch, {plan.num_steps} in all, from step {state.step}; "
-        f"{s.precision} on {ranks.device.type}{step}, {loading}{_slow(s)}"
+        f"{s.precision} on {world.device.type}{step}, {loading}{_slow(s)}"
     )
 
 

@@ -233,7 +233,7 @@ def test_the_help_has_every_setting_under_its_group(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     blocks = dict(block.split("\n", 1) for block in text.split("\n\n"))
     assert list(blocks) == [
-        *("Data:", "Model:", "Optimisation:", "Schedule:", "Machine:", "Checkpoints:", "Output:"),
+        *("Data:", "Model:", "Optimization:", "Schedule:", "Machine:", "Checkpoints:", "Output:"),
     ]
     for name, field in config.Settings.model_fields.items():
         [group] = [trait for trait in field.metadata if isinstance(trait, Group)]

@@ -35,8 +35,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[World]:
-    with process_group.join(60) as ranks:
-        yield ranks
+    with process_group.join(60) as world:
+        yield world
 
 
 def settings(architecture: str, micro_batch: int, **values: object) -> config.Settings:

@@ -19,7 +19,7 @@ from mura_dist.training.engine import Engine
 def main() -> None:
     architecture, precision, stage = sys.argv[1:]
     torch.set_num_threads(1)
-    with process_group.join(120) as ranks:
+    with process_group.join(120) as world:
         known = {
             "shards": "",
             "run": "",
@@ -27,8 +27,8 @@ def main() -> None:
             "precision": precision,
             "zero_stage": int(stage),
         }
-        settings = config.check(known | {"global_batch": 4 * ranks.size, "micro_batch": 2}, "test")
-        engine, ones = Engine(densenet.build(architecture), settings, ranks), torch.ones(2)
+        settings = config.check(known | {"global_batch": 4 * world.size, "micro_batch": 2}, "test")
+        engine, ones = Engine(densenet.build(architecture), settings, world), torch.ones(2)
         image = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
         two = [Batch(image, ones, ones, ones.long(), ones.bool())] * 2
         engine.step(two, 1e-4)
@@ -37,9 +37,9 @@ def main() -> None:
         events = seen.profiler.kineto_results.events()
         sent = [[one.name(), one.shapes()[0], one.dtypes()[0]] for one in events if one.name().startswith("gloo:")]
         calls = sum(one.name().startswith("c10d::") for one in events)
-        if ranks.is_first:
+        if world.is_first:
             print(json.dumps({"sent": sent, "calls": calls}), flush=True)
-        ranks.barrier()
+        world.barrier()
     os._exit(0)
 
 

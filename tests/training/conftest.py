@@ -11,5 +11,5 @@ from mura_dist.distributed.process_group import World
 @pytest.fixture(scope="module")
 def alone() -> Iterator[World]:
     """The process group of one rank, in this process."""
-    with process_group.join(30) as ranks:
-        yield ranks
+    with process_group.join(30) as world:
+        yield world

@@ -104,11 +104,11 @@ def count_engine(architecture: str, image: Tensor, precision: str) -> dict[str, 
     number = len(image)
     values = {"shards": "", "run": "", "architecture": architecture, "precision": precision}
     counts: dict[str, Count] = {}
-    with process_group.join(30.0) as ranks:
+    with process_group.join(30.0) as world:
         for step, what in (("eager", "engine"), ("graph", "graph")):
             sizes = {"global_batch": number, "micro_batch": number, "step": step}
             settings = config.check(values | sizes, "operations")
-            engine = Engine(with_negative_weights(densenet.build(architecture)), settings, ranks)
+            engine = Engine(with_negative_weights(densenet.build(architecture)), settings, world)
             ones = torch.ones(number)
             batch = Batch(image, ones, ones, ones.long(), ones.bool())
             engine.step([batch], 1e-6)

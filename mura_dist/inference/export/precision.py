@@ -99,7 +99,9 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
             continue
 
 
-def measure_change(card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]) -> PrecisionChange:
+def measure_change(
+    card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]
+) -> PrecisionChange:
     """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
     provider = _provider(card.precision, narrowed)
 
