@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untr
     call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
     call(sys.executable, "-m", "venv", tmp_path / "venv")
     [wheel] = (tmp_path / "dist").glob("*.whl")
+    assert "mura_dist/py.typed" in zipfile.ZipFile(wheel).namelist()
     python = tmp_path / "venv" / "bin" / "python"
     pins = tmp_path / "constraints.txt"  # a user's install; with the hashes pip would refuse the wheel, which has none
     pins.write_text("\n".join(re.findall(r"^\S+==\S+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)))
