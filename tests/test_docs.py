@@ -153,6 +153,29 @@ def test_site_lists_every_setting_command_and_public_name(site: Path) -> None:
     assert [name for name in mura_dist.__all__ if name[0] != "_" and f'id="mura_dist.{name}"' not in api] == []
 
 
+def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
+    folders = {path.parent.name for path in (ROOT / "mura_dist").glob("*/__init__.py")}
+    assert folders == hooks.AREAS.keys()
+    table = hooks.errors_markdown()
+    for folder in folders:
+        for text in hooks.error_texts(ROOT / "mura_dist" / folder):
+            problem, remedy = hooks.split_message(text)
+            assert f"| {hooks._escape(problem)} | {hooks._escape(remedy)} |" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--size SIZE is too small (32). Give a larger one", ("--size SIZE is too small (32)", "Give a larger one")),
+        ("PATH is a folder; give a file", ("PATH is a folder", "Give a file")),
+        ("the disk is full. --out DIR on another disk works.", ("the disk is full", "--out DIR on another disk works")),
+        ("stopped at a step", ("stopped at a step", "")),
+    ],
+)
+def test_a_message_is_split_into_problem_and_remedy(text: str, message: tuple[str, str]) -> None:
+    assert hooks.split_message(text) == message
+
+
 # ---- snippets
 
 

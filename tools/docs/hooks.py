@@ -3,20 +3,39 @@
 <!-- settings -->    becomes one table for each group of training settings, from the fields of Settings
 <!-- commands -->    becomes the --help of each command
 <!-- api -->         becomes the reference of each public name of the package
+<!-- errors -->      becomes a table of each folder's error messages, from the sources
 [label](../FILE)     becomes the file's name: a file outside docs/ is no page of the site
 """
 
+import ast
 import re
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[2]
 HELP_WIDTH = 80
-SETTINGS, COMMANDS, API = "<!-- settings -->", "<!-- commands -->", "<!-- api -->"
+SETTINGS, COMMANDS, API, ERRORS = "<!-- settings -->", "<!-- commands -->", "<!-- api -->", "<!-- errors -->"
+ERROR_NAMES = {"UserError", "RunError", "RankLocalUserError", "CollectiveRunError", "StopRequestedError"}
+AREAS = {
+    "cli": "Any command",
+    "core": "Files, URLs and settings",
+    "data": "Radiographs and shards",
+    "distributed": "Ranks",
+    "training": "Training and checkpoints",
+    "models": "Models",
+    "evaluation": "Evaluate and score",
+    "metrics": "Operating points",
+    "inference": "Export, predict and the page",
+    "reports": "Reports",
+    "bench": "Benchmarks",
+}
 _OUTSIDE_LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)\s]+)\)")
+_WORD = re.compile(r"\b[a-z]{2,}\b")
 _SIGNS = {"ge": "&ge;", "gt": "&gt;", "le": "&le;", "lt": "&lt;"}
+_MIN_WORDS = 3  # a message of fewer words of its own is composed elsewhere
 _LARGEST_SHOWN = 10**6  # a bound beyond it guards a data type and tells a reader nothing
 
 
@@ -26,6 +45,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(SETTINGS, settings_markdown())
     if COMMANDS in markdown:
         markdown = markdown.replace(COMMANDS, commands_markdown())
+    if ERRORS in markdown:
+        markdown = markdown.replace(ERRORS, errors_markdown())
     if API in markdown:
         markdown = markdown.replace(API, api_markdown())
     return _OUTSIDE_LINK.sub(_name_file, markdown)
@@ -64,6 +85,60 @@ def api_markdown() -> str:
     names = [name for name in _import_from_checkout("mura_dist").__all__ if not name.startswith("_")]
     names.sort(key=lambda name: (name.endswith("Error"), name[0].isupper(), name))  # functions, classes, errors
     return "\n\n".join(f"::: mura_dist.{name}" for name in names)
+
+
+def errors_markdown() -> str:
+    """Return a heading and a table of messages and remedies for each folder of the package."""
+    sections = []
+    for folder, title in AREAS.items():
+        messages = sorted({split_message(text) for text in error_texts(ROOT / "mura_dist" / folder)})
+        rows = [f"| {_escape(problem)} | {_escape(remedy)} |" for problem, remedy in messages]
+        if rows:
+            sections.append("\n".join([f"### {title}", "", "| error | fix |", "| --- | --- |", *rows]))
+    return "\n\n".join(sections)
+
+
+def error_texts(folder: Path) -> Iterator[str]:
+    """Yield the message of each error that the modules of a folder raise, with `NAME` in capitals for a value."""
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            text = _template(node.args[0]) if name in ERROR_NAMES else ""
+            if len(_WORD.findall(text)) >= _MIN_WORDS:
+                yield text
+
+
+def split_message(text: str) -> tuple[str, str]:
+    """Return what is wrong and the remedy, both from one message."""
+    for end in re.finditer(r"[;.] ", text):
+        problem, remedy = text[: end.start()], text[end.end() :].rstrip(".")
+        if len(_WORD.findall(problem)) >= 2:
+            first = remedy.partition(" ")[0]
+            return problem, remedy if re.search(r"[/=.`-]", first) else f"{remedy[:1].upper()}{remedy[1:]}"
+    return text.rstrip("."), ""
+
+
+def _template(node: ast.expr) -> str:
+    """Return the text of a string expression. A value becomes its name in capitals, an expression an ellipsis."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_template(value) for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return _template(node.left) + _template(node.right)
+    value = node.value if isinstance(node, ast.FormattedValue) else node
+    name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "install_remedy":
+        return f"install the extra {' or '.join(_template(extra) for extra in value.args)}"
+    return name.strip("_").upper() or "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _escape(text: str) -> str:
+    """Return text that Markdown shows as it is, in a cell of a table."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
+    return re.sub(r"([*_\[\]{}\\])(?=(?:[^`]*`[^`]*`)*[^`]*$)", r"\\\1", text)
 
 
 def _name_file(match: re.Match[str]) -> str:
