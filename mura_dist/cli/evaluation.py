@@ -179,13 +179,12 @@ def score(
     """
     from rich.console import Console
 
-    from mura_dist.evaluation.score import default_report_folder, format_comparison
-    from mura_dist.evaluation.score import score as run
+    from mura_dist.evaluation.score import default_report_folder, evaluate_predictions, format_comparison
     from mura_dist.metrics.summary import format_summary_table
 
     log = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False).print
     out = out or (None if as_json else default_report_folder(predictions))
-    measured = run(predictions, labels, against=against, out=out, log=log, **options)
+    measured = evaluate_predictions(predictions, labels, against=against, out=out, log=log, **options)
     if as_json:
         click.echo(json.dumps(measured, indent=2, ensure_ascii=False, allow_nan=False))
         return

@@ -1,13 +1,13 @@
-"""Predictions and labels of studies, as files have them -> the table of studies that is measured, or a refusal.
+"""Read predictions and labels of studies, validate them and join them into the table that is measured.
 
-    predictions: `path/,1` (the official format; a probability in place of 0 or 1), or studies.csv of predict or evaluate
+    predictions: `path/,1` (the official format; a probability may replace 0 or 1), or studies.csv of predict or evaluate
     labels:      `Study,Label`, `Study,Rad1,Rad2,Rad3` (the majority), `path/,label`, or study,label[,patient][,study_type];
                  a label is 0 or 1, 0.0 or 1.0, or a word: normal, negative, abnormal, positive
-        -> Predictions, Labels -> joined by study -> studies: study, study_type, patient, label, and what is predicted
+        -> Predictions, Labels -> join -> studies: study, study_type, patient, label, and the columns of the predictions
 
-A study is known by MURA's key, its path from the split's folder on, wherever the data set lay; one that is not of MURA's
-layout by its name. The official scorer took submissions scored per image, studies twice, studies missing and unknown ones:
-each is refused here in words of its own. `official_text` writes what it reads.
+A study is identified by MURA's key: its path from the split's folder on, wherever the data set is. A study outside MURA's
+layout is identified by its name. The official scorer accepted files scored per image and repeated, missing and unknown
+studies. Each of these is refused here with its own message. `format_official` writes the official format.
 """
 
 import csv
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -28,32 +28,35 @@ from mura_dist.data import mura, table_names
 from mura_dist.data.csv_lines import parse_label, parse_number
 from mura_dist.data.source import csv_files
 from mura_dist.evaluation import table_files
-from mura_dist.evaluation.table_files import Table, list_examples, quote_cell
+from mura_dist.evaluation.table_files import Table, TableSource, list_examples, quote_cell
 from mura_dist.metrics.classification import is_positive
 from mura_dist.metrics.operating_points import PAPER_THRESHOLD, STUDY_COLUMNS
 from mura_dist.reports.plurals import pluralize
 
-POOLED = "overall"  # what metrics.json calls all studies together
-UNKNOWN = "unknown"  # the study type of a study of which nobody told one
-_STUDY = ("study", "path", "img_path", "study_path")  # what the column of studies may be called; Img_Path in the wild
-_VALUES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
-_OF_PREDICTIONS = (*_STUDY, *_VALUES, *STUDY_COLUMNS, "patient", "label", "exposure", "logit", "gate", "trained_on")
-_OF_LABELS = (*_STUDY, "label", "patient", "study_type", "rad1", "rad2", "rad3")
+OVERALL = "overall"  # the group of all studies in metrics.json
+UNKNOWN = "unknown"  # the study type of a study where no table names one
+_STUDY_NAMES = ("study", "path", "img_path", "study_path")  # names of the study column; Img_Path is in published files
+_VALUE_NAMES = ("probability", "call", "prediction")  # prediction: 0 or 1, or a probability
+_PREDICTION_COLUMNS = (
+    *(*_STUDY_NAMES, *_VALUE_NAMES, *STUDY_COLUMNS),
+    *("patient", "label", "exposure", "logit", "gate", "trained_on"),
+)
+_LABEL_COLUMNS = (*_STUDY_NAMES, "label", "patient", "study_type", "rad1", "rad2", "rad3")
 _RADIOLOGIST = "rad"
-_IMAGES = {
+_IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jp2", ".j2k", ".dcm", ".dicom", ".tif", ".tiff"),
     *(".bmp", ".gif", ".webp", ".ppm", ".pgm"),
 }
-_NEAR = 0.7  # how alike a column's name must be to one that is known to be taken for a slip
+_TYPO_CUTOFF = 0.7  # similarity (difflib) from which an unknown column's name is taken for a misspelt known one
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a column of numbers may hold, and the words for it."""
+class _NumberColumn:
+    """What a column of numbers may hold, and how messages describe it."""
 
-    fits: Callable[[float], bool]
+    accepts: Callable[[float], bool]
     range: str
-    wanted: str
+    expected: str
     parse: Callable[[str], float | None] = parse_number
 
 
@@ -62,28 +65,34 @@ def _parse_binary(cell: str) -> float | None:
     return parse_number(cell) if label is None else label
 
 
-_UNIT = _Kind(lambda value: 0 <= value <= 1, "[0, 1]", "0 or 1, or a probability")
-_BINARY = _Kind(lambda value: value in (0, 1), "0/1", "0 (normal) or 1 (abnormal)", _parse_binary)
-_VIEWS = _Kind(lambda value: 1 <= value < 1 << 31 and value % 1 == 0, "1 ..", "a whole number")
-_GREY = _Kind(lambda value: 0 <= value <= 255, "[0, 255]", "a grey level")
+_PROBABILITY = _NumberColumn(lambda value: 0 <= value <= 1, "[0, 1]", "0 or 1, or a probability")
+_BINARY = _NumberColumn(lambda value: value in (0, 1), "0/1", "0 (normal) or 1 (abnormal)", _parse_binary)
+_NUM_VIEWS = _NumberColumn(lambda value: 1 <= value < 1 << 31 and value % 1 == 0, "1 ..", "a whole number")
+_GRAY_LEVEL = _NumberColumn(lambda value: 0 <= value <= 255, "[0, 255]", "a gray level")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """`frame`: one line a study, columns study (its key), call (int64), and what the file holds of: study_type, num_views,
-    exposure, probability, calibrated_probability, band."""
+    """The predictions of one table.
+
+    `frame` has one row per study: study (its key), call (int64), and where the table has them study_type, num_views,
+    exposure, probability, calibrated_probability and band.
+    """
 
     name: str
     sha256: str
     frame: pd.DataFrame
-    threshold: float | None  # above which a probability is called; None where the file's calls have none, or several
+    threshold: float | None  # of the calls; None where the table's own calls have no threshold, or several
     notes: tuple[str, ...]
-    files_are_studies: bool  # as `predict` has it where a directory does not tell studies
+    files_are_studies: bool  # a study is named by its file, as `predict` does for a flat folder
 
 
 @dataclass(frozen=True)
 class Labels:
-    """`frame`: one line a study, columns study (its key), label (int64), and of the file: patient, study_type ("" unknown)."""
+    """The labels of one table.
+
+    `frame` has one row per study: study (its key), label (int64), patient and study_type ("" where unknown).
+    """
 
     name: str
     sha256: str
@@ -91,356 +100,400 @@ class Labels:
     notes: tuple[str, ...]
 
 
-def key_of(text: str) -> str:
-    """Return the key of a study: its path from the split's folder on; a name without MURA's layout, without trailing slashes.
-
-    Both as table_names.join_key has them, without blanks at their ends.
-    """
+def study_key(text: str) -> str:
+    """Return the key of a study: its path from the split's folder on, or its name without trailing slashes."""
     name = table_names.join_key(text).strip()
     return csv_files.study_of(name.replace("\\", "/")) or name.rstrip("/") or name
 
 
-def official_text(studies: pd.DataFrame) -> str:
-    """`MURA-v1.1/valid/XR_WRIST/patient11185/study1_positive/,1`: the official format, a line a study; columns study, call."""
+def format_official(studies: pd.DataFrame) -> str:
+    """Return `studies` (columns study, call) in the official format.
+
+    A line is `MURA-v1.1/valid/XR_WRIST/patient11185/study1_positive/,1`.
+    """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     for study, call in zip(studies["study"], studies["call"], strict=True):
-        above = "MURA-v1.1/" if csv_files.study_of(study) == study else ""
-        lines.writerow([table_names.escape_formula(f"{above}{study}/"), int(call)])
+        prefix = "MURA-v1.1/" if csv_files.study_of(study) == study else ""
+        lines.writerow([table_names.escape_formula(f"{prefix}{study}/"), int(call)])
     return text.getvalue()
 
 
 # ---- predictions
 
 
-def read_predictions(path: Path, threshold: float | None = None) -> Predictions:
-    """What `path` predicts. `threshold`: cuts probabilities, calls of the file's own or not; None: its calls, else 0.5."""
+def read_predictions(source: TableSource, threshold: float | None = None, *, name: str | None = None) -> Predictions:
+    """Read the predictions of a file or a data frame.
+
+    Args:
+        source: a CSV or Parquet file, or a data frame.
+        threshold: makes the calls from the probabilities. None: the table's own calls, else those at 0.5.
+        name: what messages call a data frame. By default `predictions`.
+
+    Raises:
+        UserError: the table is not one of predictions per study, or the threshold is not between 0 and 1.
+    """
     if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold:g}: must lie between 0 and 1; the default is {PAPER_THRESHOLD:g}")
-    sheet = table_files.read(path, "predictions", _OF_PREDICTIONS)
-    if sheet.header is None:
-        _check_width(sheet, (2,), "study,0 or 1, or a probability")
+        raise UserError(
+            f"--threshold {threshold:g} is not between 0 and 1. Pass a probability; the default is {PAPER_THRESHOLD:g}."
+        )
+    table = table_files.read(source, "predictions", _PREDICTION_COLUMNS, name=name)
+    if table.header is None:
+        _check_width(table, (2,), "study,0 or 1, or a probability")
     else:
-        _check_predictions_header(sheet)
-    keys = _keys(sheet)
-    files = sheet.find("study") is not None  # said to be studies; `joined` sees whether the labels say so too
-    _check_images(sheet, keys, files)
-    _check_once(sheet, keys)
-    probability, call = _values(sheet, keys)
-    call, cut, note = _calls(sheet, keys, probability, call, threshold)
-    columns = {"study": pd.Series(keys, dtype=object), **_extras(sheet, keys)}
-    columns |= {name: values for name, values in (("probability", probability), ("call", call)) if values is not None}
+        _check_predictions_header(table)
+    keys = _study_keys(table)
+    names_studies = table.find("study") is not None  # `join` checks whether the labels name them alike
+    _check_images(table, keys, names_studies)
+    _check_unique(table, keys)
+    probability, call = _values(table, keys)
+    call, cutoff, note = _calls(table, keys, probability, call, threshold)
+    columns = {"study": pd.Series(keys, dtype=object), **_optional_columns(table, keys)}
+    columns |= {key: values for key, values in (("probability", probability), ("call", call)) if values is not None}
     return Predictions(
-        name=sheet.name,
-        sha256=sheet.sha256,
+        name=table.name,
+        sha256=table.sha256,
         frame=pd.DataFrame(columns),
-        threshold=cut,
-        notes=(*sheet.notes, *_not_read(sheet, _OF_PREDICTIONS), *_drawings(sheet), note),
-        files_are_studies=files and any(_is_image(key) for key in keys),
+        threshold=cutoff,
+        notes=(*table.notes, *_unread_columns(table, _PREDICTION_COLUMNS), *_phantom_note(table), note),
+        files_are_studies=names_studies and any(_is_image(key) for key in keys),
     )
 
 
-def _check_predictions_header(sheet: Table) -> None:
-    if sheet.find("path") is not None and sheet.find("study", "logit", "gate") is not None:
-        raise UserError(f"{sheet.name} has a line a radiograph, not a study; give studies.csv, which lies beside it")
-    value = sheet.find(*_VALUES)
-    if value is None and (sheet.find("label") is not None or _radiologists(sheet)):
+def _check_predictions_header(table: Table) -> None:
+    if table.find("path") is not None and table.find("study", "logit", "gate") is not None:
         raise UserError(
-            f"{sheet.name} holds labels, not predictions ({','.join(sheet.header or ())}); the order is PREDICTIONS LABELS, and "
-            "a column of predictions is named probability, call or prediction"
+            f"{table.name} has one line per radiograph, not per study. Pass studies.csv, which is in the same folder."
         )
-    _require(sheet, "study", _STUDY)
+    value = table.find(*_VALUE_NAMES)
+    if value is None and (table.find("label") is not None or _radiologist_columns(table)):
+        raise UserError(
+            f"{table.name} holds labels, not predictions ({','.join(table.header or ())}). Check that the order is PREDICTIONS "
+            "LABELS, and name the column of predictions probability, call or prediction."
+        )
+    _require_column(table, "study", _STUDY_NAMES)
     if value is None:
-        _require(sheet, "probability, call or prediction", _VALUES)
+        _require_column(table, "probability, call or prediction", _VALUE_NAMES)
 
 
-def _values(sheet: Table, keys: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(probability float64 (n,), call int64 (n,)): what there is. A column of 0 and 1 holds calls, unless named probability."""
-    named, call = sheet.find("probability"), sheet.find("call")
-    place = 1 if sheet.header is None else sheet.find("probability", "prediction")
-    values = None if place is None else np.array(_checked(sheet, place, keys, _UNIT, "prediction"))
-    if call is not None and all(sheet.column(call)):
-        return values, np.array(_checked(sheet, call, keys, _BINARY, "call")).astype(np.int64)
-    if values is not None and named is None and set(values.tolist()) <= {0.0, 1.0}:
+def _values(table: Table, keys: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return (probability float64 (n,), call int64 (n,)), None where missing.
+
+    A column of only 0 and 1 holds calls, unless it is named probability.
+    """
+    probability_named, call = table.find("probability"), table.find("call")
+    index = 1 if table.header is None else table.find("probability", "prediction")
+    values = None if index is None else np.array(_valid_numbers(table, index, keys, _PROBABILITY, "prediction"))
+    if call is not None and all(table.column(call)):
+        return values, np.array(_valid_numbers(table, call, keys, _BINARY, "call")).astype(np.int64)
+    if values is not None and probability_named is None and set(values.tolist()) <= {0.0, 1.0}:
         return None, values.astype(np.int64)
     if values is None:
         assert call is not None
-        _checked(sheet, call, keys, _BINARY, "call")  # one is empty: refused
+        _valid_numbers(table, call, keys, _BINARY, "call")  # raises: a call is empty
     return values, None
 
 
 def _calls(
-    sheet: Table, keys: list[str], probability: np.ndarray | None, call: np.ndarray | None, threshold: float | None
+    table: Table, keys: list[str], probability: np.ndarray | None, call: np.ndarray | None, threshold: float | None
 ) -> tuple[np.ndarray, float | None, str]:
-    """(calls int64 (n,), the threshold they were made by if that is known, what is to be said of them)."""
+    """Return the calls int64 (n,), their threshold (None where unknown), and a note on where they come from."""
     if call is not None and (probability is None or threshold is None):
-        only = "the file's own calls" if probability is not None else "calls only, no probabilities"
-        return call, _own_threshold(sheet), only + ("" if threshold is None else ": --threshold changes nothing")
+        origin = "the file's own calls" if probability is not None else "calls only, no probabilities"
+        return call, _table_threshold(table), origin + ("" if threshold is None else ": --threshold changes nothing")
     assert probability is not None
-    place, cut = sheet.find("call"), PAPER_THRESHOLD if threshold is None else threshold
-    empty = 0 if place is None else sheet.column(place).count("")
-    why = f"{empty:,} of {len(keys):,} studies have no call in the file: " if empty else ""
-    return is_positive(probability, cut).astype(np.int64), cut, f"{why}calls are probability > {cut:g}"
+    index, cutoff = table.find("call"), PAPER_THRESHOLD if threshold is None else threshold
+    num_empty = 0 if index is None else table.column(index).count("")
+    reason = f"{num_empty:,} of {len(keys):,} studies have no call in the file: " if num_empty else ""
+    return is_positive(probability, cutoff).astype(np.int64), cutoff, f"{reason}calls are probability > {cutoff:g}"
 
 
-def _extras(sheet: Table, keys: list[str]) -> dict[str, Any]:
-    """What studies.csv has beside the prediction; a column that is empty, or not whole, is as if it were not there."""
+def _optional_columns(table: Table, keys: list[str]) -> dict[str, Any]:
+    """Return the optional columns of studies.csv. An empty or incomplete column counts as missing."""
     columns: dict[str, Any] = {}
     for name in ("study_type", "band"):
-        if (place := sheet.find(name)) is not None and any(sheet.column(place)):
-            columns[name] = pd.Series(_names(sheet, place), dtype=object)
-    for name, kind in (("num_views", _VIEWS), ("exposure", _GREY)):
-        values = _numbers(sheet, sheet.find(name))
-        if values and all(map(kind.fits, values)):
-            columns[name] = np.array(values).astype(np.int64 if kind is _VIEWS else np.float64)
-    if (place := sheet.find("calibrated_probability")) is not None and all(sheet.column(place)):
-        found = _checked(sheet, place, keys, _UNIT, "calibrated probability")
-        columns["calibrated_probability"] = np.array(found, dtype=np.float64)
+        if (index := table.find(name)) is not None and any(table.column(index)):
+            columns[name] = pd.Series(_names(table, index), dtype=object)
+    for name, column in (("num_views", _NUM_VIEWS), ("exposure", _GRAY_LEVEL)):
+        values = _numbers(table, table.find(name))
+        if values and all(map(column.accepts, values)):
+            columns[name] = np.array(values).astype(np.int64 if column is _NUM_VIEWS else np.float64)
+    if (index := table.find("calibrated_probability")) is not None and all(table.column(index)):
+        values = _valid_numbers(table, index, keys, _PROBABILITY, "calibrated probability")
+        columns["calibrated_probability"] = np.array(values, dtype=np.float64)
     return columns
 
 
-def _drawings(sheet: Table) -> list[str]:
-    """The note of a model of drawings, where column trained_on tells of one."""
-    place = sheet.find("trained_on")
-    drawn = place is not None and "phantoms" in sheet.column(place)
+def _phantom_note(table: Table) -> list[str]:
+    """Return the note on a model trained on phantoms, according to the column trained_on."""
+    index = table.find("trained_on")
+    drawn = index is not None and "phantoms" in table.column(index)
     return ["the model was trained on drawings (phantoms)"] if drawn else []
 
 
-def _own_threshold(sheet: Table) -> float | None:
-    """The file's, where it has one for all studies."""
-    told = set(_numbers(sheet, sheet.find("threshold")))
-    return told.pop() if len(told) == 1 and all(map(_UNIT.fits, told)) else None
+def _table_threshold(table: Table) -> float | None:
+    """Return the table's threshold if it has one for all studies."""
+    thresholds = set(_numbers(table, table.find("threshold")))
+    return thresholds.pop() if len(thresholds) == 1 and all(map(_PROBABILITY.accepts, thresholds)) else None
 
 
 # ---- labels
 
 
-def read_labels(path: Path, *, files_are_studies: bool = False) -> Labels:
-    """What `path` says the studies are. `files_are_studies`: a study may be named by an image file."""
-    sheet = table_files.read(path, "labels", _OF_LABELS)
-    if sheet.header is None:
-        _check_width(sheet, (2, 4), "study,label, or study and the labels of three radiologists")
+def read_labels(source: TableSource, *, files_are_studies: bool = False) -> Labels:
+    """Read the labels of a file or a data frame.
+
+    Args:
+        source: a CSV or Parquet file, or a data frame.
+        files_are_studies: accept studies that are named by an image file.
+
+    Raises:
+        UserError: the table is not one of labels per study.
+    """
+    table = table_files.read(source, "labels", _LABEL_COLUMNS)
+    if table.header is None:
+        _check_width(table, (2, 4), "study,label, or study and the labels of three radiologists")
     else:
-        _check_labels_header(sheet)
-    keys = _keys(sheet)
-    _check_images(sheet, keys, files_are_studies)
-    label = _label(sheet, keys)
-    _check_labelled_once(sheet, keys, label)
+        _check_labels_header(table)
+    keys = _study_keys(table)
+    _check_images(table, keys, files_are_studies)
+    label = _labels(table, keys)
+    _check_labeled_once(table, keys, label)
     frame = pd.DataFrame({"study": pd.Series(keys, dtype=object), "label": np.array(label, dtype=np.int64)})
     for name in ("patient", "study_type"):
-        place = sheet.find(name)
-        frame[name] = pd.Series("" if place is None else _names(sheet, place), index=frame.index, dtype=object)
-    return Labels(sheet.name, sheet.sha256, frame, (*sheet.notes, *_not_read(sheet, _OF_LABELS)))
+        index = table.find(name)
+        frame[name] = pd.Series("" if index is None else _names(table, index), index=frame.index, dtype=object)
+    return Labels(table.name, table.sha256, frame, (*table.notes, *_unread_columns(table, _LABEL_COLUMNS)))
 
 
-def _check_labels_header(sheet: Table) -> None:
-    if sheet.find("label") is None and not _radiologists(sheet):
-        if sheet.find(*_VALUES) is not None:
-            raise UserError(f"{sheet.name} holds predictions, not labels; the order is PREDICTIONS LABELS")
-        _require(sheet, "label", ("label",))
-    _require(sheet, "study", _STUDY)
-    if sheet.find("label") is not None and _radiologists(sheet):
+def _check_labels_header(table: Table) -> None:
+    if table.find("label") is None and not _radiologist_columns(table):
+        if table.find(*_VALUE_NAMES) is not None:
+            raise UserError(
+                f"{table.name} holds predictions, not labels. Check that the order is PREDICTIONS LABELS, and name the column of "
+                "labels label."
+            )
+        _require_column(table, "label", ("label",))
+    _require_column(table, "study", _STUDY_NAMES)
+    if table.find("label") is not None and _radiologist_columns(table):
         raise UserError(
-            f"{sheet.name} has a column label and radiologists' too; leave out the one that is not the truth"
+            f"{table.name} has a column label and radiologists' columns. Delete the ones that are not the truth."
         )
 
 
-def _radiologists(sheet: Table) -> list[int]:
-    """The places of the columns Rad1, Rad2, ...; those of a table of four columns without a header."""
-    if sheet.header is None:
-        return [1, 2, 3] if sheet.width == 4 else []
+def _radiologist_columns(table: Table) -> list[int]:
+    """Return the indexes of the columns Rad1, Rad2, ..., or those of a table of four columns without a header."""
+    if table.header is None:
+        return [1, 2, 3] if table.width == 4 else []
     return [
-        place
-        for place, name in enumerate(sheet.header)
+        index
+        for index, name in enumerate(table.header)
         if name.startswith(_RADIOLOGIST) and name.removeprefix(_RADIOLOGIST).isdecimal()
     ]
 
 
-def _label(sheet: Table, keys: list[str]) -> list[int]:
-    """0 or 1 a line: the label's, or what most radiologists say."""
-    if not (raters := _radiologists(sheet)):
-        place = 1 if sheet.header is None else sheet.find("label")
-        assert place is not None
-        return [int(value) for value in _checked(sheet, place, keys, _BINARY, "label")]
-    told = [_checked(sheet, place, keys, _BINARY, "radiologist's label") for place in raters]
-    votes = np.sum(told, axis=0)
-    split = [key for key, num in zip(keys, votes.tolist(), strict=True) if 2 * num == len(raters)]
-    if split:
+def _labels(table: Table, keys: list[str]) -> list[int]:
+    """Return the label of each row, 0 or 1: the column label, or the radiologists' majority."""
+    if not (raters := _radiologist_columns(table)):
+        index = 1 if table.header is None else table.find("label")
+        assert index is not None
+        return [int(value) for value in _valid_numbers(table, index, keys, _BINARY, "label")]
+    ratings = [_valid_numbers(table, index, keys, _BINARY, "radiologist's label") for index in raters]
+    votes = np.sum(ratings, axis=0)
+    tied = [key for key, num in zip(keys, votes.tolist(), strict=True) if 2 * num == len(raters)]
+    if tied:
         raise UserError(
-            f"{sheet.name}: {_studies(split)} on which {len(raters)} radiologists are evenly split ({list_examples(split)}); a majority "
-            "needs an odd number of them"
+            f"{table.name}: {_num_studies(tied)} on which {len(raters)} radiologists are evenly split ({list_examples(tied)}). "
+            "Pass an odd number of radiologists, or labels."
         )
     return [int(2 * num > len(raters)) for num in votes.tolist()]
 
 
-def _check_labelled_once(sheet: Table, keys: list[str], label: list[int]) -> None:
-    seen: dict[str, set[int]] = defaultdict(set)
+def _check_labeled_once(table: Table, keys: list[str], label: list[int]) -> None:
+    labels_by_study: dict[str, set[int]] = defaultdict(set)
     for key, value in zip(keys, label, strict=True):
-        seen[key].add(value)
-    both = [key for key, values in seen.items() if len(values) > 1]
-    if both:
+        labels_by_study[key].add(value)
+    conflicting = [key for key, values in labels_by_study.items() if len(values) > 1]
+    if conflicting:
         raise UserError(
-            f"{sheet.name}: {_studies(both)} with both labels ({list_examples(both)}); only one can be true, mend the others"
+            f"{table.name}: {_num_studies(conflicting)} with both labels ({list_examples(conflicting)}). Delete the wrong lines."
         )
-    _check_once(sheet, keys)
+    _check_unique(table, keys)
 
 
-# ---- joined
+# ---- join
 
 
 def join(predictions: Predictions, labels: Labels) -> pd.DataFrame:
-    """One line a study, in the labels' order: study, study_type, patient (None: unknown), label, and what is predicted."""
-    _check_same(predictions, labels)
-    frame = labels.frame.merge(predictions.frame.rename(columns={"study_type": "told"}), on="study", validate="1:1")
+    """Join predictions and labels by study.
+
+    Returns:
+        One row per study, in the order of the labels: study, study_type, patient (None where unknown), label, and the
+        columns of the predictions.
+
+    Raises:
+        UserError: the tables do not name the same studies, or a study type is called `overall`.
+    """
+    _check_same_studies(predictions, labels)
+    renamed = predictions.frame.rename(columns={"study_type": "predicted_type"})
+    frame = labels.frame.merge(renamed, on="study", validate="1:1")
     parsed = [mura.parse(f"{study}/image1.png") for study in frame["study"]]
-    told = frame["told"] if "told" in frame else [""] * len(frame)
-    types = zip(frame["study_type"], [part.study_type if part else "" for part in parsed], told, strict=True)
-    patients = zip(frame["patient"], [part.patient if part else "" for part in parsed], strict=True)
+    predicted_types = frame["predicted_type"] if "predicted_type" in frame else [""] * len(frame)
+    path_types = [radiograph.study_type if radiograph else "" for radiograph in parsed]
+    types = zip(frame["study_type"], path_types, predicted_types, strict=True)
+    patients = zip(frame["patient"], [radiograph.patient if radiograph else "" for radiograph in parsed], strict=True)
     frame["study_type"] = pd.Series([next(filter(None, names), UNKNOWN) for names in types], dtype=object)
-    if taken := frame.loc[frame["study_type"] == POOLED, "study"].tolist():
+    if reserved := frame.loc[frame["study_type"] == OVERALL, "study"].tolist():
         raise UserError(
-            f"{labels.name}: {_studies(taken)} of study type {POOLED!r} ({list_examples(taken)}), which is the name of all studies "
-            "together; give that study type another name"
+            f"{labels.name}: {_num_studies(reserved)} of study type {OVERALL!r} ({list_examples(reserved)}), the name of the "
+            "group of all studies. Give that study type another name."
         )
     frame["patient"] = pd.Series([next(filter(None, names), None) for names in patients], dtype=object)
-    rest = [name for name in predictions.frame if name not in ("study", "study_type")]
-    return frame[["study", "study_type", "patient", "label", *rest]]
+    columns = [name for name in predictions.frame if name not in ("study", "study_type")]
+    return frame[["study", "study_type", "patient", "label", *columns]]
 
 
 def common_split(studies: pd.DataFrame) -> str | None:
-    """The split that all studies name; None where they name several, or none."""
+    """Return the split in the names of all studies, or None where they name several or none."""
     parsed = [mura.parse(f"{study}/image1.png") for study in studies["study"]]
-    splits = {part.split if part else None for part in parsed}
+    splits = {radiograph.split if radiograph else None for radiograph in parsed}
     return splits.pop() if len(splits) == 1 else None
 
 
-def _check_same(predictions: Predictions, labels: Labels) -> None:
-    ours, theirs = predictions.frame["study"], labels.frame["study"]
+def _check_same_studies(predictions: Predictions, labels: Labels) -> None:
+    predicted, labeled = predictions.frame["study"], labels.frame["study"]
+    missing, unknown = _difference(labeled, predicted), _difference(predicted, labeled)
     if predictions.files_are_studies:
-        _refuse_images(predictions.name, [key for key in _without(ours, set(theirs)) if _is_image(key)], len(ours))
-    missing, unknown = _without(theirs, set(ours)), _without(ours, set(theirs))
-    if len(missing) == len(theirs):
+        _refuse_images(predictions.name, [key for key in unknown if _is_image(key)], len(predicted))
+    if len(missing) == len(labeled):
         raise UserError(
-            f"{predictions.name} and {labels.name} have no study in common: the first is {quote_cell(ours.iloc[0])!r} in the one, "
-            f"{quote_cell(theirs.iloc[0])!r} in the other; name studies alike in both"
+            f"{predictions.name} and {labels.name} have no study in common: the first is {quote_cell(predicted.iloc[0])!r} in "
+            f"the one, {quote_cell(labeled.iloc[0])!r} in the other. Name studies alike in both."
         )
     if missing:
         raise UserError(
-            f"{predictions.name}: {_studies(missing)} missing of the {len(theirs):,} of {labels.name} ({list_examples(missing)}); "
-            "predict every study, or a score is of the easy ones"
+            f"{predictions.name}: {_num_studies(missing)} missing of the {len(labeled):,} of {labels.name} "
+            f"({list_examples(missing)}). Predict every study: a score without the missing ones would be biased."
         )
     if unknown:
         raise UserError(
-            f"{predictions.name}: {_studies(unknown)} unknown to {labels.name} ({list_examples(unknown)}); label them, or leave them out"
+            f"{predictions.name}: {_num_studies(unknown)} unknown to {labels.name} ({list_examples(unknown)}). Label or delete "
+            "them."
         )
 
 
-def _without(studies: Iterable[str], others: set[str]) -> list[str]:
-    return [study for study in studies if study not in others]
+def _difference(studies: Iterable[str], excluded: Iterable[str]) -> list[str]:
+    """Return the studies that are not in `excluded`, in order."""
+    excluded = set(excluded)
+    return [study for study in studies if study not in excluded]
 
 
-# ---- checks of both
+# ---- checks of both tables
 
 
-def _keys(sheet: Table) -> list[str]:
-    place = 0 if sheet.header is None else sheet.find(*_STUDY)
-    assert place is not None
-    names = sheet.column(place)
-    blank = [line for line, name in enumerate(names) if not name.strip("/\\")]
+def _study_keys(table: Table) -> list[str]:
+    index = 0 if table.header is None else table.find(*_STUDY_NAMES)
+    assert index is not None
+    names = table.column(index)
+    blank = [row for row, name in enumerate(names) if not name.strip("/\\")]
     if blank:
-        raise UserError(f"{sheet.at(blank[0])} names no study ({len(blank):,} such lines); name it, or delete the line")
-    return [key_of(name) for name in names]
-
-
-def _names(sheet: Table, place: int) -> list[str]:
-    return [table_names.unescape(cell) for cell in sheet.column(place)]
-
-
-def _check_width(sheet: Table, widths: tuple[int, ...], meaning: str) -> None:
-    if sheet.width not in widths:
-        wanted = " or ".join(map(str, widths))
         raise UserError(
-            f"{sheet.name}: wrong number of columns, {sheet.width}; without a header it must have {wanted} ({meaning}); with "
-            "more, give it a header"
+            f"{table.locate(blank[0])} names no study ({len(blank):,} such lines). Name it, or delete the line."
+        )
+    return [study_key(name) for name in names]
+
+
+def _names(table: Table, index: int) -> list[str]:
+    return [table_names.unescape(cell) for cell in table.column(index)]
+
+
+def _check_width(table: Table, widths: tuple[int, ...], meaning: str) -> None:
+    if table.width not in widths:
+        expected = " or ".join(map(str, widths))
+        raise UserError(
+            f"{table.name}: wrong number of columns, {table.width} ({expected} without a header: {meaning}). Delete the other "
+            "columns, or add a header."
         )
 
 
-def _require(sheet: Table, what: str, names: Sequence[str]) -> None:
-    if sheet.find(*names) is None:
-        near = next((found for cell in sheet.header or () if (found := nearest(cell, names))), "")
-        raise UserError(
-            f"{sheet.name}: no column {what} in its header {','.join(map(quote_cell, sheet.header or ()))}{near}; add it"
-        )
+def _require_column(table: Table, column: str, names: Sequence[str]) -> None:
+    if table.find(*names) is None:
+        hint = next((hint for cell in table.header or () if (hint := nearest(cell, names))), "")
+        header = ",".join(map(quote_cell, table.header or ()))
+        raise UserError(f"{table.name}: no column {column} in its header {header}{hint}. Add or rename it.")
 
 
-def _not_read(sheet: Table, known: Sequence[str]) -> list[str]:
-    """The note of columns that are not used; one that looks like a slip for a known one is refused, not lost in silence."""
-    raters = {place for place in _radiologists(sheet) if sheet.header is not None}
-    others = [
-        name for place, name in enumerate(sheet.header or ()) if name and name not in known and place not in raters
+def _unread_columns(table: Table, columns: Sequence[str]) -> list[str]:
+    """Return the note on columns that are not used; refuse one that looks like a misspelt known column."""
+    raters = {index for index in _radiologist_columns(table) if table.header is not None}
+    unread = [
+        name for index, name in enumerate(table.header or ()) if name and name not in columns and index not in raters
     ]
-    for name in others:
-        if near := get_close_matches(name, set(known) - set(sheet.header or ()), n=1, cutoff=_NEAR):
+    for name in unread:
+        if matches := get_close_matches(name, set(columns) - set(table.header or ()), n=1, cutoff=_TYPO_CUTOFF):
             raise UserError(
-                f"{sheet.name}: column {quote_cell(name)!r} (did you mean {near[0]}?); rename it, or leave it out"
+                f"{table.name}: unknown column {quote_cell(name)!r} (did you mean {matches[0]}?). Rename or delete it."
             )
-    return [f"columns not read: {', '.join(map(quote_cell, others))}"] if others else []
+    return [f"columns not read: {', '.join(map(quote_cell, unread))}"] if unread else []
 
 
 def _is_image(key: str) -> bool:
-    return PurePosixPath(key.replace("\\", "/")).suffix.lower() in _IMAGES
+    return PurePosixPath(key.replace("\\", "/")).suffix.lower() in _IMAGE_SUFFIXES
 
 
-def _check_images(sheet: Table, keys: list[str], files_are_studies: bool) -> None:
-    """Lines of images, not of studies. A name of MURA's layout is one always; another may be a study of one file."""
+def _check_images(table: Table, keys: list[str], files_are_studies: bool) -> None:
+    """Refuse lines per image. An image in MURA's layout is never a study; outside it a file may be a study."""
     images = [key for key in keys if _is_image(key)]
     if files_are_studies:
         images = [key for key in images if mura.parse(key.replace("\\", "/"))]
-    _refuse_images(sheet.name, images, len(keys))
+    _refuse_images(table.name, images, len(keys))
 
 
-def _refuse_images(name: str, images: list[str], of: int) -> None:
+def _refuse_images(name: str, images: list[str], num_lines: int) -> None:
     if images:
         raise UserError(
-            f"{name}: {len(images):,} of {of:,} lines name an image, not a study ({list_examples(images)}); give a line a "
-            "study: its path without the file, its probability the mean over its views"
+            f"{name}: {len(images):,} of {num_lines:,} lines name an image, not a study ({list_examples(images)}). Write one "
+            "line per study: its path without the file, and as its probability the mean over its views."
         )
 
 
-def _check_once(sheet: Table, keys: list[str]) -> None:
-    places: dict[str, list[int]] = defaultdict(list)
-    for line, key in enumerate(keys):
-        places[key].append(sheet.lines[line][0])
-    twice = {key: lines for key, lines in places.items() if len(lines) > 1}
-    if twice:
-        key, lines = next(iter(twice.items()))
-        composed = "; names are compared in Unicode's composed form, NFC" if not key.isascii() else ""
+def _check_unique(table: Table, keys: list[str]) -> None:
+    lines_by_study: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys):
+        lines_by_study[key].append(table.lines[row][0])
+    repeated = {key: lines for key, lines in lines_by_study.items() if len(lines) > 1}
+    if repeated:
+        key, lines = next(iter(repeated.items()))
+        unicode_hint = "; names are compared in Unicode's composed form, NFC" if not key.isascii() else ""
         raise UserError(
-            f"{sheet.name}: {_studies(list(twice))} more than once ({list_examples(list(twice))}; the first on lines "
-            f"{', '.join(map(str, lines[:3]))}{composed}); leave one line of each"
+            f"{table.name}: {_num_studies(list(repeated))} more than once ({list_examples(list(repeated))}; the first on lines "
+            f"{', '.join(map(str, lines[:3]))}{unicode_hint}). Keep one line of each."
         )
 
 
-def _numbers(sheet: Table, place: int | None, parse: Callable[[str], float | None] = parse_number) -> list[float]:
-    """A column's numbers, NaN where a cell is none; [] where there is no such column."""
-    cells = [] if place is None else sheet.column(place)
+def _numbers(table: Table, index: int | None, parse: Callable[[str], float | None] = parse_number) -> list[float]:
+    """Return a column's numbers, NaN where a cell holds none; [] where there is no such column."""
+    cells = [] if index is None else table.column(index)
     return [math.nan if (value := parse(cell)) is None else value for cell in cells]
 
 
-def _checked(sheet: Table, place: int, keys: list[str], kind: _Kind, what: str) -> list[float]:
-    """A column's numbers, all of which fit; else a refusal that names the first that does not."""
-    cells, values = sheet.column(place), _numbers(sheet, place, kind.parse)
-    bad = [line for line, value in enumerate(values) if not kind.fits(value)]
-    if not bad:
+def _valid_numbers(table: Table, index: int, keys: list[str], column: _NumberColumn, title: str) -> list[float]:
+    """Return a column's numbers; raise UserError on the first that the column does not accept."""
+    cells, values = table.column(index), _numbers(table, index, column.parse)
+    invalid = [row for row, value in enumerate(values) if not column.accepts(value)]
+    if not invalid:
         return values
-    cell, names = cells[bad[0]], [keys[line] for line in bad]
-    wrong = f"{quote_cell(cell)!r} is {'not a number' if math.isnan(values[bad[0]]) else 'outside ' + kind.range}"
-    swapped = what == "label" and all(map(_UNIT.fits, values))
+    cell, names = cells[invalid[0]], [keys[row] for row in invalid]
+    problem = (
+        f"{quote_cell(cell)!r} is {'not a number' if math.isnan(values[invalid[0]]) else 'outside ' + column.range}"
+    )
+    swapped = title == "label" and all(map(_PROBABILITY.accepts, values))
+    hint = " If these are predictions: the order is PREDICTIONS LABELS." if swapped else ""
     raise UserError(
-        f"{sheet.at(bad[0])}: {what} {wrong if cell else 'is empty'} ({_studies(names)} of {len(keys):,} so: {list_examples(names)}); "
-        f"it must be {kind.wanted}{'; are these predictions? the order is PREDICTIONS LABELS' if swapped else ''}"
+        f"{table.locate(invalid[0])}: {title} {problem if cell else 'is empty'} ({_num_studies(names)} of {len(keys):,} so: "
+        f"{list_examples(names)}). Make it {column.expected}.{hint}"
     )
 
 
-def _studies(names: Sequence[str]) -> str:
+def _num_studies(names: Sequence[str]) -> str:
     return pluralize(len(names), "study")

@@ -192,4 +192,4 @@ def _write_tables(
     for name, table in (("predictions", predictions), ("studies", told)):
         text = table.to_csv(index=False, lineterminator="\n")
         files.write_text(out / f"{name}.csv", text)
-    files.write_text(out / "predictions-official.csv", prediction_files.official_text(studies))
+    files.write_text(out / "predictions-official.csv", prediction_files.format_official(studies))

@@ -32,7 +32,7 @@ def write(path: Path, lines: Sequence[Sequence[object]]) -> Path:
     return path
 
 
-def of_confusions(confusions: dict[str, Sequence[int]], split: str = "test") -> tuple[list[Line], list[Line]]:
+def tables_of_confusions(confusions: dict[str, Sequence[int]], split: str = "test") -> tuple[list[Line], list[Line]]:
     """(predictions, labels) in the official format, two studies a patient, that give these confusions."""
     predictions: list[Line] = []
     labels: list[Line] = []
@@ -44,13 +44,13 @@ def of_confusions(confusions: dict[str, Sequence[int]], split: str = "test") -> 
                 labels.append((study, cell[0]))
                 predictions.append((study, cell[1]))
     order = np.random.default_rng(0).permutation(len(predictions))
-    return [predictions[place] for place in order], labels
+    return [predictions[index] for index in order], labels
 
 
 SMALL = {"wrist": (14, 3, 2, 12), "hand": (12, 2, 4, 13)}
 
 
-def printed(capsys, *arguments: object) -> dict:
+def score_json(capsys, *arguments: object) -> dict:
     """What `score ... --json` prints: nothing else is on stdout."""
     capsys.readouterr()
     status = main(["score", *map(str, arguments), "--json"])
@@ -69,14 +69,14 @@ def test_official_vectors_through_the_command(
     submissions = json.loads((shared / "vectors/official_kappa.json").read_text())["submissions"]
     for vector in submissions:
         confusions = {name: cells for name, cells in vector["confusion_tn_fp_fn_tp"].items() if name != "overall"}
-        predictions, labels = of_confusions(confusions)
+        predictions, labels = tables_of_confusions(confusions)
         paths = write(tmp_path / "p.csv", predictions), write(tmp_path / "l.csv", [("Study", "Label"), *labels])
-        metrics = printed(capsys, *paths)
+        metrics = score_json(capsys, *paths)
         groups = {"overall": metrics["overall"]}
         groups |= {name.removeprefix("XR_").lower(): group for name, group in metrics["by_study_type"].items()}
         for name, kappas in vector["official_kappa"].items():
-            found = [groups[name][key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
-            assert found == pytest.approx(kappas, abs=1e-9), (vector["id"], name)
+            scores = [groups[name][key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
+            assert scores == pytest.approx(kappas, abs=1e-9), (vector["id"], name)
         assert mura.is_official_test(joined(*paths))
     assert len(submissions) == 20
 
@@ -86,7 +86,7 @@ def joined(predictions: Path, labels: Path, **options: float) -> pd.DataFrame:
     return prediction_files.join(table, prediction_files.read_labels(labels))
 
 
-def test_the_official_test_is_known_by_its_counts() -> None:
+def test_official_test_is_recognized_by_its_counts() -> None:
     rows = [(name, label) for name, pair in mura.STUDIES_TEST.items() for label in (0, 1) for _ in range(pair[label])]
     studies = pd.DataFrame(rows, columns=["study_type", "label"])
     assert len(studies) == 207
@@ -135,37 +135,37 @@ HEADERS = {
 }
 
 
-def test_a_table_is_one_however_it_is_spelt(tmp_path: Path) -> None:
+def test_every_spelling_of_a_table_gives_the_same_studies(tmp_path: Path) -> None:
     """Law: predictions and labels, each in every spelling, give the same studies."""
-    predictions, labels = of_confusions(SMALL)
+    predictions, labels = tables_of_confusions(SMALL)
     plain = {"predictions": as_text(predictions), "labels": as_text(labels)}
     lines = {"predictions": predictions, "labels": labels}
 
     def studies(**changed: bytes) -> pd.DataFrame:
-        for what, data in (plain | changed).items():
-            (tmp_path / f"{what}.csv").write_bytes(data)
+        for role, data in (plain | changed).items():
+            (tmp_path / f"{role}.csv").write_bytes(data)
         return joined(tmp_path / "predictions.csv", tmp_path / "labels.csv").sort_values("study", ignore_index=True)
 
     expected = studies()
     assert len(expected) == 62
     assert list(expected.columns) == ["study", "study_type", "patient", "label", "call"]
     assert expected["study"].str.match(r"test/XR_(WRIST|HAND)/patient\d{5}/study\d+$").all()
-    for what, given in lines.items():
-        for name, spelt in SPELLINGS.items():
-            pd.testing.assert_frame_equal(studies(**{what: spelt(given)}), expected, obj=f"{what}, {name}")
-        for header in HEADERS[what]:
-            data = f"{header}\n".encode() + plain[what]
-            pd.testing.assert_frame_equal(studies(**{what: data}), expected, obj=f"{what}, {header}")
+    for role, table in lines.items():
+        for name, spell in SPELLINGS.items():
+            pd.testing.assert_frame_equal(studies(**{role: spell(table)}), expected, obj=f"{role}, {name}")
+        for header in HEADERS[role]:
+            data = f"{header}\n".encode() + plain[role]
+            pd.testing.assert_frame_equal(studies(**{role: data}), expected, obj=f"{role}, {header}")
 
 
 @pytest.mark.parametrize("header", [[], [("Study", "Rad1", "Rad2", "Rad3")]])
-def test_the_majority_of_three(header: list, tmp_path: Path) -> None:
+def test_label_is_the_majority_of_three_radiologists(header: list, tmp_path: Path) -> None:
     votes = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
-    path = write(tmp_path / "l.csv", [*header, *((f"s{place}", *vote) for place, vote in enumerate(votes))])
+    path = write(tmp_path / "l.csv", [*header, *((f"s{index}", *vote) for index, vote in enumerate(votes))])
     assert prediction_files.read_labels(path).frame["label"].tolist() == [int(sum(vote) >= 2) for vote in votes]
 
 
-def test_a_hospitals_own_names(tmp_path: Path) -> None:
+def test_names_outside_muras_layout_match_by_text(tmp_path: Path) -> None:
     """No layout, commas and umlauts in names: matched by the text; study types and patients are the label file's."""
     rows = [("Müller, left", 0, "p1", "XR_HAND"), ("b/", 1, "p1", ""), ("c", 1, "", "XR_HAND"), ("d", 0, "p2", "")]
     labels = write(tmp_path / "l.csv", [("study", "label", "patient", "study_type"), *rows])
@@ -179,9 +179,9 @@ def test_a_hospitals_own_names(tmp_path: Path) -> None:
     assert studies["call"].tolist() == [0, 1, 0, 0]  # 0.5 is not above 0.5
 
 
-def test_a_mura_patient_is_one_over_study_types_and_splits_are_named(tmp_path: Path) -> None:
+def test_patient_is_shared_over_study_types_and_split_is_common(tmp_path: Path) -> None:
     names = ["valid/XR_HAND/patient00001/study1_negative", "valid/XR_WRIST/patient00001/study1_positive", "other"]
-    lines = [(name, place % 2) for place, name in enumerate(names)]
+    lines = [(name, index % 2) for index, name in enumerate(names)]
     studies = joined(write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
     assert studies["patient"].tolist() == ["patient00001", "patient00001", None]
     assert studies["study_type"].tolist() == ["XR_HAND", "XR_WRIST", "unknown"]
@@ -189,7 +189,7 @@ def test_a_mura_patient_is_one_over_study_types_and_splits_are_named(tmp_path: P
     assert prediction_files.common_split(studies.iloc[:2]) == "valid"
 
 
-def test_windows_own_characters_are_read_where_nothing_else_is_possible(tmp_path: Path, capsys) -> None:
+def test_windows_1252_is_read_where_nothing_else_fits(tmp_path: Path, capsys) -> None:
     """A German Excel's plain CSV; and what predict writes of a folder of macOS."""
     labels, predictions = tmp_path / "l.csv", tmp_path / "p.csv"
     labels.write_bytes("study;label;patient\nMüller – 1;normal;=a\nMüller 2;Abnormal;b\n=3;1,0;b\n".encode("cp1252"))
@@ -197,29 +197,29 @@ def test_windows_own_characters_are_read_where_nothing_else_is_possible(tmp_path
     studies = joined(predictions, labels)
     assert studies["study"].tolist() == ["Müller – 1", "Müller 2", "=3"]
     assert studies["label"].tolist() == [0, 1, 1]
-    found = printed(capsys, predictions, labels, "--out", tmp_path / "out")
+    metrics = score_json(capsys, predictions, labels, "--out", tmp_path / "out")
     notes = "p.csv: the model was trained on drawings (phantoms); p.csv: calls are probability > 0.5; "
-    assert found["note"] == f"{notes}l.csv: not UTF-8: read as Windows-1252"
+    assert metrics["note"] == f"{notes}l.csv: not UTF-8: read as Windows-1252"
     written = pd.read_csv(tmp_path / "out" / "studies.csv")
     assert written["study"].tolist() == ["Müller – 1", "Müller 2", "./=3"]
     assert written["patient"].tolist() == ["./=a", "b", "b"]
-    again = printed(capsys, tmp_path / "out" / "studies.csv", labels)
-    assert again["overall"] == found["overall"]
+    again = score_json(capsys, tmp_path / "out" / "studies.csv", labels)
+    assert again["overall"] == metrics["overall"]
 
 
 def test_labels_may_be_words_without_a_header(tmp_path: Path) -> None:
     path = write(tmp_path / "l.csv", [("s1", "abnormal"), ("s2", "Normal"), ("s3", "positive"), ("s4", "NEGATIVE")])
-    found = prediction_files.read_labels(path).frame
-    assert (found["study"].tolist(), found["label"].tolist()) == (["s1", "s2", "s3", "s4"], [1, 0, 1, 0])
+    frame = prediction_files.read_labels(path).frame
+    assert (frame["study"].tolist(), frame["label"].tolist()) == (["s1", "s2", "s3", "s4"], [1, 0, 1, 0])
 
 
-def test_unknown_patients_are_said(tmp_path: Path, capsys) -> None:
-    lines = [(f"s{place}", place % 2) for place in range(30)]
-    found = printed(capsys, write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
-    assert "clustering unknown" in found["overall"]["interval_method"]
-    assert found["overall"]["num_patients"] is None
-    assert list(found["by_study_type"]) == ["unknown"]
-    assert found["split"] is None
+def test_unknown_patients_are_reported(tmp_path: Path, capsys) -> None:
+    lines = [(f"s{index}", index % 2) for index in range(30)]
+    metrics = score_json(capsys, write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
+    assert "clustering unknown" in metrics["overall"]["interval_method"]
+    assert metrics["overall"]["num_patients"] is None
+    assert list(metrics["by_study_type"]) == ["unknown"]
+    assert metrics["split"] is None
 
 
 # ---- studies.csv
@@ -237,7 +237,7 @@ LABELLED = [("study", "label"), ("s0", 0), ("s1", 0), ("s2", 1), ("s3", 1)]
 
 
 @pytest.mark.parametrize(
-    ("call", "given", "calls", "threshold", "says"),
+    ("call", "option", "calls", "threshold", "note"),
     [
         ([0, 1, 1, 0], None, [0, 1, 1, 0], 0.3, "the file's own calls"),
         (["0.0", "1.0", "1.0", "1.0"], None, [0, 1, 1, 1], 0.3, "the file's own calls"),
@@ -251,32 +251,32 @@ LABELLED = [("study", "label"), ("s0", 0), ("s1", 0), ("s2", 1), ("s3", 1)]
         ([0, 1, 1, 0], 0.22, [0, 1, 1, 1], 0.22, "calls are probability > 0.22"),
     ],
 )
-def test_whose_calls(
-    call: list, given: float | None, calls: list[int], threshold: float, says: str, tmp_path: Path, capsys
+def test_calls_are_the_tables_or_the_thresholds(
+    call: list, option: float | None, calls: list[int], threshold: float, note: str, tmp_path: Path, capsys
 ) -> None:
     predictions = write(tmp_path / "studies.csv", own_table(call))
     labels = write(tmp_path / "l.csv", LABELLED)
-    options = [] if given is None else ["--threshold", given]
-    assert joined(predictions, labels, **({} if given is None else {"threshold": given}))["call"].tolist() == calls
-    found = printed(capsys, predictions, labels, *options)
-    assert (found["threshold"], found["note"]) == (threshold, f"studies.csv: {says}")
-    assert found["overall"]["auroc"] == roc_auc_score([0, 0, 1, 1], [0.2, 0.4, 0.6, 0.25])
-    assert found["subgroups"]["num_views"]["2"]["num_studies"] == 4
+    options = [] if option is None else ["--threshold", option]
+    assert joined(predictions, labels, **({} if option is None else {"threshold": option}))["call"].tolist() == calls
+    metrics = score_json(capsys, predictions, labels, *options)
+    assert (metrics["threshold"], metrics["note"]) == (threshold, f"studies.csv: {note}")
+    assert metrics["overall"]["auroc"] == roc_auc_score([0, 0, 1, 1], [0.2, 0.4, 0.6, 0.25])
+    assert metrics["subgroups"]["num_views"]["2"]["num_studies"] == 4
 
 
 @pytest.mark.parametrize("value", ["", "2.5", "-1", "nan", "1e30", "many"])
-def test_what_is_not_needed_may_be_wrong(value: str, tmp_path: Path, capsys) -> None:
+def test_invalid_optional_columns_are_ignored(value: str, tmp_path: Path, capsys) -> None:
     """Cells beside the prediction that make no sense are as if they were not there."""
     table = own_table([0, 1, 1, 0], threshold=value if value != "2.5" else 7)
     table[2][2] = value
     predictions, labels = write(tmp_path / "studies.csv", table), write(tmp_path / "l.csv", LABELLED)
     assert "num_views" not in joined(predictions, labels)
-    found = printed(capsys, predictions, labels)
-    assert found["threshold"] is None
-    assert found["subgroups"] == {}
+    metrics = score_json(capsys, predictions, labels)
+    assert metrics["threshold"] is None
+    assert metrics["subgroups"] == {}
 
 
-def test_parquet_is_csv(tmp_path: Path) -> None:
+def test_parquet_equals_csv(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     table = own_table([0, 1, 1, None])
     frame = pd.DataFrame(table[1:], columns=table[0]).astype({"call": "Int64", "study": "string"})
@@ -285,23 +285,23 @@ def test_parquet_is_csv(tmp_path: Path) -> None:
     frame.to_parquet(tmp_path / "p.parquet", index=False)
     frame.to_csv(tmp_path / "p.csv", index=False)
     labels = write(tmp_path / "l.csv", LABELLED)
-    one, other = (joined(tmp_path / name, labels) for name in ("p.parquet", "p.csv"))
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert one["probability"].tolist() == frame["probability"].tolist()
+    first, second = (joined(tmp_path / name, labels) for name in ("p.parquet", "p.csv"))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    assert first["probability"].tolist() == frame["probability"].tolist()
 
 
 def test_zeros_and_ones_are_calls_unless_named_probabilities(tmp_path: Path) -> None:
     lines = [("a", 0), ("b", 1), ("c", "1.0")]
     for header, probabilities in (([], False), (["prediction"], False), (["call"], False), (["probability"], True)):
         path = write(tmp_path / "p.csv", [*(("study", name) for name in header), *lines])
-        found = prediction_files.read_predictions(path)
-        assert ("probability" in found.frame, found.threshold) == (probabilities, 0.5 if probabilities else None)
-        assert found.frame["call"].tolist() == [0, 1, 1]
+        table = prediction_files.read_predictions(path)
+        assert ("probability" in table.frame, table.threshold) == (probabilities, 0.5 if probabilities else None)
+        assert table.frame["call"].tolist() == [0, 1, 1]
     path = write(tmp_path / "p.csv", [*lines[:2], ("c", 0.999)])  # one that is neither: all are probabilities
     assert prediction_files.read_predictions(path).frame["probability"].tolist() == [0, 1, 0.999]
 
 
-def test_the_labels_of_evaluates_table_are_not_used(tmp_path: Path) -> None:
+def test_labels_in_the_table_of_predictions_are_ignored(tmp_path: Path) -> None:
     table = pd.DataFrame(own_table([0, 1, 1, 0])[1:], columns=own_table([0] * 4)[0]).assign(patient="q", label=1)
     table.to_csv(tmp_path / "studies.csv", index=False)
     studies = joined(tmp_path / "studies.csv", write(tmp_path / "l.csv", LABELLED))
@@ -309,7 +309,7 @@ def test_the_labels_of_evaluates_table_are_not_used(tmp_path: Path) -> None:
     assert studies["patient"].isna().all()
 
 
-def test_a_file_may_be_a_study(tmp_path: Path) -> None:
+def test_study_may_be_named_by_its_file(tmp_path: Path) -> None:
     """predict over a flat folder names a study by its file: scored, if the labels do so too."""
     table = own_table([0, 1, 1, 0])
     table[1:] = [[f"{line[0]}.png", *line[1:]] for line in table[1:]]
@@ -320,11 +320,11 @@ def test_a_file_may_be_a_study(tmp_path: Path) -> None:
 
 
 def joined_of_files(predictions: Path, labels: Path) -> pd.DataFrame:
-    ours = prediction_files.read_predictions(predictions)
-    return prediction_files.join(ours, prediction_files.read_labels(labels, files_are_studies=ours.files_are_studies))
+    table = prediction_files.read_predictions(predictions)
+    return prediction_files.join(table, prediction_files.read_labels(labels, files_are_studies=table.files_are_studies))
 
 
-def test_official_text_is_read_back(tmp_path: Path) -> None:
+def test_official_format_round_trip(tmp_path: Path) -> None:
     names = [
         "valid/XR_WRIST/patient11185/study1_positive",
         "valid/XR_HAND/patient00001/study2_negative",
@@ -332,12 +332,12 @@ def test_official_text_is_read_back(tmp_path: Path) -> None:
         "=1",
     ]
     studies = pd.DataFrame({"study": names, "call": [1, 0, 1, 0]})
-    text = prediction_files.official_text(studies)
+    text = prediction_files.format_official(studies)
     assert text.splitlines()[0] == "MURA-v1.1/valid/XR_WRIST/patient11185/study1_positive/,1"
     (tmp_path / "p.csv").write_text(text)
-    found = prediction_files.read_predictions(tmp_path / "p.csv").frame
-    assert found["study"].tolist() == names
-    assert found["call"].tolist() == [1, 0, 1, 0]
+    frame = prediction_files.read_predictions(tmp_path / "p.csv").frame
+    assert frame["study"].tolist() == names
+    assert frame["call"].tolist() == [1, 0, 1, 0]
     assert text.splitlines()[-1] == "./=1/,0"
 
 
@@ -346,16 +346,16 @@ def test_official_text_is_read_back(tmp_path: Path) -> None:
 GOOD = "a,0\nb,1\nc,1\nd,0\n"
 IMAGES = "".join(f"MURA-v1.1/valid/XR_HAND/patient00001/study1_positive/image{i}.png,1\n" for i in range(1, 5))
 PREDICTIONS = {
-    "missing": ("a,0\nb,1\n", "p.csv: 2 studies missing of the 4 of l.csv (c, d)", "predict every study"),
-    "unknown": (GOOD + "e,1\n", "p.csv: 1 study unknown to l.csv (e)", "label them, or leave them out"),
+    "missing": ("a,0\nb,1\n", "p.csv: 2 studies missing of the 4 of l.csv (c, d)", "Predict every study"),
+    "unknown": (GOOD + "e,1\n", "p.csv: 1 study unknown to l.csv (e)", "Label or delete them"),
     "none in common": ("x/a,0\nx/b,1\n", "no study in common", "'x/a' in the one", "'a' in the other"),
-    "twice": (GOOD + "b/,1\nc,0\nc,1\n", "2 studies more than once (b, c; the first on lines 2, 5)", "leave one line"),
+    "twice": (GOOD + "b/,1\nc,0\nc,1\n", "2 studies more than once (b, c; the first on lines 2, 5)", "Keep one line"),
     "images": (IMAGES, "4 of 4 lines name an image", "image1.png", "and 1 more", "mean over its views"),
     "images with slashes": (IMAGES.replace(".png", ".png/"), "4 of 4 lines name an image"),
     "images under a header": (f"study,probability\n{IMAGES}", "4 of 4 lines name an image"),
     "our predictions.csv": (
         "path,study,study_type,logit,probability,gate\na/1.png,a,XR_HAND,0.1,0.52,\n",
-        *("a line a radiograph", "give studies.csv"),
+        *("one line per radiograph", "Pass studies.csv"),
     ),
     "above 1": (
         GOOD.replace("b,1", "b,1.7"),
@@ -375,13 +375,13 @@ PREDICTIONS = {
     "blank": ("\n\n,\n", "p.csv has no rows"),
     "a header only": ("study,probability\n", "p.csv has no rows"),
     "no header, no data": ("stuby,probabilty\na,1\n", "line 1: 'stuby,probabilty' is neither", "did you mean study?"),
-    "JSON": ('{"overall": 1}\n', "neither a study's line (study,number) nor a header"),
+    "JSON": ('{"overall": 1}\n', "neither a study's line (study,number) nor a known header"),
     "a misspelt header": ("stdy,call\na,1\n", "no column study", "did you mean study?"),
     "no value column": ("study,study_type\na,1x\n", "no column probability, call or prediction"),
     "a slip": ("study,call,calibrated_probabilty\na,1,0\n", "did you mean calibrated_probability?"),
     "a column twice": ("study,call,call\na,1,0\n", "names call twice"),
     "labels": ("Study,Label\na,1\n", "p.csv holds labels, not predictions", "the order is PREDICTIONS LABELS"),
-    "one column": ("a/b\nc/d\n", "wrong number of columns, 1; without a header it must have 2"),
+    "one column": ("a/b\nc/d\n", "wrong number of columns, 1 (2 without a header"),
     "three columns": ("a,1,0.5\nb,1,0.2\n", "wrong number of columns, 3"),
     "a longer line": (
         GOOD + "f, g,1\n",
@@ -389,7 +389,7 @@ PREDICTIONS = {
         "quote names",
     ),
     "a shorter line": ("study,call\na,1\nb\n", "p.csv line 3: wrong number of columns, 1 where the table has 2"),
-    "an open quote": (GOOD + '"e,1\n', "is no CSV", "mend the line"),
+    "an open quote": (GOOD + '"e,1\n', "is no CSV", "fix the line"),
     "bytes": (b"\x89PNG\0\0", "p.csv is not a text file"),
     "half a UTF-16": (GOOD.encode("utf-16")[:-1], "p.csv is not UTF-16, as its first bytes say"),
     "UTF-8 and Windows-1252": ("a,0\nmü".encode() + b"m\xfcller,1\n", "p.csv line 2 is not UTF-8 (byte 0xfc)"),
@@ -403,7 +403,7 @@ LABELS = {
     ),
     "words": (GOOD.replace("b,1", "b,doubtful"), "label 'doubtful' is not a number"),
     "blank": (GOOD.replace("b,1", "b,"), "label is empty"),
-    "conflicting": (GOOD + "b,0\n", "l.csv: 1 study with both labels (b)", "only one can be true"),
+    "conflicting": (GOOD + "b,0\n", "l.csv: 1 study with both labels (b)", "Delete the wrong lines"),
     "repeated": (GOOD + "b,1\n", "l.csv: 1 study more than once (b; the first on lines 2, 5)"),
     "probabilities": ("a,0.1\nb,0.9\n", "'0.1' is outside 0/1", "the order is PREDICTIONS LABELS"),
     "a table of predictions": ("study,probability\na,0.5\n", "l.csv holds predictions, not labels", "the order is"),
@@ -414,12 +414,12 @@ LABELS = {
         "1 study on which 2 radiologists are evenly split (a)",
         "odd number",
     ),
-    "label and radiologists": ("Study,Label,Rad1\na,1,0\n", "a column label and radiologists' too"),
+    "label and radiologists": ("Study,Label,Rad1\na,1,0\n", "a column label and radiologists' columns"),
     "no header on four columns": ("a,1,p1,XR_HAND\n", "radiologist's label 'p1' is not a number"),
     "three columns": (
         "a,1,0\n",
-        "wrong number of columns, 3; without a header it must have 2 or 4",
-        "give it a header",
+        "wrong number of columns, 3 (2 or 4 without a header",
+        "add a header",
     ),
     "a slip": ("study,label,patient_id\na,1,7\n", "column 'patient_id' (did you mean patient?)"),
     "no rows": ("Study,Label\n", "l.csv has no rows"),
@@ -432,28 +432,28 @@ LABELS = {
 
 
 @pytest.mark.parametrize("what", PREDICTIONS)
-def test_wrong_predictions(what: str, tmp_path: Path, capsys) -> None:
-    refused(tmp_path, capsys, PREDICTIONS[what][0], GOOD, PREDICTIONS[what][1:])
+def test_invalid_predictions_are_refused(what: str, tmp_path: Path, capsys) -> None:
+    check_refused(tmp_path, capsys, PREDICTIONS[what][0], GOOD, PREDICTIONS[what][1:])
 
 
 @pytest.mark.parametrize("what", LABELS)
-def test_wrong_labels(what: str, tmp_path: Path, capsys) -> None:
-    refused(tmp_path, capsys, GOOD, LABELS[what][0], LABELS[what][1:])
+def test_invalid_labels_are_refused(what: str, tmp_path: Path, capsys) -> None:
+    check_refused(tmp_path, capsys, GOOD, LABELS[what][0], LABELS[what][1:])
 
 
-def refused(folder: Path, capsys, predictions: str | bytes, labels: str | bytes, says: Sequence[str]) -> None:
+def check_refused(folder: Path, capsys, predictions: str | bytes, labels: str | bytes, phrases: Sequence[str]) -> None:
     for name, text in (("p.csv", predictions), ("l.csv", labels)):
         (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    laws.refusal(capsys, ["score", folder / "p.csv", folder / "l.csv"], *says)
+    laws.refusal(capsys, ["score", folder / "p.csv", folder / "l.csv"], *phrases)
     assert sorted(path.name for path in folder.iterdir()) == ["l.csv", "p.csv"]
 
 
-def test_each_refusal_has_its_own_words() -> None:
-    told = [says[0] for says in (value[1:] for value in PREDICTIONS.values())]
-    assert len(set(told)) > 0.8 * len(told)
+def test_each_refusal_has_its_own_message() -> None:
+    messages = [value[1] for value in PREDICTIONS.values()]
+    assert len(set(messages)) > 0.8 * len(messages)
 
 
-def test_wrong_requests(tmp_path: Path, capsys) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "good.csv").write_text(GOOD)
     good, folder = tmp_path / "good.csv", tmp_path / "folder"
     folder.mkdir()
@@ -461,14 +461,14 @@ def test_wrong_requests(tmp_path: Path, capsys) -> None:
     laws.refusal(capsys, ["score", tmp_path / "none.csv", good], "none.csv: no such file", "PREDICTIONS LABELS")
     laws.refusal(capsys, ["score", good, tmp_path / "none.csv"], "none.csv: no such file", "file of labels")
     laws.refusal(
-        capsys, ["score", folder, good], "is a folder; give the file of predictions in it, perhaps studies.csv"
+        capsys, ["score", folder, good], "is a folder. Pass the file of predictions in it, perhaps studies.csv"
     )
     laws.refusal(capsys, ["score", ".", good], "is a folder")
     (tmp_path / "words.csv").write_text("hello world\n")
-    told = laws.refusal(capsys, ["score", tmp_path / "words.csv", good], "neither a study's line").split(
-        "columns may be "
+    message = laws.refusal(capsys, ["score", tmp_path / "words.csv", good], "neither a study's line").split(
+        "Columns may be "
     )[1]
-    assert len(set(told.strip().split(", "))) == len(told.split(", "))
+    assert len(set(message.strip().split(", "))) == len(message.split(", "))
     laws.refusal(capsys, ["score", good], "LABELS", "mura-dist score --help")
     laws.refusal(capsys, ["score", good, good, "--agains", good], "--agains", "--against")
     for value in ("0", "1", "1.5", "-1", "nan"):
@@ -482,8 +482,8 @@ def test_wrong_requests(tmp_path: Path, capsys) -> None:
 # ---- inversion
 
 
-def inverted(tmp_path: Path, confusion: Sequence[int], patients: int | None = None) -> tuple[Path, Path]:
-    _, labels = of_confusions({"wrist": confusion})
+def inverted_tables(tmp_path: Path, confusion: Sequence[int], patients: int | None = None) -> tuple[Path, Path]:
+    _, labels = tables_of_confusions({"wrist": confusion})
     calls = [call for call, num in zip((0, 1, 0, 1), confusion, strict=True) for _ in range(num)]
     rows = [(f"s{i}", label, f"p{i % (patients or len(labels))}") for i, (_, label) in enumerate(labels)]
     predictions = write(tmp_path / "p.csv", [(f"s{i}", call) for i, call in enumerate(calls)])
@@ -503,35 +503,39 @@ def inverted(tmp_path: Path, confusion: Sequence[int], patients: int | None = No
         ((0, 0, 9, 1), None, False),  # one class: no kappa
     ],
 )
-def test_inversion(confusion: Sequence[int], patients: int | None, wrong: bool, tmp_path: Path, capsys) -> None:
-    paths = inverted(tmp_path, confusion, patients)
+def test_inverted_calls_are_refused(
+    confusion: Sequence[int], patients: int | None, wrong: bool, tmp_path: Path, capsys
+) -> None:
+    paths = inverted_tables(tmp_path, confusion, patients)
     if wrong:
-        says = ("looks inverted", "kappa is -", "1 must mean abnormal", "--allow-inverted")
-        laws.refusal(capsys, ["score", *paths, "--json"], *says)
-    found = printed(capsys, *paths, *(["--allow-inverted"] if wrong else []))
-    assert found["overall"]["confusion"] == dict(zip(("tn", "fp", "fn", "tp"), confusion, strict=True))
+        phrases = ("looks inverted", "kappa is -", "Make 1 mean abnormal", "--allow-inverted")
+        laws.refusal(capsys, ["score", *paths, "--json"], *phrases)
+    metrics = score_json(capsys, *paths, *(["--allow-inverted"] if wrong else []))
+    assert metrics["overall"]["confusion"] == dict(zip(("tn", "fp", "fn", "tp"), confusion, strict=True))
 
 
-def test_the_other_side_may_not_be_inverted_either(tmp_path: Path, capsys) -> None:
-    bad, labels = inverted(tmp_path, (10, 40, 40, 10))
+def test_inverted_second_file_is_refused(tmp_path: Path, capsys) -> None:
+    bad, labels = inverted_tables(tmp_path, (10, 40, 40, 10))
     bad = bad.rename(tmp_path / "b.csv")
     good = write(tmp_path / "p.csv", [(f"s{i}", int(i >= 50)) for i in range(100)])
-    laws.refusal(capsys, ["score", good, labels, "--against", bad], "b.csv: kappa is -0.6")
+    laws.refusal(capsys, ["score", good, labels, "--against", bad], "b.csv looks inverted: kappa is -0.6")
 
 
 # ---- what is written
 
 
-def with_probabilities(tmp_path: Path, name: str = "p.csv", seed: int = 0, noise: float = 1.3) -> tuple[Path, Path]:
-    _, labels = of_confusions({"wrist": (30, 0, 0, 30), "hand": (30, 0, 0, 30)}, split="valid")
+def tables_with_probabilities(
+    tmp_path: Path, name: str = "p.csv", seed: int = 0, noise: float = 1.3
+) -> tuple[Path, Path]:
+    _, labels = tables_of_confusions({"wrist": (30, 0, 0, 30), "hand": (30, 0, 0, 30)}, split="valid")
     rng = np.random.default_rng(seed)
     logit = [2 * int(str(label)) - 1 + rng.normal(0, noise) for _, label in labels]
     lines = [(study, round(1 / (1 + np.exp(-x)), 3)) for (study, _), x in zip(labels, logit, strict=True)]
     return write(tmp_path / name, lines), write(tmp_path / "l.csv", labels)
 
 
-def test_a_score_leaves_a_folder(tmp_path: Path, capsys) -> None:
-    predictions, labels = with_probabilities(tmp_path)
+def test_score_writes_a_folder(tmp_path: Path, capsys) -> None:
+    predictions, labels = tables_with_probabilities(tmp_path)
     assert main(["score", str(predictions), str(labels)]) == DONE
     out, _ = capsys.readouterr()
     folder = tmp_path / "p-score"
@@ -544,19 +548,19 @@ def test_a_score_leaves_a_folder(tmp_path: Path, capsys) -> None:
     assert metrics["overall"]["kappa"] == pytest.approx(cohen_kappa_score(studies["label"], studies["call"]))
     assert metrics["overall"]["auroc"] == pytest.approx(roc_auc_score(studies["label"], studies["probability"]))
     assert (metrics["split"], metrics["selected_on"], metrics["terms"]) == ("valid", None, mura.TERMS)
-    for what, path in (("predictions", predictions), ("labels", labels)):
-        assert metrics[what] == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    for role, path in (("predictions", predictions), ("labels", labels)):
+        assert metrics[role] == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     for path in folder.rglob("*"):
         assert path.is_dir() or str(tmp_path) not in path.read_text()
     assert main(["score", str(predictions), str(labels), "--quiet"]) == DONE  # again, over its own
     assert capsys.readouterr().err == f"{mura.TERMS}\n"
     # What was scored can be scored.
-    assert printed(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
+    assert score_json(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
 
 
-def test_a_page_of_calls_only(tmp_path: Path, capsys) -> None:
+def test_report_of_calls_only(tmp_path: Path, capsys) -> None:
     """The official format has no probabilities: the report does without, and says so."""
-    predictions, labels = of_confusions(SMALL)
+    predictions, labels = tables_of_confusions(SMALL)
     paths = write(tmp_path / "p.csv", predictions), write(tmp_path / "l.csv", labels)
     assert main(["score", *map(str, paths)]) == DONE
     metrics = json.loads((tmp_path / "p-score" / "metrics.json").read_bytes())
@@ -565,21 +569,21 @@ def test_a_page_of_calls_only(tmp_path: Path, capsys) -> None:
     assert "calls only" in capsys.readouterr().out
 
 
-def test_json_alone_writes_nothing(tmp_path: Path, capsys) -> None:
-    paths = with_probabilities(tmp_path)
+def test_json_without_out_writes_nothing(tmp_path: Path, capsys) -> None:
+    paths = tables_with_probabilities(tmp_path)
     before = sorted(tmp_path.iterdir())
-    found = printed(capsys, *paths)
+    metrics = score_json(capsys, *paths)
     assert sorted(tmp_path.iterdir()) == before
-    assert printed(capsys, *paths, "--out", tmp_path / "out") == found
-    assert json.loads((tmp_path / "out" / "metrics.json").read_bytes()) == found
+    assert score_json(capsys, *paths, "--out", tmp_path / "out") == metrics
+    assert json.loads((tmp_path / "out" / "metrics.json").read_bytes()) == metrics
 
 
-def test_without_matplotlib(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = with_probabilities(tmp_path)
+def test_report_needs_no_matplotlib(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = tables_with_probabilities(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert printed(capsys, *paths)["overall"]["num_studies"] == 120
+    assert score_json(capsys, *paths)["overall"]["num_studies"] == 120
     assert main(["score", *map(str, paths)]) == DONE
     assert (tmp_path / "p-score" / "report.html").exists()  # its plots are drawn with no package
 
@@ -589,59 +593,67 @@ def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError("no space")
 
     monkeypatch.setattr("mura_dist.reports.evaluation.write", fail)
-    predictions, labels = with_probabilities(tmp_path)
+    predictions, labels = tables_with_probabilities(tmp_path)
     with pytest.raises(OSError, match="no space"):
-        score.score(predictions, labels, out=tmp_path / "out")
+        score.evaluate_predictions(predictions, labels, out=tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("file", ["recipe.toml", "predict.json", "predictions.csv"])
-def test_nobody_elses_folder_is_written_over(file: str, tmp_path: Path, capsys) -> None:
-    predictions, labels = with_probabilities(tmp_path)
+def test_other_commands_folders_are_not_overwritten(file: str, tmp_path: Path, capsys) -> None:
+    predictions, labels = tables_with_probabilities(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_text("")
-    laws.refusal(capsys, ["score", predictions, labels, "--out", tmp_path / "run"], file, "give another folder")
+    laws.refusal(capsys, ["score", predictions, labels, "--out", tmp_path / "run"], file, "Pass another folder")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [file]
 
 
-def test_what_is_read_is_not_written_over(tmp_path: Path, capsys) -> None:
-    predictions, labels = with_probabilities(tmp_path)
-    (tmp_path / "here").mkdir()
-    inside = predictions.rename(tmp_path / "here" / "studies.csv")
+def test_inputs_are_not_overwritten(tmp_path: Path, capsys) -> None:
+    predictions, labels = tables_with_probabilities(tmp_path)
+    (tmp_path / "folder").mkdir()
+    inside = predictions.rename(tmp_path / "folder" / "studies.csv")
     text = inside.read_text()
-    laws.refusal(capsys, ["score", inside, labels, "--out", tmp_path / "here"], "studies.csv would be written over")
-    laws.refusal(capsys, ["score", inside, labels, "--out", labels], "is a file; give a folder")
+    laws.refusal(
+        capsys,
+        ["score", inside, labels, "--out", tmp_path / "folder"],
+        "studies.csv is an input and would be overwritten",
+    )
+    laws.refusal(capsys, ["score", inside, labels, "--out", labels], "is a file. Pass a folder")
     assert inside.read_text() == text
 
 
-def test_prevalence(tmp_path: Path, capsys) -> None:
+def test_predictive_values_at_a_prevalence(tmp_path: Path, capsys) -> None:
     """Bayes, by hand: of 1,000 studies, 100 abnormal."""
-    found = printed(capsys, *with_probabilities(tmp_path), "--prevalence", "0.1")["overall"]
-    caught, false = 100 * found["sensitivity"], 900 * (1 - found["specificity"])
-    assert found["ppv_at_prevalence"] == pytest.approx(caught / (caught + false))
-    assert found["npv_at_prevalence"] == pytest.approx((900 - false) / (900 - false + 100 - caught))
-    assert found["prevalence_assumed"] == 0.1
+    metrics = score_json(capsys, *tables_with_probabilities(tmp_path), "--prevalence", "0.1")["overall"]
+    caught, false = 100 * metrics["sensitivity"], 900 * (1 - metrics["specificity"])
+    assert metrics["ppv_at_prevalence"] == pytest.approx(caught / (caught + false))
+    assert metrics["npv_at_prevalence"] == pytest.approx((900 - false) / (900 - false + 100 - caught))
+    assert metrics["prevalence_assumed"] == 0.1
 
 
 # ---- against
 
 
-def test_against(tmp_path: Path, capsys) -> None:
-    a, labels = with_probabilities(tmp_path, "a.csv", seed=1)
-    b, _ = with_probabilities(tmp_path, "b.csv", seed=2, noise=3)
+def test_comparison_of_two_files(tmp_path: Path, capsys) -> None:
+    a, labels = tables_with_probabilities(tmp_path, "a.csv", seed=1)
+    b, _ = tables_with_probabilities(tmp_path, "b.csv", seed=2, noise=3)
     write(b, [line.split(",") for line in b.read_text().splitlines()[::-1]])  # another order
     assert main(["score", str(a), str(labels), "--against", str(b)]) == DONE
     out, _ = capsys.readouterr()
     metrics = json.loads((tmp_path / "a-score" / "metrics.json").read_bytes())
-    found = metrics["comparison"]
-    alone = {path: printed(capsys, path, labels) for path in (a, b)}
+    comparison = metrics["comparison"]
+    alone = {path: score_json(capsys, path, labels) for path in (a, b)}
     assert metrics["overall"] == alone[a]["overall"]
     assert metrics["against"]["file"] == "b.csv"
     for key in ("kappa", "auroc"):
         sides = [alone[path]["overall"][key] for path in (a, b)]
-        assert [found["overall"][key][side] for side in "ab"] == pytest.approx(sides)
-        assert found["overall"][key]["difference"] == pytest.approx(sides[0] - sides[1])
-        assert found["overall"][key]["low"] < found["overall"][key]["difference"] < found["overall"][key]["high"]
+        assert [comparison["overall"][key][side] for side in "ab"] == pytest.approx(sides)
+        assert comparison["overall"][key]["difference"] == pytest.approx(sides[0] - sides[1])
+        assert (
+            comparison["overall"][key]["low"]
+            < comparison["overall"][key]["difference"]
+            < comparison["overall"][key]["high"]
+        )
     table = out[out.index("A - B") :]
     assert sum("confirmatory" in line for line in table.splitlines()) == 1
     assert "A is a.csv, B is b.csv." in table
@@ -649,17 +661,65 @@ def test_against(tmp_path: Path, capsys) -> None:
     assert max(map(len, out[: out.index("note: ")].splitlines())) <= 100
 
 
-def test_against_calls_only_says_so(tmp_path: Path, capsys) -> None:
-    a, labels = with_probabilities(tmp_path, "a.csv")
+def test_comparison_with_calls_only_has_no_auroc(tmp_path: Path, capsys) -> None:
+    a, labels = tables_with_probabilities(tmp_path, "a.csv")
     b = write(tmp_path / "b.csv", [line.split(",") for line in labels.read_text().splitlines()])
-    found = printed(capsys, a, labels, "--against", b)["comparison"]
-    assert found["overall"]["auroc"] is None
-    text = score.format_comparison(found, "a.csv", "b.csv")
+    comparison = score_json(capsys, a, labels, "--against", b)["comparison"]
+    assert comparison["overall"]["auroc"] is None
+    text = score.format_comparison(comparison, "a.csv", "b.csv")
     assert "AUROC: calls only" in text
     assert [line.split()[1] for line in text.splitlines()[1:4]] == ["kappa"] * 3
 
 
-def test_the_other_file_is_checked_as_the_first(tmp_path: Path, capsys) -> None:
-    a, labels = with_probabilities(tmp_path, "a.csv")
+def test_second_file_is_validated_as_the_first(tmp_path: Path, capsys) -> None:
+    a, labels = tables_with_probabilities(tmp_path, "a.csv")
     b = write(tmp_path / "b.csv", [line.split(",") for line in a.read_text().splitlines()[1:]])
     laws.refusal(capsys, ["score", a, labels, "--against", b], "b.csv: 1 study missing of the 120 of l.csv")
+
+
+# ---- evaluate_predictions
+
+
+def test_evaluate_predictions_equals_the_command(tmp_path: Path, capsys) -> None:
+    """Frames, paths and strings give the metrics that `score` prints; only the names of the files differ."""
+    predictions, labels = tables_with_probabilities(tmp_path)
+    frames = [
+        pd.read_csv(path, header=None, names=["study", name])
+        for path, name in ((predictions, "probability"), (labels, "label"))
+    ]
+    expected = score_json(capsys, predictions, labels)
+    assert score.evaluate_predictions(str(predictions), labels) == expected
+    for first, second in ((frames[0], frames[1]), (frames[0].set_index("study"), labels), (predictions, frames[1])):
+        metrics = score.evaluate_predictions(first, second)
+        assert metrics["overall"] == expected["overall"]
+        assert metrics["by_study_type"] == expected["by_study_type"]
+    metrics = score.evaluate_predictions(
+        *frames, against=frames[0], threshold=0.3, prevalence=0.1, out=tmp_path / "out"
+    )
+    assert {role: metrics[role]["file"] for role in ("predictions", "labels", "against")} == {
+        role: role for role in ("predictions", "labels", "against")
+    }
+    assert metrics["comparison"]["overall"]["kappa"]["difference"] == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_bytes()) == metrics
+
+
+def test_evaluate_predictions_takes_booleans_and_missing_values() -> None:
+    predictions = pd.DataFrame(
+        {"study": list("abcd"), "call": [False, True, True, False], "band": [None, "", "x", "y"]}
+    )
+    labels = pd.DataFrame({"study": list("dcba"), "label": [0.0, 1.0, 1.0, 0.0], "patient": ["p", None, "q", "p"]})
+    metrics = score.evaluate_predictions(predictions, labels)
+    assert metrics["overall"]["kappa"] == 1
+    assert metrics["overall"]["num_patients"] == 2
+    assert metrics["overall"]["kappa_low"] is None
+    assert metrics["overall"]["reasons"]["kappa_low"]
+
+
+def test_evaluate_predictions_names_the_frame_in_errors() -> None:
+    labels = pd.DataFrame({"study": ["a", "b"], "label": [0, 1]})
+    with pytest.raises(UserError, match=r"predictions line 2: prediction '1.5' is outside \[0, 1\]"):
+        score.evaluate_predictions(pd.DataFrame({"study": ["a", "b"], "probability": [0.5, 1.5]}), labels)
+    with pytest.raises(UserError, match="labels holds predictions, not labels"):
+        score.evaluate_predictions(labels.rename(columns={"label": "call"}), labels.rename(columns={"label": "call"}))
+    with pytest.raises(UserError, match="predictions has no rows"):
+        score.evaluate_predictions(pd.DataFrame({"study": [], "call": []}), labels)
