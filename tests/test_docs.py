@@ -72,6 +72,35 @@ def test_readme_has_the_two_commands() -> None:
         assert re.search(rf"^{re.escape(command)}\b", text, re.MULTILINE), command
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_quick_start_shows_the_lines_that_the_demo_prints(page: str) -> None:
+    """The numbers are those of docs/benchmarks.md. The words are the demo's own."""
+    overall = {
+        "auroc": 0.960,
+        "auroc_low": 0.933,
+        "auroc_high": 0.983,
+        "kappa": 0.813,
+        "kappa_low": 0.745,
+        "kappa_high": 0.872,
+    }
+    facts = {"auroc_untrained": 0.485, "num_studies": 308, "trained_on": "phantoms", "seconds_total": 362}
+    lines = tool("demo/summary").lines(Path("runs/demo"), facts, overall, "data/phantoms/valid")
+    assert "```text\n" + "\n".join(lines) + "\n```\n" in (ROOT / page).read_text(encoding="utf-8")
+    measured = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    assert "0.960 [0.933, 0.983]; untrained 0.485 | 0.813 [0.745, 0.872]" in measured
+    assert "6 min 2 s" in measured
+
+
+def test_every_result_of_readme_is_in_the_benchmarks() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.partition("## Results")[2].partition("\n## ")[0].splitlines()[4:]]
+    results = [row[1] for row in rows if len(row) == 3]
+    assert len(results) >= 5
+    measured = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    numbers = {number for result in results for number in re.findall(r"\d+\.\d+|\d+ min \d+ s", result)}
+    assert {number for number in numbers if number not in measured} == set()
+
+
 # ---- links
 
 

@@ -41,17 +41,17 @@ def main() -> None:
 
 
 def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: str) -> Iterator[str]:
-    """Yield what was reached, where the report is, the page's command, the time: a line each."""
-    untrained, studies = measure.format_number(summary["auroc_untrained"]), f"{summary['num_studies']} studies"
+    """Yield the five lines that end the demo: AUROC, kappa, the report, the page's command, the time."""
+    untrained, studies = measure.format_number(summary["auroc_untrained"]), f"{summary['num_studies']} held-out studies"
     what = f"{studies} of drawings" if summary["trained_on"] == "phantoms" else studies
-    yield f"AUROC: untrained {untrained} -> trained {measure.format_with_interval(overall, 'auroc')}, {what} kept for this"
+    yield f"AUROC: untrained {untrained} -> trained {measure.format_with_interval(overall, 'auroc')}, {what}"
     kappa = measure.format_with_interval(overall, "kappa")
-    yield f"kappa: {kappa}, agreement of the calls with the labels beyond chance (0: chance, 1: all agree)"
+    yield f"kappa: {kappa}, agreement of calls and labels beyond chance (0: chance, 1: perfect)"
     yield f"report: open {run / 'report.html'}"
     page = ".venv/bin/mura-dist", "page", str(run / "model.onnx"), "--examples", valid
     yield f"page: {shlex.join(page)}"
     minutes, seconds = divmod(summary["seconds_total"], 60)
-    yield f"time: {minutes} min {seconds} s, all steps together"
+    yield f"time: {minutes} min {seconds} s for all steps"
 
 
 def stage_seconds(path: Path) -> dict[str, int]:
