@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mura_dist.core.errors import RunError, StopRequestedError, UserError
     from mura_dist.data.loaders.data_loader import DataLoader, data_loader
     from mura_dist.data.radiograph import read_radiograph
+    from mura_dist.evaluation.score import evaluate_predictions
     from mura_dist.inference.prediction_tables import PredictionTables, predict_directory
     from mura_dist.inference.study_model import StudyModel, StudyResult, load
     from mura_dist.training.weights import load_network
@@ -25,6 +26,7 @@ _HOMES = {
     "StudyResult": "inference.study_model",
     "UserError": "core.errors",
     "data_loader": "data.loaders.data_loader",
+    "evaluate_predictions": "evaluation.score",
     "load": "inference.study_model",
     "load_network": "training.weights",
     "predict_directory": "inference.prediction_tables",
@@ -41,6 +43,7 @@ __all__ = [
     "UserError",
     "__version__",
     "data_loader",
+    "evaluate_predictions",
     "load",
     "load_network",
     "predict_directory",
