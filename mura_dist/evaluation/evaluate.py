@@ -85,7 +85,7 @@ def evaluate_target(
     split_scores = SplitScores(row_scores.select_rows(rows), points, seconds, num_scored)
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
     if target.kind == "run" and options.out.resolve() == target.path.resolve():
-        mlflow_process.send_rest(target.path, log)
+        mlflow_process.send_remaining(target.path, log)
     return metrics
 
 

@@ -2,8 +2,8 @@
 
     checkpoints/step-00012000/model.safetensors                      weights that are evaluated and exported, torchvision's keys
                               training.safetensors                   with a moving average: the weights training resumes from
-                              optimiser-00000-of-00001.safetensors   one for each rank under ZeRO stage 1, else one; concatenated they
-                                                                     are the whole state, so any number of ranks can read them
+                              optimiser-00000-of-00001.safetensors   one for each rank under ZeRO stage 1, else one;
+                                                                     any number of ranks can read them
                               state.json                             step, plateau, scores, sums of the epoch so far
                               COMPLETE                               SHA-256 of each file above; written last
 
@@ -69,8 +69,8 @@ class Checkpoint:
             network.load_state_dict(self.model_weights())
         except RuntimeError as error:  # its text has one line for each key that differs
             raise UserError(
-                f"{self.folder} holds the weights of another network than the architecture in the run's recipe.toml. Restore that "
-                "recipe.toml, or choose another checkpoint."
+                f"{self.folder} holds the weights of another network than the architecture in the run's recipe.toml. Restore "
+                "that recipe.toml, or choose another checkpoint."
             ) from error
 
     def training_state(self) -> dict[str, Tensor]:

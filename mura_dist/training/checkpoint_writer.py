@@ -1,6 +1,6 @@
-"""Write a run's checkpoints beside the steps, and redraw its curves.
+"""Write a run's checkpoints in the background, and redraw its curves.
 
-    engine, state, on all ranks -> weights checked, copied -> in a thread of the first rank: checkpoint.py, prune, status.json
+    engine, state, on all ranks -> weights checked, copied -> in a thread of rank 0: checkpoint.py, prune, status.json
 
 Under ZeRO stage 1 each rank writes its share of the optimizer's state before the steps continue.
 """
@@ -28,38 +28,46 @@ _DRAW_EVERY_S = 5.0
 
 
 class BackgroundWriter:
-    """Does one piece of work after another in a thread of its own; what fails there is raised by the next call."""
+    """A thread that runs one task after another. The next call raises the exception of a failed task."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Waits for the piece before."""
+    def submit(self, task: Callable[[], None]) -> None:
+        """Wait for the previous task, then start this one."""
         self.flush()
-        self._last = self._pool.submit(work)
+        self._last = self._pool.submit(task)
 
     def flush(self) -> None:
-        """Until all is done; raises what the last piece raised."""
+        """Wait until the last task is done, and raise its exception."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
     def close(self) -> None:
-        """End the thread when its piece is done, whatever became of it."""
+        """Wait for the last task, ignore its outcome, and end the thread."""
         self._pool.shutdown(wait=True)
 
 
 class CheckpointWriter:
-    """The checkpoints of one run, from all ranks to the first rank's disk."""
+    """The writer of a run's checkpoints, from all ranks to the disk of rank 0."""
 
     def __init__(self, run: Run, plan: Plan, engine: Engine, metrics_logger: MetricsLogger, world: World) -> None:
         self.run, self.plan, self.engine, self.metrics_logger, self.world = run, plan, engine, metrics_logger, world
         self._background = BackgroundWriter()
-        self._drawn = -math.inf  # when curves.png last was
+        self._drawn_at = -math.inf  # time of the last curves.png
 
     def save(self, state: State, *, picture: bool = False) -> None:
-        """Write a checkpoint, on all ranks; where one writes all, it does so beside the next steps, and so is a picture drawn."""
+        """Write a checkpoint. Called by all ranks. Rank 0 writes in the background, except under ZeRO's shares.
+
+        Args:
+            state: The state after the last step.
+            picture: Redraw curves.png too.
+
+        Raises:
+            CollectiveRunError: weights are not finite or differ between ranks. The last checkpoint stays.
+        """
         step, stage, world, parent = state.step, self.plan.settings.zero_stage, self.world, self.run.checkpoints
         self._check_weights(step)
         saved = {**state.to_json(), "zero_stage": stage, "world_size": world.size}
@@ -86,43 +94,42 @@ class CheckpointWriter:
         write()
         checkpoint.prune(self.run.checkpoints, settings.keep_checkpoints, settings.keep_best)
         self.run.write_status("running", step=step, num_steps=self.plan.num_steps)
-        # Epochs of moments do not each get a picture that takes longer than they.
-        if picture and time.monotonic() - self._drawn >= _DRAW_EVERY_S:
+        # A picture takes longer than an epoch of a small data set.
+        if picture and time.monotonic() - self._drawn_at >= _DRAW_EVERY_S:
             self._draw()
 
     def _files(self) -> dict[str, checkpoint.Tensors]:
         with self.engine.eval_weights() as network:
             files = {"model": checkpoint.copy_to_cpu(network.state_dict())}
-        rest = checkpoint.copy_to_cpu(self.engine.state())
-        return files | ({"training": rest} if rest else {})
+        training_state = checkpoint.copy_to_cpu(self.engine.state())
+        return files | ({"training": training_state} if training_state else {})
 
     def _check_weights(self, step: int) -> None:
-        """Raise CollectiveRunError where weights are no numbers, or where ranks hold different ones: the last checkpoint stays."""
-        told = self.world.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
-        where, remedy = f"after step {step}", "the last checkpoint is sound"
-        if not told[:, 1].all():
+        fingerprints = self.world.gather(np.array(self.engine.fingerprint(), np.int64))  # (ranks, 2)
+        if not fingerprints[:, 1].all():
             raise CollectiveRunError(
-                f"the weights are not finite {where}; {remedy}; give run=NEW and a lower learning_rate"
+                f"the weights are NaN or infinite after step {step}. The last checkpoint is intact. Use a lower learning_rate "
+                "in a new run (run=NEW)."
             )
-        if others := np.flatnonzero(told[:, 0] != told[0, 0]).tolist():
+        if differing := np.flatnonzero(fingerprints[:, 0] != fingerprints[0, 0]).tolist():
             raise CollectiveRunError(
-                f"{where} rank {others[0]} holds other weights than rank 0; {remedy}: the same command goes on from it; "
-                "look for faulty memory or different versions on its machine"
+                f"the weights of rank {differing[0]} differ from those of rank 0 after step {step}. The last checkpoint is "
+                "intact. Check that machine for faulty memory and other versions, then run the same command to resume."
             )
 
     def draw(self) -> None:
-        """Refresh curves.png, on the first rank, beside what follows."""
+        """Redraw curves.png in the background, on rank 0."""
         if self.world.is_first:
             self._background.submit(self._draw)
 
     def _draw(self) -> None:
-        self._drawn = time.monotonic()
+        self._drawn_at = time.monotonic()
         self.metrics_logger.draw(training_curves.draw)
 
     def flush(self) -> None:
-        """Wait until all is on the disk; raises what the last piece raised."""
+        """Wait until everything is on the disk, and raise the exception of the last task."""
         self._background.flush()
 
     def close(self) -> None:
-        """End the thread when its piece is done, whatever became of it."""
+        """Wait for the last task, ignore its outcome, and end the thread."""
         self._background.close()

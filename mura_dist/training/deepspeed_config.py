@@ -1,7 +1,7 @@
-"""The configuration DeepSpeed is given: what follows from the recipe, and a user's own DeepSpeed JSON merged in.
+"""Build the configuration for DeepSpeed from the recipe and a user's DeepSpeed JSON.
 
-A user's file is for what the recipe does not say: profilers, loggers, buckets, the type gradients travel in. A key that
-contradicts the recipe is refused naming both, one that agrees is dropped, and so is "auto".
+A user's file is for what the recipe has no setting for: profilers, loggers, buckets, the data type of communication. A key that
+contradicts the recipe is an error that names both. A key that agrees, or is "auto", is dropped.
 """
 
 import json
@@ -12,7 +12,7 @@ from mura_dist.core import files
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError, nearest
 
-# Taken over as they are. What is not here would be ignored by this engine, or change what the recipe says.
+# Copied unchanged. This engine would ignore any other key, or the key would override the recipe.
 ALLOWED_KEYS = frozenset(
     {
         *(
@@ -35,49 +35,63 @@ ALLOWED_ZERO_KEYS = frozenset(
 )
 
 
-def config(settings: Settings, world_size: int, *, num_weights: int) -> dict[str, Any]:
-    """For deepspeed.initialize. Raises UserError where the user's file is no JSON or contradicts the recipe."""
-    ours: dict[str, Any] = {
+def build_config(settings: Settings, world_size: int, *, num_weights: int) -> dict[str, Any]:
+    """Return the configuration for deepspeed.initialize.
+
+    Args:
+        settings: The recipe.
+        world_size: The number of ranks.
+        num_weights: Length of the flat vector of weights.
+
+    Raises:
+        UserError: the user's file is no JSON, or contradicts the recipe.
+    """
+    values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.global_batch // (settings.micro_batch * world_size),
-        "gradient_clipping": 0.0,  # the engine's own to do; left out, DeepSpeed clips to 1 and sends a norm round for it
+        "gradient_clipping": 0.0,  # the engine clips; DeepSpeed's default is 1, with an all-reduce of the norm
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        # On by default, it waits for the GPU before each forward and after each step. metrics_log.py times the steps.
+        # DeepSpeed's timer waits for the GPU before each forward and after each step. metrics_log.py times the steps.
         "timers": {"throughput": {"enabled": False}},
     }
-    if settings.precision == "bf16" and world_size > 1:  # half the bytes; alone nothing travels, and nothing is rounded
-        ours["communication_data_type"] = "bf16"
-    # The gradient is one vector already: nothing to copy together.
+    if settings.precision == "bf16" and world_size > 1:  # half the bytes; one rank sends nothing and rounds nothing
+        values["communication_data_type"] = "bf16"
+    # The gradient is one contiguous vector already.
     zero = {"stage": settings.zero_stage, "reduce_bucket_size": num_weights, "contiguous_gradients": False}
-    theirs = user(settings, world_size)
-    return ours | theirs | {"zero_optimization": zero | theirs.get("zero_optimization", {})}
+    user_values = load_user_config(settings, world_size)
+    return values | user_values | {"zero_optimization": zero | user_values.get("zero_optimization", {})}
 
 
-def user(settings: Settings, world_size: int) -> dict[str, Any]:
-    """What remains of the user's file when it was checked; empty where there is none."""
+def load_user_config(settings: Settings, world_size: int) -> dict[str, Any]:
+    """Return the values of the user's DeepSpeed file that add to the recipe. They are empty without such a file.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, has an unsupported key, or contradicts the recipe.
+    """
     if not settings.deepspeed:
         return {}
-    where = f"deepspeed={settings.deepspeed}"
-    values = _read(files.expand_user(settings.deepspeed), where)
-    said = _said_by_recipe(settings, world_size)
-    rest: dict[str, Any] = {}
+    source = f"deepspeed={settings.deepspeed}"
+    values = _read(files.expand_user(settings.deepspeed), source)
+    recipe_keys = _recipe_keys(settings, world_size)
+    added: dict[str, Any] = {}
     for key, value in _leaves(values):
-        name, allowed = said.get(key, ("", ()))
-        if name and value not in (*allowed, "auto"):
+        setting, allowed = recipe_keys.get(key, ("", ()))
+        if setting and value not in (*allowed, "auto"):
             raise UserError(
-                f"{where}: {key} = {json.dumps(value)} contradicts {name}; leave it out of the file, or change the recipe"
+                f"{source}: {key} = {json.dumps(value)} contradicts {setting} of the recipe. Remove it from the file, or "
+                "change the recipe."
             )
-        if not name:
-            _place(rest, key, value, where)
-    return rest
+        if not setting:
+            _add(added, key, value, source)
+    return added
 
 
-def _said_by_recipe(settings: Settings, world_size: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Key of DeepSpeed's -> (what the recipe says in its own words, values that say the same)."""
+def _recipe_keys(settings: Settings, world_size: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Return, for each DeepSpeed key that the recipe determines, the recipe's setting and the equivalent values."""
     accumulation = settings.global_batch // (settings.micro_batch * world_size)
     batch = f"global_batch={settings.global_batch}"
-    kinds = {"adam": ("Adam", "adam"), "adamw": ("AdamW", "adamw"), "sgd": ("SGD", "sgd")}
+    optimizers = {"adam": ("Adam", "adam"), "adamw": ("AdamW", "adamw"), "sgd": ("SGD", "sgd")}
     precision = f"precision={settings.precision}"
     rate, decay = (("learning_rate", settings.learning_rate), ("weight_decay", settings.weight_decay))
     return {
@@ -86,7 +100,7 @@ def _said_by_recipe(settings: Settings, world_size: int) -> dict[str, tuple[str,
         "gradient_accumulation_steps": (f"{batch} of {settings.micro_batch} x {world_size} ranks", (accumulation,)),
         "gradient_clipping": (f"clip_norm={settings.clip_norm}", (settings.clip_norm,)),
         "zero_optimization.stage": (f"zero_stage={settings.zero_stage}", (settings.zero_stage,)),
-        "optimizer.type": (f"optimizer={settings.optimizer}", kinds[settings.optimizer]),
+        "optimizer.type": (f"optimizer={settings.optimizer}", optimizers[settings.optimizer]),
         "optimizer.params.lr": (f"{rate[0]}={rate[1]}", (rate[1],)),
         "optimizer.params.weight_decay": (f"{decay[0]}={decay[1]}", (decay[1],)),
         "optimizer.params.betas": (f"optimizer={settings.optimizer}, whose betas are 0.9, 0.999", ([0.9, 0.999],)),
@@ -99,37 +113,38 @@ def _said_by_recipe(settings: Settings, world_size: int) -> dict[str, tuple[str,
     }
 
 
-def _read(path: Path, where: str) -> dict[str, Any]:
+def _read(path: Path, source: str) -> dict[str, Any]:
     try:
         values = files.parse_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{where}: {error.strerror}; give a DeepSpeed JSON file, or deepspeed= for none") from error
+        raise UserError(f"{source}: {error.strerror}. Give a DeepSpeed JSON file, or deepspeed= for none.") from error
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); mend it") from error
+        raise UserError(f"{source} is not JSON ({error}). Fix the file.") from error
     if not isinstance(values, dict):
-        raise UserError(f'{where} holds no JSON object; write {{"key": value}}')
+        raise UserError(f'{source} holds no JSON object. Write {{"key": value}}.')
     return values
 
 
-def _leaves(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """("a.b.c", value) for each value that is no object; an empty object is one."""
-    found: list[tuple[str, Any]] = []
+def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return ("a.b.c", value) for each value that is no object. An empty object counts as a value."""
+    leaves: list[tuple[str, Any]] = []
     for key, value in values.items():
-        found += _leaves(value, f"{before}{key}.") if isinstance(value, dict) and value else [(before + key, value)]
-    return found
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return leaves
 
 
-def _place(rest: dict[str, Any], key: str, value: Any, where: str) -> None:
-    parts = key.split(".")
-    known = ALLOWED_ZERO_KEYS if parts[0] == "zero_optimization" and len(parts) > 1 else ALLOWED_KEYS
-    asked = parts[1] if known is ALLOWED_ZERO_KEYS else parts[0]
-    if asked not in known:
+def _add(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Add a value at the dotted `key`, if DeepSpeed may have it."""
+    names = key.split(".")
+    allowed = ALLOWED_ZERO_KEYS if names[0] == "zero_optimization" and len(names) > 1 else ALLOWED_KEYS
+    name = names[1] if allowed is ALLOWED_ZERO_KEYS else names[0]
+    if name not in allowed:
         raise UserError(
-            f"{where}: {key} is the recipe's to say, or not done by this engine{nearest(asked, known)}; leave it out "
-            f"(taken are {', '.join(sorted(known))})"
+            f"{source}: {key} belongs to the recipe or is not supported{nearest(name, allowed)}. Remove it from the file "
+            f"(supported: {', '.join(sorted(allowed))})."
         )
     if value == "auto":
         return
-    for part in parts[:-1]:
-        rest = rest.setdefault(part, {})
-    rest[parts[-1]] = value
+    for parent in names[:-1]:
+        values = values.setdefault(parent, {})
+    values[names[-1]] = value

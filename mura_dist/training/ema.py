@@ -1,8 +1,8 @@
-"""A moving average of a run's weights (EMA), with BatchNorm statistics of its own.
+"""Average a run's weights over time (EMA), with BatchNorm statistics of their own.
 
-The average forgets slowly once training has gone on for a while, quickly at first: decay = min(ema, (1 + t) / (10 + t)) after t
-updates, so that it never remembers the random start. Its statistics are the same average of the batches' statistics: the
-running ones remember ten steps, far fewer than the weights average over.
+The decay is min(ema, (1 + t) / (10 + t)) after t updates, so that the random initialization loses its weight soon. The
+statistics are averaged in the same way. BatchNorm's running statistics cover about ten steps, far fewer than the average of the
+weights.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,14 @@ from torch import Tensor
 
 @dataclass
 class WeightAverage:
-    """`weights` (n,), flat_parameters.py's layout; `statistics` (sum of 2 x channels,), batchnorm.py's; `updates` so far."""
+    """A moving average.
+
+    Attributes:
+        decay: The setting `ema`.
+        weights: (n,) float32 in the layout of flat_parameters.py.
+        statistics: (sum of 2 x channels,) float32 in the layout of batchnorm.py.
+        updates: Number of updates so far.
+    """
 
     decay: float
     weights: Tensor
@@ -20,7 +27,12 @@ class WeightAverage:
     updates: int = 0
 
     def update(self, weights: Tensor, mean: Tensor) -> None:
-        """After a step: its new weights, and the mean over its micro-batches of BatchNorm's batch statistics."""
+        """Update the average after a step.
+
+        Args:
+            weights: The new weights, (n,).
+            mean: The mean of BatchNorm's batch statistics over the micro-batches of the step.
+        """
         share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.weights.lerp_(weights, share)
         self.statistics.lerp_(mean, share)

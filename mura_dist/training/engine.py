@@ -1,12 +1,12 @@
-"""The training engine: DeepSpeed around a model. The only file that imports DeepSpeed.
+"""Train a model with DeepSpeed on several ranks. No other file imports DeepSpeed.
 
     micro-batches of one step -> forward, backward, accumulated into the flat gradient (flat_parameters.py)
-        -> all-reduce of that gradient (DeepSpeed, in place) and of one small vector: every micro-batch's loss, BatchNorm's
+        -> all-reduce of that gradient (DeepSpeed, in place) and of one small vector: the loss of every micro-batch, BatchNorm's
            sums, flags; nothing else is sent
-        -> all of it finite?  optimiser step, running statistics, moving average  |  no: nothing has happened
+        -> all finite: optimizer step, running statistics, moving average; else: nothing changes
 
-DeepSpeed sees one parameter, the flat vector. Every rank does the same collectives whatever happens to it (out of memory, a
-loss that is not finite, a wish to stop), and reads the same answer; so all take the step, or leave it out, or end, together.
+DeepSpeed sees one parameter, the flat vector. Each rank takes part in the same collectives, whatever its own state (out of
+memory, loss not finite, stop requested), and reads the same result. So all ranks apply the step, skip it, or exit together.
 """
 
 import contextlib
@@ -36,19 +36,23 @@ from mura_dist.training.loss import weighted_bce
 from mura_dist.training.optimizer_state import OptimizerState
 
 _STOP, _ABANDON, _OUT_OF_MEMORY, _FAILED = 1, 2, 4, 8  # a rank's flags in the small vector, added
-_LONG_S = 2.0  # a step that has taken as long is not waited for by a wish to stop
+_LONG_S = 2.0  # a request to stop abandons a step that has run for longer
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Over all ranks. `loss`: sum(weight x BCE) / global batch; `gradient_norm`: of the whole gradient, before clipping.
+    """The outcome of a step, the same on every rank.
 
-    applied: False where the loss or the gradient is not finite, or no sample could be read: weights, statistics and average are
-    what they were.
-    num_corrupt: radiographs of the global batch whose samples are corrupt; has_samples: whether there is any other.
-    bad_micros: places in the global batch of the micro-batches whose loss is not finite; stop: some rank was asked to.
-    abandoned: for that wish the step was left half done; it did not happen, and is done again.
-    failed: some rank could not get its micro-batches; the step did not happen.
+    Attributes:
+        loss: sum(weight x BCE) / global batch.
+        gradient_norm: L2 norm of the whole gradient, before clipping.
+        applied: False if the loss or the gradient is not finite, or if there was no valid sample. Nothing has changed then.
+        nonfinite_micro_batches: Numbers, within the global batch, of the micro-batches whose loss is not finite.
+        stop: A rank was asked to stop.
+        abandoned: The step was abandoned for that request. It has no effect and is repeated on resume.
+        num_corrupt: Number of corrupt samples in the global batch.
+        has_samples: Whether the global batch has any valid sample.
+        read_failed: A rank could not read its micro-batches. The step has no effect.
     """
 
     loss: float
@@ -59,21 +63,21 @@ class StepResult:
     abandoned: bool = False
     num_corrupt: int = 0
     has_samples: bool = True
-    failed: bool = False
+    read_failed: bool = False
 
 
 @dataclass
-class _Forwarded:
-    """One rank's part of a step. losses (micro-batches of the global batch,): 0 where they are others'."""
+class _Accumulated:
+    """The result of one rank's micro-batches. losses (num_micro_batches,) is 0 for those of other ranks."""
 
     losses: Tensor
     flags: int = 0
     num_corrupt: int = 0  # radiographs
-    num_empty: int = 0  # micro-batches without any sample, which are not forwarded
+    num_empty: int = 0  # micro-batches without a valid sample; they are not forwarded
 
 
 class _FlatModule(nn.Module):
-    """The module DeepSpeed is given: one parameter, the flat vector, and a forward. The model is no submodule of it."""
+    """The module that DeepSpeed wraps. Its one parameter is the flat vector. The model is not a submodule."""
 
     def __init__(self, network: Network, weights: nn.Parameter) -> None:
         super().__init__()
@@ -85,9 +89,17 @@ class _FlatModule(nn.Module):
 
 
 class Engine:
-    """One rank's half of the training: a model, its optimiser, the way to the other ranks.
+    """A model with its optimizer and collectives, on one rank.
 
-    The model's weights must be in place before (a checkpoint's, or fresh and equal on all ranks).
+    The weights must be loaded before: from a checkpoint, or initialized equally on all ranks.
+
+    Attributes:
+        model: The network in training mode: image (B, 1, S, S) uint8 -> logit (B,), activation_map (B, h, w).
+        network: The model as the settings execute it: image -> logit.
+        flat: All weights and gradients as two vectors.
+        statistics: BatchNorm's running statistics.
+        average: The moving average of the weights, or None.
+        optimizer_state: The optimizer's state as tensors.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, world: World) -> None:
@@ -103,7 +115,7 @@ class Engine:
         )
         torch.backends.cudnn.benchmark = settings.cudnn_benchmark
         self.network = execution.build(self.model.train(), self.flat, settings)
-        self._engine = _deepspeed(_FlatModule(self.network, self.flat.weights), self.flat, settings, world)
+        self._engine = _initialize_deepspeed(_FlatModule(self.network, self.flat.weights), self.flat, settings, world)
         self._divided_by = world.size if self._engine.gradient_average else 1
         self.flat.attach()
         zero, optimizer = bool(settings.zero_stage), self._engine.optimizer
@@ -117,26 +129,29 @@ class Engine:
         learning_rate: float,
         *,
         loss_scale: float = 1.0,
-        asked: Callable[[], bool] = lambda: False,
-        failed: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
+        read_failed: bool = False,
     ) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches.
+        """Take one optimizer step over this rank's micro-batches. Called by all ranks.
 
         Args:
-            asked: says whether this rank was asked to stop.
-            failed: this rank could not get its micro-batches, and gives none; all ranks hear of it.
+            batches: The micro-batches, read one by one.
+            learning_rate: The learning rate of this step.
+            loss_scale: Factor of the loss, for fp16; gradients are divided by it.
+            should_stop: Returns whether this rank was asked to stop.
+            read_failed: This rank could not read its micro-batches and passes none.
 
         Raises:
-            CollectiveRunError: a rank runs out of memory.
+            CollectiveRunError: a rank is out of memory.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._begin()
-        mine = self._accumulate(batches, loss_scale, asked)
-        own = self.world.record_event()
+        accumulated = self._accumulate(batches, loss_scale, should_stop)
+        backward_end = self.world.record_event()
         gradients = self._reduce(loss_scale)
-        mine.flags += _STOP * asked() + _FAILED * failed
-        result, mean = self._agree(mine, gradients, own)
+        accumulated.flags += _STOP * should_stop() + _FAILED * read_failed
+        result, mean = self._exchange(accumulated, gradients, backward_end)
         if result.applied:
             self._apply(gradients, result.gradient_norm, mean)
         elif self.settings.zero_stage:
@@ -144,38 +159,38 @@ class Engine:
         return result
 
     def _begin(self) -> None:
-        self.flat.attach()  # DeepSpeed lets go of gradients after a step
+        self.flat.attach()  # DeepSpeed drops gradients after a step
         self.flat.gradient.zero_()
         self.statistics.reset()
         self._engine.set_gradient_accumulation_boundary(False)
 
-    def _accumulate(self, batches: Iterable[Batch], loss_scale: float, asked: Callable[[], bool]) -> _Forwarded:
+    def _accumulate(self, batches: Iterable[Batch], loss_scale: float, should_stop: Callable[[], bool]) -> _Accumulated:
         started = time.perf_counter()
-        mine = _Forwarded(torch.zeros(self.num_micro_batches, device=self.world.device))
+        result = _Accumulated(torch.zeros(self.num_micro_batches, device=self.world.device))
         first = self.world.rank * self.num_micro_batches // self.world.size
         factor = loss_scale * self._divided_by / self.settings.global_batch  # the sum over all ranks is divided once
         try:
-            for place, batch in enumerate(batches, first):
-                if place > first and asked() and time.perf_counter() - started > _LONG_S:
-                    mine.flags = _ABANDON
-                    return mine
-                mine.num_corrupt += batch.num_corrupt
+            for number, batch in enumerate(batches, first):
+                if number > first and should_stop() and time.perf_counter() - started > _LONG_S:
+                    result.flags = _ABANDON
+                    return result
+                result.num_corrupt += batch.num_corrupt
                 if batch.num_corrupt == len(batch.image):
-                    mine.num_empty += 1
+                    result.num_empty += 1
                     continue
                 logit = self._engine(batch.image)
                 loss = weighted_bce(logit, batch.label, batch.weight, self.settings.label_smoothing)
                 self.statistics.collect()
                 self._engine.backward(loss * factor, scale_wrt_gas=False)
-                mine.losses[place] = loss.detach()
-        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+                result.losses[number] = loss.detach()
+        except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not micro_batch.is_memory_error(error):
                 raise
-            mine.flags = _OUT_OF_MEMORY
-        return mine
+            result.flags = _OUT_OF_MEMORY
+        return result
 
     def _reduce(self, loss_scale: float) -> list[Tensor]:
-        """The gradient of the global batch: whole, or under ZeRO this rank's share of it."""
+        """Return the gradient of the global batch, or under ZeRO this rank's share of it."""
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
         shares = self._engine.optimizer.averaged_gradients[0] if self.settings.zero_stage else [self.flat.gradient]
@@ -183,38 +198,60 @@ class Engine:
             torch._foreach_mul_(shares, 1 / loss_scale)
         return shares
 
-    def _agree(
-        self, mine: _Forwarded, gradients: list[Tensor], own: torch.cuda.Event | None
+    def _exchange(
+        self, accumulated: _Accumulated, gradients: list[Tensor], backward_end: torch.cuda.Event | None
     ) -> tuple[StepResult, Tensor]:
-        """The step's one small all-reduce, under 1 MB; and the only time the host waits for the device.
+        """Exchange losses, flags and BatchNorm's sums: one all-reduce under 1 MB.
 
-        own: where this rank's backward ends; from there on the others are waited for.
+        It is the only time in a step that the host waits for the device.
+
+        Args:
+            accumulated: The result of this rank's micro-batches.
+            gradients: The gradient of the global batch, or this rank's share of it.
+            backward_end: Marks the end of this rank's backward. From there on it waits for other ranks.
+
+        Returns:
+            The step's result, and the mean of BatchNorm's batch statistics over the micro-batches with samples.
         """
-        ranks, micros = self.world.size, self.num_micro_batches
-        head = torch.zeros(
-            ranks + 3, device=self.world.device
-        )  # flags by rank, corrupt radiographs, empty micro-batches, norm
-        for place, number in ((self.world.rank, mine.flags), (ranks, mine.num_corrupt), (ranks + 1, mine.num_empty)):
+        world_size, num_micro_batches = self.world.size, self.num_micro_batches
+        # Flags by rank, number of corrupt samples, number of empty micro-batches, squared gradient norm.
+        head = torch.zeros(world_size + 3, device=self.world.device)
+        for index, number in (
+            (self.world.rank, accumulated.flags),
+            (world_size, accumulated.num_corrupt),
+            (world_size + 1, accumulated.num_empty),
+        ):
             if number:
-                head[place].fill_(number)  # to assign it waits for the GPU in torch before 2.15
-        # Without ZeRO every rank holds the whole gradient, and measures its part of it.
-        parts = gradients if self.settings.zero_stage else [gradients[0].tensor_split(ranks)[self.world.rank]]
-        head[-1] = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
-        vector = torch.cat([head, mine.losses, self.statistics.sum])
-        self.world.all_reduce(vector, own)
-        sums = vector[: len(head) + micros].tolist()
-        flags, by_micro, norm = list(map(int, sums[:ranks])), sums[len(head) :], math.sqrt(max(sums[ranks + 2], 0.0))
-        num_corrupt, num_empty = int(sums[ranks]), int(sums[ranks + 1])
-        if short := [rank for rank, flag in enumerate(flags) if flag & _OUT_OF_MEMORY]:
-            raise CollectiveRunError(micro_batch.exhausted(short, self.settings.micro_batch))
-        bad = tuple(place for place, loss in enumerate(by_micro) if not math.isfinite(loss))
-        loss = math.fsum(by_micro) / self.settings.global_batch if not bad else math.nan
-        abandoned, failed = (any(flag & which for flag in flags) for which in (_ABANDON, _FAILED))
-        has_samples = num_empty < micros
-        applied = not bad and not abandoned and not failed and has_samples and math.isfinite(norm)
-        mean = vector[len(head) + micros :] / max(1, micros - num_empty)
-        outcome = {"stop": any(flags), "abandoned": abandoned, "failed": failed}
-        return StepResult(loss, norm, applied, bad, **outcome, num_corrupt=num_corrupt, has_samples=has_samples), mean
+                head[index].fill_(number)  # an assignment waits for the GPU in torch before 2.15
+        # Without ZeRO every rank has the whole gradient and measures its slice.
+        slices = gradients if self.settings.zero_stage else [gradients[0].tensor_split(world_size)[self.world.rank]]
+        head[-1] = torch.stack([torch.linalg.vector_norm(piece) for piece in slices]).square().sum()
+        vector = torch.cat([head, accumulated.losses, self.statistics.sum])
+        self.world.all_reduce(vector, backward_end)
+        sums = vector[: len(head) + num_micro_batches].tolist()
+        flags, losses = list(map(int, sums[:world_size])), sums[len(head) :]
+        num_corrupt, num_empty = int(sums[world_size]), int(sums[world_size + 1])
+        norm = math.sqrt(max(sums[world_size + 2], 0.0))
+        if out_of_memory := [rank for rank, flag in enumerate(flags) if flag & _OUT_OF_MEMORY]:
+            raise CollectiveRunError(micro_batch.out_of_memory_message(out_of_memory, self.settings.micro_batch))
+        nonfinite = tuple(number for number, loss in enumerate(losses) if not math.isfinite(loss))
+        loss = math.fsum(losses) / self.settings.global_batch if not nonfinite else math.nan
+        abandoned, read_failed = (any(flag & bit for flag in flags) for bit in (_ABANDON, _FAILED))
+        has_samples = num_empty < num_micro_batches
+        applied = not nonfinite and not abandoned and not read_failed and has_samples and math.isfinite(norm)
+        mean = vector[len(head) + num_micro_batches :] / max(1, num_micro_batches - num_empty)
+        result = StepResult(
+            loss=loss,
+            gradient_norm=norm,
+            applied=applied,
+            nonfinite_micro_batches=nonfinite,
+            stop=any(flags),
+            abandoned=abandoned,
+            num_corrupt=num_corrupt,
+            has_samples=has_samples,
+            read_failed=read_failed,
+        )
+        return result, mean
 
     def _apply(self, gradients: list[Tensor], norm: float, mean: Tensor) -> None:
         limit = self.settings.clip_norm
@@ -225,10 +262,10 @@ class Engine:
         if self.average is not None:
             self.average.update(self.flat.weights.detach(), mean)
 
-    # ---- what is evaluated and kept
+    # ---- evaluation and checkpoints
 
     def fingerprint(self) -> tuple[int, bool]:
-        """(a number that differs where a weight, a statistic or an average differs by a bit; whether all of them are finite)."""
+        """Return a checksum of weights, statistics and averages, and whether all of them are finite."""
         average = [] if self.average is None else [self.average.weights, self.average.statistics]
         vectors = [self.flat.weights.detach(), self.statistics.values, *average]
         digest = 0
@@ -238,7 +275,7 @@ class Engine:
 
     @contextlib.contextmanager
     def eval_weights(self) -> Iterator[nn.Module]:
-        """The model as the run offers it, ready to evaluate or to save: the moving average where there is one."""
+        """Yield the model in eval mode with the weights that are evaluated and saved: the moving average if there is one."""
         trained = None
         if self.average is None:
             self.statistics.load_into_model(self.statistics.values)
@@ -257,14 +294,14 @@ class Engine:
         self.flat.weights.data.copy_(weights)
 
     def state(self) -> dict[str, Tensor]:
-        """What the checkpoint needs besides the offered model, and is the same on every rank: empty without a moving average."""
+        """Return what a checkpoint needs besides the evaluated model. It is empty without a moving average."""
         if self.average is None:
             return {}
         updates = torch.tensor(self.average.updates)
         return {"weights": self.flat.weights.detach(), "statistics": self.statistics.values, "updates": updates}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The rest of a checkpoint whose model, the average, was in place when this engine was made."""
+        """Restore what `state` returned. The checkpoint's model, the average, was loaded before the engine was built."""
         if self.average is None:
             return
         self._set(tensors["weights"])
@@ -274,16 +311,16 @@ class Engine:
             self._engine.optimizer.refresh_fp32_params()
 
 
-def _optimiser(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
+def _build_optimizer(weights: nn.Parameter, settings: Settings) -> torch.optim.Optimizer:
     lr, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD([weights], lr=lr, momentum=0.9, weight_decay=decay, fused=True)
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
+    optimizer_class = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return optimizer_class([weights], lr=lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
 
-def _deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, world: World) -> Any:
-    """A DeepSpeedEngine. Imported here, and told so: it is to compile nothing (we use torch's optimisers and collectives)."""
+def _initialize_deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, world: World) -> Any:
+    """Return a DeepSpeedEngine that compiles no extensions. Optimizers and collectives are torch's."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -292,17 +329,16 @@ def _deepspeed(module: nn.Module, flat: FlatParameters, settings: Settings, worl
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(
-        # DeepSpeed would take GPU number LOCAL_RANK, which may be 3 where this process sees one GPU, number 0
-        # (srun --gpus-per-task=1).
+        # DeepSpeed would use GPU number LOCAL_RANK, which does not exist if each process sees one GPU (srun --gpus-per-task=1).
         args=SimpleNamespace(device_rank=world.device.index or 0),
         model=module,
-        optimizer=_optimiser(flat.weights, settings),
-        config=deepspeed_config.config(settings, world.size, num_weights=flat.weights.numel()),
+        optimizer=_build_optimizer(flat.weights, settings),
+        config=deepspeed_config.build_config(settings, world.size, num_weights=flat.weights.numel()),
         dist_init_required=False,
     )
     set_timeout(settings.collective_timeout_s)  # DeepSpeed reduces over a group of its own
-    engine.enable_backward_allreduce = False  # once a step, by `_reduce`, whatever became of the micro-batches
+    engine.enable_backward_allreduce = False  # `_reduce` does it once a step
     if not settings.zero_stage and engine.postscale_gradients() and engine.gradient_predivide_factor() == 1:
-        # The loss is divided by the global batch; dividing the sum of gradients too took 7 ms of a CPU, an eighth of sending it.
+        # The loss is already divided by the global batch. Dividing the gradients again would cost 7 ms on a CPU.
         engine.gradient_average = False
     return engine

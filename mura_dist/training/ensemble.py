@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mura_dist.core import files
 from mura_dist.core.errors import UserError
-from mura_dist.models import model_list as members
+from mura_dist.models import model_list
 from mura_dist.models.card import EnsembleMember
 from mura_dist.models.model_list import ModelList
 from mura_dist.training import checkpoint
@@ -20,7 +20,7 @@ from mura_dist.training.weights import weights_digest
 
 @dataclass(frozen=True, order=True)
 class _Candidate:
-    """An evaluated checkpoint; ordered by loss, then so that the order of the runs does not matter."""
+    """An evaluated checkpoint. The order is by loss, then independent of the order of the runs."""
 
     select_loss: float
     run: str  # relative to the list's folder
@@ -41,103 +41,104 @@ class _Candidate:
 def select_members(
     run_folders: Sequence[Path], out: Path, *, top: int, log: Callable[[str], None] = lambda line: None
 ) -> ModelList:
-    """The `top` checkpoints of lowest loss among all complete ones of the runs, written as a list to `out`.
+    """Choose the `top` checkpoints of lowest loss among all complete ones of the runs, and write them as a list to `out`.
 
-    CorruptSampleError checkpoints are reported and passed over. UserError where the runs do not go together, or hold too few
-    evaluated checkpoints.
+    Args:
+        run_folders: The folders of the runs.
+        out: The JSON file to write.
+        top: The number of members.
+        log: Called with a line for each corrupt checkpoint, which is skipped.
+
+    Raises:
+        UserError: the runs are not comparable, or have too few evaluated checkpoints.
     """
-    _check(run_folders, out, top)
+    _check_arguments(run_folders, out, top)
     runs = [Run.load(folder) for folder in run_folders]
-    _go_together(runs)
+    _check_comparable(runs)
     candidates = sorted(candidate for run in runs for candidate in _candidates(run, out.parent))
-    chosen = _sound(candidates, top, log)
-    if len(chosen) < top:
-        few = f"only {len(chosen)}" if chosen else "none"
-        fewer = f"give --top {len(chosen)}, or train" if chosen else "train"
+    selected = _valid(candidates, top, log)
+    if len(selected) < top:
+        available = f"only {len(selected)}" if selected else "none"
+        remedy = f"Give --top {len(selected)}, or train" if selected else "Train"
         raise UserError(
-            f"--top {top}: of the complete checkpoints in {_names(run_folders)} {few} can be chosen (evaluated, sound); "
-            f"{fewer} with keep_best={top}, which keeps as many of a run"
+            f"--top {top}: of the checkpoints in {_names(run_folders)} {available} can be chosen (complete, evaluated, intact). "
+            f"{remedy} with keep_best={top}, so that a run keeps as many."
         )
-    _different(chosen)
+    _check_distinct(selected)
     data = runs[0].data()
-    made = ModelList(
-        members=[candidate.member() for candidate in chosen],
+    members = ModelList(
+        members=[candidate.member() for candidate in selected],
         select_on=runs[0].settings.select_on,
         size=data["size"],
         manifest_sha256=data["manifest_sha256"],
     )
-    files.write_json(out, made.model_dump())
-    return made
+    files.write_json(out, members.model_dump())
+    return members
 
 
-def _check(run_folders: Sequence[Path], out: Path, top: int) -> None:
+def _check_arguments(run_folders: Sequence[Path], out: Path, top: int) -> None:
     if top < 1:
-        raise UserError(f"--top {top}: must be at least 1; the paper's ensemble has 5")
-    if out.suffix.lower() != members.SUFFIX:
-        raise UserError(f"--out {out}: must end in {members.SUFFIX}, other commands know a list by it; add it")
+        raise UserError(f"--top {top} is less than 1. The paper's ensemble has 5 members.")
+    if out.suffix.lower() != model_list.SUFFIX:
+        raise UserError(f"--out {out} must end in {model_list.SUFFIX}. Other commands recognize a model list by it.")
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
-    seen: set[Path] = set()
+        raise UserError(f"--out {out} is a folder. Give a file.")
+    folders: set[Path] = set()
     for folder in run_folders:
-        if folder.resolve() in seen:
-            raise UserError(f"{folder} is given twice; give each run once, its checkpoints all take part")
-        seen.add(folder.resolve())
+        if folder.resolve() in folders:
+            raise UserError(f"{folder} is given twice. Give each run once: all its checkpoints take part.")
+        folders.add(folder.resolve())
 
 
-def _go_together(runs: Sequence[Run]) -> None:
+def _check_comparable(runs: Sequence[Run]) -> None:
     first = runs[0]
-    for other in runs[1:]:
-        for what, one, two in zip(
-            ("radiographs of size", "a manifest of digest", "checkpoints chosen on"),
-            _kind(first),
-            _kind(other),
-            strict=True,
-        ):
-            if one != two:
+    labels = ("radiographs of size", "a manifest of digest", "checkpoints selected on")
+    for run in runs[1:]:
+        for label, value, expected in zip(labels, _comparable(run), _comparable(first), strict=True):
+            if value != expected:
                 raise UserError(
-                    f"{other.folder} has {what} {str(two)[:12]}, {first.folder} {str(one)[:12]}; the members of an ensemble "
-                    "are compared by their loss: give runs with the same shards and the same select_on"
+                    f"{run.folder} has {label} {str(value)[:12]}, {first.folder} {str(expected)[:12]}. The members of an "
+                    "ensemble are compared by their loss: give runs with the same shards and the same select_on."
                 )
 
 
-def _kind(run: Run) -> tuple[int, str, str]:
-    """What must be equal: size in pixels, manifest's digest, selecting split."""
+def _comparable(run: Run) -> tuple[int, str, str]:
+    """Return what must be equal in all runs: size in pixels, digest of the manifest, selecting split."""
     data = run.data()
     return data["size"], data["manifest_sha256"], run.settings.select_on
 
 
-def _candidates(run: Run, beside: Path) -> Iterator[_Candidate]:
-    """Its checkpoints that were evaluated."""
-    relative = Path(os.path.relpath(run.folder.resolve(), beside.resolve())).as_posix()
+def _candidates(run: Run, list_folder: Path) -> Iterator[_Candidate]:
+    relative = Path(os.path.relpath(run.folder.resolve(), list_folder.resolve())).as_posix()
     for folder in checkpoint.list_folders(run.checkpoints):
         if (loss := checkpoint.read_select_loss(folder)) is not None:
             yield _Candidate(loss, relative, folder.name, folder, run.settings.architecture)
 
 
-def _sound(candidates: Sequence[_Candidate], top: int, log: Callable[[str], None]) -> list[_Candidate]:
-    """The first `top` that can be read."""
-    sound: list[_Candidate] = []
+def _valid(candidates: Sequence[_Candidate], top: int, log: Callable[[str], None]) -> list[_Candidate]:
+    """Return the first `top` candidates that are not corrupt."""
+    valid: list[_Candidate] = []
     for candidate in candidates:
-        if len(sound) == top:
+        if len(valid) == top:
             break
         try:
             checkpoint.read(candidate.folder)
         except ValueError as error:
-            log(f"{error}; taking the next one")
+            log(f"{error}; trying the next checkpoint")
         else:
-            sound.append(candidate)
-    return sound
+            valid.append(candidate)
+    return valid
 
 
-def _different(chosen: Sequence[_Candidate]) -> None:
-    seen: dict[str, _Candidate] = {}
-    for candidate in chosen:
-        before = seen.setdefault(weights_digest(candidate.folder), candidate)
-        if before is not candidate:
+def _check_distinct(candidates: Sequence[_Candidate]) -> None:
+    by_digest: dict[str, _Candidate] = {}
+    for candidate in candidates:
+        first = by_digest.setdefault(weights_digest(candidate.folder), candidate)
+        if first is not candidate:
             raise UserError(
-                f"{candidate.folder} and {before.folder} hold the same weights, which would count twice; leave one run out"
+                f"{candidate.folder} and {first.folder} hold the same weights, which would count twice. Remove one of the runs."
             )
 
 
 def _names(folders: Sequence[Path]) -> str:
-    return ", ".join(str(folder) for folder in folders)
+    return ", ".join(map(str, folders))

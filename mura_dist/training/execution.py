@@ -2,8 +2,8 @@
 
     settings -> build -> network: image (B, 1, S, S) uint8 -> logit (B,) float32, differentiable
 
-All of them open autocast themselves, inside DeepSpeed: DeepSpeed disables an autocast that is open around it, since it asks
-`torch.is_autocast_enabled()`, which is the flag of CUDA whatever the device.
+Each of them opens autocast itself, inside DeepSpeed. DeepSpeed disables an outer autocast, because it calls
+`torch.is_autocast_enabled()`, which is CUDA's flag on every device.
 """
 
 import contextlib
@@ -21,14 +21,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(model: nn.Module, flat: FlatParameters, settings: Settings) -> Network:
-    """Return `model` as the settings step, compile and precision execute it.
+    """Return the model as a network in the execution of the settings step, compile and precision.
 
     Args:
-        model: the network in training mode, image -> (logit, activation_map); its parameters are views of `flat`.
+        model: The model in training mode, image -> (logit, activation_map). Its parameters are views of `flat`.
+        flat: Its parameters as one vector.
+        settings: The recipe.
     """
     device, is_half = flat.weights.device, settings.precision in DTYPES
 
-    def network_of(module: Any) -> Network:
+    def wrap(module: Any) -> Network:
         def network(image: Tensor) -> Tensor:
             with autocast(settings.precision, device, cache=settings.step != "graph"):
                 logit: Tensor = module(image)[0]
@@ -36,20 +38,22 @@ def build(model: nn.Module, flat: FlatParameters, settings: Settings) -> Network
 
         return network
 
-    eager = network_of(model)
+    eager = wrap(model)
     if settings.step == "graph":
         return CheckedNetwork(eager, lambda image: Recording(eager, image), flat, "graph", is_half=is_half)
     if settings.compile_mode is not None:
-        compiled = network_of(_compiled(model, settings.compile_mode, device))
+        compiled = wrap(_compiled(model, settings.compile_mode, device))
         return CheckedNetwork(eager, lambda image: compiled, flat, "compile", is_half=is_half)
     return eager
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast context of a precision; of fp32, one that changes nothing.
+    """Return the autocast context of a precision. For fp32 it has no effect.
 
     Args:
-        cache: keep each weight's cast until the context ends. A recorded graph must not: the cast is part of it.
+        precision: A value of the setting precision.
+        device: The device of the tensors.
+        cache: Cache the cast of each weight until the context ends. A recorded graph must contain the casts.
     """
     if precision not in DTYPES:
         return contextlib.nullcontext()
@@ -57,5 +61,5 @@ def autocast(precision: str, device: torch.device, *, cache: bool = True) -> con
 
 
 def _compiled(model: nn.Module, mode: str, device: torch.device) -> Any:
-    # The other modes are about CUDA graphs and Triton.
+    # The other modes concern CUDA graphs and Triton.
     return torch.compile(model, mode=mode if device.type == "cuda" else "default", dynamic=False)

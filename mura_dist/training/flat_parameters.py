@@ -1,11 +1,10 @@
-"""All parameters of a model as one vector, and their gradients as another.
+"""Store all parameters of a model as one vector, and their gradients as another.
 
     model's 508 parameters (DenseNet-169)  =  views into weights (n,)
     their .grad                            =  views into gradient (n,)
 
-One all-reduce, one norm, one optimiser kernel, one average over time instead of 508. The views keep their shapes; a
-convolution's weight may lie in channels-last order. Each starts at a multiple of 64 bytes, as vector kernels like it;
-the gaps are zeros, whose gradient is zero, and stay so.
+So one all-reduce, one norm and one optimizer kernel replace 508. The views keep their shapes. A convolution's weight may be in
+channels-last order. Each view starts at a multiple of 64 bytes for vectorized kernels. The gaps are zeros with zero gradients.
 """
 
 import torch
@@ -15,7 +14,12 @@ _ALIGNMENT = 16  # float32 numbers
 
 
 class FlatParameters:
-    """`weights` (n,) float32 is the parameter an optimiser is given, `gradient` (n,) its .grad."""
+    """The parameters of a model as one vector.
+
+    Attributes:
+        weights: (n,) float32, the one parameter of the optimizer.
+        gradient: (n,) float32, its gradient.
+    """
 
     def __init__(self, model: nn.Module, *, channels_last: bool) -> None:
         self._parameters = list(model.parameters())
@@ -25,19 +29,19 @@ class FlatParameters:
             self._starts.append(end)
             end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
         device = self._parameters[0].device
-        before = [parameter.detach().clone() for parameter in self._parameters]
+        initial = [parameter.detach().clone() for parameter in self._parameters]
         self.weights = nn.Parameter(torch.zeros(end, device=device))
         self.gradient = torch.zeros(end, device=device)
         self._attached_to = 0
         self.attach()
         with torch.no_grad():
-            for parameter, value in zip(self._parameters, before, strict=True):
+            for parameter, value in zip(self._parameters, initial, strict=True):
                 parameter.copy_(value)
 
     def attach(self) -> None:
-        """Let the model's tensors be views of the vectors; again where somebody moved `weights` (DeepSpeed's ZeRO does)."""
+        """Make the model's parameters views of the vectors, again if `weights` moved in memory as under DeepSpeed's ZeRO."""
         self.weights.grad = self.gradient  # DeepSpeed drops it after each step
-        if self.weights.data_ptr() == self._attached_to:  # 1,016 views take 6 to 12 ms, in which a GPU is idle
+        if self.weights.data_ptr() == self._attached_to:  # 1,016 views take 6 to 12 ms, while a GPU is idle
             return
         self._attached_to = self.weights.data_ptr()
         weights, gradients = (self.views(vector) for vector in (self.weights.data, self.gradient))
@@ -45,7 +49,7 @@ class FlatParameters:
             parameter.data, parameter.grad = weight, gradient
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """`vector` (n,) as tensors of the parameters' shapes, in their order."""
+        """Return views of a vector (n,) in the shapes of the parameters, in order."""
         return [
             self._shaped(vector[start : start + parameter.numel()], parameter)
             for start, parameter in zip(self._starts, self._parameters, strict=True)

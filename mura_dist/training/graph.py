@@ -1,11 +1,11 @@
-"""Record a network's forward and backward as two CUDA graphs, and replay them: two launches in place of thousands.
+"""Record a network's forward and backward as two CUDA graphs, and replay them with two launches instead of thousands.
 
     image (B, 1, S, S) -> warm up -> record forward, record backward -> Recording
     image of that shape -> copied into the recording's input -> replay forward -> logit (B,)
         backward of logit -> copied into the recording's input -> replay backward, which adds to the flat gradient
 
-A replay is one node of autograd, so DeepSpeed's forward and backward stay around it, and collectives and optimizer outside.
-On a CPU, which has no graphs, a replay calls the network: the same copies and autograd node with the same results.
+A replay is one autograd node. DeepSpeed's forward and backward wrap it; collectives and optimizer are not recorded.
+A CPU has no graphs: a replay calls the network, with the same copies, autograd node and results.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NUM_WARMUPS = 3  # cuDNN and cuBLAS choose and allocate what they need in the first calls; recording forbids that
+NUM_WARMUPS = 3  # cuDNN and cuBLAS choose algorithms and allocate memory in the first calls, which a recording forbids
 
 
 class Recording:
-    """A network for one shape of micro-batch; `image`, `logit`, `upstream` stay where they are in memory."""
+    """A recorded network for one shape of micro-batch. `image`, `logit` and `upstream` never move in memory."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], image: Tensor) -> None:
-        """Record `network`: image (B, 1, S, S) uint8 -> logit (B,), which adds to the gradients of its parameters in place."""
+        """Record `network`: image (B, 1, S, S) uint8 -> logit (B,). Its backward adds to the parameters' gradients in place."""
         self._network, self.logit = network, torch.empty(0)
         self._anchor = torch.zeros((), device=image.device, requires_grad=True)  # makes autograd call the replay
         self.image, self.upstream = image.clone(), torch.zeros(len(image), device=image.device)
@@ -33,7 +33,7 @@ class Recording:
             pool = torch.cuda.graph_pool_handle()
             self.replay_forward = _captured(self._forward, pool)
             self.replay_backward = _captured(self._backward, pool)
-            # Without autograd's nodes, which are of the recording's stream: an eager forward would take up those of the weights.
+            # Detached from autograd nodes of the recording's stream, which an eager forward would reuse.
             self.logit = self.logit.detach()
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Recording:
         return logit
 
     def _warm_up(self) -> None:
-        """Run on a stream of its own, and keep none of autograd's nodes, which would tie the recording to that stream."""
+        """Run on a side stream. The autograd nodes are dropped, because they would tie the recording to that stream."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -62,8 +62,8 @@ class Recording:
 
 def _captured(call: Callable[[], None], pool: Any) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
-    # thread_local: meanwhile the loader's threads pin memory and NCCL's looks at events, which is no concern of this graph.
-    # The outer stream: a recording that fails leaves its own current in torch before 2.15.
+    # thread_local: the loader's threads may pin memory, and NCCL's thread may query events, during the recording.
+    # The outer stream: after a failed recording, torch before 2.15 leaves the recording's stream current.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),

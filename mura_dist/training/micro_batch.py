@@ -1,8 +1,8 @@
-"""Out of memory: how it is told from other errors, what is said of it, and the largest micro-batch that fits.
+"""Handle memory errors, and find the largest micro-batch that fits.
 
-`micro_batch="auto"` tries forward and backward of one micro-batch, executed as a step will be (precision, step, compile), alone
-and without the other ranks, from the largest candidate down; the least of what fits on any rank wins. On a CPU it tries nothing
-and is 8: Linux promises memory it does not have and then kills.
+`micro_batch="auto"` runs forward and backward of one micro-batch as a step executes it (precision, step, compile), without the
+other ranks, from the largest candidate down. The smallest result of all ranks wins. On a CPU it tries nothing and is at most 8,
+because Linux grants memory that it does not have and kills the process later.
 """
 
 import gc
@@ -19,79 +19,92 @@ from mura_dist.training import execution
 from mura_dist.training.flat_parameters import FlatParameters
 from mura_dist.training.loss import weighted_bce
 
-_ON_CPU = 8  # micro_batch=auto there
+_MAX_ON_CPU = 8
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Return whether an error says that there was no memory left, on the device or the host."""
+    """Return whether an error means that the memory of the device or the host is exhausted."""
     return isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)
 
 
-def exhausted(ranks: Sequence[int], micro_batch: int) -> str:
-    """What a run says that ends so."""
-    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def out_of_memory_message(ranks: Sequence[int], micro_batch: int) -> str:
+    """Return the error text for ranks that are out of memory."""
+    names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     return (
-        f"out of memory on {who} with micro_batch={micro_batch}; free some and the same command goes on, or give a smaller "
-        "micro_batch= and run=NEW (that changes BatchNorm, whose group it is, so it cannot go on with this run)"
+        f"out of memory on {names} with micro_batch={micro_batch}. Free memory and run the same command to resume, or use a "
+        "smaller micro_batch in a new run (run=NEW): it changes BatchNorm, so it cannot change within a run."
     )
 
 
-def candidates(global_batch: int, world_size: int) -> list[int]:
-    """Micro-batches that cut a global batch evenly over the ranks, largest first; BatchNorm needs two radiographs."""
+def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
+    """Return the micro-batches of at least 2 that divide a global batch evenly over the ranks, largest first."""
     share = global_batch // world_size
     return [size for size in range(share, 1, -1) if share % size == 0] if share * world_size == global_batch else []
 
 
 def find_micro_batch(settings: Settings, size: int, world: World, *, num_resident: int = 0) -> int:
-    """Return what micro_batch=auto is, for radiographs of `size` px. Called by all ranks.
+    """Return the value of micro_batch=auto. Called by all ranks.
 
-    The largest that fits on every rank; on a CPU the largest candidate of at most 8, or the smallest of all.
+    On a GPU it is the largest candidate that fits on every rank. On a CPU it is the largest candidate up to 8, or else the
+    smallest.
 
-    num_resident: radiographs that the loader will keep in the device's memory.
+    Args:
+        settings: The recipe.
+        size: Side of a radiograph in pixels.
+        world: The ranks.
+        num_resident: Number of radiographs that the loader keeps in the device's memory.
 
-    Raises UserError where the global batch cannot be shared out, CollectiveRunError where not even the smallest fits.
+    Raises:
+        UserError: the global batch cannot be divided over the ranks.
+        CollectiveRunError: not even the smallest candidate fits.
     """
-    sizes = candidates(settings.global_batch, world.size)
+    sizes = candidate_sizes(settings.global_batch, world.size)
     if not sizes:
         unit = 2 * world.size
-        near = max(1, round(settings.global_batch / unit)) * unit
+        nearest = max(1, round(settings.global_batch / unit)) * unit
         raise UserError(
-            f"global_batch={settings.global_batch} cannot be cut into micro-batches of 2 or more over {world.size} ranks; "
-            f"the nearest is global_batch={near}"
+            f"global_batch={settings.global_batch} cannot be divided into micro-batches of 2 or more over {world.size} ranks. "
+            f"The nearest is global_batch={nearest}."
         )
     if world.device.type == "cpu":
-        return max((number for number in sizes if number <= _ON_CPU), default=sizes[-1])
+        return max((candidate for candidate in sizes if candidate <= _MAX_ON_CPU), default=sizes[-1])
     return largest_fitting(settings, size, sizes, world, num_resident)
 
 
 def largest_fitting(settings: Settings, size: int, sizes: Sequence[int], world: World, num_resident: int = 0) -> int:
-    """Try `sizes`, largest first; return the one that fits on every rank. Raises CollectiveRunError where none does."""
-    mine = next((number for number in sizes if _fits(settings, size, number, world, num_resident)), 0)
-    found = int(world.gather(np.array([mine], np.int64)).min())
-    if not found:
+    """Return the first of `sizes`, largest first, that fits on every rank. Called by all ranks.
+
+    Raises:
+        CollectiveRunError: none fits.
+    """
+    fitting = next((candidate for candidate in sizes if _fits(settings, size, candidate, world, num_resident)), 0)
+    smallest = int(world.gather(np.array([fitting], np.int64)).min())
+    if not smallest:
         raise CollectiveRunError(
-            f"micro_batch=auto: not even {sizes[-1]} radiographs of {size} px fit; free memory, or convert smaller ones"
+            f"micro_batch=auto: a micro-batch of {sizes[-1]} radiographs of {size} px does not fit. Free memory, or convert "
+            "smaller radiographs."
         )
-    return found
+    return smallest
 
 
-def _fits(settings: Settings, size: int, number: int, world: World, num_resident: int) -> bool:
-    """Forward and backward of one micro-batch, executed as a step will, beside what optimizer, loader and NCCL will hold."""
+def _fits(settings: Settings, size: int, micro_batch: int, world: World, num_resident: int) -> bool:
+    """Run forward and backward of a micro-batch next to the memory that optimizer, loader and NCCL will use."""
     device = world.device
     try:
         model = build(settings.architecture).to(device).train()
         flat = FlatParameters(model, channels_last=settings.channels_last)
-        beside = torch.zeros(3 * flat.weights.numel(), device=device)  # Adam's two moments, a copy while one saves
-        # A tenth of the device: of NCCL, of batches on their way, and because the allocator's blocks never fit exactly.
+        moments = torch.zeros(
+            3 * flat.weights.numel(), device=device
+        )  # Adam's two, and a copy while a checkpoint is saved
+        # A tenth of the device for NCCL, prefetched batches and fragmentation.
         margin = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 0
-        others = torch.zeros(margin + num_resident * size**2, dtype=torch.uint8, device=device)
+        reserved = torch.zeros(margin + num_resident * size**2, dtype=torch.uint8, device=device)
         network = execution.build(model, flat, settings)
-        image = torch.randint(
-            0, 256, (number, 1, size, size), dtype=torch.uint8, device=device
-        )  # of zeros, nothing learns
-        ones = torch.ones(number, device=device)
-        weighted_bce(network(image), ones, ones).backward()
-        del model, flat, network, beside, others, image, ones
+        # Random, because the gradient of zeros is not finite.
+        image = torch.randint(0, 256, (micro_batch, 1, size, size), dtype=torch.uint8, device=device)
+        weight = torch.ones(micro_batch, device=device)
+        weighted_bce(network(image), weight, weight).backward()
+        del model, flat, network, moments, reserved, image, weight
     except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise

@@ -1,18 +1,24 @@
-"""The options of an MLflow reader, without pandas and torch: mlflow_process.py writes them, mlflow_reader.py reads them."""
+"""Define the options that mlflow_process.py passes to mlflow_reader.py. No pandas and torch."""
 
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-READY = "ready"  # the reader's first line: MLflow's client is loaded
+READY = "ready"  # the first line of the process: MLflow's client is loaded
 
 
-class Options(BaseModel):
-    """What to send where. `settings`: those that may leave this machine; `recipe`: the same as TOML.
+class MlflowOptions(BaseModel):
+    """What the MLflow process sends, and where.
 
-    is_training: the run is being trained, so that what is missing may be sent later.
-    command: sends what is missing in the end.
+    Attributes:
+        server: URL of the server, with a password if it needs one.
+        folder: The run's folder.
+        name: The name of the MLflow run.
+        settings: The settings that may leave this machine.
+        recipe: The same settings as TOML.
+        is_training: The run is being trained, so missing lines may be sent later.
+        command: The command that sends missing lines after the training.
     """
 
     server: str
@@ -25,5 +31,5 @@ class Options(BaseModel):
 
     @property
     def remedy(self) -> str:
-        """What to do in the end."""
-        return f"{self.command} sends what is missing"
+        """The sentence that tells the user how to send missing lines."""
+        return f"Run `{self.command}` to send what is missing"

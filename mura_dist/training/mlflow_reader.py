@@ -1,14 +1,15 @@
-"""Send a run to an MLflow server: a process beside the training, which reads RUN/metrics.jsonl.
+"""Send a run to an MLflow server, in a background process that reads RUN/metrics.jsonl.
 
     python -m mura_dist.training.mlflow_reader     (mlflow_process.py starts it)
-    stdin: a line of JSON (Options), then how the training ended; its end is the training's   stdout: READY, lines for the user
-    metrics.jsonl -> lines the server has not -> log_batch        at the end: recipe.toml, curves.png, metrics.json, report.html
+    stdin: a line of JSON (MlflowOptions), then the outcome of the training; its end means the training was killed
+    stdout: READY, lines for the user
+    metrics.jsonl -> lines that the server lacks -> log_batch        at the end: recipe.toml, artifacts
 
-The server knows what was sent: each line's step is a metric too (`step/step`, `epoch/step`, `skip/step`), and before anything is
-sent the reader asks for the latest of them. So a line is sent once, whatever was interrupted: the reader, the training, or
-an answer. RUN/mlflow.json names the MLflow run, which a resumed training continues.
+Each line's step is a metric too (`step/step`, `epoch/step`, `skip/step`). Before it sends anything, the process asks the server
+for the latest of them. So each line is sent once, even if the process, the training or a response is interrupted.
+RUN/mlflow.json names the MLflow run, which a resumed training continues.
 
-A server that does not answer is tried again with growing pauses. The first time a line says so.
+Failed requests are repeated with growing pauses. The first failure is logged.
 """
 
 import contextlib
@@ -31,17 +32,17 @@ from mura_dist import __version__
 from mura_dist.core import files
 from mura_dist.core.errors import MASK, mask_url
 from mura_dist.training import metrics_log
-from mura_dist.training.mlflow_options import READY, Options
+from mura_dist.training.mlflow_options import READY, MlflowOptions
 
 STATE, LOCK = "mlflow.json", "mlflow.lock"
-ARTIFACTS = ("curves.png", "metrics.json", "report.html")  # none of them holds a radiograph, or a path of this machine
-EXPERIMENT = "mura_dist"  # unless MLFLOW_EXPERIMENT_NAME names another
+ARTIFACTS = ("curves.png", "metrics.json", "report.html")  # they hold no radiograph and no path of this machine
+EXPERIMENT = "mura_dist"  # default of MLFLOW_EXPERIMENT_NAME
 _KEY = "mura_dist.key"
 _POLL_S, _MAX_PAUSE_S = 2.0, 60.0
-_ORPHAN_S = 60  # that it outlives a training at most
-_LINES, _CHUNK_BYTES = 50, 1 << 20  # at once: a request takes 1,000 metrics
+_ORPHAN_S = 60  # how long it may outlive the training
+_LINES, _CHUNK_BYTES = 50, 1 << 20  # per request, which accepts 1,000 metrics
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # meant for the training
-# Nothing leaves the machine but to the server. The reader tries again itself.
+# No telemetry. This process repeats failed requests itself.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -54,7 +55,7 @@ ENVIRONMENT = {
 
 
 class _State(BaseModel):
-    """mlflow.json's content. `key`: a tag of the MLflow run; `artifacts`: SHA-256 of what was sent, by name."""
+    """The content of mlflow.json: a tag of the MLflow run (`key`) and the SHA-256 of each artifact on the server."""
 
     server: str = ""
     key: str
@@ -62,18 +63,18 @@ class _State(BaseModel):
     artifacts: dict[str, str] = {}
 
 
-class Reader:
-    """Sends one run. Everything raises whatever MLflow and requests raise."""
+class MlflowSender:
+    """A sender of one run. Its methods raise whatever MLflow and requests raise."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: MlflowOptions) -> None:
         self.options = options
         self.client = _client_class()(tracking_uri=options.server)
         self.state = self._read_state()
         self.last_steps: dict[str, int] = {}  # the last step on the server, by kind of line
-        self.offset = -1  # of metrics.jsonl, up to which everything is on the server; -1: ask the server
+        self.offset = -1  # in metrics.jsonl; all bytes before are on the server; -1: unknown
 
     def send(self) -> None:
-        """Send the lines that the server does not have."""
+        """Send the lines that the server lacks."""
         if self.offset < 0:
             self._connect()
         with open(self.options.folder / "metrics.jsonl", "rb") as file:
@@ -82,7 +83,7 @@ class Reader:
                 self.offset += len(chunk)
 
     def finish(self, outcome: str) -> None:
-        """Send the artifacts that changed, and how the training ended."""
+        """Send the artifacts that changed, and the outcome of the training."""
         contents = {"recipe.toml": self.options.recipe.encode()}
         contents |= {name: path.read_bytes() for name in ARTIFACTS if (path := self.options.folder / name).is_file()}
         for name, content in contents.items():
@@ -98,7 +99,7 @@ class Reader:
         self.client.set_terminated(self.state.run_id, outcome)
 
     def _connect(self) -> None:
-        """Find the run on the server, or create it, and ask what it has."""
+        """Find the run on the server, or create it, and read the last steps it has."""
         run = self._find_run() or self.client.create_run(
             self._experiment(),
             run_name=self.options.name,
@@ -116,7 +117,7 @@ class Reader:
         self.offset = 0
 
     def _find_run(self) -> Any:
-        """Return the run with our key. The key is on the disk before the run is created, so a lost answer makes no second run."""
+        """Return the run with this key. The key is stored before the run is created, so a lost response creates no second run."""
         runs = self.client.search_runs([self._experiment()], f"tags.`{_KEY}` = '{self.state.key}'", max_results=1)
         return runs[0] if runs else None
 
@@ -132,7 +133,7 @@ class Reader:
         return experiment.experiment_id
 
     def _send_settings(self, parameters: dict[str, str]) -> None:
-        """Send the settings as parameters, which never change on a server; one that a resumed run changes is a tag."""
+        """Send the settings as parameters, and those that a resumed run changes as tags. A server's parameters never change."""
         from mlflow.entities import Param, RunTag
 
         settings = {name: str(value) for name, value in self.options.settings.items()}
@@ -143,7 +144,7 @@ class Reader:
         self.client.log_batch(self.state.run_id, params=new, tags=changed)
 
     def _chunk(self, file: Any) -> bytes:
-        """Return whole lines from `offset` on; a line that is being written is left for later."""
+        """Return complete lines from `offset` on."""
         file.seek(self.offset)
         chunk: bytes = file.read(_CHUNK_BYTES)
         return chunk[: chunk.rfind(b"\n") + 1]
@@ -157,13 +158,13 @@ class Reader:
             metrics = [
                 Metric(f"{line['kind']}/{name}", value, now_ms, line["step"])
                 for line in batch
-                for name, value in numbers(line)
+                for name, value in numeric_values(line)
             ]
             self.client.log_batch(self.state.run_id, metrics=metrics)
             self.last_steps |= {line["kind"]: line["step"] for line in batch}
 
     def _read_state(self) -> _State:
-        """Return what an earlier start left. Of another server, or damaged: a new key, hence another run."""
+        """Return the state of an earlier start. If it is corrupt or of another server, start a new MLflow run with a new key."""
         server = mask_url(self.options.server).replace(f"{MASK}@", "").rstrip("/")
         with contextlib.suppress(OSError, ValueError):
             state = _State.model_validate_json((self.options.folder / STATE).read_bytes())
@@ -177,67 +178,67 @@ class Reader:
         files.write_json(self.options.folder / STATE, self.state.model_dump())
 
 
-def numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield name and value of each number of a line; its step last, which says that the line was sent."""
+def numeric_values(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the name and value of each number of a line. Its step is last and marks the line as sent."""
     for name, value in line.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
             yield name, float(value)
     yield "step", float(line["step"])
 
 
-def reason(error: BaseException) -> str:
-    """Say in a few words why a request failed, without secrets."""
+def failure_reason(error: BaseException) -> str:
+    """Return in a few words why a request failed, without secrets."""
     cause: BaseException | None = error
-    while cause is not None:  # requests and urllib3 wrap what the system says
+    while cause is not None:  # requests and urllib3 wrap the system's error
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror.lower()
-        wrapped = [each for each in (*cause.args, getattr(cause, "reason", None)) if isinstance(each, BaseException)]
+        wrapped = [item for item in (*cause.args, getattr(cause, "reason", None)) if isinstance(item, BaseException)]
         cause = cause.__cause__ or cause.__context__ or (wrapped[0] if wrapped else None)
     first_line = str(error).strip().partition("\n")[0] or type(error).__name__
     return mask_url(first_line)[:200]
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other reader sends this run: one of a training that was killed may still do.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process sends this run. The process of a killed training may still do so.
 
-    NFS locks a file for one that may write it, and no folder.
+    The lock is a file, because NFS locks no folders.
     """
     path = folder / LOCK
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks, or a folder that is not ours to write
+        with contextlib.suppress(OSError):  # a file system without locks, or a read-only folder
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, files.mode_of(path))
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 
-def follow(options: Options, ends: "queue.Queue[str]", log: Callable[[str], None]) -> None:
-    """Send what the training writes until `ends` says how it ended, then the rest."""
-    reader: Reader | None = None
+def follow(options: MlflowOptions, outcomes: "queue.Queue[str]", log: Callable[[str], None]) -> None:
+    """Send what the training writes until `outcomes` has its outcome, then what remains."""
+    sender: MlflowSender | None = None
     outcome, pause_s, failed = "", 0.0, False
     while not outcome:
         with contextlib.suppress(queue.Empty):
-            outcome = ends.get(timeout=pause_s)
+            outcome = outcomes.get(timeout=pause_s)
         try:
-            reader = reader or Reader(options)
-            reader.send()
+            sender = sender or MlflowSender(options)
+            sender.send()
             if outcome:
-                reader.finish(outcome)
+                sender.finish(outcome)
             pause_s = _POLL_S
-        except Exception as error:  # a server is no reason to end a training, whatever MLflow makes of it
-            if reader is not None:
-                reader.offset = -1
+        except Exception as error:  # the training does not depend on the server
+            if sender is not None:
+                sender.offset = -1
             if not failed:
-                log(_failure_text(options, reason(error), is_training=options.is_training and not outcome))
+                log(_failure_text(options, failure_reason(error), is_training=options.is_training and not outcome))
             failed, pause_s = True, min(max(pause_s, _POLL_S / 2) * 2, _MAX_PAUSE_S)
 
 
-def _failure_text(options: Options, cause: str, *, is_training: bool) -> str:
+def _failure_text(options: MlflowOptions, cause: str, *, is_training: bool) -> str:
     remedy = options.remedy
     if is_training:
-        remedy = f"the training continues, and sends what is missing once the server answers; after it, {remedy}"
-    return f"MLflow: {mask_url(options.server)}: {cause}; {remedy}"
+        remedy = f"The training continues, and the rest is sent once the server responds. After the training: {remedy}"
+    return f"MLflow: {mask_url(options.server)}: {cause}. {remedy}."
 
 
 def _client_class() -> Any:
@@ -247,27 +248,28 @@ def _client_class() -> Any:
 
 
 def main() -> None:
+    """Read the options from stdin, and send the run until the training ends."""
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
     os.environ.update(ENVIRONMENT)
-    options = Options.model_validate_json(sys.stdin.readline())
-    ends: queue.Queue[str] = queue.Queue()
+    options = MlflowOptions.model_validate_json(sys.stdin.readline())
+    outcomes: queue.Queue[str] = queue.Queue()
 
     def listen() -> None:
-        outcome = sys.stdin.readline().strip() or "FAILED"  # no word: the training was killed
+        outcome = sys.stdin.readline().strip() or "FAILED"  # end of input: the training was killed
         signal.alarm(_ORPHAN_S)
-        ends.put(outcome)
+        outcomes.put(outcome)
 
     def log(line: str) -> None:
         with contextlib.suppress(OSError):  # the training was killed
             print(line, flush=True)  # noqa: T201
 
     threading.Thread(target=listen, daemon=True).start()
-    with contextlib.suppress(Exception):  # where it cannot be loaded, follow() says why
+    with contextlib.suppress(Exception):  # if it cannot be loaded, follow() logs why
         _client_class()
     log(READY)
-    with alone(options.folder):
-        follow(options, ends, log)
+    with exclusive(options.folder):
+        follow(options, outcomes, log)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lines of progress for a training whose stderr is no terminal: one every 30 s.
+"""Log a line of progress every 30 s, for a training whose stderr is no terminal.
 
 step 120/5000 (epoch 3 of 20): loss 0.4321, learning rate 0.0001, 85.2 images/s, 0:12:34 left
 step 250/5000: evaluating tune for 0:00:31
@@ -11,15 +11,16 @@ from datetime import timedelta
 LINE_EVERY_S = 30.0
 
 
-def time_left(elapsed_s: float, num_done: int, num_left: int) -> str:
-    """Return the time that `num_left` steps take, if they take as long as the `num_done` that took `elapsed_s`."""
-    return f"{timedelta(seconds=round(elapsed_s / num_done * num_left))} left"
+def time_left(elapsed_s: float, num_done: int, num_remaining: int) -> str:
+    """Return the text for the time that `num_remaining` steps take, at the speed of the `num_done` steps."""
+    return f"{timedelta(seconds=round(elapsed_s / num_done * num_remaining))} left"
 
 
 class ProgressLines:
-    """Says a line at the first step, or at the first moment of an evaluation, that is `every_s` after the line before.
+    """A logger of progress lines. It logs at the first step, or during an evaluation, `every_s` seconds after the previous line.
 
-    The time to the end is by all steps and evaluations since the start; images/s are by the steps since the line before.
+    The remaining time is estimated from all steps and evaluations since the start, images/s from the steps since the previous
+    line.
     """
 
     def __init__(
@@ -32,38 +33,38 @@ class ProgressLines:
         every_s: float = LINE_EVERY_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._say, self._every_s, self._clock = log, every_s, clock
+        self._log, self._every_s, self._clock = log, every_s, clock
         self._start_step, self._num_steps, self._num_epochs = start_step, num_steps, num_epochs
-        self._started = self._line_at = self._counted_from = self._evaluating_from = clock()
+        self._started = self._line_at = self._counted_from = self._evaluation_start = clock()
         self._num_images = 0
 
     def step(self, step: int, *, epoch: int, loss: float, learning_rate: float, num_images: int) -> None:
-        """Hear of a step done: `step` counts them, `epoch` counts from 0."""
+        """Count a step. `step` is the number of steps done, `epoch` is 0-based."""
         self._num_images += num_images
         now = self._clock()
         if now - self._line_at < self._every_s:
             return
         speed = self._num_images / max(now - self._counted_from, 1e-9)
-        left = time_left(now - self._started, step - self._start_step, self._num_steps - step)
-        self._say(
+        remaining = time_left(now - self._started, step - self._start_step, self._num_steps - step)
+        self._log(
             f"step {step}/{self._num_steps} (epoch {epoch + 1} of {self._num_epochs}): loss {loss:.4f}, "
-            f"learning rate {learning_rate:.4g}, {speed:.1f} images/s, {left}"
+            f"learning rate {learning_rate:.4g}, {speed:.1f} images/s, {remaining}"
         )
         self._line_at, self._counted_from, self._num_images = now, now, 0
 
     def begin_evaluation(self) -> None:
-        """Hear that an evaluation begins."""
-        self._evaluating_from = self._clock()
+        """Note the start of an evaluation."""
+        self._evaluation_start = self._clock()
 
     def evaluating(self, step: int, split: str) -> None:
-        """Hear that the evaluation after `step` goes on."""
+        """Log a line if one is due during the evaluation after `step`."""
         now = self._clock()
         if now - self._line_at >= self._every_s:
-            so_far = timedelta(seconds=round(now - self._evaluating_from))
-            self._say(f"step {step}/{self._num_steps}: evaluating {split} for {so_far}")
+            elapsed = timedelta(seconds=round(now - self._evaluation_start))
+            self._log(f"step {step}/{self._num_steps}: evaluating {split} for {elapsed}")
             self._line_at = now
 
     def end_evaluation(self) -> None:
-        """Hear that an evaluation has ended with a line of its own."""
+        """Note the end of an evaluation, which has logged a line itself."""
         self._line_at = self._counted_from = self._clock()
         self._num_images = 0

@@ -1,6 +1,6 @@
-"""Hold the logits of some rows, and compute the probabilities of their studies. No torch.
+"""Hold the logits of rows, and compute the probabilities of their studies. No torch.
 
-rows, logits -> Scores -> study_scores -> a table with one line a study
+rows, logits -> Scores -> study_scores -> a table with one line per study
 """
 
 from dataclasses import dataclass
@@ -14,23 +14,29 @@ from mura_dist.metrics import classification
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of some rows: `rows` int64 (n,), `logit` float32 (n,), and the rows whose samples are corrupt, int64."""
+    """The logits of a model.
+
+    Attributes:
+        rows: Rows with a valid sample, int64 (n,).
+        logit: Their logits, float32 (n,).
+        corrupt: Rows whose sample is corrupt, int64.
+    """
 
     rows: np.ndarray
     logit: np.ndarray
     corrupt: np.ndarray
 
     @classmethod
-    def from_split(cls, rows: np.ndarray, logit: np.ndarray, sound: np.ndarray) -> "Scores":
-        """Return the scores of all rows of a split. `sound`: bool (n,), False where the sample is corrupt."""
-        return cls(rows[sound], logit[sound], rows[~sound])
+    def from_split(cls, rows: np.ndarray, logit: np.ndarray, valid: np.ndarray) -> "Scores":
+        """Return the scores of all rows of a split. `valid`: bool (n,), False if the sample is corrupt."""
+        return cls(rows[valid], logit[valid], rows[~valid])
 
     def select_rows(self, rows: np.ndarray) -> "Scores":
         """Return the scores of some rows only."""
-        there = np.isin(self.rows, rows)
-        return Scores(self.rows[there], self.logit[there], self.corrupt[np.isin(self.corrupt, rows)])
+        is_selected = np.isin(self.rows, rows)
+        return Scores(self.rows[is_selected], self.logit[is_selected], self.corrupt[np.isin(self.corrupt, rows)])
 
 
 def study_scores(shards: Shards, scores: Scores) -> pd.DataFrame:
-    """Return a line a study: the mean probability over its views, as `classification.build_study_table` has it."""
+    """Return a table with one line per study: the mean probability over its views, see `classification.build_study_table`."""
     return classification.build_study_table(scores.rows, classification.sigmoid(scores.logit), shards.manifest.frame)

@@ -31,8 +31,8 @@ WEIGHTS = "model.safetensors"
 def load_network(run: str | os.PathLike[str], checkpoint: str = "best") -> torch.nn.Module:
     """Load the network of a run's checkpoint, on the CPU and in eval mode.
 
-    The weights are those that `mura-dist evaluate` scores and `mura-dist export` writes. They are the moving average if the recipe
-    sets `ema`.
+    The weights are those that `mura-dist evaluate` scores and `mura-dist export` writes. They are the moving average if the
+    recipe sets `ema`.
 
     Args:
         run: The folder of a run, or a model list (FILE.json) of `mura-dist ensemble`.

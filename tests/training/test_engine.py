@@ -125,8 +125,8 @@ def test_a_step_without_a_sample_is_none(alone: World, words: dict[str, float], 
     engine, other = (Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2))
     for each in (engine, other):
         each.step(batches(1), 1e-2)
-    result = engine.step([] if failed else [without_samples(batch) for batch in batches(2)], 1e-2, failed=failed)
-    assert (result.applied, result.failed, result.nonfinite_micro_batches) == (False, failed, ())
+    result = engine.step([] if failed else [without_samples(batch) for batch in batches(2)], 1e-2, read_failed=failed)
+    assert (result.applied, result.read_failed, result.nonfinite_micro_batches) == (False, failed, ())
     assert result.has_samples == failed
     assert result.num_corrupt == (0 if failed else NUM_MICROS * SIZE)
     assert engine.step(batches(3), 1e-2) == other.step(batches(3), 1e-2)
@@ -154,7 +154,7 @@ def test_a_wish_to_stop_does_not_wait_for_a_long_step(
     monkeypatch.setattr(room, "_LONG_S", long_s)
     engine, other = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
     before = everything(engine)
-    result = engine.step(batches(1), 1e-2, asked=lambda: True)
+    result = engine.step(batches(1), 1e-2, should_stop=lambda: True)
     assert result.stop
     assert result.abandoned == (not result.applied) == (long_s == 0)
     assert same(everything(engine), before) == (long_s == 0)

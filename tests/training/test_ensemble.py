@@ -352,17 +352,17 @@ def untouched(first: Path, second: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], None], list[str], list[str]]] = {
-    "size": (another_size, [], ["seed1 has radiographs of size 65,", "seed0 64;", "the same shards"]),
+    "size": (another_size, [], ["seed1 has radiographs of size 65,", "seed0 64.", "the same shards"]),
     "manifest": (another_manifest, [], ["seed1 has a manifest of digest ffffffffffff,", "the same shards"]),
-    "split": (another_selection, [], ["seed1 has checkpoints chosen on valid,", "seed0 tune;", "the same select_on"]),
+    "split": (another_selection, [], ["seed1 has checkpoints selected on valid,", "seed0 tune.", "the same select_on"]),
     "no run": (no_run, [], ["seed1 is not a run"]),
-    "copy": (the_same_weights, [], ["hold the same weights, which would count twice; leave one run out"]),
-    "twice": (untouched, ["{tmp}/seed0/../seed0"], ["seed0 is given twice; give each run once"]),
-    "too few": (untouched, ["--top", "9"], ["--top 9:", "seed0", "only 6 ", "give --top 6, or train with keep_best=9"]),
-    "none at all": (never_evaluated, [], ["--top 4:", "none can be chosen", "; train with keep_best=4"]),
-    "no member": (untouched, ["--top", "0"], ["--top 0: must be at least 1; the paper's ensemble has 5"]),
-    "not JSON's name": (untouched, ["--out", "{tmp}/list.txt"], ["list.txt: must end in .json"]),
-    "a folder": (untouched, ["--out", "{tmp}/folder.json"], ["folder.json is a folder; give a file"]),
+    "copy": (the_same_weights, [], ["hold the same weights, which would count twice. Remove one of the runs"]),
+    "twice": (untouched, ["{tmp}/seed0/../seed0"], ["seed0 is given twice. Give each run once"]),
+    "too few": (untouched, ["--top", "9"], ["--top 9:", "seed0", "only 6 ", "Give --top 6, or train with keep_best=9"]),
+    "none at all": (never_evaluated, [], ["--top 4:", "none can be chosen", ". Train with keep_best=4"]),
+    "no member": (untouched, ["--top", "0"], ["--top 0 is less than 1. The paper's ensemble has 5"]),
+    "not JSON's name": (untouched, ["--out", "{tmp}/list.txt"], ["list.txt must end in .json"]),
+    "a folder": (untouched, ["--out", "{tmp}/folder.json"], ["folder.json is a folder. Give a file"]),
 }
 
 

@@ -117,7 +117,7 @@ def test_a_run_says_where_its_time_goes(one: Path, shard_folder: Path, tmp_path:
     words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1")
     told = run("mura-dist", "train", *words).stderr
     assert re.search(r"batches by cpu from raw shards, \d threads a rank, \d+ micro-batches ahead", told)
-    assert re.search(r"epoch 1 .*data wait \d+\.\d%: (compute|data) limits", told)
+    assert re.search(r"epoch 1 .*data wait \d+\.\d%, limited by (compute|data)", told)
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_what_may_not_change_is_refused(shard_folder: Path, one: Path, tmp_path:
     laws.refusal(capsys, ["train", *TINY, f"shards={other}", f"run={one}"], "manifest_sha256", "run=NEW")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    laws.refusal(capsys, ["train", *TINY, f"shards={other}", f"run={tmp_path / 'mine'}"], "is no run")
+    laws.refusal(capsys, ["train", *TINY, f"shards={other}", f"run={tmp_path / 'mine'}"], "is not a run")
 
 
 def test_sizes_that_do_not_go_together_are_refused(shard_folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:

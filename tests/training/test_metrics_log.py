@@ -105,7 +105,7 @@ def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: Non
     )
     training = [f"training step {start}/{num_steps}"] if num_steps else []
     assert bars(metrics_logger) == training
-    with contextlib.suppress(KeyboardInterrupt), metrics_logger.evaluating("tune", 100) as update:
+    with contextlib.suppress(KeyboardInterrupt), metrics_logger.evaluation_bar("tune", 100) as update:
         assert bars(metrics_logger) == [*training, "evaluating tune 0/100 radiographs"]
         for done in (8, 64, 100):
             update(done, 100)
@@ -115,7 +115,7 @@ def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: Non
     if num_steps:
         watch = Stopwatch()
         watch.seconds |= {"data": 1.0, "step": 9.0}
-        metrics_logger.steps({"step": 30, "epoch": 2, "loss": 0.25}, images=80, watch=watch)
+        metrics_logger.log_steps({"step": 30, "epoch": 2, "loss": 0.25}, num_images=80, watch=watch)
         [line] = bars(metrics_logger)
         assert re.fullmatch(r"epoch 2 step 30/500 loss 0\.2500 8\.0 images/s data wait 10\.0% \d:\d\d:\d\d left", line)
 
@@ -128,7 +128,7 @@ def test_another_rank_and_a_quiet_training_have_no_bar(
         tmp_path, enabled=enabled, quiet=quiet, tensorboard=False, start_step=0, evaluated_step=0, num_steps=9
     )
     stderr = sys.stderr
-    with metrics_logger, metrics_logger.evaluating("tune", 100) as update:
+    with metrics_logger, metrics_logger.evaluation_bar("tune", 100) as update:
         update(1, 100)
         assert sys.stderr is stderr  # a bar redirects it, and a console that prints nothing would lose it
 
@@ -138,7 +138,7 @@ def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_pat
     assert result.returncode == 0, result.stderr
     first, *epochs, terms = result.stderr.splitlines()
     assert terms == mura.TERMS
-    assert "8 steps an epoch, 16 in all" in first
+    assert "8 steps per epoch, 16 in total" in first
     assert [line.partition(":")[0] for line in epochs] == [f"epoch {n} (step {8 * n})" for n in range(3)]
     assert not CONTROL.search(result.stderr)
     assert "\r" not in result.stderr
@@ -152,8 +152,8 @@ def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step
         told.started = time.perf_counter() - step_s * (step - 20)
         watch = Stopwatch()
         watch.seconds |= {"data": 0.0, "step": 10 * step_s}
-        told.steps({"step": step, "epoch": 0, "loss": 1.0}, images=80, watch=watch)
-    hours, minutes, seconds = map(int, told.progress.tasks[0].fields["left"].removesuffix(" left").split(":"))
+        told.log_steps({"step": step, "epoch": 0, "loss": 1.0}, num_images=80, watch=watch)
+    hours, minutes, seconds = map(int, told.progress.tasks[0].fields["remaining"].removesuffix(" left").split(":"))
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(460 * step_s, abs=1)
 
 
@@ -178,9 +178,9 @@ def test_without_tensorboard_a_line_says_so_once(
         watch = Stopwatch()
         for step in (1, 2):
             watch.seconds |= {"data": 0.0, "step": 1.0}
-            metrics_logger.steps({"step": step, "epoch": 0, "loss": 1.0}, images=8, watch=watch)
+            metrics_logger.log_steps({"step": step, "epoch": 0, "loss": 1.0}, num_images=8, watch=watch)
     reason = str(error).partition("\n")[0]
-    assert capsys.readouterr().err == f"no TensorBoard events are written: {reason}; metrics.jsonl has everything\n"
+    assert capsys.readouterr().err == f"no TensorBoard events are written: {reason}. metrics.jsonl has all values.\n"
     assert len(metrics_log.read(tmp_path / "metrics.jsonl")) == 2
     assert not (tmp_path / "tensorboard").exists()
 

@@ -27,7 +27,7 @@ def settings(**values: object) -> config.Settings:
     [(24, 1, [24, 12, 8, 6, 4, 3, 2]), (24, 2, [12, 6, 4, 3, 2]), (24, 5, []), (2, 2, []), (2, 1, [2])],
 )
 def test_candidates_cut_the_global_batch_evenly(batch: int, ranks: int, sizes: list[int]) -> None:
-    assert micro_batch.candidates(batch, ranks) == sizes
+    assert micro_batch.candidate_sizes(batch, ranks) == sizes
 
 
 class Limited(nn.Module):
@@ -97,9 +97,9 @@ def test_radiographs_that_stay_on_the_device_leave_room(
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(1))
-    with pytest.raises(CollectiveRunError, match="not even 2 radiographs of 64 px fit"):
+    with pytest.raises(CollectiveRunError, match="a micro-batch of 2 radiographs of 64 px does not fit"):
         micro_batch.largest_fitting(settings(), 64, SIZES, alone)
-    with pytest.raises(UserError, match=r"global_batch=1 cannot be cut .* the nearest is global_batch=2"):
+    with pytest.raises(UserError, match=r"global_batch=1 cannot be divided .* The nearest is global_batch=2"):
         micro_batch.find_micro_batch(settings(global_batch=1), 64, alone)
 
 

@@ -20,15 +20,15 @@ from mura_dist.core import config
 from mura_dist.core.config import Settings
 from mura_dist.core.errors import UserError
 from mura_dist.training import metrics_log, mlflow_process, mlflow_reader
-from mura_dist.training.mlflow_options import READY, Options
-from mura_dist.training.mlflow_reader import ENVIRONMENT, numbers
+from mura_dist.training.mlflow_options import READY, MlflowOptions
+from mura_dist.training.mlflow_reader import ENVIRONMENT, numeric_values
 from mura_dist.training.run import Run
 
 pytest.importorskip("mlflow", reason="needs the extras mlflow and dev")
 WALL_CLOCK = ("time_s", "images_per_s", "data_wait_share", "evaluation_s", "overhead_share")
 COMMAND = "mura-dist train RUN/recipe.toml"
-MISSING = f"; {COMMAND} sends what is missing"
-CONTINUES = "; the training continues, and sends what is missing once the server answers; after it, " + MISSING[2:]
+MISSING = f". Run `{COMMAND}` to send what is missing."
+CONTINUES = ". The training continues, and the rest is sent once the server responds. After the training"
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def write_lines(folder: Path, steps: range) -> None:
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(steps)))
 
 
-def options(folder: Path, server: str) -> Options:
+def options(folder: Path, server: str) -> MlflowOptions:
     settings = {"epochs": 3}
-    return Options(
+    return MlflowOptions(
         server=server,
         folder=folder,
         name="name",
@@ -98,7 +98,7 @@ def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]],
 
     by_name: dict[str, list[tuple[int, float]]] = {}
     for line in wanted:
-        for name, value in numbers(line):
+        for name, value in numeric_values(line):
             by_name.setdefault(f"{line['kind']}/{name}", []).append((line["step"], value))
     client = MlflowClient(server)
     assert client.get_run(run_id).data.metrics.keys() == by_name.keys()
@@ -114,7 +114,7 @@ def send_all(folder: Path) -> None:
     messages: list[str] = []
     for _ in range(5):
         messages.clear()
-        mlflow_process.send_rest(folder, messages.append)
+        mlflow_process.send_remaining(folder, messages.append)
         if not messages:
             return
     raise AssertionError(messages)
@@ -298,7 +298,7 @@ def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, m
     with Proxy(server, fault) as proxy:
         mlflow_reader.follow(options(folder, proxy.address), Ends(), messages.append)
     [line] = messages
-    assert line.endswith(CONTINUES)
+    assert line.endswith(f"{CONTINUES}:{MISSING[1:]}")
     [mlflow_run] = runs_of(server, tmp_path.name)
     assert mlflow_run.info.status == "KILLED"
     has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
@@ -312,7 +312,7 @@ def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: 
     write_lines(folder, range(1, 9))
     messages: list[str] = []
     of_folder = Run(folder, Settings(shards="s", run=str(folder), mlflow=server))
-    with mlflow_process.sending(of_folder, messages.append, enabled=True, end_s=end_s):
+    with mlflow_process.sender(of_folder, messages.append, enabled=True, end_s=end_s):
         while not begun(messages):
             time.sleep(0.05)
         started = time.monotonic()
@@ -320,7 +320,7 @@ def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: 
 
 
 def rest_by(folder: Path) -> str:
-    return f"; mura-dist train {folder}/recipe.toml sends what is missing"
+    return f". Run `mura-dist train {folder}/recipe.toml` to send what is missing."
 
 
 BUSY_S = 30.0  # that a busy machine may take longer
@@ -330,8 +330,7 @@ def test_a_server_that_was_never_there(tmp_path: Path) -> None:
     address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
     messages, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
     beginning, remedy = f"MLflow: http://***@127.0.0.1:{port}: connection refused", rest_by(tmp_path / "run")
-    continues = "; the training continues, and sends what is missing once the server answers; after it, "
-    assert messages == [f"{beginning}{continues}{remedy[2:]}"]
+    assert messages == [f"{beginning}{CONTINUES}:{remedy[1:]}"]
     assert seconds < mlflow_process.END_S + BUSY_S
 
 
@@ -359,7 +358,9 @@ def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
     messages, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
     remedy = rest_by(tmp_path / "run")
-    assert messages == [f"MLflow: http://127.0.0.1:9 got nothing: the reader failed (7){remedy}"]
+    assert messages == [
+        f"MLflow: http://127.0.0.1:9 received nothing: the MLflow process failed (exit status 7){remedy}"
+    ]
 
 
 def test_a_reader_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +369,7 @@ def test_a_reader_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(mlflow_process, "START_S", 1.0)
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
     messages, seconds = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 300.0)
-    what = "got nothing: the reader did not start within 1 s"
+    what = "received nothing: the MLflow process did not start within 1 s"
     assert messages == [f"MLflow: http://127.0.0.1:9 {what}{rest_by(tmp_path / 'run')}"]
     assert seconds < 1 + BUSY_S
 
@@ -382,9 +383,9 @@ def test_outside_a_training_no_training_continues(tmp_path: Path, monkeypatch: p
     (folder / "recipe.toml").write_text(config.to_toml(Settings(shards="s", run=str(folder), mlflow=address)))
     monkeypatch.setattr(mlflow_process, "START_S", 60.0)
     messages: list[str] = []
-    mlflow_process.send_rest(folder, messages.append)
-    remedy = f"mura-dist train '{folder}/recipe.toml' sends what is missing"
-    assert messages == [f"MLflow: http://127.0.0.1:{port}: connection refused; {remedy}"]
+    mlflow_process.send_remaining(folder, messages.append)
+    remedy = f"Run `mura-dist train '{folder}/recipe.toml'` to send what is missing."
+    assert messages == [f"MLflow: http://127.0.0.1:{port}: connection refused. {remedy}"]
 
 
 def test_a_recipe_of_the_disk_logs_in_by_the_environment(
@@ -404,10 +405,10 @@ def test_a_recipe_of_the_disk_logs_in_by_the_environment(
 def test_one_reader_at_a_time_sends_a_run(tmp_path: Path) -> None:
     """The second waits for the first. The lock is a file, which NFS locks too."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mura_dist.training.mlflow_reader import alone\n"
-        "with alone(Path(sys.argv[1])):\n    print('alone', flush=True)\n"
+        "import sys\nfrom pathlib import Path\nfrom mura_dist.training.mlflow_reader import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n    print('alone', flush=True)\n"
     )
-    with mlflow_reader.alone(tmp_path):
+    with mlflow_reader.exclusive(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["mlflow.lock"]
         second = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -433,7 +434,7 @@ def test_only_the_first_rank_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(subprocess, "Popen", fail)
     of_folder = Run(tmp_path, Settings(shards="s", run=str(tmp_path), mlflow="http://127.0.0.1:9"))
-    with mlflow_process.sending(of_folder, print, enabled=False):
+    with mlflow_process.sender(of_folder, print, enabled=False):
         pass
 
 

@@ -49,8 +49,10 @@ def batches_of_run(folder: Path) -> Iterator[Batch]:
         plan.settings, plan.shards, RowTargets.from_shards(plan.shards), torch.device("cpu")
     )
     for epoch in range(plan.settings.epochs):
-        order = plan.order(epoch)
-        yield from loader.load(micro for step in range(plan.steps_per_epoch) for micro in plan.micros(order, step, 0))
+        permutation = plan.epoch(epoch)
+        yield from loader.load(
+            micro for step in range(plan.steps_per_epoch) for micro in plan.micro_batches(permutation, step, 0)
+        )
 
 
 class Plain:

@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_refused(where: str, tmp_path: Path) 
     """/proc: root, who may write anywhere, cannot there either."""
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
-    said = rf"run={folder} cannot be written \(.*\); make it so, or give run="
+    said = rf"run={folder} cannot be written \(.*\)\. Make it writable, or give run= on another disk\."
     with pytest.raises(UserError, match=said), run_of(folder).writing():
         raise AssertionError("it was let in")
 
@@ -244,7 +244,7 @@ def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypat
     """As the kernel answers on such a disk; to mount one wants root."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with (
-        pytest.raises(UserError, match=r"cannot be written \(read-only, or another user's\)"),
+        pytest.raises(UserError, match=r"cannot be written \(read-only, or owned by another user\)"),
         run_of(tmp_path).writing(),
     ):
         raise AssertionError("it was let in")

@@ -112,8 +112,8 @@ FAULTS = (
     Fault(
         "resumed-at-the-epochs-beginning",
         "training/loop.py",
-        "steps = self.steps_of_epoch(epoch, within)",
-        "steps = self.steps_of_epoch(epoch, 0)",
+        "steps = self.epoch_steps(epoch, step_in_epoch)",
+        "steps = self.epoch_steps(epoch, 0)",
         "tests/training/test_resume.py",
     ),
     Fault(
