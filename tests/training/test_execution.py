@@ -170,7 +170,7 @@ def test_a_recording_that_differs_falls_back_to_eager(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert says in lines[0]
-    assert lines[0].endswith("this run continues with step=eager")
+    assert lines[0].endswith("The run continues with step=eager.")
 
 
 def test_a_gradient_that_is_not_finite_is_no_reason_to_record(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,4 +240,4 @@ def test_a_compiled_network_that_fails_or_differs_falls_back_to_eager(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("step=compile: ")
     assert says in line
-    assert line.endswith("this run continues with step=eager")
+    assert line.endswith("The run continues with step=eager.")
