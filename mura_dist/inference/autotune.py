@@ -1,9 +1,9 @@
-"""How a model runs fastest on this machine: measured once, kept for later.
+"""The fastest configuration of a model on this machine: measured once, cached for later commands.
 
     model, provider -> candidates (streams, threads, batch size, graph optimization) -> images/s of each, in turns
-        -> the best, in the cache folder under (model, engine, processor, number of processors) -> Tuning
+        -> the best, in the cache folder under (model, engine, processor, number of processors) -> SessionConfig
 
-A later command finds it there without being told; another model, version or machine finds nothing and runs as it comes.
+A later command finds the entry by itself. Another model, version or machine has no entry and runs with the default.
 """
 
 import contextlib
@@ -26,145 +26,149 @@ from mura_dist.inference.engine import GRAPH_OPTIMIZATIONS, PROVIDERS, SessionCo
 from mura_dist.inference.onnx_model import OnnxModel
 
 FILE = "tuning.json"
-_JSON_KEY = "optimisation"  # of SessionConfig.optimization in FILE
-_ROUNDS, _SECONDS = 4, 1.0  # turns of a finalist, and what one lasts at least
-_FINALISTS = 3  # of the first turn; all at once would be as many models in memory
-_MOST_BYTES = 600 << 20  # of memory that batches in flight may take, about
-_BYTES_PER_PIXEL = 260  # of a radiograph under way in DenseNet-169, fp32
+_JSON_KEY = "optimisation"  # SessionConfig.optimization in FILE
+_ROUNDS, _SECONDS = 4, 1.0  # turns per finalist, least duration of a turn
+_FINALISTS = 3  # limits the models in memory at once
+_MAX_BYTES = 600 << 20  # approximate memory of the batches in flight
+_BYTES_PER_PIXEL = 260  # activations of DenseNet-169 in fp32, per pixel of a radiograph
 
 
 def load_tuned_config(model: OnnxModel) -> SessionConfig | None:
-    """What an earlier `choose` kept for this model on this machine."""
-    entry = _known().get(_key(model))
+    """Return the configuration that an earlier `tune` cached for this model on this machine."""
+    entry = _read_cache().get(_cache_key(model))
     with contextlib.suppress(ValueError):
         if isinstance(entry, dict) and isinstance(values := entry.get("tuning"), dict):
             values = {{_JSON_KEY: "optimization"}.get(key, key): value for key, value in values.items()}
-            session_config = TypeAdapter(SessionConfig).validate_python(values)
-            return (
-                session_config
-                if all(number is not None and number > 0 for number in _numbers(session_config))
-                else None
-            )
+            config = TypeAdapter(SessionConfig).validate_python(values)
+            numbers = config.batch_size, config.streams, config.threads
+            return config if all(number is not None and number > 0 for number in numbers) else None
     return None
 
 
-def _numbers(session_config: SessionConfig) -> tuple[int | None, ...]:
-    return session_config.batch_size, session_config.streams, session_config.threads
-
-
-def _known() -> dict[str, Any]:
-    """What the cache holds; a damaged one holds nothing."""
+def _read_cache() -> dict[str, Any]:
+    """Return the content of the cache, or an empty dict if it is missing or corrupt."""
     with contextlib.suppress(OSError, ValueError):
-        known = files.parse_json((cache_folder() / FILE).read_bytes())
-        if isinstance(known, dict):
-            return known
+        content = files.parse_json((cache_folder() / FILE).read_bytes())
+        if isinstance(content, dict):
+            return content
     return {}
 
 
 def tune(path: Path, provider: str, log: Callable[[str], None] = lambda line: None) -> SessionConfig:
-    """Measure, keep and return the fastest way to run the model of `path`; `log` hears a line for each way.
+    """Measure the configurations of a model, cache the fastest and return it.
 
-    Raises what OnnxModel.load raises. Where it cannot be kept, `log` hears a warning.
+    Args:
+        path: The ONNX file.
+        provider: As in OnnxModel.load.
+        log: Called with one line per configuration, and with a warning if the cache cannot be written.
+
+    Raises:
+        UserError: OnnxModel.load refuses the model or the provider.
+        RunError: no configuration ran.
     """
-    first = {}
-    for session_config in candidates(path, provider):
-        with contextlib.suppress(RunError):  # it does not fit into memory
-            first[session_config] = _images_per_s(OnnxModel.load(path, provider, session_config))
-    if not first:
-        raise RunError("--autotune: the model could be run in no way; predict without it says why")
-    promising = sorted(first, key=lambda session_config: -first[session_config])[:_FINALISTS]
-    models = {session_config: OnnxModel.load(path, provider, session_config) for session_config in promising}
-    rates = {session_config: [rate] for session_config, rate in first.items()}
+    first_rates = {}
+    for config in candidates(path, provider):
+        with contextlib.suppress(RunError):  # out of memory
+            first_rates[config] = _measure_images_per_s(OnnxModel.load(path, provider, config))
+    if not first_rates:
+        raise RunError("--autotune: the model ran in no configuration. Predict without --autotune to see the reason.")
+    finalists = sorted(first_rates, key=lambda config: -first_rates[config])[:_FINALISTS]
+    models = {config: OnnxModel.load(path, provider, config) for config in finalists}
+    rates = {config: [rate] for config, rate in first_rates.items()}
     for _ in range(_ROUNDS - 1):
-        for session_config, model in models.items():
-            rates[session_config].append(_images_per_s(model))
-    medians = {session_config: statistics.median(found) for session_config, found in rates.items()}
-    for session_config, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
-        log(f"{rate:9.2f} radiographs/s  {describe(session_config)}")
-    best = max(promising, key=lambda session_config: medians[session_config])
+        for config, model in models.items():
+            rates[config].append(_measure_images_per_s(model))
+    medians = {config: statistics.median(values) for config, values in rates.items()}
+    for config, rate in sorted(medians.items(), key=lambda pair: -pair[1]):
+        log(f"{rate:9.2f} radiographs/s  {describe(config)}")
+    best = max(finalists, key=lambda config: medians[config])
     try:
-        _keep(models[best], best, medians)
+        _write_cache(models[best], best, medians)
     except UserError as error:
-        log(f"warning: not kept for later runs: {error}")
+        log(f"warning: not cached for later runs: {error}")
     except OSError as error:
-        place = f"{cache_folder()}: {os_reason(error)}; XDG_CACHE_HOME=FOLDER names another place"
-        log(f"warning: not kept for later runs: {place}")
+        reason = f"{cache_folder()}: {os_reason(error)}. Name another folder with XDG_CACHE_HOME=FOLDER."
+        log(f"warning: not cached for later runs: {reason}")
     return best
 
 
-def describe(session_config: SessionConfig) -> str:
+def describe(config: SessionConfig) -> str:
+    """Return a configuration as text for one line of output."""
     return (
-        f"batch size {session_config.batch_size}, {session_config.streams} in flight, {session_config.threads} threads, "
-        f"graph optimization {session_config.optimization}"
+        f"batch size {config.batch_size}, {config.streams} in flight, {config.threads} threads, "
+        f"graph optimization {config.optimization}"
     )
 
 
 def candidates(path: Path, provider: str) -> Iterator[SessionConfig]:
-    """Yield the ways worth a try, the usual one first."""
+    """Yield the configurations to measure, the default first."""
     model = OnnxModel.load(path, provider, pipelined_config())
     yield model.session_config
     yield from candidate_configs(model.session_config, model.provider, model.size)
 
 
-def candidate_configs(usual: SessionConfig, provider: str, size: int) -> Iterator[SessionConfig]:
-    """Yield the ways worth a try beside the usual one; on a CPU always with all threads there are.
+def candidate_configs(default: SessionConfig, provider: str, size: int) -> Iterator[SessionConfig]:
+    """Yield the configurations to measure beside the default. On a CPU each uses all threads.
 
     Args:
-        provider: by its own name.
-        size: pixels of a side of a radiograph.
+        default: Resolved configuration, not yielded.
+        provider: The engine's own name of the provider.
+        size: Side of a radiograph in pixels.
     """
     if provider in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]):
-        # The runs of a TensorRT session take turns: a second one only waits with its batch.
-        sizes, streams = [16, 32, 64, 128], [1] if provider == PROVIDERS["tensorrt"] else [1, 2, 3]
-        most = 3 * 128
+        # A TensorRT session runs one batch at a time, so a second batch in flight only waits.
+        batch_sizes, streams = [16, 32, 64, 128], [1] if provider == PROVIDERS["tensorrt"] else [1, 2, 3]
+        max_in_flight = 3 * 128
     else:
-        sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, num_processors()), num_processors()})
-        most = _MOST_BYTES // (size**2 * _BYTES_PER_PIXEL)  # radiographs under way
-    for number in streams:
-        for batch_size in sizes:
-            way = replace(usual, batch_size=batch_size, streams=number)
-            if way != usual and batch_size * number <= most:
-                yield way
+        batch_sizes, streams = [1, 2, 4, 8, 16], sorted({1, min(2, num_processors()), num_processors()})
+        max_in_flight = _MAX_BYTES // (size**2 * _BYTES_PER_PIXEL)
+    for num_streams in streams:
+        for batch_size in batch_sizes:
+            config = replace(default, batch_size=batch_size, streams=num_streams)
+            if config != default and batch_size * num_streams <= max_in_flight:
+                yield config
     if provider == PROVIDERS["cpu"]:
-        yield from (replace(usual, optimization=one) for one in GRAPH_OPTIMIZATIONS if one != usual.optimization)
+        yield from (
+            replace(default, optimization=level) for level in GRAPH_OPTIMIZATIONS if level != default.optimization
+        )
 
 
-def _images_per_s(model: OnnxModel) -> float:
-    number, size = model.session_config.batch_size or 1, model.size
-    batch = np.random.default_rng(0).integers(0, 256, (number, 1, size, size), dtype=np.uint8)
-    list(model.stream([batch] * (model.session_config.streams or 1)))  # memory is taken, kernels are chosen
-    done, started = 0, time.perf_counter()
+def _measure_images_per_s(model: OnnxModel) -> float:
+    batch_size, size = model.session_config.batch_size or 1, model.size
+    batch = np.random.default_rng(0).integers(0, 256, (batch_size, 1, size, size), dtype=np.uint8)
+    list(model.stream([batch] * (model.session_config.streams or 1)))  # warm-up: memory and kernels
+    num_images, start = 0, time.perf_counter()
 
-    def until() -> Iterator[np.ndarray]:
-        while time.perf_counter() - started < _SECONDS:
+    def batches() -> Iterator[np.ndarray]:
+        while time.perf_counter() - start < _SECONDS:
             yield batch
 
-    for _ in model.stream(until()):
-        done += number
-    return done / (time.perf_counter() - started)
+    for _ in model.stream(batches()):
+        num_images += batch_size
+    return num_images / (time.perf_counter() - start)
 
 
-def _key(model: OnnxModel) -> str:
-    """Hashed: the cache tells nobody what it is of."""
-    parts = (model.sha256, model.provider, model.engine.version, _processor(), str(num_processors()))
+def _cache_key(model: OnnxModel) -> str:
+    """Return the key of a model on this machine. It is hashed, so that the cache does not reveal the model."""
+    parts = (model.sha256, model.provider, model.engine.version, _processor_name(), str(num_processors()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return platform.processor()
 
 
-def _keep(model: OnnxModel, best: SessionConfig, rates: dict[SessionConfig, float]) -> None:
+def _write_cache(model: OnnxModel, best: SessionConfig, rates: dict[SessionConfig, float]) -> None:
     path = cache_folder() / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    measured = [_to_json(session_config) | {"images_per_s": round(rate, 3)} for session_config, rate in rates.items()]
+    measured = [_to_json(config) | {"images_per_s": round(rate, 3)} for config, rate in rates.items()]
     entry = {"tuning": _to_json(best), "measured": measured, "provider": model.provider, "size": model.size}
-    files.write_json(path, _known() | {_key(model): entry})
+    files.write_json(path, _read_cache() | {_cache_key(model): entry})
 
 
-def _to_json(session_config: SessionConfig) -> dict[str, Any]:
-    values = asdict(session_config)
+def _to_json(config: SessionConfig) -> dict[str, Any]:
+    values = asdict(config)
     return values | {_JSON_KEY: values.pop("optimization")}

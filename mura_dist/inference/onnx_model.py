@@ -1,9 +1,9 @@
-"""An exported model, loaded and ready: what computes, and what the model says of itself. No torch.
+"""An exported model: the engine that computes it, and its card. No torch.
 
-    ONNX file -> an engine on the wanted provider, or UserError -> Model: image -> logit, activation_map
+    ONNX file -> engine on the requested provider -> OnnxModel: image -> logit, activation_map
 
-`stream` keeps several batches in flight: on a CPU two batches wait less for one another than one on all cores does (1.12 x in
-the median, docs/benchmarks.md); on a GPU one is copied while another is computed.
+`stream` keeps several batches in flight. On a CPU two batches on half the cores each are faster than one on all cores (1.12 x in
+the median, docs/benchmarks.md). On a GPU one batch is copied while another is computed.
 """
 
 import hashlib
@@ -27,44 +27,61 @@ from mura_dist.models.target import Target
 
 
 class OnnxModel:
-    """An exported model, loaded and ready. `card` says what it is, `sha256` is the file's, `tuning` how it is run; `busy` sums
-    the time in which `stream` computed."""
+    """An exported model, ready to compute.
+
+    Attributes:
+        engine: Runtime with the file loaded.
+        card: The file's model card.
+        sha256: SHA-256 of the file.
+        session_config: Resolved configuration of the engine.
+        busy: Time in which `stream` computed.
+    """
 
     def __init__(self, engine: InferenceEngine, card: Card, sha256: str, session_config: SessionConfig) -> None:
+        """Combine an engine with its model's card. `load` is the usual way."""
         self.engine, self.card, self.sha256, self.session_config = engine, card, sha256, session_config
         self.busy = BusyTime()
 
     @classmethod
     def load(
-        cls, path: Path, provider: str = "cpu", session_config: SessionConfig | None = None, limit_s: float = LIMIT_S
+        cls,
+        path: Path,
+        provider: str = "cpu",
+        session_config: SessionConfig | None = None,
+        limit_s: float = LIMIT_S,
     ) -> "OnnxModel":
-        """The model of an ONNX file, or of the one beside a model list.
+        """Load an ONNX file.
 
-        provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's; limit_s: seconds that a batch may take.
-        Raises UserError for a file that is not
-        there, not ONNX or not ours, for a list that was not exported, for a provider that does not start, and for one
-        that cannot compute in the file's precision.
+        Args:
+            path: The file, or a model list NAME.json beside the exported NAME.onnx.
+            provider: cpu, cuda, tensorrt, openvino or a name of ONNX Runtime's.
+            session_config: How to run the model. None leaves it to the machine.
+            limit_s: Time limit of a batch in seconds.
+
+        Raises:
+            UserError: the file is missing or no mura-dist model, the list was not exported, or the provider does not start or
+                does not compute the file's precision.
         """
         target = Target.parse(path)
         if target.kind == "list":
-            return cls._of_list(target, provider, session_config, limit_s)
+            return cls._load_list(target, provider, session_config, limit_s)
         if target.kind == "run":
-            what = "a folder" if path.is_dir() else "no such file"
-            raise UserError(f"model {path}: {what}; give the model.onnx that `mura-dist export` wrote")
+            problem = "a folder" if path.is_dir() else "no such file"
+            raise UserError(f"model {path}: {problem}. Give the model.onnx that `mura-dist export` wrote.")
         return cls.from_bytes(path.read_bytes(), str(path), provider, session_config, limit_s)
 
     @classmethod
-    def _of_list(
+    def _load_list(
         cls, target: Target, provider: str, session_config: SessionConfig | None, limit_s: float
     ) -> "OnnxModel":
         path, file = target.path, target.onnx_file
         listed = model_list.ModelList.load(path)
-        remedy = f"export it first: mura-dist export {path}"
+        remedy = f"Export it first: mura-dist export {path}"
         if not file.is_file():
-            raise UserError(f"{path} is a list of checkpoints and {file} is not there; {remedy}")
+            raise UserError(f"{path} is a list of checkpoints, and {file} does not exist. {remedy}")
         model = cls.load(file, provider, session_config, limit_s)
-        if not model_list.have_same_weights(model.card.members, listed.members):
-            raise UserError(f"{path} lists other members than {file} holds ({model.card.checkpoint}); {remedy}")
+        if not model_list.same(model.card.members, listed.members):
+            raise UserError(f"{path} lists other members than {file} holds ({model.card.checkpoint}). {remedy}")
         return model
 
     @classmethod
@@ -76,18 +93,17 @@ class OnnxModel:
         session_config: SessionConfig | None = None,
         limit_s: float = LIMIT_S,
     ) -> "OnnxModel":
-        """As `load`, of a file's content; `name` is what messages call it."""
+        """Load the content of an ONNX file, like `load`. `name` is the file's name in messages."""
         session_config = (session_config or SessionConfig()).resolved(on_cpu(provider))
+        remedy = "that `mura-dist export` wrote"
         try:
             text = onnx_metadata.read(data, KEY)
-            outside = onnx_metadata.external_file(data)
+            external_file = onnx_metadata.external_file(data)
         except ValueError as error:
+            raise UserError(f"{name} is not an ONNX model ({error}). Give the model.onnx {remedy}.") from error
+        if external_file is not None:
             raise UserError(
-                f"{name} is not an ONNX model ({error}); give the model.onnx that `mura-dist export` wrote"
-            ) from error
-        if outside is not None:
-            raise UserError(
-                f"{name} names another file for its weights ({outside[:80]!r}); give the one file that `mura-dist export` wrote"
+                f"{name} has its weights in another file ({external_file[:80]!r}). Give the one file {remedy}."
             )
         card = Card.parse(text, name)
         engine: InferenceEngine
@@ -99,38 +115,43 @@ class OnnxModel:
 
     @property
     def size(self) -> int:
-        """Pixels of a side of the images it takes."""
+        """Side of the input images in pixels."""
         return self.card.size
 
     @property
     def provider(self) -> str:
-        """What computes, by its own name."""
+        """The engine's own name of the provider that computes."""
         return self.engine.name
 
     def outputs(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """image (B, 1, S, S) uint8 -> logit (B,) float32, activation_map (B, h, w) float32."""
+        """Compute logit (B,) float32 and activation_map (B, h, w) float32 of image (B, 1, S, S) uint8."""
         logit, activation_map = self.engine.run(image, OUTPUTS)
         return logit, activation_map
 
     def logits(self, image: np.ndarray) -> np.ndarray:
-        """image (B, 1, S, S) uint8 -> logit (B,) float32."""
+        """Compute logit (B,) float32 of image (B, 1, S, S) uint8."""
         return self.engine.run(image, OUTPUTS[:1])[0]
 
     def stream(self, batches: Iterable[np.ndarray], outputs: Sequence[str] = OUTPUTS[:1]) -> Iterator[list[np.ndarray]]:
-        """For each of `batches`, in order, what `outputs` names; up to `tuning.streams` in flight, one more is fetched ahead."""
+        """Yield `outputs` of each batch in order.
+
+        Args:
+            batches: image (B, 1, S, S) uint8 each. `session_config.streams` batches are in flight, and one more is fetched.
+            outputs: Names of the outputs to compute.
+        """
         if self.session_config.streams == 1:
             for batch in batches:
                 yield self._run(batch, outputs)
             return
         streams = self.session_config.streams or 1
-        flying: deque[Future[list[np.ndarray]]] = deque()
+        in_flight: deque[Future[list[np.ndarray]]] = deque()
         with ThreadPoolExecutor(streams, "stream") as pool:
             for batch in batches:
-                flying.append(pool.submit(self._run, batch, outputs))
-                if len(flying) > streams:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
+                in_flight.append(pool.submit(self._run, batch, outputs))
+                if len(in_flight) > streams:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
 
     def _run(self, batch: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         with self.busy:

@@ -428,7 +428,7 @@ def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_a_model_that_does_not_serve_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     arguments = ["bench", "encodings", "--model", model.with_name("none.onnx")]
-    laws.refusal(capsys, arguments, "none.onnx: no such file", "give the model.onnx that `mura-dist export` wrote")
+    laws.refusal(capsys, arguments, "none.onnx: no such file", "Give the model.onnx that `mura-dist export` wrote")
     arguments[-1] = model
     words = (f"--size {S + 1}", f"takes {S} px", "leave --size out")
     laws.refusal(capsys, [*arguments, "--size", S + 1], *words)

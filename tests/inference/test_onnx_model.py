@@ -146,7 +146,7 @@ def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
     available = engine_onnxruntime.import_onnxruntime().get_available_providers()
     if PROVIDERS[provider] not in available:
         with pytest.raises(
-            UserError, match=r"computes on CPUs alone; pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"
+            UserError, match=r"computes on CPUs only. pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"
         ):
             OnnxModel.load(model, provider)
         return
@@ -252,11 +252,11 @@ def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
     lines: list[str] = []
     assert autotune.tune(model, "cpu", lines.append).batch_size
     assert lines[-1].startswith(
-        "warning: not kept for later runs: /dev/null/cache/mura-dist: not a directory; XDG_CACHE_HOME="
+        "warning: not cached for later runs: /dev/null/cache/mura-dist: not a directory. Name another folder with XDG_CACHE_HOME="
     )
     request.getfixturevalue("homeless")
     assert autotune.tune(model, "cpu", lines.append).batch_size
-    assert lines[-1].startswith("warning: not kept for later runs: HOME is not set")
+    assert lines[-1].startswith("warning: not cached for later runs: HOME is not set")
     assert autotune.load_tuned_config(OnnxModel.load(model)) is None
 
 
@@ -268,8 +268,8 @@ def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, m
     path.write_text(content)
     loaded = OnnxModel.load(model)
     assert autotune.load_tuned_config(loaded) is None
-    path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
+    path.write_text(json.dumps({autotune._cache_key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
     assert autotune.load_tuned_config(loaded) is None
-    path.write_text(json.dumps({autotune._key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
+    path.write_text(json.dumps({autotune._cache_key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
     assert autotune.load_tuned_config(loaded) is None
     assert autotune.tune(model, "cpu") == autotune.load_tuned_config(loaded)

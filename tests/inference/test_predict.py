@@ -665,10 +665,10 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"batch_size": -1}, r"^--batch-size -1: must be at least 1;"),
         (
             {"provider": "abacus"},
-            r"^--provider abacus: this ONNX Runtime has .*CPUExecutionProvider.*; name one of them",
+            r"^--provider abacus: not a provider of this ONNX Runtime .*CPUExecutionProvider.*Name one of these",
         ),
-        ({"model_path": tmp_path / "no.onnx"}, r"no\.onnx: no such file; give the model\.onnx"),
-        ({"model_path": tmp_path}, r": a folder; give the model\.onnx"),
+        ({"model_path": tmp_path / "no.onnx"}, r"no\.onnx: no such file\. Give the model\.onnx"),
+        ({"model_path": tmp_path}, r": a folder\. Give the model\.onnx"),
         ({"model_path": tmp_path / "text.onnx"}, r"text\.onnx is not an ONNX model"),
         ({"model_path": tmp_path / "void.onnx"}, r"void\.onnx is not an ONNX model"),
     ]

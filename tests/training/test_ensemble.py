@@ -445,8 +445,8 @@ def test_a_list_that_was_not_exported_predicts_nothing(
 ) -> None:
     path = chosen(runs, tmp_path / "list.json")
     words = ["predict", path, phantoms / "valid", "--out", tmp_path / "out"]
-    remedy = f"export it first: mura-dist export {path}"
-    laws.refusal(capsys, words, "list.json is a list of checkpoints and", "list.onnx is not there", remedy)
+    remedy = f"Export it first: mura-dist export {path}"
+    laws.refusal(capsys, words, "list.json is a list of checkpoints and", "list.onnx does not exist", remedy)
     (tmp_path / "list.onnx").write_bytes(onnx.build_onnx(Ensemble([tiny(0), tiny(1)]).eval(), card_of(2)))
     laws.refusal(capsys, words, "list.json lists other members than", "list.onnx holds (ensemble of 2", remedy)
 

@@ -439,7 +439,7 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         grid: list[tuple[list[Any], str]] = [
-            ([tmp_path / "nothing.onnx"], "no such file; give the model.onnx"),
+            ([tmp_path / "nothing.onnx"], "no such file. Give the model.onnx"),
             ([tmp_path / "bad.onnx"], "bad.onnx"),
             ([plain, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen there"),
             ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535; 8501 is the default"),
