@@ -115,7 +115,11 @@ class ChunkPredictor:
 
     def _missing(self) -> list[int]:
         """List the chunks without a part, whoever is to make them; `done` is brought up to date."""
-        missing, num_chunks, size = self.folder.missing(self.files.num_chunks), self.files.num_chunks, self.files.size
+        missing, num_chunks, size = (
+            self.folder.missing(self.files.num_chunks),
+            self.files.num_chunks,
+            self.files.chunk_size,
+        )
         self.done = self.files.num_files - size * len(missing)
         if num_chunks - 1 in missing:
             self.done += size * num_chunks - self.files.num_files
@@ -123,7 +127,7 @@ class ChunkPredictor:
 
     def _num_workers(self, num_chunks: int, workers: int | None) -> int:
         """Reading is a twentieth of a CPU's work here; 16 keep a GPU fed. Each may hold one radiograph of full size."""
-        num_files = min(num_chunks * self.files.size, self.files.num_files)
+        num_files = min(num_chunks * self.files.chunk_size, self.files.num_files)
         if workers is not None:
             return max(1, min(workers, num_files))
         return max(1, min(16, num_processors() // environment.local_world_size(), num_files // _FILES_PER_WORKER))
@@ -212,13 +216,13 @@ class ChunkPredictor:
         failures: list[tuple[str, str, str]] = []
         logits = iter(chunk.logits)
         for file, reading in zip(chunk.files, chunk.readings, strict=True):
-            name = self.grouping.name(file.path)
+            name = self.grouping.public_name(file.path)
             if reading.image is None:
                 failures.append((name, *reading.failure))
                 continue
             if not np.isfinite(logit := next(logits)):
                 raise RunError(f"{name}: the model's logit is {logit}; it is broken, export it again or give another")
-            rows.append([name, *self.grouping.of(file.path, reading.identity), logit, reading.gate])
+            rows.append([name, *self.grouping.study_and_type(file.path, reading.identity), logit, reading.gate])
         notes = Counter(note for reading in chunk.readings for note in reading.notes)
         drawn = self._draw(chunk, [row[0] for row in rows])
         part: ChunkResult = {"predictions": rows, "failures": failures, "overlays": drawn, "notes": notes}

@@ -1,8 +1,8 @@
-"""Which study a radiograph belongs to, and what the study is called.
+"""The study of a radiograph, and its name in the tables.
 
-    Grouping.of: path, DICOM identity -> (study, study type)
+    Grouping.study_and_type: path, DICOM identity -> (study, study type)
 
-DICOM's identifiers never leave this file: a study is named by a pseudonym, under a key that stays on the site.
+DICOM identifiers never leave this module. A DICOM study is named by a pseudonym, whose key stays on the site.
 """
 
 from dataclasses import dataclass, field
@@ -21,61 +21,67 @@ UNKNOWN = "unknown"
 
 @dataclass
 class Grouping:
-    """How files become studies, and what those are called.
+    """The rules by which files become studies.
 
-    given: study type of all, or by the key of a printable path; known: the model's own types; apart: where the site's key must
-    not lie.
+    Attributes:
+        directory: Absolute path, "/" between folders, that all paths are relative to.
+        study_by: One of STUDY_BY.
+        override: Study type of all files, or of each by `table_names.join_key` of its printable path.
+        model_types: Study types of the model.
+        pseudonymizer: Names of files and studies in the tables.
+        key_free_folders: Folders that must not contain the site's key.
     """
 
-    directory: str  # absolute, "/" between its parts
+    directory: str
     study_by: str
-    given: StudyTypeOverride = None
-    known: frozenset[str] = frozenset(mura.STUDY_TYPES)
-    names: Pseudonymizer = field(default_factory=Pseudonymizer)
-    apart: tuple[Path, ...] = ()
+    override: StudyTypeOverride = None
+    model_types: frozenset[str] = frozenset(mura.STUDY_TYPES)
+    pseudonymizer: Pseudonymizer = field(default_factory=Pseudonymizer)
+    key_free_folders: tuple[Path, ...] = ()
     _key: bytes | None = field(default=None, repr=False)
 
-    def of(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
-        """(study, study type) of a radiograph, both printable, the study by its public name."""
+    def study_and_type(self, path: str, identity: DicomIdentity | None) -> tuple[str, str]:
+        """Return the study, by its name in the tables, and the study type of a radiograph."""
         return self._study(path, identity), self.study_type(path, identity)
 
-    def name(self, path: str) -> str:
-        """Of a file, as the tables have it."""
-        return self.names.file(printable_path(path))
+    def public_name(self, path: str) -> str:
+        """Return the name of a file in the tables."""
+        return self.pseudonymizer.file(printable_path(path))
 
-    def place(self, path: str) -> str:
-        """The study that a path alone tells of, by its own name, printable."""
+    def study_of_path(self, path: str) -> str:
+        """Return the printable name of the study that follows from a path alone, without pseudonyms."""
         if self.study_by == "folder":
             return printable_path(path.rpartition("/")[0] or ".")
         if self.study_by == "file":
             return printable_path(path)
-        whole = f"{self.directory}/{path}"
-        if not mura.parse(path) and (above := mura.parse(whole)):  # the directory is, or lies within, a split's folder:
-            return printable_path(above.study)  # the study is called what an evaluation calls it
-        if mura.study_folder(path):  # below the directory: two copies of a data set stay two
+        absolute = f"{self.directory}/{path}"
+        if not mura.parse(path) and (above := mura.parse(absolute)):  # the directory is a split's folder or lies in one
+            return printable_path(above.study)  # the name that `evaluate` uses
+        if mura.study_folder(path):  # below the directory: two copies of a data set are different studies
             return printable_path(path.rpartition("/")[0])
-        return printable_path(mura.study_folder(whole) or path)
+        return printable_path(mura.study_folder(absolute) or path)
 
     def _study(self, path: str, identity: DicomIdentity | None) -> str:
         in_layout = mura.study_folder(f"{self.directory}/{path}") is not None
         if self.study_by != "auto" or in_layout or identity is None or not identity.study_uid:
-            return self.names.study(self.place(path))
-        self._key = self._key or self.names.key or pseudonyms.site_key(*self.apart)
+            return self.pseudonymizer.study(self.study_of_path(path))
+        self._key = self._key or self.pseudonymizer.key or pseudonyms.site_key(*self.key_free_folders)
         return pseudonyms.dicom_study_pseudonym(self._key, identity.study_uid, identity.body_part, identity.laterality)
 
     def study_type(self, path: str, identity: DicomIdentity | None) -> str:
-        """As it was given, or told by a folder or a DICOM; UNKNOWN where nothing tells."""
-        if isinstance(self.given, str):
-            return self.given
-        if self.given is not None and (given := self.given.get(table_names.join_key(printable_path(path)))):
-            return given
-        whole, known = f"{self.directory}/{path}", self.known | set(mura.STUDY_TYPES)
-        if parsed := mura.parse(whole):
-            # A folder's name like any other, where it is no known type: XR_DOE.
-            return parsed.study_type if self.names.key is None or parsed.study_type in known else UNKNOWN
-        if folder := next((part for part in reversed(whole.split("/")[:-1]) if part in known), None):
+        """Return the study type from the override, a folder or DICOM, in this order, else UNKNOWN."""
+        if isinstance(self.override, str):
+            return self.override
+        if self.override is not None and (study_type := self.override.get(table_names.join_key(printable_path(path)))):
+            return study_type
+        absolute, valid = f"{self.directory}/{path}", self.model_types | set(mura.STUDY_TYPES)
+        if parsed := mura.parse(absolute):
+            # A folder such as XR_DOE may be a person's name: a run with pseudonyms must not show it.
+            is_public = self.pseudonymizer.key is None or parsed.study_type in valid
+            return parsed.study_type if is_public else UNKNOWN
+        if folder := next((name for name in reversed(absolute.split("/")[:-1]) if name in valid), None):
             return folder
         body_part = identity.body_part if identity is not None else ""
-        # Free text in practice: only what is a study type already may reach a table.
+        # BodyPartExamined is free text in practice: only a valid study type may reach a table.
         study_type = body_parts.find_study_type(body_part) or f"XR_{body_part}"
-        return study_type if study_type in known else UNKNOWN
+        return study_type if study_type in valid else UNKNOWN

@@ -1,9 +1,9 @@
-"""What a prediction reads: the files and folders of a command line, below one directory.
+"""The inputs of a prediction: the files and folders of a command line, relative to one directory.
 
-    FILE_OR_FOLDER ... -> Inputs.parse: DIRECTORY, and the members of it that are read
+    FILE_OR_FOLDER ... -> Inputs.parse: DIRECTORY and its members to read
 
-DIRECTORY is the folder, if only one is given, else the deepest folder that holds all that is given. Paths in the tables are
-relative to it, so that no two files have the same.
+DIRECTORY is the folder itself for a single folder, else the deepest folder that contains all inputs. Paths in the tables are
+relative to it, so that they are unique.
 """
 
 import os
@@ -14,14 +14,16 @@ from pathlib import Path
 from mura_dist.core.errors import UserError
 from mura_dist.data.folder_kind import find_output_kinds
 
-_MAX_NAMED = 3  # missing paths in a message
+_MAX_NAMED = 3  # paths in a message
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Files and folders of one directory.
+    """Files and folders below one directory.
 
-    members: their paths relative to it, "/" between the parts, each once; "" is the directory itself, which holds all others.
+    Attributes:
+        directory: Folder that all paths are relative to.
+        members: Unique relative paths with "/" between folders. "" is the directory itself.
     """
 
     directory: Path
@@ -29,21 +31,25 @@ class Inputs:
 
     @classmethod
     def parse(cls, paths: Sequence[Path | str]) -> "Inputs":
-        """Return the inputs that these paths name. Raises UserError for a URL, a missing path, a folder that cannot be listed."""
+        """Return the inputs for the paths of a command line.
+
+        Raises:
+            UserError: a path is a URL or missing, or a folder cannot be listed.
+        """
         if remote := next((path for path in paths if "://" in str(path)), None):
             raise UserError(
-                f"{remote}: predict reads files of this machine alone; copy them here, then give their folder"
+                f"{remote}: predict reads only files of this machine. Copy them here, then give their folder."
             )
         if missing := [str(path) for path in paths if not os.path.exists(path)]:
             more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
             raise UserError(
-                f"{', '.join(missing[:_MAX_NAMED])}{more}: no such file or folder; give radiographs, or folders of them"
+                f"{', '.join(missing[:_MAX_NAMED])}{more}: no such file or folder. Give radiographs, or folders of them."
             )
         for path in filter(os.path.isdir, paths):
             try:
-                os.scandir(path).close()  # os.access knows nothing of a process's capabilities
+                os.scandir(path).close()  # os.access ignores the process's capabilities
             except PermissionError:
-                raise UserError(f"{path} cannot be listed: permission denied; give a folder you may read") from None
+                raise UserError(f"{path} cannot be listed: permission denied. Give a readable folder.") from None
         if len(paths) == 1 and os.path.isdir(paths[0]):
             return cls(Path(paths[0]))
         absolute_paths = sorted({_absolute(path) for path in paths})
@@ -53,7 +59,7 @@ class Inputs:
             )
         except ValueError:  # Windows
             raise UserError(
-                f"{paths[0]} and {paths[-1]} lie on different drives; predict each drive by itself"
+                f"{paths[0]} and {paths[-1]} are on different drives. Predict each drive separately."
             ) from None
         if directory in absolute_paths:
             return cls(Path(directory))
@@ -63,14 +69,14 @@ class Inputs:
 
     @property
     def folders(self) -> list[Path]:
-        """The members that are folders."""
+        """Absolute or relative paths of the members that are folders."""
         return [path for member in self.members if (path := self.directory / member).is_dir()]
 
 
-def without_output(paths: Sequence[Path | str], out: Path) -> Sequence[Path | str]:
-    """Return `paths` without `out`, if that holds a prediction: a shell's `*` names the output folder from the second start on.
+def exclude_output(paths: Sequence[Path | str], out: Path) -> Sequence[Path | str]:
+    """Return `paths` without the output folder `out`, which a shell's `*` includes from the second start on.
 
-    It stays among them where no other path would be left, or where another path lies in it.
+    `out` is removed only if it holds a prediction, other paths remain, and none of these lies in it.
     """
     if "prediction" not in find_output_kinds(out):
         return paths
@@ -81,7 +87,7 @@ def without_output(paths: Sequence[Path | str], out: Path) -> Sequence[Path | st
 
 
 def _absolute(path: Path | str) -> str:
-    """Return `path` as an absolute one without `..`, which after a link leads elsewhere than it reads. Links stay."""
+    """Return an absolute path without `..`. Links stay, except before a `..`, which follows them."""
     if ".." not in Path(path).parts:
         return os.path.abspath(path)
     folder, name = os.path.split(path)

@@ -1,22 +1,22 @@
-"""The metadata of an ONNX file, from its bytes: what a session is to be made for is known before the session is made.
+"""The metadata of an ONNX file, read from its bytes before a session is created.
 
-    bytes of protobuf's ModelProto -> its fields one after the other, the graph skipped by its length -> metadata_props -> value
-                                   -> all its tensors, their values skipped -> the file one of them names, if any
+    bytes of a ModelProto -> its fields, without parsing the graph -> metadata_props -> value
+                          -> all its tensors, without their values -> the external file that one names, if any
 
-The package onnx, which would parse all of the file, is not in the base.
+The package onnx would parse the whole file, and is not among the base requirements.
 """
 
 from collections.abc import Iterator
 
-_METADATA_PROPS, _EXTERNAL_DATA, _KEY, _VALUE = 14, 13, 1, 2  # numbers of the fields, in onnx.proto
+_METADATA_PROPS, _EXTERNAL_DATA, _KEY, _VALUE = 14, 13, 1, 2  # field numbers in onnx.proto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
 def read(data: bytes, key: str) -> str | None:
-    """Return the value of `key` in the metadata of the ONNX file `data`, or None where it has none.
+    """Return the value of `key` in the metadata of the ONNX file `data`, or None if it is missing.
 
     Raises:
-        ValueError: where `data` is no protobuf message, or is cut short.
+        ValueError: `data` is no protobuf message, or is truncated.
     """
     if not data:
         raise ValueError("it is empty")
@@ -25,12 +25,12 @@ def read(data: bytes, key: str) -> str | None:
         if number == _METADATA_PROPS:
             entry = {field: bytes(text) for field, text in _fields(content)}
             if entry.get(_KEY) == key.encode():
-                value = entry.get(_VALUE, b"").decode()  # of several, the last: as protobuf's maps have it
+                value = entry.get(_VALUE, b"").decode()  # the last entry wins, as in a protobuf map
     return value
 
 
-# Where a tensor can be, by message: the fields that lead on, in onnx.proto, and the message each holds.
-_WAYS: dict[str, dict[int, str]] = {
+# Fields of each message that can contain a tensor: number in onnx.proto -> kind of message.
+_TENSOR_FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
@@ -44,23 +44,23 @@ _WAYS: dict[str, dict[int, str]] = {
 
 
 def external_file(data: bytes) -> str | None:
-    """Return where a tensor of the ONNX file `data` has its values outside of it, or None: ours has all within.
+    """Return the external file that holds the values of a tensor of the ONNX file `data`, or None.
 
-    A runtime would read any file that is named there. Raises ValueError as `read`.
+    A runtime would read any file that is named there. `mura-dist export` writes none. Raises ValueError like `read`.
     """
-    todo = [("model", memoryview(data))]
-    while todo:
-        kind, message = todo.pop()
+    pending = [("model", memoryview(data))]
+    while pending:
+        kind, message = pending.pop()
         if kind == "entry":
             entry = {field: bytes(text) for field, text in _fields(message)}
             return entry.get(_VALUE, b"").decode(errors="replace")
-        ways = _WAYS[kind]
-        todo += [(ways[number], content) for number, content in _fields(message) if number in ways]
+        fields = _TENSOR_FIELDS[kind]
+        pending += [(fields[number], content) for number, content in _fields(message) if number in fields]
     return None
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (number, content) of each field of bytes; numbers are skipped."""
+    """Yield (number, content) of each length-delimited field. Numeric fields are skipped."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -74,18 +74,18 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         if length is None:
             length, at = _varint(message, at)
         if at + length > len(message):
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         if wire_type == _BYTES:
             yield number, message[at : at + length]
         at += length
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return the number that begins at byte `at`, 7 bits a byte, and where the next field begins."""
+    """Return the varint that begins at byte `at`, and the position behind it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(message):
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         value |= (message[at] & 0x7F) << shift
         at += 1
         if message[at - 1] < 0x80:

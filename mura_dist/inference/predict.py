@@ -40,7 +40,7 @@ from mura_dist.inference.chunks import CHUNK, ChunkPredictor
 from mura_dist.inference.engine import GRAPH_OPTIMIZATIONS, PROVIDERS, SessionConfig, pipelined_config
 from mura_dist.inference.file_list import FileList
 from mura_dist.inference.grouping import Grouping
-from mura_dist.inference.inputs import Inputs, without_output
+from mura_dist.inference.inputs import Inputs, exclude_output
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.output_folder import OutputFolder, json_sha256, refuse_foreign
 from mura_dist.inference.overlays import Overlays, sum_overlay_counts
@@ -91,7 +91,7 @@ def predict(
     StopRequestedError (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
     """
     end_with_launcher()
-    paths = [inputs] if isinstance(inputs, Path) else without_output(inputs, out)
+    paths = [inputs] if isinstance(inputs, Path) else exclude_output(inputs, out)
     with pseudonyms.redact_paths(paths, options.keytable):
         started = time.perf_counter()
         sources = Inputs.parse(paths)
@@ -114,7 +114,7 @@ def predict(
                 session_config := _resolve_session_config(folder, model, model_path, options, log)
             ) != model.session_config:
                 model = OnnxModel.load(model_path, options.provider, session_config, options.batch_limit_s)
-            warnings += study_types.match(groups.given, files.printable_paths())
+            warnings += study_types.match(groups.override, files.printable_paths())
             if options.allow_pixels and not options.overlays:
                 warnings.append("--allow-pixels without --overlays changes nothing")
             plan = _plan(model, files, groups, options)
@@ -194,7 +194,7 @@ def _grouping(
     given = study_types.read_override(options.study_type)
     warnings = study_types.check(given, known)
     root = Path(os.path.abspath(inputs.directory)).as_posix().rstrip("/")
-    return Grouping(root, options.study_by, given, known, names, apart=(out, *inputs.folders)), warnings
+    return Grouping(root, options.study_by, given, known, names, key_free_folders=(out, *inputs.folders)), warnings
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def _walked(
 
     more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
     with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
-        more |= {"size": CHUNK, "exclude": folder.path, "found": found}
+        more |= {"chunk_size": CHUNK, "exclude": folder.path, "progress": found}
         files = file_list.list_files(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
             raise UserError(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
@@ -258,7 +258,7 @@ def _check_keytable(keytable: Path | None, folder: OutputFolder, files: FileList
 
 def _plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
     """Say what the run is; whatever differs, a run does not go on."""
-    given, names = groups.given, groups.names
+    given, names = groups.override, groups.pseudonymizer
     table = given if given is None or isinstance(given, str) else f"table {names.digest(json_sha256(given))}"
     return {
         "version": __version__,
@@ -316,9 +316,9 @@ def _ways_back(groups: Grouping, files: FileList, parts: Iterable[ChunkResult]) 
     for chunk, part in zip(files.chunks(range(files.num_chunks)), parts, strict=True):
         studies = {name: study for name, study, *_ in part["predictions"]}
         for file in chunk:
-            name, study = groups.name(file.path), groups.place(file.path)
+            name, study = groups.public_name(file.path), groups.study_of_path(file.path)
             known_as = studies.get(name, "")
-            by_path = known_as == groups.names.study(study)
+            by_path = known_as == groups.pseudonymizer.study(study)
             yield file_list.printable_path(file.path), name, study if by_path else known_as, known_as
 
 

@@ -1,6 +1,6 @@
-"""A radiograph on its way to a prediction: read, and what a DICOM says of itself. A worker process imports this and little else.
+"""Reading one file for a prediction, in a worker process. Workers import this module, so it imports little.
 
-path -> its bytes, read once -> radiograph.read_details, radiograph.read_identity -> gate.classify -> Reading
+path -> its bytes -> radiograph.read_details, radiograph.read_identity -> gate.classify -> ReadResult
 """
 
 import io
@@ -14,8 +14,16 @@ from mura_dist.data import gate, radiograph
 
 
 class ReadResult(NamedTuple):
-    """A file as it was read: an image (S, S) uint8, what a DICOM says of itself and whether it looks like a bone radiograph
-    (one of gate.NAMES); or (code, reason) why not. seconds: what reading it took. notes: radiograph.RadiographDetails's."""
+    """Outcome of reading one file: an image, or a failure.
+
+    Attributes:
+        image: (S, S) uint8; None for a failure.
+        identity: Identifiers of a DICOM file.
+        failure: (code, reason); empty texts for an image.
+        gate: One of gate.NAMES: whether the image looks like a bone radiograph.
+        seconds: Wall-clock time of reading.
+        notes: See radiograph.RadiographDetails.
+    """
 
     image: np.ndarray | None
     identity: radiograph.DicomIdentity | None
@@ -27,25 +35,27 @@ class ReadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class RadiographReader:
-    """Reads one path; `size`: pixels of a side."""
+    """A callable that reads one path. `size` is the side of the image in pixels."""
 
     size: int
 
     def __call__(self, path: str) -> ReadResult:
-        started = time.perf_counter()
-        reading = self._read(path)
-        return reading._replace(seconds=time.perf_counter() - started)
+        """Read a file and measure the time it takes."""
+        start = time.perf_counter()
+        result = self._read(path)
+        return result._replace(seconds=time.perf_counter() - start)
 
     def _read(self, path: str) -> ReadResult:
         try:
-            # Read once: a second reading could fail, and a DICOM would lose its study in silence.
+            # Read the bytes once: a second read could fail, and the DICOM's study would be lost without a message.
             file = io.BytesIO(radiograph.read_bytes(path))
-            found = radiograph.read_details(file, self.size)
-            verdict = gate.classify(found.image, found.colors)
-            return ReadResult(found.image, radiograph.read_identity(file), ("", ""), verdict, notes=found.notes)
+            details = radiograph.read_details(file, self.size)
+            verdict = gate.classify(details.image, details.colors)
+            return ReadResult(details.image, radiograph.read_identity(file), ("", ""), verdict, notes=details.notes)
         except radiograph.UnreadableFileError as error:
             return failure_result(error.code, error.reason)
 
 
 def failure_result(code: str, reason: str) -> ReadResult:
+    """Return the result of a file that could not be read."""
     return ReadResult(None, None, (code, reason))

@@ -1,8 +1,8 @@
-"""Parts that are not final: some files of the chunk could not be read for an I/O fault, and a later start reads them again.
+"""Chunk results that are not final: I/O faults kept files of the chunk from being read, and a later start reads them again.
 
-    part of an earlier start, the chunk's files -> select -> those to be read again -> complete -> the part with them
+    earlier result, the chunk's files -> select_retries -> files to read again -> merge_retry -> the complete result
 
-Such a part has FILES: a letter a file, in the order of the chunk.
+Such a result has the key FILES: one letter per file, in the order of the chunk.
 """
 
 from collections import Counter
@@ -17,42 +17,50 @@ FILES = "files"
 _RADIOGRAPH, _FAILURE, _FAULT = "rfi"
 
 
-def select_retries(before: ChunkResult, files: Sequence[ListedFile]) -> list[ListedFile]:
-    """Choose the files of a chunk that `before` could not read."""
-    return [file for file, letter in zip(files, before[FILES], strict=True) if letter == _FAULT]
+def select_retries(previous: ChunkResult, files: Sequence[ListedFile]) -> list[ListedFile]:
+    """Return the files of a chunk that an I/O fault kept `previous` from reading."""
+    return [file for file, letter in zip(files, previous[FILES], strict=True) if letter == _FAULT]
 
 
-def merge_retry(before: ChunkResult | None, part: ChunkResult, readings: Sequence[ReadResult]) -> ChunkResult:
-    """Put what was read now, `part`, into the part of an earlier start. `readings`: of the files of `part`, in their order.
+def merge_retry(previous: ChunkResult | None, result: ChunkResult, reads: Sequence[ReadResult]) -> ChunkResult:
+    """Merge a chunk's new result into the one of an earlier start.
 
-    The result has FILES where an I/O fault kept some of its files from being read again, else it is final.
+    Args:
+        previous: Result of an earlier start; None for the first attempt.
+        result: Result of the files that were read now.
+        reads: The reads behind `result`, in the order of the files.
+
+    Returns:
+        The result of the whole chunk. It has FILES if I/O faults occurred again, otherwise it is final.
     """
-    letters = [_letter(reading) for reading in readings]
-    if before is not None:
-        letters, part = _merge(before, part, letters)
-    return part | {FILES: "".join(letters)} if _FAULT in letters else part
+    letters = [_letter(read) for read in reads]
+    if previous is not None:
+        letters, result = _merge(previous, result, letters)
+    return result | {FILES: "".join(letters)} if _FAULT in letters else result
 
 
-def _letter(reading: ReadResult) -> str:
-    if reading.image is not None:
+def _letter(read: ReadResult) -> str:
+    if read.image is not None:
         return _RADIOGRAPH
-    return _FAULT if reading.failure[0] == IO_ERROR else _FAILURE
+    return _FAULT if read.failure[0] == IO_ERROR else _FAILURE
 
 
-def _merge(before: ChunkResult, part: ChunkResult, new: list[str]) -> tuple[list[str], ChunkResult]:
-    """(a letter a file, the part) of the whole chunk, in the order of its files."""
-    lists = {_RADIOGRAPH: "predictions", _FAILURE: "failures", _FAULT: "failures"}
-    old_lines, new_lines = ({name: iter(one[name]) for name in ("predictions", "failures")} for one in (before, part))
+def _merge(previous: ChunkResult, result: ChunkResult, new_letters: list[str]) -> tuple[list[str], ChunkResult]:
+    """Return the letters and the result of all files of the chunk, in their order."""
+    table_of = {_RADIOGRAPH: "predictions", _FAILURE: "failures", _FAULT: "failures"}
+    old_rows, new_rows = (
+        {name: iter(source[name]) for name in ("predictions", "failures")} for source in (previous, result)
+    )
     merged: ChunkResult = {"predictions": [], "failures": []}
-    letters, again = [], iter(new)
-    for letter in before[FILES]:
-        line = next(old_lines[lists[letter]])
+    letters, retried = [], iter(new_letters)
+    for letter in previous[FILES]:
+        row = next(old_rows[table_of[letter]])
         if letter == _FAULT:
-            letter = next(again)
-            line = next(new_lines[lists[letter]])
-        merged[lists[letter]].append(line)
+            letter = next(retried)
+            row = next(new_rows[table_of[letter]])
+        merged[table_of[letter]].append(row)
         letters.append(letter)
-    for name in part.keys() - merged.keys():  # counts
-        merged[name] = Counter(before[name])
-        merged[name].update(part[name])
+    for name in result.keys() - merged.keys():  # counts
+        merged[name] = Counter(previous[name])
+        merged[name].update(result[name])
     return letters, merged

@@ -1,7 +1,7 @@
-"""Find what limits a prediction: decoding the files or computing the logits. Wall-clock time alone, of one command on one rank.
+"""The bottleneck of a prediction: decoding files or computing logits. Wall-clock times of one command on one rank.
 
-BusyTime: seconds in which batches were computed       Reading.seconds: what a process spent on a file
-    -> Throughput -> files and radiographs per second of each, how long each waited for the other, which one limits
+BusyTime: seconds in which batches were computed       ReadResult.seconds: time of a process for a file
+    -> Throughput -> files and radiographs per second, waiting time of each side, the limiting side
 """
 
 import threading
@@ -11,28 +11,33 @@ from typing import Any
 
 
 class BusyTime:
-    """Seconds of wall-clock time in which at least one thread was inside the `with` block."""
+    """Wall-clock time in which at least one thread was inside the `with` block.
+
+    Attributes:
+        seconds: The sum so far.
+    """
 
     def __init__(self) -> None:
+        """Start at 0 seconds."""
         self.seconds = 0.0
-        self._num_inside, self._since, self._lock = 0, 0.0, threading.Lock()
+        self._num_inside, self._start, self._lock = 0, 0.0, threading.Lock()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._num_inside:
-                self._since = time.perf_counter()
+                self._start = time.perf_counter()
             self._num_inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._num_inside -= 1
             if not self._num_inside:
-                self.seconds += time.perf_counter() - self._since
+                self.seconds += time.perf_counter() - self._start
 
 
 @dataclass
 class Throughput:
-    """Sums over a command. `reading_s` is of all processes together, the other seconds are wall-clock time."""
+    """Sums over one command. `reading_s` adds up all processes, the other times are wall-clock times."""
 
     num_processes: int = 1
     num_files: int = 0
@@ -42,12 +47,12 @@ class Throughput:
     elapsed_s: float = 0.0
 
     def summary(self) -> dict[str, Any] | None:
-        """Return standard JSON values, or None where nothing was computed.
+        """Return the throughput as JSON values, or None if nothing was computed.
 
-        Each rate is what one side would reach if it never waited; as measured here, beside the other on the same processors.
-        The side that waited less is the limit. A file that crashed or stalled its process counts as no time.
+        A rate is what one side would reach without waiting, with the other side on the same processors. The side that waited
+        less is the limit. A file that crashed or stalled its process counts as no time.
         """
-        decoding_s = self.reading_s / self.num_processes  # a process's, on average
+        decoding_s = self.reading_s / self.num_processes  # average of a process
         if not self.num_radiographs or not decoding_s or not self.computing_s:
             return None
         return {

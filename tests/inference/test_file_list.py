@@ -48,7 +48,7 @@ NAMES = [
 def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, size: int) -> None:
     make(tmp_path, *NAMES)
     told: list[int] = []
-    found = file_list.list_files(tmp_path, table, size=size, found=told.append)
+    found = file_list.list_files(tmp_path, table, chunk_size=size, progress=told.append)
     assert told == sorted(told)
     assert (found.num_files, found.num_chunks, told[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
     there = listed(found)

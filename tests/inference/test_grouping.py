@@ -31,4 +31,4 @@ VALID = f"valid/{STUDY}"
     ],
 )
 def test_a_study_is_called_as_the_evaluation_calls_it(directory: str, path: str, study: str) -> None:
-    assert Grouping(directory, "auto").of(path, None)[0] == study
+    assert Grouping(directory, "auto").study_and_type(path, None)[0] == study

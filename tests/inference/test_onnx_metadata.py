@@ -45,8 +45,8 @@ def test_fields_of_all_kinds_are_skipped() -> None:
         (b"", "empty"),
         (b"not a model", "no protobuf field begins at byte"),
         (b"\x00", "no protobuf field"),
-        (b"\x72\x7fshort", "cut short"),
-        (b"\x80", "cut short"),
+        (b"\x72\x7fshort", "truncated"),
+        (b"\x80", "truncated"),
         (b"\x80" * 11, "no protobuf number ends"),
     ],
 )

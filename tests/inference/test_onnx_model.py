@@ -152,7 +152,7 @@ def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
         return
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
-    with pytest.raises(UserError, match=r"--provider \w+: \w+ does not start, (lib\S+) cannot be opened; ") as refused:
+    with pytest.raises(UserError, match=r"--provider \w+: \w+ does not start: (lib\S+) cannot be opened\. To fix it, ") as refused:
         OnnxModel.load(model, provider)
     assert str(refused.value).endswith(", or give --provider cpu")
 

@@ -15,7 +15,7 @@ from mura_dist.inference import provider_libraries
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.inference.predict import predict
 
-BOTH = f"(cpu; cuda for an NVIDIA GPU). Install it: {install_remedy('cpu', 'cuda')}"
+BOTH = f"(cpu; cuda for an NVIDIA GPU). Install it: {install_remedy('cpu', 'cuda')}."
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
