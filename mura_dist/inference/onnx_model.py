@@ -80,7 +80,7 @@ class OnnxModel:
         if not file.is_file():
             raise UserError(f"{path} is a list of checkpoints, and {file} does not exist. {remedy}")
         model = cls.load(file, provider, session_config, limit_s)
-        if not model_list.same(model.card.members, listed.members):
+        if not model_list.have_same_weights(model.card.members, listed.members):
             raise UserError(f"{path} lists other members than {file} holds ({model.card.checkpoint}). {remedy}")
         return model
 

@@ -165,7 +165,7 @@ def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
     if out.is_dir() and any(out.samefile(folder) for folder in inputs.folders):
         what = "the directory of radiographs itself" if inputs.members == ("",) else "one of the inputs"
-        raise UserError(f"--out {out} is {what}; give another folder")
+        raise UserError(f"--out {out} is {what}. Give another folder.")
 
 
 def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
@@ -225,7 +225,7 @@ def _walked(
         more |= {"chunk_size": CHUNK, "exclude": folder.path, "progress": found}
         files = file_list.list_files(inputs.directory, database, members=inputs.members, **more)
         if not files.num_files:
-            raise UserError(f"{inputs.directory} holds no files; give radiographs, or a folder of them")
+            raise UserError(f"{inputs.directory} holds no files. Give radiographs, or a folder of them.")
         yield files
 
 

@@ -82,11 +82,11 @@ def test_a_link_is_a_file_and_a_folder_under_its_own_name(ward: Path, tmp_path: 
 
 def test_what_is_no_input_is_refused(ward: Path) -> None:
     cases = {
-        ("no.png",): r"^no\.png: no such file or folder; give radiographs, or folders of them$",
+        ("no.png",): r"^no\.png: no such file or folder\. Give radiographs, or folders of them\.$",
         ("a.png", "1.png", "2.png", "3.png", "4.png"): r"^1\.png, 2\.png, 3\.png and 1 more: no such file or folder",
         (
             "s3://key:secret@bucket/a.png",
-        ): r"^s3://\*\*\*@bucket/a\.png: predict reads files of this machine alone; copy",
+        ): r"^s3://\*\*\*@bucket/a\.png: predict reads only files of this machine\. Copy",
     }
     for words, text in cases.items():
         with pytest.raises(UserError, match=text):

@@ -387,12 +387,12 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
     table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
     assert types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
-    with pytest.raises(UserError, match="is both XR_ELBOW and XR_HAND; leave one"):
+    with pytest.raises(UserError, match="is both XR_ELBOW and XR_HAND\. Keep one"):
         types("both", str(table))
     table.write_text("file,type\na,b\n")
     with pytest.raises(UserError, match="not a CSV with the columns path and study_type"):
         types("columns", str(table))
-    with pytest.raises(UserError, match=r"missing\.csv: no such file or directory; give a study type"):
+    with pytest.raises(UserError, match=r"missing\.csv: no such file or directory\. Give a study type"):
         types("missing", str(tmp_path / "missing.csv"))
 
 
@@ -652,9 +652,9 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "void.onnx").write_bytes(b"")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"inputs": tmp_path / "no"}, r"no: no such file or folder; give radiographs, or folders of them$"),
-        ({"inputs": tmp_path / "empty"}, r"empty holds no files; give radiographs, or a folder of them$"),
-        ({"out": source}, r"^--out .*in is the directory of radiographs itself; give another"),
+        ({"inputs": tmp_path / "no"}, r"no: no such file or folder\. Give radiographs, or folders of them\.$"),
+        ({"inputs": tmp_path / "empty"}, r"empty holds no files\. Give radiographs, or a folder of them\.$"),
+        ({"out": source}, r"^--out .*in is the directory of radiographs itself\. Give another"),
         ({"out": source / "a.png"}, r"a\.png is a file; give a folder"),
         ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv, which is not of this run; give another folder"),
         ({"out": tmp_path / "notes"}, r"notes holds README\.txt, which is not of this run; give another folder"),

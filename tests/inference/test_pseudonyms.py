@@ -605,7 +605,7 @@ KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
 def test_a_likely_typo_is_refused(typo: str, meant: str) -> None:
     for given in (study_types.read_override(typo), {"a": "XR_HAND", "b": study_types.normalize(typo)}):
         with pytest.raises(
-            UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\); there are"
+            UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\)\. Give one of"
         ):
             study_types.check(given, KNOWN)
 
@@ -618,7 +618,7 @@ def test_other_study_types_are_taken_with_a_word(name: str) -> None:
     for given in (name, f"XR_{name}"):
         (line,) = study_types.check(given, KNOWN)
         assert re.match(
-            rf"--study-type {given} is known neither to MURA nor to this model( \(did.*\))?: no call is made$", line
+            rf"--study-type {given}: no study type of MURA or of this model( \(did.*\))?, so no call is made$", line
         )
 
 
@@ -632,7 +632,7 @@ def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
     with pytest.raises(
-        UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY; write them relative to it"
+        UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY\. Write them relative to"
     ):
         predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert not (tmp_path / "out").exists()

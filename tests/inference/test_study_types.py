@@ -35,7 +35,7 @@ def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
         assert study_types.read_override(str(path)) == wanted
     assert study_types.match(wanted, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
     path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
-    with pytest.raises(UserError, match="is both XR_HAND and XR_WRIST; leave one"):
+    with pytest.raises(UserError, match="is both XR_HAND and XR_WRIST\. Keep one"):
         study_types.read_override(str(path))
 
 
@@ -58,7 +58,7 @@ def test_what_is_no_such_table_is_refused(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError) as refusal:
         study_types.read_override(str(path))
-    wrong = "not a CSV with the columns path and study_type; its first line names them"
+    wrong = "not a CSV with the columns path and study_type. Name them in its first line."
     assert str(refusal.value) == f"--study-type {path}: {wrong}"
 
 
@@ -66,7 +66,7 @@ def test_a_path_of_two_study_types_is_refused_by_its_number(tmp_path: Path) -> N
     path = tmp_path / "types.csv"
     path.write_text("path,study_type\na,hand\nb,wrist\na,XR_HAND\nb,hand\n")
     with pytest.raises(
-        UserError, match=r"types\.csv: the path of radiograph 4 is both XR_WRIST and XR_HAND; leave one of"
+        UserError, match=r"types\.csv: the path of radiograph 4 is both XR_WRIST and XR_HAND\. Keep one of"
     ):
         study_types.read_override(str(path))
 
@@ -75,7 +75,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.mkdir()
     with pytest.raises(
-        UserError, match=r"^--study-type .*: is a directory; give a study type, or a CSV of path,study_type$"
+        UserError, match=r"^--study-type .*: is a directory\. Give a study type, or a CSV of path,study_type\.$"
     ):
         study_types.read_override(str(path))
 
@@ -95,6 +95,6 @@ def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_p
 @pytest.mark.parametrize("given", ["types.cvs", "no/types.csv", "types.txt", "tables/hand"])
 def test_a_file_that_is_not_there_is_no_study_type(given: str) -> None:
     with pytest.raises(
-        UserError, match=rf"^--study-type {given}: no such file or directory; give a study type, or a CSV"
+        UserError, match=rf"^--study-type {given}: no such file or directory\. Give a study type, or a CSV"
     ):
         study_types.read_override(given)
