@@ -1,9 +1,9 @@
-"""The settings of a run: one flat list of names, in a recipe (TOML) and on the command line (`key=value`) alike.
+"""The settings of a run: one flat list of names, in a recipe (TOML) and on the command line (`key=value`).
 
-    defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, checked once, frozen
+    defaults <- recipe.toml <- key=value ...   (later wins)   -> Settings, validated once, frozen
 
-An unknown key is refused with the names it may mean. A setting's group and traits are part of its annotation: whether it may
-differ when a run is resumed, is a path of this machine, may differ between ranks.
+An unknown key raises UserError with the names it may mean. A setting's group and traits are part of its annotation: whether it
+may differ when a run is resumed, is a path of this machine, may differ between ranks.
 """
 
 import textwrap
@@ -21,17 +21,17 @@ from mura_dist.core.errors import UserError, mask_url, nearest
 
 
 class Trait(Enum):
-    """A property of a setting, part of its annotation. A setting without any identifies the run, and all ranks agree on it."""
+    """A property of a setting, part of its annotation. A setting without traits identifies the run and is equal on all ranks."""
 
     CHANGEABLE = "may differ when a run is resumed"
-    BY_CONTENT = "a resumed run compares what lies there, not its name"
-    PATH = "a path of this machine, which does not leave it"
-    FILE = "a file of this machine, of which only the name leaves it"
+    BY_CONTENT = "a resumed run compares the content at this path, not the path"
+    PATH = "a path of this machine; never exported"
+    FILE = "a file of this machine; only its name is exported"
     PER_RANK = "may differ between ranks"
 
 
 class Group(Enum):
-    """A heading of `mura-dist train --help`, part of a setting's annotation: each setting has one."""
+    """A heading of `mura-dist train --help`, part of a setting's annotation. Each setting has one."""
 
     DATA = "data"
     MODEL = "model"
@@ -42,24 +42,24 @@ class Group(Enum):
     OUTPUT = "output"
 
 
-_MOST = 2**31 - 1
-_HELP_INDENT = 24  # where the descriptions begin
+_MAX_INT = 2**31 - 1
+_HELP_INDENT = 24  # column of the descriptions
 _MAX_RECIPE_BYTES = 1 << 20
-Positive = Annotated[int, Field(ge=1, le=_MOST)]
-Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MAX_INT)]
+Count = Annotated[int, Field(ge=0, le=_MAX_INT)]
 COMMAND_LINE = "command line"
 Problem = tuple[str, str]
-"""Where a wrong setting comes from, and what is wrong."""
-AUTO = 0  # micro_batch="auto", until it is tried
+"""The source of a wrong setting, and what is wrong."""
+AUTO = 0  # micro_batch="auto", before it is resolved
 
 
 def _number_or_auto(value: Any) -> Any:
     if value == "auto":
         return AUTO
     if isinstance(value, int) and value < 2 and value != AUTO:
-        raise ValueError("must be at least 2, BatchNorm needs a group; or auto")
-    if isinstance(value, int) and value > _MOST:
-        raise ValueError(f"must be at most {_MOST}")
+        raise ValueError("must be at least 2 (BatchNorm needs a group), or auto")
+    if isinstance(value, int) and value > _MAX_INT:
+        raise ValueError(f"must be at most {_MAX_INT}")
     return value
 
 
@@ -70,15 +70,15 @@ def _server_address(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """Every setting of a run, with its group. `mura-dist train --help` prints the descriptions under the groups' headings."""
+    """All settings of a run. `mura-dist train --help` prints their descriptions under the headings of their groups."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shards: Annotated[str, Group.DATA, Trait.PATH, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
-        description="folder of shards that `mura-dist shards` wrote, or its URL"
+        description="folder or URL of shards that `mura-dist shards` wrote"
     )
     run: Annotated[str, Group.OUTPUT, Trait.PATH, Trait.BY_CONTENT] = Field(
-        description="folder to write the run to; the same command with the same folder resumes it"
+        description="folder to write the run to. The same command with the same folder resumes it"
     )
 
     architecture: Annotated[Literal["densenet169", "densenet121", "tiny"], Group.MODEL] = Field(
@@ -86,8 +86,8 @@ class Settings(BaseModel):
     )
     pretrained: Annotated[str, Group.MODEL, Trait.FILE, Trait.PER_RANK] = Field(
         "",
-        description="weights to start from: imagenet (torchvision's file, from its cache or the network), or a .pth or "
-        ".safetensors file; empty: random weights",
+        description="initial weights: imagenet (torchvision's file, from its cache or the network), or a .pth or "
+        ".safetensors file; empty: random",
     )
 
     epochs: Annotated[Count, Group.SCHEDULE, Trait.CHANGEABLE] = Field(
@@ -101,14 +101,13 @@ class Settings(BaseModel):
     )
     micro_batch: Annotated[int, BeforeValidator(_number_or_auto), Group.OPTIMIZATION] = Field(
         8,
-        description="radiographs that a rank forwards at once, which is BatchNorm's group; at least 2. auto: the largest that "
-        "fits on every rank, tried once and written into the run; on a CPU 8, or the next smaller that divides global_batch "
-        "evenly",
+        description="radiographs per forward pass of a rank, at least 2. They are BatchNorm's group. auto: on GPUs the largest "
+        "that fits on every rank, tried once and recorded in the run; on a CPU 8, or the next smaller divisor of global_batch",
     )
 
     flip: Annotated[bool, Group.DATA] = Field(True, description="flip left-right with probability 1/2")
     rotate_deg: Annotated[float, Field(ge=0, le=180), Group.DATA] = Field(
-        30.0, description="rotate by a uniform angle of up to this many degrees in either direction"
+        30.0, description="largest rotation in degrees; the angle is uniform in both directions"
     )
 
     optimizer: Annotated[Literal["adam", "adamw", "sgd"], Group.OPTIMIZATION] = Field(
@@ -123,97 +122,98 @@ class Settings(BaseModel):
         "for Adam)",
     )
     reference_batch: Annotated[Positive, Group.OPTIMIZATION] = Field(
-        8, description="global batch that learning_rate is meant for; see lr_scaling"
+        8, description="global batch for which learning_rate was chosen; see lr_scaling"
     )
     weight_decay: Annotated[float, Field(ge=0), Group.OPTIMIZATION] = Field(
         0.0, description="weight decay of the optimizer"
     )
     warmup_steps: Annotated[Count, Group.SCHEDULE] = Field(
-        0, description="number of steps in which the learning rate grows linearly to its value"
+        0, description="number of steps over which the learning rate rises linearly to its value"
     )
     plateau_factor: Annotated[float, Field(gt=0, lt=1), Group.SCHEDULE] = Field(
         0.1, description="factor by which a plateau reduces the learning rate"
     )
     plateau_patience: Annotated[Count, Group.SCHEDULE] = Field(
-        1, description="number of epochs without a lower loss before the learning rate is reduced"
+        1, description="number of epochs without improvement before the learning rate is reduced"
     )
     plateau_threshold: Annotated[float, Field(ge=0, lt=1), Group.SCHEDULE] = Field(
-        1e-4, description="relative decrease of the loss that counts as lower"
+        1e-4, description="relative decrease of the loss that counts as an improvement"
     )
     clip_norm: Annotated[float, Field(ge=0), Group.OPTIMIZATION] = Field(
-        0.0, description="largest norm of a step's whole gradient; scale a larger one down to it; 0: no limit"
+        0.0,
+        description="largest norm of a step's gradient over all parameters; a larger gradient is scaled down to it; 0: no limit",
     )
     ema: Annotated[float, Field(ge=0, lt=1), Group.OPTIMIZATION] = Field(
         0.0,
-        description="decay of a moving average of the weights; where it is above 0, the average is evaluated, chosen and "
-        "exported; 0: no average",
+        description="decay of an exponential moving average of the weights, which is then evaluated, selected and exported; 0: "
+        "no average",
     )
     early_stop: Annotated[Count, Group.SCHEDULE, Trait.CHANGEABLE] = Field(
-        0, description="number of epochs without a lower loss after which the run is done; 0: never"
+        0, description="number of epochs without improvement after which the run ends; 0: never"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1), Group.OPTIMIZATION] = Field(
-        0.0, description="share by which training labels move towards 1/2; evaluation uses the labels as they are"
+        0.0, description="share by which training labels move towards 1/2; evaluation uses the original labels"
     )
     loss_weights: Annotated[Literal["class", "study_type", "none"], Group.OPTIMIZATION] = Field(
         "class",
-        description="weigh positives against negatives by their counts over all study types (class), or within each study "
-        "type as the paper does (study_type)",
+        description="weight positives and negatives by their counts over all study types (class), or within each study type as "
+        "in the MURA paper (study_type)",
     )
     select_on: Annotated[Literal["tune", "valid"], Group.SCHEDULE] = Field(
         "tune",
-        description="split whose loss reduces the learning rate and chooses the checkpoint; valid makes the report optimistic",
+        description="split whose loss reduces the learning rate and selects the checkpoint; valid makes the report optimistic",
     )
 
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Group.MACHINE] = Field(
         "auto",
-        description="arithmetic of training: autocast to bf16, or to fp16 with loss scaling, over fp32 parameters; auto: bf16 "
-        "where the GPU or the processor supports it, else fp32, written into the run. Evaluation is always in fp32",
+        description="training precision: fp32 parameters with autocast to bf16, or to fp16 with loss scaling; auto: bf16 where "
+        "the device supports it, else fp32, recorded in the run. Evaluation is always in fp32",
     )
     channels_last: Annotated[bool, Group.MACHINE] = Field(
-        True, description="keep images in memory as (B, S, S, C), the fastest layout for convolutions"
+        True, description="memory layout (B, S, S, C) of images, the fastest for convolutions"
     )
     step: Annotated[Literal["eager", "graph", "compile"], Group.MACHINE] = Field(
         "eager",
-        description="how to execute forward and backward. eager: kernel by kernel; graph: recorded as CUDA graphs; compile: "
-        "plain layers by torch.compile. graph and compile are experimental (not measured on a GPU): the first micro-batch is "
-        "compared with eager, and the run falls back to eager where they differ",
+        description="execution of forward and backward. eager: kernel by kernel; graph: CUDA graphs; compile: torch.compile. "
+        "graph and compile are experimental (not measured on a GPU): the first micro-batch is compared with eager, and the run "
+        "falls back to eager where they differ",
     )
     compile: Annotated[Literal["none", "default", "reduce-overhead", "max-autotune"], Group.MACHINE] = Field(
         "none", description="mode of torch.compile for step=compile; needs a C++ compiler, or Triton on a GPU"
     )
     cudnn_benchmark: Annotated[bool, Group.MACHINE, Trait.CHANGEABLE] = Field(
         False,
-        description="let cuDNN time its algorithms on a GPU and keep the fastest; two runs may then differ in their last bits. "
+        description="let cuDNN time its algorithms and use the fastest; two runs may then differ in their last bits. "
         "Experimental: not measured on a GPU",
     )
     deepspeed: Annotated[str, Group.MACHINE, Trait.FILE, Trait.BY_CONTENT, Trait.PER_RANK] = Field(
-        "", description="DeepSpeed JSON file to merge in; it must not contradict the recipe"
+        "", description="DeepSpeed JSON file to merge; it must not contradict the recipe"
     )
     zero_stage: Annotated[Literal[0, 1], Group.MACHINE] = Field(
-        0, description="DeepSpeed ZeRO stage; 1 splits the optimizer's state over the ranks"
+        0, description="DeepSpeed ZeRO stage; 1 shards the optimizer's state over the ranks"
     )
     pipeline: Annotated[Literal["auto", "dali", "cpu", "resident"], Group.MACHINE] = Field(
         "auto",
-        description="load batches by DALI (dali), by OpenCV (cpu), or from radiographs kept in the device's memory (resident: "
-        "experimental, not measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
+        description="loading backend: dali (DALI), cpu (OpenCV), or resident (all radiographs in device memory; experimental, "
+        "not measured on a GPU); auto: dali on CUDA where it is installed, else cpu",
     )
 
     workers: Annotated[int, Field(ge=0, le=1024), Group.MACHINE, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        0, description="number of loading threads per rank; 0: chosen from the machine"
+        0, description="number of loading threads per rank; 0: by the number of processors"
     )
     prefetch: Annotated[int, Field(ge=0, le=65536), Group.MACHINE, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        0, description="number of micro-batches that a rank loads ahead; 0: chosen from the machine"
+        0, description="number of micro-batches that a rank loads ahead; 0: by the number of workers"
     )
     mirror: Annotated[str, Group.DATA, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK] = Field(
-        "", description="folder on this node's disk to copy the shards to first; empty: only those behind a URL"
+        "", description="folder on this node's disk to copy the shards to first; empty: copy only shards behind a URL"
     )
     strict: Annotated[bool, Group.DATA, Trait.CHANGEABLE] = Field(
-        False, description="fail at the first corrupt sample; false: name it, count it and skip it"
+        False, description="fail at the first corrupt sample; false: log it, count it and skip it"
     )
     max_corrupt_samples: Annotated[float, Field(ge=0, le=1), Group.DATA, Trait.CHANGEABLE] = Field(
         0.01,
-        description="share of an epoch's train samples, or of an evaluation's samples, over all ranks, that may be corrupt "
-        "before the run fails; one always may, unless this is 0",
+        description="largest share of corrupt samples, of an epoch or of an evaluation, over all ranks, before the run fails; a "
+        "single one never fails it, unless this is 0",
     )
     log_every: Annotated[Positive, Group.OUTPUT, Trait.CHANGEABLE] = Field(
         10, description="number of steps between lines of metrics.jsonl"
@@ -225,24 +225,25 @@ class Settings(BaseModel):
         str, BeforeValidator(_server_address), Group.OUTPUT, Trait.PATH, Trait.CHANGEABLE, Trait.PER_RANK
     ] = Field(
         "",
-        description="address of an MLflow server (http:// or https://) to send metrics, settings and reports to; empty: none",
+        description="http:// or https:// address of an MLflow server to send metrics, settings and reports to; empty: none",
     )
     checkpoint_every: Annotated[Count, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
-        0, description="number of steps between checkpoints; 0: one at the end of each epoch only"
+        0, description="number of steps between checkpoints; 0: only at the end of each epoch"
     )
     keep_checkpoints: Annotated[Positive, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
         3, description="number of newest checkpoints to keep"
     )
     keep_best: Annotated[Positive, Group.CHECKPOINTS, Trait.CHANGEABLE] = Field(
-        1, description="number of checkpoints of lowest loss to keep besides, such as an ensemble's members"
+        1,
+        description="number of checkpoints with the lowest loss to keep in addition, for example as members of an ensemble",
     )
     skip_limit: Annotated[Positive, Group.OPTIMIZATION, Trait.CHANGEABLE] = Field(
         10,
-        description="number of consecutive steps skipped for a loss or gradient that is not finite before the run fails",
+        description="number of consecutive steps that are skipped for a NaN or infinite loss or gradient before the run fails",
     )
     stop_signal: Annotated[str, Group.MACHINE, Trait.CHANGEABLE] = Field(
         "SIGUSR2",
-        description="signal on which the run saves and stops, as it does on SIGTERM and SIGINT; such as a scheduler's warning",
+        description="further signal on which the run saves and stops, besides SIGTERM and SIGINT, such as a scheduler's warning",
     )
     lock_wait_s: Annotated[float, Field(ge=0, le=1e8), Group.MACHINE, Trait.CHANGEABLE] = Field(
         60.0, description="seconds to wait at the start for a previous writer of the run to exit"
@@ -253,37 +254,37 @@ class Settings(BaseModel):
 
     @property
     def compile_mode(self) -> str | None:
-        """The mode of torch.compile, or None where nothing is compiled."""
+        """Mode of torch.compile, or None without compilation."""
         return self.compile if self.step == "compile" else None
 
 
 def names(*traits: Trait) -> set[str]:
-    """Return the settings that have any of `traits`."""
+    """Return the names of the settings that have any of `traits`."""
     return {name for name, field in Settings.model_fields.items() if any(trait in field.metadata for trait in traits)}
 
 
 def shareable(settings: Settings) -> dict[str, Any]:
-    """Return the settings without this machine's paths: for what leaves it (a model's metadata, a report)."""
+    """Return the settings without paths of this machine, for a model's metadata or a report."""
     base_names = {name: Path(getattr(settings, name)).name for name in names(Trait.FILE)}
     return settings.model_dump(exclude=names(Trait.PATH)) | base_names
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """Return the settings that make this run and no other; a micro-batch that is not settled is none of them."""
-    unsettled = {"micro_batch"} if settings.micro_batch == AUTO else set()
-    return settings.model_dump(exclude=names(Trait.CHANGEABLE, Trait.BY_CONTENT) | unsettled)
+    """Return the settings that identify a run, without a micro_batch that is still AUTO."""
+    unresolved = {"micro_batch"} if settings.micro_batch == AUTO else set()
+    return settings.model_dump(exclude=names(Trait.CHANGEABLE, Trait.BY_CONTENT) | unresolved)
 
 
 def agreed(settings: Settings) -> dict[str, Any]:
-    """Return the settings that are the same on every rank."""
+    """Return the settings that must be equal on all ranks."""
     return settings.model_dump(exclude=names(Trait.PER_RANK))
 
 
 def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
-    """Read the settings of a recipe file and of `key=value` words; the words win.
+    """Read the settings of a recipe file and of `key=value` arguments. The arguments win.
 
     Raises:
-        UserError: names all wrong keys, values and words at once, each with its source, and all missing settings.
+        UserError: names all wrong keys and values with their sources, and all missing settings.
     """
     values = read_recipe(recipe) if recipe is not None else {}
     sources = dict.fromkeys(values, str(recipe))
@@ -298,28 +299,28 @@ def load(recipe: Path | None, overrides: Iterable[str] = ()) -> Settings:
 
 
 def check(values: dict[str, Any], where: str) -> Settings:
-    """Return checked settings; `where` is their source. Raises UserError, which names all wrong and missing ones."""
+    """Return validated settings; `where` is their source, for messages. Raises UserError as `load`."""
     return _validate(_with_new_names(values), {}, [], where)
 
 
 def resembles(word: str, *, exactly: bool = False) -> bool:
-    """Return whether a word such as `--lr` or `epochs` names a setting, by whatever name; or, unless `exactly`, nearly does."""
+    """Return whether a word such as `--lr` or `epochs` names a setting, also as a synonym; unless `exactly`, also if misspelt."""
     key = word.lstrip("-").partition("=")[0]
     cutoff = 1.0 if exactly else 0.7
     return bool(setting_names.remedy(key) or setting_names.candidates(key, Settings.model_fields, cutoff=cutoff))
 
 
 def _setting_of(key: str) -> str:
-    """Return the one setting that `key`, which is none, can mean; else ""."""
+    """Return the only setting that an unknown `key` can mean; else ""."""
     names = () if key in Settings.model_fields else setting_names.candidates(key, Settings.model_fields)
     return names[0] if len(names) == 1 else ""
 
 
 def _parse_word(word: str) -> tuple[str, Any, str]:
-    """Parse a word of the command line: `key=value`, or what was meant by `--key value`, `--key=value` and `key value`.
+    """Parse a word of the command line: `key=value`, or a guess at `--key value`, `--key=value` and `key value`.
 
     Returns:
-        key, value, problem. The key is empty where the word names no setting; the problem is empty where nothing is wrong.
+        key, value, problem. The key is empty where the word names no setting, the problem where the word is valid.
     """
     key, equals, text = word.partition("=")
     if equals and key.strip() and not word.startswith("-"):
@@ -330,32 +331,32 @@ def _parse_word(word: str) -> tuple[str, Any, str]:
         return "", None, f"{word!r}: {remedy}"
     names = setting_names.candidates(key, Settings.model_fields)
     if word.endswith(".toml"):
-        return "", None, f"{word!r} is a second recipe; give one recipe"
+        return "", None, f"{word!r} is a second recipe (give one)"
     if not names:
-        return "", None, f"{word!r} is not key=value; write for example epochs=5"
+        return "", None, f"{word!r} is not key=value, such as epochs=5"
     name, text = names[0], text.strip()
-    forms = " or ".join(f"{each}={text or '...'}" for each in names)
-    form = f"{word!r} is not key=value; settings are written {forms}"
+    forms = " or ".join(f"{name}={text or '...'}" for name in names)
+    form = f"{word!r} is not key=value (write {forms})"
     return (name, _value(name, text), form) if text else ("", None, form)
 
 
 def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Problem], origin: str) -> Settings:
-    """Return checked settings.
+    """Return validated settings.
 
     Args:
-        values: by setting.
-        sources: where a value comes from, if not from `origin`.
-        problems: what is wrong already.
-        origin: where missing settings should stand.
+        values: Values by setting.
+        sources: Sources by setting; `origin` for the others.
+        problems: Problems found before.
+        origin: Source to name for missing settings.
     """
     unknown = [key for key in values if key not in Settings.model_fields]
     problems = problems + [
         (sources.get(key, origin), f"unknown setting {key!r}{setting_names.hint(key, Settings.model_fields)}")
         for key in unknown
     ]
-    for key in unknown:  # its value is checked too, so that the next start is not refused for that
+    for key in unknown:  # validate its value too, so that the next start does not fail on that
         value = values[key]
-        values = {name: each for name, each in values.items() if name != key}
+        values = {name: item for name, item in values.items() if name != key}
         if (name := _setting_of(key)) and name not in values:
             values, sources = values | {name: value}, sources | {name: sources.get(key, origin)}
     for key, problem in _contradiction(values):
@@ -374,12 +375,12 @@ def _validate(values: dict[str, Any], sources: dict[str, str], problems: list[Pr
     if missing := [key for key in missing if key not in candidates]:
         problems.append((origin, _missing_text(missing)))
     if problems:
-        raise UserError(f"{_by_source(problems)}; see mura-dist train --help")
+        raise UserError(f"{_by_source(problems)}. See mura-dist train --help.")
     return settings
 
 
 def _fault_text(key: str, value: Any, message: str) -> str:
-    """Say what is wrong with a value, by pydantic's message."""
+    """Describe a wrong value by pydantic's message."""
     reason = message.removeprefix("Value error, ")
     near = nearest(str(value), map(str, get_args(Settings.model_fields[key].annotation)))
     return f"{key}={value!r}{near}: {reason[:1].lower()}{reason[1:]}"
@@ -387,8 +388,8 @@ def _fault_text(key: str, value: Any, message: str) -> str:
 
 def _missing_text(keys: list[str]) -> str:
     remedies = ", ".join(f"{key}=... ({Settings.model_fields[key].description})" for key in keys)
-    what = f"setting {keys[0]!r} is" if len(keys) == 1 else f"settings {' and '.join(map(repr, keys))} are"
-    return f"{what} missing; add {remedies}"
+    subject = f"setting {keys[0]!r} is" if len(keys) == 1 else f"settings {' and '.join(map(repr, keys))} are"
+    return f"{subject} missing (add {remedies})"
 
 
 def _by_source(problems: list[Problem]) -> str:
@@ -400,7 +401,7 @@ def _by_source(problems: list[Problem]) -> str:
 
 
 def _with_step(values: dict[str, Any]) -> dict[str, Any]:
-    """Complete the pair step and compile: either of them alone asks for torch.compile."""
+    """Complete step and compile: either of them alone selects torch.compile."""
     mode, step = values.get("compile", "none"), values.get("step")
     if mode != "none" and step is None:
         return values | {"step": "compile"}
@@ -413,24 +414,24 @@ def _contradiction(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield a setting and a problem where step and compile contradict each other."""
     mode, step = values.get("compile", "none"), values.get("step")
     if mode != "none" and step in ("eager", "graph"):
-        remedy = "give step=compile, or compile=none"
-        yield "compile", f"step={step!r} compiles nothing, compile={mode!r} asks for it; {remedy}"
+        remedy = "set step=compile, or compile=none"
+        yield "compile", f"compile={mode!r} contradicts step={step!r}, which compiles nothing ({remedy})"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's values, not checked yet. Raises UserError where it is missing or damaged."""
+    """Return the values of a recipe, not validated yet. Raises UserError where it is missing or is not TOML."""
     try:
         if path.stat().st_size > _MAX_RECIPE_BYTES:
-            raise UserError(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes; give a recipe, a TOML file")
+            raise UserError(f"{path} has more than {_MAX_RECIPE_BYTES:,} bytes. Give a recipe (a TOML file).")
         return _with_new_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except RecursionError:
-        raise UserError(f"{path} is nested too deep; write one `key = value` a line") from None
+        raise UserError(f"{path} is nested too deep. Write one `key = value` per line.") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; launch/recipes/ has some") from None
+        raise UserError(f"{path}: no such recipe. launch/recipes/ contains examples.") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a recipe, a TOML file") from None
+        raise UserError(f"{path} is a folder. Give a recipe (a TOML file).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML ({error}); write one `key = value` a line") from None
+        raise UserError(f"{path} is not TOML ({error}). Write one `key = value` per line.") from None
 
 
 def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -441,7 +442,7 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    """A command line's value as TOML reads it. A text needs no quotes: `run=7` and `run=a/b c` name folders."""
+    """Parse a value of the command line as TOML. Text needs no quotes: `run=7` and `run=a/b c` name folders."""
     field = Settings.model_fields.get(key)
     if field is not None and field.annotation is str and text[:1] not in ("'", '"'):
         return text
@@ -452,12 +453,12 @@ def _value(key: str, text: str) -> Any:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the settings as a recipe that gives them again, but for secrets in URLs."""
+    """Return the settings as a recipe, without the secrets in URLs."""
     return toml_text(settings.model_dump())
 
 
 def toml_text(values: dict[str, Any]) -> str:
-    """Return `values` as TOML, without the secrets in their URLs."""
+    """Return `values` as TOML, without the secrets in URLs."""
     masked = {key: mask_url(value) if isinstance(value, str) else value for key, value in values.items()}
     return "".join(f"{key} = {_toml(value)}\n" for key, value in masked.items())
 
@@ -472,7 +473,7 @@ def _toml(value: Any) -> str:
 
 
 def help_text(width: int = 110) -> str:
-    """Return the settings under the headings of their groups: name, description, choices, default; no line beyond `width`."""
+    """Return name, description, choices and default of all settings by group, in lines of at most `width` columns."""
     blocks = []
     for group in Group:
         fields = [(key, field) for key, field in Settings.model_fields.items() if group in field.metadata]

@@ -1,15 +1,15 @@
-"""What other trainers call our settings, and which setting a misspelt name means.
+"""Synonyms of settings in other trainers, former names, and the setting that a misspelt name means.
 
-batch_size -> global_batch, micro_batch          lerning_rate -> learning_rate          gpus -> a remedy in words
+    batch_size -> global_batch, micro_batch          lerning_rate -> learning_rate          gpus -> a remedy in words
 
-A file of its own in core/, since config.py needs it and its tables would bury the settings there.
+config.py uses these tables. They are a file of their own so that config.py shows the settings.
 """
 
 import difflib
 from collections.abc import Collection
 
 RENAMED = {"optimiser": "optimizer", "wait_s": "lock_wait_s", "timeout_s": "collective_timeout_s"}
-"""Names that settings had until 0.1.0, and have now. The former ones still work, in recipes and on the command line."""
+"""Names of settings up to 0.1.0 -> current names. The former ones still work, in recipes and on the command line."""
 
 _SYNONYMS: dict[tuple[str, ...], str] = {
     ("batch_size", "batch", "bs", "train_batch_size"): "global_batch micro_batch",
@@ -60,10 +60,10 @@ _SYNONYMS: dict[tuple[str, ...], str] = {
     ("timeout", "ddp_timeout"): "collective_timeout_s",
     ("signal",): "stop_signal",
 }
-_ELSEWHERE: dict[tuple[str, ...], str] = {
+_INSTEAD: dict[tuple[str, ...], str] = {
     (
         *("image_size", "img_size", "imgsz", "size", "resolution", "input_size", "crop_size"),
-    ): "training takes the size of the shards; give it to mura-dist shards --size",
+    ): "the shards determine the size: mura-dist shards --size",
     (
         *(
             "gpus",
@@ -78,35 +78,38 @@ _ELSEWHERE: dict[tuple[str, ...], str] = {
             "nproc_per_node",
             "world_size",
         ),
-    ): "a launcher starts the ranks, one per GPU: bash launch/local.sh N RECIPE.toml; CUDA_VISIBLE_DEVICES chooses GPUs",
+    ): "a launcher starts one rank per GPU: bash launch/local.sh N RECIPE.toml. CUDA_VISIBLE_DEVICES chooses the GPUs",
     (
         "val_split",
         "validation_split",
         "valid_split",
         "split",
-    ): "the shards hold the splits; mura-dist shards --tune cuts tune",
-    ("config", "recipe", "cfg", "conf"): "give the recipe as it is: mura-dist train RECIPE.toml",
+    ): "the shards contain the splits: mura-dist shards --tune",
+    ("config", "recipe", "cfg", "conf"): "give the recipe by its path: mura-dist train RECIPE.toml",
 }
 
 
 def _squeeze(key: str) -> str:
-    """Return `key` without what writers vary in: capitals, hyphens, underscores."""
+    """Return `key` without capitals, hyphens and underscores."""
     return key.strip().lower().replace("-", "").replace("_", "")
 
 
 _BY_SYNONYM = {_squeeze(key): tuple(names.split()) for keys, names in _SYNONYMS.items() for key in keys}
-_REMEDIES = {_squeeze(key): remedy for keys, remedy in _ELSEWHERE.items() for key in keys}
+_REMEDIES = {_squeeze(key): remedy for keys, remedy in _INSTEAD.items() for key in keys}
 
 
 def remedy(key: str) -> str:
-    """Return what to do in place of a setting that other trainers have and this one has not; else ""."""
+    """Return what to do instead of a setting that only other trainers have; else ""."""
     return _REMEDIES.get(_squeeze(key), "")
 
 
 def candidates(key: str, settings: Collection[str], *, cutoff: float = 0.6) -> tuple[str, ...]:
-    """Return the settings among `settings` that `key` means: by its spelling, as a synonym, or as the nearest name.
+    """Return the settings among `settings` that `key` may mean: by spelling, as a synonym, or as the nearest name.
 
-    `cutoff`: least share of letters in common with the nearest name, as difflib counts it.
+    Args:
+        key: Any name.
+        settings: Names of all settings.
+        cutoff: Least similarity of the nearest name, as difflib computes it (0 to 1).
     """
     names = {_squeeze(name): (name,) for name in settings}
     meanings = {
@@ -120,7 +123,7 @@ def candidates(key: str, settings: Collection[str], *, cutoff: float = 0.6) -> t
 
 
 def hint(key: str, settings: Collection[str]) -> str:
-    """Return what to add to "unknown setting KEY": the settings it may mean, or where else to say it."""
+    """Return the text after "unknown setting KEY": the settings it may mean, or what to do instead."""
     if text := remedy(key):
         return f" ({text})"
     names = candidates(key, settings)
