@@ -55,7 +55,15 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mura_dist' has no attribute {name!r}")
-    value = getattr(import_module(f"mura_dist.{_HOMES[name]}"), name)
+    try:
+        value = getattr(import_module(f"mura_dist.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from mura_dist.core.errors import install_remedy
+
+        raise ModuleNotFoundError(
+            f"mura_dist.{name} needs {error.name}, which is not installed. Run {install_remedy('train')}",
+            name=error.name,
+        ) from error
     globals()[name] = value
     return value
 

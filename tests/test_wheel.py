@@ -10,6 +10,29 @@ from pathlib import Path
 import pytest
 from helpers.commands import ROOT, run
 
+POSTCARD = """\
+import sys
+from pathlib import Path
+
+import mura_dist
+
+model_file, folder, out = sys.argv[1:]
+model = mura_dist.load(model_file)
+files = sorted(Path(folder).rglob("*.png"))
+print(model.predict(files[0]).probability)
+tables = mura_dist.predict_directory(folder, model=model_file, out=out)
+assert len(tables.predictions) == len(files)
+assert mura_dist.read_radiograph(files[0], size=320).shape == (320, 320)
+labels = tables.studies[["study"]].assign(label=tables.studies["study"].str.endswith("positive").astype(int))
+print(mura_dist.evaluate_predictions(tables.studies[["study", "probability"]], labels)["overall"]["auroc"])
+assert "torch" not in sys.modules
+for name in ("data_loader", "load_network"):
+    try:
+        getattr(mura_dist, name)
+    except ImportError as error:
+        print(str(error).partition(", which")[0])
+"""
+
 
 def call(*words: object, cwd: Path | None = None) -> str:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -49,6 +72,10 @@ def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untr
     assert run("mura-dist", "predict", model, phantoms / "valid", "--out", tmp_path / "full", cold=True).returncode == 0
     for table in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "base" / table).read_bytes() == (tmp_path / "full" / table).read_bytes()
+    (tmp_path / "postcard.py").write_text(POSTCARD)
+    lines = call(python, "postcard.py", model, phantoms / "valid", tmp_path / "frames", cwd=tmp_path).splitlines()
+    assert all(0 < float(line) < 1 for line in lines[:2])
+    assert lines[2:] == ["mura_dist.data_loader needs torch", "mura_dist.load_network needs torch"]
     call(command, "phantoms", tmp_path / "drawn", "--studies", "12", "--size", "96")
     call(command, "shards", tmp_path / "drawn", tmp_path / "shards", "--size", "48")
     call(command, "verify", tmp_path / "shards")
