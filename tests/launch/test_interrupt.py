@@ -1,4 +1,4 @@
-"""Ctrl-C on a terminal, at any moment of a page: one line of ours, exit status 3, no traceback; the same command goes on."""
+"""Ctrl-C on a terminal at any moment of a launch script: one line, exit status 3, no traceback. The same command resumes."""
 
 import fcntl
 import os
@@ -21,17 +21,18 @@ from mura_dist.data import mura
 from mura_dist.training import metrics_log
 from mura_dist.training.run import Run
 
-LIMIT_S = 300.0  # a start; the demo passes through all stages before the one it is interrupted in
+LIMIT_S = 300.0  # of one start; the demo runs through all stages before the interrupted one
 
 
 def on_terminal(
-    *words: object, is_time: Callable[[str], bool], folder: Path = ROOT, env: dict[str, str] | None = None
+    *arguments: object, is_time: Callable[[str], bool], folder: Path = ROOT, env: dict[str, str] | None = None
 ) -> tuple[int, list[str]]:
-    """Run a command with a controlling terminal; type Ctrl-C once `is_time` of what it has written.
+    """Run a command with a controlling terminal. Type Ctrl-C once `is_time` returns True for its output.
 
-    Returns its exit status, and the lines after the Ctrl-C, without a progress bar's.
+    Returns:
+        Its exit status, and its lines after the Ctrl-C, without those of a progress bar.
     """
-    ours, terminal = pty.openpty()
+    controller, terminal = pty.openpty()
 
     def take_terminal() -> None:
         os.setsid()
@@ -40,36 +41,36 @@ def on_terminal(
 
     environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", **(env or {})}
     process = subprocess.Popen(
-        [*map(str, words)], stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder, env=environment,
+        [*map(str, arguments)], stdin=terminal, stdout=terminal, stderr=terminal, cwd=folder, env=environment,
         preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(terminal)
-    said, after, end = "", None, time.monotonic() + LIMIT_S
+    output, after, end = "", None, time.monotonic() + LIMIT_S
     try:
-        while process.poll() is None or select.select([ours], [], [], 0)[0]:
-            assert time.monotonic() < end, said
-            if select.select([ours], [], [], 0.02)[0]:
+        while process.poll() is None or select.select([controller], [], [], 0)[0]:
+            assert time.monotonic() < end, output
+            if select.select([controller], [], [], 0.02)[0]:
                 try:
-                    said += os.read(ours, 1 << 16).decode(errors="replace")
-                except OSError:  # its end was the terminal's
+                    output += os.read(controller, 1 << 16).decode(errors="replace")
+                except OSError:  # the terminal was closed
                     break
-            if after is None and is_time(said):
-                after = len(said)
-                os.write(ours, b"\x03")
+            if after is None and is_time(output):
+                after = len(output)
+                os.write(controller, b"\x03")
     finally:
         process.kill()
-        os.close(ours)
-    assert after is not None, said
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said[after:]).replace("\r", "\n")
+        os.close(controller)
+    assert after is not None, output
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output[after:]).replace("\r", "\n")
     lines = [line.removeprefix("^C").strip() for line in plain.splitlines()]
     return process.wait(), [line for line in lines if line and "images/s" not in line and not line.startswith("epoch ")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["at once", "torchrun loads", "a step"])
-def test_of_a_training(moment: str, shard_folder: Path, tmp_path: Path) -> None:
+def test_interrupted_training_exits_with_one_line(moment: str, shard_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=5000")
+    arguments = (*TINY, f"shards={shard_folder}", f"run={folder}", "epochs=5000")
     started = time.monotonic()
 
     def is_time(_: str) -> bool:
@@ -77,7 +78,7 @@ def test_of_a_training(moment: str, shard_folder: Path, tmp_path: Path) -> None:
             return any(line["kind"] == "step" for line in metrics_log.read(folder / "metrics.jsonl"))
         return time.monotonic() - started > (0.3 if moment == "at once" else 3)
 
-    status, lines = on_terminal("bash", "launch/local.sh", 2, *words, is_time=is_time)
+    status, lines = on_terminal("bash", "launch/local.sh", 2, *arguments, is_time=is_time)
     assert (status, len(lines)) == (3, 1), lines
     if moment == "a step":
         assert re.fullmatch(r"mura-dist: stopped at step \d+ of 40000; the same command goes on", lines[0])
@@ -87,7 +88,7 @@ def test_of_a_training(moment: str, shard_folder: Path, tmp_path: Path) -> None:
 
 
 def checkout(folder: Path) -> Path:
-    """A checkout whose environment is installed and whose network is small."""
+    """Return a checkout with an installed environment and a small network."""
     for name in ("launch", "tools", "mura_dist"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / ".venv").symlink_to(sys.prefix)
@@ -98,15 +99,15 @@ def checkout(folder: Path) -> Path:
 
 
 @pytest.mark.nightly(part="launchers")
-def test_of_the_demo_at_every_stage(tmp_path: Path) -> None:
-    """Each start is interrupted a stage later than the one before; the last one is not, and ends what they began."""
+def test_demo_resumes_after_an_interrupt_at_every_stage(tmp_path: Path) -> None:
+    """Each start is interrupted one stage later than the previous one. The last start finishes the demo."""
     folder = checkout(tmp_path / "checkout")
     env = {"PYTHONPATH": str(folder), "STUDIES": "80"}
     for step, pause_s in [(0, 0.3), *((step, pause_s) for step in range(1, 9) for pause_s in (0.05, 1.0))]:
         reached: list[float] = []
 
-        def is_time(said: str, step: int = step, pause_s: float = pause_s, reached: list[float] = reached) -> bool:
-            if not reached and (not step or f"{step} of 8: " in said):
+        def is_time(output: str, step: int = step, pause_s: float = pause_s, reached: list[float] = reached) -> bool:
+            if not reached and (not step or f"{step} of 8: " in output):
                 reached.append(time.monotonic())
             return bool(reached) and time.monotonic() - reached[0] > pause_s
 
@@ -140,5 +141,5 @@ def test_of_the_demo_at_every_stage(tmp_path: Path) -> None:
     assert len(again) == 2 * 8 + 5
     assert files == {path: path.stat().st_mtime_ns for path in files}
     (folder / "runs/demo/predictions/studies.csv").unlink()
-    assert finish().count("  already done") == 7  # what lost its output runs again
+    assert finish().count("  already done") == 7  # a step without its output runs again
     assert (folder / "runs/demo/predictions/studies.csv").is_file()

@@ -41,7 +41,7 @@ def pins(*extras: str, python: str = "3.11") -> dict[str, str]:
     }
 
 
-def test_every_package_has_one_version_and_its_hashes() -> None:
+def test_every_package_has_one_version_and_hashes() -> None:
     lines = [line for line in LOCK.splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.+]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
@@ -52,13 +52,13 @@ def test_every_package_has_one_version_and_its_hashes() -> None:
         assert "--hash=sha256:" in entry, name
 
 
-def test_it_names_no_index() -> None:
+def test_lock_names_no_index() -> None:
     assert not re.search(r"//|index-url|find-links|trusted-host|\bfile:", LOCK)
 
 
 def closure(requirements: list[str], python: str) -> set[str]:
     """Return the names that these requirements install, by the metadata of what is installed here."""
-    pending, seen = [(Requirement(text), {""}) for text in requirements], set()
+    pending, visited = [(Requirement(text), {""}) for text in requirements], set()
     while pending:
         requirement, extras = pending.pop()
         environments = [
@@ -67,21 +67,21 @@ def closure(requirements: list[str], python: str) -> set[str]:
         name = canonicalize_name(requirement.name)
         if requirement.marker and not any(map(requirement.marker.evaluate, environments)):
             continue
-        if (name, frozenset(requirement.extras)) in seen:
+        if (name, frozenset(requirement.extras)) in visited:
             continue
-        seen.add((name, frozenset(requirement.extras)))
+        visited.add((name, frozenset(requirement.extras)))
         try:
             children = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
         pending += [(Requirement(child), {"", *requirement.extras}) for child in children]
-    return {name for name, _ in seen} - {"mura-dist"}
+    return {name for name, _ in visited} - {"mura-dist"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_whatever_an_extra_needs_is_locked_for_it(extra: str, python: str) -> None:
-    """Also what other packages of it need, by their own metadata; in the versions that they allow."""
+def test_requirements_of_every_extra_are_locked(extra: str, python: str) -> None:
+    """Requirements of requirements are included, in the versions that their metadata allows."""
     project = PROJECT["project"]
     own = [text for text in project["optional-dependencies"][extra] if not text.startswith("mura-dist[")]
     if extra == "train":
@@ -93,7 +93,7 @@ def test_whatever_an_extra_needs_is_locked_for_it(extra: str, python: str) -> No
         assert requirement.specifier.contains(available[canonicalize_name(requirement.name)])
 
 
-def test_no_extra_brings_what_only_another_one_needs() -> None:
+def test_extras_do_not_install_each_others_packages() -> None:
     assert "torch" not in pins("cpu", "page")
     assert "onnxruntime-gpu" not in pins("cpu")
     assert "onnxruntime" not in pins("train", "dev", "page")
@@ -101,7 +101,7 @@ def test_no_extra_brings_what_only_another_one_needs() -> None:
     assert not pins().keys() & {"onnxruntime", "onnxruntime-gpu", "streamlit"}
 
 
-def test_what_builds_a_wheel_is_locked() -> None:
+def test_build_requirements_are_locked() -> None:
     build = entries(locked.select(LOCK, {"build"}))
     for text in PROJECT["build-system"]["requires"]:
         requirement = Requirement(text)
@@ -109,16 +109,16 @@ def test_what_builds_a_wheel_is_locked() -> None:
     assert build.keys() == {"packaging", "setuptools", "wheel"}
 
 
-def test_this_environment_is_a_locked_one() -> None:
-    """The versions that the suite runs with are those that are locked."""
+def test_installed_versions_are_locked_versions() -> None:
+    """The suite runs with the locked versions."""
     everything = pins(*EXTRAS, python=".".join(map(str, sys.version_info[:2])))
     installed = {canonicalize_name(each.name): each.version for each in metadata.distributions()}
     differing = {name: (installed[name], version) for name, version in everything.items() if name in installed}
     assert {name: pair for name, pair in differing.items() if pair[0] != pair[1]} == {}
 
 
-def test_an_extra_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    """Before an environment is made."""
+def test_unknown_extra_is_refused(tmp_path: Path) -> None:
+    """It is refused before an environment is created."""
     (tmp_path / "launch").mkdir()
     for name in ("launch/setup.sh", "launch/locked.py", "pyproject.toml", "requirements.lock"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -131,7 +131,7 @@ def test_an_extra_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 
 def setup(folder: Path, extras: str, *, terminal: bool) -> tuple[str, list[list[str]]]:
-    """Run setup.sh in a checkout whose pip only writes down its words. Returns what it says, and those words of each call."""
+    """Run setup.sh in a checkout whose pip only records its arguments. Return the output, and the arguments of each call."""
     (folder / "launch").mkdir()
     for name in ("launch/setup.sh", "launch/locked.py", "pyproject.toml", "requirements.lock"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
@@ -140,15 +140,15 @@ def setup(folder: Path, extras: str, *, terminal: bool) -> tuple[str, list[list[
     python.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\n')
     python.chmod(0o755)
     command = shlex.join(["bash", str(folder / "launch/setup.sh"), extras])
-    words = ["script", "-qec", command, "/dev/null"] if terminal else ["bash", "-c", command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    command_line = ["script", "-qec", command, "/dev/null"] if terminal else ["bash", "-c", command]
+    done = subprocess.run(command_line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (folder / "calls").read_text().splitlines()
     return done.stdout + done.stderr, [line.split() for line in calls if line.startswith("-m pip install")]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_pip_shows_its_progress_on_a_terminal(tmp_path: Path, terminal: bool) -> None:
+def test_pip_shows_progress_on_a_terminal_only(tmp_path: Path, terminal: bool) -> None:
     _, calls = setup(tmp_path, "cpu", terminal=terminal)
     assert len(calls) == 3
     assert ["--quiet" in call for call in calls] == [not terminal] * 3
@@ -157,7 +157,7 @@ def test_pip_shows_its_progress_on_a_terminal(tmp_path: Path, terminal: bool) ->
 @pytest.mark.parametrize(
     "extras", [*(extra for extra in EXTRAS if extra not in ("cpu", "cuda", "train")), "train,page", "cuda"]
 )
-def test_setup_says_what_it_installs_and_how_much(tmp_path: Path, extras: str) -> None:
+def test_setup_prints_what_it_installs_and_its_size(tmp_path: Path, extras: str) -> None:
     text, _ = setup(tmp_path, extras, terminal=False)
     for extra in ("base", *extras.split(",")):
         assert re.search(rf"(?m)^  {extra}: \w.*: \d\.\d GB\b", text), text
