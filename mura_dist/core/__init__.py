@@ -1,0 +1,1 @@
+"""Errors, settings, atomic files and storage."""

@@ -1,13 +1,13 @@
-"""Files that are either the old one or the new one, never half of either.
+"""Atomic writes, permissions and JSON: a file is either the old one or the new one, never partly written.
 
-Write under a random name in the same folder, fsync, rename. A writer that is killed leaves a `.NAME.<random>.partial` file, which
-nothing reads. The next process that writes into the folder deletes it, once its writer is known to have ended.
+A file is written under a random name in the same folder, synced and renamed. A killed writer leaves `.NAME.<random>.partial`,
+which nothing reads. The next process that writes into the folder deletes it, once the writer has ended.
 
-No name can be guessed, no link is followed, and two writers of one name share nothing (`O_EXCL`). A writer holds `flock` on its
-file. The kernel lets go of it with the process.
+Names are not predictable, links are not followed, and two writers of one name do not interfere (`O_EXCL`). A writer holds
+`flock` on its file. The kernel releases it when the process ends.
 
-What lies in a `private` folder is its owner's alone from its first byte on, whatever the umask says. What holds radiographs or
-patients' paths is written so.
+In a `private` folder, files are readable by their owner alone from their first byte on, whatever the umask. Files with
+radiographs or patients' paths are written this way.
 """
 
 import contextlib
@@ -31,29 +31,29 @@ _LOCKS = os.name == "posix"  # Windows does not delete a file that is open
 if _LOCKS:
     import fcntl
 
-BY_UMASK, PRIVATE = 0o666, 0o600  # permissions: as any program writes; the owner's alone
-_SEARCH = 0o111  # what a folder has beside them, where a file may be read
+BY_UMASK, PRIVATE = 0o666, 0o600  # permissions: as the umask allows; owner only
+_SEARCH = 0o111  # added for folders
 _DAY_S = 86400.0
-# Of another machine's file nobody here can tell whether its writer lives: it is stale when not written for so long. A scratch
-# file is written once and read for as long as the job lasts.
+# Age from which another machine's file is stale: whether its writer is alive is unknown here. A scratch file is written once
+# and read during the whole job.
 _STALE_S = {"partial": _DAY_S, "scratch": 30 * _DAY_S}
 _UNFINISHED = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}\.(?P<kind>partial|scratch)", re.DOTALL)
-MAX_DEPTH = 64  # of JSON: ours has 8
+MAX_DEPTH = 64  # of JSON; this package writes 8 at most
 MAX_JSON_BYTES = 256 << 20
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
-_NAME_BYTES = 200  # of a file's name that its random one repeats; 255 is the limit of a name
+_NAME_BYTES = 200  # prefix of the file's name in the random one; a name has at most 255 bytes
 
 
-# ---- who may read it
+# ---- permissions
 
-_private: Counter[str] = Counter()  # absolute paths of what is private now, and how many blocks say so
+_private: Counter[str] = Counter()  # absolute paths that are private now -> number of blocks
 
 
 @contextlib.contextmanager
 def private(*paths: Path) -> Iterator[None]:
-    """Make what this process creates at or below `paths` in the block readable for its owner alone.
+    """Make everything that this process creates at or below `paths` in the block readable by its owner alone.
 
-    What is there before keeps its permissions: a folder that the user made for others stays theirs to list.
+    Existing files and folders keep their permissions.
     """
     names = [os.path.abspath(path) for path in paths]
     _private.update(names)
@@ -67,12 +67,13 @@ def mode_of(path: Path) -> int:
     """Return the permissions of a new file at `path`."""
     if not any(_private.values()):
         return BY_UMASK
-    whole = Path(os.path.abspath(path))
-    return PRIVATE if any(_private[str(each)] > 0 for each in (whole, *whole.parents)) else BY_UMASK
+    absolute = Path(os.path.abspath(path))
+    is_private = any(_private[str(parent)] > 0 for parent in (absolute, *absolute.parents))
+    return PRIVATE if is_private else BY_UMASK
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and what is missing above it, with the permissions of its files. OSError where that cannot be."""
+    """Create `folder` and its missing parents, with the permissions of new files in it."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -80,7 +81,7 @@ def make_folder(folder: Path) -> None:
     search = _SEARCH if mode == BY_UMASK else _SEARCH & 0o700
     try:
         folder.mkdir(mode | search)
-    except FileExistsError:  # another process was faster
+    except FileExistsError:  # created by another process
         if not folder.is_dir():
             raise
         return
@@ -88,11 +89,11 @@ def make_folder(folder: Path) -> None:
         folder.chmod(mode | search)
 
 
-# ---- whole files
+# ---- atomic writes
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows cannot open folders: there the rename alone has to do."""
+    """Make a rename in `folder` durable. Windows cannot open folders, so nothing happens there."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -104,9 +105,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """Yield a binary file that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield a binary file that replaces `path` when the block succeeds, and is deleted when it fails.
 
-    `mode`: the file's permissions from its first byte on; None: what `mode_of` says.
+    Args:
+        path: File to replace.
+        mode: Permissions from the first byte on. Default: `mode_of(path)`.
     """
     with _unfinished(path, mode, "partial") as (file, partial):
         yield file
@@ -117,12 +120,12 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def creating(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
-    """Write as `replacing`, but leave what lies at `path`: FileExistsError at the block's end. One writer is first."""
+    """Write as `replacing`, but raise FileExistsError at the end of the block if `path` exists."""
     with _unfinished(path, mode, "partial") as (file, partial):
         yield file
         _finish(file)
         if os.name == "nt":
-            os.rename(partial, path)  # there it refuses what exists
+            os.rename(partial, path)  # fails there if the path exists
         else:
             os.link(partial, path)
         sync_folder(path.parent)
@@ -130,7 +133,7 @@ def creating(path: Path, *, mode: int | None = None) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def scratch(path: Path, *, mode: int | None = None) -> Iterator[Path]:
-    """Yield a new empty file beside `path`, which vanishes with the block."""
+    """Yield a new empty file in the folder of `path`, which is deleted after the block."""
     with _unfinished(path, mode, "scratch") as (_, name):
         yield name
 
@@ -138,13 +141,13 @@ def scratch(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 def _finish(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-    if not _LOCKS:  # Windows does not rename a file that is open; elsewhere the lock lasts longer than the name
+    if not _LOCKS:  # Windows cannot rename an open file; elsewhere the lock outlives the name
         file.close()
 
 
 @contextlib.contextmanager
 def _unfinished(path: Path, mode: int | None, kind: str) -> Iterator[tuple[IO[bytes], Path]]:
-    """Yield a new file of a random name beside `path`, locked, and its path. The name is gone after the block."""
+    """Yield a new locked file with a random name in the folder of `path`, and its path. Delete the name after the block."""
     make_folder(path.parent)
     sweep(path.parent.absolute())
     start = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", errors="ignore")
@@ -156,13 +159,13 @@ def _unfinished(path: Path, mode: int | None, kind: str) -> Iterator[tuple[IO[by
         with open(descriptor, "wb") as file:
             yield file, name
     finally:
-        with contextlib.suppress(OSError):  # renamed; or its folder is gone, which is an error of its own
+        with contextlib.suppress(OSError):  # renamed, or its folder was deleted
             name.unlink()
 
 
 @functools.cache
 def _machine() -> str:
-    """Return eight digits that the processes of this running kernel share, also those of its containers."""
+    """Return eight hexadecimal digits that identify the running kernel, also in its containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     with contextlib.suppress(OSError):
         return hashlib.sha256(boot.read_bytes()).hexdigest()[:8]
@@ -170,7 +173,7 @@ def _machine() -> str:
 
 
 def _create(path: Path, mode: int) -> int | None:
-    """Return a descriptor of the new file `path`, locked; None where another process swept it before the lock."""
+    """Return the descriptor of the new locked file `path`, or None where another process deleted it before the lock."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, mode)
     if not _LOCKS:
@@ -191,7 +194,7 @@ def _create(path: Path, mode: int) -> int | None:
 
 @functools.lru_cache(maxsize=4096)
 def sweep(folder: Path) -> None:
-    """Delete the unfinished files in `folder` whose writers have ended. Once in a process and folder."""
+    """Delete the unfinished files in `folder` whose writers have ended. Runs once per process and folder."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if (name := _UNFINISHED.fullmatch(entry.name)) is not None:
@@ -199,14 +202,14 @@ def sweep(folder: Path) -> None:
                     _remove_stale(Path(entry.path), name["machine"] == _machine(), _STALE_S[name["kind"]])
 
 
-def _remove_stale(path: Path, here: bool, stale_s: float) -> None:
-    """Delete `path` if its writer has ended. `here`: the writer is a process of this machine, and so the lock tells."""
+def _remove_stale(path: Path, is_local: bool, stale_s: float) -> None:
+    """Delete `path` if its writer has ended: by the lock if the writer `is_local`, else by the file's age."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         return
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
-        if here and _LOCKS:
+        if is_local and _LOCKS:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where the writer holds it
             path.unlink()
         elif time.time() - status.st_mtime > stale_s:
@@ -216,27 +219,29 @@ def _remove_stale(path: Path, here: bool, stale_s: float) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, mode: int | None = None) -> None:
+    """Write a file atomically, see `replacing`."""
     with replacing(path, mode=mode) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write a text file in UTF-8 atomically, see `replacing`."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"), mode=mode)
 
 
 def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
-    """Indented, keys in the order given, NaN refused: JSON has none."""
+    """Write indented JSON atomically, see `replacing`. NaN raises ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
 
 
-# ---- JSON of others
+# ---- untrusted JSON
 
 
 def parse_json(data: bytes | str, schema: Any = Any) -> Any:
-    """Return the JSON value that `data` holds, of the type `schema` (anything pydantic knows), unchanged.
+    """Return the JSON value of `data`, validated against the type `schema` (any that pydantic supports).
 
     Raises:
-        ValueError: one line, where it is no JSON, nests deeper than `MAX_DEPTH`, or is not of that type.
+        ValueError: not JSON, nested deeper than `MAX_DEPTH`, or not of that type; one line.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -249,39 +254,48 @@ def parse_json(data: bytes | str, schema: Any = Any) -> Any:
         TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        at = ".".join(str(key) for key in first["loc"])[:200]
-        raise ValueError(f"{f'{at}: ' if at else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        location = ".".join(str(key) for key in first["loc"])[:200]
+        raise ValueError(f"{f'{location}: ' if location else ''}{first['msg'][:1].lower()}{first['msg'][1:]}") from None
     return value
 
 
 def read_json(path: Path, schema: Any = Any, *, remedy: str) -> Any:
-    """Parse a JSON file as `parse_json`. Raises UserError where it is missing, too large or damaged, with the remedy; OSError."""
+    """Parse a JSON file as `parse_json`.
+
+    Raises:
+        UserError: missing, too large or invalid; the text ends with `remedy`.
+        OSError: it cannot be read.
+    """
     try:
         with open(path, "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size  # a read of n bytes takes memory for all n beforehand
+            num_bytes = os.fstat(file.fileno()).st_size  # a read of n bytes allocates n bytes first
             data = file.read(min(num_bytes, MAX_JSON_BYTES) + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
         return parse_json(data, schema)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{path}: {os_reason(error)}; {remedy}") from None
+        raise UserError(f"{path}: {os_reason(error)}. {_sentence(remedy)}") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+        raise UserError(f"{path} is invalid ({error}). {_sentence(remedy)}") from None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _check_depth(value: Any) -> None:
-    """Level by level: what recurses over it later must not run out of stack."""
+    """Raise ValueError beyond MAX_DEPTH. Iterates by level, so that deep nesting cannot overflow the stack."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [
             child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
             if isinstance(child, dict | list)
         ]
         if not level:
@@ -290,35 +304,35 @@ def _check_depth(value: Any) -> None:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """UserError where `folder` neither is nor can become one to write into: asked before the work, not after it."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"{option}: {there} is a file, {folder} has to be a folder; give another place")
-    if not os.access(there, os.W_OK | os.X_OK):
+    """Raise UserError if `folder` is not a writable folder and cannot become one. Called before the work begins."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"{option}: {existing} is a file, but {folder} must be a folder. Give another path.")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"{option}: {there} cannot be written (read-only, or another user's); make it so, or give another place"
+            f"{option}: {existing} is not writable (read-only, or another user's). Make it writable, or give another path."
         )
 
 
 def user_folder(variable: str, default: str) -> Path:
-    """Return the folder that an environment variable names, or else `default` below the user's home.
+    """Return the folder in an environment variable, or else `default` in the user's home.
 
     Raises:
-        UserError: neither is known: HOME is not set, and the system does not know the user (a container's).
+        UserError: the home is unknown, as for some users of containers.
     """
-    if named := os.environ.get(variable):
-        return Path(named)
+    if value := os.environ.get(variable):
+        return Path(value)
     try:
         return Path.home() / default
     except RuntimeError:
         raise UserError(
-            f"HOME is not set and this user is unknown to the system; set HOME, or {variable}=FOLDER"
+            f"HOME is not set and the system does not know this user. Set HOME, or {variable}=FOLDER."
         ) from None
 
 
 def expand_user(path: str) -> Path:
-    """Return a path whose leading ~ is the user's home. Raises UserError where that is not known."""
+    """Return a path with a leading ~ replaced by the user's home. Raises UserError where that is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{path}: the home that ~ stands for is not known; write the whole path, or set HOME") from None
+        raise UserError(f"{path}: the home directory of ~ is unknown. Write the absolute path, or set HOME.") from None

@@ -168,7 +168,7 @@ def _quieten() -> None:
 def read_bytes(source: Source) -> bytes:
     """Read a file whole. Raises UnreadableFileError and nothing else; io_error after several attempts."""
     try:
-        return storage.retried(lambda: _read(source))
+        return storage.with_retries(lambda: _read(source))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and is_io_fault(error):
             raise UnreadableFileError("io_error", f"cannot be read: {os_reason(error)}") from error

@@ -1,0 +1,1 @@
+"""Launch environment, process group, worker processes, locks, heartbeats and signals."""

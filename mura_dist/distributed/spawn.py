@@ -22,7 +22,7 @@ class WorkerProcess(SpawnProcess):
         self.name = f"{_PREFIX}{self.name}"
 
     @staticmethod
-    def _Popen(process_obj: Any) -> Any:
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
         with _lock:
             original = multiprocessing.spawn.get_preparation_data
 

@@ -184,7 +184,7 @@ def _source(root: StoragePath, path: str, num_bytes: int | None = None) -> Path 
     if not storage.is_remote(root):
         return Path(root, path)
     remote = storage.open_storage(root)
-    return io.BytesIO(remote.read(path) if num_bytes is None else remote.read_part(path, 0, num_bytes))
+    return io.BytesIO(remote.read(path) if num_bytes is None else remote.read_range(path, 0, num_bytes))
 
 
 def _header(root: StoragePath, path: str) -> tuple[int, int, str] | None:

@@ -110,7 +110,10 @@ WRONG_REQUESTS = {
         ["page", "s3://bucket/model.onnx"],
         ["MODEL.onnx s3://bucket/model.onnx: must be a path of this machine, not a URL; copy it here"],
     ),
-    "a URL to predict": (["predict", "m.onnx", "s3://b/x", "--out", "{tmp}/p"], ["s3://b/x: predict reads only files of"]),
+    "a URL to predict": (
+        ["predict", "m.onnx", "s3://b/x", "--out", "{tmp}/p"],
+        ["s3://b/x: predict reads only files of"],
+    ),
     "nothing there to predict": (
         ["predict", "m.onnx", "{tmp}/none", "--out", "{tmp}/p"],
         ["none: no such file or folder"],

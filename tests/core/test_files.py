@@ -127,7 +127,7 @@ def test_a_folder_of_the_user_is_named_or_below_home_or_refused(
 def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"HOME is not set and this user is unknown.*XDG_CACHE_HOME=FOLDER"):
         files.user_folder("XDG_CACHE_HOME", ".cache")
-    with pytest.raises(UserError, match="~/a: the home that ~ stands for is not known"):
+    with pytest.raises(UserError, match="~/a: the home directory of ~ is unknown"):
         files.expand_user("~/a")
     assert files.expand_user(str(tmp_path)) == tmp_path
 
@@ -174,5 +174,5 @@ def test_reading_json_takes_memory_for_the_file_alone(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is invalid"):
         files.read_json(Path("/dev/zero"), remedy="delete it")

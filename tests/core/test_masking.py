@@ -78,7 +78,7 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
     (tmp_path / "recipe.toml").write_text(recipe)
     kept = config.load(tmp_path / "recipe.toml")
     assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
-    with pytest.raises(UserError, match="its credentials were masked where it was kept"):
+    with pytest.raises(UserError, match="the credentials are masked"):
         storage.open_storage(kept.shards)
     assert main(["shards", url, url]) == WRONG
     assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == WRONG
@@ -122,7 +122,7 @@ def test_what_a_store_says_is_masked_too(
     check(str(place))
     for act in (
         lambda: place.read("a"),
-        lambda: place.read_part("a", 0, 9),
+        lambda: place.read_range("a", 0, 9),
         lambda: place.copy_to("a", tmp_path / "a"),
         lambda: raised(place.read_many(["a"])),
     ):

@@ -42,7 +42,7 @@ def test_a_folder_is_the_same_wherever_it_lies(folder: Storage, tmp_path: Path) 
     assert folder.names() == {"a.txt", "deep"}
     assert folder.child("deep").names() == {"er", "c"}
     assert [folder.exists(name) for name in ("a.txt", "deep/er/b.bin", "none", "deep")] == [True, True, False, False]
-    assert folder.read_part("deep/er/b.bin", 250, 10) == FILES["deep/er/b.bin"][250:260]
+    assert folder.read_range("deep/er/b.bin", 250, 10) == FILES["deep/er/b.bin"][250:260]
     *found, missing = folder.read_many([*FILES, "none"])
     assert found == list(FILES.values())
     assert isinstance(missing, FileNotFoundError)
@@ -113,7 +113,7 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "parts"),
-    [("nonsense://x/y", ("nonsense://x/y", "a store fsspec knows")), ("gs://x/y", ("gs://x/y", "not installed"))],
+    [("nonsense://x/y", ("nonsense://x/y", "a URL that fsspec supports")), ("gs://x/y", ("gs://x/y", "not installed"))],
 )
 def test_a_url_nobody_knows_is_refused(url: str, parts: tuple[str, ...], tmp_path: Path, capsys) -> None:
     laws.refusal(capsys, ["shards", url, tmp_path / "out"], *parts)

@@ -145,14 +145,14 @@ def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest
 def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
     available = engine_onnxruntime.import_onnxruntime().get_available_providers()
     if PROVIDERS[provider] not in available:
-        with pytest.raises(
-            UserError, match=r"computes on CPUs only. pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"
-        ):
+        with pytest.raises(UserError, match=r"computes on CPUs only. pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
             OnnxModel.load(model, provider)
         return
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a GPU here")
-    with pytest.raises(UserError, match=r"--provider \w+: \w+ does not start: (lib\S+) cannot be opened\. To fix it, ") as refused:
+    with pytest.raises(
+        UserError, match=r"--provider \w+: \w+ does not start: (lib\S+) cannot be opened\. To fix it, "
+    ) as refused:
         OnnxModel.load(model, provider)
     assert str(refused.value).endswith(", or give --provider cpu")
 
@@ -270,6 +270,8 @@ def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, m
     assert autotune.load_tuned_config(loaded) is None
     path.write_text(json.dumps({autotune._cache_key(loaded): {"tuning": {"batch_size": "many", "colour": 3}}}))
     assert autotune.load_tuned_config(loaded) is None
-    path.write_text(json.dumps({autotune._cache_key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}}))
+    path.write_text(
+        json.dumps({autotune._cache_key(loaded): {"tuning": {"batch_size": -5, "streams": 1, "threads": 1}}})
+    )
     assert autotune.load_tuned_config(loaded) is None
     assert autotune.tune(model, "cpu") == autotune.load_tuned_config(loaded)

@@ -748,7 +748,7 @@ def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: py
 
 def test_damaged_plan_is_named(model: Path, layout: Path, tmp_path: Path) -> None:
     (tmp_path / "predict.json").write_text("{")
-    with pytest.raises(UserError, match=r"predict\.json is damaged \(.*\); give another --out"):
+    with pytest.raises(UserError, match=r"predict\.json is invalid \(.*\)\. Give another --out"):
         predict(model, layout, tmp_path)
 
 

@@ -631,9 +631,7 @@ def test_known_study_types_need_no_word() -> None:
 def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
-    with pytest.raises(
-        UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY\. Write them relative to"
-    ):
+    with pytest.raises(UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY\. Write them relative to"):
         predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
     assert not (tmp_path / "out").exists()
     table.write_text("path,study_type\nloose.png,hand\nelsewhere.png,hand\n")

@@ -52,7 +52,7 @@ def is_complete(place: Storage, name: str, mark: bytes) -> bool:
             return told["name"] == name
         stem = name.removesuffix(".tar")
         companions = all(place.exists(f"{stem}{suffix}") for suffix in (".crc", ".idx"))
-        return told["name"] == name and companions and place.holds(name, told["bytes"], told["sha256"])
+        return told["name"] == name and companions and place.matches(name, told["bytes"], told["sha256"])
     except (ValueError, KeyError, TypeError):  # not a mark
         return False
 
@@ -83,7 +83,7 @@ def write(place: Storage, name: str, samples: Iterable[Sample], labels: Any, *, 
                 crcs.append(f"{sample.row:09d} {zlib.crc32(sample.data or b''):08x}\n")
             tar.close()
             _refuse_faults(unreadable)
-        if not place.holds(name, tar.bytes, digest := tar.digest.hexdigest()):
+        if not place.matches(name, tar.bytes, digest := tar.digest.hexdigest()):
             raise RunError(
                 f"{place}/{name} is not what was written: another program writes there, or the disk lost it; the same "
                 "command makes it again"

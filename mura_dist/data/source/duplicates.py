@@ -28,13 +28,13 @@ def find_pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[
     """
 
     def middle(path: str) -> Hashable:
-        return place.read_part(path, max(0, (sizes[path] - _PART_BYTES) // 2), _PART_BYTES)
+        return place.read_range(path, max(0, (sizes[path] - _PART_BYTES) // 2), _PART_BYTES)
 
     def whole(path: str) -> Hashable:
         digest = hashlib.sha256()
         size = sizes[path]
         for start in range(0, size if size > _PART_BYTES else 0, _PIECE_BYTES):
-            digest.update(place.read_part(path, start, min(_PIECE_BYTES, size - start)))
+            digest.update(place.read_range(path, start, min(_PIECE_BYTES, size - start)))
         return digest.digest()
 
     by_size: dict[int, list[str]] = defaultdict(list)
@@ -61,7 +61,7 @@ def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int
 
 def _or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
     try:
-        return storage.retried(lambda: key(path))
+        return storage.with_retries(lambda: key(path))
     except OSError as error:  # the conversion tells what cannot be opened
         if is_io_fault(error):
             raise

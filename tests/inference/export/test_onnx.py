@@ -311,8 +311,8 @@ def test_documented_lines_without_mura_dist_give_the_same_bits(
 REFUSED = {
     "a mistyped checkpoint": (["--checkpoint", "bset"], ["--checkpoint bset", "has best, last, step-"]),
     "a folder as the file": (["--out", "{tmp}"], ["--out {tmp} is a folder", "model.onnx"]),
-    "below a file": (["--out", "{tmp}/file/model.onnx"], ["--out: {tmp}/file is a file", "give another place"]),
-    "Triton's folder is a file": (["--triton", "{tmp}/file"], ["--triton: {tmp}/file is a file", "give another place"]),
+    "below a file": (["--out", "{tmp}/file/model.onnx"], ["--out: {tmp}/file is a file", "Give another path"]),
+    "Triton's folder is a file": (["--triton", "{tmp}/file"], ["--triton: {tmp}/file is a file", "Give another path"]),
     "another's model": (["--triton", "{tmp}/other"], ["--triton {tmp}/other:", "another model has that name", "move"]),
 }
 
@@ -338,12 +338,12 @@ def test_a_place_that_cannot_be_written(option: str, copy: Path, tmp_path: Path,
         os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == place) and access(path, mode)
     )
     given = place / "model.onnx" if option == "--out" else place
-    laws.refusal(capsys, ["export", copy, option, given], f"{option}: {place} cannot be written", "give another place")
+    laws.refusal(capsys, ["export", copy, option, given], f"{option}: {place} is not writable", "Give another path")
 
 
 def test_damaged_metrics_are_refused(copy: Path, capsys) -> None:
     (copy / "metrics.json").write_text("{")
-    laws.refusal(capsys, ["export", copy], "metrics.json is damaged", "run `mura-dist evaluate` again")
+    laws.refusal(capsys, ["export", copy], "metrics.json is invalid", "Run `mura-dist evaluate` again")
 
 
 def left(tmp_path: Path) -> list[str]:
