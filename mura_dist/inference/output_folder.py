@@ -1,14 +1,14 @@
-"""The folder that a prediction writes: what lies where, whether it is this prediction's, and how its ranks wait for each other.
+"""The output folder of a prediction: its files, its plan, and how its ranks wait for each other.
 
-    OUT/.parts/plan.json     what the prediction is: model, files, options; written first
-        .parts/000000.json   the predictions and failures of a chunk's files, one file a chunk; 000000.faults.json where I/O
-                             faults kept files from being read, and 000000.retry.json once a start reads these again
-        .parts/lock, rank-N  who lives: heartbeat.py
-        README.txt           what the columns of the tables mean
-        predict.json         the summary, and the plan; written last: it says "done"
+    OUT/.parts/plan.json     plan: model, files, options; written first
+        .parts/000000.json   predictions and failures of a chunk's files, one file per chunk; 000000.faults.json if I/O faults
+                             kept files from being read, and 000000.retry.json once a start reads these again
+        .parts/lock, rank-N  locks and heartbeats of the ranks: heartbeat.py
+        README.txt           meaning of the tables' columns
+        predict.json         summary and plan; written last, marks the prediction as complete
 
-A prediction resumes only as it began: another plan in the same folder is refused. Where the plan differs in nothing but the
-version of the gate, whose words must not be mixed in a table, the parts are made again. A finished prediction stays.
+A prediction resumes only with the same plan. A plan that differs only in the version of the gate, whose values must not be mixed
+in a table, repeats the chunks. A complete prediction stays.
 """
 
 import contextlib
@@ -32,18 +32,17 @@ from mura_dist.inference import overlays, retries, tables
 from mura_dist.inference.tables import ChunkResult
 
 README = "README.txt"
-FAULTS, RETRY = ".faults", ".retry"  # in the names of parts that are not final
-GATE = "gate"  # the plan's key of the version of the gate
-PLAN_WAIT_S = 120.0  # how long a rank waits for a first one that shows no life
+FAULTS, RETRY = ".faults", ".retry"  # suffixes of chunk results that are not final
+GATE = "gate"  # key of the gate's version in the plan
+PLAN_WAIT_S = 120.0  # time without a heartbeat of rank 0 before another rank gives up
 _POLL_S = 0.2
-
 
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    """A part on disk: see tables.Part and retries.py."""
+class _ChunkResult(BaseModel):
+    """A chunk's result on disk: see tables.ChunkResult and retries.py."""
 
     predictions: list[tuple[str, str, str, _Number, str]]
     failures: list[tuple[str, str, str]]
@@ -67,7 +66,7 @@ class _Throughput(BaseModel):
 
 
 class _Summary(BaseModel):
-    """The part of predict.json that is read."""
+    """The keys of predict.json that are read."""
 
     num_files: _Count
     num_radiographs: _Count
@@ -86,7 +85,7 @@ class _Summary(BaseModel):
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where a prediction is written, and which of its ranks this process is."""
+    """The output folder of a prediction, and the rank of this process."""
 
     path: Path
     rank: int
@@ -94,57 +93,61 @@ class OutputFolder:
 
     @property
     def parts(self) -> Path:
+        """Folder of the plan, the chunks and the locks."""
         return self.path / ".parts"
 
     @property
-    def plan(self) -> Path:
+    def plan_path(self) -> Path:
+        """File of the plan."""
         return self.path / PREDICT_PLAN
 
     @property
-    def done(self) -> Path:
+    def summary_path(self) -> Path:
+        """File of the summary, which marks the prediction as complete."""
         return self.path / PREDICT_SUMMARY
 
-    def part(self, number: int, kind: str = "") -> Path:
-        """Return the path of a chunk's part. `kind`: FAULTS or RETRY, else a part that is final."""
-        return self.parts / f"{number:06d}{kind}.json"
+    def chunk_path(self, number: int, suffix: str = "") -> Path:
+        """Return the file of a chunk's result. `suffix` is FAULTS or RETRY, or empty for a final result."""
+        return self.parts / f"{number:06d}{suffix}.json"
 
-    def write_part(self, number: int, part: ChunkResult) -> None:
-        """Write a chunk's part, under the name that says whether it is final."""
-        kind = FAULTS if retries.FILES in part else ""
-        files.write_bytes(self.part(number, kind), json.dumps(part, ensure_ascii=False, allow_nan=False).encode())
+    def write_chunk(self, number: int, result: ChunkResult) -> None:
+        """Write a chunk's result."""
+        suffix = FAULTS if retries.FILES in result else ""
+        content = json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+        files.write_bytes(self.chunk_path(number, suffix), content)
 
-    def retry(self, number: int) -> ChunkResult | None:
-        """Load the part of an earlier start, some of whose files are to be read again; None where there is none."""
-        path = self.part(number, RETRY)
-        return _load(path, _Part) if path.is_file() else None
+    def load_retry(self, number: int) -> ChunkResult | None:
+        """Load the result of an earlier start that met I/O faults, or return None."""
+        path = self.chunk_path(number, RETRY)
+        return _load(path, _ChunkResult) if path.is_file() else None
 
-    def missing(self, num_chunks: int) -> list[int]:
-        """List the chunks that nobody has tried to make, whoever is to."""
+    def missing_chunks(self, num_chunks: int) -> list[int]:
+        """Return the numbers of the chunks, of all ranks, that have no result."""
         try:
             names = set(os.listdir(self.parts))
         except FileNotFoundError:
-            if not self.done.is_file():
+            if not self.summary_path.is_file():
                 raise
-            return []  # the first rank has finished, and tidied up
-        return [n for n in range(num_chunks) if not names & {self.part(n).name, self.part(n, FAULTS).name}]
+            return []  # rank 0 has finished and cleaned up
+        return [n for n in range(num_chunks) if not names & {self.chunk_path(n).name, self.chunk_path(n, FAULTS).name}]
 
-    def plans(self) -> Iterator[dict[str, Any]]:
-        """Yield the plan of the prediction that began here, and of the one that is finished."""
-        for path in (self.plan, self.done):
+    def load_plans(self) -> Iterator[dict[str, Any]]:
+        """Yield the plans of the started and of the complete prediction; {} if missing."""
+        for path in (self.plan_path, self.summary_path):
             content = _load(path, dict[str, Any]) if path.is_file() else {}
             plan = content.get("plan", content)
             yield plan if isinstance(plan, dict) else {}
 
-    def load_parts(self, num_chunks: int, stop: threading.Event) -> Iterator[ChunkResult]:
-        """Yield the parts in order. Raises StopRequestedError once `stop` is set."""
+    def load_chunks(self, num_chunks: int, stop: threading.Event) -> Iterator[ChunkResult]:
+        """Yield the chunks' results in order. Raises StopRequestedError once `stop` is set."""
         for number in range(num_chunks):
             if stop.is_set():
-                raise StopRequestedError("stopped while writing the tables; nothing is lost, the same command goes on")
-            path = self.part(number)
-            yield _load(path if path.is_file() else self.part(number, FAULTS), _Part)
+                raise StopRequestedError("stopped while writing the tables. Nothing is lost. The same command resumes.")
+            path = self.chunk_path(number)
+            yield _load(path if path.is_file() else self.chunk_path(number, FAULTS), _ChunkResult)
 
     def locked(self, stop: threading.Event) -> contextlib.AbstractContextManager[None]:
-        """Live in the folder while the block runs, as the only process of this rank. A refused start leaves no trace."""
+        """Hold this rank's lock while the block runs. A start that does not get it leaves no trace."""
         what = (
             f"--out {self.path} (rank {self.rank} of {self.num_ranks})" if self.num_ranks > 1 else f"--out {self.path}"
         )
@@ -152,90 +155,96 @@ class OutputFolder:
         return heartbeat.join_folder(self.parts, self.rank, options, stop)
 
     def begin(self, plan: dict[str, Any], stop: threading.Event) -> dict[str, Any] | None:
-        """Return the summary where the folder holds this very prediction, finished; None where it is to be made.
+        """Begin or resume the prediction. Rank 0 writes the plan, and the other ranks wait for it.
 
-        The first rank writes the plan, the others wait for it. Raises UserError for any other prediction.
+        Returns:
+            The summary if the folder holds this prediction complete, else None.
+
+        Raises:
+            UserError: the folder holds a prediction with another plan.
+            RunError: rank 0 did not begin in time.
+            StopRequestedError: `stop` was set.
         """
         monitor = heartbeat.HeartbeatMonitor()
-        while not self.done.is_file() and not self._has_plan(plan):
+        while not self.summary_path.is_file() and not self._has_plan(plan):
             if self.rank == 0:
                 self._write_plan(plan)
                 break
             if monitor.seconds_since_beat(heartbeat.heartbeat_path(self.parts, 0)) > PLAN_WAIT_S:
                 raise RunError(
-                    f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}; "
-                    "see what rank 0 says, and that all ranks see the same folder"
+                    f"rank {self.rank} of {self.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in {self.path}. "
+                    "Look at the output of rank 0, and check that all ranks see the same folder."
                 )
             wait_for_ranks(stop)
-        if self.done.is_file():
-            summary = _load(self.done, _Summary)
+        if self.summary_path.is_file():
+            summary = _load(self.summary_path, _Summary)
             self._compare(summary["plan"], {key: value for key, value in plan.items() if key != GATE})
             return summary
-        self._compare(_load(self.plan, dict[str, Any]), plan)
+        self._compare(_load(self.plan_path, dict[str, Any]), plan)
         for stale in self.path.glob(".*.partial") if self.rank == 0 else ():  # of a run that was killed
             stale.unlink(missing_ok=True)
         self._begin_retries()
         return None
 
     def _has_plan(self, plan: dict[str, Any]) -> bool:
-        """Return whether there is a plan, other than this one with another version of the gate."""
-        if not self.plan.is_file():
+        """Return whether there is a plan that does not differ from this one in the gate's version alone."""
+        if not self.plan_path.is_file():
             return False
-        before = _load(self.plan, dict[str, Any])
-        return {key for key, value in plan.items() if before.get(key) != value} != {GATE}
+        previous = _load(self.plan_path, dict[str, Any])
+        return {key for key, value in plan.items() if previous.get(key) != value} != {GATE}
 
     def _write_plan(self, plan: dict[str, Any]) -> None:
-        """Write the plan. Parts that are there are of another version of the gate, and go first."""
-        for part in self.parts.glob("[0-9]*.json"):
-            part.unlink()
-        files.write_json(self.plan, plan)
+        """Write the plan, after deleting the chunks of another version of the gate."""
+        for path in self.parts.glob("[0-9]*.json"):
+            path.unlink()
+        files.write_json(self.plan_path, plan)
 
     def _begin_retries(self) -> None:
-        """Make the chunks missing again that an earlier start could not read whole: this rank's, on the first rank all."""
+        """Mark chunks with I/O faults for a retry: those of this rank, on rank 0 all."""
         for path in self.parts.glob(f"*{FAULTS}.json"):
             number = int(path.name.partition(".")[0])
             if self.rank in (0, number % self.num_ranks):
                 with contextlib.suppress(FileNotFoundError):  # another rank was faster
-                    path.replace(self.part(number, RETRY))
+                    path.replace(self.chunk_path(number, RETRY))
 
     def finish(self, summary: dict[str, Any], readme: str) -> None:
-        """Write README.txt, then predict.json. Raises RunError where another program holds one of them."""
+        """Write README.txt, then predict.json. Raises RunError if another program has one of them open."""
         with tables.replacing_table(self.path / README):
             files.write_text(self.path / README, readme)
-        with tables.replacing_table(self.done):
-            files.write_json(self.done, summary)
+        with tables.replacing_table(self.summary_path):
+            files.write_json(self.summary_path, summary)
 
     def clean(self) -> None:
-        """Delete the parts of a finished prediction; called by the first rank, which has the lock."""
+        """Delete the chunks of a complete prediction. Called by rank 0, which holds the lock."""
         heartbeat.clear_folder(self.parts)
 
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        for key, value in now.items():
-            if before.get(key) != value:
-                said = (
-                    f"--out {self.path} holds a run with {key}={before.get(key)}, this one has {key}={value}; "
-                    "a run goes on only as it began: give another --out, or delete that folder"
+    def _compare(self, previous: dict[str, Any], plan: dict[str, Any]) -> None:
+        for key, value in plan.items():
+            if previous.get(key) != value:
+                message = (
+                    f"--out {self.path} holds a run with {key}={previous.get(key)}, this one has {key}={value}. "
+                    "A run resumes only with the same plan: give another --out, or delete that folder."
                 )
-                raise RankLocalUserError(f"rank {self.rank}: {said}") if self.rank else UserError(said)
+                raise RankLocalUserError(f"rank {self.rank}: {message}") if self.rank else UserError(message)
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise UserError where `out` holds tables, overlays or a README.txt, and no prediction of ours that may go on."""
+    """Raise UserError if `out` holds tables, overlays or a README.txt, but no prediction to resume."""
     if "prediction" in find_output_kinds(out):
         return
     names = [f"{name}.{format}" for name in tables.NAMES for format in tables.FORMATS]
-    if found := [name for name in (*names, overlays.FOLDER, README) if (out / name).exists()]:
-        raise UserError(f"--out {out} holds {found[0]}, which is not of this run; give another folder, or move it away")
+    if existing := [name for name in (*names, overlays.FOLDER, README) if (out / name).exists()]:
+        raise UserError(f"--out {out} holds {existing[0]} of another origin. Give another folder, or move it away.")
 
 
 def wait_for_ranks(stop: threading.Event) -> None:
-    """Wait a moment for another rank. Raises StopRequestedError once `stop` is set."""
+    """Wait for a fraction of a second. Raises StopRequestedError if `stop` is set."""
     if stop.wait(_POLL_S):
-        raise StopRequestedError("stopped while waiting for another rank; the same command goes on")
+        raise StopRequestedError("stopped while waiting for another rank. The same command resumes.")
 
 
 def json_sha256(value: Any) -> str:
-    """Compute the SHA-256 of a value that JSON can hold."""
+    """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

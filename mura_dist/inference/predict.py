@@ -1,18 +1,20 @@
 """Files and folders of radiographs -> predictions.csv, studies.csv, failures.csv. No torch from here on.
 
-    inputs.Inputs -> file_list.list_files -> chunks of 256 files -> chunks.py: read by guarded processes, predicted in batches
-        -> OUT/overlays, where wanted -> OUT/.parts/000000.json, one a chunk -> KEYTABLE, where wanted -> tables.py
-        -> README.txt -> predict.json (last: it says "done")
+    inputs.Inputs -> file_list.list_files -> chunks of 256 files -> chunks.py: read by worker processes, predicted in batches
+        -> OUT/overlays, with --overlays -> OUT/.parts/000000.json, one per chunk -> KEYTABLE, with --pseudonyms -> tables.py
+        -> README.txt -> predict.json (last: it marks the prediction as complete)
 
-Every file ends in exactly one of predictions and failures, also one that crashes, stalls or bloats its decoder: that is why
-processes read, not threads, which are a little faster (2 cores, 512-px PNG to 320: 690 against 841 radiographs/s). A chunk is the
-unit of work and of resumption: killed anywhere, the same command makes the missing ones, and the same bytes. A file that an I/O
-fault kept from being read is in failures as io_error; then there is no predict.json, and the same command reads it again. No
-list is as long as the directory: what is, lies on disk. `OUT/.parts/plan.json` says what the run is; another model, other
-options or other files in the same OUT are refused, and so is a second start while the first one lives.
+Every file ends in exactly one of predictions and failures, even if it crashes its decoder, stalls it or exhausts the memory.
+Therefore processes read, although threads are a little faster (2 cores, 512-px PNG to 320 px: 841 against 690 radiographs/s).
 
-Several ranks (torchrun's or Slurm's) share the work: each takes every n-th chunk; the first one writes the plan and the tables,
-and makes itself what a rank that fell silent has left undone. Nobody talks to anybody but through OUT/.parts.
+A chunk is the unit of work and of resumption. After a crash the same command predicts the missing chunks and writes the same
+bytes. A file that an I/O fault kept from being read is in failures as io_error. Then predict.json is not written, and the same
+command reads the file again. Lists as long as the directory are on disk, not in memory. `OUT/.parts/plan.json` describes the run.
+A start with another model, other options or other files in the same OUT raises UserError, and so does a second start while the
+first one runs.
+
+Several ranks (torchrun or Slurm) share the work through OUT/.parts alone. Each takes every n-th chunk. Rank 0 writes the plan and
+the tables, and predicts the chunks of a rank whose heartbeat expired.
 """
 
 import contextlib
@@ -52,27 +54,44 @@ from mura_dist.models.card import Card
 MAX_WORKERS = 256
 
 Progress = Callable[[int, int | None], None]
-"""Hears of files done and of all files; while the directory is walked, of files found and None."""
+"""Called with the numbers of finished files and of all files; while files are listed, with the number so far and None."""
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What a prediction is asked for beside model, directory and output folder: the command's options, by their names."""
+    """Options of `mura-dist predict`, by their names.
 
-    study_by: str = "auto"  # what makes a study: auto, folder or file
-    study_type: str | None = None  # of all radiographs, or a CSV of path,study_type; None: as paths and DICOM tell
-    provider: str = "cpu"  # what computes: see OnnxModel.load
-    format: str = "csv"  # of the tables: csv or parquet
-    batch_size: int | None = None  # radiographs at once; None: as an autotune found best here, or by provider
-    workers: int | None = None  # processes that read; None: by files and processors
-    autotune: bool = False  # first measure what runs this model fastest on this machine
-    strict: bool = False  # any failure is an error, once the tables are written
-    overlays: bool = False  # draw every radiograph and its class activation map
-    allow_pixels: bool = False  # draw those too whose pixels may show a name
-    shared: bool = False  # what is written is for others to read too, as the umask says; else for its owner alone
-    keytable: Path | None = None  # files and studies go by pseudonyms, and this CSV leads back
-    batch_limit_s: float = LIMIT_S  # what computing one batch may take
-    limits: PoolLimits = worker_pool.DEFAULT_LIMITS  # what reading one file may take: seconds, bytes
+    Attributes:
+        study_by: What forms a study: auto, folder or file.
+        study_type: Study type of all radiographs, or a CSV of path,study_type. None takes it from paths and DICOM.
+        provider: Provider that computes, as in OnnxModel.load.
+        format: Format of the tables, csv or parquet.
+        batch_size: Radiographs per batch. None takes it from an autotune, or else from the provider.
+        workers: Number of reading processes. None chooses by the numbers of files and processors.
+        autotune: Measure the fastest configuration of this model on this machine first.
+        strict: Raise RunError for any failure, after the tables are written.
+        overlays: Draw every radiograph with its class activation map.
+        allow_pixels: Draw also radiographs whose pixels may show a name.
+        shared: Create files with the permissions of the umask. Otherwise only their owner may read them.
+        keytable: Replace names of files and studies by pseudonyms, and write this CSV that maps them back.
+        batch_limit_s: Time limit of a batch in seconds.
+        limits: Limits of reading one file.
+    """
+
+    study_by: str = "auto"
+    study_type: str | None = None
+    provider: str = "cpu"
+    format: str = "csv"
+    batch_size: int | None = None
+    workers: int | None = None
+    autotune: bool = False
+    strict: bool = False
+    overlays: bool = False
+    allow_pixels: bool = False
+    shared: bool = False
+    keytable: Path | None = None
+    batch_limit_s: float = LIMIT_S
+    limits: PoolLimits = worker_pool.DEFAULT_LIMITS
 
 
 def predict(
@@ -84,51 +103,62 @@ def predict(
     log: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any] | None:
-    """Predict every radiograph of `inputs`, a folder, or files and folders, into tables in `out`. Resumes.
+    """Predict radiographs into tables. The same call resumes.
 
-    `out` is not looked into where it lies inside a folder of `inputs`, or where it is one of several and holds a prediction.
-    Returns predict.json's content, on ranks but the first None. `log` hears how an autotune goes. Raises UserError, RunError,
-    StopRequestedError (SIGINT, SIGTERM: after the current chunk), and OSError when the disk is full.
+    Args:
+        model_path: The file that `mura-dist export` wrote.
+        inputs: A folder, or several files and folders. `out` is skipped if it lies inside a folder, or if it is one of several
+            paths and holds a prediction.
+        out: Folder to write.
+        options: Options of the command.
+        log: Called with each line of an autotune.
+        progress: See Progress.
+
+    Returns:
+        Content of predict.json; None on ranks other than 0.
+
+    Raises:
+        UserError: an input, an option or the model is wrong.
+        RunError: a file could not be read for an I/O fault, a batch failed, or a table could not be written.
+        StopRequestedError: SIGINT or SIGTERM. The current chunk is complete.
+        OSError: the disk is full.
     """
     end_with_launcher()
     paths = [inputs] if isinstance(inputs, Path) else exclude_output(inputs, out)
     with pseudonyms.redact_paths(paths, options.keytable):
-        started = time.perf_counter()
+        start = time.perf_counter()
         sources = Inputs.parse(paths)
         _check(sources, out, options)
-        names = _names(options.keytable, out, sources)
+        pseudonymizer = _load_pseudonymizer(options.keytable, out, sources)
         _check_autotune(options)
-        model = OnnxModel.load(
-            model_path, options.provider, pipelined_config(options.batch_size), options.batch_limit_s
-        )
-        groups, warnings = _grouping(sources, out, options, names, model.card)
+        config = pipelined_config(options.batch_size)
+        model = OnnxModel.load(model_path, options.provider, config, options.batch_limit_s)
+        groups, warnings = _build_grouping(sources, out, options, pseudonymizer, model.card)
         refuse_foreign(out)
         folder = OutputFolder(out, environment.rank(), environment.world_size())
         with (
             contextlib.nullcontext() if options.shared else private(out),
             stop_event(patience_s=0) as stop,
             folder.locked(stop),
-            _walked(sources, folder, names, options.keytable, stop, progress) as files,
+            _listed_files(sources, folder, pseudonymizer, options.keytable, stop, progress) as files,
         ):
-            if (
-                session_config := _resolve_session_config(folder, model, model_path, options, log)
-            ) != model.session_config:
-                model = OnnxModel.load(model_path, options.provider, session_config, options.batch_limit_s)
+            if (config := _resolve_session_config(folder, model, model_path, options, log)) != model.session_config:
+                model = OnnxModel.load(model_path, options.provider, config, options.batch_limit_s)
             warnings += study_types.match(groups.override, files.printable_paths())
             if options.allow_pixels and not options.overlays:
-                warnings.append("--allow-pixels without --overlays changes nothing")
-            plan = _plan(model, files, groups, options)
-            _check_keytable(options.keytable, folder, files, names)
+                warnings.append("--allow-pixels has no effect without --overlays")
+            plan = _build_plan(model, files, groups, options)
+            _check_keytable(options.keytable, folder, files, pseudonymizer)
             summary = folder.begin(plan, stop)
             if summary is None:
-                overlays = _overlays(model, folder, options)
+                overlays = Overlays(out, options.allow_pixels, model.card.of_drawings) if options.overlays else None
                 chunks = ChunkPredictor(model, sources.directory, groups, files, folder, overlays, stop, progress)
                 chunks.run(options.workers, options.limits)
                 if folder.rank == 0:
-                    tally, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
-                    _refuse_faults(tally, folder.load_parts(files.num_chunks, stop))
-                    seconds = time.perf_counter() - started
-                    summary = summarize(tally, model, num_overlays, warnings, seconds)
+                    counts, num_overlays = _write_tables(folder, files, groups, model.card, options, stop)
+                    _check_io_faults(counts, folder.load_chunks(files.num_chunks, stop))
+                    seconds = time.perf_counter() - start
+                    summary = summarize(counts, model, num_overlays, warnings, seconds)
                     summary |= {"throughput": chunks.throughput.summary(), "plan": plan}
                     folder.finish(summary, table_guide.readme(model.card, options.format))
             if folder.rank == 0:
@@ -143,32 +173,32 @@ def predict(
 def _check(inputs: Inputs, out: Path, options: PredictOptions) -> None:
     if options.study_by not in grouping.STUDY_BY:
         raise UserError(
-            f"--study-by {options.study_by}: must be one of {', '.join(grouping.STUDY_BY)}; auto is the default"
+            f"--study-by {options.study_by}: must be one of {', '.join(grouping.STUDY_BY)}. The default is auto."
         )
     if options.format not in tables.FORMATS:
-        raise UserError(f"--format {options.format}: must be one of {', '.join(tables.FORMATS)}; csv is the default")
+        raise UserError(f"--format {options.format}: must be one of {', '.join(tables.FORMATS)}. The default is csv.")
     if options.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         remedy = install_remedy("parquet")
-        raise UserError(f"--format parquet needs pyarrow, which is not installed; {remedy}, or use csv")
+        raise UserError(f"--format parquet needs pyarrow, which is not installed. Install it: {remedy}, or use csv.")
     for name, number in (("--batch-size", options.batch_size), ("--workers", options.workers)):
         if number is not None and number < 1:
-            raise UserError(f"{name} {number}: must be at least 1; leave it out for a choice by the machine")
+            raise UserError(f"{name} {number}: must be at least 1. Leave it out to let the machine choose.")
     if not 0 < options.batch_limit_s < 1e8:
         raise UserError(
-            f"--batch-limit {options.batch_limit_s:g}: must be seconds, more than 0; {LIMIT_S:g} is the default"
+            f"--batch-limit {options.batch_limit_s:g}: must be a number of seconds above 0. The default is {LIMIT_S:g}."
         )
     if options.workers is not None and options.workers > MAX_WORKERS:
         raise UserError(
-            f"--workers {options.workers}: must be at most {MAX_WORKERS}; leave it out for a choice by the machine"
+            f"--workers {options.workers}: must be at most {MAX_WORKERS}. Leave it out to let the machine choose."
         )
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file. Give a folder.")
     if out.is_dir() and any(out.samefile(folder) for folder in inputs.folders):
-        what = "the directory of radiographs itself" if inputs.members == ("",) else "one of the inputs"
-        raise UserError(f"--out {out} is {what}. Give another folder.")
+        role = "the directory of radiographs itself" if inputs.members == ("",) else "one of the inputs"
+        raise UserError(f"--out {out} is {role}. Give another folder.")
 
 
-def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
+def _load_pseudonymizer(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
     if keytable is None:
         return Pseudonymizer()
     pseudonyms.check_keytable(keytable, out, inputs.folders)
@@ -178,52 +208,54 @@ def _names(keytable: Path | None, out: Path, inputs: Inputs) -> Pseudonymizer:
 def _check_autotune(options: PredictOptions) -> None:
     if options.autotune and options.batch_size is not None:
         raise UserError(
-            f"--autotune finds the batch size, --batch-size {options.batch_size} sets it; leave one of them out"
+            f"--autotune chooses the batch size, and --batch-size {options.batch_size} sets it. Leave one of them out."
         )
     if options.autotune and environment.world_size() > 1:
         raise UserError(
-            "--autotune measures one process alone; run it once without torchrun or srun, then leave it out"
+            "--autotune measures a single process. Run it once without torchrun or srun, then leave it out."
         )
 
 
-def _grouping(
-    inputs: Inputs, out: Path, options: PredictOptions, names: Pseudonymizer, card: Card
+def _build_grouping(
+    inputs: Inputs, out: Path, options: PredictOptions, pseudonymizer: Pseudonymizer, card: Card
 ) -> tuple[Grouping, list[str]]:
-    """Decide how files become studies, and what to warn of. Raises UserError for a study type that looks like a typo."""
-    known = frozenset((*card.study_types, *card.thresholds))
-    given = study_types.read_override(options.study_type)
-    warnings = study_types.check(given, known)
+    """Return the grouping, and warnings. Raises UserError for a mistyped study type."""
+    model_types = frozenset((*card.study_types, *card.thresholds))
+    override = study_types.read_override(options.study_type)
+    warnings = study_types.check(override, model_types)
     root = Path(os.path.abspath(inputs.directory)).as_posix().rstrip("/")
-    return Grouping(root, options.study_by, given, known, names, key_free_folders=(out, *inputs.folders)), warnings
+    key_free_folders = (out, *inputs.folders)
+    return Grouping(root, options.study_by, override, model_types, pseudonymizer, key_free_folders), warnings
 
 
 @contextlib.contextmanager
-def _walked(
+def _listed_files(
     inputs: Inputs,
     folder: OutputFolder,
-    names: Pseudonymizer,
+    pseudonymizer: Pseudonymizer,
     keytable: Path | None,
     stop: threading.Event,
     progress: Progress,
 ) -> Iterator[FileList]:
-    """List the files on disk while the block runs. Raises UserError where there is none.
+    """Keep a list of the files on disk while the block runs. Raises UserError if there are no files.
 
-    With a key table the list lies beside that, for it names every file, and has the order of the pseudonyms, for in that of
-    the paths a list of patients could be laid beside the tables.
+    With a key table the list lies beside it, since it names every file. It then has the order of the pseudonyms: the order of
+    the paths would let anybody who has a list of the patients align it with the tables.
     """
 
-    def found(num: int) -> None:
+    def report(num_files: int) -> None:
         if stop.is_set():
-            raise StopRequestedError("stopped while looking for files; the same command goes on")
-        progress(num, None)
+            raise StopRequestedError("stopped while listing the files. The same command resumes.")
+        progress(num_files, None)
 
-    def by_name(path: bytes) -> bytes:
-        return names.file(file_list.printable_path(os.fsdecode(path))).encode() + b"\0" + path  # two alike stay two
+    def sort_by_pseudonym(path: bytes) -> bytes:
+        name = pseudonymizer.file(file_list.printable_path(os.fsdecode(path)))
+        return name.encode() + b"\0" + path  # unique, even if two pseudonyms are equal
 
-    more: dict[str, Any] = {} if keytable is None else {"sort_by": by_name}
     with scratch(keytable or folder.parts / "walk", mode=PRIVATE) as database:
-        more |= {"chunk_size": CHUNK, "exclude": folder.path, "progress": found}
-        files = file_list.list_files(inputs.directory, database, members=inputs.members, **more)
+        arguments: dict[str, Any] = {} if keytable is None else {"sort_by": sort_by_pseudonym}
+        arguments |= {"members": inputs.members, "chunk_size": CHUNK, "exclude": folder.path, "progress": report}
+        files = file_list.list_files(inputs.directory, database, **arguments)
         if not files.num_files:
             raise UserError(f"{inputs.directory} holds no files. Give radiographs, or a folder of them.")
         yield files
@@ -232,45 +264,46 @@ def _walked(
 def _resolve_session_config(
     folder: OutputFolder, model: OnnxModel, model_path: Path, options: PredictOptions, log: Callable[[str], None]
 ) -> SessionConfig:
-    """Decide how to run `model`: what moves bits as the run in `folder` began, else as it was measured to run fastest on this
-    machine, now (autotune) or some time before, else as it comes."""
-    alone = options.batch_size is None and environment.world_size() == 1
-    usual = (autotune.load_tuned_config(model) if alone else None) or model.session_config
-    for plan in folder.plans():
+    """Return how to run `model`.
+
+    A resumed run keeps what changes bits. A new run uses an autotune of now or of earlier, or else the default.
+    """
+    may_tune = options.batch_size is None and environment.world_size() == 1
+    default = (autotune.load_tuned_config(model) if may_tune else None) or model.session_config
+    for plan in folder.load_plans():
         if (plan.get("model_sha256"), plan.get("provider")) == (model.sha256, model.provider):
             optimization, batch_size = plan.get("optimisation"), plan.get("batch_size")
-            session_config = (
-                replace(usual, optimization=optimization) if optimization in tuple(GRAPH_OPTIMIZATIONS) else usual
-            )
-            if (
-                isinstance(batch_size, int) and 0 < batch_size < 2**16
-            ):  # what is neither is refused with the rest of the plan
-                session_config = replace(session_config, batch_size=batch_size)
-            return replace(session_config, batch_size=options.batch_size or session_config.batch_size)
-    return autotune.tune(model_path, options.provider, log) if options.autotune else usual
+            config = default
+            if optimization in tuple(GRAPH_OPTIMIZATIONS):
+                config = replace(config, optimization=optimization)
+            if isinstance(batch_size, int) and 0 < batch_size < 2**16:
+                config = replace(config, batch_size=batch_size)
+            return replace(config, batch_size=options.batch_size or config.batch_size)
+    return autotune.tune(model_path, options.provider, log) if options.autotune else default
 
 
-def _check_keytable(keytable: Path | None, folder: OutputFolder, files: FileList, names: Pseudonymizer) -> None:
-    """Before any work: UserError where the key table is there and is not of these files."""
-    if keytable is not None and folder.rank == 0 and not folder.done.is_file():
-        pseudonyms.check_keytable_files(keytable, ((path, names.file(path)) for path in files.printable_paths()))
+def _check_keytable(keytable: Path | None, folder: OutputFolder, files: FileList, pseudonymizer: Pseudonymizer) -> None:
+    """Raise UserError if an existing key table names other files."""
+    if keytable is not None and folder.rank == 0 and not folder.summary_path.is_file():
+        names = ((path, pseudonymizer.file(path)) for path in files.printable_paths())
+        pseudonyms.check_keytable_files(keytable, names)
 
 
-def _plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
-    """Say what the run is; whatever differs, a run does not go on."""
-    given, names = groups.override, groups.pseudonymizer
-    table = given if given is None or isinstance(given, str) else f"table {names.digest(json_sha256(given))}"
+def _build_plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictOptions) -> dict[str, Any]:
+    """Return the description of the run. A run with another plan does not resume."""
+    override, pseudonymizer = groups.override, groups.pseudonymizer
+    is_table = override is not None and not isinstance(override, str)
     return {
         "version": __version__,
         "model_sha256": model.sha256,
         "num_files": files.num_files,
-        "files_sha256": names.digest(files.digest),
-        "study_type": table,
+        "files_sha256": pseudonymizer.digest(files.digest),
+        "study_type": f"table {pseudonymizer.digest(json_sha256(override))}" if is_table else override,
         "provider": model.provider,
         "optimisation": model.session_config.optimization,
-        # Bits do not depend on it in ONNX Runtime on a CPU; nobody promises that of the others.
+        # ONNX Runtime computes the same bits for any batch size on a CPU. The other providers do not promise that.
         "batch_size": None if model.provider == PROVIDERS["cpu"] else model.session_config.batch_size,
-        "pseudonyms": names.fingerprint,
+        "pseudonyms": pseudonymizer.fingerprint,
         "gate": gate.VERSION,
         "study_by": options.study_by,
         "format": options.format,
@@ -279,52 +312,45 @@ def _plan(model: OnnxModel, files: FileList, groups: Grouping, options: PredictO
     }
 
 
-def _overlays(model: OnnxModel, folder: OutputFolder, options: PredictOptions) -> Overlays | None:
-    if not options.overlays:
-        return None
-    drawings = model.card.of_drawings
-    return Overlays(folder.path, options.allow_pixels, drawings)
-
-
 def _write_tables(
     folder: OutputFolder, files: FileList, groups: Grouping, card: Card, options: PredictOptions, stop: threading.Event
 ) -> tuple[TableCounts, dict[str, int]]:
-    """Write the key table, where it is wanted, then the tables; what they hold, and how many overlays there are."""
+    """Write the key table, if requested, and the tables. Return what they hold and the numbers of overlays."""
 
-    def parts() -> Iterator[ChunkResult]:
-        return folder.load_parts(files.num_chunks, stop)
+    def load_results() -> Iterator[ChunkResult]:
+        return folder.load_chunks(files.num_chunks, stop)
 
     if options.keytable is not None:
-        pseudonyms.write_keytable(options.keytable, lambda: _ways_back(groups, files, parts()))
-    tally = tables.write(folder.path, parts, card, options.format, folder.parts / "studies.sqlite")
-    return tally, sum_overlay_counts(part["overlays"] for part in parts())
+        pseudonyms.write_keytable(options.keytable, lambda: _key_rows(groups, files, load_results()))
+    counts = tables.write(folder.path, load_results, card, options.format, folder.parts / "studies.sqlite")
+    return counts, sum_overlay_counts(result["overlays"] for result in load_results())
 
 
-def _refuse_faults(tally: TableCounts, parts: Iterable[ChunkResult]) -> None:
-    """Raise RunError where I/O faults kept files from being read: the prediction is not done."""
-    if not (num := tally.failures_by_code[IO_ERROR]):
+def _check_io_faults(counts: TableCounts, results: Iterable[ChunkResult]) -> None:
+    """Raise RunError if I/O faults kept files from being read: the prediction is not complete."""
+    if not (num_faults := counts.failures_by_code[IO_ERROR]):
         return
-    first = next(failure for part in parts for failure in part["failures"] if failure[1] == IO_ERROR)
+    first = next(failure for result in results for failure in result["failures"] if failure[1] == IO_ERROR)
     raise RunError(
-        f"{num} files could not be read ({IO_ERROR}), the first is {first[0]}: {first[2]}; the tables hold all others. Fix the "
-        "disk or the network, then the same command reads these files again"
+        f"{num_faults} files could not be read ({IO_ERROR}), the first is {first[0]}: {first[2]}. The tables hold all others. "
+        "Fix the disk or the network. The same command then reads these files again."
     )
 
 
-def _ways_back(groups: Grouping, files: FileList, parts: Iterable[ChunkResult]) -> Iterator[pseudonyms.KeyRow]:
-    """A line a file for the key table. A DICOM's study has no other name than its pseudonym; what failed has no study."""
-    for chunk, part in zip(files.chunks(range(files.num_chunks)), parts, strict=True):
-        studies = {name: study for name, study, *_ in part["predictions"]}
+def _key_rows(groups: Grouping, files: FileList, results: Iterable[ChunkResult]) -> Iterator[pseudonyms.KeyRow]:
+    """Yield the key table's rows. The study of a DICOM has no name but its pseudonym, and a failed file has no study."""
+    for chunk, result in zip(files.chunks(range(files.num_chunks)), results, strict=True):
+        studies = {name: study for name, study, *_ in result["predictions"]}
         for file in chunk:
             name, study = groups.public_name(file.path), groups.study_of_path(file.path)
-            known_as = studies.get(name, "")
-            by_path = known_as == groups.pseudonymizer.study(study)
-            yield file_list.printable_path(file.path), name, study if by_path else known_as, known_as
+            public_study = studies.get(name, "")
+            is_of_path = public_study == groups.pseudonymizer.study(study)
+            yield file_list.printable_path(file.path), name, study if is_of_path else public_study, public_study
 
 
 def _check_strict(summary: dict[str, Any], out: Path, options: PredictOptions) -> None:
     if options.strict and summary["num_failures"]:
         raise RunError(
-            f"--strict: {summary['num_failures']} of {summary['num_files']} files failed, "
-            f"{out}/failures.{options.format} says why; mend or remove them and give another --out, or leave --strict out"
+            f"--strict: {summary['num_failures']} of {summary['num_files']} files failed. {out}/failures.{options.format} gives "
+            "the reasons. Fix or remove them and give another --out, or leave --strict out."
         )

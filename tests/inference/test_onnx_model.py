@@ -154,7 +154,7 @@ def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
         UserError, match=r"--provider \w+: \w+ does not start: (lib\S+) cannot be opened\. To fix it, "
     ) as refused:
         OnnxModel.load(model, provider)
-    assert str(refused.value).endswith(", or give --provider cpu")
+    assert str(refused.value).endswith(", or give --provider cpu.")
 
 
 def test_a_mistyped_provider(model: Path) -> None:

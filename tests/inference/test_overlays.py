@@ -219,7 +219,7 @@ def test_allowed_all_are_written(model: Path, burned: Path, tmp_path: Path) -> N
 
 def test_allowing_what_nobody_asked_for_is_said(model: Path, burned: Path, tmp_path: Path) -> None:
     summary = predict(model, burned, tmp_path / "out", PredictOptions(allow_pixels=True))
-    assert "--allow-pixels without --overlays changes nothing" in summary["warnings"]
+    assert "--allow-pixels has no effect without --overlays" in summary["warnings"]
 
 
 def test_the_one_that_withholds() -> None:
@@ -231,7 +231,7 @@ def test_the_one_that_withholds() -> None:
 
 def test_overlays_of_another_run_are_not_mixed_with(model: Path, burned: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / FOLDER).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"out holds overlays, which is not of this run; give another folder"):
+    with pytest.raises(UserError, match=r"out holds overlays of another origin\. Give another folder"):
         predict(model, burned, tmp_path / "out")
 
 

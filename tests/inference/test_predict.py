@@ -186,7 +186,7 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     }
     for name in bad:
         draw(tmp_path / "in" / name)
-    monkeypatch.setattr(chunks, "Reader", faulty_reader.RadiographReader)
+    monkeypatch.setattr(chunks, "RadiographReader", faulty_reader.RadiographReader)
     options = PredictOptions(workers=2, limits=PoolLimits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
@@ -553,11 +553,11 @@ def test_a_signal_stops_in_good_order(
 
     if phase == "tables":
         monkeypatch.setattr(tables, "BLOCK", 100)
-        monkeypatch.setattr(tables, "views", lambda rows: (ask(True), frames(rows))[1])
+        monkeypatch.setattr(tables, "prediction_frame", lambda rows: (ask(True), frames(rows))[1])
     said = {
-        "walk": "^stopped while looking for files; the same command goes on$",
-        "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files; the same command goes on$",
-        "tables": "^stopped while writing the tables; nothing is lost, the same command goes on$",
+        "walk": r"^stopped while listing the files\. The same command resumes\.$",
+        "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files\. The same command resumes\.$",
+        "tables": r"^stopped while writing the tables\. Nothing is lost\. The same command resumes\.$",
     }
     with pytest.raises(StopRequestedError, match=said[phase]):
         predict(model, many[0], tmp_path / "out", progress=progress)
@@ -655,14 +655,14 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
         ({"inputs": tmp_path / "no"}, r"no: no such file or folder\. Give radiographs, or folders of them\.$"),
         ({"inputs": tmp_path / "empty"}, r"empty holds no files\. Give radiographs, or a folder of them\.$"),
         ({"out": source}, r"^--out .*in is the directory of radiographs itself\. Give another"),
-        ({"out": source / "a.png"}, r"a\.png is a file; give a folder"),
-        ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv, which is not of this run; give another folder"),
-        ({"out": tmp_path / "notes"}, r"notes holds README\.txt, which is not of this run; give another folder"),
-        ({"study_by": "patient"}, r"^--study-by patient: must be one of auto, folder, file;"),
-        ({"format": "xlsx"}, r"^--format xlsx: must be one of csv, parquet;"),
-        ({"workers": 0}, r"^--workers 0: must be at least 1;"),
-        ({"workers": 257}, r"^--workers 257: must be at most 256;"),
-        ({"batch_size": -1}, r"^--batch-size -1: must be at least 1;"),
+        ({"out": source / "a.png"}, r"a\.png is a file\. Give a folder"),
+        ({"out": tmp_path / "foreign"}, r"foreign holds studies\.csv of another origin\. Give another folder"),
+        ({"out": tmp_path / "notes"}, r"notes holds README\.txt of another origin\. Give another folder"),
+        ({"study_by": "patient"}, r"^--study-by patient: must be one of auto, folder, file\."),
+        ({"format": "xlsx"}, r"^--format xlsx: must be one of csv, parquet\."),
+        ({"workers": 0}, r"^--workers 0: must be at least 1\."),
+        ({"workers": 257}, r"^--workers 257: must be at most 256\."),
+        ({"batch_size": -1}, r"^--batch-size -1: must be at least 1\."),
         (
             {"provider": "abacus"},
             r"^--provider abacus: not a provider of this ONNX Runtime .*CPUExecutionProvider.*Name one of these",
@@ -691,7 +691,7 @@ def test_strict_ends_with_one_line_once_everything_is_written(
         assert main([*words, "--strict"]) == FAILED
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1
-        assert f"--strict: {num} of {NUM_MANY} files failed, {tmp_path / 'out'}/failures.csv says why" in said
+        assert f"--strict: {num} of {NUM_MANY} files failed. {tmp_path / 'out'}/failures.csv gives the reasons" in said
         assert contents(tmp_path / "out") == many[1]
         assert (tmp_path / "out" / "predict.json").exists()
     assert main(words) == DONE
@@ -732,7 +732,7 @@ def test_a_model_that_gives_no_number_is_named(
     model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
-    with pytest.raises(RunError, match=r"image1\.png: the model's logit is nan; it is broken, export it again"):
+    with pytest.raises(RunError, match=r"image1\.png: the model's logit is nan\. Export the model again"):
         predict(model, layout, tmp_path)
 
 
@@ -825,13 +825,13 @@ def test_a_run_goes_on_as_it_began(
 
     plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
     folder.parts.mkdir(parents=True)
-    (folder.done if finished else folder.plan).write_text(json.dumps({"plan": plan} if finished else plan))
-    monkeypatch.setattr(autotune, "stored", lambda model: SessionConfig(16, 1, 1, "all"))
-    monkeypatch.setattr(autotune, "choose", lambda *given: pytest.fail("measured"))
+    (folder.summary_path if finished else folder.plan_path).write_text(json.dumps({"plan": plan} if finished else plan))
+    monkeypatch.setattr(autotune, "load_tuned_config", lambda model: SessionConfig(16, 1, 1, "all"))
+    monkeypatch.setattr(autotune, "tune", lambda *given: pytest.fail("measured"))
     for measure in (False, True):
         assert resolve(autotune=measure) == SessionConfig(3, 1, 1, "extended")
     assert resolve(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
-    (folder.done if finished else folder.plan).write_text("{}")  # another model's
+    (folder.summary_path if finished else folder.plan_path).write_text("{}")  # another model's
     assert resolve() == SessionConfig(16, 1, 1, "all")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -467,7 +467,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     def kill(keytable: Path, lines: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(pseudonyms, "write", kill)
+    monkeypatch.setattr(pseudonyms, "write_keytable", kill)
     with pytest.raises(Killed):
         predict(model, ward, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv", overlays=True))
     assert sorted(os.listdir(tmp_path / "out/.parts")) == ["000000.json", "plan.json"]
@@ -504,11 +504,11 @@ def test_no_message_names_a_path(
     elif directory == "table":
         options = ["--study-type", str(table)]
     elif directory == "crash":
-        monkeypatch.setattr(file_list, "find", broken(KeyError(f"{ward}/{WORD}")))
+        monkeypatch.setattr(file_list, "list_files", broken(KeyError(f"{ward}/{WORD}")))
     elif directory == "io":
-        monkeypatch.setattr(file_list, "find", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
+        monkeypatch.setattr(file_list, "list_files", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
     elif directory == "strange":
-        monkeypatch.setattr(file_list, "find", broken(OSError(f"cannot identify {ward}/{WORD}")))
+        monkeypatch.setattr(file_list, "list_files", broken(OSError(f"cannot identify {ward}/{WORD}")))
     command = ["predict", str(model), str(source), *more, "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
@@ -535,9 +535,9 @@ def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeyp
     from mura_dist.core.errors import StopRequestedError
 
     def stop(*arguments: Any, **options: Any) -> Any:
-        raise StopRequestedError("stopped after 0 of 9 files; the same command goes on")
+        raise StopRequestedError("stopped after 0 of 9 files. The same command resumes.")
 
-    monkeypatch.setattr(file_list, "find", stop)
+    monkeypatch.setattr(file_list, "list_files", stop)
     command = [
         "predict",
         str(model),

@@ -204,7 +204,9 @@ def test_a_rank_whose_first_one_never_comes_says_so(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(output_folder, "PLAN_WAIT_S", 0.3)
-    with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
+    with pytest.raises(
+        RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*\. Look at the output of rank 0"
+    ):
         predict(given[1], given[2], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

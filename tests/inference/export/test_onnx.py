@@ -319,7 +319,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_wrong_requests_are_refused_before_the_work(what: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(room, "graph", lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(room, "build_onnx", lambda *_: pytest.fail("it began to work"))
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "other" / "mura_dist").mkdir(parents=True)
     (tmp_path / "other" / "mura_dist" / "config.pbtxt").write_text('name: "mura_dist"')
