@@ -126,6 +126,15 @@ def test_a_page_has_one_title_and_no_machine_paths(page: Path) -> None:
     assert re.findall(r"/(?:root|work|opt|tmp/h)/", text) == []
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_prose_is_made_of_short_sentences(page: Path) -> None:
+    """Colons and semicolons are rarer than one in three sentences. Tables and code do not count."""
+    text = re.sub(r"\]\([^)]*\)", "]", without_code(page.read_text(encoding="utf-8")))
+    prose = " ".join(line for line in text.splitlines() if not line.startswith(("#", "|", "!", "<")))
+    sentences = len(re.findall(r"[.!?](?:\s|$)", prose))
+    assert len(re.findall(r"[:;](?:\s|$)", prose)) <= max(1, 0.35 * sentences)
+
+
 # ---- the site
 
 
@@ -180,6 +189,19 @@ def test_site_lists_every_setting_command_and_public_name(site: Path) -> None:
     assert [name for name in Settings.model_fields if f"<td><code>{name}</code></td>" not in training] == []
     assert [name for name in cli.commands if f'id="mura-dist-{name}"' not in commands] == []
     assert [name for name in mura_dist.__all__ if name[0] != "_" and f'id="mura_dist.{name}"' not in api] == []
+
+
+@pytest.mark.parametrize(
+    ("markdown", "shown"),
+    [
+        ("[launch/nginx.conf](../launch/nginx.conf)", "`launch/nginx.conf`"),
+        ("[`mura.toml`](../launch/recipes/mura.toml)", "`launch/recipes/mura.toml`"),
+        ("[how to report](../SECURITY.md)", "how to report (`SECURITY.md`)"),
+        ("[Train](training.md#stop)", "[Train](training.md#stop)"),
+    ],
+)
+def test_a_link_out_of_docs_becomes_a_file_name_on_the_site(markdown: str, shown: str) -> None:
+    assert hooks.on_page_markdown(markdown) == shown
 
 
 def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
