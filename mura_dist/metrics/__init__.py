@@ -1,0 +1,1 @@
+"""Compute metrics, intervals, calibration and operating points. NumPy and pandas only."""

@@ -1,8 +1,8 @@
-"""What was fitted on the tune split, as data: calibration, thresholds, the uncertain band. It travels with the model.
+"""Thresholds, calibration and the uncertain band that were fitted on the tune split, as data. They travel with the model.
 
     calibration.fit -> FittedThresholds -> metrics.json["calibration"], Card.calibration -> calibration.apply (predict, page)
 
-Everything is of the study's raw probability, the mean over its views; classification.is_positive calls it.
+All of it applies to the study's raw probability, the mean over its views. classification.is_positive makes the call.
 """
 
 from collections.abc import Mapping
@@ -13,23 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from mura_dist.core.errors import UserError
 
 FORMAT = 1
-PAPER_OPERATING_POINT = "paper"  # the paper's threshold for every study type, which nobody fitted
-PAPER_THRESHOLD = 0.5  # the paper's
+PAPER_OPERATING_POINT = "paper"  # MURA's paper: one threshold for every study type, not fitted
+PAPER_THRESHOLD = 0.5
 TARGET_RATES = (0.8, 0.9, 0.95, 0.98)
 RATES = ("sensitivity", "specificity")
-OPERATING_POINT_NAMES = tuple(f"{rate}={wanted:g}" for rate in RATES for wanted in TARGET_RATES)
+OPERATING_POINT_NAMES = tuple(f"{rate}={target:g}" for rate in RATES for target in TARGET_RATES)
 BAND_VALUES = ("negative", "uncertain", "positive")
-BAND_OPERATING_POINTS = ("sensitivity=0.95", "specificity=0.95")  # whose thresholds are the ends of the uncertain band
+BAND_OPERATING_POINTS = ("sensitivity=0.95", "specificity=0.95")  # their thresholds are the ends of the uncertain band
 # The columns of studies.csv, as predict and evaluate write it.
 STUDY_COLUMNS = (
-    "study",
-    "study_type",
-    "num_views",
-    "probability",
-    "calibrated_probability",
-    "threshold",
-    "call",
-    "band",
+    *("study", "study_type", "num_views", "probability", "calibrated_probability"),
+    *("threshold", "call", "band"),
 )
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +32,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class OperatingPoint(BaseModel):
-    """A threshold, and the sensitivity and specificity it has on the studies it was fitted to: they flatter."""
+    """A threshold, with its sensitivity and specificity on the studies it was fitted to (optimistic)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,7 +42,7 @@ class OperatingPoint(BaseModel):
 
 
 class Band(BaseModel):
-    """A study is negative at `low` and below, positive above `high`, else uncertain."""
+    """The uncertain band: a study is negative at `low` and below, positive above `high`, else uncertain."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,13 +51,13 @@ class Band(BaseModel):
 
 
 class StudyTypeThresholds(BaseModel):
-    """What was fitted for a study type. What is missing has its reason: calibration, band, or an operating point's name."""
+    """What was fitted for one study type. `reasons` explains what is missing: calibration, band or an operating point."""
 
     model_config = ConfigDict(frozen=True)
 
-    num_normal: Count  # its own tune studies
+    num_normal: Count  # the type's own tune studies
     num_abnormal: Count
-    pooled: bool  # too few of its own: fitted on the tune studies of all study types, shifts removed
+    pooled: bool  # too few of its own: fitted on the tune studies of all study types, with their shifts removed
     odds_shift: FiniteFloat  # log(N/A) of the weighted loss; 0 where the loss was not weighted
     slope: FiniteFloat | None = None  # calibrated = sigmoid(intercept + slope * logit(probability))
     intercept: FiniteFloat | None = None
@@ -73,7 +67,7 @@ class StudyTypeThresholds(BaseModel):
 
 
 class FittedThresholds(BaseModel):
-    """All study types'. Without any argument: nothing was fitted, as in a card of before there was calibration."""
+    """What was fitted for all study types. The default means that nothing was fitted, as in cards older than calibration."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -82,56 +76,71 @@ class FittedThresholds(BaseModel):
     reason: str | None = None
     method: str | None = None
     num_studies: Count = 0  # the pool: tune studies of all the model's study types
-    num_patients: Count | None = None  # None: no study names one
+    num_patients: Count | None = None  # None: no study names its patient
     num_normal: Count = 0
     num_abnormal: Count = 0
-    num_damaged: Count = 0  # radiographs of tune that could not be read
+    num_damaged: Count = 0  # corrupt radiographs of tune
     notes: list[str] = []
     by_study_type: dict[str, StudyTypeThresholds] = {}
 
-    def thresholds(self, name: str) -> dict[str, float]:
-        """Those of the operating point `name`, by study type, where it was fitted."""
-        found = self.by_study_type.items()
-        return {key: one.operating_points[name].threshold for key, one in found if name in one.operating_points}
+    def thresholds(self, operating_point: str) -> dict[str, float]:
+        """Return the threshold of an operating point for each study type that has one."""
+        return {
+            study_type: fitted.operating_points[operating_point].threshold
+            for study_type, fitted in self.by_study_type.items()
+            if operating_point in fitted.operating_points
+        }
 
     @property
     def bands(self) -> dict[str, Band]:
-        return {key: one.band for key, one in self.by_study_type.items() if one.band is not None}
+        """The band of each study type that has one."""
+        return {study_type: fitted.band for study_type, fitted in self.by_study_type.items() if fitted.band is not None}
 
-    def why_not(self, study_type: str, name: str) -> str:
-        """Why `study_type` has no `name`: calibration, band or an operating point."""
-        one = self.by_study_type.get(study_type)
-        if one is not None:
-            return one.reasons[name]
+    def missing_reason(self, study_type: str, name: str) -> str:
+        """Return why a study type has no `name`: calibration, band or an operating point."""
+        fitted = self.by_study_type.get(study_type)
+        if fitted is not None:
+            return fitted.reasons[name]
         return self.reason or f"{study_type} is none of the study types the model was trained on"
 
 
-def parse_operating_point(word: str) -> str:
-    """`word` as NAMES or PAPER has it: `sensitivity=.95` -> `sensitivity=0.95`. UserError where none such is fitted."""
-    rate, _, number = word.partition("=")
+def parse_operating_point(text: str) -> str:
+    """Return the canonical name of an operating point: `sensitivity=.95` -> `sensitivity=0.95`.
+
+    Raises:
+        UserError: `text` is neither `paper` nor one of OPERATING_POINT_NAMES.
+    """
+    rate, _, number = text.partition("=")
     try:
-        name = f"{rate}={float(number):g}" if number else word
+        name = f"{rate}={float(number):g}" if number else text
     except ValueError:
-        name = word
+        name = text
     if name not in (PAPER_OPERATING_POINT, *OPERATING_POINT_NAMES):
-        wanted = ", ".join(f"{one:g}" for one in TARGET_RATES)
+        targets = ", ".join(f"{target:g}" for target in TARGET_RATES)
         raise UserError(
-            f"--operating-point {word}: must be {PAPER_OPERATING_POINT}, sensitivity=W or specificity=W, W one of {wanted}"
+            f"--operating-point {text} is unknown. Pass {PAPER_OPERATING_POINT}, sensitivity=W or specificity=W, W one of "
+            f"{targets}."
         )
     return name
 
 
-def thresholds_at(points: FittedThresholds, name: str, study_types: Mapping[str, int]) -> dict[str, float]:
-    """The threshold of the fitted operating point `name` for each of `study_types` (with its number of studies).
+def thresholds_at(fitted: FittedThresholds, operating_point: str, study_types: Mapping[str, int]) -> dict[str, float]:
+    """Return the threshold of a fitted operating point for each study type.
 
-    UserError where one of them has none: a mixture of fitted thresholds and the paper's would be neither.
+    Args:
+        fitted: the model's thresholds.
+        operating_point: one of OPERATING_POINT_NAMES.
+        study_types: with the number of studies of each.
+
+    Raises:
+        UserError: a study type has no such threshold. Fitted thresholds are not mixed with the paper's.
     """
-    found = points.thresholds(name)
+    thresholds = fitted.thresholds(operating_point)
     for study_type, num in study_types.items():
-        if study_type not in found:
-            why = points.why_not(study_type, name)
+        if study_type not in thresholds:
             raise UserError(
-                f"--operating-point {name}: no such threshold was fitted for {study_type} ({num} studies here): {why}; "
-                f"give --operating-point {PAPER_OPERATING_POINT}, or mend that"
+                f"--operating-point {operating_point}: no threshold was fitted for {study_type} ({num} studies): "
+                f"{fitted.missing_reason(study_type, operating_point)}. Pass --operating-point {PAPER_OPERATING_POINT}, or fix "
+                "the cause and evaluate again."
             )
-    return {study_type: found[study_type] for study_type in study_types}
+    return {study_type: thresholds[study_type] for study_type in study_types}

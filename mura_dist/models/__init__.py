@@ -1,0 +1,1 @@
+"""Define the networks, the ensemble, the model card and the model list."""

@@ -133,7 +133,7 @@ def test_separated_studies_have_a_finite_fit() -> None:
 
 
 def reason(tune: pd.DataFrame, name: str = "XR_HAND", what: str = "calibration") -> str:
-    return calibration.fit(tune, SHIFT, list(SHIFT)).why_not(name, what)
+    return calibration.fit(tune, SHIFT, list(SHIFT)).missing_reason(name, what)
 
 
 def test_reasons() -> None:
@@ -368,7 +368,5 @@ def test_unknown_operating_points(word: str) -> None:
 def test_an_operating_point_is_for_all_study_types_or_none() -> None:
     found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
     assert list(operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
-    with pytest.raises(
-        UserError, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies here\): XR_FOOT is none of.*paper"
-    ):
+    with pytest.raises(UserError, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies\): XR_FOOT is none of.*paper"):
         operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})

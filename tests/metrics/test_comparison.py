@@ -133,6 +133,6 @@ def test_what_cannot_be_compared_says_why() -> None:
     assert one_class["reasons"]["kappa"] == one_class["reasons"]["delong"] == "one class only"
     none = compare_predictions(a.assign(label=None), b.assign(label=None))["overall"]
     assert none["kappa"] is None
-    assert none["reasons"]["kappa"] == "no labelled studies"
-    with pytest.raises(AssertionError, match="other studies"):
+    assert none["reasons"]["kappa"] == "no labeled studies"
+    with pytest.raises(AssertionError, match="different studies"):
         compare_predictions(a, b.iloc[1:])

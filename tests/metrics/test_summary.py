@@ -193,7 +193,7 @@ def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
 def test_empty_and_unlabelled() -> None:
     empty = check(summary.compute_metrics(of_confusion((0, 0, 0, 0))))
     assert (empty["num_studies"], empty["num_patients"], empty["confusion"]) == (0, 0, None)
-    assert empty["reasons"]["kappa"] == "no labelled studies"
+    assert empty["reasons"]["kappa"] == "no labeled studies"
     studies = pd.concat([of_confusion((3, 1, 1, 3)), of_confusion((2, 0, 0, 2), "XR_LEG").assign(label=None)])
     found = summary.compute_metrics(studies, resamples=10)
     assert check(found)["num_studies"] == 8
@@ -300,7 +300,7 @@ def test_calls_only_have_no_numbers_of_probabilities() -> None:
     )
     for name in ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope"):
         assert found[name] is found[f"{name}_low"] is None
-        assert found["reasons"][name] == "calls only: no probabilities were given"
+        assert found["reasons"][name] == "calls only: no probabilities"
     assert found["calibration_error"] is found["auroc_delong_low"] is None
     for name in ("kappa", "kappa_low", "ppv", "npv_high", "kappa_fce_low", "f1"):
         assert found[name] == whole[name]
