@@ -126,7 +126,7 @@ def test_the_page_says_them_last_once_it_listens(
             _, more = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert before[0] == f"the page: http://127.0.0.1:{port}   (Ctrl-C ends it)"
-    assert [line[:30] for line in before[1:]] == ["no example is a drawing of a s"] * (known_drawings is False)
+    assert before[0] == f"the page: http://127.0.0.1:{port}   (stop with Ctrl-C)"
+    assert [line[:30] for line in before[1:]] == ["no example is a known drawing "] * (known_drawings is False)
     assert out.read_text().splitlines() == before
     assert mura.TERMS not in more

@@ -1,8 +1,8 @@
-"""The page itself, top to bottom.
+"""Draw the page, from top to bottom. Streamlit runs `show` at every change in a session.
 
-    upload, or an example -> study type -> answer beside its picture -> another threshold, downloads -> about the model
+    upload or example -> study type -> result next to its picture -> another threshold, downloads -> about the model
 
-Runs at every change of a session. What was read and computed of a file is kept in that session, by the file's number.
+The session stores each file's result, so a file is predicted once.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def show(context: "PageContext") -> None:
+    """Draw the page for one session."""
     st.set_page_config(page_title="mura_dist: a study", layout="wide")
     card = context.service.card
     drawings = card.of_drawings
@@ -34,14 +35,14 @@ def show(context: "PageContext") -> None:
     scored = [file for file in files if file.output is not None]
     if scored:
         study_type = choose_study_type(context, scored)
-        files_key = str(hash(tuple(st.session_state["files"])))  # what moves starts anew with other files
+        files_key = str(hash(tuple(st.session_state["files"])))  # new files reset the controls
         result = build_result(scored, study_type, card) if study_type is not None else None
         show_result(result, scored, context, files_key, len(files) - len(scored))
         if result is not None:
-            left, right = st.columns([5, 6], gap="medium")
-            with left:
+            threshold_column, download_column = st.columns([5, 6], gap="medium")
+            with threshold_column:
                 show_threshold(result, context, files_key)
-            with right:
+            with download_column:
                 show_downloads(result, scored, context, files_key)
     _about(context)
 
@@ -52,9 +53,9 @@ def _about(context: "PageContext") -> None:
     facts = {
         "Trained on": f"{card.trained_on.num_radiographs:,} {kind}",
         "Checkpoint": card.checkpoint,
-        "Chosen on": f"the {wording.SPLIT_NAMES.get(card.selected_on, card.selected_on)}",
-        "Computed in": card.precision,
-        "Sees": f"{card.size} x {card.size} pixels, {card.resize}",
+        "Selected on": f"the {wording.SPLIT_NAMES.get(card.selected_on, card.selected_on)}",
+        "Precision": card.precision,
+        "Input": f"{card.size} x {card.size} pixels, {card.resize}",
         "File (SHA-256)": model.sha256,
         "Terms": f"{card.terms}. {card.licence}.",
     }

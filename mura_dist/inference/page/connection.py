@@ -1,34 +1,37 @@
-"""An HTTP connection whose headers arrive in time: uvicorn's, with a time limit that uvicorn has none of."""
+"""Limit the time in which the headers of a request must arrive. uvicorn has no such limit."""
 
 import asyncio
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_S = 10.0  # from the connection, or from the first byte of a further request, to the end of its headers
-LINGER_S = 60.0  # for the last response of a connection to be read
+HEADER_S = 10.0  # from the connection, or the first byte of a further request, to the end of the headers
+LINGER_S = 60.0  # for the client to read the last response of a connection
 
 
 class Connection(H11Protocol):
-    """One connection of a browser. It closes where a request's headers take longer than `header_s`."""
+    """An HTTP connection that closes if the headers of a request take longer than `header_s`."""
 
     header_s, linger_s = HEADER_S, LINGER_S
     _header_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the time limit of the first request."""
         super().connection_made(transport)
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
+        """Start or stop the time limit, as the parser's state requires."""
         super().data_received(data)
         self._wait_for_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the time limit."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection. One whose client does not read the rest of its response is cut off."""
+        """Close an idle connection. Abort it if the client does not read the last response within `linger_s`."""
         super().timeout_keep_alive_handler()
         self.loop.call_later(self.linger_s, self.transport.abort)
 

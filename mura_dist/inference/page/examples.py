@@ -1,10 +1,10 @@
-"""Studies to try the page on, from a folder in MURA's layout: read from disk, never written.
+"""Select example studies for the page from a folder in MURA's layout. The folder is only read.
 
-    folder -> find: a few studies of each study type, numbered -> files, when one is chosen
-    folder, examples -> drawings: the SHA-256 of those files that are computer drawings
+    folder -> find_examples: a few studies of each study type, numbered
+    folder, examples -> drawing_digests: the SHA-256 of the files that are computer drawings
 
-The order is that of the SHA-256 of the studies' paths without their labels, and so is the choice. An example's number therefore
-says nothing about its label, and neither does a name that a browser sees.
+Selection and order follow the SHA-256 of the studies' paths without their labels. So neither an example's number nor a name that
+the browser receives reveals its label.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ from mura_dist.inference.page.study import MAX_FILES, Upload
 EXAMPLES_PER_TYPE = 4  # of each study type
 THUMBNAIL_PX = 240
 _LABELS = ("negative", "positive")  # as a study's folder ends
-_LAYOUT = "give one in MURA's layout: XR_WRIST/patient00001/study1_positive"
+_LAYOUT = "Give a folder in MURA's layout, such as XR_WRIST/patient00001/study1_positive."
 
 
 @dataclass(frozen=True)
 class Example:
-    """A study's files. `number`: from 1 over all examples."""
+    """The files of a study. number: from 1 over all examples."""
 
     number: int
     study_type: str
     files: tuple[Path, ...]
 
     def name(self, index: int) -> str:
-        """Return what a file is called on the page and in tables."""
+        """Return the name of a file on the page and in tables."""
         return f"{self.study_type}/example{self.number}/image{index + 1}{self.files[index].suffix.lower()}"
 
     def content(self, index: int) -> bytes:
-        """Return a file's bytes; none where it has gone since the start."""
+        """Return the bytes of a file, or b"" if it no longer exists."""
         try:
             return self.files[index].read_bytes()
         except OSError:
@@ -53,24 +53,28 @@ class Example:
 
 @dataclass(frozen=True)
 class _Study:
-    """A study in the folder. `rank`: SHA-256 of its path without the label; `label`: "" where its folder names none."""
+    """A study in the folder. digest: SHA-256 of its path without the label. label: "" if its folder has none."""
 
-    rank: bytes
+    digest: bytes
     study_type: str
     label: str
     files: tuple[Path, ...]
 
 
 def find_examples(folder: Path) -> tuple[Example, ...]:
-    """Return some studies of each study type, in turns, the same on each start. Raises UserError where there is none."""
+    """Return some studies of each study type, in alternating order. The result is the same on each start.
+
+    Raises:
+        UserError: The folder does not exist or holds no study.
+    """
     if not folder.is_dir():
-        raise UserError(f"--examples {folder}: no such folder; {_LAYOUT}")
-    studies = sorted(_studies(Path(os.path.abspath(folder))), key=_rank)
+        raise UserError(f"--examples {folder}: no such folder. {_LAYOUT}")
+    studies = sorted(_studies(Path(os.path.abspath(folder))), key=_digest)
     if not studies:
-        raise UserError(f"--examples {folder}: no study's folder below it; {_LAYOUT}")
-    turns = itertools.zip_longest(*_select(studies).values())
-    in_order = [study for turn in turns for study in sorted(filter(None, turn), key=_rank)]
-    return tuple(Example(number, study.study_type, study.files) for number, study in enumerate(in_order, start=1))
+        raise UserError(f"--examples {folder}: contains no study folder. {_LAYOUT}")
+    rounds = itertools.zip_longest(*_select(studies).values())
+    ordered = [study for group in rounds for study in sorted(filter(None, group), key=_digest)]
+    return tuple(Example(number, study.study_type, study.files) for number, study in enumerate(ordered, start=1))
 
 
 def _studies(root: Path) -> Iterator[_Study]:
@@ -85,14 +89,14 @@ def _studies(root: Path) -> Iterator[_Study]:
             yield _Study(digest, name.partition("/")[0], label, paths)
 
 
-def _rank(study: _Study) -> bytes:
-    return study.rank
+def _digest(study: _Study) -> bytes:
+    return study.digest
 
 
 def _select(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
-    """Return the first studies of each study type, in the order given, and both labels among all of them where there are both.
+    """Return the first studies of each study type. Both labels occur among them if both occur in the folder.
 
-    How many have which label is left to the folder: a fixed number would let the last example be worked out from the others.
+    The number of studies per label is not fixed, since a fixed number would reveal the last example's label.
     """
     selection: dict[str, list[_Study]] = {}
     for study in studies:
@@ -101,18 +105,18 @@ def _select(studies: Sequence[_Study]) -> dict[str, list[_Study]]:
     for label in _LABELS:
         counts = Counter(study.label for of_type in selection.values() for study in of_type)
         absent = next((study for study in studies if study.label == label and not counts[label]), None)
-        if absent is not None:  # it takes the rank of the study that it replaces, and its digest chooses which
+        if absent is not None:  # its digest selects the study to replace, whose digest it takes over
             of_type = selection[absent.study_type]
             replaceable = [index for index, study in enumerate(of_type) if counts[study.label] > 1]
-            index = replaceable[absent.rank[0] % len(replaceable)]
-            of_type[index] = replace(absent, rank=of_type[index].rank)
+            index = replaceable[absent.digest[0] % len(replaceable)]
+            of_type[index] = replace(absent, digest=of_type[index].digest)
     return selection
 
 
 def drawing_digests(folder: Path, examples: Iterable[Example]) -> frozenset[str]:
-    """Return the SHA-256 of the examples' files that are drawings of the phantom set they lie in.
+    """Return the SHA-256 of the examples' files that are drawings of their phantom set.
 
-    Each is drawn anew and compared: a radiograph that was put among them is none.
+    Each file is compared with a new drawing, so that a radiograph in the folder does not count.
     """
     absolute = Path(os.path.abspath(folder))
     root = next((above for above in (absolute, *absolute.parents[:3]) if (above / PHANTOMS_MARK).is_file()), None)
@@ -129,7 +133,7 @@ def drawing_digests(folder: Path, examples: Iterable[Example]) -> frozenset[str]
 
 
 def render_thumbnail(upload: Upload) -> bytes | None:
-    """Return a small PNG of a file that was read, on a square of black; None of another file."""
+    """Return a small PNG of a decoded file on a black square, or None for a file that could not be decoded."""
     if upload.preview is None:
         return None
     picture = Image.fromarray(np.ascontiguousarray(upload.preview))

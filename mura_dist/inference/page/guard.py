@@ -1,8 +1,8 @@
-"""What stands between the network and Streamlit, as ASGI middleware: whom it answers, how much it takes in.
+"""Protect Streamlit from the network, as ASGI middleware.
 
-    request -> Host and Origin -> a body bounded in bytes and seconds -> Streamlit -> the security headers of every response
+    request -> check Host and Origin -> limit the body's bytes and seconds -> Streamlit -> add security headers
 
-A slow or large body is refused while it arrives. Headers that arrive slowly are connection.py's matter.
+A slow or large body is refused while it arrives. connection.py limits the time of the headers.
 """
 
 import asyncio
@@ -18,21 +18,21 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HOST_REFUSED = "the page does not answer to this name; start it with --allow-host NAME"
-ORIGIN_REFUSED = "another web site may not use the page"
-UPLOADS_FULL = "too many uploads arrive at this moment; try again in a minute"
+HOST_REFUSED = "host name not allowed; start the page with --allow-host NAME"
+ORIGIN_REFUSED = "requests from another web site are not allowed"
+UPLOADS_FULL = "too many uploads at this moment; try again in a minute"
 SESSIONS_FULL = "too many sessions are open; try again later"
-UPLOAD_SLOW = "the upload arrives too slowly"
-STATIC_PREFIX = "/static/"  # Streamlit's own files; all else is somebody's
+UPLOAD_SLOW = "the upload is too slow; try again on a faster connection"
+STATIC_PREFIX = "/static/"  # Streamlit's own files, the only ones that may be cached
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Limits of what the guard lets through."""
+    """Limits of the requests."""
 
-    uploads_bytes: int = 1 << 30  # of all unfinished uploads together; parsing holds each twice for a moment
-    idle_s: float = 30.0  # between two pieces of a body
-    body_s: float = 300.0  # for a whole body: 100 MB at 3 Mbit/s
+    uploads_bytes: int = 1 << 30  # sum of all unfinished uploads; parsing briefly needs twice as much memory
+    idle_s: float = 30.0  # between two chunks of a body
+    body_s: float = 300.0  # for a complete body: 100 MB at 3 Mbit/s
     sessions: int = 100
 
 
@@ -41,21 +41,21 @@ DEFAULT = RequestLimits()
 
 @dataclass(frozen=True)
 class AllowedHosts:
-    """The names that the page answers to, in lower case. An IP address always is one.
+    """The host names that requests may use, in lower case. IP addresses are always allowed.
 
-    A web site that points its own name at this machine (DNS rebinding) gets no further: its browser sends that name.
+    This stops DNS rebinding, where a web site points its own name at this machine: the browser sends that name.
     """
 
     names: frozenset[str]
 
     def allows(self, host: str) -> bool:
-        """Return whether a Host header, with or without its port, names the page."""
+        """Return whether a Host header, with or without a port, is allowed."""
         try:
             url = urlsplit(f"//{host}")
             name, _ = (url.hostname or "").rstrip("."), url.port
         except ValueError:
             return False
-        if url.netloc != host or "@" in host:  # it holds a path, a query or a user
+        if url.netloc != host or "@" in host:  # contains a path, a query or a user
             return False
         return name in self.names or is_address(name)
 
@@ -70,7 +70,7 @@ def is_address(name: str) -> bool:
 
 
 def content_security_policy(index_html: str) -> str:
-    """Return the policy under which Streamlit's page works: its own files, styles within elements, the scripts of index.html."""
+    """Return a policy that allows Streamlit's own files, inline styles, and the inline scripts of index.html by their hash."""
     scripts = re.findall(r"<script>(.*?)</script>", index_html, re.DOTALL)
     hashes = "".join(f" 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts)
     return "; ".join(
@@ -101,12 +101,12 @@ def security_headers(policy: str) -> dict[str, str]:
 
 
 class Guard:
-    """Streamlit's application, guarded.
+    """ASGI middleware that checks and limits requests.
 
     Args:
-        app: What answers the requests that pass.
-        hosts: The names that the page answers to.
-        headers: What every response carries.
+        app: The application behind it.
+        hosts: The allowed host names.
+        headers: Added to every response.
         limits: Bytes, seconds and sessions.
     """
 
@@ -117,6 +117,7 @@ class Guard:
         self.unfinished_bytes = self.num_sessions = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, as ASGI defines it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -126,7 +127,7 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in self.headers.items():
                     headers[name] = value
-                if not scope["path"].startswith(STATIC_PREFIX):  # pictures and tables go into no cache on a disk
+                if not scope["path"].startswith(STATIC_PREFIX):  # a cache would write pictures and tables to a disk
                     headers["Cache-Control"] = "no-store"
             await send(message)
 
@@ -142,7 +143,7 @@ class Guard:
                 body.release()
 
     def _refusal(self, scope: Scope) -> PlainTextResponse | None:
-        """Return the answer to a request that is not for this page, or not from it; None otherwise."""
+        """Return the response to a request for another host or from another origin, or None."""
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or not self.hosts.allows(hosts[0].lower()):
@@ -167,7 +168,7 @@ class Guard:
 class _Body:
     """The body of one request. Its bytes count as unfinished until `release`.
 
-    A refusal is raised where the application reads, as an HTTPException, which Starlette turns into its response.
+    `receive` raises HTTPException for a refused body. Starlette turns it into a response.
     """
 
     def __init__(self, guard: Guard, receive: Receive, announced: str) -> None:
@@ -178,14 +179,14 @@ class _Body:
         self._deadline_s = asyncio.get_running_loop().time() + guard.limits.body_s
 
     async def receive(self) -> Message:
-        if self._complete:  # what comes now is that the client has gone
+        if self._complete:  # the only further message is that the client disconnected
             return await self._receive()
         message = await self._next()
         limit = self._guard.limits.uploads_bytes
         size = max(len(message.get("body", b"")), self._announced if self._num_bytes == 0 else 0)
         if self._guard.unfinished_bytes + size > limit:
             self.release()
-            while not self._complete:  # a browser reads the answer only when it has sent everything
+            while not self._complete:  # a browser reads the response only after it has sent the body
                 await self._next()
             raise HTTPException(503, UPLOADS_FULL, {"Retry-After": "60", "Connection": "close"})
         self._count(len(message.get("body", b"")))
@@ -207,5 +208,5 @@ class _Body:
         self._guard.unfinished_bytes += num_bytes
 
     def release(self) -> None:
-        """Count its bytes no longer."""
+        """Stop counting the bytes as unfinished."""
         self._count(-self._num_bytes)

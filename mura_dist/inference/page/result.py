@@ -1,6 +1,6 @@
-"""What goes out: the answer beside the first picture, drawn largest, the other pictures, another threshold, downloads.
+"""Draw the result: the outcome next to the first picture, the other pictures, another threshold, the downloads.
 
-Answer, files -> outcome, map's switch and scale | picture -> other pictures        card -> rates at another threshold
+StudyResult, files -> outcome, map switch and scale | first picture -> other pictures -> threshold slider | downloads
 """
 
 import io
@@ -25,36 +25,44 @@ from mura_dist.reports.html import Html, element
 if TYPE_CHECKING:
     from mura_dist.inference.page.server import PageContext
 
-_LEAST_BAND = 0.16  # of the gauge, that a word has room
-SCALE = "Colours of the activation map: blue lowers the probability, orange raises it, clear has little effect"
+_MIN_LABEL_SHARE = 0.16  # of the gauge; less is too narrow for a label
+SCALE = "Colors of the activation map: blue lowers the probability, orange raises it, clear has little effect"
 
 
-@st.fragment  # what moves in here draws this part anew, and nothing else
+@st.fragment  # a control in a fragment redraws the fragment only
 def show_result(
-    result: StudyResult | None, files: Sequence[StudyFile], context: "PageContext", files_key: str, num_left_out: int
+    result: StudyResult | None, files: Sequence[StudyFile], context: "PageContext", files_key: str, num_unused: int
 ) -> None:
-    """Draw the answer, where there is one, and the pictures."""
-    left, right = st.columns([5, 6], gap="medium")
-    with left:
+    """Draw the result, if there is one, and the pictures.
+
+    Args:
+        result: None until a study type is chosen.
+        files: Files with an output.
+        context: The page's context.
+        files_key: Key of the files in the session. New files reset the controls.
+        num_unused: Number of files without an output.
+    """
+    summary_column, picture_column = st.columns([5, 6], gap="medium")
+    with summary_column:
         strength = None
         if result is not None:
-            st.html(outcome(result, context.service.card, num_left_out))
+            st.html(outcome(result, context.service.card, num_unused))
             strength = _map_strength(result, files, files_key)
     values = result is not None and not result.withheld
-    with right, st.container(key="picture-main"):
+    with picture_column, st.container(key="picture-main"):
         _picture(files, 0, strength, values=values)
-    for start in range(1, len(files), 3):  # row by row: on a phone columns stand under each other, in their order
+    for start in range(1, len(files), 3):  # row by row, since a phone stacks the columns of a row
         for index, column in zip(range(start, len(files)), st.columns(3), strict=False):
             with column, st.container(key=f"picture-{index}"):
                 _picture(files, index, strength, values=values)
 
 
-def outcome(result: StudyResult, card: Card, num_left_out: int) -> Html:
-    """Return the answer as markup."""
+def outcome(result: StudyResult, card: Card, num_unused: int) -> Html:
+    """Return the outcome as markup."""
     headline, lines = wording.outcome(result), wording.explanation_lines(result, card)
     num_first = len(wording.ERROR_RATES_BY_OUTCOME[headline])
-    if num_left_out:
-        lines.append(f"{num_left_out} of the files {'is' if num_left_out == 1 else 'are'} left out, see above.")
+    if num_unused:
+        lines.append(f"{num_unused} of the files {'is' if num_unused == 1 else 'are'} not used, see above.")
     return element(
         "section",
         element("h2", wording.HEADLINES[headline]),
@@ -69,27 +77,27 @@ def outcome(result: StudyResult, card: Card, num_left_out: int) -> Html:
 
 
 def gauge(result: StudyResult, card: Card) -> Html:
-    """Return the probability between 0 and 1, beside the threshold and the uncertain band; the words say the same."""
+    """Return a bar with the probability, the threshold and the uncertain band. The text contains the same numbers."""
     above, marks, below = [], [], [element("span", "0", class_="low"), element("span", "1", class_="high")]
     band = card.calibration.bands.get(result.study_type)
     if band is not None and result.cell("band") is not None:
         marks.append(element("span", class_="band", style=f"left: {band.low:.2%}; right: {1 - band.high:.2%}"))
-        if band.high - band.low > _LEAST_BAND:
+        if band.high - band.low > _MIN_LABEL_SHARE:
             above.append(element("span", "uncertain", style=f"left: {(band.low + band.high) / 2:.2%}"))
     if (threshold := result.cell("threshold")) is not None:
         marks.append(element("span", class_="threshold", style=f"left: {float(threshold):.2%}"))
-        if _LEAST_BAND < float(threshold) < 1 - _LEAST_BAND:
+        if _MIN_LABEL_SHARE < float(threshold) < 1 - _MIN_LABEL_SHARE:
             below.append(element("span", "threshold", style=f"left: {float(threshold):.2%}"))
     marks.append(element("span", class_="here", style=f"left: {result.probability:.2%}"))
-    words = (element("div", *spans, class_="gauge-words") for spans in (above, below))
-    return element("div", next(words), element("div", *marks, class_="gauge"), next(words), aria_hidden="true")
+    labels_above, labels_below = (element("div", *spans, class_="gauge-words") for spans in (above, below))
+    return element("div", labels_above, element("div", *marks, class_="gauge"), labels_below, aria_hidden="true")
 
 
 # ---- pictures and their maps
 
 
 def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: str) -> float | None:
-    """Return the strength of the maps, 0.1 to 1; None as long as nobody asks: a map shows something beside every answer."""
+    """Draw the controls of the maps. Return the strength, 0.1 to 1, or None while the maps are off, as they are at first."""
     if result.withheld:
         return None
     if reason := wording.map_unavailable_reason(file.output.cells.shape for file in files if file.output is not None):
@@ -100,7 +108,7 @@ def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: st
     bar = element("div", class_="bar", style=f"background: {style.scale_gradient()}", role="img", aria_label=SCALE)
     effects = ("lowers the probability", "little effect", "raises it")
     ends = element("div", *(element("span", text) for text in effects), class_="ends")
-    note = element("p", f"The same colours for every picture. {wording.MAP_CAVEAT}")
+    note = element("p", f"The color scale is the same for every picture. {wording.MAP_CAVEAT}")
     st.html(element("div", bar, ends, note, class_="scale"))
     return st.slider("Strength of the map", 1, 10, 10, key=f"strength {files_key}") / 10
 
@@ -109,18 +117,19 @@ def _picture(files: Sequence[StudyFile], index: int, strength: float | None, *, 
     file, which = files[index], f"picture {index + 1}"
     assert file.output is not None
     assert file.upload.preview is not None
-    shown, what = file.upload.preview, "Radiograph"
+    pixels, alt = file.upload.preview, "Radiograph"
     if strength is not None:
-        shown, what = heatmap.overlay_heatmap(shown, file.output.cells, strength), "Radiograph under its activation map"
-    st.image(_png(shown), alt=f"{what}, {which}", width="stretch")
-    words = which.capitalize()
+        pixels = heatmap.overlay_heatmap(pixels, file.output.cells, strength)
+        alt = "Radiograph under its activation map"
+    st.image(_png(pixels), alt=f"{alt}, {which}", width="stretch")
+    caption = which.capitalize()
     if not file.is_drawing:
-        words += f", {escape_markdown(file.name.rpartition('/')[2])}"
-    st.markdown(f"{words}: probability **{file.output.probability:.2f}**" if values else words)
+        caption += f", {escape_markdown(file.name.rpartition('/')[2])}"
+    st.markdown(f"{caption}: probability **{file.output.probability:.2f}**" if values else caption)
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Return a PNG, compressed quickly rather than well: it goes no further than the screen."""
+    """Return a PNG at a low, fast compression level, for display only."""
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "PNG", compress_level=1)
     return data.getvalue()
@@ -131,27 +140,27 @@ def _png(pixels: np.ndarray) -> bytes:
 
 @st.fragment
 def show_threshold(result: StudyResult, context: "PageContext", files_key: str) -> None:
-    """Look at another threshold; nothing else on the page, and no download, moves with it."""
+    """Draw the slider of another threshold. It changes nothing else on the page and no download."""
     curve = None if result.withheld else wording.ThresholdCurve.from_card(context.service.card, result.study_type)
-    own = result.cell("threshold")
-    if curve is None or own is None:
+    model_threshold = result.cell("threshold")
+    if curve is None or model_threshold is None:
         return
     st.header("Another threshold", anchor=False)
     first, last = wording.THRESHOLD_RANGE
-    start = min(max(round(float(own), 2), first), last)
+    start = min(max(round(float(model_threshold), 2), first), last)
     value = st.slider("Threshold", first, last, start, step=0.01, key=f"threshold {result.study_type} {files_key}")
     call = "flagged" if is_positive(result.probability, value) else "not flagged"
     st.markdown(
         f"At {value:.2f} this study ({result.probability:.2f}) would be **{call}**. {' '.join(curve.sentences(value))}"
     )
-    st.caption(f"{curve.caveat} The model's own threshold is {float(own):.2f}; downloads keep its own call.")
+    st.caption(f"{curve.caveat} The model's threshold is {float(model_threshold):.2f}. The downloads use it.")
 
 
 # ---- downloads
 
 
 def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "PageContext", files_key: str) -> None:
-    """Offer the tables that predict would write, and each picture with its map."""
+    """Draw the downloads: the tables that `predict` would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
     drawn = context.service.card.of_drawings
     tail = "-of-drawings" if drawn and not result.withheld else ""
@@ -171,16 +180,16 @@ def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "Pa
             if not result.withheld and file.output is not None and heatmap.drawable(file.output.cells):
                 _overlay(file, index, files_key, drawn=drawn)
     if tail:
-        st.caption("Of computer drawings, by a model of drawings: the tables say so under trained_on.")
+        st.caption("Model and files are computer drawings. The tables state this in the column trained_on.")
 
 
 def _overlay(file: StudyFile, index: int, files_key: str, *, drawn: bool) -> None:
-    """Offer a picture with its map, as predict draws them; where pixels may show a name, only after a confirmation."""
+    """Draw the download of a picture with its map. If its pixels may show a name, the user must confirm first."""
     assert file.upload.image is not None
     assert file.output is not None
     identity, which = file.upload.identity, f"picture {index + 1}"
     withheld = identity is not None and identity.may_show_text
-    allow = f"The pixels of {which} may show a name: I may download it"
+    allow = f"The pixels of {which} may show a patient's name. I am allowed to download it."
     if withheld and not st.checkbox(allow, key=f"allow {which} {files_key}"):
         return
     st.download_button(

@@ -1,7 +1,7 @@
-"""What Streamlit runs at each change of a session; everything lies in app.py, which is loaded once."""
+"""Run by Streamlit at each change in a session. The code is in app.py, which is imported once."""
 
 from mura_dist.inference.page.app import show
 from mura_dist.inference.page.server import page_context
 
-if __name__ == "__main__":  # a reading process that starts anew imports this file, and shows nothing
+if __name__ == "__main__":  # a worker process that restarts imports this file too
     show(page_context())

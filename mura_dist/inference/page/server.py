@@ -1,11 +1,11 @@
-"""The page: a doctor uploads a study and understands the answer. Streamlit, on the exported model alone; no torch.
+"""Serve the page: a user uploads a study and gets the model's result. Streamlit and the exported model, no torch.
 
-    mura-dist page MODEL.onnx -> UserError, or serve: the model and the reading processes, once
-    a request -> uvicorn (connection.py) -> guard.py -> Streamlit's application, changed by privacy.py
-    each session, at each change of it: script.py -> app.show(PageContext)
+    mura-dist page MODEL.onnx -> serve: loads the model, starts the worker processes
+    a request -> uvicorn (connection.py) -> guard.py -> Streamlit, patched by privacy.py
+    each change in a session -> script.py -> app.show(PageContext)
 
-Nothing uploaded reaches a disk or outlives its session, nothing is told to anybody, and it listens on this machine alone unless
-told otherwise.
+Uploads are never written to a disk and are deleted with their session. The page sends nothing to other servers. By default it
+listens on this machine only.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ from mura_dist.inference.page.study import MAX_UPLOAD_MB, InferenceService, open
 
 ADDRESS, PORT = "127.0.0.1", 8501
 MAX_CONNECTIONS = 500  # 20 browsers open up to 140
-MAX_MESSAGE_BYTES = 1 << 20  # of a browser: what was clicked and typed; files come by HTTP
+MAX_MESSAGE_BYTES = 1 << 20  # of a WebSocket message: clicks and text; files come by HTTP
 _NO_KNOWN_DRAWINGS = (
-    "no example is a drawing of a set of this version: none is answered; draw one with mura-dist phantoms"
+    "no example is a known drawing of this version, so none gets a result; draw examples with mura-dist phantoms"
 )
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_.])?")
 
 
 @dataclass(frozen=True)
 class PageContext:
-    """What every session is shown from. `thumbnails`: a PNG of each example, None where it cannot be read."""
+    """The data that all sessions share. thumbnails: a PNG of each example, or None where it cannot be read."""
 
     service: InferenceService
     examples: tuple[Example, ...]
@@ -57,8 +57,8 @@ _context: PageContext | None = None
 
 
 def page_context() -> PageContext:
-    """For script.py, which Streamlit runs in this very process."""
-    assert _context is not None, "mura-dist page starts it"
+    """Return the context of the running server, for script.py, which Streamlit runs in the same process."""
+    assert _context is not None, "the server is not running"
     return _context
 
 
@@ -71,18 +71,18 @@ def serve(
     examples: Path | None = None,
     announce: Callable[[list[str]], None] = lambda lines: None,
 ) -> None:
-    """Answer until it is interrupted.
+    """Serve the page until it is interrupted.
 
     Args:
         model_path: The exported model.
-        address: Where to listen.
-        port: Where to listen.
-        allow_host: Names by which browsers reach the page, beside `address`, localhost and IP addresses.
-        examples: A folder in MURA's layout, whose studies may be chosen instead of uploading.
-        announce: Called once, when browsers can connect, with what to print: the address first.
+        address: The address to listen on.
+        port: The port to listen on.
+        allow_host: Allowed host names, in addition to `address`, localhost and IP addresses.
+        examples: A folder in MURA's layout. Its studies are offered as examples.
+        announce: Called once, when browsers can connect, with lines to print. The first has the address.
 
     Raises:
-        UserError: The model, folder, address, port or a name cannot be used.
+        UserError: The model, the folder, the address, the port or a host name is not valid.
     """
     global _context
     studies = page_examples.find_examples(examples) if examples is not None else ()
@@ -98,7 +98,7 @@ def serve(
             privacy.apply_patches()
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))
-            lines = [f"the page: http://{_url_host(address)}:{port}   (Ctrl-C ends it)", *_warnings(address, hosts)]
+            lines = [f"the page: http://{_url_host(address)}:{port}   (stop with Ctrl-C)", *_warnings(address, hosts)]
             if studies and model.card.of_drawings and not digests:
                 lines.append(_NO_KNOWN_DRAWINGS)
             server = _server(Guard(app, hosts, security_headers(_policy())))
@@ -108,19 +108,20 @@ def serve(
 
 
 def _warnings(address: str, hosts: AllowedHosts) -> list[str]:
-    """Return what to know of an address that others may reach."""
+    """Return warnings for an address that other machines can reach."""
     if _is_loopback(address):
         return []
     names = ", ".join(sorted(hosts.names))
     return [
-        f"anyone who reaches {address} can use it: no password, no encryption; leave --address out for this machine",
-        f"it answers to IP addresses and to {names}; another name: --allow-host NAME",
+        f"anyone who can reach {address} can use the page: it has no password and no encryption. "
+        "Omit --address to serve this machine only.",
+        f"the allowed host names are IP addresses and {names}; add one with --allow-host NAME",
     ]
 
 
 @contextlib.contextmanager
 def _streamlit_home() -> Iterator[None]:
-    """Give Streamlit, which looks for its settings there, an empty home folder where the user has none."""
+    """Give Streamlit an empty home folder if the user has none. Streamlit reads its settings there."""
     if os.path.expanduser("~") != "~":
         yield
         return
@@ -154,15 +155,15 @@ def _policy() -> str:
 
 
 def _options() -> dict[str, Any]:
-    """Streamlit's settings. Those that touch privacy are set whatever their default is, and whatever a config.toml says."""
+    """Return Streamlit's settings. They override its defaults and config.toml."""
     return {
         "server_headless": True,  # opens no browser, asks for no e-mail address
         "server_baseUrlPath": "",
         "server_maxUploadSize": MAX_UPLOAD_MB,
-        "server_disconnectedSessionTTL": 2 * privacy.RECONNECT_S,  # which comes before
+        "server_disconnectedSessionTTL": 2 * privacy.RECONNECT_S,  # privacy.py deletes the session earlier
         "server_enableXsrfProtection": True,
         "server_enableCORS": True,
-        "server_allowedHosts": [],  # the guard knows them
+        "server_allowedHosts": [],  # guard.py checks them
         "server_corsAllowedOrigins": [],
         "server_trustedUserHeaders": {},
         "server_enableStaticServing": False,
@@ -175,18 +176,18 @@ def _options() -> dict[str, Any]:
         "client_showErrorLinks": False,
         "logger_hideWelcomeMessage": True,
         "global_developmentMode": False,
-        # Streamlit's own is red, which says "wrong" beside a result. In each scheme: one for both would drop the dark one.
+        # Streamlit's default is red, which suggests an error. A single color for both schemes would disable the dark one.
         "theme_light_primaryColor": "#1f6fb2",
         "theme_dark_primaryColor": "#61a8e8",
     }
 
 
 def _hosts(address: str, more: Sequence[str]) -> AllowedHosts:
-    """Return the names of the page: localhost, and where others may reach it this machine's own."""
+    """Return the allowed host names: localhost, `more`, and this machine's name if other machines can reach the page."""
     for name in more:
         if not _NAME.fullmatch(name):
             raise UserError(
-                f"--allow-host {name}: not a host's name; give it without http:// and port, as in page.hospital.example"
+                f"--allow-host {name}: not a host name. Give it without http:// and port, such as page.hospital.example."
             )
     own = [] if _is_loopback(address) else [address, socket.gethostname()]
     names = {name.lower().rstrip(".") for name in ("localhost", *own, *more)}
@@ -194,21 +195,23 @@ def _hosts(address: str, more: Sequence[str]) -> AllowedHosts:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Who connects before the server has started waits."""
+    """Return a listening socket. Connections wait until the server has started."""
     if not 1 <= port <= 65_535:
-        raise UserError(f"--port {port}: must be 1 to 65535; {PORT} is the default")
+        raise UserError(f"--port {port}: must be 1 to 65535. The default is {PORT}.")
     try:
-        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, *_, socket_address = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         both = family == socket.AF_INET6 and address == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(place, family=family, backlog=2048, dualstack_ipv6=both)
+        return socket.create_server(socket_address, family=family, backlog=2048, dualstack_ipv6=both)
     except PermissionError:
-        raise UserError(f"--port {port}: not allowed to listen there; give one from 1024 on") from None
+        raise UserError(
+            f"--port {port}: no permission to listen on this port. Choose a port from 1024 to 65535."
+        ) from None
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"--address {address} --port {port}: cannot listen there ({why.lower()}); give another --port, or an address "
-            "of this machine"
+            f"--address {address} --port {port}: cannot listen ({reason.lower()}). Choose another port, or an address of "
+            "this machine."
         ) from None
 
 

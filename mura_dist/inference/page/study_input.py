@@ -1,6 +1,7 @@
-"""What comes in: files that were uploaded, or an example, and the study type.
+"""Draw the inputs: an upload zone, the examples, the study type.
 
-nothing yet -> drop zone, cards of examples        files -> read and predicted once, kept in the session by number
+no files -> upload zone, cards of examples
+files -> read and predicted once, stored in the session by their number
 """
 
 from collections.abc import Callable, Sequence
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 CHOOSE = "Choose the study type"
 UPLOAD = "Drag and drop the radiographs of one study here"
 LIMITS = f"PNG, JPEG, TIFF or DICOM, up to {MAX_FILES} files of {MAX_UPLOAD_MB} MB, of one study of one patient."
-_EXAMPLE = "example"  # of the session's state: its number
+_EXAMPLE = "example"  # key of the session state: the number of the chosen example
 
 Content = dict[str, tuple[str, Callable[[], bytes]]]
-"""By the file's number in this session: its name, and how to get its bytes."""
+"""Number of a file in this session -> its name, and a function that returns its bytes."""
 
 
 def choose_files(context: "PageContext") -> list[StudyFile]:
-    """Draw what asks for files; return those of the study, read and, where they pass the gate, predicted."""
+    """Draw the inputs for files. Return the study's files, decoded and, if they pass the gate, predicted."""
     number = st.session_state.get(_EXAMPLE)
     if number is not None:
         return _read_once(context, _chosen_example(context.examples[number - 1]))
@@ -53,16 +54,16 @@ def _uploaded() -> Content:
         st.html(element("p", failures.UPLOAD_REFUSED, class_="refused", role="alert"))
         if uploaded:
             if len(uploaded) <= MAX_FILES:
-                return {str(one.file_id): (one.name, one.getvalue) for one in uploaded}
+                return {str(upload.file_id): (upload.name, upload.getvalue) for upload in uploaded}
             st.error(f"{len(uploaded)} files: {failures.TOO_MANY}.")
             return {}
-        privacy = "They stay in this server's memory, and are gone when you remove them or close the page."
+        privacy = "The files stay in this server's memory. They are deleted when you remove them or close the page."
         st.html(element("p", f"{LIMITS} {privacy}", class_="soft"))
     return {}
 
 
 def _example_cards(context: "PageContext") -> None:
-    """Draw the examples as cards: one of each study type first, the others folded."""
+    """Draw the examples as cards: one of each study type, and the others in a collapsed block."""
     st.header("Or try an example", anchor=False)
     first = len({example.study_type for example in context.examples})
     cards = list(zip(context.examples, context.thumbnails, strict=True))
@@ -88,7 +89,7 @@ def _grid(name: str, cards: Sequence[tuple[Example, bytes | None]]) -> None:
 
 
 def example_title(example: Example) -> str:
-    """Return what an example is called."""
+    """Return the title of an example."""
     return f"Example {example.number}: {display_name(example.study_type).lower()}, {pluralize(len(example.files), 'picture')}"
 
 
@@ -103,7 +104,7 @@ def _chosen_example(example: Example) -> Content:
 
 
 def _read_once(context: "PageContext", content: Content) -> list[StudyFile]:
-    """Return the files, each asked about once in a session."""
+    """Return the files. Each is read and predicted once per session."""
     by_number: dict[str, StudyFile] = st.session_state.get("files", {})
     new = [number for number in content if number not in by_number]
     if new:
@@ -117,7 +118,7 @@ def _read_once(context: "PageContext", content: Content) -> list[StudyFile]:
 
 
 def show_failures(files: Sequence[StudyFile]) -> None:
-    """Say beside each file's name what is wrong with it."""
+    """Draw the name of each file that has a problem, and the problem."""
     for file in files:
         name = escape_markdown(file.name)
         if file.upload.failure:
@@ -131,32 +132,34 @@ def show_failures(files: Sequence[StudyFile]) -> None:
 
 
 def choose_study_type(context: "PageContext", files: Sequence[StudyFile]) -> str | None:
-    """Return the study type as files tell, else as chosen; None until it is chosen."""
-    known, types = study_types(context.service.card), detect_study_types(files, context.service.card)
-    if st.session_state.get(_EXAMPLE) is not None and len(types) == 1 and types <= set(known):
+    """Draw the choice of the study type. Return it, or None until it is chosen. Files with one clear type preselect it."""
+    choices, types = study_types(context.service.card), detect_study_types(files, context.service.card)
+    if st.session_state.get(_EXAMPLE) is not None and len(types) == 1 and types <= set(choices):
         return min(types)
     if num_studies(files) > 1:
-        st.warning("These DICOMs are of several studies. The answer takes all files as one study of one patient.")
-    if len(types) > 1:
-        st.warning(f"The files tell of several study types: {', '.join(sorted(map(display_name, types))).lower()}.")
-    elif types - set(known):
         st.warning(
-            f"The files tell of the study type {display_name(min(types)).lower()}, which this model was not trained on."
+            "These DICOM files belong to several studies. The result treats all files as one study of one patient."
         )
-    labels = {display_name(one): one for one in known}
+    if len(types) > 1:
+        st.warning(f"The files name several study types: {', '.join(sorted(map(display_name, types))).lower()}.")
+    elif types - set(choices):
+        st.warning(
+            f"The files name the study type {display_name(min(types)).lower()}, on which this model was not trained."
+        )
+    labels = {display_name(choice): choice for choice in choices}
     label = st.selectbox(
         "Study type",
         list(labels),
-        index=known.index(min(types)) if len(types) == 1 and types <= set(known) else None,
+        index=choices.index(min(types)) if len(types) == 1 and types <= set(choices) else None,
         placeholder=CHOOSE,
-        help="Read from MURA's names or a DICOM's body part where they tell; else choose it.",
+        help="Preselected from MURA file names or the DICOM body part, if they contain it.",
     )
     if label is None:
-        st.info(f"{CHOOSE}: the answer depends on it.")
+        st.info(f"{CHOOSE}. The result depends on it.")
         return None
     return labels[label]
 
 
 def escape_markdown(text: str) -> str:
-    """Return text without markup: a file may be called anything."""
+    """Return text with Markdown's characters escaped."""
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]()#+-.!|<>~$:&" else sign for sign in text)

@@ -1,7 +1,7 @@
-"""How the page looks: one style sheet for light and dark, desktop and phone.
+"""Define the page's style sheet, for light and dark themes, desktop and phone.
 
-Two bars stand outside of what scrolls and cover nothing of it: the terms below and, of a model of drawings, the banner above.
-Colours are mixed from the theme's own ink, so that each scheme has its own.
+Two fixed bars do not scroll: the terms below and, for a model of drawings, the banner above. Colors are mixed from the theme's
+text color.
 """
 
 from mura_dist.inference.page.wording import Outcome
@@ -17,12 +17,12 @@ MARKS: dict[Outcome, str] = {
 
 
 def sheet(banner: bool) -> str:
-    """Return the page's style. banner: there is one above."""
+    """Return the page's style sheet. banner: whether the page has a banner."""
     return f"<style>:root {{ --banner: {'2.4rem' if banner else '0rem'} }}{_SHEET}</style>"
 
 
 def scale_gradient() -> str:
-    """Return CSS of the map's colours, as they lie on a radiograph's grey."""
+    """Return a CSS gradient of the map's colors on gray."""
     stops = []
     for step in heatmap.STEPS:
         (red, green, blue), opacity = heatmap.step_color(step)
@@ -54,7 +54,7 @@ _SHEET = """
   border-color: #1f6fb2; color: #fff }
 .st-key-upload-zone [data-testid=stFileUploaderDropzoneInstructions] { flex: none; align-self: center }
 [data-testid=stFileUploader] [data-testid=stWidgetLabel] p { font-size: 1rem; font-weight: 600 }
-/* Streamlit's own words for a failed upload quote a status code: `refused` stands for them. */
+/* Streamlit's text for a failed upload quotes a status code. `refused` replaces it. */
 .refused { margin: 0; border-left: .3rem solid #c0392b; background: color-mix(in srgb, #c0392b 12%, transparent);
   padding: .6rem .9rem; border-radius: .3rem }
 body:not(:has([data-testid=stFileChip][aria-invalid=true])) [data-testid=stElementContainer]:has(.refused) { display: none }

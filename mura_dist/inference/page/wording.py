@@ -1,8 +1,10 @@
-"""What the page says, word for word: an outcome, how often this model was wrong before, and for whom that holds.
+"""Hold the texts of the page: the outcome, how often the model was wrong on measured studies, and which studies those are.
 
-    Answer, Card -> outcome, headline        Card, study type -> missed, falsely flagged        a threshold -> rates
+    StudyResult, Card -> outcome, headline, explanation
+    Card, study type -> how many studies were missed or falsely flagged
+    a threshold -> the same at that threshold
 
-"No abnormality flagged" is never "normal": the model may have missed it, and the sentence beside it says how often it did.
+The page never says "normal". "No abnormality flagged" comes with the number of abnormal studies that the model missed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,25 +22,23 @@ from mura_dist.reports.heatmap import MIN_CELLS
 Outcome = Literal["none_flagged", "flagged", "uncertain", "no_call"]
 
 TITLE = "Bone radiographs: one study, one answer"
-PURPOSE = (
-    "Upload the radiographs of one study to see how likely an abnormality is, and how often the model was wrong before."
-)
+PURPOSE = "Upload the radiographs of one study to see the probability of an abnormality and how often the model was wrong."
 HEADLINES: dict[Outcome, str] = {
     "none_flagged": "No abnormality flagged",
     "flagged": "Flagged",
     "uncertain": "Uncertain",
     "no_call": "No call",
 }
-DEMO_BANNER = "Demo on computer drawings: this is what an answer looks like"
+DEMO_BANNER = "Demo on computer drawings, not for radiographs"
 WITHHELD = (
-    "These files are not known to be drawings, and this model has seen nothing but computer drawings of bones: what it computes "
-    "of a radiograph means nothing.",
-    "Next step: train on radiographs: mura-dist shards MURA-v1.1 shards/mura, then mura-dist train launch/recipes/mura.toml, "
-    "evaluate and export it, and open the page on that model.",
+    "This model was trained only on computer drawings of bones. These files are not known drawings, and the model's output for "
+    "a radiograph means nothing.",
+    "Next step: train on radiographs. Run mura-dist shards MURA-v1.1 shards/mura, then mura-dist train "
+    "launch/recipes/mura.toml. Evaluate and export the run, and open the page with that model.",
 )
-THRESHOLD_RANGE = (CURVE_THRESHOLDS[0], CURVE_THRESHOLDS[-1])  # of the thresholds to look at
-MAP_CAVEAT = "A map shows what moved this model, not where a lesion is."
-ERROR_RATES_BY_OUTCOME: dict[Outcome, list[str]] = {  # what was wrong before, beside each outcome
+THRESHOLD_RANGE = (CURVE_THRESHOLDS[0], CURVE_THRESHOLDS[-1])
+MAP_CAVEAT = "The map shows what changed this model's output, not where a lesion is."
+ERROR_RATES_BY_OUTCOME: dict[Outcome, list[str]] = {
     "none_flagged": ["missed"],
     "flagged": ["alarms"],
     "uncertain": ["missed", "alarms"],
@@ -48,14 +48,14 @@ SPLIT_NAMES = {"train": "training set", "tune": "tuning set", "valid": "test set
 
 
 def averaging_note(num: int) -> str:
-    """Return the words for a probability that is the average of `num` pictures."""
-    return "one picture" if num == 1 else f"average of {num} pictures"
+    """Return the note on a probability that is the mean of `num` views."""
+    return "one picture" if num == 1 else f"mean of {num} pictures"
 
 
-def outcome(answer: StudyResult) -> Outcome:
-    """Return the outcome of an answer. The uncertain band comes before the call: a call in it is not to be trusted."""
-    call, band = answer.cell("call"), answer.cell("band")
-    if answer.withheld or (call is None and band is None):
+def outcome(result: StudyResult) -> Outcome:
+    """Return the outcome of a study. A probability in the uncertain band is "uncertain", whatever the call."""
+    call, band = result.cell("call"), result.cell("band")
+    if result.withheld or (call is None and band is None):
         return "no_call"
     if band == "uncertain":
         return "uncertain"
@@ -64,57 +64,59 @@ def outcome(answer: StudyResult) -> Outcome:
     return "flagged" if call else "none_flagged"
 
 
-def lead_sentence(answer: StudyResult) -> str:
-    """Return the sentence under the headline: the probability, where it means anything."""
-    if answer.withheld:
+def lead_sentence(result: StudyResult) -> str:
+    """Return the sentence below the headline: the probability, or why there is none."""
+    if result.withheld:
         return WITHHELD[0]
-    return f"Probability of an abnormality: {answer.probability:.2f} ({averaging_note(len(answer.predictions))})."
+    return f"Probability of an abnormality: {result.probability:.2f} ({averaging_note(len(result.predictions))})."
 
 
-def explanation_lines(answer: StudyResult, card: Card) -> list[str]:
-    """Return the sentences below: first how often the model was wrong, then how the outcome came about."""
-    headline = outcome(answer)
-    if answer.withheld:
+def explanation_lines(result: StudyResult, card: Card) -> list[str]:
+    """Return the sentences below that: how often the model was wrong, then the threshold and the band."""
+    headline = outcome(result)
+    if result.withheld:
         return [WITHHELD[1]]
     if headline == "no_call":
-        return [f"No threshold was evaluated for {display_name(answer.study_type).lower()} studies."]
-    lines = error_rate_lines(headline, answer.study_type, card)
-    call, threshold, band = answer.cell("call"), answer.cell("threshold"), answer.cell("band")
+        return [f"No threshold was evaluated for {display_name(result.study_type).lower()} studies."]
+    lines = error_rate_lines(headline, result.study_type, card)
+    call, threshold, band = result.cell("call"), result.cell("threshold"), result.cell("band")
     if call is not None:
         side = "above" if call else "not above"
         lines.append(
-            f"The model's own call: {'flagged' if call else 'not flagged'} ({side} its threshold {threshold:.2f})."
+            f"The model's call is {'flagged' if call else 'not flagged'} (probability {side} the threshold {threshold:.2f})."
         )
-    ends = card.calibration.bands.get(answer.study_type)
+    ends = card.calibration.bands.get(result.study_type)
     if band is not None and ends is not None:
         side_of_band = {"uncertain": "inside", "negative": "below", "positive": "above"}[str(band)]
-        lines.append(f"It lies {side_of_band} the uncertain band, {ends.low:.2f} to {ends.high:.2f}.")
-    if (calibrated := answer.cell("calibrated_probability")) is not None:
-        lines.append(f"Calibrated, which corrects a model that is too sure or not sure enough: {calibrated:.2f}.")
+        lines.append(f"The probability is {side_of_band} the uncertain band, {ends.low:.2f} to {ends.high:.2f}.")
+    if (calibrated := result.cell("calibrated_probability")) is not None:
+        lines.append(f"The calibrated probability, corrected for over- or underconfidence, is {calibrated:.2f}.")
     return lines
 
 
 def map_unavailable_reason(shapes: Iterable[tuple[int, ...]]) -> str:
-    """Return why there is no activation map, "" where there is one, by the cells of each picture's map."""
+    """Return why there is no activation map, or "". shapes: (h, w) of each map in cells."""
     height, width = min(shapes, key=min)
     if min(height, width) >= MIN_CELLS:
         return ""
     return (
-        f"No activation map: this model sees a picture in {height} x {width} cells, too few to say where. A model of larger "
-        f"pictures has one, from {MIN_CELLS} x {MIN_CELLS} cells on."
+        f"No activation map: the map of this model has {height} x {width} cells, which is too coarse. At least "
+        f"{MIN_CELLS} x {MIN_CELLS} cells are needed, from a model with a larger input."
     )
 
 
 def error_rate_lines(headline: Outcome, study_type: str, card: Card) -> list[str]:
-    """Return how often the model was wrong where it was measured: what SAYS_HOW_OFTEN names for the outcome."""
+    """Return how often the model was wrong on measured studies, for the error types of the outcome."""
     if not has_matching_metrics(card):
-        return [f"How often it is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."]
+        return [
+            f"How often the model is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."
+        ]
     group, type_name = card.metrics["by_study_type"].get(study_type), display_name(study_type).lower()
     confusion = group.get("confusion") if group else None
     if not confusion:
-        return [f"How often it is wrong on {type_name} studies was not measured."]
+        return [f"How often the model is wrong on {type_name} studies was not measured."]
     if card.metrics.get("thresholds", {}).get(study_type) != card.thresholds.get(study_type):
-        return [f"How often it is wrong on {type_name} studies at this threshold was not measured."]
+        return [f"How often the model is wrong on {type_name} studies at this threshold was not measured."]
     missed = _frequency(group, "sensitivity", confusion["fn"], confusion["tp"])
     alarms = _frequency(group, "specificity", confusion["fp"], confusion["tn"])
     lines = {
@@ -125,9 +127,11 @@ def error_rate_lines(headline: Outcome, study_type: str, card: Card) -> list[str
 
 
 def caveat(card: Card) -> str:
-    """Return the sentence on the studies, the split and the precision that the card's metrics were measured with."""
+    """Return the sentence on the studies, the split and the precision of the card's metrics."""
     parts = [
-        "The test set is of computer drawings" if card.of_drawings else f"The {_set(card)} is not of your hospital"
+        "The test set consists of computer drawings"
+        if card.of_drawings
+        else f"The {_set(card)} is not from your hospital"
     ]
     if note := card.metrics.get("note"):
         parts.append(str(note).replace("this split", "this set"))
@@ -139,7 +143,7 @@ def caveat(card: Card) -> str:
 
 
 def has_matching_metrics(card: Card) -> bool:
-    """Return whether the card's metrics are of what the model was trained on: radiographs, or drawings."""
+    """Return whether the card's metrics were measured on the kind of data the model was trained on."""
     return bool(card.metrics) and card.metrics.get("measured_on") == card.trained_on.kind
 
 
@@ -152,7 +156,7 @@ def _in(card: Card) -> str:
 
 
 def _frequency(group: Mapping[str, Any], rate: str, wrong: int, right: int) -> Frequency:
-    """Return the frequency of wrong calls, from the rate of right ones and its interval."""
+    """Return the frequency of wrong calls. rate: the metric of correct calls, whose interval is used."""
     if group.get(f"{rate}_interval", BOOTSTRAP) != BOOTSTRAP or group.get(f"{rate}_low") is None:
         return Frequency(wrong, wrong + right)
     return Frequency(wrong, wrong + right, 1 - group[f"{rate}_high"], 1 - group[f"{rate}_low"])
@@ -163,29 +167,29 @@ def _frequency(group: Mapping[str, Any], rate: str, wrong: int, right: int) -> F
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """The columns that summary.curves made of a study type, and where."""
+    """The error rates of a study type by threshold: columns of summary.curves."""
 
     columns: Mapping[str, Any]
     study_type: str
-    where: str
+    test_set: str
     caveat: str
 
     @classmethod
     def from_card(cls, card: Card, study_type: str) -> "ThresholdCurve | None":
-        """Return the curve of a study type; None where the card's metrics cannot say what another threshold would do."""
+        """Return the curve of a study type, or None where the card's metrics have none."""
         columns = card.metrics.get("curves", {}).get(study_type) if has_matching_metrics(card) else None
         return cls(columns, study_type, _in(card), caveat(card)) if columns else None
 
     def sentences(self, threshold: float) -> list[str]:
-        """Return the sentences on what would be missed and what flagged, at the nearest threshold that was measured."""
+        """Return sentences on missed and falsely flagged studies at the nearest measured threshold."""
         thresholds = self.columns["threshold"]
-        index = min(range(len(thresholds)), key=lambda each: abs(thresholds[each] - threshold))
+        index = min(range(len(thresholds)), key=lambda number: abs(thresholds[number] - threshold))
         abnormal = self.columns["num_abnormal"]
         rates = {"sensitivity": ("abnormal", "missed", abnormal)}
         type_name = display_name(self.study_type).lower()
         rates["specificity"] = ("normal", "flagged", self.columns["num_studies"] - abnormal)
         return [
-            f"{self._frequency(rate, index, total).sentence(f'{kind} {type_name} studies {self.where}', verb)}."
+            f"{self._frequency(rate, index, total).sentence(f'{kind} {type_name} studies {self.test_set}', verb)}."
             for rate, (kind, verb, total) in rates.items()
         ]
 

@@ -35,14 +35,14 @@ def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) ->
     [
         (b"", "this is not a picture. Choose a PNG, JPEG, TIFF or DICOM file. (Detail: the file is empty.)"),
         (b"PK\x03\x04" + bytes(40), "this is not a picture: a ZIP archive; unpack it first."),
-        (b"\x89PNG\r\n\x1a\n123", "this picture is damaged or incomplete. Save or export it once more. (Detail: "),
+        (b"\x89PNG\r\n\x1a\n123", "this picture is corrupt or incomplete. Save or export it again. (Detail: "),
         (
             b"\0\0\0\x18ftypheic" + bytes(40),
-            "this kind of file is not read here: a HEIC picture, as phones take them; export the radiograph as DICOM or PNG.",
+            "this type of file is not supported: a HEIC picture, as phones take them; export the radiograph as DICOM or PNG.",
         ),
         (
             b"P5\n9 9\n255\n",
-            "this kind of file is not read here: a PNM picture; export the radiograph as DICOM or PNG.",
+            "this type of file is not supported: a PNM picture; export the radiograph as DICOM or PNG.",
         ),
     ],
 )
@@ -63,7 +63,7 @@ def test_hostile_files_end_in_plain_words(shared: Path) -> None:
         if upload.image is None:
             seen.add(upload.code)
             text = failures.failure_sentence(upload.code, upload.failure)
-            assert re.match("this (is not a picture|kind of file is not read here|picture is damaged|file )", text), (
+            assert re.match("this (is not a picture|type of file is not supported|picture is corrupt|file )", text), (
                 path.name
             )
             assert not re.search(r"Traceback|Error|Exception|0x[0-9a-f]|/tmp|None\b", text), text
@@ -75,4 +75,4 @@ def test_limits_are_those_that_hold() -> None:
     assert f"more than {study.MAX_FILES} files" in failures.UPLOAD_REFUSED
     assert "try it again in a minute" in failures.UPLOAD_REFUSED
     assert "in a minute" in UPLOADS_FULL
-    assert f"At most {radiograph.MAX_PIXELS // 1_000_000} million pixels" in failures.FAILURE_TEXTS["too_large"][1]
+    assert f"The limit is {radiograph.MAX_PIXELS // 1_000_000} million pixels" in failures.FAILURE_TEXTS["too_large"][1]

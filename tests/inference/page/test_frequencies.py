@@ -49,21 +49,21 @@ def test_a_count_is_said_and_a_share_only_of_enough(
 @pytest.mark.parametrize(
     ("num", "total", "text"),
     [
-        (4, 4, "Of 4 normal hand studies in the test set, all 4 were flagged; too few to say more"),
-        (0, 4, "Of 4 normal hand studies in the test set, none were flagged; too few to say more"),
-        (1, 1, "Of 1 normal hand study in the test set, 1 was flagged; too few to say more"),
-        (3, 22, "Of 22 normal hand studies in the test set, 3 were flagged; too few to say more"),
+        (4, 4, "Of 4 normal hand studies in the test set, all 4 were flagged (too few studies for a percentage)"),
+        (0, 4, "Of 4 normal hand studies in the test set, none were flagged (too few studies for a percentage)"),
+        (1, 1, "Of 1 normal hand study in the test set, 1 was flagged (too few studies for a percentage)"),
+        (3, 22, "Of 22 normal hand studies in the test set, 3 were flagged (too few studies for a percentage)"),
         (
             0,
             30,
-            "Of 30 normal hand studies in the test set, none were flagged: 0 % (95 % interval 0 % to 11 %; "
-            "Wilson's, which assumes independent studies)",
+            "Of 30 normal hand studies in the test set, none were flagged: 0 % (95 % Wilson interval 0 % to 11 %, "
+            "which assumes independent studies)",
         ),
         (
             1,
             500,
-            "Of 500 normal hand studies in the test set, 1 was flagged: under 1 % (95 % interval under 1 % to 1 %; "
-            "Wilson's, which assumes independent studies)",
+            "Of 500 normal hand studies in the test set, 1 was flagged: under 1 % (95 % Wilson interval under 1 % to "
+            "1 %, which assumes independent studies)",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_answer_and_slider_say_the_same_whatever_version_wrote_the_card(total: i
         assert curve.sentences(0.5) == lines[:2]
         assert ("%" in " ".join(lines)) == (total >= MIN_FOR_SHARE)
         assert (WILSON in lines[0]) == (total >= MIN_FOR_SHARE and share != "half")
-        assert lines[-1] == "The test set is not of your hospital."
+        assert lines[-1] == "The test set is not from your hospital."
         said.append(lines)
     assert said[0] == said[1]
 
@@ -148,7 +148,7 @@ def test_a_card_without_counts_says_so(change: dict[str, object]) -> None:
     card = card_with({"abnormal": 3, "normal": 3}, {"abnormal": 3, "normal": 3}, kinds=True)
     metrics = card.metrics | {"by_study_type": {"XR_HAND": card.metrics["by_study_type"]["XR_HAND"] | change}}
     lines = wording.error_rate_lines("flagged", "XR_HAND", card.model_copy(update={"metrics": metrics}))
-    assert lines == ["How often it is wrong on hand studies was not measured."]
+    assert lines == ["How often the model is wrong on hand studies was not measured."]
 
 
 @pytest.mark.parametrize(("split", "words"), [("valid", "test set"), ("test", "test set"), ("tune", "tuning set")])
@@ -162,6 +162,4 @@ def test_a_split_is_called_what_a_doctor_calls_it(split: str, words: str) -> Non
 def test_why_there_is_no_map(shapes: list[tuple[int, int]], shown: bool) -> None:
     text = wording.map_unavailable_reason(shapes)
     assert (text == "") == shown
-    assert shown or text.startswith(
-        "No activation map: this model sees a picture in 2 x 2 cells, too few to say where."
-    )
+    assert shown or text.startswith("No activation map: the map of this model has 2 x 2 cells, which is too coarse.")

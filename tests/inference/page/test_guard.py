@@ -329,5 +329,5 @@ def test_names_of_a_page(address: str, more: tuple[str, ...], names: set[str]) -
 
 @pytest.mark.parametrize("name", ["https://x.example", "x.example:8501", "*", "*.example", "a b", "", "x/y", "-x"])
 def test_what_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"not a host's name; give it without http:// and port"):
+    with pytest.raises(UserError, match=r"not a host name. Give it without http:// and port"):
         server._hosts("127.0.0.1", [name])

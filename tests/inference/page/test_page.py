@@ -177,7 +177,7 @@ def test_each_outcome_has_its_words(
         assert "normal" not in said.lower().replace("abnormality", "")
     group = service.card.metrics["by_study_type"].get(study_type, {})
     assert "Probability of an abnormality: " in lines
-    assert f"(average of {len(views)} pictures)" in lines
+    assert f"(mean of {len(views)} pictures)" in lines
     for word in ("logit", "split", "valid", "mean over", "view"):
         assert word not in lines
     if outcome == "none_flagged":
@@ -185,7 +185,7 @@ def test_each_outcome_has_its_words(
         num, wrong = group["confusion"]["fn"] + group["confusion"]["tp"], group["confusion"]["fn"]
         assert f"Of {num} abnormal wrist studies in the test set, {wrong} were missed: {missed[0]} % " in lines
         assert f"(95 % interval {missed[1]} % to {missed[2]} %)." in lines
-        assert "The test set is not of your hospital." in lines
+        assert "The test set is not from your hospital." in lines
     if outcome == "flagged":
         alarms = [round(100 * (1 - group[name])) for name in ("specificity", "specificity_high", "specificity_low")]
         num, wrong = group["confusion"]["fp"] + group["confusion"]["tn"], group["confusion"]["fp"]
@@ -208,7 +208,9 @@ def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views
             if known == views:
                 assert wording.outcome(found) == outcome
                 assert f"{found.probability:.2f}" in lines
-                assert ("The test set is of computer drawings." in lines) == (study_type in ("XR_HAND", "XR_WRIST"))
+                assert ("The test set consists of computer drawings." in lines) == (
+                    study_type in ("XR_HAND", "XR_WRIST")
+                )
                 assert "hospital" not in lines
                 assert (found.cell("call") is None) == (outcome == "no_call")
             else:
@@ -329,7 +331,7 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
         (file,) = service.predict(["a.png"], [views[0].read_bytes()])
     assert file.output is None
     assert failures.failure_sentence(file.upload.code, file.upload.failure).startswith(
-        "the model gives no number for this picture. The model is broken: export it again."
+        "the model's output for this picture is not a number. The model is broken: export it again."
     )
 
 
@@ -342,7 +344,7 @@ def test_every_number_says_for_whom_it_holds(service: study.InferenceService) ->
     lines = " ".join(wording.error_rate_lines("none_flagged", "XR_WRIST", card))
     for said in (lines, wording.ThresholdCurve.from_card(card, "XR_WRIST").caveat):
         for reserve in (
-            "not of your hospital",
+            "not from your hospital",
             "optimistic: this set chose",
             "measured in fp32",
             "int8 changed 3 of 500",
@@ -366,13 +368,13 @@ def test_hostile_files_get_a_plain_message_and_the_others_go_on(
             reason = error.reason
         assert (reading.failure, bool(reading.code)) == (reason, bool(reason)), path.name
         if found is None:
-            assert (reading.image, reading.shown, reading.passes_gate) == (None, None, False)
+            assert (reading.image, reading.preview, reading.passes_gate) == (None, None, False)
             assert not re.search(r"Traceback|Error|0x|/", reading.failure.replace("and/or", "")), reading.failure
             num_failed += 1
         else:
             np.testing.assert_array_equal(reading.image, found.image)
             assert reading.verdict == gate.classify(found.image, found.colors)
-            assert max(reading.shown.shape) <= study.LONGEST_PX
+            assert max(reading.preview.shape) <= study.PREVIEW_PX
     assert 0 < num_failed < len(files)
     assert uploads[-1].passes_gate
 
@@ -386,7 +388,7 @@ def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(
         whole = radiograph.decode(path)
         np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
         assert upload.identity == radiograph.read_identity(path)
-        assert max(upload.preview.shape) == min(study.LONGEST_PX, max(whole.shape))
+        assert max(upload.preview.shape) == min(study.PREVIEW_PX, max(whole.shape))
         assert upload.preview.shape[0] / upload.preview.shape[1] == pytest.approx(
             whole.shape[0] / whole.shape[1], rel=0.01
         )
@@ -441,17 +443,17 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
         grid: list[tuple[list[Any], str]] = [
             ([tmp_path / "nothing.onnx"], "no such file. Give the model.onnx"),
             ([tmp_path / "bad.onnx"], "bad.onnx"),
-            ([plain, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen there"),
-            ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535; 8501 is the default"),
-            ([plain, "--address", "203.0.113.7"], "cannot listen there"),
-            ([plain, "--address", "no such host"], "cannot listen there"),
-            ([plain, "--address", "127..0.1"], "cannot listen there"),
+            ([plain, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen"),
+            ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535. The default is 8501."),
+            ([plain, "--address", "203.0.113.7"], "cannot listen"),
+            ([plain, "--address", "no such host"], "cannot listen"),
+            ([plain, "--address", "127..0.1"], "cannot listen"),
             (
                 [plain, "--allow-host", "https://x.example"],
-                "--allow-host https://x.example: not a host's name; give it without",
+                "--allow-host https://x.example: not a host name. Give it without",
             ),
-            ([plain, "--examples", tmp_path / "nowhere"], "no such folder; give one in MURA's layout"),
-            ([plain, "--examples", tmp_path], "no study's folder below it"),
+            ([plain, "--examples", tmp_path / "nowhere"], "no such folder. Give a folder in MURA's layout"),
+            ([plain, "--examples", tmp_path], "contains no study folder"),
         ]
         for asked_for, message in grid:
             assert main(["page", *map(str, asked_for)]) == WRONG, asked_for
@@ -635,16 +637,16 @@ def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path
     upload(page, views[0], evil, cut, blank, flower)
     choose(page, "Study type", "Wrist")
     page.locator("section.outcome").wait_for()
-    assert "4 of the files are left out" in page.locator("section.outcome").inner_text()
+    assert "4 of the files are not used" in page.locator("section.outcome").inner_text()
     shown = page.get_by_role("alert")
     said = [shown.nth(place).inner_text() for place in range(shown.count())]
     assert any(
         line.startswith("<b>**bold** :red[x].png: this is not a picture. Choose a PNG, JPEG, TIFF or DICOM file.")
         for line in said
     ), said
-    assert any(line.startswith("cut.png: this picture is damaged or incomplete.") for line in said), said
+    assert any(line.startswith("cut.png: this picture is corrupt or incomplete.") for line in said), said
     assert any(
-        line.startswith("flower.jpg: this does not look like a bone radiograph. It is left out.") for line in said
+        line.startswith("flower.jpg: this does not look like a bone radiograph. It is not used.") for line in said
     ), said
     assert any(line.startswith("blank.png: this picture is blank") for line in said), said
     expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
@@ -933,7 +935,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
         for way in ("example", "upload"):
             answer = page.locator("section.outcome")
             answer.wait_for()
-            assert "The test set is of computer drawings." in answer.inner_text()
+            assert "The test set consists of computer drawings." in answer.inner_text()
             assert page.get_by_role("heading", name="No call").count() == 0
             page.get_by_role("heading", name="Another threshold").wait_for()
             page.get_by_text("Show the activation map").click()
@@ -950,7 +952,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
             study_line = table.iloc[0]
             assert study_line["trained_on"] == "phantoms"
             assert study_line[["call", "threshold", "probability"]].notna().all()
-            assert "too few to say more" in page.locator("body").inner_text()
+            assert "too few studies for a percentage" in page.locator("body").inner_text()
             assert "%" not in page.locator("body").inner_text()
             texts.append(page.content())
             if way == "example":
