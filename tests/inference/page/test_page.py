@@ -571,7 +571,7 @@ def test_a_study_of_several_views(
     """Upload, choose, read; maps only when asked for; a threshold that moves nothing else; downloads that are predict's."""
     assert page.locator(".terms").inner_text().lower() == f"{mura.TERMS}."
     upload(page, *views)
-    page.get_by_text("Choose the study type: the answer depends on it.").wait_for()
+    page.get_by_text("Choose the study type. The result depends on it.").wait_for()
     until(lambda: num_pictures(page) == len(views))
     assert page.locator("img[alt*='under its activation map']").count() == 0
     for study_type, outcome in OUTCOMES.items():
@@ -599,7 +599,7 @@ def test_a_study_of_several_views(
     for sentence in curve.sentences(value):
         page.get_by_text(sentence).wait_for()
     expect(page.get_by_text("would be flagged")).to_be_visible()
-    expect(page.get_by_text("The model's own threshold is")).to_contain_text(curve.caveat)
+    expect(page.get_by_text("The model's threshold is")).to_contain_text(curve.caveat)
     answered(page, "No abnormality flagged")  # the model's own
     with page.expect_download() as coming:
         page.get_by_role("button", name="Study (CSV)").click()
@@ -688,7 +688,7 @@ def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path,
     expect(page.get_by_role("button", name="Picture 1 with its map (PNG)")).to_have_count(
         0
     )  # until somebody takes it upon them
-    page.get_by_text("The pixels of picture 1 may show a name: I may download it").click()
+    page.get_by_text("The pixels of picture 1 may show a patient's name. I am allowed to download it.").click()
     page.get_by_role("button", name="Picture 1 with its map (PNG)").wait_for()
 
 
