@@ -21,7 +21,7 @@ if [ ! -r "$hostfile" ]; then
   exit 2
 fi
 if [ "$(grep -cE '^[^#]*slots=' "$hostfile")" -gt 1 ] && ! command -v pdsh > /dev/null; then
-  echo "launch/deepspeed.sh: pdsh is missing. Run apt-get install pdsh, or name one host only" >&2
+  echo "launch/deepspeed.sh: pdsh is missing. Run apt-get install pdsh, or name one host only." >&2
   exit 2
 fi
 export PATH="$PWD/.venv/bin:$PATH"

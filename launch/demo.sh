@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 source launch/outcome.sh
 report_stop() { # report_stop STATUS: at the end of this script; a command that exited with 3 has reported the stop itself
   [ -n "$received" ] || return 0
-  [ "$1" -eq 3 ] || echo "launch/demo.sh: stopped. The same command resumes" >&2
+  [ "$1" -eq 3 ] || echo "launch/demo.sh: stopped. The same command resumes." >&2
   exit 3
 }
 trap 'report_stop $?' EXIT

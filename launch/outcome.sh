@@ -41,7 +41,7 @@ run_to_end() { # run_to_end COMMAND ...: run it to its end, whatever signals arr
 }
 
 stop_before_start() { # a signal came before the run began: nothing has changed
-  echo "$0: stopped before the run began. The same command starts it" >&2
+  echo "$0: stopped before the run began. The same command starts it." >&2
   return 3
 }
 

@@ -15,7 +15,7 @@ requeue() { # requeue STATUS: exit with STATUS; requeue the job first if it is 3
     job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
     # Requeue if the job still runs (it was not canceled) and was warned or preempted. Else a user stopped the ranks.
     if [ -n "${no_progress:-}" ]; then
-      echo "not requeued: the job stopped at the step where it began. Give the job more time (--time)" >&2
+      echo "not requeued: the job stopped at the step where it began. Give the job more time (--time)." >&2
     elif [[ $job == *" JobState=RUNNING "* ]] && { [ "${received:-}" = USR2 ] || [[ $job != *" PreemptTime=None "* ]]; }; then
       echo "stopped by Slurm, requeued"
       scontrol requeue "$SLURM_JOB_ID" || true

@@ -16,7 +16,7 @@ will_hold() { # will_hold EXTRA,... DISTRIBUTION
   [[ ",$extras," =~ ,(${1//,/|}), ]] || compgen -G ".venv/lib/python3*/site-packages/$2-[0-9]*.dist-info" > /dev/null
 }
 if will_hold cpu onnxruntime && will_hold cuda,train onnxruntime_gpu; then
-  echo "launch/setup.sh: $extras: ONNX Runtime for CPUs (cpu) cannot be installed beside that for GPUs (cuda, train) in .venv. Name one of them, and remove .venv if it holds the other" >&2
+  echo "launch/setup.sh: $extras: ONNX Runtime for CPUs (cpu) cannot be installed beside that for GPUs (cuda, train) in .venv. Name one of them, and remove .venv if it holds the other." >&2
   exit 2
 fi
 # The stamp records which extras were installed from which files. It is written last, so an interrupted install is repeated.
@@ -29,7 +29,7 @@ for extra in ${extras//,/ }; do
   [[ ",${present:-}," == *",$extra,"* ]] || missing=1
 done
 name_missing_runtime() {
-  will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu || echo "launch/setup.sh: ONNX Runtime is missing, predict and page need it. Run bash launch/setup.sh cpu (or cuda for an NVIDIA GPU)" >&2
+  will_hold cpu onnxruntime || will_hold cuda,train onnxruntime_gpu || echo "launch/setup.sh: ONNX Runtime is missing, predict and page need it. Run bash launch/setup.sh cpu (or cuda for an NVIDIA GPU)." >&2
 }
 if [ -z "$missing" ]; then
   name_missing_runtime
@@ -40,7 +40,7 @@ locked=$("$python" launch/locked.py "${present:+$present,}$extras")
 if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv || {
     rm -rf .venv
-    echo "launch/setup.sh: $python cannot create a virtual environment. On Debian run apt-get install python3-venv" >&2
+    echo "launch/setup.sh: $python cannot create a virtual environment. On Debian run apt-get install python3-venv." >&2
     exit 1
   }
 fi

@@ -30,5 +30,5 @@ if __name__ == "__main__":
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # killed by a signal, so the rank logged nothing
             name = signal.Signals(-failure.exitcode).name
-            sys.stderr.write(f"launch/torchrun.py: rank {rank} was killed by {name}. The same command resumes\n")
+            sys.stderr.write(f"launch/torchrun.py: rank {rank} was killed by {name}. The same command resumes.\n")
         sys.exit(1)

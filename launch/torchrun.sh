@@ -43,7 +43,7 @@ else
       if timeout 5 bash -c ": < /dev/tcp/${MASTER%:*}/${MASTER##*:}" 2> /dev/null; then
         answered=$SECONDS
       elif [ -n "$answered" ] && [ $((SECONDS - answered)) -gt "${PATIENCE:-150}" ]; then
-        echo "launch/torchrun.sh: no answer of $MASTER for ${PATIENCE:-150} s, exiting. Repeat the command on all nodes" >&2
+        echo "launch/torchrun.sh: no answer of $MASTER for ${PATIENCE:-150} s, exiting. Repeat the command on all nodes." >&2
         kill -TERM "$child"
         read -rt 15 -u "$pause" || true
         kill -KILL "$child" 2> /dev/null || true

@@ -239,7 +239,7 @@ def test_all_hosts_exit_without_the_rendezvous_host(site) -> None:
         assert status not in ([0], [3]), cluster.output()
         assert time.monotonic() - begin < 90
         log = cluster.log(2).read_text()
-        assert "launch/torchrun.sh: no answer of host1:29500 for 20 s, exiting. Repeat the command on all nodes" in log
+        assert "launch/torchrun.sh: no answer of host1:29500 for 20 s, exiting. Repeat the command on all nodes." in log
         assert re.search(
             r"mura-dist: rank 1 lost another rank \(.*[Tt]he same command resumes from the last checkpoint", log
         ), log

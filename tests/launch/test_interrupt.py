@@ -81,10 +81,10 @@ def test_interrupted_training_exits_with_one_line(moment: str, shard_folder: Pat
     status, lines = on_terminal("bash", "launch/local.sh", 2, *arguments, is_time=is_time)
     assert (status, len(lines)) == (3, 1), lines
     if moment == "a step":
-        assert re.fullmatch(r"mura-dist: stopped at step \d+ of 40000; the same command goes on", lines[0])
+        assert re.fullmatch(r"mura-dist: stopped at step \d+ of 40000\. The same command resumes\.", lines[0])
         assert Run.load(folder).status()["state"] == "stopped"
     else:
-        assert lines == ["launch/local.sh: stopped before the run began. The same command starts it"]
+        assert lines == ["launch/local.sh: stopped before the run began. The same command starts it."]
 
 
 def checkout(folder: Path) -> Path:
