@@ -1,0 +1,1 @@
+"""Data: MURA's vocabulary, reading a radiograph, scanning a source, shards, batches."""

@@ -1,10 +1,10 @@
-"""DICOM's words for the body part, and which of MURA's seven regions each one means.
+"""Map a DICOM's body part to one of MURA's seven study types.
 
     BodyPartExamined, free text in practice ----.
-    AnatomicRegionSequence, (scheme, code) -----+--> HAND, THUMB, ... -> study type, or None for all that is not known here
+    AnatomicRegionSequence, (scheme, code) -----+--> HAND, THUMB, ... -> study type, or None
 
-Only what stands in these tables comes out as a study type: a name typed into the field never does. Sources: DICOM PS3.16,
-annex L (the words) and CID 4, 7304, 8134 (the codes, which pydicom's own dictionary has too).
+Only entries of these tables become a study type. A person's name in the field never does. Sources: DICOM PS3.16, annex L
+(terms) and CID 4, 7304, 8134 (codes).
 """
 
 import re
@@ -12,7 +12,7 @@ import re
 from mura_dist.data.mura import STUDY_TYPES
 
 _REGIONS = {study_type.removeprefix("XR_"): study_type for study_type in STUDY_TYPES}
-_OTHER_WORDS = {
+_SYNONYMS = {
     "THUMB": "FINGER",
     "UPPERARM": "HUMERUS",
     "UPPER ARM": "HUMERUS",
@@ -23,7 +23,7 @@ _OTHER_WORDS = {
 }
 _SIDES = {"L", "R", "B", "LT", "RT", "LEFT", "RIGHT", "BOTH", "BILATERAL"}
 _LATERALITY = {"LEFT": "L", "LT": "L", "RIGHT": "R", "RT": "R", "BOTH": "B", "BILATERAL": "B"}
-# Of joint and region alike: a radiograph of the elbow joint is one of the elbow.
+# Joints and regions: a radiograph of the elbow joint is one of the elbow.
 _SCT = {
     "16953009": "ELBOW",
     "7569003": "FINGER",
@@ -54,29 +54,26 @@ _SRT = {
     "T-15460": "WRIST",
     "T-D8600": "WRIST",
 }
-_CODES = {"SCT": _SCT} | dict.fromkeys(("SRT", "SNM3", "99SDM"), _SRT)  # one dictionary under its names over the years
+_CODES = {"SCT": _SCT} | dict.fromkeys(("SRT", "SNM3", "99SDM"), _SRT)  # SRT has had three names
 
 
 def normalize(text: str) -> str:
-    """As written, but for what devices vary in: capitals, padding, a separator for a blank."""
+    """Return text in capitals, with single blanks for separators and padding."""
     return " ".join(re.sub(r"[\s_\0]+", " ", text).upper().split())
 
 
 def normalize_laterality(text: str) -> str:
-    """L, R, B or U where it says that in any usual way, else as written."""
+    """Return L, R or B for the usual spellings of a side, else the normalized text."""
     return _LATERALITY.get(normalize(text), normalize(text))
 
 
 def body_part_of_code(scheme: str, code: str) -> str:
-    """The body part of an anatomic region's code; "" for one that is not of the seven regions."""
+    """Return the body part of an anatomic region's code, or "" outside the seven regions."""
     return _CODES.get(normalize(scheme), {}).get(normalize(code), "")
 
 
 def find_study_type(body_part: str) -> str | None:
-    """MURA's study type of a body part, or None. A side beside it is no part of it, nor is a plural."""
-    words = [word for word in normalize(body_part).split() if word not in _SIDES]
-    name = " ".join(words)
-    for one in (name, name.removesuffix("S")):
-        if found := _REGIONS.get(_OTHER_WORDS.get(one, one)):
-            return found
-    return None
+    """Return MURA's study type of a body part, or None. Sides and a plural s are ignored."""
+    name = " ".join(word for word in normalize(body_part).split() if word not in _SIDES)
+    singular = name.removesuffix("S")
+    return _REGIONS.get(_SYNONYMS.get(name, name)) or _REGIONS.get(_SYNONYMS.get(singular, singular))

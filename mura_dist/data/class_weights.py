@@ -1,6 +1,6 @@
-"""Weigh the loss by label, over all study types or within each.
+"""Compute the loss weights of both labels, over all study types or within each.
 
-study type and label of each radiograph of the train split -> study type -> (weight of 0, weight of 1)
+study type and label of each train radiograph -> study type -> (weight of label 0, weight of label 1)
 """
 
 from collections.abc import Iterable
@@ -14,26 +14,25 @@ LossWeights = Literal["class", "study_type", "none"]
 def compute_class_weights(
     loss_weights: LossWeights, study_type: np.ndarray, label: np.ndarray, names: Iterable[str]
 ) -> dict[str, tuple[float, float]]:
-    """Compute (w0, w1) for each study type: w1 = N/(A+N) weighs positives, w0 = A/(A+N) negatives.
+    """Compute (w0, w1) of each study type: w0 = A/(A+N) for normal, w1 = N/(A+N) for abnormal radiographs.
 
-    A and N count abnormal and normal radiographs. "study_type" counts them within each study type (arXiv 1712.06957), which
-    takes the study type's own share of abnormals out of the logit. "class" counts them over all study types, which leaves
-    that share in. "none" weighs every radiograph 1. With one label only the formula would give that label no weight
-    at all, so the pair is (1/2, 1/2), as it is for a study type without radiographs.
+    A and N count abnormal and normal radiographs. "study_type" counts within each study type (arXiv 1712.06957), which
+    removes the study type's prevalence from the logit. "class" counts over all study types, which keeps it. "none" gives
+    weight 1. Where only one label occurs, or no radiograph, the pair is (1/2, 1/2), because the formula would give weight 0.
 
     Args:
-        loss_weights: how to count.
-        study_type: of each training radiograph, str (n,).
-        label: of each training radiograph, 0 or 1 (n,).
-        names: the study types wanted.
+        loss_weights: What to count.
+        study_type: Study type of each train radiograph, str (n,).
+        label: Label of each train radiograph, 0 or 1 (n,).
+        names: Study types of the result.
     """
     if loss_weights == "none":
         return dict.fromkeys(names, (1.0, 1.0))
     if loss_weights == "class":
-        return dict.fromkeys(names, _pair(label))
-    return {name: _pair(label[study_type == name]) for name in names}
+        return dict.fromkeys(names, _weight_pair(label))
+    return {name: _weight_pair(label[study_type == name]) for name in names}
 
 
-def _pair(label: np.ndarray) -> tuple[float, float]:
+def _weight_pair(label: np.ndarray) -> tuple[float, float]:
     abnormal = float(label.mean()) if len(label) else 0.5
     return (abnormal, 1 - abnormal) if 0 < abnormal < 1 else (0.5, 0.5)

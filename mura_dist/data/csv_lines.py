@@ -1,9 +1,8 @@
-"""A CSV file as people save one -> (number, cells) of its lines that are not blank; and what a cell says.
+"""Read CSV files as spreadsheets and people write them.
 
-    bytes -> decode -> find_delimiter -> read_lines -> parse_number, parse_label, parse_path
+    bytes -> decode -> find_delimiter -> read_lines: (line number, cells) -> parse_number, parse_label, parse_path
 
-By the csv module: pandas.read_csv pads a short line as if it ended in empty cells, refuses a line longer than the first, and
-does not tell on which line of the file a row or an error is. Messages need all three.
+The csv module is used because pandas.read_csv pads short lines, refuses long ones and does not report line numbers.
 """
 
 import codecs
@@ -19,8 +18,8 @@ from mura_dist.core.errors import UserError
 
 DELIMITERS = ",;\t"
 _SNIFFED_LINES = 100
-# UTF-32 first: its little-endian mark begins as UTF-16's does.
-_MARKS = {
+# UTF-32 first: its little-endian byte-order mark begins with UTF-16's.
+_ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -34,51 +33,51 @@ _LABELS = {
 
 
 def decode(data: bytes, name: str, *, errors: str = "strict") -> str:
-    """Return the text of a file: UTF-16 or UTF-32 where a byte-order mark says so, else UTF-8.
+    """Decode a file's text: UTF-16 or UTF-32 where it has that byte-order mark, else UTF-8.
 
     Args:
-        data: the file's bytes.
-        name: the file's name, for messages.
-        errors: what becomes of bytes that are not UTF-8, as bytes.decode has it.
+        data: Content of the file.
+        name: Name of the file, for messages.
+        errors: Error handler for UTF-8, as of bytes.decode.
 
     Raises:
-        UserError: where the bytes are no text, or not of their encoding.
+        UserError: The bytes are not text in their encoding.
     """
-    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
+    encoding = next((encoding for mark, encoding in _ENCODINGS.items() if data.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in data:
-        raise UserError(f"{name} is not a text file (it holds zero bytes); save the table as `CSV UTF-8`")
+        raise UserError(f"{name} is not a text file (it holds zero bytes). Save the table as `CSV UTF-8`.")
     try:
         return data.decode(encoding, errors=errors if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         if encoding != "utf-8-sig":
             raise UserError(
-                f"{name} is not {encoding.upper()}, as its first bytes say; save it as `CSV UTF-8`"
+                f"{name} is not {encoding.upper()}, though its byte-order mark says so. Save it as `CSV UTF-8`."
             ) from error
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}); save it as `CSV UTF-8`"
+            f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}). Save it as `CSV UTF-8`."
         ) from error
 
 
 def find_delimiter(text: str) -> str:
-    """Return which of `,` `;` and tab cuts most of the first lines of `text` into columns; a comma where none does.
+    """Return the one of `,` `;` and tab that splits most of the first lines into columns, or a comma where none does.
 
-    Where several cut as many lines, a comma gives way only if it stands in decimal numbers alone: `study;0,73`.
+    Where `;` or tab ties with the comma, it wins only if all commas are decimal commas (`study;0,73`).
     """
-    rows = {mark: _first_rows(text, mark) for mark in DELIMITERS}
-    cut = {mark: sum(len(cells) > 1 for cells in rows[mark]) for mark in DELIMITERS}
-    mark = max(";\t", key=lambda mark: cut[mark])
-    if 2 * cut[mark] <= len(rows[mark]):  # in some names of a single column
+    rows = {delimiter: _first_rows(text, delimiter) for delimiter in DELIMITERS}
+    num_split = {delimiter: sum(len(cells) > 1 for cells in rows[delimiter]) for delimiter in DELIMITERS}
+    best = max(";\t", key=lambda delimiter: num_split[delimiter])
+    if 2 * num_split[best] <= len(rows[best]):  # the character occurs in some names of a single column
         return ","
-    decimal = all(parse_number(cell) is not None for cells in rows[mark] for cell in cells if "," in cell)
-    return mark if cut[mark] > cut[","] or (cut[mark] == cut[","] and decimal) else ","
+    decimal = all(parse_number(cell) is not None for cells in rows[best] for cell in cells if "," in cell)
+    return best if num_split[best] > num_split[","] or (num_split[best] == num_split[","] and decimal) else ","
 
 
 def _first_rows(text: str, delimiter: str) -> list[list[str]]:
-    # Strict: under a wrong delimiter, text may follow a closing quote.
+    # Strict: with the wrong delimiter, text may follow a closing quote.
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
-    with contextlib.suppress(csv.Error):  # read_lines says where
+    with contextlib.suppress(csv.Error):  # read_lines reports it
         rows.extend(itertools.islice((cells for cells in lines if any(map(str.strip, cells))), _SNIFFED_LINES))
     return rows
 
@@ -86,14 +85,18 @@ def _first_rows(text: str, delimiter: str) -> list[list[str]]:
 def read_lines(
     text: str, name: str, remedy: str, *, strict: bool = False, skipinitialspace: bool = False, delimiter: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number, cells) of each line of `text` that is not blank; the number is that of its last line in the file.
+    """Yield (line number, cells) of each record of `text` that is not blank. A record over several lines has its last number.
 
     Args:
-        name: the file's, and `remedy`: what to do; both for the message about a line that is no CSV.
-        strict, skipinitialspace, delimiter: as csv.reader has them.
+        text: Content of the file.
+        name: Name of the file, for messages.
+        remedy: Last sentence of messages.
+        strict: As of csv.reader.
+        skipinitialspace: As of csv.reader.
+        delimiter: As of csv.reader.
 
     Raises:
-        UserError: where a line is no CSV.
+        UserError: A line is not CSV.
     """
     file = io.StringIO(text, newline="")
     reader = csv.reader(file, strict=strict, skipinitialspace=skipinitialspace, delimiter=delimiter)
@@ -102,25 +105,25 @@ def read_lines(
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, cells
     except csv.Error as error:
-        raise UserError(f"{name} line {reader.line_num} is no CSV ({error}); {remedy}") from error
+        raise UserError(f"{name} line {reader.line_num} is not CSV ({error}). {remedy}") from error
 
 
 def parse_number(cell: str) -> float | None:
-    """Return a cell's number, with a decimal point or comma, which may be infinite or NaN; None where it is none."""
-    word = cell.strip()
-    return float(word.replace(",", ".")) if _NUMBER.fullmatch(word) else None
+    """Return a cell's number (decimal point or comma; may be infinite or NaN), or None for other text."""
+    text = cell.strip()
+    return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
 
 
 def parse_label(cell: str) -> int | None:
-    """Return 1 for `1`, `1.0`, `1,0` and words such as `abnormal` or `Positive`, 0 for their opposites, else None."""
-    word = cell.strip().casefold()
-    number = parse_number(word)
-    return int(number) if number in (0, 1) else _LABELS.get(word)
+    """Return 1 for `1`, `1.0`, `abnormal`, `Positive` and the like, 0 for their opposites, else None."""
+    text = cell.strip().casefold()
+    number = parse_number(text)
+    return int(number) if number in (0, 1) else _LABELS.get(text)
 
 
 def parse_path(cell: str) -> str:
-    """Return a path with "/" between its parts, where Windows wrote it too, in composed characters (NFC).
+    """Return a path with "/" as separator and composed characters (NFC).
 
-    macOS stores a name's accents as characters of their own. Two spellings of one name are equal only after this.
+    Windows writes backslashes, and macOS stores accents as characters of their own (NFD).
     """
     return unicodedata.normalize("NFC", cell.replace("\\", "/"))

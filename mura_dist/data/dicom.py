@@ -1,10 +1,10 @@
 """Decode a DICOM, and read its study, body part and laterality.
 
-    bytes -> dicom_header.parse -> in scope? -> dicom_pixels: stored values -> dicom_transform: as they are to be shown
-        -> gray image (L), a sample of its colors or None, notes
-    a file -> dicom_identity -> DicomIdentity
+    bytes -> dicom_header.parse -> in scope? -> dicom_pixels: stored values -> dicom_transform: display values
+        -> gray image (L), color sample or None, notes
+    file -> dicom_identity -> DicomIdentity
 
-pydicom, which dicom_header and dicom_pixels alone import, is imported inside the functions: a folder of PNG never loads it.
+Only dicom_header and dicom_pixels import pydicom, inside functions, so that a folder of PNG never loads it.
 """
 
 import io
@@ -16,14 +16,14 @@ from mura_dist.data import dicom_header
 from mura_dist.data.dicom_header import Header, is_dicom
 from mura_dist.data.dicom_identity import DicomIdentity, read_identity
 from mura_dist.data.dicom_pixels import PALETTE, Pixels, read_pixels
-from mura_dist.data.dicom_transform import present
+from mura_dist.data.dicom_transform import to_display
 from mura_dist.data.grayscale import UnreadableFileError, check_size, find_extent, map_blocks, sample_colors, scale
 
 __all__ = ["DicomIdentity", "decode", "is_dicom", "read_identity"]
 
 _FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
 _MODALITIES = ("CR", "DX", "RG", "OT", "SC")
-_WRITTEN_FOR_DX = ("DR", "XR")  # no modalities of the standard's: it needs a class that says the same
+_NONSTANDARD_DX = ("DR", "XR")  # accepted where the SOP class agrees
 _SOP_CLASSES = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.7")  # CR, DX, SC
 _MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 _COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -31,13 +31,20 @@ _BY_LETTERS = {"".join(name.replace("_", " ").split()): name for name in (*_MONO
 
 
 def decode(data: bytes) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
-    """Return the gray radiograph, a sample of the colors it had, and what of its header was ignored."""
+    """Decode a DICOM file's content.
+
+    Returns:
+        The radiograph in mode L; a sample of its colors, uint8 (n, n, 3), or None for gray files; notes on ignored attributes.
+
+    Raises:
+        UnreadableFileError: The file is out of scope or cannot be decoded. Decoders may raise other exceptions.
+    """
     header = dicom_header.parse(io.BytesIO(data))
     _check_scope(header)
     width, height, samples = (header.require(keyword) for keyword in ("Columns", "Rows", "SamplesPerPixel"))
     check_size(width, height)
     if samples not in (1, 3):
-        raise UnreadableFileError("unreadable", f"{samples} samples a pixel, neither gray nor color")
+        raise UnreadableFileError("unreadable", f"it has {samples} samples per pixel, neither gray nor color")
     photometric = _photometric(header, samples)
     pixels = read_pixels(header, (height, width, samples), photometric)
     if photometric in _MONOCHROME:
@@ -52,8 +59,8 @@ def _check_scope(header: Header) -> None:
         dataset, "SOPClassUID"
     )
     if not (modality or sop_class) or ("Rows" not in dataset and sop_class in _SOP_CLASSES):
-        raise UnreadableFileError("unreadable", "its DICOM header is damaged or cut short")
-    if modality not in _MODALITIES and (modality not in ("", *_WRITTEN_FOR_DX) or sop_class not in _SOP_CLASSES):
+        raise UnreadableFileError("unreadable", "its DICOM header is corrupt or truncated")
+    if modality not in _MODALITIES and (modality not in ("", *_NONSTANDARD_DX) or sop_class not in _SOP_CLASSES):
         raise UnreadableFileError("out_of_scope", "its DICOM modality is none of CR, DX, RG or a secondary capture")
     if "Rows" not in dataset:
         raise UnreadableFileError("out_of_scope", "a DICOM without an image, a report for instance")
@@ -66,7 +73,11 @@ def _check_scope(header: Header) -> None:
 
 
 def _photometric(header: Header, samples: int) -> str:
-    """Return what the samples mean, as the standard writes it. One sample is a gray, whatever it is called. Raises UnreadableFileError."""
+    """Return the photometric interpretation in the standard's spelling. One sample is always gray.
+
+    Raises:
+        UnreadableFileError: The attribute fits no number of samples.
+    """
     label = dicom_header.get_label(header.dataset, "PhotometricInterpretation")
     name = _BY_LETTERS.get(label.replace(" ", ""), label)
     if samples == 3 and name in _COLORS:
@@ -82,14 +93,14 @@ def _photometric(header: Header, samples: int) -> str:
 
 
 def _from_monochrome(pixels: Pixels, header: Header, photometric: str) -> np.ndarray:
-    """Stored values of up to 16 bits -> gray (H, W) uint8, by a table over every value between the extremes."""
+    """Map stored values of up to 16 bits to gray, uint8 (H, W), by a table of all values between the extremes."""
     stored, padding, domain = pixels
     first, last = int(stored.min()), int(stored.max())
     if last - first > 0xFFFF:
         raise UnreadableFileError("unreadable", "its DICOM pixels are not gray integers of up to 16 bits")
     image = stored if padding is None else stored[~padding]
     span = slice(int(image.min()) - first, int(image.max()) - first + 1)
-    table = present(np.arange(first, last + 1), span, domain, header)  # (V,) uint8
+    table = to_display(np.arange(first, last + 1), span, domain, header)  # (V,) uint8
     if _is_inverted(photometric, header):
         table = 255 - table
     index = np.int32 if stored.dtype.itemsize < 4 else np.int64
@@ -100,8 +111,10 @@ def _from_monochrome(pixels: Pixels, header: Header, photometric: str) -> np.nda
 
 
 def _is_inverted(photometric: str, header: Header) -> bool:
-    """Return whether small values are white. PresentationLUTShape describes the output itself (PS3.3, C.8.11.3), so it decides.
-    In a valid file both agree."""
+    """Return whether small values are white.
+
+    PresentationLUTShape describes the output (PS3.3, C.8.11.3), so it takes precedence. In a valid file both attributes agree.
+    """
     inverted = photometric == "MONOCHROME1"
     shape = dicom_header.get_label(header.dataset, "PresentationLUTShape")
     if shape in ("IDENTITY", "INVERSE"):

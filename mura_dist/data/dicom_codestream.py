@@ -1,8 +1,8 @@
-"""Read what a compressed picture says of itself, before any decoder allocates memory for it.
+"""Read the headers of a compressed image before a decoder allocates memory for it.
 
     PixelData -> join_fragments -> codestream -> read_codestream -> Codestream: size, samples, precision, sign, color transform
 
-What it says holds against the DICOM header (PS3.5, 8.2): the header's labels are of the picture before it was compressed.
+The codestream takes precedence over the DICOM header (PS3.5, 8.2), which describes the image before compression.
 """
 
 import re
@@ -16,13 +16,14 @@ _ITEM, _DELIMITER = 0xE000FFFE, 0xE0DDFFFE
 _SIZ = b"\xff\x4f\xff\x51"  # JPEG 2000: start of codestream, image and tile size
 _COD, _TILE = 0x52, 0x90  # JPEG 2000: coding style, start of tile
 _SCAN = 0xDA
-_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE, 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG, its hierarchical kind, JPEG-LS
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xDE, 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG, hierarchical JPEG, JPEG-LS
 
 
 class Codestream(NamedTuple):
-    """precision: bits of a sample; signed: samples are, which JPEG and JPEG-LS cannot say.
+    """Geometry and sample format of a compressed image.
 
-    transforms_color: decoders give RGB; None: the stream does not say, the DICOM header does (JPEG, JPEG-LS).
+    `precision` is the bits per sample. `signed` is False for JPEG and JPEG-LS, which cannot express it. `transforms_color`
+    tells whether decoders return RGB. It is None where only the DICOM header knows (JPEG, JPEG-LS).
     """
 
     width: int
@@ -34,9 +35,12 @@ class Codestream(NamedTuple):
 
 
 def join_fragments(pixel_data: bytes) -> bytes:
-    """Join the fragments of a picture of one frame. Raises UnreadableFileError where they are of several.
+    """Join the fragments of a single-frame image.
 
-    The table of offsets before them is for finding frames: of one frame, whatever it says is of no use.
+    The offset table in front of them is only checked for further frames.
+
+    Raises:
+        UnreadableFileError: The pixel data is corrupt, or has several frames.
     """
     view, starts, fragments, offset = memoryview(pixel_data), set(), [], 0
     while offset + 8 <= len(view):
@@ -44,37 +48,41 @@ def join_fragments(pixel_data: bytes) -> bytes:
         if tag == _DELIMITER:
             break
         if tag != _ITEM or offset + 8 + length > len(view):
-            raise UnreadableFileError("unreadable", "its DICOM pixel data is damaged or cut short")
+            raise UnreadableFileError("unreadable", "its DICOM pixel data is corrupt or truncated")
         starts.add(offset)
         fragments.append(view[offset + 8 : offset + 8 + length])
         offset += 8 + length
-    table, *pictures = fragments or [memoryview(b"")]
+    table, *images = fragments or [memoryview(b"")]
     first = 8 + len(table)
     offsets = {first + offset for (offset,) in struct.iter_unpack("<I", table[: len(table) // 4 * 4])}
-    if len(offsets) > 1 and pictures and offsets <= starts:
+    if len(offsets) > 1 and images and offsets <= starts:
         raise UnreadableFileError("out_of_scope", "a DICOM of several frames")
-    return b"".join(pictures or [table])
+    return b"".join(images or [table])
 
 
 def read_codestream(frame: bytes) -> Codestream:
-    """Read the headers of a JPEG, JPEG-LS or JPEG 2000. Raises UnreadableFileError where they contradict each other."""
+    """Read the headers of a JPEG, JPEG-LS or JPEG 2000.
+
+    Raises:
+        UnreadableFileError: There is no header, or headers contradict each other.
+    """
     streams = set(_jpeg2000(frame) if _SIZ in frame else _jpeg(frame))
     if len(streams) != 1:
-        raise UnreadableFileError("unreadable", "the image in its DICOM says several sizes, or none")
+        raise UnreadableFileError("unreadable", "the image in its DICOM has several sizes, or none")
     return streams.pop()
 
 
 def _jpeg2000(frame: bytes) -> Iterator[Codestream]:
-    """Yield what every image and tile size segment says."""
+    """Yield the content of every image and tile size segment."""
     for start in (match.start() for match in re.finditer(re.escape(_SIZ), frame)):
-        length, _, right, bottom, left, top = struct.unpack_from(">HHIIII", frame, start + 4)
+        length, _, x1, y1, x0, y0 = struct.unpack_from(">HHIIII", frame, start + 4)
         samples, depth = struct.unpack_from(">HB", frame, start + 40)
         transform = _transforms_color(frame, start + 4 + length)
-        yield Codestream(right - left, bottom - top, samples, (depth & 0x7F) + 1, depth > 0x7F, transform)
+        yield Codestream(x1 - x0, y1 - y0, samples, (depth & 0x7F) + 1, depth > 0x7F, transform)
 
 
 def _transforms_color(frame: bytes, offset: int) -> bool:
-    """Return whether the main header, from its segment at `offset` on, says that components are transformed."""
+    """Return whether the main header, from the segment at `offset` on, has a color transform."""
     while offset + 9 <= len(frame) and frame[offset] == 0xFF and frame[offset + 1] != _TILE:
         if frame[offset + 1] == _COD:
             return frame[offset + 8] == 1
@@ -83,7 +91,7 @@ def _transforms_color(frame: bytes, offset: int) -> bool:
 
 
 def _jpeg(frame: bytes) -> Iterator[Codestream]:
-    """Yield what every frame header says before the first scan, JPEG and JPEG-LS."""
+    """Yield the content of every frame header before the first scan, of JPEG and JPEG-LS."""
     offset = 2
     while frame[offset + 1] != _SCAN:
         if frame[offset + 1] in _FRAME_HEADERS:

@@ -1,8 +1,8 @@
-"""Parse a DICOM, and give the values of its header, with their usual faults mended.
+"""Parse a DICOM, and read header values despite their usual faults.
 
-    bytes or a file -> is_dicom -> parse -> Header -> label, integer, numbers, raw, items
+    bytes or file -> is_dicom -> parse -> Header -> get_label, get_integer, get_numbers, get_bytes, get_items
 
-What cannot be used is ignored, and noted by the attribute's keyword: no value gets into a note or a message.
+Unusable attributes are ignored and noted by keyword. Notes and messages never contain values, which may identify a patient.
 """
 
 import io
@@ -17,26 +17,27 @@ from mura_dist.data import body_parts
 from mura_dist.data.grayscale import UnreadableFileError
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_SYNTAXES = {  # of data that are not compressed, by (implicit, little endian)
+_SYNTAXES = {  # of uncompressed data, by (implicit, little endian)
     (True, True): "1.2.840.10008.1.2",
     (False, True): "1.2.840.10008.1.2.1",
     (False, False): "1.2.840.10008.1.2.2",
 }
 _PREAMBLE, _PREFIX = 128, b"DICM"
-# A bare data set may open with any of these: file meta, identification, patient, acquisition, image and so on.
+# Groups that a data set without preamble may begin with.
 _FIRST_GROUPS = range(0x02, 0x62, 2)
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _BINARY_VRS = frozenset(["FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"])
 _DECIMAL = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", re.ASCII)
-_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)  # may be: 1,024
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)  # ambiguous: 1,024
 
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed DICOM. dataset: pydicom's, of all groups but 0002, which is `meta`; syntax: the transfer syntax, pydicom's UID.
+    """A parsed DICOM.
 
-    notes: what was ignored, or contradicts another attribute; keywords of attributes, never values.
+    `meta` is pydicom's data set of group 0002, `dataset` that of all others, `syntax` the transfer syntax as pydicom's UID.
+    `notes` names attributes that were ignored or contradict each other.
     """
 
     dataset: Any
@@ -45,16 +46,16 @@ class Header:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Keep a note, once."""
+        """Add a note unless it is present."""
         if text not in self.notes:
             self.notes.append(text)
 
     def ignore(self, keyword: str) -> None:
-        """Note that an attribute's value is of no use."""
+        """Note that an attribute's value is unusable."""
         self.note(f"{keyword} unusable and ignored")
 
     def require(self, keyword: str) -> int:
-        """Return an attribute's integer. Raises UnreadableFileError, which names it, where there is none."""
+        """Return an attribute's integer. Raises UnreadableFileError where it has none."""
         value = get_integer(self.dataset, keyword)
         if value is None:
             raise UnreadableFileError("unreadable", f"its DICOM header has no usable {keyword}")
@@ -65,19 +66,19 @@ class Header:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Decide by the first bytes: with the preamble, without it, or a bare data set in either byte order."""
+    """Return whether the first bytes are those of a DICOM: with preamble, without it, or a data set in either byte order."""
     return bool(_start(data)) or _opens_bare(data, "<") or _opens_bare(data, ">")
 
 
 def _start(data: bytes) -> int:
-    """Return where the first element lies."""
+    """Return the offset of the first element."""
     if data[_PREAMBLE : _PREAMBLE + 4] == _PREFIX:
         return _PREAMBLE + 4
     return 4 if data.startswith(_PREFIX) else 0
 
 
 def _opens_bare(data: bytes, order: str) -> bool:
-    """Return whether a whole element of a first group opens the data, its VR known or, little endian, implicit."""
+    """Return whether data begins with an element of a first group, whose VR is valid or (little endian) implicit."""
     if len(data) < 12:
         return False
     group, _, vr, length = struct.unpack_from(f"{order}HH2sH", data)
@@ -95,10 +96,12 @@ def _opens_bare(data: bytes, order: str) -> bool:
 
 
 def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: list[str] | None = None) -> Header:
-    """Parse a DICOM that is_dicom knows. Raises UnreadableFileError for a deflated one, and whatever pydicom does.
+    """Parse a DICOM that is_dicom recognizes. A data set truncated in its pixels comes out empty.
 
-    A data set that ends in the midst of its pixels comes out empty. pydicom's dcmread is not used: it would inflate
-    without a bound.
+    pydicom's dcmread is not used, because it inflates without a bound.
+
+    Raises:
+        UnreadableFileError: The data set is deflated. pydicom may raise other exceptions.
     """
     from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_dataset
@@ -125,7 +128,7 @@ def parse(file: BinaryIO, *, stop_before_pixels: bool = False, specific_tags: li
 
 
 def _guess_encoding(file: BinaryIO) -> tuple[bool, bool]:
-    """(implicit, little endian) by the first element of the data set, at which the file stands."""
+    """Return (implicit, little endian) of the element at the file's position."""
     head = file.read(6)
     file.seek(-len(head), io.SEEK_CUR)
     if head[4:6] not in _LONG_VRS | _SHORT_VRS:
@@ -137,12 +140,12 @@ def _guess_encoding(file: BinaryIO) -> tuple[bool, bool]:
 
 
 def get_label(dataset: Any, keyword: str) -> str:
-    """Return a term of the standard's in capitals, words apart by one blank (YBR_FULL is "YBR FULL"); "" where there is none."""
+    """Return a defined term in capitals with single blanks (YBR_FULL is "YBR FULL"), or "" where missing."""
     return body_parts.normalize(str(_first(dataset, keyword) or ""))
 
 
 def get_integer(dataset: Any, keyword: str) -> int | None:
-    """Return the first value; None where there is none, or it is no integer."""
+    """Return the first value, or None where it is missing or not an integer."""
     try:
         return int(_first(dataset, keyword))
     except (TypeError, ValueError, OverflowError):
@@ -155,21 +158,25 @@ def _first(dataset: Any, keyword: str) -> Any:
 
 
 def get_numbers(header: Header, scope: Any, keyword: str) -> list[float]:
-    """Return the values of an attribute of decimal strings, NaN for each that is none; [] where it is not there.
+    """Return the numbers of a decimal string attribute, NaN for each invalid value, or [] where it is missing.
 
-    A decimal comma, as some countries write it, is read and noted; 1,024 may mean two numbers, and is none. scope: the
-    header's data set, or a part of it.
+    A decimal comma is read and noted. 1,024 is ambiguous and hence invalid.
+
+    Args:
+        header: Header that takes the notes.
+        scope: The header's data set, or one nested in it.
+        keyword: Keyword of the attribute.
     """
     element = scope.get_item(keyword)
     if element is None:
         return []
     value = element.value
-    if isinstance(value, bytes) and element.VR in _BINARY_VRS:  # of another kind than the standard's, and understood
+    if isinstance(value, bytes) and element.VR in _BINARY_VRS:  # a binary VR instead of the standard's DS
         value = scope[keyword].value
     if isinstance(value, bytes):
         value = value.decode("latin-1").split("\\")
     values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-    texts = [str(each).strip(" \0") for each in values]
+    texts = [str(value).strip(" \0") for value in values]
     parsed = [_number(text) for text in texts]
     if any("," in text and math.isfinite(number) for text, number in zip(texts, parsed, strict=True)):
         header.note(f"{keyword} has a decimal comma")
@@ -183,15 +190,15 @@ def _number(text: str) -> float:
 
 
 def get_bytes(dataset: Any, keyword: str) -> tuple[bytes, str]:
-    """Return an attribute's bytes as the file has them, and their order, "<" or ">"; no bytes where there are none."""
+    """Return an attribute's bytes as stored (b"" where missing), and their byte order, "<" or ">"."""
     element = dataset.get_item(keyword)
     value = getattr(element, "value", None)
     return value if isinstance(value, bytes) else b"", "<" if getattr(element, "is_little_endian", True) else ">"
 
 
 def get_items(dataset: Any, keyword: str) -> list[Any]:
-    """Return the items of a sequence; none where it is not there, empty or broken."""
+    """Return the items of a sequence, or [] where it is missing or corrupt."""
     try:
         return [item for item in dataset.get(keyword) or () if hasattr(item, "get_item")]
-    except Exception:  # pydicom parses a sequence when it is asked for it
+    except Exception:  # pydicom parses a sequence at its first access
         return []

@@ -1,6 +1,6 @@
-"""Read a DICOM's study, body part and laterality from its header, wherever in the file they stand. No pixel is decoded.
+"""Read a DICOM's study, body part and laterality from its header, without decoding pixels.
 
-a file -> its first MiB, parsed -> where its pixels are not in it: the whole of it, values skipped -> DicomIdentity
+file -> parse its first MiB -> if the header is longer: parse the file, skipping values -> DicomIdentity
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 from mura_dist.data import body_parts, dicom_header
 from mura_dist.data.dicom_header import Header
 
-_MAX_READS = 1 << 15  # of a header beyond its head: two or three an element, up to eight an item
-_MAX_BYTES = 1 << 26  # likewise: the values that are not skipped
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # the single-frame one; the multi-frame ones continue it
+_MAX_READS = 1 << 15  # of a header: two or three per element, up to eight per item
+_MAX_BYTES = 1 << 26  # of values that are not skipped
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # single-frame; also the prefix of the multi-frame classes
 _CAPTURED = ("SC", "OT")  # modalities
 _TAGS = ["SpecificCharacterSet", "StudyInstanceUID", "BodyPartExamined", "AnatomicRegionSequence"]
 _TAGS += ["Laterality", "ImageLaterality"]
@@ -23,11 +23,11 @@ _TAGS += ["SOPClassUID", "Modality", "ConversionType", "BurnedInAnnotation"]
 
 @dataclass(frozen=True, slots=True)
 class DicomIdentity:
-    """The study, body part and side that a DICOM names; "" where it does not say. Body part and laterality are told alike
-    whatever the device's capitals and padding; they may be free text, and hold a name.
+    """Study, body part and laterality of a DICOM, "" where missing.
 
-    `may_show_text`: its pixels may hold a name too. BurnedInAnnotation is there and is not NO; or it is a secondary capture,
-    whose text often is the screen's; or its header could not be read. False promises nothing: the tag is optional.
+    Body part and laterality are normalized (capitals, padding). They may be free text that contains a person's name.
+    `may_show_text` warns that pixels may show a name: BurnedInAnnotation is present and not NO, the image is a secondary
+    capture, or the header is unreadable. False is no guarantee, because the attribute is optional.
     """
 
     study_uid: str
@@ -37,11 +37,11 @@ class DicomIdentity:
 
 
 class _TooLongError(Exception):
-    """A header of more elements, or of larger ones, than any device writes."""
+    """A header with more or larger elements than any device writes."""
 
 
-class _Limited:
-    """A file of which so much is read, and no more. Raises _TooLongError."""
+class _LimitedReader:
+    """A file that raises _TooLongError after _MAX_READS reads or _MAX_BYTES bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._reads, self._bytes = file, 0, 0
@@ -55,24 +55,29 @@ class _Limited:
 
 
 def read_identity(file: BinaryIO, head: bytes) -> DicomIdentity:
-    """Read the identity of a DICOM; `head`, its first bytes, have been read from `file`. Raises nothing."""
+    """Read the identity of a DICOM. Unreadable headers give empty values, and no exception.
+
+    Args:
+        file: The file, positioned behind `head`.
+        head: Its first bytes.
+    """
     try:
         content = io.BytesIO(head)
         header = _parse(content)
-        whole = content.tell() < len(head) or not file.read(1)
+        is_complete = content.tell() < len(head) or not file.read(1)
     except Exception:
         return DicomIdentity("", "", "", may_show_text=True)
-    if not whole:
+    if not is_complete:
         with contextlib.suppress(Exception):
-            header, whole = _parse(_Limited(file)), True
+            header, is_complete = _parse(_LimitedReader(file)), True
     return DicomIdentity(
         _safe_text(header.dataset, "StudyInstanceUID"),
         _body_part(header.dataset),
-        # An image's own laterality before its series': a series of both hands has "B", or whichever came first.
+        # The image's laterality takes precedence: a series of both hands has "B", or the side of its first image.
         body_parts.normalize_laterality(
             _safe_text(header.dataset, "ImageLaterality") or _safe_text(header.dataset, "Laterality")
         ),
-        _may_show_text(header) or not whole,
+        _may_show_text(header) or not is_complete,
     )
 
 
@@ -81,21 +86,21 @@ def _parse(file: Any) -> Header:
 
 
 def _safe_text(header: Any, keyword: str) -> str:
-    """Return a value as written, several as DICOM writes them; "" where it is not there or holds what cannot be read."""
+    """Return a value as written (several joined by a backslash), or "" where it is missing or invalid."""
     try:
         value = header.get(keyword)
         if isinstance(value, Iterable) and not isinstance(value, str | bytes):
             return "\\".join(map(str, value))
         return str(value or "").strip(" \0")
-    except Exception:  # pydicom converts when it is asked: of the wrong kind, beyond its range, in no known alphabet
+    except Exception:  # pydicom converts at the first access, and may fail in many ways
         return ""
 
 
 def _body_part(header: Any) -> str:
-    """Return the body part as written; where nothing is, by the code of the anatomic region."""
+    """Return the body part as written, else that of the anatomic region's code."""
     if written := body_parts.normalize(_safe_text(header, "BodyPartExamined")):
         return written
-    with contextlib.suppress(Exception):  # none, several, or no sequence at all
+    with contextlib.suppress(Exception):  # no item, several, or not a sequence
         (region,) = header.AnatomicRegionSequence
         return body_parts.body_part_of_code(
             _safe_text(region, "CodingSchemeDesignator"), _safe_text(region, "CodeValue")
@@ -105,12 +110,12 @@ def _body_part(header: Any) -> str:
 
 def _may_show_text(header: Header) -> bool:
     classes = (_safe_text(header.meta, "MediaStorageSOPClassUID"), _safe_text(header.dataset, "SOPClassUID"))
-    if any(one.startswith(_SECONDARY_CAPTURE) for one in classes):
+    if any(uid.startswith(_SECONDARY_CAPTURE) for uid in classes):
         return True
-    # The type of conversion stands in the module of secondary captures alone: digitized films carry labels, too.
+    # Only the secondary capture module has ConversionType. Digitized films show labels, too.
     if body_parts.normalize(_safe_text(header.dataset, "Modality")) in _CAPTURED or "ConversionType" in header.dataset:
         return True
     try:
         return body_parts.normalize(str(header.dataset.get("BurnedInAnnotation") or "NO")) != "NO"
-    except Exception:  # it says something, and nobody knows what
+    except Exception:  # present, but unreadable
         return True

@@ -1,8 +1,8 @@
-"""Decode the pixels of a DICOM of one frame into the values that its header means.
+"""Decode the pixels of a single-frame DICOM into stored values.
 
-    Header -> words, as allocated, or what a codestream holds -> dicom_values: values, padding -> RGB, if not gray -> Pixels
+    Header -> words as allocated, or of a codestream -> dicom_values: values, padding -> RGB unless gray -> Pixels
 
-A codestream's own size, precision and sign hold; bits, sign and order of the header are of data that are not compressed.
+Size, precision and sign of a codestream take precedence. The header's bits, sign and order describe uncompressed data.
 """
 
 import math
@@ -17,18 +17,19 @@ from mura_dist.data.grayscale import UnreadableFileError
 
 _RLE = "1.2.840.10008.1.2.5"
 PALETTE = "PALETTE COLOR"
-_YBR = ("YBR_FULL", "YBR_FULL_422")  # what has to become RGB; decoders do it for the color transforms of JPEG 2000
+_YBR = ("YBR_FULL", "YBR_FULL_422")  # converted to RGB here; decoders convert the color transforms of JPEG 2000
 
 
-# Unsigned words (H, W) or (H, W, 3), signed values being their bits; what their colors are; the codestream, if there is one.
+# Unsigned words (H, W) or (H, W, 3) with the bits of signed values; photometric interpretation; the codestream, if any.
 _Decoded = tuple[np.ndarray, str, Codestream | None]
 
 
 class Pixels(NamedTuple):
-    """Stored values.
+    """Stored values of an image.
 
-    values: (H, W) gray, or (H, W, 3) RGB, integers; padding: (H, W) bool, True where no image is, None where it is everywhere.
-    domain: the smallest and the largest value that could be stored.
+    values: Integers, (H, W) gray or (H, W, 3) RGB.
+    padding: bool (H, W), True outside the image, or None where there is no padding.
+    domain: Smallest and largest value that could be stored.
     """
 
     values: np.ndarray
@@ -37,21 +38,30 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(header: Header, shape: tuple[int, int, int], photometric: str) -> Pixels:
-    """Decode the pixels; shape: rows, columns, samples as the header says. Raises UnreadableFileError, or whatever a decoder does."""
+    """Decode the pixels.
+
+    Args:
+        header: Header with the PixelData.
+        shape: Rows, columns and samples of the header.
+        photometric: Photometric interpretation of the header.
+
+    Raises:
+        UnreadableFileError: Header and pixel data do not fit. Decoders may raise other exceptions.
+    """
     bits, signed = header.require("BitsStored"), header.require("PixelRepresentation")
     if not 1 <= bits <= header.require("BitsAllocated"):
-        raise UnreadableFileError("unreadable", "BitsStored of its DICOM header is none of 1 to BitsAllocated")
+        raise UnreadableFileError("unreadable", "BitsStored of its DICOM header is not between 1 and BitsAllocated")
     if signed not in (0, 1):
         raise UnreadableFileError("unreadable", "PixelRepresentation of its DICOM header is neither 0 nor 1")
     decode = _decode_compressed if header.syntax.is_encapsulated else _decode_plain
-    words, photometric, stream = decode(header, _decoder(header.syntax), shape, photometric)
+    stored_words, photometric, stream = decode(header, _decoder(header.syntax), shape, photometric)
     if stream is None:
-        layout = dicom_values.find_layout(header, words, bits, signed)
+        layout = dicom_values.find_layout(header, stored_words, bits, signed)
     else:
-        layout = dicom_values.find_stream_layout(header, words, stream, bits, signed)
+        layout = dicom_values.find_stream_layout(header, stored_words, stream, bits, signed)
     padding = dicom_values.find_padding(header, layout) if shape[2] == 1 else None
-    mask = padding.find(words) if padding is not None and padding.of_words else None
-    values = dicom_values.extract(words, layout)
+    mask = padding.find(stored_words) if padding is not None and padding.of_words else None
+    values = dicom_values.extract(stored_words, layout)
     if padding is not None:
         mask = dicom_values.check_padding(header, padding.find(values) if mask is None else mask)
     if stream and stream.transforms_color is False and photometric in _YBR and not _is_ybr(values):
@@ -61,7 +71,7 @@ def read_pixels(header: Header, shape: tuple[int, int, int], photometric: str) -
 
 
 def _decode_compressed(header: Header, decoder: Any, shape: tuple[int, int, int], photometric: str) -> _Decoded:
-    """The header's bits allocated and planes are of no account, but for RLE, which compresses words."""
+    """Decode compressed data. Only RLE, which compresses words, uses the header's BitsAllocated."""
     frame = join_fragments(header.dataset["PixelData"].value)
     options: dict[str, Any] = {"photometric_interpretation": photometric}
     if header.syntax == _RLE:
@@ -80,11 +90,11 @@ def _decode_compressed(header: Header, decoder: Any, shape: tuple[int, int, int]
 
 
 def _decode_plain(header: Header, decoder: Any, shape: tuple[int, int, int], photometric: str) -> _Decoded:
-    """Data that are not compressed."""
+    """Decode uncompressed data."""
     data, allocated = header.dataset["PixelData"], header.require("BitsAllocated")
     if data.is_undefined_length:
         raise UnreadableFileError(
-            "unreadable", "its DICOM pixels are compressed, and TransferSyntaxUID does not say how"
+            "unreadable", "its DICOM pixels are compressed, but TransferSyntaxUID names no compression"
         )
     if (
         photometric == "YBR_FULL_422" and len(data.value) >= math.prod(shape) * allocated // 8
@@ -96,31 +106,31 @@ def _decode_plain(header: Header, decoder: Any, shape: tuple[int, int, int], pho
 
 
 def _decoder(syntax: Any) -> Any:
-    """Return pydicom's decoder, for one plugin: lossy pixels must not depend on what else is installed."""
+    """Return pydicom's decoder for one fixed plugin, so that lossy pixels do not depend on installed packages."""
     from pydicom.pixels import get_decoder
 
     try:
         decoder = get_decoder(syntax)
-    except NotImplementedError:  # video, JPEG XL, JPIP, private ones and what has been retired
+    except NotImplementedError:  # video, JPEG XL, JPIP, private and retired syntaxes
         decoder = None
     if decoder is None or (syntax.is_encapsulated and "pylibjpeg" not in decoder.available_plugins):
         raise UnreadableFileError(
-            "out_of_scope", "a DICOM compressed as none here is; store it uncompressed or as JPEG 2000"
+            "out_of_scope", "a DICOM with an unsupported compression; store it uncompressed or as JPEG 2000"
         )
     return decoder
 
 
 def _decode(decoder: Any, data: bytes, shape: tuple[int, int, int], options: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """Return words, with all the bits that are allocated, and what their colors are."""
+    """Return words with all allocated bits, and their photometric interpretation."""
     sizes = dict(zip(("rows", "columns", "samples_per_pixel"), shape, strict=True)) | {"number_of_frames": 1}
     plain = {"pixel_keyword": "PixelData", "pixel_representation": 0, "planar_configuration": 0}
     plain |= {"apply_j2k_sign_correction": False, "apply_jls_sign_correction": False}
     plugin = "pylibjpeg" if decoder.is_encapsulated else ""
     options = sizes | plain | {"bits_stored": options["bits_allocated"]} | options
-    words, properties = decoder.as_array(data, raw=True, decoding_plugin=plugin, **options)
-    if words.ndim != 2 + (shape[2] > 1):
-        raise UnreadableFileError("unreadable", "its DICOM header says one frame, its PixelData holds more")
-    return words, str(properties["photometric_interpretation"])
+    stored_words, properties = decoder.as_array(data, raw=True, decoding_plugin=plugin, **options)
+    if stored_words.ndim != 2 + (shape[2] > 1):
+        raise UnreadableFileError("unreadable", "its DICOM header names one frame, but its PixelData has more")
+    return stored_words, str(properties["photometric_interpretation"])
 
 
 def _encapsulate(frame: bytes) -> bytes:
@@ -130,7 +140,7 @@ def _encapsulate(frame: bytes) -> bytes:
 
 
 def _planar(header: Header, samples: int) -> int:
-    """Return the planar configuration: by pixel (0), as nearly all do, where nothing else is said."""
+    """Return the planar configuration, by pixel (0) unless the header has 1."""
     planar = dicom_header.get_integer(header.dataset, "PlanarConfiguration")
     if samples > 1 and planar not in (None, 0, 1):
         header.ignore("PlanarConfiguration")
@@ -138,12 +148,15 @@ def _planar(header: Header, samples: int) -> int:
 
 
 def _is_ybr(values: np.ndarray) -> bool:
-    """Return whether colors that no stream transforms are as the label says, or RGB, which is more frequent. (H, W, 3) uint8.
+    """Return whether untransformed colors, uint8 (H, W, 3), are YBR as labelled, or RGB, which is more frequent.
 
-    Radiographs are gray: the colors of YBR stay at 128 then, those of RGB are alike. Raises UnreadableFileError for neither.
+    Radiographs are gray: in YBR the chroma is near 128, in RGB all channels are nearly equal.
+
+    Raises:
+        UnreadableFileError: Neither fits.
     """
-    first, others = values[..., :1].astype(np.int16), values[..., 1:].astype(np.int16)
-    from_ybr, from_rgb = (float(np.abs(others - gray).mean()) for gray in (128, first))
+    first, chroma = values[..., :1].astype(np.int16), values[..., 1:].astype(np.int16)
+    from_ybr, from_rgb = (float(np.abs(chroma - neutral).mean()) for neutral in (128, first))
     if max(from_ybr, from_rgb) < 2 * min(from_ybr, from_rgb):
         raise UnreadableFileError(
             "unreadable", "PhotometricInterpretation of its DICOM header and its JPEG 2000 contradict each other"
@@ -152,7 +165,7 @@ def _is_ybr(values: np.ndarray) -> bool:
 
 
 def _to_rgb(values: np.ndarray, photometric: str, header: Header) -> np.ndarray:
-    """Values (H, W) of a palette and (H, W, 3) in another color space -> (H, W, 3); others as they are."""
+    """Convert palette values (H, W) and YBR values (H, W, 3) to RGB (H, W, 3). Return others unchanged."""
     from pydicom.pixels import apply_color_lut, convert_color_space
 
     if photometric == PALETTE:

@@ -1,9 +1,9 @@
-"""From stored values to gray, as a DICOM wants to be shown (PS3.3, C.11.1 and C.11.2).
+"""Map stored values to gray by the display pipeline of DICOM (PS3.3, C.11.1 and C.11.2).
 
     values -> modality LUT or rescale -> VOI LUT or window -> 0..255, before any inversion
 
-Each is the data set's own, or its one frame's, of the functional groups. What cannot be used is ignored and noted: slope 0,
-words for numbers, tables that are short, empty, flat or of other values than there are.
+Each comes from the data set or from the functional groups of its single frame. Unusable attributes are ignored and noted:
+slope 0, text in place of numbers, tables that are truncated, empty, constant or outside the value range.
 """
 
 from collections.abc import Iterator
@@ -19,21 +19,22 @@ _Domain = tuple[float, float]
 _FUNCTIONS = ("LINEAR", "LINEAR EXACT", "SIGMOID")
 
 
-def present(values: np.ndarray, span: slice, domain: tuple[int, int], header: Header) -> np.ndarray:
-    """Map values to gray.
+def to_display(values: np.ndarray, span: slice, domain: tuple[int, int], header: Header) -> np.ndarray:
+    """Map stored values to gray.
 
     Args:
-        values: consecutive stored values (V,), int64.
-        span: those of the image; the others are of its padding.
-        domain: the smallest and the largest value that could be stored.
+        values: Consecutive stored values, int64 (V,).
+        span: Part of `values` that occurs in the image, without padding.
+        domain: Smallest and largest value that could be stored.
+        header: Header with the transforms.
 
     Returns:
         (V,) uint8.
     """
     modal, modal_domain = _to_modality(values, domain, header)
-    shown = _to_voi(modal, modal_domain, header)
-    if shown is not None:
-        return shown
+    gray = _to_voi(modal, modal_domain, header)
+    if gray is not None:
+        return gray
     of_8_bits = dicom_header.get_integer(header.dataset, "BitsStored") == 8 and values[0] >= 0 and values[-1] <= 255
     if of_8_bits and np.array_equal(modal, values):
         return values.astype(np.uint8)
@@ -41,7 +42,7 @@ def present(values: np.ndarray, span: slice, domain: tuple[int, int], header: He
 
 
 def _scopes(header: Header, macro: str) -> Iterator[Any]:
-    """The data set, and what its functional groups say of its one frame."""
+    """Yield the data set, then the functional group items of its single frame."""
     yield header.dataset
     for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         for group in dicom_header.get_items(header.dataset, groups)[:1]:
@@ -52,7 +53,7 @@ def _scopes(header: Header, macro: str) -> Iterator[Any]:
 
 
 def _to_modality(values: np.ndarray, domain: tuple[int, int], header: Header) -> tuple[np.ndarray, _Domain]:
-    """Return the values that devices of one kind share, and the smallest and largest that could be."""
+    """Apply the modality LUT or rescale, and return the values with the range they could have."""
     for scope in _scopes(header, "PixelValueTransformationSequence"):
         if (table := _find_table(scope, "ModalityLUTSequence", domain, header)) is not None:
             return table.look_up(values), (float(table.entries.min()), float(table.entries.max()))
@@ -64,7 +65,7 @@ def _to_modality(values: np.ndarray, domain: tuple[int, int], header: Header) ->
 
 
 def _find_rescale(scope: Any, header: Header) -> tuple[float, float] | None:
-    """(slope, intercept), which are one thing: where one is of no use, so is the other."""
+    """Return (slope, intercept), or None where either is unusable."""
     slopes, intercepts = (
         dicom_header.get_numbers(header, scope, "RescaleSlope"),
         dicom_header.get_numbers(header, scope, "RescaleIntercept"),
@@ -82,18 +83,18 @@ def _find_rescale(scope: Any, header: Header) -> tuple[float, float] | None:
 
 
 def _to_voi(modal: np.ndarray, domain: _Domain, header: Header) -> np.ndarray | None:
-    """Return the gray of the first VOI LUT or window that can be used, (V,) uint8; None where there is none."""
+    """Apply the first usable VOI LUT or window. Return uint8 (V,), or None where there is none."""
     for scope in _scopes(header, "FrameVOILUTSequence"):
         if (table := _find_table(scope, "VOILUTSequence", domain, header)) is not None:
-            # White is the largest entry: descriptors often promise more bits than their tables use.
+            # White is the largest entry, because descriptors often name more bits than tables use.
             return scale(table.look_up(modal), 0, float(table.entries.max()))
         if (window := _find_window(scope, header)) is not None:
-            return _windowed(modal, *window, _function(scope, header))
+            return _apply_window(modal, *window, _window_function(scope, header))
     return None
 
 
 def _find_window(scope: Any, header: Header) -> tuple[float, float] | None:
-    """(center, width): a data set may offer several, the first is the one to show first."""
+    """Return (center, width) of the first usable window, which is the default one."""
     centers, widths = (
         dicom_header.get_numbers(header, scope, "WindowCenter"),
         dicom_header.get_numbers(header, scope, "WindowWidth"),
@@ -105,21 +106,21 @@ def _find_window(scope: Any, header: Header) -> tuple[float, float] | None:
             header.ignore("WindowCenter")
         if not width > 0:
             header.ignore("WindowWidth")
-    for keyword, only in (("WindowCenter", centers and not widths), ("WindowWidth", widths and not centers)):
-        if only:
+    for keyword, is_unpaired in (("WindowCenter", centers and not widths), ("WindowWidth", widths and not centers)):
+        if is_unpaired:
             header.ignore(keyword)
     return None
 
 
-def _function(scope: Any, header: Header) -> str:
+def _window_function(scope: Any, header: Header) -> str:
     function = dicom_header.get_label(scope, "VOILUTFunction")
     if function and function not in _FUNCTIONS:
         header.ignore("VOILUTFunction")
     return function
 
 
-def _windowed(modal: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
-    """PS3.3, C.11.2.1.2 and C.11.2.1.3, onto 0..255."""
+def _apply_window(modal: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Map a window to 0..255 (PS3.3, C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
         with np.errstate(over="ignore"):
             return scale(1 / (1 + np.exp(-4 * (modal - center) / width)), 0, 1)
@@ -133,19 +134,19 @@ def _windowed(modal: np.ndarray, center: float, width: float, function: str) -> 
 
 
 class _Table(NamedTuple):
-    """entries (n,) int64: what the values from `first` on become; those below and above are as the edges."""
+    """A lookup table: `entries`, int64 (n,), map the values from `first` on. Values outside get the nearest entry."""
 
     first: int
     entries: np.ndarray
 
     def look_up(self, values: np.ndarray) -> np.ndarray:
-        """values (V,), of any numbers -> (V,) int64."""
-        places = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
-        return self.entries[np.nan_to_num(places).astype(np.int64)]
+        """Look up values (V,) of any dtype. Return int64 (V,)."""
+        indices = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
+        return self.entries[np.nan_to_num(indices).astype(np.int64)]
 
 
 def _find_table(scope: Any, keyword: str, domain: _Domain, header: Header) -> _Table | None:
-    """Return the first table of a sequence that can be used."""
+    """Return the first usable table of a sequence."""
     if keyword not in scope:
         return None
     tables = (_read_table(item, domain) for item in dicom_header.get_items(scope, keyword))
@@ -156,17 +157,17 @@ def _find_table(scope: Any, keyword: str, domain: _Domain, header: Header) -> _T
 
 
 def _read_table(item: Any, domain: _Domain) -> _Table | None:
-    """PS3.3, C.11.1.1 and C.11.2.1.1. domain: the smallest and the largest value that could be looked up."""
+    """Read a LUT item (PS3.3, C.11.1.1 and C.11.2.1.1) for values within `domain`."""
     (descriptor, order), (data, _) = (dicom_header.get_bytes(item, keyword) for keyword in ("LUTDescriptor", "LUTData"))
     if len(descriptor) < 6:
         return None
     number, first, bits = (int(word) for word in np.frombuffer(descriptor, f"{order}u2", 3))
     number = number or 0x10000
-    words = np.frombuffer(data, f"{order}u2", len(data) // 2)
-    if len(words) >= number:
-        entries = words[:number].astype(np.int64)
-    elif bits <= 8 and len(data) >= number:  # two in a word, the first one low
-        entries = words.astype("<u2").view(np.uint8)[:number].astype(np.int64)
+    stored_words = np.frombuffer(data, f"{order}u2", len(data) // 2)
+    if len(stored_words) >= number:
+        entries = stored_words[:number].astype(np.int64)
+    elif bits <= 8 and len(data) >= number:  # two entries per word, the low byte first
+        entries = stored_words.astype("<u2").view(np.uint8)[:number].astype(np.int64)
     else:
         return None
     start = _find_start(first, number, domain)
@@ -174,8 +175,10 @@ def _read_table(item: Any, domain: _Domain) -> _Table | None:
 
 
 def _find_start(word: int, number: int, domain: _Domain) -> int | None:
-    """Return the first value of a table of `number` entries. Its 16 bits are signed where what is looked up may be negative,
-    unless the table would then lie beyond all that can be."""
+    """Return the first value that a table of `number` entries maps, or None where it misses the domain.
+
+    Its 16 bits are signed where values may be negative, unless the table would then lie outside the domain.
+    """
     signed = word - 0x10000 if word > 0x7FFF else word
     starts = (signed, word) if domain[0] < 0 else (word, signed)
     return next((start for start in starts if start <= domain[1] and start + number > domain[0]), None)

@@ -1,4 +1,4 @@
-"""Take stored values out of words, and find what of them is padding (PS3.5, 8.1.1; PS3.3, C.7.5.1.1.2).
+"""Extract stored values from words, and find padding (PS3.5, 8.1.1; PS3.3, C.7.5.1.1.2).
 
 words, header's bits -> find_layout (of a codestream: find_stream_layout) -> Layout -> find_padding, extract
 """
@@ -13,7 +13,7 @@ from mura_dist.data.dicom_header import Header
 
 
 class Layout(NamedTuple):
-    """The place of a value in a word: `bits` bits, the highest of them at `high_bit`; signed: as a complement of two."""
+    """Position of a value in a word: `bits` bits, the highest at `high_bit`, in two's complement if `signed`."""
 
     bits: int
     high_bit: int
@@ -21,47 +21,47 @@ class Layout(NamedTuple):
 
     @property
     def domain(self) -> tuple[int, int]:
-        """The smallest and the largest value."""
+        """Smallest and largest value."""
         top = 1 << (self.bits - self.signed)
         return (-top if self.signed else 0), top - 1
 
 
-def find_layout(header: Header, words: np.ndarray, bits: int, signed: int) -> Layout:
-    """Find it for data that are not compressed, or by RLE, which compresses words; bits, signed: the header's."""
-    allocated = 8 * words.dtype.itemsize
-    return Layout(bits, _high_bit(header, words, bits, allocated), bool(signed))
+def find_layout(header: Header, stored_words: np.ndarray, bits: int, signed: int) -> Layout:
+    """Return the layout of uncompressed or RLE data. `bits` and `signed` are the header's."""
+    allocated = 8 * stored_words.dtype.itemsize
+    return Layout(bits, _high_bit(header, stored_words, bits, allocated), bool(signed))
 
 
-def find_stream_layout(header: Header, words: np.ndarray, stream: Codestream, bits: int, signed: int) -> Layout:
-    """Find it for what a codestream holds: values of its precision, or words with values of the header's fewer bits."""
+def find_stream_layout(header: Header, stored_words: np.ndarray, stream: Codestream, bits: int, signed: int) -> Layout:
+    """Return the layout of a codestream's samples: values of its precision, or words with values of the header's fewer bits."""
     if stream.signed:
         return Layout(stream.precision, stream.precision - 1, True)
     narrow = bits < stream.precision
-    high_bit = _high_bit(header, words, bits, stream.precision) if narrow else stream.precision - 1
-    if narrow and high_bit == bits - 1 and int(words.max()) >> bits:
+    high_bit = _high_bit(header, stored_words, bits, stream.precision) if narrow else stream.precision - 1
+    if narrow and high_bit == bits - 1 and int(stored_words.max()) >> bits:
         narrow, high_bit = False, stream.precision - 1
     return Layout(bits if narrow else stream.precision, high_bit, bool(signed))
 
 
-def _high_bit(header: Header, words: np.ndarray, bits: int, allocated: int) -> int:
-    """The header's, unless it cannot be, or the words show that it is not."""
+def _high_bit(header: Header, stored_words: np.ndarray, bits: int, allocated: int) -> int:
+    """Return the header's HighBit, or bits - 1 where it is impossible or contradicts the words."""
     high_bit = dicom_header.get_integer(header.dataset, "HighBit")
     if high_bit is None or high_bit == bits - 1:
         return bits - 1
     possible = bits <= high_bit < allocated
-    if possible and (int(words.max()) >> bits or not np.any(words & ((1 << (high_bit + 1 - bits)) - 1))):
+    if possible and (int(stored_words.max()) >> bits or not np.any(stored_words & ((1 << (high_bit + 1 - bits)) - 1))):
         return high_bit
     header.ignore("HighBit")
     return bits - 1
 
 
-def extract(words: np.ndarray, layout: Layout) -> np.ndarray:
-    """Take the values out of unsigned words, in place: the dtype of as many bits, signed or not."""
-    size = 8 * words.dtype.itemsize
+def extract(stored_words: np.ndarray, layout: Layout) -> np.ndarray:
+    """Extract the values from unsigned words, in place. The dtype has the words' size and the layout's sign."""
+    size = 8 * stored_words.dtype.itemsize
     above, unused = size - 1 - layout.high_bit, size - layout.bits
     if above:
-        np.left_shift(words, above, out=words)
-    values = words.view(words.dtype.str.replace("u", "i")) if layout.signed else words
+        np.left_shift(stored_words, above, out=stored_words)
+    values = stored_words.view(stored_words.dtype.str.replace("u", "i")) if layout.signed else stored_words
     if unused:
         np.right_shift(values, unused, out=values)
     return values
@@ -71,21 +71,21 @@ def extract(words: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 class Padding(NamedTuple):
-    """The first and the last value that mean "no image here"; of_words: as allocated, unused bits and all."""
+    """First and last value of padding. `of_words` compares whole words, unused bits included."""
 
     low: int
     high: int
     of_words: bool
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """Return (H, W) bool."""
+        """Return where values are padding, bool (H, W)."""
         return values == self.low if self.low == self.high else (values >= self.low) & (values <= self.high)
 
 
 def find_padding(header: Header, layout: Layout) -> Padding | None:
-    """Read the header's padding, None where there is none.
+    """Read the header's padding, or None.
 
-    It is a pattern of bits in the pixels' representation, whatever its own; one that is wider than a value is the whole word's.
+    It is a bit pattern in the pixels' representation. A pattern wider than a value describes the word.
     """
     first, last = (_pattern(header, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     if first is None:
@@ -97,7 +97,7 @@ def find_padding(header: Header, layout: Layout) -> Padding | None:
 
 
 def check_padding(header: Header, mask: np.ndarray) -> np.ndarray | None:
-    """Return the mask; None where nothing is padding, or all is, which says more of the attribute than of the picture."""
+    """Return the mask, or None where nothing is padding. If everything is, the attribute is wrong and ignored."""
     if mask.all():
         header.ignore("PixelPaddingValue")
         return None
@@ -105,7 +105,7 @@ def check_padding(header: Header, mask: np.ndarray) -> np.ndarray | None:
 
 
 def _pattern(header: Header, keyword: str) -> int | None:
-    """The attribute's 16 bits, or None."""
+    """Return the attribute's 16 bits, or None."""
     if keyword not in header.dataset:
         return None
     value, order = dicom_header.get_bytes(header.dataset, keyword)
@@ -118,11 +118,11 @@ def _pattern(header: Header, keyword: str) -> int | None:
 
 
 def _stored(pattern: int, layout: Layout) -> int | None:
-    """The stored value that 16 bits mean, or None where they are too many for it."""
+    """Return the stored value of a 16-bit pattern, or None where the pattern is wider than a value."""
     bits = min(layout.bits, 16)
-    rest, value = pattern >> bits, pattern & ((1 << bits) - 1)
+    upper, value = pattern >> bits, pattern & ((1 << bits) - 1)
     if not layout.signed:
-        return None if rest else value
-    if rest not in (0, 0xFFFF >> bits):
+        return None if upper else value
+    if upper not in (0, 0xFFFF >> bits):
         return None
     return value - (1 << bits) if value >> (bits - 1) else value

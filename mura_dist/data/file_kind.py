@@ -1,8 +1,8 @@
-"""What a file is, by its first bytes: which of Pillow's readers it is for, or why there is no radiograph to read.
+"""Detect a file's format by its first bytes: one of Pillow's readers, or the reason why it is no radiograph.
 
-    bytes -> pillow_reader -> "PNG", "JPEG", "TIFF" or "JPEG2000"; else UnreadableFileError, which names the kind and the remedy
+    bytes -> pillow_reader -> "PNG", "JPEG", "TIFF" or "JPEG2000"; else UnreadableFileError with the kind and the remedy
 
-What the file is called plays no role. dicom.py tells a DICOM, before any of these.
+The file's name is ignored. dicom.py recognizes a DICOM before this.
 """
 
 import re
@@ -22,7 +22,7 @@ _READERS = {
     b"\xff\x4f\xff\x51": "JPEG2000",
 }
 
-# Bytes that open a file: {kind: regular expression}, by code and remedy. Where several match, the first holds.
+# First bytes of a file: {kind: regular expression}. The first match decides.
 _PICTURES = {
     "a HEIC picture, as phones take them": rb".{4}ftyp(?!avi[fs])(?:.{4}){0,8}(?:hei[cxms]|hev[cxms])",
     "an AVIF picture": rb".{4}ftyp(?:.{4}){0,8}avi[fso]",
@@ -74,7 +74,7 @@ _ARCHIVES = {
     "a tar archive": rb".{257}ustar",
     "a disc image (ISO)": rb".{32769}CD001",
 }
-_OTHERS = {
+_UNRELATED = {
     "macOS's AppleDouble companion of a file, not the file itself": rb"\x00\x05\x16[\x00\x07]",
     "macOS's notes about a folder (.DS_Store)": rb"\x00\x00\x00\x01Bud1",
     "a shortcut to a file, not the file itself": rb"book\x00\x00\x00\x00mark|L\x00\x00\x00\x01\x14\x02\x00",
@@ -93,11 +93,11 @@ _REFUSED: tuple[tuple[Code, str, dict[str, bytes]], ...] = (
     ("out_of_scope", "export the radiograph as DICOM or PNG", _PICTURES),
     ("out_of_scope", "export the radiograph as DICOM or PNG", _ARRAYS),
     ("not_image", "unpack it first", _ARCHIVES),
-    ("not_image", "it can be left out", _OTHERS),
+    ("not_image", "it can be left out", _UNRELATED),
     ("not_image", "fetch that file first", _POINTERS),
 )
 
-# Frame markers of JPEG: those that neither Pillow nor libjpeg decodes, and all.
+# JPEG's frame markers: processes that neither Pillow nor libjpeg decodes, then all.
 _JPEG_PROCESSES = {
     **dict.fromkeys((0xC3, 0xCB), "lossless JPEG"),
     **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
@@ -107,17 +107,17 @@ _JPEG_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 
 
 def pillow_reader(data: bytes) -> str:
-    """Return the name of the reader for a file's bytes, of which the first HEAD_BYTES tell.
+    """Return the name of Pillow's reader for a file's content, by its first HEAD_BYTES.
 
     Raises:
-        UnreadableFileError: none of Pillow's readers should try. The reason names what the file is, where its bytes say so.
+        UnreadableFileError: No reader fits. The reason names the detected format.
     """
     reader = next((name for signature, name in _READERS.items() if data.startswith(signature)), "")
     if reader == "JPEG" and (variant := _jpeg_variant(data)):
         raise UnreadableFileError(
             "unreadable", f"a {variant} outside of DICOM is not read; store it as DICOM, PNG or plain JPEG"
         )
-    if reader and not (reader == "TIFF" and data[8:10] == b"CR"):  # Canon's raw file opens as a TIFF of its preview
+    if reader and not (reader == "TIFF" and data[8:10] == b"CR"):  # Canon's raw files are TIFFs of a preview
         return reader
     head = data[:HEAD_BYTES]
     for code, remedy, kinds in _REFUSED:
@@ -127,14 +127,12 @@ def pillow_reader(data: bytes) -> str:
     if not data:
         raise UnreadableFileError("not_image", "the file is empty")
     if not head.strip(b"\0"):
-        raise UnreadableFileError(
-            "not_image", "it begins with nothing but zeros, as a copy that broke off does; copy it again"
-        )
-    raise UnreadableFileError("not_image", "it does not begin as any image format does")
+        raise UnreadableFileError("not_image", "it begins with zeros only, as an interrupted copy does; copy it again")
+    raise UnreadableFileError("not_image", "its first bytes are not those of an image format")
 
 
 def _jpeg_variant(data: bytes) -> str:
-    """Return the name of a kind of JPEG that is not decoded; "" of the others, also where the header is broken."""
+    """Return the name of an unsupported JPEG variant, or "" for others and corrupt headers."""
     offset = 2
     while data[offset : offset + 1] == b"\xff":
         marker = int.from_bytes(data[offset + 1 : offset + 2], "big")

@@ -1,16 +1,16 @@
-"""Does a picture look like a bone radiograph? Some thirty statistics of it at 64 x 64, and a sum with known weights.
+"""Detect images that do not look like a bone radiograph, by 31 statistics at 64 x 64 and a fitted score.
 
-    image (S, S) -> the exposed field, without borders that are all white or all black -> reduced to 64 x 64
-        -> stretched from its 1 % to its 99 % level -> 31 statistics, of it and of its inverse
-        -> each by its mean and deviation, kept within +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
+    image (S, S) -> exposed field, without white or black borders -> resize to 64 x 64
+        -> stretch from its 1 % to its 99 % level -> 31 statistics, of the image and of its inverse
+        -> standardize, clip to +-3 -> sum of slope x value + bend x (value^2 - 1) -> score
 
-A file in colors that its gray levels do not explain is no radiograph, whatever its score: a tint of film or screen is explained,
-an arrow or a logo is small.
+The score of a radiograph is high, that of a photograph, page or noise low. Below THRESHOLD for both image and inverse, the
+image is `not_a_radiograph`. Where the inverse is better by MARGIN, the image is `inverted`, which is only a warning. The result
+does not depend on rotation by 90 degrees or flips.
 
-A radiograph's score is high, a photograph's, a page's, noise's low. Where the better of the two scores is below THRESHOLD,
-the picture is `not_a_radiograph`; where the inverse is better by MARGIN, it is `inverted`, which warns and no more. Nothing
-depends on how the picture is turned or flipped. `tools/fit_gate.py` made the table below and prints it and what it is worth;
-docs/benchmarks.md has those numbers, docs/gate.md the limits.
+A file whose colors are not a function of its gray level is no radiograph either. A tint passes, and so does a small arrow.
+
+`tools/fit_gate.py` fits the table below. docs/benchmarks.md has its measured quality, docs/gate.md its limits.
 """
 
 import numpy as np
@@ -21,21 +21,21 @@ BLOCKING = ("not_a_radiograph", "blank")
 MESSAGES = {
     "inverted": "its contrast looks inverted (bone dark): the model may be wrong on it",
     "not_a_radiograph": "this does not look like a bone radiograph",
-    "blank": "this does not look like a bone radiograph: it is blank, one gray level all over",
+    "blank": "this does not look like a bone radiograph: it is blank, with a single gray level",
 }
 
-VERSION = 2  # of the verdicts: another number, other words for the same picture
+VERSION = 2  # changes whenever the same image may get another verdict
 SIDE_PX = 64
-LEAST_SPREAD = 4  # gray levels of 255 between the 1 % and the 99 % level; below, the picture is blank
-MOST = 3.0  # deviations: what lies farther out than any radiograph counts no more
+LEAST_SPREAD = 4  # gray levels of 255 between the 1 % and the 99 % level; below, the image is blank
+MOST = 3.0  # standard deviations at which statistics are clipped
 THRESHOLD, MARGIN = -3.5, 1.0
-# A picture is colored where so large a share of its pixels is so many levels of 255 off the color of their gray level.
+# An image is colored where this share of its pixels lies this many levels of 255 off the color of their gray level.
 COLORED_SHARE, COLORED = 0.2, 6.0
-# A border: rows or columns along a side, of which so large a share lies so near to the darkest or the brightest level.
+# A border row or column has this share of pixels within this distance of the darkest or brightest level.
 BORDER_SHARE, BORDER_LEVEL = 0.95, 0.03
-FADE, LEAST_FIELD = 2, 16  # of 64 rows or columns: from a border to the field; a smaller field does not count
+FADE, LEAST_FIELD = 2, 16  # of 64 rows or columns: margin between border and field; smallest field
 
-# What is measured. Names that end in _fine are of the picture at 64 x 64, in _coarse at 32 x 32; both a little smoothed.
+# Names in _fine are measured at 64 x 64, in _coarse at 32 x 32, both slightly smoothed.
 STATISTICS = (
     *("side_darkest", "side_second", "side_third"),  # mean level along each side, 4 wide, sorted
     *("corner_third", "corner_brightest"),  # mean level of the corners, 8 x 8, sorted
@@ -53,13 +53,13 @@ STATISTICS = (
             "texture",  # log of the Laplacian's energy by the gradient's
             "along",  # how much gradients of a block (an eighth of a side) share their direction
             "busy",  # log of the energy of a block that is among the busiest
-            "ridged",  # bright lines against dark ones
+            "ridged",  # bright against dark lines
             "toward",  # correlation of gradient and level: edges lie where it is bright
         )
     ),
 )
 
-# One line a statistic: mean and deviation of what it was fitted to, slope, bend.
+# One line per statistic: mean and deviation of the fitted data, slope, bend.
 _CONSTANT = -2.5361
 _TABLE = np.array(
     [
@@ -99,100 +99,105 @@ _TABLE = np.array(
 
 
 def classify(image: np.ndarray, colors: np.ndarray | None = None) -> str:
-    """image (S, S) uint8 gray, as radiograph.read gives it -> one of NAMES. colors: radiograph.RadiographDetails's, with a file at hand."""
-    found = compute_statistics(image)
-    if found is None:
+    """Classify an image as one of NAMES.
+
+    Args:
+        image: Gray image of radiograph.read, uint8 (S, S).
+        colors: RadiographDetails.colors of its file, uint8 (n, n, 3), or None.
+    """
+    statistics = compute_statistics(image)
+    if statistics is None:
         return "blank"
     if colors is not None and is_colored(colors):
         return "not_a_radiograph"
-    upright, inverse = compute_scores(found)
+    upright, inverse = compute_scores(statistics)
     if max(upright, inverse) < THRESHOLD:
         return "not_a_radiograph"
     return "inverted" if inverse > upright + MARGIN else "ok"
 
 
 def is_colored(colors: np.ndarray) -> bool:
-    """colors (n, n, 3) uint8: whether COLORED_SHARE of them are COLORED off a smooth curve, gray level to color."""
+    """Return whether COLORED_SHARE of `colors`, uint8 (n, n, 3), lie COLORED off a smooth curve from gray level to color."""
     red, green, blue = colors.reshape(-1, 3).astype(np.float64).T
     gray = 0.299 * red + 0.587 * green + 0.114 * blue
-    off = np.stack([red - gray, blue - gray], 1)  # (n * n, 2): nothing of a gray pixel
-    if np.abs(off).max() <= COLORED:
+    chroma = np.stack([red - gray, blue - gray], 1)  # (n * n, 2), 0 for a gray pixel
+    if np.abs(chroma).max() <= COLORED:
         return False
     level = gray[:, None] / 255
     powers = np.concatenate([np.ones_like(level), level, level * level], 1)
-    far = np.zeros(len(gray))
-    for _ in range(3):  # the curve of those that lie near it: a few loud pixels must not bend it
-        near = far <= np.quantile(far, 1 - COLORED_SHARE)
-        curve = np.linalg.lstsq(powers[near], off[near], rcond=None)[0]
-        far = np.hypot(*(off - powers @ curve).T)
-    return bool(np.quantile(far, 1 - COLORED_SHARE) > COLORED)
+    distance = np.zeros(len(gray))
+    for _ in range(3):  # fitted to nearby pixels only, so that a few saturated ones do not bend the curve
+        is_near = distance <= np.quantile(distance, 1 - COLORED_SHARE)
+        curve = np.linalg.lstsq(powers[is_near], chroma[is_near], rcond=None)[0]
+        distance = np.hypot(*(chroma - powers @ curve).T)
+    return bool(np.quantile(distance, 1 - COLORED_SHARE) > COLORED)
 
 
-def compute_scores(found: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _TABLE) -> np.ndarray:
-    """(..., len(STATISTICS)) -> (...): how much each looks like a bone radiograph."""
+def compute_scores(statistics: np.ndarray, constant: float = _CONSTANT, table: np.ndarray = _TABLE) -> np.ndarray:
+    """Score statistics, (..., len(STATISTICS)) -> (...). A radiograph's score is high."""
     mean, deviation, slope, bend = table
-    value = np.clip((found - mean) / deviation, -MOST, MOST)
+    value = np.clip((statistics - mean) / deviation, -MOST, MOST)
     return value @ slope + (value * value - 1) @ bend + constant
 
 
 def compute_statistics(image: np.ndarray) -> np.ndarray | None:
-    """(2, len(STATISTICS)) float64: of the exposed field, and of its inverse; None of a blank one."""
-    x = _reduced(image)
+    """Measure the exposed field and its inverse. Return float64 (2, len(STATISTICS)), or None for a blank image."""
+    x = _resize(image)
     levels = _levels(x)
     if levels is None:
         return None
     field = _exposed_field(np.clip((x - levels[0]) / (levels[1] - levels[0]), 0, 1), image.shape)
     if field is not None:
-        within = _reduced(image[field])
-        of_field = _levels(within)
-        x, levels = (within, of_field) if of_field is not None else (x, levels)
+        cropped = _resize(image[field])
+        cropped_levels = _levels(cropped)
+        x, levels = (cropped, cropped_levels) if cropped_levels is not None else (x, levels)
     low, high = levels
     x = np.clip((x - low) / (high - low), 0, 1)
     order = np.sort(x, axis=None)
     tones, (shapes, odd) = _tones(x, order), _shapes(x)
-    either = [*_histogram(order), *_alike(x)]
+    invariant = [*_histogram(order), *_autocorrelation(x)]
     return np.array(
         [
-            [*tones[k], *either, *shapes[0], *(sign * odd[0]), *shapes[1], *(sign * odd[1])]
+            [*tones[k], *invariant, *shapes[0], *(sign * odd[0]), *shapes[1], *(sign * odd[1])]
             for k, sign in enumerate((1, -1))
         ],
         np.float64,
     )
 
 
-def _reduced(image: np.ndarray) -> np.ndarray:
-    """(64, 64) float32; what is smaller is enlarged without steps."""
-    how = Image.Resampling.BOX if min(image.shape) >= SIDE_PX else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((SIDE_PX, SIDE_PX), how), np.float32)
+def _resize(image: np.ndarray) -> np.ndarray:
+    """Resize to float32 (64, 64), by area averaging or, if smaller, bilinear."""
+    resampling = Image.Resampling.BOX if min(image.shape) >= SIDE_PX else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((SIDE_PX, SIDE_PX), resampling), np.float32)
 
 
 def _levels(x: np.ndarray) -> tuple[float, float] | None:
-    """The 1 % and the 99 % level; None where they are LEAST_SPREAD apart or less."""
+    """Return the 1 % and the 99 % level, or None where they differ by less than LEAST_SPREAD."""
     order = np.sort(x, axis=None)
-    low, high = float(order[_place(order, 0.01)]), float(order[_place(order, 0.99)])
+    low, high = float(order[_quantile_index(order, 0.01)]), float(order[_quantile_index(order, 0.99)])
     return (low, high) if high - low >= LEAST_SPREAD else None
 
 
 def _exposed_field(x: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
-    """The rows and columns of an image of `shape` that lie within its borders; None where it has none.
+    """Return the rows and columns within the borders of an image of `shape`, or None where it has no borders.
 
-    x (64, 64): the image from 0 to 1. Of a round field the square within the circle is returned.
+    `x` is the image from 0 to 1 at (64, 64). A round field gives the square within its circle.
     """
     extreme = np.stack([x <= BORDER_LEVEL, x >= 1 - BORDER_LEVEL])  # (2, 64, 64): darkest, brightest
-    top, bottom, left, right = 0, SIDE_PX, 0, SIDE_PX
-    before = None
-    while before != (top, bottom, left, right):  # a row that is no border may be one within the columns that are left
-        before = (top, bottom, left, right)
-        inner = extreme[:, top:bottom, left:right]
+    y0, y1, x0, x1 = 0, SIDE_PX, 0, SIDE_PX
+    previous = None
+    while previous != (y0, y1, x0, x1):  # cropping columns may turn further rows into borders
+        previous = (y0, y1, x0, x1)
+        inner = extreme[:, y0:y1, x0:x1]
         rows = np.flatnonzero((inner.mean(2) < BORDER_SHARE).all(0))
         columns = np.flatnonzero((inner.mean(1) < BORDER_SHARE).all(0))
         if min(len(rows), len(columns)) < LEAST_FIELD:
             return None
-        top, bottom = top + int(rows[0]), top + int(rows[-1]) + 1
-        left, right = left + int(columns[0]), left + int(columns[-1]) + 1
-    spans = [_trimmed(top, bottom, FADE), _trimmed(left, right, FADE)]
-    if _is_round(extreme[:, top:bottom, left:right]):
-        spans = [_trimmed(*span, round((span[1] - span[0]) * (1 - 0.5**0.5) / 2), always=True) for span in spans]
+        y0, y1 = y0 + int(rows[0]), y0 + int(rows[-1]) + 1
+        x0, x1 = x0 + int(columns[0]), x0 + int(columns[-1]) + 1
+    spans = [_trim(y0, y1, FADE), _trim(x0, x1, FADE)]
+    if _is_round(extreme[:, y0:y1, x0:x1]):
+        spans = [_trim(*span, round((span[1] - span[0]) * (1 - 0.5**0.5) / 2), always=True) for span in spans]
     if spans == [(0, SIDE_PX), (0, SIDE_PX)] or min(last - first for first, last in spans) < LEAST_FIELD:
         return None
     first, second = (
@@ -202,29 +207,29 @@ def _exposed_field(x: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice]
     return first, second
 
 
-def _trimmed(first: int, last: int, cells: int, *, always: bool = False) -> tuple[int, int]:
-    """A span less so many cells at each end that is not the image's."""
+def _trim(first: int, last: int, cells: int, *, always: bool = False) -> tuple[int, int]:
+    """Shorten a span by `cells` at each end that is not the image's edge."""
     return first + cells * (always or first > 0), last - cells * (always or last < SIDE_PX)
 
 
 def _is_round(extreme: np.ndarray) -> bool:
-    """extreme (2, h, w): whether what lies outside of the ellipse in a field is all dark, or all bright."""
-    if not extreme[:, [0, 0, -1, -1], [0, -1, 0, -1]].all(1).any():  # the corners: most pictures end here
+    """Return whether the field outside its inscribed ellipse is all dark or all bright; `extreme` is (2, h, w)."""
+    if not extreme[:, [0, 0, -1, -1], [0, -1, 0, -1]].all(1).any():  # the corners
         return False
     y, x = (np.linspace(-1, 1, length) ** 2 for length in extreme.shape[1:])
     return bool((extreme[:, y[:, None] + x > 1.05].mean(1) >= BORDER_SHARE).any())
 
 
-def _place(order: np.ndarray, quantile: float) -> int:
+def _quantile_index(order: np.ndarray, quantile: float) -> int:
     return round(quantile * (order.size - 1))
 
 
 def _tones(x: np.ndarray, order: np.ndarray) -> list[list[float]]:
-    """What depends on light and dark, of the picture and of its inverse."""
+    """Measure brightness, for the image and for its inverse."""
     block = x.reshape(8, 8, 8, 8).mean((1, 3))
     side = np.sort([x[:4].mean(), x[-4:].mean(), x[:, :4].mean(), x[:, -4:].mean()])
     corner = np.sort(block[[0, 0, -1, -1], [0, -1, 0, -1]])
-    level = order[[_place(order, quantile) for quantile in (0.25, 0.5, 0.75)]]
+    level = order[[_quantile_index(order, quantile) for quantile in (0.25, 0.5, 0.75)]]
     white, black = float((order >= 15 / 16).mean()), float((order <= 1 / 16).mean())
     return [
         [*side[:3], *corner[2:], *level[:2], white],
@@ -237,33 +242,34 @@ def _histogram(order: np.ndarray) -> list[float]:
     return [share.max(), -(share * np.log(share + 1e-6)).sum(), order.std()]
 
 
-def _alike(x: np.ndarray) -> list[float]:
+def _autocorrelation(x: np.ndarray) -> list[float]:
     z = x - x.mean()
     energy = (z * z).mean()
     return [min((z[lag:] * z[:-lag]).mean(), (z[:, lag:] * z[:, :-lag]).mean()) / energy for lag in (2, 8)]
 
 
 def _shapes(x: np.ndarray) -> tuple[list[list[float]], list[np.ndarray]]:
-    """Of the two scales: what the inverse shares with the picture, and what changes its sign."""
+    """Measure both scales: statistics that the inverse shares with the image, and those whose sign it flips."""
     shared, odd = [], []
     padded = np.pad(x, 1, mode="edge")
     x = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
     x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
     for _ in range(2):
         padded = np.pad(x, 1, mode="edge")
-        left, right, up, down = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
-        across, along = right - left, down - up
-        xx, yy, xy = across * across, along * along, across * along
+        west, east, north, south = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
+        dx, dy = east - west, south - north
+        xx, yy, xy = dx * dx, dy * dy, dx * dy
         edge = np.sqrt(xx + yy)
-        curve = 4 * x - left - right - up - down
-        energy, bent = (xx + yy).sum(), (curve * curve).sum()
-        xx, yy, xy = (_blocks(each) for each in (xx, yy, xy))
+        laplacian = 4 * x - west - east - north - south
+        energy, curvature = (xx + yy).sum(), (laplacian * laplacian).sum()
+        xx, yy, xy = (_sum_blocks(product) for product in (xx, yy, xy))
         sharp, busy = np.sort(edge, axis=None), np.sort(xx + yy, axis=None)
         aligned = np.sqrt((xx - yy) ** 2 + 4 * xy * xy).sum()
-        logs = [*(sharp[_place(sharp, q)] for q in (0.5, 0.9, 0.98)), np.abs(curve).mean(), bent / (energy + 1e-3)]
+        quantiles = [sharp[_quantile_index(sharp, q)] for q in (0.5, 0.9, 0.98)]
+        logs = [*quantiles, np.abs(laplacian).mean(), curvature / (energy + 1e-3)]
         size = edge.size / busy.size
         shared.append([*np.log(np.array(logs) + 1e-3), aligned / (energy + 1e-3), np.log(busy[57] / size + 1e-4)])
-        ridged = (curve * np.abs(curve)).sum() / (bent + 1e-3)
+        ridged = (laplacian * np.abs(laplacian)).sum() / (curvature + 1e-3)
         toward = ((edge - edge.mean()) * (x - x.mean())).mean() / (edge.std() * x.std() + 1e-4)
         odd.append(np.array([ridged, toward]))
         half = len(x) // 2
@@ -271,6 +277,6 @@ def _shapes(x: np.ndarray) -> tuple[list[list[float]], list[np.ndarray]]:
     return shared, odd
 
 
-def _blocks(x: np.ndarray) -> np.ndarray:
+def _sum_blocks(x: np.ndarray) -> np.ndarray:
     side = len(x) // 8
     return x.reshape(8, side, 8, side).sum((1, 3))

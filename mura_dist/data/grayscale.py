@@ -1,8 +1,8 @@
-"""Gray values of 8 bits, and the limits and the error that all readers of radiographs share.
+"""Scale values to 8-bit gray.
 
     values (H, W) of any depth -> find_extent, scale -> uint8 (H, W)
 
-A file that gives no radiograph raises UnreadableFileError with one of five codes.
+The limits and the error of all readers of radiographs are defined here.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image
 
 Code = Literal["not_image", "out_of_scope", "unreadable", "too_large", "io_error"]
-"""The last is the disk's or the machine's fault, not the file's: the same command reads the file again."""
+"""io_error is the fault of a disk or machine, not of the file. The same command reads the file again."""
 
 MAX_PIXELS = 50_000_000  # a stitched whole-leg radiograph has about 30 million, a hand on the finest detector 15
 MAX_BYTES = 4 * MAX_PIXELS
-BLOCK_PIXELS = 1 << 20  # turned into gray at a time: what lies between is up to 24 times as large as the gray
+BLOCK_PIXELS = 1 << 20  # converted at a time: intermediate arrays take up to 24 times the memory of the result
 
 _GRAY_MODES = ("1", "L", "LA", "La")
-_SAMPLE_PX = 64  # of a side of `RadiographDetails.colors`
+_SAMPLE_PX = 64  # side of `RadiographDetails.colors`
 
 
 class UnreadableFileError(Exception):
-    """This file gives no radiograph. `reason` is one plain sentence: no path, no DICOM value, no library's words."""
+    """A file that contains no readable radiograph. `reason` is one sentence without path, DICOM value or library text."""
 
     def __init__(self, code: Code, reason: str) -> None:
         super().__init__(code, reason)
@@ -35,22 +35,20 @@ class UnreadableFileError(Exception):
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise UnreadableFileError where a header promises more than MAX_PIXELS."""
+    """Raise UnreadableFileError for a header of more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
-        raise UnreadableFileError(
-            "too_large", f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}"
-        )
+        raise UnreadableFileError("too_large", f"its header has {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
 def find_extent(values: np.ndarray) -> tuple[float, float]:
-    """Return the smallest and the largest finite value; (0, 0) where there is none."""
+    """Return the smallest and the largest finite value, or (0, 0) without any."""
     if values.dtype.kind == "f":
         values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Map low..high to 0..255, linear, rounded, clipped; uint8 of the same shape. All 0 where there is no range."""
+    """Map low..high to 0..255 linearly, rounded and clipped. Return uint8 of the same shape, 0 where high <= low."""
     if not high > low:
         return np.zeros(values.shape, np.uint8)
 
@@ -63,17 +61,17 @@ def scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
         return map_blocks(scaled, values)
 
 
-def map_blocks(gray_of: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Apply `gray_of` to BLOCK_PIXELS at a time, in whole rows; uint8 of the shape of `values`."""
+def map_blocks(to_gray: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Apply `to_gray` to rows of BLOCK_PIXELS at a time. Return uint8 of the shape of `values`."""
     gray = np.empty(values.shape, np.uint8)
     rows = max(1, BLOCK_PIXELS * len(values) // max(1, values.size))
     for start in range(0, len(values), rows):
-        gray[start : start + rows] = gray_of(values[start : start + rows])
+        gray[start : start + rows] = to_gray(values[start : start + rows])
     return gray
 
 
 def sample_colors(image: Image.Image) -> np.ndarray | None:
-    """Return the pixels of a coarse grid, (n, n, 3) uint8; None of a gray image. A file in color may be gray for all that."""
+    """Return the pixels of a coarse grid, uint8 (n, n, 3), or None for a gray mode. A color mode may still look gray."""
     if image.mode in _GRAY_MODES:
         return None
     side = min(_SAMPLE_PX, *image.size)

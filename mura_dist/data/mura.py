@@ -1,8 +1,8 @@
-"""MURA's own words: the study types, the folder layout, what version 1.1 must contain, the terms it comes with.
+"""MURA's vocabulary: study types, folder layout, counts of version 1.1, terms.
 
     MURA-v1.1/{train,valid}/XR_<TYPE>/patient<digits>/study<k>_{positive,negative}/image<k>.png
 
-A path says everything about a radiograph; `parse` reads it. Sources: arXiv 1712.06957 and the data set's own files.
+Sources: arXiv 1712.06957 and the data set's own files.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 STUDY_TYPES = ("XR_ELBOW", "XR_FINGER", "XR_FOREARM", "XR_HAND", "XR_HUMERUS", "XR_SHOULDER", "XR_WRIST")
 
-# The order of splits in a manifest, hence of rows. `tune` is cut from train by us, it has no folder of its own.
+# The order of splits in a manifest, hence of rows. `tune` is cut from train and has no folder.
 SPLITS = ("train", "tune", "valid", "test")
 
 TERMS = "research only, not a medical device; a disclaimer does not make clinical use lawful"
@@ -43,7 +43,7 @@ IMAGES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
         "XR_WRIST": (364, 295),
     },
 }
-# (normal, abnormal) studies of v1.1, likewise; and patients, none of whom is in both splits.
+# (normal, abnormal) studies of v1.1, by split and study type.
 STUDIES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
     "train": {
         "XR_ELBOW": (1094, 660),
@@ -64,7 +64,7 @@ STUDIES_V1_1: dict[str, dict[str, tuple[int, int]]] = {
         "XR_WRIST": (140, 97),
     },
 }
-# (normal, abnormal) studies of the hidden test, 207 in all, which the paper's kappas are of; its labels were never published.
+# (normal, abnormal) studies of the hidden test set, 207 in all, on which the paper's kappas were measured.
 STUDIES_TEST: dict[str, tuple[int, int]] = {
     "XR_ELBOW": (17, 11),
     "XR_FINGER": (19, 11),
@@ -74,7 +74,7 @@ STUDIES_TEST: dict[str, tuple[int, int]] = {
     "XR_SHOULDER": (17, 13),
     "XR_WRIST": (14, 15),
 }
-PATIENTS_V1_1 = {"train": 11_184, "valid": 783}
+PATIENTS_V1_1 = {"train": 11_184, "valid": 783}  # none is in both
 NUM_IMAGES_V1_1 = 40_005  # train and valid; the 40,561 of the paper include the hidden test set
 NUM_IMAGES_V1_0 = 40_895  # withdrawn: held patient data
 
@@ -85,59 +85,58 @@ _LAYOUT = re.compile(
 _STUDY = re.compile(r"(?:.*/)?(XR_[^/]+/patient[^/]+/study[^/]*)/[^/]+", re.DOTALL)
 _CODE = re.compile("XR_[A-Z]+(?:_[A-Z]+)*")
 _VIEW_NUMBER = re.compile(r"(\d+)(?!.*\d)", re.DOTALL)
-_MAX_DIGITS = 18  # what int64 holds; the last number of a DICOM's UID may be longer and is nobody's view
+_MAX_DIGITS = 18  # fits int64; the last number of a DICOM's UID may be longer and is no view number
 
 
 def display_name(study_type: str) -> str:
-    """Return a study type as a person says it: XR_HAND -> Hand. A name that is not of this form stays as it is."""
+    """Return a study type for people (XR_HAND -> Hand). Names of another form are unchanged."""
     return study_type[3:].replace("_", " ").capitalize() if _CODE.fullmatch(study_type) else study_type
 
 
 @dataclass(frozen=True, slots=True)
 class Radiograph:
-    """One image file, as its path tells it. `label`: 1 positive (abnormal), 0 negative (normal), None where not told."""
+    """One image file, described by its path. `label` is 1 for positive (abnormal), 0 for negative (normal), None if missing."""
 
     split: str
     study_type: str
     patient: str
-    study: str  # the study's folder from the split on, label included: unique in a data set
+    study: str  # path of the study's folder from the split on, unique in a data set
     view: int
     label: int | None
-    path: str  # relative to the data set's root, "/" between parts
+    path: str  # relative to the data set's root, separated by "/"
 
 
 def parse(path: str) -> Radiograph | None:
-    """What `path` says of itself, or None where it does not follow MURA's layout.
+    """Parse a path in MURA's layout, separated by "/". Return None for other paths.
 
-    `path` may be absolute or relative, of any depth above the split folder; it uses "/" between its parts. The view is the
-    last number in the file's name (0 where there is none, or one of more than 18 digits).
+    Any folders may precede the split's. The view is the last number in the file's name (0 without one, or above 18 digits).
     """
     match = _LAYOUT.match(path)
     if match is None:
         return None
-    part = match.groupdict()
-    number = _VIEW_NUMBER.search(part["view"].rsplit(".", 1)[0])
+    fields = match.groupdict()
+    number = _VIEW_NUMBER.search(fields["view"].rsplit(".", 1)[0])
     return Radiograph(
-        split=part["split"],
-        study_type=part["study_type"],
-        patient=part["patient"],
+        split=fields["split"],
+        study_type=fields["study_type"],
+        patient=fields["patient"],
         study=path[match.start("split") : match.start("view") - 1],
         view=int(number[1]) if number and len(number[1]) <= _MAX_DIGITS else 0,
-        label={"positive": 1, "negative": 0, None: None}[part["label"]],
+        label={"positive": 1, "negative": 0, None: None}[fields["label"]],
         path=path[match.start("split") :],
     )
 
 
 def study_folder(path: str) -> str | None:
-    """Of a file in a study's folder of MURA, the split's name above it or not: study type, patient and study; else None."""
+    """Return study type, patient and study of a file in MURA's layout, with or without the split's folder; else None."""
     match = _STUDY.fullmatch(path)
     return match[1] if match else None
 
 
 def is_official_test(studies: Mapping[str, Iterable[Any]]) -> bool:
-    """Whether `studies` (columns study_type and label, a line a study) count as the hidden test's 207 do, to the study.
+    """Return whether the counts of `studies` (columns study_type and label) equal those of the hidden test set.
 
-    Only then may the paper's kappas and the radiologists' stand beside ours.
+    Only then are kappas comparable with those of the paper and the radiologists.
     """
-    seen = Counter((name, label) for name, label in zip(studies["study_type"], studies["label"], strict=True))
-    return seen == Counter({(name, label): pair[label] for name, pair in STUDIES_TEST.items() for label in (0, 1)})
+    counts = Counter((name, label) for name, label in zip(studies["study_type"], studies["label"], strict=True))
+    return counts == Counter({(name, label): pair[label] for name, pair in STUDIES_TEST.items() for label in (0, 1)})

@@ -1,26 +1,26 @@
-"""One file in, one gray picture out: the only code that decodes and resizes a radiograph.
+"""Decode and resize a radiograph. No other module does.
 
-    path or file -> bytes -> what it is (file_kind.py) -> raster.py or dicom.py -> gray uint8 (H, W) -> (size, size)
+    path or file -> bytes -> format (file_kind.py) -> raster.py or dicom.py -> gray uint8 (H, W) -> (size, size)
 
-The converter stores what `read` gives; predict and the page call the very same function: nothing can drift between
-training and serving. The rules, in the order in which they apply:
+The converter stores the result of `read`, and predict and the page call the same function, so that preprocessing cannot differ
+between training and serving. The rules, in order:
 
-- size: a header that promises more than MAX_PIXELS, or a file of more than MAX_BYTES, is refused before it is decoded;
-- whole or not at all: damaged and cut-short data is refused, never half decoded;
-- first frame of an animation, first page of a TIFF that is neither a reduced copy nor a mask; EXIF orientation applied;
-  color profiles and PNG gamma ignored;
-- color to gray by ITU-R 601 (r = g = b = v gives v), palettes by their colors, transparency over black;
-- other than 8 unsigned bits: linear from the picture's own minimum..maximum to 0..255, nothing saturates, a constant gives 0
-  (16-bit color in PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535);
-- DICOM: modality LUT or rescale, then VOI LUT or the first window that can be used, the data set's or, of one frame, the
-  functional groups'; where there is neither, 8 bits as they are and other depths from minimum to maximum of what is not
-  padding; inverted by PresentationLUTShape, else by MONOCHROME1; padding black. One sample is gray whatever it is called; of
-  a codestream its own precision, sign and order of samples hold. What cannot be used is ignored and noted in `RadiographDetails.notes`.
-  In scope are single-frame CR, DX, RG and secondary captures;
-- resize: bilinear, antialiased, aspect ratio not kept (MURA's paper).
+- Size: a header of more than MAX_PIXELS or a file of more than MAX_BYTES is refused before it is decoded.
+- Completeness: corrupt and truncated data is refused, never half decoded.
+- Frames: the first frame of an animation; the first page of a TIFF that is neither a reduced copy nor a mask.
+- EXIF orientation is applied. Color profiles and PNG gamma are ignored.
+- Color to gray by ITU-R 601 (r = g = b = v gives v), palettes by their colors, transparency over black.
+- Depths other than 8 unsigned bits: linear from the image's minimum..maximum to 0..255; a constant gives 0. 16-bit color in
+  PNG, TIFF and JPEG 2000 is the exception: Pillow keeps the high bytes, linear from 0..65535.
+- DICOM: modality LUT or rescale, then VOI LUT or the first usable window, of the data set or its single frame's functional
+  groups. Without either, 8 bits are unchanged, and other depths are scaled from minimum to maximum outside the padding. The
+  result is inverted by PresentationLUTShape, else by MONOCHROME1. Padding is black. One sample is always gray. A codestream's
+  precision, sign and sample order take precedence. Unusable attributes are ignored and noted in `RadiographDetails.notes`. In
+  scope are single-frame CR, DX, RG and secondary captures.
+- Resize: bilinear, antialiased, without keeping the aspect ratio (MURA's paper).
 
-A file that is none of this raises UnreadableFileError with one of five codes; nothing else comes out, whatever the bytes. One of them,
-io_error, is the disk's or the machine's fault: several attempts failed, and a later one may not.
+Any other content raises UnreadableFileError with one of five codes, and no other exception. The code io_error is the fault of a
+disk or machine: several attempts failed, but a later one may succeed.
 """
 
 import contextlib
@@ -57,13 +57,13 @@ __all__ = [
 
 Source = Path | str | bytes | BinaryIO
 
-HEADER_BYTES = 1 << 20  # what `identity` looks at first: groups 0008 to 0020 open a DICOM, as a rule
+HEADER_BYTES = 1 << 20  # `read_identity` parses these first; groups 0008 to 0020 usually open a DICOM
 
 
 def read(source: Source, size: int) -> np.ndarray:
-    """The radiograph of a file, size x size: (size, size) uint8. Raises UnreadableFileError and nothing else."""
+    """Read a radiograph, resized to uint8 (size, size). Raises UnreadableFileError and no other exception."""
     assert size > 0, size
-    return np.asarray(_gray(source).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(_decode(source)[0].resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
@@ -89,11 +89,12 @@ def read_radiograph(source: Source, size: int = 320) -> np.ndarray:
 
 
 class RadiographDetails(NamedTuple):
-    """A radiograph as the model sees it, and what only its file knows.
+    """A radiograph with details of its file.
 
-    image (size, size) uint8, what `read` gives; colors (n, n, 3) uint8, a sparse sample of the file's own, None of a gray one;
-    display (h, w) uint8, the radiograph for a person, in its own proportions; None where nobody looks. notes: which attributes
-    of a DICOM were ignored, or contradict another, by their keywords.
+    image: The result of `read`, uint8 (size, size).
+    colors: Sparse sample of the file's colors, uint8 (n, n, 3), or None for a gray file.
+    display: The radiograph with its aspect ratio, uint8 (h, w), or None unless requested.
+    notes: DICOM attributes that were ignored or contradict each other, by keyword.
     """
 
     image: np.ndarray
@@ -102,42 +103,44 @@ class RadiographDetails(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_details(source: Source, size: int, longest: int = 0) -> RadiographDetails:
-    """`read`, and more of the same decoding. longest: of `display`, in pixels, at most; 0: nobody looks. Raises UnreadableFileError."""
-    gray, colors, notes = _decoded(source)
+def read_details(source: Source, size: int, max_display_px: int = 0) -> RadiographDetails:
+    """Read a radiograph and details of its file, decoding it once.
+
+    Args:
+        source: Path, or a binary file that can seek.
+        size: Side of `image` in pixels.
+        max_display_px: Longest side of `display` in pixels. 0: no `display`.
+
+    Raises:
+        UnreadableFileError: The file contains no readable radiograph.
+    """
+    gray, colors, notes = _decode(source)
     image = np.asarray(gray.resize((size, size), Image.Resampling.BILINEAR))
-    if not longest:
+    if not max_display_px:
         return RadiographDetails(image, colors, None, notes)
-    gray.thumbnail((longest, longest), Image.Resampling.BOX)
+    gray.thumbnail((max_display_px, max_display_px), Image.Resampling.BOX)
     return RadiographDetails(image, colors, np.asarray(gray), notes)
 
 
 def decode(source: Source) -> np.ndarray:
-    """The radiograph of a file as large as it is: (H, W) uint8. Raises UnreadableFileError and nothing else.
-
-    `source` is a path, or a binary file that can seek; what the file is called says nothing about what it is.
-    """
-    return np.asarray(_gray(source))
+    """Read a radiograph in full size, uint8 (H, W). Raises UnreadableFileError and no other exception."""
+    return np.asarray(_decode(source)[0])
 
 
 def read_identity(source: Source) -> DicomIdentity | None:
-    """Study, body part and laterality of a DICOM, from its header alone; None for any other file. Raises nothing."""
+    """Read study, body part and laterality of a DICOM's header. Return None for other and unreadable files."""
     _quieten()
     try:
         with open(source, "rb") if isinstance(source, Path | str | bytes) else contextlib.nullcontext(source) as file:
             file.seek(0)
             head = file.read(HEADER_BYTES)
             return dicom.read_identity(file, head) if _kind(head) == "DICOM" else None
-    except Exception:  # whatever is wrong with the file, `read` says it better
+    except Exception:  # `read` reports what is wrong with the file
         return None
 
 
-def _gray(source: Source) -> Image.Image:
-    return _decoded(source)[0]
-
-
-def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
-    """The gray radiograph, a sample of the colors it had, and what of a DICOM's header was ignored."""
+def _decode(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str, ...]]:
+    """Return the radiograph in mode L, the color sample and the notes, as of RadiographDetails."""
     data = read_bytes(source)
     kind = _kind(data)
     _quieten()
@@ -145,19 +148,21 @@ def _decoded(source: Source) -> tuple[Image.Image, np.ndarray | None, tuple[str,
         return dicom.decode(data) if kind == "DICOM" else (*raster.decode(data, kind), ())
     except UnreadableFileError:
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, before ours
-        raise UnreadableFileError("too_large", f"its {kind} header promises more than {MAX_PIXELS:,} pixels") from error
+    except Image.DecompressionBombError as error:  # Pillow's limit, checked before MAX_PIXELS
+        raise UnreadableFileError("too_large", f"its {kind} header has more than {MAX_PIXELS:,} pixels") from error
     except MemoryError as error:
-        raise UnreadableFileError("too_large", f"this {kind} needs more memory than there is to decode") from error
-    except Exception as error:  # the libraries raise some twenty kinds; to the reader they all say the same
+        raise UnreadableFileError("too_large", f"decoding this {kind} needs more memory than is available") from error
+    except Exception as error:  # the libraries raise some twenty types, all of the same meaning
         raise UnreadableFileError(
-            "unreadable", f"its {kind} data is damaged, cut short or of an unsupported variant"
+            "unreadable", f"its {kind} data is corrupt, truncated or of an unsupported variant"
         ) from error
 
 
 def _quieten() -> None:
-    """What the libraries complain of is raised or harmless, and may quote a patient. By module, for good: entering
-    and leaving `catch_warnings` around each file is not thread-safe."""
+    """Silence the libraries' warnings, which are raised anyway or harmless, and may quote patient data.
+
+    They stay silent, because entering and leaving `catch_warnings` for each file is not thread-safe.
+    """
     for library in ("PIL", "pydicom"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
         logger = logging.getLogger(library)
@@ -166,7 +171,7 @@ def _quieten() -> None:
 
 
 def read_bytes(source: Source) -> bytes:
-    """Read a file whole. Raises UnreadableFileError and nothing else; io_error after several attempts."""
+    """Read a file's content. Raises UnreadableFileError and no other exception, with code io_error after several attempts."""
     try:
         return storage.with_retries(lambda: _read(source))
     except (OSError, ValueError) as error:
@@ -175,19 +180,19 @@ def read_bytes(source: Source) -> bytes:
         why = getattr(error, "strerror", None) or "not a usable path"
         raise UnreadableFileError("unreadable", f"cannot be opened: {why.lower()}") from error
     except MemoryError as error:
-        raise UnreadableFileError("too_large", "there is not enough memory to hold the file") from error
+        raise UnreadableFileError("too_large", "the file needs more memory than is available") from error
 
 
 def _read(source: Source) -> bytes:
     if not isinstance(source, Path | str | bytes):
-        return _all_of(source)
-    if not os.path.isfile(source) and os.path.exists(source):  # opening a pipe would wait for ever
+        return _read_file(source)
+    if not os.path.isfile(source) and os.path.exists(source):  # opening a pipe would block
         raise UnreadableFileError("unreadable", "cannot be opened: not a regular file")
     with open(source, "rb") as file:
-        return _all_of(file)
+        return _read_file(file)
 
 
-def _all_of(file: BinaryIO) -> bytes:
+def _read_file(file: BinaryIO) -> bytes:
     if file.seek(0, io.SEEK_END) > MAX_BYTES:
         raise UnreadableFileError("too_large", f"the file is larger than {MAX_BYTES:,} bytes")
     file.seek(0)
@@ -195,5 +200,5 @@ def _all_of(file: BinaryIO) -> bytes:
 
 
 def _kind(data: bytes) -> str:
-    """ "DICOM", or the name of Pillow's reader. Raises UnreadableFileError for what neither should try."""
+    """Return DICOM or the name of Pillow's reader. Raises UnreadableFileError for other formats."""
     return "DICOM" if dicom.is_dicom(data) else file_kind.pillow_reader(data)

@@ -1,26 +1,26 @@
-r"""Names of files and studies in tables that people open: never a formula in a spreadsheet, joined whatever program wrote them.
+r"""Write names of files and studies to CSV, and read them back, so that no spreadsheet takes them for a formula.
 
-    name -> cell -> a CSV          a CSV's cell -> name          a CSV's cell -> key -> joined with another table's
+    name -> escape_formula -> cell          cell -> unescape -> name          cell -> join_key -> joined with another table
 
-A spreadsheet computes a cell that begins with one of FORMULA, quoted or not. `./` before a relative path names the same file.
-macOS writes an umlaut as two characters (NFD), other systems as one (NFC): `join_key` is NFC.
+A spreadsheet evaluates a cell that begins with one of FORMULA, quoted or not. `./` before a relative path names the same file.
+macOS writes an umlaut as two characters (NFD), other systems as one (NFC).
 """
 
 import unicodedata
 
 import pandas as pd
 
-FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four: full width, as East Asian versions take them
-_HERE = "./"
+FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four: full width, evaluated by East Asian versions
+_CURRENT_FOLDER = "./"
 
 
 def escape_formula(name: str) -> str:
-    """Return `name` as a CSV has it: with a leading `./` where a spreadsheet would take it for a formula."""
-    return f"{_HERE}{name}" if name.startswith(FORMULA) else name
+    """Return the CSV cell of a name, with a leading `./` where a spreadsheet would evaluate it."""
+    return f"{_CURRENT_FOLDER}{name}" if name.startswith(FORMULA) else name
 
 
 def escape_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with `escape_formula` of each text in it. Numbers stay as they are."""
+    """Apply `escape_formula` to all texts of a frame. Numeric columns are unchanged."""
     texts = [str(column) for column in frame if not pd.api.types.is_numeric_dtype(frame[column].dtype)]
     return frame.assign(
         **{column: pd.Series(map(_cell, frame[column].tolist()), frame.index, object) for column in texts}
@@ -32,10 +32,10 @@ def _cell(value: object) -> object:
 
 
 def unescape(cell: str) -> str:
-    """Return the name that a CSV's cell holds: without a leading `./`, which no name of ours has."""
-    return cell.removeprefix(_HERE) or cell
+    """Return the name of a CSV cell, without a leading `./`."""
+    return cell.removeprefix(_CURRENT_FOLDER) or cell
 
 
 def join_key(cell: str) -> str:
-    """Return what a file or a study is joined by: its name in Unicode's composed form (NFC)."""
+    """Return the key by which tables are joined: the name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", unescape(cell))

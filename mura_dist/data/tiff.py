@@ -1,10 +1,9 @@
-"""Open the radiograph of a TIFF, and read its samples as the tags mean them.
+"""Open the radiograph of a TIFF, and read its samples as its tags describe them.
 
-    bytes -> directories of tags -> the page that is the picture itself -> Pillow's image of it -> its samples
+    bytes -> directories of tags -> the page of the image proper -> Pillow's image -> samples
 
-Pillow opens the first page, whatever it is. It takes int8 and uint32 for uint8 and int32, leaves compressed samples of a
-big-endian file in the wrong byte order, and decodes some separate planes as another kind of sample. What it cannot read rightly
-is refused by name.
+Pillow always opens the first page. It reads int8 and uint32 as uint8 and int32, leaves compressed samples of a big-endian file
+in the wrong byte order, and misreads some separate planes. Variants that it would read wrongly are refused by name.
 """
 
 import io
@@ -17,9 +16,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from mura_dist.data.grayscale import UnreadableFileError
 
-MAX_PAGES = 100  # read in search of the picture: a chain of pages may be as long as the file
-MAX_TAGS = 4096  # of a page, likewise
-MAX_VALUES = 64  # of a tag
+MAX_PAGES = 100  # searched for the image: a chain of pages may be as long as the file
+MAX_TAGS = 4096  # per page
+MAX_VALUES = 64  # per tag
 
 SUBFILE_KIND, OLD_SUBFILE_KIND, WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 FILL_ORDER, NUM_SAMPLES, PLANES, SUB_PAGES, SAMPLE_FORMAT = 266, 277, 284, 330, 339
@@ -33,27 +32,27 @@ _FORMAT_NAMES = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", _FL
 
 
 class Page(NamedTuple):
-    """A directory: where it stands; by tag the first value, the offset and the type of what `_TAGS` names; its sub-pages."""
+    """A directory at `start`: for each tag of `_TAGS` its first value, offset and type code; offsets of its sub-pages."""
 
     start: int
     values: dict[int, int]
-    places: dict[int, tuple[int, str]]
+    offsets: dict[int, tuple[int, str]]
     sub_pages: tuple[int, ...]
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """The picture itself before reduced copies and masks; a large copy before a small one."""
+        """Sort key: the image proper above reduced copies and masks, then by area."""
         reduced = self.values.get(SUBFILE_KIND, 0) & _REDUCED_OR_MASK
         reduced |= self.values.get(OLD_SUBFILE_KIND, 1) == _OLD_REDUCED
         return not reduced, self.values.get(WIDTH, 0) * self.values.get(HEIGHT, 0)
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """Open the first page that is the picture itself; where all are reduced, the largest. Nothing is decoded yet.
+    """Open the first page that is the image proper, or the largest where all are reduced. Pixels are not decoded yet.
 
     Raises:
-        UnreadableFileError: its samples are of a kind that Pillow does not read rightly.
-        Exception: one of many, where the file is broken.
+        UnreadableFileError: Pillow does not read this kind of sample correctly.
+        Exception: The file is corrupt.
     """
     order, big = "<" if data.startswith(b"II") else ">", 43 in data[2:4]
     pages = list(_walk(data, order, big))
@@ -65,8 +64,8 @@ def open_picture(data: bytes) -> Image.Image:
     changed = bytearray(data) if page is not pages[0] or (separate and gray) else data
     if isinstance(changed, bytearray):
         struct.pack_into(order + ("Q" if big else "I"), changed, 8 if big else 4, page.start)
-        if separate and gray:  # a single plane is what it would be anyway, but not to Pillow
-            offset, kind = page.places[PLANES]
+        if separate and gray:  # one sample has the same layout either way, but Pillow misreads it
+            offset, kind = page.offsets[PLANES]
             struct.pack_into(order + kind, changed, offset, 1)
     try:
         image: Any = Image.open(io.BytesIO(changed), formats=("TIFF",))
@@ -79,7 +78,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def samples(image: Any) -> np.ndarray | None:
-    """Return the numbers of a gray page, (H, W) of their own dtype; None of colors and of up to 8 unsigned bits."""
+    """Return the samples of a gray page in their dtype, (H, W), or None for colors and up to 8 unsigned bits."""
     tags = image.tag_v2
     kind, bits = tags.get(SAMPLE_FORMAT, (_UNSIGNED,))[0], tags.get(BITS, (1,))[0]
     if image.mode[0] in "IF":
@@ -88,12 +87,12 @@ def samples(image: Any) -> np.ndarray | None:
 
 
 def is_white_zero(image: Any) -> bool:
-    """Return whether the smallest number means white. Pillow inverts 8 bits itself, and no others."""
+    """Return whether 0 means white. Pillow inverts 8 bits only."""
     return image.tag_v2.get(PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _refuse_by_name(page: Page, order: str, big: bool) -> None:
-    """Raise UnreadableFileError for a page whose tags are valid and of a kind that Pillow has no reader for."""
+    """Raise UnreadableFileError for a valid page that Pillow has no reader for."""
     if big and order == ">":
         raise UnreadableFileError("out_of_scope", "a big-endian BigTIFF is not read; save it as a TIFF of under 4 GB")
     kind, bits, fill = (page.values.get(tag, 1) for tag in (SAMPLE_FORMAT, BITS, FILL_ORDER))
@@ -109,43 +108,45 @@ def _refuse_by_name(page: Page, order: str, big: bool) -> None:
 
 
 def _in_native_order(tile: Any) -> Any:
-    """libtiff gives samples in the machine's byte order; Pillow knows that of uint16 alone, and swaps the others."""
+    """Correct a tile's byte order: libtiff returns native samples, but Pillow swaps all except uint16."""
     if tile[0] != "libtiff":
         return tile
-    mode, *others = tile[3]
-    return tile._replace(args=(mode.replace("B", "N"), *others))
+    mode, *arguments = tile[3]
+    return tile._replace(args=(mode.replace("B", "N"), *arguments))
 
 
 def _walk(data: bytes, order: str, big: bool) -> Iterator[Page]:
-    """Yield the directories in their order, each before its own sub-pages, up to the first that is the picture.
+    """Yield the directories in order, each before its sub-pages, up to the first of an image proper.
 
-    Raises struct.error where one is cut short, UnreadableFileError where the picture is not among the first MAX_PAGES.
+    Raises:
+        struct.error: A directory is truncated.
+        UnreadableFileError: None of the first MAX_PAGES is the image proper.
     """
-    waiting = [struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]]
-    seen: set[int] = set()
-    while waiting:
-        if len(seen) == MAX_PAGES:
+    pending = [struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0]]
+    visited: set[int] = set()
+    while pending:
+        if len(visited) == MAX_PAGES:
             raise UnreadableFileError(
                 "out_of_scope", f"a TIFF whose first {MAX_PAGES} pages are reduced copies or masks"
             )
-        start = waiting.pop(0)
-        if start in seen:  # a ring
+        start = pending.pop(0)
+        if start in visited:  # a cycle
             continue
-        seen.add(start)
+        visited.add(start)
         page, following = _directory(data, start, order, big)
         yield page
         if page.rank[0]:
             return
-        waiting = [*page.sub_pages, *([following] if following else []), *waiting]
+        pending = [*page.sub_pages, *([following] if following else []), *pending]
 
 
 def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[Page, int]:
-    """(the directory at an offset, the offset of the next; 0 where there is none)."""
+    """Return the directory at an offset, and the offset of the next one, 0 after the last."""
     count_format, offset_format = (order + "Q", order + "Q") if big else (order + "H", order + "I")
     width = struct.calcsize(offset_format)
     (num_tags,) = struct.unpack_from(count_format, data, start)
     if num_tags > MAX_TAGS:
-        raise struct.error(f"{num_tags} tags, more than a page has")
+        raise struct.error(f"{num_tags} tags in a page, at most {MAX_TAGS} are read")
     page, position = Page(start, {}, {}, ()), start + struct.calcsize(count_format)
     for _ in range(num_tags):
         tag, kind = struct.unpack_from(order + "HH", data, position)
@@ -155,7 +156,7 @@ def _directory(data: bytes, start: int, order: str, big: bool) -> tuple[Page, in
             inline = count * struct.calcsize(order + _TYPES[kind]) <= width
             offset = position if inline else struct.unpack_from(offset_format, data, position)[0]
             values = struct.unpack_from(f"{order}{min(count, MAX_VALUES)}{_TYPES[kind]}", data, offset)
-            page.values[tag], page.places[tag] = values[0], (offset, _TYPES[kind])
+            page.values[tag], page.offsets[tag] = values[0], (offset, _TYPES[kind])
             if tag == SUB_PAGES:
                 page = page._replace(sub_pages=values)
         position += width

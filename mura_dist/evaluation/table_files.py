@@ -134,7 +134,7 @@ def _decode_windows(data: bytes) -> str | None:
 
 
 def _parse_csv(text: str, name: str) -> Lines:
-    lines = read_lines(text, name, "fix the line", skipinitialspace=True, strict=True, delimiter=find_delimiter(text))
+    lines = read_lines(text, name, "Fix the line.", skipinitialspace=True, strict=True, delimiter=find_delimiter(text))
     return [(number, [cell.strip() for cell in cells]) for number, cells in lines]
 
 

@@ -37,7 +37,7 @@ def read_override(value: str | None) -> StudyTypeOverride:
         return normalize(value)
     try:
         text = decode(Path(value).read_bytes(), value)
-        lines = read_lines(text, value, "name its columns", strict=True, delimiter=find_delimiter(text))
+        lines = read_lines(text, value, "Name its columns.", strict=True, delimiter=find_delimiter(text))
         header, *rows = [cells for _, cells in lines]
         if any(cells[-1] for cells in rows) and all(len(cells) == len(header) + 1 for cells in rows):
             # R writes row names without a header.

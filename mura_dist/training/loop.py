@@ -338,7 +338,7 @@ class Training:
 
     def gather_corrupt_rows(self) -> None:
         """Merge the corrupt rows that all ranks have read, in this start or before, into the state."""
-        rows = {*self.state.damaged, *self.plan.shards.damaged}
+        rows = {*self.state.damaged, *self.plan.shards.corrupt}
         self.state.damaged = self.world.union(np.array(sorted(rows), np.int64)).tolist()
 
     def save(self, *, picture: bool = False) -> None:

@@ -11,25 +11,25 @@ from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_
 def test_lines_keep_their_width_and_their_number() -> None:
     text = '\n , \na, 1\r\nb\rc,,\n"d\ne",2\n\n"f""g",3'
     lines = [(3, ["a", " 1"]), (4, ["b"]), (5, ["c", "", ""]), (7, ["d\ne", "2"]), (9, ['f"g', "3"])]
-    assert list(read_lines(text, "t.csv", "fix it")) == lines
-    assert list(read_lines("", "t.csv", "fix it")) == []
+    assert list(read_lines(text, "t.csv", "Fix it.")) == lines
+    assert list(read_lines("", "t.csv", "Fix it.")) == []
 
 
 def test_quotes_are_read_as_the_caller_has_it() -> None:
-    assert list(read_lines('"a"b, "c"', "t.csv", "fix it")) == [(1, ["ab", ' "c"'])]
-    assert list(read_lines('a, "c"', "t.csv", "fix it", strict=True, skipinitialspace=True)) == [(1, ["a", "c"])]
-    with pytest.raises(UserError, match=r"^t\.csv line 2 is no CSV \(',' expected after '\"'\); fix it$"):
-        list(read_lines('a,1\n"a"b,1', "t.csv", "fix it", strict=True))
-    with pytest.raises(UserError, match=r"^t\.csv line 3 is no CSV \(unexpected end of data\); fix it$"):
-        list(read_lines('a,1\n"a,1\nb,1', "t.csv", "fix it", strict=True))
+    assert list(read_lines('"a"b, "c"', "t.csv", "Fix it.")) == [(1, ["ab", ' "c"'])]
+    assert list(read_lines('a, "c"', "t.csv", "Fix it.", strict=True, skipinitialspace=True)) == [(1, ["a", "c"])]
+    with pytest.raises(UserError, match=r"^t\.csv line 2 is not CSV \(',' expected after '\"'\). Fix it\.$"):
+        list(read_lines('a,1\n"a"b,1', "t.csv", "Fix it.", strict=True))
+    with pytest.raises(UserError, match=r"^t\.csv line 3 is not CSV \(unexpected end of data\). Fix it\.$"):
+        list(read_lines('a,1\n"a,1\nb,1', "t.csv", "Fix it.", strict=True))
     with pytest.raises(
-        UserError, match=r"^t\.csv line 1 is no CSV \(field larger than field limit \(131072\)\); fix it$"
+        UserError, match=r"^t\.csv line 1 is not CSV \(field larger than field limit \(131072\)\). Fix it\.$"
     ):
-        list(read_lines("x" * 200_000, "t.csv", "fix it"))
+        list(read_lines("x" * 200_000, "t.csv", "Fix it."))
 
 
 def test_lines_before_a_broken_one_come_first() -> None:
-    lines = read_lines('a,1\n"b', "t.csv", "fix it", strict=True)
+    lines = read_lines('a,1\n"b', "t.csv", "Fix it.", strict=True)
     assert next(lines) == (1, ["a", "1"])
     with pytest.raises(UserError, match=r"^t\.csv line 2 "):
         next(lines)
@@ -51,13 +51,13 @@ def test_a_byte_order_mark_tells_the_encoding() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"a,1\nM\xfcller,1", r"^t\.csv line 2 is not UTF-8 \(byte 0xfc\); save it as `CSV UTF-8`$"),
+        (b"a,1\nM\xfcller,1", r"^t\.csv line 2 is not UTF-8 \(byte 0xfc\). Save it as `CSV UTF-8`\.$"),
         (
             "a,1".encode("utf-16-le"),
-            r"^t\.csv is not a text file \(it holds zero bytes\); save the table as `CSV UTF-8`$",
+            r"^t\.csv is not a text file \(it holds zero bytes\). Save the table as `CSV UTF-8`\.$",
         ),
-        ("a,1".encode("utf-16")[:-1], r"^t\.csv is not UTF-16, as its first bytes say; save it as `CSV UTF-8`$"),
-        (b"\xff\xfe\0\0\xff\xff\xff\xff", r"^t\.csv is not UTF-32, as its first bytes say; save it as `CSV UTF-8`$"),
+        ("a,1".encode("utf-16")[:-1], r"^t\.csv is not UTF-16, though its byte-order mark says so. Save it as `CSV UTF-8`\.$"),
+        (b"\xff\xfe\0\0\xff\xff\xff\xff", r"^t\.csv is not UTF-32, though its byte-order mark says so. Save it as `CSV UTF-8`\.$"),
     ],
 )
 def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:
@@ -90,7 +90,7 @@ def test_the_delimiter_is_what_cuts_the_lines(mark: str, header: str, name: str,
 def test_a_mark_in_the_names_is_no_delimiter(text: str, mark: str) -> None:
     assert find_delimiter(text) == mark
     if "x" not in text:
-        assert {len(cells) for _, cells in read_lines(text, "t.csv", "fix it", delimiter=mark)} <= {1, 2}
+        assert {len(cells) for _, cells in read_lines(text, "t.csv", "Fix it.", delimiter=mark)} <= {1, 2}
 
 
 def test_a_number_has_a_point_or_a_comma() -> None:

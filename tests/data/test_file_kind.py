@@ -20,7 +20,7 @@ from PIL import Image, features
 from mura_dist.data.radiograph import UnreadableFileError, decode, read_identity
 
 GRAY = np.random.default_rng(0).integers(0, 256, (24, 24), dtype=np.uint8)
-FALSE_REASONS = ("damaged, cut short", "does not begin as any image format", "DICOM modality")
+FALSE_REASONS = ("corrupt, truncated", "first bytes are not those of an image format", "DICOM modality")
 
 
 def by_pillow(kind: str, mode: str = "L") -> bytes:
@@ -148,7 +148,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], str, str]] = {
         "a git-annex pointer, not the file it stands for",
     ),
     "svg": (lambda: b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "not_image", "a text or web page"),
-    "zeros": (lambda: bytes(70_000), "not_image", "nothing but zeros, as a copy that broke off does; copy it again"),
+    "zeros": (lambda: bytes(70_000), "not_image", "zeros only, as an interrupted copy does; copy it again"),
     "lossless jpeg": (
         lambda: jpeg_of(0xC3),
         "unreadable",
@@ -205,7 +205,7 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_table_is_not_called_what_its_first_letters_spell(text: str) -> None:
-    assert refusal(text.encode()).reason == "it does not begin as any image format does"
+    assert refusal(text.encode()).reason == "its first bytes are not those of an image format"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 12, 64, 400])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mura_dist.data.folder_kind import Kind, find_output_kinds
+from mura_dist.data.folder_kind import OutputKind, find_output_kinds
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from mura_dist.data.folder_kind import Kind, find_output_kinds
         ),
     ],
 )
-def test_kinds_by_their_files(files: list[str], kinds: dict[Kind, str], tmp_path: Path) -> None:
+def test_kinds_by_their_files(files: list[str], kinds: dict[OutputKind, str], tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")

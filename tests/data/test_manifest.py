@@ -230,7 +230,7 @@ def test_csvs_that_say_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "valid_image_paths.csv").write_text(view("valid", patient=9))
     refused(tmp_path, "no file on disk is listed in its CSVs", "which name 2", "delete them to go by the folders")
     images.write_text('"' + "x" * 200_000)
-    refused(tmp_path, "train_image_paths.csv line 1 is no CSV", "field larger", "mend it, or delete it")
+    refused(tmp_path, "train_image_paths.csv line 1 is not CSV", "field larger", "Fix or delete the file")
 
 
 # ---- defects, each one alone
@@ -729,7 +729,7 @@ def test_a_manifest_of_impossible_values_is_refused(column: str, value: str, lim
         Manifest.load(path)
     said = str(refusal.value)
     assert said.startswith(f"{path} row 1: {column} ")
-    assert said.endswith(f" ({limit}); make the shards again")
+    assert said.endswith(f" ({limit}). Make the shards again.")
 
 
 def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
     if syntax in DECODED:
         assert refused.code == "unreadable"
     else:
-        assert str(refused) == "out_of_scope: a DICOM compressed as none here is; store it uncompressed or as JPEG 2000"
+        assert str(refused) == "out_of_scope: a DICOM with an unsupported compression; store it uncompressed or as JPEG 2000"
 
 
 def test_jpeg_of_12_bits_in_dicom() -> None:
@@ -461,16 +461,16 @@ def bomb_in_dicom(syntax: str) -> bytes:
 GIF, BMP, WEBP = (lambda kind=kind: saved(GRAY_IMAGE, kind) for kind in ("GIF", "BMP", "WEBP"))
 REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty": (lambda: b"", "not_image", "the file is empty"),
-    "text": (lambda: b"patient,label\n", "not_image", "does not begin as any image"),
+    "text": (lambda: b"patient,label\n", "not_image", "first bytes are not those of an image"),
     "web page": (lambda: b"<!DOCTYPE html>", "not_image", "web page"),
     "git lfs": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "not_image", "Git LFS pointer"),
     "appledouble": (lambda: b"\0\x05\x16\x07" + bytes(80), "not_image", "AppleDouble"),
     "gif": (GIF, "out_of_scope", "a GIF"),
     "bmp": (BMP, "out_of_scope", "a BMP"),
     "webp": (WEBP, "out_of_scope", "a WebP"),
-    "signature alone": (lambda: b"\x89PNG\r\n\x1a\n", "unreadable", "its PNG data is damaged, cut short"),
+    "signature alone": (lambda: b"\x89PNG\r\n\x1a\n", "unreadable", "its PNG data is corrupt, truncated"),
     "our limit": (lambda: bomb_png(60000, 1000), "too_large", f"60000 x 1000 pixels, more than {MAX_PIXELS:,}"),
-    "pillow's limit": (lambda: bomb_png(60000, 60000), "too_large", f"promises more than {MAX_PIXELS:,} pixels"),
+    "pillow's limit": (lambda: bomb_png(60000, 60000), "too_large", f"has more than {MAX_PIXELS:,} pixels"),
     "dicom limit": (lambda: dicom(GRAY, Rows=60000, Columns=1000), "too_large", "60000 pixels, more than"),
     "jpeg bomb in dicom": (lambda: bomb_in_dicom(JPEG), "unreadable", "header and the image inside differ in size"),
     "j2k bomb in dicom": (lambda: bomb_in_dicom(J2K), "unreadable", "header and the image inside differ in size"),
@@ -485,9 +485,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
         "out_of_scope",
         "without an image",
     ),
-    "no pixels": (lambda: dicom(GRAY, PixelData=None), "unreadable", "its DICOM data is damaged, cut short"),
-    "short pixels": (lambda: dicom(GRAY, PixelData=b"\0" * 1000), "unreadable", "its DICOM data is damaged, cut short"),
-    "no header": (lambda: bytes(128) + b"DICM", "unreadable", "DICOM header is damaged or cut short"),
+    "no pixels": (lambda: dicom(GRAY, PixelData=None), "unreadable", "its DICOM data is corrupt, truncated"),
+    "short pixels": (lambda: dicom(GRAY, PixelData=b"\0" * 1000), "unreadable", "its DICOM data is corrupt, truncated"),
+    "no header": (lambda: bytes(128) + b"DICM", "unreadable", "DICOM header is corrupt or truncated"),
     "nonsense sizes": (lambda: dicom(GRAY, SamplesPerPixel=60000), "unreadable", "60000 samples a pixel"),
 }
 

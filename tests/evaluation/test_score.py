@@ -389,9 +389,9 @@ PREDICTIONS = {
         "quote names",
     ),
     "a shorter line": ("study,call\na,1\nb\n", "p.csv line 3: wrong number of columns, 1 where the table has 2"),
-    "an open quote": (GOOD + '"e,1\n', "is no CSV", "fix the line"),
+    "an open quote": (GOOD + '"e,1\n', "is not CSV", "Fix the line"),
     "bytes": (b"\x89PNG\0\0", "p.csv is not a text file"),
-    "half a UTF-16": (GOOD.encode("utf-16")[:-1], "p.csv is not UTF-16, as its first bytes say"),
+    "half a UTF-16": (GOOD.encode("utf-16")[:-1], "p.csv is not UTF-16, though its byte-order mark says so"),
     "UTF-8 and Windows-1252": ("a,0\nmü".encode() + b"m\xfcller,1\n", "p.csv line 2 is not UTF-8 (byte 0xfc)"),
     "composed in two ways": (GOOD + "Mu\u0308,1\nM\xfc,0\n", "1 study more than once (M\xfc;", "composed form, NFC"),
 }

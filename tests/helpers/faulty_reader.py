@@ -19,5 +19,5 @@ class RadiographReader(reader.RadiographReader):
             try:
                 bytearray(1 << 40)
             except MemoryError:
-                return reader.failure_result("too_large", "this PNG needs more memory than there is to decode")
+                return reader.failure_result("too_large", "decoding this PNG needs more memory than is available")
         return super().__call__(path)

@@ -158,13 +158,13 @@ def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(io_faults, "MAX_IN_ROW", 5)
+    monkeypatch.setattr(io_faults, "MAX_CONSECUTIVE", 5)
     out = tmp_path / "out"
     with read_faults("study0/02").in_children(), pytest.raises(RunError, match=r"^1 files"):
         predict(model, directory, out, PredictOptions(workers=1))
     for part in (out / ".parts").glob("000002.json"):
         part.unlink()
-    said = rf"^5 files of {directory} in a row could not be read, the last one cannot be read: input/output error; "
+    said = rf"^5 consecutive files of {directory} could not be read \(last: cannot be read: input/output error\)\. "
     with read_faults("study").in_children(), pytest.raises(RunError, match=said):
         predict(model, directory, out, PredictOptions(workers=1))
     again = read_faults("study", call="open", skip=1000)
@@ -186,7 +186,7 @@ def test_a_directory_that_goes_away_ends_the_run_early(left: str, model: Path, d
             if left != "nothing":
                 source.mkdir()
 
-    with pytest.raises(RunError, match=rf"^{source} is gone, or empty; bring it back, then the same command goes on$"):
+    with pytest.raises(RunError, match=rf"^{source} is gone or empty\. Restore it\. The same command resumes\.$"):
         predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=take_away)
     assert not (tmp_path / "out" / "predict.json").exists()
 

@@ -76,17 +76,17 @@ def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp
     assert result.returncode == 0, result.stderr
     epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
     assert [line["damaged_samples"] for line in epochs] == [1, 2, 2], "tune's is found first, before training"
-    named = [line for line in result.stderr.splitlines() if "damaged sample: row" in line]
+    named = [line for line in result.stderr.splitlines() if "corrupt sample: row" in line]
     assert {int(line.split("row ")[1].split()[0]) for line in named} == set(bad)
     assert len(named) <= 2 * ranks
     assert all(np.isfinite(losses(tmp_path / "run")))
     strict = train(ranks, shards, tmp_path / "strict", "strict=true")
     assert strict.returncode == 1
     [line] = [line for line in strict.stderr.splitlines() if line.startswith("mura-dist:")]
-    assert re.search(rf"damaged sample: row {bad[1]} .*; strict=true ends here", line)
+    assert re.search(rf"corrupt sample: row {bad[1]} .*; strict=true ends here", line)
     done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
-    assert f"damaged sample: row {bad[1]}" in done.stderr
+    assert f"corrupt sample: row {bad[1]}" in done.stderr
     assert "1 radiographs of tune are not in it: their samples are corrupt" in done.stdout
     assert json.loads((tmp_path / "report" / "metrics.json").read_bytes())["num_damaged"] == 1
     predictions = pd.read_csv(tmp_path / "report" / "predictions.csv")
@@ -101,7 +101,7 @@ def test_a_missing_or_shortened_tar_is_refused_before_anything_is_written(
     words = ["train", *TINY, f"shards={shards}", f"run={tmp_path / 'run'}"]
     os.truncate(shards / "tune-000000.tar", 1000)
     laws.refusal(
-        capsys, words, "tune-000000.tar has 1,000 bytes, index.json says", "delete tune-000000.json and index.json"
+        capsys, words, "tune-000000.tar has 1,000 bytes, index.json:", "Delete tune-000000.json and index.json"
     )
     (shards / "train-000000.tar").unlink()
     laws.refusal(capsys, words, "train-000000.tar is missing", "run the same `mura-dist shards` command again")

@@ -1,0 +1,1 @@
+"""Loading: shards to batches on the device."""

@@ -1,0 +1,1 @@
+"""Shards: WebDataset tars of preprocessed radiographs."""

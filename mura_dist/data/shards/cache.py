@@ -1,9 +1,9 @@
-"""Shards on this node's own disk: copied there once, by one process of the node, checked, then shared by all its ranks.
+"""Copy shards to a local disk of this node, where all its ranks share them.
 
     s3://bucket/shards, or a slow network folder -> MIRROR/<digest of index.json>/ (index.json last) -> Shards.open
 
-Whoever gets the lock copies; the others wait for it, and find the copy there. The kernel lets go of a dead process's lock, so the
-next one goes on where that one was killed. A second run with the same shards copies nothing.
+The process that holds the lock copies and checks the shards. The others wait. The kernel releases the lock of a killed process,
+and the next one resumes the copy. A second run with the same shards copies nothing.
 """
 
 import contextlib
@@ -20,36 +20,43 @@ from mura_dist.core.errors import RunError, UserError
 from mura_dist.core.storage import Storage, StoragePath
 from mura_dist.data.shards.index import parse
 
-_COPIES_AT_ONCE = 4
-_ROOM = 1.02  # of the shards' bytes: what indexes and file system take beside them
+_NUM_THREADS = 4
+_DISK_FACTOR = 1.02  # of the tars' bytes, with indexes and file system
 
 
-def local_folder(where: StoragePath, mirror: Path | None = None) -> Path:
-    """The local folder to open `where` in: itself, unless it is a URL or `mirror` (a folder of this node's disk) is given.
+def local_folder(source: StoragePath, mirror: Path | None = None) -> Path:
+    """Return a local folder with the shards of `source`: a copy of a URL or if `mirror` is given, else `source` itself.
 
-    A URL without `mirror` is copied below $XDG_CACHE_HOME/mura-dist. Raises UserError where there are no finished shards, not
-    enough room or no home, RunError where a copy differs from its SHA-256.
+    Args:
+        source: Folder or URL of finished shards.
+        mirror: Folder on a disk of this node. Default for URLs: $XDG_CACHE_HOME/mura-dist/shards.
+
+    Raises:
+        UserError: No finished shards, not enough disk space, or no home folder.
+        RunError: A copy differs from its SHA-256.
     """
-    if mirror is None and not storage.is_remote(where):
-        return Path(where)
-    place = storage.open_storage(where)
+    if mirror is None and not storage.is_remote(source):
+        return Path(source)
+    remote = storage.open_storage(source)
     try:
-        data = place.read("index.json")
+        data = remote.read("index.json")
     except FileNotFoundError:
-        why = (
-            "the conversion is not finished; run the same `mura-dist shards` command again"
-            if place.exists("conversion.json")
-            else f"holds no shards (no index.json); make them with `mura-dist shards SOURCE {where}`"
-        )
-        raise UserError(f"{where}: {why}") from None
-    index = parse(data, where)
+        raise no_shards_error(source, is_unfinished=remote.exists("conversion.json")) from None
+    index = parse(data, source)
     folder = (mirror or _cache()) / hashlib.sha256(data).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
         if not (folder / "index.json").is_file():
-            _copy(place, folder, index)
+            _copy(remote, folder, index)
             files.write_bytes(folder / "index.json", data)
     return folder
+
+
+def no_shards_error(folder: StoragePath, *, is_unfinished: bool) -> UserError:
+    """Return the error for a folder without index.json."""
+    if is_unfinished:
+        return UserError(f"{folder}: the conversion is not finished. Run the same `mura-dist shards` command again.")
+    return UserError(f"{folder} holds no shards (no index.json). Make them with `mura-dist shards SOURCE {folder}`.")
 
 
 def _cache() -> Path:
@@ -58,42 +65,42 @@ def _cache() -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
+    """Hold the lock file: one process of this machine at a time. Without flock two may copy, and each renames whole files."""
     with open(path, "wb") as file:
-        with contextlib.suppress(
-            ImportError
-        ):  # a system without flock: its copies may meet, each file is renamed whole
+        with contextlib.suppress(ImportError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _copy(place: Storage, folder: Path, index: dict[str, Any]) -> None:
-    shards = [shard for part in index["splits"].values() for shard in part["shards"]]
-    needed = int(sum(shard["bytes"] for shard in shards if not (folder / shard["name"]).is_file()) * _ROOM)
-    if needed > (free := shutil.disk_usage(folder).free):
+def _copy(remote: Storage, folder: Path, index: dict[str, Any]) -> None:
+    shards = [shard for split in index["splits"].values() for shard in split["shards"]]
+    needed_bytes = int(sum(shard["bytes"] for shard in shards if not (folder / shard["name"]).is_file()) * _DISK_FACTOR)
+    if needed_bytes > (free_bytes := shutil.disk_usage(folder).free):
         raise UserError(
-            f"{folder}: {place} needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
-            "make room, or name another disk with mirror=FOLDER"
+            f"{folder}: a copy of {remote} needs {needed_bytes / 1e9:.1f} GB ({free_bytes / 1e9:.1f} GB are free). "
+            "Free space, or name another disk with mirror=FOLDER."
         )
-    small = ["manifest.csv"] + [
+    companions = ["manifest.csv"] + [
         shard["name"].removesuffix(".tar") + end for shard in shards for end in (".idx", ".crc")
     ]
-    digests = dict.fromkeys(small, None) | {shard["name"]: shard["sha256"] for shard in shards}
-    with ThreadPoolExecutor(_COPIES_AT_ONCE, "mirror") as pool:
-        list(pool.map(lambda name: _copy_one(place, name, folder, digests[name]), digests))
+    digests = dict.fromkeys(companions, None) | {shard["name"]: shard["sha256"] for shard in shards}
+    with ThreadPoolExecutor(_NUM_THREADS, "mirror") as pool:
+        list(pool.map(lambda name: _copy_file(remote, name, folder, digests[name]), digests))
 
 
-def _copy_one(place: Storage, name: str, folder: Path, digest: str | None) -> None:
-    """One file, unless an earlier start has it; a tar is checked, and fetched a second time where it differs."""
+def _copy_file(remote: Storage, name: str, folder: Path, digest: str | None) -> None:
+    """Copy a file unless it exists. A tar that differs from its SHA-256 is fetched a second time."""
     path = folder / name
     if path.is_file():
         return
     for _ in range(2):
         with files.scratch(path) as copy:
-            place.copy_to(name, copy)
+            remote.copy_to(name, copy)
             if digest is None or storage.sha256(copy) == digest:
                 os.replace(copy, path)
                 return
-    raise RunError(f"{place}/{name} differs from its SHA-256 in index.json, twice; `mura-dist verify` tells more")
+    raise RunError(
+        f"{remote}/{name} differs from its SHA-256 in index.json (2 attempts). Run `mura-dist verify` on it."
+    )

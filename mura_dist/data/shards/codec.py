@@ -1,6 +1,6 @@
-"""A radiograph on its way into a shard: read, resized, encoded. A worker process imports this and little else: it starts fast.
+"""Read, resize and encode radiographs for shards, and decode samples. Imports little, so that worker processes start fast.
 
-row (or the file's content) -> radiograph.read -> uint8 (S, S) -> encode -> Sample
+path or content of a row -> radiograph.read -> uint8 (S, S) -> encode -> Sample
 """
 
 import functools
@@ -16,14 +16,14 @@ from mura_dist.data import radiograph
 
 SUFFIX = {"raw": "npy", "png": "png", "jpeg": "jpg"}
 JPEG_QUALITY = 95
-MAX_SIZE_PX = 2048  # of a side
+MAX_SIZE_PX = 2048  # largest side of a sample
 
 Task = tuple[int, str | bytes | radiograph.UnreadableFileError]
-"""A row, and its file's path; or its content, or why there is none, where only the main process reaches the source."""
+"""A row with its file's path, its content, or the reason why the main process could not fetch it."""
 
 
 class Sample(NamedTuple):
-    """What a tar takes, or the reason there is nothing to take."""
+    """An encoded image of a row, or the code and reason why there is none."""
 
     row: int
     data: bytes | None
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 def encode(pixels: np.ndarray, encoding: str) -> bytes:
-    """uint8 (S, S) -> the bytes of a sample's image member."""
+    """Encode pixels, uint8 (S, S), as the image member of a sample: raw (.npy), png or jpeg."""
     if encoding == "raw":
         return npy_header(pixels.shape) + pixels.tobytes()
     data = io.BytesIO()
@@ -45,39 +45,40 @@ def encode(pixels: np.ndarray, encoding: str) -> bytes:
 
 @functools.cache
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """What NumPy writes before the pixels, uint8 of `shape` in C order."""
+    """Return the .npy header of uint8 pixels of `shape` in C order."""
     data = io.BytesIO()
     np.lib.format.write_array(data, np.zeros(shape, np.uint8), version=(1, 0), allow_pickle=False)
     return data.getvalue()[: -math.prod(shape)]
 
 
 def decode(data: bytes, encoding: str) -> np.ndarray:
-    """The bytes of a sample's image member -> uint8 (S, S). Raises ValueError where they are none; S is at most `MAX_SIZE_PX`."""
+    """Decode the image member of a sample to uint8 (S, S). Raises ValueError for corrupt data, or S above MAX_SIZE_PX."""
     file = io.BytesIO(data)
     try:
         if encoding == "raw":
             if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of .npy")
+                raise ValueError("unknown version of .npy")
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype != np.uint8:
                 raise ValueError(f"{dtype}, not uint8")
             return np.frombuffer(data, np.uint8, offset=file.tell()).reshape(shape)
         with Image.open(file) as image:
             if max(image.size) > MAX_SIZE_PX:
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, at most {MAX_SIZE_PX} of a side are read")
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels (at most {MAX_SIZE_PX} per side)")
             return np.asarray(image)
-    except Exception as error:  # Pillow and NumPy have many kinds, of damage that nobody foresaw too
+    except Exception as error:  # Pillow and NumPy raise many types for corrupt data
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Does one task."""
+    """Callable that turns a Task into a Sample."""
 
     size: int
     encoding: str
 
     def __call__(self, task: Task) -> Sample:
+        """Read and encode one radiograph. Unreadable files give a Sample with code and reason."""
         row, source = task
         try:
             if isinstance(source, radiograph.UnreadableFileError):

@@ -1,6 +1,6 @@
-"""index.json, checked: it may come from another machine. Nothing of it becomes a path or a size before this.
+"""Parse and validate index.json, which may come from another machine, before any of it is used as a path or size.
 
-bytes -> parse -> names that are tars' names, counts and sizes that are some; or UserError
+bytes -> parse -> valid tar names, counts and sizes; or UserError
 """
 
 from typing import Annotated, Any, Literal
@@ -45,7 +45,7 @@ class _Unreadable(BaseModel):
 
 
 class FileFault(BaseModel):
-    """A file that is not in its shard, and why, as a mark or a list of I/O faults has it."""
+    """A radiograph missing from its shard, with the reason."""
 
     row: _Count
     code: StrictStr
@@ -53,7 +53,7 @@ class FileFault(BaseModel):
 
 
 class CompletionMark(BaseModel):
-    """A finished shard. sha256: None where no file could be read."""
+    """The record of a finished shard. `sha256` is None where no file was readable."""
 
     name: _Name
     num_samples: _Count
@@ -63,7 +63,7 @@ class CompletionMark(BaseModel):
 
 
 class _Index(BaseModel):
-    """The part of index.json that is read."""
+    """The keys of index.json that are read."""
 
     holds: Literal["phantoms", "radiographs"]
     size: Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE_PX)]
@@ -79,27 +79,27 @@ class _Format(BaseModel):
 
 
 def parse(data: bytes, folder: StoragePath) -> dict[str, Any]:
-    """Return the content of `folder`'s index.json. Raises UserError where it is damaged, or of another format."""
+    """Parse the index.json of a folder. Raises UserError where it is corrupt or of another format."""
     try:
         version = files.parse_json(data, _Format)["format"]
         index: dict[str, Any] = files.parse_json(data, _Index) if version == FORMAT else {}
         _check_names(index.get("splits", {}))
     except ValueError as error:
-        raise UserError(f"{folder}/index.json is damaged ({error}); make the shards again") from error
+        raise UserError(f"{folder}/index.json is corrupt ({error}). Make the shards again.") from error
     if version != FORMAT:
         raise UserError(
-            f"{folder} has shards of format {version}, this mura-dist reads format {FORMAT}; "
-            "make them again, or install the version that wrote them"
+            f"{folder} has shards of format {version} (this version reads format {FORMAT}). "
+            "Make them again, or install the version that wrote them."
         )
     return index
 
 
 def _check_names(splits: dict[str, Any]) -> None:
-    for split, part in splits.items():
+    for split, content in splits.items():
         if split not in mura.SPLITS:
-            raise ValueError(f"splits: {split[:80]!r} is none")
-        names = [shard["name"] for shard in part["shards"]]
+            raise ValueError(f"splits: {split[:80]!r} is not a split")
+        names = [shard["name"] for shard in content["shards"]]
         if len(set(names)) < len(names):
-            raise ValueError(f"splits.{split}: a shard twice")
-        if strange := next((name for name in names if not name.startswith(f"{split}-")), None):
-            raise ValueError(f"splits.{split}: {strange} is another split's")
+            raise ValueError(f"splits.{split}: a shard is listed twice")
+        if foreign := next((name for name in names if not name.startswith(f"{split}-")), None):
+            raise ValueError(f"splits.{split}: {foreign} belongs to another split")

@@ -1,0 +1,1 @@
+"""Scanning a folder in MURA's layout: files, CSVs, labels, duplicates, the report."""

@@ -228,10 +228,10 @@ def test_a_damaged_sample_is_named_once_and_left_out(
         assert (batch.weight == torch.where(here, 0, sound.weight)).all()
         for name in ("image", "label"):
             assert torch.equal(getattr(batch, name)[~here], getattr(sound, name)[~here])
-    [line] = [line for line in capfd.readouterr().err.splitlines() if "damaged sample" in line]
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "corrupt sample" in line]
     path = opened.manifest.frame.at[bad, "path"]
-    assert line.startswith(f"damaged sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
-    assert list(broken.damaged) == [bad]
+    assert line.startswith(f"corrupt sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
+    assert list(broken.corrupt) == [bad]
     with pytest.raises(RunError, match=rf"row {bad} .*strict=true ends here: mend it"):
         list(replace(whole, shards=Shards.open(folder), strict=True).load(micro_batches))
 
@@ -293,10 +293,10 @@ def test_an_error_of_the_disk_is_retried_and_no_samples_fault(
         np.testing.assert_array_equal(broken.read_pixels(row), opened.read_pixels(row))
         assert len(pauses) == 2
     else:
-        with pytest.raises(ShardReadError, match=rf"{tar.name} cannot be read in 4 tries: input/output error"):
+        with pytest.raises(ShardReadError, match=rf"{tar.name} cannot be read in 4 attempts: input/output error"):
             broken.read_pixels(row)
         assert pauses == [0.2, 1.0, 3.0]
-    assert broken.damaged == {}
+    assert broken.corrupt == {}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -322,7 +322,7 @@ def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(ope
     claims += [({"size": 32}, "raw pixels of size 32")] if opened.encoding == "raw" else []
     for change, words in claims:
         (folder / "index.json").write_text(json.dumps(index | change))
-        with pytest.raises(UserError, match=rf"index.json says {words}, its .idx files say .*make the shards again"):
+        with pytest.raises(UserError, match=rf"index.json has {words}, its .idx files have .*Make the shards again"):
             Shards.open(folder).check_tars("train")
 
 

@@ -20,7 +20,7 @@ from helpers.read_faults import ReadFaults
 
 from mura_dist.core import storage
 from mura_dist.core.errors import RunError, UserError
-from mura_dist.data.io_faults import MAX_IN_ROW, IoFaults
+from mura_dist.data.io_faults import MAX_CONSECUTIVE, IoFaults
 from mura_dist.data.shards import convert as converter
 from mura_dist.data.shards import writer
 from mura_dist.data.shards.codec import Sample
@@ -143,7 +143,7 @@ def test_many_faults_in_a_row_end_the_run_early(
     phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
     said = (
-        rf"^{MAX_IN_ROW} files of {phantoms} in a row could not be read, the last one cannot be read: .*not connected; "
+        rf"^{MAX_CONSECUTIVE} consecutive files of {phantoms} could not be read \(last: cannot be read: .*not connected\)\. "
     )
     with (
         read_faults("/valid/", error=errno.ENOTCONN).in_children(),
@@ -158,10 +158,10 @@ def test_faults_count_in_a_row_only(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     faults = IoFaults(tmp_path)
     for _ in range(3):
-        for _ in range(MAX_IN_ROW - 1):
+        for _ in range(MAX_CONSECUTIVE - 1):
             faults.check("io_error", "cannot be read: input/output error")
         faults.check("", "")
-    for _ in range(MAX_IN_ROW + 1):
+    for _ in range(MAX_CONSECUTIVE + 1):
         faults.check("unreadable", "its PNG data is damaged")
 
 
@@ -177,7 +177,7 @@ def test_a_source_that_goes_away_ends_the_run_early(left: str, phantoms: Path, t
             if left != "nothing":
                 source.mkdir()
 
-    with pytest.raises(RunError, match=rf"^{source} is gone, or empty; bring it back"):
+    with pytest.raises(RunError, match=rf"^{source} is gone or empty\. Restore it"):
         convert(source, tmp_path / "out", size=40, workers=1, progress=take_away)
 
 

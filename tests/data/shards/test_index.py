@@ -81,7 +81,7 @@ def test_no_name_of_a_url_writes_outside_the_mirror(shard_folder: Path, tmp_path
     shards_of(index)["name"] = "a/../../escape.tar"
     place.write("index.json", json.dumps(index).encode())
     (tmp_path / "mirror").mkdir()
-    with pytest.raises(UserError, match=r"^memory://strangers/index.json is damaged \(splits.train.shards.0.name"):
+    with pytest.raises(UserError, match=r"^memory://strangers/index.json is corrupt \(splits.train.shards.0.name"):
         Shards.open("memory://strangers", tmp_path / "mirror")
     assert not list(tmp_path.rglob("escape*"))
 
@@ -103,7 +103,7 @@ def test_a_hostile_index_is_one_line(change: Callable[[dict[str, Any]], Any], co
 )
 def test_what_is_no_index_is_one_line(text: bytes, copy: Path) -> None:
     (copy / "index.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"index\.json is damaged"):
+    with pytest.raises(UserError, match=r"index\.json is corrupt"):
         Shards.open(copy)
 
 
@@ -130,9 +130,9 @@ def test_nothing_is_read_outside_a_tar(where: str, copy: Path) -> None:
         line = {"crc": f"{row} {HUGE:x}", "crc row": f"-1 {digits}", "crc long": f"{HUGE} {digits}"}[where]
         crc.write_text(line + "\n")
     shards = Shards.open(copy)
-    with pytest.raises(UserError, match=r"the .idx or .crc of train-000000.tar is missing or damaged"):
+    with pytest.raises(UserError, match=r"the .idx or .crc of train-000000.tar is missing or corrupt"):
         shards.read_pixels(0)
-    assert any("train-000000.tar: it, its .idx or its .crc is damaged" in line for line in verify(copy))
+    assert any("train-000000.tar: the tar, its .idx or its .crc is corrupt" in line for line in verify(copy))
 
 
 def test_a_sample_larger_than_a_radiograph_is_not_decoded(copy: Path) -> None:

@@ -244,7 +244,7 @@ def test_what_are_no_shards_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finished"):
         Shards.open(tmp_path / "out")
     path.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=r"split 'tune'.*is empty; it has train, valid"):
+    with pytest.raises(UserError, match=r"split 'tune'.*is empty\. Give one of train, valid"):
         Shards.open(tmp_path / "out").rows("tune")
     manifest = tmp_path / "out" / "manifest.csv"
     manifest.write_text(manifest.read_text().replace(",1,train", ",0,train", 1))
