@@ -56,8 +56,14 @@ def test_a_byte_order_mark_tells_the_encoding() -> None:
             "a,1".encode("utf-16-le"),
             r"^t\.csv is not a text file \(it holds zero bytes\). Save the table as `CSV UTF-8`\.$",
         ),
-        ("a,1".encode("utf-16")[:-1], r"^t\.csv is not UTF-16, though its byte-order mark says so. Save it as `CSV UTF-8`\.$"),
-        (b"\xff\xfe\0\0\xff\xff\xff\xff", r"^t\.csv is not UTF-32, though its byte-order mark says so. Save it as `CSV UTF-8`\.$"),
+        (
+            "a,1".encode("utf-16")[:-1],
+            r"^t\.csv is not UTF-16, though its byte-order mark says so. Save it as `CSV UTF-8`\.$",
+        ),
+        (
+            b"\xff\xfe\0\0\xff\xff\xff\xff",
+            r"^t\.csv is not UTF-32, though its byte-order mark says so. Save it as `CSV UTF-8`\.$",
+        ),
     ],
 )
 def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:

@@ -310,7 +310,10 @@ def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
     if syntax in DECODED:
         assert refused.code == "unreadable"
     else:
-        assert str(refused) == "out_of_scope: a DICOM with an unsupported compression; store it uncompressed or as JPEG 2000"
+        assert (
+            str(refused)
+            == "out_of_scope: a DICOM with an unsupported compression; store it uncompressed or as JPEG 2000"
+        )
 
 
 def test_jpeg_of_12_bits_in_dicom() -> None:

@@ -142,9 +142,7 @@ def test_a_source_behind_a_url_is_read_again_too(
 def test_many_faults_in_a_row_end_the_run_early(
     phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
-    said = (
-        rf"^{MAX_CONSECUTIVE} consecutive files of {phantoms} could not be read \(last: cannot be read: .*not connected\)\. "
-    )
+    said = rf"^{MAX_CONSECUTIVE} consecutive files of {phantoms} could not be read \(last: cannot be read: .*not connected\)\. "
     with (
         read_faults("/valid/", error=errno.ENOTCONN).in_children(),
         pytest.raises(RunError, match=said),

@@ -155,7 +155,12 @@ def test_a_file_that_takes_too_long_or_too_much_is_one_failure_row(with_a_giant:
     assert whole["unreadable"] == []
     for name, limits, code, reason in (
         ("slow", PoolLimits(processor_s=0.1), "unreadable", "its decoder did not finish within 0.1 s"),
-        ("large", PoolLimits(memory_bytes=30 << 20), "too_large", "decoding this PNG needs more memory than is available"),
+        (
+            "large",
+            PoolLimits(memory_bytes=30 << 20),
+            "too_large",
+            "decoding this PNG needs more memory than is available",
+        ),
     ):
         index = convert(with_a_giant, tmp_path / name, size=40, workers=2, limits=limits)
         assert index is not None

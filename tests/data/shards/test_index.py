@@ -92,7 +92,7 @@ def test_a_hostile_index_is_one_line(change: Callable[[dict[str, Any]], Any], co
     change(index)
     (copy / "index.json").write_text(json.dumps(index))
     for open_ in (Shards.open, lambda folder: cache.local_folder(folder, tmp_path / "mirror")):
-        with pytest.raises(UserError, match=r"damaged|format") as refusal:
+        with pytest.raises(UserError, match=r"corrupt|format") as refusal:
             open_(copy)
         assert "\n" not in str(refusal.value)
         assert len(str(refusal.value)) < 500
@@ -144,7 +144,7 @@ def test_a_sample_larger_than_a_radiograph_is_not_decoded(copy: Path) -> None:
     header, first, *rest = idx.read_text().splitlines()
     suffix, offset, _, *words = first.split(" ")
     idx.write_text("\n".join([header, " ".join([suffix, offset, str(2**38), *words]), *rest]) + "\n")
-    with pytest.raises(UserError, match="bytes, a radiograph at most 73,728"):
+    with pytest.raises(UserError, match=r"bytes \(at most 73,728\)"):
         Shards.open(copy).read_pixels(0)
 
 
