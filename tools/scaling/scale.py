@@ -96,7 +96,7 @@ def check(options: argparse.Namespace) -> None:
     trace = Trace.load(options.trace) if options.trace else None
     if trace is not None:
         _same(trace, job, options.trace)
-    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "say": log}
+    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "log": log}
     found = trials.check(trace, job, ranks, networks, **given)
     worst = max(found, key=lambda one: abs(one["error"]))
     within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
