@@ -1,9 +1,9 @@
-"""Overlays of a prediction run: a radiograph alone, and beside it the same under its class activation map. LOCAL ONLY.
+"""Overlays of a prediction: a radiograph, and beside it the same under its class activation map. LOCAL ONLY.
 
-    image (S, S), cells (h, w), logit -> picture, with scale, caveat and mark in its pixels -> OUT/overlays/NAME.png
+    image (S, S), cells (h, w), logit -> picture with scale, caveat and mark -> OUT/overlays/NAME.png
 
-NAME is the radiograph's path in the tables, a pseudonym where those have one, with ".png" behind it. No metadata but the mark.
-Of a DICOM whose pixels may show a name, none is written unless that is allowed; of a PNG or a JPEG nothing tells.
+NAME is the radiograph's name in the tables, which may be a pseudonym. The file has no metadata but the mark. A DICOM whose
+pixels may show a person's name gets no overlay without --allow-pixels. A PNG or JPEG does not tell whether they do.
 """
 
 import hashlib
@@ -24,15 +24,22 @@ from mura_dist.metrics import classification
 from mura_dist.reports import heatmap, local_only
 
 FOLDER, NOTE = "overlays", "LOCAL-ONLY.txt"
-CAVEAT = "research only, not a medical device; a heatmap shows what moved this model, not where a lesion is"  # fits the picture
-_SIDE_PX, _WIDTH_PX = 320, 664  # at least, of a radiograph and of the picture
-_NAME_BYTES = 230  # of 255: a suffix follows
+CAVEAT = "research only, not a medical device; a heatmap shows what moved this model, not where a lesion is"  # fits the width of the picture
+_SIDE_PX, _WIDTH_PX = 320, 664  # minimum of a radiograph and of the picture
+_NAME_BYTES = 230  # a file name has 255, of which a suffix needs some
 _MARGIN, _TOP, _BELOW = 8, 26, 26
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """What one is drawn from. `name`: the radiograph's path as the tables have it; image (S, S) uint8, cells (h, w)."""
+    """The content of an overlay.
+
+    Attributes:
+        name: Name of the radiograph in the tables.
+        image: (S, S) uint8.
+        cells: Activation map (h, w) float32.
+        logit: Output of the model.
+    """
 
     name: str
     image: np.ndarray
@@ -42,70 +49,73 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Overlays:
-    """The folder of the overlays, and which may be written. `drawings`: the model was trained on phantoms."""
+    """A writer of overlays.
+
+    Attributes:
+        out: Output folder of the prediction.
+        allow_pixels: Write also overlays of DICOMs whose pixels may show a name.
+        drawings: The model was trained on drawings (phantoms).
+    """
 
     out: Path
     allow_pixels: bool = False
     drawings: bool = False
 
     def begin(self) -> None:
-        """The note comes first: nothing lies in the folder without it."""
-        self._put(self.out / FOLDER / NOTE, f"{local_only.WHY}\n{CAVEAT}.\n".encode())
+        """Write the note that the folder is local only, before any overlay."""
+        files.write_bytes(self.out / FOLDER / NOTE, f"{local_only.WHY}\n{CAVEAT}.\n".encode())
 
     def withholds(self, identity: DicomIdentity | None) -> bool:
+        """Return whether the overlay of a radiograph must not be written."""
         return identity is not None and identity.may_show_text and not self.allow_pixels
 
-    def write_all(self, some: Sequence[Overlay]) -> None:
-        """Return when they are on disk. By threads: at 320 px one costs a core 28 ms to draw and 52 to compress (two cores,
-        shared with others)."""
-        with ThreadPoolExecutor(min(len(some), os.cpu_count() or 1) or 1) as pool:
-            list(pool.map(self._write, some))
+    def write_all(self, overlays: Sequence[Overlay]) -> None:
+        """Draw and write overlays in threads: drawing and compressing one of 320 px take 28 ms and 52 ms of a core."""
+        with ThreadPoolExecutor(min(len(overlays), os.cpu_count() or 1) or 1) as pool:
+            list(pool.map(self._write, overlays))
 
     def _write(self, overlay: Overlay) -> None:
         pixels = draw_overlay(overlay.image, overlay.cells, overlay.logit, drawings=self.drawings)
-        self._put(overlay_path(self.out, overlay.name), local_only.png(pixels))
-
-    def _put(self, path: Path, data: bytes) -> None:
-        files.write_bytes(path, data)
+        files.write_bytes(overlay_path(self.out, overlay.name), local_only.png(pixels))
 
 
 def overlay_path(out: Path, name: str) -> Path:
-    """The file of a radiograph's overlay: two names never share one, nor does one need a folder where the other is a file."""
-    *folders, last = (_short(part) for part in name.split("/"))
-    return out.joinpath(FOLDER, *(_no_file(folder) for folder in folders), f"{last}.png")
+    """Return the file of a radiograph's overlay. Different names have different files, none of which is a folder of another."""
+    *folders, last = map(_shorten, name.split("/"))
+    return out.joinpath(FOLDER, *map(_folder_name, folders), f"{last}.png")
 
 
-def _short(part: str) -> str:
-    data = part.encode("utf-8", "surrogatepass")
+def _shorten(name: str) -> str:
+    data = name.encode("utf-8", "surrogatepass")
     if len(data) <= _NAME_BYTES:
-        return part
+        return name
     return f"{data[: _NAME_BYTES - 20].decode('utf-8', 'ignore')}~{hashlib.sha256(data).hexdigest()[:16]}"
 
 
-def _no_file(folder: str) -> str:
-    """A folder called like an overlay, or like the note, with one underscore more."""
+def _folder_name(folder: str) -> str:
+    """Append an underscore to a folder that is named like an overlay or like the note."""
     return f"{folder}_" if re.fullmatch(rf"(?s:.*\.png|{re.escape(NOTE)})_*", folder) else folder
 
 
 def withheld_warnings(num_withheld: int) -> Iterable[str]:
-    """Why some are not there, in a line."""
+    """Yield a warning if overlays were withheld."""
     if num_withheld:
         yield (
-            f"no overlay of {num_withheld:,} radiographs, whose pixels may show a name (BurnedInAnnotation, a secondary "
-            "capture, or a header that cannot be read); --allow-pixels writes them"
+            f"no overlay of {num_withheld:,} radiographs: their pixels may show a name (BurnedInAnnotation, a secondary "
+            "capture, or an unreadable header). --allow-pixels writes them"
         )
 
 
 def overlay_counts(num_written: int, num_withheld: int) -> dict[str, int]:
-    """As predict.json has them."""
+    """Return the counts with their keys in predict.json."""
     return {"num_overlays": num_written, "num_overlays_withheld": num_withheld}
 
 
-def sum_overlay_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """The counts of all parts of a run."""
+def sum_overlay_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Return the sums of the counts of all chunks."""
     total = Counter(overlay_counts(0, 0))
-    for part in parts:
-        total.update(part)
+    for chunk_counts in counts:
+        total.update(chunk_counts)
     return dict(total)
 
 
@@ -113,23 +123,33 @@ def sum_overlay_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def draw_overlay(image: np.ndarray, cells: np.ndarray, logit: float, *, drawings: bool = False) -> np.ndarray:
-    """image (S, S) uint8 and its map (h, w) -> uint8 (H, W, 3). Nothing in it is of this radiograph but its pixels."""
+    """Draw a radiograph beside its overlay. The picture contains no name.
+
+    Args:
+        image: (S, S) uint8.
+        cells: Activation map (h, w) float32.
+        logit: Output of the model.
+        drawings: The model was trained on drawings.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     zoom = max(1, round(_SIDE_PX / len(image)))
     side = zoom * len(image)
     width, bottom = max(_WIDTH_PX, 2 * side + 3 * _MARGIN), _TOP + _MARGIN + side
     canvas = Image.new("RGB", (width, bottom + _BELOW + heatmap.SCALE_PX + 2 * _MARGIN + 18), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     draw.rectangle((0, 0, width, _TOP), fill="#8a3c00")
-    drawn = ". The model was trained on drawings" if drawings else ""
-    draw.text((_MARGIN, 4), f"{local_only.MARK}: holds a radiograph; do not send or publish{drawn}", "white", font)
-    both = (np.repeat(image[..., None], 3, axis=2), heatmap.overlay_heatmap(image, cells))
-    left = (width - 2 * side - _MARGIN) // 2
-    for number, pixels in enumerate(both):
-        shown = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-        canvas.paste(shown, (left + number * (side + _MARGIN), _TOP + _MARGIN))
+    suffix = ". The model was trained on drawings" if drawings else ""
+    draw.text((_MARGIN, 4), f"{local_only.MARK}: holds a radiograph; do not send or publish{suffix}", "white", font)
+    panels = (np.repeat(image[..., None], 3, axis=2), heatmap.overlay_heatmap(image, cells))
+    left_px = (width - 2 * side - _MARGIN) // 2
+    for number, pixels in enumerate(panels):
+        panel = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        canvas.paste(panel, (left_px + number * (side + _MARGIN), _TOP + _MARGIN))
     probability = classification.logit_to_probability(logit)
-    words = f"Of this view alone: logit {logit:+.2f}, probability {probability:.3f}; the model sees it as a square"
-    draw.text((_MARGIN, bottom + 5), words, "#1b1f24", font)
+    caption = f"This view alone: logit {logit:+.2f}, probability {probability:.3f}. The model sees it as a square"
+    draw.text((_MARGIN, bottom + 5), caption, "#1b1f24", font)
     heatmap.draw_scale(canvas, _MARGIN, bottom + _BELOW + 4, width - 2 * _MARGIN, font)
     end = bottom + _BELOW + heatmap.SCALE_PX + _MARGIN
     draw.text((_MARGIN, end), f"{CAVEAT[0].upper()}{CAVEAT[1:]}.", "#8a3c00", ImageFont.load_default(13))

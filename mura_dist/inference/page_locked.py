@@ -1,9 +1,9 @@
-"""Page-locked memory, which a GPU copies from by itself and at full speed.
+"""Page-locked memory, from which a GPU copies asynchronously and at full speed.
 
-    shape -> cudaHostAlloc -> uint8 array -> its last view goes -> cudaFreeHost
+    shape -> cudaHostAlloc -> uint8 array -> its last view is deleted -> cudaFreeHost
 
-CUDA allocates the pages itself. Pages of NumPy's that CUDA only locks (cudaHostRegister) could be freed while they are locked:
-what NumPy then puts at the same address would be copied from the old pages, without an error.
+CUDA allocates the pages. NumPy's own pages, locked by cudaHostRegister, could be freed while they are locked. A new array at the
+same address would then be copied from the old pages, without an error.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def cuda_runtime() -> ctypes.CDLL | None:
-    """Return the CUDA runtime that ONNX Runtime has loaded, or None where there is none."""
+    """Return the CUDA runtime that ONNX Runtime loaded, or None."""
     for name in ("libcudart.so.13", "libcudart.so.12"):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
@@ -24,14 +24,12 @@ def cuda_runtime() -> ctypes.CDLL | None:
 
 
 def allocate(shape: tuple[int, ...], runtime: Any, device: int) -> np.ndarray:
-    """Allocate a uint8 array of `shape` in page-locked memory, which is freed when no view of it is left.
+    """Allocate an uninitialized uint8 array in page-locked memory, which is freed with its last view.
 
     Args:
-        runtime: the CUDA runtime's functions, or None.
-        device: the GPU in whose context they are called, lest another one's memory is taken.
-
-    Returns:
-        The array, not initialized; of plain memory, which is only slower, where there is no runtime or it refuses.
+        shape: Shape of the array.
+        runtime: The CUDA runtime's functions. None, or a failed allocation, returns plain memory, which is slower to copy.
+        device: GPU whose context allocates. Otherwise memory of another GPU would be used.
     """
     num_bytes = math.prod(shape)
     if runtime is None:
@@ -39,14 +37,14 @@ def allocate(shape: tuple[int, ...], runtime: Any, device: int) -> np.ndarray:
     address = ctypes.c_void_p()
     runtime.cudaSetDevice(ctypes.c_int(device))
     if runtime.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(num_bytes), ctypes.c_uint(0)) or not address.value:
-        runtime.cudaGetLastError()  # forgets the error, which the next call of anybody would otherwise report as its own
+        runtime.cudaGetLastError()  # clear the error, which a later call would report as its own
         return np.empty(shape, np.uint8)
-    buffer = (ctypes.c_uint8 * num_bytes).from_address(address.value)  # what all views of the array hold
+    buffer = (ctypes.c_uint8 * num_bytes).from_address(address.value)  # every view of the array refers to it
     release = weakref.finalize(buffer, _free, runtime, address.value, device)
-    release.atexit = False  # the end of the process frees it too
+    release.atexit = False  # the exit of the process frees it too
     return np.ctypeslib.as_array(buffer).reshape(shape)
 
 
 def _free(runtime: Any, address: int, device: int) -> None:
-    runtime.cudaSetDevice(ctypes.c_int(device))  # of the thread that dropped the last view
+    runtime.cudaSetDevice(ctypes.c_int(device))  # for the thread that deleted the last view
     runtime.cudaFreeHost(ctypes.c_void_p(address))

@@ -1,6 +1,6 @@
-"""predict.json: what a prediction counted, what to be warned of, which model and versions computed it, and the terms.
+"""predict.json: counts, warnings, model, versions and terms of a prediction.
 
-tables.Tally, the model, the counts of overlays -> summarize -> standard JSON values
+tables.TableCounts, the model, the counts of overlays -> summarize -> standard JSON values
 """
 
 import platform
@@ -20,28 +20,36 @@ from mura_dist.models.card import Card
 
 
 def summarize(
-    tally: TableCounts, model: OnnxModel, num_overlays: dict[str, int], warnings: list[str], seconds: float
+    counts: TableCounts, model: OnnxModel, num_overlays: dict[str, int], warnings: list[str], seconds: float
 ) -> dict[str, Any]:
-    """Put predict.json together, but for the plan. `seconds` are those of the last command; `warnings` come first."""
-    card, num_failures = model.card, tally.failures_by_code.total()
+    """Return the content of predict.json without plan and throughput.
+
+    Args:
+        counts: What the tables hold.
+        model: Model that predicted.
+        num_overlays: As `overlays.overlay_counts` returns it.
+        warnings: Warnings to put first.
+        seconds: Wall-clock time of the last command.
+    """
+    card, num_failures = model.card, counts.failures_by_code.total()
     return {
-        "num_files": tally.num_radiographs + num_failures,
-        "num_radiographs": tally.num_radiographs,
-        "num_studies": tally.num_studies,
-        "num_calls": tally.num_calls,
-        "num_positive": tally.num_positive,
-        "num_calibrated": tally.num_calibrated,
-        "studies_by_band": {name: tally.studies_by_band[name] for name in BAND_VALUES},
+        "num_files": counts.num_radiographs + num_failures,
+        "num_radiographs": counts.num_radiographs,
+        "num_studies": counts.num_studies,
+        "num_calls": counts.num_calls,
+        "num_positive": counts.num_positive,
+        "num_calibrated": counts.num_calibrated,
+        "studies_by_band": {name: counts.studies_by_band[name] for name in BAND_VALUES},
         "num_failures": num_failures,
-        "failures_by_code": dict(sorted(tally.failures_by_code.items())),
-        "radiographs_by_gate": {name: tally.radiographs_by_gate[name] for name in gate.NAMES},
-        "radiographs_by_note": dict(sorted(tally.radiographs_by_note.items())),
+        "failures_by_code": dict(sorted(counts.failures_by_code.items())),
+        "radiographs_by_gate": {name: counts.radiographs_by_gate[name] for name in gate.NAMES},
+        "radiographs_by_note": dict(sorted(counts.radiographs_by_note.items())),
         **num_overlays,
-        "studies_by_type": dict(sorted(tally.studies_by_type.items())),
+        "studies_by_type": dict(sorted(counts.studies_by_type.items())),
         "warnings": [
             *warnings,
             *overlays.withheld_warnings(num_overlays["num_overlays_withheld"]),
-            *_warnings(tally, card),
+            *_warnings(counts, card),
         ],
         "seconds": round(seconds, 3),
         "model": {
@@ -66,18 +74,18 @@ def summarize(
     }
 
 
-def _warnings(tally: TableCounts, card: Card) -> list[str]:
+def _warnings(counts: TableCounts, card: Card) -> list[str]:
     warnings = []
     if card.of_drawings:
         warnings.append(
-            "the model was trained on drawings (phantoms): what it says of a radiograph means nothing; no call, no band"
+            "the model was trained on drawings (phantoms): its output for a radiograph means nothing. No call, no band"
         )
-    for study_type, number in sorted(tally.unevaluated_by_type.items()):
+    for study_type, number in sorted(counts.unevaluated_by_type.items()):
         warnings.append(f"no threshold was evaluated for study type {study_type}: no call for {number} of its studies")
     if card.calibration.reason is not None:
-        warnings.append(f"no calibrated probability, no uncertain band: {card.calibration.reason}")
+        warnings.append(f"no calibrated probability and no uncertain band: {card.calibration.reason}")
     for name in gate.NAMES:
-        if name in gate.MESSAGES and (number := tally.radiographs_by_gate[name]):
-            many = f"{number} of {tally.num_radiographs} radiographs"
-            warnings.append(f"column gate of predictions says {name} of {many}: {gate.MESSAGES[name]}")
+        if name in gate.MESSAGES and (number := counts.radiographs_by_gate[name]):
+            share = f"{number} of {counts.num_radiographs} radiographs"
+            warnings.append(f"column gate of predictions is {name} for {share}: {gate.MESSAGES[name]}")
     return warnings

@@ -1,8 +1,8 @@
-"""Choose the options of ONNX Runtime's providers: a pure function of what is computed, tested where no provider starts.
+"""The options of ONNX Runtime's providers, as a pure function that can be tested without a GPU.
 
-provider, precision, shape of the one batch, GPU -> the provider's options, by ONNX Runtime's names
+provider, precision, shape of a batch, GPU -> options by ONNX Runtime's names
 
-Of what is asked for here for GPUs nothing has been measured on one yet; docs/prediction.md says so.
+The options for GPUs have not been measured on a GPU yet: see docs/prediction.md.
 """
 
 from pathlib import Path
@@ -14,34 +14,35 @@ from mura_dist.models.card import Precision
 def provider_options(
     provider: str, precision: Precision, shape: tuple[int, int, int, int], device: int, engine_folder: Path
 ) -> dict[str, str]:
-    """Return the options of an ONNX Runtime provider, by its own name; none for those of which nothing is known.
+    """Return the options of an ONNX Runtime provider; {} for providers other than CUDA and TensorRT.
 
     Args:
-        precision: what the file is to be computed in.
-        shape: (B, 1, S, S) of `image`, that of every run: the session pads smaller batches.
-        device: number of the GPU.
-        engine_folder: where TensorRT keeps the engine it builds for this model and shape.
+        provider: ONNX Runtime's name of the provider.
+        precision: Precision of the file.
+        shape: (B, 1, S, S) of `image` in every run. Smaller batches are padded.
+        device: Number of the GPU.
+        engine_folder: Folder in which TensorRT caches the engine for this model and shape.
     """
-    half = precision == "fp16"
+    is_half = precision == "fp16"
     if provider == PROVIDERS["cuda"]:
         return {
             "device_id": str(device),
-            # TF32 keeps 3 digits of 7: logits of fp32 would leave the parity gate's 1e-4. Without it cuDNN is kept from all
-            # tensor cores, also fp16's; and an fp16 file has no product in fp32 that TF32 could round.
-            "use_tf32": "1" if half else "0",
-            # The more careful of cuDNN's heuristics, since ONNX Runtime 1.20: nothing is timed, hence it chooses alike at each
-            # start. It takes longer, once a shape, and the shape is always the same.
+            # TF32 keeps 3 of 7 digits, so that fp32 logits would exceed the parity gate's 1e-4. Switched off, it also keeps cuDNN
+            # from the tensor cores for fp16. An fp16 file has no fp32 product that TF32 could round.
+            "use_tf32": "1" if is_half else "0",
+            # The more thorough of cuDNN's heuristics since ONNX Runtime 1.20. It times nothing, so that each start chooses the same
+            # algorithm. It takes longer, once per shape, and there is only one shape.
             "cudnn_conv_algo_search": "EXHAUSTIVE",
-            # Tensor cores want the channels last: in NCHW each convolution of fp16 would be transposed twice.
-            "prefer_nhwc": "1" if half else "0",
+            # Tensor cores need the channels last. In NCHW each fp16 convolution would be transposed twice.
+            "prefer_nhwc": "1" if is_half else "0",
         }
     if provider == PROVIDERS["tensorrt"]:
         profile = f"image:{'x'.join(map(str, shape))}"
         return {
             "device_id": str(device),
-            "trt_fp16_enable": "1" if half else "0",
-            # One shape, which every run has. Without a profile the engine is built for the first batch, and again, which takes
-            # minutes, for the first one that is smaller.
+            "trt_fp16_enable": "1" if is_half else "0",
+            # The one shape of every run. Without a profile TensorRT builds the engine for the first batch and, which takes
+            # minutes, again for the first smaller batch.
             "trt_profile_min_shapes": profile,
             "trt_profile_opt_shapes": profile,
             "trt_profile_max_shapes": profile,

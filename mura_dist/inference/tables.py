@@ -1,11 +1,11 @@
-"""The tables of a prediction run: a line a radiograph, a line a study, a line a failure. As many as there are, in bounded memory.
+"""The tables of a prediction, in bounded memory: one line per radiograph, per study and per failure.
 
-    parts, read once -> views grouped by study on disk        and once more -> predictions, failures, block by block
-    studies, block by block: probabilities averaged over views, calls        -> csv or parquet
+    chunk results, first pass -> views grouped by study on disk      second pass -> predictions, failures, block by block
+    studies, block by block: mean probabilities over views, calls                -> csv or parquet
 
-Thresholds, calibration and the uncertain band are the card's; where it has none for a study type, the cell is empty. A model of
-drawings makes no call and no band. `gate` (gate.py) only tells: a radiograph that does not look like one counts in its study's
-mean like any other. Columns: table_guide.py. In CSV no text can become a formula (table_names.py); Parquet has none.
+Thresholds, calibration and the uncertain band come from the card. A cell is empty if the card has no value for the study type. A
+model trained on drawings makes no call and no band. `gate` changes no number: an image that does not look like a radiograph counts in
+its study's mean. Columns: table_guide.py. No text of a CSV is a formula (table_names.py). Parquet has no formulas.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from mura_dist.models.card import Card
 
 NAMES = tuple(table_guide.TABLES)
 FORMATS = ("csv", "parquet")
-BLOCK = 16_384  # lines made at a time; a row group of Parquet
+BLOCK = 16_384  # lines in memory; a row group of Parquet
 DIGITS = 6  # significant digits of a probability
 _EXACT_DIGITS = 17  # of a float64
 
 ChunkResult = dict[str, Any]
 """{"predictions": [[path, study, study_type, logit, gate], ...], "failures": [[path, code, reason], ...], "notes": {note: number
-of files}} of a chunk's files; parts of earlier states have no notes."""
-Add = Callable[[pd.DataFrame], None]
+of files}, "overlays": counts} of a chunk's files. Results of earlier versions have no notes."""
+AddFrame = Callable[[pd.DataFrame], None]
 
 _SCHEMA = """
 CREATE TABLE study (number INTEGER PRIMARY KEY, name TEXT UNIQUE, type TEXT, gate INTEGER);
@@ -53,7 +53,7 @@ _ADD_VIEW = "INSERT INTO view SELECT number, ?, ? FROM study WHERE name = ?"
 
 @dataclass
 class TableCounts:
-    """What the tables hold, counted as they are written."""
+    """Counts of what the tables hold."""
 
     num_radiographs: int = 0
     num_studies: int = 0
@@ -67,7 +67,8 @@ class TableCounts:
     radiographs_by_gate: Counter[str] = field(default_factory=Counter)
     radiographs_by_note: Counter[str] = field(default_factory=Counter)
 
-    def count(self, studies: pd.DataFrame) -> None:
+    def add_studies(self, studies: pd.DataFrame) -> None:
+        """Count the lines of a block of studies.csv."""
         self.num_studies += len(studies)
         self.num_calls += int(studies["call"].notna().sum())
         self.num_positive += int(studies["call"].sum())
@@ -77,49 +78,60 @@ class TableCounts:
         self.unevaluated_by_type.update(studies.loc[studies["threshold"].isna(), "study_type"])
 
 
-def write(out: Path, parts: Callable[[], Iterable[ChunkResult]], card: Card, format: str, aside: Path) -> TableCounts:
-    """The three tables of what `parts()` gives, in its order, into `out`; `aside`: a file for what is too long for memory.
+def write(
+    out: Path, load_results: Callable[[], Iterable[ChunkResult]], card: Card, format: str, scratch_path: Path
+) -> TableCounts:
+    """Write the three tables.
 
-    Raises RunError where a table cannot be put in its place, OSError where the disk is full.
+    Args:
+        out: Folder of the tables.
+        load_results: Returns the chunks' results in order. It is called twice.
+        card: Card of the model that predicted.
+        format: One of FORMATS.
+        scratch_path: Temporary file for what may not fit into memory.
+
+    Raises:
+        RunError: a table cannot be replaced.
+        OSError: the disk is full.
     """
-    tally, returns = TableCounts(), dict.fromkeys(NAMES, False)
+    counts, has_return = TableCounts(), dict.fromkeys(NAMES, False)
 
-    def table(name: str) -> contextlib.AbstractContextManager[Add]:
-        return _table(out / f"{name}.{format}", returns[name])
+    def open_table(name: str) -> contextlib.AbstractContextManager[AddFrame]:
+        return _open_table(out / f"{name}.{format}", has_return[name])
 
-    with open_study_accumulator(aside) as studies:
-        for rows, failures in _blocks(_count_notes(parts(), tally)):
-            studies.add(rows)
-            returns["predictions"] |= any("\r" in path + study for path, study, *_ in rows)
-            returns["studies"] |= any("\r" in study for _, study, *_ in rows)
-            returns["failures"] |= any("\r" in path for path, *_ in failures)
-        with table("predictions") as predictions, table("failures") as failed:
-            for rows, failures in _blocks(parts()):
-                predictions(prediction_frame(rows))
-                failed(pd.DataFrame(failures, columns=list(table_guide.FAILURES), dtype="string"))
-                tally.num_radiographs += len(rows)
-                tally.radiographs_by_gate.update(row[4] for row in rows)
-                tally.failures_by_code.update(code for _, code, _ in failures)
-        with table("studies") as apply_thresholds:
-            for frame in studies.frames(card):
-                apply_thresholds(frame)
-                tally.count(frame)
-    return tally
-
-
-def _count_notes(parts: Iterable[ChunkResult], tally: TableCounts) -> Iterator[ChunkResult]:
-    for part in parts:
-        tally.radiographs_by_note.update(part.get("notes", {}))
-        yield part
+    with open_study_accumulator(scratch_path) as accumulator:
+        for rows, failures in _blocks(_count_notes(load_results(), counts)):
+            accumulator.add(rows)
+            has_return["predictions"] |= any("\r" in path + study for path, study, *_ in rows)
+            has_return["studies"] |= any("\r" in study for _, study, *_ in rows)
+            has_return["failures"] |= any("\r" in path for path, *_ in failures)
+        with open_table("predictions") as add_predictions, open_table("failures") as add_failures:
+            for rows, failures in _blocks(load_results()):
+                add_predictions(prediction_frame(rows))
+                add_failures(pd.DataFrame(failures, columns=list(table_guide.FAILURES), dtype="string"))
+                counts.num_radiographs += len(rows)
+                counts.radiographs_by_gate.update(row[4] for row in rows)
+                counts.failures_by_code.update(code for _, code, _ in failures)
+        with open_table("studies") as add_studies:
+            for frame in accumulator.frames(card):
+                add_studies(frame)
+                counts.add_studies(frame)
+    return counts
 
 
-def _blocks(parts: Iterable[ChunkResult]) -> Iterator[tuple[list[Any], list[Any]]]:
-    """(predictions, failures) of some parts at a time; at least once."""
+def _count_notes(results: Iterable[ChunkResult], counts: TableCounts) -> Iterator[ChunkResult]:
+    for result in results:
+        counts.radiographs_by_note.update(result.get("notes", {}))
+        yield result
+
+
+def _blocks(results: Iterable[ChunkResult]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield (predictions, failures) of about BLOCK lines; one pair at least."""
     rows: list[Any] = []
     failures: list[Any] = []
-    for part in parts:
-        rows += part["predictions"]
-        failures += part["failures"]
+    for result in results:
+        rows += result["predictions"]
+        failures += result["failures"]
         if len(rows) + len(failures) >= BLOCK:
             yield rows, failures
             rows, failures = [], []
@@ -127,7 +139,7 @@ def _blocks(parts: Iterable[ChunkResult]) -> Iterator[tuple[list[Any], list[Any]
 
 
 def prediction_frame(rows: list[Any]) -> pd.DataFrame:
-    """Lines of predictions.csv; rows: [path, study, study_type, logit, gate] each."""
+    """Return lines of predictions.csv from rows [path, study, study_type, logit, gate]."""
     views = pd.DataFrame(rows, columns=["path", "study", "study_type", "logit", "gate"])
     text = ["path", "study", "study_type", "gate"]
     views[text] = views[text].astype("string")
@@ -137,11 +149,11 @@ def prediction_frame(rows: list[Any]) -> pd.DataFrame:
 
 
 def shorten(probability: np.ndarray, *thresholds: np.ndarray) -> np.ndarray:
-    """Round to DIGITS significant digits, or to as many more as it takes not to move across a threshold.
+    """Round to DIGITS significant digits, or to more if a probability would otherwise cross a threshold.
 
     Args:
         probability: (n,) float64.
-        thresholds: (n,) float64 each, NaN where there is none. What lies above one, strictly, stays above it.
+        *thresholds: (n,) float64 each, NaN for no threshold. A probability strictly above a threshold stays above it.
 
     Returns:
         (n,) float64, whose shortest text has these digits.
@@ -167,44 +179,55 @@ def _round(probability: np.ndarray, digits: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_study_accumulator(path: Path) -> Iterator["StudyAccumulator"]:
-    """Views on disk, which come in any order and lie by study: a study's views may be anywhere in the walk."""
+    """Create a StudyAccumulator in the temporary file `path`, which is deleted after the block."""
     with files.scratch(path, mode=files.PRIVATE) as scratch, scratch_db.create(scratch, _SCHEMA) as database:
         yield StudyAccumulator(database)
 
 
 class StudyAccumulator:
+    """Views grouped by study, on disk. The views of a study may come in any order."""
+
     def __init__(self, database: sqlite3.Connection) -> None:
+        """Use an empty database with the tables of _SCHEMA."""
         self._database, self._num_views = database, 0
 
     def add(self, rows: list[Any]) -> None:
-        """rows: [path, study, study_type, logit, gate] each."""
+        """Add rows [path, study, study_type, logit, gate]."""
         probability = classification.sigmoid(np.array([row[3] for row in rows], np.float32)).tolist()
         self._database.executemany(_ADD_STUDY, [(*row[1:3], gate.NAMES.index(row[4])) for row in rows])
-        views = [(one, self._num_views + place, rows[place][1]) for place, one in enumerate(probability)]
+        views = [(value, self._num_views + index, rows[index][1]) for index, value in enumerate(probability)]
         self._database.executemany(_ADD_VIEW, views)
         self._num_views += len(rows)
 
     def frames(self, card: Card) -> Iterator[pd.DataFrame]:
-        """A line a study, in the order of its first view. Views that disagree on the study type leave it unknown."""
+        """Yield lines of studies.csv in the order of each study's first view.
+
+        The study type is unknown if the views of a study differ.
+        """
         [(last,)] = self._database.execute("SELECT coalesce(max(number), 0) FROM study")
         for first in range(1, max(last, 1) + 1, BLOCK):
-            some = "BETWEEN ? AND ?", (first, first + BLOCK - 1)
-            rows = self._database.execute(
-                f"SELECT name, type, gate FROM study WHERE number {some[0]} ORDER BY number", some[1]
-            )
+            bounds = first, first + BLOCK - 1
+            query = "SELECT name, type, gate FROM study WHERE number BETWEEN ? AND ? ORDER BY number"
+            rows = self._database.execute(query, bounds)
             heads = [(name, study_type, gate.NAMES[worst]) for name, study_type, worst in rows]
-            views = self._database.execute(f"SELECT study, probability FROM view WHERE study {some[0]}", some[1])
-            found = np.fromiter(views, [("study", np.int64), ("probability", np.float64)])
-            yield apply_thresholds(heads, found["study"] - first, found["probability"], card)
+            rows = self._database.execute("SELECT study, probability FROM view WHERE study BETWEEN ? AND ?", bounds)
+            views = np.fromiter(rows, [("study", np.int64), ("probability", np.float64)])
+            yield apply_thresholds(heads, views["study"] - first, views["probability"], card)
 
 
 def apply_thresholds(
     heads: Sequence[tuple[str, str, str]], code: np.ndarray, probability: np.ndarray, card: Card, *, drawn: bool = False
 ) -> pd.DataFrame:
-    """Lines of studies.csv. heads: k of (study, study_type, gate); of the views: code (n,) int64 in 0 .. k - 1, probability (n,).
+    """Return lines of studies.csv: mean probabilities, calibrated probabilities, calls and bands.
 
-    Calls and bands are of the probabilities before they are shortened. drawn: the views are known to be drawings, so that a model
-    of drawings may call them.
+    Calls and bands are computed before the probabilities are shortened.
+
+    Args:
+        heads: (study, study_type, gate) of k studies.
+        code: (n,) int64, the study of each view in 0 .. k - 1.
+        probability: (n,) float64 of the views.
+        card: Card of the model that predicted.
+        drawn: The views are drawings, so that a model trained on drawings may call them.
     """
     studies = pd.DataFrame(heads, columns=["study", "study_type", "gate"], dtype="string")
     studies["num_views"] = pd.array(np.bincount(code, minlength=len(heads)), dtype="Int64")
@@ -223,8 +246,10 @@ def apply_thresholds(
 
 
 def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
-    """Return what a study's probability is compared with, (n,) float64 each: its threshold, the ends of its band, and the paper's
-    threshold, by which `score` calls where the table has no call."""
+    """Return the thresholds of each study, (n,) float64 each.
+
+    They are its own threshold, the ends of its band, and the paper's threshold, which `score` uses for a study without a call.
+    """
     bands = card.calibration.bands
     ends = ({name: getattr(band, end) for name, band in bands.items()} for end in ("low", "high"))
     mapped = [studies["study_type"].map(values).to_numpy(np.float64, na_value=np.nan) for values in ends]
@@ -236,41 +261,46 @@ def _thresholds(studies: pd.DataFrame, card: Card) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def replacing_table(path: Path) -> Iterator[None]:
-    """For a block that replaces `path`: raises RunError where another program does not let go of it."""
+    """Raise RunError if another program keeps the block from replacing `path`."""
     try:
         yield
     except (PermissionError, IsADirectoryError) as error:
         raise RunError(
-            f"{path} cannot be written ({os_reason(error)}): close the program that holds it, or make its folder writable; "
-            "the predictions are kept, the same command goes on"
+            f"{path} cannot be written ({os_reason(error)}). Close the program that has it open, or make its folder writable. "
+            "The predictions are safe. The same command resumes."
         ) from error
 
 
 @contextlib.contextmanager
-def _table(path: Path, returns: bool) -> Iterator[Add]:
-    """A table that is `path` when the block ends well: frames are added, one at least. `returns`: text holds a bare one."""
+def _open_table(path: Path, has_return: bool) -> Iterator[AddFrame]:
+    """Open a table, which replaces `path` after the block. The block has to add a frame.
+
+    Args:
+        path: File of the table.
+        has_return: A text contains a bare carriage return.
+    """
     with replacing_table(path), files.replacing(path) as file:
         if path.suffix == ".parquet":
-            with contextlib.closing(_Parquet(file)) as parquet:
+            with contextlib.closing(_ParquetWriter(file)) as parquet:
                 yield parquet.add
         else:
-            yield _Csv(file, returns).add
+            yield _CsvWriter(file, has_return).add
 
 
-class _Csv:
-    def __init__(self, file: IO[bytes], returns: bool) -> None:
-        self._file, self._begun = file, False
-        # The csv module leaves a bare carriage return unquoted, most readers end a line there: then quote all text.
-        self._quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+class _CsvWriter:
+    def __init__(self, file: IO[bytes], has_return: bool) -> None:
+        self._file, self._has_header = file, False
+        # The csv module leaves a bare carriage return unquoted, and most readers end a line there. Then quote all text.
+        self._quoting = csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL
 
     def add(self, frame: pd.DataFrame) -> None:
-        header, self._begun = not self._begun, True
-        how: dict[str, Any] = {"lineterminator": "\n", "encoding": "utf-8", "quoting": self._quoting}
-        table_names.escape_formulas(frame).to_csv(self._file, index=False, header=header, **how)
+        header, self._has_header = not self._has_header, True
+        options: dict[str, Any] = {"lineterminator": "\n", "encoding": "utf-8", "quoting": self._quoting}
+        table_names.escape_formulas(frame).to_csv(self._file, index=False, header=header, **options)
 
 
-class _Parquet:
-    """A row group a frame."""
+class _ParquetWriter:
+    """A writer of one row group per frame."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._writer = file, cast(Any, None)

@@ -337,7 +337,7 @@ def test_predicts_column_is_the_verdict(
     assert summary["radiographs_by_gate"] == {name: list(found.values()).count(name) for name in gate.NAMES}
     told = [line for line in summary["warnings"] if "column gate" in line]
     assert told == [
-        f"column gate of predictions says {name} of {number} of {len(found)} radiographs: {gate.MESSAGES[name]}"
+        f"column gate of predictions is {name} for {number} of {len(found)} radiographs: {gate.MESSAGES[name]}"
         for name, number in summary["radiographs_by_gate"].items()
         if name != "ok" and number
     ]

@@ -203,7 +203,7 @@ def test_none_of_a_dicom_that_may_show_a_name(model: Path, burned: Path, tmp_pat
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (3, len(BURNED))
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*CLEAN, "plain.png"}
     (why,) = [line for line in summary["warnings"] if "overlay" in line]
-    assert why.startswith("no overlay of 5 radiographs, whose pixels may show a name (BurnedInAnnotation, a secondary ")
+    assert why.startswith("no overlay of 5 radiographs: their pixels may show a name (BurnedInAnnotation, a secondary ")
     assert "--allow-pixels" in why
     assert summary["num_radiographs"] == 8  # predicted all the same
 

@@ -721,7 +721,9 @@ def test_an_output_held_open_loses_nothing(
     assert main(words) == FAILED
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert f"{tmp_path / 'out' / name} cannot be written (permission denied): close the program that holds it" in said
+    assert (
+        f"{tmp_path / 'out' / name} cannot be written (permission denied). Close the program that has it open" in said
+    )
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
     assert main(words) == DONE

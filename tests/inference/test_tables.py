@@ -318,8 +318,8 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
     with pytest.raises(RunError) as failure:
         tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
     assert str(place) in str(failure.value)
-    assert "close the program that holds it" in str(failure.value)
-    assert "the same command goes on" in str(failure.value)
+    assert "Close the program that has it open" in str(failure.value)
+    assert "The same command resumes" in str(failure.value)
     monkeypatch.undo()
     if how == "a folder":
         place.rmdir()
