@@ -25,78 +25,78 @@ from mura_dist.reports import contact_sheet, dataset
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_numbers_lie_beside_the_page(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path) -> None:
-    found = dataset.describe(phantoms if kind == "folder" else shard_folder, tmp_path / "a.b.html")
-    told = json.loads((tmp_path / "a.b.json").read_bytes())
-    assert told == found | {"terms": mura.TERMS}
+def test_describe_writes_page_and_json(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path) -> None:
+    description = dataset.describe(phantoms if kind == "folder" else shard_folder, tmp_path / "a.b.html")
+    numbers = json.loads((tmp_path / "a.b.json").read_bytes())
+    assert numbers == description | {"terms": mura.TERMS}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.html", "a.b.json"]  # no contact sheet unasked
     laws.holds_no_radiograph(tmp_path / "a.b.html")
     assert "This page holds no radiograph." in (tmp_path / "a.b.html").read_text()
 
 
-def test_counts_and_views_are_the_manifests(shard_folder: Path, tmp_path: Path) -> None:
+def test_counts_and_views_match_manifest(shard_folder: Path, tmp_path: Path) -> None:
     frame = Shards.open(shard_folder).manifest.frame
-    found = dataset.describe(shard_folder, tmp_path / "d.html")
+    description = dataset.describe(shard_folder, tmp_path / "d.html")
     views = Counter(frame["study"])
     types = dict(zip(frame["study"], frame["study_type"], strict=True))
-    for name, part in found["views_by_study_type"].items():
-        ours = [views[study] for study in views if types[study] == name]
-        assert (part["num_studies"], part["most"]) == (len(ours), max(ours))
-        assert part["mean"] == pytest.approx(np.mean(ours))
-    assert set(found["views_by_study_type"]) == set(types.values())
-    for line in found["by_study_type"]:
+    for name, statistics in description["views_by_study_type"].items():
+        num_views = [views[study] for study in views if types[study] == name]
+        assert (statistics["num_studies"], statistics["most"]) == (len(num_views), max(num_views))
+        assert statistics["mean"] == pytest.approx(np.mean(num_views))
+    assert set(description["views_by_study_type"]) == set(types.values())
+    for line in description["by_study_type"]:
         of_type = frame[(frame["split"] == line["split"]) & (frame["study_type"] == line["study_type"])]
         for label, name in enumerate(("normal", "abnormal")):
-            here = of_type[of_type["label"] == label]
-            assert line[f"{name}_radiographs"] == len(here)
-            assert line[f"{name}_studies"] == here["study"].nunique()
+            of_label = of_type[of_type["label"] == label]
+            assert line[f"{name}_radiographs"] == len(of_label)
+            assert line[f"{name}_studies"] == of_label["study"].nunique()
 
 
-def test_a_defect_has_examples(phantoms: Path, tmp_path: Path) -> None:
+def test_defects_have_examples(phantoms: Path, tmp_path: Path) -> None:
     for number in range(5):
-        place = tmp_path / "data" / "train" / "XR_HAND" / f"patient0000{number}" / "study1_negative"
-        place.mkdir(parents=True)
-        Image.new("L", (40, 50), 30 + number).save(place / "image1.png")
-        (place / "._image1.png").write_bytes(b"\0\5\x16\7")
-    found = dataset.describe(tmp_path / "data", tmp_path / "d.html")
-    assert found["defects"]["not a radiograph"] == 5
-    examples = found["defect_examples"]["not a radiograph"]
+        study_folder = tmp_path / "data" / "train" / "XR_HAND" / f"patient0000{number}" / "study1_negative"
+        study_folder.mkdir(parents=True)
+        Image.new("L", (40, 50), 30 + number).save(study_folder / "image1.png")
+        (study_folder / "._image1.png").write_bytes(b"\0\5\x16\7")
+    description = dataset.describe(tmp_path / "data", tmp_path / "d.html")
+    assert description["defects"]["not a radiograph"] == 5
+    examples = description["defect_examples"]["not a radiograph"]
     assert examples == [f"train/XR_HAND/patient0000{number}/study1_negative/._image1.png" for number in range(3)]
     text = (tmp_path / "d.html").read_text()
     assert examples[0] in text
     assert "and 2 more" in text
 
 
-def shown(path: Path) -> list[tuple[str, np.ndarray]]:
-    """Words and pixels of each radiograph on the sheet."""
-    found = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', path.read_text())
-    return [(words, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for data, words in found]
+def sheet_images(path: Path) -> list[tuple[str, np.ndarray]]:
+    """Return alternative text and pixels of each radiograph on the sheet."""
+    images = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="([^"]*)">', path.read_text())
+    return [(alt, np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for data, alt in images]
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_the_contact_sheet(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
+def test_contact_sheet_content(kind: str, phantoms: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
     folder = phantoms if kind == "folder" else shard_folder
     out = tmp_path / "d.html"
     assert main(["describe", str(folder), "--out", str(out), "--contact-sheet"]) == DONE
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     sheet = tmp_path / "d-contact-sheet.html"
-    assert f"contact sheet, LOCAL ONLY, it holds radiographs: {sheet}" in said
-    assert f"numbers: {tmp_path / 'd.json'}" in said
+    assert f"contact sheet, LOCAL ONLY, it holds radiographs: {sheet}" in output
+    assert f"numbers: {tmp_path / 'd.json'}" in output
     page = laws.local_only(sheet)
     laws.holds_no_radiograph(out)
     assert "computer drawings" in page.text
     frame = Shards.open(shard_folder).manifest.frame
     studies = frame.drop_duplicates("study").groupby(["study_type", "label"]).size()
-    counts = Counter(re.match(r"(\w+), (\w+),", words).groups() for words, _ in shown(sheet))
+    counts = Counter(re.match(r"(\w+), (\w+),", alt).groups() for alt, _ in sheet_images(sheet))
     assert counts == {
         (mura.display_name(study_type), ("normal", "abnormal")[label]): min(num, contact_sheet.NUM)
         for (study_type, label), num in studies.items()
     }
-    assert all(max(pixels.shape) <= contact_sheet.SIDE_PX for _, pixels in shown(sheet))
-    assert len({pixels.tobytes() for _, pixels in shown(sheet)}) > 20
+    assert all(max(pixels.shape) <= contact_sheet.SIDE_PX for _, pixels in sheet_images(sheet))
+    assert len({pixels.tobytes() for _, pixels in sheet_images(sheet)}) > 20
 
 
-def test_the_sheet_depends_on_the_seed_alone(shard_folder: Path, tmp_path: Path) -> None:
+def test_contact_sheet_depends_on_seed_only(shard_folder: Path, tmp_path: Path) -> None:
     texts = []
     for seed in (0, 0, 1):
         dataset.describe(shard_folder, tmp_path / "d.html", with_contact_sheet=True, seed=seed)
@@ -104,7 +104,7 @@ def test_the_sheet_depends_on_the_seed_alone(shard_folder: Path, tmp_path: Path)
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_one_radiograph_a_study_and_what_cannot_be_read_is_counted() -> None:
+def test_select_thumbnails_one_per_study_and_counts_skipped() -> None:
     """Against the pixels themselves: each is a picture of its own row, of a study of its own."""
     frame = pd.DataFrame(
         [("train", "XR_HIP", f"p{i // 3}", f"s{i // 3}", i % 3, 1, f"f{i}") for i in range(60)],
@@ -117,18 +117,20 @@ def test_one_radiograph_a_study_and_what_cannot_be_read_is_counted() -> None:
             raise UnreadableFileError("unreadable", "torn")
         return np.full((400, 200), row, np.uint8)
 
-    chosen, passed_over = contact_sheet.select_thumbnails(frame, pixels, 4, seed=5)
-    assert len({one.row // 3 for one in chosen}) == len(chosen) == 4
-    assert all(one.pixels.shape == (160, 80) and (one.pixels == one.row).all() for one in chosen)
-    assert 0 < passed_over <= 15
-    everything, all_broken = contact_sheet.select_thumbnails(frame, pixels, 99, seed=5)
-    assert (len(everything), all_broken) == (5, 15)
+    thumbnails, num_skipped = contact_sheet.select_thumbnails(frame, pixels, 4, seed=5)
+    assert len({thumbnail.row // 3 for thumbnail in thumbnails}) == len(thumbnails) == 4
+    assert all(
+        thumbnail.pixels.shape == (160, 80) and (thumbnail.pixels == thumbnail.row).all() for thumbnail in thumbnails
+    )
+    assert 0 < num_skipped <= 15
+    all_readable, all_skipped = contact_sheet.select_thumbnails(frame, pixels, 99, seed=5)
+    assert (len(all_readable), all_skipped) == (5, 15)
     text = contact_sheet.page("t", frame, pixels, drawings=False, num=99)
     assert "abnormal: 5 of 20 studies; 15 could not be read" in text
     assert "drawings" not in text
 
 
-def test_a_damaged_sample_is_passed_over(shard_folder: Path, tmp_path: Path) -> None:
+def test_contact_sheet_skips_corrupt_samples(shard_folder: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(shard_folder, tmp_path / "s")
@@ -138,13 +140,13 @@ def test_a_damaged_sample_is_passed_over(shard_folder: Path, tmp_path: Path) -> 
     for row in rows[1:]:
         laws.damage(Shards.open(tmp_path / "s"), row)
     dataset.describe(tmp_path / "s", tmp_path / "d.html", with_contact_sheet=True)
-    words = [words for words, _ in shown(tmp_path / "d-contact-sheet.html")]
+    alts = [alt for alt, _ in sheet_images(tmp_path / "d-contact-sheet.html")]
     name = ("normal", "abnormal")[label]
-    assert sum(one.startswith(f"{mura.display_name(study_type)}, {name}") for one in words) <= 1
+    assert sum(alt.startswith(f"{mura.display_name(study_type)}, {name}") for alt in alts) <= 1
     assert "could not be read" in (tmp_path / "d-contact-sheet.html").read_text()
 
 
-def test_wrong_requests(shard_folder: Path, tmp_path: Path, capsys) -> None:
+def test_describe_rejects_invalid_out(shard_folder: Path, tmp_path: Path, capsys) -> None:
     laws.refusal(
         capsys, ["describe", shard_folder, "--out", tmp_path / "d.json"], "d.json", "reserved for the numbers", "d.html"
     )
@@ -154,7 +156,7 @@ def test_wrong_requests(shard_folder: Path, tmp_path: Path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_describe_and_its_sheet_need_no_torch(shard_folder: Path, tmp_path: Path) -> None:
+def test_describe_imports_no_torch(shard_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from mura_dist.reports.dataset import describe; "
         f"describe(Path({str(shard_folder)!r}), Path({str(tmp_path / 'd.html')!r}), with_contact_sheet=True); "
@@ -163,7 +165,7 @@ def test_describe_and_its_sheet_need_no_torch(shard_folder: Path, tmp_path: Path
     assert run("python", "-c", code).stdout.strip() == "[]"
 
 
-def test_no_name_of_a_data_set_is_markup(shard_folder: Path, tmp_path: Path) -> None:
+def test_data_set_names_are_escaped(shard_folder: Path, tmp_path: Path) -> None:
     def write(rename: Callable[[str], str], out: Path) -> list[Path]:
         shards = renamed_shards(shard_folder, out / "shards", rename)
         dataset.describe(shards, out / "page.html", with_contact_sheet=True)
@@ -173,14 +175,14 @@ def test_no_name_of_a_data_set_is_markup(shard_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
-@pytest.mark.parametrize("words", [(), ("--shared",)])
-def test_pages_that_name_patients_are_their_owners_alone(
-    words: tuple[str, ...], shard_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("arguments", [(), ("--shared",)])
+def test_pages_are_readable_by_owner_only_by_default(
+    arguments: tuple[str, ...], shard_folder: Path, tmp_path: Path
 ) -> None:
     before = os.umask(0o022)
     try:
-        command = ["describe", str(shard_folder), "--contact-sheet", "--out", str(tmp_path / "a.html"), *words]
+        command = ["describe", str(shard_folder), "--contact-sheet", "--out", str(tmp_path / "a.html"), *arguments]
         assert main(command) == DONE
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644 if words else 0o600}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644 if arguments else 0o600}

@@ -26,13 +26,13 @@ def described(
     return out
 
 
-def test_the_page_is_short_on_a_desktop(chromium: Any, described: Path) -> None:
+def test_page_is_short_on_desktop(chromium: Any, described: Path) -> None:
     with layout.opened(chromium, described, layout.DESKTOP) as page:
         assert layout.height(page) <= 3000
 
 
 @pytest.mark.parametrize("width", [layout.DESKTOP, layout.PHONE])
-def test_no_text_is_cut(chromium: Any, described: Path, width: int) -> None:
+def test_no_text_is_clipped(chromium: Any, described: Path, width: int) -> None:
     for path in (described, dataset.contact_sheet_path(described)):
         with layout.opened(chromium, path, width) as page:
             assert layout.cut_text(page) == []
@@ -40,7 +40,7 @@ def test_no_text_is_cut(chromium: Any, described: Path, width: int) -> None:
             assert layout.cut_text(page) == []
 
 
-def test_study_types_stand_in_words(described: Path) -> None:
+def test_study_types_have_display_names(described: Path) -> None:
     for path in (described, dataset.contact_sheet_path(described)):
         text = path.read_text()
         for code in mura.STUDY_TYPES:

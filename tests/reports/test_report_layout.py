@@ -15,7 +15,7 @@ from mura_dist.data import mura
 from mura_dist.metrics import calibration, summary
 from mura_dist.reports import evaluation, html
 
-MOST_PX = 4500  # below the first screen, at 1280 px, for seven study types
+MAX_PX = 4500  # below the first screen, at 1280 px, for seven study types
 
 
 def studies(num: int, seed: int) -> pd.DataFrame:
@@ -27,8 +27,8 @@ def studies(num: int, seed: int) -> pd.DataFrame:
     sure = (study_type == "XR_HUMERUS") & (label == 1)
     logit[sure] = np.abs(logit[sure]) + 0.01
     frame = {
-        "study": [f"s{place}" for place in range(num)],
-        "patient": [f"p{seed}-{place // 2}" for place in range(num)],
+        "study": [f"s{index}" for index in range(num)],
+        "patient": [f"p{seed}-{index // 2}" for index in range(num)],
     }
     frame |= {"study_type": study_type, "label": label, "probability": 1 / (1 + np.exp(-logit))}
     return pd.DataFrame(frame | {"num_views": np.arange(num) % 4 + 1, "exposure": rng.uniform(20, 90, num)})
@@ -68,7 +68,7 @@ def write(out: Path, tune: int = 100) -> Path:
         "history": steps + epochs,
         "roles": {"train": "fits the weights", "valid": "is only reported"},
         "settings": {
-            f"setting_{place}": value for place, value in enumerate([3, True, "", 1e-4, ["a", "b"], {"c": 1}] * 8)
+            f"setting_{index}": value for index, value in enumerate([3, True, "", 1e-4, ["a", "b"], {"c": 1}] * 8)
         },
         "environment": {"torch": "9.8.7", "ranks": [{"host": "h", "gpu": None}], "sources": "ab" * 32},
         "conversion": {"size": 320, "splits": {"valid": {"num_studies": 280, "num_radiographs": 700}}},
@@ -89,25 +89,25 @@ def chromium() -> Iterator[Any]:
         yield started
 
 
-def test_the_report_is_short_on_a_desktop(chromium: Any, report: Path) -> None:
+def test_report_is_short_on_desktop(chromium: Any, report: Path) -> None:
     with layout.opened(chromium, report, layout.DESKTOP) as page:
         first = page.locator("section").first
         assert first.locator("h2").inner_text() == "How to read this"
         top = first.bounding_box()["y"]
         assert top < 900  # the first screen
-        assert layout.height(page) - top <= MOST_PX
+        assert layout.height(page) - top <= MAX_PX
 
 
 @pytest.mark.parametrize("width", [layout.DESKTOP, layout.PHONE])
 @pytest.mark.parametrize("unfolded", [False, True])
-def test_no_text_is_cut(chromium: Any, report: Path, width: int, unfolded: bool) -> None:
+def test_no_text_is_clipped(chromium: Any, report: Path, width: int, unfolded: bool) -> None:
     with layout.opened(chromium, report, width) as page:
         if unfolded:
             layout.unfold(page)
         assert layout.cut_text(page) == []
 
 
-def test_details_open_without_script_and_on_paper(chromium: Any, report: Path) -> None:
+def test_details_open_without_script_and_in_print(chromium: Any, report: Path) -> None:
     with layout.opened(chromium, report, layout.DESKTOP) as page:
         table = page.locator("details:has(summary:text-is('By number of views')) table")
         assert not table.is_visible()
@@ -120,7 +120,7 @@ def test_details_open_without_script_and_on_paper(chromium: Any, report: Path) -
             assert table.bounding_box()["height"] > 20
 
 
-def test_a_footnotes_letter_leads_to_it(chromium: Any, report: Path) -> None:
+def test_footnote_letter_links_to_footnote(chromium: Any, report: Path) -> None:
     with layout.opened(chromium, report, layout.DESKTOP) as page:
         row = page.locator("tr", has_text="XR_HUMERUS").first
         assert "Humerus" in row.locator("th").inner_text()
@@ -131,23 +131,23 @@ def test_a_footnotes_letter_leads_to_it(chromium: Any, report: Path) -> None:
 
 
 @pytest.mark.parametrize(("tune", "wide"), [(60, True), (1500, False)])
-def test_a_wide_band_of_few_tune_studies_is_explained(tune: int, wide: bool, tmp_path: Path) -> None:
+def test_wide_band_of_few_tune_studies_has_note(tune: int, wide: bool, tmp_path: Path) -> None:
     path = write(tmp_path, tune)
-    found = json.loads((tmp_path / "report.json").read_bytes())
-    band = found["metrics"]["operating_points"]["overall"]["band"]
+    content = json.loads((tmp_path / "report.json").read_bytes())
+    band = content["metrics"]["operating_points"]["overall"]["band"]
     assert band["share_uncertain"] > 0.25  # of many tune studies too: then the model is why, not their number
     if not wide:
-        assert found["wide_band"] is None
+        assert content["wide_band"] is None
         return
-    share, num = round(100 * band["share_uncertain"]), found["metrics"]["calibration"]["num_studies"]
+    share, num = round(100 * band["share_uncertain"]), content["metrics"]["calibration"]["num_studies"]
     assert num == 60
-    assert found["wide_band"].startswith(
+    assert content["wide_band"].startswith(
         f"The band is wide: it contains {share} % of the studies. It was fitted on only 60 tune studies ("
     )
-    assert found["wide_band"] in path.read_text()
+    assert content["wide_band"] in path.read_text()
 
 
-def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
+def test_study_types_have_display_names_and_no_json_syntax(report: Path) -> None:
     text = report.read_text()
     assert not re.search(r"[{[]&quot;|[>: ](true|false|null)[<,;]", text.split("</style>")[1])
     for code in mura.STUDY_TYPES:
@@ -156,7 +156,7 @@ def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "text"),
     [
         (None, "-"),
         ("", "-"),
@@ -168,5 +168,5 @@ def test_study_types_stand_in_words_and_nothing_is_json(report: Path) -> None:
         ({"host": "h", "gpu": None}, "host: h; gpu: -"),
     ],
 )
-def test_a_setting_in_words(value: Any, words: str) -> None:
-    assert html.format_value(value) == words
+def test_format_value(value: Any, text: str) -> None:
+    assert html.format_value(value) == text
