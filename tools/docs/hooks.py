@@ -92,7 +92,11 @@ def errors_markdown() -> str:
     sections = []
     for folder, title in AREAS.items():
         messages = sorted({split_message(text) for text in error_texts(ROOT / "mura_dist" / folder)})
-        rows = [f"| {_escape(problem)} | {_escape(remedy)} |" for problem, remedy in messages]
+        rows = [
+            f"| {_escape(problem)} | {_escape(remedy)} |"
+            for problem, remedy in messages
+            if _WORD.search(problem.lower())
+        ]
         if rows:
             sections.append("\n".join([f"### {title}", "", "| error | fix |", "| --- | --- |", *rows]))
     return "\n\n".join(sections)
@@ -114,7 +118,7 @@ def split_message(text: str) -> tuple[str, str]:
     """Return what is wrong and the remedy, both from one message."""
     for end in re.finditer(r"[;.] ", text):
         problem, remedy = text[: end.start()], text[end.end() :].rstrip(".")
-        if len(_WORD.findall(problem)) >= 2:
+        if problem.count("(") == problem.count(")"):
             first = remedy.partition(" ")[0]
             return problem, remedy if re.search(r"[/=.`-]", first) else f"{remedy[:1].upper()}{remedy[1:]}"
     return text.rstrip("."), ""
@@ -131,7 +135,8 @@ def _template(node: ast.expr) -> str:
     value = node.value if isinstance(node, ast.FormattedValue) else node
     name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "install_remedy":
-        return f"install the extra {' or '.join(_template(extra) for extra in value.args)}"
+        commands = [f"`pip install '.[{_template(extra)}]'`" for extra in value.args]
+        return f"{' or '.join(commands)} in the checkout"
     return name.strip("_").upper() or "\N{HORIZONTAL ELLIPSIS}"
 
 
