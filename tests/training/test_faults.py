@@ -254,7 +254,9 @@ def test_an_error_of_the_disk_ends_all_ranks_in_the_same_words_unless_it_passes(
     if times is None:
         assert result.returncode == 1, result.stderr
         [line] = told(result.stderr)
-        assert re.search(rf"rank \d.*: {shards}/{split}-000000.tar cannot be read in 4 attempts: input/output error", line)
+        assert re.search(
+            rf"rank \d.*: {shards}/{split}-000000.tar cannot be read in 4 attempts: input/output error", line
+        )
         status = Run.load(folder).status()
         assert status["state"] == "failed"
         assert "input/output error" in status["reason"]

@@ -1,6 +1,6 @@
 """Draw the result: the outcome next to the first picture, the other pictures, another threshold, the downloads.
 
-StudyResult, files -> outcome, map switch and scale | first picture -> other pictures -> threshold slider | downloads
+StudyAnswer, files -> outcome, map switch and scale | first picture -> other pictures -> threshold slider | downloads
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from mura_dist.data import table_names
 from mura_dist.inference import overlays
 from mura_dist.inference.page import style, wording
-from mura_dist.inference.page.study import StudyFile, StudyResult, ViewOutput
+from mura_dist.inference.page.study import StudyFile, StudyAnswer, ViewOutput
 from mura_dist.inference.page.study_input import escape_markdown
 from mura_dist.metrics.classification import is_positive
 from mura_dist.models.card import Card
@@ -31,7 +31,7 @@ SCALE = "Colors of the activation map: blue lowers the probability, orange raise
 
 @st.fragment  # a control in a fragment redraws the fragment only
 def show_result(
-    result: StudyResult | None, files: Sequence[StudyFile], context: "PageContext", files_key: str, num_unused: int
+    result: StudyAnswer | None, files: Sequence[StudyFile], context: "PageContext", files_key: str, num_unused: int
 ) -> None:
     """Draw the result, if there is one, and the pictures.
 
@@ -57,7 +57,7 @@ def show_result(
                 _picture(files, index, strength, values=values)
 
 
-def outcome(result: StudyResult, card: Card, num_unused: int) -> Html:
+def outcome(result: StudyAnswer, card: Card, num_unused: int) -> Html:
     """Return the outcome as markup."""
     headline, lines = wording.outcome(result), wording.explanation_lines(result, card)
     num_first = len(wording.ERROR_RATES_BY_OUTCOME[headline])
@@ -76,7 +76,7 @@ def outcome(result: StudyResult, card: Card, num_unused: int) -> Html:
     )
 
 
-def gauge(result: StudyResult, card: Card) -> Html:
+def gauge(result: StudyAnswer, card: Card) -> Html:
     """Return a bar with the probability, the threshold and the uncertain band. The text contains the same numbers."""
     above, marks, below = [], [], [element("span", "0", class_="low"), element("span", "1", class_="high")]
     band = card.calibration.bands.get(result.study_type)
@@ -96,7 +96,7 @@ def gauge(result: StudyResult, card: Card) -> Html:
 # ---- pictures and their maps
 
 
-def _map_strength(result: StudyResult, files: Sequence[StudyFile], files_key: str) -> float | None:
+def _map_strength(result: StudyAnswer, files: Sequence[StudyFile], files_key: str) -> float | None:
     """Draw the controls of the maps. Return the strength, 0.1 to 1, or None while the maps are off, as they are at first."""
     if result.withheld:
         return None
@@ -139,7 +139,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 @st.fragment
-def show_threshold(result: StudyResult, context: "PageContext", files_key: str) -> None:
+def show_threshold(result: StudyAnswer, context: "PageContext", files_key: str) -> None:
     """Draw the slider of another threshold. It changes nothing else on the page and no download."""
     curve = None if result.withheld else wording.ThresholdCurve.from_card(context.service.card, result.study_type)
     model_threshold = result.cell("threshold")
@@ -159,7 +159,7 @@ def show_threshold(result: StudyResult, context: "PageContext", files_key: str) 
 # ---- downloads
 
 
-def show_downloads(result: StudyResult, files: Sequence[StudyFile], context: "PageContext", files_key: str) -> None:
+def show_downloads(result: StudyAnswer, files: Sequence[StudyFile], context: "PageContext", files_key: str) -> None:
     """Draw the downloads: the tables that `predict` would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
     drawn = context.service.card.of_drawings

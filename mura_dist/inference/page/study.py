@@ -2,7 +2,7 @@
 
     bytes -> InferenceService.read (in worker processes) -> Upload: model image, preview, verdict of the gate, or the failure
     uploads that pass the gate -> InferenceService.predict -> ViewOutput: logit and activation map
-    uploads and outputs -> StudyFile -> build_result -> StudyResult: the rows that `predict` writes
+    uploads and outputs -> StudyFile -> build_result -> StudyAnswer: the rows that `predict` writes
 
 All sessions share one `InferenceService`. It stores no file of a session and writes nothing to disk. wording.py holds the texts.
 """
@@ -96,7 +96,7 @@ class ViewOutput:
 
 
 @dataclass(frozen=True)
-class StudyResult:
+class StudyAnswer:
     """The rows that `predict` would write: one in `studies`, and one for each view in `predictions`.
 
     withheld: the model was trained on drawings and a file is not a known drawing, so there is no call.
@@ -233,7 +233,7 @@ def num_studies(files: Sequence[StudyFile]) -> int:
     return len({file.upload.identity.study_uid for file in files if file.upload.identity} - {""})
 
 
-def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> StudyResult:
+def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> StudyAnswer:
     """Return the rows that `predict` writes for the files, as one study.
 
     Args:
@@ -253,4 +253,4 @@ def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> Stu
     withheld = card.of_drawings and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan
-    return StudyResult(studies, predictions, withheld)
+    return StudyAnswer(studies, predictions, withheld)

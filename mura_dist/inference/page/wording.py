@@ -1,6 +1,6 @@
 """Hold the texts of the page: the outcome, how often the model was wrong on measured studies, and which studies those are.
 
-    StudyResult, Card -> outcome, headline, explanation
+    StudyAnswer, Card -> outcome, headline, explanation
     Card, study type -> how many studies were missed or falsely flagged
     a threshold -> the same at that threshold
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mura_dist.data.mura import display_name
 from mura_dist.inference.page.frequencies import Frequency
-from mura_dist.inference.page.study import StudyResult
+from mura_dist.inference.page.study import StudyAnswer
 from mura_dist.metrics.intervals import BOOTSTRAP
 from mura_dist.metrics.summary import CURVE_THRESHOLDS
 from mura_dist.models.card import Card
@@ -22,7 +22,9 @@ from mura_dist.reports.heatmap import MIN_CELLS
 Outcome = Literal["none_flagged", "flagged", "uncertain", "no_call"]
 
 TITLE = "Bone radiographs: one study, one answer"
-PURPOSE = "Upload the radiographs of one study to see the probability of an abnormality and how often the model was wrong."
+PURPOSE = (
+    "Upload the radiographs of one study to see the probability of an abnormality and how often the model was wrong."
+)
 HEADLINES: dict[Outcome, str] = {
     "none_flagged": "No abnormality flagged",
     "flagged": "Flagged",
@@ -52,7 +54,7 @@ def averaging_note(num: int) -> str:
     return "one picture" if num == 1 else f"mean of {num} pictures"
 
 
-def outcome(result: StudyResult) -> Outcome:
+def outcome(result: StudyAnswer) -> Outcome:
     """Return the outcome of a study. A probability in the uncertain band is "uncertain", whatever the call."""
     call, band = result.cell("call"), result.cell("band")
     if result.withheld or (call is None and band is None):
@@ -64,14 +66,14 @@ def outcome(result: StudyResult) -> Outcome:
     return "flagged" if call else "none_flagged"
 
 
-def lead_sentence(result: StudyResult) -> str:
+def lead_sentence(result: StudyAnswer) -> str:
     """Return the sentence below the headline: the probability, or why there is none."""
     if result.withheld:
         return WITHHELD[0]
     return f"Probability of an abnormality: {result.probability:.2f} ({averaging_note(len(result.predictions))})."
 
 
-def explanation_lines(result: StudyResult, card: Card) -> list[str]:
+def explanation_lines(result: StudyAnswer, card: Card) -> list[str]:
     """Return the sentences below that: how often the model was wrong, then the threshold and the band."""
     headline = outcome(result)
     if result.withheld:

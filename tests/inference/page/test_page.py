@@ -120,7 +120,7 @@ def service(telling: Path) -> Iterator[study.InferenceService]:
         yield service
 
 
-def asked(service: study.InferenceService, files: list[Path], study_type: str) -> study.StudyResult:
+def asked(service: study.InferenceService, files: list[Path], study_type: str) -> study.StudyAnswer:
     found = service.predict([path.name for path in files], [path.read_bytes() for path in files])
     return study.build_result(found, study_type, service.card)
 
