@@ -24,7 +24,7 @@ from mura_dist.metrics import classification
 from mura_dist.reports import heatmap, local_only
 
 FOLDER, NOTE = "overlays", "LOCAL-ONLY.txt"
-CAVEAT = "research only, not a medical device; a heatmap shows what moved this model, not where a lesion is"  # fits the width of the picture
+CAVEAT = "research only, not a medical device; a heatmap shows what moved this model, not where a lesion is"  # one line
 _SIDE_PX, _WIDTH_PX = 320, 664  # minimum of a radiograph and of the picture
 _NAME_BYTES = 230  # a file name has 255, of which a suffix needs some
 _MARGIN, _TOP, _BELOW = 8, 26, 26

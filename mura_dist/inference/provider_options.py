@@ -30,7 +30,7 @@ def provider_options(
             # TF32 keeps 3 of 7 digits, so that fp32 logits would exceed the parity gate's 1e-4. Switched off, it also keeps cuDNN
             # from the tensor cores for fp16. An fp16 file has no fp32 product that TF32 could round.
             "use_tf32": "1" if is_half else "0",
-            # The more thorough of cuDNN's heuristics since ONNX Runtime 1.20. It times nothing, so that each start chooses the same
+            # The more thorough of cuDNN's heuristics since ONNX Runtime 1.20. It times nothing: each start chooses the same
             # algorithm. It takes longer, once per shape, and there is only one shape.
             "cudnn_conv_algo_search": "EXHAUSTIVE",
             # Tensor cores need the channels last. In NCHW each fp16 convolution would be transposed twice.

@@ -1,10 +1,10 @@
-"""Names by which a site knows whose radiograph it is, and nobody else does.
+"""Pseudonyms of files and studies, which only the site can map back.
 
-    path, study, or what a DICOM says of its study --- HMAC-SHA256 under the site's key ---> file-..., study-..., dicom-...
-    KEYTABLE: path,pseudonym,study,study_pseudonym: the way back
+    path, study, or DICOM study identifiers --- HMAC-SHA256 with the site's key ---> file-..., study-..., dicom-...
+    KEYTABLE: path,pseudonym,study,study_pseudonym maps them back
 
-The key is a file that stays on the site, and so does the key table: whoever has either can put the names back into the
-tables. Pseudonymous, not anonymous: the same file has the same name in every run of the site, and a radiograph is itself.
+The key and the key table stay on the site: either of them reveals the names in the tables. Tables are pseudonymous, not
+anonymous. A file has the same pseudonym in every run of the site, and the pixels of a radiograph may identify a person.
 """
 
 import contextlib
@@ -28,46 +28,46 @@ from mura_dist.data import table_names
 
 KEY_VARIABLE = "MURA_DIST_SITE_KEY"
 COLUMNS = ("path", "pseudonym", "study", "study_pseudonym")
-DIGITS = 16  # 64 bits: of 10^6 names two are alike with probability 3e-8, of 10^8 with 3e-4
+DIGITS = 16  # 64 bits: two of 10^6 names are equal with probability 3e-8, two of 10^8 with 3e-4
 _KEY_BYTES = 32
-_OTHERS = 0o077  # permissions of anybody but the owner
+_NON_OWNER_BITS = 0o077
 
 KeyRow = tuple[str, str, str, str]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def pseudonym(key: bytes, kind: str, *parts: str) -> str:
-    """`kind`-<16 hex digits>; the same of the same parts under the same key. Kinds never share a name."""
+    """Return `kind`-<16 hex digits>, a function of key, kind and parts."""
     message = "\0".join((kind, *parts)).encode("utf-8", "surrogatepass")
     return f"{kind}-{hmac.new(key, message, hashlib.sha256).hexdigest()[:DIGITS]}"
 
 
 def dicom_study_pseudonym(key: bytes, study_uid: str, body_part: str, laterality: str) -> str:
-    """A study's name: one StudyInstanceUID can hold both wrists and an elbow, which are three studies."""
+    """Return a study's pseudonym. One StudyInstanceUID may hold both wrists and an elbow, which are three studies."""
     return pseudonym(key, "dicom", study_uid, body_part, laterality)
 
 
 @dataclass(frozen=True)
 class Pseudonymizer:
-    """What tables, pictures and messages of a run call things. Without a key: by their own names."""
+    """The names of files and studies in tables, pictures and messages. Without a key they are the original names."""
 
     key: bytes | None = field(default=None, repr=False)
 
     def file(self, path: str) -> str:
-        """Of a path as the tables have it. It has no suffix, for that is a part of a name too."""
+        """Return the name of a printable path. A pseudonym has no suffix, which is a part of the original name."""
         return path if self.key is None else pseudonym(self.key, "file", path)
 
     def study(self, study: str) -> str:
-        """Of a study that is called after folders or files; a DICOM's is a pseudonym already."""
+        """Return the name of a study that has the name of a folder or file."""
         return study if self.key is None else pseudonym(self.key, "study", study)
 
     def digest(self, sha256: str) -> str:
-        """A digest of names that nobody without the key can compare with that of names they guess."""
+        """Return a digest of names that cannot be compared with guessed names without the key."""
         return sha256 if self.key is None else hmac.new(self.key, sha256.encode(), hashlib.sha256).hexdigest()
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells keys apart, and nothing of them."""
+        """A pseudonym of the key itself, by which plans with different keys differ."""
         return None if self.key is None else pseudonym(self.key, "key")
 
 
@@ -75,97 +75,105 @@ class Pseudonymizer:
 
 
 def key_path() -> Path:
-    """Where the site's key lies, or will: MURA_DIST_SITE_KEY, or the user's own configuration."""
-    return Path(os.environ.get(KEY_VARIABLE) or _configuration() / "site.key")
+    """Return the file of the site's key: MURA_DIST_SITE_KEY, or a file in the user's configuration folder."""
+    return Path(os.environ.get(KEY_VARIABLE) or _config_folder() / "site.key")
 
 
-def _configuration() -> Path:
-    place = ("APPDATA", "AppData/Roaming") if os.name == "nt" else ("XDG_CONFIG_HOME", ".config")
-    return atomic.user_folder(*place) / "mura-dist"
+def _config_folder() -> Path:
+    variable, default = ("APPDATA", "AppData/Roaming") if os.name == "nt" else ("XDG_CONFIG_HOME", ".config")
+    return atomic.user_folder(variable, default) / "mura-dist"
 
 
-def site_key(*apart: Path) -> bytes:
-    """The site's secret, made when first needed; two processes that need it at once get the same. Raises UserError.
+def site_key(*key_free_folders: Path) -> bytes:
+    """Return the site's key. The first call creates it, and concurrent first calls return the same key.
 
-    apart: folders it must not lie in, for they are given away or read.
+    Args:
+        *key_free_folders: Folders that must not contain the key, since they are read or shared.
+
+    Raises:
+        UserError: the key lies in such a folder, is too short, or others than its owner may read it.
     """
     path = key_path()
-    for folder in apart:
+    for folder in key_free_folders:
         if _inside(path, folder):
             raise UserError(
-                f"site key {path} lies inside {folder}; keep it elsewhere: {KEY_VARIABLE}=PATH names the file"
+                f"site key {path} lies inside {folder}. Keep it elsewhere, and name the file with {KEY_VARIABLE}=PATH."
             )
     try:
         if not path.exists():
-            _make_key(path)
+            _create_key(path)
         _check_mode(path, "site key")
         key = path.read_bytes()
     except OSError as error:
-        raise UserError(f"site key {path}: {os_reason(error)}; {KEY_VARIABLE}=PATH names another file") from error
+        raise UserError(f"site key {path}: {os_reason(error)}. Name another file with {KEY_VARIABLE}=PATH.") from error
     if len(key) < _KEY_BYTES:
         raise UserError(
-            f"site key {path} holds {len(key)} bytes, at least {_KEY_BYTES} are needed; delete it and a new one is made"
+            f"site key {path} holds {len(key)} bytes (at least {_KEY_BYTES}). Delete it, and the next command creates a new one."
         )
     return key
 
 
-def _make_key(path: Path) -> None:
+def _create_key(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         with atomic.creating(path, mode=0o600) as file:
             file.write(secrets.token_hex(_KEY_BYTES).encode())
-    except FileExistsError:  # another process was first: its key is the site's
+    except FileExistsError:  # another process was faster, and its key is the site's
         pass
 
 
-def _check_mode(path: Path, what: str) -> None:
-    if os.name == "nt":  # permissions are not kept in a mode there
+def _check_mode(path: Path, label: str) -> None:
+    if os.name == "nt":  # a mode does not describe the permissions
         return
     mode = path.stat().st_mode & 0o777
-    if mode & _OTHERS:
-        raise UserError(f"{what} {path} has mode {mode:04o}, others than its owner may use it; chmod 600 {path}")
+    if mode & _NON_OWNER_BITS:
+        raise UserError(f"{label} {path} has mode {mode:04o}: others than its owner may use it. Run chmod 600 {path}")
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether `path` lies below `folder`, by whatever names; neither has to be there."""
+    """Return whether `path` lies below `folder`, after resolving links. Neither has to exist."""
     folder = folder.resolve()
-    return any(parent == folder or _same(parent, folder) for parent in path.resolve().parents)
+    return any(parent == folder or _is_same_file(parent, folder) for parent in path.resolve().parents)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_file(a: Path, b: Path) -> bool:
     try:
-        return one.samefile(other)
+        return a.samefile(b)
     except OSError:
         return False
 
 
-# ---- the way back
+# ---- the key table
 
 
 def check_keytable(keytable: Path, out: Path, folders: Iterable[Path]) -> None:
-    """UserError where `keytable` cannot be written, or lies where it would be given away."""
+    """Raise UserError if `keytable` cannot be written, or lies in `out` or one of `folders`."""
     option = f"--pseudonyms {keytable}"
     for name, folder in (("--out", out), *(("DIRECTORY", folder) for folder in folders)):
         if _inside(keytable, folder):
-            raise UserError(f"{option} lies inside {name} ({folder}), whose names it undoes; give a file elsewhere")
+            raise UserError(f"{option} lies inside {name} ({folder}), whose names it reveals. Give a file elsewhere.")
     if keytable.is_dir():
-        raise UserError(f"{option} is a folder; give a file")
+        raise UserError(f"{option} is a folder. Give a file.")
     if not keytable.parent.is_dir():
-        raise UserError(f"{option}: no folder {keytable.parent}; make it first")
+        raise UserError(f"{option}: no folder {keytable.parent}. Create it first.")
     if not os.access(keytable.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{option}: permission denied; give a file in a folder you may write to")
+        raise UserError(f"{option}: permission denied. Give a file in a folder that you may write to.")
     if keytable.exists():
         _check_mode(keytable, "--pseudonyms")
 
 
 def check_keytable_files(keytable: Path, files: Iterable[tuple[str, str]]) -> None:
-    """UserError where `keytable` is there and does not name these very files, (path, pseudonym) each: before any work."""
+    """Raise UserError if `keytable` exists and does not name these `files`, (path, pseudonym) each."""
     if keytable.exists():
         _compare(keytable, (line[:2] for line in _read(keytable)), files)
 
 
 def write_keytable(keytable: Path, rows: Callable[[], Iterable[KeyRow]]) -> None:
-    """Write `rows()`; whole, or not at all. What lies there is never overwritten: it is these rows, or UserError."""
+    """Write the key table atomically. An existing one is never overwritten.
+
+    Raises:
+        UserError: an existing key table has other rows.
+    """
     try:
         with atomic.creating(keytable, mode=0o600) as file:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -178,7 +186,7 @@ def write_keytable(keytable: Path, rows: Callable[[], Iterable[KeyRow]]) -> None
 
 
 def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
-    """The lines below the header, as names; what is no table of ours has one line that equals none."""
+    """Yield the lines below the header. A file that is no key table yields an empty line, which equals no row."""
     try:
         with open(keytable, newline="", encoding="utf-8") as file:
             lines = csv.reader(file)
@@ -190,43 +198,42 @@ def _read(keytable: Path) -> Iterator[tuple[str, ...]]:
         yield ()
 
 
-def _compare(keytable: Path, found: Iterable[tuple[str, ...]], wanted: Iterable[tuple[str, ...]]) -> None:
-    for number, (there, ours) in enumerate(itertools.zip_longest(found, wanted), start=2):
-        if there != ours:
-            raise UserError(f"--pseudonyms {keytable}, line {number}: not of this run's names; give another file")
+def _compare(keytable: Path, lines: Iterable[tuple[str, ...]], rows: Iterable[tuple[str, ...]]) -> None:
+    for number, (line, row) in enumerate(itertools.zip_longest(lines, rows), start=2):
+        if line != row:
+            raise UserError(f"--pseudonyms {keytable}, line {number}: names of another run. Give another file.")
 
 
-# ---- what is said
+# ---- messages
 
 
 @contextlib.contextmanager
 def redact_paths(inputs: Sequence[Path | str], keytable: Path | None) -> Iterator[None]:
-    """Keep the inputs, and what lies in them, out of the messages of errors in the block, where there is a key table."""
+    """With a key table, remove the inputs and paths below them from the messages of errors in the block."""
     try:
         yield
     except Exception as error:
-        if keytable is None or isinstance(
-            error, ImportError
-        ):  # that names a package; the command line knows the remedy
+        # An ImportError names a package, and the command line adds the remedy.
+        if keytable is None or isinstance(error, ImportError):
             raise
         if isinstance(error, UserError | RunError | StopRequestedError):
             raise type(error)(_without(inputs, str(error))) from None
         if isinstance(error, OSError) and error.strerror:
             raise OSError(error.errno, error.strerror, _outside(error.filename, inputs)) from None
-        place = traceback.extract_tb(error.__traceback__)[-1]  # a traceback quotes what it stumbled over
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # a whole traceback would quote names
         raise RunError(
-            f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; without --pseudonyms, where nobody "
-            "else reads it, the same command says more"
+            f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}. To see more, run the command without "
+            "--pseudonyms where nobody else reads its output."
         ) from None
 
 
 def _outside(name: Any, inputs: Sequence[Path | str]) -> str | None:
-    """Return the file an error is about, where it is none of the inputs and lies in none of them."""
+    """Return the file of an error unless it is an input or lies in one."""
     if not isinstance(name, str | bytes):
         return None
     path = Path(os.fsdecode(name))
-    inside = any(path.resolve() == Path(each).resolve() or _inside(path, Path(each)) for each in inputs)
-    return None if inside else os.fsdecode(name)
+    is_input = any(path.resolve() == Path(root).resolve() or _inside(path, Path(root)) for root in inputs)
+    return None if is_input else os.fsdecode(name)
 
 
 def _folder(path: Path | str) -> Path:
@@ -234,7 +241,7 @@ def _folder(path: Path | str) -> Path:
 
 
 def _without(inputs: Sequence[Path | str], text: str) -> str:
-    """Return `text` with `input 1` in place of the first input, and so on, and DIRECTORY for the folder they have in common."""
+    """Return `text` with `input 1` for the first input, and so on, and DIRECTORY for their common folder."""
     aliases = {Path(path): "DIRECTORY" if len(inputs) == 1 else f"input {n}" for n, path in enumerate(inputs, start=1)}
     with contextlib.suppress(ValueError):  # Windows: on different drives
         common = os.path.commonpath([os.path.abspath(_folder(path)) for path in inputs])

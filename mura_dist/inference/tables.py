@@ -4,7 +4,7 @@
     studies, block by block: mean probabilities over views, calls                -> csv or parquet
 
 Thresholds, calibration and the uncertain band come from the card. A cell is empty if the card has no value for the study type. A
-model trained on drawings makes no call and no band. `gate` changes no number: an image that does not look like a radiograph counts in
+model trained on drawings makes no call and no band. `gate` changes no number: an image that looks unlike a radiograph counts in
 its study's mean. Columns: table_guide.py. No text of a CSV is a formula (table_names.py). Parquet has no formulas.
 """
 

@@ -131,7 +131,7 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
     """OUT is refused where it is a folder to be read, not where a file of it is."""
     predict(model, ["a.png", "b.png"], Path("."))
     assert set(table(ward)) == {"a.png", "b.png"}
-    with pytest.raises(UserError, match=r"^--out x is one of the inputs; give another folder$"):
+    with pytest.raises(UserError, match=r"^--out x is one of the inputs. Give another folder.$"):
         predict(model, ["a.png", "x"], Path("x"))
     with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself; give another folder$"):
         predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs

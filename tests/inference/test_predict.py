@@ -366,7 +366,7 @@ def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp
     key.parent.mkdir()
     key.write_bytes(b"short")
     key.chmod(0o600)
-    with pytest.raises(UserError, match=r"^site key .* holds 5 bytes, at least 32 are needed; delete it"):
+    with pytest.raises(UserError, match=r"^site key .* holds 5 bytes \(at least 32\)\. Delete it"):
         pseudonyms.site_key()
 
 

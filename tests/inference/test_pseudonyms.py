@@ -92,7 +92,7 @@ def test_a_key_that_others_may_use_is_refused(mode: int) -> None:
     pseudonyms.site_key()
     pseudonyms.key_path().chmod(mode)
     with pytest.raises(
-        UserError, match=rf"^site key .* has mode {mode:04o}, others .* may use it; chmod 600 /.*site\.key$"
+        UserError, match=rf"^site key .* has mode {mode:04o}: others .* may use it\. Run chmod 600 /.*site\.key$"
     ):
         pseudonyms.site_key()
 
@@ -112,7 +112,8 @@ def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypat
     for place in (out / "k", out / "a/b/k", directory / "deep/k", tmp_path / "link/k", tmp_path / "x/../in/k"):
         monkeypatch.setenv("MURA_DIST_SITE_KEY", str(place))
         with pytest.raises(
-            UserError, match=r"^site key .*/k lies inside .*/(in|out); keep it elsewhere: MURA_DIST_SITE_KEY="
+            UserError,
+            match=r"^site key .*/k lies inside .*/(in|out)\. Keep it elsewhere, and name the file with MURA_DIST_SITE_KEY=",
         ):
             pseudonyms.site_key(out, directory)
     assert not out.exists()
@@ -125,7 +126,9 @@ def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "folder").mkdir(mode=0o700)
     for place, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
         monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / place))
-        with pytest.raises(UserError, match=rf"^site key .*: ({why}); MURA_DIST_SITE_KEY=PATH names another file$"):
+        with pytest.raises(
+            UserError, match=rf"^site key .*: ({why})\. Name another file with MURA_DIST_SITE_KEY=PATH\.$"
+        ):
             pseudonyms.site_key()
 
 
@@ -247,7 +250,7 @@ def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
     for what, text in damaged.items():
         table.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(
-            UserError, match=r"^--pseudonyms .*keys\.csv, line \d+: not of this run's names; give another file$"
+            UserError, match=r"^--pseudonyms .*keys\.csv, line \d+: names of another run\. Give another file\.$"
         ):
             predict(model, source, tmp_path / what, PredictOptions(keytable=table))
         assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
@@ -262,13 +265,13 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
     (tmp_path / "open.csv").write_text("")
     (tmp_path / "open.csv").chmod(0o644)
     cases = {
-        out / "keys.csv": r"lies inside --out \(.*out\), whose names it undoes; give a file elsewhere",
-        source / "keys.csv": r"lies inside DIRECTORY \(DIRECTORY\), whose names it undoes",
-        tmp_path / "folder": r"folder is a folder; give a file",
-        tmp_path / "none" / "keys.csv": r"no folder .*none; make it first",
+        out / "keys.csv": r"lies inside --out \(.*out\), whose names it reveals\. Give a file elsewhere",
+        source / "keys.csv": r"lies inside DIRECTORY \(DIRECTORY\), whose names it reveals",
+        tmp_path / "folder": r"folder is a folder\. Give a file",
+        tmp_path / "none" / "keys.csv": r"no folder .*none\. Create it first",
     }
     if os.name == "posix":
-        cases[tmp_path / "open.csv"] = r"has mode 0644, others than its owner may use it; chmod 600 .*open\.csv"
+        cases[tmp_path / "open.csv"] = r"has mode 0644: others than its owner may use it\. Run chmod 600 .*open\.csv"
     for place, text in cases.items():
         with pytest.raises(UserError, match=rf"^--pseudonyms .*{text}"):
             predict(model, source, out, PredictOptions(keytable=place))
@@ -515,7 +518,10 @@ def test_no_message_names_a_path(
     assert status == (FAILED if directory in ("crash", "io", "strange") else WRONG)
     assert words((captured.out + captured.err).encode()) == []
     assert len(captured.err.splitlines()) == 1
-    wanted = {"crash": r"KeyError in .*\.py, line \d+; without --pseudonyms", "io": "Permission denied; mend it"}
+    wanted = {
+        "crash": r"KeyError in .*\.py, line \d+\. To see more, run the command without",
+        "io": "Permission denied; mend it",
+    }
     wanted["strange"] = wanted["crash"].replace("Key", "OS")
     wanted["several"] = "input 2, input 3: no such file or folder"
     assert re.search(wanted.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
