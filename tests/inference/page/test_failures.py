@@ -14,14 +14,14 @@ from mura_dist.inference.page.guard import UPLOADS_FULL
 SIDE = 32
 
 
-def test_every_code_and_verdict_has_words() -> None:
+def test_every_code_and_verdict_has_text() -> None:
     assert set(failures.FAILURE_TEXTS) == {*get_args(Code), "decoder", "model"}
     assert set(failures.GATE_TEXTS) == set(gate.NAMES) - {"ok"}
 
 
 @pytest.mark.parametrize("code", sorted(failures.FAILURE_TEXTS))
 @pytest.mark.parametrize("reason", ["its header has no usable Rows", "a ZIP archive; unpack it first"])
-def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) -> None:
+def test_failure_sentence_has_problem_and_one_remedy(code: str, reason: str) -> None:
     problem, remedy = failures.FAILURE_TEXTS[code]
     text = failures.failure_sentence(code, reason)
     assert text.startswith(problem)
@@ -46,31 +46,31 @@ def test_a_sentence_says_what_is_wrong_and_one_remedy(code: str, reason: str) ->
         ),
     ],
 )
-def test_what_a_file_is_answered_with(data: bytes, text: str) -> None:
+def test_failure_sentence_of_invalid_files(data: bytes, text: str) -> None:
     upload = study.UploadReader(SIDE)(data)
     assert upload.image is None
     assert failures.failure_sentence(upload.code, upload.failure).startswith(text)
 
 
 @pytest.mark.shared
-def test_hostile_files_end_in_plain_words(shared: Path) -> None:
+def test_hostile_files_get_readable_messages(shared: Path) -> None:
     """No library's words, no path, no number in hexadecimal, whatever the file."""
-    reader, seen = study.UploadReader(SIDE), set()
+    reader, codes = study.UploadReader(SIDE), set()
     for path in sorted(
         path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 1 << 20
     ):
         upload = reader(path.read_bytes())
         if upload.image is None:
-            seen.add(upload.code)
+            codes.add(upload.code)
             text = failures.failure_sentence(upload.code, upload.failure)
             assert re.match("this (is not a picture|type of file is not supported|picture is corrupt|file )", text), (
                 path.name
             )
             assert not re.search(r"Traceback|Error|Exception|0x[0-9a-f]|/tmp|None\b", text), text
-    assert seen >= {"not_image", "out_of_scope", "unreadable", "too_large"}
+    assert codes >= {"not_image", "out_of_scope", "unreadable", "too_large"}
 
 
-def test_limits_are_those_that_hold() -> None:
+def test_messages_name_the_limits() -> None:
     assert f"over {study.MAX_UPLOAD_MB} MB" in failures.UPLOAD_REFUSED
     assert f"more than {study.MAX_FILES} files" in failures.UPLOAD_REFUSED
     assert "try it again in a minute" in failures.UPLOAD_REFUSED

@@ -21,9 +21,7 @@ def count(share: str, total: int) -> int:
 
 @pytest.mark.parametrize(("share", "total"), list(itertools.product(SHARES, TOTALS)))
 @pytest.mark.parametrize("bootstrap", [None, (0.01, 0.42)])
-def test_a_count_is_said_and_a_share_only_of_enough(
-    share: str, total: int, bootstrap: tuple[float, float] | None
-) -> None:
+def test_percentage_only_from_min_for_share(share: str, total: int, bootstrap: tuple[float, float] | None) -> None:
     num = count(share, total)
     text = Frequency(num, total, *(bootstrap or ())).sentence("normal hand studies in the test set", "flagged")
     assert ("%" in text) == (total >= MIN_FOR_SHARE)
@@ -34,10 +32,10 @@ def test_a_count_is_said_and_a_share_only_of_enough(
         return
     noun = "study" if total == 1 else "studies"
     assert text.startswith(f"Of {total} normal hand {noun} in the test set, ")
-    said = re.match(r".*?, (none|all \d+|\d+) (was|were) flagged", text)
-    assert said is not None
-    assert {"none": 0, f"all {total}": total}.get(said[1]) in (num, None)
-    assert said[1] in ("none", f"all {total}") or int(said[1]) == num
+    match = re.match(r".*?, (none|all \d+|\d+) (was|were) flagged", text)
+    assert match is not None
+    assert {"none": 0, f"all {total}": total}.get(match[1]) in (num, None)
+    assert match[1] in ("none", f"all {total}") or int(match[1]) == num
     if total >= MIN_FOR_SHARE:
         assert (WILSON in text) == (bootstrap is None)
         percent = re.search(r"flagged: (under 1|over 99|\d+) % ", text)
@@ -67,11 +65,11 @@ def test_a_count_is_said_and_a_share_only_of_enough(
         ),
     ],
 )
-def test_the_words(num: int, total: int, text: str) -> None:
+def test_frequency_sentence(num: int, total: int, text: str) -> None:
     assert Frequency(num, total).sentence("normal hand studies in the test set", "flagged") == text
 
 
-def test_a_bootstrap_interval_stands_as_it_is() -> None:
+def test_bootstrap_interval_is_quoted() -> None:
     assert Frequency(18, 97, 0.12, 0.263).sentence("abnormal wrist studies in the test set", "missed") == (
         "Of 97 abnormal wrist studies in the test set, 18 were missed: 19 % (95 % interval 12 % to 26 %)"
     )
@@ -126,10 +124,10 @@ def card_with(wrong: dict[str, int], right: dict[str, int], *, kinds: bool) -> C
 
 @pytest.mark.parametrize("total", [1, 4, 29, 30, 31, 500])
 @pytest.mark.parametrize("share", ["none", "half", "all"])
-def test_answer_and_slider_say_the_same_whatever_version_wrote_the_card(total: int, share: str) -> None:
+def test_result_and_slider_agree_for_old_and_new_cards(total: int, share: str) -> None:
     wrong = {"abnormal": count(share, total), "normal": count("half", total)}
     right = {label: total - num for label, num in wrong.items()}
-    said = []
+    lines_of_cards = []
     for kinds in (False, True):
         card = card_with(wrong, right, kinds=kinds)
         lines = wording.error_rate_lines("uncertain", "XR_HAND", card)
@@ -139,27 +137,27 @@ def test_answer_and_slider_say_the_same_whatever_version_wrote_the_card(total: i
         assert ("%" in " ".join(lines)) == (total >= MIN_FOR_SHARE)
         assert (WILSON in lines[0]) == (total >= MIN_FOR_SHARE and share != "half")
         assert lines[-1] == "The test set is not from your hospital."
-        said.append(lines)
-    assert said[0] == said[1]
+        lines_of_cards.append(lines)
+    assert lines_of_cards[0] == lines_of_cards[1]
 
 
 @pytest.mark.parametrize("change", [{"confusion": None}, {"confusion": {}}])
-def test_a_card_without_counts_says_so(change: dict[str, object]) -> None:
+def test_card_without_counts_has_no_error_rates(change: dict[str, object]) -> None:
     card = card_with({"abnormal": 3, "normal": 3}, {"abnormal": 3, "normal": 3}, kinds=True)
     metrics = card.metrics | {"by_study_type": {"XR_HAND": card.metrics["by_study_type"]["XR_HAND"] | change}}
     lines = wording.error_rate_lines("flagged", "XR_HAND", card.model_copy(update={"metrics": metrics}))
     assert lines == ["How often the model is wrong on hand studies was not measured."]
 
 
-@pytest.mark.parametrize(("split", "words"), [("valid", "test set"), ("test", "test set"), ("tune", "tuning set")])
-def test_a_split_is_called_what_a_doctor_calls_it(split: str, words: str) -> None:
+@pytest.mark.parametrize(("split", "set_name"), [("valid", "test set"), ("test", "test set"), ("tune", "tuning set")])
+def test_split_names_on_the_page(split: str, set_name: str) -> None:
     card = card_with({"abnormal": 3, "normal": 3}, {"abnormal": 3, "normal": 3}, kinds=True)
     card = card.model_copy(update={"metrics": card.metrics | {"split": split}})
-    assert f"in the {words}, 3 were" in wording.error_rate_lines("flagged", "XR_HAND", card)[0]
+    assert f"in the {set_name}, 3 were" in wording.error_rate_lines("flagged", "XR_HAND", card)[0]
 
 
-@pytest.mark.parametrize(("shapes", "shown"), [([(4, 4)], True), ([(10, 10)] * 3, True), ([(2, 2)], False)])
-def test_why_there_is_no_map(shapes: list[tuple[int, int]], shown: bool) -> None:
+@pytest.mark.parametrize(("shapes", "has_map"), [([(4, 4)], True), ([(10, 10)] * 3, True), ([(2, 2)], False)])
+def test_map_unavailable_reason(shapes: list[tuple[int, int]], has_map: bool) -> None:
     text = wording.map_unavailable_reason(shapes)
-    assert (text == "") == shown
-    assert shown or text.startswith("No activation map: the map of this model has 2 x 2 cells, which is too coarse.")
+    assert (text == "") == has_map
+    assert has_map or text.startswith("No activation map: the map of this model has 2 x 2 cells, which is too coarse.")

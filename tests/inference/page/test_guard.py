@@ -1,4 +1,4 @@
-"""The guard before Streamlit, against a real server that reads what it is sent: names, origins, bytes, seconds, headers."""
+"""Test the guard in front of a real server: hosts, origins, bytes, seconds, headers."""
 
 import asyncio
 import contextlib
@@ -78,7 +78,7 @@ def port(guard: Guard) -> Iterator[int]:
 
 
 class Client:
-    """One connection that sends what it is asked to, byte by byte."""
+    """One connection that sends given bytes and reads a response."""
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
@@ -93,7 +93,7 @@ class Client:
         self.socket.sendall(text.encode() if isinstance(text, str) else text)
 
     def answer(self) -> tuple[int, dict[str, str], str]:
-        """(status, headers by lower-case name, body); (0, {}, "") where the connection is closed without a word."""
+        """Return (status, headers by lower-case name, body), or (0, {}, "") where the connection is closed."""
         data = b""
         with contextlib.suppress(ConnectionResetError):
             while b"\r\n\r\n" not in data and (piece := self.socket.recv(65536)):
@@ -114,7 +114,7 @@ def request(method: str = "GET", target: str = "/", host: str | None = "localhos
     return "\r\n".join([f"{method} {target} HTTP/1.1", *rows, "", ""])
 
 
-def ask(port: int, *pieces: str | bytes) -> tuple[int, dict[str, str], str]:
+def send_request(port: int, *pieces: str | bytes) -> tuple[int, dict[str, str], str]:
     with Client(port) as client:
         for piece in pieces:
             client.send(piece)
@@ -128,8 +128,8 @@ def ask(port: int, *pieces: str | bytes) -> tuple[int, dict[str, str], str]:
     "host",
     ["localhost", "LOCALHOST:8501", "localhost.", "127.0.0.1:8501", "192.0.2.7", "[::1]:8501", "page.hospital.example"],
 )
-def test_its_own_names_and_addresses_are_answered(port: int, host: str) -> None:
-    assert ask(port, request(host=host))[0] == 200
+def test_allowed_hosts_and_addresses(port: int, host: str) -> None:
+    assert send_request(port, request(host=host))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -140,30 +140,33 @@ def test_its_own_names_and_addresses_are_answered(port: int, host: str) -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-def test_another_name_is_refused(port: int, host: str, method: str) -> None:
-    status, _, body = ask(port, request(method, host=host))
+def test_other_host_is_refused(port: int, host: str, method: str) -> None:
+    status, _, body = send_request(port, request(method, host=host))
     assert (status, body) == (421, HOST_REFUSED)
 
 
-def test_none_and_two_names_are_refused(port: int) -> None:
-    assert ask(port, request(host=None))[0] == 400, "HTTP itself wants one"
-    assert ask(port, request(HOST="evil.example"))[0] in (400, 421)
+def test_missing_or_duplicate_host_is_refused(port: int) -> None:
+    assert send_request(port, request(host=None))[0] == 400, "HTTP itself wants one"
+    assert send_request(port, request(HOST="evil.example"))[0] in (400, 421)
 
 
-def test_another_web_site_may_neither_upload_nor_open_a_session(port: int) -> None:
+def test_other_origin_is_refused(port: int) -> None:
     own = "http://localhost:8501"
     upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_version": 13}
     upgrade["sec_websocket_key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
     for origin in ("http://evil.example", "null", "http://localhost:9999", "http://127.0.0.1:8501"):
-        assert ask(port, request("PUT", origin=origin, content_length=1), "x")[::2] == (403, ORIGIN_REFUSED)
-        assert ask(port, request(target="/stream", origin=origin, **upgrade))[::2] == (403, ORIGIN_REFUSED)
-    assert ask(port, request("PUT", origin=own, content_length=1), "x")[::2] == (200, "1")
-    assert ask(port, request("PUT", content_length=1), "x")[::2] == (200, "1")
-    assert ask(port, request(target="/stream", origin=own, **upgrade))[0] == 101
-    assert ask(port, request(target="/stream", host="evil.example", origin="http://evil.example", **upgrade))[0] == 421
+        assert send_request(port, request("PUT", origin=origin, content_length=1), "x")[::2] == (403, ORIGIN_REFUSED)
+        assert send_request(port, request(target="/stream", origin=origin, **upgrade))[::2] == (403, ORIGIN_REFUSED)
+    assert send_request(port, request("PUT", origin=own, content_length=1), "x")[::2] == (200, "1")
+    assert send_request(port, request("PUT", content_length=1), "x")[::2] == (200, "1")
+    assert send_request(port, request(target="/stream", origin=own, **upgrade))[0] == 101
+    assert (
+        send_request(port, request(target="/stream", host="evil.example", origin="http://evil.example", **upgrade))[0]
+        == 421
+    )
 
 
-def test_sessions_are_counted(port: int, guard: Guard) -> None:
+def test_session_limit(port: int, guard: Guard) -> None:
     upgrade = {"connection": "Upgrade", "upgrade": "websocket", "sec_websocket_version": 13}
     text = request(target="/stream", sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==", **upgrade)
     until(lambda: guard.num_sessions == 0)
@@ -173,7 +176,7 @@ def test_sessions_are_counted(port: int, guard: Guard) -> None:
         assert [client.answer()[0] for client in (first, second)] == [101, 101]
         assert third.answer()[::2] == (503, SESSIONS_FULL)
     until(lambda: guard.num_sessions == 0)
-    assert ask(port, text)[0] == 101
+    assert send_request(port, text)[0] == 101
 
 
 def until(true: Any) -> None:
@@ -183,38 +186,38 @@ def until(true: Any) -> None:
         time.sleep(0.01)
 
 
-# ---- how much it takes in
+# ---- limits
 
 
-def test_unfinished_uploads_share_one_budget(port: int, guard: Guard) -> None:
-    """What arrives beyond it is refused, announced or not; what was refused or is finished takes no room."""
+def test_unfinished_uploads_share_a_limit(port: int, guard: Guard) -> None:
+    """A request above the limit is refused, with or without Content-Length. Refused and finished requests do not count."""
     half = LIMITS.uploads_bytes // 2
     guard.app.state.released.clear()
-    with Client(port) as one, Client(port) as other:
-        for client in (one, other):
+    with Client(port) as first, Client(port) as second:
+        for client in (first, second):
             client.send(request("PUT", "/?hold", content_length=half) + "x" * half)
         until(lambda: guard.unfinished_bytes == 2 * half)
-        status, headers, body = ask(port, request("PUT", content_length=9), "x" * 9)
+        status, headers, body = send_request(port, request("PUT", content_length=9), "x" * 9)
         assert (status, body, headers["retry-after"]) == (503, UPLOADS_FULL, "60")
         chunked = request("PUT", transfer_encoding="chunked") + "9\r\nxxxxxxxxx\r\n0\r\n\r\n"
-        assert ask(port, chunked)[::2] == (503, UPLOADS_FULL)
-        assert ask(port, request())[0] == 200, "what brings nothing is answered"
+        assert send_request(port, chunked)[::2] == (503, UPLOADS_FULL)
+        assert send_request(port, request())[0] == 200, "what brings nothing is answered"
         assert guard.unfinished_bytes == 2 * half
         guard.app.state.released.set()
-        assert [client.answer()[::2] for client in (one, other)] == [(200, str(half))] * 2
+        assert [client.answer()[::2] for client in (first, second)] == [(200, str(half))] * 2
     until(lambda: guard.unfinished_bytes == 0)
-    assert ask(port, request("PUT", content_length=2 * half), "x" * 2 * half)[::2] == (200, str(2 * half))
+    assert send_request(port, request("PUT", content_length=2 * half), "x" * 2 * half)[::2] == (200, str(2 * half))
 
 
-def test_an_upload_alone_beyond_the_budget_is_refused_after_it_was_read(port: int, guard: Guard) -> None:
-    """The answer comes when everything was sent: a browser reads none before."""
+def test_too_large_upload_is_refused_after_reading_it(port: int, guard: Guard) -> None:
+    """The response follows the complete body, since a browser reads it only then."""
     size = 40 * LIMITS.uploads_bytes
     for head in (request("PUT", content_length=size), request("PUT", connection="close", content_length=size)):
-        assert ask(port, head, b"x" * size)[::2] == (503, UPLOADS_FULL)
+        assert send_request(port, head, b"x" * size)[::2] == (503, UPLOADS_FULL)
     assert guard.unfinished_bytes == 0
 
 
-def test_a_client_that_goes_leaves_nothing(port: int, guard: Guard) -> None:
+def test_disconnected_client_releases_its_bytes(port: int, guard: Guard) -> None:
     with Client(port) as client:
         client.send(request("PUT", content_length=90_000) + "x" * 50_000)
         until(lambda: guard.unfinished_bytes == 50_000)
@@ -225,9 +228,9 @@ def test_a_client_that_goes_leaves_nothing(port: int, guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("pieces", [[], ["GET / HT"], [request()[:-2]]])
-def test_headers_that_do_not_come_close_the_connection(port: int, pieces: list[str]) -> None:
+def test_missing_headers_close_the_connection(port: int, pieces: list[str]) -> None:
     start_s = time.monotonic()
-    assert ask(port, *pieces) == (0, {}, "")
+    assert send_request(port, *pieces) == (0, {}, "")
     assert 0.5 < time.monotonic() - start_s < 5
 
 
@@ -244,7 +247,7 @@ def test_trickled_headers_close_the_connection(port: int) -> None:
         assert 0.5 < time.monotonic() - start_s < 5
 
 
-def test_a_request_in_time_is_not_disturbed(port: int) -> None:
+def test_request_within_limits_succeeds(port: int) -> None:
     with Client(port) as client:
         for _ in range(2):
             client.send(request("PUT", content_length=2))
@@ -256,9 +259,9 @@ def test_a_request_in_time_is_not_disturbed(port: int) -> None:
             time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("pause_s", "wanted_s"), [(5.0, LIMITS.idle_s), (0.2, LIMITS.body_s)])
-def test_a_body_that_does_not_come_is_refused(port: int, guard: Guard, pause_s: float, wanted_s: float) -> None:
-    """A body that stops, and one that goes on for ever, a byte at a time."""
+@pytest.mark.parametrize(("pause_s", "limit_s"), [(5.0, LIMITS.idle_s), (0.2, LIMITS.body_s)])
+def test_slow_body_is_refused(port: int, guard: Guard, pause_s: float, limit_s: float) -> None:
+    """This covers a body that stops, and one that arrives byte by byte."""
     start_s = time.monotonic()
     with Client(port) as client:
         client.send(request("PUT", content_length=1000))
@@ -279,31 +282,31 @@ def test_a_body_that_does_not_come_is_refused(port: int, guard: Guard, pause_s: 
         finally:
             trickle.set()
             thread.join()
-    assert 0.5 < time.monotonic() - start_s < wanted_s + 5
+    assert 0.5 < time.monotonic() - start_s < limit_s + 5
     until(lambda: guard.unfinished_bytes == 0)
 
 
-# ---- what every response forbids
+# ---- headers
 
 
-def test_every_response_carries_the_headers(port: int) -> None:
-    wanted = {name.lower(): value for name, value in HEADERS.items()}
+def test_every_response_has_security_headers(port: int) -> None:
+    expected_headers = {name.lower(): value for name, value in HEADERS.items()}
     answers = {
-        200: ask(port, request()),
-        403: ask(port, request("PUT", origin="http://evil.example")),
-        404: ask(port, request(target="/none")),
-        405: ask(port, request("POST")),
-        408: ask(port, request("PUT", content_length=9)),
-        421: ask(port, request(host="evil.example")),
+        200: send_request(port, request()),
+        403: send_request(port, request("PUT", origin="http://evil.example")),
+        404: send_request(port, request(target="/none")),
+        405: send_request(port, request("POST")),
+        408: send_request(port, request("PUT", content_length=9)),
+        421: send_request(port, request(host="evil.example")),
     }
     for status, (actual, headers, _) in answers.items():
         assert actual == status
-        assert wanted.items() <= headers.items(), status
+        assert expected_headers.items() <= headers.items(), status
         assert headers["cache-control"] == "no-store", status
-    assert "cache-control" not in ask(port, request(target="/static/none"))[1]
+    assert "cache-control" not in send_request(port, request(target="/static/none"))[1]
 
 
-def test_the_policy_names_scripts_by_their_hash() -> None:
+def test_policy_allows_scripts_by_hash() -> None:
     policy = content_security_policy('<script>\n  a = 1\n</script><script src="x.js"></script>')
     # printf '\n  a = 1\n' | openssl dgst -sha256 -binary | base64
     assert "script-src 'self' 'sha256-nHiJsB1GRX6Ku2XBkWKVt2F3CJiowPuMwhcJv+CWmC0='; " in policy
@@ -323,11 +326,11 @@ def test_the_policy_names_scripts_by_their_hash() -> None:
         ("ward7", ("x",), {"localhost", "ward7", "x", socket.gethostname().lower()}),
     ],
 )
-def test_names_of_a_page(address: str, more: tuple[str, ...], names: set[str]) -> None:
+def test_allowed_hosts_of_an_address(address: str, more: tuple[str, ...], names: set[str]) -> None:
     assert server._hosts(address, more).names == names
 
 
 @pytest.mark.parametrize("name", ["https://x.example", "x.example:8501", "*", "*.example", "a b", "", "x/y", "-x"])
-def test_what_is_no_name_is_refused(name: str) -> None:
+def test_invalid_allow_host_is_rejected(name: str) -> None:
     with pytest.raises(UserError, match=r"not a host name. Give it without http:// and port"):
         server._hosts("127.0.0.1", [name])

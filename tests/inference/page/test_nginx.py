@@ -28,8 +28,8 @@ def nginx() -> str:
     return program
 
 
-def run(*words: object) -> str:
-    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
+def run(*arguments: object) -> str:
+    return subprocess.run([str(word) for word in arguments], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nginx's: a certificate for NAME, a password for USER."""
     folder = tmp_path_factory.mktemp("nginx")
     folder.chmod(0o755)
-    words = ("-nodes", "-days", "2", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1")
+    arguments = ("-nodes", "-days", "2", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1")
     run(
         "openssl",
         "req",
         "-x509",
         "-newkey",
         "rsa:2048",
-        *words,
+        *arguments,
         "-keyout",
         folder / "page.key",
         "-out",
@@ -93,13 +93,13 @@ def address(folder: Path, page_address: str) -> Iterator[str]:
     assert "[emerg]" not in (folder / "error.log").read_text()
 
 
-def ask(url: str, folder: Path, user: str = "", host: str = "") -> tuple[int, dict[str, str]]:
+def get(url: str, folder: Path, user: str = "", host: str = "") -> tuple[int, dict[str, str]]:
     """(status, headers) of a GET; (0, {}) where nothing answers."""
     context = ssl.create_default_context(cafile=folder / "page.crt")
     headers = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
-    asked = urllib.request.Request(url, headers=headers | ({"Host": host} if host else {}))
+    get_request = urllib.request.Request(url, headers=headers | ({"Host": host} if host else {}))
     try:
-        with urllib.request.urlopen(asked, timeout=5, context=context) as reply:
+        with urllib.request.urlopen(get_request, timeout=5, context=context) as reply:
             return reply.status, {name.lower(): value for name, value in reply.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, {name.lower(): value for name, value in error.headers.items()}
@@ -107,25 +107,25 @@ def ask(url: str, folder: Path, user: str = "", host: str = "") -> tuple[int, di
         return 0, {}
 
 
-def status(url: str, folder: Path, **words: str) -> int:
-    return ask(url, folder, **words)[0]
+def status(url: str, folder: Path, **arguments: str) -> int:
+    return get(url, folder, **arguments)[0]
 
 
-def test_only_who_has_the_password_reaches_the_page(address: str, folder: Path) -> None:
-    own = address.replace(NAME, "127.0.0.1")
+def test_page_needs_the_password(address: str, folder: Path) -> None:
+    ip_address = address.replace(NAME, "127.0.0.1")
     host = urlsplit(address).netloc
     for path in ("", "_stcore/health", "_stcore/stream", "media/x"):
-        assert status(own + path, folder, host=host) == 401, path
-        assert status(own + path, folder, host=host, user=f"{USER}:wrong") == 401, path
-    code, headers = ask(own, folder, user=f"{USER}:{PASSWORD}", host=host)
+        assert status(ip_address + path, folder, host=host) == 401, path
+        assert status(ip_address + path, folder, host=host, user=f"{USER}:wrong") == 401, path
+    code, headers = get(ip_address, folder, user=f"{USER}:{PASSWORD}", host=host)
     assert code == 200
     assert headers["x-frame-options"] == "DENY"
     assert headers["strict-transport-security"] == "max-age=31536000"
-    assert status(f"{own}_stcore/health", folder, user=f"{USER}:{PASSWORD}", host=host) == 200
-    assert status(own, folder, user=f"{USER}:{PASSWORD}", host="evil.example") == 421, "the page knows its names"
+    assert status(f"{ip_address}_stcore/health", folder, user=f"{USER}:{PASSWORD}", host=host) == 200
+    assert status(ip_address, folder, user=f"{USER}:{PASSWORD}", host="evil.example") == 421, "the page knows its names"
 
 
-def test_a_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None:
+def test_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None:
     """Log in, upload over TLS below the path, read the answer by the WebSocket; no byte of it in nginx's temporary files."""
     from playwright.sync_api import sync_playwright
 
@@ -152,11 +152,11 @@ def test_a_study_through_nginx(address: str, folder: Path, phantoms: Path) -> No
         with page.expect_download() as coming:
             page.get_by_role("button", name="Study (CSV)").click()
         assert Path(coming.value.path()).read_text().startswith("study,")
-        assert [each.url for each in sockets] == [f"{address.replace('https', 'wss')}_stcore/stream"]
+        assert [socket.url for socket in sockets] == [f"{address.replace('https', 'wss')}_stcore/stream"]
         assert [url for url in requested if not url.startswith((address.rstrip("/"), "data:", "blob:"))] == []
         browser.close()
-    kept = [path for path in (folder / "temporary").rglob("*") if path.is_file()]
-    assert kept == []
+    temporary_files = [path for path in (folder / "temporary").rglob("*") if path.is_file()]
+    assert temporary_files == []
     assert "buffered to a temporary file" not in (folder / "error.log").read_text()
 
 
