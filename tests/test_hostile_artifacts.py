@@ -15,7 +15,7 @@ from helpers.cache import Cache
 from helpers.models import card_of, noise
 from PIL import Image
 
-from mura_dist.cli.main import DONE, WRONG, main
+from mura_dist.cli.main import DONE, INVALID, main
 from mura_dist.core import config
 from mura_dist.core.errors import UserError
 from mura_dist.models.card import Card
@@ -167,7 +167,7 @@ def test_a_damaged_file_is_one_line_in_every_command_that_opens_it(
             with changed(here.glob(artifact), change):
                 # Another program's, or another evaluation's: there is no metrics.json of this run then.
                 harmless = artifact == "run/metrics.json" and what in FOREIGN
-                check(command, capsys, *(DONE, WRONG) if harmless else (WRONG,))
+                check(command, capsys, *(DONE, INVALID) if harmless else (INVALID,))
 
 
 def unfinished(here: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_value_of_another_type_is_one_line(
         for value in VALUES:
             (here / "new.json").unlink(missing_ok=True)
             with changed([here / artifact], lambda data, p=path, v=value: json.dumps(put(whole, p, v)).encode()):
-                check(command, capsys, DONE, WRONG)
+                check(command, capsys, DONE, INVALID)
 
 
 def test_a_checkpoints_state_of_another_type_is_refused() -> None:

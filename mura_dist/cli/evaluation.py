@@ -1,4 +1,4 @@
-"""The commands that measure a model: evaluate, score."""
+"""The evaluation commands: evaluate, score."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mura_dist.cli.options import Command, a_path, a_place, progress_bar, quiet_option, shared_option
+from mura_dist.cli.options import LOCAL_PATH, STORAGE_PATH, Command, progress_bar, quiet_option, shared_option
 from mura_dist.core.errors import UserError, nearest
 from mura_dist.data import mura
 from mura_dist.distributed import environment
@@ -15,34 +15,34 @@ from mura_dist.distributed import environment
 @click.command(
     cls=Command,
     terms=True,
-    short_help="Measure a run, an ensemble or an exported model on a split.",
+    short_help="Evaluate a run, an ensemble or an exported model on a split.",
     examples=[
         "mura-dist evaluate runs/bones shards/bones",
         "mura-dist evaluate runs/bones/model.onnx shards/bones --out runs/bones-onnx",
     ],
 )
-@click.argument("path", metavar="RUN_OR_LIST_OR_ONNX", type=a_path)
-@click.argument("shards", type=a_place)
-@click.option("--split", default="valid", show_default=True, help="Split to score: train, tune or valid.")
+@click.argument("path", metavar="RUN_OR_LIST_OR_ONNX", type=LOCAL_PATH)
+@click.argument("shards", type=STORAGE_PATH)
+@click.option("--split", default="valid", show_default=True, help="Split to evaluate: train, tune or valid.")
 @click.option(
     "--checkpoint",
     "which",
     default="best",
     show_default=True,
-    help="Checkpoint of a run: best (by tune loss), last or step-N.",
+    help="Checkpoint of a run: best (lowest tune loss), last or step-N.",
 )
 @click.option(
     "--out",
-    type=a_path,
+    type=LOCAL_PATH,
     default=None,
-    help="Folder to write.  [default: the run; NAME for a list NAME.json; required for an ONNX file]",
+    help="Output folder.  [default: the run; NAME for a list NAME.json; required for an ONNX file]",
 )
 @click.option(
     "--operating-point",
     "operating_point",
     default=None,
     metavar="paper|sensitivity=W|specificity=W",
-    help="Thresholds of the calls: the paper's 0.5, or those fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  [default: "
+    help="Thresholds of the calls: 0.5 as in the MURA paper, or fitted on tune for W of 0.8, 0.9, 0.95 or 0.98.  [default: "
     "paper; for an ONNX file its own]",
 )
 @click.option(
@@ -50,17 +50,20 @@ from mura_dist.distributed import environment
     type=float,
     default=None,
     metavar="P",
-    help="Share of abnormal studies to compute PPV and NPV for.  [default: the split's]",
+    help="Share of abnormal studies for PPV and NPV.  [default: the split's]",
 )
 @click.option(
     "--gallery/--no-gallery",
     "with_gallery",
     default=True,
     show_default=True,
-    help="Write gallery.html and gallery/ too: radiographs with class activation maps. LOCAL ONLY.",
+    help="Also write gallery.html and gallery/: radiographs with class activation maps. LOCAL ONLY.",
 )
 @click.option(
-    "--provider", default="cpu", show_default=True, help="Engine for an ONNX file: cpu, cuda, tensorrt or openvino."
+    "--provider",
+    default="cpu",
+    show_default=True,
+    help="Execution provider of an ONNX file: cpu, cuda, tensorrt or openvino.",
 )
 @shared_option
 @quiet_option
@@ -77,11 +80,11 @@ def evaluate(
     provider: str,
     quiet: bool,
 ) -> None:
-    """Measure a run's checkpoint, a model list's ensemble, or an exported model, on a split.
+    """Evaluate a run's checkpoint, an ensemble from a model list, or an exported model on a split.
 
-    For a run or a list, also fit calibration, thresholds and the uncertain band on the tune split; export puts them into the
-    model. metrics.json, report.html and the tables hold no radiograph. gallery.html, gallery/ and gallery.json do: they are
-    LOCAL ONLY.
+    For a run or a list, calibration, thresholds and the uncertain band are also fitted on the tune split. export writes them
+    into the model. metrics.json, report.html and the tables contain no radiograph. gallery.html, gallery/ and gallery.json do.
+    They are LOCAL ONLY.
     """
     from rich.console import Console
 
@@ -92,14 +95,16 @@ def evaluate(
 
     target = Target.parse(path)
     if split not in mura.SPLITS:
-        raise UserError(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid")
+        raise UserError(f"--split {split!r}{nearest(split, mura.SPLITS)}: must be train, tune or valid.")
     if prevalence is not None and not 0 < prevalence < 1:
-        raise UserError(f"--prevalence {prevalence:g}: must lie between 0 and 1; leave it out for this split's own")
+        raise UserError(f"--prevalence {prevalence:g}: must be between 0 and 1. Omit it to use the split's own")
     if provider != "cpu" and target.kind != "onnx":
-        raise UserError(f"--provider {provider}: {path} is no ONNX file, torch computes it; leave --provider out")
+        raise UserError(
+            f"--provider {provider}: only ONNX files have providers, and {path} is not one. Omit --provider."
+        )
     point = named(operating_point) if operating_point is not None else None
     if out is None and target.kind == "onnx":
-        raise UserError(f"{path} is a file, so --out is needed; give --out DIR for the report")
+        raise UserError(f"{path} is an ONNX file, so --out is required. Give --out DIR for the report.")
     target.check_checkpoint(which)
     out = out or target.report_folder
     log = Console(stderr=True, quiet=quiet or not environment.is_first()).print
@@ -116,10 +121,10 @@ def evaluate(
     if environment.is_first():
         click.echo(format_summary_table(measured))
         if measured["num_damaged"]:
-            click.echo(f"{measured['num_damaged']} radiographs of {split} are not in it: their samples are corrupt")
+            click.echo(f"{measured['num_damaged']} radiographs of {split} are not included: their samples are corrupt")
         click.echo(f"report: {out / 'report.html'}")
         if with_gallery:
-            click.echo(f"gallery, LOCAL ONLY, it holds radiographs: {out / 'gallery.html'}")
+            click.echo(f"gallery (LOCAL ONLY, contains radiographs): {out / 'gallery.html'}")
 
 
 @click.command(
@@ -131,51 +136,53 @@ def evaluate(
         "mura-dist score predictions/studies.csv labels.csv --json",
     ],
 )
-@click.argument("predictions", metavar="PREDICTIONS", type=a_path)
-@click.argument("labels", metavar="LABELS", type=a_path)
+@click.argument("predictions", metavar="PREDICTIONS", type=LOCAL_PATH)
+@click.argument("labels", metavar="LABELS", type=LOCAL_PATH)
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print metrics.json, and nothing else, on stdout; write no report without --out.",
+    help="Print only metrics.json on stdout, and write a report only with --out.",
 )
 @click.option(
     "--out",
-    type=a_path,
+    type=LOCAL_PATH,
     default=None,
     metavar="DIR",
-    help="Folder to write.  [default: NAME-score beside PREDICTIONS NAME.csv; with --json none]",
+    help="Output folder.  [default: NAME-score next to PREDICTIONS NAME.csv; none with --json]",
 )
 @click.option(
-    "--against", type=a_path, default=None, metavar="B.csv", help="Second file of predictions to compare with."
+    "--against", type=LOCAL_PATH, default=None, metavar="B.csv", help="Second file of predictions, to compare with."
 )
 @click.option(
     "--threshold",
     type=float,
     default=None,
     metavar="T",
-    help="Probability above which a study is called abnormal.  [default: the calls in the file, else 0.5]",
+    help="Probability above which a study is abnormal.  [default: the calls in the file, else 0.5]",
 )
 @click.option(
     "--prevalence",
     type=float,
     default=None,
     metavar="P",
-    help="Share of abnormal studies to compute PPV and NPV for.",
+    help="Share of abnormal studies for PPV and NPV.  [default: the studies' own]",
 )
-@click.option("--allow-inverted", is_flag=True, help="Score calls even if they are surely worse than chance.")
+@click.option(
+    "--allow-inverted", is_flag=True, help="Score predictions even if they are significantly worse than chance."
+)
 @quiet_option
 def score(
     predictions: Path, labels: Path, as_json: bool, out: Path | None, against: Path | None, quiet: bool, **options: Any
 ) -> None:
-    """Score PREDICTIONS, one line per study, against LABELS of the same studies. This needs no model.
+    """Score PREDICTIONS, one line per study, against LABELS of the same studies. No model is needed.
 
-    PREDICTIONS: lines `path/,1` without a header (MURA's official format; a probability may replace 0 or 1), or a table with a
-    header that has study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
-    `Study,Rad1,Rad2,Rad3` (the majority counts), MURA's own valid_labeled_studies.csv, or study,label[,patient][,study_type]
-    with a header. A missing, unknown or repeated study is refused, and so is a line per image.
+    PREDICTIONS: lines `path/,1` without a header (MURA's official format; a probability may replace 0 or 1), or a table with
+    the columns study and probability, call or prediction, such as studies.csv of predict or evaluate. LABELS: `Study,Label`,
+    `Study,Rad1,Rad2,Rad3` (majority vote), MURA's valid_labeled_studies.csv, or study,label[,patient][,study_type] with a header.
+    A missing, unknown or repeated study is an error, and so is a line per image.
 
-    It writes metrics.json, report.html, report.json, pictures/ and studies.csv.
+    score writes metrics.json, report.html, report.json, pictures/ and studies.csv.
     """
     from rich.console import Console
 

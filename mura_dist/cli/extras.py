@@ -3,8 +3,7 @@
 import re
 from importlib import metadata
 
-# Distributions whose modules have another name, or whose module several have. This cannot be read anywhere: a package that is
-# missing has no metadata.
+# Distributions whose modules have another name. A missing package has no metadata, so this cannot be looked up.
 _DISTRIBUTIONS = {
     "mlflow": ("mlflow-skinny",),
     "cv2": ("opencv-python-headless",),
@@ -16,7 +15,7 @@ _DISTRIBUTIONS = {
 
 
 def extras_of(module: str) -> list[str]:
-    """Return the first extra of each distribution that installs `module`; none where no extra does."""
+    """Return the first extra of each distribution that installs `module`; empty if no extra does."""
     package = module.partition(".")[0]
     try:
         requirements = metadata.requires("mura-dist") or []

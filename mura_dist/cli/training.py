@@ -1,4 +1,4 @@
-"""The commands that make a model: train, ensemble."""
+"""The training commands: train, ensemble."""
 
 import contextlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mura_dist.cli.options import Command, WithSettings, a_path, quiet_option
+from mura_dist.cli.options import LOCAL_PATH, Command, WithSettings, quiet_option
 from mura_dist.distributed import environment
 
 
@@ -26,12 +26,12 @@ from mura_dist.distributed import environment
     "--local-rank",
     type=int,
     hidden=True,
-    help="Rank on this machine; the deepspeed launcher adds it, and the environment has it too.",
+    help="Local rank. The deepspeed launcher adds it; the environment contains it too.",
 )
 @quiet_option
 @click.pass_context
 def train(context: click.Context, arguments: tuple[str, ...], local_rank: int | None, quiet: bool) -> None:
-    """Train the run that RECIPE.toml and key=value settings describe, or resume it. Settings after the recipe win.
+    """Train the run of RECIPE.toml and key=value settings, or resume it. Settings after the recipe override it.
 
     On several ranks: torchrun --nproc-per-node N -m mura_dist.train ..., or deepspeed --module mura_dist.train ...
     """
@@ -48,12 +48,12 @@ def train(context: click.Context, arguments: tuple[str, ...], local_rank: int | 
 
 
 def _split(arguments: Sequence[str], context: click.Context) -> tuple[Path | None, list[str]]:
-    """Return the recipe and the words after it.
+    """Return the recipe and the settings after it.
 
-    A setting written `--key value`, `key value` or `key = value` becomes one word, whose mistake config.load explains.
+    A setting written `--key value`, `key value` or `key = value` becomes one word, whose form config.load corrects.
 
     Raises:
-        NoSuchOption: a word with dashes that resembles no setting.
+        NoSuchOption: an option that resembles no setting.
     """
     from mura_dist.core import config
 
@@ -77,7 +77,7 @@ def _split(arguments: Sequence[str], context: click.Context) -> tuple[Path | Non
 
 
 def _is_value(word: str) -> bool:
-    """Return whether a word after a setting's name is its value. A number is one, also below 0."""
+    """Return whether the word after a setting's name is its value. Negative numbers are values too."""
     with contextlib.suppress(ValueError):
         float(word)
         return True
@@ -87,27 +87,25 @@ def _is_value(word: str) -> bool:
 @click.command(
     cls=Command,
     terms=True,
-    short_help="Choose the best checkpoints of runs as one model.",
+    short_help="Combine the best checkpoints of runs into an ensemble.",
     examples=["mura-dist ensemble runs/mura runs/mura-seed1 --out runs/five.json"],
 )
-@click.argument("runs", metavar="RUN [RUN ...]", type=a_path, nargs=-1, required=True)
-@click.option("--out", type=a_path, required=True, metavar="FILE.json", help="Model list to write.")
-@click.option(
-    "--top", type=int, default=5, show_default=True, help="Number of checkpoints to choose, over all runs together."
-)
+@click.argument("runs", metavar="RUN [RUN ...]", type=LOCAL_PATH, nargs=-1, required=True)
+@click.option("--out", type=LOCAL_PATH, required=True, metavar="FILE.json", help="Model list to write.")
+@click.option("--top", type=int, default=5, show_default=True, help="Number of checkpoints to choose over all runs.")
 @quiet_option
 def ensemble(runs: tuple[Path, ...], out: Path, top: int, quiet: bool) -> None:
-    """Choose the checkpoints of lowest tune loss among all checkpoints of the runs, and write their names as a model list.
+    """Choose the checkpoints with the lowest tune loss over all runs, and write their names as a model list.
 
-    evaluate and export take the list in place of a run, and average the probabilities of its members. The runs must share
-    shards and select_on. A run keeps its newest checkpoints, and the keep_best=N of lowest loss (a setting of train, default 1).
-    The list names checkpoints and holds none, so move it together with its runs.
+    evaluate and export take the list in place of a run, and average the probabilities of its members. The runs must have the
+    same shards and select_on. A run keeps its newest checkpoints, and the keep_best=N (default 1) with the lowest loss. The list
+    contains only names of checkpoints, so move it together with its runs.
     """
     from rich.console import Console
 
     from mura_dist.training.ensemble import select_members
 
-    made = select_members(runs, out, top=top, log=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
-    click.echo(f"{out}: {len(made.members)} members by their loss on {made.select_on}")
-    for member in made.members:
+    model_list = select_members(runs, out, top=top, log=Console(stderr=True, quiet=quiet, soft_wrap=True).print)
+    click.echo(f"{out}: {len(model_list.members)} members by their loss on {model_list.select_on}")
+    for member in model_list.members:
         click.echo(f"  {member.select_loss:.6f}  {member.architecture}  {member.run}  {member.checkpoint}")

@@ -13,7 +13,7 @@ from helpers import laws
 from helpers.commands import ROOT, SHORT, TINY
 
 from mura_dist import __version__
-from mura_dist.cli.main import DONE, FAILED, WRONG, cli, main
+from mura_dist.cli.main import DONE, FAILED, INVALID, cli, main
 
 COMMANDS = (
     *("phantoms", "shards", "verify", "describe", "train", "ensemble", "evaluate", "score", "export", "predict"),
@@ -52,7 +52,7 @@ def test_version(capsys) -> None:
 
 
 def test_no_command_shows_the_commands(capsys) -> None:
-    assert main([]) == WRONG
+    assert main([]) == INVALID
     assert "phantoms" in capsys.readouterr().err
 
 
@@ -108,7 +108,7 @@ WRONG_REQUESTS = {
     ),
     "a URL for a file": (
         ["page", "s3://bucket/model.onnx"],
-        ["MODEL.onnx s3://bucket/model.onnx: must be a path of this machine, not a URL; copy it here"],
+        ["MODEL.onnx s3://bucket/model.onnx: must be a path of this machine, not a URL. Copy it to this machine"],
     ),
     "a URL to predict": (
         ["predict", "m.onnx", "s3://b/x", "--out", "{tmp}/p"],

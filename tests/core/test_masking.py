@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mura_dist.cli.main import WRONG, main
+from mura_dist.cli.main import INVALID, main
 from mura_dist.core import config, storage
 from mura_dist.core.errors import RunError, StopRequestedError, UserError, mask_url
 from mura_dist.data.shards.convert import convert
@@ -80,9 +80,9 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
     assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
     with pytest.raises(UserError, match="the credentials are masked"):
         storage.open_storage(kept.shards)
-    assert main(["shards", url, url]) == WRONG
-    assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == WRONG
-    assert main(["verify", url, url]) == WRONG
+    assert main(["shards", url, url]) == INVALID
+    assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == INVALID
+    assert main(["verify", url, url]) == INVALID
     printed = capsys.readouterr()
     check(printed.out + printed.err)
 

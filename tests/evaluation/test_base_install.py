@@ -8,7 +8,7 @@ import pytest
 from helpers.base_install import BaseInstall
 from helpers.commands import stderr_lines
 
-from mura_dist.cli.main import DONE, WRONG, main
+from mura_dist.cli.main import DONE, INVALID, main
 from mura_dist.core import storage
 from mura_dist.data.loaders import opencv, sampler
 from mura_dist.data.shards.codec import SUFFIX
@@ -124,6 +124,6 @@ def test_of_several_ranks_the_first_one_evaluates(
 def test_a_run_needs_the_extra_train(base: BaseInstall, shard_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(f'shards = "{shard_folder}"\nrun = "{tmp_path}"\n')
     result = base.run(*EVALUATE, tmp_path, shard_folder, "--out", tmp_path / "out")
-    assert result.returncode == WRONG
+    assert result.returncode == INVALID
     [line] = stderr_lines(result)
-    assert line.startswith("mura-dist: this command needs torch, which is not installed; ")
+    assert line.startswith("mura-dist: this command needs torch, which is not installed. Run ")

@@ -237,9 +237,7 @@ def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder
     laws.refusal(capsys, words, "--operating-point sensitivity=0.95", "not the shards the model was trained on")
     assert not (tmp_path / "refused").exists()
     laws.refusal(capsys, [*words[:3], "--operating-point", "sensitivity=1"], "sensitivity=1: must be paper, ", "0.98")
-    laws.refusal(
-        capsys, [*words[:3], "--prevalence", "30"], "--prevalence 30: must lie between 0 and 1", "leave it out"
-    )
+    laws.refusal(capsys, [*words[:3], "--prevalence", "30"], "--prevalence 30: must be between 0 and 1", "Omit it")
     on_tune = evaluated(untrained, halved, tmp_path / "tune", "--split", "tune")
     assert on_tune["calibration"]["notes"] == ["fitted on what is reported here: optimistic"]
 

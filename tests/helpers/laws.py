@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from mura_dist.cli.main import WRONG, main
+from mura_dist.cli.main import INVALID, main
 from mura_dist.data.loaders import sampler
 from mura_dist.data.shards.reader import Shards, read_index
 
@@ -70,7 +70,7 @@ def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
-    assert (status, out) == (WRONG, ""), (status, out, err)
+    assert (status, out) == (INVALID, ""), (status, out, err)
     assert len(err.strip().splitlines()) == 1, err
     assert "Traceback" not in err
     missing = [word for word in words if not re.search(re.escape(word), err)]

@@ -13,7 +13,7 @@ from helpers.models import S, card_of, noise
 from onnx import TensorProto, helper
 from PIL import Image
 
-from mura_dist.cli.main import FAILED, WRONG, main
+from mura_dist.cli.main import FAILED, INVALID, main
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.inference import batch_limit, onnx_metadata
 from mura_dist.inference.engine import SessionConfig
@@ -166,7 +166,7 @@ def test_a_prediction_with_such_a_model_is_one_line(tmp_path: Path, capsys: pyte
     ]
     assert main(words) == FAILED
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert main([*words[:-2], "0"]) == WRONG
+    assert main([*words[:-2], "0"]) == INVALID
 
 
 STUCK = """

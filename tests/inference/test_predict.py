@@ -801,7 +801,7 @@ def test_a_disk_that_is_really_full(
         assert full.returncode == 1, (full.stdout, full.stderr)
         assert len(full.stderr.strip().splitlines()) == 1, full.stderr
         assert "No space left on device" in full.stderr
-        assert "free some space, then the same command goes on" in full.stderr
+        assert "Free some space, then run the same command." in full.stderr
         parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         again = run(*words)

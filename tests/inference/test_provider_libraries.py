@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import ROOT, run
 
-from mura_dist.cli.main import WRONG, main
+from mura_dist.cli.main import INVALID, main
 from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.inference import provider_libraries
 from mura_dist.inference.onnx_model import OnnxModel
@@ -74,7 +74,7 @@ def test_a_command_says_how_to_get_onnx_runtime(
         "export": [untrained, "--out", tmp_path / "exported.onnx"],
         "bench": ["predict", "--size", "32", "--radiographs", "16", "--quiet"],
     }
-    assert main([command, *map(str, words[command])]) == WRONG
+    assert main([command, *map(str, words[command])]) == INVALID
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith(BOTH)
 
@@ -86,7 +86,7 @@ def test_a_script_says_how_to_get_onnx_runtime(words: list[object], model: Path,
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('none', name='onnxruntime')")
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = run("python", *words, model, tmp_path, "--out", tmp_path / "out", env=env, cold=True)
-    assert done.returncode == WRONG
+    assert done.returncode == INVALID
     [line] = done.stderr.splitlines()
     assert line.endswith(BOTH)
 
@@ -118,7 +118,7 @@ def test_what_one_uninstalled_twin_leaves_is_refused(model: Path, tmp_path: Path
     done = run(
         "python", "-c", code, ROOT, "predict", model, ROOT / "docs", "--out", tmp_path / "out", env=env, cold=True
     )
-    assert done.returncode == WRONG, done.stderr
+    assert done.returncode == INVALID, done.stderr
     assert "pip uninstall both" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

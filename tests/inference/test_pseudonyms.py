@@ -19,7 +19,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from mura_dist.cli.main import FAILED, STOPPED, WRONG, main
+from mura_dist.cli.main import FAILED, STOPPED, INVALID, main
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
@@ -515,12 +515,12 @@ def test_no_message_names_a_path(
     command = ["predict", str(model), str(source), *more, "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
-    assert status == (FAILED if directory in ("crash", "io", "strange") else WRONG)
+    assert status == (FAILED if directory in ("crash", "io", "strange") else INVALID)
     assert words((captured.out + captured.err).encode()) == []
     assert len(captured.err.splitlines()) == 1
     wanted = {
         "crash": r"KeyError in .*\.py, line \d+\. To see more, run the command without",
-        "io": "Permission denied; mend it",
+        "io": "Permission denied. Fix this",
     }
     wanted["strange"] = wanted["crash"].replace("Key", "OS")
     wanted["several"] = "input 2, input 3: no such file or folder"
@@ -531,9 +531,9 @@ def test_a_command_line_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> No
     """What a shell makes of DIRECTORY/*, given to an option that does not exist."""
     command = ["verify", "in", *(f"in/{WORD}{number}.png" for number in range(3))]
     for option in (["--pseudonyms", "keys.csv"], ["--pseudonyms=keys.csv"]):
-        assert main([*command, "--", *option]) == WRONG
+        assert main([*command, "--", *option]) == INVALID
         assert capfd.readouterr() == ("", "mura-dist: Got unexpected extra arguments. See mura-dist verify --help.\n")
-    assert main(command) == WRONG
+    assert main(command) == INVALID
     assert f"extra arguments (in/{WORD}0.png" in capfd.readouterr().err
 
 

@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_listed_for_a_fault_ends_the_run_in_one_line(
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"mura-dist: Input/output error: {directory}/study2; mend it, then the same command"
+        f"mura-dist: Input/output error: {directory}/study2. Fix this, then run the same command."
     ]
 
 

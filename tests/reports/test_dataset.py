@@ -80,7 +80,7 @@ def test_contact_sheet_content(kind: str, phantoms: Path, shard_folder: Path, tm
     assert main(["describe", str(folder), "--out", str(out), "--contact-sheet"]) == DONE
     output = capsys.readouterr().out
     sheet = tmp_path / "d-contact-sheet.html"
-    assert f"contact sheet, LOCAL ONLY, it holds radiographs: {sheet}" in output
+    assert f"contact sheet (LOCAL ONLY, contains radiographs): {sheet}" in output
     assert f"numbers: {tmp_path / 'd.json'}" in output
     page = laws.local_only(sheet)
     laws.holds_no_radiograph(out)

@@ -87,7 +87,7 @@ def test_a_damaged_sample_is_counted_and_the_run_goes_on(shard_folder: Path, tmp
     done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert f"corrupt sample: row {bad[1]}" in done.stderr
-    assert "1 radiographs of tune are not in it: their samples are corrupt" in done.stdout
+    assert "1 radiographs of tune are not included: their samples are corrupt" in done.stdout
     assert json.loads((tmp_path / "report" / "metrics.json").read_bytes())["num_damaged"] == 1
     predictions = pd.read_csv(tmp_path / "report" / "predictions.csv")
     assert len(predictions) == len(opened.rows("tune")) - 1

@@ -273,7 +273,7 @@ def test_a_disk_that_is_really_full(phantoms: Path, tmp_path: Path) -> None:
         full = run("python", script, *words)
         assert full.returncode == 1, full.stderr
         assert "No space left on device" in full.stderr
-        assert "free some space, then the same command goes on" in full.stderr
+        assert "Free some space, then run the same command." in full.stderr
         assert len(full.stderr.strip().splitlines()) == 1
         finished = {path.name: path.stat().st_mtime_ns for path in (disk / "out").glob("*-*.json")}
         assert finished

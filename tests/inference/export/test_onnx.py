@@ -272,7 +272,7 @@ def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tm
     said = capsys.readouterr().out
     compared = "of torch's on drawn images alone (the run's shards are not where they were; --shards says where)"
     assert any(line.endswith(compared) for line in said.splitlines()), said
-    assert "no threshold: " in said
+    assert "no thresholds, so" in said
 
 
 def documented_lines() -> str:
@@ -359,8 +359,7 @@ def test_a_full_disk_leaves_the_old_file(copy: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     assert main(["export", str(copy)]) == FAILED
     assert (
-        capsys.readouterr().err
-        == "mura-dist: No space left on device; free some space, then the same command goes on\n"
+        capsys.readouterr().err == "mura-dist: No space left on device. Free some space, then run the same command.\n"
     )
     assert left(tmp_path) == ["run/model.onnx"]
     assert (copy / "model.onnx").read_bytes() == b"the old one"
@@ -373,7 +372,7 @@ def test_ctrl_c_leaves_nothing(moment: str, copy: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(room, moment, interrupted)
     assert main(["export", str(copy), "--triton", str(tmp_path / "triton")]) == STOPPED
-    assert capsys.readouterr().err.strip() == "mura-dist: stopped; the same command goes on"
+    assert capsys.readouterr().err.strip() == "mura-dist: stopped. The same command resumes."
     assert left(tmp_path) == []
     assert not (tmp_path / "triton").exists()
 

@@ -33,7 +33,7 @@ from helpers.studies import simulated
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from mura_dist.cli.main import DONE, WRONG, main
+from mura_dist.cli.main import DONE, INVALID, main
 from mura_dist.core.errors import UserError, install_remedy
 from mura_dist.data import gate, mura, radiograph
 from mura_dist.inference.export.onnx import export
@@ -432,7 +432,7 @@ def test_without_streamlit_it_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "streamlit.web", None)
     monkeypatch.setitem(sys.modules, "streamlit", None)
-    assert main(["page", str(plain)]) == WRONG
+    assert main(["page", str(plain)]) == INVALID
     assert install_remedy("page") in capsys.readouterr().err
 
 
@@ -456,7 +456,7 @@ def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: p
             ([plain, "--examples", tmp_path], "contains no study folder"),
         ]
         for asked_for, message in grid:
-            assert main(["page", *map(str, asked_for)]) == WRONG, asked_for
+            assert main(["page", *map(str, asked_for)]) == INVALID, asked_for
             said = capsys.readouterr().err
             assert message in said
             assert said.count("\n") == 1
