@@ -158,15 +158,15 @@ def own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="session")
-def whole(cache: Cache, shard_folder: Path) -> Callable[..., Path]:
+def reference_run(cache: Cache, shard_folder: Path) -> Callable[..., Path]:
     """The run of these ranks and settings, two epochs if they name no number, never interrupted."""
 
-    def trained(ranks: int, *words: str) -> Path:
+    def trained(ranks: int, *arguments: str) -> Path:
         def make(folder: Path) -> None:
-            result = train(ranks, shard_folder, folder, *words)
+            result = train(ranks, shard_folder, folder, *arguments)
             assert result.returncode == 0, result.stderr
 
-        name = hashlib.sha256(repr((ranks, words)).encode()).hexdigest()[:12]
+        name = hashlib.sha256(repr((ranks, arguments)).encode()).hexdigest()[:12]
         return cache.path(f"run-{name}", make)
 
     return functools.cache(trained)
@@ -181,13 +181,13 @@ def untrained(cache: Cache, halved: Path) -> Path:
 
     def make(folder: Path) -> None:
         done = [train(1, halved, folder, "epochs=0", "seed=3", "loss_weights=none")]
-        done += [run("mura-dist", *words) for words in (("evaluate", folder, halved), ("export", folder))]
+        done += [run("mura-dist", *arguments) for arguments in (("evaluate", folder, halved), ("export", folder))]
         assert [each.returncode for each in done] == [0, 0, 0], [each.stderr for each in done]
 
     return cache.path("untrained", make)
 
 
 @pytest.fixture(scope="session")
-def one(whole: Callable[..., Path]) -> Path:
+def single_rank_run(reference_run: Callable[..., Path]) -> Path:
     """The run of one rank."""
-    return whole(1)
+    return reference_run(1)

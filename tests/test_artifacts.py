@@ -34,9 +34,9 @@ def copy(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "v"))
 
 
-def succeed(folder: Path, *words: str) -> str:
+def succeed(folder: Path, *arguments: str) -> str:
     """Run a command of mura-dist in `folder`; it exits with 0. Returns what it printed."""
-    result = run("mura-dist", *words, cwd=folder)
+    result = run("mura-dist", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -67,7 +67,7 @@ def test_shards_are_verified_and_written_again_byte_for_byte(copy: Path) -> None
             assert (copy / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_finished_run_stays_finished_and_is_evaluated_alike(copy: Path) -> None:
+def test_finished_run_is_left_unchanged_and_evaluates_equally(copy: Path) -> None:
     before, evaluated = (copy / "run-done/metrics.jsonl").read_bytes(), metrics_of(copy / "run-done")
     assert "28 steps" in succeed(copy, "train", "run-done/recipe.toml", "--quiet")
     assert (copy / "run-done/metrics.jsonl").read_bytes() == before
@@ -79,7 +79,7 @@ def test_a_finished_run_stays_finished_and_is_evaluated_alike(copy: Path) -> Non
         assert again[name] == pytest.approx(evaluated[name], abs=1e-6), name
 
 
-def test_a_stopped_run_resumes(copy: Path) -> None:
+def test_stopped_run_resumes(copy: Path) -> None:
     """With the settings of the finished run, so it ends where that did, but for the last bits of another processor."""
     folder = copy / "run-stopped"
     before = (folder / "metrics.jsonl").read_text()
@@ -92,7 +92,7 @@ def test_a_stopped_run_resumes(copy: Path) -> None:
     assert tune_losses(folder) == pytest.approx(tune_losses(copy / "run-done"), rel=0.02)
 
 
-def test_a_checkpoint_and_a_list_are_exported(copy: Path) -> None:
+def test_checkpoint_and_list_export(copy: Path) -> None:
     """The exported model answers as the one that version 0.1.0 exported."""
     for target, out in (("run-done", "again.onnx"), ("list.json", "list.onnx")):
         succeed(copy, "export", target, "--out", out, "--quiet")
@@ -101,40 +101,40 @@ def test_a_checkpoint_and_a_list_are_exported(copy: Path) -> None:
         same_probabilities(copy / f"{out}-predictions", copy / "predictions", calls=calls)
 
 
-def test_a_model_predicts_alike(copy: Path) -> None:
+def test_model_predicts_equally(copy: Path) -> None:
     summary = succeed(copy, "predict", "model.onnx", "set/valid", "--out", "again", "--quiet")
     assert " studies, no calls, " in summary  # of drawings
     same_probabilities(copy / "again", copy / "predictions")
     assert (copy / "again/failures.csv").read_bytes() == (copy / "predictions/failures.csv").read_bytes()
 
 
-def test_a_finished_prediction_stays_finished(copy: Path) -> None:
+def test_finished_prediction_is_left_unchanged(copy: Path) -> None:
     before = {path.name: path.read_bytes() for path in (copy / "predictions").iterdir()}
     succeed(copy, "predict", "model.onnx", "set/valid", "--out", "predictions", "--overlays", "--quiet")
     assert {path.name: path.read_bytes() for path in (copy / "predictions").iterdir()} == before
 
 
-def test_a_stopped_prediction_resumes(copy: Path) -> None:
-    part = json.loads((copy / "predictions-half/.parts/000000.json").read_bytes())
+def test_stopped_prediction_resumes(copy: Path) -> None:
+    chunk = json.loads((copy / "predictions-half/.parts/000000.json").read_bytes())
     succeed(copy, "predict", "model.onnx", "set", "--out", "predictions-half", "--quiet")
     rows, failures = (table(copy / f"predictions-half/{name}.csv") for name in ("predictions", "failures"))
     assert (len(rows), len(failures)) == (340, 5)  # MURA's CSV files are no radiographs
     logits = {row["path"]: float(row["logit"]) for row in rows}
-    assert [logits[path] for path, _, _, logit, _ in part["predictions"]] == pytest.approx(
-        [logit for _, _, _, logit, _ in part["predictions"]], abs=1e-6
+    assert [logits[path] for path, _, _, logit, _ in chunk["predictions"]] == pytest.approx(
+        [logit for _, _, _, logit, _ in chunk["predictions"]], abs=1e-6
     )
 
 
-def same_probabilities(found: Path, wanted: Path, *, calls: bool = True) -> None:
+def same_probabilities(actual: Path, expected: Path, *, calls: bool = True) -> None:
     """The same columns and new ones behind them, the same rows in the same order, probabilities within 1e-4, the same thresholds
     and what they call: the model is of drawings, of which this version writes no call itself."""
     for name in ("predictions.csv", "studies.csv"):
-        rows, others = table(found / name), table(wanted / name)
-        assert list(rows[0])[: len(others[0])] == list(others[0])
-        for row, other in zip(rows, others, strict=True):
-            assert (row.get("path"), row["study"]) == (other.get("path"), other["study"])
-            assert float(row["probability"]) == pytest.approx(float(other["probability"]), abs=1e-4)
-            if calls and other.get("call"):
+        rows, expected_rows = table(actual / name), table(expected / name)
+        assert list(rows[0])[: len(expected_rows[0])] == list(expected_rows[0])
+        for row, expected_row in zip(rows, expected_rows, strict=True):
+            assert (row.get("path"), row["study"]) == (expected_row.get("path"), expected_row["study"])
+            assert float(row["probability"]) == pytest.approx(float(expected_row["probability"]), abs=1e-4)
+            if calls and expected_row.get("call"):
                 assert row["call"] == ""
-                assert row["threshold"] == other["threshold"]
-                assert (float(row["probability"]) > float(row["threshold"])) == (other["call"] == "1")
+                assert row["threshold"] == expected_row["threshold"]
+                assert (float(row["probability"]) > float(row["threshold"])) == (expected_row["call"] == "1")

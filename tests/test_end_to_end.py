@@ -31,23 +31,23 @@ def folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent
 
 
-def words(*given: object) -> list[str]:
-    return [str(word) for word in given]
+def arguments(*items: object) -> list[str]:
+    return [str(word) for word in items]
 
 
 def succeed(*command: object) -> str:
-    result = run(*words(*command))
+    result = run(*arguments(*command))
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     return result.stdout
 
 
 @pytest.mark.slow
-def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
+def test_scan_train_evaluate_export_predict(folder: Path, tmp_path: Path) -> None:
     shards, runs = tmp_path / "shards", tmp_path / "run"
-    said = succeed("mura-dist", "shards", folder, shards, "--size", 64)
-    assert "not a radiograph: 1" in said
-    assert "image99.png" in said
+    output = succeed("mura-dist", "shards", folder, shards, "--size", 64)
+    assert "not a radiograph: 1" in output
+    assert "image99.png" in output
     assert "all valid" in succeed("mura-dist", "verify", shards)
     assert (
         "XR_FOOT"
@@ -76,14 +76,14 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
     succeed("mura-dist", "predict", runs / "model.onnx", folder, "--out", tmp_path / "p")
     assert "not a medical device" in (tmp_path / "p" / "README.txt").read_text()
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv")
-    ours = predicted[predicted["study"].str.contains("valid/")].copy()
-    ours["study"] = ours["study"].str.extract(r"(valid/.*)")
-    both = pd.read_csv(runs / "studies.csv").merge(ours, on="study", suffixes=("_evaluated", "_predicted"))
+    valid_predictions = predicted[predicted["study"].str.contains("valid/")].copy()
+    valid_predictions["study"] = valid_predictions["study"].str.extract(r"(valid/.*)")
+    both = pd.read_csv(runs / "studies.csv").merge(valid_predictions, on="study", suffixes=("_evaluated", "_predicted"))
     assert len(both) == valid["study"].nunique()
     np.testing.assert_allclose(both["probability_evaluated"], both["probability_predicted"], atol=1e-5)
     called = both.dropna(subset=["call_predicted"])
     assert (called["call_evaluated"] == called["call_predicted"]).all()
-    unmeasured = {name for name, found in metrics["by_study_type"].items() if found["kappa"] is None}
+    unmeasured = {name for name, group in metrics["by_study_type"].items() if group["kappa"] is None}
     assert "XR_ELBOW" in unmeasured
     assert set(both.loc[both["call_predicted"].isna(), "study_type_predicted"]) == unmeasured  # no threshold, no call
 
@@ -93,7 +93,7 @@ def test_the_whole_way(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly(part="system")
-def test_the_demos_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None:
+def test_demo_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None:
     succeed("mura-dist", "shards", folder, tmp_path / "shards", "--size", 64)
     plan = run("python", ROOT / "tools/demo/plan.py", tmp_path / "shards", folder, cwd=ROOT)
     assert plan.returncode == 0, plan.stderr

@@ -96,18 +96,18 @@ OPENED_BY: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 @pytest.fixture(scope="module")
-def world(cache: Cache, one: Path, shard_folder: Path, phantoms: Path, model: Path) -> Path:
+def artifacts(cache: Cache, single_rank_run: Path, shard_folder: Path, phantoms: Path, model: Path) -> Path:
     """One of everything that the commands write."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
         shutil.copytree(shard_folder, folder / "shards")
         (folder / "phantoms").symlink_to(phantoms)
-        shutil.copytree(one, folder / "run")
+        shutil.copytree(single_rank_run, folder / "run")
         shutil.copy(model, folder / "model.onnx")
-        for place, pixels in enumerate(noise(3)):
+        for number, pixels in enumerate(noise(3)):
             (folder / "ward").mkdir(exist_ok=True)
-            Image.fromarray(pixels[0]).save(folder / f"ward/{place}.png")
+            Image.fromarray(pixels[0]).save(folder / f"ward/{number}.png")
         before = Path.cwd()
         os.chdir(folder)
         try:
@@ -124,8 +124,8 @@ def world(cache: Cache, one: Path, shard_folder: Path, phantoms: Path, model: Pa
 
 
 @pytest.fixture
-def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    copy = Path(shutil.copytree(world, tmp_path / "world", symlinks=True))
+def folder(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = Path(shutil.copytree(artifacts, tmp_path / "world", symlinks=True))
     monkeypatch.chdir(copy)
     return copy
 
@@ -150,36 +150,36 @@ def check(command: tuple[str, ...], capsys: pytest.CaptureFixture[str], *statuse
     """It ends without a traceback, with one of `statuses`; with one line where that is not 0."""
     capsys.readouterr()
     status = main(list(command))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert status in statuses, (command, status, said)
-    assert status == DONE or (len(said) == 1 and len(said[0]) < 1500), (command, said)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert status in statuses, (command, status, lines)
+    assert status == DONE or (len(lines) == 1 and len(lines[0]) < 1500), (command, lines)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("artifact", OPENED_BY)
 def test_a_damaged_file_is_one_line_in_every_command_that_opens_it(
-    artifact: str, here: Path, capsys: pytest.CaptureFixture[str]
+    artifact: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if artifact.startswith("out/.parts"):
-        unfinished(here)
+        unfinished(folder)
     for what, change in BYTES.items():
         for command in OPENED_BY[artifact]:
-            with changed(here.glob(artifact), change):
+            with changed(folder.glob(artifact), change):
                 # Another program's, or another evaluation's: there is no metrics.json of this run then.
                 harmless = artifact == "run/metrics.json" and what in FOREIGN
                 check(command, capsys, *(DONE, INVALID) if harmless else (INVALID,))
 
 
-def unfinished(here: Path) -> None:
+def unfinished(folder: Path) -> None:
     """Make a prediction look as a kill leaves it, with its part there."""
-    plan = json.loads((here / "out/predict.json").read_bytes())["plan"]
-    (here / "out/predict.json").unlink()
-    (here / "out/.parts").mkdir()
-    (here / "out/.parts/plan.json").write_text(json.dumps(plan))
-    rows = [[f"{place}.png", f"{place}.png", "unknown", 1.0, "ok"] for place in range(3)]
+    plan = json.loads((folder / "out/predict.json").read_bytes())["plan"]
+    (folder / "out/predict.json").unlink()
+    (folder / "out/.parts").mkdir()
+    (folder / "out/.parts/plan.json").write_text(json.dumps(plan))
+    rows = [[f"{number}.png", f"{number}.png", "unknown", 1.0, "ok"] for number in range(3)]
     overlays = {"num_overlays": 0, "num_overlays_withheld": 0}
-    part = {"predictions": rows, "failures": [], "overlays": overlays, "notes": {}}
-    (here / "out/.parts/000000.json").write_text(json.dumps(part))
+    chunk = {"predictions": rows, "failures": [], "overlays": overlays, "notes": {}}
+    (folder / "out/.parts/000000.json").write_text(json.dumps(chunk))
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -209,19 +209,19 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     [("run/data.json", ENSEMBLE), ("out/predict.json", PREDICT_AGAIN), ("out/.parts/000000.json", PREDICT_AGAIN)],
 )
 def test_a_value_of_another_type_is_one_line(
-    artifact: str, command: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+    artifact: str, command: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if artifact.startswith("out/.parts"):
-        unfinished(here)
-    whole = json.loads((here / artifact).read_bytes())
-    for path in places(whole):
+        unfinished(folder)
+    content = json.loads((folder / artifact).read_bytes())
+    for path in places(content):
         for value in VALUES:
-            (here / "new.json").unlink(missing_ok=True)
-            with changed([here / artifact], lambda data, p=path, v=value: json.dumps(put(whole, p, v)).encode()):
+            (folder / "new.json").unlink(missing_ok=True)
+            with changed([folder / artifact], lambda data, p=path, v=value: json.dumps(put(content, p, v)).encode()):
                 check(command, capsys, DONE, INVALID)
 
 
-def test_a_checkpoints_state_of_another_type_is_refused() -> None:
+def test_checkpoint_state_of_another_type_is_refused() -> None:
     """As it is, it is taken; with another value anywhere, it is a state or a refusal."""
     saved = json.loads(json.dumps(State(step=3, select_loss=0.5, damaged=[1, 2]).to_json()))
     assert State.from_json(saved).to_json() == saved
@@ -230,11 +230,11 @@ def test_a_checkpoints_state_of_another_type_is_refused() -> None:
             with contextlib.suppress(UserError):
                 assert isinstance(State.from_json(put(saved, path, value)).step, int)
         if len(path) == 1 and path != ("corrupt_samples",):
-            with pytest.raises(UserError, match=r"state\.json .* is damaged"):
+            with pytest.raises(UserError, match=r"state\.json .* is corrupt"):
                 State.from_json({key: value for key, value in saved.items() if key != path[0]})
 
 
-def test_a_cards_field_of_another_type_is_refused() -> None:
+def test_card_field_of_another_type_is_refused() -> None:
     card = json.loads(card_of().text())
     refused = 0
     for path in places(card):
@@ -250,12 +250,12 @@ def test_a_cards_field_of_another_type_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", RECIPE_VALUES)
-def test_a_hostile_recipe_is_one_line(value: str, tmp_path: Path) -> None:
+def test_hostile_recipe_is_a_one_line_error(value: str, tmp_path: Path) -> None:
     for key, field in config.Settings.model_fields.items():
         if field.annotation is str:
             continue
         (tmp_path / "recipe.toml").write_text(f'shards = "s"\nrun = "r"\n{key} = {value}\n')
         with contextlib.suppress(UserError):
-            found = getattr(config.load(tmp_path / "recipe.toml"), key)
-            assert not isinstance(found, int) or abs(found) < 2**63
-            assert not isinstance(found, float) or math.isfinite(found)
+            parsed = getattr(config.load(tmp_path / "recipe.toml"), key)
+            assert not isinstance(parsed, int) or abs(parsed) < 2**63
+            assert not isinstance(parsed, float) or math.isfinite(parsed)

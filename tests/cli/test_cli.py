@@ -57,9 +57,9 @@ def test_no_command_shows_the_commands(capsys) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(whole: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint, of one epoch."""
-    return Path(shutil.copytree(whole(1, *SHORT), tmp_path_factory.mktemp("cli") / "run"))
+    return Path(shutil.copytree(reference_run(1, *SHORT), tmp_path_factory.mktemp("cli") / "run"))
 
 
 WRONG_REQUESTS = {

@@ -111,7 +111,7 @@ NOT_RUN = {
 
 @pytest.mark.slow
 def test_the_examples_work(
-    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, model: Path, whole: Callable[..., Path]
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, model: Path, reference_run: Callable[..., Path]
 ) -> None:
     """The story of `mura-dist --help`, in one folder, then every other example that needs no more than it left there."""
     monkeypatch.chdir(tmp_path)
@@ -129,7 +129,7 @@ def test_the_examples_work(
         shutil.copy(source, tmp_path / name)
     shutil.copy(tmp_path / "data" / "bones" / "valid_labeled_studies.csv", tmp_path / "labels.csv")
     for name, words in {"mura": SHORT, "mura-seed1": (*SHORT, "seed=1")}.items():
-        shutil.copytree(whole(1, *words), tmp_path / "runs" / name)
+        shutil.copytree(reference_run(1, *words), tmp_path / "runs" / name)
     for line in example_lines():
         done = line in cli.examples or line.split()[1] in ("phantoms", "shards", "train")  # type: ignore[attr-defined]
         if done or any(word in line for word in NOT_RUN):

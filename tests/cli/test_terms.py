@@ -61,10 +61,10 @@ COMMANDS: dict[str, Callable[[Places], list[object]]] = {
 
 @pytest.mark.slow
 def test_every_command_says_the_terms_once_and_last(
-    phantoms: Path, halved: Path, untrained: Path, whole: Callable[..., Path], tmp_path: Path
+    phantoms: Path, halved: Path, untrained: Path, reference_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In order, since some read what others wrote; then a finished one again, where with --quiet they are all of stderr."""
-    at = Places(phantoms, halved, untrained, whole(1, *SHORT), tmp_path)
+    at = Places(phantoms, halved, untrained, reference_run(1, *SHORT), tmp_path)
     for words in COMMANDS.values():
         has_terms(run("mura-dist", *words(at)))
     for name in ("train", "predict", "score"):

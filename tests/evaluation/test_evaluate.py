@@ -38,9 +38,9 @@ evaluate_target(Target.parse(run), shards, EvaluateOptions(out), which="last")
 
 
 def test_metrics_do_not_depend_on_ranks_or_batch(
-    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+    reference_run: Callable[..., Path], shard_folder: Path, tmp_path: Path
 ) -> None:
-    trained = whole(1, *SHORT)
+    trained = reference_run(1, *SHORT)
     script = tmp_path / "evaluate_ranks.py"
     script.write_text(EVALUATE)
     other = tmp_path / "other"

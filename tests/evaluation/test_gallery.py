@@ -552,11 +552,11 @@ def test_flattery_is_told_as_it_was(settings: dict[str, Any], note: str) -> None
 
 
 @pytest.fixture(scope="module")
-def runs(whole: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two runs that differ in their seed."""
     folder = tmp_path_factory.mktemp("runs")
     for name, seed in (("a", ()), ("b", ("seed=1",))):
-        shutil.copytree(whole(1, *SHORT, *seed), folder / name)
+        shutil.copytree(reference_run(1, *SHORT, *seed), folder / name)
     return folder / "a", folder / "b"
 
 

@@ -47,9 +47,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", LIMITS)
-def test_logits_are_those_of_the_cpu_at_any_batch_size(
-    exported: Callable[[str], bytes], provider: str, name: str
-) -> None:
+def test_logits_equal_the_cpus_at_any_batch_size(exported: Callable[[str], bytes], provider: str, name: str) -> None:
     images = noise(21)
     exact = OnnxModel.from_bytes(exported("fp32"), "the model").logits(images)
     try:
@@ -65,7 +63,7 @@ def test_logits_are_those_of_the_cpu_at_any_batch_size(
 
 
 @needs_cuda
-def test_memory_is_page_locked_until_it_goes() -> None:
+def test_memory_is_page_locked_until_freed() -> None:
     runtime = page_locked.cuda_runtime()
     assert runtime is not None
 
@@ -83,7 +81,7 @@ def test_memory_is_page_locked_until_it_goes() -> None:
     assert not is_locked(address)
 
 
-def test_models_come_and_go(exported: Callable[[str], bytes]) -> None:
+def test_models_load_and_unload(exported: Callable[[str], bytes]) -> None:
     """As an autotune has them: each computes from pages of its own."""
     images = noise(16)
     exact = OnnxModel.from_bytes(exported("fp32"), "the model").logits(images)

@@ -29,7 +29,7 @@ def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: py
 
 def training_micros(shards: Shards, num_micro_batches: int) -> list[sampler.MicroBatch]:
     epoch = sampler.epoch_permutation(shards.rows("train"), 0, 0, rotate_deg=30.0, flip=True)
-    return [epoch.micro_batch(place * BATCH, BATCH) for place in range(num_micro_batches)]
+    return [epoch.micro_batch(number * BATCH, BATCH) for number in range(num_micro_batches)]
 
 
 def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader:
@@ -37,7 +37,7 @@ def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader
 
 
 @pytest.mark.parametrize("backend", ["dali", "cpu", "resident"])
-def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) -> None:
+def test_gpu_batches_equal_cpu_batches(encoded: Shards, backend: str) -> None:
     """Augmented and not, with a last micro-batch that padding fills, in every encoding."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali.fn")
@@ -47,15 +47,15 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(encoded: Shards, backend: str) 
     for micros in (training_micros(encoded, 4), evaluated):
         host = loader_of(encoded, torch.device("cpu"), "cpu").load(micros)
         device = loader_of(encoded, gpu.DEVICE, backend).load(micros)
-        for ours, theirs in zip(device, host, strict=True):
-            assert ours.image.device == gpu.DEVICE
-            difference = np.abs(ours.image.cpu().numpy().astype(int) - theirs.image.numpy())
+        for on_gpu, on_cpu in zip(device, host, strict=True):
+            assert on_gpu.image.device == gpu.DEVICE
+            difference = np.abs(on_gpu.image.cpu().numpy().astype(int) - on_cpu.image.numpy())
             # dali's jpeg: two decoders, each free to round
             limit = {"dali": 2 if encoded.encoding != "jpeg" else 4, "cpu": 0, "resident": 1}[backend]
             assert (difference <= limit).mean() >= 0.999
-            assert not ours.image[~ours.mask].any()
+            assert not on_gpu.image[~on_gpu.mask].any()
             for name in ("label", "weight", "row", "mask"):
-                assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name))
+                assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def no_wait() -> Iterator[None]:
 
 @pytest.mark.parametrize("backend", ["cpu", "resident"])
 @pytest.mark.usefixtures("no_wait")
-def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -> None:
+def test_loader_never_synchronizes_with_the_device(shard_folder: Path, backend: str) -> None:
     """Neither while radiographs are read for the first time, nor later."""
     shards = Shards.open(shard_folder)
     loader, micros = loader_of(shards, gpu.DEVICE, backend), training_micros(shards, 4)
@@ -81,7 +81,7 @@ def test_the_host_never_waits_for_the_device(shard_folder: Path, backend: str) -
 
 
 @needs_cuda
-def test_the_triton_kernel_gives_the_bits_of_torch() -> None:
+def test_triton_kernel_is_bit_identical_to_torch() -> None:
     """On the GPU, of random pixels at several sizes and angles; a slot of -1 is black."""
     if triton_error():
         pytest.skip(triton_error())

@@ -41,8 +41,8 @@ def alone() -> Iterator[World]:
 
 def settings(architecture: str, micro_batch: int, **values: object) -> config.Settings:
     sizes = {"micro_batch": micro_batch, "global_batch": NUM_MICROS * micro_batch}
-    known = {"shards": "", "run": "", "architecture": architecture}
-    return config.check(known | sizes | values, "test")
+    defaults = {"shards": "", "run": "", "architecture": architecture}
+    return config.check(defaults | sizes | values, "test")
 
 
 def shades(number: int, size: int, seed: int) -> Tensor:
@@ -54,8 +54,10 @@ def shades(number: int, size: int, seed: int) -> Tensor:
 
 
 def batches(number: int, size: int, seed: int, device: torch.device) -> list[Batch]:
-    label, ones = (torch.arange(number) % 2).float(), torch.ones(number)
-    tensors = [(shades(number, size, seed + 100 * micro), label, ones, ones.long(), ones.bool()) for micro in range(2)]
+    label, weight = (torch.arange(number) % 2).float(), torch.ones(number)
+    tensors = [
+        (shades(number, size, seed + 100 * micro), label, weight, weight.long(), weight.bool()) for micro in range(2)
+    ]
     return [Batch(*(tensor.to(device) for tensor in each)) for each in tensors]
 
 
@@ -84,7 +86,7 @@ TINY_BATCH, LARGE_BATCH = ("tiny", 16, 64), ("densenet169", 4, 96)  # architectu
         ("fp16", 1e-2, TINY_BATCH),
     ],
 )
-def test_the_first_step_is_the_cpus(
+def test_first_step_equals_the_cpus(
     alone: World,
     capsys: pytest.CaptureFixture[str],
     step: str,
@@ -107,7 +109,7 @@ def test_the_first_step_is_the_cpus(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_graph_trains_as_eager_does(alone: World, precision: str) -> None:
+def test_graph_trains_like_eager(alone: World, precision: str) -> None:
     """The loss of ten steps, within what the order of additions on a GPU does to it."""
     losses = {}
     for step in STEPS:
@@ -118,7 +120,7 @@ def test_a_graph_trains_as_eager_does(alone: World, precision: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["tiny", "densenet121"])
-def test_gradients_of_the_dense_blocks_in_fp64_are_the_cpus(architecture: str) -> None:
+def test_dense_block_gradients_in_fp64_equal_the_cpus(architecture: str) -> None:
     gradients = []
     for device in (torch.device("cpu"), gpu.DEVICE):
         network = densenet.build(architecture, seed=1).double().train().to(device, memory_format=torch.channels_last)
@@ -131,9 +133,9 @@ def test_gradients_of_the_dense_blocks_in_fp64_are_the_cpus(architecture: str) -
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("words", [{}, {"ema": 0.9, "clip_norm": 1.0}])
-def test_the_host_waits_once_a_step(alone: World, step: str, words: dict[str, float]) -> None:
-    engine = Engine(densenet.build("tiny"), settings("tiny", 8, precision="bf16", step=step, **words), alone)
+@pytest.mark.parametrize("arguments", [{}, {"ema": 0.9, "clip_norm": 1.0}])
+def test_host_synchronizes_once_a_step(alone: World, step: str, arguments: dict[str, float]) -> None:
+    engine = Engine(densenet.build("tiny"), settings("tiny", 8, precision="bf16", step=step, **arguments), alone)
     several = [batches(8, 64, seed, gpu.DEVICE) for seed in range(4)]
     for each in several[:3]:
         engine.step(each, 1e-4)
@@ -142,7 +144,7 @@ def test_the_host_waits_once_a_step(alone: World, step: str, words: dict[str, fl
     assert waits[0].startswith("engine.py:")
 
 
-def test_scores_are_the_cpus(alone: World, shard_folder: Path) -> None:
+def test_scores_equal_the_cpus(alone: World, shard_folder: Path) -> None:
     """In fp32, whatever the batch: 256 at most on a GPU, the micro-batch on a CPU."""
     shards = Shards.open(shard_folder)
     rows, chosen = shards.rows("train"), settings("tiny", 4, pipeline="cpu")
@@ -157,16 +159,18 @@ def test_scores_are_the_cpus(alone: World, shard_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "starts"),
+    ("arguments", "starts"),
     [
         (("precision=bf16",), (1, 2)),
         (("zero_stage=1", "ema=0.9"), (1,)),
         (("step=graph", "pipeline=resident", "micro_batch=auto"), (1,)),
     ],
 )
-def test_a_run_is_resumed(shard_folder: Path, tmp_path: Path, words: tuple[str, ...], starts: tuple[int, ...]) -> None:
+def test_run_resumes_on_gpu(
+    shard_folder: Path, tmp_path: Path, arguments: tuple[str, ...], starts: tuple[int, ...]
+) -> None:
     """It trains, stops after an epoch and resumes; the first loss is nearly the CPU's."""
-    settings = [*TINY, f"shards={shard_folder}", *words]
+    settings = [*TINY, f"shards={shard_folder}", *arguments]
     for epochs in starts:
         arguments = (*settings, f"run={tmp_path / 'run'}", f"epochs={epochs}")
         result = gpu.python("-m", "mura_dist.train", *arguments)
@@ -176,7 +180,7 @@ def test_a_run_is_resumed(shard_folder: Path, tmp_path: Path, words: tuple[str, 
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     assert len(losses) >= 8 * len(starts)
     assert np.isfinite(losses).all()
-    if "micro_batch=auto" in words:  # another BatchNorm group than TINY's
+    if "micro_batch=auto" in arguments:  # another BatchNorm group than TINY's
         return
     arguments = [*settings, f"run={tmp_path / 'cpu'}", "precision=fp32", "epochs=1", "--quiet"]
     assert gpu.python("-m", "mura_dist.train", *arguments, hide_gpu=True).returncode == 0
@@ -203,7 +207,7 @@ with process_group.join(60):
 
 
 @pytest.mark.skipif(not gpu.CUDA, reason="NCCL needs a CUDA device; tests/distributed/test_nccl.py shows it over gloo")
-def test_a_collective_that_does_not_end_raises_in_python() -> None:
+def test_hanging_collective_raises() -> None:
     begin = time.monotonic()
     done = gpu.python("-c", LATE)
     assert "waited 1." in done.stdout, done.stderr
@@ -211,7 +215,7 @@ def test_a_collective_that_does_not_end_raises_in_python() -> None:
 
 
 @pytest.mark.skipif(gpu.CUDA and torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two ranks")
-def test_a_rank_that_falls_silent_is_lost_with_a_line(shard_folder: Path, tmp_path: Path) -> None:
+def test_silent_rank_is_reported(shard_folder: Path, tmp_path: Path) -> None:
     """As docs/training.md promises: the other waits timeout_s, says so in a line, exits with 1; status.json says failed."""
     settings = [*TINY, "epochs=500", "collective_timeout_s=10", f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
     rendezvous = {
@@ -249,9 +253,9 @@ def test_a_rank_that_falls_silent_is_lost_with_a_line(shard_folder: Path, tmp_pa
     assert Run.load(tmp_path / "run").status()["state"] == "failed"
 
 
-def test_the_command_names_the_device(shard_folder: Path, tmp_path: Path) -> None:
-    words = [*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=0"]
-    done = gpu.python("-m", "mura_dist.train", *words)
+def test_command_logs_the_device(shard_folder: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=0"]
+    done = gpu.python("-m", "mura_dist.train", *arguments)
     assert done.returncode == 0, done.stderr
     loader = "(dali|cpu)" if gpu.CUDA else "cpu"  # cpu where DALI is missing
     assert re.search(f"fp32 on {gpu.DEVICE.type}, batches by {loader} ", done.stderr), done.stderr

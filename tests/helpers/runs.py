@@ -15,7 +15,7 @@ def losses(folder: Path) -> list[float]:
 WALL_CLOCK = {"time_s", "evaluation_s", "images_per_s", "data_wait_share", "limited_by", "overhead_share"}
 
 
-def told(folder: Path) -> list[dict[str, object]]:
+def logged_metrics(folder: Path) -> list[dict[str, object]]:
     """metrics.jsonl but for its wall-clock fields."""
     lines = metrics_log.read(folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
@@ -23,10 +23,10 @@ def told(folder: Path) -> list[dict[str, object]]:
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds, model and optimiser."""
-    parts = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
-    found = {f"{path.name}:{key}": value for path in parts for key, value in load_file(path).items()}
-    assert len(found) > 100, found.keys()
-    return found
+    paths = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
+    tensors_by_name = {f"{path.name}:{key}": value for path in paths for key, value in load_file(path).items()}
+    assert len(tensors_by_name) > 100, tensors_by_name.keys()
+    return tensors_by_name
 
 
 def steps_an_epoch(folder: Path) -> int:

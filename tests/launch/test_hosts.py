@@ -32,9 +32,9 @@ LIMIT_S = 150  # for what takes 30 s on an idle machine
 
 
 @pytest.fixture(scope="module")
-def whole(whole: Callable[..., Path]) -> Callable[[int], Path]:
+def reference_run(reference_run: Callable[..., Path]) -> Callable[[int], Path]:
     """Return the folder of an uninterrupted run on one host, by its number of ranks."""
-    return lambda ranks: whole(ranks, *LONGER)
+    return lambda ranks: reference_run(ranks, *LONGER)
 
 
 @pytest.fixture
@@ -113,17 +113,20 @@ class Site:
     ("num", "slow"), [(2, {}), (3, {}), (2, {2: SLOW})], ids=["two", "three", "one of two is slow"]
 )
 def test_hosts_train_like_one_host_with_as_many_ranks(
-    num: int, slow: dict[int, Sequence[object]], site: Callable[..., "contextlib.AbstractContextManager[Site]"], whole
+    num: int,
+    slow: dict[int, Sequence[object]],
+    site: Callable[..., "contextlib.AbstractContextManager[Site]"],
+    reference_run,
 ) -> None:
     """Losses, checkpoints and metrics are equal to the bit, also over a link with 3 ms of delay that loses 1 % of its frames."""
     with site(num, slow=slow) as cluster:
         assert cluster.end(cluster.static()) == [0] * num, cluster.output()
-        assert losses(cluster.run) == losses(whole(num))
-        assert chaos.differences(whole(num), cluster.run) == []
+        assert losses(cluster.run) == losses(reference_run(num))
+        assert chaos.differences(reference_run(num), cluster.run) == []
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_deepspeed_starts_hosts_over_ssh(num: int, site, whole) -> None:
+def test_deepspeed_starts_hosts_over_ssh(num: int, site, reference_run) -> None:
     """launch/deepspeed.sh runs on the first host, sshd on all."""
     if not shutil.which("sshd", path="/usr/sbin:/usr/bin") or not shutil.which("pdsh"):
         pytest.skip("needs sshd and pdsh: apt-get install openssh-server pdsh")
@@ -134,7 +137,7 @@ def test_deepspeed_starts_hosts_over_ssh(num: int, site, whole) -> None:
         arguments = ("bash", ROOT / "launch/deepspeed.sh", hostfile, *cluster.arguments())
         done = cluster.net.start(1, *arguments, log=cluster.log(1), env={"MASTER": f"{NETWORK}.1"})
         assert cluster.end([done]) == [0], cluster.output()
-        assert chaos.differences(whole(num), cluster.run) == []
+        assert chaos.differences(reference_run(num), cluster.run) == []
 
 
 def serve_ssh(cluster: Site) -> None:
@@ -176,7 +179,7 @@ def signal_all(cluster: Site, number: int, name: bytes, what: signal.Signals) ->
 # ---- cut and killed
 
 
-def test_run_resumes_after_a_cut_link(site, whole) -> None:
+def test_run_resumes_after_a_cut_link(site, reference_run) -> None:
     """Static: each side exits with one line within the collective timeout. The same command ends with the same bits."""
     with site(2) as cluster:
         started = cluster.static()
@@ -194,17 +197,17 @@ def test_run_resumes_after_a_cut_link(site, whole) -> None:
         cluster.is_sound()
         cluster.net.mend(2)
         assert cluster.end(cluster.static()) == [0, 0], cluster.output()
-        assert chaos.differences(whole(2), cluster.run) == []
+        assert chaos.differences(reference_run(2), cluster.run) == []
 
 
 @pytest.mark.parametrize("victim", [1, 3], ids=["the first rank's", "another"])
-def test_elastic_run_continues_without_a_lost_host(victim: int, site, whole) -> None:
+def test_elastic_run_continues_without_a_lost_host(victim: int, site, reference_run) -> None:
     """c10d: the ranks restart on two hosts from the last checkpoint and finish within the tolerances of resumption."""
     with site(3) as cluster:
         started = cluster.elastic("2:3", "host2")
         cluster.until_it_trains(list(started.values()))
         cluster.net.power_off(victim)
-        before = losses(whole(3))
+        before = losses(reference_run(3))
         survivors = [process for number, process in started.items() if number != victim]
         end = time.monotonic() + LIMIT_S
         while (again := re.findall(r"2 ranks.*from step (\d+)", cluster.output())) == []:
@@ -249,7 +252,7 @@ def test_all_hosts_exit_without_the_rendezvous_host(site) -> None:
 # ---- a shared disk
 
 
-def test_read_only_disk_on_one_host(site, whole) -> None:
+def test_read_only_disk_on_one_host(site, reference_run) -> None:
     """On the first rank's host it fails the run on all hosts. On another host nothing is written."""
     with site(2) as cluster:
         read_only = f"mount --bind {cluster.folder} {cluster.folder} && mount -o remount,bind,ro {cluster.folder}"
@@ -263,7 +266,7 @@ def test_read_only_disk_on_one_host(site, whole) -> None:
             or "lost another rank" in cluster.log(2).read_text()
         ), cluster.output()
         assert cluster.end(cluster.static(first={2: read_only})) == [0, 0], cluster.output()
-        assert chaos.differences(whole(2), cluster.run) == []
+        assert chaos.differences(reference_run(2), cluster.run) == []
 
 
 def test_stalled_disk_on_one_host_is_named(site) -> None:

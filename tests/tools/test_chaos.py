@@ -23,9 +23,9 @@ chaos = tool("robustness/chaos_train")
 
 
 @pytest.fixture(scope="module")
-def trained(whole: Callable[..., Path]) -> Path:
+def trained(reference_run: Callable[..., Path]) -> Path:
     """A run of three epochs, one rank."""
-    return whole(1, "epochs=3")
+    return reference_run(1, "epochs=3")
 
 
 def last(run: Path) -> Path:
@@ -103,10 +103,10 @@ def test_tensors_are_read_as_safetensors_reads_them(trained: Path) -> None:
 
 
 def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
-    whole = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
-    drawn = [[chaos.draw_aims(random.Random(seed), n, whole, 3) for n in range(60)] for seed in (1, 1, 2)]
+    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
+    drawn = [[chaos.draw_aims(random.Random(seed), n, reference_run, 3) for n in range(60)] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    aims = [aim for seed in range(40) for n in range(4) for aim in chaos.draw_aims(random.Random(seed), n, whole, 3)]
+    aims = [aim for seed in range(40) for n in range(4) for aim in chaos.draw_aims(random.Random(seed), n, reference_run, 3)]
     assert {aim.kind for aim in aims} == set(chaos.AIMS)
     assert {aim.victim for aim in aims} == {"rank 0", "rank 1", "rank 2", "torchrun", "all"}
     assert all(0 <= aim.after_s <= (8 if aim.kind == "start" else 20) for aim in aims)
@@ -114,18 +114,18 @@ def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
 
 def test_only_ranks_are_killed_where_only_ranks_are_wanted(tmp_path: Path) -> None:
     """Over eight stories each of two ranks is the first victim at each kind of moment."""
-    whole = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
-    stories = [chaos.draw_aims(random.Random(n), n, whole, 2, only_ranks=True) for n in range(1, 9)]
+    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
+    stories = [chaos.draw_aims(random.Random(n), n, reference_run, 2, only_ranks=True) for n in range(1, 9)]
     assert {aim.victim for aims in stories for aim in aims} == {"rank 0", "rank 1"}
     assert len({(aims[0].kind, aims[0].victim) for aims in stories}) == 8
 
 
 def test_a_write_and_an_evaluation_are_seen_from_outside(tmp_path: Path) -> None:
     """The aims' moments, on a folder that passes through the states of a run; what an earlier kill left is no moment."""
-    whole = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=4, epochs=12, writes=40)
+    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=4, epochs=12, writes=40)
     checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
     (checkpoints / ".step-00000003.partial").mkdir(parents=True)
-    now = chaos.moment(chaos.Aim("write", 0, 1, "all"), tmp_path, whole)
+    now = chaos.moment(chaos.Aim("write", 0, 1, "all"), tmp_path, reference_run)
     assert [now(), now()] == [False, False]
     (checkpoints / ".step-00000003.partial").rename(checkpoints / "step-00000003")
     assert not now()
@@ -134,7 +134,7 @@ def test_a_write_and_an_evaluation_are_seen_from_outside(tmp_path: Path) -> None
     (checkpoints / ".step-00000006.partial").rename(checkpoints / "step-00000006")
     (checkpoints / ".step-00000009.partial").mkdir()
     assert now()
-    now = chaos.moment(chaos.Aim("evaluation", 0, 0, "all"), tmp_path, whole)
+    now = chaos.moment(chaos.Aim("evaluation", 0, 0, "all"), tmp_path, reference_run)
     seen = []
     for line in ({"kind": "step", "step": 3}, {"kind": "step", "step": 4}, {"kind": "epoch", "step": 4}):
         with open(metrics, "a") as file:

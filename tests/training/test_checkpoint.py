@@ -22,15 +22,15 @@ def write(parent: Path, step: int, loss: float | None = None) -> Path:
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> Path:
+def checkpoints_folder(tmp_path: Path) -> Path:
     for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
         write(tmp_path / "checkpoints", step, loss)
     return tmp_path / "checkpoints"
 
 
-def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> None:
+def test_corrupt_newest_checkpoint_is_skipped(checkpoints_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(three, folder)
+    shutil.copytree(checkpoints_folder, folder)
     newest = checkpoint.list_folders(folder)[-1]
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -38,13 +38,13 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
     (checkpoint.list_folders(folder)[0] / "state.json").write_text("{")  # an old one, that nobody takes
     assert (
         checkpoint.best_folder(checkpoint.list_folders(folder)).name
-        == checkpoint.best_folder(checkpoint.list_folders(three)).name
+        == checkpoint.best_folder(checkpoint.list_folders(checkpoints_folder)).name
     )
-    said: list[str] = []
-    found = checkpoint.find_latest(folder, said.append)
-    assert found is not None
-    assert found.folder == checkpoint.list_folders(folder)[-1], "the damaged one is out of the way"
-    assert "model.safetensors is corrupt" in said[0]
+    messages: list[str] = []
+    latest = checkpoint.find_latest(folder, messages.append)
+    assert latest is not None
+    assert latest.folder == checkpoint.list_folders(folder)[-1], "the damaged one is out of the way"
+    assert "model.safetensors is corrupt" in messages[0]
     assert (folder / ".step-00000003.damaged" / "model.safetensors").exists(), "and not lost"
     write(folder, 4)
     checkpoint.prune(folder, keep=1)
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("moment", range(1, 5))
-def test_the_same_step_again_is_the_old_one_or_the_new(
+def test_rewriting_a_step_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     """Law of the torn write: killed between any two of the renames and deletions, `latest` finds one of them, whole."""
@@ -67,12 +67,12 @@ def test_the_same_step_again_is_the_old_one_or_the_new(
     partial, calls = ready(tmp_path, 5, 0.25), 0
 
     def counted(work: Callable[..., object]) -> Callable[..., object]:
-        def call(*given: object, **named: object) -> object:
+        def call(*args: object, **options: object) -> object:
             nonlocal calls
             calls += 1
             if calls == moment:
                 raise KeyboardInterrupt  # as a kill: nothing after it happens
-            return work(*given, **named)
+            return work(*args, **options)
 
         return call
 
@@ -81,10 +81,10 @@ def test_the_same_step_again_is_the_old_one_or_the_new(
         patch.setattr(checkpoint.shutil, "rmtree", counted(shutil.rmtree))
         with contextlib.suppress(KeyboardInterrupt):
             checkpoint._publish(partial, tmp_path / "step-00000005")
-    found = checkpoint.find_latest(tmp_path)
-    assert found is not None
-    assert found.step == 5
-    assert found.state["select_loss"] in (0.5, 0.25)
+    latest = checkpoint.find_latest(tmp_path)
+    assert latest is not None
+    assert latest.step == 5
+    assert latest.state["select_loss"] in (0.5, 0.25)
     assert calls >= moment
     checkpoint.prune(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
@@ -92,20 +92,20 @@ def test_the_same_step_again_is_the_old_one_or_the_new(
 
 def ready(parent: Path, step: int, loss: float) -> Path:
     """A complete checkpoint that lacks its last rename."""
-    aside = parent / f".step-{step:08d}.partial"
-    os.replace(write(parent / "elsewhere", step, loss), aside)
+    partial = parent / f".step-{step:08d}.partial"
+    os.replace(write(parent / "elsewhere", step, loss), partial)
     shutil.rmtree(parent / "elsewhere")
-    return aside
+    return partial
 
 
-def test_a_colleague_may_read_it_and_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+def test_files_follow_the_umask_and_a_full_disk_raises_os_error(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir()}) == 1
     with pytest.raises(OSError, match="No space left"):
         checkpoint._write_tensors(Path("/dev/full"), {"w": torch.ones(1 << 16)})
 
 
-def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
+def test_prune_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
     for step, loss in enumerate([None, 0.5, 0.2, 0.4, 0.3, None]):
         write(tmp_path, step, loss)
     (tmp_path / ".step-00000009.partial").mkdir()
@@ -116,22 +116,22 @@ def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])
-def test_shares_end_to_end_are_the_whole(tmp_path: Path, shares: int) -> None:
-    whole = torch.arange(12.0)
+def test_optimizer_shares_concatenate_to_the_whole_state(tmp_path: Path, shares: int) -> None:
+    vector = torch.arange(12.0)
     checkpoint.begin_partial(tmp_path, 7)
-    for rank, part in enumerate(whole.chunk(shares)):
-        own: dict[str, Tensor] = {"moment": part.clone(), "step": torch.tensor(7.0)}
+    for rank, chunk in enumerate(vector.chunk(shares)):
+        own: dict[str, Tensor] = {"moment": chunk.clone(), "step": torch.tensor(7.0)}
         checkpoint.write_optimizer_share(tmp_path, 7, own, rank=rank, num_shares=shares)
     folder = checkpoint.complete_partial(tmp_path, {"step": 7, "select_loss": None}, {"model": {"w": torch.ones(2)}})
     read = checkpoint.read(folder)
-    assert torch.equal(read.optimizer_state()["moment"], whole)
+    assert torch.equal(read.optimizer_state()["moment"], vector)
     assert read.optimizer_state()["step"] == 7
     assert read.training_state() == {}
 
 
 @pytest.mark.parametrize("spoil", ["mark", "mark_text", "state", "model", "format", "missing", "unlisted"])
-def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
-    folder = three / "step-00000003"
+def test_read_names_the_invalid_checkpoint(checkpoints_folder: Path, spoil: str) -> None:
+    folder = checkpoints_folder / "step-00000003"
     mark, state = folder / checkpoint.MARK, folder / "state.json"
     if spoil == "mark":
         mark.unlink()
@@ -152,14 +152,14 @@ def test_what_is_wrong_is_named(three: Path, spoil: str) -> None:
         mark.write_text(json.dumps({"state.json": digests["state.json"]}))
     with pytest.raises(ValueError, match=r"step-00000003"):
         checkpoint.read(folder)
-    said: list[str] = []
-    found = checkpoint.find_latest(three, said.append)
-    assert found is not None
-    assert found.step == 2
-    assert said or spoil == "mark", "without the mark it is no checkpoint at all"
+    messages: list[str] = []
+    latest = checkpoint.find_latest(checkpoints_folder, messages.append)
+    assert latest is not None
+    assert latest.step == 2
+    assert messages or spoil == "mark", "without the mark it is no checkpoint at all"
 
 
-def test_what_fails_beside_is_raised_later(tmp_path: Path) -> None:
+def test_background_failure_is_raised_by_the_next_call(tmp_path: Path) -> None:
     writer = BackgroundWriter()
     done: list[int] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed.process_group import World
 from mura_dist.models.densenet import DenseNet, build
-from mura_dist.training import engine as room
+from mura_dist.training import engine as engine_module
 from mura_dist.training.batchnorm import RunningStatistics
 from mura_dist.training.checked_network import CheckedNetwork
 from mura_dist.training.ema import WeightAverage
@@ -41,9 +41,9 @@ def weights_of(model: torch.nn.Module) -> Tensor:
 
 def everything(engine: Engine) -> dict[str, Tensor]:
     with engine.eval_weights() as model:
-        found = {key: value.clone() for key, value in model.state_dict().items()}
+        tensors = {key: value.clone() for key, value in model.state_dict().items()}
     return (
-        found
+        tensors
         | {f"optimiser.{k}": v.clone() for k, v in engine.optimizer_state.tensors().items()}
         | {key: value.clone() for key, value in engine.state().items()}
     )
@@ -55,7 +55,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, smoothing: float) -> None:
+def test_step_equals_autograd_over_the_global_batch(alone: World, channels_last: bool, smoothing: float) -> None:
     """Loss, gradient norm and the optimiser's step against autograd; SGD's first momentum is the gradient."""
     chosen = settings(optimizer="sgd", channels_last=channels_last, label_smoothing=smoothing)
     engine = Engine(build("tiny", seed=1), chosen, alone)
@@ -70,7 +70,7 @@ def test_a_step_is_that_of_the_whole_batch(alone: World, channels_last: bool, sm
 
 
 @pytest.mark.parametrize("limit", [0.01, 1e6])
-def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
+def test_large_gradient_is_clipped(alone: World, limit: float) -> None:
     engine = Engine(build("tiny", seed=1), settings(optimizer="sgd", clip_norm=limit), alone)
     before = weights_of(engine.model)
     norm = engine.step(batches(1), 1.0).gradient_norm
@@ -80,7 +80,7 @@ def test_a_large_gradient_is_clipped(alone: World, limit: float) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_nobody_else_clips(alone: World, stage: int) -> None:
+def test_deepspeed_does_not_clip(alone: World, stage: int) -> None:
     """DeepSpeed would, to 1, where it is not told otherwise."""
     engine = Engine(build("tiny", seed=1), settings(optimizer="sgd", zero_stage=stage), alone)
     before = weights_of(engine.model)
@@ -90,13 +90,13 @@ def test_nobody_else_clips(alone: World, stage: int) -> None:
     assert (weights_of(engine.model) - before).norm().item() == pytest.approx(1e-3 * norm, rel=1e-3)
 
 
-def spoil_stem(calls: list[int], module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
+def spoil_stem(calls: list[int], module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
     """NaN from the first convolution of the second micro-batch on: every BatchNorm sees it."""
     calls.append(1)
     return output * (math.nan if len(calls) == 2 else 1.0)
 
 
-def test_activations_that_are_not_finite_leave_no_trace(alone: World) -> None:
+def test_nonfinite_activations_leave_no_trace(alone: World) -> None:
     """BatchNorm's own buffers reset as well: (1 - momentum) times NaN would stay for good."""
     engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
     for engine in engines:
@@ -118,22 +118,22 @@ def without_samples(batch: Batch) -> Batch:
     return Batch(zeros(batch.image), zeros(batch.label), zeros(batch.weight), batch.row, zeros(batch.mask), SIZE)
 
 
-@pytest.mark.parametrize("words", [{}, {"zero_stage": 1}, {"ema": 0.5, "weight_decay": 0.1}])
+@pytest.mark.parametrize("overrides", [{}, {"zero_stage": 1}, {"ema": 0.5, "weight_decay": 0.1}])
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_step_without_a_sample_is_none(alone: World, words: dict[str, float], failed: bool) -> None:
+def test_step_without_samples_changes_nothing(alone: World, overrides: dict[str, float], failed: bool) -> None:
     """Nor is one whose micro-batches a rank could not get: weights, moments and BatchNorm's statistics stay."""
-    engine, other = (Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2))
-    for each in (engine, other):
-        each.step(batches(1), 1e-2)
+    engine, untouched = (Engine(build("tiny", seed=2), settings(**overrides), alone) for _ in range(2))
+    for trained_engine in (engine, untouched):
+        trained_engine.step(batches(1), 1e-2)
     result = engine.step([] if failed else [without_samples(batch) for batch in batches(2)], 1e-2, read_failed=failed)
     assert (result.applied, result.read_failed, result.nonfinite_micro_batches) == (False, failed, ())
     assert result.has_samples == failed
     assert result.num_corrupt == (0 if failed else NUM_MICROS * SIZE)
-    assert engine.step(batches(3), 1e-2) == other.step(batches(3), 1e-2)
-    assert same(everything(engine), everything(other))
+    assert engine.step(batches(3), 1e-2) == untouched.step(batches(3), 1e-2)
+    assert same(everything(engine), everything(untouched))
 
 
-def test_a_micro_batch_without_a_sample_is_no_group_of_batchnorm(alone: World) -> None:
+def test_micro_batch_without_samples_is_excluded_from_batchnorm(alone: World) -> None:
     """The gradient is that of the others, of the whole global batch's size; the statistics' mean is over the others."""
     first, second, third = batches(1)
     engine = Engine(build("tiny", seed=1), settings(optimizer="sgd"), alone)
@@ -147,53 +147,51 @@ def test_a_micro_batch_without_a_sample_is_no_group_of_batchnorm(alone: World) -
 
 
 @pytest.mark.parametrize("long_s", [0.0, 100.0])
-def test_a_wish_to_stop_does_not_wait_for_a_long_step(
-    alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float
-) -> None:
+def test_stop_request_abandons_a_long_step(alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float) -> None:
     """Given up between micro-batches, as if it had not begun; a short one is finished."""
-    monkeypatch.setattr(room, "_LONG_S", long_s)
-    engine, other = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
+    monkeypatch.setattr(engine_module, "_LONG_S", long_s)
+    engine, untouched = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
     before = everything(engine)
     result = engine.step(batches(1), 1e-2, should_stop=lambda: True)
     assert result.stop
     assert result.abandoned == (not result.applied) == (long_s == 0)
     assert same(everything(engine), before) == (long_s == 0)
     if result.abandoned:
-        assert engine.step(batches(1), 1e-2) == other.step(batches(1), 1e-2)
-        assert same(everything(engine), everything(other)), "done again, it is what it would have been"
+        assert engine.step(batches(1), 1e-2) == untouched.step(batches(1), 1e-2)
+        assert same(everything(engine), everything(untouched)), "done again, it is what it would have been"
 
 
-def test_a_fingerprint_tells_everything_apart(alone: World) -> None:
+def test_fingerprint_detects_any_changed_value(alone: World) -> None:
     engine = Engine(build("tiny", seed=2), settings(ema=0.5), alone)
     engine.step(batches(1), 1e-2)
     assert engine.average is not None
-    known = engine.fingerprint()
-    assert known[1]
+    fingerprint = engine.fingerprint()
+    assert fingerprint[1]
     for vector in (
         engine.flat.weights.data,
         engine.statistics.values,
         engine.average.weights,
         engine.average.statistics,
     ):
-        kept = vector[5].item()
-        vector[5] = math.nextafter(kept, math.inf) + 1e-3
-        assert engine.fingerprint()[0] != known[0]
+        value = vector[5].item()
+        vector[5] = math.nextafter(value, math.inf) + 1e-3
+        assert engine.fingerprint()[0] != fingerprint[0]
         vector[5] = math.nan
         assert not engine.fingerprint()[1]
-        vector[5] = kept
-        assert engine.fingerprint() == known
+        vector[5] = value
+        assert engine.fingerprint() == fingerprint
 
 
-@pytest.mark.parametrize("words", [{}, {"ema": 0.9}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("overrides", [{}, {"ema": 0.9}, {"optimizer": "sgd"}])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words: dict[str, object]) -> None:
+def test_skipped_step_changes_nothing(alone: World, fault: str, overrides: dict[str, object]) -> None:
     """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""
-    engines = [Engine(build("tiny", seed=2), settings(**words), alone) for _ in range(2)]
+    engines = [Engine(build("tiny", seed=2), settings(**overrides), alone) for _ in range(2)]
     first = [engine.step(batches(1), 1e-2) for engine in engines]
     assert first[0] == first[1]
     before, calls = everything(engines[0]), 0
 
-    def spoil(module: object, given: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def spoil(module: object, inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal calls
         calls += 1
         logit, cells = output
@@ -214,14 +212,14 @@ def test_a_step_left_out_leaves_everything_alone(alone: World, fault: str, words
     assert not same(everything(engines[0]), before)
 
 
-def test_the_moving_average_is_what_is_offered(alone: World) -> None:
+def test_eval_weights_are_the_moving_average(alone: World) -> None:
     """Against the definition, weights and statistics; the weights that train are not touched by showing it."""
     engine = Engine(build("tiny", seed=3), settings(ema=0.5), alone)
     plain = Engine(build("tiny", seed=3), settings(), alone)
     averaged = weights_of(engine.model)
     for step in range(4):
-        for one in (engine, plain):
-            one.step(batches(step), 1e-2)
+        for trained_engine in (engine, plain):
+            trained_engine.step(batches(step), 1e-2)
         share = 1 - min(0.5, (1 + step) / (10 + step))
         averaged = averaged + share * (weights_of(engine.model) - averaged)
     trained = weights_of(engine.model)
@@ -237,7 +235,7 @@ def test_the_moving_average_is_what_is_offered(alone: World) -> None:
     assert len(moved) > len(eval_weights) / 2, "its statistics are its own"
 
 
-def test_the_average_forgets_the_start() -> None:
+def test_average_decay_grows_from_the_start() -> None:
     average = WeightAverage(0.999, torch.zeros(1), torch.zeros(1))
     shares = []
     for _ in range(3):
@@ -248,7 +246,7 @@ def test_the_average_forgets_the_start() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_near_full(alone: World, precision: str) -> None:
+def test_half_precision_is_close_to_fp32(alone: World, precision: str) -> None:
     full = Engine(build("tiny", seed=4), settings(), alone).step(batches(1), 1e-3)
     half = Engine(build("tiny", seed=4), settings(precision=precision), alone).step(
         batches(1), 1e-3, loss_scale=1024.0 if precision == "fp16" else 1.0
@@ -259,7 +257,7 @@ def test_half_precision_is_near_full(alone: World, precision: str) -> None:
     assert half.gradient_norm == pytest.approx(full.gradient_norm, rel=0.1)
 
 
-def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
+def test_overflowing_fp16_scale_skips_the_step(alone: World) -> None:
     engine = Engine(build("tiny", seed=4), settings(precision="fp16"), alone)
     before = everything(engine)
     result = engine.step(batches(1), 1e-3, loss_scale=2.0**40)
@@ -269,7 +267,7 @@ def test_an_fp16_scale_that_overflows_is_a_step_left_out(alone: World) -> None:
 
 
 @pytest.mark.nightly(part="training")
-def test_compiled_is_near_eager(alone: World) -> None:
+def test_compiled_step_is_close_to_eager(alone: World) -> None:
     """Needs a C++ compiler, as the setting says."""
     eager = Engine(build("tiny", seed=5), settings(), alone)
     compiled = Engine(build("tiny", seed=5), settings(compile="default"), alone)
@@ -284,7 +282,7 @@ def test_compiled_is_near_eager(alone: World) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
+def test_flat_parameters_are_views_of_the_model(channels_last: bool) -> None:
     model = build("tiny", seed=6)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     flat = FlatParameters(model, channels_last=channels_last)
@@ -303,7 +301,7 @@ def test_flat_is_the_model_and_nothing_else(channels_last: bool) -> None:
     assert convolution.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def test_running_statistics_move_once_a_step_by_the_mean() -> None:
+def test_running_statistics_are_updated_once_a_step_by_the_mean() -> None:
     """Against the definition: the mean over the step's micro-batches of their mean and unbiased variance, momentum 0.1."""
     model = build("tiny").train()
     norm = model.features.norm0
@@ -338,10 +336,10 @@ with process_group.join(30):
 """
 
 
-def test_every_thread_flushes_denormals() -> None:
+def test_all_threads_flush_denormals() -> None:
     """A resumed run begins its threads earlier than a fresh one; both have to compute with the same bits."""
-    said = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
-    assert said.stdout.split() == ["2", "0"], said.stderr
+    result = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
+    assert result.stdout.split() == ["2", "0"], result.stderr
 
 
 TWICE = """
@@ -361,7 +359,7 @@ for _ in range(2):
 """
 
 
-def test_a_process_may_train_twice() -> None:
+def test_process_can_train_twice() -> None:
     """As a notebook does. DeepSpeed would use its groups of the first process group in the second."""
     done = run("python", "-c", TWICE)
     assert done.stdout.split() == ["True", "True"], done.stderr

@@ -50,11 +50,11 @@ def tiny(seed: int, bias: float = 0.0) -> torch.nn.Module:
 
 
 def card_of(num_members: int) -> Card:
-    some = [
+    members = [
         EnsembleMember(
-            run="run", checkpoint=f"step-{place:08d}", architecture="tiny", select_loss=0.5, sha256=f"{place:064x}"
+            run="run", checkpoint=f"step-{number:08d}", architecture="tiny", select_loss=0.5, sha256=f"{number:064x}"
         )
-        for place in range(num_members)
+        for number in range(num_members)
     ]
     return Card(
         size=S,
@@ -62,8 +62,8 @@ def card_of(num_members: int) -> Card:
         trained_on=TrainedOn(kind="phantoms", manifest_sha256="0" * 64, num_radiographs=9),
         selected_on="tune",
         recipe={},
-        checkpoint=model_list.format_title(some) if some else "step-00000001",
-        members=some,
+        checkpoint=model_list.format_title(members) if members else "step-00000001",
+        members=members,
     )
 
 
@@ -71,28 +71,28 @@ def card_of(num_members: int) -> Card:
 
 
 @pytest.mark.parametrize("num_members", [2, 3, 5])
-def test_the_logit_is_that_of_the_mean_probability(num_members: int) -> None:
+def test_ensemble_logit_is_that_of_the_mean_probability(num_members: int) -> None:
     grid = np.stack(np.meshgrid(*[EXTREMES] * num_members)).reshape(num_members, -1)
-    found = mean_probability(torch.from_numpy(grid.astype(np.float32))).numpy()
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, log_odds_of_mean(grid), rtol=1e-5, atol=1e-5)
+    logit = mean_probability(torch.from_numpy(grid.astype(np.float32))).numpy()
+    assert logit.dtype == np.float32
+    np.testing.assert_allclose(logit, log_odds_of_mean(grid), rtol=1e-5, atol=1e-5)
 
 
-def test_one_member_is_itself_bit_for_bit() -> None:
+def test_ensemble_of_one_is_bit_identical_to_its_member() -> None:
     member, images = tiny(1), noise(3)
     with torch.inference_mode():
-        for ours, wanted in zip(Ensemble([member]).eval()(images), member(images), strict=True):
-            assert torch.equal(ours, wanted)
+        for predicted, expected in zip(Ensemble([member]).eval()(images), member(images), strict=True):
+            assert torch.equal(predicted, expected)
 
 
-def test_members_of_different_architectures() -> None:
+def test_ensemble_of_different_architectures() -> None:
     networks = [tiny(1, bias=1.0), build("densenet121", seed=2).eval()]
     images = noise(2)
     with torch.inference_mode():
         logit, cells = Ensemble(networks).eval()(images)
         outputs = [network(images) for network in networks]
-    wanted = log_odds_of_mean(np.stack([each.numpy() for each, _ in outputs]))
-    np.testing.assert_allclose(logit.numpy(), wanted, atol=1e-5)
+    expected = log_odds_of_mean(np.stack([each.numpy() for each, _ in outputs]))
+    np.testing.assert_allclose(logit.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(cells.numpy(), np.mean([each.numpy() for _, each in outputs], axis=0), atol=1e-5)
 
 
@@ -111,15 +111,15 @@ EXTREME = [(-100.0, 100.0), (100.0, 100.0), (-100.0, -100.0)]
         *(pytest.param(each, marks=pytest.mark.nightly(part="training")) for each in EXTREME[1:]),
     ],
 )
-def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
+def test_exported_ensemble_averages_probabilities(tmp_path: Path, biases: tuple[float, ...]) -> None:
     networks = [tiny(seed, bias) for seed, bias in enumerate(biases)]
     report = onnx.export(Ensemble(networks).eval(), card_of(2), tmp_path / "two.onnx")
     assert report.max_logit_difference <= 1e-4
     images = noise(3)
     with torch.inference_mode():
-        wanted = log_odds_of_mean(np.stack([network(images)[0].numpy() for network in networks]))
+        expected = log_odds_of_mean(np.stack([network(images)[0].numpy() for network in networks]))
     np.testing.assert_allclose(
-        OnnxModel.load(tmp_path / "two.onnx").logits(images.numpy()), wanted, rtol=1e-5, atol=1e-4
+        OnnxModel.load(tmp_path / "two.onnx").logits(images.numpy()), expected, rtol=1e-5, atol=1e-4
     )
     assert [path.name for path in tmp_path.iterdir()] == ["two.onnx"]
     model = OnnxModel.load(tmp_path / "two.onnx")
@@ -129,14 +129,14 @@ def test_the_exported_file_averages_probabilities(tmp_path: Path, biases: tuple[
 
 
 @pytest.mark.slow
-def test_the_gate_asks_the_mean_of_a_map_of_one_checkpoint_only(tmp_path: Path) -> None:
+def test_export_checks_the_map_mean_of_a_single_checkpoint_only(tmp_path: Path) -> None:
     pair = Ensemble([tiny(0, -2.0), tiny(1, 3.0)]).eval()
     with pytest.raises(RunError, match=r"^mean of activation_map of the exported model"):
         onnx.export(pair, card_of(0), tmp_path / "none.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_one_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_ensemble_over_2_gib_is_refused(tmp_path: Path) -> None:
     wide = torch.nn.Linear(2**15, 2**14, bias=False, device="meta")  # 2 GiB that nobody has to hold
     with pytest.raises(UserError, match=r"^ensemble of 2: .*2\.15 GB, the limit .* is 2\.15 GB; give fewer.*--top"):
         onnx.export(Ensemble([wide]).eval(), card_of(2), tmp_path / "wide.onnx")
@@ -153,7 +153,7 @@ def runs(cache: Cache, shard_folder: Path) -> list[Path]:
         for seed in (0, 1):
             result = train(1, shard_folder, parent / f"seed{seed}", f"seed={seed}", "epochs=3", "keep_best=3")
             assert result.returncode == 0, result.stderr
-        path = chosen([parent / "seed0", parent / "seed1"], parent / "four.json")
+        path = write_list([parent / "seed0", parent / "seed1"], parent / "four.json")
         assert main(["evaluate", str(path), str(shard_folder), "--quiet"]) == DONE
         assert main(["export", str(path), "--triton", str(parent / "triton")]) == DONE
 
@@ -161,58 +161,58 @@ def runs(cache: Cache, shard_folder: Path) -> list[Path]:
     return [parent / "seed0", parent / "seed1"]
 
 
-def chosen(runs: list[Path], out: Path, top: int = TOP) -> Path:
+def write_list(runs: list[Path], out: Path, top: int = TOP) -> Path:
     assert main(["ensemble", *map(str, runs), "--out", str(out), "--top", str(top)]) == DONE
     return out
 
 
 @pytest.fixture(scope="module")
-def listed(runs: list[Path]) -> Path:
+def list_path(runs: list[Path]) -> Path:
     return runs[0].parent / "four.json"
 
 
 @pytest.fixture
-def copy(runs: list[Path], tmp_path: Path) -> list[Path]:
+def run_copies(runs: list[Path], tmp_path: Path) -> list[Path]:
     """The two runs, to be harmed."""
     return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in runs]
 
 
 def state_losses(folder: Path) -> dict[tuple[str, str], float]:
-    found = {path.parent.name: json.loads(path.read_bytes()) for path in folder.glob("checkpoints/step-*/state.json")}
+    states = {path.parent.name: json.loads(path.read_bytes()) for path in folder.glob("checkpoints/step-*/state.json")}
     return {
-        (folder.name, name): state["select_loss"] for name, state in found.items() if state["select_loss"] is not None
+        (folder.name, name): state["select_loss"] for name, state in states.items() if state["select_loss"] is not None
     }
 
 
-def test_the_members_are_those_of_lowest_loss(listed: Path, runs: list[Path]) -> None:
+def test_members_have_the_lowest_losses(list_path: Path, runs: list[Path]) -> None:
     losses = state_losses(runs[0]) | state_losses(runs[1])
     assert len(losses) >= 6
-    found = [(one.run, one.checkpoint) for one in ModelList.load(listed).members]
-    assert found == sorted(losses, key=losses.__getitem__)[:TOP]
-    assert {name for name, _ in found} == {"seed0", "seed1"}
+    members = [(member.run, member.checkpoint) for member in ModelList.load(list_path).members]
+    assert members == sorted(losses, key=losses.__getitem__)[:TOP]
+    assert {name for name, _ in members} == {"seed0", "seed1"}
 
 
-def test_what_is_said(runs: list[Path], tmp_path: Path, capsys) -> None:
-    out = chosen(runs, tmp_path / "list.json", top=2)
+def test_ensemble_prints_its_members(runs: list[Path], tmp_path: Path, capsys) -> None:
+    out = write_list(runs, tmp_path / "list.json", top=2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{out}: 2 members by their loss on tune"
     for line, member in zip(lines[1:], ModelList.load(out).members, strict=True):
         assert line.split() == [f"{member.select_loss:.6f}", "tiny", member.run, member.checkpoint]
 
 
-def test_the_order_of_the_runs_does_not_matter(listed: Path, runs: list[Path], tmp_path: Path) -> None:
-    shutil.copytree(listed.parent, tmp_path / "copy")
-    again = chosen([tmp_path / "copy" / folder.name for folder in runs[::-1]], tmp_path / "copy" / "reversed.json")
-    assert again.read_bytes() == listed.read_bytes()
+def test_order_of_runs_does_not_matter(list_path: Path, runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(list_path.parent, tmp_path / "copy")
+    again = write_list([tmp_path / "copy" / folder.name for folder in runs[::-1]], tmp_path / "copy" / "reversed.json")
+    assert again.read_bytes() == list_path.read_bytes()
 
 
-def test_a_list_moves_with_its_runs(listed: Path, copy: list[Path], tmp_path: Path) -> None:
-    moved = Path(shutil.copy(listed, tmp_path / "four.json"))
+def test_list_can_be_moved_with_its_runs(list_path: Path, run_copies: list[Path], tmp_path: Path) -> None:
+    moved = Path(shutil.copy(list_path, tmp_path / "four.json"))
     assert str(tmp_path) not in moved.read_text()
-    assert [found.folder.parent.parent.parent for found in ModelWeights.from_list(moved).checkpoints] == [
+    assert [checkpoint.folder.parent.parent.parent for checkpoint in ModelWeights.from_list(moved).checkpoints] == [
         tmp_path
     ] * TOP
-    inside = chosen(copy[:1], copy[0] / "own.json", top=2)  # a run named "." from there
+    inside = write_list(run_copies[:1], run_copies[0] / "own.json", top=2)  # a run named "." from there
     assert ModelWeights.from_list(inside).name.startswith("ensemble of 2: seed0 step-")
 
 
@@ -221,23 +221,23 @@ def logits_of(folder: Path) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(listed: Path) -> Path:
+def evaluated(list_path: Path) -> Path:
     """The list's own folder, with its report on valid."""
-    return listed.with_suffix("")
+    return list_path.with_suffix("")
 
 
 @pytest.fixture(scope="module")
-def exported(listed: Path) -> Path:
+def exported(list_path: Path) -> Path:
     """The list's ONNX file, made after its evaluation."""
-    return listed.with_suffix(".onnx")
+    return list_path.with_suffix(".onnx")
 
 
-def test_evaluation_averages_the_members_probabilities(evaluated: Path, listed: Path, shard_folder: Path) -> None:
+def test_evaluation_averages_member_probabilities(evaluated: Path, list_path: Path, shard_folder: Path) -> None:
     shards, each = Shards.open(shard_folder), []
     rows = shards.rows("valid")
     images = torch.from_numpy(np.stack([shards.read_pixels(int(row)) for row in rows])[:, None])
-    for member in ModelList.load(listed).members:
-        network = ModelWeights.from_run(listed.parent / member.run, member.checkpoint).load_model()
+    for member in ModelList.load(list_path).members:
+        network = ModelWeights.from_run(list_path.parent / member.run, member.checkpoint).load_model()
         with torch.inference_mode():
             each.append(network(images)[0].numpy())
     assert np.ptp(each, axis=0).max() > 1e-2  # members that agree would hide the formula
@@ -245,49 +245,51 @@ def test_evaluation_averages_the_members_probabilities(evaluated: Path, listed: 
     laws.same_metrics(logits_of(evaluated), dict(zip(paths, log_odds_of_mean(np.stack(each)).tolist(), strict=True)))
 
 
-def test_metrics_do_not_depend_on_ranks(evaluated: Path, listed: Path, shard_folder: Path, tmp_path: Path) -> None:
-    result = torchrun(2, "mura_dist", "evaluate", listed, shard_folder, "--out", tmp_path / "two", "--quiet")
+def test_metrics_do_not_depend_on_ranks(evaluated: Path, list_path: Path, shard_folder: Path, tmp_path: Path) -> None:
+    result = torchrun(2, "mura_dist", "evaluate", list_path, shard_folder, "--out", tmp_path / "two", "--quiet")
     assert result.returncode == 0, result.stderr
     laws.same_metrics(logits_of(evaluated), logits_of(tmp_path / "two"))
 
 
-def test_the_report_names_the_members(evaluated: Path, listed: Path) -> None:
+def test_report_names_the_members(evaluated: Path, list_path: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_bytes())
     assert metrics["checkpoint"].startswith("ensemble of 4: seed")
     assert metrics["selected_on"] == "tune"
     assert metrics["note"] is None
-    assert [EnsembleMember(**one) for one in metrics["members"]] == model_list.strip_run_folders(
-        listed, ModelList.load(listed).members
+    assert [EnsembleMember(**member) for member in metrics["members"]] == model_list.strip_run_folders(
+        list_path, ModelList.load(list_path).members
     )
     assert metrics["checkpoint"] in (evaluated / "report.html").read_text()
 
 
-def test_the_split_that_chose_is_stamped(listed: Path, shard_folder: Path, tmp_path: Path) -> None:
-    words = ["evaluate", listed, shard_folder, "--split", "tune", "--out", tmp_path, "--quiet"]
-    assert main([str(word) for word in words]) == DONE
+def test_report_on_the_selecting_split_has_a_note(list_path: Path, shard_folder: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", list_path, shard_folder, "--split", "tune", "--out", tmp_path, "--quiet"]
+    assert main([str(word) for word in arguments]) == DONE
     assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == "optimistic: this split chose the model"
 
 
-def test_the_exported_file_says_what_is_in_it(exported: Path, listed: Path, evaluated: Path) -> None:
-    assert (listed.parent / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == exported.read_bytes()
-    card, chosen_members = OnnxModel.load(listed).card, ModelList.load(listed).members
+def test_exported_ensemble_describes_itself(exported: Path, list_path: Path, evaluated: Path) -> None:
+    assert (list_path.parent / "triton" / "mura_dist" / "1" / "model.onnx").read_bytes() == exported.read_bytes()
+    card, chosen_members = OnnxModel.load(list_path).card, ModelList.load(list_path).members
     assert model_list.have_same_weights(card.members, chosen_members)
     assert card.metrics == json.loads((evaluated / "metrics.json").read_bytes())
     assert card.thresholds
-    told = laws.self_describing(exported, kind="phantoms", secrets=[str(listed.parent), str(Path.home()) + "/"])
-    assert len(told["members"]) == TOP
-    assert card.recipe["seed"] == [int(one.run.removeprefix("seed")) for one in chosen_members]
+    card_fields = laws.self_describing(
+        exported, kind="phantoms", secrets=[str(list_path.parent), str(Path.home()) + "/"]
+    )
+    assert len(card_fields["members"]) == TOP
+    assert card.recipe["seed"] == [int(member.run.removeprefix("seed")) for member in chosen_members]
     assert card.recipe["architecture"] == "tiny"
 
 
-def test_predictions_are_the_evaluations(
-    exported: Path, evaluated: Path, listed: Path, phantoms: Path, tmp_path: Path
+def test_predictions_equal_the_evaluation(
+    exported: Path, evaluated: Path, list_path: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     assert exported.is_file()
-    assert main(["predict", str(listed), str(phantoms / "valid"), "--out", str(tmp_path), "--quiet"]) == DONE
-    ours, wanted = pd.read_csv(tmp_path / "studies.csv"), pd.read_csv(evaluated / "studies.csv")
-    both = wanted.merge(ours, on="study", suffixes=("_evaluated", "_predicted"))
-    assert len(both) == len(ours) == len(wanted) > 0
+    assert main(["predict", str(list_path), str(phantoms / "valid"), "--out", str(tmp_path), "--quiet"]) == DONE
+    predicted, expected = pd.read_csv(tmp_path / "studies.csv"), pd.read_csv(evaluated / "studies.csv")
+    both = expected.merge(predicted, on="study", suffixes=("_evaluated", "_predicted"))
+    assert len(both) == len(predicted) == len(expected) > 0
     np.testing.assert_allclose(both["probability_evaluated"], both["probability_predicted"], atol=1e-4)
     assert both["call_predicted"].isna().all()  # of drawings
     called = both.dropna(subset=["threshold_predicted"])
@@ -297,11 +299,11 @@ def test_predictions_are_the_evaluations(
 
 
 @pytest.mark.slow
-def test_metrics_of_another_model_give_no_threshold(
-    listed: Path, evaluated: Path, copy: list[Path], tmp_path: Path, capsys
+def test_metrics_of_another_model_set_no_threshold(
+    list_path: Path, evaluated: Path, run_copies: list[Path], tmp_path: Path, capsys
 ) -> None:
     """Of the same name, as of a run that was trained anew: the digests tell them apart."""
-    path = chosen(copy, tmp_path / listed.name)
+    path = write_list(run_copies, tmp_path / list_path.name)
     metrics = json.loads((evaluated / "metrics.json").read_bytes())
     metrics["weights_sha256"][-1] = "f" * 64
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -367,51 +369,57 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], None], list[str], list[str]]] = 
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_runs_that_make_no_ensemble(what: str, copy: list[Path], tmp_path: Path, capsys) -> None:
-    harm, words, says = REFUSED[what]
-    harm(*copy)
+def test_incompatible_runs_are_refused(what: str, run_copies: list[Path], tmp_path: Path, capsys) -> None:
+    harm, arguments, says = REFUSED[what]
+    harm(*run_copies)
     (tmp_path / "folder.json").mkdir()
-    given = ["--top", TOP, "--out", tmp_path / "list.json", *(word.format(tmp=tmp_path) for word in words)]
-    laws.refusal(capsys, ["ensemble", *copy, *given], *says)
+    options = ["--top", TOP, "--out", tmp_path / "list.json", *(word.format(tmp=tmp_path) for word in arguments)]
+    laws.refusal(capsys, ["ensemble", *run_copies, *options], *says)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.json", "seed0", "seed1"]
 
 
-def test_damaged_checkpoints_are_passed_over(copy: list[Path], tmp_path: Path, capsys) -> None:
-    before = ModelList.load(chosen(copy, tmp_path / "list.json")).members
+def test_corrupt_members_are_skipped(run_copies: list[Path], tmp_path: Path, capsys) -> None:
+    before = ModelList.load(write_list(run_copies, tmp_path / "list.json")).members
     harmed = tmp_path / before[0].run / "checkpoints" / before[0].checkpoint / "model.safetensors"
     harmed.write_bytes(harmed.read_bytes()[:-1])
     capsys.readouterr()
-    after = ModelList.load(chosen(copy, tmp_path / "list.json")).members
+    after = ModelList.load(write_list(run_copies, tmp_path / "list.json")).members
     assert after[: TOP - 1] == before[1:]
     assert "model.safetensors is corrupt" in " ".join(capsys.readouterr().err.split())
 
 
-def gone(first: Path, second: Path) -> None:
+def remove_member(first: Path, second: Path) -> None:
     shutil.rmtree(first)
 
 
-def damaged(first: Path, second: Path) -> None:
+def corrupt_member(first: Path, second: Path) -> None:
     (first / "model.safetensors").write_bytes(b"")
 
 
-def replaced(first: Path, second: Path) -> None:
+def replace_member(first: Path, second: Path) -> None:
     shutil.rmtree(first)
     shutil.copytree(second, first)
 
 
 @pytest.mark.parametrize(
     ("harm", "says"),
-    [(gone, "is missing"), (damaged, "model.safetensors is corrupt or missing"), (replaced, "has changed")],
+    [
+        (remove_member, "is missing"),
+        (corrupt_member, "model.safetensors is corrupt or missing"),
+        (replace_member, "has changed"),
+    ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "export"])
-def test_a_member_that_is_no_more_what_it_was(
-    command: str, harm, says: str, copy: list[Path], tmp_path: Path, shard_folder: Path, capsys
+def test_changed_member_is_refused(
+    command: str, harm, says: str, run_copies: list[Path], tmp_path: Path, shard_folder: Path, capsys
 ) -> None:
-    path = chosen(copy, tmp_path / "list.json")
-    first, *_, last = (tmp_path / one.run / "checkpoints" / one.checkpoint for one in ModelList.load(path).members)
+    path = write_list(run_copies, tmp_path / "list.json")
+    first, *_, last = (
+        tmp_path / member.run / "checkpoints" / member.checkpoint for member in ModelList.load(path).members
+    )
     harm(first, last)
-    words = [shard_folder] if command == "evaluate" else []
-    laws.refusal(capsys, [command, path, *words], "list.json", str(first), says, "mura-dist ensemble")
+    arguments = [shard_folder] if command == "evaluate" else []
+    laws.refusal(capsys, [command, path, *arguments], "list.json", str(first), says, "mura-dist ensemble")
 
 
 NO_LISTS = {
@@ -430,36 +438,36 @@ NO_LISTS = {
 
 @pytest.mark.parametrize("what", NO_LISTS)
 @pytest.mark.parametrize("command", ["evaluate", "export", "predict"])
-def test_files_that_are_no_list(command: str, what: str, shard_folder: Path, tmp_path: Path, capsys) -> None:
+def test_invalid_model_list_is_refused(command: str, what: str, shard_folder: Path, tmp_path: Path, capsys) -> None:
     content, says = NO_LISTS[what]
     path = tmp_path / "list.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    words = {"evaluate": [shard_folder], "export": [], "predict": [tmp_path, "--out", tmp_path / "out"]}
-    laws.refusal(capsys, [command, path, *words[command]], "list.json", *says)
+    arguments = {"evaluate": [shard_folder], "export": [], "predict": [tmp_path, "--out", tmp_path / "out"]}
+    laws.refusal(capsys, [command, path, *arguments[command]], "list.json", *says)
 
 
 @pytest.mark.slow
-def test_a_list_that_was_not_exported_predicts_nothing(
-    runs: list[Path], phantoms: Path, tmp_path: Path, capsys
-) -> None:
-    path = chosen(runs, tmp_path / "list.json")
-    words = ["predict", path, phantoms / "valid", "--out", tmp_path / "out"]
+def test_list_without_onnx_file_is_refused_by_predict(runs: list[Path], phantoms: Path, tmp_path: Path, capsys) -> None:
+    path = write_list(runs, tmp_path / "list.json")
+    arguments = ["predict", path, phantoms / "valid", "--out", tmp_path / "out"]
     remedy = f"Export it first: mura-dist export {path}"
-    laws.refusal(capsys, words, "list.json is a list of checkpoints and", "list.onnx does not exist", remedy)
+    laws.refusal(capsys, arguments, "list.json is a list of checkpoints and", "list.onnx does not exist", remedy)
     (tmp_path / "list.onnx").write_bytes(onnx.build_onnx(Ensemble([tiny(0), tiny(1)]).eval(), card_of(2)))
-    laws.refusal(capsys, words, "list.json lists other members than", "list.onnx holds (ensemble of 2", remedy)
+    laws.refusal(capsys, arguments, "list.json lists other members than", "list.onnx holds (ensemble of 2", remedy)
 
 
-def test_other_wrong_requests(listed: Path, runs: list[Path], shard_folder: Path, capsys) -> None:
+def test_other_wrong_arguments_are_refused(list_path: Path, runs: list[Path], shard_folder: Path, capsys) -> None:
     why = "is a list of chosen checkpoints; leave --checkpoint out"
-    laws.refusal(capsys, ["evaluate", listed, shard_folder, "--checkpoint", "last"], "--checkpoint last", why)
-    laws.refusal(capsys, ["export", listed, "--checkpoint", "step-6"], "--checkpoint step-6", why)
-    laws.refusal(capsys, ["evaluate", listed, shard_folder, "--out", runs[0]], "seed0 is a run", "give another folder")
+    laws.refusal(capsys, ["evaluate", list_path, shard_folder, "--checkpoint", "last"], "--checkpoint last", why)
+    laws.refusal(capsys, ["export", list_path, "--checkpoint", "step-6"], "--checkpoint step-6", why)
+    laws.refusal(
+        capsys, ["evaluate", list_path, shard_folder, "--out", runs[0]], "seed0 is a run", "give another folder"
+    )
     laws.refusal(capsys, ["ensemble", "--out", "list.json"], "RUN", "mura-dist ensemble --help")
 
 
-def test_help_says_everything(capsys) -> None:
+def test_help_names_all_options(capsys) -> None:
     assert main(["ensemble", "--help"]) == DONE
     text = " ".join(capsys.readouterr().out.split())
     for word in ("RUN [RUN ...]", "--out FILE.json", "--top INTEGER", "default: 5", "keep_best=N", "select_on"):

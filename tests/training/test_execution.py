@@ -41,7 +41,7 @@ def test_deepspeed_does_not_disable_autocast(alone: World, step: str, precision:
     assert dtypes == {dtype}
 
 
-def test_deepspeed_takes_the_gpu_of_this_rank(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_uses_the_gpu_of_this_rank(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under srun --gpus-per-task=1 each rank sees one GPU, number 0, whatever its local rank."""
     devices: list[int] = []
     set_device = get_accelerator().set_device
@@ -69,7 +69,7 @@ def test_deepspeed_never_waits_for_the_device(alone: World, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("step", ["eager", "graph"])
-def test_the_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Each read makes the host wait for all that a GPU has to do. dense_block.py looks at weights on a CPU only."""
     engine = Engine(build("tiny"), settings(step=step, ema=0.9, clip_norm=1.0), alone)
     engine.step(batches(0), 1e-3)
@@ -92,7 +92,7 @@ def test_the_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: p
     assert reads == ["engine.py: tolist"]
 
 
-def test_weights_are_attached_where_they_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_recreated_after_weights_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     flat, num_calls = FlatParameters(build("tiny"), channels_last=True), 0
     views = flat.views
 
@@ -113,12 +113,12 @@ def test_weights_are_attached_where_they_moved(monkeypatch: pytest.MonkeyPatch) 
     assert first.data_ptr() == starts
 
 
-@pytest.mark.parametrize("words", [{}, {"precision": "bf16"}, {"zero_stage": 1}, {"ema": 0.9, "optimizer": "sgd"}])
-def test_a_recorded_network_is_the_network(
-    alone: World, capsys: pytest.CaptureFixture[str], words: dict[str, object]
+@pytest.mark.parametrize("overrides", [{}, {"precision": "bf16"}, {"zero_stage": 1}, {"ema": 0.9, "optimizer": "sgd"}])
+def test_recorded_network_is_bit_identical_to_eager(
+    alone: World, capsys: pytest.CaptureFixture[str], overrides: dict[str, object]
 ) -> None:
     """Bit for bit on a CPU, over steps, micro-batches, and an evaluation between."""
-    engines = [Engine(build("tiny", seed=3), settings(step=step, **words), alone) for step in ("eager", "graph")]
+    engines = [Engine(build("tiny", seed=3), settings(step=step, **overrides), alone) for step in ("eager", "graph")]
     for seed in range(3):
         results = [engine.step(batches(seed), 1e-2) for engine in engines]
         assert results[0] == results[1]
@@ -157,7 +157,7 @@ class Flawed:
         ("gradient", "the gradient by 0.1 of its norm (limit 0.01)"),
     ],
 )
-def test_a_recording_that_differs_falls_back_to_eager(
+def test_differing_recording_falls_back_to_eager(
     alone: World, capsys: pytest.CaptureFixture[str], fault: str, says: str
 ) -> None:
     engines = [Engine(build("tiny", seed=3), settings(step=step), alone) for step in ("eager", "graph")]
@@ -173,7 +173,7 @@ def test_a_recording_that_differs_falls_back_to_eager(
     assert lines[0].endswith("The run continues with step=eager.")
 
 
-def test_a_gradient_that_is_not_finite_is_no_reason_to_record(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nonfinite_gradient_prevents_recording(alone: World, capsys: pytest.CaptureFixture[str]) -> None:
     engine = Engine(build("tiny", seed=3), settings(step="graph"), alone)
     with torch.no_grad():
         engine.model.features.conv0.weight[0] = torch.nan
@@ -181,7 +181,7 @@ def test_a_gradient_that_is_not_finite_is_no_reason_to_record(alone: World, caps
     assert "the gradient of the first micro-batch is not finite" in capsys.readouterr().err
 
 
-def test_out_of_memory_while_recording_is_told_as_in_any_step(alone: World) -> None:
+def test_out_of_memory_while_recording_is_reported(alone: World) -> None:
     engine = Engine(build("tiny", seed=3), settings(step="graph"), alone)
 
     def exhausted(module: object, inputs: object, output: object) -> None:
@@ -192,7 +192,7 @@ def test_out_of_memory_while_recording_is_told_as_in_any_step(alone: World) -> N
         engine.step(batches(0), 1e-2)
 
 
-def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> None:
+def test_recording_depends_on_shape_and_weight_address() -> None:
     """ZeRO may move the weights: a graph would still read the old place."""
     model = build("tiny", seed=3).train()
     flat = FlatParameters(model, channels_last=True)
@@ -218,7 +218,7 @@ def test_a_recording_belongs_to_a_shape_and_to_the_place_of_the_weights() -> Non
 
 
 @pytest.mark.parametrize(("fault", "says"), [("raises", "it fails (no C++ compiler)"), ("logit", "logits by 0.01")])
-def test_a_compiled_network_that_fails_or_differs_falls_back_to_eager(
+def test_failing_or_differing_compiled_network_falls_back_to_eager(
     alone: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, says: str
 ) -> None:
     """Where there is no compiler, say."""

@@ -23,18 +23,20 @@ from mura_dist.training import checkpoint, deepspeed_config, metrics_log, start
 from mura_dist.training.run import Run
 
 FAULTY = ROOT / "tests/helpers/faulty_train.py"
-MICROS = 6  # of a step: a global batch of 12, two radiographs each
+NUM_MICRO_BATCHES = 6  # of a step: a global batch of 12, two radiographs each
 
 
-def train(ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *words: str, leave_s: float = 0):
+def train(
+    ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *arguments: str, leave_s: float = 0
+):
     """As helpers.commands.train, with a fault at some calls of a rank's training forward."""
-    settings = (*TINY, "micro_batch=2", f"shards={shards}", f"run={folder}", *words, "--quiet")
+    settings = (*TINY, "micro_batch=2", f"shards={shards}", f"run={folder}", *arguments, "--quiet")
     environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call, "FAULT_LEAVE_S": str(leave_s)}
     launch = [warm_python()] if ranks == 1 else ["torchrun", "--standalone", "--nproc-per-node", ranks]
     return run(*launch, FAULTY, "train", *settings, env=environment, timeout_s=120)
 
 
-def told(stderr: str) -> list[str]:
+def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("mura-dist:")]
 
 
@@ -46,10 +48,10 @@ def rows_of_micro_batches(shards: Path, step: int) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_path: Path) -> None:
+def test_precision_auto_is_refused_on_differing_processors(shard_folder: Path, tmp_path: Path) -> None:
     """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
     result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     assert "on rank 0 and not on rank 1" in line
     assert "precision=fp32" in line
     assert not (tmp_path / "run" / "recipe.toml").exists()
@@ -57,23 +59,21 @@ def test_ranks_whose_processors_differ_want_a_precision(shard_folder: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("computed", [True, False])
-def test_auto_takes_what_the_processor_computes_and_keeps_it(
-    shard_folder: Path, tmp_path: Path, computed: bool
-) -> None:
+def test_precision_auto_is_resolved_once_per_run(shard_folder: Path, tmp_path: Path, computed: bool) -> None:
     """Written into the run; on another processor the run goes on as it began, another precision is refused."""
-    folder, wanted = tmp_path / "run", "bf16" if computed else "fp32"
+    folder, expected = tmp_path / "run", "bf16" if computed else "fp32"
     first = train(1, "bf16", 0 if computed else 1, "0", shard_folder, folder, "precision=auto", "epochs=1")
     assert first.returncode == 0, first.stderr
-    assert Run.load(folder).settings.precision == wanted
+    assert Run.load(folder).settings.precision == expected
     again = train(1, "bf16", 1 if computed else 0, "0", shard_folder, folder, "precision=auto", "epochs=2")
     assert again.returncode == 0, again.stderr
-    assert Run.load(folder).settings.precision == wanted
-    other = train(1, "bf16", 0, "0", shard_folder, folder, "precision=fp16", "epochs=2")
-    assert f"started with precision='{wanted}'" in other.stderr
+    assert Run.load(folder).settings.precision == expected
+    fp16 = train(1, "bf16", 0, "0", shard_folder, folder, "precision=fp16", "epochs=2")
+    assert f"started with precision='{expected}'" in fp16.stderr
 
 
 @pytest.mark.parametrize(("precision", "computed"), [("bf16", False), ("bf16", True), ("fp32", False)])
-def test_a_precision_without_instructions_is_warned_of(precision: str, computed: bool, monkeypatch) -> None:
+def test_bf16_without_instructions_logs_a_warning(precision: str, computed: bool, monkeypatch) -> None:
     """As of a run that began on another processor: it goes on, and says why it is slow."""
     monkeypatch.setattr(process_group, "supports_bf16", lambda: computed)
     settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
@@ -90,7 +90,7 @@ def test_a_precision_without_instructions_is_warned_of(precision: str, computed:
         ("", False),
     ],
 )
-def test_what_a_processor_computes(tmp_path: Path, text: str, computed: bool, monkeypatch) -> None:
+def test_supports_bf16_reads_cpuinfo(tmp_path: Path, text: str, computed: bool, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "cpuinfo").write_text(text)
     assert process_group.supports_bf16(tmp_path / "cpuinfo") == computed
@@ -106,36 +106,38 @@ NOT_FINITE = [
 
 
 @pytest.mark.parametrize(("ranks", "fault", "what"), NOT_FINITE)
-def test_a_step_that_is_not_finite_is_left_out_and_named(
+def test_nonfinite_step_is_skipped_and_logged(
     shard_folder: Path, tmp_path: Path, ranks: int, fault: str, what: str
 ) -> None:
     """In one micro-batch of the last rank, in step 3: its line says step and rows; the run goes on and ends well."""
-    each = MICROS // ranks
+    each = NUM_MICRO_BATCHES // ranks
     result = train(ranks, fault, ranks - 1, str(2 * each + 2), shard_folder, tmp_path / "run", "epochs=1")
     assert result.returncode == 0, result.stderr
     lines = metrics_log.read(tmp_path / "run" / "metrics.jsonl")
     [skip] = [line for line in lines if line["kind"] == "skip"]
-    place = (ranks - 1) * each + 1
+    number = (ranks - 1) * each + 1
     micros = rows_of_micro_batches(shard_folder, 2)
     assert (skip["step"], skip["what"]) == (3, what)
-    assert skip["rows"] == (micros[place] if what == "loss" else [row for micro in micros for row in micro])
+    assert skip["rows"] == (micros[number] if what == "loss" else [row for micro in micros for row in micro])
     epochs = [line for line in lines if line["kind"] == "epoch"]
     assert [line["skipped_steps"] for line in epochs] == [0, 1]
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     assert (losses[2] is None) == (what == "loss")
     assert None not in losses[3:]
-    taken = [*losses[:2], *losses[3:]]
-    assert epochs[1]["train_loss"] == pytest.approx(sum(taken) / len(taken), rel=1e-9), "over the steps that were taken"
+    applied = [*losses[:2], *losses[3:]]
+    assert epochs[1]["train_loss"] == pytest.approx(sum(applied) / len(applied), rel=1e-9), (
+        "over the steps that were taken"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
-def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
+def test_nonfinite_evaluation_has_no_effect(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
     """One micro-batch of the last rank in the second epoch's: no plateau, no best, no early stop hears of it; the run goes on."""
     micros = -(-len(Shards.open(shard_folder).rows("tune")) // 2)
     each = -(-micros // ranks)
-    words = ("epochs=4", "plateau_patience=0", "plateau_threshold=0.9", "early_stop=3", "keep_checkpoints=9")
-    result = train(ranks, "evaluation", ranks - 1, str(2 * each + 1), shard_folder, tmp_path / "run", *words)
+    arguments = ("epochs=4", "plateau_patience=0", "plateau_threshold=0.9", "early_stop=3", "keep_checkpoints=9")
+    result = train(ranks, "evaluation", ranks - 1, str(2 * each + 1), shard_folder, tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
     epochs = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
     assert [line["tune_loss"] is None for line in epochs] == [False, False, True, False, False]
@@ -148,12 +150,12 @@ def test_an_evaluation_that_is_not_finite_decides_nothing(shard_folder: Path, tm
     assert checkpoint.select(tmp_path / "run" / "checkpoints", "best").step != 16
 
 
-def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> None:
+def test_too_many_consecutive_skips_stop_the_run(shard_folder: Path, tmp_path: Path) -> None:
     """After the second epoch's first steps; the checkpoint of the first one stays, and is sound."""
     calls = ",".join(str(call) for call in range(9 * 3 + 1, 13 * 3 + 1))
     result = train(2, "nan", 1, calls, shard_folder, tmp_path / "run", "skip_limit=3")
     assert result.returncode == 1
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     assert "the loss was NaN or infinite in 3 consecutive steps (skip_limit=3), last in step 12 (rows " in line
     assert "skip_limit=3" in line
     assert "lower learning_rate" in line
@@ -167,16 +169,16 @@ def test_too_many_in_a_row_end_the_run(shard_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.nightly(part="training"))])
-def test_out_of_memory_in_one_rank_ends_all(shard_folder: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
-    result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *words)
+@pytest.mark.parametrize("arguments", [(), pytest.param(("zero_stage=1",), marks=pytest.mark.nightly(part="training"))])
+def test_out_of_memory_on_one_rank_stops_all(shard_folder: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result = train(2, "memory", 1, "31", shard_folder, tmp_path / "run", *arguments)
     assert result.returncode == 1
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     for word in ("out of memory on rank 1", "micro_batch=2", "changes BatchNorm", "run=NEW"):
         assert word in line
     assert "CUDA out of memory" not in result.stderr
     assert checkpoint.select(tmp_path / "run" / "checkpoints", "last").step == 8
-    again = commands.train(1, shard_folder, tmp_path / "run", "micro_batch=2", *words)
+    again = commands.train(1, shard_folder, tmp_path / "run", "micro_batch=2", *arguments)
     assert again.returncode == 0, again.stderr
 
 
@@ -187,8 +189,8 @@ def corrupt(shards: Path, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", pytest.param("tune", marks=pytest.mark.slow)])
-def test_a_training_that_reads_nothing_fails_and_goes_on_when_its_shards_are_mended(
-    split: str, whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+def test_run_with_corrupt_shards_fails_and_resumes_after_repair(
+    split: str, reference_run: Callable[..., Path], shard_folder: Path, tmp_path: Path
 ) -> None:
     """With the bits of one whose shards were sound all the time."""
     shards, folder = tmp_path / "shards", tmp_path / "run"
@@ -196,7 +198,7 @@ def test_a_training_that_reads_nothing_fails_and_goes_on_when_its_shards_are_men
     corrupt(shards, split)
     result = commands.train(2, shards, folder)
     assert result.returncode == 1
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     number, most = len(Shards.open(shards).rows(split)), 2 if split == "train" else 1
     corrupted = 12 if split == "train" else number
     assert (
@@ -209,21 +211,19 @@ def test_a_training_that_reads_nothing_fails_and_goes_on_when_its_shards_are_men
     for tar in shards.glob("*.tar"):
         shutil.copy(shard_folder / tar.name, tar)
     assert commands.train(2, shards, folder).returncode == 0
-    assert equal(tensors(folder, 8), tensors(whole(2), 8))
+    assert equal(tensors(folder, 8), tensors(reference_run(2), 8))
 
 
 @pytest.mark.slow
-def test_steps_without_a_sample_are_left_out_and_too_many_in_a_row_end_the_run(
-    shard_folder: Path, tmp_path: Path
-) -> None:
+def test_steps_without_samples_are_skipped_until_skip_limit(shard_folder: Path, tmp_path: Path) -> None:
     """Where any number of samples may be corrupt: no weight, statistic or moment has moved."""
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shard_folder, shards)
     corrupt(shards, "train")
-    words = ("max_corrupt_samples=1", "skip_limit=9")
-    result = commands.train(2, shards, folder, *words)
+    arguments = ("max_corrupt_samples=1", "skip_limit=9")
+    result = commands.train(2, shards, folder, *arguments)
     assert result.returncode == 1
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     assert "stopped: every sample is corrupt in 9 consecutive steps (skip_limit=9), last in step 9 (rows " in line
     assert line.endswith("Convert the shards again.")
     skips = [line for line in metrics_log.read(folder / "metrics.jsonl") if line["kind"] == "skip"]
@@ -236,11 +236,11 @@ def test_steps_without_a_sample_are_left_out_and_too_many_in_a_row_end_the_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("times", "skip"), [(2, 40), (None, 40), (None, 3)])
-def test_an_error_of_the_disk_ends_all_ranks_in_the_same_words_unless_it_passes(
+def test_persistent_disk_error_stops_all_ranks_with_the_same_message(
     times: int | None,
     skip: int,
     read_faults: Callable[..., ReadFaults],
-    whole: Callable[..., Path],
+    reference_run: Callable[..., Path],
     shard_folder: Path,
     tmp_path: Path,
 ) -> None:
@@ -249,11 +249,11 @@ def test_an_error_of_the_disk_ends_all_ranks_in_the_same_words_unless_it_passes(
     shutil.copytree(shard_folder, shards)
     split = "train" if skip > 10 else "tune"
     faults = read_faults(f"{shards}/{split}-000000.tar", skip=skip, times=times)
-    words = (*TINY, f"shards={shards}", f"run={folder}", "--quiet")
-    result = torchrun(2, "mura_dist.train", *words, env=faults.environment, cold=True)
+    arguments = (*TINY, f"shards={shards}", f"run={folder}", "--quiet")
+    result = torchrun(2, "mura_dist.train", *arguments, env=faults.environment, cold=True)
     if times is None:
         assert result.returncode == 1, result.stderr
-        [line] = told(result.stderr)
+        [line] = error_lines(result.stderr)
         assert re.search(
             rf"rank \d.*: {shards}/{split}-000000.tar cannot be read in 4 attempts: input/output error", line
         )
@@ -263,25 +263,23 @@ def test_an_error_of_the_disk_ends_all_ranks_in_the_same_words_unless_it_passes(
         result = commands.train(2, shards, folder)
     assert result.returncode == 0, result.stderr
     assert "damaged" not in result.stderr
-    assert equal(tensors(folder, 16), tensors(whole(2), 16))
+    assert equal(tensors(folder, 16), tensors(reference_run(2), 16))
 
 
 @pytest.mark.parametrize("leave_s", [0, 3])
-def test_a_rank_that_fails_takes_the_others_with_it_in_one_line_each(
-    shard_folder: Path, tmp_path: Path, leave_s: float
-) -> None:
+def test_failing_rank_stops_all_with_one_line_each(shard_folder: Path, tmp_path: Path, leave_s: float) -> None:
     """Also where torchrun's SIGTERM finds them leaving."""
     result = train(2, "error", 1, "10", shard_folder, tmp_path / "run", leave_s=leave_s)
     assert result.returncode == 1
     assert "a fault of the test" in result.stderr
-    lost = [line for line in told(result.stderr) if "lost another rank" in line]
+    lost = [line for line in error_lines(result.stderr) if "lost another rank" in line]
     assert all("rank 0" in line for line in lost)
     assert "[rank0]: Traceback" not in result.stderr
     assert "[rank1]: Traceback" in result.stderr, "an error nobody foresaw keeps its traceback"
     assert Run.load(tmp_path / "run").status()["state"] in ("failed", "stopped")
 
 
-def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, tmp_path: Path) -> None:
+def test_ranks_with_different_settings_are_refused(shard_folder: Path, tmp_path: Path) -> None:
     """A second machine with another recipe: its weights would agree, its radiographs not."""
     script = tmp_path / "train.py"
     script.write_text(
@@ -290,10 +288,10 @@ def test_ranks_that_would_train_something_else_are_refused(shard_folder: Path, t
         "if __name__ == '__main__':\n"
         "    entry([*sys.argv[1:], *(['rotate_deg=5'] if os.environ['RANK'] == '1' else [])])\n"
     )
-    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
-    result = run("torchrun", "--standalone", "--nproc-per-node", 2, script, "train", *words)
+    arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
+    result = run("torchrun", "--standalone", "--nproc-per-node", 2, script, "train", *arguments)
     assert result.returncode == 1, "torchrun's"
-    [line] = told(result.stderr)
+    [line] = error_lines(result.stderr)
     assert "rank 1 was started with other settings or other shards than rank 0" in line
     assert "exitcode  : 2" in result.stderr
     assert not (tmp_path / "run" / "recipe.toml").exists()
@@ -318,7 +316,7 @@ AGREES = {
 }
 
 
-def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
+def test_agreeing_deepspeed_file_is_merged(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(AGREES))
     merged = deepspeed_config.build_config(settings(deepspeed=str(path)), 2, num_weights=10)
@@ -338,8 +336,8 @@ def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
         "nothing travels"
     )
     path.write_text('{"communication_data_type": "fp32"}')
-    asked = deepspeed_config.build_config(settings(deepspeed=str(path)), 2, num_weights=10)
-    assert asked["communication_data_type"] == "fp32"
+    merged_fp32 = deepspeed_config.build_config(settings(deepspeed=str(path)), 2, num_weights=10)
+    assert merged_fp32["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -359,9 +357,7 @@ def test_a_deepspeed_file_that_agrees_is_merged(tmp_path: Path) -> None:
         ({"wall_clock_breakdwn": True}, ["wall_clock_breakdwn", "did you mean wall_clock_breakdown"]),
     ],
 )
-def test_a_deepspeed_file_that_contradicts_is_refused(
-    tmp_path: Path, values: dict[str, object], says: list[str]
-) -> None:
+def test_contradicting_deepspeed_file_is_refused(tmp_path: Path, values: dict[str, object], says: list[str]) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
     with pytest.raises(UserError) as refused:
@@ -370,26 +366,26 @@ def test_a_deepspeed_file_that_contradicts_is_refused(
         assert word in str(refused.value)
 
 
-def test_a_deepspeed_file_is_checked_before_anything_is_written(shard_folder: Path, tmp_path: Path, capsys) -> None:
+def test_deepspeed_file_is_checked_before_anything_is_written(shard_folder: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "ds.json"
-    words = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", f"deepspeed={path}"]
-    laws.refusal(capsys, words, "ds.json", "No such file", "deepspeed= for none")
+    arguments = ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", f"deepspeed={path}"]
+    laws.refusal(capsys, arguments, "ds.json", "No such file", "deepspeed= for none")
     path.write_text("{")
-    laws.refusal(capsys, words, "ds.json", "is not JSON")
+    laws.refusal(capsys, arguments, "ds.json", "is not JSON")
     path.write_text("[]")
-    laws.refusal(capsys, words, "no JSON object")
+    laws.refusal(capsys, arguments, "no JSON object")
     path.write_text('{"train_batch_size": 5}')
-    laws.refusal(capsys, words, "train_batch_size = 5", "global_batch=12")
+    laws.refusal(capsys, arguments, "train_batch_size = 5", "global_batch=12")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_a_deepspeed_file(shard_folder: Path, tmp_path: Path) -> None:
+def test_run_with_a_deepspeed_file(shard_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"prescale_gradients": true, "train_batch_size": 12}')
-    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1", f"deepspeed={path}", "--quiet")
-    assert run("mura-dist", "train", *words).returncode == 0
+    arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1", f"deepspeed={path}", "--quiet")
+    assert run("mura-dist", "train", *arguments).returncode == 0
     assert json.loads((tmp_path / "run" / "deepspeed.json").read_text())["prescale_gradients"] is True
     path.write_text('{"prescale_gradients": false}')
-    refused = run("mura-dist", "train", *words, "epochs=2")
+    refused = run("mura-dist", "train", *arguments, "epochs=2")
     assert refused.returncode == 2
     assert "prescale_gradients" in refused.stderr

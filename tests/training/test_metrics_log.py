@@ -28,51 +28,54 @@ entry(["train", *sys.argv[1:]])
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
-def settings(shards: Path, folder: Path, *words: str) -> tuple[str, ...]:
-    return (*TINY, f"shards={shards}", f"run={folder}", *words)
+def settings(shards: Path, folder: Path, *arguments: str) -> tuple[str, ...]:
+    return (*TINY, f"shards={shards}", f"run={folder}", *arguments)
 
 
 def on_a_terminal(*command: str) -> str:
     """What a command writes to a terminal of 150 columns as its stderr."""
-    ours, theirs = pty.openpty()
+    master, slave = pty.openpty()
     environment = {**os.environ, **NO_GPU, "TERM": "xterm", "COLUMNS": "150"}
-    said = b""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
-        os.close(theirs)
+    output = b""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=slave, env=environment) as process:
+        os.close(slave)
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            if not select.select([ours], [], [], 0.1)[0]:
+            if not select.select([master], [], [], 0.1)[0]:
                 continue
             try:
-                said += os.read(ours, 1 << 16)
+                output += os.read(master, 1 << 16)
             except OSError:  # the other end is closed: the command is done
                 break
         else:
             process.kill()
-    os.close(ours)
-    assert process.returncode == 0, said.decode(errors="replace")
-    return said.decode()
+    os.close(master)
+    assert process.returncode == 0, output.decode(errors="replace")
+    return output.decode()
 
 
 @pytest.mark.slow
-def test_a_terminal_has_a_bar(shard_folder: Path, tmp_path: Path) -> None:
+def test_terminal_shows_a_progress_bar(shard_folder: Path, tmp_path: Path) -> None:
     """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
-    words = settings(shard_folder, tmp_path / "run")
-    said = CONTROL.sub("", on_a_terminal(warm_python(), "-c", TRAIN_DRAWING_EACH_UPDATE, *words)).replace("\r", "\n")
-    bars = re.findall(
-        r"epoch 1 .*step (\d+)/16 +loss (\d\.\d{4}) +(\d+\.\d) images/s +data wait \d+\.\d% +(\d+:\d\d:\d\d) left", said
+    arguments = settings(shard_folder, tmp_path / "run")
+    output = CONTROL.sub("", on_a_terminal(warm_python(), "-c", TRAIN_DRAWING_EACH_UPDATE, *arguments)).replace(
+        "\r", "\n"
     )
-    assert bars, said[-2000:]
+    bars = re.findall(
+        r"epoch 1 .*step (\d+)/16 +loss (\d\.\d{4}) +(\d+\.\d) images/s +data wait \d+\.\d% +(\d+:\d\d:\d\d) left",
+        output,
+    )
+    assert bars, output[-2000:]
     lines = [line for line in metrics_log.read(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"]
     for step, loss, speed, _ in bars:
         line = lines[int(step) - 1]
         assert (f"{line['loss']:.4f}", line["images_per_s"]) == (loss, pytest.approx(float(speed), abs=0.06))
-    evaluations = {tuple(map(int, each)) for each in re.findall(r"evaluating tune .* (\d+)/(\d+) radiographs", said)}
+    evaluations = {tuple(map(int, each)) for each in re.findall(r"evaluating tune .* (\d+)/(\d+) radiographs", output)}
     [num_radiographs] = {total for _, total in evaluations}
     assert {(0, num_radiographs), (6, num_radiographs), (num_radiographs, num_radiographs)} <= evaluations
-    assert "loss nan" not in said
+    assert "loss nan" not in output
     for epoch in range(3):
-        assert len(re.findall(rf"^epoch {epoch} \(step {8 * epoch}\): .*tune_loss", said, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^epoch {epoch} \(step {8 * epoch}\): .*tune_loss", output, re.MULTILINE)) == 1
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def bars(metrics_logger: MetricsLogger) -> list[str]:
 
 
 @pytest.mark.parametrize("num_steps", [0, 500])
-def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: None) -> None:
+def test_progress_bar_contents(tmp_path: Path, num_steps: int, terminal: None) -> None:
     """No step where there are none, no loss before the first; a bar of its own for an evaluation, while that runs."""
     start = min(20, num_steps)
     metrics_logger = MetricsLogger(
@@ -121,9 +124,7 @@ def test_a_bar_shows_what_there_is(tmp_path: Path, num_steps: int, terminal: Non
 
 
 @pytest.mark.parametrize(("enabled", "quiet"), [(False, False), (True, True)])
-def test_another_rank_and_a_quiet_training_have_no_bar(
-    tmp_path: Path, enabled: bool, quiet: bool, terminal: None
-) -> None:
+def test_no_bar_on_other_ranks_or_with_quiet(tmp_path: Path, enabled: bool, quiet: bool, terminal: None) -> None:
     metrics_logger = MetricsLogger(
         tmp_path, enabled=enabled, quiet=quiet, tensorboard=False, start_step=0, evaluated_step=0, num_steps=9
     )
@@ -133,7 +134,7 @@ def test_another_rank_and_a_quiet_training_have_no_bar(
         assert sys.stderr is stderr  # a bar redirects it, and a console that prints nothing would lose it
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_path: Path) -> None:
+def test_without_terminal_one_line_per_epoch(shard_folder: Path, tmp_path: Path) -> None:
     result = run("mura-dist", "train", *settings(shard_folder, tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     first, *epochs, terms = result.stderr.splitlines()
@@ -145,22 +146,24 @@ def test_without_a_terminal_there_is_a_line_an_epoch(shard_folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("step_s", [0.1, 35.0])
-def test_the_time_to_the_end_is_told_however_slow_steps_are(tmp_path: Path, step_s: float) -> None:
-    how = {"enabled": True, "quiet": True, "tensorboard": False}
-    told = MetricsLogger(tmp_path, start_step=20, evaluated_step=20, num_steps=500, **how)
+def test_remaining_time_for_slow_steps(tmp_path: Path, step_s: float) -> None:
+    options = {"enabled": True, "quiet": True, "tensorboard": False}
+    metrics_logger = MetricsLogger(tmp_path, start_step=20, evaluated_step=20, num_steps=500, **options)
     for step in (30, 40):
-        told.started = time.perf_counter() - step_s * (step - 20)
+        metrics_logger.started = time.perf_counter() - step_s * (step - 20)
         watch = Stopwatch()
         watch.seconds |= {"data": 0.0, "step": 10 * step_s}
-        told.log_steps({"step": step, "epoch": 0, "loss": 1.0}, num_images=80, watch=watch)
-    hours, minutes, seconds = map(int, told.progress.tasks[0].fields["remaining"].removesuffix(" left").split(":"))
+        metrics_logger.log_steps({"step": step, "epoch": 0, "loss": 1.0}, num_images=80, watch=watch)
+    hours, minutes, seconds = map(
+        int, metrics_logger.progress.tasks[0].fields["remaining"].removesuffix(" left").split(":")
+    )
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(460 * step_s, abs=1)
 
 
 @pytest.mark.parametrize(
     "error", [ModuleNotFoundError("No module named 'tensorboard'"), TypeError("Descriptors\nof old")]
 )
-def test_without_tensorboard_a_line_says_so_once(
+def test_missing_tensorboard_is_logged_once(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Finder:
@@ -173,8 +176,8 @@ def test_without_tensorboard_a_line_says_so_once(
     for name in [name for name in sys.modules if name.startswith(("torch.utils.tensorboard", "tensorboard"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    how = {"enabled": True, "quiet": False, "start_step": 0, "evaluated_step": -1, "num_steps": 2}
-    with MetricsLogger(tmp_path, **how, tensorboard=True) as metrics_logger:
+    options = {"enabled": True, "quiet": False, "start_step": 0, "evaluated_step": -1, "num_steps": 2}
+    with MetricsLogger(tmp_path, **options, tensorboard=True) as metrics_logger:
         watch = Stopwatch()
         for step in (1, 2):
             watch.seconds |= {"data": 0.0, "step": 1.0}
@@ -186,21 +189,21 @@ def test_without_tensorboard_a_line_says_so_once(
 
 
 @pytest.mark.slow
-def test_tensorboard_has_each_step_once_whatever_interrupted_the_run(shard_folder: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_each_step_once_after_resuming(shard_folder: Path, tmp_path: Path) -> None:
     """The last epoch is done twice, as after a kill: its first events are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = settings(shard_folder, tmp_path / "run", "tensorboard=true")
-    assert run("mura-dist", "train", *words, "--quiet").returncode == 0
+    arguments = settings(shard_folder, tmp_path / "run", "tensorboard=true")
+    assert run("mura-dist", "train", *arguments, "--quiet").returncode == 0
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000016")
     (tmp_path / "run" / "status.json").unlink()
-    assert run("mura-dist", "train", *words, "--quiet").returncode == 0
+    assert run("mura-dist", "train", *arguments, "--quiet").returncode == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     lines = metrics_log.read(tmp_path / "run" / "metrics.jsonl")
     for kind, name, steps in (("step", "loss", range(1, 17)), ("epoch", "tune_loss", (0, 8, 16))):
-        found = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
-        assert [step for step, _ in found] == list(steps)
-        wanted = [line[name] for line in lines if line["kind"] == kind]
-        assert [value for _, value in found] == pytest.approx(wanted, rel=1e-6)
+        logged = [(event.step, event.value) for event in events.Scalars(f"{kind}/{name}")]
+        assert [step for step, _ in logged] == list(steps)
+        expected = [line[name] for line in lines if line["kind"] == kind]
+        assert [value for _, value in logged] == pytest.approx(expected, rel=1e-6)
     for name in ("step/images_per_s", "step/learning_rate", "epoch/tune_kappa", "epoch/tune_auroc"):
         assert events.Scalars(name)

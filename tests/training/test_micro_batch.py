@@ -18,15 +18,15 @@ SIZES = (24, 12, 8, 6, 4, 3, 2)
 
 
 def settings(**values: object) -> config.Settings:
-    known = {"shards": "", "run": "", "architecture": "tiny", "global_batch": 24, "micro_batch": "auto"}
-    return config.check({**known, **values}, "test")
+    defaults = {"shards": "", "run": "", "architecture": "tiny", "global_batch": 24, "micro_batch": "auto"}
+    return config.check({**defaults, **values}, "test")
 
 
 @pytest.mark.parametrize(
     ("batch", "ranks", "sizes"),
     [(24, 1, [24, 12, 8, 6, 4, 3, 2]), (24, 2, [12, 6, 4, 3, 2]), (24, 5, []), (2, 2, []), (2, 1, [2])],
 )
-def test_candidates_cut_the_global_batch_evenly(batch: int, ranks: int, sizes: list[int]) -> None:
+def test_candidates_divide_the_global_batch(batch: int, ranks: int, sizes: list[int]) -> None:
     assert micro_batch.candidate_sizes(batch, ranks) == sizes
 
 
@@ -43,21 +43,23 @@ class Limited(nn.Module):
         return self.network(image)
 
 
-@pytest.mark.parametrize(("limit", "found"), [(100, 24), (11, 8), (2, 2)])
-def test_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch, alone: World, limit: int, found: int) -> None:
+@pytest.mark.parametrize(("limit", "expected"), [(100, 24), (11, 8), (2, 2)])
+def test_largest_fitting_micro_batch_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, alone: World, limit: int, expected: int
+) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(limit))
-    assert micro_batch.largest_fitting(settings(), 64, SIZES, alone) == found
+    assert micro_batch.largest_fitting(settings(), 64, SIZES, alone) == expected
 
 
-@pytest.mark.parametrize(("batch", "found"), [(24, 8), (12, 6), (36, 6), (22, 2), (11, 11)])
-def test_a_cpu_takes_eight_or_the_next_smaller_that_cuts_evenly(alone: World, batch: int, found: int) -> None:
-    assert micro_batch.find_micro_batch(settings(global_batch=batch), 64, alone) == found
+@pytest.mark.parametrize(("batch", "expected"), [(24, 8), (12, 6), (36, 6), (22, 2), (11, 11)])
+def test_auto_micro_batch_on_a_cpu(alone: World, batch: int, expected: int) -> None:
+    assert micro_batch.find_micro_batch(settings(global_batch=batch), 64, alone) == expected
 
 
-@pytest.mark.parametrize("words", [{"precision": "bf16"}, {"precision": "fp32", "step": "graph"}])
+@pytest.mark.parametrize("overrides", [{"precision": "bf16"}, {"precision": "fp32", "step": "graph"}])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_what_is_tried_is_what_a_step_executes(
-    monkeypatch: pytest.MonkeyPatch, alone: World, words: dict[str, str], channels_last: bool
+def test_trial_uses_the_execution_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, alone: World, overrides: dict[str, str], channels_last: bool
 ) -> None:
     """The same execution, on weights and images in the same order."""
     calls: list[tuple[str, str, bool]] = []
@@ -69,7 +71,7 @@ def test_what_is_tried_is_what_a_step_executes(
         return build_network(model, flat, settings)
 
     monkeypatch.setattr(execution, "build", spied)
-    chosen = settings(channels_last=channels_last, **words)
+    chosen = settings(channels_last=channels_last, **overrides)
     assert micro_batch.largest_fitting(chosen, 64, SIZES, alone) == SIZES[0]
     Engine(build("tiny"), chosen.model_copy(update={"micro_batch": 2}), alone)
     assert len(calls) == 2
@@ -77,25 +79,23 @@ def test_what_is_tried_is_what_a_step_executes(
 
 
 @pytest.mark.parametrize("num_resident", [0, 7])
-def test_radiographs_that_stay_on_the_device_leave_room(
-    monkeypatch: pytest.MonkeyPatch, alone: World, num_resident: int
-) -> None:
+def test_resident_radiographs_reserve_memory(monkeypatch: pytest.MonkeyPatch, alone: World, num_resident: int) -> None:
     """As many bytes are taken while a micro-batch is tried."""
-    taken: list[int] = []
+    reserved: list[int] = []
     zeros = torch.zeros
 
     def spied(*shape: int, **options: Any) -> Tensor:
         tensor = zeros(*shape, **options)
         if options.get("dtype") is torch.uint8 and tensor.ndim == 1:
-            taken.append(tensor.numel())
+            reserved.append(tensor.numel())
         return tensor
 
     monkeypatch.setattr(torch, "zeros", spied)
     assert micro_batch.largest_fitting(settings(), 64, (2,), alone, num_resident) == 2
-    assert taken == [num_resident * 64 * 64]
+    assert reserved == [num_resident * 64 * 64]
 
 
-def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
+def test_no_fitting_micro_batch_is_an_error(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
     monkeypatch.setattr(micro_batch, "build", lambda architecture: Limited(1))
     with pytest.raises(CollectiveRunError, match="a micro-batch of 2 radiographs of 64 px does not fit"):
         micro_batch.largest_fitting(settings(), 64, SIZES, alone)
@@ -103,7 +103,7 @@ def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
         micro_batch.find_micro_batch(settings(global_batch=1), 64, alone)
 
 
-def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
+def test_other_errors_are_not_memory_errors(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
     def broken(architecture: str) -> nn.Module:
         raise RuntimeError("a fault of the test")
 

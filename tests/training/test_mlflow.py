@@ -77,10 +77,10 @@ def options(folder: Path, server: str) -> MlflowOptions:
 
 def send(folder: Path, server: str, **changes: Any) -> list[str]:
     """One start of the reader, whose training has ended; returns what it says."""
-    ends: queue.Queue[str] = queue.Queue()
-    ends.put("FINISHED")
+    outcomes: queue.Queue[str] = queue.Queue()
+    outcomes.put("FINISHED")
     messages: list[str] = []
-    mlflow_reader.follow(options(folder, server).model_copy(update=changes), ends, messages.append)
+    mlflow_reader.follow(options(folder, server).model_copy(update=changes), outcomes, messages.append)
     return messages
 
 
@@ -92,12 +92,12 @@ def runs_of(server: str, experiment: str) -> list[Any]:
     return list(client.search_runs([of_test.experiment_id])) if of_test else []
 
 
-def has_each_number_once(server: str, run_id: str, wanted: list[dict[str, Any]], *, redone: bool = False) -> None:
+def has_each_number_once(server: str, run_id: str, expected: list[dict[str, Any]], *, redone: bool = False) -> None:
     """The law. `redone`: of steps that were done twice the server has the first wall-clock times."""
     from mlflow import MlflowClient
 
     by_name: dict[str, list[tuple[int, float]]] = {}
-    for line in wanted:
+    for line in expected:
         for name, value in numeric_values(line):
             by_name.setdefault(f"{line['kind']}/{name}", []).append((line["step"], value))
     client = MlflowClient(server)
@@ -124,14 +124,12 @@ def send_all(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
-    server: str, halved: Path, tmp_path: Path
-) -> None:
+def test_two_rank_training_sends_metrics_settings_and_reports(server: str, halved: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     folder, client = tmp_path / "a run", MlflowClient(server)
-    words = ("epochs=1", f"mlflow={server}", "seed=3", "loss_weights=none")
-    assert (done := train(2, halved, folder, *words)).returncode == 0, done.stderr
+    arguments = ("epochs=1", f"mlflow={server}", "seed=3", "loss_weights=none")
+    assert (done := train(2, halved, folder, *arguments)).returncode == 0, done.stderr
     assert stderr_lines(done) == []
     send_all(folder)
     [mlflow_run] = runs_of(server, tmp_path.name)
@@ -142,7 +140,7 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
     assert mlflow_run.data.params == {name: str(value) for name, value in config.shareable(settings).items()}
 
     assert (done := run("mura-dist", "evaluate", folder, halved, "--no-gallery")).returncode == 0, done.stderr
-    assert (done := train(1, halved, folder, *words)).returncode == 0, done.stderr  # finished: it sends what is new
+    assert (done := train(1, halved, folder, *arguments)).returncode == 0, done.stderr  # finished: it sends what is new
     send_all(folder)
     [again] = runs_of(server, tmp_path.name)
     assert (again.info.run_id, again.info.status) == (mlflow_run.info.run_id, "FINISHED")
@@ -153,14 +151,14 @@ def test_a_training_of_two_ranks_sends_its_metrics_settings_and_reports(
     for name in mlflow_reader.ARTIFACTS:
         assert (local / name).read_bytes() == (folder / name).read_bytes()
     assert "epochs = 1\n" in (local / "recipe.toml").read_text()
-    here = str(tmp_path).encode()
-    assert not [name for name in names if here in (local / name).read_bytes()]
-    assert here.decode() not in str((again.data.params, again.data.tags))
+    folder_bytes = str(tmp_path).encode()
+    assert not [name for name in names if folder_bytes in (local / name).read_bytes()]
+    assert folder_bytes.decode() not in str((again.data.params, again.data.tags))
     assert again.data.tags.keys() == {"mlflow.runName", "mura_dist.key", "mura_dist.version"}
 
 
 @pytest.mark.slow
-def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: Path, tmp_path: Path) -> None:
+def test_killed_training_continues_its_mlflow_run(server: str, shard_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = (*TINY, f"shards={shard_folder}", f"run={folder}", f"mlflow={server}", "--quiet")
 
@@ -181,7 +179,7 @@ def test_a_killed_training_continues_its_mlflow_run(server: str, shard_folder: P
     has_each_number_once(server, mlflow_run.info.run_id, metrics_log.read(folder / "metrics.jsonl"), redone=True)
 
 
-def test_nothing_is_sent_elsewhere(server: str, tmp_path: Path) -> None:
+def test_connects_to_the_configured_server_only(server: str, tmp_path: Path) -> None:
     """The reader's process: each address that it connects to, and each host that it looks up."""
     folder, record = tmp_path / "run", tmp_path / "addresses"
     write_lines(folder, range(1, 30))
@@ -212,7 +210,7 @@ runpy.run_module("mura_dist.training.mlflow_reader", run_name="__main__")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_number_is_sent_once_whatever_fails(
+def test_each_value_is_sent_once_despite_failures(
     server: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Starts that end at any request, before it is handled or after; the answers of some are lost."""
@@ -233,7 +231,7 @@ def test_each_number_is_sent_once_whatever_fails(
     has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 60)))
 
 
-def test_a_resumed_run_that_was_cut_back_continues_the_same_mlflow_run(server: str, tmp_path: Path) -> None:
+def test_truncated_resumed_run_continues_the_same_mlflow_run(server: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for last in (20, 30):
         write_lines(folder, range(1, last))
@@ -246,7 +244,7 @@ def test_a_resumed_run_that_was_cut_back_continues_the_same_mlflow_run(server: s
     has_each_number_once(server, mlflow_run.info.run_id, lines(range(1, 30)))
 
 
-def test_a_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path) -> None:
+def test_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_lines(folder, range(1, 3))
     send(folder, server)
@@ -257,7 +255,7 @@ def test_a_changed_setting_of_a_resumed_run_is_a_tag(server: str, tmp_path: Path
     assert "resumed.ema" not in mlflow_run.data.tags
 
 
-def test_the_password_reaches_the_server_and_nothing_else(server: str, tmp_path: Path) -> None:
+def test_password_reaches_only_the_server(server: str, tmp_path: Path) -> None:
     folder, kind = tmp_path / "run", ["ok"]
     write_lines(folder, range(1, 9))
     with Proxy(server, lambda: kind[0]) as proxy:
@@ -276,14 +274,14 @@ def test_the_password_reaches_the_server_and_nothing_else(server: str, tmp_path:
     assert "mlflow" not in config.shareable(settings)
 
 
-def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovered_server_receives_everything(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the first failure and the last start no further message comes."""
     monkeypatch.setattr(mlflow_reader, "_POLL_S", 0.05)
     monkeypatch.setattr(mlflow_reader, "_MAX_PAUSE_S", 0.05)
     folder, num_requests, messages = tmp_path / "run", [0], list[str]()
     write_lines(folder, range(1, 30))
 
-    class Ends(queue.Queue[str]):
+    class Outcomes(queue.Queue[str]):
         """Says that the training ended once the server answers again."""
 
         def get(self, block: bool = True, timeout: float | None = None) -> str:
@@ -296,7 +294,7 @@ def test_a_server_that_comes_back_gets_everything(server: str, tmp_path: Path, m
         return "refuse" if num_requests[0] < 8 else "ok"
 
     with Proxy(server, fault) as proxy:
-        mlflow_reader.follow(options(folder, proxy.address), Ends(), messages.append)
+        mlflow_reader.follow(options(folder, proxy.address), Outcomes(), messages.append)
     [line] = messages
     assert line.endswith(f"{CONTINUES}:{MISSING[1:]}")
     [mlflow_run] = runs_of(server, tmp_path.name)
@@ -326,7 +324,7 @@ def rest_by(folder: Path) -> str:
 BUSY_S = 30.0  # that a busy machine may take longer
 
 
-def test_a_server_that_was_never_there(tmp_path: Path) -> None:
+def test_unreachable_server_is_reported_once(tmp_path: Path) -> None:
     address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
     messages, seconds = ended(tmp_path / "run", address, bool, mlflow_process.END_S)
     beginning, remedy = f"MLflow: http://***@127.0.0.1:{port}: connection refused", rest_by(tmp_path / "run")
@@ -335,7 +333,7 @@ def test_a_server_that_was_never_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_end_at_once_waits_until_the_reader_has_started(
+def test_short_training_waits_for_the_process_start(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training shorter than the import of MLflow's client: `end_s` begins after that."""
@@ -346,14 +344,14 @@ def test_an_end_at_once_waits_until_the_reader_has_started(
     assert mlflow_run.info.status == "FINISHED"
 
 
-def test_a_server_that_hangs(server: str, tmp_path: Path) -> None:
+def test_hanging_server_delays_the_end_briefly(server: str, tmp_path: Path) -> None:
     with Proxy(server, lambda: "hang") as proxy:
         messages, seconds = ended(tmp_path / "run", proxy.address, lambda _: bool(proxy.authorization), 1.0)
     assert messages == [f"MLflow: {proxy.address} did not answer within 1 s{rest_by(tmp_path / 'run')}"]
     assert 1 <= seconds < 1 + BUSY_S
 
 
-def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
     messages, _ = ended(tmp_path / "run", "http://127.0.0.1:9", lambda _: True, 60)
@@ -363,7 +361,7 @@ def test_a_reader_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_a_reader_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A late start is not a silent server, and `end_s` does not come on top of it."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(mlflow_process, "START_S", 1.0)
@@ -374,7 +372,7 @@ def test_a_reader_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seconds < 1 + BUSY_S
 
 
-def test_outside_a_training_no_training_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_outside_a_training_names_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` and a finished `train`. The mask of a recipe on the disk is no user."""
     folder = tmp_path / "a run"
     write_lines(folder, range(1, 9))
@@ -388,7 +386,7 @@ def test_outside_a_training_no_training_continues(tmp_path: Path, monkeypatch: p
     assert messages == [f"MLflow: http://127.0.0.1:{port}: connection refused. {remedy}"]
 
 
-def test_a_recipe_of_the_disk_logs_in_by_the_environment(
+def test_stored_recipe_logs_in_by_environment_variables(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`train RUN/recipe.toml`, whose address has a mask in place of user and password."""
@@ -402,7 +400,7 @@ def test_a_recipe_of_the_disk_logs_in_by_the_environment(
     assert set(proxy.authorization) == {"Basic dXNlcjpnZWhlaW0="}
 
 
-def test_one_reader_at_a_time_sends_a_run(tmp_path: Path) -> None:
+def test_one_process_at_a_time_sends_a_run(tmp_path: Path) -> None:
     """The second waits for the first. The lock is a file, which NFS locks too."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom mura_dist.training.mlflow_reader import exclusive\n"
@@ -416,19 +414,19 @@ def test_one_reader_at_a_time_sends_a_run(tmp_path: Path) -> None:
     assert second.communicate(timeout=60)[0] == "alone\n"
 
 
-def test_a_training_ends_alike_without_its_server(shard_folder: Path, tmp_path: Path) -> None:
+def test_training_succeeds_without_its_server(shard_folder: Path, tmp_path: Path) -> None:
     result = train(1, shard_folder, tmp_path / "run", *SHORT, f"mlflow=http://127.0.0.1:{free_port()}")
     assert (result.returncode, stderr_lines(result)) == (0, [])
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "host:5000", "sqlite:///runs.db", "~/mlruns"])
-def test_refused_addresses(address: str) -> None:
+def test_invalid_addresses_are_refused(address: str) -> None:
     with pytest.raises(UserError, match="must be the http:// or https:// address of an MLflow server, or empty"):
         config.load(None, ["shards=a", "run=b", f"mlflow={address}"])
 
 
-def test_only_the_first_rank_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> Callable[..., None]:
         raise AssertionError("a process was started")
 
@@ -439,7 +437,7 @@ def test_only_the_first_rank_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_rank_needs_the_client(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_needs_the_client(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(mlflow_process, "find_spec", lambda name: None)

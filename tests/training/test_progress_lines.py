@@ -35,9 +35,9 @@ class Clock:
 
 def simulate(step_s: float, evaluation_s: float = 0.0, ask_s: float = 1.0) -> list[tuple[float, str]]:
     """Return the lines, and when each was said, of 300 steps in 3 epochs, each epoch with an evaluation before it."""
-    clock, said = Clock(), list[tuple[float, str]]()
+    clock, timed_lines = Clock(), list[tuple[float, str]]()
     lines = ProgressLines(
-        lambda text: said.append((clock.now, text)), start_step=0, num_steps=300, num_epochs=3, clock=clock
+        lambda text: timed_lines.append((clock.now, text)), start_step=0, num_steps=300, num_epochs=3, clock=clock
     )
     for step in range(300):
         if step % 100 == 0:
@@ -47,27 +47,27 @@ def simulate(step_s: float, evaluation_s: float = 0.0, ask_s: float = 1.0) -> li
                 clock.now += ask_s
                 lines.evaluating(step, "tune")
             clock.now = end
-            said.append((clock.now, "epoch"))  # the journal's line
+            timed_lines.append((clock.now, "epoch"))  # the line of an evaluation
             lines.end_evaluation()
         clock.now += step_s
         lines.step(step + 1, epoch=step // 100, loss=0.5, learning_rate=1e-4, num_images=8)
-    return said
+    return timed_lines
 
 
 @pytest.mark.parametrize("step_s", [0.01, 0.25, 7.0, 29.9, 30.0, 45.0])
 @pytest.mark.parametrize("evaluation_s", [0.0, 20.0, 95.0])
-def test_a_line_comes_every_30_s(step_s: float, evaluation_s: float) -> None:
+def test_progress_line_every_30_s(step_s: float, evaluation_s: float) -> None:
     """Law: no two lines of progress are closer than 30 s, and none is later than the first moment after 30 s of silence."""
-    said = [(100.0, "start"), *simulate(step_s, evaluation_s)]
+    timed_lines = [(100.0, "start"), *simulate(step_s, evaluation_s)]
     assert LINE_EVERY_S == 30
-    for (before, _), (at, text) in itertools.pairwise(said):
+    for (before, _), (at, text) in itertools.pairwise(timed_lines):
         assert text == "epoch" or at - before >= 30 - 1e-6
         assert at - before < 30 + max(step_s, 1.0) + 1e-6
 
 
 @pytest.mark.parametrize("step_s", [0.25, 7.0, 45.0])
 @pytest.mark.parametrize("evaluation_s", [0.0, 95.0])
-def test_a_line_says_where_the_run_is(step_s: float, evaluation_s: float) -> None:
+def test_progress_line_contents(step_s: float, evaluation_s: float) -> None:
     for at, text in simulate(step_s, evaluation_s):
         if not (match := LINE.fullmatch(text)):
             assert text == "epoch" or re.fullmatch(r"step (0|100|200)/300: evaluating tune for 0:0[01]:\d\d", text)
@@ -86,17 +86,17 @@ def test_a_line_says_where_the_run_is(step_s: float, evaluation_s: float) -> Non
         assert 3600 * hours + 60 * minutes + seconds == pytest.approx(left_s, abs=0.51)
 
 
-def test_an_evaluation_of_minutes_is_not_silent() -> None:
+def test_long_evaluation_logs_lines() -> None:
     texts = [text for _, text in simulate(1.0, evaluation_s=95.0) if "evaluating" in text]
     assert texts[:3] == [f"step 0/300: evaluating tune for 0:0{time}" for time in ("0:30", "1:00", "1:30")]
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_training_without_a_terminal_says_its_lines(ranks: int, shard_folder: Path, tmp_path: Path) -> None:
+def test_training_without_terminal_logs_progress_lines(ranks: int, shard_folder: Path, tmp_path: Path) -> None:
     """Each step has a line when the interval is 0, with the numbers of metrics.jsonl, once however many ranks there are."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    words = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}")
-    command = [tmp_path / "script.py", *words]
+    arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}")
+    command = [tmp_path / "script.py", *arguments]
     if ranks == 1:
         environment = {**os.environ, **NO_GPU}
         done = subprocess.run([warm_python(), *command], capture_output=True, text=True, env=environment, check=False)

@@ -57,10 +57,10 @@ def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts processes; what is left of them is ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*words: object, more: dict[str, str] | None = None, **how: object) -> subprocess.Popen[str]:
+    def start(*arguments: object, more: dict[str, str] | None = None, **how: object) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", **(more or {})}
-        started.append(subprocess.Popen([str(word) for word in words], env=environment, **{**pipes, **how}))
+        started.append(subprocess.Popen([str(word) for word in arguments], env=environment, **{**pipes, **how}))
         return started[-1]
 
     yield start
@@ -80,7 +80,7 @@ def lock(folder: Path, **owner: object) -> Path:
 # ---- the lock
 
 
-def test_who_was_born_when(processes: Callable[..., subprocess.Popen[str]]) -> None:
+def test_process_start_time(processes: Callable[..., subprocess.Popen[str]]) -> None:
     """A living process has a birth that stays; one that ended has none, whether its parent has asked for its status or not."""
     child = processes("sleep", 60)
     since = workers.process_start_time(child.pid)
@@ -112,14 +112,14 @@ LOCKS = {
 
 
 @pytest.mark.parametrize("case", LOCKS)
-def test_a_living_writer_is_respected_and_a_stale_lock_taken(
+def test_live_lock_is_respected_and_stale_lock_taken(
     case: str,
     processes: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    facts, age_s, taken = LOCKS[case]
+    facts, age_s, is_taken = LOCKS[case]
     child = processes("sleep", 60)
     owner = {
         "process": child.pid,
@@ -130,26 +130,26 @@ def test_a_living_writer_is_respected_and_a_stale_lock_taken(
     os.utime(path, (time.time() - age_s,) * 2)
     before, run = path.read_bytes(), run_of(tmp_path / "run")
     monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)  # our clock, which is not the disk's
-    if taken:
+    if is_taken:
         with run.writing():
             assert json.loads(path.read_bytes())["process"] == os.getpid()
         assert not path.exists()
         assert "taking over a stale lock" in capsys.readouterr().err
         return
-    heart = processes(sys.executable, "-c", BEATS, path)
+    heartbeat = processes(sys.executable, "-c", BEATS, path)
     begin = time.monotonic()
     with pytest.raises(UserError) as refusal, run.writing():
         raise AssertionError("it was let in")
     assert time.monotonic() - begin < 20, "a heart was seen to beat"
-    heart.kill()
+    heartbeat.kill()
     where = facts.get("host", platform.node())
-    for part in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "Wait for it or stop"):
-        assert part in str(refusal.value)
+    for text in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "Wait for it or stop"):
+        assert text in str(refusal.value)
     assert path.read_bytes() == before
     assert sorted(path.name for path in path.parent.iterdir()) == ["lock"]
 
 
-def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
+def test_lock_of_another_host_is_waited_for_until_stale(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that died, and ranks that are started again on others: longer than wait_s, but not for ever."""
@@ -161,7 +161,7 @@ def test_another_hosts_lock_is_waited_for_until_its_heart_counts_as_stopped(
     assert "taking over a stale lock of process 1 on elsewhere" in capsys.readouterr().err
 
 
-def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_empty_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mura_dist.distributed.lock.UNVERIFIED_WAIT_S", 0.0)
     (tmp_path / "lock").touch()
     with pytest.raises(UserError, match="process 0 on unknown"), run_of(tmp_path).writing():
@@ -171,7 +171,7 @@ def test_an_empty_lock_is_nobodys_once_it_is_old(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_a_second_start_waits_for_the_first_to_end(
+def test_second_start_waits_for_the_first(
     processes: Callable[..., subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ended well or by kill -9: the second goes on within a second of it, having said once that it waits."""
@@ -185,24 +185,24 @@ def test_a_second_start_waits_for_the_first_to_end(
         with run_of(tmp_path / "run", wait_s=30).writing():
             assert 1 < time.monotonic() - begin < 20
         timer.join()
-        said = capsys.readouterr().err
-        assert said.count("waiting up to 30 s for process") == 1
-        assert f"process {first.pid} on {platform.node()}, which writes run={tmp_path / 'run'}" in said
-        assert ("stale lock" in said) == killed
+        output = capsys.readouterr().err
+        assert output.count("waiting up to 30 s for process") == 1
+        assert f"process {first.pid} on {platform.node()}, which writes run={tmp_path / 'run'}" in output
+        assert ("stale lock" in output) == killed
 
 
-def test_a_wait_that_lasts_too_long_is_refused(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_wait_for_the_lock_is_limited(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     first = processes(sys.executable, "-c", HOLDS, tmp_path / "run", 60)
     assert first.stdout is not None
     first.stdout.readline()
     begin = time.monotonic()
-    said = f"process {first.pid} on .*waited 1 s"
-    with pytest.raises(UserError, match=said), run_of(tmp_path / "run", wait_s=1.3).writing():
+    message = f"process {first.pid} on .*waited 1 s"
+    with pytest.raises(UserError, match=message), run_of(tmp_path / "run", wait_s=1.3).writing():
         raise AssertionError("it was let in")
     assert 1.3 <= time.monotonic() - begin < 20
 
 
-def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
+def test_signal_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
     path, stop = lock(tmp_path / "run", host="elsewhere", process=1), threading.Event()
     threading.Timer(0.5, stop.set).start()
     begin = time.monotonic()
@@ -217,7 +217,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_many_starts_one_writes_at_a_time(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_many_starts_write_one_at_a_time(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All find the same stale lock; each gets its turn, none meets another."""
     lock(tmp_path / "run", process=2**22 + 1)
     starts = [processes(sys.executable, "-c", IN_TURN, tmp_path / "run") for _ in range(6)]
@@ -231,16 +231,16 @@ def test_of_many_starts_one_writes_at_a_time(processes: Callable[..., subprocess
 
 
 @pytest.mark.parametrize("where", ["below a file", "in a folder that takes nothing"])
-def test_a_folder_that_cannot_be_written_is_refused(where: str, tmp_path: Path) -> None:
+def test_unwritable_folder_is_refused(where: str, tmp_path: Path) -> None:
     """/proc: root, who may write anywhere, cannot there either."""
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
-    said = rf"run={folder} cannot be written \(.*\)\. Make it writable, or give run= on another disk\."
-    with pytest.raises(UserError, match=said), run_of(folder).writing():
+    message = rf"run={folder} cannot be written \(.*\)\. Make it writable, or give run= on another disk\."
+    with pytest.raises(UserError, match=message), run_of(folder).writing():
         raise AssertionError("it was let in")
 
 
-def test_a_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel answers on such a disk; to mount one wants root."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with (
@@ -263,12 +263,12 @@ LIMIT_S = 40  # for what takes 1 to 15 s on a quiet machine; what it is told apa
 
 
 def launch(
-    start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *words: str, warm: bool = False
+    start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *arguments: str, warm: bool = False
 ):
     """A training in a session of its own, its output in a file beside the run. `warm`: ranks have another parent and number."""
     script, *rest = LAUNCHERS[name]()
     launcher = [*(warm_script(script) if warm else [BIN / script]), *rest]
-    settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *words)
+    settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *arguments)
     with open(run.with_name("log"), "a") as log:
         how = {"PYTHON_EXEC": warm_python()} if warm else {}
         return start(*launcher, *settings, stdout=log, stderr=log, cwd=run.parent, more=how)
@@ -301,14 +301,14 @@ def gone_after(pids: list[int], limit_s: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(whole: Callable[..., Path]) -> Path:
+def undisturbed(reference_run: Callable[..., Path]) -> Path:
     """The run of two ranks that nobody disturbed."""
-    return whole(2, f"epochs={EPOCHS}")
+    return reference_run(2, f"epochs={EPOCHS}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.nightly(part="kills"))])
-def test_ranks_end_with_a_killed_launcher_and_the_next_start_finishes(
+def test_ranks_exit_after_launcher_kill_and_next_start_finishes(
     name: str, undisturbed: Path, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """kill -9 of the command: all it started is soon gone. A second start, at once, waits for them, ends as the whole."""
@@ -331,7 +331,7 @@ KILLS = pytest.mark.nightly(part="kills")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "asked", "warm"),
+    ("name", "stop_signal", "warm"),
     [
         ("torchrun", signal.SIGTERM, True),
         pytest.param("torchrun", signal.SIGINT, False, marks=KILLS),
@@ -339,9 +339,9 @@ KILLS = pytest.mark.nightly(part="kills")
         pytest.param("deepspeed", signal.SIGINT, False, marks=KILLS),
     ],
 )
-def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
+def test_stopped_launcher_leaves_a_resumable_run(
     name: str,
-    asked: signal.Signals,
+    stop_signal: signal.Signals,
     warm: bool,
     undisturbed: Path,
     shard_folder: Path,
@@ -353,7 +353,7 @@ def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
     first = launch(processes, name, shard_folder, run, warm=warm)
     until_it_trains(run, first)
     pids = chaos.processes_of(run)
-    os.kill(first.pid, asked) if asked == signal.SIGTERM else os.killpg(first.pid, asked)
+    os.kill(first.pid, stop_signal) if stop_signal == signal.SIGTERM else os.killpg(first.pid, stop_signal)
     first.wait(LIMIT_S)
     gone_after(pids, LIMIT_S)
     assert Run.load(run).status()["state"] == "stopped", log_of(run)
@@ -367,7 +367,7 @@ def test_asked_to_stop_a_launcher_leaves_a_run_that_goes_on_from_that_step(
 
 
 @pytest.mark.slow
-def test_a_second_training_waits_and_then_is_refused_or_goes_on(
+def test_second_training_waits_then_fails_or_resumes(
     shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     run = tmp_path / "run"
@@ -396,35 +396,42 @@ def test_a_second_training_waits_and_then_is_refused_or_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, None, pytest.param(signal.SIGINT, marks=KILLS)])
-def test_ranks_that_wait_for_the_first_end_with_it(
-    asked: signal.Signals | None, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, None, pytest.param(signal.SIGINT, marks=KILLS)])
+def test_waiting_ranks_exit_with_rank_0(
+    stop_signal: signal.Signals | None,
+    shard_folder: Path,
+    tmp_path: Path,
+    processes: Callable[..., subprocess.Popen[str]],
 ) -> None:
     """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
     run = tmp_path / "run"
     processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
-    start = launch(processes, "torchrun", shard_folder, run, f"lock_wait_s={1 if asked is None else 60}", warm=True)
+    start = launch(
+        processes, "torchrun", shard_folder, run, f"lock_wait_s={1 if stop_signal is None else 60}", warm=True
+    )
     end = time.monotonic() + 60
     while "waiting up to" not in log_of(run):
         assert time.monotonic() < end, log_of(run)
         time.sleep(0.05)
-    if asked is not None:
-        start.send_signal(asked)
+    if stop_signal is not None:
+        start.send_signal(stop_signal)
     assert start.wait(LIMIT_S) != 0
-    assert ("is being written by process 1 on elsewhere" if asked is None else "stopped while waiting") in log_of(run)
+    assert ("is being written by process 1 on elsewhere" if stop_signal is None else "stopped while waiting") in log_of(
+        run
+    )
     assert not chaos.survivors(run, 1)
     assert sorted(path.name for path in run.iterdir()) == ["lock"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seen", [15, pytest.param(16, marks=KILLS)])
-def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
-    seen: int, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
+@pytest.mark.parametrize("num_steps", [15, pytest.param(16, marks=KILLS)])
+def test_stop_in_the_last_step_is_not_done(
+    num_steps: int, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Asked when step `seen` of 16 is logged: stopped before the last evaluation or done after it; done after the next start."""
     run = tmp_path / "run"
     first = launch(processes, "plain", shard_folder, run, "epochs=2", warm=True)
-    while steps(run) < seen:
+    while steps(run) < num_steps:
         assert first.poll() is None, log_of(run)
         time.sleep(0.0005)
     first.send_signal(signal.SIGTERM)
@@ -439,31 +446,29 @@ def test_a_wish_to_stop_in_the_last_step_is_not_taken_for_the_end(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=KILLS)])
-def test_the_page_says_by_its_status_that_it_was_stopped(
-    asked: signal.Signals, shard_folder: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=KILLS)])
+def test_launch_script_exit_status_after_stop(stop_signal: signal.Signals, shard_folder: Path, tmp_path: Path) -> None:
     """launch/local.sh: a signal to it is passed on, and its exit status is what status.json says, not torchrun's."""
     run = tmp_path / "run"
-    words = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
+    arguments = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
     with open(tmp_path / "log", "wb") as log:
         page = subprocess.Popen(
-            ["bash", ROOT / "launch" / "local.sh", "2", *words],
+            ["bash", ROOT / "launch" / "local.sh", "2", *arguments],
             stdout=log,
             stderr=log,
             env={**os.environ, "PYTHON_EXEC": warm_python()},
         )
         try:
             until_it_trains(run, page)
-            page.send_signal(asked)
+            page.send_signal(stop_signal)
             assert page.wait(30) == 3, (tmp_path / "log").read_text()
         finally:
             for process in chaos.processes_of(run):
                 os.kill(process, signal.SIGKILL)
             page.wait(10)
     assert Run.load(run).status()["state"] == "stopped"
-    said = (tmp_path / "log").read_text()
-    assert "the launcher has ended" not in said, "torchrun heard it and passed it on; it did not die of it"
+    output = (tmp_path / "log").read_text()
+    assert "the launcher has ended" not in output, "torchrun heard it and passed it on; it did not die of it"
 
 
 @pytest.mark.slow
@@ -471,9 +476,7 @@ def test_the_page_says_by_its_status_that_it_was_stopped(
     ("launcher", "later", "status"),
     [("kill -TERM $$", "stopped", 3), ("kill -TERM $$", "failed", 143), ("exit 1", "stopped", 1)],
 )
-def test_a_page_waits_for_ranks_that_outlive_their_launcher(
-    launcher: str, later: str, status: int, tmp_path: Path
-) -> None:
+def test_launch_script_waits_for_remaining_ranks(launcher: str, later: str, status: int, tmp_path: Path) -> None:
     """deepspeed dies of a signal at once, its ranks save and say so some seconds later; a launcher that ended by itself has
     waited for them, and what it left behind as running was killed."""
     run = run_of(tmp_path / "run")
@@ -481,14 +484,14 @@ def test_a_page_waits_for_ranks_that_outlive_their_launcher(
     timer = threading.Timer(60 if status == 1 else 5, run.write_status, [later])
     timer.start()
     script = 'source launch/outcome.sh; run_training bash -c "$0" -- "$@"'
-    words = ["bash", "-c", script, launcher, f"run={run.folder}", "shards=none"]
-    assert subprocess.run(words, cwd=ROOT, timeout=100, check=False).returncode == status
+    arguments = ["bash", "-c", script, launcher, f"run={run.folder}", "shards=none"]
+    assert subprocess.run(arguments, cwd=ROOT, timeout=100, check=False).returncode == status
     assert timer.finished.is_set() == (status != 1)
     timer.cancel()
 
 
 @KILLS
-def test_without_a_launcher_a_training_outlives_its_shell(
+def test_training_without_launcher_survives_its_shell(
     shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
     run = tmp_path / "run"

@@ -21,53 +21,53 @@ def trajectory(losses: list[float]) -> list[float]:
     return rates
 
 
-def test_the_plateau_is_torchs() -> None:
+def test_plateau_equals_torchs() -> None:
     losses = [1.0, 0.9, 0.95, 0.91, 0.89, 0.9, 0.9, 0.9, 0.9, 0.5, 0.49999, 0.51, 0.4]
-    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
-    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.1, patience=1, threshold=1e-4)
-    wanted = []
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
+    torchs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1, threshold=1e-4)
+    expected = []
     for loss in losses:
         torchs.step(loss)
-        wanted.append(optimiser.param_groups[0]["lr"])
-    assert trajectory(losses) == pytest.approx(wanted)
-    assert len(set(wanted)) > 2  # it did drop, more than once
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert trajectory(losses) == pytest.approx(expected)
+    assert len(set(expected)) > 2  # it did drop, more than once
 
 
-def test_a_loss_that_is_not_finite_drives_nothing() -> None:
+def test_nonfinite_loss_does_not_change_the_plateau() -> None:
     plateau = Plateau(best=0.5, bad_epochs=1)
     for loss in (math.nan, math.inf):
         assert plateau.after(loss, SETTINGS) == plateau
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
-def test_the_learning_rate_follows_the_global_batch(rule: str, factor: float) -> None:
+def test_learning_rate_scales_with_the_global_batch(rule: str, factor: float) -> None:
     """launch/recipes/mura-8gpu.toml: 1e-4 meant for 8, at 128."""
     chosen = {"lr_scaling": rule, "global_batch": 128, "reference_batch": 8}
     settings = SETTINGS.model_copy(update=chosen)
     assert schedule.learning_rate(settings, Plateau(), 0) == pytest.approx(1e-4 * factor)
 
 
-def test_an_fp16_scale_finds_its_place() -> None:
+def test_fp16_scale_halves_and_doubles() -> None:
     """Halved by each overflow down to 1, doubled after GROWTH_STEPS without one; never moved where nothing is scaled."""
     half = SETTINGS.model_copy(update={"precision": "fp16"})
     scale = LossScale.from_settings(half)
     assert scale.value == 2.0**16
-    seen = [scale := scale.after(False, half) for _ in range(20)]
-    assert [one.value for one in seen] == [max(1.0, 2.0**n) for n in range(15, -5, -1)]
+    scales = [scale := scale.after(False, half) for _ in range(20)]
+    assert [item.value for item in scales] == [max(1.0, 2.0**n) for n in range(15, -5, -1)]
     for _ in range(schedule.GROWTH_STEPS - 1):
         scale = scale.after(True, half)
     assert scale.value == 1
     assert (scale.after(False, half).good_steps, scale.after(True, half)) == (0, LossScale(2.0, 0))
     for precision in ("bf16", "fp32"):
-        other = SETTINGS.model_copy(update={"precision": precision})
+        other_settings = SETTINGS.model_copy(update={"precision": precision})
         assert (
-            LossScale.from_settings(other).after(True, other)
-            == LossScale.from_settings(other).after(False, other)
+            LossScale.from_settings(other_settings).after(True, other_settings)
+            == LossScale.from_settings(other_settings).after(False, other_settings)
             == LossScale(1.0, 0)
         )
 
 
-def test_an_overflow_is_held_against_a_run_only_where_the_scale_cannot_shrink() -> None:
+def test_overflow_counts_only_at_the_smallest_scale() -> None:
     state = State(loss_scale=LossScale(4.0))
     for value, in_row in ((4.0, 0), (2.0, 0), (1.0, 1), (1.0, 2)):
         state.loss_scale = LossScale(value)
@@ -78,7 +78,7 @@ def test_an_overflow_is_held_against_a_run_only_where_the_scale_cannot_shrink() 
     assert (state.skipped_in_row, state.train_loss_sum, state.taken_steps) == (0, 0.5, 1)
 
 
-def test_warm_up_is_linear_and_ends() -> None:
+def test_warm_up_is_linear() -> None:
     settings = SETTINGS.model_copy(update={"warmup_steps": 4})
     rates = [schedule.learning_rate(settings, Plateau(drops=1), step) for step in range(6)]
     assert rates == pytest.approx([2.5e-6, 5e-6, 7.5e-6, 1e-5, 1e-5, 1e-5])

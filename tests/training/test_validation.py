@@ -27,12 +27,12 @@ GIB = 1 << 30
         (1024, 8 * GIB, 8),
     ],
 )
-def test_half_of_the_free_memory_is_used(size: int, free: int, number: int) -> None:
+def test_fitting_batch_uses_half_of_the_free_memory(size: int, free: int, number: int) -> None:
     assert validation.fitting_batch_size(size, free) == number
 
 
 @pytest.mark.parametrize("number", [1, 5, 64])
-def test_scores_do_not_depend_on_how_many_are_scored_at_once(
+def test_scores_do_not_depend_on_the_batch_size(
     alone: World, shard_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     shards = Shards.open(shard_folder)

@@ -47,7 +47,7 @@ def test_network_has_the_weights_of_the_checkpoint(run_folder: Path, checkpoint:
     assert torch.allclose(activation_map.mean(dim=(1, 2)), logit)
 
 
-def test_best_is_the_default_and_a_path_may_be_text(run_folder: Path) -> None:
+def test_default_checkpoint_is_best(run_folder: Path) -> None:
     network, best = load_network(str(run_folder)), load_network(run_folder, "best")
     assert all(map(torch.equal, network.state_dict().values(), best.state_dict().values()))
 

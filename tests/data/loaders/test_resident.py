@@ -113,13 +113,13 @@ def test_free_memory_is_what_the_system_says_shared_by_its_ranks(monkeypatch: py
 
 
 def test_a_run_on_resident_radiographs_learns_as_the_cpu_backends_does(
-    one: Path, shard_folder: Path, tmp_path: Path
+    single_rank_run: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
     """From its first step to its last, stopped after an epoch and resumed; the run says how it was loaded."""
     for epochs in (1, 2):
         result = train(1, shard_folder, tmp_path / "run", "pipeline=resident", f"epochs={epochs}")
         assert result.returncode == 0, result.stderr
-    ours, wanted = losses(tmp_path / "run"), losses(one)
+    ours, wanted = losses(tmp_path / "run"), losses(single_rank_run)
     assert len(ours) == len(wanted) >= 10
     assert ours[0] == pytest.approx(wanted[0], rel=1e-4)
     assert ours[:9] == pytest.approx(wanted[:9], rel=1e-3)
