@@ -52,7 +52,7 @@ def test_precision_auto_is_refused_on_differing_processors(shard_folder: Path, t
     """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
     result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")
     [line] = error_lines(result.stderr)
-    assert "on rank 0 and not on rank 1" in line
+    assert "on rank 0 and differs on rank 1" in line
     assert "precision=fp32" in line
     assert not (tmp_path / "run" / "recipe.toml").exists()
 

@@ -76,7 +76,7 @@ def test_stop_request_saves_and_exits_3(shard_folder: Path, tmp_path: Path, sing
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert "the same command goes on" in stderr
+    assert "The same command resumes" in stderr
     assert len(stderr.strip().splitlines()) == 1
     status = Run.load(tmp_path / "run").status()
     assert status["state"] == "stopped"
