@@ -1,11 +1,11 @@
-"""Evaluate a run or a model list: every radiograph of a split exactly once, whatever the number of ranks.
+"""Evaluate a run or a model list: every radiograph of a split exactly once, on any number of ranks.
 
-    rows -> micro-batches over ranks, padded by mask -> logits -> gathered *by row* -> results.write
-    tune's rows, in the same pass -> studies -> calibration.fit -> points: applied to the split's studies, measured there
+    rows -> micro-batches over ranks, padded by a mask -> logits -> gathered by row -> results.write
+    tune's rows, in the same pass -> studies -> calibration.fit -> thresholds: applied to and measured on the split's studies
 
-Tune is scored too, to fit calibration, thresholds and the uncertain band, which are never fitted to what is reported. It costs
-as much again: of MURA's valid 3,197 radiographs, with tune about 3,700 more. An exported model (exported.py) has its points in
-its card.
+The tune split is scored too, to fit calibration, thresholds and the uncertain band, which are never fitted to the reported
+split. On MURA that is about 3,700 radiographs beside valid's 3,197. An exported model (exported.py) has its thresholds in its
+card.
 """
 
 import time
@@ -43,10 +43,21 @@ def evaluate_target(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate a run's checkpoint, or a list's ensemble, on a split; returns metrics.json's content.
+    """Evaluate a run's checkpoint, or the ensemble of a list, on a split. All ranks call it; rank 0 writes.
 
-    Called by all ranks; the first one writes, the others return {}. progress: called with the number of radiographs done and
-    that of all. Raises UserError where a member of the list is not what it was, or the output folder is another run.
+    Args:
+        target: a run or a model list.
+        shards_folder: the shards to evaluate on.
+        options: the split, the output folder and so on.
+        which: the run's checkpoint: best, last or a step.
+        log: called with each line of progress.
+        progress: called with the number of radiographs done and of all radiographs.
+
+    Returns:
+        The content of metrics.json on rank 0, {} on the others.
+
+    Raises:
+        UserError: a member of the list has changed, the shards do not fit, or the output folder holds other results.
     """
     weights, split = ModelWeights.from_target(target, which), options.split
     results.check_out(options.out, target)
@@ -56,33 +67,36 @@ def evaluate_target(
     shards.check_tars(split)
     if data["size"] != shards.size:
         raise UserError(
-            f"{shards_folder} has radiographs of {shards.size} px, {target.name} was trained on {data['size']}; "
-            f"convert with --size {data['size']}"
+            f"{shards_folder} has radiographs of {shards.size} px, {target.name} was trained on {data['size']} px. Convert with "
+            f"--size {data['size']}."
         )
     tune = _tune_rows(weights, shards)
     if isinstance(tune, str):
         if options.operating_point not in (None, PAPER_OPERATING_POINT):
-            raise UserError(f"--operating-point {options.operating_point}: nothing can be fitted: {tune}")
-        also = np.zeros(0, np.int64)
+            raise UserError(
+                f"--operating-point {options.operating_point}: nothing can be fitted: {tune}. Or pass --operating-point "
+                f"{PAPER_OPERATING_POINT}."
+            )
+        tune_rows = np.zeros(0, np.int64)
     else:
-        also = tune
+        tune_rows = tune
+    scored_rows = np.union1d(rows, tune_rows)
     started = time.perf_counter()
     with process_group.join(settings.collective_timeout_s) as world:
         model = weights.load_model().to(world.device)
         targets = RowTargets.from_shards(shards)
-        loading = BatchLoader.from_settings(settings, shards, targets, world.device)
-        with_tune = f", and tune to fit on: {len(also)}" if len(also) and split != "tune" else ""
-        log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{with_tune}")
-        row_scores = score_rows(model, np.union1d(rows, also), loading, world, progress=progress)
+        loader = BatchLoader.from_settings(settings, shards, targets, world.device)
+        tune_note = f", and tune to fit on: {len(tune_rows)}" if len(tune_rows) and split != "tune" else ""
+        log(f"evaluating {weights.name} on {split}: {len(rows)} radiographs{tune_note}")
+        row_scores = score_rows(model, scored_rows, loader, world, progress=progress)
         if not world.is_first:
             return {}
-    points = (
-        FittedThresholds(reason=tune)
-        if isinstance(tune, str)
-        else _fit(weights, shards, row_scores.select_rows(tune), split)
-    )
-    seconds, num_scored = time.perf_counter() - started, len(np.union1d(rows, also))
-    split_scores = SplitScores(row_scores.select_rows(rows), points, seconds, num_scored)
+    if isinstance(tune, str):
+        thresholds = FittedThresholds(reason=tune)
+    else:
+        thresholds = _fit(weights, shards, row_scores.select_rows(tune), split)
+    seconds = time.perf_counter() - started
+    split_scores = SplitScores(row_scores.select_rows(rows), thresholds, seconds, len(scored_rows))
     metrics = results.write(shards, _subject(target, weights, model, shards, split), split_scores, options, log)
     if target.kind == "run" and options.out.resolve() == target.path.resolve():
         mlflow_process.send_remaining(target.path, log)
@@ -97,7 +111,7 @@ def _subject(
     return EvaluationSubject(
         title=f"{target.name}: {weights.name} on {split}",
         name=f"{run_name}{weights.name}",
-        outputs=_forward_function(model),
+        forward=_forward_function(model),
         checkpoint=weights.name,
         trained_on=data["holds"],
         selected_on=weights.settings.select_on,
@@ -110,45 +124,47 @@ def _subject(
 
 
 def _forward_function(module: torch.nn.Module) -> saliency.ForwardFunction:
-    """Return the outputs of a network in eval mode, computed on the GPU where there is one."""
+    """Return the forward function of a network in eval mode, on the GPU where there is one."""
 
-    def outputs(images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
+    def forward(images: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.inference_mode():
             logit, cells = module.to(device)(torch.from_numpy(images).to(device))
         return logit.cpu().numpy(), cells.cpu().numpy()
 
-    return outputs
+    return forward
 
 
 def _tune_rows(weights: ModelWeights, shards: Shards) -> np.ndarray | str:
-    """The rows to fit on, or why there are none."""
+    """Return the rows to fit on, or why there are none."""
     if weights.data()["manifest_sha256"] != shards.index["manifest"]["sha256"]:
-        return "these are not the shards the model was trained on: it may have learnt from their tune split; evaluate on its own"
+        return (
+            "these are not the shards the model was trained on: it may have seen their tune split; evaluate on its own"
+        )
     try:
         rows = shards.rows("tune")
     except UserError:
-        return "the shards have no tune split; convert with --tune 0.1 and train on that"
+        return "the shards have no tune split; convert with --tune 0.1 and train on them"
     shards.check_tars("tune")
     return rows
 
 
-def _fit(weights: ModelWeights, shards: Shards, found: Scores, split: str) -> FittedThresholds:
-    """Everything that is fitted, on tune's studies alone."""
+def _fit(weights: ModelWeights, shards: Shards, scores: Scores, split: str) -> FittedThresholds:
+    """Fit calibration, thresholds and the band on the tune studies."""
     notes = []
     if split == "tune":
-        notes.append("fitted on what is reported here: optimistic")
-    if len(found.corrupt):
-        notes.append(f"damaged radiographs of tune, left out: {len(found.corrupt)}")
-    studies, shift = study_scores(shards, found), compute_odds_shift(weights, shards)
+        notes.append("fitted on the reported split: optimistic")
+    if len(scores.corrupt):
+        notes.append(f"corrupt radiographs of tune, skipped: {len(scores.corrupt)}")
+    studies, shift = study_scores(shards, scores), compute_odds_shift(weights, shards)
     study_types = weights.data()["study_types"]
-    return calibration.fit(studies, shift, study_types, num_damaged=len(found.corrupt), notes=notes)
+    return calibration.fit(studies, shift, study_types, num_damaged=len(scores.corrupt), notes=notes)
 
 
 def compute_odds_shift(weights: ModelWeights, shards: Shards) -> dict[str, float]:
-    """Compute by how much the weighted loss moves the log odds of each study type: log(w1/w0), 0 where it was not weighted.
+    """Compute the shift of each study type's log odds by the weighted loss: log(w1 / w0), 0 where it was not weighted.
 
-    For an ensemble whose members differ in loss_weights, it is the mean over members.
+    For an ensemble whose members differ in loss_weights, the shift is the mean over members.
     """
     frame = shards.manifest.frame
     train, names = frame.loc[shards.rows("train")], sorted(set(frame["study_type"]))

@@ -1,8 +1,8 @@
-"""Evaluate an ONNX file, in one process. No torch: a plain PC does it.
+"""Evaluate an ONNX file in one process, without torch.
 
     ONNX file, folder of shards -> logits of the split's radiographs -> results.write
 
-Nothing is fitted: calibration and thresholds are those of the card. Of several ranks the first one does it.
+Nothing is fitted: calibration and thresholds come from the card. Only rank 0 works.
 """
 
 import time
@@ -35,20 +35,32 @@ def evaluate_onnx(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate an exported model on a split; returns metrics.json's content, and {} on every rank but the first.
+    """Evaluate an exported model on a split.
 
-    progress: called with the radiographs done and their number.
+    Args:
+        target: the ONNX file.
+        shards_folder: the shards to evaluate on.
+        options: the split, the output folder and so on.
+        provider: the ONNX Runtime execution provider.
+        log: called with each line of progress.
+        progress: called with the number of radiographs done and of all radiographs.
+
+    Returns:
+        The content of metrics.json on rank 0, {} on the others.
+
+    Raises:
+        UserError: the shards do not fit, or the output folder holds other results.
     """
     if not environment.is_first():
         return {}
     if (num_ranks := environment.world_size()) > 1:
-        log(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks have nothing to do")
+        log(f"an ONNX file is evaluated by one process; {num_ranks - 1} of {num_ranks} ranks are idle")
     path = target.path
     shards, model = Shards.open(shards_folder), OnnxModel.load(path, provider, SessionConfig(_BATCH))
     if shards.size != model.size:
         raise UserError(
-            f"{shards_folder} has radiographs of {shards.size} px, {path} wants {model.size}; "
-            f"convert with --size {model.size}"
+            f"{shards_folder} has radiographs of {shards.size} px, {path} takes {model.size} px. Convert with "
+            f"--size {model.size}."
         )
     results.check_out(options.out, target)
     rows, started = shards.rows(options.split), time.perf_counter()
@@ -57,7 +69,7 @@ def evaluate_onnx(
     subject = EvaluationSubject(
         title=f"{path.name} on {options.split}",
         name=f"{path.name} {card.checkpoint}",
-        outputs=model.outputs,
+        forward=model.outputs,
         checkpoint=card.checkpoint,
         trained_on=card.trained_on.kind,
         selected_on=card.selected_on,
@@ -76,18 +88,18 @@ def _scores(
     log: Callable[[str], None],
     progress: Callable[[int, int | None], None],
 ) -> Scores:
-    """The logit of each of `rows`; a damaged one is named, and left out."""
+    """Compute the logit of each row; log and skip corrupt samples."""
     blank = np.zeros((shards.size, shards.size), np.uint8)
-    logit, sound = [], np.ones(len(rows), bool)
-    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
+    logit, valid = [], np.ones(len(rows), bool)
+    for batch in np.array_split(np.arange(len(rows)), -(-len(rows) // _BATCH)):
         images = []
-        for place in part.tolist():
+        for index in batch.tolist():
             try:
-                images.append(shards.read_pixels(int(rows[place])))
-            except CorruptSampleError as damaged:
-                log(f"{damaged}; left out")
+                images.append(shards.read_pixels(int(rows[index])))
+            except CorruptSampleError as error:
+                log(f"{error}; skipped")
                 images.append(blank)
-                sound[place] = False
+                valid[index] = False
         logit.append(model.logits(np.stack(images)[:, None]))
-        progress(int(part[-1]) + 1, len(rows))
-    return Scores.from_split(rows, np.concatenate(logit), sound)
+        progress(int(batch[-1]) + 1, len(rows))
+    return Scores.from_split(rows, np.concatenate(logit), valid)

@@ -1,10 +1,10 @@
-"""The gallery of an evaluation: radiographs, their maps, and what the maps are worth. LOCAL ONLY, and apart from the report.
+"""Write the gallery of an evaluation: radiographs, their maps, and how stable the maps are. LOCAL ONLY, apart from the report.
 
-    studies -> gallery_studies: choose, read_study -> gallery_picture -> gallery/*.png, one a study
-                                                   -> gallery_page    -> gallery.html, gallery/page-2.html, ...
-    radiographs, a seeded sample -> saliency.stability -------------------> the pages, gallery.json (last)
+    studies -> gallery_studies: choose_studies, read_study -> gallery_picture -> gallery/*.png, one per study
+                                                           -> gallery_page    -> gallery.html, gallery/page-2.html, ...
+    radiographs, a seeded sample -> saliency.compute_stability ----------------> the pages, gallery.json (last)
 
-One scale of logits for all maps of all galleries (heatmap.py), so that two maps may be compared.
+All maps of all galleries use one scale of logits (heatmap.py), so that two maps can be compared.
 """
 
 import re
@@ -35,7 +35,7 @@ from mura_dist.reports import heatmap, local_only
 
 _GALLERY_FILES = re.compile(
     rf"(?:{'|'.join(KIND_STREAMS)})-\d+\.png|page-\d+\.html"
-)  # what `write` puts into the folder
+)  # the files that `write` puts into the folder
 
 
 def write(
@@ -51,16 +51,24 @@ def write(
 ) -> dict[str, Any]:
     """Write `out`/gallery.html, its further pages, gallery/*.png and gallery.json in place of earlier ones.
 
-    Returns gallery.json's content.
+    Args:
+        out: the folder.
+        shards: hold the radiographs.
+        studies: as classification.build_study_table returns it, with `call`.
+        rows: the evaluated radiographs, int64 (n,).
+        subject: the model.
+        options: what to show.
+        metrics: the content of metrics.json, of which split, threshold and note are shown.
+        log: called with a line on what was written.
 
-    studies: as classification.build_study_table gives it, with `call`; rows: the radiographs that were evaluated, int64 (n,);
-    metrics: metrics.json's content, of which split, threshold and note are told, where it has them.
+    Returns:
+        The content of gallery.json.
     """
     clear(out)
     started = time.perf_counter()
     chosen = choose_studies(studies, options.num_studies, options.seed)
     selection = [
-        read_study(shards, dict(studies.loc[line]), rows, name, call, subject.outputs) for name, line, call in chosen
+        read_study(shards, dict(studies.loc[index]), rows, name, call, subject.forward) for name, index, call in chosen
     ]
     numbers = measure_stability(subject, shards, rows, options)
     for study in selection:
@@ -78,12 +86,12 @@ def write(
 
 
 def paths(out: Path) -> tuple[Path, Path, Path]:
-    """Return what `write` makes: the numbers, the first page, and the folder of pictures and further pages."""
+    """Return what `write` creates: the numbers, the first page, and the folder of pictures and further pages."""
     return out / "gallery.json", out / "gallery.html", out / "gallery"
 
 
 def clear(out: Path) -> None:
-    """Take away what `write` made; nothing else that may lie in those places."""
+    """Delete what `write` created, and nothing else in those places."""
     *single, folder = paths(out)
     for path in single:
         path.unlink(missing_ok=True)
@@ -95,13 +103,13 @@ def clear(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-# ---- the numbers
+# ---- gallery.json
 
 
 def measure_stability(
     subject: EvaluationSubject, shards: Shards, rows: np.ndarray, options: GalleryOptions
 ) -> dict[str, Any]:
-    """Stability over a seeded sample of `rows`, see saliency.py."""
+    """Measure the stability of the maps of a seeded sample of `rows`, see saliency.py."""
     sample = [
         (row, pixels)
         for row in np.sort(shuffle_rows(rows, options.seed, len(KIND_STREAMS))[: options.num_sampled]).tolist()
@@ -109,8 +117,8 @@ def measure_stability(
     ]
     images = np.stack([pixels for _, pixels in sample])  # (n, S, S)
     patients = shards.manifest.frame.loc[[row for row, _ in sample], "patient"].tolist()
-    _, cells = saliency.compute_maps(subject.outputs, images)
-    stability = saliency.compute_stability(subject.outputs, images, cells, patients, options.seed)
+    _, cells = saliency.compute_maps(subject.forward, images)
+    stability = saliency.compute_stability(subject.forward, images, cells, patients, options.seed)
     return {
         "num_sampled": len(sample),
         "num_cells": list(cells.shape[1:]),
@@ -120,25 +128,25 @@ def measure_stability(
 
 
 def describe_stability_bias(settings: dict[str, Any]) -> str:
-    """What the training's own augmentation makes of the stability."""
-    flip, turned = settings.get("flip"), settings.get("rotate_deg")
-    told = isinstance(flip, bool) and isinstance(turned, int | float)
-    if not told or (flip and turned):
-        return "flattering: the model was trained on both"
-    if flip or turned:
-        return f"flattering: the model was trained on {'mirrored' if flip else 'turned'} radiographs"
+    """Describe how the training's augmentation biases the stability."""
+    flip, rotate_deg = settings.get("flip"), settings.get("rotate_deg")
+    in_settings = isinstance(flip, bool) and isinstance(rotate_deg, int | float)
+    if not in_settings or (flip and rotate_deg):
+        return "optimistic: the model was trained on both"
+    if flip or rotate_deg:
+        return f"optimistic: the model was trained on {'mirrored' if flip else 'rotated'} radiographs"
     return "the model was trained on neither"
 
 
 def _content(
-    shown: Sequence[GalleryStudy],
+    studies: Sequence[GalleryStudy],
     numbers: dict[str, Any],
     shards: Shards,
     subject: EvaluationSubject,
     options: GalleryOptions,
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """gallery.json: standard JSON values, and nothing of where things lie but a study's own key."""
+    """Return the content of gallery.json: JSON values, and no path except a study's key."""
     h, w = numbers["num_cells"]
     return {
         "what": local_only.WHY,
@@ -163,7 +171,7 @@ def _content(
         },
         "num_sampled": numbers["num_sampled"],
         "stability": numbers["stability"],
-        "studies": [_study_entry(study) for study in shown],
+        "studies": [_study_entry(study) for study in studies],
         "terms": mura.TERMS,
         "licence": mura.LICENSE,
     }
@@ -178,14 +186,15 @@ def _study_entry(study: GalleryStudy) -> dict[str, Any]:
         "label": study.label,
         "call": study.call,
         "probability": study.probability,
-        "views": [{"view": one.number, "logit": one.logit, "probability": one.probability} for one in study.views],
-        "num_damaged": study.num_damaged,
+        "views": [{"view": view.number, "logit": view.logit, "probability": view.probability} for view in study.views],
+        "num_damaged": study.num_corrupt,
     }
 
 
 def map_caveat(h: int, w: int, size: int) -> str:
+    """Return the caveat about maps of h x w cells of radiographs of `size` pixels a side."""
     return (
         f"A class activation map has {h} x {w} cells here, each of {size / h:g} x {size / w:g} pixels: it does not outline a "
-        "lesion. On MURA such maps were measured to localise poorly: AUPRC 0.44 to 0.59, where radiologists reach 0.82. "
+        "lesion. On MURA such maps were measured to localize poorly: AUPRC 0.44 to 0.59, where radiologists reach 0.82. "
         "A coloured cell is what moved this model's number, and that may be metal, plaster or a marker beside the bone."
     )

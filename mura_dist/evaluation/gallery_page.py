@@ -1,8 +1,9 @@
-"""The pages of a gallery: at most MAX_STUDIES_PER_PAGE studies each, below MAX_PAGE_BYTES, with links between them. LOCAL ONLY, every one.
+"""Render the pages of a gallery, with links between them. LOCAL ONLY, every one.
 
     studies -> cards -> pages, numbered from 1 -> gallery.html, gallery/page-2.html, gallery/page-3.html, ...
 
-A page holds all that it shows; its only links are to the other pages.
+A page has at most MAX_STUDIES_PER_PAGE studies and MAX_PAGE_BYTES bytes. It contains all that it shows, and links only to the
+other pages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from mura_dist.evaluation.gallery_studies import CALL_TEXT, LABEL_TEXT, GalleryS
 from mura_dist.reports import heatmap, local_only
 from mura_dist.reports.html import Html, banner, element, section, tile
 
-MAX_STUDIES_PER_PAGE = 24  # studies on a page, at most
+MAX_STUDIES_PER_PAGE = 24  # at most
 MAX_PAGE_BYTES = 3_000_000  # of a page
 _MAX_VIEWS = 12  # of a study on a page; its picture file has them all
 _SIDE_PX, _MAP_PX = 320, 60  # of an embedded radiograph, at most; of a map, which the browser enlarges smoothly
@@ -51,17 +52,17 @@ body { max-width: 84rem }
 
 
 def page_path(number: int) -> str:
-    """Return where page `number` lies, below the folder of the gallery.html."""
+    """Return the path of page `number` in the folder of gallery.html."""
     return _FIRST if number == 1 else f"gallery/page-{number}.html"
 
 
 def render_pages(studies: Sequence[GalleryStudy], content: dict[str, Any]) -> list[str]:
-    """Return the pages, at least one. content: gallery.json's."""
+    """Render the pages, at least one. `content` is that of gallery.json."""
     drawable = _has_maps(content)
     cards = [(study, _card(study, drawable)) for study in studies]
     head, title = [*_head(content), *_missing_kinds(studies), *_numbers(content)], f"Gallery: {content['title']}"
-    room = MAX_PAGE_BYTES - _HEADINGS_BYTES - len(_page(title, 1, 99, head, [], drawable).encode())
-    groups = _paginate(cards, room)
+    max_bytes = MAX_PAGE_BYTES - _HEADINGS_BYTES - len(_page(title, 1, 99, head, [], drawable).encode())
+    groups = _paginate(cards, max_bytes)
     return [
         _page(title, number, len(groups), head if number == 1 else [*_banners(content)], group, drawable)
         for number, group in enumerate(groups, start=1)
@@ -71,13 +72,13 @@ def render_pages(studies: Sequence[GalleryStudy], content: dict[str, Any]) -> li
 StudyCards = list[tuple[GalleryStudy, Html]]
 
 
-def _paginate(cards: StudyCards, room: int) -> list[StudyCards]:
-    """Split the cards, in order, into pages of at most CARDS and `room` bytes."""
+def _paginate(cards: StudyCards, max_bytes: int) -> list[StudyCards]:
+    """Split the cards, in order, into pages of at most CARDS and `max_bytes` bytes."""
     groups: list[StudyCards] = [[]]
     size = 0
     for study, card in cards:
         num_bytes = len(card.encode())
-        if groups[-1] and (len(groups[-1]) == MAX_STUDIES_PER_PAGE or size + num_bytes > room):
+        if groups[-1] and (len(groups[-1]) == MAX_STUDIES_PER_PAGE or size + num_bytes > max_bytes):
             groups.append([])
             size = 0
         groups[-1].append((study, card))
@@ -100,8 +101,8 @@ def _navigation(number: int, count: int) -> list[Html]:
         return []
     links = [_link("previous", number, number - 1)] if number > 1 else []
     links += [
-        element("strong", other, aria_current="page") if other == number else _link(str(other), number, other)
-        for other in range(1, count + 1)
+        element("strong", page, aria_current="page") if page == number else _link(str(page), number, page)
+        for page in range(1, count + 1)
     ]
     links += [_link("next", number, number + 1)] if number < count else []
     return [element("nav", "Pages: ", *links, aria_label="Pages of the gallery", class_="pages")]
@@ -130,33 +131,33 @@ def _banners(content: dict[str, Any]) -> Iterator[Html]:
 
 def _head(content: dict[str, Any]) -> Iterator[Html]:
     yield from _banners(content)
-    text = "The studies this model got most surely wrong, and some it got right."
+    text = "The most confident errors of this model, and some studies it got right."
     if not _has_maps(content):
         h, w = content["map"]["cells"]
         least = f"{heatmap.MIN_CELLS} x {heatmap.MIN_CELLS}"
-        yield element("p", f"{text} Of each view the radiograph.")
+        yield element("p", f"{text} Each view shows the radiograph.")
         yield element(
             "p",
-            f"No maps are shown: this model's class activation maps have {h} x {w} cells here, too few to point at a place (at "
-            f"least {least}). Larger radiographs (shards --size) give more cells.",
+            f"No maps are shown: this model's class activation maps have {h} x {w} cells here, too few to locate anything (at "
+            f"least {least} are needed). Larger radiographs (shards --size) give more cells.",
             class_="caveat",
             role="note",
         )
         return
-    several = content["num_networks"] > 1
+    is_ensemble = content["num_networks"] > 1
     yield element(
         "p",
-        f"{text} Of each view the radiograph alone, and beside it "
-        "the same under its class activation map: how much each part raises or lowers the logit, which is "
-        f"{'the mean of all cells' if not several else 'about their mean; the map is the mean of the networks'}.",
+        f"{text} Each view shows the radiograph alone, and beside it the same under its class activation map: how much each "
+        "cell raises or lowers the logit. The logit is "
+        f"{'about the mean of all cells, and the map is the mean of the networks' if is_ensemble else 'the mean of all cells'}.",
     )
     yield element("p", content["map"]["caveat"], class_="caveat", role="note")
 
 
 def _missing_kinds(studies: Sequence[GalleryStudy]) -> Iterator[Html]:
-    """Yield a sentence on the kinds of which there is no study."""
-    there = {study.kind for study in studies}
-    if missing := [title.partition(";")[0] for kind, title in KIND_TITLES.items() if kind not in there]:
+    """Yield a sentence on the kinds without a study."""
+    kinds = {study.kind for study in studies}
+    if missing := [title.partition(";")[0] for kind, title in KIND_TITLES.items() if kind not in kinds]:
         yield element("p", f"There is no study to show of: {'; '.join(missing)}.", class_="soft")
 
 
@@ -165,33 +166,39 @@ def _numbers(content: dict[str, Any]) -> Iterator[Html]:
     if not _has_maps(content):
         return
     stability = content["stability"]
-    parts = {
+    summaries = {
         "mirrored": stability["mirror"],
-        f"turned by ±{stability['rotation']['angle_deg']:g}°": stability["rotation"],
+        f"rotated by ±{stability['rotation']['angle_deg']:g}°": stability["rotation"],
     }
-    measured = {name: part for name, part in parts.items() if part["mean"] is not None}
-    tiles = [tile(f"Stability, {name}", f"{part['mean']:.2f}", _interval(part)) for name, part in measured.items()]
+    measured = {name: summary for name, summary in summaries.items() if summary["mean"] is not None}
+    tiles = [
+        tile(f"Stability, {name}", f"{summary['mean']:.2f}", _interval(summary)) for name, summary in measured.items()
+    ]
     body = [element("div", *tiles, class_="tiles")] if tiles else []
-    lost = [element("p", _no_number(name, part), class_="soft") for name, part in parts.items() if name not in measured]
+    missing = [
+        element("p", _no_number(name, summary), class_="soft")
+        for name, summary in summaries.items()
+        if name not in measured
+    ]
     notes = [element("p", *_spread(content, measured), class_="soft"), _interpretation(content)] if measured else []
-    yield section("How far to trust a map", *body, *lost, *notes)
+    yield section("How far to trust a map", *body, *missing, *notes)
 
 
-def _interval(part: dict[str, Any]) -> str:
-    num = f"{part['num_radiographs']} radiographs"
-    if part["mean_low"] is None:
+def _interval(summary: dict[str, Any]) -> str:
+    num = f"{summary['num_radiographs']} radiographs"
+    if summary["mean_low"] is None:
         return f"{num} of one patient: no interval"
-    return f"95 %: {part['mean_low']:.2f} to {part['mean_high']:.2f}, {num}"
+    return f"95 %: {summary['mean_low']:.2f} to {summary['mean_high']:.2f}, {num}"
 
 
-def _no_number(name: str, part: dict[str, Any]) -> str:
-    """Say why a stability has no number."""
-    if part["num_cells"] < saliency.MIN_CELLS:
+def _no_number(name: str, summary: dict[str, Any]) -> str:
+    """Explain why a stability has no number."""
+    if summary["num_cells"] < saliency.MIN_CELLS:
         return (
-            f"Stability of a radiograph {name}: not measured, since {part['num_cells']} cells of its map stay within the canvas "
-            f"and a correlation needs {saliency.MIN_CELLS}."
+            f"Stability of a radiograph {name}: not measured, since {summary['num_cells']} cells of its map stay within the "
+            f"canvas and a correlation needs {saliency.MIN_CELLS}."
         )
-    return f"Stability of a radiograph {name}: not measured, since no map has any contrast."
+    return f"Stability of a radiograph {name}: not measured, since no map has contrast."
 
 
 def _spread(content: dict[str, Any], measured: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -202,35 +209,35 @@ def _spread(content: dict[str, Any], measured: dict[str, dict[str, Any]]) -> Ite
         "bootstrap over patients. Half of the radiographs lie between "
     )
     yield "; ".join(
-        f"{part['quartile_1']:.2f} and {part['quartile_3']:.2f} ({name})" for name, part in measured.items()
+        f"{summary['quartile_1']:.2f} and {summary['quartile_3']:.2f} ({name})" for name, summary in measured.items()
     )
     yield "."
-    if flat := max(part["num_without_contrast"] for part in measured.values()):
-        yield f" {flat} maps have no contrast, hence no correlation, and are left out."
+    if flat := max(summary["num_without_contrast"] for summary in measured.values()):
+        yield f" {flat} maps have no contrast and therefore no correlation."
 
 
 def _interpretation(content: dict[str, Any]) -> Html:
-    """Say what the numbers mean, and what they do not."""
+    """Explain what the numbers mean."""
     text = (
-        "1: of the radiograph mirrored, or turned, the map is the same, mirrored or turned. A high number is expected and "
-        "proves little; a low one says that the map depends on how the film lay."
+        "At 1 the map of the mirrored or rotated radiograph is the mirrored or rotated map. A high number is expected and proves "
+        "little. A low number means that the map depends on how the film lay."
     )
     name = element("strong", f"Stability ({content['stability']['note']}). ")
     return element("ul", element("li", name, text))
 
 
 def _scale() -> Html:
-    """Return the colours of a map by its logit, over black and over white, for that is what they lie on."""
+    """Draw the colors of a map by its logit, over black and over white, as they are on a radiograph."""
     slot = 40
     width = slot * len(heatmap.STEPS)
     strip = local_only.data_uri(heatmap.scale_strip(width))
     parts = [element("image", href=strip, width=width, height=18, preserveAspectRatio="none")]
     parts.append(element("rect", x=0.5, y=0.5, width=width - 1, height=17, fill="none", stroke="#8995a1"))
     parts += [
-        element("text", f"{edge:g}".replace("-", "−"), x=place * slot, y=32, text_anchor="middle", fill="currentColor")
-        for place, edge in enumerate(heatmap.edges(), start=1)
+        element("text", f"{edge:g}".replace("-", "−"), x=index * slot, y=32, text_anchor="middle", fill="currentColor")
+        for index, edge in enumerate(heatmap.edges(), start=1)
     ]
-    alt = "Colours of a map by its logit: blue below 0, orange above, clear near 0; the stronger, the further from 0"
+    alt = "Colors of a map by its logit: blue below 0, orange above, clear near 0, stronger further from 0"
     drawing = element("svg", *parts, viewBox=f"0 0 {width} 36", role="img", aria_label=alt, font_size="13")
     caption = "One scale for all maps, a cell's logit: blue lowers it, orange raises it, clear is near 0."
     return element("figure", element("figcaption", caption), drawing, class_="scale")
@@ -248,9 +255,9 @@ def _sections(cards: StudyCards, drawable: bool) -> Iterator[Html]:
 
 def _card(study: GalleryStudy, drawable: bool) -> Html:
     views_on_page = study.views[:_MAX_VIEWS]
-    views = [_figure(study, view, place, drawable) for place, view in enumerate(views_on_page)]
-    more = len(study.views) - len(views_on_page)
-    rest = [element("p", f"{more} more views: gallery/{study.name}.png.", class_="soft")] if more else []
+    views = [_figure(study, view, index, drawable) for index, view in enumerate(views_on_page)]
+    num_more = len(study.views) - len(views_on_page)
+    more = [element("p", f"{num_more} more views: gallery/{study.name}.png.", class_="soft")] if num_more else []
     type_name = display_name(study.study_type)
     code = [" ", element("small", study.study_type)] if type_name != study.study_type else []
     return element(
@@ -260,35 +267,35 @@ def _card(study: GalleryStudy, drawable: bool) -> Html:
             "p",
             f"{CALL_TEXT[study.call].capitalize()} at probability {study.probability:.3f}. Label: {LABEL_TEXT[study.label]}.",
         ),
-        element("p", element("small", f"{study.study}{study.damage} (gallery/{study.name}.png)")),
+        element("p", element("small", f"{study.study}{study.corrupt_note} (gallery/{study.name}.png)")),
         element("div", *views, class_="views"),
-        *rest,
+        *more,
         class_="study",
-        aria_label=f"{study.words}{study.damage}",
+        aria_label=f"{study.caption}{study.corrupt_note}",
     )
 
 
-def _figure(study: GalleryStudy, view: GalleryView, place: int, drawable: bool) -> Html:
-    """Return the radiograph alone and, where it may be shown, the same under its map; its pixels are in the page once."""
-    size, gap, name = _SIDE_PX, _SIDE_PX // 40, f"{study.name}-{place}"
+def _figure(study: GalleryStudy, view: GalleryView, index: int, drawable: bool) -> Html:
+    """Draw the radiograph alone and, where maps are shown, under its map; the page holds its pixels once."""
+    size, gap, name = _SIDE_PX, _SIDE_PX // 40, f"{study.name}-{index}"
     parts = [
         element(
             "image", id=name, href=local_only.data_uri(_downscale(view.pixels), lossy=True), width=size, height=size
         )
     ]
-    alt = f"{study.words}; view {view.number}: the radiograph"
+    alt = f"{study.caption}; view {view.number}: the radiograph"
     if drawable:
-        colours = local_only.data_uri(heatmap.render_layer(view.cells, (_MAP_PX, _MAP_PX)))
+        colors = local_only.data_uri(heatmap.render_layer(view.cells, (_MAP_PX, _MAP_PX)))
         at = {"x": size + gap, "width": size, "height": size}
-        parts += [element("use", href=f"#{name}", x=size + gap), element("image", href=colours, **at)]
+        parts += [element("use", href=f"#{name}", x=size + gap), element("image", href=colors, **at)]
         alt += f" alone, and under its class activation map, logit {view.logit:+.2f}"
     width = 2 * size + gap if drawable else size
     drawing = element("svg", *parts, viewBox=f"0 0 {width} {size}", role="img", aria_label=alt)
-    return element("figure", drawing, element("figcaption", view.words))
+    return element("figure", drawing, element("figcaption", view.caption))
 
 
 def _downscale(pixels: np.ndarray) -> np.ndarray:
-    """Return a radiograph of at most _SIDE_PX pixels a side."""
+    """Shrink a radiograph to at most _SIDE_PX pixels a side."""
     if len(pixels) <= _SIDE_PX:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS))

@@ -1,4 +1,4 @@
-"""A study of the gallery as a picture file: its views alone and under their maps, the scale, the words, LOCAL ONLY."""
+"""Draw a study of the gallery as a picture: its views alone and under their maps, the scale, captions, LOCAL ONLY."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +11,7 @@ _GAP, _TOP = 8, 92
 
 
 def draw_picture(study: GalleryStudy) -> np.ndarray:
-    """Return the picture of a study, uint8 (H, W, 3). A map of too few cells is left out."""
+    """Draw the picture of a study, uint8 (H, W, 3). A map with too few cells is omitted."""
     size = max((len(view.pixels) for view in study.views), default=320)
     side = size * max(1, round(320 / size))
     columns = 2 if len(study.views) > 2 else 1
@@ -23,24 +23,24 @@ def draw_picture(study: GalleryStudy) -> np.ndarray:
     draw, large, small = ImageDraw.Draw(canvas), ImageFont.load_default(19), ImageFont.load_default(14)
     draw.rectangle((0, 0, width, 26), fill="#8a3c00")
     draw.text((2 * _GAP, 4), f"{local_only.MARK}: holds radiographs; do not send or publish", "white", small)
-    draw.text((2 * _GAP, 34), study.words, "black", large)
-    draw.text((2 * _GAP, 62), f"{study.study}{study.damage}", "#5b6570", small)
-    for place, view in enumerate(study.views):
-        x, y = 2 * _GAP + place % columns * (pair + 3 * _GAP), _TOP + place // columns * line
+    draw.text((2 * _GAP, 34), study.caption, "black", large)
+    draw.text((2 * _GAP, 62), f"{study.study}{study.corrupt_note}", "#5b6570", small)
+    for index, view in enumerate(study.views):
+        x, y = 2 * _GAP + index % columns * (pair + 3 * _GAP), _TOP + index // columns * line
         for number, pixels in enumerate(_render_pair(view, side)):
             canvas.paste(pixels, (x + number * (side + _GAP), y))
-        draw.text((x, y + side + 3), view.words, "#1b1f24", small)
+        draw.text((x, y + side + 3), view.caption, "#1b1f24", small)
     drawn = any(heatmap.drawable(view.cells) for view in study.views)
     if drawn:
         heatmap.draw_scale(canvas, 2 * _GAP, height - 122, min(width - 4 * _GAP, 640), small)
-    caveat = "The map does not outline a lesion." if drawn else "No map: it has too few cells to be shown."
+    caveat = "The map does not outline a lesion." if drawn else "No map: it has too few cells."
     for number, text in enumerate((caveat, f"{mura.TERMS}.")):
         draw.text((2 * _GAP, height - 42 + 18 * number), text, "#5b6570", ImageFont.load_default(13))
     return np.asarray(canvas)
 
 
 def _render_pair(view: GalleryView, side: int) -> list[Image.Image]:
-    """Return the radiograph alone and under its map, side x side pixels; the latter only where it may be shown."""
+    """Return the radiograph alone and, where it has enough cells, under its map; side x side pixels each."""
     both = [np.repeat(view.pixels[..., None], 3, axis=2)]
     if heatmap.drawable(view.cells):
         both.append(heatmap.overlay_heatmap(view.pixels, view.cells))

@@ -1,9 +1,9 @@
-"""Measure the scores of a split, and write what an evaluation leaves behind.
+"""Measure the scores of a split and write the results of an evaluation.
 
     EvaluationSubject, SplitScores -> studies -> metrics -> tables, report, gallery
 
 Writes into a folder (a run's, or --out): metrics.json, predictions.csv, predictions-official.csv (the official format),
-studies.csv, report.html, report.json, pictures/; then, where it is wanted, the gallery (LOCAL ONLY: it holds radiographs).
+studies.csv, report.html, report.json, pictures/, and optionally the gallery (LOCAL ONLY: it holds radiographs).
 """
 
 import contextlib
@@ -44,15 +44,19 @@ SPLIT_ROLES = {
 
 
 def check_out(out: Path, target: Target) -> None:
-    """Refuse, before anything is measured, to write over what somebody else wrote; the run that is evaluated may be."""
+    """Refuse an output folder that holds other results. The folder of the evaluated run is allowed.
+
+    Raises:
+        UserError: `out` is a file, another run, or holds predictions.
+    """
     if target.kind == "run" and out.resolve() == target.path.resolve():
         return
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+        raise UserError(f"--out {out} is a file. Pass a folder.")
     kinds = find_output_kinds(out)
-    for kind, what in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
+    for kind, content in (("run", "is a run, whose report"), ("prediction", "holds predictions, whose tables")):
         if kind in kinds:
-            raise UserError(f"--out {out} {what} would be overwritten; give another folder")
+            raise UserError(f"--out {out} {content} would be overwritten. Pass another folder.")
 
 
 def write(
@@ -62,16 +66,23 @@ def write(
     options: EvaluateOptions,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure, and write everything an evaluation leaves behind; metrics.json last, but for the gallery, which is apart."""
+    """Measure a split and write all results: metrics.json after the tables and the report, the gallery last.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        RunError: every sample of the split is corrupt.
+    """
     scores, out = split_scores.scores, options.out
     if not len(scores.rows):
         raise RunError(
-            f"{shards.folder}: every sample of split {options.split!r} is damaged; `mura-dist verify` names them"
+            f"{shards.folder}: every sample of split {options.split!r} is corrupt. Run `mura-dist verify`, which lists them."
         )
-    looks = gate_inputs(shards, scores.rows)
-    studies = _studies(shards, split_scores, looks, options.operating_point or PAPER_OPERATING_POINT)
+    appearance = measure_appearance(shards, scores.rows)
+    studies = _studies(shards, split_scores, appearance, options.operating_point or PAPER_OPERATING_POINT)
     metrics = _metrics(shards, subject, split_scores, options, studies)
-    _write_tables(out, shards, scores, studies, looks["gate"], subject.trained_on)
+    _write_tables(out, shards, scores, studies, appearance["gate"], subject.trained_on)
     evaluation.write(out, metrics=metrics, studies=studies, context=_context(shards, subject, split_scores))
     files.write_json(out / "metrics.json", metrics)
     if options.gallery is None:
@@ -84,13 +95,14 @@ def write(
     return metrics
 
 
-def _studies(shards: Shards, split_scores: SplitScores, looks: pd.DataFrame, operating_point: str) -> pd.DataFrame:
-    """A line a study, with the exposure, the threshold of its study type and the call."""
-    points = split_scores.points
-    studies = add_exposures(shards, looks, calibration.apply(points, study_scores(shards, split_scores.scores)))
-    cut = studies["study_type"].map(_thresholds(studies, points, operating_point)).astype(np.float64)
-    calls = classification.is_positive(studies["probability"], cut)
-    return studies.assign(threshold=cut, call=calls.astype(np.int64))
+def _studies(shards: Shards, split_scores: SplitScores, appearance: pd.DataFrame, operating_point: str) -> pd.DataFrame:
+    """Return one row per study, with the exposure, the threshold of its study type and the call."""
+    fitted = split_scores.thresholds
+    studies = calibration.apply(fitted, study_scores(shards, split_scores.scores))
+    studies = add_exposures(shards, appearance, studies)
+    threshold = studies["study_type"].map(_thresholds(studies, fitted, operating_point)).astype(np.float64)
+    calls = classification.is_positive(studies["probability"], threshold)
+    return studies.assign(threshold=threshold, call=calls.astype(np.int64))
 
 
 def _metrics(
@@ -100,17 +112,17 @@ def _metrics(
     options: EvaluateOptions,
     studies: pd.DataFrame,
 ) -> dict[str, Any]:
-    """metrics.json's content."""
-    points, operating_point = split_scores.points, options.operating_point or PAPER_OPERATING_POINT
+    """Return the content of metrics.json."""
+    fitted, operating_point = split_scores.thresholds, options.operating_point or PAPER_OPERATING_POINT
     return compute_metrics(studies, prevalence=options.prevalence) | {
         "subgroups": compute_subgroup_metrics(studies),
         "curves": compute_threshold_curves(studies),
-        "calibration": points.model_dump(mode="json"),
-        "operating_points": calibration.compute_operating_points(points, studies),
+        "calibration": fitted.model_dump(mode="json"),
+        "operating_points": calibration.compute_operating_points(fitted, studies),
         "split": options.split,
         "operating_point": operating_point,
         "threshold": PAPER_THRESHOLD if operating_point == PAPER_OPERATING_POINT else None,  # of all study types
-        "thresholds": _thresholds(studies, points, operating_point),
+        "thresholds": _thresholds(studies, fitted, operating_point),
         "selected_on": subject.selected_on,
         "note": _note(options.split, subject.selected_on),
         "checkpoint": subject.checkpoint,
@@ -126,7 +138,7 @@ def _metrics(
 
 
 def _context(shards: Shards, subject: EvaluationSubject, split_scores: SplitScores) -> dict[str, Any]:
-    """What the report says beside the metrics."""
+    """Return what the report says beside the metrics."""
     roles = (
         SPLIT_ROLES
         if subject.selected_on != "valid"
@@ -152,44 +164,47 @@ def _note(split: str, selected_on: str | None) -> str | None:
     return "optimistic: this split chose the model" if split == selected_on else None
 
 
-def gate_inputs(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
-    """By row: grey, the mean level 0 to 255, and gate's verdict. It reads the pixels once more; NaN and "" if damaged since."""
-    looks = []
+def measure_appearance(shards: Shards, rows: np.ndarray) -> pd.DataFrame:
+    """Return the mean gray level (0 to 255) and the gate's verdict of each row, by reading the pixels once more.
+
+    A sample that has become corrupt has NaN and "".
+    """
+    appearance = []
     for row in rows.tolist():
-        looks.append((math.nan, ""))
+        appearance.append((math.nan, ""))
         with contextlib.suppress(CorruptSampleError):
             image = shards.read_pixels(row)
-            looks[-1] = image.mean(), gate.classify(image)
-    return pd.DataFrame(looks, columns=["grey", "gate"], index=rows)
+            appearance[-1] = image.mean(), gate.classify(image)
+    return pd.DataFrame(appearance, columns=["gray", "gate"], index=rows)
 
 
-def add_exposures(shards: Shards, looks: pd.DataFrame, studies: pd.DataFrame) -> pd.DataFrame:
-    """`studies` with exposure: the mean grey level over a study's views, 0 to 255."""
-    by_study = looks["grey"].groupby(shards.manifest.frame.loc[looks.index, "study"]).mean()
+def add_exposures(shards: Shards, appearance: pd.DataFrame, studies: pd.DataFrame) -> pd.DataFrame:
+    """Add exposure to studies: the mean gray level over a study's views, 0 to 255."""
+    by_study = appearance["gray"].groupby(shards.manifest.frame.loc[appearance.index, "study"]).mean()
     return studies.assign(exposure=studies["study"].map(by_study).astype(np.float64))
 
 
-def _thresholds(studies: pd.DataFrame, points: FittedThresholds, name: str) -> dict[str, float]:
-    """Each study type's. UserError where the operating point was not fitted for one of them."""
+def _thresholds(studies: pd.DataFrame, fitted: FittedThresholds, operating_point: str) -> dict[str, float]:
+    """Return the threshold of each study type; raise UserError where the operating point was not fitted for one."""
     counts = {str(key): int(num) for key, num in studies["study_type"].value_counts().sort_index().items()}
-    return (
-        dict.fromkeys(counts, PAPER_THRESHOLD) if name == PAPER_OPERATING_POINT else thresholds_at(points, name, counts)
-    )
+    if operating_point == PAPER_OPERATING_POINT:
+        return dict.fromkeys(counts, PAPER_THRESHOLD)
+    return thresholds_at(fitted, operating_point, counts)
 
 
 def _write_tables(
-    out: Path, shards: Shards, found: Scores, studies: pd.DataFrame, verdicts: pd.Series, trained_on: str
+    out: Path, shards: Shards, scores: Scores, studies: pd.DataFrame, verdicts: pd.Series, trained_on: str
 ) -> None:
-    frame = shards.manifest.frame.loc[found.rows]
+    frame = shards.manifest.frame.loc[scores.rows]
     predictions = frame[["path", "study", "study_type"]].assign(
-        logit=found.logit, probability=classification.sigmoid(found.logit), gate=verdicts
+        logit=scores.logit, probability=classification.sigmoid(scores.logit), gate=verdicts
     )
     ranks = verdicts.map({name: rank for rank, name in enumerate(("", *gate.NAMES))})
     worst = ranks.groupby(frame["study"]).max()
-    told = studies[[*STUDY_COLUMNS, "label", "patient", "exposure"]].assign(
+    study_table = studies[[*STUDY_COLUMNS, "label", "patient", "exposure"]].assign(
         gate=[("", *gate.NAMES)[worst[study]] for study in studies["study"]], trained_on=trained_on
     )
-    for name, table in (("predictions", predictions), ("studies", told)):
+    for name, table in (("predictions", predictions), ("studies", study_table)):
         text = table.to_csv(index=False, lineterminator="\n")
         files.write_text(out / f"{name}.csv", text)
     files.write_text(out / "predictions-official.csv", prediction_files.format_official(studies))

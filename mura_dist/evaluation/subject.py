@@ -1,4 +1,4 @@
-"""What is evaluated and how: the records that evaluate, results and gallery hand to each other.
+"""Define the records that evaluate, results and gallery pass to each other.
 
 run, list or ONNX file -> EvaluationSubject, SplitScores          command line -> EvaluateOptions, GalleryOptions
 """
@@ -14,36 +14,32 @@ from mura_dist.training.scores import Scores
 
 @dataclass(frozen=True)
 class GalleryOptions:
-    """`num_sampled`: radiographs behind the numbers."""
+    """How to write a gallery."""
 
     num_studies: int = 24
-    num_sampled: int = 64
+    num_sampled: int = 64  # radiographs that the stability of the maps is measured on
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """How to evaluate. `gallery` None: write none.
-
-    operating_point: whose thresholds make the calls; None: the paper's, of an exported model its own. prevalence: share of
-    abnormal studies to work PPV and NPV out for. shared: others may read the gallery too, as the umask says.
-    """
+    """How to evaluate."""
 
     out: Path
     split: str = "valid"
-    operating_point: str | None = None
-    prevalence: float | None = None
-    gallery: GalleryOptions | None = None
-    shared: bool = False
+    operating_point: str | None = None  # its thresholds make the calls; None: the paper's, or an exported model's own
+    prevalence: float | None = None  # share of abnormal studies to compute PPV and NPV for
+    gallery: GalleryOptions | None = None  # None: write no gallery
+    shared: bool = False  # the gallery is readable by others, as the umask allows
 
 
 @dataclass(frozen=True)
 class EvaluationSubject:
-    """The model that is evaluated, as metrics.json, the report and the gallery describe it."""
+    """The evaluated model, as metrics.json, the report and the gallery describe it."""
 
     title: str  # of the report
     name: str  # of the model, in the gallery
-    outputs: ForwardFunction
+    forward: ForwardFunction
     checkpoint: str
     trained_on: str  # phantoms or radiographs
     selected_on: str | None = None
@@ -51,14 +47,14 @@ class EvaluationSubject:
     members: list[dict[str, Any]] = field(default_factory=list)  # of an ensemble
     weights_sha256: list[str] | None = None  # of each checkpoint; None of an exported model
     same_data: bool | None = None  # whether these are the shards it was trained on; None of an exported model
-    history: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl's lines, of a run
+    history: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, of a run
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """The scores of a split, and the points fitted for them. `num_scored`: radiographs, with tune's; None: the split's alone."""
+    """The scores of a split, and the thresholds fitted for them."""
 
     scores: Scores
-    points: FittedThresholds
+    thresholds: FittedThresholds
     seconds: float
-    num_scored: int | None = None
+    num_scored: int | None = None  # radiographs, including tune's; None: the split's alone

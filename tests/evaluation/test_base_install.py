@@ -115,7 +115,7 @@ def test_of_several_ranks_the_first_one_evaluates(
         for rank in range(2)
     )
     assert (first.returncode, second.returncode) == (DONE, DONE)
-    assert "an ONNX file is evaluated by one process; 1 of 2 ranks have nothing to do" in " ".join(first.stderr.split())
+    assert "an ONNX file is evaluated by one process; 1 of 2 ranks are idle" in " ".join(first.stderr.split())
     assert (tmp_path / "0" / "report.html").is_file()
     assert (second.stdout, stderr_lines(second)) == ("", [])
     assert not (tmp_path / "1").exists()

@@ -236,10 +236,12 @@ def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder
     ]
     laws.refusal(capsys, words, "--operating-point sensitivity=0.95", "not the shards the model was trained on")
     assert not (tmp_path / "refused").exists()
-    laws.refusal(capsys, [*words[:3], "--operating-point", "sensitivity=1"], "sensitivity=1: must be paper, ", "0.98")
+    laws.refusal(
+        capsys, [*words[:3], "--operating-point", "sensitivity=1"], "sensitivity=1 is unknown. Pass paper, ", "0.98"
+    )
     laws.refusal(capsys, [*words[:3], "--prevalence", "30"], "--prevalence 30: must be between 0 and 1", "Omit it")
     on_tune = evaluated(untrained, halved, tmp_path / "tune", "--split", "tune")
-    assert on_tune["calibration"]["notes"] == ["fitted on what is reported here: optimistic"]
+    assert on_tune["calibration"]["notes"] == ["fitted on the reported split: optimistic"]
 
 
 def test_nobody_elses_folder_is_written_over(
@@ -250,11 +252,11 @@ def test_nobody_elses_folder_is_written_over(
         (tmp_path / name / file).write_text("")
         for target in (untrained, exported):
             words = ["evaluate", target, halved, "--out", tmp_path / name]
-            laws.refusal(capsys, words, f"{name} ", "would be overwritten; give another folder")
+            laws.refusal(capsys, words, f"{name} ", "would be overwritten. Pass another folder")
         assert [path.name for path in (tmp_path / name).iterdir()] == [file]
     (tmp_path / "file").write_text("")
     for target in (untrained, exported):
-        laws.refusal(capsys, ["evaluate", target, halved, "--out", tmp_path / "file"], "is a file; give a folder")
+        laws.refusal(capsys, ["evaluate", target, halved, "--out", tmp_path / "file"], "is a file. Pass a folder")
 
 
 def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
@@ -290,4 +292,4 @@ def test_damaged_radiographs_of_tune_are_left_out_and_told(untrained: Path, halv
     laws.damage(shards, row)
     found = evaluated(untrained, tmp_path / "shards", tmp_path / "out")
     assert (found["num_damaged"], found["calibration"]["num_damaged"]) == (0, 1)
-    assert found["calibration"]["notes"] == ["damaged radiographs of tune, left out: 1"]
+    assert found["calibration"]["notes"] == ["corrupt radiographs of tune, skipped: 1"]

@@ -340,7 +340,7 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
     assert "a <b>" in page.text
     for words in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82"):
         assert words in page.text, words
-    assert "flattering: the model was trained on both" in page.text
+    assert "optimistic: the model was trained on both" in page.text
     assert "measured on drawings: says nothing about radiographs" in page.text
     assert found["stability"]["mirror"]["num_radiographs"] == 16
     assert not re.search(r"called normal|is normal", page.text)
@@ -450,7 +450,7 @@ def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
     [text] = gallery_page.render_pages([a_study(0, 1, 64)], CONTENT)
     assert text.count("<strong>0.60</strong>") == 1
     assert (
-        "Stability of a radiograph turned by ±10°: not measured, since 2 cells of its map stay within the canvas"
+        "Stability of a radiograph rotated by ±10°: not measured, since 2 cells of its map stay within the canvas"
         in text
     )
     assert (
@@ -466,7 +466,8 @@ def test_maps_of_few_cells_are_not_shown() -> None:
         html.unescape, gallery_page.render_pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}})
     )
     assert (
-        "this model's class activation maps have 3 x 3 cells here, too few to point at a place (at least 4 x 4)" in text
+        "this model's class activation maps have 3 x 3 cells here, too few to locate anything (at least 4 x 4 are needed)"
+        in text
     )
     assert "How far to trust a map" not in text
     assert "a caveat" not in text
@@ -530,17 +531,17 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
     found = gallery.write(tmp_path / "b", shards, studies, rows, subject=toy(sees), options=options, metrics={})
     [told] = [one for one in found["studies"] if one["study"] == study["study"]]
     assert (told["num_damaged"], len(told["views"])) == (1, len(study["views"]) - 1)
-    assert "1 of its views damaged, left out" in laws.local_only(tmp_path / "b" / "gallery.html").text
+    assert "1 of its views corrupt, skipped" in laws.local_only(tmp_path / "b" / "gallery.html").text
     assert found["num_sampled"] == len(rows) - 1
 
 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        ({"flip": True, "rotate_deg": 30.0}, "flattering: the model was trained on both"),
-        ({}, "flattering: the model was trained on both"),
-        ({"flip": True, "rotate_deg": 0}, "flattering: the model was trained on mirrored radiographs"),
-        ({"flip": False, "rotate_deg": 9}, "flattering: the model was trained on turned radiographs"),
+        ({"flip": True, "rotate_deg": 30.0}, "optimistic: the model was trained on both"),
+        ({}, "optimistic: the model was trained on both"),
+        ({"flip": True, "rotate_deg": 0}, "optimistic: the model was trained on mirrored radiographs"),
+        ({"flip": False, "rotate_deg": 9}, "optimistic: the model was trained on rotated radiographs"),
         ({"flip": False, "rotate_deg": 0}, "the model was trained on neither"),
     ],
 )
@@ -576,7 +577,7 @@ def test_evaluate_makes_it_and_the_report_stays_clean(
     found, said = evaluated(capsys, one, shard_folder, "--out", tmp_path)
     assert re.search(r"gallery \(LOCAL ONLY\): \d+ studies, maps of \d+ radiographs, [\d.]+ s", said)
     assert (
-        "class activation maps have 2 x 2 cells here, too few to point"
+        "class activation maps have 2 x 2 cells here, too few to locate"
         in laws.local_only(tmp_path / "gallery.html").text
     )
     laws.holds_no_radiograph(tmp_path / "report.html")

@@ -15,7 +15,7 @@ from mura_dist.metrics.operating_points import FittedThresholds
 from mura_dist.training.scores import Scores
 
 
-def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A toy at 64 px: 4 x 4 cells."""
     cells = (images[:, 0].astype(np.float64).reshape(-1, 4, 16, 4, 16).mean(axis=(2, 4)) - 60) / 4
     return cells.mean(axis=(1, 2)), cells
@@ -32,7 +32,7 @@ def subject(rename: Callable[[str], str]) -> EvaluationSubject:
     return EvaluationSubject(
         title=rename("title"),
         name=rename("name"),
-        outputs=sees,
+        forward=forward,
         checkpoint=rename("step-1"),
         trained_on=rename("radiographs"),
         selected_on=rename("tune"),
@@ -50,7 +50,7 @@ def test_no_name_is_markup_in_a_report_and_a_gallery(shard_folder: Path, tmp_pat
     def write(rename: Callable[[str], str], out: Path) -> list[Path]:
         shards = Shards.open(renamed_shards(shard_folder, out / "shards", rename))
         rows = shards.rows("train")
-        logit = sees(np.stack([shards.read_pixels(row) for row in rows])[:, None])[0]
+        logit = forward(np.stack([shards.read_pixels(row) for row in rows])[:, None])[0]
         scores = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0)
         options = EvaluateOptions(out, "train", gallery=GalleryOptions(num_studies=8, num_sampled=8))
         results.write(shards, subject(rename), scores, options)
