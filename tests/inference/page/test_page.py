@@ -1,4 +1,4 @@
-"""The page: what it says (no browser), and what a person sees of it (Chromium, against the running server)."""
+"""Test the page: its texts (without a browser), and the running server (in Chromium)."""
 
 import contextlib
 import hashlib
@@ -47,18 +47,18 @@ from mura_dist.models.card import Card, PrecisionChange, TrainedOn
 
 SIDE = 128  # a map of 4 x 4 cells
 
-# ---- a model that has something to say of the first study of the phantoms: a study type for each outcome
+# ---- a model with one study type for each outcome on the first study of the phantoms
 
 
 @pytest.fixture(scope="module")
 def views(phantoms: Path) -> list[Path]:
-    """The files of a drawn study of three views or more."""
+    """Return the files of a phantom study with at least three views."""
     folders = sorted({path.parent for path in phantoms.rglob("*.png")})
     return sorted(next(folder for folder in folders if len(list(folder.iterdir())) >= 3).iterdir())
 
 
-def told(probability: float, kind: str = "radiographs", num_studies: int = 300) -> Card:
-    """XR_HAND: flagged at `probability`; XR_WRIST: not; XR_ELBOW: uncertain; XR_FINGER: no threshold was evaluated."""
+def card_with_outcomes(probability: float, kind: str = "radiographs", num_studies: int = 300) -> Card:
+    """Return a card that flags XR_HAND at `probability`, not XR_WRIST; XR_ELBOW is uncertain, XR_FINGER has no threshold."""
     low, high = probability - 0.05, probability + 0.05
     thresholds = {"XR_HAND": low, "XR_WRIST": high, "XR_ELBOW": high}
     studies = simulated(num_studies, num_studies // 2).replace({"study_type": {"XR_ELBOW": "XR_WRIST"}})
@@ -92,58 +92,67 @@ def told(probability: float, kind: str = "radiographs", num_studies: int = 300) 
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "plain.onnx"
     network = tiny()
     with torch.no_grad():
-        network.classifier.weight *= 10  # its maps show something
+        network.classifier.weight *= 10  # so that its maps are not near 0
     export(network, card_of(SIDE), path)
     return path
 
 
 @pytest.fixture(scope="module")
-def telling(plain: Path, views: list[Path]) -> Path:
-    logits = OnnxModel.load(plain).logits(np.stack([radiograph.read(path, SIDE) for path in views])[:, None])
-    return with_card(plain, told(float(sigmoid(logits).mean())), plain.with_name("telling.onnx"))
+def outcome_model(plain_model: Path, views: list[Path]) -> Path:
+    logits = OnnxModel.load(plain_model).logits(np.stack([radiograph.read(path, SIDE) for path in views])[:, None])
+    return with_card(
+        plain_model, card_with_outcomes(float(sigmoid(logits).mean())), plain_model.with_name("telling.onnx")
+    )
 
 
 @pytest.fixture(scope="module")
-def of_drawings(telling: Path) -> Path:
-    """Measured on fewer than 30 studies of each label and study type, as the demo is."""
-    probability = OnnxModel.load(telling).card.thresholds["XR_HAND"] + 0.05
-    return with_card(telling, told(probability, "phantoms", 60), telling.with_name("drawings.onnx"))
+def of_drawings(outcome_model: Path) -> Path:
+    """Return a model of drawings that was measured on fewer than 30 studies of each label and study type, as the demo."""
+    probability = OnnxModel.load(outcome_model).card.thresholds["XR_HAND"] + 0.05
+    return with_card(
+        outcome_model, card_with_outcomes(probability, "phantoms", 60), outcome_model.with_name("drawings.onnx")
+    )
 
 
 @pytest.fixture(scope="module")
-def service(telling: Path) -> Iterator[study.InferenceService]:
-    with study.open_inference_service(OnnxModel.load(telling)) as service:
+def service(outcome_model: Path) -> Iterator[study.InferenceService]:
+    with study.open_inference_service(OnnxModel.load(outcome_model)) as service:
         yield service
 
 
-def asked(service: study.InferenceService, files: list[Path], study_type: str) -> study.StudyAnswer:
-    found = service.predict([path.name for path in files], [path.read_bytes() for path in files])
-    return study.build_result(found, study_type, service.card)
+def predict_study(service: study.InferenceService, files: list[Path], study_type: str) -> study.StudyAnswer:
+    result = service.predict([path.name for path in files], [path.read_bytes() for path in files])
+    return study.build_result(result, study_type, service.card)
 
 
 OUTCOMES = {"XR_HAND": "flagged", "XR_WRIST": "none_flagged", "XR_ELBOW": "uncertain", "XR_FINGER": "no_call"}
 
 
-# ---- what it says
+# ---- texts
 
 
 @pytest.mark.parametrize("study_type", OUTCOMES)
 @pytest.mark.parametrize("number", [1, 3])
-def test_the_answer_is_predicts(
-    service: study.InferenceService, telling: Path, views: list[Path], study_type: str, number: int, tmp_path: Path
+def test_result_equals_predict(
+    service: study.InferenceService,
+    outcome_model: Path,
+    views: list[Path],
+    study_type: str,
+    number: int,
+    tmp_path: Path,
 ) -> None:
-    """The same line of studies.csv, the same lines of predictions.csv, of the same files as one study."""
+    """The rows of studies.csv and predictions.csv equal those of `predict` for the same files as one study."""
     folder = tmp_path / "in"
     folder.mkdir()
     for path in views[:number]:
         shutil.copy(path, folder)
-    words_ = [
+    arguments = [
         "predict",
-        telling,
+        outcome_model,
         folder,
         "--out",
         tmp_path / "out",
@@ -153,28 +162,28 @@ def test_the_answer_is_predicts(
         study_type,
         "--quiet",
     ]
-    assert main([str(word) for word in words_]) == DONE
-    found = asked(service, views[:number], study_type)
-    for name, ours in (("studies", found.studies), ("predictions", found.predictions)):
-        theirs = pd.read_csv(tmp_path / "out" / f"{name}.csv", dtype=str).drop(columns="study")
-        assert len(theirs) > 0
-        again = pd.read_csv(io.StringIO(ours.to_csv(index=False)), dtype=str).drop(columns="study")
-        pd.testing.assert_frame_equal(again, theirs)
+    assert main([str(word) for word in arguments]) == DONE
+    result = predict_study(service, views[:number], study_type)
+    for name, page_frame in (("studies", result.studies), ("predictions", result.predictions)):
+        expected_frame = pd.read_csv(tmp_path / "out" / f"{name}.csv", dtype=str).drop(columns="study")
+        assert len(expected_frame) > 0
+        again = pd.read_csv(io.StringIO(page_frame.to_csv(index=False)), dtype=str).drop(columns="study")
+        pd.testing.assert_frame_equal(again, expected_frame)
 
 
 @pytest.mark.parametrize(("study_type", "outcome"), OUTCOMES.items())
-def test_each_outcome_has_its_words(
+def test_text_of_each_outcome(
     service: study.InferenceService, views: list[Path], study_type: str, outcome: wording.Outcome
 ) -> None:
-    found = asked(service, views, study_type)
-    assert wording.outcome(found) == outcome
-    lines = " ".join([wording.lead_sentence(found), *wording.explanation_lines(found, service.card)])
-    assert f"{found.probability:.2f}" in lines
-    for said in (
+    result = predict_study(service, views, study_type)
+    assert wording.outcome(result) == outcome
+    lines = " ".join([wording.lead_sentence(result), *wording.explanation_lines(result, service.card)])
+    assert f"{result.probability:.2f}" in lines
+    for text in (
         wording.HEADLINES[outcome],
         lines.replace("abnormal", "").replace("normal hand studies in", "").replace("normal elbow", ""),
     ):
-        assert "normal" not in said.lower().replace("abnormality", "")
+        assert "normal" not in text.lower().replace("abnormality", "")
     group = service.card.metrics["by_study_type"].get(study_type, {})
     assert "Probability of an abnormality: " in lines
     assert f"(mean of {len(views)} pictures)" in lines
@@ -196,51 +205,51 @@ def test_each_outcome_has_its_words(
 
 
 @pytest.mark.parametrize("num_known", [0, 1, -1])
-def test_a_model_of_drawings_calls_known_drawings_alone(of_drawings: Path, views: list[Path], num_known: int) -> None:
-    """One picture that is not known to be a drawing withholds the answer of the whole study."""
-    known = views if num_known == -1 else views[:num_known]
-    digests = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in known)
+def test_model_of_drawings_calls_known_drawings_only(of_drawings: Path, views: list[Path], num_known: int) -> None:
+    """One picture that is not a known drawing withholds the result of the study."""
+    known_drawings = views if num_known == -1 else views[:num_known]
+    digests = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in known_drawings)
     with study.open_inference_service(OnnxModel.load(of_drawings), drawings=digests) as service:
         for study_type, outcome in OUTCOMES.items():
-            found = asked(service, views, study_type)
-            lines = " ".join([wording.lead_sentence(found), *wording.explanation_lines(found, service.card)])
-            values = [found.cell(name) for name in ("call", "band", "threshold", "calibrated_probability")]
-            if known == views:
-                assert wording.outcome(found) == outcome
-                assert f"{found.probability:.2f}" in lines
+            result = predict_study(service, views, study_type)
+            lines = " ".join([wording.lead_sentence(result), *wording.explanation_lines(result, service.card)])
+            values = [result.cell(name) for name in ("call", "band", "threshold", "calibrated_probability")]
+            if known_drawings == views:
+                assert wording.outcome(result) == outcome
+                assert f"{result.probability:.2f}" in lines
                 assert ("The test set consists of computer drawings." in lines) == (
                     study_type in ("XR_HAND", "XR_WRIST")
                 )
                 assert "hospital" not in lines
-                assert (found.cell("call") is None) == (outcome == "no_call")
+                assert (result.cell("call") is None) == (outcome == "no_call")
             else:
-                assert wording.outcome(found) == "no_call"
+                assert wording.outcome(result) == "no_call"
                 assert lines == " ".join(wording.WITHHELD)
                 assert values == [None] * 4
-            assert found.cell("trained_on") == "phantoms"
+            assert result.cell("trained_on") == "phantoms"
 
 
 @pytest.mark.parametrize("change", [{"metrics": {}}, {"measured_on": "phantoms"}, {"curves": {}}])
-def test_what_was_not_measured_is_not_said(
+def test_unmeasured_rates_are_not_reported(
     service: study.InferenceService, views: list[Path], change: dict[str, Any]
 ) -> None:
     card = service.card.model_copy(update={"metrics": {} if "metrics" in change else service.card.metrics | change})
     assert wording.ThresholdCurve.from_card(card, "XR_WRIST") is None
-    lines = " ".join(wording.explanation_lines(asked(service, views, "XR_WRIST"), card))
+    lines = " ".join(wording.explanation_lines(predict_study(service, views, "XR_WRIST"), card))
     assert ("was not measured on radiographs" in lines) == ("curves" not in change)
     assert ("were missed: " in lines) == ("curves" in change)
 
 
-def test_another_thresholds_rates_are_those_of_measure() -> None:
+def test_threshold_curves_equal_metrics() -> None:
     studies = simulated(300, 120)
     curves = summary.compute_threshold_curves(studies, resamples=300)
     assert set(curves) == {"XR_ELBOW", "XR_HAND"}
     json.dumps(curves, allow_nan=False)
-    for place in (0, 24, 49, 80, 98):
-        threshold = summary.CURVE_THRESHOLDS[place]
-        wanted = summary.compute_metrics(studies, threshold=threshold, resamples=300)["by_study_type"]
+    for index in (0, 24, 49, 80, 98):
+        threshold = summary.CURVE_THRESHOLDS[index]
+        expected = summary.compute_metrics(studies, threshold=threshold, resamples=300)["by_study_type"]
         for name, columns in curves.items():
-            assert columns["num_studies"] == wanted[name]["num_studies"]
+            assert columns["num_studies"] == expected[name]["num_studies"]
             for key in (
                 "sensitivity",
                 "sensitivity_low",
@@ -249,8 +258,10 @@ def test_another_thresholds_rates_are_those_of_measure() -> None:
                 "specificity_low",
                 "specificity_high",
             ):
-                theirs = wanted[name][key]
-                assert columns[key][place] == (None if theirs is None else pytest.approx(theirs, abs=6e-5)), (name, key)
+                expected_frame = expected[name][key]
+                assert columns[key][index] == (
+                    None if expected_frame is None else pytest.approx(expected_frame, abs=6e-5)
+                ), (name, key)
     one_label = studies.assign(label=studies["study_type"].eq("XR_HAND").astype(int))
     assert summary.compute_threshold_curves(one_label, resamples=10) == {}
 
@@ -260,43 +271,41 @@ def file_of(name: str, identity: radiograph.DicomIdentity | None = None) -> stud
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "expected"),
     [
         (["XR_WRIST/patient00001/study1_positive/image1.png"], {"XR_WRIST"}),
         (["XR_WRIST_patient00001_study1_image1.png", "XR_WRIST-2.png"], {"XR_WRIST"}),
         (["C:\\data\\XR_HAND\\patient1\\study1\\image1.png"], {"XR_HAND"}),
         (["XR_WRIST_1.png", "XR_HAND_1.png"], {"XR_WRIST", "XR_HAND"}),
         (["XR_WRIST_1.png", "image.png"], {"XR_WRIST"}),
-        (["XR_SHOULDER_1.png"], {"XR_SHOULDER"}),  # MURA's, and none of this model's
-        (["XR_HIP_1.png"], {"XR_HIP"}),  # the model's, and none of MURA's
+        (["XR_SHOULDER_1.png"], {"XR_SHOULDER"}),  # in MURA, unknown to this model
+        (["XR_HIP_1.png"], {"XR_HIP"}),  # known to the model, not in MURA
         (["image1.png"], set()),
         (["XR_NOSE_1.png"], set()),
         (["myXR_WRIST_1.png"], set()),
     ],
 )
-def test_a_study_type_is_told_by_names(service: study.InferenceService, names: list[str], told: set[str]) -> None:
+def test_study_types_from_names(service: study.InferenceService, names: list[str], expected: set[str]) -> None:
     card = service.card.model_copy(update={"study_types": [*service.card.study_types, "XR_HIP"]})
-    assert study.detect_study_types([file_of(name) for name in names], card) == told
+    assert study.detect_study_types([file_of(name) for name in names], card) == expected
 
 
 @pytest.mark.parametrize(
-    ("body_part", "told"), [("WRIST", {"XR_WRIST"}), ("HAND", {"XR_HAND"}), ("DOE^JOHN", set()), ("", set())]
+    ("body_part", "expected"), [("WRIST", {"XR_WRIST"}), ("HAND", {"XR_HAND"}), ("DOE^JOHN", set()), ("", set())]
 )
-def test_a_study_type_is_told_by_a_dicom(service: study.InferenceService, body_part: str, told: set[str]) -> None:
+def test_study_type_from_dicom(service: study.InferenceService, body_part: str, expected: set[str]) -> None:
     identity = radiograph.DicomIdentity("1.2.3", body_part, "L")
-    assert study.detect_study_types([file_of("a.dcm", identity)], service.card) == told
-    other = radiograph.DicomIdentity("1.2.4", body_part, "L")
-    for identities, number in (([identity, identity, None], 1), ([identity, other], 2), ([None], 0)):
-        assert study.num_studies([file_of("a.dcm", one) for one in identities]) == number
+    assert study.detect_study_types([file_of("a.dcm", identity)], service.card) == expected
+    flipped = radiograph.DicomIdentity("1.2.4", body_part, "L")
+    for identities, number in (([identity, identity, None], 1), ([identity, flipped], 2), ([None], 0)):
+        assert study.num_studies([file_of("a.dcm", item) for item in identities]) == number
 
 
-def test_what_goes_wrong_costs_one_session_its_turn(
-    telling: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next one finds a crew."""
+def test_failed_read_starts_new_pool(outcome_model: Path, views: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call starts a new worker pool."""
     monkeypatch.setattr(study, "UploadReader", faulty_upload_reader.UploadReader)
     good = views[0].read_bytes()
-    with study.open_inference_service(OnnxModel.load(telling)) as service:
+    with study.open_inference_service(OnnxModel.load(outcome_model)) as service:
         for _ in range(2):
             with pytest.raises(ValueError, match="no"):
                 service.predict(["a", "b", "c"], [good, b"raise", good])
@@ -308,7 +317,7 @@ def test_what_goes_wrong_costs_one_session_its_turn(
 
 
 @pytest.mark.parametrize("where", [(radiograph, "read_details"), (gate, "classify")])
-def test_a_reader_that_fails_loses_its_file_alone(
+def test_reader_error_fails_one_file(
     views: list[Path], where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*arguments: object) -> None:
@@ -319,9 +328,9 @@ def test_a_reader_that_fails_loses_its_file_alone(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list[Path], value: float) -> None:
-    proto = onnx.load(telling)
-    weights = {one.name: one for one in proto.graph.initializer}
+def test_non_finite_output_fails_the_file(outcome_model: Path, views: list[Path], value: float) -> None:
+    proto = onnx.load(outcome_model)
+    weights = {item.name: item for item in proto.graph.initializer}
     head = [
         weights[name] for node in proto.graph.node if node.op_type == "Conv" for name in node.input if name in weights
     ]
@@ -335,87 +344,81 @@ def test_a_model_that_gives_no_number_gives_no_answer(telling: Path, views: list
     )
 
 
-def test_every_number_says_for_whom_it_holds(service: study.InferenceService) -> None:
+def test_error_rates_have_caveats(service: study.InferenceService) -> None:
     change = PrecisionChange(
         engine="x", num_radiographs=9, num_studies=500, mean_probability=0.01, max_probability=0.1, num_changed_calls=3
     )
     metrics = service.card.metrics | {"note": "optimistic: this split chose the model"}
     card = service.card.model_copy(update={"metrics": metrics, "precision": "int8", "change": change})
     lines = " ".join(wording.error_rate_lines("none_flagged", "XR_WRIST", card))
-    for said in (lines, wording.ThresholdCurve.from_card(card, "XR_WRIST").caveat):
-        for reserve in (
+    for text in (lines, wording.ThresholdCurve.from_card(card, "XR_WRIST").caveat):
+        for caveat in (
             "not from your hospital",
             "optimistic: this set chose",
             "measured in fp32",
             "int8 changed 3 of 500",
         ):
-            assert reserve in said
+            assert caveat in text
 
 
 @pytest.mark.shared
-def test_hostile_files_get_a_plain_message_and_the_others_go_on(
+def test_hostile_files_get_messages_and_others_are_read(
     service: study.InferenceService, shared: Path, views: list[Path]
 ) -> None:
     files = sorted(path for path in (shared / "hostile").rglob("*") if path.is_file())
     uploads = service.read([path.read_bytes() for path in (*files, views[0])])
     assert len(files) > 150
     num_failed = 0
-    for path, reading in zip(files, uploads, strict=False):
-        reason, found = "", None
+    for path, decoded in zip(files, uploads, strict=False):
+        reason, result = "", None
         try:
-            found = radiograph.read_details(path, SIDE)
+            result = radiograph.read_details(path, SIDE)
         except radiograph.UnreadableFileError as error:
             reason = error.reason
-        assert (reading.failure, bool(reading.code)) == (reason, bool(reason)), path.name
-        if found is None:
-            assert (reading.image, reading.preview, reading.passes_gate) == (None, None, False)
-            assert not re.search(r"Traceback|Error|0x|/", reading.failure.replace("and/or", "")), reading.failure
+        assert (decoded.failure, bool(decoded.code)) == (reason, bool(reason)), path.name
+        if result is None:
+            assert (decoded.image, decoded.preview, decoded.passes_gate) == (None, None, False)
+            assert not re.search(r"Traceback|Error|0x|/", decoded.failure.replace("and/or", "")), decoded.failure
             num_failed += 1
         else:
-            np.testing.assert_array_equal(reading.image, found.image)
-            assert reading.verdict == gate.classify(found.image, found.colors)
-            assert max(reading.preview.shape) <= study.PREVIEW_PX
+            np.testing.assert_array_equal(decoded.image, result.image)
+            assert decoded.verdict == gate.classify(result.image, result.colors)
+            assert max(decoded.preview.shape) <= study.PREVIEW_PX
     assert 0 < num_failed < len(files)
     assert uploads[-1].passes_gate
 
 
 @pytest.mark.shared
-def test_a_dicoms_proportions_are_kept_and_it_is_read_as_predict_reads_it(
-    service: study.InferenceService, shared: Path
-) -> None:
+def test_dicom_is_read_as_predict_reads_it(service: study.InferenceService, shared: Path) -> None:
     for path in sorted((shared / "radiographs" / "jordan-hip-dicom").glob("*.dcm"))[:3]:
         (upload,) = service.read([path.read_bytes()])
-        whole = radiograph.decode(path)
+        pixels = radiograph.decode(path)
         np.testing.assert_array_equal(upload.image, radiograph.read(path, SIDE))
         assert upload.identity == radiograph.read_identity(path)
-        assert max(upload.preview.shape) == min(study.PREVIEW_PX, max(whole.shape))
+        assert max(upload.preview.shape) == min(study.PREVIEW_PX, max(pixels.shape))
         assert upload.preview.shape[0] / upload.preview.shape[1] == pytest.approx(
-            whole.shape[0] / whole.shape[1], rel=0.01
+            pixels.shape[0] / pixels.shape[1], rel=0.01
         )
 
 
-def test_a_streamlit_that_lacks_a_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpatchable_streamlit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.formparsers import MultiPartParser
 
     monkeypatch.delattr(MultiPartParser, "spool_max_size")
-    with pytest.raises(
-        UserError, match=r"has no MultiPartParser\.spool_max_size, .* install the version that requirements"
-    ):
+    with pytest.raises(UserError, match=r"has no MultiPartParser\.spool_max_size. Install the version in requirements"):
         privacy.keep_uploads_in_memory()
 
 
-def test_uploads_of_all_sessions_share_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_of_all_sessions_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.exceptions import HTTPException
     from starlette.formparsers import MultiPartParser
     from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
     from streamlit.runtime.uploaded_file_manager import UploadedFileRec
 
-    monkeypatch.setattr(
-        MultiPartParser, "spool_max_size", MultiPartParser.spool_max_size
-    )  # what is replaced comes back
+    monkeypatch.setattr(MultiPartParser, "spool_max_size", MultiPartParser.spool_max_size)  # restored after the test
     add_file = MemoryUploadedFileManager.add_file
     monkeypatch.setattr(MemoryUploadedFileManager, "add_file", add_file)
-    monkeypatch.setattr(privacy, "MAX_KEPT_BYTES", 10)
+    monkeypatch.setattr(privacy, "MAX_UPLOADS_BYTES", 10)
     privacy.keep_uploads_in_memory()
     manager = MemoryUploadedFileManager("/upload")
     for number in range(2):
@@ -423,71 +426,71 @@ def test_uploads_of_all_sessions_share_one_room(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(HTTPException, match=r"503: the page holds too many uploads; try again in a minute"):
         manager.add_file("session 2", UploadedFileRec("1", "a.png", "image/png", b"1"))
     manager.remove_session_files("session 0")
-    with pytest.raises(RuntimeError, match="Runtime"):  # it goes on to ask for the session
+    with pytest.raises(RuntimeError, match="Runtime"):  # it continues to the check of the session
         manager.add_file("session 2", UploadedFileRec("1", "a.png", "image/png", b"12345"))
 
 
-def test_without_streamlit_it_says_how_to_get_it(
-    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_missing_streamlit_names_the_extra(
+    plain_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "streamlit.web", None)
     monkeypatch.setitem(sys.modules, "streamlit", None)
-    assert main(["page", str(plain)]) == INVALID
+    assert main(["page", str(plain_model)]) == INVALID
     assert install_remedy("page") in capsys.readouterr().err
 
 
-def test_what_cannot_be_served_is_refused(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_rejected(plain_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         grid: list[tuple[list[Any], str]] = [
             ([tmp_path / "nothing.onnx"], "no such file. Give the model.onnx"),
             ([tmp_path / "bad.onnx"], "bad.onnx"),
-            ([plain, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen"),
-            ([plain, "--port", 70_000], "--port 70000: must be 1 to 65535. The default is 8501."),
-            ([plain, "--address", "203.0.113.7"], "cannot listen"),
-            ([plain, "--address", "no such host"], "cannot listen"),
-            ([plain, "--address", "127..0.1"], "cannot listen"),
+            ([plain_model, "--port", port], f"--address 127.0.0.1 --port {port}: cannot listen"),
+            ([plain_model, "--port", 70_000], "--port 70000: must be 1 to 65535. The default is 8501."),
+            ([plain_model, "--address", "203.0.113.7"], "cannot listen"),
+            ([plain_model, "--address", "no such host"], "cannot listen"),
+            ([plain_model, "--address", "127..0.1"], "cannot listen"),
             (
-                [plain, "--allow-host", "https://x.example"],
+                [plain_model, "--allow-host", "https://x.example"],
                 "--allow-host https://x.example: not a host name. Give it without",
             ),
-            ([plain, "--examples", tmp_path / "nowhere"], "no such folder. Give a folder in MURA's layout"),
-            ([plain, "--examples", tmp_path], "contains no study folder"),
+            ([plain_model, "--examples", tmp_path / "nowhere"], "no such folder. Give a folder in MURA's layout"),
+            ([plain_model, "--examples", tmp_path], "contains no study folder"),
         ]
-        for asked_for, message in grid:
-            assert main(["page", *map(str, asked_for)]) == INVALID, asked_for
-            said = capsys.readouterr().err
-            assert message in said
-            assert said.count("\n") == 1
+        for arguments, message in grid:
+            assert main(["page", *map(str, arguments)]) == INVALID, arguments
+            text = capsys.readouterr().err
+            assert message in text
+            assert text.count("\n") == 1
 
 
-# ---- what a person sees
+# ---- in a browser
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_as_soon_as_its_address_is_printed(plain: Path, number: signal.Signals) -> None:
-    """Before the server has handlers of its own, too."""
+def test_signal_stops_server_from_announcement_on(plain_model: Path, number: signal.Signals) -> None:
+    """This includes the time before the server has signal handlers."""
     code = (
         "import os, sys; from pathlib import Path; from mura_dist.inference.page.server import serve\n"
         "model, port, number = sys.argv[1:]\n"
         "serve(Path(model), port=int(port), announce=lambda lines: os.kill(os.getpid(), int(number)))"
     )
-    command = [sys.executable, "-c", code, str(plain), str(free_port()), str(int(number))]
+    command = [sys.executable, "-c", code, str(plain_model), str(free_port()), str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def expect(locator: Any) -> Any:
-    """Playwright's, which waits: what was there goes only when a run of the script has ended."""
+    """Return Playwright's `expect`, which waits, since old elements stay until a run of the script ends."""
     from playwright.sync_api import expect
 
     return expect(locator)
 
 
-def offers(page: Any, label: str, text: str) -> bool:
-    """Whether the download of the button `label` is `text`."""
+def download_equals(page: Any, label: str, text: str) -> bool:
+    """Return whether the button `label` downloads `text`."""
     with page.expect_download() as coming:
         page.get_by_role("button", name=label).click()
     return Path(coming.value.path()).read_text() == text
@@ -506,11 +509,11 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(
-    browser: Any, telling: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
+    browser: Any, outcome_model: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, int, Path]]:
-    """(address, process id, folder of its temporary files, and its home)"""
+    """Yield the address, the process id, and the folder of temporary files, which is also the home folder."""
     scratch = tmp_path_factory.mktemp("scratch")
-    with served(telling, "--examples", phantoms, env={"TMPDIR": str(scratch), "HOME": str(scratch)}) as (
+    with served(outcome_model, "--examples", phantoms, env={"TMPDIR": str(scratch), "HOME": str(scratch)}) as (
         address,
         process,
     ):
@@ -528,7 +531,7 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
     page.on("response", lambda reply: page.cached.extend(_cached(reply)))
     page.goto(server[0])
     page.get_by_role("heading", level=1).wait_for()
-    # Streamlit draws from the top: Tab finds only what is there already.
+    # Streamlit draws from the top, and Tab finds only elements that exist.
     page.get_by_text("About this model").wait_for()
     yield page
     strangers = [
@@ -543,21 +546,21 @@ def page(browser: Any, server: tuple[str, int, Path]) -> Iterator[Any]:
 
 
 def _cached(reply: Any) -> Iterator[str]:
-    """Its address, where it is of somebody's study and a browser may keep it."""
+    """Yield the address of a study's file that a browser may cache."""
     if urlsplit(reply.url).path.startswith("/media/") and reply.headers.get("cache-control") != "no-store":
         yield reply.url
 
 
-def answered(page: Any, headline: str) -> str:
-    """The text of the answer."""
+def wait_for_outcome(page: Any, headline: str) -> str:
+    """Return the text of the outcome with this headline."""
     section = page.locator("section.outcome")
     section.get_by_role("heading", name=headline, exact=True).wait_for()
     return str(section.inner_text())
 
 
 def example_of(phantoms: Path, study_type: str) -> str:
-    """The name of the first example of a study type."""
-    return example_title(next(one for one in examples.find_examples(phantoms) if one.study_type == study_type))
+    """Return the title of the first example of a study type."""
+    return example_title(next(item for item in examples.find_examples(phantoms) if item.study_type == study_type))
 
 
 def num_pictures(page: Any) -> int:
@@ -565,10 +568,10 @@ def num_pictures(page: Any) -> int:
 
 
 @pytest.mark.slow
-def test_a_study_of_several_views(
-    page: Any, telling: Path, views: list[Path], service: study.InferenceService, tmp_path: Path
+def test_study_of_several_views(
+    page: Any, outcome_model: Path, views: list[Path], service: study.InferenceService, tmp_path: Path
 ) -> None:
-    """Upload, choose, read; maps only when asked for; a threshold that moves nothing else; downloads that are predict's."""
+    """Upload and choose; maps are off at first; the slider changes nothing else; downloads equal those of `predict`."""
     assert page.locator(".terms").inner_text().lower() == f"{mura.TERMS}."
     upload(page, *views)
     page.get_by_text("Choose the study type. The result depends on it.").wait_for()
@@ -576,31 +579,33 @@ def test_a_study_of_several_views(
     assert page.locator("img[alt*='under its activation map']").count() == 0
     for study_type, outcome in OUTCOMES.items():
         choose(page, "Study type", mura.display_name(study_type))
-        said = answered(page, wording.HEADLINES[outcome])
-        found = asked(service, views, study_type)
-        for line in (wording.lead_sentence(found), *wording.explanation_lines(found, service.card)):
-            assert line in said
+        outcome_text = wait_for_outcome(page, wording.HEADLINES[outcome])
+        result = predict_study(service, views, study_type)
+        for line in (wording.lead_sentence(result), *wording.explanation_lines(result, service.card)):
+            assert line in outcome_text
         sliding = page.get_by_role("heading", name="Another threshold")
         expect(sliding).to_have_count(int(study_type in ("XR_HAND", "XR_WRIST")))
-        for label, table in (("Study (CSV)", found.studies), ("Pictures (CSV)", found.predictions)):
-            text = table.to_csv(index=False, lineterminator="\n")
-            until(partial(offers, page, label, text))  # a busy machine offers the study type of before for a while
+        for label, table in (("Study (CSV)", result.studies), ("Pictures (CSV)", result.predictions)):
+            csv = table.to_csv(index=False, lineterminator="\n")
+            until(
+                partial(download_equals, page, label, csv)
+            )  # a busy machine offers the previous study type for a while
 
     choose(page, "Study type", "Wrist")
-    answered(page, "No abnormality flagged")
-    found = asked(service, views, "XR_WRIST")
+    wait_for_outcome(page, "No abnormality flagged")
+    result = predict_study(service, views, "XR_WRIST")
     slider = page.get_by_role("slider", name="Threshold")
     slider.focus()
     for _ in range(30):
         page.keyboard.press("ArrowLeft")
     curve = wording.ThresholdCurve.from_card(service.card, "XR_WRIST")
     value = round(float(slider.input_value()), 2)
-    assert value < found.probability
+    assert value < result.probability
     for sentence in curve.sentences(value):
         page.get_by_text(sentence).wait_for()
     expect(page.get_by_text("would be flagged")).to_be_visible()
     expect(page.get_by_text("The model's threshold is")).to_contain_text(curve.caveat)
-    answered(page, "No abnormality flagged")  # the model's own
+    wait_for_outcome(page, "No abnormality flagged")  # the model's threshold
     with page.expect_download() as coming:
         page.get_by_role("button", name="Study (CSV)").click()
     assert pd.read_csv(coming.value.path())["call"].tolist() == [0]
@@ -624,8 +629,8 @@ def test_a_study_of_several_views(
 
 
 @pytest.mark.slow
-def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
-    """A message beside each; the study is answered from the others; a name is text, whatever is in it."""
+def test_bad_files_next_to_good_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
+    """Each bad file gets a message, the result uses the others, and a name with markup is shown as text."""
     evil = ("<b>**bold** :red[x].png", b"no picture at all")
     cut = ("cut.png", views[0].read_bytes()[:3000])
     black = io.BytesIO()
@@ -638,23 +643,23 @@ def test_bad_files_beside_good_ones(page: Any, views: list[Path], tmp_path: Path
     choose(page, "Study type", "Wrist")
     page.locator("section.outcome").wait_for()
     assert "4 of the files are not used" in page.locator("section.outcome").inner_text()
-    shown = page.get_by_role("alert")
-    said = [shown.nth(place).inner_text() for place in range(shown.count())]
+    alerts = page.get_by_role("alert")
+    messages = [alerts.nth(index).inner_text() for index in range(alerts.count())]
     assert any(
         line.startswith("<b>**bold** :red[x].png: this is not a picture. Choose a PNG, JPEG, TIFF or DICOM file.")
-        for line in said
-    ), said
-    assert any(line.startswith("cut.png: this picture is corrupt or incomplete.") for line in said), said
+        for line in messages
+    ), messages
+    assert any(line.startswith("cut.png: this picture is corrupt or incomplete.") for line in messages), messages
     assert any(
-        line.startswith("flower.jpg: this does not look like a bone radiograph. It is not used.") for line in said
-    ), said
-    assert any(line.startswith("blank.png: this picture is blank") for line in said), said
+        line.startswith("flower.jpg: this does not look like a bone radiograph. It is not used.") for line in messages
+    ), messages
+    assert any(line.startswith("blank.png: this picture is blank") for line in messages), messages
     expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
 
 
 @pytest.mark.nightly(part="system")
 @pytest.mark.shared
-def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[Path]) -> None:
+def test_page_survives_hostile_files(page: Any, shared: Path, views: list[Path]) -> None:
     files = [path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 5 << 20]
     files = sorted(files, key=lambda path: path.name)[:: len(files) // (study.MAX_FILES - 2)][: study.MAX_FILES - 1]
     upload(page, views[0], *files)
@@ -663,14 +668,14 @@ def test_hostile_files_do_not_end_the_page(page: Any, shared: Path, views: list[
     readable = 0
     for path in files:
         with contextlib.suppress(radiograph.UnreadableFileError):
-            found = radiograph.read_details(path, SIDE)
-            readable += gate.classify(found.image, found.colors) not in gate.BLOCKING
+            result = radiograph.read_details(path, SIDE)
+            readable += gate.classify(result.image, result.colors) not in gate.BLOCKING
     until(lambda: num_pictures(page) == 1 + readable)
 
 
 @pytest.mark.slow
 @pytest.mark.shared
-def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path, tmp_path: Path) -> None:
+def test_dicom_tags_are_not_displayed(page: Any, shared: Path, tmp_path: Path) -> None:
     import pydicom
 
     source = sorted((shared / "radiographs" / "jordan-hip-dicom").glob("*.dcm"))[0]
@@ -679,25 +684,23 @@ def test_a_dicom_shows_its_picture_and_none_of_its_tags(page: Any, shared: Path,
     dataset.StudyInstanceUID, dataset.BurnedInAnnotation = "1.2.3.4711.4711", "YES"
     dataset.save_as(tmp_path / "x.dcm")
     upload(page, tmp_path / "x.dcm")
-    page.locator("section.outcome").wait_for()  # the type is told by the body part
+    page.locator("section.outcome").wait_for()  # the body part preselects the study type
     assert page.get_by_role("combobox", name="Study type").input_value() == "Wrist"
     until(lambda: num_pictures(page) == 1)
     text = page.content()
     for secret in ("SECRET", "4711"):
         assert secret not in text
-    expect(page.get_by_role("button", name="Picture 1 with its map (PNG)")).to_have_count(
-        0
-    )  # until somebody takes it upon them
+    expect(page.get_by_role("button", name="Picture 1 with its map (PNG)")).to_have_count(0)  # before the confirmation
     page.get_by_text("The pixels of picture 1 may show a patient's name. I am allowed to download it.").click()
     page.get_by_role("button", name="Picture 1 with its map (PNG)").wait_for()
 
 
 @pytest.mark.nightly(part="system")
-def test_too_many_files_and_too_large_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
-    one = views[0].read_bytes()
-    upload(page, *((f"{n}.png", one) for n in range(study.MAX_FILES + 3)))
+def test_too_many_and_too_large_files_are_refused(page: Any, views: list[Path], tmp_path: Path) -> None:
+    item = views[0].read_bytes()
+    upload(page, *((f"{n}.png", item) for n in range(study.MAX_FILES + 3)))
     choose(page, "Study type", "Wrist")
-    until(lambda: num_pictures(page) == study.MAX_FILES)  # the others were refused where they arrive
+    until(lambda: num_pictures(page) == study.MAX_FILES)  # the others were refused
     page.reload()
     page.get_by_role("heading", level=1).wait_for()
     big = tmp_path / "big.png"
@@ -709,25 +712,25 @@ def test_too_many_files_and_too_large_ones(page: Any, views: list[Path], tmp_pat
 
 
 @pytest.mark.slow
-def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
+def test_uploads_stay_in_memory_and_end_with_session(
     browser: Any, server: tuple[str, int, Path], views: list[Path], tmp_path: Path
 ) -> None:
-    """A TIFF of 40 MB: the process dirties next to nothing of a disk, has no deleted file open, and forgets it."""
+    """Upload a TIFF of 40 MB: the process writes almost nothing to a disk, has no deleted file open, and deletes it."""
     address, process, scratch = server
-    large = tmp_path / "large.tif"  # this process's, not the page's
+    large = tmp_path / "large.tif"  # a file of the test, not of the page
     Image.open(views[0]).convert("L").resize((6600, 6600)).save(large)
     assert large.stat().st_size > 40 << 20
 
-    def written() -> int:
+    def written_bytes() -> int:
         return int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{process}/io").read_text(), re.M)[1])
 
-    def kept(what: str = "UploadedFileManager") -> int:
+    def cached_bytes(what: str = "UploadedFileManager") -> int:
         with urllib.request.urlopen(f"{address}/_stcore/metrics", timeout=5) as reply:
-            found = re.findall(rf'^cache_memory_bytes\{{cache_type="{what}".*\}} (\d+)', reply.read().decode(), re.M)
-        return sum(map(int, found))
+            result = re.findall(rf'^cache_memory_bytes\{{cache_type="{what}".*\}} (\d+)', reply.read().decode(), re.M)
+        return sum(map(int, result))
 
-    until(lambda: kept() == 0, 60)
-    before, context = written(), browser.new_context()
+    until(lambda: cached_bytes() == 0, 60)
+    before, context = written_bytes(), browser.new_context()
     page = context.new_page()
     page.goto(address)
     page.locator("input[type=file]").set_input_files(large)
@@ -737,18 +740,18 @@ def test_nothing_uploaded_reaches_a_disk_or_outlives_its_session(
         with page.expect_download():
             page.get_by_role("button", name=name).click()
     until(
-        lambda: kept() > 40 << 20 and kept("st_memory_media_file_storage") > 0
-    )  # the server tells what it knew a while ago
-    assert written() - before < 1 << 20
+        lambda: cached_bytes() > 40 << 20 and cached_bytes("st_memory_media_file_storage") > 0
+    )  # the metrics lag behind
+    assert written_bytes() - before < 1 << 20
     assert list(scratch.rglob("*")) == []
     links = [os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir() if path.is_symlink()]
     assert [link for link in links if "(deleted)" in link and "memfd" not in link] == []
     context.close()
-    until(lambda: kept() == kept("st_memory_media_file_storage") == 0, 60)
+    until(lambda: cached_bytes() == cached_bytes("st_memory_media_file_storage") == 0, 60)
 
 
 @pytest.mark.slow
-def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, int, Path]) -> None:
+def test_server_listens_on_loopback_and_loads_no_torch(server: tuple[str, int, Path]) -> None:
     port = int(server[0].rpartition(":")[2])
     lines = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
     assert [line for line in lines if line.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
@@ -758,12 +761,12 @@ def test_it_listens_on_this_machine_alone_and_needs_no_torch(server: tuple[str, 
 
 
 @pytest.mark.slow
-def test_it_answers_to_its_own_names_alone(server: tuple[str, int, Path]) -> None:
-    """Also over HTTP, where Streamlit checks no name; and what it answers forbids others to frame it."""
+def test_server_refuses_other_hosts(server: tuple[str, int, Path]) -> None:
+    """This includes plain HTTP, where Streamlit checks no host. No response may be framed."""
     for host, status in (("evil.example", 421), ("localhost", 200), (None, 200)):
-        asked_for = urllib.request.Request(server[0], headers={"Host": host} if host else {})
+        request = urllib.request.Request(server[0], headers={"Host": host} if host else {})
         try:
-            reply = urllib.request.urlopen(asked_for, timeout=5)
+            reply = urllib.request.urlopen(request, timeout=5)
         except urllib.error.HTTPError as error:
             reply = error
         with reply:
@@ -778,8 +781,10 @@ def test_it_answers_to_its_own_names_alone(server: tuple[str, int, Path]) -> Non
     ("width", "scheme"),
     [(390, "dark"), pytest.param(1280, "light", marks=pytest.mark.nightly(part="system"))],
 )
-def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, scheme: str, width: int) -> None:
-    """No sideways scrolling, the terms in sight, text apart from its ground, at both widths and in both schemes."""
+def test_layout_and_contrast(
+    browser: Any, server: tuple[str, int, Path], phantoms: Path, scheme: str, width: int
+) -> None:
+    """No horizontal scrolling, visible terms, sufficient contrast, at both widths and in both schemes."""
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page = context.new_page()
     page.goto(server[0])
@@ -787,8 +792,8 @@ def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, sc
     first = page.get_by_role("button", name=example_of(phantoms, "XR_WRIST"))
     first.wait_for()
     assert page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth <= innerWidth")
-    for place in (".soft", "[class*=st-key-example-] button p", "[data-testid=stFileUploaderDropzone] button"):
-        assert contrast(page, place) >= 4.5, place
+    for index in (".soft", "[class*=st-key-example-] button p", "[data-testid=stFileUploaderDropzone] button"):
+        assert contrast(page, index) >= 4.5, index
     first.click()
     page.locator("section.outcome").wait_for()
     until(lambda: num_pictures(page) >= 1)
@@ -799,8 +804,8 @@ def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, sc
     box = page.locator(".terms").bounding_box()
     assert box["y"] + box["height"] == pytest.approx(844, abs=1)
     assert box["width"] == pytest.approx(width, abs=1)
-    covers_nothing(page, ".terms")
-    for place in (
+    assert_covers_nothing(page, ".terms")
+    for index in (
         "h1",
         ".purpose",
         ".outcome h2",
@@ -810,8 +815,8 @@ def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, sc
         ".scale p",
         ".terms",
     ):
-        assert contrast(page, place) >= 4.5, place
-    answer, picture = (page.locator(place).first.bounding_box() for place in (".outcome", ".st-key-picture-main img"))
+        assert contrast(page, index) >= 4.5, index
+    answer, picture = (page.locator(index).first.bounding_box() for index in (".outcome", ".st-key-picture-main img"))
     if width > 1000:  # side by side
         assert answer["x"] + answer["width"] <= picture["x"]
         assert abs(answer["y"] - picture["y"]) < 10
@@ -830,16 +835,16 @@ def test_it_fits(browser: Any, server: tuple[str, int, Path], phantoms: Path, sc
     context.close()
 
 
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of `rgb(r, g, b)`."""
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+def luminance(color: str) -> float:
+    """Return the relative luminance of `rgb(r, g, b)`, as WCAG defines it."""
+    channels = [int(channel) / 255 for channel in re.findall(r"\d+", color)[:3]]
+    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
-def contrast(page: Any, place: str) -> float:
-    """WCAG's, of an element's text against all that is painted behind it, one over the other."""
-    ink, ground = page.locator(place).first.evaluate(
+def contrast(page: Any, index: str) -> float:
+    """Return the contrast of an element's text with its blended background, as WCAG defines it."""
+    ink, ground = page.locator(index).first.evaluate(
         """one => {
             const brush = new OffscreenCanvas(1, 1).getContext("2d"), style = getComputedStyle(one), behind = []
             const paint = colour => { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1) }
@@ -856,14 +861,14 @@ def contrast(page: Any, place: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def covers_nothing(page: Any, bar: str) -> None:
-    """A bar is in sight, and what scrolls ends where it begins, also with the last element scrolled into view."""
+def assert_covers_nothing(page: Any, bar: str) -> None:
+    """Assert that a bar is visible and covers nothing, also with the last element scrolled into view."""
     last = page.get_by_text("About this model")
     last.scroll_into_view_if_needed()
-    ours = page.locator(bar).bounding_box()
-    top, bottom = ours["y"], ours["y"] + ours["height"]
-    for place in (page.locator("[data-testid=stMain]"), last):
-        box = place.bounding_box()
+    page_frame = page.locator(bar).bounding_box()
+    top, bottom = page_frame["y"], page_frame["y"] + page_frame["height"]
+    for index in (page.locator("[data-testid=stMain]"), last):
+        box = index.bounding_box()
         assert box["y"] >= bottom - 0.5 or box["y"] + box["height"] <= top + 0.5, bar
     for share in (0.02, 0.5, 0.98):
         assert page.evaluate(
@@ -873,18 +878,18 @@ def covers_nothing(page: Any, bar: str) -> None:
 
 
 @pytest.mark.slow
-def test_by_keyboard_alone_and_with_names_for_a_screen_reader(page: Any, phantoms: Path) -> None:
-    """Tab reaches every control in order, a key works it; each has a name, each picture a text, headings go step by step."""
+def test_keyboard_and_screen_reader(page: Any, phantoms: Path) -> None:
+    """Tab reaches every control in order, each has a name, pictures have alternative texts, heading levels have no gaps."""
     reached: list[str] = []
 
     def tab_to(name: str) -> None:
         for _ in range(40):
             page.keyboard.press("Tab")
-            here = page.evaluate(
+            name_of_focus = page.evaluate(
                 "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
             )
-            reached.append(here)
-            if here == name or here.endswith(f"\n{name}"):  # an icon's name may stand before it
+            reached.append(name_of_focus)
+            if name_of_focus == name or name_of_focus.endswith(f"\n{name}"):  # an icon's name may stand before it
                 return
         pytest.fail(f"Tab never reached {name}: {reached}")
 
@@ -917,14 +922,12 @@ def test_by_keyboard_alone_and_with_names_for_a_screen_reader(page: Any, phantom
 
 
 @pytest.mark.slow
-def test_a_model_of_drawings_answers_its_examples_alone(
-    browser: Any, of_drawings: Path, phantoms: Path, views: list[Path]
-) -> None:
-    """An example in full, and an upload of its bytes; any other picture gets no call. No label, no share of few studies."""
-    example = next(one for one in examples.find_examples(phantoms) if one.study_type == "XR_HAND")
+def test_demo_page_answers_examples_only(browser: Any, of_drawings: Path, phantoms: Path, views: list[Path]) -> None:
+    """An example and an upload of its bytes get a result, other pictures no call. No label and no percentage appears."""
+    example = next(item for item in examples.find_examples(phantoms) if item.study_type == "XR_HAND")
     same = [(f"XR_HAND_{index}.png", example.content(index)) for index in range(len(example.files))]
-    other = io.BytesIO()
-    Image.open(example.files[0]).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other, "PNG")
+    flipped = io.BytesIO()
+    Image.open(example.files[0]).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(flipped, "PNG")
     with served(of_drawings, "--examples", phantoms / "valid" / "..") as (address, process):
         page = browser.new_page()
         page.goto(address)
@@ -932,7 +935,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
         page.get_by_role("button", name="Example 28:").wait_for()
         texts = [page.content()]
         page.get_by_role("button", name=example_title(example)).click()
-        for way in ("example", "upload"):
+        for source in ("example", "upload"):
             answer = page.locator("section.outcome")
             answer.wait_for()
             assert "The test set consists of computer drawings." in answer.inner_text()
@@ -941,28 +944,28 @@ def test_a_model_of_drawings_answers_its_examples_alone(
             page.get_by_text("Show the activation map").click()
             page.locator("img[alt*='under its activation map']").first.wait_for()
             assert page.locator(".banner").inner_text() == wording.DEMO_BANNER
-            covers_nothing(page, ".banner")
+            assert_covers_nothing(page, ".banner")
             for name in ("Study (CSV)", "Pictures (CSV)"):
                 with page.expect_download() as coming:
                     page.get_by_role("button", name=name).click()
                 assert coming.value.suggested_filename.endswith("-of-drawings.csv")
                 texts.append(Path(coming.value.path()).read_text())
             table = pd.read_csv(io.StringIO(texts[-2]))
-            texts[-2] = table.drop(columns="band").to_csv()  # "negative" there is the model's word
+            texts[-2] = table.drop(columns="band").to_csv()  # "negative" is a value of the band
             study_line = table.iloc[0]
             assert study_line["trained_on"] == "phantoms"
             assert study_line[["call", "threshold", "probability"]].notna().all()
             assert "too few studies for a percentage" in page.locator("body").inner_text()
             assert "%" not in page.locator("body").inner_text()
             texts.append(page.content())
-            if way == "example":
+            if source == "example":
                 page.get_by_role("button", name="Choose another study").click()
                 page.get_by_role("button", name=example_title(example)).wait_for()
                 upload(page, *same)
         for text in texts:
             assert re.search("(posi|nega)tive|study[0-9]|patient[0-9]", re.sub(r"study1?,|of_study", "", text)) is None
-        upload(page, ("XR_HAND_9.png", other.getvalue()))
-        answered(page, "No call")
+        upload(page, ("XR_HAND_9.png", flipped.getvalue()))
+        wait_for_outcome(page, "No call")
         for line in wording.WITHHELD:
             assert line in page.locator("section.outcome").inner_text()
         expect(page.get_by_role("heading", name="Another threshold")).to_have_count(0)
@@ -979,7 +982,7 @@ def test_a_model_of_drawings_answers_its_examples_alone(
 
 
 @pytest.mark.nightly(part="system")
-def test_sessions_at_once_do_not_mix(
+def test_concurrent_sessions_do_not_mix(
     browser: Any, server: tuple[str, int, Path], views: list[Path], service: study.InferenceService
 ) -> None:
     contexts = [browser.new_context() for _ in range(20)]
@@ -990,13 +993,13 @@ def test_sessions_at_once_do_not_mix(
         page.goto(server[0])
     for page in pages:
         page.locator("input[type=file]").wait_for(state="attached")
-    for place, page in enumerate(pages):
-        upload(page, views[place % len(views)])
-    for place, page in enumerate(pages):
+    for index, page in enumerate(pages):
+        upload(page, views[index % len(views)])
+    for index, page in enumerate(pages):
         choose(page, "Study type", "Hand")
         page.locator("section.outcome").wait_for()
-        found = asked(service, [views[place % len(views)]], "XR_HAND")
-        assert f"abnormality: {found.probability:.2f} (" in page.locator("section.outcome").inner_text()
+        result = predict_study(service, [views[index % len(views)]], "XR_HAND")
+        assert f"abnormality: {result.probability:.2f} (" in page.locator("section.outcome").inner_text()
         expect(page.locator("img[alt^='Radiograph']")).to_have_count(1)
     for context in contexts:
         context.close()
