@@ -67,12 +67,12 @@ stage() {
 # Radiographs: drawn, or those of FOLDER.
 if [ -z "$folder" ]; then
   folder=$drawings
-  begin "drawing bones, some of them broken" "20 s"
+  begin "drawing phantom radiographs" "20 s"
   stage phantoms "${code[@]}" -- "$folder" -- mura-dist phantoms "$folder" "${drawn[@]}"
 fi
 
 # Shards. At 128 px the activation map has 4 x 4 cells.
-begin "shards, every radiograph decoded and resized once" "5 s"
+begin "converting the radiographs to shards" "5 s"
 stage shards "${code[@]}" "$folder" -- "$shards" -- mura-dist shards "$folder" "$shards" --size 128 --tune 0.2
 
 # Choose ranks, batch and epochs for this folder and this machine, and find the valid split.
@@ -90,9 +90,9 @@ train=(bash launch/local.sh "$ranks" launch/recipes/demo.toml "shards=$shards" "
 once() { # once NAME ...: a stage, unless the untrained model was evaluated
   if [ -e "$run/untrained/metrics.json" ]; then echo "  already done"; else stage "$@"; fi
 }
-begin "an untrained network, to compare with" "15 s"
+begin "creating an untrained network as the baseline" "15 s"
 once untrained "${code[@]}" "$shards" -- "$run/checkpoints" -- "${train[@]}" epochs=0
-begin "measuring the untrained network" "25 s"
+begin "evaluating the untrained network" "25 s"
 once evaluate_untrained "${code[@]}" "$shards" -- "$run/untrained" -- \
   mura-dist evaluate "$run" "$shards" --checkpoint step-0 --out "$run/untrained" --no-gallery
 
@@ -101,12 +101,12 @@ begin "training" "4 minutes"
 stage train "${code[@]}" "$shards" -- "$run/checkpoints" "$run/metrics.jsonl" -- "${train[@]}"
 
 # Evaluate on valid, which is only reported. Export. Predict a directory from the exported file.
-begin "measuring the trained network, the report" "35 s"
+begin "evaluating the trained network and writing the report" "35 s"
 stage evaluate "${code[@]}" "$shards" "$run/checkpoints" -- "$run/metrics.json" "$run/report.html" "$run/gallery.html" -- \
   mura-dist evaluate "$run" "$shards"
-begin "exporting it as an ONNX file, compared with torch" "20 s"
+begin "exporting to ONNX and comparing with torch" "20 s"
 stage export "${code[@]}" "$run/checkpoints" "$run/metrics.json" -- "$run/model.onnx" -- mura-dist export "$run"
-begin "predicting the valid folder from that file alone" "15 s"
+begin "predicting the valid folder with the ONNX file" "15 s"
 stage predict "${code[@]}" "$run/model.onnx" "$valid" -- "$run/predictions" -- \
   mura-dist predict "$run/model.onnx" "$valid" --out "$run/predictions"
 

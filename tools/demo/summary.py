@@ -1,4 +1,4 @@
-"""The end of launch/demo.sh: five lines on the screen, RUN/summary.json on disk.
+"""Summarize the demo: print five lines, and write RUN/summary.json.
 
 python tools/demo/summary.py RUN SECONDS VALID      SECONDS: a file with a line "STAGE SECONDS" for each time a stage ran
                                                     VALID: a folder of studies, the page's examples
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: the page has a line for it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # launch/demo.sh reports Ctrl-C
 
 from mura_dist.core import files
 from mura_dist.data import mura
@@ -21,6 +21,7 @@ from mura_dist.metrics import summary as measure
 
 
 def main() -> None:
+    """Write the summary of the run in the arguments, and print it."""
     run, seconds = Path(sys.argv[1]), stage_seconds(Path(sys.argv[2]))
     trained, untrained = (json.loads((run / name).read_bytes()) for name in ("metrics.json", "untrained/metrics.json"))
     overall = trained["overall"]
@@ -43,8 +44,8 @@ def main() -> None:
 def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: str) -> Iterator[str]:
     """Yield the five lines that end the demo: AUROC, kappa, the report, the page's command, the time."""
     untrained, studies = measure.format_number(summary["auroc_untrained"]), f"{summary['num_studies']} held-out studies"
-    what = f"{studies} of drawings" if summary["trained_on"] == "phantoms" else studies
-    yield f"AUROC: untrained {untrained} -> trained {measure.format_with_interval(overall, 'auroc')}, {what}"
+    test_set = f"{studies} of drawings" if summary["trained_on"] == "phantoms" else studies
+    yield f"AUROC: untrained {untrained} -> trained {measure.format_with_interval(overall, 'auroc')}, {test_set}"
     kappa = measure.format_with_interval(overall, "kappa")
     yield f"kappa: {kappa}, agreement of calls and labels beyond chance (0: chance, 1: perfect)"
     yield f"report: open {run / 'report.html'}"
@@ -55,7 +56,7 @@ def lines(run: Path, summary: dict[str, Any], overall: dict[str, Any], valid: st
 
 
 def stage_seconds(path: Path) -> dict[str, int]:
-    """Return the seconds of each stage, over all the times it ran: a finished one is not started again."""
+    """Return the total seconds of each stage. A stage that was interrupted has several lines."""
     seconds: dict[str, int] = {}
     for line in path.read_text().splitlines():
         stage, _, value = line.partition(" ")
