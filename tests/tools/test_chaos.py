@@ -32,9 +32,9 @@ def last(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"))
 
 
-def flip_a_bit(path: Path, place: int) -> None:
+def flip_a_bit(path: Path, index: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[index] ^= 1
     path.write_bytes(data)
 
 
@@ -67,46 +67,48 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("what", TAMPERINGS)
 def test_each_difference_is_found(what: str, trained: Path, tmp_path: Path) -> None:
-    tamper, said = TAMPERINGS[what]
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)
-    assert chaos.differences(trained, other) == []
-    tamper(other)
-    found = chaos.differences(trained, other)
-    assert any(re.search(said, line) for line in found), found
+    tamper, expected = TAMPERINGS[what]
+    copy = tmp_path / "other"
+    shutil.copytree(trained, copy)
+    assert chaos.differences(trained, copy) == []
+    tamper(copy)
+    differences = chaos.differences(trained, copy)
+    assert any(re.search(expected, line) for line in differences), differences
 
 
-def test_the_journal_names_the_same_fields() -> None:
-    said = (metrics_log.__doc__ or "").partition("Wall-clock:")[2].partition("All other\nfields")[0]
-    assert set(re.findall(r"`([a-z_]+)`", said)) - {"data", "compute"} == chaos.WALL_CLOCK
+def test_metrics_log_documents_the_wall_clock_fields() -> None:
+    expected = (metrics_log.__doc__ or "").partition("Wall-clock fields:")[2].partition("All other fields")[0]
+    assert set(re.findall(r"`([a-z_]+)`", expected)) - {"data", "compute"} == chaos.WALL_CLOCK
 
 
 def test_only_the_wall_clock_may_differ(trained: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)
-    path = other / "metrics.jsonl"
+    copy = tmp_path / "other"
+    shutil.copytree(trained, copy)
+    path = copy / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {"loss", "learning_rate", "tune_loss", "tune_auroc", "step"} <= set().union(*chaos._metrics(trained))
     for line in lines:
         line.update(dict.fromkeys(chaos.WALL_CLOCK & line.keys(), -1))
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert chaos.differences(trained, other) == []
+    assert chaos.differences(trained, copy) == []
 
 
 def test_tensors_are_read_as_safetensors_reads_them(trained: Path) -> None:
     for path in last(trained).glob("*.safetensors"):
-        ours, theirs = chaos.tensors(path), load_file(path)
-        assert ours.keys() == theirs.keys()
-        for name, (_, shape, data) in ours.items():
-            assert shape == tuple(theirs[name].shape)
-            assert data == theirs[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        tensors, reference = chaos.tensors(path), load_file(path)
+        assert tensors.keys() == reference.keys()
+        for name, (_, shape, data) in tensors.items():
+            assert shape == tuple(reference[name].shape)
+            assert data == reference[name].reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
     reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
     drawn = [[chaos.draw_aims(random.Random(seed), n, reference_run, 3) for n in range(60)] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    aims = [aim for seed in range(40) for n in range(4) for aim in chaos.draw_aims(random.Random(seed), n, reference_run, 3)]
+    aims = [
+        aim for seed in range(40) for n in range(4) for aim in chaos.draw_aims(random.Random(seed), n, reference_run, 3)
+    ]
     assert {aim.kind for aim in aims} == set(chaos.AIMS)
     assert {aim.victim for aim in aims} == {"rank 0", "rank 1", "rank 2", "torchrun", "all"}
     assert all(0 <= aim.after_s <= (8 if aim.kind == "start" else 20) for aim in aims)
@@ -135,20 +137,20 @@ def test_a_write_and_an_evaluation_are_seen_from_outside(tmp_path: Path) -> None
     (checkpoints / ".step-00000009.partial").mkdir()
     assert now()
     now = chaos.moment(chaos.Aim("evaluation", 0, 0, "all"), tmp_path, reference_run)
-    seen = []
+    answers = []
     for line in ({"kind": "step", "step": 3}, {"kind": "step", "step": 4}, {"kind": "epoch", "step": 4}):
         with open(metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
-        seen.append(now())
-    assert seen == [False, True, True]
+        answers.append(now())
+    assert answers == [False, True, True]
 
 
 def test_a_process_that_outlives_its_run_is_named_and_ended(tmp_path: Path) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)", f"run={tmp_path}"]
-    with subprocess.Popen(sleeping) as left:
+    with subprocess.Popen(sleeping) as process:
         begin = time.monotonic()
         assert chaos.survivors(tmp_path, 0.3) == "1 processes outlived their launcher by 0 s"
-        assert left.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         assert time.monotonic() - begin < 20
     assert chaos.survivors(tmp_path, 0) == ""
 
@@ -157,9 +159,9 @@ def test_a_process_that_outlives_its_run_is_named_and_ended(tmp_path: Path) -> N
 def test_three_killed_trainings_end_as_the_one_that_nobody_killed(tmp_path: Path) -> None:
     result = run("python", chaos.__file__, "--kills", "3", "--seed", "7", "--keep", tmp_path / "kept", timeout_s=900)
     assert result.returncode == 0, result.stdout + result.stderr
-    told = result.stdout.splitlines()
-    assert told[-1].startswith("3 trainings (seed 7), killed ")
-    assert told[-1].endswith(": 3 the same bits, 0 not")
-    assert sum(line.startswith("kill ") for line in told) == 3
+    lines = result.stdout.splitlines()
+    assert lines[-1].startswith("3 trainings (seed 7), killed ")
+    assert lines[-1].endswith(": 3 the same bits, 0 not")
+    assert sum(line.startswith("kill ") for line in lines) == 3
     for number in (1, 2, 3):  # each was hit at least once, and at work
         assert f"kill {number}: killed never" not in result.stdout

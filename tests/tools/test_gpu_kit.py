@@ -43,8 +43,8 @@ def test_every_name_it_takes_from_the_package_is_there() -> None:
 
 @pytest.mark.nightly(part="system")
 def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--stages", "graph,roofline,proto")
-    done = run("python", SCRIPT, *words, cwd=ROOT)
+    arguments = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--stages", "graph,roofline,proto")
+    done = run("python", SCRIPT, *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "gpu_check.json",
@@ -83,8 +83,8 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.nightly(part="system")
 def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
-    words = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch")
-    done = run("python", SCRIPT, *words, cwd=ROOT, timeout_s=1800)
+    arguments = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch")
+    done = run("python", SCRIPT, *arguments, cwd=ROOT, timeout_s=1800)
     states = json.loads((tmp_path / "out/gpu_check.json").read_text())["stages"]
     assert done.returncode == 0, states
     assert states.keys() == gpu.STAGES.keys()  # in the order in which they ended: one runs beside another

@@ -82,11 +82,11 @@ def test_a_ratio_is_of_one_round() -> None:
         {"step": turn(5, 1.5, 0.5), "together": turn(4), "alone": turn(3), "bare": turn(2)},
         {"step": turn(9, 1, 1), "together": turn(6.5), "alone": turn(6), "bare": turn(1)},
     ]
-    found = communication._summary(rounds)
-    assert found["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
-    assert found["waiting_ratio"] == {"median": 0.5, "min": 0.5, "max": 0.5}
-    assert found["sent_ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
-    assert found["extra_s"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    measured = communication._summary(rounds)
+    assert measured["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert measured["waiting_ratio"] == {"median": 0.5, "min": 0.5, "max": 0.5}
+    assert measured["sent_ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
+    assert measured["extra_s"] == {"median": 2.5, "min": 2.0, "max": 3.0}
 
 
 # ---- the laws of the model
@@ -95,19 +95,41 @@ GRID = list(itertools.product((4, 630_000, 50 * MB), (2, 3, 4, 8, 64), (0.0, 1e-
 
 
 def trace_of(**values: Any) -> Trace:
-    known: dict[str, Any] = {"device": "cpu", "processors": 2, "architecture": "tiny", "size_px": 64, "micro_batch": 4}
-    known |= {"precision": "fp32", "micro_s": [0.1, 0.11, 0.12], "rest_s": [0.02, 0.02, 0.03], "evaluation_s": [0.05]}
-    known |= {"gradient_bytes": 50 * MB, "fixed_bytes": 630_000, "host_s_per_byte": 1e-9, "hop_s": 1e-4}
-    return Trace(**known | values)
+    defaults: dict[str, Any] = {
+        "device": "cpu",
+        "processors": 2,
+        "architecture": "tiny",
+        "size_px": 64,
+        "micro_batch": 4,
+    }
+    defaults |= {
+        "precision": "fp32",
+        "micro_s": [0.1, 0.11, 0.12],
+        "rest_s": [0.02, 0.02, 0.03],
+        "evaluation_s": [0.05],
+    }
+    defaults |= {"gradient_bytes": 50 * MB, "fixed_bytes": 630_000, "host_s_per_byte": 1e-9, "hop_s": 1e-4}
+    return Trace(**defaults | values)
 
 
 GPU = {"processors": None, "device": "a GPU", "host_s_per_byte": 0.0, "hop_s": 0.0}
 
 
 def data_of(**values: Any) -> Data:
-    known: dict[str, Any] = {"radiographs": 36_808, "tune": 0.1, "others": 3_197, "bytes_each": 1e5, "per_shard": 512}
-    known |= {"disk_bytes_per_s": 2e9, "store_bytes_per_s": 4e8, "dollars_per_1000_gets": 0.0004, "dollars_per_gb": 0.0}
-    return Data(**known | {"dollars_per_gpu_hour": 3.0, "epochs": 10} | values)
+    defaults: dict[str, Any] = {
+        "radiographs": 36_808,
+        "tune": 0.1,
+        "num_valid": 3_197,
+        "bytes_each": 1e5,
+        "per_shard": 512,
+    }
+    defaults |= {
+        "disk_bytes_per_s": 2e9,
+        "store_bytes_per_s": 4e8,
+        "dollars_per_1000_gets": 0.0004,
+        "dollars_per_gb": 0.0,
+    }
+    return Data(**defaults | {"dollars_per_gpu_hour": 3.0, "epochs": 10} | values)
 
 
 def cluster_of(rate: float = 1e11, latency_s: float = 1e-5) -> Cluster:
@@ -118,23 +140,23 @@ def cluster_of(rate: float = 1e11, latency_s: float = 1e-5) -> Cluster:
 def test_a_ring_takes_its_bytes_and_at_most_its_hops(size: int, ranks: int, latency_s: float, rate: float) -> None:
     """No faster than the wire carries 2 (n - 1) / n of the bytes; no slower than every segment after the other."""
     network = Network(latency_s, rate)
-    took = scaling.ring_s(size, ranks, network)
+    seconds = scaling.ring_s(size, ranks, network)
     wire = network.wire_s(2 * (ranks - 1) / ranks * size)
     assert network.framed(1448) == 1514, "a whole packet of Ethernet"
     segments = 2 * (ranks - 1) * -(-max(-(-size // (1 << 20)), 2 * ranks) // ranks)
-    assert wire * 0.999999 <= took <= (wire + segments * latency_s) * 1.000001
-    assert took >= 2 * (ranks - 1) * latency_s, "a chunk goes round twice"
+    assert wire * 0.999999 <= seconds <= (wire + segments * latency_s) * 1.000001
+    assert seconds >= 2 * (ranks - 1) * latency_s, "a chunk goes round twice"
     assert scaling.ring_s(size, 1, network) == 0
-    assert took >= scaling.ring_s(size, ranks, Network(latency_s, 2 * rate))
-    assert took <= scaling.ring_s(size, ranks, Network(latency_s + 1e-3, rate))
-    assert took <= scaling.ring_s(size, ranks, network, host_s_per_byte=1e-9)
+    assert seconds >= scaling.ring_s(size, ranks, Network(latency_s, 2 * rate))
+    assert seconds <= scaling.ring_s(size, ranks, Network(latency_s + 1e-3, rate))
+    assert seconds <= scaling.ring_s(size, ranks, network, host_s_per_byte=1e-9)
 
 
 def test_a_ring_without_a_network_is_the_hosts_work() -> None:
     """2 (n - 1) / n of the bytes through a processor; two ranks: each byte once, as it is measured."""
     for ranks in (2, 4, 8):
-        took = scaling.ring_s(48 << 20, ranks, Network.parse("none"), host_s_per_byte=1e-9)
-        assert took == pytest.approx(2 * (ranks - 1) / ranks * (48 << 20) * 1e-9, rel=1e-6)
+        seconds = scaling.ring_s(48 << 20, ranks, Network.parse("none"), host_s_per_byte=1e-9)
+        assert seconds == pytest.approx(2 * (ranks - 1) / ranks * (48 << 20) * 1e-9, rel=1e-6)
 
 
 def test_a_ring_followed_by_hand() -> None:
@@ -147,13 +169,13 @@ def test_a_ring_followed_by_hand() -> None:
 
 @pytest.mark.parametrize(("size", "ranks", "latency_s", "rate"), GRID)
 def test_nccl_takes_its_bytes_over_the_slowest_link(size: int, ranks: int, latency_s: float, rate: float) -> None:
-    took = scaling.nccl_s(size, ranks, cluster_of(rate, latency_s))
+    seconds = scaling.nccl_s(size, ranks, cluster_of(rate, latency_s))
     slow = Network(latency_s, rate) if ranks > 8 else Network(5e-6, 1.2e12)
-    assert took >= slow.wire_s(2 * (ranks - 1) / ranks * size) * 0.999999
+    assert seconds >= slow.wire_s(2 * (ranks - 1) / ranks * size) * 0.999999
     assert scaling.nccl_s(size, 1, cluster_of(rate, latency_s)) == 0
-    assert took >= scaling.nccl_s(size, ranks, cluster_of(2 * rate, latency_s))
+    assert seconds >= scaling.nccl_s(size, ranks, cluster_of(2 * rate, latency_s))
     if ranks <= 8:
-        assert took == scaling.nccl_s(size, ranks, cluster_of(1.0, 9.0)), "nothing leaves the node"
+        assert seconds == scaling.nccl_s(size, ranks, cluster_of(1.0, 9.0)), "nothing leaves the node"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64, 256])
@@ -185,10 +207,10 @@ def test_ranks_share_processors_gpus_do_not() -> None:
 
 def test_the_slowest_of_many() -> None:
     samples = list(range(101))
-    found = [scaling.slowest_s(samples, ranks) for ranks in (1, 2, 8, 256, 10**6)]
-    assert found[0] == 50
-    assert found == sorted(found)
-    assert found[-1] <= 100
+    measured = [scaling.slowest_s(samples, ranks) for ranks in (1, 2, 8, 256, 10**6)]
+    assert measured[0] == 50
+    assert measured == sorted(measured)
+    assert measured[-1] <= 100
     drawn = np.random.default_rng(0).integers(0, 101, (20_000, 8)).max(axis=1)
     assert scaling.slowest_s(samples, 8) == pytest.approx(np.median(drawn), abs=1.5)
     assert scaling.slowest_s([3.0], 8) == 3
@@ -198,25 +220,25 @@ def test_the_slowest_of_many() -> None:
 @pytest.mark.parametrize("batch", [None, 4 * 96, 4 * 8 * 96])
 def test_an_epoch_adds_up(gpus: int, batch: int | None) -> None:
     trace, data = trace_of(**GPU), data_of()
-    one = scaling.epoch(trace, gpus, cluster_of(), data, global_batch=batch)
-    if one.refused:
-        assert one.step is None
-        assert one.global_batch % (4 * gpus) or one.global_batch > data.num_train
+    row = scaling.epoch(trace, gpus, cluster_of(), data, global_batch=batch)
+    if row.refused:
+        assert row.step is None
+        assert row.global_batch % (4 * gpus) or row.global_batch > data.num_train
         return
-    assert one.step is not None
-    assert 0 < one.efficiency <= 1
-    assert one.global_batch % (4 * gpus) == 0
-    assert one.steps * one.global_batch <= data.num_train < (one.steps + 1) * one.global_batch
-    assert one.epoch_s > one.steps * one.step_s
-    assert one.read_bytes <= data.radiographs * data.bytes_each
-    assert one.nodes == math.ceil(gpus / 8)
-    assert one.copied_bytes == one.nodes * 40_005 * 100_000
-    assert one.dollars == pytest.approx(3 * gpus * one.epoch_s / 3600)
+    assert row.step is not None
+    assert 0 < row.efficiency <= 1
+    assert row.global_batch % (4 * gpus) == 0
+    assert row.steps * row.global_batch <= data.num_train < (row.steps + 1) * row.global_batch
+    assert row.epoch_s > row.steps * row.step_s
+    assert row.read_bytes <= data.radiographs * data.bytes_each
+    assert row.nodes == math.ceil(gpus / 8)
+    assert row.copied_bytes == row.nodes * 40_005 * 100_000
+    assert row.dollars == pytest.approx(3 * gpus * row.epoch_s / 3600)
 
 
 def test_what_does_not_divide_is_said_and_the_nearest_named() -> None:
-    one = scaling.epoch(trace_of(**GPU), 24, cluster_of(), data_of(), global_batch=128)
-    assert (one.step, one.refused) == (None, "a global batch of 128 is no multiple of 4 x 24; the nearest is 96")
+    row = scaling.epoch(trace_of(**GPU), 24, cluster_of(), data_of(), global_batch=128)
+    assert (row.step, row.refused) == (None, "a global batch of 128 is no multiple of 4 x 24; the nearest is 96")
     more = scaling.epoch(trace_of(**GPU), 256, cluster_of(), data_of(radiographs=900))
     assert more.refused == "a global batch of 1024 is more than an epoch's 810; fewer GPUs, or a smaller micro-batch"
 
@@ -241,28 +263,28 @@ def test_what_limits() -> None:
 def test_the_copys_requests_are_those_of_the_mirror(
     shard_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    requests: list[str] = []
     for name in ("read", "copy_to"):
-        kept = getattr(storage.LocalStorage, name)
+        original = getattr(storage.LocalStorage, name)
         monkeypatch.setattr(
             storage.LocalStorage,
             name,
-            lambda self, what, *more, kept=kept: (asked.append(what), kept(self, what, *more))[1],
+            lambda self, what, *more, original=original: (requests.append(what), original(self, what, *more))[1],
         )
     for _ in range(2):  # ranks of a node
         cache.local_folder(shard_folder, tmp_path)
     index = json.loads((shard_folder / "index.json").read_text())
-    counts = {split: part["num_radiographs"] for split, part in index["splits"].items()}
-    data = data_of(radiographs=counts["train"] + counts["tune"], others=counts["valid"], tune=0.1)
+    counts = {split: entry["num_radiographs"] for split, entry in index["splits"].items()}
+    data = data_of(radiographs=counts["train"] + counts["tune"], num_valid=counts["valid"], tune=0.1)
     assert len(index["splits"]) == data.num_shards == 3
-    assert len(asked) == scaling.epoch(trace_of(processors=None), 2, cluster_of(), data).gets
+    assert len(requests) == scaling.epoch(trace_of(processors=None), 2, cluster_of(), data).gets
 
 
 def test_a_samples_bytes_are_those_of_the_tars(shard_folder: Path) -> None:
     for path in shard_folder.glob("*.tar"):
         number = len((path.with_suffix(".crc")).read_text().splitlines())
-        left = path.stat().st_size - number * scaling.sample_bytes("raw", Shards.open(shard_folder).size)
-        assert 0 <= left <= 20 * 512, "the end of a tar"
+        remainder = path.stat().st_size - number * scaling.sample_bytes("raw", Shards.open(shard_folder).size)
+        assert 0 <= remainder <= 20 * 512, "the end of a tar"
     assert scaling.sample_bytes("jpeg", 320) < scaling.sample_bytes("png", 320) < scaling.sample_bytes("raw", 320)
 
 
@@ -275,9 +297,9 @@ def test_planning_ten_million() -> None:
 
 
 def test_planning_counts_every_micro_batch() -> None:
-    found = planning.measure(10_000, 4, 8)
-    assert found["epoch_s"] / found["micro_us"] * 1e6 == pytest.approx(10_000 // 32)
-    assert "10,000 radiographs, 4 ranks" in planning.words(found)
+    measured = planning.measure(10_000, 4, 8)
+    assert measured["epoch_s"] / measured["micro_us"] * 1e6 == pytest.approx(10_000 // 32)
+    assert "10,000 radiographs, 4 ranks" in planning.format_row(measured)
 
 
 # ---- files and words
@@ -314,16 +336,16 @@ def test_the_table_and_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     path, picture = tmp_path / "trace.json", tmp_path / "scaling.png"
     trace_of(**GPU).save(path)
     assert scale.main(["predict", "--trace", str(path), "--plot", str(picture), "--network", "25Gb/s:10us"]) == 0
-    lines = (told := capsys.readouterr().out).splitlines()
+    lines = (output := capsys.readouterr().out).splitlines()
     table = lines[lines.index("25Gb/s:10us between nodes") + 2 :][:9]
     assert [int(line.split()[0]) for line in table] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     data = data_of(bytes_each=scaling.sample_bytes("raw", 320))
     for line in table:
-        one = scaling.epoch(trace_of(**GPU), int(line.split()[0]), cluster_of(25e9), data)
-        assert f" {1e3 * one.step_s:.1f} " in line
-        assert f" {one.efficiency:.1%} " in line
-    assert "GETs" in told
-    assert "  given: $3 a GPU and hour" in told
+        row = scaling.epoch(trace_of(**GPU), int(line.split()[0]), cluster_of(25e9), data)
+        assert f" {1e3 * row.step_s:.1f} " in line
+        assert f" {row.efficiency:.1%} " in line
+    assert "GETs" in output
+    assert "  given: $3 a GPU and hour" in output
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert len(image.convert("L").getcolors()) > 20
@@ -338,7 +360,7 @@ def test_a_gpu_nobody_measured_is_named_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["predict"], "give either --trace FILE"),
         (["predict", "--images-per-s", "0"], "--images-per-s 0.0: must be at least 0.001"),
@@ -353,8 +375,8 @@ def test_a_gpu_nobody_measured_is_named_so() -> None:
         (["planning", "--radiographs", "10"], "must be at most --radiographs 10"),
     ],
 )
-def test_a_wrong_request_is_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scale.main(words) == 2
+def test_a_wrong_request_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scale.main(arguments) == 2
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1), err
     assert err.startswith("scale.py: ")
@@ -384,8 +406,8 @@ def fleet() -> Iterator[Fleet]:
 @pytest.fixture
 def started(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever starts two ranks gets these: each start takes seconds."""
-    for room in (communication, trials):
-        monkeypatch.setattr(room, "Fleet", lambda job, ranks: contextlib.nullcontext(fleet))
+    for module in (communication, trials):
+        monkeypatch.setattr(module, "Fleet", lambda job, ranks: contextlib.nullcontext(fleet))
     monkeypatch.setattr(networks, "lacking", lambda: "not here")
     monkeypatch.setattr(trials, "_at_once", lambda: (2, 2))
 
@@ -393,12 +415,12 @@ def started(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("started")
 def test_two_real_ranks_with_and_without_communication() -> None:
     lines: list[str] = []
-    (found,) = communication.measure(TINY, [2], rounds=2, log=lines.append)
+    (measured,) = communication.measure(TINY, [2], rounds=2, log=lines.append)
     weights, norms = trials.sizes("tiny")
-    assert (found["ranks"], found["gradient_type"], found["gradient_bytes"]) == (2, "float32", 4 * weights)
-    assert found["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
+    assert (measured["ranks"], measured["gradient_type"], measured["gradient_bytes"]) == (2, "float32", 4 * weights)
+    assert measured["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
     for key in ("step_s", "together_s", "alone_s", "bare_s", "sent_s"):
-        assert 0 < found[key]["min"] <= found[key]["median"] <= found[key]["max"]
+        assert 0 < measured[key]["min"] <= measured[key]["median"] <= measured[key]["max"]
     assert lines[0].startswith("2 ranks: step ")
 
 
@@ -420,8 +442,8 @@ def test_ranks_alone_do_not_hear_each_other_and_then_they_do_again(fleet: Fleet)
 
 def test_every_measured_step_is_the_same() -> None:
     """However many: weights that moved by noise ended in gradients that are not finite."""
-    with process_group.join(30) as here:
-        player = _Player(TINY, here)
+    with process_group.join(30) as world:
+        player = _Player(TINY, world)
         before = player.engine.flat.weights.detach().clone()
         for what in ("alone", "step", "together", "bare", "step"):
             player.play(what)
@@ -445,10 +467,10 @@ def test_a_trace_and_a_run_of_two(tmp_path: Path) -> None:
     assert min(trace.micro_s) > 0
     trace.save(tmp_path / "trace.json")
     assert Trace.load(tmp_path / "trace.json") == trace
-    for given in (trace, None):
-        (found,) = trials.check(given, TINY, [2], [Network.parse("none")], rounds=2, log=lambda line: None)
-    assert found["error"] == pytest.approx(found["predicted_s"] / found["step_s"]["median"] - 1)
-    assert found["sent_bytes"] is None
+    for source in (trace, None):
+        (measured,) = trials.check(source, TINY, [2], [Network.parse("none")], rounds=2, log=lambda line: None)
+    assert measured["error"] == pytest.approx(measured["predicted_s"] / measured["step_s"]["median"] - 1)
+    assert measured["sent_bytes"] is None
 
 
 SEND = """
@@ -477,16 +499,16 @@ def seconds_of_a_mebibyte(spaces: Spaces) -> float:
     with subprocess.Popen([*inside[0], HEAR], stdout=subprocess.PIPE, text=True) as hearer:
         assert hearer.stdout is not None
         assert hearer.stdout.readline() == "ready\n"
-        said = subprocess.run([*inside[1], SEND.format(spaces.address)], capture_output=True, text=True, check=True)
-    return float(said.stdout)
+        answer = subprocess.run([*inside[1], SEND.format(spaces.address)], capture_output=True, text=True, check=True)
+    return float(answer.stdout)
 
 
 @pytest.mark.skipif(bool(LACKING), reason=LACKING)
 def test_namespaces_come_with_their_links_and_go() -> None:
     with Spaces(2) as spaces:
         assert set(networks.leftovers()) > set(spaces.names)
-        with Spaces(1) as others:
-            assert len(networks.leftovers()) == 3 + len(others.names) + 1, "a bridge each"
+        with Spaces(1) as second:
+            assert len(networks.leftovers()) == 3 + len(second.names) + 1, "a bridge each"
         spaces.limit(Network.parse("10Mb/s"))
         before = spaces.sent_bytes()
         assert seconds_of_a_mebibyte(spaces) > 0.6, "0.88 s, but for a burst of 256 KiB at the start"
@@ -514,9 +536,9 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_over_a_far_link(tmp_path: Path) -> None:
     """Two ranks of a small network: the bytes are those predicted, and over 100 ms the way is what takes the time."""
     numbers = tmp_path / "check.json"
-    words = ("--architecture", "tiny", "--size", 32, "--ranks", 2, "--rounds", 3)
-    words += ("--network", "none", "--network", "1Gb/s:100ms")
-    done = run("python", SCALE, "check", *words, "--json", numbers, "--plot", tmp_path / "check.png")
+    arguments = ("--architecture", "tiny", "--size", 32, "--ranks", 2, "--rounds", 3)
+    arguments += ("--network", "none", "--network", "1Gb/s:100ms")
+    done = run("python", SCALE, "check", *arguments, "--json", numbers, "--plot", tmp_path / "check.png")
     assert done.returncode == 0, done.stderr
     near, far = json.loads(numbers.read_text())["runs"]
     assert (

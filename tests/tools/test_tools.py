@@ -58,14 +58,14 @@ def test_a_misdeed_is_found_and_the_next_file_meets_a_fresh_child(what: str, tmp
 @pytest.mark.slow
 def test_a_finding_is_kept_and_said(tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER.format(good=GOOD, what="os.abort()")]
-    said: list[str] = []
-    found = fuzzing.fuzz({"bad": b"BAD" * 9}, 40, 0, keep=tmp_path / "kept", log=said.append, command=command)
-    assert len(found.findings) == len(said) == len(list((tmp_path / "kept").iterdir())) > 0
-    assert found.counts["read"] + len(found.findings) == found.num_files == 40
+    log_lines: list[str] = []
+    outcome = fuzzing.fuzz({"bad": b"BAD" * 9}, 40, 0, keep=tmp_path / "kept", log=log_lines.append, command=command)
+    assert len(outcome.findings) == len(log_lines) == len(list((tmp_path / "kept").iterdir())) > 0
+    assert outcome.counts["read"] + len(outcome.findings) == outcome.num_files == 40
     for path in (tmp_path / "kept").iterdir():
         assert path.read_bytes().startswith(b"BAD")
-        assert any(line.endswith(f"kept as {path}") for line in said)
-    assert f"{len(found.findings)} findings" in fuzzing.summary(found, 1.0)
+        assert any(line.endswith(f"kept as {path}") for line in log_lines)
+    assert f"{len(outcome.findings)} findings" in fuzzing.summary(outcome, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def seeds() -> dict[str, bytes]:
 
 
 def test_mended_checksums_are_right_ones(seeds: dict[str, bytes]) -> None:
-    whole = seeds["grey png"]
-    broken = whole[:45] + b"xxxx" + whole[49:]
-    assert fuzzing.mended(whole) == whole
+    reference = seeds["gray png"]
+    broken = reference[:45] + b"xxxx" + reference[49:]
+    assert fuzzing.mended(reference) == reference
     assert fuzzing.mended(broken) != broken
     assert b"".join(fuzzing._chunk(*chunk) for chunk in fuzzing._chunks(broken)) == fuzzing.mended(broken)[8:]
     assert fuzzing.mended(seeds["dicom"]) == seeds["dicom"]
@@ -92,15 +92,18 @@ def test_every_blow_changes_some_file(seeds: dict[str, bytes]) -> None:
 @pytest.mark.nightly(part="fuzz")
 def test_300_broken_files(seeds: dict[str, bytes], tmp_path: Path) -> None:
     """Twice: the same cases, the same outcome. 20,000: python tools/robustness/fuzz_radiograph.py"""
-    said: list[str] = []
-    first, again = (fuzzing.fuzz(seeds, 300, 0, keep=tmp_path / "kept", log=said.append) for _ in range(2))
-    assert said == []
+    log_lines: list[str] = []
+    first, again = (fuzzing.fuzz(seeds, 300, 0, keep=tmp_path / "kept", log=log_lines.append) for _ in range(2))
+    assert log_lines == []
     assert first.num_files == sum(first.counts[verdict] for verdict in fuzzing.VERDICTS) == 300
     assert first.counts["read"] >= 15, "some must come through, or the decoders were never reached"
     assert first.counts["unreadable"] >= 50
     assert (first.digest, first.counts) == (again.digest, again.counts)
     assert fuzzing.drawn_seeds() == seeds
-    assert fuzzing.fuzz(seeds, 20, 1, log=said.append).digest != fuzzing.fuzz(seeds, 20, 2, log=said.append).digest
+    assert (
+        fuzzing.fuzz(seeds, 20, 1, log=log_lines.append).digest
+        != fuzzing.fuzz(seeds, 20, 2, log=log_lines.append).digest
+    )
 
 
 def test_the_fuzz_command(tmp_path: Path) -> None:
@@ -110,8 +113,11 @@ def test_the_fuzz_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("30 files in ")
     assert "; 0 findings; " in done.stdout
-    for words, text in ((["--files", 0], "--files 0 is less than 1"), (["--seeds", "none"], "none is not a folder")):
-        refused = run("python", ROOT / "tools/robustness/fuzz_radiograph.py", *words)
+    for arguments, text in (
+        (["--files", 0], "--files 0 is less than 1"),
+        (["--seeds", "none"], "none is not a folder"),
+    ):
+        refused = run("python", ROOT / "tools/robustness/fuzz_radiograph.py", *arguments)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert text in refused.stderr
 
@@ -120,16 +126,16 @@ def test_the_fuzz_command(tmp_path: Path) -> None:
 
 
 def test_differences_are_told(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    (one / "a").mkdir(parents=True)
+    first, second = tmp_path / "one", tmp_path / "other"
+    (first / "a").mkdir(parents=True)
     for name in ("same", "changed", "a/missing", "conversion.json"):
-        (one / name).write_text(name)
-    shutil.copytree(one, other)
-    assert killing.differences(one, other) == []
-    (other / "changed").write_text("CHANGED")
-    (other / "a/missing").rename(other / "left")
-    (other / "conversion.json").unlink()
-    assert killing.differences(one, other) == ["a/missing is missing", "left is left over", "changed differs"]
+        (first / name).write_text(name)
+    shutil.copytree(first, second)
+    assert killing.differences(first, second) == []
+    (second / "changed").write_text("CHANGED")
+    (second / "a/missing").rename(second / "left")
+    (second / "conversion.json").unlink()
+    assert killing.differences(first, second) == ["a/missing is missing", "left is left over", "changed differs"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
@@ -153,9 +159,9 @@ def test_survivors_are_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_disturbance_changed_is_found(tmp_path: Path) -> None:
     """A command that writes other bytes, or nothing, or leaves with another status, is a problem."""
-    whole, work = tmp_path / "whole", ranks.Work((), (), "plan", but=("plan",))
-    whole.mkdir()
-    (whole / "same").write_text("same")
+    reference, work = tmp_path / "whole", ranks.Work((), (), "plan", but=("plan",))
+    reference.mkdir()
+    (reference / "same").write_text("same")
     script = tmp_path / "command"
     outcomes = {"mkdir $OUT; echo -n same > $OUT/same": [], "mkdir $OUT; touch $OUT/same": ["same differs"]}
     outcomes |= {"exit 3": ["failed: ", "same differs"]}
@@ -165,7 +171,7 @@ def test_what_a_disturbance_changed_is_found(tmp_path: Path) -> None:
         trial = ranks.Trial("second start", 0.3)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ranks.Work, "command", lambda self, out, size: [str(script)])
-            ranks.attempt(work, whole, tmp_path / str(number), 2, trial)
+            ranks.attempt(work, reference, tmp_path / str(number), 2, trial)
         assert trial.problems == problems, line
 
 
@@ -173,8 +179,8 @@ def test_what_a_disturbance_changed_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["conversion", "prediction"])
 def test_killed_ranks_end_with_the_same_bytes(what: str, tmp_path: Path) -> None:
     """10: python tools/robustness/kill_ranks.py conversion, and prediction"""
-    words = ("--trials", 5, "--studies", 300, "--keep", tmp_path / "work")
-    done = run("python", ranks.__file__, what, *words, timeout_s=1200)
+    arguments = ("--trials", 5, "--studies", 300, "--keep", tmp_path / "work")
+    done = run("python", ranks.__file__, what, *arguments, timeout_s=1200)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1].endswith(": 5 the same bytes, 0 not")
 
@@ -194,8 +200,8 @@ def test_contents_differ_in_all_but_the_clock(tmp_path: Path) -> None:
     (folders[2] / "report.json").write_text('{"auroc": 0.8, "run": [{"seconds": 1.5}]}')
     (folders[3] / "metrics.json").write_text('{"kappa": 0.4}')
     (folders[4] / "metrics.jsonl").write_text('{"step": 1, "time_s": 2}\n')
-    whole, *others = (dict(commands.contents(folder)) for folder in folders)
-    assert [whole == other for other in others] == [True, False, False, False]
+    reference, *rest = (dict(commands.contents(folder)) for folder in folders)
+    assert [reference == contents for contents in rest] == [True, False, False, False]
 
 
 @pytest.mark.nightly(part="kills")
@@ -209,11 +215,11 @@ def test_killed_commands_end_with_the_same_files(tmp_path: Path) -> None:
 @pytest.mark.nightly(part="kills")
 def test_three_killed_conversions_end_with_the_same_bytes(phantoms: Path, tmp_path: Path) -> None:
     """20: python tools/robustness/kill_conversion.py"""
-    said: list[str] = []
+    log_lines: list[str] = []
     flags = ("--size", "64", "--workers", "2")
-    stories = killing.kill_often(phantoms, tmp_path, flags, kills=3, seed=0, log=said.append)
-    assert [story.problems for story in stories] == [()] * 3, said
-    assert len(said) == 4
+    stories = killing.kill_often(phantoms, tmp_path, flags, kills=3, seed=0, log=log_lines.append)
+    assert [story.problems for story in stories] == [()] * 3, log_lines
+    assert len(log_lines) == 4
     assert {story.group for story in stories} == {True, False}
     assert all(story.finished < len(story.moments_s) for story in stories), "each was killed at work once at least"
 
@@ -257,9 +263,9 @@ def test_end_of_a_limited_command_is_judged(status: int | None, stderr: str, fau
 
 
 def test_differences_of_limited_commands_are_named() -> None:
-    whole, after = {"a": b"1", "b": b"2", "c": b"3"}, {"a": b"1", "b": b"0", "d.tmp": b""}
-    assert scarcity.differences(whole, whole) == []
-    assert scarcity.differences(whole, after) == ["c is missing", "d.tmp is left over", "b differs"]
+    reference, after = {"a": b"1", "b": b"2", "c": b"3"}, {"a": b"1", "b": b"0", "d.tmp": b""}
+    assert scarcity.differences(reference, reference) == []
+    assert scarcity.differences(reference, after) == ["c is missing", "d.tmp is left over", "b differs"]
 
 
 def test_unknown_case_is_refused() -> None:

@@ -70,13 +70,13 @@ class Fleet:
         context, port = multiprocessing.get_context("spawn"), _free_port()
         self._pipes, self._processes = [], []
         for rank in range(self.ranks):
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             space = self.spaces[rank] if self.spaces else ""
-            words = (rank, self.ranks, (self.address, port), space, self.job, theirs)
-            process = context.Process(target=_serve, args=words, daemon=True, name=f"rank-{rank}")
+            arguments = (rank, self.ranks, (self.address, port), space, self.job, child_end)
+            process = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank-{rank}")
             process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            child_end.close()
+            self._pipes.append(parent_end)
             self._processes.append(process)
         try:
             self.facts: Facts = self._answers()[0]
@@ -108,21 +108,21 @@ class Fleet:
 
     def _answers(self) -> list[Any]:
         """By rank. Whoever ends first is named, while the others may still wait for it."""
-        found: dict[int, Any] = {}
-        while len(found) < self.ranks:
-            waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+        answers: dict[int, Any] = {}
+        while len(answers) < self.ranks:
+            waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
             ready = connection.wait(list(waiting), _TIMEOUT_S)
             rank = waiting[ready[0]] if ready else min(waiting.values())
             try:
                 if not ready:
                     raise TimeoutError
-                found[rank] = self._pipes[rank].recv()
+                answers[rank] = self._pipes[rank].recv()
             except (EOFError, OSError) as error:
                 raise RunError(
                     f"rank {rank} of {self.ranks} ended, or did not answer for {_TIMEOUT_S:.0f} s; it says why above, or memory "
                     "ran out: fewer ranks or a smaller --size take less"
                 ) from error
-        return [found[rank] for rank in range(self.ranks)]
+        return [answers[rank] for rank in range(self.ranks)]
 
 
 def _free_port() -> int:
@@ -145,21 +145,21 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
         os.environ["GLOO_SOCKET_IFNAME"] = networks.DEVICE
     for name in environment.LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
-    known = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": ranks,
         "MASTER_ADDR": meeting[0],
         "MASTER_PORT": meeting[1],
     }
-    os.environ.update({name: str(value) for name, value in known.items()})
+    os.environ.update({name: str(value) for name, value in variables.items()})
     import torch
 
     from mura_dist.distributed import process_group
 
     torch.set_num_threads(max(1, processes.num_processors() // ranks))
-    with process_group.join(_TIMEOUT_S) as here:
-        player = _Player(job, here)
+    with process_group.join(_TIMEOUT_S) as world:
+        player = _Player(job, world)
         pipe.send(player.facts())
         while (what := pipe.recv()) is not None:
             pipe.send(player.play(what))
@@ -168,46 +168,46 @@ def _serve(rank: int, ranks: int, meeting: tuple[str, int], space: str, job: Job
 class _Player:
     """A rank, ready for any of the turns."""
 
-    def __init__(self, job: Job, here: Any) -> None:
+    def __init__(self, job: Job, world: Any) -> None:
         import torch
 
         from mura_dist.core import config
         from mura_dist.models import densenet
         from mura_dist.training.engine import Engine
 
-        self.job, self.here = job, here
-        sizes = {"micro_batch": job.micro_batch, "global_batch": job.micro_batch * job.micros * here.size}
-        named = {"shards": "", "run": "", "architecture": job.architecture, "precision": job.precision}
-        self.engine = Engine(densenet.build(job.architecture), config.check(named | sizes, "fleet"), here)
-        self.batches = [_batch(job, here, place) for place in range(job.micros)]
-        self.taken: list[float] = []
+        self.job, self.world = job, world
+        sizes = {"micro_batch": job.micro_batch, "global_batch": job.micro_batch * job.micros * world.size}
+        kwargs = {"shards": "", "run": "", "architecture": job.architecture, "precision": job.precision}
+        self.engine = Engine(densenet.build(job.architecture), config.check(kwargs | sizes, "fleet"), world)
+        self.batches = [_batch(job, world, index) for index in range(job.micros)]
+        self.micro_seconds: list[float] = []
         self.calls: list[tuple[float, float]] = []
         # The gradient itself, or where it travels in another type (DeepSpeed's own word) another buffer.
         self.buffer = self.engine.flat.gradient.to(self.engine._engine.communication_data_type)
-        length = here.size + 1 + self.engine.num_micro_batches + self.engine.statistics.sum.numel()
-        self.vector = torch.ones(length, device=here.device)
-        self.one = torch.ones(1, device=here.device)
+        length = world.size + 1 + self.engine.num_micro_batches + self.engine.statistics.sum.numel()
+        self.vector = torch.ones(length, device=world.device)
+        self.scalar = torch.ones(1, device=world.device)
 
     def facts(self) -> Facts:
         kind = str(self.buffer.dtype).removeprefix("torch.")
-        return Facts(self.buffer.nbytes, kind, self.vector.nbytes, str(self.here.device.type))
+        return Facts(self.buffer.nbytes, kind, self.vector.nbytes, str(self.world.device.type))
 
     def play(self, what: str) -> tuple[float, float, list[float], list[tuple[float, float]]]:
         """(start, end, seconds of each micro-batch, start and end of each all-reduce), after a barrier."""
         work: Callable[[], None] = getattr(self, what)
         self.buffer.fill_(1)
-        self.taken, self.calls = [], []
-        self.here.barrier()
+        self.micro_seconds, self.calls = [], []
+        self.world.barrier()
         self._settle()
         started = time.monotonic()
         work()
         self._settle()
-        return started, time.monotonic(), self.taken, self.calls
+        return started, time.monotonic(), self.micro_seconds, self.calls
 
     def _settle(self) -> None:
         import torch
 
-        if self.here.device.type == "cuda":
+        if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
     def step(self) -> None:
@@ -216,16 +216,16 @@ class _Player:
 
     def alone(self) -> None:
         """DeepSpeed's whole way of the gradient is left out, and the small vector stays this rank's own."""
-        self.engine._engine.allreduce_gradients = lambda *given, **named: None  # hides the method
+        self.engine._engine.allreduce_gradients = lambda *args, **kwargs: None  # hides the method
         try:
-            with _instead(lambda real, *given, **named: None):
+            with _instead(lambda real, *args, **kwargs: None):
                 self._step()
         finally:
             del self.engine._engine.allreduce_gradients
 
     def together(self) -> None:
         """Ranks wait for each other where a step does, and hardly send."""
-        with _instead(lambda real, *given, **named: self._noted(real, self.one)):
+        with _instead(lambda real, *args, **kwargs: self._noted(real, self.scalar)):
             self._step()
 
     def _step(self) -> None:
@@ -233,10 +233,10 @@ class _Player:
         assert result.applied, result
         assert math.isfinite(result.loss)
 
-    def _noted(self, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def _noted(self, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._settle()
         started = time.monotonic()
-        work = real(*given, **named)
+        work = real(*args, **kwargs)
         self._settle()
         self.calls.append((started, time.monotonic()))
         return work
@@ -247,7 +247,7 @@ class _Player:
             started = time.monotonic()
             yield batch
             self._settle()
-            self.taken.append(time.monotonic() - started)
+            self.micro_seconds.append(time.monotonic() - started)
 
     def bare(self) -> None:
         _all_reduce(self.buffer)
@@ -256,7 +256,7 @@ class _Player:
         _all_reduce(self.vector)
 
     def tiny(self) -> None:
-        _all_reduce(self.one)
+        _all_reduce(self.scalar)
 
     def evaluation(self) -> None:
         import torch
@@ -271,17 +271,17 @@ def _all_reduce(vector: Any) -> None:
     dist.all_reduce(vector)
 
 
-def _batch(job: Job, here: Any, place: int) -> Any:
+def _batch(job: Job, world: Any, index: int) -> Any:
     """Noise: pixels do not change how long a convolution takes."""
     import torch
 
     from mura_dist.data.loaders.loader import Batch
 
-    random = torch.Generator().manual_seed(1000 * here.rank + place)
+    random = torch.Generator().manual_seed(1000 * world.rank + index)
     image = torch.randint(0, 256, (job.micro_batch, 1, job.size, job.size), dtype=torch.uint8, generator=random)
-    ones = torch.ones(job.micro_batch, device=here.device)
-    label = torch.arange(job.micro_batch, device=here.device) % 2.0
-    return Batch(image.to(here.device), label, ones, ones.long(), ones.bool())
+    unit_weights = torch.ones(job.micro_batch, device=world.device)
+    label = torch.arange(job.micro_batch, device=world.device) % 2.0
+    return Batch(image.to(world.device), label, unit_weights, unit_weights.long(), unit_weights.bool())
 
 
 @contextlib.contextmanager

@@ -95,8 +95,8 @@ class Spaces:
     def _far(self, space: str, port: str) -> None:
         """A link whose frames a process carries; half of the latency here, half on the way from the bridge to the other."""
         assert self._relay is not None, "a latency wants a relay"
-        given = ("--delay-ms", f"{1e3 * self._latency_s / 2:g}", "--mtu", str(self.mtu))
-        command = [sys.executable, str(self._relay), space, self._hub, port, *given]
+        options = ("--delay-ms", f"{1e3 * self._latency_s / 2:g}", "--mtu", str(self.mtu))
+        command = [sys.executable, str(self._relay), space, self._hub, port, *options]
         relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._relays.append(relay)
         if relay.stdout is None or relay.stdout.readline() != "ready\n":
@@ -119,8 +119,8 @@ class Spaces:
             if not math.isinf(network.bandwidth_bit_s):
                 rate = round(network.bandwidth_bit_s)
                 burst = max(_LEAST_BURST, round(rate / 8 * _BURST_S))
-                words = ("rate", f"{rate}bit", "burst", str(burst), "latency", f"{_QUEUE_S * 1e3:g}ms")
-                _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", "tbf", *words)
+                arguments = ("rate", f"{rate}bit", "burst", str(burst), "latency", f"{_QUEUE_S * 1e3:g}ms")
+                _run("tc", "-n", space, "qdisc", "add", "dev", DEVICE, "root", "tbf", *arguments)
 
     def sent_bytes(self) -> list[int]:
         """By rank: what the kernel counts as sent so far, headers and all."""
@@ -128,10 +128,10 @@ class Spaces:
         return [int(_run("ip", "netns", "exec", space, "cat", path)) for space in self.names]
 
 
-def _run(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def _run(*arguments: str) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RunError(f"`{' '.join(words)}`: {' '.join(done.stderr.split()) or done.returncode}")
+        raise RunError(f"`{' '.join(arguments)}`: {' '.join(done.stderr.split()) or done.returncode}")
     return done.stdout
 
 

@@ -18,47 +18,47 @@ _STORE = ("ranks", "GB once", "GETs once", "before the first step, s", "$ an epo
 
 def table(network: Network, epochs: Sequence[Epoch]) -> list[str]:
     """Of one network."""
-    return [f"{network} between nodes", *_columns(_HEAD, [_cells(one) for one in epochs])]
+    return [f"{network} between nodes", *_columns(_HEAD, [_cells(epoch) for epoch in epochs])]
 
 
-def _cells(one: Epoch) -> list[str]:
-    if one.step is None:
-        return [str(one.ranks), str(one.global_batch), one.refused]
-    sent = one.step.wire_s + one.step.latency_s
+def _cells(epoch: Epoch) -> list[str]:
+    if epoch.step is None:
+        return [str(epoch.ranks), str(epoch.global_batch), epoch.refused]
+    sent = epoch.step.wire_s + epoch.step.latency_s
     return [
-        str(one.ranks),
-        str(one.global_batch),
-        f"{1e3 * one.step_s:.1f}",
+        str(epoch.ranks),
+        str(epoch.global_batch),
+        f"{1e3 * epoch.step_s:.1f}",
         f"{1e3 * sent:.2f}",
-        f"{one.images_per_s:,.0f}",
-        f"{one.efficiency:.1%}",
-        one.limit,
-        f"{one.epoch_s:.1f}",
-        f"{one.dollars:.3f}",
+        f"{epoch.images_per_s:,.0f}",
+        f"{epoch.efficiency:.1%}",
+        epoch.limit,
+        f"{epoch.epoch_s:.1f}",
+        f"{epoch.dollars:.3f}",
     ]
 
 
 def data_tables(data: Data, epochs: Sequence[Epoch]) -> list[str]:
     """What is read: from the nodes' own disks; from a store, copied to them once (cache.py), or each time, as we do not."""
-    rows = [one for one in epochs if one.step is not None]
+    rows = [epoch for epoch in epochs if epoch.step is not None]
     disk = [
         [
-            str(one.ranks),
-            f"{one.read_bytes / 1e9:.2f}",
-            f"{one.read_bytes / one.nodes / 1e9:.2f}",
-            f"{one.read_s / one.step_s:.1%}",
+            str(epoch.ranks),
+            f"{epoch.read_bytes / 1e9:.2f}",
+            f"{epoch.read_bytes / epoch.nodes / 1e9:.2f}",
+            f"{epoch.read_s / epoch.step_s:.1%}",
         ]
-        for one in rows
+        for epoch in rows
     ]
     store = [
         [
-            str(one.ranks),
-            f"{one.copied_bytes / 1e9:.1f}",
-            f"{one.gets:,}",
-            f"{one.copy_s:.1f}",
-            f"{one.dollars_store:.4f}",
+            str(epoch.ranks),
+            f"{epoch.copied_bytes / 1e9:.1f}",
+            f"{epoch.gets:,}",
+            f"{epoch.copy_s:.1f}",
+            f"{epoch.dollars_store:.4f}",
         ]
-        for one in rows
+        for epoch in rows
     ]
     each_time = f"{data.streamed_bytes / 1e9:.2f} GB, {data.streamed_gets:,} GETs, ${data.streamed_dollars:.4f}"
     return [
@@ -73,8 +73,8 @@ def data_tables(data: Data, epochs: Sequence[Epoch]) -> list[str]:
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Right-aligned; a row shorter than the head ends in words."""
-    whole = [row for row in rows if len(row) == len(head)]
-    widths = [max(len(title), *(len(row[place]) for row in whole), 0) for place, title in enumerate(head)]
+    complete_rows = [row for row in rows if len(row) == len(head)]
+    widths = [max(len(title), *(len(row[column]) for row in complete_rows), 0) for column, title in enumerate(head)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
 
 
@@ -83,7 +83,7 @@ def assumptions(trace: Trace, data: Data, where: str) -> list[str]:
     return [
         *trace.assumed,
         where,
-        f"{data.radiographs:,} radiographs to train and tune on ({data.tune:.0%} tune), {data.others:,} others",
+        f"{data.radiographs:,} radiographs to train and tune on ({data.tune:.0%} tune), {data.num_valid:,} others",
         f"{data.bytes_each:,.0f} bytes a radiograph in its tar, {data.per_shard} radiographs a tar",
         f"a node's disk {data.disk_bytes_per_s / 1e6:,.0f} MB/s, the store {data.store_bytes_per_s / 1e6:,.0f} MB/s a node",
         f"${data.dollars_per_gpu_hour:g} a GPU and hour, ${data.dollars_per_1000_gets:g} for 1,000 GETs, "

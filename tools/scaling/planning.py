@@ -66,9 +66,9 @@ def _walk(ordered: sampler.Epoch, ranks: int, micro_batch: int, *, steps: int | 
     return number
 
 
-def words(one: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     return (
-        f"{one['radiographs']:,} radiographs, {one['ranks']} ranks, micro-batches of {one['micro_batch']}: order "
-        f"{one['order_s']:.2f} s, to the first step {one['first_s']:.2f} s; then a rank's whole epoch {one['epoch_s']:.2f} s "
-        f"({one['micro_us']:.0f} us a micro-batch); {one['peak_mib']:.0f} MiB, with the rows {one['with_rows_mib']:.0f}"
+        f"{row['radiographs']:,} radiographs, {row['ranks']} ranks, micro-batches of {row['micro_batch']}: order "
+        f"{row['order_s']:.2f} s, to the first step {row['first_s']:.2f} s; then a rank's whole epoch {row['epoch_s']:.2f} s "
+        f"({row['micro_us']:.0f} us a micro-batch); {row['peak_mib']:.0f} MiB, with the rows {row['with_rows_mib']:.0f}"
     )

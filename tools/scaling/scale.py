@@ -1,14 +1,14 @@
-"""Step, epoch, efficiency and bill on N ranks before they are bought, from a measured trace and a network.
+"""Predict step time, epoch time, efficiency and cost of N ranks from a measured trace and a network.
 
-    measure   a trace of this machine: seconds of a step with nothing sent, what a byte costs to send -> FILE
-    check     real runs of 2, 4 and 8 ranks in network namespaces with tc limits, held against the prediction (Linux, root)
-    predict   the table for 1 to 256 GPUs, from a trace or from images/s you name; what is read, requested and paid for
-    planning  what the order of ten million radiographs takes a rank
+    measure   measure a trace of this machine: seconds of a step with nothing sent, seconds per sent byte -> FILE
+    check     compare real runs of 2, 4 and 8 ranks in network namespaces with the prediction (Linux, root)
+    predict   print the table for 1 to 256 GPUs, from a trace or an assumed speed, with data volume and cost
+    planning  measure time and memory to order ten million radiographs on a rank
 
 python tools/scaling/scale.py measure --out trace.json && python tools/scaling/scale.py check --trace trace.json --plot check.png
 python tools/scaling/scale.py predict --images-per-s 600 --micro-batch 16 --plot scaling.png
 
-Exit status: 0 done; 1 the work failed; 2 the request was wrong.
+Exit status: 0 done; 1 failed; 2 invalid request.
 """
 
 import argparse
@@ -45,11 +45,11 @@ def log(line: str) -> None:
 
 def numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.isdigit() and int(part) >= 1 for part in parts):
+    if not all(item.isdigit() and int(item) >= 1 for item in parts):
         raise UserError(
             f"{option} {text}: must be numbers of at least 1, with commas; write for example {option} 2,4,8"
         )
-    return [int(part) for part in parts]
+    return [int(item) for item in parts]
 
 
 def at_least(options: argparse.Namespace, **limits: float) -> None:
@@ -96,27 +96,29 @@ def check(options: argparse.Namespace) -> None:
     trace = Trace.load(options.trace) if options.trace else None
     if trace is not None:
         _same(trace, job, options.trace)
-    given = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "log": log}
-    found = trials.check(trace, job, ranks, networks, **given)
-    worst = max(found, key=lambda one: abs(one["error"]))
-    within = sum(abs(one["error"]) <= trials.WITHIN for one in found)
+    options_of_check = {"rounds": options.rounds, "relay": RELAY, "provenance": where, "log": log}
+    runs = trials.check(trace, job, ranks, networks, **options_of_check)
+    worst = max(runs, key=lambda run: abs(run["error"]))
+    within = sum(abs(run["error"]) <= trials.WITHIN for run in runs)
     far = f"{worst['error']:+.1%} ({worst['ranks']} ranks, {worst['network']})"
-    log(f"{within} of {len(found)} within {trials.WITHIN:.0%} of the median of {options.rounds}; the farthest {far}")
+    log(f"{within} of {len(runs)} within {trials.WITHIN:.0%} of the median of {options.rounds}; the farthest {far}")
     if options.json:
-        options.json.write_text(json.dumps(where | {"job": job.__dict__, "runs": found}, indent=1) + "\n")
+        options.json.write_text(json.dumps(where | {"job": job.__dict__, "runs": runs}, indent=1) + "\n")
     if options.plot:
         title = (
             f"{job.architecture}, {job.size} px, {job.micros} x {job.micro_batch} radiographs a rank, {job.precision}, gloo, "
             f"{options.rounds} steps each\n{where['hardware']['processor']}, {where['hardware']['processors']} processors"
         )
-        scaling_plots.checked(found, title, options.plot)
+        scaling_plots.plot_check(runs, title, options.plot)
 
 
 def _same(trace: Trace, job: Job, path: Path | None) -> None:
-    known = (trace.architecture, trace.size_px, trace.micro_batch, trace.precision)
-    asked = (job.architecture, job.size, job.micro_batch, job.precision)
-    if known != asked:
-        raise UserError(f"--trace {path} is of {known}, the runs of {asked}; give the same options, or measure anew")
+    trace_facts = (trace.architecture, trace.size_px, trace.micro_batch, trace.precision)
+    job_facts = (job.architecture, job.size, job.micro_batch, job.precision)
+    if trace_facts != job_facts:
+        raise UserError(
+            f"--trace {path} is of {trace_facts}, the runs of {job_facts}; give the same options, or measure anew"
+        )
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -151,7 +153,7 @@ def predict(options: argparse.Namespace) -> None:
     if options.plot:
         first = trace.assumed[0] if trace.assumed else f"measured on {trace.device}"
         title = f"predicted, not measured: {trace.architecture}; {first}\n{nodes}"
-        scaling_plots.foreseen({str(network): rows[network] for network in networks}, title, options.plot)
+        scaling_plots.plot_prediction({str(network): rows[network] for network in networks}, title, options.plot)
 
 
 def _trace(options: argparse.Namespace) -> Trace:
@@ -172,7 +174,7 @@ def _data(options: argparse.Namespace) -> Data:
     return Data(
         radiographs=options.radiographs,
         tune=options.tune,
-        others=options.others,
+        num_valid=options.others,
         bytes_each=options.bytes or scaling.sample_bytes(options.encoding, options.data_size),
         per_shard=SAMPLES_PER_SHARD,
         disk_bytes_per_s=1e6 * options.disk_mb_per_s,
@@ -192,7 +194,7 @@ def plan(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{unit}: must be at most --radiographs {options.radiographs}; give more of them, or fewer ranks"
             )
-        log(planning.words(planning.measure(options.radiographs, ranks, options.micro_batch)))
+        log(planning.format_row(planning.measure(options.radiographs, ranks, options.micro_batch)))
 
 
 # ---- the words
@@ -202,89 +204,129 @@ def _of_a_job(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architecture", default="densenet169", help="densenet169, densenet121 or tiny (default densenet169)"
     )
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side (default 64)")
-    parser.add_argument("--micro-batch", type=int, default=2, help="radiographs a rank forwards at once (default 2)")
-    parser.add_argument("--micros", type=int, default=1, help="micro-batches of a step on each rank (default 1)")
+    parser.add_argument("--size", type=int, default=64, help="image size in pixels (default 64)")
+    parser.add_argument("--micro-batch", type=int, default=2, help="radiographs per micro-batch (default 2)")
+    parser.add_argument("--micros", type=int, default=1, help="micro-batches per step on each rank (default 1)")
     parser.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="as in a recipe (default auto)"
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="precision of training, as in a recipe (default auto)",
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = whole.add_subparsers(required=True, metavar="measure, check, predict or planning")
-    one = commands.add_parser("measure", help="a trace of this machine")
-    one.add_argument("--out", type=Path, required=True, help="the trace, a JSON file")
-    one.add_argument("--rounds", type=int, default=9, help="steps measured (default 9)")
-    _of_a_job(one)
-    one.set_defaults(run=measure)
-    one = commands.add_parser("check", help="real runs against the prediction")
-    one.add_argument(
-        "--trace", type=Path, help="made by `measure` here; without one it is measured in turn with the runs"
+    top_parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top_parser.add_subparsers(required=True, metavar="measure, check, predict or planning")
+    command = commands.add_parser("measure", help="measure a trace of this machine")
+    command.add_argument("--out", type=Path, required=True, help="JSON file to write the trace to")
+    command.add_argument("--rounds", type=int, default=9, help="number of steps to measure (default 9)")
+    _of_a_job(command)
+    command.set_defaults(run=measure)
+    command = commands.add_parser("check", help="compare real runs with the prediction")
+    command.add_argument(
+        "--trace", type=Path, help="trace of this machine, from `measure` (default: measured in turn with the runs)"
     )
-    one.add_argument("--ranks", default="2,4,8", help="numbers of ranks (default 2,4,8)")
-    one.add_argument(
+    command.add_argument("--ranks", default="2,4,8", help="numbers of ranks (default 2,4,8)")
+    command.add_argument(
         "--network",
         action="append",
-        help=f"a link's rate and latency, or none; again for more (default {' '.join(LIMITS)})",
+        help=f"rate and latency of a link, or none; repeatable (default {' '.join(LIMITS)})",
     )
-    one.add_argument("--rounds", type=int, default=5, help="steps of each (default 5)")
-    one.add_argument("--json", type=Path, help="a file for the numbers")
-    one.add_argument("--plot", type=Path, help="a PNG of measured and predicted")
-    _of_a_job(one)
-    one.set_defaults(run=check)
-    _of_predict(commands.add_parser("predict", help="the table for 1 to 256 GPUs"))
-    one = commands.add_parser("planning", help="what the order of an epoch takes a rank")
-    one.add_argument("--radiographs", type=int, default=10_000_000, help="(default 10,000,000)")
-    one.add_argument("--ranks", default="8,64,256", help="numbers of ranks (default 8,64,256)")
-    one.add_argument("--micro-batch", type=int, default=8, help="(default 8)")
-    one.set_defaults(run=plan)
-    return whole
+    command.add_argument("--rounds", type=int, default=5, help="number of steps per run (default 5)")
+    command.add_argument("--json", type=Path, help="write the numbers to this JSON file")
+    command.add_argument("--plot", type=Path, help="write a PNG of measured and predicted times")
+    _of_a_job(command)
+    command.set_defaults(run=check)
+    _of_predict(commands.add_parser("predict", help="print the table for 1 to 256 GPUs"))
+    command = commands.add_parser("planning", help="measure time and memory to order an epoch")
+    command.add_argument(
+        "--radiographs", type=int, default=10_000_000, help="number of radiographs (default 10,000,000)"
+    )
+    command.add_argument("--ranks", default="8,64,256", help="numbers of ranks (default 8,64,256)")
+    command.add_argument("--micro-batch", type=int, default=8, help="radiographs per micro-batch (default 8)")
+    command.set_defaults(run=plan)
+    return top_parser
 
 
-def _of_predict(one: argparse.ArgumentParser) -> None:
-    """Prices: what we knew in 2025, S3 Standard in us-east-1 read from the same region; a rented H100."""
-    one.add_argument("--trace", type=Path, help="made by `measure` on one GPU or more; or:")
-    one.add_argument("--images-per-s", type=float, help="what a GPU is taken to train; printed as such")
-    one.add_argument(
-        "--spread", type=float, default=0.05, help="of --images-per-s: slowest of 100 steps, less 1 (default 0.05)"
+def _of_predict(command: argparse.ArgumentParser) -> None:
+    """Add the options of `predict`. Default prices of 2025: S3 Standard in us-east-1 from the same region, a rented H100."""
+    command.add_argument("--trace", type=Path, help="trace from `measure` on one GPU or more; or use --images-per-s")
+    command.add_argument("--images-per-s", type=float, help="assumed training speed of a GPU")
+    command.add_argument(
+        "--spread",
+        type=float,
+        default=0.05,
+        help="of --images-per-s: slowest of 100 steps over the median, minus 1 (default 0.05)",
     )
-    one.add_argument("--micro-batch", type=int, default=16, help="of --images-per-s (default 16)")
-    one.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of --images-per-s (default bf16)")
-    one.add_argument("--gpus", default=GPUS, help=f"(default {GPUS})")
-    one.add_argument("--gpus-per-node", type=int, default=8, help="(default 8)")
-    one.add_argument("--inside", default="1200Gb/s:5us", help="between GPUs of a node (default 1200Gb/s:5us)")
-    one.add_argument(
+    command.add_argument(
+        "--micro-batch", type=int, default=16, help="of --images-per-s: radiographs per micro-batch (default 16)"
+    )
+    command.add_argument(
+        "--precision", choices=["bf16", "fp32"], default="bf16", help="of --images-per-s: precision (default bf16)"
+    )
+    command.add_argument("--gpus", default=GPUS, help=f"numbers of GPUs (default {GPUS})")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default 8)")
+    command.add_argument(
+        "--inside", default="1200Gb/s:5us", help="rate and latency between GPUs of a node (default 1200Gb/s:5us)"
+    )
+    command.add_argument(
         "--network",
         action="append",
-        help=f"of a node, all cards together; again for more (default {' '.join(NETWORKS)})",
+        help=f"rate and latency of a node's network, all cards together; repeatable (default {' '.join(NETWORKS)})",
     )
-    one.add_argument("--global-batch", type=int, help="the same for all; default: a micro-batch a GPU")
-    one.add_argument("--radiographs", type=int, default=36_808, help="of MURA's train folder (default 36808)")
-    one.add_argument("--others", type=int, default=3_197, help="of its valid folder, copied too (default 3197)")
-    one.add_argument("--tune", type=float, default=0.1, help="share of them that chooses (default 0.1)")
-    one.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="of the shards (default raw)")
-    one.add_argument("--data-size", type=int, default=320, help="pixels of a side of the shards (default 320)")
-    one.add_argument("--bytes", type=float, help="a radiograph in its tar; default: by encoding and size")
-    one.add_argument("--disk-mb-per-s", type=float, default=2000, help="a node's disk reads (default 2000)")
-    one.add_argument("--store-mb-per-s", type=float, default=400, help="a node reads from the store (default 400)")
-    one.add_argument("--per-1000-gets", type=float, default=0.0004, help="dollars (default 0.0004: S3 Standard, 2025)")
-    one.add_argument(
+    command.add_argument(
+        "--global-batch", type=int, help="global batch for every number of GPUs (default: a micro-batch per GPU)"
+    )
+    command.add_argument(
+        "--radiographs", type=int, default=36_808, help="radiographs of the train folder (default 36808, MURA's)"
+    )
+    command.add_argument(
+        "--others", type=int, default=3_197, help="radiographs of the valid folder, copied too (default 3197)"
+    )
+    command.add_argument(
+        "--tune", type=float, default=0.1, help="share of the train folder that becomes tune (default 0.1)"
+    )
+    command.add_argument(
+        "--encoding", choices=["raw", "png", "jpeg"], default="raw", help="encoding of the shards (default raw)"
+    )
+    command.add_argument("--data-size", type=int, default=320, help="image size of the shards in pixels (default 320)")
+    command.add_argument("--bytes", type=float, help="bytes per radiograph in its tar (default: by encoding and size)")
+    command.add_argument(
+        "--disk-mb-per-s", type=float, default=2000, help="read speed of a node's disk in MB/s (default 2000)"
+    )
+    command.add_argument(
+        "--store-mb-per-s",
+        type=float,
+        default=400,
+        help="read speed from the object store per node in MB/s (default 400)",
+    )
+    command.add_argument(
+        "--per-1000-gets",
+        type=float,
+        default=0.0004,
+        help="price of 1,000 GETs in dollars (default 0.0004: S3 Standard, 2025)",
+    )
+    command.add_argument(
         "--per-gb",
         type=float,
         default=0.0,
-        help="dollars out of the store (default 0: the same region; 0.09 out of it)",
+        help="price per GB read from the store in dollars (default 0, the same region; 0.09 outside)",
     )
-    one.add_argument("--per-gpu-hour", type=float, default=3.0, help="dollars (default 3)")
+    command.add_argument(
+        "--per-gpu-hour", type=float, default=3.0, help="price of a GPU per hour in dollars (default 3)"
+    )
     epochs = Settings.model_fields["epochs"].default
-    one.add_argument("--epochs", type=int, default=epochs, help=f"that one copy serves (default {epochs})")
-    one.add_argument("--plot", type=Path, help="a PNG of efficiency and epoch")
-    one.set_defaults(run=predict)
+    command.add_argument(
+        "--epochs", type=int, default=epochs, help=f"number of epochs per copy of the shards (default {epochs})"
+    )
+    command.add_argument("--plot", type=Path, help="write a PNG of efficiency and epoch time")
+    command.set_defaults(run=predict)
 
 
-def main(words: list[str] | None = None) -> int:
-    options = parser().parse_args(words)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # namespaces are taken away
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that the namespaces are removed
     try:
         options.run(options)
     except (UserError, RunError, OSError) as error:

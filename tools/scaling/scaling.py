@@ -98,13 +98,13 @@ class Network:
         """`300Mb/s`, `1Gb/s:5ms`, `none`. UserError for anything else."""
         if text == "none":
             return cls(0.0, math.inf)
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG])b/s(?::(\d+(?:\.\d+)?)(us|ms|s))?", text)
-        if found is None or float(found[1]) == 0:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG])b/s(?::(\d+(?:\.\d+)?)(us|ms|s))?", text)
+        if match is None or float(match[1]) == 0:
             raise UserError(
                 f"network {text!r}: must be a bandwidth above 0, perhaps with a latency, as 25Gb/s:10us or 300Mb/s; or none"
             )
-        latency_s = float(found[3]) * _TIMES[found[4]] if found[3] else 0.0
-        return cls(latency_s, float(found[1]) * _RATES[found[2]])
+        latency_s = float(match[3]) * _TIMES[match[4]] if match[3] else 0.0
+        return cls(latency_s, float(match[1]) * _RATES[match[2]])
 
     def __str__(self) -> str:
         if math.isinf(self.bandwidth_bit_s):
@@ -144,16 +144,16 @@ def ring_s(size: int, ranks: int, network: Network, *, host_s_per_byte: float = 
     """
     if ranks == 1:
         return 0.0
-    wanted = max(-(-size // _SEGMENT_BYTES), 2 * ranks)
-    per_rank = -(-wanted // ranks)
+    num_segments = max(-(-size // _SEGMENT_BYTES), 2 * ranks)
+    per_rank = -(-num_segments // ranks)
     segment = size / (per_rank * ranks)
     wire_s, host_s, far_s = network.wire_s(segment), host_s_per_byte * segment, network.latency_s + hop_s
     now = 0.0
     for _ in ("reduce-scatter", "all-gather"):
         sent = now
         done = [now] * _IN_FLIGHT  # when a segment was received and added; before the first: the start
-        for place in range((ranks - 1) * per_rank):
-            sent = max(sent, done[place]) + wire_s
+        for index in range((ranks - 1) * per_rank):
+            sent = max(sent, done[index]) + wire_s
             done.append(max(sent + far_s, done[-1]) + host_s)
         now = done[-1]
     return now
@@ -167,10 +167,10 @@ def nccl_s(size: int, ranks: int, cluster: Cluster) -> float:
     if ranks == 1:
         return 0.0
     nodes, inside, between = -(-ranks // cluster.per_node), cluster.inside, cluster.between
-    here, far_s = min(ranks, cluster.per_node), between.latency_s if nodes > 1 else 0.0
+    predicted, far_s = min(ranks, cluster.per_node), between.latency_s if nodes > 1 else 0.0
     byte_s = max(inside.wire_s(1), between.wire_s(1) if nodes > 1 else 0.0)
     ring = 2 * (ranks - 1) / ranks * size * byte_s + 2 * ((ranks - nodes) * inside.latency_s + nodes * far_s)
-    tree = 2 * size * byte_s + 2 * (math.log2(nodes) * far_s + (here - 1) * inside.latency_s)
+    tree = 2 * size * byte_s + 2 * (math.log2(nodes) * far_s + (predicted - 1) * inside.latency_s)
     return min(ring, tree)
 
 
@@ -194,10 +194,10 @@ class Step:
 def slowest_s(samples: Sequence[float], ranks: int) -> float:
     """The median of the slowest of `ranks` draws: the samples' quantile 0.5^(1/ranks); never beyond the slowest seen."""
     ordered = sorted(samples)
-    place = 0.5 ** (1 / ranks) * (len(ordered) - 1)
-    low = int(place)
+    index = 0.5 ** (1 / ranks) * (len(ordered) - 1)
+    low = int(index)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    return ordered[low] + (index - low) * (ordered[high] - ordered[low])
 
 
 def step(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> Step:
@@ -207,8 +207,8 @@ def step(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> Ste
     work = share * statistics.median(own)
     # Who shares a processor waits for all that is done there, whoever does it: there is no slowest one.
     waiting = slowest_s(own, ranks) - statistics.median(own) if share == 1 else 0.0
-    whole, far = _sent_s(trace, ranks, micros, where), _sent_s(trace, ranks, micros, _near(where))
-    return Step(work, waiting, far, whole - far)
+    total_s, far = _sent_s(trace, ranks, micros, where), _sent_s(trace, ranks, micros, _near(where))
+    return Step(work, waiting, far, total_s - far)
 
 
 def _sent_s(trace: Trace, ranks: int, micros: int, where: Network | Cluster) -> float:
@@ -248,12 +248,12 @@ def sample_bytes(encoding: str, size_px: int) -> int:
 class Data:
     """What an epoch reads. bytes_each: of a radiograph's sample in a shard, tar and all; rates a node; prices in dollars.
 
-    radiographs: of MURA's train folder, of which `tune` is cut off for evaluation; others: of the valid split, copied too.
+    radiographs: of MURA's train folder, of which `tune` is cut off for evaluation; num_valid: of the valid split, copied too.
     """
 
     radiographs: int
     tune: float
-    others: int
+    num_valid: int
     bytes_each: float
     per_shard: int
     disk_bytes_per_s: float
@@ -286,7 +286,7 @@ class Data:
 
     @property
     def num_shards(self) -> int:
-        return sum(-(-number // self.per_shard) for number in (self.num_train, self.num_tune, self.others))
+        return sum(-(-number // self.per_shard) for number in (self.num_train, self.num_tune, self.num_valid))
 
 
 @dataclass(frozen=True)
@@ -321,15 +321,15 @@ def epoch(trace: Trace, ranks: int, where: Network | Cluster, data: Data, *, glo
         return Epoch(ranks, batch, refused=reason)
     nodes = -(-ranks // where.per_node) if isinstance(where, Cluster) else 1
     micros, steps = batch // unit, sampler.steps_per_epoch(data.num_train, batch)
-    here, read_s = step(trace, ranks, micros, where), data.bytes_each * batch / (nodes * data.disk_bytes_per_s)
-    step_s = max(here.seconds, read_s)  # the loader works ahead, beside the steps
+    predicted, read_s = step(trace, ranks, micros, where), data.bytes_each * batch / (nodes * data.disk_bytes_per_s)
+    step_s = max(predicted.seconds, read_s)  # the loader works ahead, beside the steps
     evaluation_s = -(-data.num_tune // unit) * trace.share(ranks) * slowest_s(trace.evaluation_s, ranks)
     epoch_s = steps * step_s + evaluation_s
     bill = _bill(data, nodes, ranks)
     return Epoch(
         ranks,
         batch,
-        step=here,
+        step=predicted,
         nodes=nodes,
         steps=steps,
         read_s=read_s,
@@ -338,7 +338,7 @@ def epoch(trace: Trace, ranks: int, where: Network | Cluster, data: Data, *, glo
         images_per_s=batch / step_s,
         efficiency=step(trace, 1, micros, where).seconds
         / step_s,  # of one rank that has as much to do, and nobody to wait for
-        limit=_limit(here, read_s),
+        limit=_limit(predicted, read_s),
         read_bytes=round((steps * batch + data.num_tune) * data.bytes_each),
         dollars=ranks * epoch_s / 3600 * data.dollars_per_gpu_hour,
         **bill,
@@ -347,7 +347,7 @@ def epoch(trace: Trace, ranks: int, where: Network | Cluster, data: Data, *, glo
 
 def _bill(data: Data, nodes: int, ranks: int) -> dict[str, Any]:
     """Of the copy from a store to each node's disk (cache.py), once, of all splits; the GPUs wait for it, and cost."""
-    each = round((data.radiographs + data.others) * data.bytes_each)
+    each = round((data.radiographs + data.num_valid) * data.bytes_each)
     files, copy_s = 3 * data.num_shards + 1, each / data.store_bytes_per_s  # a tar, its .idx and .crc; the manifest
     gets = nodes * files + ranks  # every rank asks for index.json
     dollars = gets / 1000 * data.dollars_per_1000_gets + nodes * each / 1e9 * data.dollars_per_gb
@@ -369,12 +369,12 @@ def _refused(batch: int, unit: int, ranks: int, num_train: int) -> str:
     return ""
 
 
-def _limit(here: Step, read_s: float) -> str:
+def _limit(predicted: Step, read_s: float) -> str:
     """What to buy or to change next: computing, while it is nine tenths of a step; else the largest of the rest."""
-    if read_s > here.seconds:
+    if read_s > predicted.seconds:
         return "reading"
-    rest = {"bandwidth": here.wire_s, "latency": here.latency_s, "slowest rank": here.waiting_s}
-    return "computing" if here.work_s >= 0.9 * here.seconds else max(rest, key=rest.__getitem__)
+    rest = {"bandwidth": predicted.wire_s, "latency": predicted.latency_s, "slowest rank": predicted.waiting_s}
+    return "computing" if predicted.work_s >= 0.9 * predicted.seconds else max(rest, key=rest.__getitem__)
 
 
 # ---- a GPU that nobody has measured
@@ -386,7 +386,7 @@ def assumed(images_per_s: float, spread: float, *, micro_batch: int, precision: 
     weights, norms: numbers of the flat gradient and of BatchNorm's statistics.
     """
     middle = micro_batch / images_per_s
-    samples = [middle * (1 + spread * max(0, place - 50) / 50) for place in range(101)]
+    samples = [middle * (1 + spread * max(0, index - 50) / 50) for index in range(101)]
     return Trace(
         device="a GPU",
         processors=None,

@@ -126,7 +126,7 @@ def check(
     trace None: of a probe that works in turn with each run. relay: the script that makes a latency. Raises UserError where this
     machine has no namespaces, RunError where a rank ends.
     """
-    apart, found = any(network != _NO_NETWORK for network in links), []
+    apart, rows = any(network != _NO_NETWORK for network in links), []
     latencies = list(dict.fromkeys(network.latency_s for network in links))
     with contextlib.ExitStack() as outer:
         probe = None if trace else Probe(job, outer, provenance or {})
@@ -136,9 +136,9 @@ def check(
                 for network in (network for network in links if network.latency_s == latency_s):
                     run = _Run(job, fleet, spaces, network)
                     seconds = [run.step(probe) for _ in range(rounds)]
-                    found.append(run.held_against(trace or probe.trace(rounds), seconds))  # type: ignore[union-attr]
-                    log(words(found[-1]))
-    return found
+                    rows.append(run.held_against(trace or probe.trace(rounds), seconds))  # type: ignore[union-attr]
+                    log(format_row(rows[-1]))
+    return rows
 
 
 def _placed(
@@ -187,15 +187,17 @@ class _Run:
         }
 
 
-def words(one: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     """A line of the table."""
-    step, parts = one["step_s"], one["parts"]
+    step, parts = row["step_s"], row["parts"]
     network = parts["wire_s"] + parts["latency_s"]
-    told = f"{one['ranks']} ranks, {one['network']}: {step['median']:.2f} s ({step['min']:.2f} to {step['max']:.2f})"
-    said = f"{told}, predicted {one['predicted_s']:.2f} ({one['error']:+.1%}), of which {network:.2f} network"
-    if one["sent_bytes"] is None:
-        return said
-    return f"{said}; sent {one['sent_bytes'] / 1e6:.1f} MB a rank, predicted {one['predicted_bytes'] / 1e6:.1f}"
+    measured_text = (
+        f"{row['ranks']} ranks, {row['network']}: {step['median']:.2f} s ({step['min']:.2f} to {step['max']:.2f})"
+    )
+    line = f"{measured_text}, predicted {row['predicted_s']:.2f} ({row['error']:+.1%}), of which {network:.2f} network"
+    if row["sent_bytes"] is None:
+        return line
+    return f"{line}; sent {row['sent_bytes'] / 1e6:.1f} MB a rank, predicted {row['predicted_bytes'] / 1e6:.1f}"
 
 
 def sizes(architecture: str) -> tuple[int, int]:
