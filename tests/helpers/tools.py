@@ -9,7 +9,7 @@ from helpers.commands import ROOT
 
 
 def tool(name: str) -> Any:
-    """A script of tools/ as a module."""
+    """Return a script of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -54,7 +54,7 @@ def test_a_step_sends_one_gradient_and_one_small_vector(architecture: str, preci
     weights, norms = trials.sizes(architecture)
     gradient = ["gloo:all_reduce", [weights], kind]
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "sent": [gradient, ["gloo:all_reduce", [2 + 1 + 2 * 2 + norms], "float"]],
+        "sent": [gradient, ["gloo:all_reduce", [scaling.head_length(2) + 2 * 2 + norms], "float"]],
         "calls": 2,
     }
     if architecture == "densenet169":
@@ -418,7 +418,7 @@ def test_two_real_ranks_with_and_without_communication() -> None:
     (measured,) = communication.measure(TINY, [2], rounds=2, log=lines.append)
     weights, norms = trials.sizes("tiny")
     assert (measured["ranks"], measured["gradient_type"], measured["gradient_bytes"]) == (2, "float32", 4 * weights)
-    assert measured["vector_bytes"] == 4 * (2 + 1 + 2 + norms)
+    assert measured["vector_bytes"] == 4 * (scaling.head_length(2) + 2 + norms)
     for key in ("step_s", "together_s", "alone_s", "bare_s", "sent_s"):
         assert 0 < measured[key]["min"] <= measured[key]["median"] <= measured[key]["max"]
     assert lines[0].startswith("2 ranks: step ")

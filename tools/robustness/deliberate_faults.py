@@ -1,8 +1,9 @@
-"""Put a fault into a copy of the package, one at a time, and see that a test of `tests/run.sh --all` fails of it.
+"""Insert faults into a copy of the package, one at a time, and check that a test of `tests/run.sh --all` fails.
 
-    python tools/robustness/deliberate_faults.py [NAME ...]      about a minute a fault; exit status 1 where a fault goes unseen
+    python tools/robustness/deliberate_faults.py [NAME ...]      about a minute per fault; exit status 1 if a fault is not detected
+    python tools/robustness/deliberate_faults.py --list          list the faults, and check that their texts are in the source
 
-A fault is one replacement in one file. Where the text is not in the file any more, the fault has to be written anew.
+A fault is one replacement in one file. If its text is no longer in the file, update the fault.
 """
 
 import argparse
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Fault:
-    """`tests`: where it must be seen; the fewer, the faster."""
+    """A replacement of `old` by `new` in mura_dist/`file`, which one of `tests` must detect."""
 
     name: str
     file: str
@@ -61,14 +62,14 @@ FAULTS = (
         "tests/data/test_class_weights.py",
     ),
     Fault(
-        "shorter-memory-of-adam",
+        "lower-beta-of-adam",
         "training/engine.py",
         "betas=(0.9, 0.999)",
         "betas=(0.8, 0.999)",
         "tests/training/test_plain_loop.py",
     ),
     Fault(
-        "shorter-memory-of-batchnorm",
+        "higher-momentum-of-batchnorm",
         "training/batchnorm.py",
         "MOMENTUM = 0.1",
         "MOMENTUM = 0.2",
@@ -89,7 +90,7 @@ FAULTS = (
         "tests/data/test_radiograph.py",
     ),
     Fault(
-        "normalization-left-out",
+        "no-normalization",
         "models/densenet.py",
         "IMAGENET_MEAN = (0.485, 0.456, 0.406)",
         "IMAGENET_MEAN = (0.0, 0.0, 0.0)",
@@ -103,28 +104,28 @@ FAULTS = (
         "tests/metrics/test_classification.py",
     ),
     Fault(
-        "file-replaced-before-it-is-whole",
+        "file-renamed-before-it-is-synced",
         "core/files.py",
         "        _finish(file)\n        os.replace(partial, path)",
         "        os.replace(partial, path)",
         "tests/training/test_checkpoint.py tests/data/shards tests/inference/test_predict.py",
     ),
     Fault(
-        "resumed-at-the-epochs-beginning",
+        "resumed-at-the-start-of-the-epoch",
         "training/loop.py",
         "steps = self.epoch_steps(epoch, step_in_epoch)",
         "steps = self.epoch_steps(epoch, 0)",
         "tests/training/test_resume.py",
     ),
     Fault(
-        "one-view-in-place-of-all",
+        "first-view-instead-of-mean",
         "metrics/classification.py",
         "weights=probability[order]) / np.bincount(code)",
         "weights=probability[order]) * 0 + probability[np.unique(code, return_index=True)[1]]",
         "tests/metrics tests/inference/test_grouping.py",
     ),
     Fault(
-        "studies-drawn-in-place-of-patients",
+        "bootstrap-of-studies-instead-of-patients",
         "metrics/intervals.py",
         'unknown = patient == ""',
         'unknown = patient != "\\0"',
@@ -136,18 +137,32 @@ FAULTS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which of {', '.join(fault.name for fault in FAULTS)}"
+        "names", nargs="*", metavar="NAME", help=f"faults to insert: {', '.join(fault.name for fault in FAULTS)}"
     )
-    names = parser.parse_args().names
+    parser.add_argument(
+        "--list", action="store_true", help="list the faults and check that their texts are in the source"
+    )
+    options = parser.parse_args()
+    names = options.names
     if unknown := set(names) - {fault.name for fault in FAULTS}:
         parser.error(f"no fault {', '.join(sorted(unknown))}")
-    seen = [is_seen(fault) for fault in FAULTS if not names or fault.name in names]
-    print(f"{sum(seen)} of {len(seen)} faults are seen by a test")
-    return 0 if all(seen) else 1
+    if options.list:
+        for fault in FAULTS:
+            print(f"{fault.name}: mura_dist/{fault.file}{'' if is_current(fault) else ' does not contain its text'}")
+        return 0 if all(map(is_current, FAULTS)) else 1
+    detected = [is_detected(fault) for fault in FAULTS if not names or fault.name in names]
+    print(f"{sum(detected)} of {len(detected)} faults are detected by a test")
+    return 0 if all(detected) else 1
 
 
-def is_seen(fault: Fault) -> bool:
-    """Run the fault's tests on a copy of the checkout that has it; True where one of them fails."""
+def is_current(fault: Fault) -> bool:
+    """Return whether the source contains the text to replace exactly once."""
+    path = ROOT / "mura_dist" / fault.file
+    return path.is_file() and path.read_text().count(fault.old) == 1
+
+
+def is_detected(fault: Fault) -> bool:
+    """Run the fault's tests on a copy of the checkout with the fault. Return whether one of them fails."""
     with tempfile.TemporaryDirectory(prefix="fault-") as folder:
         copy = Path(folder) / "main"
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "data/phantoms", "*.tar", ".*_cache", "__pycache__")
@@ -156,10 +171,10 @@ def is_seen(fault: Fault) -> bool:
         path = copy / "mura_dist" / fault.file
         text = path.read_text()
         if fault.old not in text:
-            sys.exit(f"{fault.name}: mura_dist/{fault.file} does not hold {fault.old!r} any more; write the fault anew")
+            sys.exit(f"{fault.name}: mura_dist/{fault.file} does not contain {fault.old!r}. Update the fault.")
         path.write_text(text.replace(fault.old, fault.new))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not nightly"]
-        done = subprocess.run(
+        result = subprocess.run(
             [*command, *fault.tests.split()],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
@@ -167,11 +182,11 @@ def is_seen(fault: Fault) -> bool:
             text=True,
             check=False,
         )
-        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        seen = done.returncode == 1 and bool(failed)
-        what = failed[0].split(" - ")[0] if seen else f"NOT SEEN, pytest exited with {done.returncode}"
-        print(f"{fault.name}: {what}", flush=True)
-        return seen
+        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        detected = result.returncode == 1 and bool(failed)
+        outcome = failed[0].split(" - ")[0] if detected else f"NOT DETECTED, pytest exited with {result.returncode}"
+        print(f"{fault.name}: {outcome}", flush=True)
+        return detected
 
 
 if __name__ == "__main__":

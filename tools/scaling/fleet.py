@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, NamedTuple, Self
 
+from scaling import head_length
+
 from mura_dist.core.errors import RunError
 from mura_dist.distributed import environment, processes
 
@@ -184,7 +186,7 @@ class _Player:
         self.calls: list[tuple[float, float]] = []
         # The gradient itself, or where it travels in another type (DeepSpeed's own word) another buffer.
         self.buffer = self.engine.flat.gradient.to(self.engine._engine.communication_data_type)
-        length = world.size + 1 + self.engine.num_micro_batches + self.engine.statistics.sum.numel()
+        length = head_length(world.size) + self.engine.num_micro_batches + self.engine.statistics.sum.numel()
         self.vector = torch.ones(length, device=world.device)
         self.scalar = torch.ones(1, device=world.device)
 

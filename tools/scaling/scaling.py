@@ -32,6 +32,14 @@ _RATES, _TIMES = {"k": 1e3, "M": 1e6, "G": 1e9}, {"us": 1e-6, "ms": 1e-3, "s": 1
 # ---- what is known
 
 
+def head_length(ranks: int) -> int:
+    """Return how many numbers the small vector begins with: a flag of each rank, counts of samples, the gradient's norm.
+
+    See Engine._exchange in mura_dist/training/engine.py.
+    """
+    return ranks + 3
+
+
 @dataclass(frozen=True)
 class Trace:
     """Of one rank while as many worked as the machine has processors for. Lists are samples: a rank of a round each.
@@ -63,8 +71,8 @@ class Trace:
         return 1.0 if self.processors is None else max(1.0, ranks / self.processors)
 
     def vector_bytes(self, ranks: int, micros: int) -> int:
-        """The small vector: flags and norm, every micro-batch's loss, BatchNorm's sums."""
-        return self.fixed_bytes + _FLOAT_BYTES * (ranks + 1 + micros * ranks)
+        """Return the size of the small vector: head, each micro-batch's loss, BatchNorm's sums."""
+        return self.fixed_bytes + _FLOAT_BYTES * (head_length(ranks) + micros * ranks)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

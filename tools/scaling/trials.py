@@ -22,7 +22,7 @@ import networks
 import scaling
 from fleet import Fleet, Job, Turn
 from networks import Spaces
-from scaling import Network, Trace
+from scaling import Network, Trace, head_length
 
 from mura_dist.bench.clock import spread
 from mura_dist.distributed import processes
@@ -58,7 +58,7 @@ class Probe:
         turns, job, facts = self._turns[-last:], self._job, self._fleet.facts
         alone = [turn["alone"] for turn in turns]
         pairs = [pair for turn in alone for pair in zip(turn.micros_s, turn.own_s, strict=True)]
-        losses = self._at_once + 1 + self._at_once * job.micros
+        per_step = head_length(self._at_once) + self._at_once * job.micros
         return Trace(
             device=facts.device,
             processors=self._shared,
@@ -70,7 +70,7 @@ class Probe:
             rest_s=[own - sum(micros) for micros, own in pairs],
             evaluation_s=[own for turn in turns for own in turn["evaluation"].own_s],
             gradient_bytes=self._pair.facts.gradient_bytes,
-            fixed_bytes=facts.vector_bytes - 4 * losses,
+            fixed_bytes=facts.vector_bytes - 4 * per_step,
             host_s_per_byte=self._of_pair("bare", turns)
             / self._pair.facts.gradient_bytes,  # 2 (n - 1) / n of the bytes a rank
             hop_s=self._of_pair("tiny", turns) / 2,  # 2 (n - 1) hops
