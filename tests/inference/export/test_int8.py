@@ -12,7 +12,8 @@ from helpers.models import S, tiny
 from torch import nn
 
 from mura_dist.inference.export import int8
-from mura_dist.inference.export.int8 import ChannelStatistics, Grid
+from mura_dist.inference.export.int8_graph import GraphBuilder, Grid, build_grid
+from mura_dist.inference.export.int8_statistics import ChannelStatistics, collect_statistics
 from mura_dist.models.densenet import DenseNet
 from mura_dist.models.ensemble import Ensemble
 
@@ -161,7 +162,9 @@ def test_an_even_picture_stays_even() -> None:
         parts = model.features
         stem = parts.norm0(parts.conv0((torch.from_numpy(images).float() - model.mean) * model.scale)).relu()
     name = next(node.output[0] for node in made.graph.node if node.op_type == "QuantizeLinear")
-    grid = int8._grid(int8.observe(model, blotches(64))["stem"], int8._readers(_readers_of_the_stem(model), 0, 8))
+    grid = build_grid(
+        collect_statistics(model, blotches(64))["stem"], int8.affine_slices(_readers_of_the_stem(model), 0, 8)
+    )
     made.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
     session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run([name], {"image": images})[0].astype(np.float64)
@@ -180,8 +183,8 @@ def _readers_of_the_stem(model: DenseNet) -> list[nn.Module]:
 def test_a_cut_is_the_norm_and_the_relu(slope: float, intercept: float) -> None:
     """Cut in range, below all of it, above all of it: what the bytes mean is relu(slope * x + intercept), to half a step."""
     grid = Grid(np.array([0.1]), np.array([-5.0]))
-    graph = int8._Graph("")
-    cut = graph.rectified("x", np.array([slope]), np.array([intercept]), grid)
+    graph = GraphBuilder("")
+    cut = graph.rectify("x", np.array([slope]), np.array([intercept]), grid)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.tensors}
     stored = np.arange(256)
     through = stored.astype(np.float64)
@@ -190,7 +193,7 @@ def test_a_cut_is_the_norm_and_the_relu(slope: float, intercept: float) -> None:
     found = cut.scale * (through - cut.zero) + cut.constant
     exact = np.maximum(slope * (grid.origin + grid.step * stored) + intercept, 0)
     assert np.abs(found - exact).max() <= abs(slope) * 0.1 / 2 + 1e-9
-    weight, bias = cut.read_by(np.array([[0.5]]))
+    weight, bias = cut.fold(np.array([[0.5]]))
     np.testing.assert_allclose(weight[0] * through + bias, 0.5 * found)
 
 
@@ -198,7 +201,7 @@ def test_a_grid_spans_what_is_seen_and_not_cut_away() -> None:
     seen = ChannelStatistics(np.array([-4.0, -4.0, -4.0, 2.0]), np.array([4.0, 4.0, 4.0, 2.0]), np.zeros(4))
     one = (np.array([1.0, 1.0, -1.0, 1.0]), np.array([1.0, 9.0, 2.0, 0.0]))  # cuts at -1, -9, 2 (above), 0
     two = (np.array([1.0, 1.0, -1.0, 1.0]), np.array([-1.0, 9.0, 3.0, 0.0]))  # at 1, -9, 3, 0
-    grid = int8._grid(seen, [one, two])
+    grid = build_grid(seen, [one, two])
     np.testing.assert_allclose(grid.origin, [-1, -4, -4, 2])
     np.testing.assert_allclose(grid.origin[:3] + 255 * grid.step[:3], [4, 4, 3])
     assert 0 < grid.step[3] < 1e-3  # a channel that never moved
