@@ -1,6 +1,6 @@
-"""Mean and standard deviation over runs, such as those of launch/ensemble.sbatch: one recipe, several seeds.
+"""Print mean and standard deviation of metrics over runs, such as the seeds of launch/ensemble.sbatch.
 
-python tools/over_runs.py RUN [RUN ...] [--together FOLDER]    runs that were evaluated; FOLDER: the report of their ensemble
+python tools/over_runs.py RUN [RUN ...] [--together FOLDER]    evaluated runs; FOLDER: the report of their ensemble
 """
 
 import argparse
@@ -19,42 +19,52 @@ from mura_dist.metrics.entries import HEADLINE_METRICS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--together", type=Path, metavar="FOLDER")
-    words = parser.parse_args()
-    measured = [measured_of(folder) for folder in words.runs]
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated run")
+    parser.add_argument("--together", type=Path, metavar="FOLDER", help="report folder of the ensemble of these runs")
+    options = parser.parse_args()
+    measured = [read_metrics(folder) for folder in options.runs]
     print(over_runs_table(over_runs(measured), len(measured)))
-    if words.together is not None:
-        overall = measured_of(words.together)["overall"]
+    if options.together is not None:
+        overall = read_metrics(options.together)["overall"]
         numbers = (f"{name} {summary.format_with_interval(overall, name)}" for name in ("kappa", "auroc"))
         print(
-            f"Together, as one model: {', '.join(numbers)} ({overall['num_studies']} studies); {words.together}/report.html"
+            f"Together, as one model: {', '.join(numbers)} ({overall['num_studies']} studies); {options.together}/report.html"
         )
     return 0
 
 
-def measured_of(folder: Path) -> dict[str, Any]:
-    """UserError where it was not evaluated yet."""
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read a run's metrics.json. Raise UserError if the run was not evaluated."""
     path = folder / "metrics.json"
     if not path.is_file():
-        raise UserError(f"{folder} holds no metrics.json; mura-dist evaluate {folder} SHARDS makes it")
+        raise UserError(f"{folder} has no metrics.json. Run mura-dist evaluate {folder} SHARDS")
     return json.loads(path.read_bytes())
 
 
 def over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """How runs that differ by their seed differ in what they reach: by group and headline metric, {"mean", "deviation"}.
+    """Compute mean and standard deviation over runs that differ by their seed.
 
-    measured: the runs' metrics.json. deviation: of a sample (n - 1), None of one run; both None where a run has no such
-    number. It says how far training varies, nothing of other patients: that is each run's interval. Raises UserError where the
-    runs were not measured alike.
+    The deviation describes the training's variation, not the choice of patients.
+
+    Args:
+        measured: The metrics.json of each run.
+
+    Returns:
+        By group and headline metric: {"mean", "deviation"}. deviation is the sample's (n - 1), None for one run. Both are None
+        if a run lacks the metric.
+
+    Raises:
+        UserError: The runs were evaluated differently.
     """
     first = measured[0]
     for key in ("split", "manifest_sha256", "operating_point", "selected_on"):
-        if other := next((one[key] for one in measured if one[key] != first[key]), None):
-            raise UserError(f"runs measured with {key}={first[key]} and {key}={other}; evaluate all of them alike")
+        if differing := next((run[key] for run in measured if run[key] != first[key]), None):
+            raise UserError(
+                f"runs evaluated differently: {key}={first[key]} and {key}={differing}. Evaluate all with the same options"
+            )
     return {
         name: {
-            metric: _spread([summary.metrics_by_group(one)[name][metric] for one in measured])
+            metric: _spread([summary.metrics_by_group(run)[name][metric] for run in measured])
             for metric in HEADLINE_METRICS
         }
         for name in summary.metrics_by_group(first)
@@ -62,20 +72,20 @@ def over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[st
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    found = [value for value in values if value is not None]
-    if len(found) < len(values):
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return {"mean": None, "deviation": None}
-    return {"mean": float(np.mean(found)), "deviation": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+    return {"mean": float(np.mean(numbers)), "deviation": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None}
 
 
 def over_runs_table(spreads: dict[str, dict[str, dict[str, Any]]], num_runs: int) -> str:
-    """A plain-text table for the terminal: overall, each study type."""
+    """Return a plain-text table for the terminal: overall, then each study type."""
     form = "{:<16} {:<16} {:<16} {:<16} {:<16}"
     lines = [form.format(f"{num_runs} runs", *(name if name != "auroc" else "AUROC" for name in HEADLINE_METRICS))]
     for name, group in spreads.items():
         cells = [
-            f"{summary.format_number(one['mean'])} +- {summary.format_number(one['deviation'])}"
-            for one in group.values()
+            f"{summary.format_number(spread['mean'])} +- {summary.format_number(spread['deviation'])}"
+            for spread in group.values()
         ]
         lines.append(form.format(name[:16], *cells))
     lines.append(
@@ -87,6 +97,6 @@ def over_runs_table(spreads: dict[str, dict[str, dict[str, Any]]], num_runs: int
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as refusal:
-        print(f"tools/over_runs.py: {refusal}", file=sys.stderr)
+    except UserError as error:
+        print(f"tools/over_runs.py: {error}", file=sys.stderr)
         sys.exit(2)

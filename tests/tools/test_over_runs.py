@@ -1,4 +1,4 @@
-"""tools/over_runs.py: how runs that differ by their seed differ in what they reach."""
+"""tools/over_runs.py: mean and standard deviation over runs that differ by their seed."""
 
 import runpy
 
@@ -34,6 +34,6 @@ def test_one_run_has_no_deviation_and_what_a_run_lacks_no_mean() -> None:
     assert "- +- -" in TOOL["over_runs_table"](lacking, 2)
 
 
-def test_runs_that_were_measured_otherwise_are_refused() -> None:
-    with pytest.raises(UserError, match="split=valid and split=tune; evaluate all of them alike"):
+def test_differently_evaluated_runs_are_refused() -> None:
+    with pytest.raises(UserError, match="split=valid and split=tune. Evaluate all with the same options"):
         TOOL["over_runs"]([run_of(0.6), run_of(0.6, split="tune")])
