@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote still works: its shards, run, ONNX file and predictions are read, its stopped work is resumed.
+"""Test that files of version 0.1.0 are read: shards, runs, ONNX file and predictions. Its stopped jobs resume.
 
 tests/data/v0.1.0.tar.xz holds drawn radiographs, shards of them, a finished run, one stopped at step 4, a model list, an exported
 model, a finished prediction and one stopped after 256 of 345 files. It was written on a CPU by the commit before the folders.
@@ -19,7 +19,7 @@ ARCHIVE = ROOT / "tests/data/v0.1.0.tar.xz"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive, unpacked; no test writes into it."""
+    """The unpacked archive. No test writes into it."""
     folder = tmp_path_factory.mktemp("v0.1.0")
     with tarfile.open(ARCHIVE) as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
@@ -35,7 +35,7 @@ def copy(written: Path, tmp_path: Path) -> Path:
 
 
 def succeed(folder: Path, *arguments: str) -> str:
-    """Run a command of mura-dist in `folder`; it exits with 0. Returns what it printed."""
+    """Run a command of mura-dist in `folder`, assert success, and return its stdout."""
     result = run("mura-dist", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -80,7 +80,7 @@ def test_finished_run_is_left_unchanged_and_evaluates_equally(copy: Path) -> Non
 
 
 def test_stopped_run_resumes(copy: Path) -> None:
-    """With the settings of the finished run, so it ends where that did, but for the last bits of another processor."""
+    """It has the settings of the finished run and ends equal to it, up to rounding on another processor."""
     folder = copy / "run-stopped"
     before = (folder / "metrics.jsonl").read_text()
     succeed(copy, "train", "run-stopped/recipe.toml", "--quiet")
@@ -93,7 +93,7 @@ def test_stopped_run_resumes(copy: Path) -> None:
 
 
 def test_checkpoint_and_list_export(copy: Path) -> None:
-    """The exported model answers as the one that version 0.1.0 exported."""
+    """The exported model gives the outputs of version 0.1.0's."""
     for target, out in (("run-done", "again.onnx"), ("list.json", "list.onnx")):
         succeed(copy, "export", target, "--out", out, "--quiet")
         succeed(copy, "predict", out, "set/valid", "--out", f"{out}-predictions", "--quiet")
@@ -126,8 +126,10 @@ def test_stopped_prediction_resumes(copy: Path) -> None:
 
 
 def same_probabilities(actual: Path, expected: Path, *, calls: bool = True) -> None:
-    """The same columns and new ones behind them, the same rows in the same order, probabilities within 1e-4, the same thresholds
-    and what they call: the model is of drawings, of which this version writes no call itself."""
+    """Assert equal columns (new ones follow), rows, thresholds and calls, and probabilities within 1e-4.
+
+    The model is trained on drawings, so this version writes no call itself.
+    """
     for name in ("predictions.csv", "studies.csv"):
         rows, expected_rows = table(actual / name), table(expected / name)
         assert list(rows[0])[: len(expected_rows[0])] == list(expected_rows[0])

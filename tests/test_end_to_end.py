@@ -1,4 +1,4 @@
-"""The whole way, by the commands a user types: folder -> shards -> two ranks -> report -> ONNX -> predictions."""
+"""Test the commands end to end: folder -> shards -> two ranks -> report -> ONNX -> predictions."""
 
 import json
 import shutil
@@ -13,8 +13,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder nobody drew for us: nested, without CSVs, JPEG and RGB and upper case, a study type MURA does not know,
-    one with a single label, junk, and a file that is no image."""
+    """An irregular folder: nested, no CSVs, JPEG, RGB and upper case, an unknown study type, one with one label, junk."""
     root = tmp_path_factory.mktemp("folder") / "MURA-v1.1" / "MURA-v1.1"
     for split in ("train", "valid"):
         shutil.copytree(phantoms / split, root / split)

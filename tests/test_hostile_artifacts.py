@@ -1,4 +1,4 @@
-"""What a stranger made, or a disk damaged, is one line with exit status 2 in every command that opens it."""
+"""Test that a hostile or corrupt file is a one-line error with exit status 2 in every command that opens it."""
 
 import contextlib
 import json
@@ -97,7 +97,7 @@ OPENED_BY: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @pytest.fixture(scope="module")
 def artifacts(cache: Cache, single_rank_run: Path, shard_folder: Path, phantoms: Path, model: Path) -> Path:
-    """One of everything that the commands write."""
+    """One of each artifact that the commands write."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -132,7 +132,7 @@ def folder(artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @contextlib.contextmanager
 def changed(paths: Iterable[Path], change: Callable[[bytes], bytes | None]) -> Iterator[None]:
-    """For the block, `paths` hold what `change` makes of their bytes, or are folders."""
+    """Replace the content of `paths` by `change` of their bytes during the block, or by a folder."""
     before = {path: path.read_bytes() for path in paths}
     assert before
     for path, data in before.items():
@@ -147,7 +147,7 @@ def changed(paths: Iterable[Path], change: Callable[[bytes], bytes | None]) -> I
 
 
 def check(command: tuple[str, ...], capsys: pytest.CaptureFixture[str], *statuses: int) -> None:
-    """It ends without a traceback, with one of `statuses`; with one line where that is not 0."""
+    """Assert that a command exits with one of `statuses`, without traceback, and with one line if it fails."""
     capsys.readouterr()
     status = main(list(command))
     lines = capsys.readouterr().err.strip().splitlines()
@@ -171,7 +171,7 @@ def test_a_damaged_file_is_one_line_in_every_command_that_opens_it(
 
 
 def unfinished(folder: Path) -> None:
-    """Make a prediction look as a kill leaves it, with its part there."""
+    """Make a prediction look as after a kill, with one finished chunk."""
     plan = json.loads((folder / "out/predict.json").read_bytes())["plan"]
     (folder / "out/predict.json").unlink()
     (folder / "out/.parts").mkdir()
@@ -183,7 +183,7 @@ def unfinished(folder: Path) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where each value of a JSON document is, but for more than two of a list."""
+    """Yield the path of each value of a JSON document, at most two for each list."""
     if path:
         yield path
     for key, child in list(
@@ -194,7 +194,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """A copy of a JSON document with another value there."""
+    """Return a copy of a JSON document with another value at `path`."""
     value = json.loads(json.dumps(value))
     at = value
     for key in path[:-1]:
@@ -222,7 +222,7 @@ def test_a_value_of_another_type_is_one_line(
 
 
 def test_checkpoint_state_of_another_type_is_refused() -> None:
-    """As it is, it is taken; with another value anywhere, it is a state or a refusal."""
+    """The saved state is accepted. With any other value it is a state or a UserError."""
     saved = json.loads(json.dumps(State(step=3, select_loss=0.5, damaged=[1, 2]).to_json()))
     assert State.from_json(saved).to_json() == saved
     for path in places(saved):

@@ -1,4 +1,4 @@
-"""What only a GPU can show of an exported model. Skips itself elsewhere."""
+"""Test an exported model on a GPU. Skipped without one."""
 
 import ctypes
 import gc
@@ -82,7 +82,7 @@ def test_memory_is_page_locked_until_freed() -> None:
 
 
 def test_models_load_and_unload(exported: Callable[[str], bytes]) -> None:
-    """As an autotune has them: each computes from pages of its own."""
+    """Autotune does so. Each model has its own page-locked memory."""
     images = noise(16)
     exact = OnnxModel.from_bytes(exported("fp32"), "the model").logits(images)
     for batch_size in (16, 4, 8, 16):

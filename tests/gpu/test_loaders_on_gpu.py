@@ -1,4 +1,4 @@
-"""The loading backends on a GPU: the CPU's batches, and no wait for the device. Skips itself elsewhere."""
+"""Test the loading backends on a GPU: batches equal the CPU's, without waiting for the device. Skipped without a GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def loader_of(shards: Shards, device: torch.device, backend: str) -> BatchLoader
 
 @pytest.mark.parametrize("backend", ["dali", "cpu", "resident"])
 def test_gpu_batches_equal_cpu_batches(encoded: Shards, backend: str) -> None:
-    """Augmented and not, with a last micro-batch that padding fills, in every encoding."""
+    """With and without augmentation, with a padded last micro-batch, in every encoding."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali.fn")
     evaluated = sampler.evaluation_micro_batches(
@@ -60,7 +60,7 @@ def test_gpu_batches_equal_cpu_batches(encoded: Shards, backend: str) -> None:
 
 @pytest.fixture
 def no_wait() -> Iterator[None]:
-    """torch raises wherever the host would wait for the device."""
+    """torch raises if the host would wait for the device."""
     if not gpu.CUDA:
         yield
         return
@@ -73,7 +73,7 @@ def no_wait() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["cpu", "resident"])
 @pytest.mark.usefixtures("no_wait")
 def test_loader_never_synchronizes_with_the_device(shard_folder: Path, backend: str) -> None:
-    """Neither while radiographs are read for the first time, nor later."""
+    """Neither in the first pass over the radiographs nor later."""
     shards = Shards.open(shard_folder)
     loader, micros = loader_of(shards, gpu.DEVICE, backend), training_micros(shards, 4)
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_loader_never_synchronizes_with_the_device(shard_folder: Path, backend: 
 
 @needs_cuda
 def test_triton_kernel_is_bit_identical_to_torch() -> None:
-    """On the GPU, of random pixels at several sizes and angles; a slot of -1 is black."""
+    """On random pixels at several sizes and angles. A slot of -1 is black."""
     if triton_error():
         pytest.skip(triton_error())
     from mura_dist.data.loaders.warp_triton import warp_by_triton

@@ -1,4 +1,4 @@
-"""A step, an evaluation and a run on a GPU, compared with the CPU's values."""
+"""Test a step, an evaluation and a run on a GPU against the CPU's values."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def settings(architecture: str, micro_batch: int, **values: object) -> config.Se
 
 
 def shades(number: int, size: int, seed: int) -> Tensor:
-    """Neighbouring cells are alike, as in a radiograph: uint8 (number, 1, size, size)."""
+    """Return smooth images with noise, as radiographs are: uint8 (number, 1, size, size)."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(number, 1, 9, 9, generator=random) * 200
     smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -62,7 +62,7 @@ def batches(number: int, size: int, seed: int, device: torch.device) -> list[Bat
 
 
 def cpu_loss(architecture: str, number: int, size: int, seed: int) -> float:
-    """Mean cross-entropy of the fresh network in fp32 on the CPU."""
+    """Return the mean cross-entropy of the untrained network in fp32 on the CPU."""
     network = densenet.build(architecture, seed=1).train()
     losses = []
     for batch in batches(number, size, seed, torch.device("cpu")):
@@ -94,7 +94,7 @@ def test_first_step_equals_the_cpus(
     tolerance: float,
     network: tuple[str, int, int],
 ) -> None:
-    """Its loss within the tolerance of the CPU's in fp32; the convolutions compute in the recipe's precision."""
+    """Its loss is within the tolerance of the CPU's in fp32. The convolutions use the recipe's precision."""
     architecture, number, size = network
     chosen = settings(architecture, number, precision=precision, step=step)
     engine = Engine(densenet.build(architecture, seed=1), chosen, alone)
@@ -110,7 +110,7 @@ def test_first_step_equals_the_cpus(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graph_trains_like_eager(alone: World, precision: str) -> None:
-    """The loss of ten steps, within what the order of additions on a GPU does to it."""
+    """The losses of ten steps are equal up to the order of additions on a GPU."""
     losses = {}
     for step in STEPS:
         engine = Engine(densenet.build("tiny", seed=1), settings("tiny", 8, precision=precision, step=step), alone)
@@ -145,7 +145,7 @@ def test_host_synchronizes_once_a_step(alone: World, step: str, arguments: dict[
 
 
 def test_scores_equal_the_cpus(alone: World, shard_folder: Path) -> None:
-    """In fp32, whatever the batch: 256 at most on a GPU, the micro-batch on a CPU."""
+    """In fp32, for batches of at most 256 on a GPU and the micro-batch on a CPU."""
     shards = Shards.open(shard_folder)
     rows, chosen = shards.rows("train"), settings("tiny", 4, pipeline="cpu")
     model = densenet.build("tiny", seed=1).eval()
@@ -169,7 +169,7 @@ def test_scores_equal_the_cpus(alone: World, shard_folder: Path) -> None:
 def test_run_resumes_on_gpu(
     shard_folder: Path, tmp_path: Path, arguments: tuple[str, ...], starts: tuple[int, ...]
 ) -> None:
-    """It trains, stops after an epoch and resumes; the first loss is nearly the CPU's."""
+    """The run stops after an epoch and resumes. Its first loss is close to the CPU's."""
     settings = [*TINY, f"shards={shard_folder}", *arguments]
     for epochs in starts:
         arguments = (*settings, f"run={tmp_path / 'run'}", f"epochs={epochs}")
@@ -216,7 +216,7 @@ def test_hanging_collective_raises() -> None:
 
 @pytest.mark.skipif(gpu.CUDA and torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two ranks")
 def test_silent_rank_is_reported(shard_folder: Path, tmp_path: Path) -> None:
-    """As docs/training.md promises: the other waits timeout_s, says so in a line, exits with 1; status.json says failed."""
+    """The other rank waits collective_timeout_s, logs a line and exits with 1. status.json has state failed."""
     settings = [*TINY, "epochs=500", "collective_timeout_s=10", f"shards={shard_folder}", f"run={tmp_path / 'run'}"]
     rendezvous = {
         "MASTER_ADDR": "127.0.0.1",

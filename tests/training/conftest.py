@@ -1,4 +1,4 @@
-"""What several tests of training start from."""
+"""Shared fixtures of the training tests."""
 
 from collections.abc import Iterator
 

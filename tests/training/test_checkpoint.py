@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or not there, checked when read, pruned; and the deepspeed.json and memory beside them."""
+"""Test checkpoints on disk: atomic writes, checks, selection, pruning and the background writer."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_corrupt_newest_checkpoint_is_skipped(checkpoints_folder: Path, tmp_path
 def test_rewriting_a_step_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Law of the torn write: killed between any two of the renames and deletions, `latest` finds one of them, whole."""
+    """Law of the torn write: after a kill between any two renames or deletions, `find_latest` finds one complete checkpoint."""
     write(tmp_path, 5, 0.5)
     partial, calls = ready(tmp_path, 5, 0.25), 0
 
@@ -91,7 +91,7 @@ def test_rewriting_a_step_leaves_the_old_or_the_new_checkpoint(
 
 
 def ready(parent: Path, step: int, loss: float) -> Path:
-    """A complete checkpoint that lacks its last rename."""
+    """Write a complete checkpoint that lacks its last rename."""
     partial = parent / f".step-{step:08d}.partial"
     os.replace(write(parent / "elsewhere", step, loss), partial)
     shutil.rmtree(parent / "elsewhere")

@@ -1,4 +1,4 @@
-"""The engine of one rank, in this process: against autograd and definitions; and what a step that is left out leaves alone."""
+"""Test the engine on one rank against autograd and definitions, and that a skipped step changes nothing."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from mura_dist.training.flat_parameters import FlatParameters
 
 
 def by_hand(model: DenseNet, step: list[Batch], smoothing: float = 0.0) -> tuple[float, Tensor]:
-    """(loss, gradient end to end) of sum(weight x BCE) / global batch, by autograd and nothing else."""
+    """Return loss and concatenated gradient of sum(weight x BCE) / global batch, by plain autograd."""
     model.train()
     total = torch.zeros(())
     for batch in step:
@@ -56,7 +56,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_step_equals_autograd_over_the_global_batch(alone: World, channels_last: bool, smoothing: float) -> None:
-    """Loss, gradient norm and the optimiser's step against autograd; SGD's first momentum is the gradient."""
+    """Loss, gradient norm and SGD's first step equal those of autograd."""
     chosen = settings(optimizer="sgd", channels_last=channels_last, label_smoothing=smoothing)
     engine = Engine(build("tiny", seed=1), chosen, alone)
     before = weights_of(engine.model)
@@ -81,7 +81,7 @@ def test_large_gradient_is_clipped(alone: World, limit: float) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_deepspeed_does_not_clip(alone: World, stage: int) -> None:
-    """DeepSpeed would, to 1, where it is not told otherwise."""
+    """DeepSpeed's default is to clip to 1."""
     engine = Engine(build("tiny", seed=1), settings(optimizer="sgd", zero_stage=stage), alone)
     before = weights_of(engine.model)
     heavy = [dataclasses.replace(batch, weight=1000 * batch.weight) for batch in batches(1)]
@@ -91,13 +91,13 @@ def test_deepspeed_does_not_clip(alone: World, stage: int) -> None:
 
 
 def spoil_stem(calls: list[int], module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """NaN from the first convolution of the second micro-batch on: every BatchNorm sees it."""
+    """Make the first convolution's output of the second micro-batch NaN, so that every BatchNorm sees it."""
     calls.append(1)
     return output * (math.nan if len(calls) == 2 else 1.0)
 
 
 def test_nonfinite_activations_leave_no_trace(alone: World) -> None:
-    """BatchNorm's own buffers reset as well: (1 - momentum) times NaN would stay for good."""
+    """BatchNorm's buffers are reset too: (1 - momentum) x NaN would remain NaN."""
     engines = [Engine(build("tiny", seed=2), settings(), alone) for _ in range(2)]
     for engine in engines:
         engine.step(batches(1), 1e-2)
@@ -113,7 +113,7 @@ def test_nonfinite_activations_leave_no_trace(alone: World) -> None:
 
 
 def without_samples(batch: Batch) -> Batch:
-    """Return the batch as the loader gives it where each of its samples is corrupt."""
+    """Return the batch as the loader returns it if each of its samples is corrupt."""
     zeros = torch.zeros_like
     return Batch(zeros(batch.image), zeros(batch.label), zeros(batch.weight), batch.row, zeros(batch.mask), SIZE)
 
@@ -121,7 +121,7 @@ def without_samples(batch: Batch) -> Batch:
 @pytest.mark.parametrize("overrides", [{}, {"zero_stage": 1}, {"ema": 0.5, "weight_decay": 0.1}])
 @pytest.mark.parametrize("failed", [True, False])
 def test_step_without_samples_changes_nothing(alone: World, overrides: dict[str, float], failed: bool) -> None:
-    """Nor is one whose micro-batches a rank could not get: weights, moments and BatchNorm's statistics stay."""
+    """The same holds if a rank could not read its micro-batches. Weights, moments and BatchNorm's statistics stay."""
     engine, untouched = (Engine(build("tiny", seed=2), settings(**overrides), alone) for _ in range(2))
     for trained_engine in (engine, untouched):
         trained_engine.step(batches(1), 1e-2)
@@ -134,7 +134,7 @@ def test_step_without_samples_changes_nothing(alone: World, overrides: dict[str,
 
 
 def test_micro_batch_without_samples_is_excluded_from_batchnorm(alone: World) -> None:
-    """The gradient is that of the others, of the whole global batch's size; the statistics' mean is over the others."""
+    """The gradient is that of the other micro-batches, divided by the global batch. The statistics' mean is over the others."""
     first, second, third = batches(1)
     engine = Engine(build("tiny", seed=1), settings(optimizer="sgd"), alone)
     pair = Engine(build("tiny", seed=1), settings(optimizer="sgd", global_batch=2 * SIZE), alone)
@@ -148,7 +148,7 @@ def test_micro_batch_without_samples_is_excluded_from_batchnorm(alone: World) ->
 
 @pytest.mark.parametrize("long_s", [0.0, 100.0])
 def test_stop_request_abandons_a_long_step(alone: World, monkeypatch: pytest.MonkeyPatch, long_s: float) -> None:
-    """Given up between micro-batches, as if it had not begun; a short one is finished."""
+    """It is abandoned between micro-batches without effect. A short step is finished."""
     monkeypatch.setattr(engine_module, "_LONG_S", long_s)
     engine, untouched = (Engine(build("tiny", seed=2), settings(ema=0.5), alone) for _ in range(2))
     before = everything(engine)
@@ -185,7 +185,7 @@ def test_fingerprint_detects_any_changed_value(alone: World) -> None:
 @pytest.mark.parametrize("overrides", [{}, {"ema": 0.9}, {"optimizer": "sgd"}])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_skipped_step_changes_nothing(alone: World, fault: str, overrides: dict[str, object]) -> None:
-    """Weights, optimiser, BatchNorm, moving average: bit for bit; and the next step is as if there had been none."""
+    """Weights, optimizer, BatchNorm and moving average are bit-identical, and so is the next step."""
     engines = [Engine(build("tiny", seed=2), settings(**overrides), alone) for _ in range(2)]
     first = [engine.step(batches(1), 1e-2) for engine in engines]
     assert first[0] == first[1]
@@ -213,7 +213,7 @@ def test_skipped_step_changes_nothing(alone: World, fault: str, overrides: dict[
 
 
 def test_eval_weights_are_the_moving_average(alone: World) -> None:
-    """Against the definition, weights and statistics; the weights that train are not touched by showing it."""
+    """Weights and statistics equal the definition. The trained weights are restored after an evaluation."""
     engine = Engine(build("tiny", seed=3), settings(ema=0.5), alone)
     plain = Engine(build("tiny", seed=3), settings(), alone)
     averaged = weights_of(engine.model)
@@ -268,7 +268,7 @@ def test_overflowing_fp16_scale_skips_the_step(alone: World) -> None:
 
 @pytest.mark.nightly(part="training")
 def test_compiled_step_is_close_to_eager(alone: World) -> None:
-    """Needs a C++ compiler, as the setting says."""
+    """Needs a C++ compiler."""
     eager = Engine(build("tiny", seed=5), settings(), alone)
     compiled = Engine(build("tiny", seed=5), settings(compile="default"), alone)
     for seed in range(2):
@@ -302,7 +302,7 @@ def test_flat_parameters_are_views_of_the_model(channels_last: bool) -> None:
 
 
 def test_running_statistics_are_updated_once_a_step_by_the_mean() -> None:
-    """Against the definition: the mean over the step's micro-batches of their mean and unbiased variance, momentum 0.1."""
+    """They equal the mean over the micro-batches of mean and unbiased variance, with momentum 0.1."""
     model = build("tiny").train()
     norm = model.features.norm0
     statistics = RunningStatistics(model)
@@ -337,7 +337,7 @@ with process_group.join(30):
 
 
 def test_all_threads_flush_denormals() -> None:
-    """A resumed run begins its threads earlier than a fresh one; both have to compute with the same bits."""
+    """A resumed run starts its threads earlier than a new run, and both must compute the same bits."""
     result = run("python", "-c", THREADS, env={"OMP_NUM_THREADS": "2"})
     assert result.stdout.split() == ["2", "0"], result.stderr
 
@@ -360,6 +360,6 @@ for _ in range(2):
 
 
 def test_process_can_train_twice() -> None:
-    """As a notebook does. DeepSpeed would use its groups of the first process group in the second."""
+    """A notebook does so. DeepSpeed would use the groups of the first process group in the second."""
     done = run("python", "-c", TWICE)
     assert done.stdout.split() == ["True", "True"], done.stderr

@@ -1,4 +1,4 @@
-"""Ensembles: the formula, the choice, and one model from list to predictions."""
+"""Test ensembles: the formula, the selection of members, and one model from list to predictions."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ EXTREMES = (-100.0, -30.0, -5.0, -1.0, 0.0, 1e-3, 2.0, 17.0, 100.0)
 
 
 def log_odds_of_mean(logits: np.ndarray) -> np.ndarray:
-    """(K, ...) -> (...): the mean of the probabilities, and of what is missing to 1, each in float64."""
+    """Return the logit of the mean probability in float64, (K, ...) -> (...)."""
     z = np.asarray(logits, np.float64)
     return np.log((1 / (1 + np.exp(-z))).mean(axis=0)) - np.log((1 / (1 + np.exp(z))).mean(axis=0))
 
@@ -41,7 +41,7 @@ def noise(number: int) -> torch.Tensor:
 
 
 def tiny(seed: int, bias: float = 0.0) -> torch.nn.Module:
-    """Small enough to be quick; BatchNorm has seen data, so that an image matters."""
+    """Return a small network whose BatchNorm has seen data, so that its output depends on the image."""
     network = build("tiny", seed=seed)
     with torch.no_grad():
         network(noise(8))
@@ -147,7 +147,7 @@ def test_ensemble_over_2_gib_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(cache: Cache, shard_folder: Path) -> list[Path]:
-    """Two runs of three evaluated checkpoints each; beside them a list of both, its report on valid and its ONNX file."""
+    """Two runs with three evaluated checkpoints each, a list of both, its report on valid and its ONNX file."""
 
     def make(parent: Path) -> None:
         for seed in (0, 1):
@@ -173,7 +173,7 @@ def list_path(runs: list[Path]) -> Path:
 
 @pytest.fixture
 def run_copies(runs: list[Path], tmp_path: Path) -> list[Path]:
-    """The two runs, to be harmed."""
+    """Copies of the two runs that a test may change."""
     return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in runs]
 
 
@@ -222,13 +222,13 @@ def logits_of(folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def evaluated(list_path: Path) -> Path:
-    """The list's own folder, with its report on valid."""
+    """The list's folder with its report on valid."""
     return list_path.with_suffix("")
 
 
 @pytest.fixture(scope="module")
 def exported(list_path: Path) -> Path:
-    """The list's ONNX file, made after its evaluation."""
+    """The list's ONNX file, exported after the evaluation."""
     return list_path.with_suffix(".onnx")
 
 
@@ -302,7 +302,7 @@ def test_predictions_equal_the_evaluation(
 def test_metrics_of_another_model_set_no_threshold(
     list_path: Path, evaluated: Path, run_copies: list[Path], tmp_path: Path, capsys
 ) -> None:
-    """Of the same name, as of a run that was trained anew: the digests tell them apart."""
+    """A retrained run has the same name but other digests."""
     path = write_list(run_copies, tmp_path / list_path.name)
     metrics = json.loads((evaluated / "metrics.json").read_bytes())
     metrics["weights_sha256"][-1] = "f" * 64

@@ -1,4 +1,4 @@
-"""execution.py, graph.py and the engine around them: what a GPU will do with a step, shown on a CPU."""
+"""Test execution.py, graph.py and the engine on a CPU."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from mura_dist.training.graph import Recording
 
 @pytest.fixture
 def cuda_autocast() -> Iterator[None]:
-    """The flag that `torch.autocast("cuda")` sets, and that DeepSpeed looks at whatever the device."""
+    """Set the flag of `torch.autocast("cuda")`, which DeepSpeed reads on every device."""
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
     yield
@@ -42,7 +42,7 @@ def test_deepspeed_does_not_disable_autocast(alone: World, step: str, precision:
 
 
 def test_deepspeed_uses_the_gpu_of_this_rank(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under srun --gpus-per-task=1 each rank sees one GPU, number 0, whatever its local rank."""
+    """Under srun --gpus-per-task=1 each rank sees one GPU with number 0, for any local rank."""
     devices: list[int] = []
     set_device = get_accelerator().set_device
     monkeypatch.setattr(get_accelerator(), "set_device", lambda index: (devices.append(index), set_device(index)))
@@ -53,7 +53,7 @@ def test_deepspeed_uses_the_gpu_of_this_rank(alone: World, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_deepspeed_never_waits_for_the_device(alone: World, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
-    """Its throughput timer would, twice a step."""
+    """Its throughput timer would wait twice a step."""
     engine, num_waits = Engine(build("tiny"), settings(zero_stage=stage), alone), 0
 
     def synchronize(*arguments: object) -> None:
@@ -70,7 +70,7 @@ def test_deepspeed_never_waits_for_the_device(alone: World, monkeypatch: pytest.
 
 @pytest.mark.parametrize("step", ["eager", "graph"])
 def test_host_reads_from_the_device_once_a_step(alone: World, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """Each read makes the host wait for all that a GPU has to do. dense_block.py looks at weights on a CPU only."""
+    """Each read makes the host wait for the GPU. dense_block.py reads weights on a CPU only."""
     engine = Engine(build("tiny"), settings(step=step, ema=0.9, clip_norm=1.0), alone)
     engine.step(batches(0), 1e-3)
     reads: list[str] = []
@@ -117,7 +117,7 @@ def test_views_are_recreated_after_weights_moved(monkeypatch: pytest.MonkeyPatch
 def test_recorded_network_is_bit_identical_to_eager(
     alone: World, capsys: pytest.CaptureFixture[str], overrides: dict[str, object]
 ) -> None:
-    """Bit for bit on a CPU, over steps, micro-batches, and an evaluation between."""
+    """On a CPU this holds over steps, micro-batches and an evaluation between steps."""
     engines = [Engine(build("tiny", seed=3), settings(step=step, **overrides), alone) for step in ("eager", "graph")]
     for seed in range(3):
         results = [engine.step(batches(seed), 1e-2) for engine in engines]
@@ -132,7 +132,7 @@ def test_recorded_network_is_bit_identical_to_eager(
 
 
 class Flawed:
-    """Make a recording go wrong: `fault` says how."""
+    """A forward hook that makes a recording fail or differ."""
 
     def __init__(self, fault: str) -> None:
         self.fault, self.num_calls = fault, 0
@@ -193,7 +193,7 @@ def test_out_of_memory_while_recording_is_reported(alone: World) -> None:
 
 
 def test_recording_depends_on_shape_and_weight_address() -> None:
-    """ZeRO may move the weights: a graph would still read the old place."""
+    """ZeRO may move the weights, and a graph would read the old address."""
     model = build("tiny", seed=3).train()
     flat = FlatParameters(model, channels_last=True)
     shapes: list[torch.Size] = []
@@ -221,7 +221,7 @@ def test_recording_depends_on_shape_and_weight_address() -> None:
 def test_failing_or_differing_compiled_network_falls_back_to_eager(
     alone: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, says: str
 ) -> None:
-    """Where there is no compiler, say."""
+    """It fails without a compiler, for example."""
 
     def compiled(model: nn.Module, **options: object) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def forward(image: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run does when a step, a rank, a setting or the disk fails it: named, counted, ended on all ranks, nothing lost."""
+"""Test failures of a step, a rank, a setting or the disk: logged, counted, raised on all ranks, no checkpoint lost."""
 
 import json
 import re
@@ -29,7 +29,7 @@ NUM_MICRO_BATCHES = 6  # of a step: a global batch of 12, two radiographs each
 def train(
     ranks: int, fault: str, rank: int, call: str, shards: Path, folder: Path, *arguments: str, leave_s: float = 0
 ):
-    """As helpers.commands.train, with a fault at some calls of a rank's training forward."""
+    """Train as helpers.commands.train does, with a fault at some calls of a rank's training forward."""
     settings = (*TINY, "micro_batch=2", f"shards={shards}", f"run={folder}", *arguments, "--quiet")
     environment = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_CALL": call, "FAULT_LEAVE_S": str(leave_s)}
     launch = [warm_python()] if ranks == 1 else ["torchrun", "--standalone", "--nproc-per-node", ranks]
@@ -41,7 +41,7 @@ def error_lines(stderr: str) -> list[str]:
 
 
 def rows_of_micro_batches(shards: Path, step: int) -> list[list[int]]:
-    """The radiographs of each micro-batch of a step of the first epoch, over all ranks."""
+    """Return the rows of each micro-batch of a step of the first epoch, over all ranks."""
     epoch = sampler.epoch_permutation(Shards.open(shards).rows("train"), 0, 0, rotate_deg=30.0, flip=True)
     sizes = {"global_batch": 12, "micro_batch": 2, "rank": 0, "world_size": 1}
     return [micro.rows.tolist() for micro in sampler.step_micro_batches(epoch, step, **sizes)]
@@ -49,7 +49,7 @@ def rows_of_micro_batches(shards: Path, step: int) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_precision_auto_is_refused_on_differing_processors(shard_folder: Path, tmp_path: Path) -> None:
-    """precision=auto: bf16 on the one, fp32 on the other; one line, and nothing is begun."""
+    """One rank supports bf16, the other does not. One line says so, and nothing is written."""
     result = train(2, "bf16", 1, "0", shard_folder, tmp_path / "run", "precision=auto")
     [line] = error_lines(result.stderr)
     assert "on rank 0 and differs on rank 1" in line
@@ -60,7 +60,7 @@ def test_precision_auto_is_refused_on_differing_processors(shard_folder: Path, t
 @pytest.mark.slow
 @pytest.mark.parametrize("computed", [True, False])
 def test_precision_auto_is_resolved_once_per_run(shard_folder: Path, tmp_path: Path, computed: bool) -> None:
-    """Written into the run; on another processor the run goes on as it began, another precision is refused."""
+    """The recipe records it. On another processor the run resumes with it, and another precision is refused."""
     folder, expected = tmp_path / "run", "bf16" if computed else "fp32"
     first = train(1, "bf16", 0 if computed else 1, "0", shard_folder, folder, "precision=auto", "epochs=1")
     assert first.returncode == 0, first.stderr
@@ -74,7 +74,7 @@ def test_precision_auto_is_resolved_once_per_run(shard_folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(("precision", "computed"), [("bf16", False), ("bf16", True), ("fp32", False)])
 def test_bf16_without_instructions_logs_a_warning(precision: str, computed: bool, monkeypatch) -> None:
-    """As of a run that began on another processor: it goes on, and says why it is slow."""
+    """A run that began on another processor resumes, with a warning that it is slow."""
     monkeypatch.setattr(process_group, "supports_bf16", lambda: computed)
     settings = config.check({"shards": "s", "run": "r", "precision": precision}, "test")
     assert ("warning" in start._bf16_warning(settings)) == (precision == "bf16" and not computed)
@@ -109,7 +109,7 @@ NOT_FINITE = [
 def test_nonfinite_step_is_skipped_and_logged(
     shard_folder: Path, tmp_path: Path, ranks: int, fault: str, what: str
 ) -> None:
-    """In one micro-batch of the last rank, in step 3: its line says step and rows; the run goes on and ends well."""
+    """One micro-batch of the last rank fails in step 3. Its line has step and rows, and the run finishes."""
     each = NUM_MICRO_BATCHES // ranks
     result = train(ranks, fault, ranks - 1, str(2 * each + 2), shard_folder, tmp_path / "run", "epochs=1")
     assert result.returncode == 0, result.stderr
@@ -133,7 +133,7 @@ def test_nonfinite_step_is_skipped_and_logged(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
 def test_nonfinite_evaluation_has_no_effect(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
-    """One micro-batch of the last rank in the second epoch's: no plateau, no best, no early stop hears of it; the run goes on."""
+    """It changes neither plateau nor best checkpoint nor early stop, and the run continues."""
     micros = -(-len(Shards.open(shard_folder).rows("tune")) // 2)
     each = -(-micros // ranks)
     arguments = ("epochs=4", "plateau_patience=0", "plateau_threshold=0.9", "early_stop=3", "keep_checkpoints=9")
@@ -151,7 +151,7 @@ def test_nonfinite_evaluation_has_no_effect(shard_folder: Path, tmp_path: Path, 
 
 
 def test_too_many_consecutive_skips_stop_the_run(shard_folder: Path, tmp_path: Path) -> None:
-    """After the second epoch's first steps; the checkpoint of the first one stays, and is sound."""
+    """The run stops in the second epoch, and the first epoch's checkpoint stays intact."""
     calls = ",".join(str(call) for call in range(9 * 3 + 1, 13 * 3 + 1))
     result = train(2, "nan", 1, calls, shard_folder, tmp_path / "run", "skip_limit=3")
     assert result.returncode == 1
@@ -192,7 +192,7 @@ def corrupt(shards: Path, split: str) -> None:
 def test_run_with_corrupt_shards_fails_and_resumes_after_repair(
     split: str, reference_run: Callable[..., Path], shard_folder: Path, tmp_path: Path
 ) -> None:
-    """With the bits of one whose shards were sound all the time."""
+    """The resumed run is bit-identical to one with intact shards."""
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shard_folder, shards)
     corrupt(shards, split)
@@ -216,7 +216,7 @@ def test_run_with_corrupt_shards_fails_and_resumes_after_repair(
 
 @pytest.mark.slow
 def test_steps_without_samples_are_skipped_until_skip_limit(shard_folder: Path, tmp_path: Path) -> None:
-    """Where any number of samples may be corrupt: no weight, statistic or moment has moved."""
+    """No weight, statistic or moment changes, although any number of samples may be corrupt."""
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shard_folder, shards)
     corrupt(shards, "train")
@@ -244,7 +244,7 @@ def test_persistent_disk_error_stops_all_ranks_with_the_same_message(
     shard_folder: Path,
     tmp_path: Path,
 ) -> None:
-    """Of an evaluation and of a step. Nothing is counted as corrupt, and the same command goes on to the same bits."""
+    """In an evaluation and in a step. No sample counts as corrupt, and the resumed run is bit-identical."""
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(shard_folder, shards)
     split = "train" if skip > 10 else "tune"
@@ -268,7 +268,7 @@ def test_persistent_disk_error_stops_all_ranks_with_the_same_message(
 
 @pytest.mark.parametrize("leave_s", [0, 3])
 def test_failing_rank_stops_all_with_one_line_each(shard_folder: Path, tmp_path: Path, leave_s: float) -> None:
-    """Also where torchrun's SIGTERM finds them leaving."""
+    """This also holds if torchrun's SIGTERM arrives while the ranks exit."""
     result = train(2, "error", 1, "10", shard_folder, tmp_path / "run", leave_s=leave_s)
     assert result.returncode == 1
     assert "a fault of the test" in result.stderr
@@ -280,7 +280,7 @@ def test_failing_rank_stops_all_with_one_line_each(shard_folder: Path, tmp_path:
 
 
 def test_ranks_with_different_settings_are_refused(shard_folder: Path, tmp_path: Path) -> None:
-    """A second machine with another recipe: its weights would agree, its radiographs not."""
+    """A second machine has another recipe: the weights would agree, the radiographs would not."""
     script = tmp_path / "train.py"
     script.write_text(
         "import os, sys\n"

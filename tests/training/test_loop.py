@@ -1,4 +1,4 @@
-"""Training over one, two and three ranks, by every launcher: order, batch statistics, settings, one writer."""
+"""Test training on one, two and three ranks with every launcher: order, batch statistics, settings, one writer."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from mura_dist.training.run import Run
 def test_losses_and_statistics_match_across_world_sizes(
     reference_run: Callable[..., Path], ranks: int, arguments: tuple[str, ...]
 ) -> None:
-    """Same rows, first step's loss within 1e-6, 8 steps on within 1e-3."""
+    """The first step's loss is equal within 1e-6, the next 8 within 1e-3."""
     many_ranks, one_rank = reference_run(ranks, *arguments), reference_run(1, *arguments)
     actual, expected = losses(many_ranks), losses(one_rank)
     assert len(actual) == len(expected) >= 10
@@ -67,7 +67,7 @@ def test_run_folder_describes_the_run(single_rank_run: Path, shard_folder: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.nightly(part="training"))])
 def test_corrupt_sample_is_counted_and_training_continues(shard_folder: Path, tmp_path: Path, ranks: int) -> None:
-    """Named once a rank at most, counted once over all ranks in metrics.jsonl; strict=true ends the run and names it."""
+    """Each rank logs it at most once, and metrics.jsonl counts it once. With strict=true the run fails and names it."""
     shards = tmp_path / "shards"
     shutil.copytree(shard_folder, shards)
     opened = Shards.open(shards)
@@ -161,7 +161,7 @@ def test_other_settings_train(
 
 @pytest.mark.slow
 def test_training_needs_no_compiler(shard_folder: Path, tmp_path: Path) -> None:
-    """DeepSpeed would build C++ operators when first used; it is told to build none."""
+    """DeepSpeed would build C++ operators at first use."""
     extensions = tmp_path / "extensions"
     extensions.mkdir()
     nothing = {"TORCH_EXTENSIONS_DIR": str(extensions), "PATH": str(BIN), "CC": "no-compiler", "CXX": "no-compiler"}

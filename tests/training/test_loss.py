@@ -1,4 +1,4 @@
-"""The loss: the paper's weighted cross-entropy, in training and in evaluation."""
+"""Test the loss of training and evaluation: the paper's weighted cross-entropy."""
 
 import math
 
@@ -13,7 +13,7 @@ from mura_dist.training.validation import weighted_loss
 
 
 def test_loss_equals_the_papers() -> None:
-    """FIELD: HAND has w1 .732275, w0 .267725; loss(y=1, p=.9) = .077153, loss(y=0, p=.9) = .616460."""
+    """XR_HAND has w1 .732275, w0 .267725: loss(y=1, p=.9) = .077153, loss(y=0, p=.9) = .616460."""
     logit = torch.tensor([math.log(9), math.log(9)], dtype=torch.float64).float()
     label, weight = torch.tensor([1.0, 0.0]), torch.tensor([0.732275, 0.267725])
     assert weighted_bce(logit[:1], label[:1], weight[:1]).item() == pytest.approx(0.077153, abs=1e-6)

@@ -1,4 +1,4 @@
-"""metrics_log.py as a person and a tool meet it: the bar on a terminal, plain lines elsewhere, TensorBoard's files."""
+"""Test metrics_log.py: the bar on a terminal, lines without one, TensorBoard's files."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def settings(shards: Path, folder: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def on_a_terminal(*command: str) -> str:
-    """What a command writes to a terminal of 150 columns as its stderr."""
+    """Return what a command writes to stderr on a terminal of 150 columns."""
     master, slave = pty.openpty()
     environment = {**os.environ, **NO_GPU, "TERM": "xterm", "COLUMNS": "150"}
     output = b""
@@ -56,7 +56,7 @@ def on_a_terminal(*command: str) -> str:
 
 @pytest.mark.slow
 def test_terminal_shows_a_progress_bar(shard_folder: Path, tmp_path: Path) -> None:
-    """Loss, images/s, share of time waiting for data and time to the end; an epoch's line stands above it, once."""
+    """It has loss, images/s, data wait and remaining time. Each epoch's line is printed above it once."""
     arguments = settings(shard_folder, tmp_path / "run")
     output = CONTROL.sub("", on_a_terminal(warm_python(), "-c", TRAIN_DRAWING_EACH_UPDATE, *arguments)).replace(
         "\r", "\n"
@@ -80,13 +80,13 @@ def test_terminal_shows_a_progress_bar(shard_folder: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the captured stderr a terminal."""
+    """Make the captured stderr a terminal."""
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "150"}.items():
         monkeypatch.setenv(name, value)
 
 
 def bars(metrics_logger: MetricsLogger) -> list[str]:
-    """The lines of the bars as they stand, without the bars themselves."""
+    """Return the texts of the current bars."""
     with metrics_logger.console.capture() as capture:
         metrics_logger.console.print(metrics_logger.progress.get_renderable())
     text = CONTROL.sub("", capture.get())
@@ -95,7 +95,7 @@ def bars(metrics_logger: MetricsLogger) -> list[str]:
 
 @pytest.mark.parametrize("num_steps", [0, 500])
 def test_progress_bar_contents(tmp_path: Path, num_steps: int, terminal: None) -> None:
-    """No step where there are none, no loss before the first; a bar of its own for an evaluation, while that runs."""
+    """It has no step if there are none and no loss before the first step. An evaluation has a second bar."""
     start = min(20, num_steps)
     metrics_logger = MetricsLogger(
         tmp_path,
@@ -167,7 +167,7 @@ def test_missing_tensorboard_is_logged_once(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Finder:
-        """The package is missing, or breaks as it is imported."""
+        """An import finder that fails as a missing or broken package does."""
 
         def find_spec(self, name: str, *_: object) -> None:
             if name.startswith(("torch.utils.tensorboard", "tensorboard")):
@@ -190,7 +190,7 @@ def test_missing_tensorboard_is_logged_once(
 
 @pytest.mark.slow
 def test_tensorboard_has_each_step_once_after_resuming(shard_folder: Path, tmp_path: Path) -> None:
-    """The last epoch is done twice, as after a kill: its first events are purged."""
+    """The last epoch runs twice as after a kill, and its first events are purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = settings(shard_folder, tmp_path / "run", "tensorboard=true")

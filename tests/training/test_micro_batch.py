@@ -1,4 +1,4 @@
-"""micro_batch.py: which micro-batch fits on every rank."""
+"""Test micro_batch.py: the largest micro-batch that fits on every rank."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_candidates_divide_the_global_batch(batch: int, ranks: int, sizes: list[
 
 
 class Limited(nn.Module):
-    """The network, on a device whose memory holds `limit` radiographs."""
+    """A network on a device whose memory holds `limit` radiographs."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_auto_micro_batch_on_a_cpu(alone: World, batch: int, expected: int) -> N
 def test_trial_uses_the_execution_of_a_step(
     monkeypatch: pytest.MonkeyPatch, alone: World, overrides: dict[str, str], channels_last: bool
 ) -> None:
-    """The same execution, on weights and images in the same order."""
+    """Execution and memory format of weights and images are the same."""
     calls: list[tuple[str, str, bool]] = []
     build_network = execution.build
 
@@ -80,7 +80,7 @@ def test_trial_uses_the_execution_of_a_step(
 
 @pytest.mark.parametrize("num_resident", [0, 7])
 def test_resident_radiographs_reserve_memory(monkeypatch: pytest.MonkeyPatch, alone: World, num_resident: int) -> None:
-    """As many bytes are taken while a micro-batch is tried."""
+    """The trial allocates as many bytes."""
     reserved: list[int] = []
     zeros = torch.zeros
 

@@ -1,4 +1,4 @@
-"""mlflow_reader.py and mlflow_process.py: a real MLflow server has each number of a run once, and never holds a training up."""
+"""Test mlflow_reader.py and mlflow_process.py with a real MLflow server: each value is sent once, without delaying a training."""
 
 import contextlib
 import json
@@ -39,13 +39,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The reader's own; each test has its experiment."""
+    """Set the process's environment. Each test has its own experiment."""
     for name, value in {**ENVIRONMENT, "MLFLOW_EXPERIMENT_NAME": tmp_path.name}.items():
         monkeypatch.setenv(name, value)
 
 
 def lines(steps: range) -> list[dict[str, Any]]:
-    """Of a metrics.jsonl: a line a step, and one each eighth step of an epoch, some of them with null."""
+    """Return lines of a metrics.jsonl: one per step, one per epoch of eight steps, some with null."""
     rows: list[dict[str, Any]] = []
     for step in steps:
         loss = None if step % 5 == 0 else 1 / step
@@ -76,7 +76,7 @@ def options(folder: Path, server: str) -> MlflowOptions:
 
 
 def send(folder: Path, server: str, **changes: Any) -> list[str]:
-    """One start of the reader, whose training has ended; returns what it says."""
+    """Run the sender once for a finished training, and return its messages."""
     outcomes: queue.Queue[str] = queue.Queue()
     outcomes.put("FINISHED")
     messages: list[str] = []
@@ -93,7 +93,7 @@ def runs_of(server: str, experiment: str) -> list[Any]:
 
 
 def has_each_number_once(server: str, run_id: str, expected: list[dict[str, Any]], *, redone: bool = False) -> None:
-    """The law. `redone`: of steps that were done twice the server has the first wall-clock times."""
+    """Assert the law. `redone`: for repeated steps the server has the first wall-clock times."""
     from mlflow import MlflowClient
 
     by_name: dict[str, list[tuple[int, float]]] = {}
@@ -110,7 +110,7 @@ def has_each_number_once(server: str, run_id: str, expected: list[dict[str, Any]
 
 
 def send_all(folder: Path) -> None:
-    """Send what the end of a training had no time for, on a busy machine."""
+    """Send what the end of a training had no time to send on a busy machine."""
     messages: list[str] = []
     for _ in range(5):
         messages.clear()
@@ -163,7 +163,7 @@ def test_killed_training_continues_its_mlflow_run(server: str, shard_folder: Pat
     settings = (*TINY, f"shards={shard_folder}", f"run={folder}", f"mlflow={server}", "--quiet")
 
     def begun() -> bool:
-        """Its server has some of its steps."""
+        """Return whether the server has some of the run's steps."""
         mlflow_runs = runs_of(server, tmp_path.name)
         return bool(mlflow_runs) and mlflow_runs[0].data.metrics.get("step/step", 0) > 4
 
@@ -180,7 +180,7 @@ def test_killed_training_continues_its_mlflow_run(server: str, shard_folder: Pat
 
 
 def test_connects_to_the_configured_server_only(server: str, tmp_path: Path) -> None:
-    """The reader's process: each address that it connects to, and each host that it looks up."""
+    """Every address that the process connects to and every host that it looks up is the server's."""
     folder, record = tmp_path / "run", tmp_path / "addresses"
     write_lines(folder, range(1, 30))
     code = f"""
@@ -213,7 +213,7 @@ runpy.run_module("mura_dist.training.mlflow_reader", run_name="__main__")
 def test_each_value_is_sent_once_despite_failures(
     server: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Starts that end at any request, before it is handled or after; the answers of some are lost."""
+    """Starts end at any request, before or after it is handled, and some responses are lost."""
     monkeypatch.setattr(mlflow_reader, "_LINES", 7)
     draws, folder, messages = random.Random(seed), tmp_path / "run", list[str]()
     kinds = ["ok"] * 6 + ["refuse", "lose", "500"]
@@ -275,14 +275,14 @@ def test_password_reaches_only_the_server(server: str, tmp_path: Path) -> None:
 
 
 def test_recovered_server_receives_everything(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the first failure and the last start no further message comes."""
+    """Only the first failure is logged."""
     monkeypatch.setattr(mlflow_reader, "_POLL_S", 0.05)
     monkeypatch.setattr(mlflow_reader, "_MAX_PAUSE_S", 0.05)
     folder, num_requests, messages = tmp_path / "run", [0], list[str]()
     write_lines(folder, range(1, 30))
 
     class Outcomes(queue.Queue[str]):
-        """Says that the training ended once the server answers again."""
+        """A queue that returns the outcome once the server responds again."""
 
         def get(self, block: bool = True, timeout: float | None = None) -> str:
             if num_requests[0] > 12:
@@ -306,7 +306,7 @@ def test_recovered_server_receives_everything(server: str, tmp_path: Path, monke
 
 
 def ended(folder: Path, server: str, begun: Callable[[list[str]], bool], end_s: float) -> tuple[list[str], float]:
-    """The messages, and the seconds that the end of a training takes, once `begun` says that it may end."""
+    """Return the messages and the seconds that the end of a training takes once `begun` returns True."""
     write_lines(folder, range(1, 9))
     messages: list[str] = []
     of_folder = Run(folder, Settings(shards="s", run=str(folder), mlflow=server))
@@ -336,7 +336,7 @@ def test_unreachable_server_is_reported_once(tmp_path: Path) -> None:
 def test_short_training_waits_for_the_process_start(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training shorter than the import of MLflow's client: `end_s` begins after that."""
+    """`end_s` begins after the import of MLflow's client."""
     monkeypatch.setattr(mlflow_process, "START_S", 60.0)
     messages, _ = ended(tmp_path / "run", server, lambda _: True, 30.0)
     assert messages == []
@@ -362,7 +362,7 @@ def test_dead_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_process_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A late start is not a silent server, and `end_s` does not come on top of it."""
+    """The message differs from that of a silent server, and `end_s` is not added."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(mlflow_process, "START_S", 1.0)
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
@@ -373,7 +373,7 @@ def test_process_that_does_not_start_is_reported(tmp_path: Path, monkeypatch: py
 
 
 def test_message_outside_a_training_names_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evaluate` and a finished `train`. The mask of a recipe on the disk is no user."""
+    """This concerns `evaluate` and a finished `train`. The mask in a stored recipe is no user name."""
     folder = tmp_path / "a run"
     write_lines(folder, range(1, 9))
     address = f"http://user:geheim@127.0.0.1:{(port := free_port())}"
@@ -389,7 +389,7 @@ def test_message_outside_a_training_names_no_training(tmp_path: Path, monkeypatc
 def test_stored_recipe_logs_in_by_environment_variables(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`train RUN/recipe.toml`, whose address has a mask in place of user and password."""
+    """`train RUN/recipe.toml` has a mask in place of user and password."""
     monkeypatch.setattr(mlflow_process, "START_S", 60.0)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheim")
@@ -401,7 +401,7 @@ def test_stored_recipe_logs_in_by_environment_variables(
 
 
 def test_one_process_at_a_time_sends_a_run(tmp_path: Path) -> None:
-    """The second waits for the first. The lock is a file, which NFS locks too."""
+    """The second waits for the first. The lock is a file, which NFS can lock."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom mura_dist.training.mlflow_reader import exclusive\n"
         "with exclusive(Path(sys.argv[1])):\n    print('alone', flush=True)\n"

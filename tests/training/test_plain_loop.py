@@ -1,4 +1,4 @@
-"""Training against the plain loop of tools/bench/learning.py: from the same weights, on the same batches, it learns the same.
+"""Test that training equals the plain loop of tools/bench/learning.py from the same weights on the same batches.
 
 Two computations that differ in roundings alone drift apart exponentially, the faster the larger the learning rate. How far
 is measured, not guessed: plain loops whose first weights are a rounding apart say what roundings do.
@@ -58,7 +58,7 @@ def batches_of_run(folder: Path) -> Iterator[Batch]:
 
 
 class Plain:
-    """Plain loops over the batches of a run of ours, from its first weights."""
+    """Plain loops over the batches of a run, from its first weights."""
 
     def __init__(self, shards: Path, folder: Path, learning_rate: float, *, bf16: bool = False) -> None:
         opened = Shards.open(shards)
@@ -90,7 +90,7 @@ class Plain:
 
 
 def distances(trained: tuple[np.ndarray, float], plain: tuple[np.ndarray, float]) -> np.ndarray:
-    """How far apart two trainings are: root mean square of a step's loss by stage, mean of the last stage, tune loss."""
+    """Return the differences of two trainings: RMS of the loss by stage, mean of the last stage, tune loss."""
     difference = trained[0] - plain[0]
     by_stage = [np.sqrt(np.square(difference[stage]).mean()) for stage in STAGES]
     return np.array([*by_stage, abs(difference[STAGES[-1]].mean()), abs(trained[1] - plain[1])])
@@ -107,7 +107,7 @@ def distances(trained: tuple[np.ndarray, float], plain: tuple[np.ndarray, float]
 def test_training_equals_a_plain_loop_up_to_rounding(
     shard_folder: Path, tmp_path: Path, precision: str, learning_rate: float, further: float
 ) -> None:
-    """At most `further` times as far from a plain fp32 loop as the furthest of several plain loops of the same precision.
+    """The distance to a plain fp32 loop is at most `further` times the largest of several plain loops of the same precision.
 
     At the low learning rate fp32's roundings stay below 1e-6 for ten steps; at the high one roundings decide everything, and
     what remains to compare is where the losses end.
@@ -124,7 +124,7 @@ def test_training_equals_a_plain_loop_up_to_rounding(
 
 @pytest.mark.nightly(part="training")
 def test_auroc_is_no_lower_than_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The AUROC over 733 valid drawings, about 0.8: three seeds of each, by no more than one standard error below.
+    """The mean AUROC over 733 valid drawings and three seeds is at most one standard error lower.
 
     Of a seed the first weights are the same; order, flips and rotations are each one's own.
     """

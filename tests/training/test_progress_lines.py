@@ -1,4 +1,4 @@
-"""progress_lines.py: a line every 30 s where stderr is no terminal, on the first rank alone."""
+"""Test progress_lines.py: a line every 30 s on rank 0 if stderr is no terminal."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ train(config.load(None, sys.argv[1:]), line_every_s=0.0)
 
 
 class Clock:
-    """A clock that stands still until it is moved."""
+    """A clock that a test sets."""
 
     now = 100.0
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 def simulate(step_s: float, evaluation_s: float = 0.0, ask_s: float = 1.0) -> list[tuple[float, str]]:
-    """Return the lines, and when each was said, of 300 steps in 3 epochs, each epoch with an evaluation before it."""
+    """Return the lines and their times of 300 steps in 3 epochs, with an evaluation before each epoch."""
     clock, timed_lines = Clock(), list[tuple[float, str]]()
     lines = ProgressLines(
         lambda text: timed_lines.append((clock.now, text)), start_step=0, num_steps=300, num_epochs=3, clock=clock
@@ -57,7 +57,7 @@ def simulate(step_s: float, evaluation_s: float = 0.0, ask_s: float = 1.0) -> li
 @pytest.mark.parametrize("step_s", [0.01, 0.25, 7.0, 29.9, 30.0, 45.0])
 @pytest.mark.parametrize("evaluation_s", [0.0, 20.0, 95.0])
 def test_progress_line_every_30_s(step_s: float, evaluation_s: float) -> None:
-    """Law: no two lines of progress are closer than 30 s, and none is later than the first moment after 30 s of silence."""
+    """Law: two lines are at least 30 s apart, and a line is logged at the first event after 30 s."""
     timed_lines = [(100.0, "start"), *simulate(step_s, evaluation_s)]
     assert LINE_EVERY_S == 30
     for (before, _), (at, text) in itertools.pairwise(timed_lines):
@@ -93,7 +93,7 @@ def test_long_evaluation_logs_lines() -> None:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_without_terminal_logs_progress_lines(ranks: int, shard_folder: Path, tmp_path: Path) -> None:
-    """Each step has a line when the interval is 0, with the numbers of metrics.jsonl, once however many ranks there are."""
+    """With an interval of 0 each step has one line with the values of metrics.jsonl, for any number of ranks."""
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}")
     command = [tmp_path / "script.py", *arguments]

@@ -1,4 +1,4 @@
-"""The law of resumption: stopped or killed anywhere, on as many ranks or others, a run ends with the bits of one left alone."""
+"""Test the law of resumption: a run that is stopped or killed anywhere ends bit-identical to an uninterrupted run."""
 
 import shutil
 import signal
@@ -27,7 +27,7 @@ RESUMED = [
 def test_resumed_run_is_bit_identical(
     shard_folder: Path, tmp_path: Path, reference_run: Callable[..., Path], ranks: int, arguments: tuple[str, ...]
 ) -> None:
-    """Law of resumption at an epoch's end: N + N epochs = 2N epochs, every tensor bit for bit; plateau, metrics too."""
+    """N + N epochs equal 2N epochs: all tensors are bit-identical, plateau and metrics equal."""
     for epochs in ("epochs=1", "epochs=2"):
         result = train(ranks, shard_folder, tmp_path / "run", epochs, *arguments)
         assert result.returncode == 0, result.stderr
@@ -42,7 +42,7 @@ def test_resumed_run_is_bit_identical(
 
 @pytest.mark.slow
 def test_killed_run_resumes_from_the_last_complete_checkpoint(shard_folder: Path, tmp_path: Path) -> None:
-    """kill -9 of everything in mid-epoch; the same command ends with the bits of a run never interrupted."""
+    """After kill -9 in mid-epoch the same command ends bit-identical to an uninterrupted run."""
     arguments = (*TINY, f"shards={shard_folder}", "checkpoint_every=2", "epochs=4", "--quiet")
     uninterrupted, torn = tmp_path / "uninterrupted", tmp_path / "torn"
     assert run("mura-dist", "train", *arguments, f"run={uninterrupted}").returncode == 0
@@ -107,9 +107,9 @@ def test_resume_on_another_number_of_ranks(
     after: int,
     arguments: tuple[str, ...],
 ) -> None:
-    """Same rows; the first step's loss within 1e-6, its gradient within 1e-4, the loss 8 steps on within 1e-3 (fp32).
+    """The first step's loss is equal within 1e-6, its gradient within 1e-4, the next 8 losses within 1e-3 (fp32).
 
-    SGD, so that its momentum tells the gradient: m' = 0.9 m + g. Steps 4 to 12, across an epoch's end.
+    SGD's momentum gives the gradient: m' = 0.9 m + g. Steps 4 to 12 cross an epoch's end.
     """
     common = ("optimizer=sgd", "checkpoint_every=1", "keep_checkpoints=20", "micro_batch=2", *arguments)
     same, resumed = reference_run(before, *common), tmp_path / "other"
@@ -147,7 +147,7 @@ def test_resume_on_another_number_of_ranks(
 def test_stop_during_evaluation_saves_an_unevaluated_checkpoint(
     shard_folder: Path, tmp_path: Path, reference_run: Callable[..., Path]
 ) -> None:
-    """A wish to stop that comes as an epoch ends: saved unevaluated, and evaluated by the next start."""
+    """The checkpoint is saved unevaluated, and the next start evaluates it."""
     arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=3", "--quiet")
     script = (
         "import signal, os, sys\n"

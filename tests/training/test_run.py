@@ -1,6 +1,6 @@
-"""One writer, and nobody outlives a launcher: locks living and stale, starts that wait, launchers killed or asked to stop.
+"""Test that a run has one writer and no rank survives its launcher: locks, waiting starts, stopped and killed launchers.
 
-The lock's laws are cheap: processes that hold it and do nothing else. Below them, trainings under torchrun and `deepspeed`.
+The tests of the lock use processes that only hold it. The tests below use trainings under torchrun and `deepspeed`.
 """
 
 import json
@@ -54,7 +54,7 @@ def run_of(folder: Path, wait_s: float = 0) -> Run:
 
 @pytest.fixture
 def processes() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts processes; what is left of them is ended."""
+    """Start processes, and kill those that remain after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object, more: dict[str, str] | None = None, **how: object) -> subprocess.Popen[str]:
@@ -81,7 +81,7 @@ def lock(folder: Path, **owner: object) -> Path:
 
 
 def test_process_start_time(processes: Callable[..., subprocess.Popen[str]]) -> None:
-    """A living process has a birth that stays; one that ended has none, whether its parent has asked for its status or not."""
+    """It is constant for a live process, and None for an ended one, waited for or not."""
     child = processes("sleep", 60)
     since = workers.process_start_time(child.pid)
     assert since
@@ -139,8 +139,8 @@ def test_live_lock_is_respected_and_stale_lock_taken(
     heartbeat = processes(sys.executable, "-c", BEATS, path)
     begin = time.monotonic()
     with pytest.raises(UserError) as refusal, run.writing():
-        raise AssertionError("it was let in")
-    assert time.monotonic() - begin < 20, "a heart was seen to beat"
+        raise AssertionError("the lock was acquired")
+    assert time.monotonic() - begin < 20, "a heartbeat was seen"
     heartbeat.kill()
     where = facts.get("host", platform.node())
     for text in (f"run={tmp_path / 'run'}", f"process {owner['process']} on {where}", "run=NEW", "Wait for it or stop"):
@@ -152,7 +152,7 @@ def test_live_lock_is_respected_and_stale_lock_taken(
 def test_lock_of_another_host_is_waited_for_until_stale(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host that died, and ranks that are started again on others: longer than wait_s, but not for ever."""
+    """A dead host's lock is waited for longer than lock_wait_s, but not forever."""
     monkeypatch.setattr("mura_dist.distributed.lock.STALE_S", 2.0)
     lock(tmp_path / "run", host="elsewhere", process=1)
     begin = time.monotonic()
@@ -165,7 +165,7 @@ def test_old_empty_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mura_dist.distributed.lock.UNVERIFIED_WAIT_S", 0.0)
     (tmp_path / "lock").touch()
     with pytest.raises(UserError, match="process 0 on unknown"), run_of(tmp_path).writing():
-        raise AssertionError("it was let in")
+        raise AssertionError("the lock was acquired")
     os.utime(tmp_path / "lock", (0, 0))
     with run_of(tmp_path).writing():
         pass
@@ -174,7 +174,7 @@ def test_old_empty_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_second_start_waits_for_the_first(
     processes: Callable[..., subprocess.Popen[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Ended well or by kill -9: the second goes on within a second of it, having said once that it waits."""
+    """After its end or kill -9 the second start continues. It has logged once that it waits."""
     for lasts_s, killed in ((1.5, False), (60, True)):
         first = processes(sys.executable, "-c", HOLDS, tmp_path / "run", lasts_s)
         assert first.stdout is not None
@@ -198,7 +198,7 @@ def test_wait_for_the_lock_is_limited(processes: Callable[..., subprocess.Popen[
     begin = time.monotonic()
     message = f"process {first.pid} on .*waited 1 s"
     with pytest.raises(UserError, match=message), run_of(tmp_path / "run", wait_s=1.3).writing():
-        raise AssertionError("it was let in")
+        raise AssertionError("the lock was acquired")
     assert 1.3 <= time.monotonic() - begin < 20
 
 
@@ -210,15 +210,15 @@ def test_signal_ends_the_wait_for_the_lock(tmp_path: Path) -> None:
         pytest.raises(StopRequestedError, match="The same command resumes"),
         run_of(tmp_path / "run", 60).writing(stop),
     ):
-        raise AssertionError("it was let in")
+        raise AssertionError("the lock was acquired")
     assert time.monotonic() - begin < 20
     assert json.loads(path.read_bytes())["host"] == "elsewhere"
-    assert not (tmp_path / "run" / "status.json").exists(), "nothing was done: what the folder says stays true"
+    assert not (tmp_path / "run" / "status.json").exists(), "nothing was done, so nothing is written"
 
 
 @pytest.mark.slow
 def test_many_starts_write_one_at_a_time(processes: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    """All find the same stale lock; each gets its turn, none meets another."""
+    """All find the same stale lock, and only one at a time holds it."""
     lock(tmp_path / "run", process=2**22 + 1)
     starts = [processes(sys.executable, "-c", IN_TURN, tmp_path / "run") for _ in range(6)]
     for start in starts:
@@ -232,22 +232,22 @@ def test_many_starts_write_one_at_a_time(processes: Callable[..., subprocess.Pop
 
 @pytest.mark.parametrize("where", ["below a file", "in a folder that takes nothing"])
 def test_unwritable_folder_is_refused(where: str, tmp_path: Path) -> None:
-    """/proc: root, who may write anywhere, cannot there either."""
+    """Even root cannot write in /proc."""
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "run" if where == "below a file" else Path("/proc/run")
     message = rf"run={folder} cannot be written \(.*\)\. Make it writable, or give run= on another disk\."
     with pytest.raises(UserError, match=message), run_of(folder).writing():
-        raise AssertionError("it was let in")
+        raise AssertionError("the lock was acquired")
 
 
 def test_read_only_folder_is_refused_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel answers on such a disk; to mount one wants root."""
+    """os.access answers as on a read-only disk, because a mount needs root."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with (
         pytest.raises(UserError, match=r"cannot be written \(read-only, or owned by another user\)"),
         run_of(tmp_path).writing(),
     ):
-        raise AssertionError("it was let in")
+        raise AssertionError("the lock was acquired")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +265,7 @@ LIMIT_S = 40  # for what takes 1 to 15 s on a quiet machine; what it is told apa
 def launch(
     start: Callable[..., subprocess.Popen[str]], name: str, shards: Path, run: Path, *arguments: str, warm: bool = False
 ):
-    """A training in a session of its own, its output in a file beside the run. `warm`: ranks have another parent and number."""
+    """Start a training in its own session, with a log file next to the run. `warm`: ranks have another parent and number."""
     script, *rest = LAUNCHERS[name]()
     launcher = [*(warm_script(script) if warm else [BIN / script]), *rest]
     settings = (*TINY, f"epochs={EPOCHS}", f"shards={shards}", f"run={run}", "--quiet", *arguments)
@@ -279,7 +279,7 @@ def log_of(run: Path) -> str:
 
 
 def steps(run: Path) -> int:
-    """Steps in metrics.jsonl."""
+    """Return the number of steps in metrics.jsonl."""
     return sum(line["kind"] == "step" for line in metrics_log.read(run / "metrics.jsonl"))
 
 
@@ -292,7 +292,7 @@ def until_it_trains(run: Path, process: subprocess.Popen[str], more_than: int = 
 
 
 def gone_after(pids: list[int], limit_s: float) -> float:
-    """Seconds until none of these lives; fails where one still does after `limit_s`."""
+    """Wait until all processes have ended, at most `limit_s`, and return the seconds."""
     begin = time.monotonic()
     while alive := [pid for pid in pids if workers.process_start_time(pid) is not None]:
         assert time.monotonic() - begin < limit_s, f"{alive} still live after {limit_s} s"
@@ -302,7 +302,7 @@ def gone_after(pids: list[int], limit_s: float) -> float:
 
 @pytest.fixture(scope="module")
 def undisturbed(reference_run: Callable[..., Path]) -> Path:
-    """The run of two ranks that nobody disturbed."""
+    """An uninterrupted run of two ranks."""
     return reference_run(2, f"epochs={EPOCHS}")
 
 
@@ -311,7 +311,7 @@ def undisturbed(reference_run: Callable[..., Path]) -> Path:
 def test_ranks_exit_after_launcher_kill_and_next_start_finishes(
     name: str, undisturbed: Path, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """kill -9 of the command: all it started is soon gone. A second start, at once, waits for them, ends as the whole."""
+    """After kill -9 of the launcher its processes exit. An immediate second start waits for them and ends bit-identical."""
     run = tmp_path / "run"
     first = launch(processes, name, shard_folder, run)
     until_it_trains(run, first)
@@ -348,7 +348,7 @@ def test_stopped_launcher_leaves_a_resumable_run(
     tmp_path: Path,
     processes: Callable[..., subprocess.Popen[str]],
 ) -> None:
-    """SIGTERM to the command, as a scheduler sends it; SIGINT to its whole group, as a terminal's Ctrl-C does."""
+    """SIGTERM goes to the launcher, as from a scheduler, SIGINT to its process group, as from Ctrl-C."""
     run = tmp_path / "run"
     first = launch(processes, name, shard_folder, run, warm=warm)
     until_it_trains(run, first)
@@ -403,7 +403,7 @@ def test_waiting_ranks_exit_with_rank_0(
     tmp_path: Path,
     processes: Callable[..., subprocess.Popen[str]],
 ) -> None:
-    """Refused (None) or asked to stop, the first rank leaves the wait for a lock; the other, deep in torch, keeps nobody."""
+    """Rank 0 stops waiting for the lock, refused (None) or by a signal. The other rank, blocked in torch, exits too."""
     run = tmp_path / "run"
     processes(sys.executable, "-c", BEATS, lock(run, host="elsewhere", process=1))
     start = launch(
@@ -428,7 +428,7 @@ def test_waiting_ranks_exit_with_rank_0(
 def test_stop_in_the_last_step_is_not_done(
     num_steps: int, shard_folder: Path, tmp_path: Path, processes: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Asked when step `seen` of 16 is logged: stopped before the last evaluation or done after it; done after the next start."""
+    """The signal comes at step `num_steps` of 16: the run is stopped or done, and done after the next start."""
     run = tmp_path / "run"
     first = launch(processes, "plain", shard_folder, run, "epochs=2", warm=True)
     while steps(run) < num_steps:
@@ -448,7 +448,7 @@ def test_stop_in_the_last_step_is_not_done(
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=KILLS)])
 def test_launch_script_exit_status_after_stop(stop_signal: signal.Signals, shard_folder: Path, tmp_path: Path) -> None:
-    """launch/local.sh: a signal to it is passed on, and its exit status is what status.json says, not torchrun's."""
+    """launch/local.sh passes a signal on, and its exit status follows status.json, not torchrun."""
     run = tmp_path / "run"
     arguments = (*TINY, "epochs=5000", f"shards={shard_folder}", f"run={run}", "--quiet")
     with open(tmp_path / "log", "wb") as log:
@@ -468,7 +468,7 @@ def test_launch_script_exit_status_after_stop(stop_signal: signal.Signals, shard
             page.wait(10)
     assert Run.load(run).status()["state"] == "stopped"
     output = (tmp_path / "log").read_text()
-    assert "the launcher has ended" not in output, "torchrun heard it and passed it on; it did not die of it"
+    assert "the launcher has ended" not in output, "torchrun passed the signal on and survived it"
 
 
 @pytest.mark.slow
@@ -477,8 +477,7 @@ def test_launch_script_exit_status_after_stop(stop_signal: signal.Signals, shard
     [("kill -TERM $$", "stopped", 3), ("kill -TERM $$", "failed", 143), ("exit 1", "stopped", 1)],
 )
 def test_launch_script_waits_for_remaining_ranks(launcher: str, later: str, status: int, tmp_path: Path) -> None:
-    """deepspeed dies of a signal at once, its ranks save and say so some seconds later; a launcher that ended by itself has
-    waited for them, and what it left behind as running was killed."""
+    """After a signal deepspeed exits at once, and its ranks save seconds later. A launcher that ends by itself has waited."""
     run = run_of(tmp_path / "run")
     run.write_status("running")
     timer = threading.Timer(60 if status == 1 else 5, run.write_status, [later])

@@ -1,4 +1,4 @@
-"""The learning rate over a run (warm-up, plateau, scaling), the loss scale of fp16, steps left out."""
+"""Test the learning rate (warm-up, plateau, scaling), fp16's loss scale and skipped steps."""
 
 import math
 
@@ -41,14 +41,14 @@ def test_nonfinite_loss_does_not_change_the_plateau() -> None:
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 4), ("linear", 16)])
 def test_learning_rate_scales_with_the_global_batch(rule: str, factor: float) -> None:
-    """launch/recipes/mura-8gpu.toml: 1e-4 meant for 8, at 128."""
+    """launch/recipes/mura-8gpu.toml: 1e-4 for a batch of 8, used at 128."""
     chosen = {"lr_scaling": rule, "global_batch": 128, "reference_batch": 8}
     settings = SETTINGS.model_copy(update=chosen)
     assert schedule.learning_rate(settings, Plateau(), 0) == pytest.approx(1e-4 * factor)
 
 
 def test_fp16_scale_halves_and_doubles() -> None:
-    """Halved by each overflow down to 1, doubled after GROWTH_STEPS without one; never moved where nothing is scaled."""
+    """An overflow halves it down to 1, GROWTH_STEPS without one double it. It stays 1 for other precisions."""
     half = SETTINGS.model_copy(update={"precision": "fp16"})
     scale = LossScale.from_settings(half)
     assert scale.value == 2.0**16

@@ -1,4 +1,4 @@
-"""A network of the real size on two threads; run alone: threads that share two processors with others wait for each other."""
+"""Test a network of real size on two threads. Run it alone: threads that share processors wait for each other."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from helpers.runs import equal, logged_metrics, tensors
 
 @pytest.mark.nightly(part="training")
 def test_densenet_on_two_threads_resumes_bit_identical(shard_folder: Path, tmp_path: Path) -> None:
-    """What the small network on one thread cannot show: threads, and tensors large enough for them."""
+    """The other tests use one thread and tensors too small for several."""
     arguments = (*TINY, "architecture=densenet121", "global_batch=24", "micro_batch=8", "precision=bf16")
     for folder, epochs in (("never", 2), ("torn", 1), ("torn", 2)):
         settings = (f"shards={shard_folder}", f"run={tmp_path / folder}", f"epochs={epochs}", "--quiet")

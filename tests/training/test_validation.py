@@ -1,4 +1,4 @@
-"""validation.py: how many radiographs are scored at once, and that it changes nothing."""
+"""Test validation.py: the batch size, and that it does not change the scores."""
 
 from pathlib import Path
 
