@@ -138,7 +138,7 @@ def test_export_checks_the_map_mean_of_a_single_checkpoint_only(tmp_path: Path) 
 
 def test_ensemble_over_2_gib_is_refused(tmp_path: Path) -> None:
     wide = torch.nn.Linear(2**15, 2**14, bias=False, device="meta")  # 2 GiB that nobody has to hold
-    with pytest.raises(UserError, match=r"^ensemble of 2: .*2\.15 GB, the limit .* is 2\.15 GB; give fewer.*--top"):
+    with pytest.raises(UserError, match=r"^ensemble of 2: .*2\.15 GB \(limit .*: 2\.15 GB\)\. Give fewer.*--top"):
         onnx.export(Ensemble([wide]).eval(), card_of(2), tmp_path / "wide.onnx")
 
 

@@ -1,15 +1,15 @@
 """Checkpoints -> one self-contained ONNX file, through a parity gate.
 
     model (torch, eval) -> torch.onnx -> tidy (no paths, no traces) + card -> checker
-        -> parity: the same images through torch and through onnx_model.Model -> written, or nothing is
+        -> parity gate: the same images through torch and through onnx_model.OnnxModel -> file
 
-        below fp32 (precision.py): compared with the fp32 file on radiographs -> within limits -> written, or nothing is
+        below fp32 (precision.py): compared with the fp32 file on radiographs -> within limits -> file
 
     image uint8 (N, 1, S, S) -> logit float32 (N,), activation_map float32 (N, h, w)      N is any number; of 0, nothing
 
-The file is written when the gate has passed, never before. Operator set 18 is the oldest that torch.onnx writes without
-a conversion, and the format is the oldest that has it, hence what most runtimes read. What ONNX viewers show (producer,
-descriptions) says what the model is; the card, in the metadata, says all.
+The file is written only after the gate has passed. Operator set 18 is the oldest that torch.onnx writes without a conversion, and
+the IR version is the oldest that supports it, so that most runtimes can read the file. Producer and descriptions tell an ONNX
+viewer what the model is. The metadata holds the complete card.
 """
 
 import contextlib
@@ -41,16 +41,22 @@ from mura_dist.training.weights import ModelWeights
 
 OPSET = 18
 BATCH_SIZES = (1, 2, 7, 64)
-TORCH_BATCH = 7  # more would only cost memory
-NUM_RADIOGRAPHS = 16  # of the run's own, for the gate
-LIMIT_BYTES = 2**31 - 1  # protobuf's, of one message
-OTHER_BYTES = 2**20  # nodes and names of a member; 0.12 MB of a DenseNet-169
+TORCH_BATCH = 7
+NUM_RADIOGRAPHS = 16  # of the run's shards, for the gate
+LIMIT_BYTES = 2**31 - 1  # of one protobuf message
+OVERHEAD_BYTES = 2**20  # nodes and names of a member; 0.12 MB in a DenseNet-169
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """precision: one of card.PRECISIONS; shards: where the run's are now, None where the run found them; allow_change: write
-    a precision whatever it changes; triton_folder: also a model repository there."""
+    """Options of an export.
+
+    Attributes:
+        precision: One of card.PRECISIONS.
+        shards: Folder of the run's shards. None uses the folder in the run's recipe.
+        allow_change: Write a precision even if it exceeds its limits.
+        triton_folder: Write a Triton model repository in this folder too.
+    """
 
     precision: str = "fp32"
     shards: Path | str | None = None
@@ -60,18 +66,23 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what was measured before. `change`: of a precision below fp32, with the limits it passes, `over`."""
+    """What an export wrote and measured.
+
+    Attributes:
+        card: Card of the file.
+        num_bytes: Size of the file.
+        max_logit_difference: Largest difference between the logits of torch and of the fp32 file.
+        num_radiographs: Number of radiographs behind `change`, or else behind `max_logit_difference`.
+        change: Measured change of a precision below fp32.
+        over: One line per limit that `change` exceeds.
+    """
 
     card: Card
     num_bytes: int
-    max_logit_difference: float  # from torch's, in fp32
-    num_radiographs: int  # behind `change`, or else behind that difference
+    max_logit_difference: float
+    num_radiographs: int
     change: PrecisionChange | None = None
     over: Sequence[str] = ()
-
-
-def _silent(line: str) -> None:
-    """For callers that want no words."""
 
 
 def export_target(
@@ -80,33 +91,43 @@ def export_target(
     which: str,
     out: Path,
     options: ExportOptions = ExportOptions(),
-    log: Callable[[str], None] = _silent,
+    log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> ExportReport:
-    """Export a checkpoint (best, last or step-N) of a run, or the members of a list, which average their probabilities.
+    """Export a checkpoint of a run, or the members of a list, which average their probabilities.
 
-    Writes `out`. The card carries the metrics.json that `evaluate` wrote, and what was fitted on tune, where it is of these very
-    weights on `valid` of their own shards; only study types measured there, with both classes, get a threshold. Of a list it is
-    looked for beside it, too. Raises UserError where there is no such run, list or checkpoint, or where the files cannot go,
-    RunError where the gate stays shut.
+    The card contains the metrics.json and the thresholds that `evaluate` wrote, if they belong to these weights on `valid` of
+    their own shards. Only study types that were measured there, with both classes, have a threshold.
+
+    Args:
+        target: A run or a model list.
+        which: Checkpoint of a run: best, last or step-N.
+        out: File to write.
+        options: Options of the export.
+        log: Called with lines of progress.
+        progress: Called with the numbers of finished steps and of all steps.
+
+    Raises:
+        UserError: the target does not exist, or a file cannot be written.
+        RunError: the parity gate or a limit of the precision failed.
     """
     _check(out, options)
     weights = ModelWeights.from_target(target, which)
-    beside = [target.path.parent] if target.kind == "list" else []
-    return _export(weights, _measured(weights, [target.report_folder, *beside]), out, options, log, progress)
+    folders = [target.report_folder, *([target.path.parent] if target.kind == "list" else [])]
+    return _export(weights, _find_metrics(weights, folders), out, options, log, progress)
 
 
 def default_out(target: Target, precision: str) -> Path:
-    """Where the file of `target` in `precision` goes."""
+    """Return the default file of `target` in `precision`."""
     plain = target.onnx_file
     return plain if precision == "fp32" else plain.with_name(f"{plain.stem}-{precision}{plain.suffix}")
 
 
 def _check(out: Path, options: ExportOptions) -> None:
-    import_onnxruntime()  # the gate computes with it: said before the minutes that come first
+    import_onnxruntime()  # the gate needs it: fail before the export, which takes minutes
     precision.check_precision(options.precision)
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file, {out / 'model.onnx'} for example")
+        raise UserError(f"--out {out} is a folder. Give a file, such as {out / 'model.onnx'}.")
     files.check_folder(out.parent, "--out")
     if options.triton_folder is not None:
         triton.check(options.triton_folder)
@@ -114,24 +135,24 @@ def _check(out: Path, options: ExportOptions) -> None:
 
 def _export(
     weights: ModelWeights,
-    measured: dict[str, Any],
+    metrics: dict[str, Any],
     out: Path,
     options: ExportOptions,
     log: Callable[[str], None],
     progress: Callable[[int, int | None], None],
 ) -> ExportReport:
     try:
-        card = _card(weights, measured)
+        card = _build_card(weights, metrics)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error).replace("\n", " ")[:160]
         raise UserError(
-            f"metrics.json is damaged ({type(error).__name__}: {reason}); run `mura-dist evaluate` again"
+            f"metrics.json is invalid ({type(error).__name__}: {reason}). Run `mura-dist evaluate` again."
         ) from error
     model = weights.load_model()
     if options.precision == "fp32":
-        report = export(model, card, out, radiographs=_some_radiographs(weights, options.shards), progress=progress)
+        report = export(model, card, out, radiographs=_sample_radiographs(weights, options.shards), progress=progress)
     else:
         shards = precision.open_shards(weights, options.shards)
         assert isinstance(model, DenseNet | Ensemble)
@@ -141,31 +162,31 @@ def _export(
     return report
 
 
-def _measured(weights: ModelWeights, folders: Sequence[Path]) -> dict[str, Any]:
-    """The first metrics.json in `folders` that is of these very weights on `valid` of their own shards; {} where none is."""
+def _find_metrics(weights: ModelWeights, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the first metrics.json of these weights on `valid` of their own shards, or {}."""
     digest = weights.data()["manifest_sha256"]
-    wanted = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
+    expected = {"weights_sha256": weights.digests(), "split": "valid", "manifest_sha256": digest}
     for path in (folder / "metrics.json" for folder in folders if (folder / "metrics.json").is_file()):
         try:
-            found = files.parse_json(path.read_bytes())
+            metrics = files.parse_json(path.read_bytes())
         except ValueError as error:
-            again = "run `mura-dist evaluate` again, or move the file away"
-            raise UserError(f"{path} is damaged ({error}); {again}") from error
-        if isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items()):
-            return found
+            remedy = "Run `mura-dist evaluate` again, or move the file away."
+            raise UserError(f"{path} is invalid ({error}). {remedy}") from error
+        if isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in expected.items()):
+            return metrics
     return {}
 
 
-def _card(weights: ModelWeights, measured: dict[str, Any]) -> Card:
-    data, by_type = weights.data(), measured.get("by_study_type", {})
-    cuts: dict[str, float] = measured.get("thresholds") or dict.fromkeys(by_type, measured.get("threshold", 0.5))
+def _build_card(weights: ModelWeights, metrics: dict[str, Any]) -> Card:
+    data, by_type = weights.data(), metrics.get("by_study_type", {})
+    thresholds: dict[str, float] = metrics.get("thresholds") or dict.fromkeys(by_type, metrics.get("threshold", 0.5))
     return Card(
         size=data["size"],
         study_types=data["study_types"],
-        thresholds={key: cuts[key] for key, found in by_type.items() if found["kappa"] is not None},
-        operating_point=measured.get("operating_point", PAPER_OPERATING_POINT),
-        calibration=FittedThresholds.model_validate(measured.get("calibration") or {}),
-        metrics=measured,
+        thresholds={key: thresholds[key] for key, values in by_type.items() if values["kappa"] is not None},
+        operating_point=metrics.get("operating_point", PAPER_OPERATING_POINT),
+        calibration=FittedThresholds.model_validate(metrics.get("calibration") or {}),
+        metrics=metrics,
         trained_on=TrainedOn(
             kind=data["holds"],
             manifest_sha256=data["manifest_sha256"],
@@ -179,14 +200,13 @@ def _card(weights: ModelWeights, measured: dict[str, Any]) -> Card:
     )
 
 
-def _some_radiographs(weights: ModelWeights, given: Path | str | None) -> np.ndarray | None:
-    """A few of the run's own shards for the gate, uint8 (N, 1, S, S); None where the shards are elsewhere by now."""
+def _sample_radiographs(weights: ModelWeights, folder: Path | str | None) -> np.ndarray | None:
+    """Return radiographs of the run's shards for the gate, uint8 (N, 1, S, S); None if the shards have moved."""
     try:
-        return precision.sample_images(
-            precision.open_shards(weights, given), weights.settings.select_on, NUM_RADIOGRAPHS
-        )
+        shards = precision.open_shards(weights, folder)
+        return precision.sample_images(shards, weights.settings.select_on, NUM_RADIOGRAPHS)
     except UserError:
-        if given is not None:
+        if folder is not None:
             raise
         return None
 
@@ -200,23 +220,33 @@ def export(
     radiographs: np.ndarray | None = None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> ExportReport:
-    """Write `model` (a DenseNet or an Ensemble in eval mode, on the CPU, fp32) to `out`; returns what was measured.
+    """Write `model` to `out` after the parity gate. If the gate fails, `out` stays as it is.
 
-    tolerance: largest difference of a logit, see `parity`; radiographs: uint8 (N, 1, S, S) to compare on besides the
-    drawn images; progress: called with the number of steps done and of all. Raises UserError where the model is too large for
-    one file, RunError where torch and ONNX Runtime disagree; then `out` is as it was before.
+    Args:
+        model: A DenseNet or an Ensemble in eval mode, on the CPU, fp32.
+        card: Card of the file.
+        out: File to write.
+        tolerance: Largest difference of a logit, as in `parity`.
+        radiographs: uint8 (N, 1, S, S) to compare beside the synthetic images.
+        progress: Called with the numbers of finished steps and of all steps.
+
+    Raises:
+        UserError: the model is too large for one file.
+        RunError: torch and ONNX Runtime disagree.
     """
     assert not model.training
-    _fits(model, card)
-    steps = 1 + len(BATCH_SIZES)  # the graph, and each comparison
-    progress(0, steps)
+    _check_size(model, card)
+    num_steps = 1 + len(BATCH_SIZES)  # the graph, and each comparison
+    progress(0, num_steps)
     data = build_onnx(model, card)
-    drawn = probe_images(card.size)
-    real = drawn[:0] if radiographs is None else radiographs
-    difference = parity(model, data, np.concatenate([drawn, real]), tolerance, lambda done: progress(1 + done, steps))
+    images = probe_images(card.size)
+    num_radiographs = 0 if radiographs is None else len(radiographs)
+    if radiographs is not None:
+        images = np.concatenate([images, radiographs])
+    difference = parity(model, data, images, tolerance, lambda num_done: progress(1 + num_done, num_steps))
     files.write_bytes(out, data)
-    progress(steps, steps)
-    return ExportReport(card, len(data), difference, len(real))
+    progress(num_steps, num_steps)
+    return ExportReport(card, len(data), difference, num_radiographs)
 
 
 def export_variant(
@@ -227,17 +257,28 @@ def export_variant(
     shards: Shards,
     log: Callable[[str], None],
 ) -> ExportReport:
-    """Write `model` in a precision below fp32 to `out`, if what that changes on `shards` lies within precision.LIMITS.
+    """Write `model` to `out` in a precision below fp32, if its change on `shards` lies within precision.LIMITS.
 
-    The fp32 file it is compared with passes the gate first. Returns what was measured. Raises RunError where the gate
-    stays shut or a limit is passed; then `out` is as it was before.
+    The fp32 file of the comparison passes the parity gate first. If a check fails, `out` stays as it is.
+
+    Args:
+        model: In eval mode, on the CPU, fp32.
+        card: Card of the fp32 file.
+        out: File to write.
+        options: Options of the export.
+        shards: Shards of the run.
+        log: Called with lines of progress.
+
+    Raises:
+        UserError: the model is too large for one file.
+        RunError: the parity gate failed, or the change exceeds a limit.
     """
-    _fits(model, card)
+    _check_size(model, card)
     card = card.model_copy(update={"precision": options.precision})
-    plain = build_onnx(model, card.model_copy(update={"precision": "fp32"}))
-    real = precision.sample_images(shards, card.selected_on, NUM_RADIOGRAPHS)
-    probes = np.concatenate([probe_images(card.size), real])
-    difference = parity(model, plain, probes)
+    fp32_file = build_onnx(model, card.model_copy(update={"precision": "fp32"}))
+    radiographs = precision.sample_images(shards, card.selected_on, NUM_RADIOGRAPHS)
+    probes = np.concatenate([probe_images(card.size), radiographs])
+    difference = parity(model, fp32_file, probes)
     calibrated_on = 0
     if options.precision == "fp16":
         precision.check_range(model, probes)
@@ -250,9 +291,9 @@ def export_variant(
         data = (
             build_onnx(precision.to_half_precision(model), card)
             if options.precision == "fp16"
-            else _with_card(plain, card)
+            else _with_card(fp32_file, card)
         )
-    change = precision.measure_change(card, plain, data, shards, log).model_copy(
+    change = precision.measure_change(card, fp32_file, data, shards, log).model_copy(
         update={"calibrated_on": calibrated_on}
     )
     over = precision.check_limits(options.precision, change, options.allow_change)
@@ -261,18 +302,22 @@ def export_variant(
     return ExportReport(card, len(data), difference, change.num_radiographs, change, over)
 
 
-def _fits(model: torch.nn.Module, card: Card) -> None:
-    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + OTHER_BYTES * max(1, len(card.members))
+def _check_size(model: torch.nn.Module, card: Card) -> None:
+    num_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + OVERHEAD_BYTES * max(
+        1, len(card.members)
+    )
     if num_bytes > LIMIT_BYTES:
         raise UserError(
-            f"{card.checkpoint}: the weights would make a file of {num_bytes / 1e9:.2f} GB, the limit of one ONNX file is "
-            f"{LIMIT_BYTES / 1e9:.2f} GB; give fewer members (mura-dist ensemble --top)"
+            f"{card.checkpoint}: the weights need a file of {num_bytes / 1e9:.2f} GB (limit of an ONNX file: "
+            f"{LIMIT_BYTES / 1e9:.2f} GB). Give fewer members (mura-dist ensemble --top)."
         )
 
 
 def build_onnx(model: torch.nn.Module, card: Card) -> bytes:
-    """The ONNX file's content: the graph of `model` for images of `card.size`, any batch size, with `card` inside."""
-    example = torch.zeros(2, 1, card.size, card.size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
+    """Return the content of the ONNX file of `model`, with `card` inside. It takes any batch size."""
+    example = torch.zeros(
+        2, 1, card.size, card.size, dtype=torch.uint8
+    )  # torch.export would treat a batch of 1 as a constant
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
@@ -289,7 +334,7 @@ def build_onnx(model: torch.nn.Module, card: Card) -> bytes:
 
 
 def finalize(proto: onnx.ModelProto, card: Card) -> bytes:
-    """The content of the file of a graph, with `card` inside, checked."""
+    """Put `card` into a graph, check it, and return the content of the file."""
     _tidy(proto, card)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
@@ -300,9 +345,9 @@ def _with_card(data: bytes, card: Card) -> bytes:
 
 
 def _tidy(proto: onnx.ModelProto, card: Card) -> None:
-    """Drop torch's traces (they hold the paths of this machine), add who made it, what is what, and the card."""
+    """Remove torch's traces, which contain paths of this machine, and add producer, descriptions and card."""
     del proto.graph.value_info[:]
-    for thing in (
+    for element in (
         proto,
         proto.graph,
         *proto.graph.node,
@@ -310,43 +355,43 @@ def _tidy(proto: onnx.ModelProto, card: Card) -> None:
         *proto.graph.output,
         *proto.graph.initializer,
     ):
-        del thing.metadata_props[:]
-        thing.doc_string = ""
-    # torch writes a newer one, which older servers refuse.
+        del element.metadata_props[:]
+        element.doc_string = ""
+    # torch writes a newer version, which older servers do not load.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     proto.producer_name, proto.producer_version = PRODUCER, __version__
-    proto.doc_string = _in_words(card)
+    proto.doc_string = _describe(card)
     proto.graph.name = KEY
     for value in (*proto.graph.input, *proto.graph.output):
         value.doc_string = _VALUES[value.name].format(size=card.size, resize=card.resize)
     onnx.helper.set_model_props(proto, {KEY: card.model_copy(update={"opset": OPSET}).text()})
 
 
-def _in_words(card: Card) -> str:
-    """The card in three sentences, for ONNX viewers."""
-    what = "drawn phantoms, no radiographs" if card.of_drawings else "radiographs"
+def _describe(card: Card) -> str:
+    """Return the card in three sentences, for ONNX viewers."""
+    images = "drawn phantoms, no radiographs" if card.of_drawings else "radiographs"
     return (
         f"Bone radiograph -> normal or abnormal ({', '.join(card.study_types)}): {card.checkpoint}, trained on "
-        f"{card.trained_on.num_radiographs} {what}. {card.terms[:1].upper()}{card.terms[1:]}. The JSON under {KEY!r} in the "
-        "metadata says more: thresholds, calibration, metrics, licence."
+        f"{card.trained_on.num_radiographs} {images}. {card.terms[:1].upper()}{card.terms[1:]}. The JSON under {KEY!r} in the "
+        "metadata has more: thresholds, calibration, metrics, licence."
     )
 
 
 _VALUES = {
-    "image": "uint8 (batch, 1, {size}, {size}): grey radiographs, 0 black to 255 white; resized by {resize}",
+    "image": "uint8 (batch, 1, {size}, {size}): grayscale radiographs, 0 black to 255 white; resized by {resize}",
     "logit": "float32 (batch,): probability of abnormal = 1 / (1 + exp(-logit)); a study's is the mean over its views",
     "activation_map": "float32 (batch, h, w): its mean is the logit (of an ensemble: the mean of its members' logits)",
 }
 
 
 def probe_images(size: int) -> np.ndarray:
-    """Images that a preprocessing or a border handled differently would show up on: uint8 (7, 1, size, size)."""
+    """Return synthetic images that reveal differences of preprocessing and borders: uint8 (7, 1, size, size)."""
     random = np.random.Generator(np.random.Philox(key=[size, 0]))
     ramp = np.broadcast_to(np.linspace(0, 255, size), (size, size))
     point = np.zeros((size, size))
     point[size // 3, size // 4] = 255
-    faint, loud = random.normal(128, 4, (size, size)), random.integers(0, 256, (size, size))
-    images = [np.zeros((size, size)), np.full((size, size), 255), ramp, ramp.T, point, faint, loud]
+    weak_noise, noise = random.normal(128, 4, (size, size)), random.integers(0, 256, (size, size))
+    images = [np.zeros((size, size)), np.full((size, size), 255), ramp, ramp.T, point, weak_noise, noise]
     return np.stack(images).round().astype(np.uint8)[:, None]  # (7, 1, size, size) uint8
 
 
@@ -355,61 +400,73 @@ def parity(
     data: bytes,
     images: np.ndarray,
     tolerance: float = 1e-4,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda num_done: None,
 ) -> float:
-    """The largest difference of a logit between `model` and the ONNX file `data`, on `images` uint8 (N, 1, S, S).
+    """Compare `model` in torch with its ONNX file at each of BATCH_SIZES.
 
-    Compared at BATCH_SIZES, whose last takes the images again from the first where there are fewer: logits, maps, and the
-    mean of a map with its logit (not of an ensemble: its map's mean is the mean of the logits, its logit that of the mean
-    probability). The limit is `tolerance`, relative to the value beyond +-1: fp32 carries about 7 digits. Raises RunError
-    naming value and limit.
+    Compared are logits, maps, and the mean of a map with its logit. An ensemble's map has the mean of the logits, which is not
+    the logit of the mean probability.
+
+    Args:
+        model: In eval mode, on the CPU, fp32.
+        data: Content of the ONNX file.
+        images: uint8 (N, 1, S, S). They repeat to fill the largest batch.
+        tolerance: Largest difference, absolute for values within +-1 and relative beyond. fp32 has about 7 digits.
+        progress: Called with the number of finished batch sizes.
+
+    Returns:
+        The largest absolute difference of a logit.
+
+    Raises:
+        RunError: a difference exceeds `tolerance`.
     """
     exported = OnnxModel.from_bytes(data, "the exported model")
     torch_logit, torch_map = _torch_outputs(model, images)
     worst = 0.0
-    for done, batch_size in enumerate(BATCH_SIZES):
-        progress(done)
-        places = np.arange(max(len(images), batch_size)) % len(images)  # (M,)
+    for num_done, batch_size in enumerate(BATCH_SIZES):
+        progress(num_done)
+        indices = np.arange(max(len(images), batch_size)) % len(images)  # (M,)
         batches = [
-            exported.outputs(images[places[start : start + batch_size]]) for start in range(0, len(places), batch_size)
+            exported.outputs(images[indices[start : start + batch_size]])
+            for start in range(0, len(indices), batch_size)
         ]
-        logit, cells = (np.concatenate(part) for part in zip(*batches, strict=True))  # (M,), (M, h, w)
-        wanted_logit, wanted_map = torch_logit[places], torch_map[places]
-        _compare("logit", logit, wanted_logit, tolerance, batch_size)
-        _compare("activation_map", cells, wanted_map, tolerance, batch_size)
+        logit, cells = map(np.concatenate, zip(*batches, strict=True))  # (M,), (M, h, w)
+        expected_logit, expected_map = torch_logit[indices], torch_map[indices]
+        _compare("logit", logit, expected_logit, tolerance, batch_size)
+        _compare("activation_map", cells, expected_map, tolerance, batch_size)
         if len(exported.card.members) <= 1:
             mean = cells.mean(axis=(1, 2), dtype=np.float64)
-            _compare("mean of activation_map", mean, wanted_logit, tolerance, batch_size)
-        worst = max(worst, float(np.abs(logit - wanted_logit).max()))
+            _compare("mean of activation_map", mean, expected_logit, tolerance, batch_size)
+        worst = max(worst, float(np.abs(logit - expected_logit).max()))
     return worst
 
 
 def _torch_outputs(model: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """logit (N,), activation_map (N, h, w), both float32."""
+    """Return logit (N,) and activation_map (N, h, w), both float32."""
     with torch.inference_mode():
         batches = [model(batch) for batch in torch.from_numpy(images).split(TORCH_BATCH)]
-    logit, cells = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
+    logit, cells = (torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True))
     return logit, cells
 
 
-def _compare(what: str, got: np.ndarray, wanted: np.ndarray, tolerance: float, batch_size: int) -> None:
-    if got.shape != wanted.shape:
+def _compare(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: float, batch_size: int) -> None:
+    if actual.shape != expected.shape:
         raise RunError(
-            f"{what} of the exported model has shape {got.shape}, torch's has {wanted.shape}; nothing was written"
+            f"{name} of the exported model has shape {actual.shape}, torch's has {expected.shape}. Nothing was written."
         )
-    excess = np.abs(got - wanted) / np.maximum(1, np.abs(wanted))
-    if not (excess <= tolerance).all():  # so written, a NaN fails too
-        worst = np.unravel_index(np.nanargmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+    difference = np.abs(actual - expected) / np.maximum(1, np.abs(expected))
+    if not (difference <= tolerance).all():  # False for NaN
+        worst = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), difference.shape)
         raise RunError(
-            f"{what} of the exported model is {got[worst]:.6g} where torch gives {wanted[worst]:.6g} (batch size "
-            f"{batch_size}), the limit of the difference is {tolerance:g}; nothing was written; look for NaN in the "
-            "checkpoint, try another one, or report it with the versions of torch and onnxruntime"
+            f"{name} of the exported model is {actual[worst]:.6g}, torch computes {expected[worst]:.6g} (batch size "
+            f"{batch_size}, largest allowed difference {tolerance:g}). Nothing was written. Look for NaN in the checkpoint, try another "
+            "checkpoint, or report it with the versions of torch and onnxruntime."
         )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch.onnx tells its progress on stdout and its worries in logs; what matters of them, the gate measures."""
+    """Suppress torch.onnx's output, logs and warnings. The gate checks what matters."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

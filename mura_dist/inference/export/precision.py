@@ -1,11 +1,11 @@
-"""A model in fewer bits than fp32, and what they change: measured before it is written, refused above a limit.
+"""Precisions below fp32: conversion, and the measured change of probabilities and calls against limits.
 
-    weights, precision -> graph      fp16: the network's own layers in half precision, its outputs in fp32
-                                     bf16: the fp32 graph, whose card asks the runtime for bf16
-                                     int8: int8.py, its grids from radiographs of the train split
-        -> the same radiographs of the split that chose the model through both files, in one runtime -> PrecisionChange -> limits
+    weights, precision -> graph      fp16: the network's layers in half precision, its outputs in fp32
+                                     bf16: the fp32 graph, whose card requests bf16 from the runtime
+                                     int8: int8.py, with grids from radiographs of the train split
+        -> radiographs of the split that selected the model through both files, in one runtime -> PrecisionChange -> limits
 
-A call is of a study, by the thresholds of the card; where it has none, by 1/2.
+Calls are compared by study, with the card's thresholds, or 0.5 for a study type without one.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ _BATCH = 4
 
 
 class ChangeLimits(NamedTuple):
-    """What a precision may change: the mean over radiographs, and the share of studies whose call is another one."""
+    """Limits of a precision: mean change of a radiograph's probability, and share of studies whose call changes."""
 
     mean_probability: float
     changed_calls: float
 
 
 LIMITS = {"fp16": ChangeLimits(0.001, 0.005), "bf16": ChangeLimits(0.005, 0.01), "int8": ChangeLimits(0.005, 0.01)}
-ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that measures
+ENGINES = {"fp16": "cpu", "bf16": OPENVINO, "int8": "cpu"}  # provider that measures the change
 _BATCH_SIZES = (1, 2, 7, 64)
 
 
 def check_precision(precision: str) -> None:
-    """Raises UserError for what is no precision, and for one that cannot be measured here."""
+    """Raise UserError for an unknown precision, or one that cannot be measured on this machine."""
     if precision not in PRECISIONS:
         raise UserError(
             f"--precision {precision}{nearest(precision, PRECISIONS)}: must be one of {', '.join(PRECISIONS)}"
@@ -56,22 +56,22 @@ def check_precision(precision: str) -> None:
 
         if not supports_bf16():
             raise UserError(
-                "--precision bf16: what it changes is measured before it is written, and this processor has no instructions "
-                "for it; export on one that has (AVX-512 BF16 or AMX), or give --precision int8"
+                "--precision bf16: its change is measured before the export, and this processor has no instructions for it. "
+                "Export on a processor with AVX-512 BF16 or AMX, or give --precision int8."
             )
 
 
-def open_shards(weights: ModelWeights, given: str | Path | None) -> Shards:
-    """The run's own shards, where it found them or where `given` says they are now. Raises UserError."""
-    place = given or weights.settings.shards
-    shards, data = Shards.open(place), weights.data()
+def open_shards(weights: ModelWeights, folder: str | Path | None) -> Shards:
+    """Open the run's shards in `folder`, or where the run read them. Raises UserError if they are other shards."""
+    location = folder or weights.settings.shards
+    shards, data = Shards.open(location), weights.data()
     if shards.index["manifest"]["sha256"] != data["manifest_sha256"] or shards.size != data["size"]:
-        raise UserError(f"{place}: not the shards this run was trained on; give --shards FOLDER, where those are")
+        raise UserError(f"{location}: not the shards that this run was trained on. Give them with --shards FOLDER.")
     return shards
 
 
 def to_half_precision(model: DenseNet | Ensemble) -> nn.Module:
-    """A copy whose convolutions and norms are fp16; the normalisation of the image and both outputs stay fp32."""
+    """Return a copy with fp16 convolutions and norms. Normalization of the image and both outputs stay fp32."""
     copied = copy.deepcopy(model)
     for network in copied.networks if isinstance(copied, Ensemble) else [copied]:
         assert isinstance(network, DenseNet)
@@ -80,18 +80,18 @@ def to_half_precision(model: DenseNet | Ensemble) -> nn.Module:
     return copied
 
 
-def sample_images(shards: Shards, split: str, number: int) -> np.ndarray:
-    """About `number` radiographs of a split, evenly over it, hence over study types: uint8 (N, 1, S, S)."""
-    images = [image for _, image in _sound(shards, _evenly(shards.rows(split), number))]
+def sample_images(shards: Shards, split: str, num_images: int) -> np.ndarray:
+    """Return about `num_images` radiographs evenly over a split, hence over study types: uint8 (N, 1, S, S)."""
+    images = [image for _, image in _valid_samples(shards, _spread(shards.rows(split), num_images))]
     return np.stack(images)[:, None] if images else np.empty((0, 1, shards.size, shards.size), np.uint8)
 
 
-def _evenly(rows: np.ndarray, number: int) -> np.ndarray:
-    return rows[np.unique(np.linspace(0, len(rows) - 1, number).astype(np.int64))]
+def _spread(items: np.ndarray, num_items: int) -> np.ndarray:
+    return items[np.unique(np.linspace(0, len(items) - 1, num_items).astype(np.int64))]
 
 
-def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Those that are as the conversion wrote them; training and evaluation name the others."""
+def _valid_samples(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (row, image) without corrupt samples, which training and evaluation report."""
     for row in rows:
         try:
             yield row, shards.read_pixels(row)
@@ -100,51 +100,64 @@ def _sound(shards: Shards, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]
 
 
 def measure_change(
-    card: Card, plain: bytes, narrowed: bytes, shards: Shards, log: Callable[[str], None]
+    card: Card, fp32_file: bytes, variant_file: bytes, shards: Shards, log: Callable[[str], None]
 ) -> PrecisionChange:
-    """What `narrowed`, the file in card.precision, changes against `plain`, in fp32, both by the provider of ENGINES."""
-    provider = _provider(card.precision, narrowed)
+    """Measure how a variant changes probabilities and calls, with the provider of ENGINES.
+
+    Args:
+        card: Card of the variant.
+        fp32_file: Content of the fp32 ONNX file.
+        variant_file: Content of the ONNX file in `card.precision`.
+        shards: Shards of the run.
+        log: Called with a line of progress.
+
+    Raises:
+        RunError: a logit of the variant is not finite, or depends on its batch.
+    """
+    provider = _measuring_provider(card.precision, variant_file)
 
     def load(data: bytes, batch_size: int) -> OnnxModel:
         return OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(batch_size))
 
-    models = [load(data, _BATCH) for data in (plain, narrowed)]
-    # A model on a GPU runs one batch size, that on a CPU runs any.
-    of_batch_size = (lambda number: models[1]) if on_cpu(provider) else (lambda number: load(narrowed, number))
-    _same_over_batches(of_batch_size, batch_limit(card.precision, provider))
-    rows = _some_studies(shards, card.selected_on)
-    log(f"{card.precision}: comparing with fp32 on {len(rows):,} radiographs of {card.selected_on}")
-    used: list[int] = []
-    one: list[np.ndarray] = []
-    two: list[np.ndarray] = []
-    for batch in _batches(_sound(shards, rows)):
+    models = [load(data, _BATCH) for data in (fp32_file, variant_file)]
+
+    def load_variant(batch_size: int) -> OnnxModel:  # on a GPU a model runs one batch size, on a CPU any
+        return models[1] if on_cpu(provider) else load(variant_file, batch_size)
+
+    _check_batch_invariance(load_variant, batch_limit(card.precision, provider))
+    candidate_rows = _sample_studies(shards, card.selected_on)
+    log(f"{card.precision}: comparing with fp32 on {len(candidate_rows):,} radiographs of {card.selected_on}")
+    rows: list[int] = []
+    logits: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for batch in _batches(_valid_samples(shards, candidate_rows)):
         images = np.stack([image for _, image in batch])[:, None]
-        used += [row for row, _ in batch]
-        for found, model in zip((one, two), models, strict=True):
-            found.append(model.logits(images))
-    known = np.array(used, np.int64)
-    views = [classification.sigmoid(np.concatenate(found)) for found in (one, two)]
-    studies = [classification.build_study_table(known, view, shards.manifest.frame) for view in views]
-    cut = studies[0]["study_type"].map(dict(card.thresholds)).astype(np.float64).fillna(0.5)
-    calls = [classification.is_positive(study["probability"], cut) for study in studies]
-    difference = np.abs(views[0] - views[1])
+        rows += [row for row, _ in batch]
+        for batch_logits, model in zip(logits, models, strict=True):
+            batch_logits.append(model.logits(images))
+    row_array = np.array(rows, np.int64)
+    probabilities = [classification.sigmoid(np.concatenate(batch_logits)) for batch_logits in logits]
+    studies = [classification.build_study_table(row_array, values, shards.manifest.frame) for values in probabilities]
+    thresholds = studies[0]["study_type"].map(dict(card.thresholds)).astype(np.float64).fillna(0.5)
+    calls = [classification.is_positive(study["probability"], thresholds) for study in studies]
+    difference = np.abs(probabilities[0] - probabilities[1])
     if not np.isfinite(difference).all():
+        num_invalid = np.count_nonzero(~np.isfinite(difference))
         raise RunError(
-            f"{card.precision} gives {np.count_nonzero(~np.isfinite(difference))} of {len(known)} radiographs no number; nothing "
-            "was written; keep fp32"
+            f"{card.precision}: the logit is NaN or infinite for {num_invalid} of {len(rows)} radiographs. Nothing was written. "
+            "Keep fp32."
         )
     return PrecisionChange(
         engine=models[1].provider,
-        num_radiographs=len(known),
-        num_studies=len(cut),
+        num_radiographs=len(rows),
+        num_studies=len(thresholds),
         mean_probability=float(difference.mean()),
         max_probability=float(difference.max()),
         num_changed_calls=int((calls[0] != calls[1]).sum()),
     )
 
 
-def _provider(precision: str, data: bytes) -> str:
-    """What measures: for fp16 a GPU where there is one. A CPU stores fp16 and computes in fp32 between."""
+def _measuring_provider(precision: str, data: bytes) -> str:
+    """Return the provider that measures: for fp16 a GPU if available. A CPU stores fp16 but computes in fp32."""
     if precision == "fp16":
         with contextlib.suppress(UserError):
             OnnxModel.from_bytes(data, "the exported model", "cuda", SessionConfig(_BATCH))
@@ -154,35 +167,40 @@ def _provider(precision: str, data: bytes) -> str:
 
 @torch.no_grad()
 def check_range(model: nn.Module, images: np.ndarray) -> None:
-    """Raises RunError where an activation of the fp32 `model` on `images` comes near what fp16 cannot hold, which a CPU's
-    arithmetic would not show."""
-    largest = [0.0]
+    """Check that the activations of the fp32 `model` on `images` fit into fp16. A CPU's arithmetic would not show an overflow.
 
-    def look(module: nn.Module, given: object, found: object) -> None:
-        if isinstance(found, Tensor):
-            largest.append(float(found.abs().max()))
+    Raises:
+        RunError: an activation exceeds FP16_LIMIT.
+    """
+    maxima = [0.0]
 
-    handles = [part.register_forward_hook(look) for part in model.modules() if not list(part.children())]
+    def record_maximum(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            maxima.append(float(output.abs().max()))
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(record_maximum) for module in leaves]
     try:
         for batch in torch.from_numpy(images).split(_BATCH):
             model(batch)
     finally:
         for handle in handles:
             handle.remove()
-    if not max(largest) <= FP16_LIMIT:
+    if not max(maxima) <= FP16_LIMIT:
         raise RunError(
-            f"fp16: an activation reaches {max(largest):.3g}, the limit is {FP16_LIMIT:g} (fp16 ends at 65504); nothing was "
-            "written; keep fp32, or give --precision int8"
+            f"fp16: an activation reaches {max(maxima):.3g} (limit {FP16_LIMIT:g}; fp16 ends at 65504). Nothing was written. "
+            "Keep fp32, or give --precision int8."
         )
 
 
-def _some_studies(shards: Shards, split: str) -> np.ndarray:
-    """The rows of whole studies of a split, evenly over it, about NUM_MEASURED."""
+def _sample_studies(shards: Shards, split: str) -> np.ndarray:
+    """Return the rows of complete studies evenly over a split, about NUM_MEASURED rows."""
     rows = shards.rows(split)
     studies = shards.manifest.frame.loc[rows, "study"].to_numpy()
     names = list(dict.fromkeys(studies))
-    chosen = set(_evenly(np.array(names, object), max(1, len(names) * NUM_MEASURED // max(len(rows), NUM_MEASURED))))
-    return rows[[study in chosen for study in studies]]
+    num_studies = max(1, len(names) * NUM_MEASURED // max(len(rows), NUM_MEASURED))
+    sampled = set(_spread(np.array(names, object), num_studies))
+    return rows[[study in sampled for study in studies]]
 
 
 def _batches(pairs: Iterator[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
@@ -197,53 +215,64 @@ def _batches(pairs: Iterator[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int
 
 
 def batch_limit(precision: str, provider: str) -> float:
-    """Return how far a logit may move with the batch size, for a precision computed by a provider, as it is asked for.
+    """Return the largest allowed change of a logit with the batch size.
 
-    On a GPU cuDNN takes other algorithms for other batch sizes, and fp16 rounds what each of 169 layers sums to 11 bits, where
-    the sums differ in their order: 1e-3 to 1e-2 of a logit is to be expected (reckoned, not measured). A CPU computes fp16 in
-    fp32 between, hence passes fp32's limit.
+    On a GPU cuDNN uses other algorithms for other batch sizes, whose sums differ in order, and fp16 rounds the sums of 169 layers
+    to 11 bits. The expected change is 1e-3 to 1e-2 (estimated, not measured). A CPU computes fp16 in fp32 and meets fp32's limit.
+
+    Args:
+        precision: Precision of the file.
+        provider: Provider as named in `--provider`.
     """
     return 2e-2 if precision == "fp16" and not on_cpu(provider) else 1e-4
 
 
-def _same_over_batches(of_batch_size: Callable[[int], OnnxModel], limit: float) -> None:
-    """A logit must not depend on which images came along. Raises RunError where one moves by more than `limit`.
+def _check_batch_invariance(load_model: Callable[[int], OnnxModel], limit: float) -> None:
+    """Check that a logit does not depend on the batch size.
 
-    of_batch_size: gives the model that runs a batch size.
+    Args:
+        load_model: Returns a model for a batch size.
+        limit: Largest allowed difference.
+
+    Raises:
+        RunError: a logit differs by more than `limit`.
     """
-    wanted: np.ndarray | None = None
-    for number in _BATCH_SIZES:
-        model = of_batch_size(number)
+    expected: np.ndarray | None = None
+    for batch_size in _BATCH_SIZES:
+        model = load_model(batch_size)
         random = np.random.Generator(np.random.Philox(key=[model.size, 1]))
         images = random.integers(0, 256, (max(_BATCH_SIZES), 1, model.size, model.size), dtype=np.uint8)
-        found = np.concatenate([model.logits(images[at : at + number]) for at in range(0, len(images), number)])
-        wanted = found if wanted is None else wanted
-        with np.errstate(invalid="ignore"):  # infinite less infinite
-            worst = float(np.abs(found - wanted).max())
+        batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        logits = np.concatenate([model.logits(batch) for batch in batches])
+        expected = logits if expected is None else expected
+        with np.errstate(invalid="ignore"):  # infinite minus infinite
+            worst = float(np.abs(logits - expected).max())
         if not worst <= limit:
             raise RunError(
-                f"a logit of the {model.card.precision} model moves by {worst:.2g} with the batch size ({number} against 1), "
-                f"the limit is {limit:g}; nothing was written; report it with the versions of onnxruntime and openvino"
+                f"a logit of the {model.card.precision} model differs by {worst:.2g} (limit {limit:g}) between batch sizes "
+                f"{batch_size} and 1. Nothing was written. Report it with the versions of onnxruntime and openvino."
             )
 
 
-def check_limits(precision: str, found: PrecisionChange, allowed: bool) -> list[str]:
-    """What lies above its limit, a line each. Raises RunError unless `allowed`."""
+def check_limits(precision: str, change: PrecisionChange, allow_change: bool) -> list[str]:
+    """Return one line per exceeded limit. Raises RunError unless there are none or `allow_change`."""
     limit = LIMITS[precision]
-    calls = max(1, int(limit.changed_calls * found.num_studies))  # one may always change: a tiny split has few
-    over = []
-    if not found.mean_probability <= limit.mean_probability:  # so written, a NaN is over too
-        over.append(
-            f"{precision} changes a probability by {found.mean_probability:.4f} on average, the limit is "
-            f"{limit.mean_probability:g}"
+    max_calls = max(
+        1, int(limit.changed_calls * change.num_studies)
+    )  # one call may always change: a tiny split has few
+    exceeded = []
+    if not change.mean_probability <= limit.mean_probability:  # True for NaN
+        exceeded.append(
+            f"{precision} changes a probability by {change.mean_probability:.4f} on average (limit "
+            f"{limit.mean_probability:g})"
         )
-    if found.num_changed_calls > calls:
-        over.append(
-            f"{precision} changes {found.num_changed_calls} of {found.num_studies} calls, the limit is {calls} "
-            f"({limit.changed_calls:.1%}, at least one)"
+    if change.num_changed_calls > max_calls:
+        exceeded.append(
+            f"{precision} changes {change.num_changed_calls} of {change.num_studies} calls (limit {max_calls}: "
+            f"{limit.changed_calls:.1%}, at least one)"
         )
-    if over and not allowed:
+    if exceeded and not allow_change:
         raise RunError(
-            f"{'; '.join(over)}; nothing was written; keep fp32, or give --allow-change to have it all the same"
+            f"{'; '.join(exceeded)}. Nothing was written. Keep fp32, or give --allow-change to write it anyway."
         )
-    return over
+    return exceeded

@@ -1,10 +1,10 @@
-"""An exported model as a repository that a stock NVIDIA Triton server loads.
+"""An exported model as a model repository for an NVIDIA Triton server.
 
     model.onnx -> DIR/mura_dist/1/model.onnx, then DIR/mura_dist/config.pbtxt (written last)
 
-A client sends one or more images (1, S, S) uint8 and gets for each a logit (1) and an activation map (h, w); requests are
-batched on the way. It never sees the file: what it needs to use the answers rightly, all of the card but metrics and recipe,
-is in the configuration's parameters, which the server shows at /v2/models/mura_dist/config.
+A client sends one or more images (1, S, S) uint8 and receives a logit (1) and an activation map (h, w) for each. The server
+batches requests. The client never sees the file. The configuration's parameters hold the card without metrics and recipe, and the
+server returns them at /v2/models/mura_dist/config.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from mura_dist.core import files
 from mura_dist.core.errors import UserError
 from mura_dist.models.card import KEY, Card
 
-NAME = "mura_dist"  # of the model and, as Triton wants it, of its folder
-MAX_BATCH = 64  # the largest that the parity gate compares
+NAME = "mura_dist"  # of the model and its folder
+MAX_BATCH = 64  # the largest batch that the parity gate compares
 _MARK = "# Written by mura-dist "
 _TYPES = {
     onnx.TensorProto.UINT8: "TYPE_UINT8",
@@ -30,22 +30,22 @@ _TYPES = {
 
 
 def check(repository: Path) -> None:
-    """UserError where `repository` cannot take the model: asked before the work, which takes a minute."""
+    """Raise UserError if the model cannot be written to `repository`."""
     folder = repository / NAME
     files.check_folder(folder / "1", "--triton")
     config = folder / "config.pbtxt"
     if config.exists() and not (config.is_file() and config.read_bytes().startswith(_MARK.encode())):
         raise UserError(
-            f"--triton {repository}: {config} is not of mura-dist, another model has that name; give another folder, or move "
-            f"{folder} away"
+            f"--triton {repository}: {config} was not written by mura-dist, so another model has that name. Give another folder, "
+            f"or move {folder} away."
         )
 
 
 def write(repository: Path, data: bytes) -> None:
-    """Lay the ONNX file `data` out below `repository`, beside the other models there, in place of an earlier export.
+    """Write the ONNX file `data` to the repository in place of an earlier export. Other models stay.
 
-    Killed in between, there is a model without a configuration, for which Triton works out shapes itself; never a model
-    with the configuration of another.
+    After a crash there may be a model without a configuration, whose shapes Triton derives itself. There is never a model with
+    the configuration of another.
     """
     check(repository)
     folder = repository / NAME
@@ -55,11 +55,11 @@ def write(repository: Path, data: bytes) -> None:
 
 
 def config(data: bytes) -> str:
-    """config.pbtxt of the ONNX file `data`: Triton's ModelConfig as protobuf's text."""
+    """Return the config.pbtxt of the ONNX file `data`: Triton's ModelConfig in protobuf's text format."""
     model = onnx.load_from_string(data)
     card = Card.parse({entry.key: entry.value for entry in model.metadata_props}.get(KEY), "the exported model")
     tensors = {value.name: _tensor(value.type.tensor_type) for value in (*model.graph.input, *model.graph.output)}
-    told = card.model_dump(exclude={"metrics", "recipe"}) | {"model_sha256": hashlib.sha256(data).hexdigest()}
+    parameters = card.model_dump(exclude={"metrics", "recipe"}) | {"model_sha256": hashlib.sha256(data).hexdigest()}
     return _CONFIG.format(
         mark=_MARK,
         version=__version__,
@@ -67,24 +67,24 @@ def config(data: bytes) -> str:
         name=NAME,
         max_batch=MAX_BATCH,
         key=KEY,
-        card=json.dumps(told).replace("\\", "\\\\").replace('"', '\\"'),
+        card=json.dumps(parameters).replace("\\", "\\\\").replace('"', '\\"'),
         **tensors,
     )
 
 
 def _tensor(kind: Any) -> str:
-    """Type and dimensions of an input or output, without the batch, which Triton adds itself."""
+    """Return type and dimensions of an input or output without the batch dimension, which Triton adds."""
     dims = [dim.dim_value for dim in kind.shape.dim[1:]]
-    # The server has no output of no dimensions: a client sees (N, 1) where the model gives (N,).
+    # An output needs a dimension: the client receives (N, 1) for the model's (N,).
     shape = f"dims: [ {', '.join(map(str, dims))} ]" if dims else "dims: [ 1 ] reshape { shape: [ ] }"
     return f"data_type: {_TYPES[kind.elem_type]} {shape}"
 
 
-# Not said, since the server's own choice is right on any machine: instance_group (one on each GPU; without GPUs two on the
-# CPU) and preferred_batch_size (any up to the largest). `specific`: a higher version that somebody left is not served instead.
-# TF32 keeps 3 digits of 7, and the CUDA provider takes it unless told: logits would leave the parity gate's 1e-4. On a GPU,
-# servers of before mid-2024 refuse the accelerator "cuda" by name; there the block has to go.
-# The warm-up starts CUDA and cuDNN before the first client waits for them; with one image, which fits wherever the model does.
+# instance_group and preferred_batch_size are missing: the server's defaults (one instance per GPU, or two on the CPU; any batch
+# size) suit every machine. `specific` keeps the server from serving a leftover higher version.
+# TF32 keeps 3 of 7 digits, so that logits would exceed the parity gate's 1e-4. The CUDA provider uses it by default. Servers from
+# before mid-2024 refuse the accelerator "cuda" by name: delete the block for them.
+# The warm-up initializes CUDA and cuDNN before the first request, with one image, which fits wherever the model does.
 _CONFIG = """\
 {mark}{version}: mura-dist export --triton. The next export writes it anew.
 # {terms}

@@ -104,7 +104,7 @@ def test_limits(precision: str) -> None:
         change_of(0, most + 1),
         change_of(limit.mean_probability * 2, most + 5),
     ):
-        with pytest.raises(RunError, match=f"{precision} changes .* the limit is .*--allow-change"):
+        with pytest.raises(RunError, match=f"{precision} changes .* \(limit .*--allow-change"):
             variants.check_limits(precision, change, False)
         assert variants.check_limits(precision, change, True)
     assert variants.check_limits(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
@@ -118,7 +118,7 @@ def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.Monk
     assert main(["export", str(copy), "--precision", "int8"]) == FAILED
     said = capsys.readouterr().err.splitlines()
     assert "int8 changes a probability by" in said[-1]
-    assert "the limit is 0" in said[-1]
+    assert "(limit 0" in said[-1]
     assert (copy / "model-int8.onnx").read_text() == "an older one"
     assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--quiet"]) == DONE
     said = capsys.readouterr()
@@ -141,7 +141,7 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
         laws.refusal(
             capsys,
             ["export", copy, *words, "--shards", tmp_path / "other"],
-            "not the shards this run was trained on",
+            "not the shards that this run was trained on",
             "--shards",
         )
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
@@ -198,7 +198,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
     if fits:
         variants.check_range(model, noise(4))
         return
-    with pytest.raises(RunError, match=r"an activation reaches .* the limit is 32000"):
+    with pytest.raises(RunError, match=r"an activation reaches .* \(limit 32000"):
         variants.check_range(model, noise(4))
 
 
@@ -210,7 +210,7 @@ def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> No
     network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
     with torch.no_grad():
         network.classifier.bias += broken
-    with pytest.raises(RunError, match=r"moves by nan|gives .* of .* radiographs no number"):
+    with pytest.raises(RunError, match=r"differs by nan|is NaN or infinite for .* of .* radiographs"):
         variants.measure_change(card, model.read_bytes(), build_onnx(network, card), Shards.open(halved), print)
 
 
@@ -222,13 +222,13 @@ def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: 
         sizes.append(number)
         return loaded
 
-    variants._same_over_batches(of_batch_size, 1e-4)
+    variants._check_batch_invariance(of_batch_size, 1e-4)
     assert sizes == [1, 2, 7, 64]
     monkeypatch.setattr(OnnxModel, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
-    with pytest.raises(RunError, match=r"moves by 0\.001 with the batch size .* limit is 0\.0001"):
-        variants._same_over_batches(of_batch_size, 1e-4)
-    with pytest.raises(RunError, match=r"moves by 0\.063 with the batch size .* limit is 0\.02"):
-        variants._same_over_batches(of_batch_size, 2e-2)
+    with pytest.raises(RunError, match=r"differs by 0\.001 \(limit 0\.0001\) between batch sizes"):
+        variants._check_batch_invariance(of_batch_size, 1e-4)
+    with pytest.raises(RunError, match=r"differs by 0\.063 \(limit 0\.02\) between batch sizes"):
+        variants._check_batch_invariance(of_batch_size, 2e-2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -241,9 +241,9 @@ def test_only_fp16_on_a_gpu_may_move_more_with_its_batch(precision: str, provide
 def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards.open(halved)
     every = shards.rows("train")
-    assert np.array_equal(variants._some_studies(shards, "train"), every)
+    assert np.array_equal(variants._sample_studies(shards, "train"), every)
     monkeypatch.setattr(variants, "NUM_MEASURED", len(every) // 3)
-    some = variants._some_studies(shards, "train")
+    some = variants._sample_studies(shards, "train")
     assert len(every) // 6 < len(some) < len(every) // 2
     studies = shards.manifest.frame["study"]
     assert set(every[studies[every].isin(studies[some])]) == set(some)

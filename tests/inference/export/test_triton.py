@@ -191,7 +191,7 @@ def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: b
     config.parent.mkdir()
     config.write_text('name: "mura_dist"\n')
     with pytest.raises(
-        UserError, match=r"^--triton .*config\.pbtxt is not of mura-dist, .*; give another folder, or move"
+        UserError, match=r"^--triton .*config\.pbtxt was not written by mura-dist, .*\. Give another folder, or move"
     ):
         triton.write(tmp_path, data)
     assert files(tmp_path) == ["mura_dist/config.pbtxt"]
