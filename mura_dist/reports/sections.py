@@ -109,7 +109,7 @@ def _other_intervals(report: Report) -> Html:
         "from a bootstrap over patients."
     )
     header = ("", *(join((TITLES[key], element("small", word))) for key, (_, word) in _FORMULAS.items()))
-    caption = f"In small print the 95 % interval by formula ({INDEPENDENT})."
+    caption = f"95 % intervals by formula in small print ({INDEPENDENT})."
     return details("Intervals by formula", element("p", text), table(header, rows, caption))
 
 
