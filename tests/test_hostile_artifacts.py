@@ -245,7 +245,7 @@ def test_card_field_of_another_type_is_refused() -> None:
                 refused += "\n" not in str(refusal)
     assert refused > 200
     for text in ("[" * 100_000, '{"size": ' + "[" * 900 + "]" * 900 + "}", "NaN", "", "7"):
-        with pytest.raises(UserError, match="damaged mura_dist metadata"):
+        with pytest.raises(UserError, match="corrupt mura_dist metadata"):
             Card.parse(text, "m")
 
 

@@ -151,7 +151,9 @@ def predict(
             _check_keytable(options.keytable, folder, files, pseudonymizer)
             summary = folder.begin(plan, stop)
             if summary is None:
-                overlays = Overlays(out, options.allow_pixels, model.card.of_drawings) if options.overlays else None
+                overlays = (
+                    Overlays(out, options.allow_pixels, model.card.trained_on_phantoms) if options.overlays else None
+                )
                 chunks = ChunkPredictor(model, sources.directory, groups, files, folder, overlays, stop, progress)
                 chunks.run(options.workers, options.limits)
                 if folder.rank == 0:

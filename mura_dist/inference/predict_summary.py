@@ -76,7 +76,7 @@ def summarize(
 
 def _warnings(counts: TableCounts, card: Card) -> list[str]:
     warnings = []
-    if card.of_drawings:
+    if card.trained_on_phantoms:
         warnings.append(
             "the model was trained on drawings (phantoms): its output for a radiograph means nothing. No call, no band"
         )

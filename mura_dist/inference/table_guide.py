@@ -63,7 +63,7 @@ _WIDTH = 120
 
 def readme(card: Card, format: str) -> str:
     """Return the text of OUT/README.txt for tables of `format`, csv or parquet. It contains no name of a file or study."""
-    drawings = [DRAWINGS, ""] if card.of_drawings else []
+    drawings = [DRAWINGS, ""] if card.trained_on_phantoms else []
     text = ["Tables of mura-dist predict.", *textwrap.wrap(mura.TERMS, _WIDTH), "", *drawings, "Which column for what:"]
     for use in USES:
         text += textwrap.wrap(use, _WIDTH, initial_indent="- ", subsequent_indent="  ")

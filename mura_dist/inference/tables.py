@@ -235,7 +235,7 @@ def apply_thresholds(
     studies = calibration.apply(card.calibration, studies)
     studies["threshold"] = studies["study_type"].map(dict(card.thresholds)).astype(np.float64)
     studies["call"] = classification.is_positive(studies["probability"], studies["threshold"])
-    calls = drawn or not card.of_drawings
+    calls = drawn or not card.trained_on_phantoms
     studies["call"] = studies["call"].astype("Int64").where(calls & studies["threshold"].notna())
     band = studies["band"].astype("string")
     studies["band"] = band.where(calls & (band != ""))

@@ -1,9 +1,9 @@
-"""What an exported model says of itself.
+"""Define the model card: the metadata of an exported model.
 
-    export: Card -> JSON -> the ONNX file's metadata_props["mura_dist"]        predict, evaluate, page: and back
+    export: Card -> JSON -> the ONNX file's metadata_props["mura_dist"]        -> Card in predict, evaluate, page
 
-A model travels alone: everything needed to use it rightly is inside its one file, everything needed to doubt it too.
-Keys a later version adds are ignored here; a change that would mislead an older reader raises `FORMAT`.
+The one file of a model holds all that is needed to use it and to judge it. Keys of later versions are ignored. A
+change that would mislead an older version increments `FORMAT`.
 """
 
 import json
@@ -29,16 +29,20 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def parse_json(
-    schema: type[Schema], text: str | bytes, *, subject: str, remake: str, damaged: str, remedy: str
+    schema: type[Schema], text: str | bytes, *, subject: str, remake: str, problem: str, remedy: str
 ) -> Schema:
-    """Read `text` as JSON of `schema`, whose field `format` defaults to the newest format.
+    """Parse JSON of a schema whose field `format` defaults to the newest format.
 
     Args:
-        subject: what is of a format; with `remake`, how to write it anew, for the message about a later format.
-        damaged: what is wrong where the text does not fit; with `remedy`, for the message that gives the reason.
+        schema: the model of the content.
+        text: JSON.
+        subject: names the file, for the message about a later format.
+        remake: how to write the file again, for the same message.
+        problem: what is wrong if the text does not fit, for the message with the reason.
+        remedy: a sentence, for the same message.
 
     Raises:
-        UserError: where the text is of a later format, is no JSON, or does not fit `schema`.
+        UserError: the text has a later format, is no JSON, or does not fit `schema`.
     """
     newest = schema.model_fields["format"].default
     try:
@@ -48,46 +52,46 @@ def parse_json(
             return schema.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = f"{'.'.join(str(part) for part in first['loc']) or 'content'}: {first['msg']}"
+        reason = f"{'.'.join(str(key) for key in first['loc']) or 'content'}: {first['msg']}"
     except ValueError as error:  # no JSON, or no text at all
         reason = str(error)
     else:
         raise UserError(
-            f"{subject} of format {fields['format']}, mura-dist {__version__} reads up to {newest}; "
-            f"update mura-dist, or {remake} with this version"
+            f"{subject} of format {fields['format']}, and mura-dist {__version__} reads up to {newest}. Update mura-dist, or "
+            f"{remake} with this version."
         )
-    raise UserError(f"{damaged} ({reason}); {remedy}")
+    raise UserError(f"{problem} ({reason}). {remedy}")
 
 
 class TrainedOn(BaseModel):
-    """The data behind the weights. `splits`: radiographs in each."""
+    """The data that the weights were trained on."""
 
     model_config = ConfigDict(frozen=True)
 
     kind: Literal["phantoms", "radiographs"]
     manifest_sha256: str
     num_radiographs: int
-    splits: dict[str, int] = {}
+    splits: dict[str, int] = {}  # number of radiographs of each split
 
 
 class EnsembleMember(BaseModel):
-    """A checkpoint of an ensemble. `sha256` of its model.safetensors is its identity; the rest is for people."""
+    """A checkpoint of an ensemble, identified by the `sha256` of its model.safetensors."""
 
     model_config = ConfigDict(frozen=True)
 
     run: str  # in a list: the folder, relative to the list's; in a card or a report: the folder's name alone
     checkpoint: str
     architecture: str
-    select_loss: Annotated[float, Field(allow_inf_nan=False)]  # what it was chosen by
+    select_loss: Annotated[float, Field(allow_inf_nan=False)]  # the loss that selected it
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class PrecisionChange(BaseModel):
-    """What computing in fewer bits changed, against fp32, on radiographs of the split that chose the model."""
+    """The differences of a lower precision from fp32, on radiographs of the split that selected the model."""
 
     model_config = ConfigDict(frozen=True)
 
-    engine: str  # what computed both
+    engine: str  # that computed both
     num_radiographs: int
     num_studies: int
     mean_probability: Share  # of a radiograph, absolute
@@ -97,54 +101,64 @@ class PrecisionChange(BaseModel):
 
 
 class Card(BaseModel):
-    """The metadata of an exported model; see each field."""
+    """The metadata of an exported model."""
 
     model_config = ConfigDict(frozen=True)
 
     format: int = FORMAT
     size: Annotated[int, Field(ge=1, le=MAX_SIZE_PX)]  # pixels of a side of `image`
-    resize: str = RESIZE  # how radiograph.read came to that size
+    resize: str = RESIZE  # how data.radiograph resizes to that size
     study_types: list[str]  # those it was trained on
-    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; none: no call is made
-    operating_point: str = PAPER_OPERATING_POINT  # what `thresholds` are of: the paper's 1/2, or one fitted on tune
-    calibration: FittedThresholds = (
-        FittedThresholds()
-    )  # all that was fitted on tune: calibration, operating points, the uncertain band
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # by study type; empty: no calls
+    operating_point: str = PAPER_OPERATING_POINT  # of `thresholds`: the paper's 0.5, or one fitted on tune
+    calibration: FittedThresholds = FittedThresholds()  # what was fitted on tune
     metrics: dict[str, Any] = {}  # metrics.json of the reported split, {} where it was not evaluated
     trained_on: TrainedOn
-    selected_on: str  # the split that chose the checkpoint
+    selected_on: str  # the split that selected the checkpoint
     recipe: dict[str, Any]
     checkpoint: str
-    members: list[EnsembleMember] = []  # of an ensemble, whose map is the mean of theirs; empty: one checkpoint
+    members: list[EnsembleMember] = []  # of an ensemble; empty: one checkpoint
     terms: str = mura.TERMS
     licence: str = mura.LICENSE
     version: str = __version__
     opset: int | None = None  # written by export
-    precision: Precision = "fp32"  # what it is to be computed in
-    change: PrecisionChange | None = None  # of a precision below fp32: what it changed
+    precision: Precision = "fp32"  # that it is computed in
+    change: PrecisionChange | None = None  # of a precision below fp32
 
     @property
-    def of_drawings(self) -> bool:
-        """Whether the model was trained on computer drawings, so that it says nothing about radiographs."""
+    def trained_on_phantoms(self) -> bool:
+        """Whether the model was trained on phantoms (drawings), so that its output says nothing about radiographs."""
         return self.trained_on.kind == "phantoms"
 
-    def text(self) -> str:
-        """JSON. Raises ValueError for a NaN: JSON has none."""
+    def to_json(self) -> str:
+        """Return the card as JSON.
+
+        Raises:
+            ValueError: a number is NaN or infinite.
+        """
         return json.dumps(self.model_dump(), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def parse(cls, text: str | None, model: str) -> "Card":
-        """The card of the file called `model`, whose metadata is `text` (None: it has none of ours). Raises UserError."""
+        """Parse the card of a model.
+
+        Args:
+            text: the metadata of the ONNX file, None where it has none.
+            model: the file's name, for messages.
+
+        Raises:
+            UserError: the file was not exported by mura-dist, or its metadata is corrupt or of a later format.
+        """
         if text is None:
             raise UserError(
-                f"{model} is not a model exported by mura-dist export (no {KEY} metadata); "
-                "give the model.onnx that `mura-dist export` wrote"
+                f"{model} was not exported by mura-dist (no {KEY} metadata). Pass the model.onnx that `mura-dist export` "
+                "wrote."
             )
         return parse_json(
             cls,
             text,
             subject=f"{model} has metadata",
             remake="export the model again",
-            damaged=f"{model} has damaged {KEY} metadata",
-            remedy="export the model again",
+            problem=f"{model} has corrupt {KEY} metadata",
+            remedy="Export the model again.",
         )

@@ -1,7 +1,7 @@
-"""Several networks as one: image uint8 -> logit of their mean probability, mean activation_map.
+"""Combine several networks into one: image uint8 -> logit of their mean probability, mean activation_map.
 
-An ensemble averages its members' probabilities. It gives the logit of that mean, computed from logits alone: as a
-probability in fp32 a logit of 17 is 1 already.
+An ensemble averages its members' probabilities and returns the logit of that mean, computed from logits alone: the fp32
+probability of a logit of 17 is already 1.
 """
 
 from collections.abc import Sequence
@@ -11,30 +11,30 @@ from torch import Tensor
 
 
 class Ensemble(torch.nn.Module):
-    """One model of several. A single member is handed through: the same bits."""
+    """An ensemble of networks. A single member's output is returned unchanged."""
 
     def __init__(self, networks: Sequence[torch.nn.Module]) -> None:
         super().__init__()
         self.networks = torch.nn.ModuleList(networks)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 1, S, S) uint8 -> logit (B,) float32, activation_map (B, h, w) float32: the mean of the members' maps.
+        """Map image (B, 1, S, S) uint8 to logit (B,) float32 and activation_map (B, h, w) float32.
 
-        The mean of that map over its cells is the mean of the logits, which is not the logit of the mean probability.
+        The map is the mean of the members' maps. Its mean over cells is the mean logit, not the returned logit.
         """
         outputs = [network(image) for network in self.networks]
         if len(outputs) == 1:
             return outputs[0]
         logits = torch.stack([logit for logit, _ in outputs])  # (K, B)
         maps = torch.stack([activation_map for _, activation_map in outputs])  # (K, B, h, w)
-        return mean_probability(logits), maps.mean(dim=0)
+        return mean_probability_logit(logits), maps.mean(dim=0)
 
 
-def mean_probability(logits: Tensor) -> Tensor:
-    """(K, B) -> (B,): the logit of the mean of the K probabilities; as log odds, so that neither end is rounded away.
+def mean_probability_logit(logits: Tensor) -> Tensor:
+    """Return the logit of the mean probability of K logits: (K, B) -> (B,), without loss of precision near 0 and 1.
 
-    logsumexp(logsigmoid(l)) - logsumexp(logsigmoid(-l)), in steps that no exporter rewrites: torch.onnx makes log(sigmoid(l))
-    of logsigmoid, which is -inf at -100.
+    It is logsumexp(logsigmoid(l)) - logsumexp(logsigmoid(-l)), in operations that no exporter rewrites: torch.onnx turns
+    logsigmoid into log(sigmoid(l)), which is -inf at -100.
     """
     return _logsumexp(_logsigmoid(logits)) - _logsumexp(_logsigmoid(-logits))
 
@@ -44,6 +44,6 @@ def _logsigmoid(x: Tensor) -> Tensor:
 
 
 def _logsumexp(x: Tensor) -> Tensor:
-    """Over the first dimension."""
+    """Compute logsumexp over the first dimension."""
     largest = x.amax(dim=0)
     return largest + torch.log(torch.exp(x - largest).sum(dim=0))

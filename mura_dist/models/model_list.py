@@ -1,8 +1,8 @@
-"""A model list: the checkpoints of an ensemble, as a JSON file. Read without torch, so that predict can.
+"""Read and describe a model list: the checkpoints of an ensemble, as a JSON file. No torch.
 
-    mura-dist ensemble -> FILE.json -> evaluate, export (they load the checkpoints), predict (it wants FILE.onnx beside it)
+    mura-dist ensemble -> FILE.json -> evaluate, export (which load the checkpoints), predict (which needs FILE.onnx beside it)
 
-A list names checkpoints, it holds none: move it together with its runs. A member is known by the digest of its weights.
+A list names checkpoints and does not contain them: move it together with its runs. The digest of its weights identifies a member.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ SUFFIX = ".json"
 
 
 class ModelList(BaseModel):
-    """What the file holds; all members learnt from the same manifest at the same size."""
+    """The content of a model list. All members were trained on the same manifest at the same size."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,32 +36,36 @@ class ModelList(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "ModelList":
-        """Raises UserError where `path` is no list, or one of a later format."""
+        """Read a model list.
+
+        Raises:
+            UserError: `path` is no list, or one of a later format.
+        """
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give the list that `mura-dist ensemble` wrote")
+            raise UserError(f"{path}: no such file. Pass the list that `mura-dist ensemble` wrote.")
         return parse_json(
             cls,
             path.read_bytes(),
             subject=f"{path} is a model list",
             remake="make the list again",
-            damaged=f"{path} is not a model list",
-            remedy="give the file that `mura-dist ensemble` wrote",
+            problem=f"{path} is not a model list",
+            remedy="Pass the file that `mura-dist ensemble` wrote.",
         )
 
 
-def have_same_weights(some: Iterable[EnsembleMember], others: Iterable[EnsembleMember]) -> bool:
-    """Whether both are the same weights, in whatever order and wherever they lie."""
-    return sorted(one.sha256 for one in some) == sorted(one.sha256 for one in others)
+def have_same_weights(first: Iterable[EnsembleMember], second: Iterable[EnsembleMember]) -> bool:
+    """Return whether both have the same weights, in any order and any folder."""
+    return sorted(member.sha256 for member in first) == sorted(member.sha256 for member in second)
 
 
-def strip_run_folders(path: Path, listed: Iterable[EnsembleMember]) -> list[EnsembleMember]:
-    """The members of the list `path` without the folders of this machine, for what leaves it: a run by its name alone."""
-    return [one.model_copy(update={"run": (path.parent / one.run).resolve().name}) for one in listed]
+def strip_run_folders(path: Path, members: Iterable[EnsembleMember]) -> list[EnsembleMember]:
+    """Return the members of the list `path` with the name of their run only, so that no folder of this machine is published."""
+    return [member.model_copy(update={"run": (path.parent / member.run).resolve().name}) for member in members]
 
 
-def format_title(some: Sequence[EnsembleMember]) -> str:
-    """In a few words: `ensemble of 3: a step-12 step-24, b step-24`."""
+def format_title(members: Sequence[EnsembleMember]) -> str:
+    """Return a short title: `ensemble of 3: a step-12 step-24, b step-24`."""
     steps: dict[str, list[str]] = {}
-    for one in some:
-        steps.setdefault(one.run, []).append(f"step-{one.checkpoint.removeprefix('step-').lstrip('0') or '0'}")
-    return f"ensemble of {len(some)}: {', '.join(' '.join([run, *names]) for run, names in steps.items())}"
+    for member in members:
+        steps.setdefault(member.run, []).append(f"step-{member.checkpoint.removeprefix('step-').lstrip('0') or '0'}")
+    return f"ensemble of {len(members)}: {', '.join(' '.join([run, *names]) for run, names in steps.items())}"

@@ -1,9 +1,9 @@
-"""What a command takes as a model: the folder of a run, a model list, or an ONNX file.
+"""Recognize what a command takes as a model: the folder of a run, a model list, or an ONNX file.
 
-    path -> Target.parse -> kind, told by the path alone -> evaluate, export, predict
-                         -> where evaluate and export write if --out says nothing
+    path -> Target.parse -> kind, from the path alone -> evaluate, export, predict
+                         -> the default output paths of evaluate and export
 
-Whether it holds what its kind promises, the one that opens it finds out.
+The code that opens it checks the content.
 """
 
 from dataclasses import dataclass
@@ -16,37 +16,41 @@ from mura_dist.models.model_list import SUFFIX
 
 @dataclass(frozen=True)
 class Target:
-    """A path and what it stands for. A path to nothing is a run that is not there."""
+    """A path and the kind of model it names. A missing path counts as a missing run."""
 
     path: Path
     kind: Literal["run", "list", "onnx"]
 
     @classmethod
     def parse(cls, path: Path) -> "Target":
-        """Tell what `path` stands for: a list by its name, an ONNX file by being a file."""
+        """Recognize a list by its suffix and an ONNX file by being a file."""
         if path.suffix.lower() == SUFFIX and not path.is_dir():
             return cls(path, "list")
         return cls(path, "onnx" if path.is_file() else "run")
 
     def check_checkpoint(self, which: str) -> None:
-        """Refuse --checkpoint for a list and an ONNX file, which have theirs."""
-        kinds = {"list": "a list of chosen checkpoints", "onnx": "one exported checkpoint"}
+        """Refuse --checkpoint for a list and an ONNX file.
+
+        Raises:
+            UserError: the target is no run, and `which` is not `best`.
+        """
+        kinds = {"list": "a list of checkpoints", "onnx": "one exported checkpoint"}
         if self.kind in kinds and which != "best":
             raise UserError(
-                f"--checkpoint {which}: {self.path} is {kinds[self.kind]}; leave --checkpoint out, or give the run"
+                f"--checkpoint {which}: {self.path} is {kinds[self.kind]}. Omit --checkpoint, or pass the run."
             )
 
     @property
     def name(self) -> str:
-        """The run's or the file's, of a list without its suffix."""
+        """The name of the run or the file, of a list without its suffix."""
         return self.path.stem if self.kind == "list" else self.path.name
 
     @property
     def report_folder(self) -> Path:
-        """Where the evaluation of a run or a list goes."""
+        """The default folder of the evaluation of a run or a list."""
         return self.path.with_suffix("") if self.kind == "list" else self.path
 
     @property
     def onnx_file(self) -> Path:
-        """Where the ONNX file of a run or a list goes."""
+        """The default path of the ONNX file of a run or a list."""
         return self.path.with_suffix(".onnx") if self.kind == "list" else self.path / "model.onnx"

@@ -101,7 +101,7 @@ def test_the_page_says_them_last_once_it_listens(
 ) -> None:
     """Without examples, with some, and with a warning that none of them is answered."""
     pytest.importorskip("streamlit")
-    of_drawings, words = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
+    trained_on_phantoms, words = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
     if known_drawings is not None:
         study_type = next((phantoms / "valid").iterdir()).name
         shutil.copytree(phantoms / "valid" / study_type, tmp_path / "valid" / study_type)
@@ -109,7 +109,7 @@ def test_the_page_says_them_last_once_it_listens(
             shutil.copy(phantoms / MARK, tmp_path)
         words = ["--examples", str(tmp_path)]
     port, out = free_port(), tmp_path / "stdout"
-    command = [str(BIN / "mura-dist"), "page", str(of_drawings), "--port", str(port), *words]
+    command = [str(BIN / "mura-dist"), "page", str(trained_on_phantoms), "--port", str(port), *words]
     with (
         out.open("w") as stdout,
         subprocess.Popen(

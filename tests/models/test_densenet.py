@@ -112,12 +112,12 @@ def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture
 
 def test_imagenet_without_a_file_or_a_network_is_refused(tmp_path: Path, monkeypatch) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, "densenet169")
-    with pytest.raises(UserError, match=r"cannot fetch densenet169-\w+\.pth .* give pretrained=FILE") as refusal:
+    with pytest.raises(UserError, match=r"cannot download densenet169-\w+\.pth .* or set pretrained=FILE") as refusal:
         densenet.load_pretrained(densenet.build("densenet169"), "imagenet")
     assert str(path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not path.exists()
-    with pytest.raises(UserError, match=r"no such weights of architecture=tiny, only of densenet121, densenet169"):
+    with pytest.raises(UserError, match=r"no ImageNet weights of architecture=tiny, only of densenet121, densenet169"):
         densenet.load_pretrained(densenet.build("tiny"), "imagenet")
 
 

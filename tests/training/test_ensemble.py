@@ -432,7 +432,7 @@ NO_LISTS = {
         '{"members": [], "select_on": "tune", "size": 64, "manifest_sha256": ""}',
         ["is not a model list (members: "],
     ),
-    "of the future": ('{"format": 99}', ["format 99", "reads up to 1", "update mura-dist"]),
+    "of the future": ('{"format": 99}', ["format 99", "reads up to 1", "Update mura-dist"]),
 }
 
 
@@ -458,7 +458,7 @@ def test_list_without_onnx_file_is_refused_by_predict(runs: list[Path], phantoms
 
 
 def test_other_wrong_arguments_are_refused(list_path: Path, runs: list[Path], shard_folder: Path, capsys) -> None:
-    why = "is a list of chosen checkpoints; leave --checkpoint out"
+    why = "is a list of checkpoints. Omit --checkpoint"
     laws.refusal(capsys, ["evaluate", list_path, shard_folder, "--checkpoint", "last"], "--checkpoint last", why)
     laws.refusal(capsys, ["export", list_path, "--checkpoint", "step-6"], "--checkpoint step-6", why)
     laws.refusal(

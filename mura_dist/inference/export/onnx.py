@@ -364,12 +364,12 @@ def _tidy(proto: onnx.ModelProto, card: Card) -> None:
     proto.graph.name = KEY
     for value in (*proto.graph.input, *proto.graph.output):
         value.doc_string = _VALUES[value.name].format(size=card.size, resize=card.resize)
-    onnx.helper.set_model_props(proto, {KEY: card.model_copy(update={"opset": OPSET}).text()})
+    onnx.helper.set_model_props(proto, {KEY: card.model_copy(update={"opset": OPSET}).to_json()})
 
 
 def _describe(card: Card) -> str:
     """Return the card in three sentences, for ONNX viewers."""
-    images = "drawn phantoms, no radiographs" if card.of_drawings else "radiographs"
+    images = "drawn phantoms, no radiographs" if card.trained_on_phantoms else "radiographs"
     return (
         f"Bone radiograph -> normal or abnormal ({', '.join(card.study_types)}): {card.checkpoint}, trained on "
         f"{card.trained_on.num_radiographs} {images}. {card.terms[:1].upper()}{card.terms[1:]}. The JSON under {KEY!r} in the "

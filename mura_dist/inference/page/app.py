@@ -24,7 +24,7 @@ def show(context: "PageContext") -> None:
     """Draw the page for one session."""
     st.set_page_config(page_title="mura_dist: a study", layout="wide")
     card = context.service.card
-    drawings = card.of_drawings
+    drawings = card.trained_on_phantoms
     banner = element("div", wording.DEMO_BANNER, class_="banner", role="note") if drawings else ""
     terms = element("div", f"{mura.TERMS[0].upper()}{mura.TERMS[1:]}.", class_="terms", role="note")
     st.html(f"{style.sheet(banner=drawings)}{banner}{terms}")
@@ -49,7 +49,7 @@ def show(context: "PageContext") -> None:
 
 def _about(context: "PageContext") -> None:
     card, model = context.service.card, context.service.model
-    kind = "computer drawings" if card.of_drawings else "radiographs"
+    kind = "computer drawings" if card.trained_on_phantoms else "radiographs"
     facts = {
         "Trained on": f"{card.trained_on.num_radiographs:,} {kind}",
         "Checkpoint": card.checkpoint,

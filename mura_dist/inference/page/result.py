@@ -15,7 +15,7 @@ from PIL import Image
 from mura_dist.data import table_names
 from mura_dist.inference import overlays
 from mura_dist.inference.page import style, wording
-from mura_dist.inference.page.study import StudyFile, StudyAnswer, ViewOutput
+from mura_dist.inference.page.study import StudyAnswer, StudyFile, ViewOutput
 from mura_dist.inference.page.study_input import escape_markdown
 from mura_dist.metrics.classification import is_positive
 from mura_dist.models.card import Card
@@ -162,7 +162,7 @@ def show_threshold(result: StudyAnswer, context: "PageContext", files_key: str) 
 def show_downloads(result: StudyAnswer, files: Sequence[StudyFile], context: "PageContext", files_key: str) -> None:
     """Draw the downloads: the tables that `predict` would write, and each picture with its map."""
     st.header("Downloads", anchor=False)
-    drawn = context.service.card.of_drawings
+    drawn = context.service.card.trained_on_phantoms
     tail = "-of-drawings" if drawn and not result.withheld else ""
     with st.container(horizontal=True, key="downloads"):
         for label, table, name in (

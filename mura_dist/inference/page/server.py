@@ -90,7 +90,7 @@ def serve(
     with _listen(address, port) as listener:
         model = OnnxModel.load(model_path)
         digests: frozenset[str] = frozenset()
-        if examples is not None and model.card.of_drawings:
+        if examples is not None and model.card.trained_on_phantoms:
             digests = page_examples.drawing_digests(examples, studies)
         with _streamlit_home(), open_inference_service(model, min(2, num_processors()), digests) as shared:
             uploads = shared.read([example.content(0) for example in studies])
@@ -99,7 +99,7 @@ def serve(
             bootstrap.load_config_options(_options())
             app = streamlit.App(Path(__file__).with_name("script.py"))
             lines = [f"the page: http://{_url_host(address)}:{port}   (stop with Ctrl-C)", *_warnings(address, hosts)]
-            if studies and model.card.of_drawings and not digests:
+            if studies and model.card.trained_on_phantoms and not digests:
                 lines.append(_NO_KNOWN_DRAWINGS)
             server = _server(Guard(app, hosts, security_headers(_policy())))
             with signals.call_on_stop(partial(setattr, server, "should_exit", True)):

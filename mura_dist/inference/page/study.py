@@ -250,7 +250,7 @@ def build_result(files: Sequence[StudyFile], study_type: str, card: Card) -> Stu
     studies = tables.apply_thresholds(
         [(STUDY, study_type, worst)], np.zeros(len(rows), np.int64), probability, card, drawn=drawn
     )
-    withheld = card.of_drawings and not drawn
+    withheld = card.trained_on_phantoms and not drawn
     if withheld:
         studies[["threshold", "calibrated_probability"]] = np.nan
     return StudyAnswer(studies, predictions, withheld)

@@ -111,7 +111,7 @@ def error_rate_lines(headline: Outcome, study_type: str, card: Card) -> list[str
     """Return how often the model was wrong on measured studies, for the error types of the outcome."""
     if not has_matching_metrics(card):
         return [
-            f"How often the model is wrong was not measured on {'drawings' if card.of_drawings else 'radiographs'}."
+            f"How often the model is wrong was not measured on {'drawings' if card.trained_on_phantoms else 'radiographs'}."
         ]
     group, type_name = card.metrics["by_study_type"].get(study_type), display_name(study_type).lower()
     confusion = group.get("confusion") if group else None
@@ -132,7 +132,7 @@ def caveat(card: Card) -> str:
     """Return the sentence on the studies, the split and the precision of the card's metrics."""
     parts = [
         "The test set consists of computer drawings"
-        if card.of_drawings
+        if card.trained_on_phantoms
         else f"The {_set(card)} is not from your hospital"
     ]
     if note := card.metrics.get("note"):

@@ -198,14 +198,14 @@ def _with_metadata(path: Path, out: Path, properties: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("properties", "text"),
     [
-        ({}, r"is not a model exported by mura-dist export \(no mura_dist metadata\); give the model\.onnx"),
+        ({}, r"was not exported by mura-dist \(no mura_dist metadata\)\. Pass the model\.onnx"),
         (
             {KEY: json.dumps({"format": FORMAT + 1})},
-            rf"has metadata of format {FORMAT + 1}, .* reads up to {FORMAT}; update",
+            rf"has metadata of format {FORMAT + 1}, .* reads up to {FORMAT}. Update",
         ),
-        ({KEY: "{"}, r"has damaged mura_dist metadata \(.*\); export the model again"),
-        ({KEY: "[]"}, r"has damaged mura_dist metadata \(content: "),
-        ({KEY: json.dumps({"format": 1, "size": 0})}, r"has damaged mura_dist metadata \(size: .*greater"),
+        ({KEY: "{"}, r"has corrupt mura_dist metadata \(.*\)\. Export the model again"),
+        ({KEY: "[]"}, r"has corrupt mura_dist metadata \(content: "),
+        ({KEY: json.dumps({"format": 1, "size": 0})}, r"has corrupt mura_dist metadata \(size: .*greater"),
     ],
 )
 def test_files_that_are_not_ours(
@@ -217,14 +217,14 @@ def test_files_that_are_not_ours(
 
 
 def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
-    fields = json.loads(card_of().text()) | {"from_the_future": 1}
+    fields = json.loads(card_of().to_json()) | {"from_the_future": 1}
     assert Card.parse(json.dumps(fields), "model.onnx") == card_of()
     with pytest.raises(ValueError, match="Out of range float"):
         card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).text()
 
 
 def test_cards_of_before_there_was_calibration() -> None:
-    fields = json.loads(card_of().text())
+    fields = json.loads(card_of().to_json())
     for key in ("calibration", "operating_point"):
         del fields[key]
     for old in (fields, fields | {"calibration": {}, "bands": {}}):
@@ -234,9 +234,9 @@ def test_cards_of_before_there_was_calibration() -> None:
 
 
 def test_damaged_points_are_refused() -> None:
-    fields = json.loads(card_of().text()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
+    fields = json.loads(card_of().to_json()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
     with pytest.raises(
-        UserError, match=r"damaged mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
+        UserError, match=r"corrupt mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
     ):
         Card.parse(json.dumps(fields), "model.onnx")
 

@@ -202,6 +202,6 @@ def test_what_is_no_model_of_ours(data: bytes) -> None:
 
     model = onnx.load_from_string(data)
     del model.metadata_props[:]
-    with pytest.raises(UserError, match=r"^the exported model is not a model exported by mura-dist export"):
+    with pytest.raises(UserError, match=r"^the exported model was not exported by mura-dist"):
         triton.config(model.SerializeToString())
     assert isinstance(OnnxModel.from_bytes(data, "ours").card, Card)

@@ -110,7 +110,7 @@ def outcome_model(plain_model: Path, views: list[Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_drawings(outcome_model: Path) -> Path:
+def trained_on_phantoms(outcome_model: Path) -> Path:
     """Return a model of drawings that was measured on fewer than 30 studies of each label and study type, as the demo."""
     probability = OnnxModel.load(outcome_model).card.thresholds["XR_HAND"] + 0.05
     return with_card(
@@ -205,11 +205,13 @@ def test_text_of_each_outcome(
 
 
 @pytest.mark.parametrize("num_known", [0, 1, -1])
-def test_model_of_drawings_calls_known_drawings_only(of_drawings: Path, views: list[Path], num_known: int) -> None:
+def test_model_of_drawings_calls_known_drawings_only(
+    trained_on_phantoms: Path, views: list[Path], num_known: int
+) -> None:
     """One picture that is not a known drawing withholds the result of the study."""
     known_drawings = views if num_known == -1 else views[:num_known]
     digests = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in known_drawings)
-    with study.open_inference_service(OnnxModel.load(of_drawings), drawings=digests) as service:
+    with study.open_inference_service(OnnxModel.load(trained_on_phantoms), drawings=digests) as service:
         for study_type, outcome in OUTCOMES.items():
             result = predict_study(service, views, study_type)
             lines = " ".join([wording.lead_sentence(result), *wording.explanation_lines(result, service.card)])
@@ -922,13 +924,15 @@ def test_keyboard_and_screen_reader(page: Any, phantoms: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_page_answers_examples_only(browser: Any, of_drawings: Path, phantoms: Path, views: list[Path]) -> None:
+def test_demo_page_answers_examples_only(
+    browser: Any, trained_on_phantoms: Path, phantoms: Path, views: list[Path]
+) -> None:
     """An example and an upload of its bytes get a result, other pictures no call. No label and no percentage appears."""
     example = next(item for item in examples.find_examples(phantoms) if item.study_type == "XR_HAND")
     same = [(f"XR_HAND_{index}.png", example.content(index)) for index in range(len(example.files))]
     flipped = io.BytesIO()
     Image.open(example.files[0]).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(flipped, "PNG")
-    with served(of_drawings, "--examples", phantoms / "valid" / "..") as (address, process):
+    with served(trained_on_phantoms, "--examples", phantoms / "valid" / "..") as (address, process):
         page = browser.new_page()
         page.goto(address)
         page.get_by_text("more examples").click()
