@@ -235,7 +235,7 @@ def test_checkpoint_state_of_another_type_is_refused() -> None:
 
 
 def test_card_field_of_another_type_is_refused() -> None:
-    card = json.loads(card_of().text())
+    card = json.loads(card_of().to_json())
     refused = 0
     for path in places(card):
         for value in VALUES:

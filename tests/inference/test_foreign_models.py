@@ -24,7 +24,7 @@ from mura_dist.models.card import KEY
 def saved(graph: onnx.GraphProto, path: Path) -> Path:
     """Write a graph as an exported model with a card."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    helper.set_model_props(model, {KEY: card_of().text()})
+    helper.set_model_props(model, {KEY: card_of().to_json()})
     path.write_bytes(model.SerializeToString())
     return path
 

@@ -220,7 +220,7 @@ def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
     fields = json.loads(card_of().to_json()) | {"from_the_future": 1}
     assert Card.parse(json.dumps(fields), "model.onnx") == card_of()
     with pytest.raises(ValueError, match="Out of range float"):
-        card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).text()
+        card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).to_json()
 
 
 def test_cards_of_before_there_was_calibration() -> None:

@@ -142,7 +142,7 @@ def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -
     assert told.pop("model_sha256") == model.sha256
     assert "metrics" not in told  # many kilobytes, in every answer about the configuration
     for key, value in told.items():
-        assert value == json.loads(model.card.text())[key]
+        assert value == json.loads(model.card.to_json())[key]
 
 
 @pytest.mark.slow
