@@ -103,7 +103,7 @@ def test_tensors_are_read_as_safetensors_reads_them(trained: Path) -> None:
 
 
 def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
-    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
+    reference_run = chaos.ReferenceRun(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
     drawn = [[chaos.draw_aims(random.Random(seed), n, reference_run, 3) for n in range(60)] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     aims = [
@@ -116,7 +116,7 @@ def test_moments_and_victims_are_drawn_from_the_seed(tmp_path: Path) -> None:
 
 def test_only_ranks_are_killed_where_only_ranks_are_wanted(tmp_path: Path) -> None:
     """Over eight stories each of two ranks is the first victim at each kind of moment."""
-    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
+    reference_run = chaos.ReferenceRun(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=8, epochs=12, writes=40)
     stories = [chaos.draw_aims(random.Random(n), n, reference_run, 2, only_ranks=True) for n in range(1, 9)]
     assert {aim.victim for aims in stories for aim in aims} == {"rank 0", "rank 1"}
     assert len({(aims[0].kind, aims[0].victim) for aims in stories}) == 8
@@ -124,7 +124,7 @@ def test_only_ranks_are_killed_where_only_ranks_are_wanted(tmp_path: Path) -> No
 
 def test_a_write_and_an_evaluation_are_seen_from_outside(tmp_path: Path) -> None:
     """The aims' moments, on a folder that passes through the states of a run; what an earlier kill left is no moment."""
-    reference_run = chaos.Whole(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=4, epochs=12, writes=40)
+    reference_run = chaos.ReferenceRun(tmp_path, seconds=20.0, start_s=8.0, steps_per_epoch=4, epochs=12, writes=40)
     checkpoints, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
     (checkpoints / ".step-00000003.partial").mkdir(parents=True)
     now = chaos.moment(chaos.Aim("write", 0, 1, "all"), tmp_path, reference_run)

@@ -35,5 +35,5 @@ def test_one_run_has_no_deviation_and_what_a_run_lacks_no_mean() -> None:
 
 
 def test_differently_evaluated_runs_are_refused() -> None:
-    with pytest.raises(UserError, match="split=valid and split=tune. Evaluate all with the same options"):
+    with pytest.raises(UserError, match=r"split=valid and split=tune\. Evaluate all with the same options"):
         TOOL["over_runs"]([run_of(0.6), run_of(0.6, split="tune")])

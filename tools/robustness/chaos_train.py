@@ -60,7 +60,7 @@ GONE_S = 20.0  # how long ranks may need to notice that their launcher is dead, 
 
 
 @dataclass(frozen=True)
-class Whole:
+class ReferenceRun:
     """The training that nobody killed. `seconds` in all, of these `start_s` before its first line of metrics.jsonl."""
 
     run: Path
@@ -93,23 +93,23 @@ class Story:
 
     def __str__(self) -> str:
         hits = ", ".join(
-            f"{hit.victim} ({hit.kind}, {place})" for hit, place in zip(self.hits, self.places, strict=True)
+            f"{hit.victim} ({hit.kind}, {position})" for hit, position in zip(self.hits, self.places, strict=True)
         )
         late = f", {self.late} done before" if self.late else ""
         return f"killed {hits or 'never'}{late}: {'; '.join(self.problems) or 'the same bits'}"
 
 
-def command(shards: Path, run: Path, ranks: int, words: Sequence[str]) -> list[str]:
+def command(shards: Path, run: Path, ranks: int, arguments: Sequence[str]) -> list[str]:
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks), "-m", "mura_dist.train"]
-    return [*launcher, *SETTINGS, f"shards={shards}", f"run={run}", *words, "--quiet"]
+    return [*launcher, *SETTINGS, f"shards={shards}", f"run={run}", *arguments, "--quiet"]
 
 
 @contextlib.contextmanager
-def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+def started(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
     """A command in a session of its own that writes to `log`; what is left of it when the block ends is killed."""
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **ENVIRONMENT}
+            arguments, stdout=file, stderr=file, start_new_session=True, env={**os.environ, **ENVIRONMENT}
         )
     try:
         yield process
@@ -118,15 +118,15 @@ def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def to_its_end(words: Sequence[str], log: Path) -> str:
+def to_its_end(arguments: Sequence[str], log: Path) -> str:
     """What went wrong, or ""."""
-    with started(words, log) as process:
+    with started(arguments, log) as process:
         try:
             status = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             return f"did not end within {LIMIT_S:.0f} s"
-    said = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    return f"ended with status {status}: {said}" if status else ""
+    message = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    return f"ended with status {status}: {message}" if status else ""
 
 
 # ---- who is there, and how they end
@@ -142,25 +142,25 @@ def _processes() -> Iterator[tuple[int, int, str]]:
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """rank -> process, of those that this torchrun started and that live."""
-    found = {}
+    results = {}
     for process, parent, state in _processes():
         if parent == launcher and state not in "ZX":
             with contextlib.suppress(OSError):
                 for pair in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
                     if pair.startswith(b"RANK="):
-                        found[int(pair.removeprefix(b"RANK="))] = process
-    return found
+                        results[int(pair.removeprefix(b"RANK="))] = process
+    return results
 
 
 def processes_of(run: Path) -> list[int]:
     """Living processes, but for this one, whose command line names this run: launchers and ranks."""
-    found = []
+    results = []
     for process, _, state in _processes():
         with contextlib.suppress(OSError):
-            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            if state not in "ZX" and process != os.getpid() and f"run={run}".encode() in words:
-                found.append(process)
-    return found
+            arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            if state not in "ZX" and process != os.getpid() and f"run={run}".encode() in arguments:
+                results.append(process)
+    return results
 
 
 def kill(launcher: int, victim: str) -> str:
@@ -211,23 +211,23 @@ def evaluations(run: Path, steps_per_epoch: int) -> frozenset[str]:
     return frozenset([str(line["step"])] if ended else [])
 
 
-def place(run: Path) -> str:
+def position(run: Path) -> str:
     line = last_line(run)
     torn = f", inside {min(writing)}" if (writing := partial_writes(run)) else ""
     return f"step {line['step'] if line else 0}{torn}"
 
 
-def moment(aim: Aim, run: Path, whole: Whole) -> Callable[[], bool]:
+def moment(aim: Aim, run: Path, reference: ReferenceRun) -> Callable[[], bool]:
     """A question to ask over and over: is it time to kill?"""
     begin = time.monotonic()
     if aim.kind in ("random", "start"):
         return lambda: time.monotonic() >= begin + aim.after_s
     before: frozenset[str] = frozenset()
-    passed = -1 if _present(aim, run, whole) else 0  # one that an earlier kill left behind is none
+    passed = -1 if _present(aim, run, reference) else 0  # one that an earlier kill left behind is none
 
     def now() -> bool:
         nonlocal before, passed
-        present = _present(aim, run, whole)
+        present = _present(aim, run, reference)
         passed += len(present - before)
         before = present
         return passed > aim.skip
@@ -235,8 +235,8 @@ def moment(aim: Aim, run: Path, whole: Whole) -> Callable[[], bool]:
     return now
 
 
-def _present(aim: Aim, run: Path, whole: Whole) -> frozenset[str]:
-    return partial_writes(run) if aim.kind == "write" else evaluations(run, whole.steps_per_epoch)
+def _present(aim: Aim, run: Path, reference: ReferenceRun) -> frozenset[str]:
+    return partial_writes(run) if aim.kind == "write" else evaluations(run, reference.steps_per_epoch)
 
 
 # ---- what is compared
@@ -254,16 +254,18 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-def differences(whole: Path, other: Path) -> list[str]:
+def differences(reference: Path, actual: Path) -> list[str]:
     """What tells run `other` from run `whole`: checkpoints, tensors, state, metrics."""
-    ours, theirs = _checkpoints(whole), _checkpoints(other)
-    best, best_other = (_summary(run).get("best_checkpoint") for run in (whole, other))
-    found = [f"the best checkpoint is {best_other}, not {best}"] if best != best_other else []
-    if max(ours, default="") != max(theirs, default=""):
-        found.append(f"the last checkpoint is {max(theirs, default='none')}, not {max(ours, default='none')}")
-    for name in sorted(ours & theirs):
-        found += _checkpoint_differences(whole / "checkpoints" / name, other / "checkpoints" / name)
-    return found + _metrics_differences(_metrics(whole), _metrics(other))
+    expected_items, actual_items = _checkpoints(reference), _checkpoints(actual)
+    best, best_other = (_summary(run).get("best_checkpoint") for run in (reference, actual))
+    results = [f"the best checkpoint is {best_other}, not {best}"] if best != best_other else []
+    if max(expected_items, default="") != max(actual_items, default=""):
+        results.append(
+            f"the last checkpoint is {max(actual_items, default='none')}, not {max(expected_items, default='none')}"
+        )
+    for name in sorted(expected_items & actual_items):
+        results += _checkpoint_differences(reference / "checkpoints" / name, actual / "checkpoints" / name)
+    return results + _metrics_differences(_metrics(reference), _metrics(actual))
 
 
 def _checkpoints(run: Path) -> set[str]:
@@ -276,20 +278,23 @@ def _summary(run: Path) -> dict[str, Any]:
     return status.get("summary", {"best_checkpoint": f"of a run that is {status['state']}"})
 
 
-def _checkpoint_differences(whole: Path, other: Path) -> list[str]:
-    names = [{path.name for path in folder.glob("*.safetensors")} for folder in (whole, other)]
-    found = [f"{whole.name}/{name} is missing or left over" for name in sorted(names[0] ^ names[1])]
+def _checkpoint_differences(reference: Path, actual: Path) -> list[str]:
+    names = [{path.name for path in folder.glob("*.safetensors")} for folder in (reference, actual)]
+    results = [f"{reference.name}/{name} is missing or left over" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        found += [
-            f"{whole.name}/{name}: {key} differs" for key in _unequal(tensors(whole / name), tensors(other / name))
+        results += [
+            f"{reference.name}/{name}: {key} differs"
+            for key in _unequal(tensors(reference / name), tensors(actual / name))
         ]
-    states = [json.loads((folder / "state.json").read_bytes()) for folder in (whole, other)]
-    return found + [f"{whole.name}/state.json: {key} differs" for key in _unequal(*states)]
+    states = [json.loads((folder / "state.json").read_bytes()) for folder in (reference, actual)]
+    return results + [f"{reference.name}/state.json: {key} differs" for key in _unequal(*states)]
 
 
-def _unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def _unequal(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
     absent = object()
-    return [key for key in sorted(one.keys() | other.keys()) if one.get(key, absent) != other.get(key, absent)]
+    return [
+        key for key in sorted(expected.keys() | actual.keys()) if expected.get(key, absent) != actual.get(key, absent)
+    ]
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
@@ -298,19 +303,23 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
-def _metrics_differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
-    found = [f"metrics.jsonl has {len(theirs)} lines, not {len(ours)}"] if len(ours) != len(theirs) else []
-    for number, (one, other) in enumerate(zip(ours, theirs, strict=False), 1):
-        found += [f"metrics.jsonl:{number}: {key} differs" for key in _unequal(one, other)]
-    return found
+def _metrics_differences(expected_items: list[dict[str, Any]], actual_items: list[dict[str, Any]]) -> list[str]:
+    results = (
+        [f"metrics.jsonl has {len(actual_items)} lines, not {len(expected_items)}"]
+        if len(expected_items) != len(actual_items)
+        else []
+    )
+    for number, (expected, actual) in enumerate(zip(expected_items, actual_items, strict=False), 1):
+        results += [f"metrics.jsonl:{number}: {key} differs" for key in _unequal(expected, actual)]
+    return results
 
 
 # ---- the stories
 
 
-def trained_whole(shards: Path, work: Path, ranks: int, words: Sequence[str]) -> Whole:
+def train_reference(shards: Path, work: Path, ranks: int, arguments: Sequence[str]) -> ReferenceRun:
     run, begin = work / "whole", time.monotonic()
-    with started(command(shards, run, ranks, words), work / "whole.log") as process:
+    with started(command(shards, run, ranks, arguments), work / "whole.log") as process:
         while not last_line(run) and process.poll() is None:
             time.sleep(0.01)
         start_s = time.monotonic() - begin
@@ -321,23 +330,27 @@ def trained_whole(shards: Path, work: Path, ranks: int, words: Sequence[str]) ->
             writes, before = writes + len(present - before), present
             time.sleep(0.002)
     if process.returncode:
-        said = (work / "whole.log").read_text(errors="replace").strip()
-        raise SystemExit(f"the training that nobody killed ended with status {process.returncode}:\n{said[-2000:]}")
+        message = (work / "whole.log").read_text(errors="replace").strip()
+        raise SystemExit(f"the training that nobody killed ended with status {process.returncode}:\n{message[-2000:]}")
     lines = [line for line in _metrics(run) if line["kind"] == "epoch"]
-    return Whole(run, time.monotonic() - begin, start_s, lines[1]["step"], len(lines) - 1, writes)
+    return ReferenceRun(run, time.monotonic() - begin, start_s, lines[1]["step"], len(lines) - 1, writes)
 
 
-def draw_aims(rng: random.Random, number: int, whole: Whole, ranks: int, *, only_ranks: bool = False) -> list[Aim]:
+def draw_aims(
+    rng: random.Random, number: int, reference: ReferenceRun, ranks: int, *, only_ranks: bool = False
+) -> list[Aim]:
     """Draw one story's kills, one to three."""
     count = rng.choice((1, 1, 2, 3))
     each_rank = [f"rank {rank}" for rank in range(ranks)]
     victims = each_rank if only_ranks else [*each_rank, "torchrun", "all"]
-    span_s = whole.start_s + (whole.seconds - whole.start_s) / count
+    span_s = reference.start_s + (reference.seconds - reference.start_s) / count
     aims = []
     for place_in_story in range(count):
         kind = AIMS[number % len(AIMS)] if place_in_story == 0 else rng.choice(AIMS)
-        after_s = rng.uniform(0, {"random": span_s, "start": whole.start_s, "write": 0.02, "evaluation": 0.02}[kind])
-        passing = {"write": whole.writes, "evaluation": whole.epochs}.get(kind, 0) // (2 * count)
+        after_s = rng.uniform(
+            0, {"random": span_s, "start": reference.start_s, "write": 0.02, "evaluation": 0.02}[kind]
+        )
+        passing = {"write": reference.writes, "evaluation": reference.epochs}.get(kind, 0) // (2 * count)
         skip, victim = rng.randrange(passing + 1), rng.choice(victims)
         if only_ranks and place_in_story == 0:
             victim = each_rank[number // len(AIMS) % ranks]
@@ -345,10 +358,10 @@ def draw_aims(rng: random.Random, number: int, whole: Whole, ranks: int, *, only
     return aims
 
 
-def killed(words: Sequence[str], run: Path, aim: Aim, whole: Whole, story: Story, log: Path) -> None:
+def killed(arguments: Sequence[str], run: Path, aim: Aim, reference: ReferenceRun, story: Story, log: Path) -> None:
     """One start that meets SIGKILL at its moment; `story` hears of it."""
-    now = moment(aim, run, whole)
-    with started(words, log) as process:
+    now = moment(aim, run, reference)
+    with started(arguments, log) as process:
         while process.poll() is None and not now():
             time.sleep(0.001)
         if process.poll() is not None:
@@ -358,7 +371,7 @@ def killed(words: Sequence[str], run: Path, aim: Aim, whole: Whole, story: Story
             time.sleep(aim.after_s)
         victim = kill(process.pid, aim.victim)
         story.hits.append(Aim(aim.kind, aim.after_s, aim.skip, victim))
-        story.places.append(place(run))
+        story.places.append(position(run))
         story.torn += bool(partial_writes(run)) and victim in ("rank 0", "all")
         if victim.startswith("rank "):
             try:
@@ -367,17 +380,17 @@ def killed(words: Sequence[str], run: Path, aim: Aim, whole: Whole, story: Story
                 story.problems.append(f"torchrun did not end within {LIMIT_S:.0f} s of the death of a rank")
 
 
-def one_story(words: Sequence[str], run: Path, aims: Sequence[Aim], whole: Whole, log: Path) -> Story:
+def one_story(arguments: Sequence[str], run: Path, aims: Sequence[Aim], reference: ReferenceRun, log: Path) -> Story:
     """Starts, kills as often as there are aims, trains to the end and compares."""
     story = Story()
     for aim in aims:
-        killed(words, run, aim, whole, story, log)
+        killed(arguments, run, aim, reference, story, log)
         while story.late and not story.hits:  # the machine has become faster
             shutil.rmtree(run, ignore_errors=True)
-            aim = Aim("random", whole.seconds / 2**story.late, 0, aim.victim)
-            killed(words, run, aim, whole, story, log)
-    problem = to_its_end(words, log)
-    story.problems += [problem] if problem else differences(whole.run, run)
+            aim = Aim("random", reference.seconds / 2**story.late, 0, aim.victim)
+            killed(arguments, run, aim, reference, story, log)
+    problem = to_its_end(arguments, log)
+    story.problems += [problem] if problem else differences(reference.run, run)
     problem = survivors(run)
     story.problems += [problem] if problem else []
     return story
@@ -386,7 +399,7 @@ def one_story(words: Sequence[str], run: Path, aims: Sequence[Aim], whole: Whole
 def kill_often(
     shards: Path,
     work: Path,
-    words: Sequence[str],
+    arguments: Sequence[str],
     *,
     kills: int,
     seed: int,
@@ -396,15 +409,15 @@ def kill_often(
 ) -> list[Story]:
     """Trains whole into `work`, then `kills` runs that are killed. Each is said as it ends."""
     rng = random.Random(seed)
-    whole = trained_whole(shards, work, ranks, words)
+    reference = train_reference(shards, work, ranks, arguments)
     log(
-        f"whole: {whole.epochs} epochs of {whole.steps_per_epoch} steps, {whole.writes} checkpoints, {ranks} ranks, "
-        f"in {whole.seconds:.1f} s, {whole.start_s:.1f} s of them start-up"
+        f"whole: {reference.epochs} epochs of {reference.steps_per_epoch} steps, {reference.writes} checkpoints, {ranks} ranks, "
+        f"in {reference.seconds:.1f} s, {reference.start_s:.1f} s of them start-up"
     )
     stories = []
     for number in range(1, kills + 1):
-        aims, run = draw_aims(rng, number, whole, ranks, only_ranks=only_ranks), work / f"killed-{number}"
-        story = one_story(command(shards, run, ranks, words), run, aims, whole, work / f"killed-{number}.log")
+        aims, run = draw_aims(rng, number, reference, ranks, only_ranks=only_ranks), work / f"killed-{number}"
+        story = one_story(command(shards, run, ranks, arguments), run, aims, reference, work / f"killed-{number}.log")
         stories.append(story)
         log(f"kill {number}: {story}")
     return stories
@@ -435,8 +448,12 @@ def drawn(work: Path) -> Path:
     return shards
 
 
-def main(words: list[str]) -> int:
-    words, settings = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+def main(arguments: list[str]) -> int:
+    arguments, settings = (
+        (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
+        if "--" in arguments
+        else (arguments, [])
+    )
     parser = argparse.ArgumentParser(
         description="Kill trainings; what follows -- are settings of the training.", allow_abbrev=False
     )
@@ -450,7 +467,7 @@ def main(words: list[str]) -> int:
         help="ranks: never torchrun, nor all at once (%(default)s)",
     )
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty; name a new folder")
     with tempfile.TemporaryDirectory() as scratch:

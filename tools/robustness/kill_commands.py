@@ -47,17 +47,17 @@ def prepare(folder: Path) -> None:
 def words_of(command: str, folder: Path) -> list[str]:
     """Return a command's words; it writes below `out`, a copy of run a for the commands that write into a run."""
     out, shards, studies = folder / "out", folder / "shards", folder / "evaluated/studies.csv"
-    words: dict[str, tuple[object, ...]] = {
+    arguments: dict[str, tuple[object, ...]] = {
         "evaluate": (out / "a", shards),
         "export": (out / "a",),
         "ensemble": (folder / "a", folder / "b", "--top", 2, "--out", out / "models.json"),
         "score": (studies, studies, "--out", out / "score"),
     }
-    return [str(MURA_DIST), command, *map(str, words[command]), "--quiet"]
+    return [str(MURA_DIST), command, *map(str, arguments[command]), "--quiet"]
 
 
-def run(*words: object) -> None:
-    subprocess.run([str(MURA_DIST), *map(str, words), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+def run(*arguments: object) -> None:
+    subprocess.run([str(MURA_DIST), *map(str, arguments), "--quiet"], check=True, stdout=subprocess.DEVNULL)
 
 
 def renew(folder: Path) -> Path:
@@ -87,34 +87,36 @@ def without_clock(value: Any) -> Any:
     return [without_clock(item) for item in value] if isinstance(value, list) else value
 
 
-def finish(words: Sequence[str]) -> tuple[float, str]:
+def finish(arguments: Sequence[str]) -> tuple[float, str]:
     """(seconds, what went wrong or "") of a command to its end."""
     start = time.monotonic()
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
     last = (done.stderr.strip().splitlines() or [""])[-1]
     return time.monotonic() - start, f"ended with status {done.returncode}: {last}" if done.returncode else ""
 
 
 def kill_often(command: str, folder: Path, *, kills: int, rng: random.Random) -> int:
     """Run a command whole, then kill it `kills` times. Returns how many of these went wrong."""
-    words, out = words_of(command, folder), renew(folder)
-    seconds, problem = finish(words)
+    arguments, out = words_of(command, folder), renew(folder)
+    seconds, problem = finish(arguments)
     if problem:
         raise SystemExit(f"{command}, which nobody killed, {problem}")
-    whole = dict(contents(out))
+    reference = dict(contents(out))
     num_wrong = 0
     for number in range(1, kills + 1):
         renew(folder)
         moment_s = rng.uniform(0, seconds)
-        at_work, survivors = kill_after(words, moment_s, group=number % 2 == 0)
+        at_work, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
         while not at_work and not survivors:
             renew(folder)
             moment_s /= 2
-            at_work, survivors = kill_after(words, moment_s, group=number % 2 == 0)
-        _, problem = finish(words)
+            at_work, survivors = kill_after(arguments, moment_s, group=number % 2 == 0)
+        _, problem = finish(arguments)
         after = dict(contents(out))
         differing = [
-            name for name in sorted(whole.keys() | after.keys()) if whole.get(name, b"-") != after.get(name, b"-")
+            name
+            for name in sorted(reference.keys() | after.keys())
+            if reference.get(name, b"-") != after.get(name, b"-")
         ]
         outcome = "; ".join(filter(None, [survivors, problem, *(f"{name} differs" for name in differing)]))
         print(f"{command} killed after {moment_s:.2f} of {seconds:.2f} s: {outcome or 'the same files'}", flush=True)
@@ -122,7 +124,7 @@ def kill_often(command: str, folder: Path, *, kills: int, rng: random.Random) ->
     return num_wrong
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Kill evaluate, export, ensemble and score; compare what they write.")
     parser.add_argument(
         "commands", nargs="*", metavar="COMMAND", default=COMMANDS, help=f"of {', '.join(COMMANDS)}; all"
@@ -130,7 +132,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=3, help="kills of each command (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if unknown := [name for name in options.commands if name not in COMMANDS]:
         parser.error(f"{unknown[0]}: name some of {', '.join(COMMANDS)}")
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):

@@ -62,14 +62,14 @@ def convert(source: Path, out: Path, flags: Sequence[str]) -> tuple[float, str]:
     done = subprocess.run(
         command(source, out, flags), capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False
     )
-    said = (done.stderr.strip().splitlines() or [""])[-1]
-    return time.monotonic() - start, f"ended with status {done.returncode}: {said}" if done.returncode else ""
+    message = (done.stderr.strip().splitlines() or [""])[-1]
+    return time.monotonic() - start, f"ended with status {done.returncode}: {message}" if done.returncode else ""
 
 
-def kill_after(words: Sequence[str], moment_s: float, *, group: bool) -> tuple[bool, str]:
+def kill_after(arguments: Sequence[str], moment_s: float, *, group: bool) -> tuple[bool, str]:
     """(whether it was still at work, what went wrong or "") of a command that meets SIGKILL after `moment_s`."""
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(words, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+    with subprocess.Popen(arguments, stdout=quiet, stderr=quiet, start_new_session=True) as process:
         try:
             process.wait(moment_s)
             at_work = False
@@ -105,23 +105,27 @@ def _group(leader: int) -> list[int]:
             os.killpg(leader, 0)
             return [leader]
         return []
-    found = []
+    results = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
             state, _, group = path.read_text().rpartition(")")[2].split()[:3]
             if int(group) == leader and state not in "ZX":
-                found.append(int(path.parent.name))
-    return found
+                results.append(int(path.parent.name))
+    return results
 
 
-def differences(whole: Path, other: Path) -> list[str]:
+def differences(reference: Path, actual: Path) -> list[str]:
     """What tells `other` from `whole`: files missing, left over, or of other bytes."""
-    ours, theirs = _files(whole), _files(other)
-    found = [f"{name} is missing" for name in sorted(ours - theirs)] + [
-        f"{name} is left over" for name in sorted(theirs - ours)
+    expected_items, actual_items = _files(reference), _files(actual)
+    results = [f"{name} is missing" for name in sorted(expected_items - actual_items)] + [
+        f"{name} is left over" for name in sorted(actual_items - expected_items)
     ]
-    changed = [name for name in sorted(ours & theirs) if (whole / name).read_bytes() != (other / name).read_bytes()]
-    return found + [f"{name} differs" for name in changed]
+    changed = [
+        name
+        for name in sorted(expected_items & actual_items)
+        if (reference / name).read_bytes() != (actual / name).read_bytes()
+    ]
+    return results + [f"{name} differs" for name in changed]
 
 
 def _files(folder: Path) -> set[str]:
@@ -133,7 +137,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def one_kill(
-    source: Path, whole: Path, out: Path, flags: Sequence[str], moments_s: Sequence[float], *, group: bool
+    source: Path, reference: Path, out: Path, flags: Sequence[str], moments_s: Sequence[float], *, group: bool
 ) -> Kill:
     """Starts, kills as often as there are moments, converts to the end and compares."""
     problems: list[str] = []
@@ -150,7 +154,7 @@ def one_kill(
         problems += [problem] if problem else []
     files = len(_files(out)) if out.exists() else 0
     _, problem = convert(source, out, flags)
-    problems += [problem] if problem else differences(whole, out)
+    problems += [problem] if problem else differences(reference, out)
     return Kill(tuple(met_s), group, files, finished, tuple(problems))
 
 
@@ -158,22 +162,26 @@ def kill_often(
     source: Path, work: Path, flags: Sequence[str], *, kills: int, seed: int, log: Callable[[str], None] = print
 ) -> list[Kill]:
     """Converts `source` whole into `work`, then `kills` times killed. Each is said as it ends."""
-    rng, whole = random.Random(seed), work / "whole"
-    seconds, problem = convert(source, whole, flags)
+    rng, reference = random.Random(seed), work / "whole"
+    seconds, problem = convert(source, reference, flags)
     if problem:
         raise SystemExit(f"the conversion that nobody killed {problem}")
-    log(f"whole: {len(_files(whole))} files in {seconds:.2f} s")
+    log(f"whole: {len(_files(reference))} files in {seconds:.2f} s")
     stories = []
     for number in range(1, kills + 1):
         moments_s = [rng.uniform(0, seconds) for _ in range(rng.choice((1, 1, 2, 3)))]
-        story = one_kill(source, whole, work / f"killed-{number}", flags, moments_s, group=number % 2 == 0)
+        story = one_kill(source, reference, work / f"killed-{number}", flags, moments_s, group=number % 2 == 0)
         stories.append(story)
         log(f"kill {number}: {story}")
     return stories
 
 
-def main(words: list[str]) -> int:
-    words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+def main(arguments: list[str]) -> int:
+    arguments, flags = (
+        (arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :])
+        if "--" in arguments
+        else (arguments, [])
+    )
     parser = argparse.ArgumentParser(
         description="Kill conversions; what follows -- goes to `mura-dist shards` as it is.", allow_abbrev=False
     )
@@ -182,7 +190,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--source", type=Path, help="a folder in MURA's layout; without it, phantoms are drawn")
     parser.add_argument("--studies", type=int, default=300, help="phantoms: studies (%(default)s)")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty; name a new folder")
     with tempfile.TemporaryDirectory() as scratch:

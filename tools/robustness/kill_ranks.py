@@ -36,7 +36,7 @@ TABLES = ("predictions.csv", "studies.csv", "failures.csv")
 class Work:
     """The command under trial, but for its output folder; its plan; which files are compared: `only`, or all but `but`."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     out_option: tuple[str, ...]
     plan: str
     only: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class Work:
 
     def command(self, out: Path, ranks: int) -> list[str]:
         launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(ranks)]
-        return [*launcher, *self.words, *self.out_option, str(out), "--quiet"]
+        return [*launcher, *self.arguments, *self.out_option, str(out), "--quiet"]
 
     def contents(self, out: Path) -> dict[str, bytes]:
         paths = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
@@ -122,7 +122,7 @@ def wait_for_plan(work: Work, out: Path, command: subprocess.Popen[bytes]) -> No
         time.sleep(0.005)
 
 
-def attempt(work: Work, whole: Path, out: Path, ranks: int, trial: Trial) -> None:
+def attempt(work: Work, reference: Path, out: Path, ranks: int, trial: Trial) -> None:
     """Disturb a command, bring its work to an end, compare. `trial` hears of it."""
     first = start(work, out, ranks)
     wait_for_plan(work, out, first)
@@ -137,56 +137,56 @@ def attempt(work: Work, whole: Path, out: Path, ranks: int, trial: Trial) -> Non
     trial.statuses = [command.wait(LIMIT_S) for command in (first, second)]
     allowed = {0, 1} if trial.disturbance == "second start" else {0}  # torchrun makes 1 of every failure
     if trial.statuses[1] not in allowed or (trial.disturbance == "second start" and 0 not in trial.statuses):
-        said = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        trial.problems.append(f"failed: {' | '.join(said[-3:])}")
-    expected, found = work.contents(whole), work.contents(out) if out.is_dir() else {}
-    names = expected.keys() | found.keys()
-    trial.problems += [f"{name} differs" for name in sorted(names) if expected.get(name) != found.get(name)]
+        message = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        trial.problems.append(f"failed: {' | '.join(message[-3:])}")
+    expected, results = work.contents(reference), work.contents(out) if out.is_dir() else {}
+    names = expected.keys() | results.keys()
+    trial.problems += [f"{name} differs" for name in sorted(names) if expected.get(name) != results.get(name)]
     trial.problems += [problem] if (problem := survivors(out)) else []
 
 
 def prepare(what: str, folder: Path, studies: int) -> Work:
     """Draw the source and, for a prediction, export a model of random weights."""
 
-    def run(*words: object) -> None:
-        subprocess.run([str(BIN / "mura-dist"), *map(str, words), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    def run(*arguments: object) -> None:
+        subprocess.run([str(BIN / "mura-dist"), *map(str, arguments), "--quiet"], check=True, stdout=subprocess.DEVNULL)
 
     source, shards, model = folder / "phantoms", folder / "shards", folder / "run"
     run("phantoms", source, "--studies", studies)
     if what == "conversion":
         script = Path(__file__).resolve().parents[1] / "make_shards.py"
-        words = (str(script), str(source), "--size", "64", "--workers", "1")
-        return Work(words, (), "conversion.json", but=("conversion.json",))
+        arguments = (str(script), str(source), "--size", "64", "--workers", "1")
+        return Work(arguments, (), "conversion.json", but=("conversion.json",))
     run("shards", source, shards, "--size", 64)
     tiny = ("architecture=tiny", "epochs=0", "global_batch=12", "micro_batch=6", "precision=fp32", "tensorboard=false")
     run("train", f"shards={shards}", f"run={model}", *tiny)
     run("export", model)
-    words = ("-m", "mura_dist.predict", str(model / "model.onnx"), str(source), "--workers", "1")
-    return Work(words, ("--out",), ".parts/plan.json", only=TABLES)
+    arguments = ("-m", "mura_dist.predict", str(model / "model.onnx"), str(source), "--workers", "1")
+    return Work(arguments, ("--out",), ".parts/plan.json", only=TABLES)
 
 
 def attempt_often(work: Work, folder: Path, *, ranks: int, num_trials: int, seed: int) -> list[Trial]:
     """The command undisturbed, then disturbed `num_trials` times. Each trial is printed as it ends."""
-    rng, whole = random.Random(seed), folder / "whole"
-    command = start(work, whole, ranks)
-    wait_for_plan(work, whole, command)
+    rng, reference = random.Random(seed), folder / "whole"
+    command = start(work, reference, ranks)
+    wait_for_plan(work, reference, command)
     began = time.monotonic()
     if status := command.wait(LIMIT_S):
-        said = whole.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        raise SystemExit(f"the command that nobody disturbed ended with status {status}: {said[-1:]}")
+        message = reference.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        raise SystemExit(f"the command that nobody disturbed ended with status {status}: {message[-1:]}")
     seconds = time.monotonic() - began
-    print(f"undisturbed: {len(work.contents(whole))} files in {seconds:.2f} s after the plan", flush=True)
+    print(f"undisturbed: {len(work.contents(reference))} files in {seconds:.2f} s after the plan", flush=True)
     kinds = [*(f"rank {rank}" for rank in range(ranks)), "torchrun", "all", "second start"]
     trials = []
     for number in range(num_trials):
         trial = Trial(kinds[number % len(kinds)], rng.uniform(0, seconds))
-        attempt(work, whole, folder / f"trial-{number}", ranks, trial)
+        attempt(work, reference, folder / f"trial-{number}", ranks, trial)
         trials.append(trial)
         print(f"trial {number + 1}: {trial}", flush=True)
     return trials
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Kill ranks and launchers, or start twice; compare the bytes.")
     parser.add_argument("what", choices=("conversion", "prediction"))
     parser.add_argument("--trials", type=int, default=10, help="folders to disturb (%(default)s)")
@@ -194,7 +194,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the moments (%(default)s)")
     parser.add_argument("--studies", type=int, default=1500, help="phantoms: studies (%(default)s)")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave all there (needs to be empty)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):
         parser.error(f"--keep {options.keep} is not empty; name a new folder")
     with tempfile.TemporaryDirectory() as scratch:

@@ -83,7 +83,7 @@ def prepare(folder: Path) -> None:
 def words_of(command: str, folder: Path) -> list[str]:
     """Return a command's words. It writes below `out`, into a copy of the run if it writes into one."""
     out, shards, studies = folder / "out", folder / "shards", folder / "evaluated/studies.csv"
-    words: dict[str, tuple[object, ...]] = {
+    arguments: dict[str, tuple[object, ...]] = {
         "shards": (folder / "phantoms", out / "shards", "--size", 64),
         "evaluate": (out / "run", shards),
         "export": (out / "run",),
@@ -91,7 +91,7 @@ def words_of(command: str, folder: Path) -> list[str]:
         "score": (studies, studies, "--out", out / "score"),
         "train": (f"shards={shards}", f"run={out / 'run'}", *TINY, "epochs=1"),
     }
-    return [str(MURA_DIST), command, *map(str, words[command]), "--quiet"]
+    return [str(MURA_DIST), command, *map(str, arguments[command]), "--quiet"]
 
 
 def fill(command: str, folder: Path) -> None:
@@ -100,11 +100,11 @@ def fill(command: str, folder: Path) -> None:
         shutil.copytree(folder / "run", folder / "out/run")
 
 
-def finish(words: Sequence[str], environment: Mapping[str, str]) -> End:
+def finish(arguments: Sequence[str], environment: Mapping[str, str]) -> End:
     """Run a command to its end, or end it after LIMIT_S."""
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         with subprocess.Popen(
-            words, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=os.environ | environment
+            arguments, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=os.environ | environment
         ) as process:
             try:
                 status: int | None = process.wait(LIMIT_S)
@@ -116,7 +116,7 @@ def finish(words: Sequence[str], environment: Mapping[str, str]) -> End:
         return End(status, stderr.read(), survivors)
 
 
-def limited(case: str, command: str, words: Sequence[str]) -> list[str]:
+def limited(case: str, command: str, arguments: Sequence[str]) -> list[str]:
     """Return the words of a command under a case's limit; a disk's and a clock's limits are not in the words."""
     kind, _, number = case.partition("-")
     limit = {
@@ -125,9 +125,9 @@ def limited(case: str, command: str, words: Sequence[str]) -> list[str]:
         "shm": "mount -t tmpfs -o size=1m tmpfs /dev/shm",
     }.get(kind)
     if limit is None:
-        return list(words)
+        return list(arguments)
     namespace = ["unshare", "--mount"] if kind == "shm" else []
-    return [*namespace, "sh", "-c", f'{limit} && exec "$@"', "sh", *words]
+    return [*namespace, "sh", "-c", f'{limit} && exec "$@"', "sh", *arguments]
 
 
 def size_bytes(out: Path) -> int:
@@ -150,20 +150,20 @@ def output(out: Path, *, disk: bool) -> Iterator[None]:
         shutil.rmtree(out)
 
 
-def mount(*words: object) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True)
+def mount(*arguments: object) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
 def compared(out: Path) -> dict[str, Any]:
     return {name: None if Path(name).name == NOT_COMPARED else content for name, content in contents(out)}
 
 
-def differences(whole: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def differences(reference: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Name the files that are missing, left over or different."""
     return [
-        *(f"{name} is missing" for name in sorted(whole.keys() - after.keys())),
-        *(f"{name} is left over" for name in sorted(after.keys() - whole.keys())),
-        *(f"{name} differs" for name in sorted(whole.keys() & after.keys()) if whole[name] != after[name]),
+        *(f"{name} is missing" for name in sorted(reference.keys() - after.keys())),
+        *(f"{name} is left over" for name in sorted(after.keys() - reference.keys())),
+        *(f"{name} differs" for name in sorted(reference.keys() & after.keys()) if reference[name] != after[name]),
     ]
 
 
@@ -184,27 +184,27 @@ class Trials:
             if not end.done:
                 last = end.stderr.strip().splitlines()[-1:]
                 raise SystemExit(f"{command}, which nothing limited, ended with status {end.status}: {last}")
-            whole, growth = compared(out), size_bytes(out) - before
+            reference, growth = compared(out), size_bytes(out) - before
         for case in cases:
             with output(out, disk=case.startswith("disk")):
                 fill(command, self.folder)
                 if case.startswith("disk"):
                     share = int(case.removeprefix("disk-")) / 100
                     mount("-o", f"remount,size={before + max(PAGE_BYTES, int(share * growth))}", out)
-                self.compare(case, command, whole)
+                self.compare(case, command, reference)
 
-    def compare(self, case: str, command: str, whole: Mapping[str, Any]) -> None:
+    def compare(self, case: str, command: str, reference: Mapping[str, Any]) -> None:
         """Run a command under a limit, then without it unless it was done; print what breaks the law."""
-        words, out = words_of(command, self.folder), self.folder / "out"
-        end = finish(limited(case, command, words), self.environment(case))
+        arguments, out = words_of(command, self.folder), self.folder / "out"
+        end = finish(limited(case, command, arguments), self.environment(case))
         faults = [end.fault]
         if not end.done:
             if case.startswith("disk"):
                 mount("-o", "remount,size=0", out)  # 0: no limit
-            again = finish(words, {})
+            again = finish(arguments, {})
             if not again.done:
                 faults.append(f"again, without the limit: {again.fault or f'status {again.status}: {again.stderr}'}")
-        faults += differences(whole, compared(out))
+        faults += differences(reference, compared(out))
         outcome = "; ".join(filter(None, faults))
         self.counts["wrong" if outcome else "done" if end.done else "refused"] += 1
         last = (end.stderr.strip().splitlines() or [""])[-1]
@@ -236,14 +236,14 @@ def obstacle(case: str, clock: Path | None) -> str:
     return "" if os.name == "posix" else "needs ulimit"
 
 
-def main(words: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Run commands under scarce resources; compare what they write.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"cases ({', '.join(CASES)}) and commands ({', '.join(COMMANDS)}); all"
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the clock's jumps (%(default)s)")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave the inputs there (needs to be empty)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if unknown := [name for name in options.names if name not in CASES + COMMANDS]:
         parser.error(f"{unknown[0]}: name some of {', '.join(CASES + COMMANDS)}")
     if options.keep is not None and options.keep.exists() and any(options.keep.iterdir()):

@@ -35,7 +35,7 @@ def tap(namespace: str, name: str) -> int:
 
 
 @dataclass
-class Way:
+class Direction:
     """One direction: frames on their way, with the time each is due, and when the line is free for the next one."""
 
     source: int
@@ -72,11 +72,16 @@ class Way:
         return self.coming[0][0] - now if self.coming else 1.0
 
 
-def carry(ways: list[Way]) -> None:
+def carry(ways: list[Direction]) -> None:
     while True:
-        select.select([way.source for way in ways], [], [], min(way.give(time.monotonic()) for way in ways))
-        for way in ways:
-            way.take(time.monotonic())
+        select.select(
+            [direction.source for direction in ways],
+            [],
+            [],
+            min(direction.give(time.monotonic()) for direction in ways),
+        )
+        for direction in ways:
+            direction.take(time.monotonic())
 
 
 def main() -> None:
@@ -88,13 +93,13 @@ def main() -> None:
     parser.add_argument("--loss", type=float, default=0.0, help="share of the frames, 0 to 1")
     parser.add_argument("--rate-mbit", type=float, default=float("inf"))
     parser.add_argument("--mtu", type=int, default=1500)
-    given = parser.parse_args()
-    ends = [tap(given.host, "eth0"), tap(given.switch, given.port)]
-    for space, name in ((given.host, "eth0"), (given.switch, given.port)):
-        os.system(f"ip -n {space} link set {name} mtu {given.mtu} up")
-    kind = (given.delay_ms / 1000, given.loss, given.rate_mbit * 1e6 / 8)
+    options = parser.parse_args()
+    ends = [tap(options.host, "eth0"), tap(options.switch, options.port)]
+    for space, name in ((options.host, "eth0"), (options.switch, options.port)):
+        os.system(f"ip -n {space} link set {name} mtu {options.mtu} up")
+    kind = (options.delay_ms / 1000, options.loss, options.rate_mbit * 1e6 / 8)
     print("ready", flush=True)
-    carry([Way(ends[0], ends[1], *kind), Way(ends[1], ends[0], *kind)])
+    carry([Direction(ends[0], ends[1], *kind), Direction(ends[1], ends[0], *kind)])
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parents[2]
-FILE = HERE / "launch" / "Containerfile"
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "launch" / "Containerfile"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INSIDE = """
 root=$1; owner=$2; shift 2
@@ -78,58 +78,65 @@ class Container:
     def run(self, command: list[str], extra: dict[str, str]) -> None:
         number, group, home = self.account()
         for bind in self.binds:
-            there = self.root / bind.relative_to("/")
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.mkdir(exist_ok=True) if bind.is_dir() else there.touch()
+            target = self.root / bind.relative_to("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.mkdir(exist_ok=True) if bind.is_dir() else target.touch()
         env = [f"{name}={value}" for name, value in ({"HOME": home} | self.env | extra).items()]
         shell = ["env", "-i", *env, "sh", "-c", 'cd "$0" && exec "$@"', self.workdir, *command]
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _INSIDE, "sh"]
         subprocess.run([*own, str(self.root), f"{number}:{group}", *map(str, self.binds), "--", *shell], check=True)
 
-    def copy(self, words: list[str]) -> None:
+    def copy(self, arguments: list[str]) -> None:
         """COPY [--chown=...] SOURCE ... TARGET, of what the ignore file lets in."""
-        *sources, target = [word for word in words if not word.startswith("--")]
+        *sources, target = [word for word in arguments if not word.startswith("--")]
         for source in sources:
-            if source != "." and (HERE / source).is_dir():
+            if source != "." and (ROOT / source).is_dir():
                 raise ValueError(f"COPY {source}: of folders this tool copies . alone")
             for path in sorted(files_of(source)):
-                name = path.relative_to(HERE if source == "." else (HERE / source).parent)
-                place = self.inside(target) / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, place)
-        if owner := next((word.partition("=")[2] for word in words if word.startswith("--chown=")), ""):
+                name = path.relative_to(ROOT if source == "." else (ROOT / source).parent)
+                destination = self.inside(target) / name
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, destination)
+        if owner := next((word.partition("=")[2] for word in arguments if word.startswith("--chown=")), ""):
             subprocess.run(["chroot", self.root, "chown", "-R", owner, Path(self.workdir) / target], check=True)
 
 
 def files_of(source: str) -> set[Path]:
     """The files of a source that go into an image: those below what launch/Containerfile.dockerignore names with a !."""
     lines = FILE.with_name(FILE.name + ".dockerignore").read_text().splitlines()
-    allowed = [HERE / line[1:] for line in lines if line.startswith("!")]
-    found = {path for place in allowed for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file()}
-    below = HERE / source
-    return {path for path in found if (path == below or below in path.parents) and "__pycache__" not in path.parts}
+    allowed = [ROOT / line[1:] for line in lines if line.startswith("!")]
+    results = {
+        path
+        for destination in allowed
+        for path in ([destination] if destination.is_file() else destination.rglob("*"))
+        if path.is_file()
+    }
+    below = ROOT / source
+    return {path for path in results if (path == below or below in path.parents) and "__pycache__" not in path.parts}
 
 
 def steps(text: str) -> list[tuple[str, str]]:
     """(instruction, its words), comments left out, lines that end in a backslash joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    whole = "\n".join(lines).replace("\\\n", " ")
-    return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in whole.splitlines())]
+    container_env = "\n".join(lines).replace("\\\n", " ")
+    return [
+        (word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in container_env.splitlines())
+    ]
 
 
-def main(words: list[str]) -> int:
-    at = words.index("--") if "--" in words else len(words)
+def main(arguments: list[str]) -> int:
+    at = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path)
     parser.add_argument("--bind", type=Path, action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
-    asked = parser.parse_args(words[:at])
-    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *asked.bind]  # an engine gives a container both
-    container = Container(asked.root.resolve(), binds, dict(each.split("=", 1) for each in asked.env))
+    options = parser.parse_args(arguments[:at])
+    binds = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *options.bind]  # an engine gives a container both
+    container = Container(options.root.resolve(), binds, dict(each.split("=", 1) for each in options.env))
     for word, rest in steps(FILE.read_text()):
         print(f"== {word} {rest}", flush=True)
         container.do(word, rest)
-    for line in words[at + 1 :] or [shlex.join(container.cmd)]:
+    for line in arguments[at + 1 :] or [shlex.join(container.cmd)]:
         print(f"== {shlex.join(container.entrypoint)} {line}", flush=True)
         container.run([*container.entrypoint, *shlex.split(line)], {})
     return 0
