@@ -1,13 +1,13 @@
-"""The clock: contenders, each in a process of its own, work in turn; a rate of each turn, a ratio of each round.
+"""Timing of contenders, which run in turn, each in its own process: a rate per turn, a ratio per round.
 
-    build all -> each once to warm up -> a peer's numbers of workers, tried -> rounds A B A B ... -> rates, ratios of one round
+    build all -> warm up each once -> try peers with several numbers of workers -> rounds A B A B ... -> rates, ratios per round
 
-A process each: DeepSpeed starts once in a process, and no library's threads, allocator or settings touch another's. One
-works at a time, so what else the machine does falls on all. What fills its queues while others work (a stream) has its
-first work of a turn not counted: it ends with queues as empty as it will leave them.
+Each contender has its own process, since DeepSpeed starts once per process and libraries share threads, allocators and settings.
+One runs at a time, so other load on the machine affects all. A stream fills its queues while others run. Its first work of a
+turn is not counted, and empties them.
 
-A peer is tried with several numbers of workers, each in turn and more than once: the best of what a number reached counts,
-for what else the machine does can only have slowed it, and a peer held to the wrong number would flatter ours.
+A peer is tried with several numbers of workers, in turn and more than once. The best rate of each number counts, since other load
+can only slow it, and a peer with the wrong number of workers would flatter this package.
 """
 
 import contextlib
@@ -27,31 +27,37 @@ from mura_dist.bench.workload import Load
 from mura_dist.core.errors import RunError
 from mura_dist.distributed import processes
 
-_PROBES, _PROBE_S = 3, 0.7  # turns of each number of workers; no longer than a round's
+_NUM_PROBES, _PROBE_S = 3, 0.7  # turns per number of workers; seconds per turn, at most a round's
 
 Work = Callable[[Path], int]
-"""Does the work once, writing (if at all) into the empty folder it is given; returns how many images it did."""
+"""Does the work once, with an empty folder for its output, and returns the number of images."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`build(load)` is called in the contender's process and returns what is measured there.
+    """One side of a comparison.
 
-    `tries`: numbers of workers that are tried before the rounds, the best of which is taken; none: those of the load.
+    Attributes:
+        name: Its name in the results.
+        build: Called with the Load in the contender's process; returns the work to measure.
+        is_own: Whether it is this package's.
+        worker_counts: Numbers of workers to try before the rounds; the best one is used. Empty: the Load's.
+        is_stream: Whether its queues fill while others run.
+        family: Ratios are computed within a family.
     """
 
     name: str
     build: Callable[[Load], Work]
-    ours: bool = False
-    tries: tuple[int, ...] = ()
-    streams: bool = False  # its queues fill while others work
-    family: str = ""  # ratios are taken within one
+    is_own: bool = False
+    worker_counts: tuple[int, ...] = ()
+    is_stream: bool = False
+    family: str = ""
 
 
 def play(
     contenders: Sequence[Contender], load: Load, *, rounds: int, seconds: float, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """rounds, contenders and ratios, as `runner.run` documents them. Raises RunError where a contender dies."""
+    """Return rounds, contenders and ratios, as `runner.run` documents them. Raises RunError if a contender's process dies."""
     images: dict[str, list[int]] = {contender.name: [] for contender in contenders}
     rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     try:
@@ -61,46 +67,49 @@ def play(
                 ready.result()
             chosen = _choose(contenders, pools, min(seconds, _PROBE_S), log)
             for number, (name, pool) in itertools.product(range(1, rounds + 1), pools.items()):
-                num_images, taken = pool.submit(_turn, seconds).result()
+                num_images, elapsed_s = pool.submit(_turn, seconds).result()
                 images[name].append(num_images)
-                rates[name].append(num_images / taken)
+                rates[name].append(num_images / elapsed_s)
                 log(f"round {number} of {rounds}: {name}: {rates[name][-1]:.2f} images/s")
     except BrokenProcessPool as error:
-        raise RunError("a contender's process died, perhaps out of memory; give fewer --radiographs") from error
+        raise RunError("a contender's process died, perhaps for lack of memory. Use fewer --radiographs.") from error
     results = [
-        {"name": c.name, "ours": c.ours, "num_images": sum(images[c.name]), "images_per_s": spread(rates[c.name])}
+        {"name": c.name, "ours": c.is_own, "num_images": sum(images[c.name]), "images_per_s": spread(rates[c.name])}
         | chosen[c.name]
         for c in contenders
     ]
-    pairs = [(a.name, b.name) for b in contenders if not b.ours for a in contenders if a.ours and a.family == b.family]
+    pairs = [
+        (a.name, b.name) for b in contenders if not b.is_own for a in contenders if a.is_own and a.family == b.family
+    ]
     ratios = {f"{a} / {b}": spread([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in pairs}
     return {"rounds": rounds, "contenders": results, "ratios": ratios}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, min and max."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _choose(
     contenders: Sequence[Contender], pools: dict[str, ProcessPoolExecutor], seconds: float, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """By name: the number of workers that serves best, and images/s with each that was tried."""
-    tried = {(c.name, count): 0.0 for c in contenders for count in c.tries}
-    for _, (name, count) in itertools.product(range(_PROBES), tried):
-        num_images, taken = pools[name].submit(_turn, seconds, count).result()
-        tried[name, count] = max(tried[name, count], num_images / taken)
+    """Return, by name, the best number of workers, and images/s with each number that was tried."""
+    tried = {(c.name, count): 0.0 for c in contenders for count in c.worker_counts}
+    for _, (name, count) in itertools.product(range(_NUM_PROBES), tried):
+        num_images, elapsed_s = pools[name].submit(_turn, seconds, count).result()
+        tried[name, count] = max(tried[name, count], num_images / elapsed_s)
     chosen: dict[str, dict[str, Any]] = {}
     for contender in contenders:
-        rates = {str(count): tried[contender.name, count] for count in contender.tries}
+        rates = {str(count): tried[contender.name, count] for count in contender.worker_counts}
         count = pools[contender.name].submit(_keep, int(max(rates, key=rates.__getitem__)) if rates else None).result()
         chosen[contender.name] = {"workers": count, "tried": rates}
         if rates:
-            said = ", ".join(f"{number}: {rate:.0f}" for number, rate in rates.items())
-            log(f"workers of {contender.name}: {count}; images/s with {said}")
+            text = ", ".join(f"{number}: {rate:.0f}" for number, rate in rates.items())
+            log(f"workers of {contender.name}: {count}; images/s with {text}")
     return chosen
 
 
-# In a contender's process: whether it streams, what it does with each number of workers, and what stays open as long as that.
+# State of a contender's process: whether it is a stream, its work by number of workers, its resources.
 _streams: bool
 _scratch: Path
 _works: dict[int, Work]
@@ -109,15 +118,17 @@ process = contextlib.ExitStack()
 
 def _prepare(contender: Contender, load: Load) -> None:
     global _streams, _scratch, _works
-    os.dup2(2, 1)  # stdout is for the result; DeepSpeed, for one, greets there
-    _streams, _scratch = contender.streams, load.scratch
-    _works = {count: contender.build(replace(load, workers=count)) for count in contender.tries or (load.workers,)}
+    os.dup2(2, 1)  # stdout is for the result; DeepSpeed prints there
+    _streams, _scratch = contender.is_stream, load.scratch
+    _works = {
+        count: contender.build(replace(load, workers=count)) for count in contender.worker_counts or (load.workers,)
+    }
     for work in _works.values():
-        _measure(work, 0)  # files get into the cache, kernels are chosen
+        _measure(work, 0)  # warm up: page cache, choice of kernels
 
 
 def _keep(count: int | None) -> int:
-    """Only the work with `count` workers stays (None: it is the only one), and with it its processes and threads."""
+    """Keep only the work with `count` workers (None: the only one), and release the processes and threads of the others."""
     global _works
     count = next(iter(_works)) if count is None else count
     _works = {count: _works[count]}
@@ -133,11 +144,11 @@ def _turn(seconds: float, count: int | None = None) -> tuple[int, float]:
 
 
 def _measure(work: Work, seconds: float) -> tuple[int, float]:
-    """(images, seconds) of as many whole works as fill `seconds`; making and removing their folders is not timed."""
-    num_images, taken = 0, 0.0
-    while not num_images or taken < seconds:
+    """Repeat the work for at least `seconds`; return images and seconds. Creating and removing folders is not timed."""
+    num_images, elapsed_s = 0, 0.0
+    while not num_images or elapsed_s < seconds:
         with tempfile.TemporaryDirectory(dir=_scratch) as folder:
             started = time.perf_counter()
             num_images += work(Path(folder))
-            taken += time.perf_counter() - started
-    return num_images, taken
+            elapsed_s += time.perf_counter() - started
+    return num_images, elapsed_s

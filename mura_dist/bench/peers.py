@@ -1,11 +1,11 @@
-"""What one would load with instead: each a function of the load that gives Epochs. 320 px, flip, rotation within 30 degrees.
+"""The usual alternatives for loading, each a function of the Load that returns Epochs. Flip, rotation within 30 degrees.
 
-    data_loader   the seed project's way: torch's DataLoader, Pillow, torchvision transforms, over the raw folder
-    webdataset    webdataset and torchvision v2, over a tar of original files, or over our shards
-    dali_reader   DALI's own fn.readers.webdataset with its index, over our shards
+    data_loader   torch's DataLoader, Pillow and torchvision transforms, over the raw folder
+    webdataset    webdataset and torchvision v2, over a tar of original files or over this package's shards
+    dali_reader   DALI's fn.readers.webdataset with its index, over this package's shards
 
-Nothing of ours is used but shards and their format, and nothing is imported before it is called: the seconds to their first
-batch are measured too. `load.workers` are worker processes of the first two, threads of the third.
+They use nothing of this package except its shards. Imports are inside the functions, since the time to the first batch is
+measured too. `load.workers` is the number of worker processes of the first two, and of threads of the third.
 """
 
 import warnings
@@ -25,11 +25,11 @@ IMPORTS = {
     TAR: ("torch", "torch.utils.data", "webdataset", "torchvision.transforms.v2", "PIL.Image"),
     READER: ("torch", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch"),
 }
-"""What a process of each needs before it has anything to do with radiographs."""
+"""Modules that each peer imports before it touches a radiograph."""
 
 
 class _Files:
-    """A data set as torch's DataLoader takes it."""
+    """A map-style data set for torch's DataLoader."""
 
     def __init__(self, load: Load) -> None:
         from torchvision import transforms as t
@@ -41,18 +41,20 @@ class _Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        with Image.open(self.files[place]) as image:
+        with Image.open(self.files[index]) as image:
             return self.transform(image.convert("L"))  # uint8 (1, S, S)
 
 
 def data_loader(load: Load) -> Epochs:
-    return _loaded(load, _Files(load), batch_size=load.batch, shuffle=True, drop_last=True)
+    """Return the epochs of a DataLoader over image files."""
+    return _data_loader_epochs(load, _Files(load), batch_size=load.batch, shuffle=True, drop_last=True)
 
 
 def webdataset(tars: list[str], load: Load) -> Epochs:
+    """Return the epochs of webdataset over tars."""
     import torch
     import webdataset
     from torchvision.transforms import InterpolationMode, v2
@@ -65,45 +67,48 @@ def webdataset(tars: list[str], load: Load) -> Epochs:
             return augment(torch.from_numpy(sample["npy"])[None])  # uint8 (1, S, S)
         return augment(resize(next(value for key, value in sample.items() if not key.startswith("_"))))
 
-    # Every worker reads all tars: with fewer tars than workers, none is to stand idle.
+    # Every worker reads all tars, so that none is idle if there are fewer tars than workers.
     samples = webdataset.WebDataset(tars, shardshuffle=False, workersplitter=None).shuffle(100).decode("pill")
-    return _loaded(
+    return _data_loader_epochs(
         load, samples.map(image).batched(load.batch, collation_fn=torch.stack, partial=False), batch_size=None
     )
 
 
-def _loaded(load: Load, samples: Any, **how: Any) -> Epochs:
+def _data_loader_epochs(load: Load, samples: Any, **options: Any) -> Epochs:
     from torch.utils.data import DataLoader
 
-    place = device()
-    how |= {"multiprocessing_context": "fork", "persistent_workers": True, "pin_memory": place.type == "cuda"}
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: that is tried
-    loader = DataLoader(samples, num_workers=load.workers, **how)
-    return lambda: (batch.to(place, non_blocking=True) for batch in loader)
+    target = device()
+    options |= {"multiprocessing_context": "fork", "persistent_workers": True, "pin_memory": target.type == "cuda"}
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores are intended
+    loader = DataLoader(samples, num_workers=load.workers, **options)
+    return lambda: (batch.to(target, non_blocking=True) for batch in loader)
 
 
 def dali_reader(tars: list[str], load: Load) -> Epochs:
-    """As DALI's guide has it; batches are handed over as our own `dali` backend does, which is quicker than its iterator."""
+    """Return the epochs of DALI's reader, as in its guide.
+
+    Batches are copied as in this package's `dali` backend, which is faster than DALI's iterator.
+    """
     import torch
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    place, side = device(), load.size
-    on_gpu = place.type == "cuda"
-    how = {"batch_size": load.batch, "num_threads": load.workers, "device_id": 0 if on_gpu else None}
-    pipe = _reader(tars, side, on_gpu, prefetch_queue_depth=2, **how)
+    target, side = device(), load.size
+    on_gpu = target.type == "cuda"
+    options = {"batch_size": load.batch, "num_threads": load.workers, "device_id": 0 if on_gpu else None}
+    pipe = _reader(tars, side, on_gpu, prefetch_queue_depth=2, **options)
     pipe.build()
     steps = pipe.epoch_size("samples") // load.batch
 
     def batch() -> Any:
         (pixels,) = pipe.run()
-        image = torch.empty((load.batch, side, side, 1), dtype=torch.uint8, device=place)
-        feed_ndarray(pixels.as_tensor(), image, cuda_stream=torch.cuda.current_stream(place) if on_gpu else None)
+        image = torch.empty((load.batch, side, side, 1), dtype=torch.uint8, device=target)
+        feed_ndarray(pixels.as_tensor(), image, cuda_stream=torch.cuda.current_stream(target) if on_gpu else None)
         return image.view(load.batch, 1, side, side)
 
     return lambda: (batch() for _ in range(steps))
 
 
-def _reader(tars: list[str], side: int, on_gpu: bool, **how: Any) -> Any:
+def _reader(tars: list[str], side: int, on_gpu: bool, **options: Any) -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
     from mura_dist.data.shards.reader import read_index
@@ -114,15 +119,15 @@ def _reader(tars: list[str], side: int, on_gpu: bool, **how: Any) -> Any:
 
     @pipeline_def  # type: ignore[untyped-decorator]
     def graph() -> Any:
-        how: dict[str, Any] = {"random_shuffle": True, "initial_fill": 100, "name": "samples"}
-        data: Any = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=[image.suffix], **how)
+        options: dict[str, Any] = {"random_shuffle": True, "initial_fill": 100, "name": "samples"}
+        data: Any = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=[image.suffix], **options)
         if header_bytes:
             pixels = fn.reshape(data[header_bytes:], shape=[side, side, 1], layout="HWC")
             pixels = pixels.gpu() if on_gpu else pixels
         else:
             pixels = fn.decoders.image(data, device="mixed" if on_gpu else "cpu", output_type=types.GRAY)
         angle, flip = fn.random.uniform(range=(-ROTATE_DEG, ROTATE_DEG)), fn.random.coin_flip()
-        turned = fn.rotate(pixels, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
-        return fn.flip(turned, horizontal=flip)
+        rotated = fn.rotate(pixels, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
+        return fn.flip(rotated, horizontal=flip)
 
-    return graph(**how)
+    return graph(**options)

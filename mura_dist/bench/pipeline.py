@@ -1,10 +1,10 @@
-"""bench pipeline: augmented batches uint8 (B, 1, S, S) on the device; and what it costs to start, and to hold.
+"""bench pipeline: augmented batches uint8 (B, 1, S, S) on the device, start-up time and memory.
 
-    files -> shards, once, untimed -> ours: `cpu`, `dali`, `resident` over the shards   against peers.py
-    files -> one tar of the same bytes, its index -> ours, with each file decoded and resized at every epoch: like for like
+    files -> shards, once, not timed -> the backends `cpu`, `dali`, `resident` over the shards, compared with peers.py
+    files -> one tar of the same bytes, with an index -> the same augmentation, decoding and resizing each file in every epoch
 
-The peers over files decode and resize at every epoch; ours did so once, in the conversion. The contender over original
-bytes differs from the peers in order, threads and libraries alone, and is always shown beside the first.
+Peers that read files decode and resize in every epoch. This package does so once, in the conversion. The contender over original
+bytes does the same work as the peers, and differs in order, threads and libraries only.
 """
 
 import os
@@ -31,23 +31,27 @@ from mura_dist.data.loaders import sampler
 CPU, DALI = "mura-dist, cpu backend, raw shards", "mura-dist, dali backend, raw shards"
 RESIDENT = "mura-dist, resident backend (experimental)"
 ORIGINAL = "mura-dist, ORIGINAL bytes decoded every epoch"
-TRIES = (1, 2, 4)  # workers of a peer
-_MURA = 36_808  # radiographs of its train split
-_AHEAD = 2  # micro-batches a thread may be ahead, as in data/loaders/opencv.py
-_FEW = 256  # images between two looks at the memory of a loader that is slow
+WORKER_COUNTS = (1, 2, 4)  # to try with each peer
+_NUM_TRAIN = 36_808  # radiographs in MURA's train split
+_AHEAD = 2  # micro-batches per thread to load ahead, as in data/loaders/opencv.py
+_FEW = 256  # images per epoch of a slow loader, in the memory measurement
 
 
 def contenders(load: Load) -> list[Contender]:
+    """Return the contenders; converts the radiographs first."""
     from mura_dist.data.shards.convert import convert
 
     folder, files = load.scratch / "shards", load.scratch / "files.tar"
     convert(load.folder, folder, size=load.size, workers=load.workers)
     _pack(load, files)
-    ours = {CPU: partial(batches, folder, "cpu"), ORIGINAL: partial(originals, files)}
-    ours |= {DALI: partial(batches, folder, "dali"), RESIDENT: partial(batches, folder, "resident")}
+    own = {CPU: partial(batches, folder, "cpu"), ORIGINAL: partial(originals, files)}
+    own |= {DALI: partial(batches, folder, "dali"), RESIDENT: partial(batches, folder, "resident")}
     return [
-        *(Contender(name, partial(stream, build), ours=True, streams=True) for name, build in ours.items()),
-        *(Contender(name, partial(stream, build), tries=TRIES, streams=True) for name, build in _peers(load).items()),
+        *(Contender(name, partial(stream, build), is_own=True, is_stream=True) for name, build in own.items()),
+        *(
+            Contender(name, partial(stream, build), worker_counts=WORKER_COUNTS, is_stream=True)
+            for name, build in _peers(load).items()
+        ),
     ]
 
 
@@ -65,35 +69,45 @@ def _peers(load: Load) -> dict[str, Callable[[Load], Epochs]]:
 
 
 def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
-    """start: seconds to the first batch and memory, of processes that do nothing else; peers with the workers they chose."""
-    folder, theirs = load.scratch / "shards", _peers(load)
-    chosen = {one["name"]: one["workers"] for one in results["contenders"]}
-    ours = ("torch", "mura_dist.data.shards.reader", "mura_dist.data.loaders.loader")
-    whole = len(load.paths) // load.batch * load.batch
-    few = min(whole, _FEW)
+    """Return `start`: time to the first batch and memory in new processes, with the peers' best numbers of workers."""
+    folder, peer_builds = load.scratch / "shards", _peers(load)
+    workers = {result["name"]: result["workers"] for result in results["contenders"]}
+    imports = ("torch", "mura_dist.data.shards.reader", "mura_dist.data.loaders.loader")
+    num_images = len(load.paths) // load.batch * load.batch
+    few = min(num_images, _FEW)
     loaders = [
         Loader(
-            CPU, partial(batches, folder, "cpu"), (*ours, "mura_dist.data.loaders.opencv"), whole, grows=True, ours=True
+            CPU,
+            partial(batches, folder, "cpu"),
+            (*imports, "mura_dist.data.loaders.opencv"),
+            num_images,
+            grows=True,
+            is_own=True,
         ),
         Loader(
-            DALI, partial(batches, folder, "dali"), (*ours, "mura_dist.data.loaders.dali"), few, grows=True, ours=True
+            DALI,
+            partial(batches, folder, "dali"),
+            (*imports, "mura_dist.data.loaders.dali"),
+            few,
+            grows=True,
+            is_own=True,
         ),
-        *(Loader(name, theirs[name], peers.IMPORTS[name], few) for name in (peers.FILES, peers.TAR, peers.READER)),
+        *(Loader(name, peer_builds[name], peers.IMPORTS[name], few) for name in (peers.FILES, peers.TAR, peers.READER)),
     ]
-    loads = [replace(load, workers=chosen[loader.name]) for loader in loaders]
+    loads = [replace(load, workers=workers[loader.name]) for loader in loaders]
     return {"start": footprint.measure(loaders, loads, options.rounds, log)}
 
 
 def batches(folder: Path, backend: str, load: Load) -> Epochs:
-    """Ours: the pipeline as training calls it, once an epoch; on a GPU an epoch is as long as MURA's, here too."""
+    """Return the epochs of a loading backend, called as in training. On a GPU an epoch is as long as MURA's."""
     from mura_dist.data.loaders.loader import BatchLoader, RowTargets
     from mura_dist.data.shards.reader import Shards
 
-    shards, place, numbers = Shards.open(folder), device(), count()
+    shards, target, numbers = Shards.open(folder), device(), count()
     targets = RowTargets.from_shards(shards)
-    loader = BatchLoader(shards, targets, place, backend, load.batch, load.workers)
-    rows = np.concatenate([shards.rows(name) for name, part in shards.index["splits"].items() if part["shards"]])
-    passes = -(-_MURA // len(rows)) if place.type == "cuda" else 1
+    loader = BatchLoader(shards, targets, target, backend, load.batch, load.workers)
+    rows = np.concatenate([shards.rows(name) for name, split in shards.index["splits"].items() if split["shards"]])
+    passes = -(-_NUM_TRAIN // len(rows)) if target.type == "cuda" else 1
 
     def epoch() -> Iterator[Any]:
         micros = [micro for _ in range(passes) for micro in _micros(rows, next(numbers), load.batch)]
@@ -110,7 +124,7 @@ def _micros(rows: np.ndarray, number: int, batch: int) -> list[sampler.MicroBatc
 
 
 def _pack(load: Load, files: Path) -> None:
-    """The original bytes of every radiograph in a tar, and where they are: an index as the shards have."""
+    """Write the original bytes of all radiographs into a tar with an index, as shards have it."""
     with tarfile.open(files, "w", dereference=True) as tar:
         for number, path in enumerate(load.paths):
             tar.add(load.folder / path, f"{number:09d}{Path(path).suffix.lower()}")
@@ -120,39 +134,39 @@ def _pack(load: Load, files: Path) -> None:
 
 
 def originals(files: Path, load: Load) -> Epochs:
-    """Ours, like for like: original bytes by place -> decoded, resized (OpenCV) -> our warp, in our order, on threads."""
+    """Return epochs over original bytes: decode and resize with OpenCV, augment on threads, in this package's order."""
     import cv2
     import torch
 
     from mura_dist.data.shards.reader import read_index
 
-    cv2.setNumThreads(1)  # our threads are the parallelism
-    bytes_of = [(member.offset, member.size) for member, *_ in read_index(files.with_suffix(".idx"))]
-    tar, rows, numbers = os.open(files, os.O_RDONLY), np.arange(len(bytes_of)), count()
-    pool, place = ThreadPoolExecutor(load.workers, thread_name_prefix="load"), device()
+    cv2.setNumThreads(1)  # the pool's threads provide the parallelism
+    extents = [(member.offset, member.size) for member, *_ in read_index(files.with_suffix(".idx"))]
+    tar, rows, numbers = os.open(files, os.O_RDONLY), np.arange(len(extents)), count()
+    pool, target = ThreadPoolExecutor(load.workers, thread_name_prefix="load"), device()
 
     def pixels(row: int) -> np.ndarray:
-        offset, size = bytes_of[row]
+        offset, size = extents[row]
         data = np.frombuffer(os.pread(tar, size, offset), np.uint8)
-        grey = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)  # (H, W) uint8
-        if grey is None:
-            raise RunError(f"{load.paths[row]}: OpenCV does not decode it; give --data without it")
-        return cv2.resize(grey, (load.size, load.size), interpolation=cv2.INTER_AREA)
+        gray = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)  # (H, W) uint8
+        if gray is None:
+            raise RunError(f"{load.paths[row]}: OpenCV cannot decode it. Remove it from --data.")
+        return cv2.resize(gray, (load.size, load.size), interpolation=cv2.INTER_AREA)
 
     def epoch() -> Iterator[Any]:
         ahead: deque[Future[np.ndarray]] = deque()
         for micro in _micros(rows, next(numbers), load.batch):
-            ahead.append(pool.submit(_filled, pixels, micro, load.size))
+            ahead.append(pool.submit(_load_micro_batch, pixels, micro, load.size))
             if len(ahead) > _AHEAD * load.workers:
-                yield torch.from_numpy(ahead.popleft().result()).to(place)
+                yield torch.from_numpy(ahead.popleft().result()).to(target)
         while ahead:
-            yield torch.from_numpy(ahead.popleft().result()).to(place)
+            yield torch.from_numpy(ahead.popleft().result()).to(target)
 
     return epoch
 
 
-def _filled(pixels: Callable[[int], np.ndarray], micro: sampler.MicroBatch, size: int) -> np.ndarray:
-    """uint8 (B, 1, S, S)."""
+def _load_micro_batch(pixels: Callable[[int], np.ndarray], micro: sampler.MicroBatch, size: int) -> np.ndarray:
+    """Return the augmented micro-batch, uint8 (B, 1, S, S)."""
     from mura_dist.data.loaders.opencv import augment
 
     batch = np.zeros((len(micro.rows), 1, size, size), np.uint8)

@@ -1,7 +1,7 @@
-"""bench ranks: a step of two ranks on this machine, our engine against torch's DistributedDataParallel around the same network.
+"""bench ranks: a step of two ranks on this machine, compared with torch's DistributedDataParallel around the same network.
 
-A contender's process is rank 0 and starts rank 1, which takes a step whenever rank 0 says so. The same network, settings,
-batches, loss and collectives' library on both sides; DistributedDataParallel averages BatchNorm nothing, as it does by default.
+A contender's process is rank 0 and starts rank 1, which takes a step whenever rank 0 does. Both sides have the same network,
+settings, batches, loss and collectives. DistributedDataParallel does not average BatchNorm's statistics, which is its default.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 
 from mura_dist.bench.clock import Contender, Work, process
 from mura_dist.bench.streams import device
-from mura_dist.bench.training import batches, labels, our_network, settings_of
+from mura_dist.bench.training import batches, labels, own_densenet, settings_of
 from mura_dist.bench.workload import Load
 from mura_dist.core.errors import UserError
 
@@ -26,28 +26,29 @@ Step = Callable[[], None]
 
 
 def contenders(load: Load) -> list[Contender]:
+    """Return the contenders."""
     import torch
 
     check_devices(torch.cuda.device_count())
     kinds = {"mura-dist": "engine", "DistributedDataParallel": "ddp"}
     return [
-        Contender(f"{name}, {precision}", partial(work, kind, precision), ours=kind == "engine", family=precision)
+        Contender(f"{name}, {precision}", partial(work, kind, precision), is_own=kind == "engine", family=precision)
         for precision in ("bf16", "fp32")
         for name, kind in kinds.items()
     ]
 
 
 def check_devices(num_gpus: int) -> None:
-    """Raise UserError on a machine with one GPU: NCCL wants one for each rank."""
+    """Raise UserError on a machine with one GPU: NCCL needs one per rank."""
     if 0 < num_gpus < RANKS:
         raise UserError(
-            f"bench ranks: this machine shows {num_gpus} GPU, {RANKS} ranks need one each; show more of them "
+            f"bench ranks: {RANKS} ranks need a GPU each, and {num_gpus} is visible. Make more visible "
             '(CUDA_VISIBLE_DEVICES), or measure on the CPU: CUDA_VISIBLE_DEVICES="" mura-dist bench ranks'
         )
 
 
 def work(kind: str, precision: str, load: Load) -> Work:
-    """Of rank 0; the other ranks are started here and end with this process."""
+    """Return the work of rank 0. Start the other ranks, which exit with this process."""
     port = _free_port()
     context = multiprocessing.get_context("spawn")
     for rank in range(1, RANKS):
@@ -73,7 +74,7 @@ def _follow(rank: int, port: int, kind: str, precision: str, load: Load) -> None
 
 
 def _go() -> None:
-    """Both sides pay for it alike: who follows waits here between turns, however long they are."""
+    """Start a step on all ranks. Rank 1 waits here between turns, on both sides of the comparison."""
     import torch
     import torch.distributed as dist
 
@@ -91,40 +92,40 @@ def _join(rank: int, port: int, kind: str, precision: str, load: Load) -> Step:
 
     from mura_dist.distributed import process_group
 
-    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in known.items()})
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(max(1, torch.get_num_threads() // RANKS))
-    ranks = process.enter_context(process_group.join(_TIMEOUT_S))
-    return (_engine if kind == "engine" else _ddp)(precision, load, ranks)
+    world = process.enter_context(process_group.join(_TIMEOUT_S))
+    return (_engine if kind == "engine" else _ddp)(precision, load, world)
 
 
-def _engine(precision: str, load: Load, ranks: Any) -> Step:
+def _engine(precision: str, load: Load, world: Any) -> Step:
     from mura_dist.models import densenet
     from mura_dist.training.engine import Engine
 
     settings = settings_of(load, precision, ranks=RANKS)
-    trained, stream = Engine(densenet.build(load.architecture), settings, ranks), batches(load)
+    trained, stream = Engine(densenet.build(load.architecture), settings, world), batches(load)
     return lambda: _finite(trained.step([next(stream)], settings.learning_rate).loss)
 
 
-def _ddp(precision: str, load: Load, ranks: Any) -> Step:
+def _ddp(precision: str, load: Load, world: Any) -> Step:
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_flush_denormal(True)
     network = DistributedDataParallel(
-        our_network(load.architecture).train(), broadcast_buffers=False, gradient_as_bucket_view=True
+        own_densenet(load.architecture).train(), broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    optimiser, stream, label = torch.optim.Adam(network.parameters(), lr=1e-4), batches(load), labels(load.batch)
+    optimizer, stream, label = torch.optim.Adam(network.parameters(), lr=1e-4), batches(load), labels(load.batch)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
             logit, _ = network(next(stream).image)
         loss = binary_cross_entropy_with_logits(logit.float(), label)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         _finite(loss.item())
 
     return step

@@ -1,11 +1,12 @@
-"""Run `mura-dist bench WHAT`: how fast it is, side by side with what a user would use instead.
+"""Run `mura-dist bench WHAT`: measure speed side by side with the usual alternatives.
 
-    workload.py  radiographs (--data, or phantoms), as links, as many as wanted -> Load
-    clock.py     contenders of WHAT, each in a process of its own, in turn -> images/s; ratios of the same round, ours over theirs
-    shards.py pipeline.py (its peers in peers.py) training.py ranks.py prediction.py encodings.py   the contenders of each WHAT
-    footprint.py start and memory of the pipeline    plots.py  a picture of it all
+    workload.py    radiographs (--data, or phantoms) -> Load
+    clock.py       contenders, in turn, each in its own process -> images/s; ratios within a round
+    shards.py, pipeline.py (with peers.py), training.py, ranks.py, prediction.py, encodings.py: the contenders of each WHAT
+    footprint.py   start-up time and memory of the pipeline
+    plots.py       a plot of the results
 
-Little is imported above the functions: every command comes through here for the names.
+Imports at module level stay few: every command reads BENCHES.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from mura_dist.core.errors import UserError
 
 
 class Defaults(NamedTuple):
-    """Pixels of a side, and how many radiographs of phantoms and of --data: some minutes on two cores."""
+    """Default size in pixels, and number of phantoms or of radiographs in --data: some minutes on two cores."""
 
     size: int
     phantoms: int
     data: int
 
 
-# The paper's 320 px, but for two ranks on one CPU.
+# 320 px as in the MURA paper, except for two ranks on one CPU.
 BENCHES = {
     "shards": Defaults(320, 2000, 3000),
     "pipeline": Defaults(320, 400, 3000),
@@ -41,18 +42,26 @@ _COLUMNS = ("median", "min", "max")
 
 
 def run(what: str, log: Callable[[str], None], options: Options | None = None) -> dict[str, Any]:
-    """Measure `what`; `log` hears a line for each contender and round, and of phantoms that are drawn.
+    """Run a benchmark.
 
-    Returns what, command, hardware, versions, workload, rounds, contenders (each: name, ours, num_images, images_per_s
-    {median, min, max}, workers, and `tried`, images/s with each number of workers a peer was tried with) and ratios {"ours /
-    theirs": {median, min, max}}; of pipeline also `start` (footprint.py), of encodings `encodings`, of train
-    `activations`. `what` is one of BENCHES. Raises UserError for options that do not serve it and for a folder that does not
-    serve, RunError where a contender dies.
+    Args:
+        what: One of BENCHES.
+        log: Receives a line for each contender and round.
+        options: Options of the command.
+
+    Returns:
+        what, command, hardware, versions, workload, rounds, contenders and ratios {"own / peer": {median, min, max}}. Each
+        contender has name, ours (whether it is this package's), num_images, images_per_s {median, min, max}, workers, and tried:
+        images/s by number of workers. pipeline adds `start` (footprint.py), encodings `encodings`, train `activations`.
+
+    Raises:
+        UserError: invalid options, or a folder without valid radiographs.
+        RunError: a contender's process dies.
     """
     import tempfile
 
     options = options or Options()
-    size, number = _settle(what, options)
+    size, number = _size_and_number(what, options)
     measured = {"what": what, "command": _command(what, options), "hardware": hardware(), "versions": versions()}
     with tempfile.TemporaryDirectory(prefix="mura-dist-bench-") as scratch:
         if options.data is None:
@@ -70,50 +79,52 @@ def run(what: str, log: Callable[[str], None], options: Options | None = None) -
         return measured | _measure(what, load, options, log)
 
 
-def _settle(what: str, options: Options) -> tuple[int, int]:
-    """Size and number of radiographs."""
+def _size_and_number(what: str, options: Options) -> tuple[int, int]:
+    """Return the size in pixels and the number of radiographs."""
     from mura_dist.bench import encodings
 
     default = BENCHES[what]
     number = options.radiographs or (default.phantoms if options.data is None else default.data)
     if options.batch > number:
-        raise UserError(f"--batch {options.batch}: must be at most the radiographs, {number}; give --radiographs more")
+        raise UserError(
+            f"--batch {options.batch}: must be at most the number of radiographs ({number}). Increase --radiographs."
+        )
     if options.model is None:
         return options.size or default.size, number
     if what != "encodings":
-        raise UserError(f"--model {options.model}: bench {what} takes none, bench encodings does; leave it out")
-    return encodings.size_of(options.model, options.size), number
+        raise UserError(f"--model {options.model}: bench {what} has no --model, only bench encodings has. Omit it.")
+    return encodings.model_size(options.model, options.size), number
 
 
 def _measure(what: str, load: Load, options: Options, log: Callable[[str], None]) -> dict[str, Any]:
     from mura_dist.bench import clock, encodings, pipeline, prediction, ranks, shards, training
 
-    rooms: dict[str, Any] = {"shards": shards, "pipeline": pipeline, "encodings": encodings}
-    room = (rooms | {"train": training, "ranks": ranks, "predict": prediction})[what]
-    results = clock.play(room.contenders(load), load, rounds=options.rounds, seconds=options.seconds, log=log)
-    return results | (room.more(load, options, results, log) if hasattr(room, "more") else {})
+    modules: dict[str, Any] = {"shards": shards, "pipeline": pipeline, "encodings": encodings}
+    module = (modules | {"train": training, "ranks": ranks, "predict": prediction})[what]
+    results = clock.play(module.contenders(load), load, rounds=options.rounds, seconds=options.seconds, log=log)
+    return results | (module.more(load, options, results, log) if hasattr(module, "more") else {})
 
 
 def table(measured: dict[str, Any]) -> str:
-    """What `run` returned, to read."""
+    """Return the result of `run` as text."""
     rates = {
-        one["name"]: one["images_per_s"] | {"images": one["num_images"], "workers": _workers_words(one)}
-        for one in measured["contenders"]
+        row["name"]: row["images_per_s"] | {"images": row["num_images"], "workers": _format_workers(row)}
+        for row in measured["contenders"]
     }
-    parts = [
+    blocks = [
         [measured["command"]],
-        [", ".join(f"{k} {v}" for k, v in measured[part].items()) for part in ("workload", "hardware", "versions")],
+        [", ".join(f"{k} {v}" for k, v in measured[key].items()) for key in ("workload", "hardware", "versions")],
         _lines("images/s", rates, (*_COLUMNS, "images", "workers")),
         _lines("times as fast", measured["ratios"], _COLUMNS),
         _start_lines(measured.get("start", [])),
         _encoding_lines(measured.get("encodings", [])),
         _activation_lines(measured.get("activations", [])),
     ]
-    return "\n".join(line for part in parts for line in part)
+    return "\n".join(line for block in blocks for line in block)
 
 
-def _workers_words(one: dict[str, Any]) -> str:
-    return f"{one['workers']} of {'/'.join(one['tried'])}" if one["tried"] else str(one["workers"])
+def _format_workers(row: dict[str, Any]) -> str:
+    return f"{row['workers']} of {'/'.join(row['tried'])}" if row["tried"] else str(row["workers"])
 
 
 def _lines(title: str, rows: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -121,7 +132,7 @@ def _lines(title: str, rows: dict[str, dict[str, Any]], names: Sequence[str]) ->
         return []
     cells = {title: list(names)} | {key: [_cell(name, row[name]) for name in names] for key, row in rows.items()}
     width = max(map(len, cells))
-    widths = [max(10, *(len(row[place]) + 2 for row in cells.values())) for place in range(len(names))]
+    widths = [max(10, *(len(row[column]) + 2 for row in cells.values())) for column in range(len(names))]
     return [
         "",
         *(
@@ -149,13 +160,13 @@ def _start_lines(start: Sequence[dict[str, Any]]) -> list[str]:
         "% of the private": "growth_percent",
         "% of the process": "growth_of_process_percent",
     }
-    rows = {one["name"]: {title: one[key] for title, key in columns.items()} for one in start}
-    return _lines("a fresh process", rows, tuple(columns)) + (
+    rows = {row["name"]: {title: row[key] for title, key in columns.items()} for row in start}
+    return _lines("new process", rows, tuple(columns)) + (
         [
-            f"from the start of the process, {start[0]['num_processes']} of each; memory beyond the imports after one epoch; "
-            "private is the loader's own, RSS has pages of mapped files too, which are page cache",
-            "growth: of the private memory, from epoch 1 to 10; images an epoch: "
-            + ", ".join(f"{one['name']} {one['images_an_epoch']}" for one in start),
+            f"{start[0]['num_processes']} processes each; memory beyond the imports after one epoch; private: anonymous and "
+            "shared memory; RSS: includes mapped files, which are page cache",
+            "growth: of the private memory, from epoch 1 to 10; images per epoch: "
+            + ", ".join(f"{row['name']} {row['images_an_epoch']}" for row in start),
         ]
         if start
         else []
@@ -171,19 +182,19 @@ def _encoding_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:
         "loading/s": "loading_images_per_s",
         "on a GPU": "loading_gpu_images_per_s",
     }
-    rows = {one["encoding"]: {title: one[key] for title, key in columns.items()} for one in encodings}
-    return [*_lines("a radiograph", rows, tuple(columns)), *_change_lines(encodings)]
+    rows = {row["encoding"]: {title: row[key] for title, key in columns.items()} for row in encodings}
+    return [*_lines("per radiograph", rows, tuple(columns)), *_change_lines(encodings)]
 
 
 def _activation_lines(activations: Sequence[dict[str, Any]]) -> list[str]:
-    rows = {one["network"]: {"MB": one["mb_per_radiograph"]} for one in activations}
-    return _lines("kept for the backward pass, bf16, a radiograph", rows, ("MB",))
+    rows = {row["network"]: {"MB": row["mb_per_radiograph"]} for row in activations}
+    return _lines("activations for the backward pass, bf16, per radiograph", rows, ("MB",))
 
 
 def _change_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:
-    changes = {one["encoding"]: one["probability_change"] for one in encodings}
+    changes = {row["encoding"]: row["probability_change"] for row in encodings}
     if None in changes.values():
-        return ["change of a model's probability: not measured; give --model MODEL.onnx"]
+        return ["change of a model's probability: not measured (give --model MODEL.onnx)"]
     rows = {
         name: {
             "largest": f"{change['largest']:.2e}",
@@ -198,30 +209,31 @@ def _change_lines(encodings: Sequence[dict[str, Any]]) -> list[str]:
 def _command(what: str, options: Options) -> str:
     import shlex
 
-    given = [(name, value) for name, value in asdict(options).items() if value != getattr(Options(), name)]
-    return " ".join(["mura-dist bench", what, *(f"--{name} {shlex.quote(str(value))}" for name, value in given)])
+    changed = [(name, value) for name, value in asdict(options).items() if value != getattr(Options(), name)]
+    return " ".join(["mura-dist bench", what, *(f"--{name} {shlex.quote(str(value))}" for name, value in changed)])
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package, Python and the libraries."""
     from importlib import metadata
 
     from mura_dist.training.run import environment
 
-    here, theirs = environment(), ("pillow", "webdataset")
-    known = {name: here[name] for name in ("mura_dist", "python")} | here["versions"]
-    return known | {name: metadata.version(name) for name in theirs}
+    recorded = environment()
+    own_versions = {name: recorded[name] for name in ("mura_dist", "python")} | recorded["versions"]
+    return own_versions | {name: metadata.version(name) for name in ("pillow", "webdataset")}
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, and how busy it was before: on a shared one, the work of others is in the numbers."""
+    """Return processor, device and the load average before the measurement, which shows other work on the machine."""
     import platform
 
     import torch
 
     from mura_dist.distributed import processes
 
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": next(iter(names), platform.machine()),

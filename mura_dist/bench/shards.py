@@ -1,6 +1,6 @@
-"""bench shards: the whole `mura-dist shards` command, against processes that only decode and resize the same files.
+"""bench shards: the `mura-dist shards` command, compared with processes that only decode and resize the same files.
 
-Both sides start their interpreters within the time that is measured; the other side imports nothing but the reader.
+The start of the interpreters is measured on both sides. The processes of the second import only the reader.
 """
 
 import subprocess
@@ -22,24 +22,29 @@ for path in sys.stdin.read().split("\\0"):
 
 
 def contenders(load: Load) -> list[Contender]:
+    """Return the contenders."""
     return [
-        Contender("mura-dist shards (raw)", partial(conversion, "raw"), ours=True),
+        Contender("mura-dist shards (raw)", partial(conversion, "raw"), is_own=True),
         Contender("decode and resize only", reading),
     ]
 
 
 def conversion(encoding: str, load: Load) -> Work:
+    """Return the work of one conversion."""
+
     def work(out: Path) -> int:
         command = [sys.executable, "-m", "mura_dist", "shards", str(load.folder), str(out / "shards"), "--quiet"]
         options = {"size": load.size, "encoding": encoding, "workers": load.workers}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        _succeed(subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL))
+        arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        _check_exit(subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL))
         return len(load.paths)
 
     return work
 
 
 def reading(load: Load) -> Work:
+    """Return the work of decoding and resizing all files."""
+
     def work(out: Path) -> int:
         command, files = [sys.executable, "-c", _READ, str(load.size)], [str(load.folder / path) for path in load.paths]
         readers = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(load.workers)]
@@ -48,12 +53,14 @@ def reading(load: Load) -> Work:
             reader.stdin.write("\0".join(files[number :: load.workers]))
             reader.stdin.close()
         for reader in readers:
-            _succeed(reader)
+            _check_exit(reader)
         return len(files)
 
     return work
 
 
-def _succeed(process: subprocess.Popen) -> None:
+def _check_exit(process: subprocess.Popen) -> None:
     if process.wait():
-        raise RunError(f"a process of the benchmark ended with status {process.returncode}; its words are above")
+        raise RunError(
+            f"a process of the benchmark exited with status {process.returncode}. Its output above gives the reason."
+        )

@@ -1,6 +1,6 @@
-"""Augmented batches as an endless stream, of which a work takes the next few: the same for every contender.
+"""Augmented batches as an endless stream, of which each work consumes 16.
 
-build(load) -> Epochs: call it for the batches of one more epoch, uint8 (B, 1, S, S) -> chained -> 16 batches a work
+build(load) -> Epochs: returns the batches of the next epoch, uint8 (B, 1, S, S) -> chained -> 16 batches per work
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,23 +11,24 @@ from mura_dist.bench.clock import Work
 from mura_dist.bench.workload import Load
 
 Epochs = Callable[[], Iterable[Any]]
-"""The batches of one more epoch, each a tensor uint8 (B, 1, S, S) on the device."""
+"""Returns the batches of the next epoch, each a tensor uint8 (B, 1, S, S) on the device."""
 
-_BATCHES = 16  # a work; more than anyone's queues hold, so that the first of a turn empties them
+_NUM_BATCHES = 16  # per work; more than any queue holds, so that the first work of a turn empties it
 
 
 def endless(epochs: Epochs) -> Iterator[Any]:
+    """Yield the batches of all epochs without end."""
     return chain.from_iterable(epochs() for _ in iter(int, 1))
 
 
 def stream(build: Callable[[Load], Epochs], load: Load) -> Work:
-    """The work of a contender that streams."""
+    """Return the work of a stream."""
     batches = endless(build(load))
-    return lambda out: count(load, islice(batches, _BATCHES))
+    return lambda out: count(load, islice(batches, _NUM_BATCHES))
 
 
 def count(load: Load, batches: Iterable[Any]) -> int:
-    """How many images, once all of them are on the device; the same kind of them from every contender."""
+    """Return the number of images once they are on the device. Check their type and shape."""
     import torch
 
     number = 0
@@ -41,6 +42,7 @@ def count(load: Load, batches: Iterable[Any]) -> int:
 
 
 def device() -> Any:
+    """Return the first GPU, or the CPU."""
     import torch
 
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,8 +1,8 @@
-"""bench train: steps on pixels in memory. Our engine against the loop one would write first, and against the same settings bare.
+"""bench train: training steps on pixels in memory, compared with plain PyTorch loops.
 
-one process    bench train: our default settings, and the other of bf16 and fp32; torchvision's DenseNet fp32 (the step most
-               projects have), bf16 autocast + channels-last, and a bare loop around our network (what the engine costs)
-memory         what is kept for the backward pass, by network, bytes of different storages
+contenders     the default settings, and the other of bf16 and fp32; torchvision's DenseNet in fp32, and in bf16 autocast with
+               channels-last; a plain loop around this package's network, which shows the cost of the engine
+activations    memory for the backward pass, by network
 """
 
 import itertools
@@ -20,63 +20,66 @@ from mura_dist.core import config
 
 
 def contenders(load: Load) -> list[Contender]:
+    """Return the contenders."""
     from mura_dist.distributed import process_group
 
-    default, other = ("bf16", "fp32") if process_group.supports_bf16() else ("fp32", "bf16")  # precision=auto
+    default, alternative = ("bf16", "fp32") if process_group.supports_bf16() else ("fp32", "bf16")  # precision=auto
     return [
-        Contender(f"mura-dist, default settings ({default})", partial(engine, default), ours=True),
-        Contender(f"mura-dist, {other}", partial(engine, other), ours=True),
-        Contender("torchvision, fp32, eager", partial(bare, "fp32", ours=False)),
-        Contender("torchvision, bf16, channels-last", partial(bare, "bf16", ours=False)),
-        Contender(f"bare loop, our network, {default}", partial(bare, default, ours=True)),
+        Contender(f"mura-dist, default settings ({default})", partial(engine, default), is_own=True),
+        Contender(f"mura-dist, {alternative}", partial(engine, alternative), is_own=True),
+        Contender("torchvision, fp32, eager", partial(plain_loop, "fp32", is_own=False)),
+        Contender("torchvision, bf16, channels-last", partial(plain_loop, "bf16", is_own=False)),
+        Contender(f"plain loop, mura-dist's network, {default}", partial(plain_loop, default, is_own=True)),
     ]
 
 
 def more(load: Load, options: Options, results: dict[str, Any], log: Callable[[str], None]) -> dict[str, Any]:
-    """`activations`: MB a radiograph kept for the backward pass, under bf16 autocast."""
+    """Return `activations`: MB per radiograph that the backward pass needs, under bf16 autocast."""
     networks = {
-        "mura-dist": lambda: our_network(load.architecture),
-        "torchvision": lambda: their_network(load.architecture),
-        "torchvision, memory_efficient": lambda: their_network(load.architecture, memory_efficient=True),
+        "mura-dist": lambda: own_densenet(load.architecture),
+        "torchvision": lambda: torchvision_densenet(load.architecture),
+        "torchvision, memory_efficient": lambda: torchvision_densenet(load.architecture, memory_efficient=True),
     }
     return {
         "activations": [
-            {"network": name, "mb_per_radiograph": kept_mb(build(), load)} for name, build in networks.items()
+            {"network": name, "mb_per_radiograph": activation_mb(build(), load)} for name, build in networks.items()
         ]
     }
 
 
 def labels(number: int) -> Any:
-    """Both classes, float32 (number,)."""
+    """Return alternating labels, float32 (number,)."""
     import torch
 
     return torch.arange(number, device=device()) % 2.0
 
 
 def settings_of(load: Load, precision: str, *, ranks: int = 1) -> config.Settings:
+    """Return settings with one micro-batch per rank."""
     values = {"shards": "", "run": "", "architecture": load.architecture, "precision": precision}
     return config.check(values | {"global_batch": load.batch * ranks, "micro_batch": load.batch}, "bench")
 
 
 def batches(load: Load) -> Iterator[Any]:
-    """The same again and again, on the device."""
+    """Repeat the Load's batches without end, on the device."""
     import torch
 
     from mura_dist.data.loaders.loader import Batch
 
-    label, ones = labels(load.batch), torch.ones(load.batch, device=device())
+    label, weight = labels(load.batch), torch.ones(load.batch, device=device())
     images = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
-    return itertools.cycle([Batch(image, label, ones, ones.long(), ones.bool()) for image in images])
+    return itertools.cycle([Batch(image, label, weight, weight.long(), weight.bool()) for image in images])
 
 
 def engine(precision: str, load: Load) -> Work:
+    """Return the work of one step of the training engine."""
     from mura_dist.distributed import process_group
     from mura_dist.models import densenet
     from mura_dist.training.engine import Engine
 
     settings = settings_of(load, precision)
-    ranks = process.enter_context(process_group.join(settings.collective_timeout_s))
-    trained, stream = Engine(densenet.build(load.architecture), settings, ranks), batches(load)
+    world = process.enter_context(process_group.join(settings.collective_timeout_s))
+    trained, stream = Engine(densenet.build(load.architecture), settings, world), batches(load)
 
     def work(out: Path) -> int:
         assert np.isfinite(trained.step([next(stream)], settings.learning_rate).loss)
@@ -85,7 +88,8 @@ def engine(precision: str, load: Load) -> Work:
     return work
 
 
-def our_network(architecture: str) -> Any:
+def own_densenet(architecture: str) -> Any:
+    """Return this package's network in channels-last."""
     import torch
 
     from mura_dist.models import densenet
@@ -93,8 +97,8 @@ def our_network(architecture: str) -> Any:
     return densenet.build(architecture).to(device(), memory_format=torch.channels_last)
 
 
-def their_network(architecture: str, *, memory_efficient: bool = False) -> Any:
-    """torchvision's own, with one logit, as a user would build it."""
+def torchvision_densenet(architecture: str, *, memory_efficient: bool = False) -> Any:
+    """Return torchvision's network with one logit, as a user would build it."""
     from torchvision.models.densenet import DenseNet
 
     from mura_dist.models.densenet import ARCHITECTURES
@@ -102,8 +106,8 @@ def their_network(architecture: str, *, memory_efficient: bool = False) -> Any:
     return DenseNet(*ARCHITECTURES[architecture], num_classes=1, memory_efficient=memory_efficient).to(device())
 
 
-def normalised(image: Any) -> Any:
-    """uint8 (B, 1, S, S) -> what torchvision's network wants, float32 (B, 3, S, S)."""
+def normalize_image(image: Any) -> Any:
+    """Convert an image uint8 (B, 1, S, S) to the input of torchvision's network, float32 (B, 3, S, S)."""
     from torchvision.transforms.functional import normalize
 
     from mura_dist.models.densenet import IMAGENET_MEAN, IMAGENET_STD
@@ -111,69 +115,69 @@ def normalised(image: Any) -> Any:
     return normalize(image.expand(-1, 3, -1, -1) / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def bare(precision: str, load: Load, *, ours: bool) -> Work:
-    """A loop in a few lines, around our network or torchvision's; bf16 with channels-last."""
+def plain_loop(precision: str, load: Load, *, is_own: bool) -> Work:
+    """Return the work of one step of a plain training loop around either network; bf16 with channels-last."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
 
-    network, images, logit_of = _network(load, ours=ours, channels_last=precision == "bf16")
-    optimiser, stream, label = (
+    network, images, logit_of = _network(load, is_own=is_own, channels_last=precision == "bf16")
+    optimizer, stream, label = (
         torch.optim.Adam(network.parameters(), lr=1e-4),
         itertools.cycle(images),
         labels(load.batch),
     )
-    place = device().type
+    device_type = device().type
 
     def work(out: Path) -> int:
-        optimiser.zero_grad()
-        with torch.autocast(place, torch.bfloat16, enabled=precision == "bf16"):
+        optimizer.zero_grad()
+        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
             logit = logit_of(network(next(stream)))
         loss = binary_cross_entropy_with_logits(logit.float(), label)
         loss.backward()
-        optimiser.step()
-        assert np.isfinite(loss.item())  # as one logs it; on a GPU it waits for the step
+        optimizer.step()
+        assert np.isfinite(loss.item())  # as for logging; on a GPU it waits for the step
         return load.batch
 
     return work
 
 
-def _network(load: Load, *, ours: bool, channels_last: bool) -> tuple[Any, Sequence[Any], Callable[[Any], Any]]:
-    """(network in training mode, its batches, logits (B,) of what it returns)."""
+def _network(load: Load, *, is_own: bool, channels_last: bool) -> tuple[Any, Sequence[Any], Callable[[Any], Any]]:
+    """Return the network in training mode, its batches, and a function from its output to logits (B,)."""
     import torch
 
     pixels = [torch.from_numpy(batch).to(device()) for batch in load.pixels()]
-    if ours:
+    if is_own:
         torch.set_flush_denormal(True)
-        return our_network(load.architecture).train(), pixels, lambda found: found[0]
-    network = their_network(load.architecture).train()
+        return own_densenet(load.architecture).train(), pixels, lambda output: output[0]
+    network = torchvision_densenet(load.architecture).train()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = [normalised(image).to(memory_format=layout) for image in pixels]
-    return network.to(memory_format=layout), images, lambda found: found[:, 0]
+    images = [normalize_image(image).to(memory_format=layout) for image in pixels]
+    return network.to(memory_format=layout), images, lambda output: output[:, 0]
 
 
-def kept_mb(network: Any, load: Load) -> float:
-    """For the backward pass of one micro-batch under bf16 autocast, a radiograph."""
+def activation_mb(network: Any, load: Load) -> float:
+    """Return MB per radiograph that the backward pass of a micro-batch needs, under bf16 autocast."""
     import torch
 
     image = torch.from_numpy(load.pixels()[0]).to(device())
-    given = image if hasattr(network, "mean") else normalised(image).to(memory_format=torch.channels_last)
+    pixels = image if hasattr(network, "mean") else normalize_image(image).to(memory_format=torch.channels_last)
     with torch.autocast(device().type, torch.bfloat16):
-        return kept_bytes(network.to(memory_format=torch.channels_last).train(), given) / load.batch / 1e6
+        return activation_bytes(network.to(memory_format=torch.channels_last).train(), pixels) / load.batch / 1e6
 
 
-def kept_bytes(network: Any, image: Any) -> int:
-    """Return the bytes that `network(image)` keeps for the backward pass, without its parameters and buffers."""
+def activation_bytes(network: Any, image: Any) -> int:
+    """Return the bytes that `network(image)` saves for the backward pass, without parameters and buffers."""
     import torch
 
     own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
-    kept: dict[int, Any] = {}  # holding it, so that no other storage comes to lie in its place
+    storages: dict[int, Any] = {}  # referenced, so that no other storage gets its address
 
-    def keep(tensor: Any) -> Any:
+    def record(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         network(image)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())

@@ -1,8 +1,8 @@
-"""What a benchmark works on: a folder of radiographs in MURA's layout, links, as many as wanted.
+"""The workload of a benchmark: a folder with a given number of radiographs in MURA's layout.
 
-    --data, or phantoms drawn for it -> scan -> evenly some, or all again and again -> links under other patients' names -> Load
+    --data, or phantoms -> scan -> an even selection, or all repeatedly -> links under new patients' names -> Load
 
-Little is imported above the functions: a process whose start is measured (footprint.py) gets its Load from here.
+Imports at module level stay few: processes whose start is measured (footprint.py) import this module.
 """
 
 from __future__ import annotations
@@ -16,30 +16,38 @@ from mura_dist.core.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-ROTATE_DEG = 30  # the paper's
+ROTATE_DEG = 30  # as in the MURA paper
 _MAX_PHANTOMS, _VIEWS_PER_STUDY = 400, 2.4
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for. `data`: a folder in MURA's layout, None: phantoms; size and radiographs None: by WHAT."""
+    """Options of the command. data: None for phantoms; size, radiographs: None for the default of WHAT."""
 
     data: Path | None = None
     size: int | None = None
     radiographs: int | None = None
     rounds: int = 5
     workers: int = 2
-    batch: int = 8  # the paper's
-    model: Path | None = None  # of `encodings`: whose probabilities are compared
-    seconds: float = 2.0  # the least a contender's turn takes
+    batch: int = 8  # as in the MURA paper
+    model: Path | None = None  # for `encodings`: compare its probabilities
+    seconds: float = 2.0  # shortest turn of a contender
     architecture: str = "densenet169"
 
 
 @dataclass(frozen=True)
 class Load:
-    """`folder`, in MURA's layout, holds `paths` (relative to it) and nothing else; `scratch` is for what a bench prepares.
+    """Radiographs and parameters of a benchmark.
 
-    The first `num_files` of `paths` are files of their own, the others the same again.
+    Attributes:
+        folder: Folder in MURA's layout that contains `paths` only.
+        scratch: Folder for files that the benchmark prepares.
+        paths: Radiographs, relative to `folder`.
+        num_files: Number of distinct files; they are the first ones of `paths`, the others repeat them.
+        size: Pixels per side.
+        workers: Number of loading processes or threads.
+        batch: Radiographs per batch.
+        architecture: Network.
     """
 
     folder: Path
@@ -52,7 +60,7 @@ class Load:
     architecture: str
 
     def pixels(self) -> list[np.ndarray]:
-        """Whole batches, uint8 (B, 1, S, S) each."""
+        """Return full batches, uint8 (B, 1, S, S) each."""
         import numpy as np
 
         from mura_dist.data import radiograph
@@ -63,9 +71,10 @@ class Load:
 
 
 def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
-    """`number` radiographs of --data, or of phantoms, of which no more are drawn than it takes; as links, repeated as copies.
+    """Prepare `number` radiographs of --data or of phantoms: links to distinct files, then copies.
 
-    Raises UserError for a folder that does not serve.
+    Raises:
+        UserError: the folder has no readable PNG or JPEG file.
     """
     from mura_dist.data.source.scan import scan
 
@@ -73,24 +82,28 @@ def prepare(options: Options, scratch: Path, *, size: int, number: int) -> Load:
     if options.data is None:
         _draw(source, number)
     scanned = scan(source)
-    known = list(zip(scanned.manifest.frame["path"], scanned.manifest.frame["patient"], strict=True))
-    taken = [known[place * len(known) // number] for place in range(number)] if number < len(known) else known
-    usable = [(path, patient) for path, patient in taken if _everyone_reads(scanned.root / path)]
+    scanned_files = list(zip(scanned.manifest.frame["path"], scanned.manifest.frame["patient"], strict=True))
+    num_scanned = len(scanned_files)
+    selected = [scanned_files[index * num_scanned // number] for index in range(min(number, num_scanned))]
+    selected = selected if number < num_scanned else scanned_files
+    usable = [(path, patient) for path, patient in selected if _is_readable(scanned.root / path)]
     if not usable:
-        raise UserError(f"--data {source}: none of its files is a sound PNG or JPEG; give a folder that has some")
+        raise UserError(f"--data {source}: none of its files is a valid PNG or JPEG. Give a folder that has some.")
     paths = []
-    for place in range(number):
-        copy, (path, patient) = place // len(usable), usable[place % len(usable)]
+    for index in range(number):
+        copy, (path, patient) = index // len(usable), usable[index % len(usable)]
         paths.append(path.replace(f"/{patient}/", f"/{patient}x{copy}/", 1) if copy else path)
         (folder / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
-        _place((scanned.root / path).resolve(), folder / paths[-1], copy)
+        _link_or_copy((scanned.root / path).resolve(), folder / paths[-1], copy)
     distinct = min(number, len(usable))
     return Load(folder, scratch, paths, distinct, size, options.workers, options.batch, options.architecture)
 
 
-def _place(source: Path, target: Path, copy: int) -> None:
-    """A link, or the file with some bytes behind its end, which no reader minds: a data set of equal files is none, and a
-    conversion, which looks for them, would be measured at that."""
+def _link_or_copy(source: Path, target: Path, copy: int) -> None:
+    """Link the file, or copy it with some bytes appended, which readers ignore.
+
+    Copies differ, since the conversion searches for identical files.
+    """
     if copy:
         target.write_bytes(source.read_bytes() + bytes(copy))
     else:
@@ -104,8 +117,8 @@ def _draw(folder: Path, number: int) -> None:
     phantoms.draw(folder, studies=max(phantoms.MIN_STUDIES, studies))
 
 
-def _everyone_reads(path: Path) -> bool:
-    """Also the contenders that have only Pillow."""
+def _is_readable(path: Path) -> bool:
+    """Return whether all contenders can read a file, also those that use Pillow."""
     from mura_dist.data import radiograph
 
     try:

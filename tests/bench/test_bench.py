@@ -24,7 +24,7 @@ from PIL import Image
 from mura_dist.bench import clock, encodings, footprint, peers, pipeline, plots, ranks, runner, workload
 from mura_dist.bench.clock import Contender
 from mura_dist.bench.footprint import Loader
-from mura_dist.bench.training import kept_bytes
+from mura_dist.bench.training import activation_bytes
 from mura_dist.bench.workload import Load, Options
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura, radiograph
@@ -64,8 +64,8 @@ def spreads(measured: Any) -> Iterator[dict[str, float]]:
     if isinstance(measured, dict) and set(measured) == {"median", "min", "max"}:
         yield measured
     elif isinstance(measured, dict | list):
-        for part in measured.values() if isinstance(measured, dict) else measured:
-            yield from spreads(part)
+        for value in measured.values() if isinstance(measured, dict) else measured:
+            yield from spreads(value)
 
 
 def check(measured: dict[str, Any], what: str) -> None:
@@ -74,30 +74,30 @@ def check(measured: dict[str, Any], what: str) -> None:
     assert set(measured) == keys | MORE.get(what, set())
     assert (measured["what"], measured["rounds"], measured["workload"]["radiographs"]) == (what, 1, 24)
     assert measured["command"].startswith(f"mura-dist bench {what} --data ")
-    ours, theirs = ([c["name"] for c in measured["contenders"] if c["ours"] is side] for side in (True, False))
-    assert (len(ours), len(theirs)) == NUM_CONTENDERS[what]
+    own, peer_results = ([c["name"] for c in measured["contenders"] if c["ours"] is side] for side in (True, False))
+    assert (len(own), len(peer_results)) == NUM_CONTENDERS[what]
     alike: Callable[
         [str], Any
     ] = {  # what is compared at all: ranks of one precision, files with files, pixels with pixels
         "ranks": lambda name: name[-4:],
         "predict": lambda name: name.startswith("pixels"),
     }.get(what, lambda name: None)
-    pairs = [(a, b) for b, a in itertools.product(theirs, ours) if alike(a) == alike(b)]
+    pairs = [(a, b) for b, a in itertools.product(peer_results, own) if alike(a) == alike(b)]
     assert list(measured["ratios"]) == [f"{a} / {b}" for a, b in pairs]
-    rates = [*(one["images_per_s"] for one in measured["contenders"]), *measured["ratios"].values()]
+    rates = [*(row["images_per_s"] for row in measured["contenders"]), *measured["ratios"].values()]
     assert all(spread["min"] > 0 for spread in rates)
     assert all(s["min"] <= s["median"] <= s["max"] and all(map(math.isfinite, s.values())) for s in spreads(measured))
     least = {"train": 8, "ranks": 16}.get(what, 24)
-    assert all(one["num_images"] >= least for one in measured["contenders"])
+    assert all(row["num_images"] >= least for row in measured["contenders"])
     text = runner.table(measured)
-    assert all(name in text for name in (*ours, *theirs, *measured["ratios"]))
+    assert all(name in text for name in (*own, *peer_results, *measured["ratios"]))
     titles = [panel.title for panel in plots.panels(measured)]
     assert len(set(titles)) == len(titles) >= 2
 
 
-def options_of(data: Path, **other: Any) -> Options:
-    tiny_ones: dict[str, Any] = {"size": S, "radiographs": 24, "rounds": 1, "seconds": 0, "architecture": "tiny"}
-    return Options(data=data, **tiny_ones | other)
+def options_of(data: Path, **values: Any) -> Options:
+    defaults: dict[str, Any] = {"size": S, "radiographs": 24, "rounds": 1, "seconds": 0, "architecture": "tiny"}
+    return Options(data=data, **defaults | values)
 
 
 def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.Monk
     assert sum(line.startswith("round 1 of 1: ") for line in lines) == sum(NUM_CONTENDERS[what])
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     check(measured, what)
-    assert not list(scratch.glob("mura-dist-*"))  # nothing of ours stays behind
+    assert not list(scratch.glob("mura-dist-*"))  # nothing of own stays behind
     return measured
 
 
@@ -117,32 +117,32 @@ def test_every_bench_gives_the_documented_numbers(
     what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = measure(what, options_of(phantoms), tmp_path, monkeypatch)
-    assert all(one["tried"] == {} for one in measured["contenders"])
+    assert all(row["tried"] == {} for row in measured["contenders"])
     if what == "train":
-        kept = {one["network"]: one["mb_per_radiograph"] for one in measured["activations"]}
-        assert kept["mura-dist"] < kept["torchvision, memory_efficient"] < kept["torchvision"]
-        assert "kept for the backward pass" in runner.table(measured)
+        activations = {row["network"]: row["mb_per_radiograph"] for row in measured["activations"]}
+        assert activations["mura-dist"] < activations["torchvision, memory_efficient"] < activations["torchvision"]
+        assert "activations for the backward pass" in runner.table(measured)
 
 
 @pytest.mark.nightly(part="training")
 def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "TRIES", (1, 2))
+    monkeypatch.setattr(pipeline, "WORKER_COUNTS", (1, 2))
     measured = measure("pipeline", options_of(phantoms), tmp_path, monkeypatch)
-    for one in measured["contenders"]:
-        assert set(one["tried"]) == (set() if one["ours"] else {"1", "2"}), one["name"]
-        assert one["workers"] == 2 if one["ours"] else one["tried"][str(one["workers"])] == max(one["tried"].values())
+    for row in measured["contenders"]:
+        assert set(row["tried"]) == (set() if row["ours"] else {"1", "2"}), row["name"]
+        assert row["workers"] == 2 if row["ours"] else row["tried"][str(row["workers"])] == max(row["tried"].values())
     first, second = list(measured["ratios"])[:2]  # the honest like for like stands beside the first
     assert (first, second) == (f"{pipeline.CPU} / {peers.FILES}", f"{pipeline.ORIGINAL} / {peers.FILES}")
-    assert [one["name"] for one in measured["start"]] == STARTED
-    for one in measured["start"]:
-        assert 0.05 < one["first_batch_s"]["median"] < 120
-        assert one["private_mib"]["median"] > 0
-        assert one["imports_mib"]["median"] > 20
-        assert one["rss_mib"]["median"] >= one["private_mib"]["median"] or not one["ours"]
-        assert all((one[key] is not None) == one["ours"] for key in GROWTH)
-        assert (one["num_processes"], one["images_an_epoch"]) == (1, 24)
+    assert [row["name"] for row in measured["start"]] == STARTED
+    for row in measured["start"]:
+        assert 0.05 < row["first_batch_s"]["median"] < 120
+        assert row["private_mib"]["median"] > 0
+        assert row["imports_mib"]["median"] > 20
+        assert row["rss_mib"]["median"] >= row["private_mib"]["median"] or not row["ours"]
+        assert all((row[key] is not None) == row["ours"] for key in GROWTH)
+        assert (row["num_processes"], row["images_an_epoch"]) == (1, 24)
     text = runner.table(measured)
     assert text.count("workers") >= 2
     assert all(word in text for word in ("first batch, s", "private", "page cache", "growth"))
@@ -155,21 +155,21 @@ def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, mon
     measured = measure("encodings", options_of(phantoms, size=None, model=model), tmp_path, monkeypatch)
     assert measured["workload"]["size_px"] == S  # the model's
     raw, png, jpeg = measured["encodings"]
-    assert [one["encoding"] for one in (raw, png, jpeg)] == ["raw", "png", "jpeg"]
+    assert [row["encoding"] for row in (raw, png, jpeg)] == ["raw", "png", "jpeg"]
     assert raw["bytes_per_radiograph"] == 128 + S * S  # .npy: a header, and the pixels as they are
     assert 0 < jpeg["bytes_per_radiograph"] < png["bytes_per_radiograph"] < raw["bytes_per_radiograph"]
-    for one in (raw, png):  # without loss
-        assert one["probability_change"] == {"largest": 0, "mean": 0, "num_radiographs": 24}
+    for row in (raw, png):  # without loss
+        assert row["probability_change"] == {"largest": 0, "mean": 0, "num_radiographs": 24}
     assert 0 < jpeg["probability_change"]["mean"] < jpeg["probability_change"]["largest"] < 0.5
-    for one in (raw, png, jpeg):
-        assert one["conversion_radiographs_per_s"]["min"] > 0
-        assert one["loading_images_per_s"]["min"] > 0
-        assert (one["loading_gpu_images_per_s"] is not None) == torch.cuda.is_available()
+    for row in (raw, png, jpeg):
+        assert row["conversion_radiographs_per_s"]["min"] > 0
+        assert row["loading_images_per_s"]["min"] > 0
+        assert (row["loading_gpu_images_per_s"] is not None) == torch.cuda.is_available()
     text = runner.table(measured)
     assert "largest" in text
-    for one in measured["encodings"]:
-        one["probability_change"] = None
-    assert "not measured; give --model MODEL.onnx" in runner.table(measured)
+    for row in measured["encodings"]:
+        row["probability_change"] = None
+    assert "not measured (give --model MODEL.onnx)" in runner.table(measured)
 
 
 def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
@@ -184,8 +184,10 @@ def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: 
     def probability(name: str, row: int) -> float:
         return 1 / (1 + math.exp(-logits(opened[name].read_pixels(row)[None, None])[0]))
 
-    wanted = [abs(probability("jpeg", row) - probability("png", row)) for row in range(24)]
-    assert changes["jpeg"] == pytest.approx({"largest": max(wanted), "mean": np.mean(wanted), "num_radiographs": 24})
+    expected = [abs(probability("jpeg", row) - probability("png", row)) for row in range(24)]
+    assert changes["jpeg"] == pytest.approx(
+        {"largest": max(expected), "mean": np.mean(expected), "num_radiographs": 24}
+    )
 
 
 @pytest.mark.slow
@@ -211,7 +213,7 @@ def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, l
 
 def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
     contenders = [
-        Contender("quick", partial(toys.sleeper, 0.01), ours=True),
+        Contender("quick", partial(toys.sleeper, 0.01), is_own=True),
         Contender("slow", partial(toys.sleeper, 0.1)),
     ]
     lines: list[str] = []
@@ -231,25 +233,25 @@ def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str
 
 def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
     pauses = {1: 0.1, 2: 0.005, 4: 0.05}
-    peer = Contender("peer", partial(toys.by_workers, pauses), tries=(1, 2, 4))
+    peer = Contender("peer", partial(toys.by_workers, pauses), worker_counts=(1, 2, 4))
     lines: list[str] = []
-    measured = play([Contender("ours", partial(toys.sleeper, 0.01), ours=True), peer], nothing, 1, 0.2, lines.append)
-    ours, theirs = measured["contenders"]
-    assert (ours["workers"], ours["tried"]) == (1, {})
-    assert theirs["workers"] == 2
-    assert set(theirs["tried"]) == {"1", "2", "4"}
-    assert all(theirs["tried"][str(count)] <= 1 / pause for count, pause in pauses.items())
-    assert theirs["images_per_s"]["median"] > 1 / pauses[4]  # the rounds run with those it chose
+    measured = play([Contender("own", partial(toys.sleeper, 0.01), is_own=True), peer], nothing, 1, 0.2, lines.append)
+    own, peer_results = measured["contenders"]
+    assert (own["workers"], own["tried"]) == (1, {})
+    assert peer_results["workers"] == 2
+    assert set(peer_results["tried"]) == {"1", "2", "4"}
+    assert all(peer_results["tried"][str(count)] <= 1 / pause for count, pause in pauses.items())
+    assert peer_results["images_per_s"]["median"] > 1 / pauses[4]  # the rounds run with those it chose
     assert "workers of peer: 2; images/s with 1: " in lines[0]
 
 
 def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) -> None:
-    other = Contender("other", partial(toys.sleeper, 0.8), ours=True)
-    for streams, most in ((True, 1 / 0.05), (False, math.inf)):
-        measured = play([other, Contender("queue", toys.queue, streams=streams)], nothing, 2, 0.0)
+    neighbor = Contender("neighbor", partial(toys.sleeper, 0.8), is_own=True)
+    for is_stream, most in ((True, 1 / 0.05), (False, math.inf)):
+        measured = play([neighbor, Contender("queue", toys.queue, is_stream=is_stream)], nothing, 2, 0.0)
         rates = measured["contenders"][1]["images_per_s"]
         assert rates["max"] <= most
-        assert streams or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
+        assert is_stream or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
 
 
 def test_a_contender_that_fails_says_so(nothing: Load) -> None:
@@ -272,13 +274,13 @@ def test_a_contender_that_fails_says_so(nothing: Load) -> None:
 def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> None:
     """Each batch is of 8; an epoch shows many radiographs; undone, the mean brightness is that of the files."""
     folder = small.scratch / "shards"
-    ours: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
-    ours |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
-    build = (ours | pipeline._peers(small))[name]
+    own: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
+    own |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
+    build = (own | pipeline._peers(small))[name]
     with processes.start_workers(1) as pool:  # as bench has them: a loader that forks may end the process that made it
-        seen = pool.submit(toys.batches, build, small, 3).result()
-    assert all(batch.shape == (8, 1, S, S) and batch.dtype == np.uint8 for batch in seen)
-    images = np.concatenate(seen)
+        batches = pool.submit(toys.batches, build, small, 3).result()
+    assert all(batch.shape == (8, 1, S, S) and batch.dtype == np.uint8 for batch in batches)
+    images = np.concatenate(batches)
     assert len(images) >= 3 * 24
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.9 * len(images)  # turned anew each time
     files = np.stack([radiograph.read(small.folder / path, S) for path in small.paths])
@@ -303,7 +305,7 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
     (folder / name).write_bytes(b"no image at all")
     load = Load(folder, tmp_path, [name] * 8, 8, S, 1, 8, "tiny")
     pipeline._pack(load, tmp_path / "files.tar")
-    with pytest.raises(RunError, match=r"image.*: OpenCV does not decode it; give --data without it"):
+    with pytest.raises(RunError, match=r"image.*: OpenCV cannot decode it\. Remove it from --data\."):
         list(pipeline.originals(tmp_path / "files.tar", load)())
 
 
@@ -313,30 +315,30 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
 @pytest.mark.slow
 def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-    loader = Loader("hoarder", partial(toys.hoarder, 4), ("torch", "helpers.contenders"), 16, grows=True, ours=True)
-    (one,) = footprint.measure([loader], [nothing], 2, print)
-    assert (one["name"], one["num_processes"], one["images_an_epoch"]) == ("hoarder", 2, 16)
-    assert 8 <= one["private_mib"]["median"] < 8 + 16  # two batches an epoch, 4 MiB each
-    assert 9 * 8 <= one["growth_mib"]["median"] < 9 * 8 + 16
-    assert one["growth_percent"]["median"] == pytest.approx(
-        100 * one["growth_mib"]["median"] / one["private_mib"]["median"], rel=0.2
+    loader = Loader("hoarder", partial(toys.hoarder, 4), ("torch", "helpers.contenders"), 16, grows=True, is_own=True)
+    (row,) = footprint.measure([loader], [nothing], 2, print)
+    assert (row["name"], row["num_processes"], row["images_an_epoch"]) == ("hoarder", 2, 16)
+    assert 8 <= row["private_mib"]["median"] < 8 + 16  # two batches an epoch, 4 MiB each
+    assert 9 * 8 <= row["growth_mib"]["median"] < 9 * 8 + 16
+    assert row["growth_percent"]["median"] == pytest.approx(
+        100 * row["growth_mib"]["median"] / row["private_mib"]["median"], rel=0.2
     )
-    assert 0 < one["growth_of_process_percent"]["median"] < one["growth_percent"]["median"]
-    assert one["rss_mib"]["median"] >= one["private_mib"]["median"] * 0.9
+    assert 0 < row["growth_of_process_percent"]["median"] < row["growth_percent"]["median"]
+    assert row["rss_mib"]["median"] >= row["private_mib"]["median"] * 0.9
 
 
 @pytest.mark.slow
 def test_a_loader_that_fails_says_so(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
-    loader = Loader("the one that fails", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
-    with pytest.raises(RunError, match="the process of the one that fails ended with status 1"):
+    loader = Loader("the failing loader", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
+    with pytest.raises(RunError, match="the process of the failing loader exited with status 1"):
         footprint.measure([loader], [nothing], 1, print)
     assert "holds no shards" in capfd.readouterr().err
 
 
 def test_a_start_is_not_burdened_with_what_it_does_not_need() -> None:
     """Who measures the start of others must not add to it."""
-    words = "import sys; import mura_dist.bench.footprint, mura_dist.bench.peers; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    texts = "import sys; import mura_dist.bench.footprint, mura_dist.bench.peers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", texts], capture_output=True, text=True, check=True)
     heavy = {"numpy", "pandas", "pydantic", "torch", "PIL", "cv2", "nvidia", "webdataset", "matplotlib", "deepspeed"}
     assert not heavy & set(done.stdout.split())
 
@@ -363,25 +365,25 @@ def test_the_workload_has_as_many_radiographs_as_wanted(number: int, phantoms: P
 def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(phantoms, source)
-    broken, other, *_ = (source / path for path in scan(source).manifest.frame["path"])
+    broken, renamed, *_ = (source / path for path in scan(source).manifest.frame["path"])
     broken.write_bytes(broken.read_bytes()[:200])
-    other.rename(other.with_suffix(".dcm"))
+    renamed.rename(renamed.with_suffix(".dcm"))
     load = workload.prepare(Options(data=source), tmp_path, size=S, number=1000)
     used = {(load.folder / path).resolve() for path in load.paths}
     assert len(load.paths) == 1000
     assert broken not in used
-    assert other.with_suffix(".dcm") not in used
+    assert renamed.with_suffix(".dcm") not in used
     for path in source.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match="none of its files is a sound PNG or JPEG; give a folder"):
+    with pytest.raises(UserError, match=r"none of its files is a valid PNG or JPEG\. Give a folder"):
         workload.prepare(Options(data=source), tmp_path / "again", size=S, number=48)
 
 
 @pytest.mark.parametrize("what", ["shards", "pipeline"])
 def test_real_radiographs_are_repeated_to_3000(what: str, tmp_path: Path) -> None:
-    assert runner._settle(what, Options(data=tmp_path)) == (320, 3000)
-    assert runner._settle(what, Options())[1] < 3000
-    assert runner._settle(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
+    assert runner._size_and_number(what, Options(data=tmp_path)) == (320, 3000)
+    assert runner._size_and_number(what, Options())[1] < 3000
+    assert runner._size_and_number(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
 
 
 # ---- pictures and refusals
@@ -405,15 +407,15 @@ def test_a_plot_shows_every_number(tmp_path: Path) -> None:
     }
     rates, ratios, first_batch, memory = plots.panels(measured)
     assert [bar.name for bar in rates.bars] == ["mine", "yours (4 workers)"]
-    assert [(bar.value["median"], bar.ours) for bar in rates.bars] == [(1800, True), (100, False)]
-    assert (ratios.bars[0].value, ratios.one) == (spread(18), True)
+    assert [(bar.value["median"], bar.is_own) for bar in rates.bars] == [(1800, True), (100, False)]
+    assert (ratios.bars[0].value, ratios.is_ratio) == (spread(18), True)
     assert (first_batch.bars[0].value, memory.bars[0].value) == (spread(2), spread(30))
-    assert plots._words(spread(18), times=True) == "18 x (9 to 36)"
-    assert plots._words({"median": 4205, "min": 4205, "max": 4205}, times=False) == "4,205"
+    assert plots._format_value(spread(18), times=True) == "18 x (9 to 36)"
+    assert plots._format_value({"median": 4205, "min": 4205, "max": 4205}, times=False) == "4,205"
     plots.draw(measured, tmp_path / "one.png")
     with Image.open(tmp_path / "one.png") as image:
-        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 20)}
-    assert {(0x1F, 0x6F, 0x8B), (0xB8, 0xB8, 0xB8)} <= colours  # a bar of each side
+        colors = {color[:3] for _, color in image.convert("RGB").getcolors(1 << 20)}
+    assert {(0x1F, 0x6F, 0x8B), (0xB8, 0xB8, 0xB8)} <= colors  # a bar of each side
 
 
 def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -422,42 +424,42 @@ def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path
     laws.refusal(capsys, ["bench", "shards", "--rounds", 0], "--rounds", "0 is not in the range x>=1")
     laws.refusal(capsys, ["bench", "shards", "--data", tmp_path / "none"], "none: no such folder", "give the folder")
     laws.refusal(capsys, ["bench", "shards", "--batch", 0], "--batch", "0 is not in the range x>=1")
-    words = ("--batch 17", "at most the radiographs, 16", "give --radiographs more")
-    laws.refusal(capsys, ["bench", "pipeline", "--radiographs", 16, "--batch", 17], *words)
+    texts = ("--batch 17", "at most the number of radiographs (16)", "Increase --radiographs")
+    laws.refusal(capsys, ["bench", "pipeline", "--radiographs", 16, "--batch", 17], *texts)
 
 
 def test_a_model_that_does_not_serve_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     arguments = ["bench", "encodings", "--model", model.with_name("none.onnx")]
     laws.refusal(capsys, arguments, "none.onnx: no such file", "Give the model.onnx that `mura-dist export` wrote")
     arguments[-1] = model
-    words = (f"--size {S + 1}", f"takes {S} px", "leave --size out")
-    laws.refusal(capsys, [*arguments, "--size", S + 1], *words)
-    words = ("--model", "bench pipeline takes none, bench encodings does; leave it out")
-    laws.refusal(capsys, ["bench", "pipeline", "--model", model], *words)
+    texts = (f"--size {S + 1}", f"takes {S} px", "Omit --size")
+    laws.refusal(capsys, [*arguments, "--size", S + 1], *texts)
+    texts = ("--model", "bench pipeline has no --model, only bench encodings has. Omit it.")
+    laws.refusal(capsys, ["bench", "pipeline", "--model", model], *texts)
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "folder.png").mkdir()
-    for name, words in {
-        "plot.svg": ("plot.svg", "the plot is a PNG", "a name that ends in .png"),
-        "none/plot.png": ("there is no folder", "give a file in a folder that is there"),
-        "folder.png": ("a folder", "give a file in a folder that is there"),
+    for name, texts in {
+        "plot.svg": ("plot.svg", "the plot is a PNG", "a name that ends in .png."),
+        "none/plot.png": ("does not exist", "Give a file in an existing folder."),
+        "folder.png": ("it is a folder", "Give a file in an existing folder."),
     }.items():
-        laws.refusal(capsys, ["bench", "shards", "--plot", tmp_path / name], f"--plot {tmp_path / name}", *words)
+        laws.refusal(capsys, ["bench", "shards", "--plot", tmp_path / name], f"--plot {tmp_path / name}", *texts)
 
 
 def test_what_is_kept_leaves_out_the_weights() -> None:
     linear, image = torch.nn.Linear(100, 1, bias=False), torch.ones(3, 100, requires_grad=True)
-    assert kept_bytes(linear, image) == 3 * 100 * 4
+    assert activation_bytes(linear, image) == 3 * 100 * 4
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
 def test_two_ranks_want_a_gpu_each(num_gpus: int) -> None:
     """NCCL refuses two ranks of one GPU, one of them after minutes; on a CPU they share it."""
     if num_gpus == 1:
-        with pytest.raises(UserError, match=r"shows 1 GPU, 2 ranks need one each.*CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(UserError, match=r"2 ranks need a GPU each, and 1 is visible.*CUDA_VISIBLE_DEVICES"):
             ranks.check_devices(num_gpus)
     else:
         ranks.check_devices(num_gpus)

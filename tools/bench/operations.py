@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mura_dist.bench.training import our_network, their_network
+from mura_dist.bench.training import own_densenet, torchvision_densenet
 from mura_dist.core import config
 from mura_dist.data.loaders.loader import Batch
 from mura_dist.distributed import process_group
@@ -130,8 +130,10 @@ def main() -> None:
     options = parser.parse_args()
     image = torch.randint(0, 256, (options.batch, 1, options.size, options.size), dtype=torch.uint8)
     normalized = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
-    ours = with_negative_weights(our_network(options.architecture)).train()
-    theirs = with_negative_weights(their_network(options.architecture)).to(memory_format=torch.channels_last).train()
+    ours = with_negative_weights(own_densenet(options.architecture)).train()
+    theirs = (
+        with_negative_weights(torchvision_densenet(options.architecture)).to(memory_format=torch.channels_last).train()
+    )
     results = {
         "mura-dist": count_network(ours, image, options.precision, lambda outputs: outputs[0])
         | count_engine(options.architecture, image, options.precision),
