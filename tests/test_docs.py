@@ -253,7 +253,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_script(command: list[str], folder: Path) -> str:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, **NO_GPU, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False, timeout=400)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False, timeout=600)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout
 

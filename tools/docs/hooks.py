@@ -33,6 +33,7 @@ AREAS = {
     "bench": "Benchmarks",
 }
 _OUTSIDE_LINK = re.compile(r"\[([^\]]+)\]\(\.\./([^)\s]+)\)")
+_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _WORD = re.compile(r"\b[a-z]{2,}\b")
 _SIGNS = {"ge": "&ge;", "gt": "&gt;", "le": "&le;", "lt": "&lt;"}
 _MIN_WORDS = 3  # a message of fewer words of its own is composed elsewhere
@@ -105,11 +106,13 @@ def errors_markdown() -> str:
 def error_texts(folder: Path) -> Iterator[str]:
     """Yield the message of each error that the modules of a folder raise, with `NAME` in capitals for a value."""
     for path in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = _constants(tree)
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            text = _template(node.args[0]) if name in ERROR_NAMES else ""
+            text = _template(node.args[0], constants) if name in ERROR_NAMES else ""
             if len(_WORD.findall(text)) >= _MIN_WORDS:
                 yield text
 
@@ -124,20 +127,36 @@ def split_message(text: str) -> tuple[str, str]:
     return text.rstrip("."), ""
 
 
-def _template(node: ast.expr) -> str:
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """Return the texts and numbers that a module assigns to names of its own."""
+    return {
+        target.id: str(node.value.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _template(node: ast.expr, constants: dict[str, str]) -> str:
     """Return the text of a string expression. A value becomes its name in capitals, an expression an ellipsis."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_template(value) for value in node.values)
     if isinstance(node, ast.BinOp):
-        return _template(node.left) + _template(node.right)
+        return _template(node.left, constants) + _template(node.right, constants)
+    if isinstance(node, ast.JoinedStr):
+        text = ""
+        for piece in node.values:
+            # A value that follows a word without a space is an optional end of it.
+            is_suffix = isinstance(piece, ast.FormattedValue) and re.search(rf"[A-Za-z0-9{_ELLIPSIS}]$", text)
+            text += "" if is_suffix else _template(piece, constants)
+        return text
     value = node.value if isinstance(node, ast.FormattedValue) else node
-    name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "install_remedy":
-        commands = [f"`pip install '.[{_template(extra)}]'`" for extra in value.args]
+        commands = [f"`pip install '.[{_template(extra, constants)}]'`" for extra in value.args]
         return f"{' or '.join(commands)} in the checkout"
-    return name.strip("_").upper() or "\N{HORIZONTAL ELLIPSIS}"
+    name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
+    return constants.get(name) or name.strip("_").upper() or _ELLIPSIS
 
 
 def _escape(text: str) -> str:
