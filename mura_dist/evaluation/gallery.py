@@ -196,5 +196,5 @@ def map_caveat(h: int, w: int, size: int) -> str:
     return (
         f"A class activation map has {h} x {w} cells here, each of {size / h:g} x {size / w:g} pixels: it does not outline a "
         "lesion. On MURA such maps were measured to localize poorly: AUPRC 0.44 to 0.59, where radiologists reach 0.82. "
-        "A coloured cell is what moved this model's number, and that may be metal, plaster or a marker beside the bone."
+        "A colored cell changed this model's output. The cause may be metal, plaster or a marker next to the bone."
     )

@@ -16,6 +16,7 @@ from mura_dist.data.mura import display_name
 from mura_dist.evaluation import saliency
 from mura_dist.evaluation.gallery_studies import CALL_TEXT, LABEL_TEXT, GalleryStudy, GalleryView
 from mura_dist.reports import heatmap, local_only
+from mura_dist.reports.findings import PHANTOM_STAMPS
 from mura_dist.reports.html import Html, banner, element, section, tile
 
 MAX_STUDIES_PER_PAGE = 24  # at most
@@ -25,15 +26,10 @@ _SIDE_PX, _MAP_PX = 320, 60  # of an embedded radiograph, at most; of a map, whi
 _FIRST = "gallery.html"
 _HEADINGS_BYTES = 2000  # of the sections of a page
 KIND_TITLES = {
-    "missed": "Missed, labelled abnormal, nothing flagged; lowest probability first",
-    "false-alarm": "False alarms, labelled normal, called abnormal; highest probability first",
-    "hit-abnormal": "Hits, labelled abnormal and called so; drawn at random",
-    "hit-normal": "Hits, labelled normal, nothing flagged; drawn at random",
-}
-_PHANTOM_NOTES = {  # by (trained on, measured on)
-    (True, True): "trained and measured on drawings: says nothing about radiographs",
-    (True, False): "trained on drawings: the model has never seen a radiograph",
-    (False, True): "measured on drawings: says nothing about radiographs",
+    "missed": "Missed: labeled abnormal, not flagged (lowest probability first)",
+    "false-alarm": "False alarms: labeled normal, called abnormal (highest probability first)",
+    "hit-abnormal": "Hits: labeled abnormal, called abnormal (random sample)",
+    "hit-normal": "Hits: labeled normal, not flagged (random sample)",
 }
 _STYLE = """
 body { max-width: 84rem }
@@ -122,9 +118,8 @@ def _has_maps(content: dict[str, Any]) -> bool:
 
 
 def _banners(content: dict[str, Any]) -> Iterator[Html]:
-    drawn = tuple(content[key] == "phantoms" for key in ("trained_on", "measured_on"))
-    if any(drawn):
-        yield banner(_PHANTOM_NOTES[drawn])
+    if stamp := PHANTOM_STAMPS.get((content["trained_on"] == "phantoms", content["measured_on"] == "phantoms")):
+        yield banner(stamp)
     if content["note"]:
         yield banner(content["note"])
 
@@ -157,8 +152,8 @@ def _head(content: dict[str, Any]) -> Iterator[Html]:
 def _missing_kinds(studies: Sequence[GalleryStudy]) -> Iterator[Html]:
     """Yield a sentence on the kinds without a study."""
     kinds = {study.kind for study in studies}
-    if missing := [title.partition(";")[0] for kind, title in KIND_TITLES.items() if kind not in kinds]:
-        yield element("p", f"There is no study to show of: {'; '.join(missing)}.", class_="soft")
+    if missing := [title.partition(" (")[0] for kind, title in KIND_TITLES.items() if kind not in kinds]:
+        yield element("p", f"No studies of these kinds: {'; '.join(missing)}.", class_="soft")
 
 
 def _numbers(content: dict[str, Any]) -> Iterator[Html]:

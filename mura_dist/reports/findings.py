@@ -146,15 +146,18 @@ def _labeled_groups(studies: pd.DataFrame, metrics: dict[str, Any]) -> Iterator[
 # ---- text
 
 
+PHANTOM_STAMPS = {  # by (trained on drawings, measured on drawings)
+    (True, True): "trained and measured on computer drawings: the numbers do not hold for radiographs",
+    (True, False): "trained on computer drawings: the model was never trained on a radiograph",
+    (False, True): "measured on computer drawings: the numbers do not hold for radiographs",
+}
+
+
 def _stamps(facts: Mapping[str, Any]) -> Iterator[str]:
     split, trained_on = facts.get("split"), facts.get("trained_on")
     measured_on = facts.get("measured_on") or trained_on
-    if trained_on == measured_on == "phantoms":
-        yield "trained and measured on computer drawings: the numbers do not hold for radiographs"
-    elif trained_on == "phantoms":
-        yield "trained on computer drawings: the model was never trained on a radiograph"
-    elif measured_on == "phantoms":
-        yield "measured on computer drawings: the numbers do not hold for radiographs"
+    if stamp := PHANTOM_STAMPS.get((trained_on == "phantoms", measured_on == "phantoms")):
+        yield stamp
     if split is not None and split == facts.get("selected_on"):
         yield f"optimistic: this split chose the model ({split} set the learning rate and selected the checkpoint)"
     if split == "train":

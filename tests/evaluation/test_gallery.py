@@ -341,7 +341,7 @@ def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], op
     for words in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82"):
         assert words in page.text, words
     assert "optimistic: the model was trained on both" in page.text
-    assert "measured on drawings: says nothing about radiographs" in page.text
+    assert "measured on computer drawings: the numbers do not hold for radiographs" in page.text
     assert found["stability"]["mirror"]["num_radiographs"] == 16
     assert not re.search(r"called normal|is normal", page.text)
     assert "-- " not in page.text
@@ -453,9 +453,7 @@ def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
         "Stability of a radiograph rotated by ±10°: not measured, since 2 cells of its map stay within the canvas"
         in text
     )
-    assert (
-        "There is no study to show of: False alarms, labelled normal, called abnormal; Hits, labelled abnormal" in text
-    )
+    assert "No studies of these kinds: False alarms: labeled normal, called abnormal; Hits: labeled abnormal" in text
     assert not re.search(r"<strong>none</strong>|n = 0|None in this split", text)
 
 
