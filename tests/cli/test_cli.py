@@ -31,9 +31,9 @@ def test_help_is_complete(command: str, capsys) -> None:
     assert main([command, "--help"]) == DONE
     text = capsys.readouterr().out
     for parameter in cli.commands[command].params:
-        shown = parameter.opts[-1] if parameter.opts[-1].startswith("--") else parameter.human_readable_name
-        assert getattr(parameter, "hidden", False) or shown in text
-        assert not shown.startswith("--") or parameter.help
+        stdout = parameter.opts[-1] if parameter.opts[-1].startswith("--") else parameter.human_readable_name
+        assert getattr(parameter, "hidden", False) or stdout in text
+        assert not stdout.startswith("--") or parameter.help
     assert "Usage: mura-dist" in text
     assert len(text.splitlines()[2].strip()) > 20  # what it does
 
@@ -167,8 +167,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)
 def test_a_wrong_request_is_one_line(what: str, places: dict[str, Path], capsys) -> None:
-    words, says = WRONG_REQUESTS[what]
-    laws.refusal(capsys, [word.format(**places) for word in words], *says)
+    arguments, says = WRONG_REQUESTS[what]
+    laws.refusal(capsys, [word.format(**places) for word in arguments], *says)
 
 
 def test_a_wrong_request_loses_nothing(places: dict[str, Path], trained: Path, shard_folder: Path, capsys) -> None:
@@ -205,10 +205,10 @@ def test_evaluation_of_a_run_and_of_its_model_agree(trained: Path, shard_folder:
         pd.read_csv(folder / "predictions.csv").set_index("path")["logit"] for folder in (trained, tmp_path / "e")
     )
     laws.same_metrics(runs.to_dict(), onnxs.to_dict())
-    ours, theirs = (json.loads((folder / "metrics.json").read_bytes()) for folder in (trained, tmp_path / "e"))
-    assert ours["overall"]["num_studies"] == theirs["overall"]["num_studies"] > 0
-    assert ours["selected_on"] == "tune"
-    assert ours["note"] is None
+    reference, repeated = (json.loads((folder / "metrics.json").read_bytes()) for folder in (trained, tmp_path / "e"))
+    assert reference["overall"]["num_studies"] == repeated["overall"]["num_studies"] > 0
+    assert reference["selected_on"] == "tune"
+    assert reference["note"] is None
 
 
 def test_the_split_that_chose_is_stamped(trained: Path, shard_folder: Path, tmp_path: Path) -> None:

@@ -131,14 +131,14 @@ def test_no_wheel_for_gpus_is_asked_for_on_a_mac() -> None:
 
 def installed_by(requirements: list[str]) -> tuple[set[str], set[str]]:
     """Names of the files that these requirements install with all that they require, and the distributions that are missing."""
-    pending, seen = [Requirement(text) for text in requirements], set()
+    pending, lines = [Requirement(text) for text in requirements], set()
     files: set[str] = set()
     absent: set[str] = set()
     while pending:
         requirement = pending.pop()
-        if (key := (requirement.name.lower(), frozenset(requirement.extras))) in seen:
+        if (key := (requirement.name.lower(), frozenset(requirement.extras))) in lines:
             continue
-        seen.add(key)
+        lines.add(key)
         try:
             distribution = metadata.distribution(requirement.name)
         except metadata.PackageNotFoundError:
@@ -169,14 +169,14 @@ def test_cuda_brings_every_library_that_its_provider_opens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extras_asked", "there"),
+    ("extras_asked", "installed"),
     [("cpu,train", None), ("cuda,cpu", None), ("cpu,page", "onnxruntime_gpu"), ("train", "onnxruntime")],
 )
-def test_setup_refuses_two_onnx_runtimes(tmp_path: Path, extras_asked: str, there: str | None) -> None:
+def test_setup_refuses_two_onnx_runtimes(tmp_path: Path, extras_asked: str, installed: str | None) -> None:
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
-    if there:
-        (tmp_path / f".venv/lib/python3.11/site-packages/{there}-1.31.1.dist-info").mkdir(parents=True)
+    if installed:
+        (tmp_path / f".venv/lib/python3.11/site-packages/{installed}-1.31.1.dist-info").mkdir(parents=True)
     command = ["bash", tmp_path / "launch" / "setup.sh", extras_asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

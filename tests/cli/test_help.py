@@ -1,4 +1,4 @@
-"""Every --help: readable at two widths, and it ends with examples whose words parse, and which work."""
+"""Every --help: readable at two widths, and it ends with examples whose arguments parse, and which work."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from mura_dist.core import config
 COMMANDS = sorted(cli.commands)
 
 
-def help_text(capsys, *words: str) -> str:
-    assert main([*words, "--help"]) == DONE
+def help_text(capsys, *arguments: str) -> str:
+    assert main([*arguments, "--help"]) == DONE
     return str(capsys.readouterr().out)
 
 
@@ -61,18 +61,18 @@ def test_help_of_train_shows_usage_groups_and_examples(capsys, monkeypatch: pyte
 @pytest.mark.parametrize("line", example_lines())
 def test_an_example_parses(line: str) -> None:
     """Its command and options exist, its values convert, its settings are settings, its recipe is there."""
-    program, name, *words = shlex.split(line)
+    program, name, *arguments = shlex.split(line)
     assert program == "mura-dist"
     command = cli.commands[name]
-    with command.make_context(name, [*words], parent=click.Context(cli)) as context:
+    with command.make_context(name, [*arguments], parent=click.Context(cli)) as context:
         assert context.params
     if name == "train":
-        recipe, *settings = words
+        recipe, *settings = arguments
         assert config.load(ROOT / recipe, settings)
 
 
 @pytest.mark.parametrize(
-    ("words", "command"),
+    ("arguments", "command"),
     [
         (("python", "-m", "mura_dist.train"), "train"),
         (("python", "-m", "mura_dist.predict"), "predict"),
@@ -83,8 +83,8 @@ def test_an_example_parses(line: str) -> None:
     ],
     ids=lambda value: None if isinstance(value, str) else Path(str(value[-1])).name,
 )
-def test_every_way_to_a_command_has_its_help(words: tuple[object, ...], command: str, capsys) -> None:
-    done = run(*words, "--help", env={"COLUMNS": "80"}, cwd=ROOT)
+def test_every_way_to_a_command_has_its_help(arguments: tuple[object, ...], command: str, capsys) -> None:
+    done = run(*arguments, "--help", env={"COLUMNS": "80"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     os.environ["COLUMNS"] = "80"
     try:
@@ -118,8 +118,8 @@ def test_the_examples_work(
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 
     def works(line: str) -> None:
-        _, name, *words = shlex.split(line)
-        status = main([name, *words, *EXTRA_WORDS.get(name, []), *([] if name == "describe" else ["--quiet"])])
+        _, name, *arguments = shlex.split(line)
+        status = main([name, *arguments, *EXTRA_WORDS.get(name, []), *([] if name == "describe" else ["--quiet"])])
         assert status == DONE, (line, capsys.readouterr())
 
     for line in cli.examples:  # type: ignore[attr-defined]
@@ -128,8 +128,8 @@ def test_the_examples_work(
     for name, source in {"model.onnx": model, "left.dcm": views[0], "right.dcm": views[1]}.items():
         shutil.copy(source, tmp_path / name)
     shutil.copy(tmp_path / "data" / "bones" / "valid_labeled_studies.csv", tmp_path / "labels.csv")
-    for name, words in {"mura": SHORT, "mura-seed1": (*SHORT, "seed=1")}.items():
-        shutil.copytree(reference_run(1, *words), tmp_path / "runs" / name)
+    for name, arguments in {"mura": SHORT, "mura-seed1": (*SHORT, "seed=1")}.items():
+        shutil.copytree(reference_run(1, *arguments), tmp_path / "runs" / name)
     for line in example_lines():
         done = line in cli.examples or line.split()[1] in ("phantoms", "shards", "train")  # type: ignore[attr-defined]
         if done or any(word in line for word in NOT_RUN):

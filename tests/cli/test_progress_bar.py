@@ -20,8 +20,8 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("redirect", [contextlib.nullcontext, lambda: contextlib.redirect_stderr(io.StringIO())])
 def test_a_bar_is_on_a_terminal_alone(stream, quiet, visible, redirect, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", ours := stream())
+    monkeypatch.setattr(sys, "stderr", stderr := stream())
     with progress_bar("counting", quiet) as progress, redirect():
         progress(3, 7)
-    assert ("counting" in ours.getvalue() and "3/7" in ours.getvalue()) == visible
-    assert visible or not ours.getvalue()
+    assert ("counting" in stderr.getvalue() and "3/7" in stderr.getvalue()) == visible
+    assert visible or not stderr.getvalue()

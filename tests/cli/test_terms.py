@@ -65,8 +65,8 @@ def test_every_command_says_the_terms_once_and_last(
 ) -> None:
     """In order, since some read what others wrote; then a finished one again, where with --quiet they are all of stderr."""
     at = Places(phantoms, halved, untrained, reference_run(1, *SHORT), tmp_path)
-    for words in COMMANDS.values():
-        has_terms(run("mura-dist", *words(at)))
+    for arguments in COMMANDS.values():
+        has_terms(run("mura-dist", *arguments(at)))
     for name in ("train", "predict", "score"):
         quiet = run("mura-dist", *COMMANDS[name](at), "--quiet")
         has_terms(quiet)
@@ -101,15 +101,15 @@ def test_the_page_says_them_last_once_it_listens(
 ) -> None:
     """Without examples, with some, and with a warning that none of them is answered."""
     pytest.importorskip("streamlit")
-    trained_on_phantoms, words = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
+    trained_on_phantoms, arguments = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
     if known_drawings is not None:
         study_type = next((phantoms / "valid").iterdir()).name
         shutil.copytree(phantoms / "valid" / study_type, tmp_path / "valid" / study_type)
         if known_drawings:
             shutil.copy(phantoms / MARK, tmp_path)
-        words = ["--examples", str(tmp_path)]
+        arguments = ["--examples", str(tmp_path)]
     port, out = free_port(), tmp_path / "stdout"
-    command = [str(BIN / "mura-dist"), "page", str(trained_on_phantoms), "--port", str(port), *words]
+    command = [str(BIN / "mura-dist"), "page", str(trained_on_phantoms), "--port", str(port), *arguments]
     with (
         out.open("w") as stdout,
         subprocess.Popen(

@@ -33,17 +33,25 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *words: object) -> subprocess.Popen[str]:
-    known = {name: value for name, value in os.environ.items() if name not in HOMES} | NO_GPU
-    command = [*BECOME, str(BIN / "mura-dist"), *map(str, words)]
-    return subprocess.Popen(command, cwd=folder, env=known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    variables = {name: value for name, value in os.environ.items() if name not in HOMES} | NO_GPU
+    command = [*BECOME, str(BIN / "mura-dist"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_from_training_to_predictions(shard_folder: Path, phantoms: Path, folder: Path) -> None:
     train = ("train", *TINY, *SHORT, f"shards={shard_folder}", "run=run", "--quiet")
     predict = ("predict", "run/model.onnx", phantoms / "valid", "--out", "out")
-    for words in (train, ("evaluate", "run", shard_folder, "--no-gallery"), ("export", "run"), predict, ("--help",)):
-        process = start(folder, *words)
+    for arguments in (
+        train,
+        ("evaluate", "run", shard_folder, "--no-gallery"),
+        ("export", "run"),
+        predict,
+        ("--help",),
+    ):
+        process = start(folder, *arguments)
         _, err = process.communicate(timeout=120)
         assert (process.returncode, "Traceback" in err) == (0, False), err
     assert sorted(path.name for path in folder.iterdir()) == ["out", "run"], "nothing called ~"

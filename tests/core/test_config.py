@@ -41,7 +41,7 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["epoch=3"], "unknown setting 'epoch' (did you mean epochs?)"),
         (["lerning_rate=1"], "did you mean learning_rate?"),
@@ -64,9 +64,9 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         (["architecture=densnet169"], "architecture='densnet169' (did you mean densenet169?): input should be"),
     ],
 )
-def test_a_wrong_setting_is_named(words: list[str], says: str) -> None:
+def test_a_wrong_setting_is_named(arguments: list[str], says: str) -> None:
     with pytest.raises(UserError) as refusal:
-        config.load(None, [*NEEDED, *words])
+        config.load(None, [*NEEDED, *arguments])
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -121,14 +121,14 @@ def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> No
     text = VALID.get(SYNONYMS[key], "3")
     recipe.write_text(f"{key} = {text if text == '3' else json.dumps(text)}\n")
     expected = f"unknown setting {key!r} (did you mean {SYNONYMS[key]}?). See"
-    for where, given in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}={text}"]))):
+    for where, load_arguments in ((recipe, (recipe, NEEDED)), ("command line", (None, [*NEEDED, f"{key}={text}"]))):
         with pytest.raises(UserError) as refusal:
-            config.load(*given)
+            config.load(*load_arguments)
         assert str(refusal.value).startswith(f"{where}: {expected}")
 
 
 @pytest.mark.parametrize(
-    ("words", "faults"),
+    ("arguments", "faults"),
     [
         (["lr=x"], ["learning_rate='x': input should be a valid number"]),
         (["lerning_rate=-1"], ["learning_rate=-1: input should be greater than 0"]),
@@ -143,10 +143,10 @@ def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> No
         ),
     ],
 )
-def test_the_value_of_a_synonym_is_checked_too(words: list[str], faults: list[str]) -> None:
+def test_the_value_of_a_synonym_is_checked_too(arguments: list[str], faults: list[str]) -> None:
     """Law: what one start refuses, the next one does not."""
     with pytest.raises(UserError) as refusal:
-        config.load(None, [*([] if "data=8" in words else NEEDED), *words])
+        config.load(None, [*([] if "data=8" in arguments else NEEDED), *arguments])
     line = str(refusal.value)
     assert line.count("input should be") == len(faults)
     assert all(fault in line for fault in faults)
@@ -180,7 +180,7 @@ def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) 
     assert "\n" not in line
     at = {source: line.index(f"{source}: ") for source in by_source}
     for source, texts in by_source.items():
-        following = [place for place in at.values() if place > at[source]]
+        following = [index for index in at.values() if index > at[source]]
         section = line[at[source] : min(following, default=len(line))]
         assert all(section.count(text) == 1 == line.count(text) for text in texts), (source, section)
     assert "epochs=-1" not in line, "the command line wins"
@@ -270,15 +270,17 @@ def test_a_setting_does_what_its_traits_say(name: str) -> None:
     field, value = config.Settings.model_fields[name], other_value(name)
     traits = {trait for trait in Trait if trait in field.metadata}
     settings = config.load(None, NEEDED)
-    other = settings.model_copy(update={name: value})
+    changed = settings.model_copy(update={name: value})
     is_path = field.annotation is str and any(word in str(field.description) for word in ("folder", "file", "address"))
     assert is_path == bool(traits & {Trait.PATH, Trait.FILE})
     assert is_path or Trait.BY_CONTENT not in traits
     assert is_path or Trait.CHANGEABLE in traits or Trait.PER_RANK not in traits, "it decides what is learnt"
-    assert (config.identity(settings) == config.identity(other)) == bool(traits & {Trait.CHANGEABLE, Trait.BY_CONTENT})
-    assert (config.agreed(settings) == config.agreed(other)) == (Trait.PER_RANK in traits)
-    shown = "other.json" if Trait.FILE in traits else value
-    assert config.shareable(other).get(name) == (None if Trait.PATH in traits else shown)
+    assert (config.identity(settings) == config.identity(changed)) == bool(
+        traits & {Trait.CHANGEABLE, Trait.BY_CONTENT}
+    )
+    assert (config.agreed(settings) == config.agreed(changed)) == (Trait.PER_RANK in traits)
+    public_value = "other.json" if Trait.FILE in traits else value
+    assert config.shareable(changed).get(name) == (None if Trait.PATH in traits else public_value)
 
 
 def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
@@ -287,7 +289,7 @@ def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "step", "mode"),
+    ("arguments", "step", "mode"),
     [
         ([], "eager", None),
         (["step=graph"], "graph", None),
@@ -296,8 +298,10 @@ def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
         (["step=compile", "compile=reduce-overhead"], "compile", "reduce-overhead"),
     ],
 )
-def test_step_and_compile_complete_each_other(tmp_path: Path, words: list[str], step: str, mode: str | None) -> None:
-    settings = config.load(None, [*NEEDED, *words])
+def test_step_and_compile_complete_each_other(
+    tmp_path: Path, arguments: list[str], step: str, mode: str | None
+) -> None:
+    settings = config.load(None, [*NEEDED, *arguments])
     assert (settings.step, settings.compile_mode) == (step, mode)
     (tmp_path / "recipe.toml").write_text(config.to_toml(settings))
     assert config.load(tmp_path / "recipe.toml") == settings

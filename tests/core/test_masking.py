@@ -76,10 +76,10 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
         + json.dumps(config.shareable(settings))
     )
     (tmp_path / "recipe.toml").write_text(recipe)
-    kept = config.load(tmp_path / "recipe.toml")
-    assert config.identity(kept) == config.identity(settings), "what makes a run does not depend on secrets"
+    loaded = config.load(tmp_path / "recipe.toml")
+    assert config.identity(loaded) == config.identity(settings), "what makes a run does not depend on secrets"
     with pytest.raises(UserError, match="the credentials are masked"):
-        storage.open_storage(kept.shards)
+        storage.open_storage(loaded.shards)
     assert main(["shards", url, url]) == INVALID
     assert main(["train", f"shards={url}", f"run={url}", "epochs=-1"]) == INVALID
     assert main(["verify", url, url]) == INVALID
@@ -95,16 +95,16 @@ class _Forbidding(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *words: object) -> None:
+    def log_message(self, *texts: object) -> None:
         pass
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Forbidding) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"user:hunter2@127.0.0.1:{found.server_port}"
-        found.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Forbidding) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"user:hunter2@127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
 
 
 def raised(contents: list[bytes | OSError]) -> None:
@@ -118,13 +118,13 @@ def test_what_a_store_says_is_masked_too(
     path: str, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("aiohttp")
-    place = storage.open_storage(f"http://{server}/{path}")
-    check(str(place))
+    remote = storage.open_storage(f"http://{server}/{path}")
+    check(str(remote))
     for act in (
-        lambda: place.read("a"),
-        lambda: place.read_range("a", 0, 9),
-        lambda: place.copy_to("a", tmp_path / "a"),
-        lambda: raised(place.read_many(["a"])),
+        lambda: remote.read("a"),
+        lambda: remote.read_range("a", 0, 9),
+        lambda: remote.copy_to("a", tmp_path / "a"),
+        lambda: raised(remote.read_many(["a"])),
     ):
         with pytest.raises((OSError, RunError)) as error:
             act()
@@ -139,19 +139,19 @@ def test_nothing_of_a_conversion_keeps_a_secret(
     phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = f"memory://{KEY}:hunter2@ward", f"memory://{KEY}:hunter2@shards"
-    place = storage.open_storage(source)
+    remote = storage.open_storage(source)
     for path in sorted((phantoms / "train").rglob("*.png"))[:40]:
-        place.write(path.relative_to(phantoms).as_posix(), path.read_bytes())
+        remote.write(path.relative_to(phantoms).as_posix(), path.read_bytes())
     assert main(["shards", source, out, "--size", "48", "--workers", "1", "--quiet"]) == 0
     convert(source, out, size=48, workers=1)
     dataset.describe(out, tmp_path / "a.html")
     dataset.describe(source, tmp_path / "b.html")
-    kept = [
+    loaded = [
         storage.open_storage(out).read(name)
         for name in ("index.json", "report.json", "conversion.json", "manifest.csv")
     ]
-    kept += [path.read_bytes() for path in tmp_path.iterdir()]
-    for data in kept:
+    loaded += [path.read_bytes() for path in tmp_path.iterdir()]
+    for data in loaded:
         check(data.decode())
     printed = capsys.readouterr()
     check(printed.out + printed.err)

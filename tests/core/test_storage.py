@@ -43,8 +43,8 @@ def test_a_folder_is_the_same_wherever_it_lies(folder: Storage, tmp_path: Path) 
     assert folder.child("deep").names() == {"er", "c"}
     assert [folder.exists(name) for name in ("a.txt", "deep/er/b.bin", "none", "deep")] == [True, True, False, False]
     assert folder.read_range("deep/er/b.bin", 250, 10) == FILES["deep/er/b.bin"][250:260]
-    *found, missing = folder.read_many([*FILES, "none"])
-    assert found == list(FILES.values())
+    *contents, missing = folder.read_many([*FILES, "none"])
+    assert contents == list(FILES.values())
     assert isinstance(missing, FileNotFoundError)
     with pytest.raises(FileNotFoundError):
         folder.read("none")
@@ -162,11 +162,11 @@ def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
     convert(
         source if "://" in str(source) else Path(source), out if "://" in str(out) else Path(out), size=48, workers=2
     )
-    made = tmp_path / "made"
-    made.mkdir()
+    converted = tmp_path / "made"
+    converted.mkdir()
     for name in storage.open_storage(out).names():
-        storage.open_storage(out).copy_to(name, made / name)
-    laws.same_bytes(whole, made, leave_out=("conversion.json",))
+        storage.open_storage(out).copy_to(name, converted / name)
+    laws.same_bytes(whole, converted, leave_out=("conversion.json",))
     assert list(verify(out)) == []
 
 
@@ -208,10 +208,10 @@ def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> No
     ranks = [context.Process(target=open_mirrored, args=(whole, tmp_path / "mirror", opened)) for _ in range(3)]
     for rank in ranks:
         rank.start()
-    found = {opened.get(timeout=60) for _ in ranks}
+    folders = {opened.get(timeout=60) for _ in ranks}
     for rank in ranks:
         rank.join()
-    assert len(found) == 1
+    assert len(folders) == 1
     [folder] = (tmp_path / "mirror").iterdir()
     assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
     assert {path.name for path in folder.glob("*.tar")} == {path.name for path in whole.glob("*.tar")}
@@ -222,10 +222,10 @@ def test_a_mirror_that_was_cut_short_goes_on(whole: Path, tmp_path: Path) -> Non
     (folder / "index.json").unlink()
     (folder / "train-000000.tar").unlink()
     (folder / ".train-000000.tar.partial").write_bytes(b"half")
-    kept = (folder / "valid-000000.tar").stat().st_mtime_ns
+    modified_ns = (folder / "valid-000000.tar").stat().st_mtime_ns
     assert cache.local_folder(whole, tmp_path / "mirror") == folder
     assert list(verify(folder)) == []
-    assert (folder / "valid-000000.tar").stat().st_mtime_ns == kept
+    assert (folder / "valid-000000.tar").stat().st_mtime_ns == modified_ns
 
 
 def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: Path) -> None:
@@ -242,12 +242,12 @@ def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: 
 
 
 def test_what_are_no_shards_behind_a_url_is_refused(tmp_path: Path) -> None:
-    place = storage.open_storage(f"memory://{tmp_path.name}")
+    remote = storage.open_storage(f"memory://{tmp_path.name}")
     with pytest.raises(UserError, match=r"memory://.*holds no shards \(no index\.json\)\. Make them with"):
-        Shards.open(str(place))
-    place.write("conversion.json", b"{}")
-    with pytest.raises(UserError, match="the conversion is not finished\. Run the same"):
-        Shards.open(str(place))
-    place.write("index.json", b"{")
+        Shards.open(str(remote))
+    remote.write("conversion.json", b"{}")
+    with pytest.raises(UserError, match=r"the conversion is not finished\. Run the same"):
+        Shards.open(str(remote))
+    remote.write("index.json", b"{")
     with pytest.raises(UserError, match=r"index\.json is corrupt"):
-        Shards.open(str(place))
+        Shards.open(str(remote))

@@ -85,7 +85,7 @@ def test_launch_env_of_each_launcher(case: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "texts"),
     [
         ({"RANK": "3", "WORLD_SIZE": "3"}, ("rank 3 of 3", "count from 0")),
         ({"RANK": "1"}, ("rank 1 of 1", "run alone")),
@@ -106,7 +106,7 @@ def test_launch_env_of_each_launcher(case: str, monkeypatch: pytest.MonkeyPatch)
 )
 def test_contradictory_variables_are_refused(
     variables: dict[str, str],
-    words: tuple[str, ...],
+    texts: tuple[str, ...],
     shard_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +114,7 @@ def test_contradictory_variables_are_refused(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"], *words)
+    laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}"], *texts)
 
 
 def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch
 
 def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command with a controlling terminal; its output goes to pipes."""
-    ours, terminal = pty.openpty()
+    master, terminal = pty.openpty()
 
     def take_terminal() -> None:
         os.setsid()
@@ -164,7 +164,7 @@ def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.Com
             command, stdin=terminal, capture_output=True, text=True, env=env, preexec_fn=take_terminal, check=False
         )
     finally:
-        os.close(ours)
+        os.close(master)
         os.close(terminal)
 
 
@@ -291,8 +291,8 @@ with process_group.join(3, patience_s=60) as ranks:
 @pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.nightly(part="launchers"))])
 def test_late_rank_extends_only_the_first_meeting(late: int) -> None:
     """Ranks wait longer than timeout_s at the first meeting only: a late rank may wait for a stale lock."""
-    words = ("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE, late)
-    done = run(*words)
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE, late)
+    done = run(*command)
     assert done.stdout.count("met") == 2, done.stderr
     waited = re.findall(r"waited (\d+\.\d) s", done.stdout)
     assert len(waited) == 1, done.stderr
@@ -329,7 +329,7 @@ def test_srun_tasks_train_as_torchrun_ranks(whole: Callable[..., Path], shard_fo
 def test_mpirun_trains_as_torchrun(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
-    words = [
+    command = [
         shutil.which("mpirun"),
         "--allow-run-as-root",
         "--oversubscribe",
@@ -339,6 +339,6 @@ def test_mpirun_trains_as_torchrun(whole: Callable[..., Path], shard_folder: Pat
         "train",
         *TINY,
     ]
-    done = run(*words, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
+    done = run(*command, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(whole(2))

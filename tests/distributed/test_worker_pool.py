@@ -64,19 +64,19 @@ def test_results_come_in_the_order_of_the_tasks(tmp_path: Path, workers: int, nu
 def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: int) -> None:
     bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
     tasks = [(bad.get(n, "do"), n) for n in range(20)]
-    found = work(tmp_path, tasks, workers=workers)
-    assert found[2] == found[8] == TaskFailed("crashed")
-    assert found[7] == TaskFailed("did not finish within 1 s")
-    assert found[12] == "no memory"
-    assert found[15] == 15, "killed from outside: tried again, no trace"
-    assert [found[n] for n in range(20) if n not in (2, 7, 8, 12)] == [n for n in range(20) if n not in (2, 7, 8, 12)]
+    results = work(tmp_path, tasks, workers=workers)
+    assert results[2] == results[8] == TaskFailed("crashed")
+    assert results[7] == TaskFailed("did not finish within 1 s")
+    assert results[12] == "no memory"
+    assert results[15] == 15, "killed from outside: tried again, no trace"
+    assert [results[n] for n in range(20) if n not in (2, 7, 8, 12)] == [n for n in range(20) if n not in (2, 7, 8, 12)]
     assert len((tmp_path / "crash-2").read_text().split()) == 2, "tried twice, in two processes"
     assert len(set((tmp_path / "crash-2").read_text().split())) == 2
 
 
 def test_one_that_waits_for_ever_is_lost(tmp_path: Path) -> None:
-    found = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=PoolLimits(0.5, 1.0, 200 << 20))
-    assert found == [0, TaskFailed("did not finish within 0.5 s"), 2]
+    results = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=PoolLimits(0.5, 1.0, 200 << 20))
+    assert results == [0, TaskFailed("did not finish within 0.5 s"), 2]
 
 
 def test_an_exception_of_a_task_is_raised_here(tmp_path: Path) -> None:
