@@ -103,7 +103,7 @@ class Labels:
 def study_key(text: str) -> str:
     """Return the key of a study: its path from the split's folder on, or its name without trailing slashes."""
     name = table_names.join_key(text).strip()
-    return csv_files.study_of(name.replace("\\", "/")) or name.rstrip("/") or name
+    return csv_files.parse_study(name.replace("\\", "/")) or name.rstrip("/") or name
 
 
 def format_official(studies: pd.DataFrame) -> str:
@@ -114,7 +114,7 @@ def format_official(studies: pd.DataFrame) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     for study, call in zip(studies["study"], studies["call"], strict=True):
-        prefix = "MURA-v1.1/" if csv_files.study_of(study) == study else ""
+        prefix = "MURA-v1.1/" if csv_files.parse_study(study) == study else ""
         lines.writerow([table_names.escape_formula(f"{prefix}{study}/"), int(call)])
     return text.getvalue()
 

@@ -175,7 +175,7 @@ def _counts(frame: pd.DataFrame) -> dict[str, Any]:
             for name, nums in by_name
         },
         "unknown_study_types": report.unknown_study_types(frame),
-        "is_mura_v1_1": not report.against_v1_1(frame),
+        "is_mura_v1_1": not report.differences_from_v1_1(frame),
     }
 
 

@@ -225,10 +225,10 @@ def test_csvs_that_say_nothing_are_refused(tmp_path: Path) -> None:
     images = tmp_path / "train_image_paths.csv"
     for text in (b"", b"Img_Path\n", view("valid").encode(), "utf-16 text, of a spreadsheet/".encode("utf-16")):
         images.write_bytes(text)
-        refused(tmp_path, "train_image_paths.csv names no radiograph of train/", "delete it to go by the folders")
+        refused(tmp_path, "train_image_paths.csv names no radiograph of train/", "delete it to use the folders")
     images.write_text(view(patient=9))
     (tmp_path / "valid_image_paths.csv").write_text(view("valid", patient=9))
-    refused(tmp_path, "no file on disk is listed in its CSVs", "which name 2", "delete them to go by the folders")
+    refused(tmp_path, "no file on disk is listed in its CSVs", "which name 2", "delete them to use the folders")
     images.write_text('"' + "x" * 200_000)
     refused(tmp_path, "train_image_paths.csv line 1 is not CSV", "field larger", "Fix or delete the file")
 
@@ -555,12 +555,12 @@ def test_corrections_are_applied_and_recorded(tmp_path: Path) -> None:
 def test_corrections_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     make(tmp_path, view(), view(patient=2))
     labels = tmp_path / "labels.csv"
-    refused(tmp_path, "--labels", "no such file", "give a CSV of study,label lines", labels=labels)
+    refused(tmp_path, "--labels", "no such file", "Give a CSV of study,label lines", labels=labels)
     for text, words in {
-        f"{study(patient=9)},0\nx/y,1\n": ("2 studies are not in the data", "patient00009", "mend or drop them"),
+        f"{study(patient=9)},0\nx/y,1\n": ("2 studies are not in the data", "patient00009", "Fix or remove these lines"),
         f"study,label\n{study()},2\n": ("line 2", "is not study,label with a label of 0 or 1"),
         f"{study()}\n": ("line 1", "is not study,label with a label of 0 or 1"),
-        f"{study()},0\n{study()}/,1\n": ("line 2", "has label 0 and label 1; leave one of the lines"),
+        f"{study()},0\n{study()}/,1\n": ("line 2", "has label 0 and label 1. Remove one of the lines"),
     }.items():
         labels.write_text(text)
         refused(tmp_path, *words, labels=labels)
@@ -576,11 +576,11 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, memory: str, remote: boo
         return upload(folder, f"{memory}/{name}") if remote else folder
 
     nowhere = f"{memory}/nowhere" if remote else tmp_path / "nowhere"
-    refused(nowhere, f"{nowhere}: no such folder; give the folder that holds train/")
-    refused(at("flat", "image1.png"), "flat is not in MURA's layout", "imageN.png", "give the folder that holds train/")
+    refused(nowhere, f"{nowhere}: no such folder. Give the folder that holds train/")
+    refused(at("flat", "image1.png"), "flat is not in MURA's layout", "imageN.png", "Give the folder that holds train/")
     refused(at("test", "test/XR_HAND/patient1/study1/image1.png"), "no radiograph has a label", "--labels")
-    refused(at("two", "a/" + view(), "b/" + view()), "holds 2 data sets", "/a, ", "/b); give one of them")
-    refused(at("three", *(f"{n}/{view()}" for n in "abc")), "holds 3 data sets", ", ...", "give one of them")
+    refused(at("two", "a/" + view(), "b/" + view()), "holds 2 data sets", "/a, ", "/b). Give one of them")
+    refused(at("three", *(f"{n}/{view()}" for n in "abc")), "holds 3 data sets", ", ...", "Give one of them")
 
 
 def test_a_protocol_nobody_knows_is_refused() -> None:
@@ -589,13 +589,13 @@ def test_a_protocol_nobody_knows_is_refused() -> None:
 
 def test_the_command_line_says_so_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    laws.refusal(capsys, ["shards", tmp_path / "nowhere", out], "nowhere: no such folder; give the folder that holds")
+    laws.refusal(capsys, ["shards", tmp_path / "nowhere", out], "nowhere: no such folder. Give the folder that holds")
     make(tmp_path / "set", view())
     (tmp_path / "set" / "train_image_paths.csv").write_text("nothing\n")
     laws.refusal(capsys, ["shards", tmp_path / "set", out], "train_image_paths.csv names no radiograph of train/")
     (tmp_path / "set" / "train_image_paths.csv").unlink()
     laws.refusal(
-        capsys, ["shards", tmp_path / "set", out, "--labels", out], f"--labels {out}: no such file; give a CSV"
+        capsys, ["shards", tmp_path / "set", out, "--labels", out], f"--labels {out}: no such file. Give a CSV"
     )
     assert not out.exists()
 

@@ -85,7 +85,7 @@ def test_corrupt_sample_is_counted_and_training_continues(shard_folder: Path, tm
     strict = train(ranks, shards, tmp_path / "strict", "strict=true")
     assert strict.returncode == 1
     [line] = [line for line in strict.stderr.splitlines() if line.startswith("mura-dist:")]
-    assert re.search(rf"corrupt sample: row {bad[1]} .*; strict=true ends here", line)
+    assert re.search(rf"corrupt sample: row {bad[1]} .* \(strict=true\)", line)
     done = run("mura-dist", "evaluate", tmp_path / "run", shards, "--split", "tune", "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert f"corrupt sample: row {bad[1]}" in done.stderr
@@ -118,7 +118,7 @@ def test_run_logs_data_wait_and_limit(single_rank_run: Path, shard_folder: Path,
         assert line["limited_by"] == ("data" if line["data_wait_share"] > 0.05 else "compute")
     arguments = (*TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "epochs=1")
     stderr = run("mura-dist", "train", *arguments).stderr
-    assert re.search(r"batches by cpu from raw shards, \d threads a rank, \d+ micro-batches ahead", stderr)
+    assert re.search(r"batches by cpu from raw shards, \d threads per rank, \d+ micro-batches ahead", stderr)
     assert re.search(r"epoch 1 .*data wait \d+\.\d%, limited by (compute|data)", stderr)
 
 

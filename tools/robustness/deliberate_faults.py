@@ -36,8 +36,8 @@ FAULTS = (
     Fault(
         "lost-row",
         "data/loaders/sampler.py",
-        "        places[part] = rows[places[part]]\n",
-        "        places[part] = rows[np.maximum(places[part], 1)]\n",
+        "        positions[chunk] = rows[positions[chunk]]\n",
+        "        positions[chunk] = rows[np.maximum(positions[chunk], 1)]\n",
         "tests/data/loaders/test_sampler.py",
     ),
     Fault(

@@ -1,11 +1,10 @@
-"""Batches by NVIDIA DALI: decoding and geometry on the GPU, or on the CPU where there is none. Only this file and a
-benchmark's peer import DALI.
+"""Load batches with NVIDIA DALI: decoding and geometry on the GPU, or on the CPU without one.
 
-    threads of a pool: samples in our order -> one thread, on a stream of its own: external_source (pixels or bytes,
-    angles, flips) -> decoders.image | raw pixels -> rotate -> flip -> torch -> an event -> the consumer's stream
+    thread pool: samples in order -> one thread, on its own stream: external_source (pixels or bytes, angles, flips)
+        -> decoders.image | raw pixels -> rotate -> flip -> torch -> event -> the consumer's stream
 
-The consumer runs none of this: its stream waits for the event. `fn.external_source` keeps the order ours: DALI's own
-WebDataset reader shuffles within a buffer and ties its order to the number of shards it reads at once.
+The consumer's stream only waits for the event. `fn.external_source` keeps the order, where DALI's WebDataset reader shuffles
+within a buffer and depends on the number of shards that it reads at once. Only this file and a benchmark import DALI.
 """
 
 import contextlib
@@ -23,43 +22,43 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from mura_dist.data.loaders.prefetch import prefetch_in_thread, prefetch_ordered
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import MicroBatchImages, stored
+from mura_dist.data.loaders.samples import MicroBatchImages, read_samples
 from mura_dist.data.loaders.transfer import send
 from mura_dist.data.shards.codec import encode
 from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
-_DEEPEST = 8  # micro-batches DALI holds at once, each on the device
-_READY = 2  # micro-batches that came out of DALI and wait for the consumer
+_MAX_DEPTH = 8  # micro-batches in DALI, each on the device
+_READY = 2  # finished micro-batches that wait for the consumer
 
 
-def images(
+def load_images(
     shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, device: torch.device, prefetch: int
 ) -> Iterator[MicroBatchImages]:
-    """Yield the Images of each of `micros` (all of one B), in order, on `device`, for use on the caller's current stream."""
+    """Yield the images of each of `micro_batches` (all of one B), in order, on `device`, for the current stream."""
     index = None
-    if device.type == "cuda":  # looked up here: another thread's current device is another
+    if device.type == "cuda":  # here, because the current device is per thread
         index = device.index if device.index is not None else torch.cuda.current_device()
-    source = _run(shards, iter(micro_batches), workers, index, min(max(2, prefetch), _DEEPEST))
+    source = _run(shards, iter(micro_batches), workers, index, min(max(2, prefetch), _MAX_DEPTH))
     with contextlib.closing(prefetch_in_thread(source, ahead=_READY)) as ready:
         for result, event in ready:
             if event is not None:
                 stream = torch.cuda.current_stream(device)
                 stream.wait_event(event)
-                result.pixels.record_stream(stream)  # its memory is the other stream's
+                result.pixels.record_stream(stream)  # allocated on the other stream
             yield result
 
 
 def _run(
     shards: Shards, micro_batches: Iterator[MicroBatch], workers: int, index: int | None, depth: int
 ) -> Generator[tuple[MicroBatchImages, torch.cuda.Event | None], None, None]:
-    """Run a graph over `micros` on GPU `index` (None: the CPU); each result with the event after which its pixels are there."""
+    """Run a graph over `micro_batches` on GPU `index` (None: CPU). Yield images, and the event after which pixels are valid."""
     if (first := next(micro_batches, None)) is None:
         return
     size, batch = shards.size, len(first.rows)
     device = torch.device("cpu") if index is None else torch.device("cuda", index)
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool, contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
-        tasks = (pool.submit(_read, shards, micro) for micro in itertools.chain([first], micro_batches))
+        tasks = (pool.submit(_read, shards, micro_batch) for micro_batch in itertools.chain([first], micro_batches))
         feed = _Feed(prefetch_ordered(tasks, ahead=workers))
         key = (shards.encoding == "raw", batch, workers, index, depth)
         graph = _graphs.pop(key, None)
@@ -69,62 +68,67 @@ def _run(
             graph.start(feed)
         if graph.stream is not None:
             stack.enter_context(torch.cuda.stream(graph.stream))
-        while not feed.all_out():
-            # On our stream: DALI takes its memory back in that stream's order, not while the copy is still to come.
+        while not feed.is_finished():
+            # On the same stream as the copy, so that DALI does not reuse memory before it.
             (pixels,) = graph.pipe.run(graph.stream) if graph.stream is not None else graph.pipe.run()
             image = torch.empty((batch, size, size, 1), dtype=torch.uint8, device=device)
             feed_ndarray(pixels.as_tensor(), image, cuda_stream=graph.stream)
-            micro = feed.inside.popleft()
-            if not micro.mask.all():  # black as encoded; a decoder on a GPU is free to round
-                image *= send(micro.mask, device).view(batch, 1, 1, 1)
+            micro_batch = feed.in_flight.popleft()
+            if not micro_batch.mask.all():  # a GPU decoder may round encoded black
+                image *= send(micro_batch.mask, device).view(batch, 1, 1, 1)
             event = graph.stream.record_event() if graph.stream is not None else None
-            if feed.all_out():  # before the last one is given out: whoever takes it may never ask for another
+            if feed.is_finished():  # before the last yield, after which the consumer may not resume this generator
                 _graphs[key] = graph
-            yield MicroBatchImages(image.view(batch, 1, size, size), micro.rows, micro.mask, micro.damaged), event
+            yield (
+                MicroBatchImages(
+                    image.view(batch, 1, size, size), micro_batch.rows, micro_batch.mask, micro_batch.corrupt
+                ),
+                event,
+            )
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """A micro-batch as read."""
+    """A micro-batch as read from the shards."""
 
     data: list[np.ndarray]  # B of pixels uint8 (S, S, 1), or of encoded radiographs, uint8 (bytes,)
     angles: np.ndarray  # (B,) float32
     flips: np.ndarray  # (B,) int32
     rows: np.ndarray  # (B,) int64
     mask: np.ndarray  # (B,) bool
-    damaged: tuple[CorruptSampleError, ...]
+    corrupt: tuple[CorruptSampleError, ...]
 
 
-def _read(shards: Shards, micro: MicroBatch) -> _Samples:
+def _read(shards: Shards, micro_batch: MicroBatch) -> _Samples:
     size, encoding = shards.size, shards.encoding
-    samples, mask, damaged = stored(shards, micro, encoded=encoding != "raw")
+    samples, mask, corrupt = read_samples(shards, micro_batch, encoded=encoding != "raw")
     raw, black = encoding == "raw", np.zeros((size, size), np.uint8)
     blank: Any = black if raw or mask.all() else encode(black, encoding)
     present = [blank if sample is None else sample for sample in samples]
     data = [sample[..., None] if raw else np.frombuffer(sample, np.uint8) for sample in present]
-    return _Samples(data, micro.angles, micro.flips.astype(np.int32), micro.rows, mask, damaged)
+    return _Samples(data, micro_batch.angles, micro_batch.flips.astype(np.int32), micro_batch.rows, mask, corrupt)
 
 
 class _Feed:
-    """The source of external_source: of each micro-batch the data, angles and flips."""
+    """Source of external_source: data, angles and flips of each micro-batch."""
 
     def __init__(self, samples: Iterator[_Samples]) -> None:
         self._samples = samples
-        self.inside: deque[_Samples] = deque()  # what DALI has, and has not given back
-        self.ended = False
+        self.in_flight: deque[_Samples] = deque()  # in DALI
+        self.is_exhausted = False
 
-    def all_out(self) -> bool:
-        return self.ended and not self.inside
+    def is_finished(self) -> bool:
+        return self.is_exhausted and not self.in_flight
 
     def __iter__(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        for each in self._samples:
-            self.inside.append(each)
-            yield each.data, each.angles, each.flips
-        self.ended = True
+        for samples in self._samples:
+            self.in_flight.append(samples)
+            yield samples.data, samples.angles, samples.flips
+        self.is_exhausted = True
 
 
 class _Graph:
-    """A DALI pipeline, kept from one epoch to the next: built anew each time, its memory grew by 2 MiB an epoch."""
+    """A DALI pipeline that is reused by later epochs, because rebuilding it leaks memory."""
 
     def __init__(self, feed: Iterable[Any], raw: bool, batch: int, workers: int, index: int | None, depth: int) -> None:
         self.feed = feed
@@ -141,18 +145,18 @@ class _Graph:
         self.pipe.build()
 
     def start(self, feed: Iterable[Any]) -> None:
-        """Once more, after everything of the last feed came out."""
+        """Reuse the pipeline for a new feed, after all results of the last one."""
         with contextlib.suppress(StopIteration):
             self.pipe.run()
         self.feed = feed
         self.pipe.reset()
 
     def __iter__(self) -> Iterator[Any]:
-        """DALI asks for the next epoch's iterator at the end of the one before: what it goes over is looked up when it starts."""
+        """Iterate over the current feed, which is looked up at the start because DALI requests the iterator early."""
         yield from self.feed
 
 
-_graphs: dict[tuple[Any, ...], _Graph] = {}  # idle ones; one in use, or left in mid-epoch, is not in here
+_graphs: dict[tuple[Any, ...], _Graph] = {}  # idle graphs; those of an unfinished epoch are dropped
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
@@ -163,6 +167,6 @@ def _pipeline(feed: Iterable[Any], *, raw: bool, on_gpu: bool) -> Any:
         pixels = data.gpu() if on_gpu else data
     else:
         pixels = fn.decoders.image(data, device="mixed" if on_gpu else "cpu", output_type=types.GRAY)
-    # DALI turns about S/2 in coordinates whose pixel centers lie at 1/2: OpenCV's (S-1)/2.
-    turned = fn.rotate(pixels, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
-    return fn.flip(turned, horizontal=flip)
+    # DALI rotates about S/2 with pixel centers at 1/2, which is OpenCV's (S-1)/2.
+    rotated = fn.rotate(pixels, angle=angle, keep_size=True, fill_value=0, interp_type=types.INTERP_LINEAR)
+    return fn.flip(rotated, horizontal=flip)

@@ -1,4 +1,4 @@
-"""How much memory of a device this rank could still allocate."""
+"""Measure how much memory of a device this rank can still allocate."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mura_dist.distributed import environment
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, with torch's cache; on a CPU this rank's share of what Linux calls available."""
+    """Return a GPU's free memory including torch's cache, or on a CPU this rank's share of the available memory (Linux)."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached

@@ -1,13 +1,11 @@
-"""From shards to batches: one contract, three backends with the same pixels.
+"""Load batches from shards, by one of three backends with the same pixels.
 
-    MicroBatch (rows, angles, flips, mask) -> Images of a backend -> Batch on the device
+    MicroBatch (rows, angles, flips, mask) -> MicroBatchImages of a backend -> Batch on the device
 
-`dali` (made for the GPU), `cpu` (OpenCV) and `resident` (radiographs that stay on the device; experimental) rotate
-counter-clockwise about the center, bilinear, fill 0, canvas kept, then flip left-right. Where there is neither rotation nor
-flip, the pixels are the stored ones.
+`dali` (for GPUs), `cpu` (OpenCV) and `resident` (radiographs stay on the device; experimental) rotate counter-clockwise about
+the center (bilinear, fill 0, same canvas), then flip left-right. Without rotation and flip, pixels are the stored ones.
 
-A damaged sample is named on stderr once, its place is masked like one that only fills the shape, and the work goes on;
-with `strict` it ends.
+A corrupt sample is reported once on stderr and masked like padding. With `strict` it is an error.
 """
 
 import contextlib
@@ -35,20 +33,20 @@ from mura_dist.distributed import environment
 from mura_dist.distributed.processes import num_processors
 from mura_dist.distributed.watchdog import Watchdog
 
-# Of pixels a rank holds ready by default: seconds of training, a moment's hiccup of a disk.
+# Pixels that a rank prefetches by default: seconds of training.
 _PREFETCHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device. Where mask is False: image 0, label 0, weight 0, and row -1 unless its sample is damaged."""
+    """One micro-batch on the device. Where mask is False: image, label and weight 0, and row -1 unless the sample is corrupt."""
 
     image: Tensor  # (B, 1, S, S) uint8
     label: Tensor  # (B,) float32, 0 or 1
-    weight: Tensor  # (B,) float32, the loss's
+    weight: Tensor  # (B,) float32, of the loss
     row: Tensor  # (B,) int64
     mask: Tensor  # (B,) bool
-    num_corrupt: int = 0  # places whose samples are corrupt: a subset of those where mask is False
+    num_corrupt: int = 0  # number of corrupt samples, where mask is False
 
 
 @dataclass(frozen=True)
@@ -67,37 +65,36 @@ class RowTargets:
         if loss_weights != "none":
             train = shards.rows("train")
             pairs = compute_class_weights(loss_weights, study_type[train], label[train], set(study_type))
-            weight[:] = [pairs[name][one] for name, one in zip(study_type, label, strict=True)]
+            weight[:] = [pairs[name][positive] for name, positive in zip(study_type, label, strict=True)]
         return cls(label.astype(np.float32), weight)
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """What makes one rank's batches from its micro-batches."""
+    """Loader of one rank's batches."""
 
     shards: Shards
     targets: RowTargets
     device: torch.device
     backend: str  # dali, cpu or resident
-    micro_batch: int  # B of training's micro-batches; load() takes others
+    micro_batch: int  # B in training; load() takes other sizes too
     workers: int  # threads
-    prefetch: int = 0  # micro-batches of that size ready ahead of the step; 0: two a thread
-    strict: bool = False  # RunError at the first damaged sample
-    timeout_s: float = math.inf  # one of several ranks that waits longer for a batch says so and ends
-    note: str = ""  # why the backend is not what it should be
+    prefetch: int = 0  # micro-batches of that size to prefetch; 0: two per thread
+    strict: bool = False  # RunError at the first corrupt sample
+    timeout_s: float = math.inf  # with several ranks, exit after waiting this long for a batch
+    note: str = ""  # reason for a fallback backend
 
     @classmethod
     def from_settings(
         cls, settings: Settings, shards: Shards, targets: RowTargets, device: torch.device
     ) -> "BatchLoader":
-        """Choose from the machine what the settings leave open.
+        """Create a loader, and choose by the machine what the settings leave open.
 
-        The backend is DALI on CUDA where it is installed, OpenCV elsewhere. The threads are this rank's share of the
-        processors, four at most (eight beside a GPU, which needs none). As many micro-batches are ready ahead as 64 MiB hold,
-        from two a thread to sixteen a thread.
+        The backend is DALI on CUDA where it is installed, else OpenCV. The threads are this rank's share of the processors, at
+        most four (eight with a GPU). 64 MiB of micro-batches are prefetched, between two and sixteen per thread.
 
         Raises:
-            UserError: pipeline=dali where DALI cannot be imported.
+            UserError: pipeline=dali, but DALI cannot be imported.
         """
         cuda = device.type == "cuda"
         backend, note = choose_backend(settings.pipeline, device)
@@ -118,45 +115,47 @@ class BatchLoader:
         )
 
     def load(self, micro_batches: Iterable[MicroBatch]) -> Generator[Batch, None, None]:
-        """Yield a Batch for each of `micros`, in their order. Closing the iterator ends its threads.
+        """Yield a Batch for each of `micro_batches`, in order. Closing the iterator ends its threads.
 
         Raises:
-            RunError: the shards cannot be read (ShardReadError), or a sample is damaged and `strict` is set.
+            RunError: The shards cannot be read (ShardReadError), or a sample is corrupt and `strict` is set.
         """
-        for images in _in_time(self._images(micro_batches), self.shards, self.timeout_s):
-            for damaged in images.damaged:
+        for images in _with_timeout(self._images(micro_batches), self.shards, self.timeout_s):
+            for corrupt in images.corrupt:
                 if self.strict:
                     raise RunError(
-                        f"{damaged}; strict=true ends here: mend it (`mura-dist verify` names all), then the same command"
+                        f"{corrupt} (strict=true). Make its shard again (`mura-dist verify` lists all), then rerun."
                     )
-                if self.shards.record_corrupt(damaged):
-                    print(f"{damaged}; left out, the run goes on (strict=true would end it)", file=sys.stderr)  # noqa: T201
+                if self.shards.record_corrupt(corrupt):
+                    print(f"{corrupt}. It is skipped (strict=true makes it an error).", file=sys.stderr)  # noqa: T201
             yield self._batch(images)
 
     def _images(self, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatchImages]:
-        coming = iter(micro_batches)
-        if (first := next(coming, None)) is None:
+        remaining = iter(micro_batches)
+        if (first := next(remaining, None)) is None:
             return iter(())
-        micro_batches, ahead = itertools.chain([first], coming), self._num_ahead(len(first.rows))
+        micro_batches, ahead = itertools.chain([first], remaining), self._num_ahead(len(first.rows))
         if self.backend == "dali":
             from mura_dist.data.loaders import dali
 
-            return dali.images(self.shards, micro_batches, workers=self.workers, device=self.device, prefetch=ahead)
+            return dali.load_images(
+                self.shards, micro_batches, workers=self.workers, device=self.device, prefetch=ahead
+            )
         if self.backend == "resident":
-            return resident.images(self._store, micro_batches, workers=self.workers, prefetch=ahead)
+            return resident.load_images(self._store, micro_batches, workers=self.workers, prefetch=ahead)
         from mura_dist.data.loaders import opencv
 
         pinned = self.device.type == "cuda"
-        return opencv.images(self.shards, micro_batches, workers=self.workers, prefetch=ahead, pinned=pinned)
+        return opencv.load_images(self.shards, micro_batches, workers=self.workers, prefetch=ahead, pinned=pinned)
 
     def _num_ahead(self, batch: int) -> int:
-        """Micro-batches of `batch` radiographs to have ready: no more radiographs than of training's, down to two a thread."""
+        """Return how many micro-batches of `batch` radiographs to prefetch: the memory of training's, at least two per thread."""
         ahead = self.prefetch or 2 * self.workers
         return min(ahead, max(2 * self.workers, ahead * self.micro_batch // batch))
 
     def _batch(self, images: MicroBatchImages) -> Batch:
-        rows, mask, num_corrupt = images.rows, images.mask, len(images.damaged)
-        if self.device.type == "cpu":  # the device's way would take longer here
+        rows, mask, num_corrupt = images.rows, images.mask, len(images.corrupt)
+        if self.device.type == "cpu":  # faster than DeviceTargets on a CPU
             label = np.where(mask, self.targets.label[rows], 0).astype(np.float32)
             weight = np.where(mask, self.targets.weight[rows], 0).astype(np.float32)
             arrays = [torch.from_numpy(array) for array in (label, weight, rows, mask)]
@@ -173,27 +172,27 @@ class BatchLoader:
         return DeviceTargets(self.targets.label, self.targets.weight, self.device)
 
     def __str__(self) -> str:
-        how = f"{self.workers} threads a rank, {self.prefetch} micro-batches ahead"
+        threads = f"{self.workers} threads per rank, {self.prefetch} micro-batches ahead"
         note = f" ({self.note})" if self.note else ""
-        return f"batches by {self.backend}{note} from {self.shards.encoding} shards, {how}"
+        return f"batches by {self.backend}{note} from {self.shards.encoding} shards, {threads}"
 
 
-def _in_time(
-    made: Iterator[MicroBatchImages], shards: Shards, timeout_s: float
+def _with_timeout(
+    batches: Iterator[MicroBatchImages], shards: Shards, timeout_s: float
 ) -> Generator[MicroBatchImages, None, None]:
-    """The same; where several ranks are and one waits longer than `timeout_s`, its process ends."""
+    """Yield `batches`. One of several ranks that waits longer than `timeout_s` for one exits."""
     env = environment.launch_env()
     if env.world_size == 1 or math.isinf(timeout_s):
-        yield from made
+        yield from batches
         return
     line = (
-        f"rank {env.rank} waited {timeout_s:g} s (collective_timeout_s) for radiographs from {shards.folder}: the disk is slow, or gone; "
-        "mend it, or give mirror=FOLDER on this machine's own; the same command goes on from the last checkpoint"
+        f"rank {env.rank} waited {timeout_s:g} s (collective_timeout_s) for radiographs from {shards.folder}: the disk is slow "
+        "or gone. Fix it, or give mirror=FOLDER on a local disk. The same command resumes from the last checkpoint."
     )
     with contextlib.closing(Watchdog(timeout_s, line)) as watchdog:
         while True:
             with watchdog.waiting():
-                images = next(made, None)
+                images = next(batches, None)
             if images is None:
                 return
             yield images

@@ -1,7 +1,7 @@
-"""Batches by OpenCV, on the host's processors.
+"""Load batches with OpenCV, on the host's processors.
 
-Rotation and flip are one affine warp from the stored pixels into the batch. A few threads stay some micro-batches ahead
-(OpenCV, zlib and reading release the interpreter's lock); results come in the order asked for.
+Rotation and flip are one affine warp from the stored pixels into the batch. Threads work some micro-batches ahead (OpenCV, zlib
+and file reads release the GIL), and results come in order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,46 +13,53 @@ import torch
 
 from mura_dist.data.loaders.prefetch import prefetch_ordered
 from mura_dist.data.loaders.sampler import MicroBatch
-from mura_dist.data.loaders.samples import MicroBatchImages, stored
+from mura_dist.data.loaders.samples import MicroBatchImages, read_samples
 from mura_dist.data.shards.reader import Shards
 
 
-def images(
+def load_images(
     shards: Shards, micro_batches: Iterable[MicroBatch], *, workers: int, prefetch: int, pinned: bool = False
 ) -> Iterator[MicroBatchImages]:
-    """Yield the Images of each of `micros`, in order, on the host; `pinned`: in memory that a GPU copies from by itself."""
-    cv2.setNumThreads(1)  # our threads are the parallelism; OpenCV's own would fight them
+    """Yield the images of each of `micro_batches`, in order, on the host, in pinned memory if `pinned`."""
+    cv2.setNumThreads(1)  # the pool's threads are the parallelism
     pool = ThreadPoolExecutor(workers, thread_name_prefix="load")
     try:
         yield from prefetch_ordered(
-            (pool.submit(load, shards, micro, pinned) for micro in micro_batches), ahead=prefetch
+            (pool.submit(load, shards, micro_batch, pinned) for micro_batch in micro_batches), ahead=prefetch
         )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(shards: Shards, micro: MicroBatch, pinned: bool = False) -> MicroBatchImages:
-    """Read and augment one micro-batch, straight into the memory it is sent from."""
+def load(shards: Shards, micro_batch: MicroBatch, pinned: bool = False) -> MicroBatchImages:
+    """Read and augment one micro-batch."""
     size = shards.size
-    samples, mask, damaged = stored(shards, micro, encoded=False)
+    samples, mask, corrupt = read_samples(shards, micro_batch, encoded=False)
     shape = (len(samples), 1, size, size)
-    # NumPy's memory is written to a twentieth faster than torch's, where it need not be pinned.
+    # Unpinned memory of NumPy is written faster than torch's.
     image = (
         torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         if pinned
         else torch.from_numpy(np.empty(shape, np.uint8))
     )
     batch = image.numpy()
-    for place, pixels in enumerate(samples):
+    for position, pixels in enumerate(samples):
         if pixels is None:
-            batch[place] = 0
+            batch[position] = 0
         else:
-            augment(pixels, float(micro.angles[place]), bool(micro.flips[place]), batch[place, 0])
-    return MicroBatchImages(image, micro.rows, mask, damaged)
+            augment(pixels, float(micro_batch.angles[position]), bool(micro_batch.flips[position]), batch[position, 0])
+    return MicroBatchImages(image, micro_batch.rows, mask, corrupt)
 
 
 def augment(source: np.ndarray, angle_deg: float, flip: bool, out: np.ndarray) -> None:
-    """Rotate `source` uint8 (S, S) counter-clockwise about its center, then flip left-right, into `out` uint8 (S, S)."""
+    """Rotate an image counter-clockwise about its center, then flip it left-right.
+
+    Args:
+        source: uint8 (S, S).
+        angle_deg: Angle in degrees.
+        flip: Whether to flip.
+        out: Result, uint8 (S, S).
+    """
     if angle_deg == 0:
         np.copyto(out, source[:, ::-1] if flip else source)
         return

@@ -1,6 +1,6 @@
-"""Work ahead of the one that consumes the results, in order, with a bound on what lies ready.
+"""Compute results ahead of their consumer, in order, with a bound on the results in memory.
 
-in_order: tasks of a pool's threads        in_background: an iterator, run by one thread of its own
+prefetch_ordered: tasks of a thread pool        prefetch_in_thread: a generator, run by one thread
 """
 
 import contextlib
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def prefetch_ordered(tasks: Iterable[Future[T]], *, ahead: int) -> Iterator[T]:
-    """Yield the results of `tasks` in their order; of those, up to `ahead` are taken (and so submitted) early."""
+    """Yield the results of `tasks` in order. Up to `ahead` tasks are taken, and hence submitted, early."""
     pending: deque[Future[T]] = deque()
     for task in tasks:
         pending.append(task)
@@ -26,19 +26,19 @@ def prefetch_ordered(tasks: Iterable[Future[T]], *, ahead: int) -> Iterator[T]:
 
 
 def prefetch_in_thread(source: Generator[T, None, None], *, ahead: int) -> Generator[T, None, None]:
-    """Yield what `source` yields. A thread runs it, up to `ahead` items early; the caller's thread runs none of its code.
+    """Yield the items of `source`, which a thread runs up to `ahead` items early.
 
-    An error of `source` is raised here, after the items before it. Closing this generator closes `source`, in its thread,
-    when its current item is done, and waits for that.
+    An error of `source` is raised after the items before it. Closing this generator closes `source` in its thread after the
+    current item, and waits for that.
     """
     results: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
-    room, is_closing = threading.Semaphore(ahead), threading.Event()
+    slots, is_closing = threading.Semaphore(ahead), threading.Event()
 
     def run() -> None:
         end: BaseException | None = None
         try:
             with contextlib.closing(source):
-                while room.acquire() and not is_closing.is_set():
+                while slots.acquire() and not is_closing.is_set():
                     results.put((next(source),))
         except StopIteration:
             pass
@@ -51,10 +51,10 @@ def prefetch_in_thread(source: Generator[T, None, None], *, ahead: int) -> Gener
     try:
         while isinstance(result := results.get(), tuple):
             yield result[0]
-            room.release()
+            slots.release()
         if result is not None:
             raise result
     finally:
         is_closing.set()
-        room.release()
+        slots.release()
         thread.join()

@@ -1,10 +1,10 @@
-"""Which radiographs, in which order, turned by how much: pure functions of (rows, seed, epoch, step), no state.
+"""Choose the radiographs of each micro-batch, their order and augmentation, as pure functions of (rows, seed, epoch, step).
 
-    rows of the split -> order of an epoch -> global batch of a step -> micro-batches -> those of one rank
+    rows of the split -> permutation of an epoch -> global batch of a step -> micro-batches -> those of one rank
 
-The random numbers come from augmentation.py. The order is a sort of keys that are all different (random upper bits, the
-place in the lower ones), so that no sorting algorithm can give another one. Angles and flips belong to the places of that
-order. Nothing here knows threads, workers or what ran before; the world size only decides who takes which micro-batch.
+augmentation.py draws the random numbers. The permutation sorts distinct keys (random upper bits, position in the lower bits), so
+that it does not depend on the sorting algorithm. Angles and flips belong to positions of the permutation. Nothing depends on
+threads, workers or history. The world size only decides which rank takes which micro-batch.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,18 @@ import numpy as np
 
 from mura_dist.data.loaders.augmentation import draw_augmentations, draw_order_keys
 
-_PART = 1 << 18  # of an order worked on at once
+_CHUNK = 1 << 18  # positions processed at a time
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank forwards at once. rows int64 (B,); angles float32 (B,) degrees, counter-clockwise; flips bool (B,);
-    mask bool (B,), False where a place only fills the shape."""
+    """The radiographs of one forward pass.
+
+    rows: int64 (B,).
+    angles: float32 (B,), degrees counter-clockwise.
+    flips: bool (B,).
+    mask: bool (B,), False for padding.
+    """
 
     rows: np.ndarray
     angles: np.ndarray
@@ -29,7 +34,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass: rows int64 (n,) in order, and what decides the augmentation of the radiograph at each place."""
+    """One pass over a split: its rows in order, int64 (n,), and the parameters of the augmentation."""
 
     rows: np.ndarray
     seed: int
@@ -38,7 +43,7 @@ class Epoch:
     flip: bool
 
     def micro_batch(self, start: int, size: int) -> MicroBatch:
-        """The radiographs at places start .. start + size, and how they are turned."""
+        """Return the micro-batch of the positions start .. start + size."""
         angles, flips = draw_augmentations(
             self.seed, self.epoch, start, size, rotate_deg=self.rotate_deg, flip=self.flip
         )
@@ -46,52 +51,64 @@ class Epoch:
 
 
 def epoch_permutation(rows: np.ndarray, seed: int, epoch: int, *, rotate_deg: float, flip: bool) -> Epoch:
-    """The whole order of an epoch. Ten million rows (int64) take as much memory again as they do, 76 MiB (docs/benchmarks.md)."""
-    place_bits = np.uint64(max(1, len(rows) - 1).bit_length())
-    keys = draw_order_keys(seed, epoch, len(rows))  # the only array as long: at last the result
-    keys >>= place_bits
-    keys <<= place_bits
-    for part in _parts(len(rows)):
-        keys[part] |= np.arange(part.start, part.stop, dtype=np.uint64)
+    """Permute rows, int64 (n,), for an epoch. Peak memory is that of one more array of n int64 (docs/benchmarks.md)."""
+    position_bits = np.uint64(max(1, len(rows) - 1).bit_length())
+    keys = draw_order_keys(seed, epoch, len(rows))  # becomes the result in place
+    keys >>= position_bits
+    keys <<= position_bits
+    for chunk in _chunks(len(rows)):
+        keys[chunk] |= np.arange(chunk.start, chunk.stop, dtype=np.uint64)
     keys.sort()
-    keys &= (np.uint64(1) << place_bits) - np.uint64(1)
-    places = keys.view(np.int64)
-    for part in _parts(len(rows)):
-        places[part] = rows[places[part]]
-    return Epoch(places, seed, epoch, rotate_deg, flip)
+    keys &= (np.uint64(1) << position_bits) - np.uint64(1)
+    positions = keys.view(np.int64)
+    for chunk in _chunks(len(rows)):
+        positions[chunk] = rows[positions[chunk]]
+    return Epoch(positions, seed, epoch, rotate_deg, flip)
 
 
-def _parts(size: int) -> list[slice]:
-    """What is done to a long array at a time, so that nothing beside it is as long."""
-    return [slice(start, min(start + _PART, size)) for start in range(0, size, _PART)]
+def _chunks(size: int) -> list[slice]:
+    """Split a long array into slices, so that temporary arrays stay small."""
+    return [slice(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
 
 
 def steps_per_epoch(num_rows: int, global_batch: int) -> int:
-    """Whole global batches; the remainder sits this epoch out (another one in the next, the order being another)."""
+    """Return the number of complete global batches. The remainder, which differs in each epoch, is skipped."""
     return num_rows // global_batch
 
 
 def step_micro_batches(
     epoch: Epoch, step: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int
 ) -> list[MicroBatch]:
-    """The micro-batches of `step` (0-based within the epoch) that `rank` takes: whole ones, in order."""
+    """Return the micro-batches of a rank in a step, counted from 0 within the epoch.
+
+    Args:
+        epoch: Result of epoch_permutation.
+        step: Step within the epoch.
+        global_batch: Radiographs per step, a multiple of micro_batch x world_size.
+        micro_batch: Radiographs per micro-batch.
+        rank: Rank.
+        world_size: Number of ranks.
+    """
     num_micro_batches = global_batch // micro_batch
     assert num_micro_batches * micro_batch == global_batch, (global_batch, micro_batch)
     assert num_micro_batches % world_size == 0, (num_micro_batches, world_size)
-    mine = range(rank * num_micro_batches // world_size, (rank + 1) * num_micro_batches // world_size)
-    return [epoch.micro_batch(step * global_batch + number * micro_batch, micro_batch) for number in mine]
+    numbers = range(rank * num_micro_batches // world_size, (rank + 1) * num_micro_batches // world_size)
+    return [epoch.micro_batch(step * global_batch + number * micro_batch, micro_batch) for number in numbers]
 
 
 def evaluation_micro_batches(rows: np.ndarray, *, micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:
-    """All of `rows` over all ranks, each exactly once, unaugmented; every rank gets as many micro-batches, padded by mask."""
+    """Return a rank's micro-batches of an evaluation, in which each of `rows` occurs once over all ranks, not augmented.
+
+    Every rank gets the same number of micro-batches, padded with row -1 and mask False.
+    """
     num_micro_batches = -(-len(rows) // (micro_batch * world_size))
     padded = np.full(num_micro_batches * micro_batch * world_size, -1, np.int64)
     padded[: len(rows)] = rows
-    mine = padded.reshape(world_size, num_micro_batches, micro_batch)[rank]
-    zeros, upright = np.zeros(micro_batch, np.float32), np.zeros(micro_batch, bool)
-    return [MicroBatch(part, zeros, upright, part >= 0) for part in mine]
+    of_rank = padded.reshape(world_size, num_micro_batches, micro_batch)[rank]
+    zeros, unflipped = np.zeros(micro_batch, np.float32), np.zeros(micro_batch, bool)
+    return [MicroBatch(batch, zeros, unflipped, batch >= 0) for batch in of_rank]
 
 
 def nearest_global_batch(global_batch: int, unit: int) -> int:
-    """The multiple of `unit` (micro-batch x ranks) nearest to `global_batch`, at least one unit."""
+    """Return the multiple of `unit` (micro-batch x ranks) nearest to `global_batch`, at least one unit."""
     return max(1, round(global_batch / unit)) * unit

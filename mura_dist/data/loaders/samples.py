@@ -1,4 +1,4 @@
-"""What a backend makes of a micro-batch: pixels, and which places really hold a radiograph."""
+"""The images of a micro-batch, which each backend produces, and the reading of its samples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +12,34 @@ from mura_dist.data.shards.reader import CorruptSampleError, Shards
 
 @dataclass(frozen=True)
 class MicroBatchImages:
-    """Where mask is False, pixels are 0: a place that only fills the shape, or one whose sample is damaged."""
+    """The images of a micro-batch. Where mask is False (padding or a corrupt sample), pixels are 0."""
 
     pixels: Tensor  # (B, 1, S, S) uint8, on the host or on the device
     rows: np.ndarray  # (B,) int64
     mask: np.ndarray  # (B,) bool
-    damaged: tuple[CorruptSampleError, ...]
+    corrupt: tuple[CorruptSampleError, ...]
 
 
-def stored(
-    shards: Shards, micro: MicroBatch, *, encoded: bool
+def read_samples(
+    shards: Shards, micro_batch: MicroBatch, *, encoded: bool
 ) -> tuple[list[Any], np.ndarray, tuple[CorruptSampleError, ...]]:
-    """For each place its sample (encoded: bytes, else pixels uint8 (S, S)), None where there is none; the mask; the damage."""
+    """Read the samples of a micro-batch.
+
+    Args:
+        shards: Where to read.
+        micro_batch: Rows to read.
+        encoded: Return encoded samples, bytes, instead of pixels, uint8 (S, S).
+
+    Returns:
+        A list of B samples, None where there is none; their mask, bool (B,); the errors of corrupt samples.
+    """
     read = shards.read_encoded if encoded else shards.read_pixels
-    samples: list[Any] = [None] * len(micro.rows)
-    mask, damaged = micro.mask.copy(), []
-    for place in np.flatnonzero(micro.mask).tolist():
+    samples: list[Any] = [None] * len(micro_batch.rows)
+    mask, corrupt = micro_batch.mask.copy(), []
+    for position in np.flatnonzero(micro_batch.mask).tolist():
         try:
-            samples[place] = read(int(micro.rows[place]))
-        except CorruptSampleError as one:
-            mask[place] = False
-            damaged.append(one)
-    return samples, mask, tuple(damaged)
+            samples[position] = read(int(micro_batch.rows[position]))
+        except CorruptSampleError as error:
+            mask[position] = False
+            corrupt.append(error)
+    return samples, mask, tuple(corrupt)

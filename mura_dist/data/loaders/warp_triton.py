@@ -1,16 +1,16 @@
-"""The Triton kernel of warp.py. Imported where Triton is installed and the device is CUDA; its interpreter runs it anywhere."""
+"""The Triton kernel of warp.py. Imported where Triton is installed and the device is CUDA. Its interpreter runs anywhere."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # output pixels of a program
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused product and sum is rounded otherwise than torch's
+_BLOCK = 1024  # output pixels per program
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fusing a product and a sum would round differently from torch
 
 
 def warp_by_triton(pixels: Tensor, slots: Tensor, maps: Tensor) -> Tensor:
-    """Warp as warp_by_torch does, to the bit, in one kernel."""
+    """Warp in one kernel, with the bits of warp_by_torch."""
     size = pixels.shape[-1]
     out = torch.empty((len(slots), 1, size, size), dtype=torch.uint8, device=pixels.device)
     grid = (len(slots), triton.cdiv(size * size, _BLOCK))
@@ -31,9 +31,9 @@ def _warp(pixels, slots, maps, out, slot_stride, map_stride, size: tl.constexpr,
     d, e, f = tl.load(values + 3), tl.load(values + 4), tl.load(values + 5)
     source_x = a * x + (b * y + c)
     source_y = d * x + (e * y + f)
-    left, top = tl.floor(source_x), tl.floor(source_y)
-    share_x, share_y = source_x - left, source_y - top
-    column, row = left.to(tl.int32), top.to(tl.int32)
+    x0, y0 = tl.floor(source_x), tl.floor(source_y)
+    share_x, share_y = source_x - x0, source_y - y0
+    column, row = x0.to(tl.int32), y0.to(tl.int32)
     is_real = is_output & (position >= tl.where(slot < 0, size * size, 0))
     has_left, has_right = (column >= 0) & (column < size), (column >= -1) & (column < size - 1)
     has_top, has_bottom = is_real & (row >= 0) & (row < size), is_real & (row >= -1) & (row < size - 1)
@@ -45,6 +45,6 @@ def _warp(pixels, slots, maps, out, slot_stride, map_stride, size: tl.constexpr,
     far = tl.load(corner + size + 1, has_bottom & has_right, other=0).to(tl.float32)
     lower = near + share_x * (far - near)
     value = upper + share_y * (lower - upper)
-    # To an integer, half to even: float32 holds none but integers from 2**23 on.
+    # Round half to even: from 2**23 on, float32 has integers only.
     rounded = (value + 12582912.0) - 12582912.0
     tl.store(out + radiograph.to(tl.int64) * (size * size) + position, rounded.to(tl.uint8), is_output)

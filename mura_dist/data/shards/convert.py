@@ -1,18 +1,18 @@
-"""From a folder in MURA's layout to shards.
+"""Convert a folder in MURA's layout to shards.
 
-    scan -> cut_tune -> manifest.csv -> for each shard: read radiographs in guarded processes, pack -> report.json -> index.json
+    scan -> cut_tune -> manifest.csv -> for each shard: read radiographs in a worker pool, pack -> report.json -> index.json
 
-Workers decode, one process writes, in row order: the bytes do not depend on the number of workers. A shard whose mark is there is
-finished (writer.py); the same command again makes the others. conversion.json, written first, holds the plan, so that another
+Workers decode, and one process writes in row order, so that the bytes do not depend on the number of workers. The same command
+resumes: a shard with a completion mark is finished (writer.py). conversion.json, written first, holds the plan, so that another
 conversion into the same folder is refused. Source and target may be URLs.
 
-A tar is compared with its mark before the mark is written and whenever the command starts again. A file that an I/O fault kept
-from being read keeps its shard from being finished, and no other: train-000000.faults.json lists such files, the same command
-makes that shard again, and until then there is no index.json.
+A tar is compared with its mark before the mark is written and at each start of the command. An I/O fault leaves only its own
+shard unfinished: train-000000.faults.json lists the files, the same command makes that shard again, and index.json is written
+after that.
 
-Several ranks (torchrun's or Slurm's) share the work: each takes every n-th shard, the first one writes the other files, and makes
-itself what a rank that fell silent has left undone. Nobody talks to anybody but through the target. In a local folder each rank
-holds a lock, so that a second start of the same share is refused.
+Several ranks (torchrun or Slurm) divide the shards, and communicate through the target only. Rank r of n takes every n-th shard.
+Rank 0 writes the other files, and also the shards of ranks that make no progress. In a local folder each rank holds a lock, so
+that a second start of the same rank is refused.
 """
 
 import contextlib
@@ -50,16 +50,16 @@ from mura_dist.distributed.worker_pool import PoolLimits, TaskFailed, WorkerPool
 
 SAMPLES_PER_SHARD = 512
 SIZE_LIMITS = (32, MAX_SIZE_PX)
-PLAN_WAIT_S = 120.0  # how long a rank waits for the first one's plan
-SILENCE_S = 60.0  # without a new shard for so long, the first rank makes the missing ones itself
-RANKS = ".ranks"  # the folder of the ranks' locks
-_CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs a worker takes at once, and their pixels at most
-_FETCHING_THREADS = 4  # chunks of a remote source on their way at once
+PLAN_WAIT_S = 120.0  # timeout of other ranks for rank 0's plan
+SILENCE_S = 60.0  # without a new shard for this long, rank 0 makes the missing ones
+RANKS = ".ranks"  # folder of the ranks' locks
+_CHUNK, _CHUNK_BYTES = 8, 4 << 20  # radiographs per task of a worker, and their pixels at most
+_FETCH_THREADS = 4  # each fetches a chunk of a remote source
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is made, where, by whom. `plan` is all that decides the bytes."""
+    """One rank's view of a conversion. `plan` contains everything that determines the bytes."""
 
     out: Storage
     root: StoragePath
@@ -87,29 +87,46 @@ def convert(
     limits: PoolLimits = worker_pool.DEFAULT_LIMITS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any] | None:
-    """Convert `source` into shards in `out`; returns index.json's content, on ranks but the first None. Finished shards stay.
+    """Convert a folder in MURA's layout to shards, or resume that.
 
-    size: pixels of a side; encoding: raw, png or jpeg; tune: share of the train patients; labels: a file of corrections;
-    strict: any defect of the source, any unreadable file, ends it; duplicates: keep, drop-train or group (duplicate_policy.py);
-    limits: what reading one file may take. Raises UserError, RunError, StopRequestedError; OSError when the disk is full.
+    Args:
+        source: Folder or URL in MURA's layout.
+        out: Folder or URL of the shards.
+        size: Side of the radiographs in pixels.
+        encoding: raw, png or jpeg.
+        workers: Worker processes. Default: one per processor.
+        tune: Share of the train patients for the split tune.
+        seed: Seed of that choice.
+        labels: CSV of corrected labels (`study,label`).
+        strict: Fail on any defect of the source and on any unreadable file.
+        duplicates: keep, drop-train or group (duplicate_policy.py).
+        limits: Limits of reading one file.
+        progress: Called with the numbers of finished and of all radiographs.
+
+    Returns:
+        The content of index.json on rank 0, None on other ranks.
+
+    Raises:
+        UserError: Invalid arguments, or `out` holds something else.
+        RunError: The source failed `strict`, or could not be read.
+        StopRequestedError: Interrupted. Finished shards stay.
+        OSError: The disk is full, for instance.
     """
     end_with_launcher()
     _check(source, out, size, encoding, workers)
     duplicate_policy.check_policy(duplicates)
-    target = storage.open_storage(out)  # before the source is scanned: a wrong URL is said at once
+    target = storage.open_storage(out)  # before the scan, so that a wrong URL fails at once
     env, workers = environment.launch_env(), workers or num_processors()
     with (
         _share(out, env),
-        worker_pool.start_pool(
-            SampleEncoder, (size, encoding), workers=workers, limits=limits
-        ) as pool,  # gets ready during the scan
+        worker_pool.start_pool(SampleEncoder, (size, encoding), workers=workers, limits=limits) as pool,
     ):
-        # Beside the decoding it is too late: the manifest depends on it.
+        # The manifest depends on duplicates unless they are kept. Then they are searched during the decoding.
         scanned = scan(source, labels, duplicates=strict or duplicates != duplicate_policy.KEEP)
         scanned = duplicate_policy.apply_policy(scanned, duplicates)
         if strict and scanned.defects:
             raise RunError(
-                f"--strict: {_first_defect(scanned)}; mend the folder, or leave --strict out to go on and list it"
+                f"--strict: {_first_defect(scanned)}. Fix the folder, or omit --strict to list defects and continue."
             )
         manifest = cut_tune(scanned.manifest, tune, seed, scanned.resolution.groups)
         plan = {"format": FORMAT, "size": size, "encoding": encoding, "tune": tune, "seed": seed}
@@ -129,9 +146,9 @@ def convert(
 
 
 def _share(out: StoragePath, env: environment.LaunchEnv) -> contextlib.AbstractContextManager[None]:
-    """Hold this rank's share of the work while the block runs. Raises UserError where another process has it.
+    """Hold this rank's lock while the block runs. Raises UserError where another process holds it.
 
-    A URL has no locks: there two starts cost time, but no bytes, for a put is whole and both put the same.
+    A URL has no locks. Two conversions to it are safe, because uploads are atomic and have the same content.
     """
     if storage.is_remote(out):
         return contextlib.nullcontext()
@@ -142,17 +159,17 @@ def _share(out: StoragePath, env: environment.LaunchEnv) -> contextlib.AbstractC
 
 
 def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The first rank's part, which is all of it where it is alone."""
+    """Convert as rank 0, and return the content of index.json."""
     started = time.time()
     _drop_broken(conversion)
     _drop_faults(conversion, _planned(conversion.manifest))
     _record(conversion, state="running", started=started)
     conversion.out.write("manifest.csv", conversion.manifest.to_csv())
-    with ThreadPoolExecutor(1, "duplicates") as aside:  # looked for beside the decoding, which has the processors busy
-        whole = aside.submit(with_duplicates, scanned)
+    with ThreadPoolExecutor(1, "duplicates") as thread:
+        search = thread.submit(with_duplicates, scanned)
         _write_shards(conversion, _Work(conversion, progress))
         _refuse_faults(conversion, started)
-        scanned = whole.result()
+        scanned = search.result()
     marks = _marks(conversion)
     unreadable = _unreadable(conversion, marks)
     _refuse_unreadable(unreadable, strict)
@@ -165,13 +182,13 @@ def _lead(conversion: Conversion, scanned: Scan, strict: bool, progress: Callabl
 
 
 def _follow(conversion: Conversion, progress: Callable[[int, int], None]) -> None:
-    """Another rank's part: wait for the same plan, make the shards that are ours."""
+    """Convert as another rank: wait for rank 0's plan, and make this rank's shards."""
     deadline = time.monotonic() + PLAN_WAIT_S
     while not conversion.out.exists("conversion.json"):
         if time.monotonic() > deadline:
             raise RunError(
                 f"rank {conversion.rank} of {conversion.num_ranks} waited {PLAN_WAIT_S:.0f} s for rank 0 to begin in "
-                f"{conversion.out}; see what rank 0 says, and that all ranks see the same folder"
+                f"{conversion.out}. Check the output of rank 0, and that all ranks see the same folder."
             )
         time.sleep(0.2)
     if not _finished(conversion):
@@ -187,74 +204,74 @@ def _json(value: Any) -> bytes:
 def _check(source: StoragePath, out: StoragePath, size: int, encoding: str, workers: int | None) -> None:
     low, high = SIZE_LIMITS
     if not low <= size <= high:
-        raise UserError(f"--size {size}: must lie between {low} and {high} pixels; MURA's paper uses 320")
+        raise UserError(f"--size {size}: must lie between {low} and {high} pixels. MURA's paper uses 320.")
     if encoding not in codec.SUFFIX:
-        raise UserError(f"--encoding {encoding!r}: must be one of {', '.join(codec.SUFFIX)}; raw is the default")
+        raise UserError(f"--encoding {encoding!r}: must be one of {', '.join(codec.SUFFIX)}. The default is raw.")
     if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: must be at least 1; leave it out for one per processor")
+        raise UserError(f"--workers {workers}: must be at least 1. Omit it for one per processor.")
     if isinstance(out, Path) and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a folder for the shards")
-    if _same(source, out):
-        raise UserError(f"{out} is the source itself; give another folder for the shards")
+        raise UserError(f"{out} is a file. Give a folder for the shards.")
+    if _is_same_folder(source, out):
+        raise UserError(f"{out} is the source itself. Give another folder for the shards.")
 
 
-def _same(one: StoragePath, other: StoragePath) -> bool:
-    if storage.is_remote(one) or storage.is_remote(other):
-        return str(one).rstrip("/") == str(other).rstrip("/")
-    return Path(one).resolve() == Path(other).resolve()
+def _is_same_folder(source: StoragePath, out: StoragePath) -> bool:
+    if storage.is_remote(source) or storage.is_remote(out):
+        return str(source).rstrip("/") == str(out).rstrip("/")
+    return Path(source).resolve() == Path(out).resolve()
 
 
 def _refuse_unreadable(unreadable: list[dict[str, Any]], strict: bool) -> None:
     if strict and unreadable:
         first = unreadable[0]
         raise RunError(
-            f"--strict: {len(unreadable)} files cannot be read, the first is {first['path']}: {first['reason']}; "
-            "mend them, or leave --strict out to go on and list them"
+            f"--strict: {len(unreadable)} files cannot be read (first: {first['path']}: {first['reason']}). "
+            "Fix them, or omit --strict to list them and continue."
         )
 
 
 def _first_defect(scanned: Scan) -> str:
-    name, seen = next(iter(scanned.defects.items()))
-    return f"{name}: {len(seen)}, the first is {seen[0]}"
+    name, examples = next(iter(scanned.defects.items()))
+    return f"{name}: {len(examples)} (first: {examples[0]})"
 
 
 def _finished(conversion: Conversion) -> bool:
-    """True where the target holds these very shards already; UserError where it holds anything else."""
+    """Return whether the target holds the finished shards of this plan. Raises UserError where it holds something else."""
     out = conversion.out
     names = out.names()
     if "conversion.json" not in names:
         if any(not name.startswith(".") for name in names):
-            raise UserError(f"{out} is not empty and holds no shards; give an empty or new folder")
+            raise UserError(f"{out} is not empty and holds no shards. Give an empty or new folder.")
         return False
     try:
-        before = files.parse_json(out.read("conversion.json"), dict[str, Any])["plan"]
-        if not isinstance(before, dict):
-            raise ValueError("plan is none")
-        before = {"duplicates": duplicate_policy.KEEP} | before
+        previous = files.parse_json(out.read("conversion.json"), dict[str, Any])["plan"]
+        if not isinstance(previous, dict):
+            raise ValueError("plan is not an object")
+        previous = {"duplicates": duplicate_policy.KEEP} | previous
     except (ValueError, KeyError) as error:
-        raise UserError(f"{out}/conversion.json is damaged; delete {out} or give another folder") from error
+        raise UserError(f"{out}/conversion.json is corrupt. Delete {out} or give another folder.") from error
     for key, value in conversion.plan.items():
-        if before.get(key) != value:
+        if previous.get(key) != value:
             raise UserError(
-                f"{out} holds shards with {key}={before.get(key)}, this conversion has {key}={value}; give another folder"
+                f"{out} holds shards with {key}={previous.get(key)}, this conversion has {key}={value}. Give another folder."
             )
     return "index.json" in names
 
 
 def _drop_broken(conversion: Conversion) -> int:
-    """Delete the marks whose shards are not what they say, and then index.json; returns how many. They are made again."""
+    """Delete index.json and the marks of shards that do not match them, to make these again. Return their number."""
     out, names = conversion.out, conversion.out.names()
     tars = [shard.name for shard in _planned(conversion.manifest) if writer.mark_name(shard.name) in names]
-    with ThreadPoolExecutor(num_processors(), "check") as pool:  # hashing lets go of the interpreter
-        whole = pool.map(lambda tar: writer.is_complete(out, tar, out.read(writer.mark_name(tar))), tars)
-        broken = [tar for tar, is_complete in zip(tars, whole, strict=True) if not is_complete]
+    with ThreadPoolExecutor(num_processors(), "check") as pool:  # hashing releases the GIL
+        checks = pool.map(lambda tar: writer.is_complete(out, tar, out.read(writer.mark_name(tar))), tars)
+        broken = [tar for tar, is_complete in zip(tars, checks, strict=True) if not is_complete]
     for name in ["index.json"] * bool(broken) + [writer.mark_name(tar) for tar in broken]:
         out.remove(name)
     return len(broken)
 
 
 def _drop_faults(conversion: Conversion, shards: Sequence["_Planned"]) -> None:
-    """Delete the lists of files that an earlier start could not read: they are read again."""
+    """Delete the lists of files that an earlier start could not read, to read them again."""
     for name in conversion.out.names() & {writer.faults_name(shard.name) for shard in shards}:
         conversion.out.remove(name)
 
@@ -270,7 +287,7 @@ def _record(conversion: Conversion, **facts: Any) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A shard to be: its split, its tar's name, the rows planned for it."""
+    """A shard to write: split, name of the tar, rows."""
 
     split: str
     name: str
@@ -287,7 +304,7 @@ def _planned(manifest: Manifest) -> list[_Planned]:
 
 
 class _Work:
-    """Which shards there are still to make, and how far all of us are."""
+    """The shards of a conversion, and the progress of all ranks."""
 
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]) -> None:
         self.conversion, self.progress = conversion, progress
@@ -296,7 +313,7 @@ class _Work:
         self.total, self.done = len(conversion.manifest.frame), 0
 
     def missing(self) -> list[_Planned]:
-        """List the shards that nobody has tried to make."""
+        """Return the shards that no rank has finished or tried."""
         names = self.conversion.out.names()
         missing = [
             shard for shard in self.all if not names & {writer.mark_name(shard.name), writer.faults_name(shard.name)}
@@ -305,27 +322,27 @@ class _Work:
         self.progress(self.done, self.total)
         return missing
 
-    def made(self, shard: _Planned) -> None:
+    def add_done(self, shard: _Planned) -> None:
         self.done += len(shard.rows)
         self.progress(self.done, self.total)
 
-    def mine(self) -> list[_Planned]:
+    def missing_of_rank(self) -> list[_Planned]:
         share = {shard.name for shard in self.share}
         return [shard for shard in self.missing() if shard.name in share]
 
 
 def _write_shards(conversion: Conversion, work: _Work) -> None:
-    """Ours; on the first rank also, when all is quiet, those another rank should have made."""
-    _write(conversion, work.mine(), work)
+    """Write this rank's shards. Rank 0 also writes those of other ranks while these make no progress."""
+    _write(conversion, work.missing_of_rank(), work)
     if conversion.rank:
         return
-    before, since = len(work.all), time.monotonic()
+    num_missing, since = len(work.all), time.monotonic()
     while missing := work.missing():
-        if len(missing) < before:
-            before, since = len(missing), time.monotonic()
+        if len(missing) < num_missing:
+            num_missing, since = len(missing), time.monotonic()
         elif time.monotonic() - since > SILENCE_S:
             _write(conversion, missing[:1], work)
-            before -= 1  # ours: the others are as silent as before
+            num_missing -= 1  # written here, hence no progress of another rank
         else:
             time.sleep(0.2)
 
@@ -338,18 +355,18 @@ def _write(conversion: Conversion, todo: Sequence[_Planned], work: _Work) -> Non
     stream = _samples(conversion, rows)
     try:
         for shard in todo:
-            ours = itertools.islice(stream, len(shard.rows))
+            samples = itertools.islice(stream, len(shard.rows))
             try:
-                writer.write(conversion.out, shard.name, ours, labels, encoding=conversion.encoding)
+                writer.write(conversion.out, shard.name, samples, labels, encoding=conversion.encoding)
             except writer.IncompleteShardError as incomplete:
                 conversion.out.write(writer.faults_name(shard.name), _json(incomplete.faults))
-            work.made(shard)
+            work.add_done(shard)
     except KeyboardInterrupt as error:
-        raise StopRequestedError("stopped; the finished shards stay, the same command goes on") from error
+        raise StopRequestedError("stopped. Finished shards stay, and the same command resumes.") from error
 
 
 def _marks(conversion: Conversion) -> list[dict[str, Any]]:
-    """Of all shards, in order."""
+    """Return the completion marks of all shards, in order."""
     names = [writer.mark_name(shard.name) for shard in _planned(conversion.manifest)]
     contents = conversion.out.read_many(names)
     for data in contents:
@@ -358,11 +375,13 @@ def _marks(conversion: Conversion) -> list[dict[str, Any]]:
     try:
         return [writer.read_mark(data) for data in contents if isinstance(data, bytes)]
     except ValueError as error:
-        raise UserError(f"{conversion.out} has a damaged mark ({error}); delete it, then the same command") from error
+        raise UserError(
+            f"{conversion.out} has a corrupt mark ({error}). Delete it, then run the same command."
+        ) from error
 
 
 def _unreadable(conversion: Conversion, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The files that could not be read, in row order."""
+    """Return the files that could not be read, in row order."""
     return _with_paths(conversion, [item for mark in marks for item in mark["unreadable"]])
 
 
@@ -376,14 +395,14 @@ def _refuse_faults(conversion: Conversion, started: float) -> None:
     )
     _record(conversion, state="incomplete", started=started, faults=faults)
     raise RunError(
-        f"{len(faults)} files could not be read ({IO_ERROR}), the first is {faults[0]['path']}: {faults[0]['reason']}; "
-        f"{conversion.out}/conversion.json lists them. All other shards are finished: fix the disk or the network, then the "
-        f"same command makes the {len(names)} shards of these files"
+        f"{len(faults)} files could not be read ({IO_ERROR}), first {faults[0]['path']}: {faults[0]['reason']}. "
+        f"{conversion.out}/conversion.json lists them. All other shards are finished. Fix the disk or the network, then the "
+        f"same command makes the {len(names)} shards of these files."
     )
 
 
 def _with_paths(conversion: Conversion, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Files that were not read, in row order, with their paths."""
+    """Return entries of marks or fault lists in row order, with their paths."""
     paths = conversion.manifest.frame["path"].to_numpy()
     return [
         {"row": item["row"], "path": paths[item["row"]], "code": item["code"], "reason": item["reason"]}
@@ -395,13 +414,13 @@ def _with_paths(conversion: Conversion, items: list[dict[str, Any]]) -> list[dic
 
 
 def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
-    """Samples in row order, decoded ahead by guarded processes, never far ahead."""
+    """Yield samples in row order, decoded ahead by the worker pool."""
     paths, root, faults = conversion.manifest.frame["path"].to_numpy(), conversion.root, IoFaults(conversion.root)
-    at_once = max(1, min(_CHUNK, _CHUNK_BYTES // conversion.size**2))
-    chunks = (rows[start : start + at_once].tolist() for start in range(0, len(rows), at_once))
+    step = max(1, min(_CHUNK, _CHUNK_BYTES // conversion.size**2))
+    chunks = (rows[start : start + step].tolist() for start in range(0, len(rows), step))
     tasks: Iterable[list[Task]]
     if storage.is_remote(root):
-        tasks = _fetched(storage.open_storage(root), paths, chunks)
+        tasks = _fetch(storage.open_storage(root), paths, chunks)
     else:
         tasks = ([(row, os.path.join(root, paths[row])) for row in chunk] for chunk in chunks)
     for row, result in zip(rows.tolist(), conversion.pool.results(tasks), strict=True):
@@ -414,21 +433,21 @@ def _samples(conversion: Conversion, rows: np.ndarray) -> Iterator[Sample]:
         yield sample
 
 
-def _fetched(place: Storage, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
-    """The contents of each chunk's files, some chunks ahead."""
-    sizes = dict(place.files())
+def _fetch(source: Storage, paths: np.ndarray, chunks: Iterable[list[int]]) -> Iterator[list[Task]]:
+    """Yield the tasks of each chunk with its files' contents, fetched some chunks ahead."""
+    sizes = dict(source.files())
 
     def fetch(rows: list[int]) -> list[Task]:
-        wanted = [row for row in rows if sizes.get(paths[row], 0) <= radiograph.MAX_BYTES]
-        contents = place.read_many([paths[row] for row in wanted])
-        found = {row: _told(content) for row, content in zip(wanted, contents, strict=True)}
-        return [(row, found.get(row, _TOO_LARGE)) for row in rows]
+        fitting = [row for row in rows if sizes.get(paths[row], 0) <= radiograph.MAX_BYTES]
+        contents = source.read_many([paths[row] for row in fitting])
+        results = {row: _content_or_error(content) for row, content in zip(fitting, contents, strict=True)}
+        return [(row, results.get(row, _TOO_LARGE)) for row in rows]
 
-    pool, ahead = ThreadPoolExecutor(_FETCHING_THREADS, "fetch"), deque[Future[Any]]()
+    pool, ahead = ThreadPoolExecutor(_FETCH_THREADS, "fetch"), deque[Future[Any]]()
     try:
         for rows in chunks:
             ahead.append(pool.submit(fetch, rows))
-            if len(ahead) > _FETCHING_THREADS:
+            if len(ahead) > _FETCH_THREADS:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
@@ -439,8 +458,7 @@ def _fetched(place: Storage, paths: np.ndarray, chunks: Iterable[list[int]]) -> 
 _TOO_LARGE = radiograph.UnreadableFileError("too_large", f"the file is larger than {radiograph.MAX_BYTES:,} bytes")
 
 
-def _told(content: bytes | OSError) -> bytes | radiograph.UnreadableFileError:
-    """Return what is wrong with a file, or with the store and the way to it."""
+def _content_or_error(content: bytes | OSError) -> bytes | radiograph.UnreadableFileError:
     if isinstance(content, FileNotFoundError | PermissionError | IsADirectoryError):
         return radiograph.UnreadableFileError("unreadable", f"cannot be opened: {os_reason(content)}")
     if isinstance(content, OSError):
@@ -455,10 +473,10 @@ def _index(
     splits: dict[str, dict[str, Any]] = {}
     for shard, mark in zip(_planned(conversion.manifest), marks, strict=True):
         studies = int(frame.loc[frame["split"] == shard.split, "study"].nunique())
-        part = splits.setdefault(shard.split, {"num_studies": studies, "num_radiographs": 0, "shards": []})
-        part["num_radiographs"] += mark["num_samples"]
+        entry = splits.setdefault(shard.split, {"num_studies": studies, "num_radiographs": 0, "shards": []})
+        entry["num_radiographs"] += mark["num_samples"]
         if mark["num_samples"]:
-            part["shards"].append({key: mark[key] for key in ("name", "num_samples", "bytes", "sha256")})
+            entry["shards"].append({key: mark[key] for key in ("name", "num_samples", "bytes", "sha256")})
     return {
         "what": "bone radiographs as WebDataset tars, by mura-dist; see shards/README.md for the format",
         "format": FORMAT,

@@ -1,6 +1,6 @@
-"""Files that are byte for byte the same, found by reading as little as that takes.
+"""Find files that are identical byte for byte, reading as little as possible.
 
-size -> 4 KiB from the middle -> SHA-256 of the whole; whoever is alone at one step is not looked at in the next
+group by size -> by 4 KiB from the middle -> by SHA-256 of the content; groups of one file are dropped at each step
 """
 
 import hashlib
@@ -14,73 +14,78 @@ from mura_dist.core.errors import is_io_fault
 from mura_dist.core.storage import RemoteStorage, Storage
 from mura_dist.data import mura
 
-_PART_BYTES = 4096  # of files of one size; where these differ, no more is read
-_PIECE_BYTES = 8 << 20
-_AT_ONCE = 32  # files a thread takes: handing out costs as much as looking into one
-_READING_THREADS = {True: 16, False: 4}  # by whether the place is remote: a store is waited for most of the time
+_SAMPLE_BYTES = 4096  # compared first for files of one size
+_CHUNK_BYTES = 8 << 20
+_FILES_PER_TASK = 32  # scheduling costs as much as reading one sample
+_NUM_THREADS = {True: 16, False: 4}  # by whether the storage is remote, where reads mostly wait
 
 
-def find_pairs(place: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
-    """Pairs of byte-identical files among `paths`; `sizes` in bytes, by path.
+def find_pairs(folder: Storage, sizes: dict[str, int], paths: list[str]) -> list[tuple[str, str]]:
+    """Find pairs of identical files.
 
-    Of equals, the first of a split stands for it: the others of that split are told as its copies, and so is, across splits,
-    each one of another split. Empty files have nothing to compare, unreadable ones neither.
+    The first of identical files in a split represents the others of its split. The representative of the first split also pairs
+    with each file of other splits. Empty and unreadable files are skipped.
+
+    Args:
+        folder: Storage of the files.
+        sizes: Bytes of each file, by path.
+        paths: Paths to compare.
     """
 
     def middle(path: str) -> Hashable:
-        return place.read_range(path, max(0, (sizes[path] - _PART_BYTES) // 2), _PART_BYTES)
+        return folder.read_range(path, max(0, (sizes[path] - _SAMPLE_BYTES) // 2), _SAMPLE_BYTES)
 
-    def whole(path: str) -> Hashable:
+    def content(path: str) -> Hashable:
         digest = hashlib.sha256()
         size = sizes[path]
-        for start in range(0, size if size > _PART_BYTES else 0, _PIECE_BYTES):
-            digest.update(place.read_range(path, start, min(_PIECE_BYTES, size - start)))
+        for start in range(0, size if size > _SAMPLE_BYTES else 0, _CHUNK_BYTES):
+            digest.update(folder.read_range(path, start, min(_CHUNK_BYTES, size - start)))
         return digest.digest()
 
     by_size: dict[int, list[str]] = defaultdict(list)
     for path in paths:
         by_size[sizes[path]].append(path)
     groups = [group for size, group in by_size.items() if size and len(group) > 1]
-    threads = _READING_THREADS[isinstance(place, RemoteStorage)]
-    groups = _alike(_alike(groups, middle, threads), whole, threads)
+    threads = _NUM_THREADS[isinstance(folder, RemoteStorage)]
+    groups = _regroup(_regroup(groups, middle, threads), content, threads)
     return sorted(pair for group in groups for pair in pair_copies(group))
 
 
-def _alike(groups: list[list[str]], key: Callable[[str], Hashable], threads: int) -> list[list[str]]:
-    """Each group cut into those of one key; who is left alone, or cannot be read, is dropped."""
+def _regroup(groups: list[list[str]], key: Callable[[str], Hashable], threads: int) -> list[list[str]]:
+    """Split each group by `key`. Drop unreadable files, and groups of one."""
     members = [(number, path) for number, group in enumerate(groups) for path in group]
-    parts: dict[Hashable, list[str]] = defaultdict(list)
-    hands = [members[start : start + _AT_ONCE] for start in range(0, len(members), _AT_ONCE)]
+    subgroups: dict[Hashable, list[str]] = defaultdict(list)
+    tasks = [members[start : start + _FILES_PER_TASK] for start in range(0, len(members), _FILES_PER_TASK)]
     with ThreadPoolExecutor(threads, "duplicates") as pool:
-        keys = pool.map(lambda hand: [_or_none(key, path) for _, path in hand], hands)
-        for (number, path), found in zip(members, itertools.chain.from_iterable(keys), strict=True):
-            if found is not None:
-                parts[number, found].append(path)
-    return [part for part in parts.values() if len(part) > 1]
+        keys = pool.map(lambda task: [_key_or_none(key, path) for _, path in task], tasks)
+        for (number, path), value in zip(members, itertools.chain.from_iterable(keys), strict=True):
+            if value is not None:
+                subgroups[number, value].append(path)
+    return [group for group in subgroups.values() if len(group) > 1]
 
 
-def _or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
+def _key_or_none(key: Callable[[str], Hashable], path: str) -> Hashable:
     try:
         return storage.with_retries(lambda: key(path))
-    except OSError as error:  # the conversion tells what cannot be opened
+    except OSError as error:  # the conversion reports unreadable files
         if is_io_fault(error):
             raise
         return None
 
 
 def pair_copies(equal: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs, as `find_pairs` has them, of files that are all the same."""
+    """Yield the pairs of `find_pairs` for files that are all identical."""
     splits: dict[str, list[str]] = defaultdict(list)
     for path in sorted(equal):
         splits[path.partition("/")[0]].append(path)
     for paths in splits.values():
         yield from ((paths[0], copy) for copy in paths[1:])
-    first, *others = (splits[split] for split in mura.SPLITS if split in splits)
-    yield from ((first[0], copy) for paths in others for copy in paths)
+    first, *remaining = (splits[split] for split in mura.SPLITS if split in splits)
+    yield from ((first[0], copy) for paths in remaining for copy in paths)
 
 
 def connected_groups(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """Return the names that pairs connect, directly or through others, each group sorted and of two or more."""
+    """Return the groups of names that pairs connect directly or through others, each sorted and of two or more."""
     group_of: dict[str, list[str]] = {}
     for pair in pairs:
         first, second = (group_of.setdefault(name, [name]) for name in pair)

@@ -54,7 +54,7 @@ print(loader.backend, loader, sep="\\n")
     backend, line = result.stdout.splitlines()
     assert backend == "cpu"
     assert re.search(
-        r"batches by cpu \(pipeline=auto would be dali on CUDA, which cannot be imported: .*dali.*\)", line
+        r"batches by cpu \(pipeline=auto selects dali on CUDA, but DALI cannot be imported: .*dali.*\)", line
     )
 
 
@@ -77,7 +77,7 @@ print(*backend.choose_backend("resident", cuda))
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("resident by torch operations in place of its Triton kernel: ")
+    assert result.stdout.startswith("resident torch operations replace its Triton kernel: ")
     assert reason in result.stdout
 
 

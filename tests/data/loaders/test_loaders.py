@@ -232,7 +232,7 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     path = opened.manifest.frame.at[bad, "path"]
     assert line.startswith(f"corrupt sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
     assert list(broken.corrupt) == [bad]
-    with pytest.raises(RunError, match=rf"row {bad} .*strict=true ends here: mend it"):
+    with pytest.raises(RunError, match=rf"row {bad} .*strict=true\)\. Make its shard again"):
         list(replace(whole, shards=Shards.open(folder), strict=True).load(micro_batches))
 
 
@@ -373,7 +373,7 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
     assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
     assert "dali" in str(told)
     assert "batches by resident" in str(chosen(pipeline="resident"))
-    assert "3 threads a rank, 5 micro-batches ahead" in str(told)
+    assert "3 threads per rank, 5 micro-batches ahead" in str(told)
 
 
 def test_larger_micro_batches_are_not_held_ahead_in_as_great_a_number(opened: Shards) -> None:
@@ -401,13 +401,14 @@ def test_dali_goes_on_from_epoch_to_epoch(opened: Shards, monkeypatch: pytest.Mo
     epochs = [micros_of(opened, rotate_deg=30, flip=True, micro_batch=size)[:count] for size, count in ((5, 9), (4, 3))]
     for _ in range(3):
         for micro_batches in epochs:
-            left = dali.images(opened, micro_batches, workers=2, device=CPU, prefetch=4)
+            left = dali.load_images(opened, micro_batches, workers=2, device=CPU, prefetch=4)
             next(left)
             left.close()
             ours, theirs = pixels_by("cpu", opened, micro_batches), pixels_by("dali", opened, micro_batches)
             assert (np.abs(ours.astype(int) - theirs) <= limit_of("dali", opened)).mean() >= 0.999
             one = [
-                made.rows.tolist() for made in dali.images(opened, micro_batches[:1], workers=2, device=CPU, prefetch=4)
+                made.rows.tolist()
+                for made in dali.load_images(opened, micro_batches[:1], workers=2, device=CPU, prefetch=4)
             ]
             assert one == [micro_batches[0].rows.tolist()]
     assert all(graph.pipe is not None for graph in dali._graphs.values())

@@ -86,7 +86,9 @@ def test_a_fault_that_lasts_is_listed_and_the_same_command_makes_that_shard_alon
     phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
     out, path = tmp_path / "out", path_of(whole, 9)
-    said = rf"^1 files could not be read \(io_error\), the first is {path}: cannot be read: stale file handle; .*conversion.json"
+    said = (
+        rf"^1 files could not be read \(io_error\), first {path}: cannot be read: stale file handle\. .*conversion.json"
+    )
     with read_faults(path, error=errno.ESTALE).in_children(), pytest.raises(RunError, match=said):
         convert(phantoms, out, size=40, workers=1)
     assert not (out / "index.json").exists()
@@ -334,6 +336,6 @@ class Meddled(storage.LocalStorage):
 
 def test_a_tar_is_compared_with_what_was_written_before_its_mark_is_there(tmp_path: Path) -> None:
     samples = [Sample(row, b"pixels", "", "") for row in range(3)]
-    with pytest.raises(RunError, match=r"train-000000\.tar is not what was written"):
+    with pytest.raises(RunError, match=r"train-000000\.tar differs from what was written"):
         writer.write(Meddled(tmp_path), "train-000000.tar", samples, [0, 1, 0], encoding="raw")
     assert not (tmp_path / "train-000000.json").exists()

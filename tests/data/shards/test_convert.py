@@ -95,7 +95,7 @@ def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(
     first.send_signal(asked)
     told = first.communicate(timeout=60)
     assert first.returncode == 3, told
-    assert told[1].splitlines() == ["mura-dist: stopped; the finished shards stay, the same command goes on"]
+    assert told[1].splitlines() == ["mura-dist: stopped. Finished shards stay, and the same command resumes."]
     assert not (out / "index.json").exists()
     again = start_rank(script, {}, *words)
     assert again.communicate(timeout=60)
@@ -130,7 +130,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(room, "PLAN_WAIT_S", 0.3)
-    with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*see what rank 0 says"):
+    with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*Check the output of rank 0"):
         convert(phantoms, tmp_path / "out", size=40)
 
 

@@ -118,9 +118,9 @@ def test_of_two_spellings_on_disk_each_has_its_own_line(tmp_path: Path) -> None:
         (b"study,label\n", "it is empty"),
         (
             f"study,label\n{STUDIES[0]},fracture\n{STUDIES[1]},none\n".encode(),
-            f"{NAME} line 2: '{STUDIES[0]},fracture' is none",
+            f"{NAME} line 2: '{STUDIES[0]},fracture' is invalid",
         ),
-        (b"MURA-v1.1:train:XR_WRIST,1\n", f"{NAME} line 1: 'MURA-v1.1:train:XR_WRIST,1' is none"),
+        (b"MURA-v1.1:train:XR_WRIST,1\n", f"{NAME} line 1: 'MURA-v1.1:train:XR_WRIST,1' is invalid"),
     ],
 )
 def test_labels_of_which_no_line_fits_are_refused(text: bytes, words: str, tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_labels_of_which_no_line_fits_are_refused(text: bytes, words: str, tmp_p
     with pytest.raises(UserError) as refusal:
         scan(tmp_path)
     assert str(refusal.value) == (
-        f"train_labeled_studies.csv labels no study of train/ ({words}); a line is study,label with a label of 0 or 1, "
-        "normal or abnormal; mend it, or delete it to go by the folders"
+        f"train_labeled_studies.csv labels no study of train/ ({words}). Fix its lines (study,label with a label of 0 or 1, "
+        "normal or abnormal), or delete it to use the folders."
     )
 
 
@@ -140,7 +140,7 @@ def test_labels_of_other_studies_are_refused(tmp_path: Path) -> None:
     other = "train/XR_WRIST/patient1/study1_negative"
     (tmp_path / "train_labeled_studies.csv").write_text(f"{other}/,1\n")
     with pytest.raises(
-        UserError, match=rf"labels none of the 2 studies of train/ on disk: the first it names is {other}, the "
+        UserError, match=rf"labels none of the 2 studies of train/ on disk \(first in the file: {other}, "
     ):
         scan(tmp_path)
     (tmp_path / "valid_labeled_studies.csv").write_text("valid/XR_WRIST/patient00009/study1_negative/,1\n")
@@ -159,7 +159,7 @@ def test_corrections_of_no_study_are_refused(tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("study;label\n")
     with pytest.raises(
-        UserError, match=r"labels\.csv labels no study; give a CSV of study,label lines, or leave --labels out"
+        UserError, match=r"labels\.csv labels no study\. Give a CSV of study,label lines, or omit --labels"
     ):
         scan(tmp_path / "set", labels)
     labels.write_text(f"{STUDIES[0]},1\n{STUDIES[1]},fracture\n")

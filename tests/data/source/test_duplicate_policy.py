@@ -109,7 +109,7 @@ def test_keep_is_said(scanned: Scan) -> None:
     report = audit.report(scanned, scanned.manifest, ())
     [line] = [line for line in audit.text(report).splitlines() if line.startswith("duplicates kept")]
     assert line.startswith(
-        "duplicates kept (--duplicates keep); drop-train drops train's copies of valid's, group cuts "
+        "duplicates kept (--duplicates keep); drop-train drops train's copies of valid's, group keeps "
     )
     del report["duplicates"]  # as an earlier version wrote it
     assert line in audit.text(report).splitlines()
@@ -120,11 +120,11 @@ def test_a_train_of_nothing_but_copies_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         apply_policy(scan(root), "drop-train")
     assert str(refusal.value) == (
-        f"--duplicates drop-train: all 2 radiographs of train are copies of radiographs in another split, the first is "
-        f"{view('train', 1)} = {view('valid', 3)}; give another train, or --duplicates keep"
+        f"--duplicates drop-train: all 2 radiographs of train are copies of radiographs in another split "
+        f"(first: {view('train', 1)} = {view('valid', 3)}). Give another train, or --duplicates keep."
     )
     with pytest.raises(
-        UserError, match=r"--duplicates 'drop': must be one of keep, drop-train, group; keep is the default"
+        UserError, match=r"--duplicates 'drop': must be one of keep, drop-train, group\. The default is keep"
     ):
         check_policy("drop")
 
@@ -236,7 +236,7 @@ def test_another_choice_is_refused_into_the_same_folder(
     words = ["shards", pictures, out, "--size", "32", "--workers", "1", "--quiet", "--duplicates"]
     for policy in ("drop-train", "group"):
         differs = f"holds shards with duplicates=keep, this conversion has duplicates={policy}"
-        laws.refusal(capsys, [*words, policy], differs, "give another folder")
+        laws.refusal(capsys, [*words, policy], differs, "Give another folder")
     laws.refusal(
         capsys,
         [*words, "drop"],
@@ -252,7 +252,7 @@ def test_another_choice_is_refused_into_the_same_folder(
 
 def test_strict_takes_what_is_dropped_for_mended(tmp_path: Path) -> None:
     root = data_set(tmp_path / "set", {view("train", n): str(n % 3) for n in (1, 2)} | {view("valid", 4): "1"})
-    with pytest.raises(RunError, match="--strict: duplicate across splits: 1, "):
+    with pytest.raises(RunError, match="--strict: duplicate across splits: 1 "):
         convert(root, tmp_path / "out", size=32, workers=1, strict=True)
     with pytest.raises(RunError, match="--strict: 2 files cannot be read"):  # they are texts: the scan was passed
         convert(root, tmp_path / "out", size=32, workers=1, strict=True, duplicates="drop-train")

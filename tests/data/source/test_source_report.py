@@ -64,7 +64,7 @@ def frame() -> pd.DataFrame:
 
 @pytest.mark.parametrize("tune", [0.0, 0.1, 0.5])
 def test_v1_1_is_complete_however_tune_is_cut(frame: pd.DataFrame, tune: float) -> None:
-    assert audit.against_v1_1(cut_tune(Manifest(frame), tune, 0).frame) == []
+    assert audit.differences_from_v1_1(cut_tune(Manifest(frame), tune, 0).frame) == []
 
 
 def test_each_radiograph_counts(frame: pd.DataFrame) -> None:
@@ -73,7 +73,7 @@ def test_each_radiograph_counts(frame: pd.DataFrame) -> None:
     rows = several.reset_index().groupby(["split", "study_type", "label"])["row"].first()
     for split, types in mura.IMAGES_V1_1.items():
         for (study_type, pair), (label, name) in itertools.product(types.items(), enumerate(audit.LABELS)):
-            [line] = audit.against_v1_1(frame.drop(rows[split, study_type, label]))
+            [line] = audit.differences_from_v1_1(frame.drop(rows[split, study_type, label]))
             num = pair[label]
             assert line == f"{split} {study_type} {name}: {num - 1} radiographs, v1.1 has {num} (-1)"
 
@@ -83,16 +83,16 @@ def test_what_differs_is_told_exactly(frame: pd.DataFrame) -> None:
     study = frame.loc[(frame["study_type"] == "XR_WRIST") & (frame["label"] == 0), "study"].iloc[0]
     views = int((frame["study"] == study).sum())
     relabelled.loc[frame["study"] == study, "label"] = 1
-    assert audit.against_v1_1(relabelled) == [
+    assert audit.differences_from_v1_1(relabelled) == [
         f"train XR_WRIST normal: {5765 - views} radiographs, v1.1 has 5765 ({-views})",
         f"train XR_WRIST abnormal: {3987 + views} radiographs, v1.1 has 3987 (+{views})",
         "train XR_WRIST normal: 2133 studies, v1.1 has 2134 (-1)",
         "train XR_WRIST abnormal: 1327 studies, v1.1 has 1326 (+1)",
     ]
     elsewhere = frame.assign(patient=frame["patient"].replace("patient00001", "patient00002"))
-    assert audit.against_v1_1(elsewhere) == ["train: 11183 patients, v1.1 has 11184 (-1)"]
+    assert audit.differences_from_v1_1(elsewhere) == ["train: 11183 patients, v1.1 has 11184 (-1)"]
     more = frame_of([*PATHS, "test/XR_HIP/patient20000/study1_negative/image1.png"])
-    assert audit.against_v1_1(more) == [
+    assert audit.differences_from_v1_1(more) == [
         "test XR_HIP normal: 1 radiographs, v1.1 has 0 (+1)",
         "test XR_HIP normal: 1 studies, v1.1 has 0 (+1)",
         "test: 1 patients, v1.1 has 0 (+1)",
@@ -115,15 +115,15 @@ def lines_of(frame: pd.DataFrame, **more: Any) -> list[str]:
 def test_another_data_set_is_told_in_a_line(frame: pd.DataFrame) -> None:
     half = frame.iloc[: mura.NUM_IMAGES_V1_1 // 2]
     assert lines_of(half)[1] == "not MURA-v1.1: 20,002 radiographs, v1.1 has 40,005"
-    assert lines_of(half)[2:] == ["no defects", "all of it: report.json"]
+    assert lines_of(half)[2:] == ["no defects", "details: report.json"]
     hips = frame.assign(study_type=frame["study_type"].replace("XR_HAND", "XR_HIP"))
     line = "not MURA-v1.1: 40,005 radiographs, v1.1 has 40,005; study types unknown to MURA: XR_HIP"
-    assert lines_of(hips)[2:] == [line, "no defects", "all of it: report.json"]
+    assert lines_of(hips)[2:] == [line, "no defects", "details: report.json"]
 
 
 def test_of_many_differences_the_first_are_printed(frame: pd.DataFrame) -> None:
     lines = lines_of(frame.iloc[::2])
-    num = len(audit.against_v1_1(frame.iloc[::2]))
+    num = len(audit.differences_from_v1_1(frame.iloc[::2]))
     assert num > 20
     assert lines[2] == (f"not MURA-v1.1 as it was published, {num} counts differ: 20,003 radiographs, v1.1 has 40,005")
     assert [line.startswith("  ") for line in lines[3:-2]] == [True] * 9
@@ -214,8 +214,8 @@ def check_v1_0(root: Path) -> None:
         scan(root)
     said = str(refusal.value)
     assert said == (
-        f"{root} has 40895 radiographs, as MURA-v1.0 had, which held patient data and was withdrawn; delete it and ask "
-        "Stanford for MURA-v1.1"
+        f"{root} has 40895 radiographs, as MURA-v1.0 had, which contained patient data and was withdrawn. Delete it and ask "
+        "Stanford for MURA-v1.1."
     )
 
 
@@ -252,16 +252,16 @@ def test_a_report_holds_everything(tmp_path: Path) -> None:
     text = audit.text(report).splitlines()
     assert text[0] == "train: 16 radiographs of 16 studies (1 normal, 15 abnormal), 16 patients"
     assert text[3] == "not MURA-v1.1: 21 radiographs, v1.1 has 40,005"
-    assert text[4] == "duplicate across splits: 1 (serious: what a model was fitted to is scored again)"
+    assert text[4] == "duplicate across splits: 1 (serious: valid contains radiographs of train)"
     assert "duplicate within a split: 10" in text
     assert "  and 7 more" in text
     assert f"duplicates of which tune has one and train the other: {len(apart)}" in text
     assert text[-5:] == [
-        "studies corrected by --labels: 1 (1 more named a label that was so already)",
+        "studies corrected by --labels: 1 (1 more already had that label)",
         f"  {studies[0]} is normal",
-        "unreadable, left out: 1",
+        "unreadable, skipped: 1",
         "  x.png: text (not_image)",
-        "all of it: report.json",
+        "details: report.json",
     ]
 
 
@@ -289,10 +289,10 @@ def test_real_radiographs(shared: Path) -> None:
         "tune: 33 radiographs of 16 studies (7 normal, 9 abnormal), 13 patients",
         "valid: 76 radiographs of 37 studies (19 normal, 18 abnormal), 32 patients",
         "not MURA-v1.1: 386 radiographs, v1.1 has 40,005; study types unknown to MURA: XR_HIP, XR_LEG",
-        "duplicate across splits: 1 (serious: what a model was fitted to is scored again)",
+        "duplicate across splits: 1 (serious: valid contains radiographs of train)",
         "  train/XR_LEG/patient00109/study1_positive/image1.png = valid/XR_LEG/patient00133/study1_positive/image1.png",
-        "duplicates kept (--duplicates keep); drop-train drops train's copies of valid's, group cuts tune by who shares one",
-        "all of it: report.json",
+        "duplicates kept (--duplicates keep); drop-train drops train's copies of valid's, group keeps their patients together",
+        "details: report.json",
     ]
     assert len(report["mura_v1_1"]["differences"]) > 40
 
