@@ -1,4 +1,4 @@
-"""MicroBatch-batches of a shard folder for anybody's own PyTorch loop.
+"""Load batches from a shard folder in any PyTorch loop.
 
     data_loader(shards, split) -> DataLoader -> Batch, Batch, ...        resumed from {"epoch": 3, "step": 120}
 
@@ -25,10 +25,10 @@ _AHEAD_PER_WORKER = 4
 
 
 class DataLoader:
-    """An iterable of the Batches of one epoch. Each iteration goes on where the one before ended.
+    """An iterable of the Batches of one epoch. Each iteration continues where the previous one ended.
 
     A Batch holds image (B, 1, S, S) uint8, label (B,) float32, weight (B,) float32, row (B,) int64 and mask (B,) bool, on
-    the device. Where mask is False, a place only fills the shape and has weight 0.
+    the device. Where mask is False, the position is padding and has weight 0.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class DataLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        """Read `rows` of the loader's shards, int64 (n,). `data_loader` is the usual way."""
+        """Read `rows` of the loader's shards, int64 (n,). Use `data_loader` to create one."""
         self.loader, self.rows = loader, rows
         self.seed, self.shuffle, self.rotate_deg, self.flip = seed, shuffle, rotate_deg, flip
         self.rank, self.world_size = rank, world_size
         self.epoch, self.step = 0, 0
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole epoch on this rank."""
+        """Return the number of batches of an epoch on this rank."""
         global_batch = self.loader.micro_batch * self.world_size
         return len(self.rows) // global_batch if self.shuffle else -(-len(self.rows) // global_batch)
 
@@ -64,7 +64,7 @@ class DataLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch, counted from 0, at its first batch."""
-        self.epoch, self.step = _checked("epoch", epoch), 0
+        self.epoch, self.step = _check_position("epoch", epoch), 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, and the number of its batches that were yielded."""
@@ -72,7 +72,7 @@ class DataLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position that `state_dict` returned, on any number of ranks of the same global batch."""
-        epoch, step = _checked("epoch", state["epoch"]), _checked("step", state["step"])
+        epoch, step = _check_position("epoch", state["epoch"]), _check_position("step", state["step"])
         if step > len(self):
             raise UserError(
                 f"step {step} of a data loader's state: this epoch has {len(self)} batches. Use its own state"
@@ -163,7 +163,7 @@ def data_loader(
     )
 
 
-def _checked(name: str, number: int) -> int:
+def _check_position(name: str, number: int) -> int:
     if not isinstance(number, int) or number < 0:
         raise UserError(f"{name} {number!r} of a data loader: must be a whole number of at least 0. Use its own state")
     return number
