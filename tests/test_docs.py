@@ -192,7 +192,7 @@ def test_site_lists_every_setting_command_and_public_name(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("markdown", "shown"),
+    ("markdown", "rendered"),
     [
         ("[launch/nginx.conf](../launch/nginx.conf)", "`launch/nginx.conf`"),
         ("[`mura.toml`](../launch/recipes/mura.toml)", "`launch/recipes/mura.toml`"),
@@ -200,8 +200,8 @@ def test_site_lists_every_setting_command_and_public_name(site: Path) -> None:
         ("[Train](training.md#stop)", "[Train](training.md#stop)"),
     ],
 )
-def test_a_link_out_of_docs_becomes_a_file_name_on_the_site(markdown: str, shown: str) -> None:
-    assert hooks.on_page_markdown(markdown) == shown
+def test_a_link_out_of_docs_becomes_a_file_name_on_the_site(markdown: str, rendered: str) -> None:
+    assert hooks.on_page_markdown(markdown) == rendered
 
 
 def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
