@@ -23,19 +23,19 @@ class BaseInstall:
 
     def __init__(self, folder: Path, *extras: str) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        wanted = [*project["dependencies"], *(text for extra in extras for text in _of_extra(project, extra))]
+        requirements = [*project["dependencies"], *(text for extra in extras for text in _of_extra(project, extra))]
         self.site = folder / "site"
         self.site.mkdir(parents=True)
-        for distribution in _closure(wanted):
+        for distribution in _closure(requirements):
             for top in {Path(file).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
                 link = self.site / top
                 if not link.exists():
                     link.symlink_to(Path(str(distribution.locate_file(top))))
 
-    def run(self, *words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run Python with these words, which finds this environment's packages and the checkout, no others."""
         environment = {**os.environ, **NO_GPU, "PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}", **(env or {})}
-        command = [sys.executable, "-S", *map(str, words)]
+        command = [sys.executable, "-S", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
 
 
@@ -45,7 +45,7 @@ def _of_extra(project: dict, extra: str) -> list[str]:
 
 def _closure(requirements: list[str]) -> list[metadata.Distribution]:
     """Return the distributions that these requirements install, and mura-dist's own, whose metadata names the extras."""
-    found = {"mura-dist": metadata.distribution("mura-dist")}
+    distributions = {"mura-dist": metadata.distribution("mura-dist")}
     pending = [Requirement(text) for text in requirements]
     while pending:
         requirement = pending.pop()
@@ -54,9 +54,9 @@ def _closure(requirements: list[str]) -> list[metadata.Distribution]:
         except metadata.PackageNotFoundError:
             distribution = metadata.distribution(_SAME_MODULES[requirement.name])
         environments = [{"extra": extra} for extra in ("", *requirement.extras)]
-        if requirement.name in found:
+        if requirement.name in distributions:
             continue
-        found[requirement.name] = distribution
+        distributions[requirement.name] = distribution
         children = map(Requirement, distribution.requires or [])
         pending += [child for child in children if not child.marker or any(map(child.marker.evaluate, environments))]
-    return list(found.values())
+    return list(distributions.values())

@@ -20,23 +20,25 @@ def main() -> None:
     architecture, precision, stage = sys.argv[1:]
     torch.set_num_threads(1)
     with process_group.join(120) as world:
-        known = {
+        values = {
             "shards": "",
             "run": "",
             "architecture": architecture,
             "precision": precision,
             "zero_stage": int(stage),
         }
-        settings = config.check(known | {"global_batch": 4 * world.size, "micro_batch": 2}, "test")
-        engine, ones = Engine(densenet.build(architecture), settings, world), torch.ones(2)
+        settings = config.check(values | {"global_batch": 4 * world.size, "micro_batch": 2}, "test")
+        engine, weight = Engine(densenet.build(architecture), settings, world), torch.ones(2)
         image = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
-        two = [Batch(image, ones, ones, ones.long(), ones.bool())] * 2
+        two = [Batch(image, weight, weight, weight.long(), weight.bool())] * 2
         engine.step(two, 1e-4)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             assert engine.step(two, 1e-4).applied
-        events = seen.profiler.kineto_results.events()
-        sent = [[one.name(), one.shapes()[0], one.dtypes()[0]] for one in events if one.name().startswith("gloo:")]
-        calls = sum(one.name().startswith("c10d::") for one in events)
+        events = profile.profiler.kineto_results.events()
+        sent = [
+            [event.name(), event.shapes()[0], event.dtypes()[0]] for event in events if event.name().startswith("gloo:")
+        ]
+        calls = sum(event.name().startswith("c10d::") for event in events)
         if world.is_first:
             print(json.dumps({"sent": sent, "calls": calls}), flush=True)
         world.barrier()

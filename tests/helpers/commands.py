@@ -55,7 +55,7 @@ def warm_script(name: str) -> list[str]:
 
 
 def run(
-    *words: object,
+    *arguments: object,
     cwd: Path | None = None,
     timeout_s: float = 240,
     env: dict[str, str] | None = None,
@@ -66,7 +66,7 @@ def run(
     mura-dist, the launchers and their ranks are forks of a process that has imported torch (warm.py). `cold`: started from
     nothing, as a user does; for what the environment says to a library as it is loaded.
     """
-    name, *rest = (str(word) for word in words)
+    name, *rest = (str(word) for word in arguments)
     warmed = not cold and name in ("mura-dist", "torchrun", "deepspeed")
     command = [*(warm_script(name) if warmed else [str(BIN / name)]), *rest]
     environment = {**os.environ, **NO_GPU, **(env or {})}
@@ -78,28 +78,28 @@ def run(
 
 
 def torchrun(
-    ranks: int, *words: object, cwd: Path | None = None, env: dict[str, str] | None = None, cold: bool = False
+    ranks: int, *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, cold: bool = False
 ):
     """`torchrun` on this machine with a free port; the module's words follow."""
-    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *words, cwd=cwd, env=env, cold=cold)
+    return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *arguments, cwd=cwd, env=env, cold=cold)
 
 
 def processes_of(path: Path) -> list[int]:
     """Return the processes whose command line has `path` as a word."""
-    found = []
+    pids = []
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended meanwhile
             if str(path).encode() in command.read_bytes().split(b"\0"):
-                found.append(int(command.parent.name))
-    return found
+                pids.append(int(command.parent.name))
+    return pids
 
 
-def killed_when(begun: Callable[[], bool], names: Path, *words: object, launcher_alone: bool = False) -> list[int]:
+def killed_when(begun: Callable[[], bool], names: Path, *arguments: object, launcher_alone: bool = False) -> list[int]:
     """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`.
 
     `launcher_alone`: kill the command alone. Returns all these processes.
     """
-    command = [str(BIN / str(words[0])), *map(str, words[1:])]
+    command = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not begun():
         assert process.poll() is None, "it ended before it began"
@@ -129,7 +129,7 @@ SHORT = ("epochs=1", "micro_batch=4")
 """A shorter one, of one rank or three, for tests that want any trained run."""
 
 
-def train(ranks: int, shards: Path, folder: Path, *words: str):
+def train(ranks: int, shards: Path, folder: Path, *arguments: str):
     """A TINY run with these words too: several ranks under torchrun, one without a launcher."""
-    settings = (*TINY, f"shards={shards}", f"run={folder}", *words, "--quiet")
+    settings = (*TINY, f"shards={shards}", f"run={folder}", *arguments, "--quiet")
     return run("mura-dist", "train", *settings) if ranks == 1 else torchrun(ranks, "mura_dist.train", *settings)

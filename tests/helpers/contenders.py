@@ -52,11 +52,11 @@ def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
     """A loader that keeps `step_mib` of memory for each batch."""
     import torch
 
-    kept = []
+    buffers = []
 
     def epoch() -> Iterator[Any]:
         for _ in range(2):
-            kept.append(np.ones(step_mib << 20, np.uint8))
+            buffers.append(np.ones(step_mib << 20, np.uint8))
             yield torch.zeros((8, 1, 64, 64), dtype=torch.uint8)
 
     return epoch

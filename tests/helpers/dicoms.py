@@ -72,10 +72,10 @@ def sequence(**values: Any) -> Sequence:
 def table(entries: np.ndarray, first: int, bits: int, *, vr: str = "OW", order: str = "<") -> Sequence:
     """A modality or VOI LUT: entries (n,) uint8 as bytes, two in a word, or uint16 as words; `first`: a word, or negative."""
     data = entries.tobytes() + b"\0" * (entries.nbytes % 2)
-    words = np.frombuffer(data, "<u2")
+    values_16 = np.frombuffer(data, "<u2")
     item = Dataset()
     item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries) % 0x10000, first, bits])
-    item.add_new("LUTData", vr, words.tolist() if vr == "US" else words.astype(f"{order}u2").tobytes())
+    item.add_new("LUTData", vr, values_16.tolist() if vr == "US" else values_16.astype(f"{order}u2").tobytes())
     return Sequence([item])
 
 
@@ -96,14 +96,14 @@ def jpeg_lossless(values: np.ndarray, precision: int, predictor: int = 1) -> byt
     table = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
     frame = b"\xff\xc3" + struct.pack(">HBHHB", 11, precision, *values.shape, 1) + b"\1\x11\0"
     scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + bytes([1, 0, predictor, 0, 0])
-    whole = values.astype(np.int64)
-    before = np.empty_like(whole)
-    before[:, 1:], before[1:, 0] = whole[:, :-1], whole[:-1, 0]
+    pixels = values.astype(np.int64)
+    before = np.empty_like(pixels)
+    before[:, 1:], before[1:, 0] = pixels[:, :-1], pixels[:-1, 0]
     if predictor == 2:
-        before[1:] = whole[:-1]
+        before[1:] = pixels[:-1]
     before[0, 0] = 1 << (precision - 1)
-    before[0, 1:] = whole[0, :-1]
-    coded = _coded((whole - before + 0x8000) % 0x10000 - 0x8000)
+    before[0, 1:] = pixels[0, :-1]
+    coded = _coded((pixels - before + 0x8000) % 0x10000 - 0x8000)
     return b"\xff\xd8" + frame + table + scan + coded + b"\xff\xd9"
 
 
@@ -124,14 +124,14 @@ def _difference_bits(difference: int) -> str:
 def flat_jpeg(values: np.ndarray, precision: int) -> bytes:
     """JPEG's extended process: blocks of 8 x 8 pixels of one value each, so that nothing is lost. values: (H / 8, W / 8)."""
     height, width = (8 * side for side in values.shape)
-    quantisation = b"\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
+    quantization = b"\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
     frame = b"\xff\xc1" + struct.pack(">HBHHB", 11, precision, height, width, 1) + b"\1\x11\0"
     means = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
     ends = b"\xff\xc4" + struct.pack(">HB16B", 20, 0x10, 1, *[0] * 15) + b"\0"  # "0": the rest of the block is 0
     levels = 8 * (values.astype(np.int64).ravel() - (1 << (precision - 1)))
     scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + b"\1\0\0\x3f\0"
     return (
-        b"\xff\xd8" + quantisation + frame + means + ends + scan + _coded(np.diff(levels, prepend=0), "0") + b"\xff\xd9"
+        b"\xff\xd8" + quantization + frame + means + ends + scan + _coded(np.diff(levels, prepend=0), "0") + b"\xff\xd9"
     )
 
 

@@ -21,10 +21,10 @@ MARKS = [
 ]
 
 
-def python(*words: object, hide_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, hide_gpu: bool = False) -> subprocess.CompletedProcess[str]:
     """Run this interpreter, started from nothing. Needs no installed script: a machine may run the checkout as it lies."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if hide_gpu else "0"}
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -45,5 +45,5 @@ def host_waits(call: Callable[[], object]) -> list[str]:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in caught if "called a synchronizing CUDA operation" in str(one.message)]
-    return [*places, *(f"{Path(one.filename).name}:{one.lineno}" for one in waits)]
+    waits = [line for line in caught if "called a synchronizing CUDA operation" in str(line.message)]
+    return [*places, *(f"{Path(line.filename).name}:{line.lineno}" for line in waits)]

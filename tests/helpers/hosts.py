@@ -24,8 +24,8 @@ from helpers.commands import BIN, NO_GPU, ROOT
 NETWORK = "10.99.0"
 
 
-def ip(*words: object) -> None:
-    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)
+def ip(*arguments: object) -> None:
+    subprocess.run(["ip", *map(str, arguments)], check=True, capture_output=True, text=True)
 
 
 class Hosts:
@@ -69,13 +69,20 @@ class Hosts:
         if number not in self.slow:
             ip("link", "add", "eth0", "netns", space, "type", "veth", "peer", port, "netns", self._switch)
             return
-        words = [sys.executable, ROOT / "tools/robustness/slow_link.py", space, self._switch, port, *self.slow[number]]
-        link = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, text=True)
+        arguments = [
+            sys.executable,
+            ROOT / "tools/robustness/slow_link.py",
+            space,
+            self._switch,
+            port,
+            *self.slow[number],
+        ]
+        link = subprocess.Popen([str(word) for word in arguments], stdout=subprocess.PIPE, text=True)
         self._links.append(link)
         assert link.stdout is not None
         assert link.stdout.readline() == "ready\n"
 
-    def take_away(self) -> None:
+    def remove(self) -> None:
         for number in self.numbers:
             self._kill(number)
         for link in self._links:
@@ -88,7 +95,7 @@ class Hosts:
             shutil.rmtree(self.etc(number), ignore_errors=True)
 
     def start(
-        self, number: int, *words: object, log: Path, env: Mapping[str, str] | None = None, first: str = ""
+        self, number: int, *arguments: object, log: Path, env: Mapping[str, str] | None = None, first: str = ""
     ) -> subprocess.Popen[str]:
         """A command on a host, its output appended to `log`. `first`: shell words before it, such as mounts of the host's own."""
         inside = f'hostname host{number} && {first or ":"} && exec "$@"'
@@ -113,7 +120,7 @@ class Hosts:
         }
         with open(log, "a") as file:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.space(number), *apart, *map(str, words)],
+                ["ip", "netns", "exec", self.space(number), *apart, *map(str, arguments)],
                 env=environment,
                 stdout=file,
                 stderr=file,
@@ -146,12 +153,12 @@ def hosts(num: int, slow: Mapping[int, Sequence[object]] | None = None) -> Itera
     """Skips where there can be none."""
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("hosts of our own need root, iproute2 and util-linux: run as root, apt-get install iproute2")
-    made = Hosts(num, slow or {})
+    created = Hosts(num, slow or {})
     try:
         try:
-            made.build()
+            created.build()
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this system makes no network namespaces: {error.stderr.strip()}")
-        yield made
+        yield created
     finally:
-        made.take_away()
+        created.remove()

@@ -18,18 +18,18 @@ from mura_dist.data.shards.reader import Shards, read_index
 def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.MicroBatch]], *, dropped: int = 0) -> None:
     """Over all ranks each of `rows` is there exactly once, up to `dropped` of them; every rank has as many micro-batches."""
     assert len({len(micros) for micros in micros_of_ranks}) == 1
-    seen = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
-    assert len(seen) == len(rows) - dropped
-    assert len(np.unique(seen)) == len(seen)
-    assert np.isin(seen, rows).all()
+    trained_rows = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
+    assert len(trained_rows) == len(rows) - dropped
+    assert len(np.unique(trained_rows)) == len(trained_rows)
+    assert np.isin(trained_rows, rows).all()
 
 
 def same_order(a: Sequence[sampler.MicroBatch], b: Sequence[sampler.MicroBatch]) -> None:
     """Two ways to the same micro-batches: rows, angles, flips and masks equal bit for bit."""
     assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
+    for first, second in zip(a, b, strict=True):
         for name in ("rows", "angles", "flips", "mask"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
 def same_metrics(a: dict[int, float], b: dict[int, float], threshold: float = 0.5) -> None:
@@ -49,9 +49,9 @@ def same_bytes(a: Path, b: Path, *, leave_out: Sequence[str] = ()) -> None:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in leave_out)
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
-    ours, theirs = contents(a), contents(b)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    contents_a, contents_b = contents(a), contents(b)
+    assert contents_a.keys() == contents_b.keys()
+    assert [name for name in contents_a if contents_a[name] != contents_b[name]] == []
 
 
 def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: S
         check()
 
 
-def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
+def refusal(capsys, arguments: Sequence[object], *texts: str) -> str:
     """The command line is refused: status 2, one line on stderr with all of `words`, no traceback. Returns the line."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
@@ -73,7 +73,7 @@ def refusal(capsys, arguments: Sequence[object], *words: str) -> str:
     assert (status, out) == (INVALID, ""), (status, out, err)
     assert len(err.strip().splitlines()) == 1, err
     assert "Traceback" not in err
-    missing = [word for word in words if not re.search(re.escape(word), err)]
+    missing = [word for word in texts if not re.search(re.escape(word), err)]
     assert not missing, (missing, err)
     return err
 
@@ -84,8 +84,8 @@ def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[st
     Returns the card. `kind`: what it was trained on, phantoms or radiographs.
     """
     session = onnxruntime.InferenceSession(path.read_bytes())
-    told = session.get_modelmeta()
-    card = json.loads(told.custom_metadata_map["mura_dist"])
+    metadata = session.get_modelmeta()
+    card = json.loads(metadata.custom_metadata_map["mura_dist"])
     size, types = card["size"], card["study_types"]
     [image], [logit, activation_map] = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 1, size, size])
@@ -104,8 +104,8 @@ def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[st
     assert calibration["fitted_on"] == "tune" or calibration["reason"]
     assert calibration["by_study_type"].keys() == (set(types) if calibration["fitted_on"] else set())
     for fitted in calibration["by_study_type"].values():
-        for name, found in (("calibration", fitted["slope"]), ("band", fitted["band"])):
-            assert found is not None or fitted["reasons"][name]
+        for name, value in (("calibration", fitted["slope"]), ("band", fitted["band"])):
+            assert value is not None or fitted["reasons"][name]
         assert fitted["band"] is None or 0 <= fitted["band"]["low"] <= fitted["band"]["high"] <= 1
     assert card["metrics"]["split"] == "valid"
     for group in (card["metrics"]["overall"], *card["metrics"]["by_study_type"].values()):
@@ -125,9 +125,9 @@ def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[st
     assert {"architecture", "epochs", "seed", "learning_rate", "global_batch"} <= card["recipe"].keys()
     assert card["checkpoint"]
 
-    assert (told.producer_name, told.graph_name) == ("mura-dist", "mura_dist")
-    assert card["terms"][1:] in told.description
-    assert ("drawn phantoms, no radiographs" in told.description) == (kind == "phantoms")
+    assert (metadata.producer_name, metadata.graph_name) == ("mura-dist", "mura_dist")
+    assert card["terms"][1:] in metadata.description
+    assert ("drawn phantoms, no radiographs" in metadata.description) == (kind == "phantoms")
     data = path.read_bytes()
     assert [secret for secret in secrets if secret.encode() in data] == []
     return card
@@ -154,11 +154,11 @@ class Markup(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
+        self.texts: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == [], self.open
-        self.text = " ".join(" ".join(self.words).split())
+        self.text = " ".join(" ".join(self.texts).split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -170,7 +170,7 @@ class Markup(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] != "style":
-            self.words.append(data)
+            self.texts.append(data)
 
 
 def local_only(path: Path) -> Markup:

@@ -23,8 +23,20 @@ Fault = str
 def serve(folder: Path) -> Iterator[str]:
     """Serve MLflow from a database and artifacts in `folder`; yield its address."""
     address, log = f"http://127.0.0.1:{(port := free_port())}", folder / "server.log"
-    words = ("--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", folder / "artifacts")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", 1, *words]
+    arguments = ("--backend-store-uri", f"sqlite:///{folder}/runs.db", "--artifacts-destination", folder / "artifacts")
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--workers",
+        1,
+        *arguments,
+    ]
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [str(word) for word in command], stdout=output, stderr=output, env={**os.environ, **ENVIRONMENT}
@@ -89,7 +101,7 @@ class Proxy:
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
 
-            def log_message(self, *words: object) -> None:
+            def log_message(self, *arguments: object) -> None:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -41,6 +41,6 @@ def noise(number: int, size: int = S, seed: int = 1) -> np.ndarray:
 def with_card(source: Path, card: Card, target: Path) -> Path:
     """Write an exported model with another card."""
     proto = onnx.load(source)
-    next(one for one in proto.metadata_props if one.key == KEY).value = card.to_json()
+    next(entry for entry in proto.metadata_props if entry.key == KEY).value = card.to_json()
     onnx.save(proto, target)
     return target

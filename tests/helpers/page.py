@@ -21,21 +21,21 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 def chromium() -> str:
     """Return the browser's program; skip the test where there is none."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
+    program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if program is None:
         if os.environ.get(NEED_BROWSER):
             pytest.fail(f"no Chromium, and {NEED_BROWSER} is set; on Debian: apt-get install chromium")
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
-    return found
+    return program
 
 
 @contextlib.contextmanager
 def served(
-    model: Path, *words_: object, env: dict[str, str] | None = None
+    model: Path, *arguments: object, env: dict[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Start `mura-dist page` with these words; yield its address and process once it answers."""
     port = free_port()
-    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, words_)]
+    command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, arguments)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -74,7 +74,7 @@ def until(true: Any, timeout_s: float = 60) -> None:
 
 def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
     """Hand files to the page's uploader, by path or as (name, content)."""
-    named = [one if isinstance(one, tuple) else (one.name, one.read_bytes()) for one in files]
+    named = [file if isinstance(file, tuple) else (file.name, file.read_bytes()) for file in files]
     sent = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in named]
     page.locator("input[type=file]").set_input_files(sent)
 

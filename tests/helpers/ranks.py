@@ -11,12 +11,16 @@ from helpers.commands import warm_python
 DIFFERS = ("conversion.json",)
 
 
-def start_rank(script: Path, environment: dict[str, Any], *words: object, cold: bool = False) -> subprocess.Popen[str]:
+def start_rank(
+    script: Path, environment: dict[str, Any], *arguments: object, cold: bool = False
+) -> subprocess.Popen[str]:
     """Start a rank; `cold` where its process number or its children are looked at (warm.py)."""
-    known = {name: str(value) for name, value in environment.items()}
-    command = [sys.executable if cold else warm_python(), str(script), *map(str, words)]
-    others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(command, env=others | known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    variables = {name: str(value) for name, value in environment.items()}
+    command = [sys.executable if cold else warm_python(), str(script), *map(str, arguments)]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.Popen(
+        command, env=inherited | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 LAUNCHERS = {

@@ -12,13 +12,13 @@ from xdist.workermanage import WorkerController
 from helpers import durations
 
 LONG_S = 8.0  # a test that takes longer is handed out by itself
-WHOLE = ("tests/inference/page/test_page.py",)  # one browser and one server for all its tests
+UNSPLIT = ("tests/inference/page/test_page.py",)  # one browser and one server for all its tests
 
 
 def scope_of(nodeid: str, seconds: Counter[str]) -> str:
     """Return what is handed out at once: the test alone, or its file."""
     file, _, test = nodeid.partition("::")
-    return nodeid if seconds[test] > LONG_S and file not in WHOLE else file
+    return nodeid if seconds[test] > LONG_S and file not in UNSPLIT else file
 
 
 def order(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -44,16 +44,16 @@ class LongestFirst(LoadScopeScheduling):
 
         xdist's own gives them the finished tests too: a worker that is sent none of a file waits for ever.
         """
-        left = {
+        remaining = {
             scope: {test: False for test, is_done in unit.items() if not is_done}
             for scope, unit in self.assigned_work.pop(node).items()
         }
-        crashed = next((test for unit in left.values() for test in unit), None)
+        crashed = next((test for unit in remaining.values() for test in unit), None)
         if crashed is not None:
-            del left[self._split_scope(crashed)][crashed]
-            self.workqueue.update({scope: unit for scope, unit in left.items() if unit})
-            for other in self.assigned_work:
-                self._reschedule(other)
+            del remaining[self._split_scope(crashed)][crashed]
+            self.workqueue.update({scope: unit for scope, unit in remaining.items() if unit})
+            for worker in self.assigned_work:
+                self._reschedule(worker)
         return crashed
 
     def _split_scope(self, nodeid: str) -> str:

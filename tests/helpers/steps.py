@@ -10,8 +10,8 @@ NUM_MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
 
 def settings(**values: object) -> config.Settings:
     """Return the settings of such a step, `values` before the defaults."""
-    known = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": NUM_MICROS * SIZE}
-    return config.check({**known, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
+    defaults = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": NUM_MICROS * SIZE}
+    return config.check({**defaults, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
 
 
 def batches(seed: int) -> list[Batch]:
@@ -20,5 +20,5 @@ def batches(seed: int) -> list[Batch]:
     image = torch.randint(0, 256, (NUM_MICROS, SIZE, 1, 64, 64), dtype=torch.uint8, generator=random)
     label = torch.randint(0, 2, (NUM_MICROS, SIZE), generator=random).float()
     weight = torch.rand(NUM_MICROS, SIZE, generator=random)
-    ones = torch.ones(SIZE)
-    return [Batch(image[i], label[i], weight[i], ones.long(), ones.bool()) for i in range(NUM_MICROS)]
+    unit = torch.ones(SIZE)
+    return [Batch(image[i], label[i], weight[i], unit.long(), unit.bool()) for i in range(NUM_MICROS)]

@@ -24,15 +24,15 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("way", ["script", "module"])
+@pytest.mark.parametrize("kind", ["script", "module"])
 @pytest.mark.parametrize("end", ENDS)
-def test_it_ends_as_a_process_does(end: str, way: str, tmp_path: Path) -> None:
+def test_it_ends_as_a_process_does(end: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "of_the_test.py").write_text(ENDS[end])
-    words = ["-m", "of_the_test"] if way == "module" else ["of_the_test.py"]
+    arguments = ["-m", "of_the_test"] if kind == "module" else ["of_the_test.py"]
     env = {**os.environ, "OF_THE_TEST": "heard"}
     cold, warm = (
         subprocess.run(
-            [python, "-u", *words, "a", "b c"], cwd=tmp_path, env=env, input="said", capture_output=True, text=True
+            [python, "-u", *arguments, "a", "b c"], cwd=tmp_path, env=env, input="said", capture_output=True, text=True
         )
         for python in (sys.executable, warm_python())
     )

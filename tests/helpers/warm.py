@@ -100,7 +100,7 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
                 continue
             client, _ = listening.accept()
             try:
-                asked, files = _asked(client)
+                request, files = _receive_request(client)
             except (OSError, ValueError):  # it ended meanwhile
                 client.close()
                 continue
@@ -112,14 +112,14 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
                     os.close(number)
                 waiting.close()
                 listening.detach()
-                return asked
+                return request
             for file in files:
                 os.close(file)
             with contextlib.suppress(OSError):  # then the client says no more, below
                 client.sendall(b"%d\n" % fork)
             ended = os.pidfd_open(fork)
-            for one in (client, ended):
-                waiting.register(one, selectors.EVENT_READ, (fork, client, ended))
+            for source in (client, ended):
+                waiting.register(source, selectors.EVENT_READ, (fork, client, ended))
 
 
 def _end(waiting: selectors.BaseSelector, of: object, fork: int, client: socket.socket, ended: int) -> None:
@@ -127,15 +127,15 @@ def _end(waiting: selectors.BaseSelector, of: object, fork: int, client: socket.
     if of is client:
         os.kill(fork, signal.SIGKILL)
     _, status = os.waitpid(fork, 0)
-    for one in (client, ended):
-        waiting.unregister(one)
+    for source in (client, ended):
+        waiting.unregister(source)
     with contextlib.suppress(OSError):
         client.sendall(b"%d\n" % status)
     client.close()
     os.close(ended)
 
 
-def _asked(client: socket.socket) -> tuple[Any, list[int]]:
+def _receive_request(client: socket.socket) -> tuple[Any, list[int]]:
     length, files, _, _ = socket.recv_fds(client, 8, 3)
     if len(files) != 3:
         raise OSError("it sent no files")
@@ -151,14 +151,14 @@ def main() -> None:
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")]
     assert sum(name != ALLOCATOR for name in threads) == 1, f"{threads}: a fork would miss all but one"
     gc.freeze()  # a fork that collects would write to, and so copy, all of it
-    words, folder, environment = serve(listening)
+    arguments, folder, environment = serve(listening)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     ctypes.CDLL(None).prctl(PARENTS_END, signal.SIGKILL)  # the server's end
-    if Path(words[0]).name == "deepspeed" or "deepspeed.launcher.launch" in words:
+    if Path(arguments[0]).name == "deepspeed" or "deepspeed.launcher.launch" in arguments:
         sys.executable = environment["PYTHON_EXEC"]  # what starts its launcher, and its ranks
-    status = ran(words[1:] if words[0] == "-u" else words, folder)
+    status = ran(arguments[1:] if arguments[0] == "-u" else arguments, folder)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -166,20 +166,20 @@ def main() -> None:
     os._exit(status)  # to take all modules apart takes 2 s
 
 
-def ran(words: list[str], folder: str) -> int:
+def ran(arguments: list[str], folder: str) -> int:
     """The exit status of `python WORDS`."""
     try:
-        if words[0] == "-m":
-            sys.argv, sys.path[0] = words[1:], folder
-            sys.modules.pop(words[1], None)  # as it is in a new process
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        elif words[0] == "-c":
-            sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        if arguments[0] == "-m":
+            sys.argv, sys.path[0] = arguments[1:], folder
+            sys.modules.pop(arguments[1], None)  # as it is in a new process
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
             sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(compile(words[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+            exec(compile(arguments[1], "<string>", "exec"), vars(sys.modules["__main__"]))
         else:
-            sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
-            runpy.run_path(words[0], run_name="__main__")
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
