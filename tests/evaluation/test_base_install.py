@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def plots(report: Path) -> list[str]:
-    return [part.partition("</svg>")[0] for part in report.read_text().split("<svg")[1:]]
+    return [path.partition("</svg>")[0] for path in report.read_text().split("<svg")[1:]]
 
 
 def test_packages_of_other_extras_are_absent(base: BaseInstall) -> None:
@@ -59,23 +59,23 @@ def test_packages_of_other_extras_are_absent(base: BaseInstall) -> None:
     assert base.run("-c", code).stdout == "[]\n"
 
 
-def test_every_file_of_the_base_is_that_of_the_full_install(
+def test_base_and_full_install_write_identical_files(
     base: BaseInstall, encoded: Path, model: Path, tmp_path: Path
 ) -> None:
     result = base.run(*EVALUATE, model, encoded, "--out", tmp_path / "base", "--quiet")
     assert (result.returncode, stderr_lines(result)) == (DONE, [])
     assert main(["evaluate", str(model), str(encoded), "--out", str(tmp_path / "full"), "--quiet"]) == DONE
-    ours, full = files_of(tmp_path / "base"), files_of(tmp_path / "full")
-    assert {"metrics.json", "predictions.csv", "studies.csv", "gallery.html", "gallery.json"} <= ours.keys()
-    assert any(name.startswith("gallery/") for name in ours)
-    assert [name for name in full if ours.get(name) != full[name]] == []
-    assert ours.keys() == full.keys()
+    own_files, full = files_of(tmp_path / "base"), files_of(tmp_path / "full")
+    assert {"metrics.json", "predictions.csv", "studies.csv", "gallery.html", "gallery.json"} <= own_files.keys()
+    assert any(name.startswith("gallery/") for name in own_files)
+    assert [name for name in full if own_files.get(name) != full[name]] == []
+    assert own_files.keys() == full.keys()
     drawn = plots(tmp_path / "base" / "report.html")
     assert len(drawn) > 3
     assert drawn == plots(tmp_path / "full" / "report.html")
 
 
-def test_law_of_parity_base_and_training_loader(base: BaseInstall, encoded: Path) -> None:
+def test_base_install_scores_equal_training_loader(base: BaseInstall, encoded: Path) -> None:
     """CRC-32 of each radiograph's pixels, as the base decodes them and as a training's loader gives them."""
     code = (
         "import sys, zlib; from pathlib import Path; from mura_dist.data.shards.reader import Shards; "
@@ -106,12 +106,10 @@ def test_shards_behind_a_url(base: BaseInstall, s3: str, shard_folder: Path, mod
     assert (tmp_path / "url" / "metrics.json").read_bytes() == (tmp_path / "here" / "metrics.json").read_bytes()
 
 
-def test_of_several_ranks_the_first_one_evaluates(
-    base: BaseInstall, shard_folder: Path, model: Path, tmp_path: Path
-) -> None:
-    words = (*EVALUATE, model, shard_folder, "--no-gallery", "--out")
+def test_only_the_first_rank_evaluates(base: BaseInstall, shard_folder: Path, model: Path, tmp_path: Path) -> None:
+    arguments = (*EVALUATE, model, shard_folder, "--no-gallery", "--out")
     first, second = (
-        base.run(*words, tmp_path / str(rank), env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+        base.run(*arguments, tmp_path / str(rank), env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
         for rank in range(2)
     )
     assert (first.returncode, second.returncode) == (DONE, DONE)

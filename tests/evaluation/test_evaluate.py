@@ -43,12 +43,12 @@ def test_metrics_do_not_depend_on_ranks_or_batch(
     trained = reference_run(1, *SHORT)
     script = tmp_path / "evaluate_ranks.py"
     script.write_text(EVALUATE)
-    other = tmp_path / "other"
-    shutil.copytree(trained, other)
-    recipe = (other / "recipe.toml").read_text()
-    (other / "recipe.toml").write_text(recipe.replace("micro_batch = 4", "micro_batch = 7"))
+    other_batch = tmp_path / "other"
+    shutil.copytree(trained, other_batch)
+    recipe = (other_batch / "recipe.toml").read_text()
+    (other_batch / "recipe.toml").write_text(recipe.replace("micro_batch = 4", "micro_batch = 7"))
     logits = []
-    for ranks, folder in ((1, trained), (2, trained), (3, other)):
+    for ranks, folder in ((1, trained), (2, trained), (3, other_batch)):
         out = tmp_path / str(ranks)
         result = torchrun(
             ranks, "evaluate_ranks", folder, shard_folder, out, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
@@ -63,9 +63,9 @@ def test_metrics_do_not_depend_on_ranks_or_batch(
         logits.append(dict(enumerate(table["logit"])))
         reports = [path.name for path in sorted(out.iterdir())]
         assert {"metrics.json", "report.html", "predictions.csv", "studies.csv"} <= set(reports)
-    assert "micro_batch = 7" in (other / "recipe.toml").read_text()
-    for others in logits[1:]:
-        laws.same_metrics(logits[0], others)
+    assert "micro_batch = 7" in (other_batch / "recipe.toml").read_text()
+    for logits_of_ranks in logits[1:]:
+        laws.same_metrics(logits[0], logits_of_ranks)
 
 
 # ---- what is fitted on tune
@@ -73,14 +73,14 @@ def test_metrics_do_not_depend_on_ranks_or_batch(
 
 def start_run(folder: Path, shards: Path, *settings: str) -> Path:
     """An untrained network, which says something all the same: of this seed, by chance, slightly more of abnormal studies."""
-    words = (*TINY, "epochs=0", "seed=3", *settings, f"shards={shards}", f"run={folder}")
-    result = run("mura-dist", "train", *words, "--quiet")
+    arguments = (*TINY, "epochs=0", "seed=3", *settings, f"shards={shards}", f"run={folder}")
+    result = run("mura-dist", "train", *arguments, "--quiet")
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def evaluated(target: Path, shards: Path, out: Path, *words: str) -> dict[str, Any]:
-    assert main(["evaluate", str(target), str(shards), "--out", str(out), "--quiet", *words]) == DONE
+def run_evaluation(target: Path, shards: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["evaluate", str(target), str(shards), "--out", str(out), "--quiet", *arguments]) == DONE
     return json.loads((out / "metrics.json").read_bytes())
 
 
@@ -109,29 +109,29 @@ def logits(model: Path, shards: Shards, split: str) -> Scores:
     return Scores.from_split(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
 
 
-def test_the_points_are_those_of_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
+def test_thresholds_are_fitted_on_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
     shards = Shards.open(halved)
     tune = study_scores(shards, logits(exported, shards, "tune"))
-    wanted = calibration.fit(tune, {}, sorted(tune["study_type"].unique()))
-    found = FittedThresholds.model_validate(measured["calibration"])
-    assert (found.num_studies, found.num_patients) == (len(tune), tune["patient"].nunique())
-    assert found.fitted_on == "tune"
-    assert found.notes == []
-    for name in wanted.by_study_type:
-        ours, theirs = found.by_study_type[name], wanted.by_study_type[name]
-        assert ours.pooled
-        assert ours.slope is not None
-        assert (ours.slope, ours.intercept) == pytest.approx(
-            (theirs.slope, theirs.intercept), rel=1e-2
+    expected = calibration.fit(tune, {}, sorted(tune["study_type"].unique()))
+    metrics = FittedThresholds.model_validate(measured["calibration"])
+    assert (metrics.num_studies, metrics.num_patients) == (len(tune), tune["patient"].nunique())
+    assert metrics.fitted_on == "tune"
+    assert metrics.notes == []
+    for name in expected.by_study_type:
+        actual, reference = metrics.by_study_type[name], expected.by_study_type[name]
+        assert actual.pooled
+        assert actual.slope is not None
+        assert (actual.slope, actual.intercept) == pytest.approx(
+            (reference.slope, reference.intercept), rel=1e-2
         )  # logits to 1e-5
         for point in OPERATING_POINT_NAMES:
-            assert found.thresholds(point)[name] == pytest.approx(wanted.thresholds(point)[name], abs=1e-4)
+            assert metrics.thresholds(point)[name] == pytest.approx(expected.thresholds(point)[name], abs=1e-4)
     assert measured["operating_points"]["overall"]["num_studies"] == measured["overall"]["num_studies"]
     assert measured["overall"]["calibrated"]["brier"] is not None
     assert set(measured["subgroups"]) == {"num_views", "exposure"}
 
 
-def test_nothing_of_valid_enters_the_fit(
+def test_valid_split_does_not_affect_the_fit(
     untrained: Path, halved: Path, measured: dict[str, Any], tmp_path: Path
 ) -> None:
     """The labels of valid turned round: the same points; those of one tune study: others."""
@@ -148,14 +148,14 @@ def test_nothing_of_valid_enters_the_fit(
         for path in (shards / "index.json", folder / "data.json"):
             text = path.read_text().replace(measured["manifest_sha256"], manifest.digest)
             path.write_text(text)
-        found = evaluated(folder, shards, tmp_path / f"{split}-out")
-        assert found["manifest_sha256"] == manifest.digest != measured["manifest_sha256"]
-        assert (found["calibration"] == measured["calibration"]) == same
-        turned_overall = found["overall"]["confusion"] != measured["overall"]["confusion"]
+        metrics = run_evaluation(folder, shards, tmp_path / f"{split}-out")
+        assert metrics["manifest_sha256"] == manifest.digest != measured["manifest_sha256"]
+        assert (metrics["calibration"] == measured["calibration"]) == same
+        turned_overall = metrics["overall"]["confusion"] != measured["overall"]["confusion"]
         assert turned_overall == (split == "valid")
 
 
-def test_predictions_have_what_the_evaluation_has(
+def test_predict_and_evaluate_agree(
     exported: Path,
     of_radiographs: Path,
     halved: Path,
@@ -167,8 +167,8 @@ def test_predictions_have_what_the_evaluation_has(
     assert (
         main(["predict", str(of_radiographs), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
     )
-    told = evaluated(exported, halved, tmp_path / "e")
-    assert told["calibration"] == measured["calibration"]  # the card's
+    onnx_metrics = run_evaluation(exported, halved, tmp_path / "e")
+    assert onnx_metrics["calibration"] == measured["calibration"]  # the card's
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
     assert tuple(predicted.columns) == (*STUDY_COLUMNS, "gate", "trained_on")
     for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
@@ -176,13 +176,13 @@ def test_predictions_have_what_the_evaluation_has(
         assert tuple(table.columns) == (*STUDY_COLUMNS, "label", "patient", "exposure", "gate", "trained_on")
         assert set(table["trained_on"]) == {"phantoms"}
         views = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
-        worst = views.groupby("study")["gate"].agg(lambda words: max(words, key=gate.NAMES.index))
+        worst = views.groupby("study")["gate"].agg(lambda arguments: max(arguments, key=gate.NAMES.index))
         assert table["gate"].tolist() == worst[table["study"]].tolist()
         both = table.merge(predicted, on="study", suffixes=("", "_predicted"))
         assert len(both) == len(predicted) == len(table) > 0
         for name in ("probability", "calibrated_probability"):
-            ours, theirs = (both[f"{name}{end}"].astype(float) for end in ("", "_predicted"))
-            np.testing.assert_allclose(ours, theirs, atol=tolerance)
+            actual, reference = (both[f"{name}{end}"].astype(float) for end in ("", "_predicted"))
+            np.testing.assert_allclose(actual, reference, atol=tolerance)
         assert (both["band"] == both["band_predicted"]).all()
         called = both[both["call_predicted"] != ""]
         assert len(called)
@@ -191,41 +191,47 @@ def test_predictions_have_what_the_evaluation_has(
 
 
 @pytest.mark.slow
-def test_another_operating_point(untrained: Path, halved: Path, phantoms: Path, tmp_path: Path, capsys) -> None:
+def test_fitted_operating_point_makes_the_calls(
+    untrained: Path, halved: Path, phantoms: Path, tmp_path: Path, capsys
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(untrained, folder)
     word = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
-    found = evaluated(folder, halved, folder, *word)
-    points = FittedThresholds.model_validate(found["calibration"])
+    metrics = run_evaluation(folder, halved, folder, *word)
+    points = FittedThresholds.model_validate(metrics["calibration"])
     cut = points.thresholds("specificity=0.9")
-    assert (found["operating_point"], found["threshold"]) == ("specificity=0.9", None)
-    assert found["thresholds"] == {name: cut[name] for name in found["by_study_type"]}
-    assert found["overall"]["prevalence_assumed"] == 0.1
+    assert (metrics["operating_point"], metrics["threshold"]) == ("specificity=0.9", None)
+    assert metrics["thresholds"] == {name: cut[name] for name in metrics["by_study_type"]}
+    assert metrics["overall"]["prevalence_assumed"] == 0.1
     table = pd.read_csv(folder / "studies.csv")
     assert (table["threshold"] == table["study_type"].map(cut)).all()
     assert ((table["probability"] > table["threshold"]) == (table["call"] == 1)).all()
     assert table["call"].nunique() == 2
-    confusion = found["overall"]["confusion"]
+    confusion = metrics["overall"]["confusion"]
     assert confusion["tp"] + confusion["fp"] == table["call"].sum()
-    assert confusion == found["operating_points"]["overall"]["points"]["specificity=0.9"]["confusion"]
+    assert confusion == metrics["operating_points"]["overall"]["points"]["specificity=0.9"]["confusion"]
 
     assert main(["export", str(folder)]) == DONE
     card = OnnxModel.load(folder / "model.onnx").card
     assert card.operating_point == "specificity=0.9"
     assert card.thresholds == {name: cut[name] for name in card.thresholds}
-    assert set(card.thresholds) == {name for name, one in found["by_study_type"].items() if one["kappa"] is not None}
-    of_card = evaluated(folder / "model.onnx", halved, tmp_path / "card")
-    assert (of_card["operating_point"], of_card["thresholds"]) == ("specificity=0.9", found["thresholds"])
-    of_paper = evaluated(folder / "model.onnx", halved, tmp_path / "paper", "--operating-point", "paper")
+    assert set(card.thresholds) == {
+        name for name, group in metrics["by_study_type"].items() if group["kappa"] is not None
+    }
+    of_card = run_evaluation(folder / "model.onnx", halved, tmp_path / "card")
+    assert (of_card["operating_point"], of_card["thresholds"]) == ("specificity=0.9", metrics["thresholds"])
+    of_paper = run_evaluation(folder / "model.onnx", halved, tmp_path / "paper", "--operating-point", "paper")
     assert set(of_paper["thresholds"].values()) == {0.5}
 
 
-def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
-    other = evaluated(untrained, shard_folder, tmp_path / "other")
-    assert other["operating_points"] is None
-    assert other["calibration"]["fitted_on"] is None
-    assert "not the shards the model was trained on" in other["calibration"]["reason"]
-    words = [
+def test_missing_fit_is_reported_and_refuses_operating_points(
+    untrained: Path, halved: Path, shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    unfitted = run_evaluation(untrained, shard_folder, tmp_path / "other")
+    assert unfitted["operating_points"] is None
+    assert unfitted["calibration"]["fitted_on"] is None
+    assert "not the shards the model was trained on" in unfitted["calibration"]["reason"]
+    arguments = [
         "evaluate",
         untrained,
         shard_folder,
@@ -234,32 +240,32 @@ def test_where_nothing_can_be_fitted(untrained: Path, halved: Path, shard_folder
         "--operating-point",
         "sensitivity=0.95",
     ]
-    laws.refusal(capsys, words, "--operating-point sensitivity=0.95", "not the shards the model was trained on")
+    laws.refusal(capsys, arguments, "--operating-point sensitivity=0.95", "not the shards the model was trained on")
     assert not (tmp_path / "refused").exists()
     laws.refusal(
-        capsys, [*words[:3], "--operating-point", "sensitivity=1"], "sensitivity=1 is unknown. Pass paper, ", "0.98"
+        capsys, [*arguments[:3], "--operating-point", "sensitivity=1"], "sensitivity=1 is unknown. Pass paper, ", "0.98"
     )
-    laws.refusal(capsys, [*words[:3], "--prevalence", "30"], "--prevalence 30: must be between 0 and 1", "Omit it")
-    on_tune = evaluated(untrained, halved, tmp_path / "tune", "--split", "tune")
+    laws.refusal(capsys, [*arguments[:3], "--prevalence", "30"], "--prevalence 30: must be between 0 and 1", "Omit it")
+    on_tune = run_evaluation(untrained, halved, tmp_path / "tune", "--split", "tune")
     assert on_tune["calibration"]["notes"] == ["fitted on the reported split: optimistic"]
 
 
-def test_nobody_elses_folder_is_written_over(
+def test_other_results_are_not_overwritten(
     untrained: Path, exported: Path, halved: Path, tmp_path: Path, capsys
 ) -> None:
     for name, file in (("other", "recipe.toml"), ("predicted", "predict.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("")
         for target in (untrained, exported):
-            words = ["evaluate", target, halved, "--out", tmp_path / name]
-            laws.refusal(capsys, words, f"{name} ", "would be overwritten. Pass another folder")
+            arguments = ["evaluate", target, halved, "--out", tmp_path / name]
+            laws.refusal(capsys, arguments, f"{name} ", "would be overwritten. Pass another folder")
         assert [path.name for path in (tmp_path / name).iterdir()] == [file]
     (tmp_path / "file").write_text("")
     for target in (untrained, exported):
         laws.refusal(capsys, ["evaluate", target, halved, "--out", tmp_path / "file"], "is a file. Pass a folder")
 
 
-def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
+def test_odds_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     """log(N/A) of the training radiographs that the loss's weights were counted over."""
     weights, shards = ModelWeights.from_run(untrained, "last"), Shards.open(halved)
     train = shards.manifest.frame.query("split == 'train'")
@@ -271,25 +277,25 @@ def test_the_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
         dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": counted}))
         for counted in ("study_type", "class")
     )
-    found = compute_odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
+    metrics = compute_odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
     normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))
     for name, (w0, w1) in table.items():
         both = name in normal.index and name in abnormal.index
-        assert found[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
-        assert found[name] == pytest.approx(np.log(w1 / w0))
+        assert metrics[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
+        assert metrics[name] == pytest.approx(np.log(w1 / w0))
     of_all = np.log((train["label"] == 0).sum() / (train["label"] == 1).sum())
     assert compute_odds_shift(dataclasses.replace(weights, runs=(alike,)), shards) == pytest.approx(
         dict.fromkeys(names, of_all)
     )
     mixed = dataclasses.replace(weights, runs=(weighted, only))
-    assert compute_odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in found.items()})
+    assert compute_odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in metrics.items()})
 
 
-def test_damaged_radiographs_of_tune_are_left_out_and_told(untrained: Path, halved: Path, tmp_path: Path) -> None:
+def test_corrupt_tune_radiographs_are_skipped_and_noted(untrained: Path, halved: Path, tmp_path: Path) -> None:
     shutil.copytree(halved, tmp_path / "shards")
     shards = Shards.open(tmp_path / "shards")
     row = int(shards.rows("tune")[0])
     laws.damage(shards, row)
-    found = evaluated(untrained, tmp_path / "shards", tmp_path / "out")
-    assert (found["num_damaged"], found["calibration"]["num_damaged"]) == (0, 1)
-    assert found["calibration"]["notes"] == ["corrupt radiographs of tune, skipped: 1"]
+    metrics = run_evaluation(untrained, tmp_path / "shards", tmp_path / "out")
+    assert (metrics["num_damaged"], metrics["calibration"]["num_damaged"]) == (0, 1)
+    assert metrics["calibration"]["notes"] == ["corrupt radiographs of tune, skipped: 1"]

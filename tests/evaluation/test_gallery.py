@@ -31,24 +31,24 @@ from mura_dist.training.scores import Scores, study_scores
 CELLS = 10
 
 
-def blocks(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def block_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A toy that sees what there is: the mean grey level of each cell, as logits. Mirrored radiograph, mirrored map."""
     side = images.shape[-1] // CELLS
     cells = images[:, 0].astype(np.float64).reshape(-1, CELLS, side, CELLS, side).mean(axis=(2, 4)) / 32 - 4
     return cells.mean(axis=(1, 2)), cells
 
 
-def places(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def positional_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A toy that looks at places, not at the radiograph."""
     cells = np.broadcast_to(np.random.default_rng(5).normal(size=(CELLS, CELLS)), (len(images), CELLS, CELLS))
     return cells.mean(axis=(1, 2)), cells
 
 
-def toy(outputs: saliency.ForwardFunction, **more: Any) -> EvaluationSubject:
+def toy_subject(outputs: saliency.ForwardFunction, **more: Any) -> EvaluationSubject:
     return EvaluationSubject(more.pop("title", "a title"), "toy", outputs, "step-1", "radiographs", **more)
 
 
-def smooth(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
+def smooth_images(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
     """Images (n, S, S) uint8 of a few soft blobs on black: a turn loses nothing beyond the canvas."""
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
     images = np.zeros((num, size, size))
@@ -61,13 +61,13 @@ def smooth(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
 
 def pearson(a: np.ndarray, b: np.ndarray) -> list[float]:
     """The oracle, a pair of maps at a time."""
-    return [float(np.corrcoef(one.ravel(), two.ravel())[0, 1]) for one, two in zip(a, b, strict=True)]
+    return [float(np.corrcoef(first.ravel(), second.ravel())[0, 1]) for first, second in zip(a, b, strict=True)]
 
 
 # ---- which studies
 
 
-def table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
+def studies_table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 2, num).astype(float)
     probability = np.round(1 / (1 + np.exp(-(2 * label - 1 + rng.normal(0, 2, num)))), 2)  # with ties, some of them 0.5
@@ -78,8 +78,8 @@ def table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
-def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
-    studies = table(seed, threshold=threshold)
+def test_most_confident_errors_are_chosen(seed: int, threshold: float) -> None:
+    studies = studies_table(seed, threshold=threshold)
     chosen = gallery_studies.choose_studies(studies, 24, seed)
     of_kind: dict[str, list[Any]] = {}
     for name, line, call in chosen:
@@ -101,17 +101,17 @@ def test_the_surest_errors_are_the_surest(seed: int, threshold: float) -> None:
     assert len({line for _, line, _ in chosen}) == len(chosen) == len({name for name, _, _ in chosen})
 
 
-def test_hits_are_drawn_by_the_seed() -> None:
-    studies = table(0)
-    again, other = (gallery_studies.choose_studies(studies, 24, seed) for seed in (1, 2))
+def test_correct_studies_depend_on_the_seed() -> None:
+    studies = studies_table(0)
+    again, reseeded = (gallery_studies.choose_studies(studies, 24, seed) for seed in (1, 2))
     assert again == gallery_studies.choose_studies(studies, 24, 1)
-    assert [one for one in again if "hit" in one[0]] != [one for one in other if "hit" in one[0]]
-    assert [one for one in again if "hit" not in one[0]] == [one for one in other if "hit" not in one[0]]
+    assert [item for item in again if "hit" in item[0]] != [item for item in reseeded if "hit" in item[0]]
+    assert [item for item in again if "hit" not in item[0]] == [item for item in reseeded if "hit" not in item[0]]
 
 
-def test_a_call_that_was_made_is_the_call() -> None:
+def test_call_column_overrides_probability() -> None:
     """With thresholds by study type the table says who is called; few errors make few pictures."""
-    studies = table(0).iloc[10:40].assign(call=1)
+    studies = studies_table(0).iloc[10:40].assign(call=1)
     kinds = {name.rpartition("-")[0] for name, _, _ in gallery_studies.choose_studies(studies, 24, 0)}
     assert kinds == {"false-alarm", "hit-abnormal"}
     assert gallery_studies.choose_studies(studies.iloc[:0], 24, 0) == []
@@ -121,47 +121,47 @@ def test_a_call_that_was_made_is_the_call() -> None:
 
 
 @pytest.mark.parametrize("angle_deg", [10.0, -10.0, 3.5, -30.0, 90.0, 0.0])
-def test_maps_are_turned_as_radiographs_are(angle_deg: float) -> None:
+def test_maps_rotate_as_radiographs_do(angle_deg: float) -> None:
     """OpenCV's bilinear weights have 5 bits: a grey level or two."""
-    image = smooth(1, 81)[0]
-    wanted = np.empty_like(image)
-    augment(image, angle_deg, False, wanted)
-    found, inside = saliency.rotate(image[None].astype(np.float64), angle_deg)
-    assert np.abs(found[0] - wanted)[inside].max() < 3
+    image = smooth_images(1, 81)[0]
+    expected = np.empty_like(image)
+    augment(image, angle_deg, False, expected)
+    result, inside = saliency.rotate(image[None].astype(np.float64), angle_deg)
+    assert np.abs(result[0] - expected)[inside].max() < 3
     assert inside[40, 40]
     assert inside.all() == (angle_deg in (0.0, 90.0))
 
 
 @pytest.mark.parametrize("size", [160, 320])
-def test_what_sees_the_radiograph_is_stable(size: int) -> None:
-    images = smooth(size=size)
-    _, cells = saliency.compute_maps(blocks, images)
-    found = saliency.compute_stability(blocks, images, cells, [str(i) for i in range(len(images))], 0)
-    assert found["mirror"]["mean"] == pytest.approx(1, abs=1e-12)
-    assert found["rotation"]["quartile_1"] > 0.98
-    assert 70 < found["rotation"]["num_cells"] < CELLS**2 == found["mirror"]["num_cells"]
+def test_map_of_content_is_stable(size: int) -> None:
+    images = smooth_images(size=size)
+    _, cells = saliency.compute_maps(block_forward, images)
+    result = saliency.compute_stability(block_forward, images, cells, [str(i) for i in range(len(images))], 0)
+    assert result["mirror"]["mean"] == pytest.approx(1, abs=1e-12)
+    assert result["rotation"]["quartile_1"] > 0.98
+    assert 70 < result["rotation"]["num_cells"] < CELLS**2 == result["mirror"]["num_cells"]
 
 
-def test_what_sees_places_is_not() -> None:
-    images = smooth()
-    _, cells = saliency.compute_maps(places, images)
-    found = saliency.compute_stability(places, images, cells, ["p"] * len(images), 0)
-    assert found["mirror"]["mean"] == pytest.approx(pearson(cells[:1], cells[:1, :, ::-1])[0])
-    assert found["rotation"]["mean"] < 0.9
-    assert found["mirror"]["mean_low"] is None  # one patient
+def test_map_of_positions_is_unstable() -> None:
+    images = smooth_images()
+    _, cells = saliency.compute_maps(positional_forward, images)
+    result = saliency.compute_stability(positional_forward, images, cells, ["p"] * len(images), 0)
+    assert result["mirror"]["mean"] == pytest.approx(pearson(cells[:1], cells[:1, :, ::-1])[0])
+    assert result["rotation"]["mean"] < 0.9
+    assert result["mirror"]["mean_low"] is None  # one patient
 
 
-def test_a_turn_the_wrong_way_would_show() -> None:
-    images = smooth()
-    _, cells = saliency.compute_maps(blocks, images)
-    _, turned = saliency.compute_maps(blocks, saliency._rotate_images(images, saliency.ANGLE_DEG))
+def test_rotation_in_the_wrong_direction_is_unstable() -> None:
+    images = smooth_images()
+    _, cells = saliency.compute_maps(block_forward, images)
+    _, turned = saliency.compute_maps(block_forward, saliency._rotate_images(images, saliency.ANGLE_DEG))
     right, wrong = (saliency.rotate(turned, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
     assert (
         saliency.compute_correlation(cells, *right).mean() > saliency.compute_correlation(cells, *wrong).mean() + 0.05
     )
 
 
-def test_correlation_is_pearsons() -> None:
+def test_correlation_equals_pearson() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 5, 7, 7)) * 3 + 1
     np.testing.assert_allclose(saliency.compute_correlation(a, b, np.ones((7, 7), bool)), pearson(a, b), atol=1e-12)
@@ -173,34 +173,34 @@ def test_correlation_is_pearsons() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("num", [0, 1, 2])
-def test_two_cells_are_too_few(num: int) -> None:
+def test_correlation_needs_min_cells(num: int) -> None:
     a, inside = np.random.default_rng(0).normal(size=(3, 2, 2)), np.zeros((2, 2), bool)
     inside.flat[:num] = True
     assert np.isnan(saliency.compute_correlation(a, a, inside)).all()
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_map_without_contrast_has_none() -> None:
+def test_map_without_contrast_has_no_correlation() -> None:
     a = np.random.default_rng(0).normal(size=(3, 4, 4))
     b = a.copy()
     a[1], b[2, 0, 0] = 7.0, np.nan
-    found = saliency.compute_correlation(a, b, np.ones((4, 4), bool))
-    assert found[0] == pytest.approx(1)
-    assert np.isnan(found[1:]).all()
-    told = saliency.summarize_correlations(found, ["a", "b", "c"], 0)
-    assert (told["num_radiographs"], told["num_without_contrast"], told["num_patients"]) == (1, 2, 1)
+    result = saliency.compute_correlation(a, b, np.ones((4, 4), bool))
+    assert result[0] == pytest.approx(1)
+    assert np.isnan(result[1:]).all()
+    entry = saliency.summarize_correlations(result, ["a", "b", "c"], 0)
+    assert (entry["num_radiographs"], entry["num_without_contrast"], entry["num_patients"]) == (1, 2, 1)
     nothing = saliency.summarize_correlations(np.full(3, np.nan), ["a", "b", "c"], 0)
     assert (nothing["mean"], nothing["mean_low"], nothing["num_without_contrast"]) == (None, None, 3)
-    assert json.dumps([told, nothing], allow_nan=False)
+    assert json.dumps([entry, nothing], allow_nan=False)
 
 
-def test_the_interval_is_the_patients() -> None:
+def test_interval_resamples_patients() -> None:
     """Ten radiographs of one patient are not ten patients."""
     values = np.repeat(np.random.default_rng(0).normal(size=8), 10)
     by_patient, alone = (
         saliency.summarize_correlations(values, [str(i // size) for i in range(len(values))], 0) for size in (10, 1)
     )
-    widths = [told["mean_high"] - told["mean_low"] for told in (by_patient, alone)]
+    widths = [entry["mean_high"] - entry["mean_low"] for entry in (by_patient, alone)]
     assert widths[0] == pytest.approx(widths[1] * np.sqrt(10), rel=0.15)
     assert by_patient["mean"] == pytest.approx(values.mean())
     assert by_patient["mean_low"] < values.mean() < by_patient["mean_high"]
@@ -210,19 +210,19 @@ def test_the_interval_is_the_patients() -> None:
 # ---- one scale
 
 
-def test_a_step_has_the_colour_of_its_side_and_the_opacity_at_its_middle() -> None:
+def test_scale_step_has_color_by_sign_and_opacity_of_its_center() -> None:
     for step in heatmap.STEPS:
-        colour, opacity = heatmap.step_color(step)
+        color, opacity = heatmap.step_color(step)
         logit = np.sign(step) * (2.0 ** (abs(step) - 1.5) if step else 0.0)  # edges at 0.5, 1, 2, 4, 8
         assert opacity == pytest.approx(heatmap.opacity(np.array([logit]))[0])
-        painted = heatmap.overlay_heatmap(np.full((9, 9), 100, np.uint8), np.full((4, 4), logit))[4, 4]
-        assert painted.tolist() == [round(100 * (1 - opacity) + part * opacity) for part in colour]
+        blended = heatmap.overlay_heatmap(np.full((9, 9), 100, np.uint8), np.full((4, 4), logit))[4, 4]
+        assert blended.tolist() == [round(100 * (1 - opacity) + channel * opacity) for channel in color]
     assert len({heatmap.step_color(step) for step in heatmap.STEPS}) == 11
     assert {heatmap.step_color(step)[0] for step in (-5, -1)} == {heatmap.AGAINST}
     assert {heatmap.step_color(step)[0] for step in (1, 5)} == {heatmap.FOR}
 
 
-def test_a_logit_has_one_colour_and_opacity_of_its_own() -> None:
+def test_logit_determines_color_and_opacity() -> None:
     logits = np.array([-9, -6, -3, -1.5, -0.7, -0.2, 0.2, 0.7, 1.5, 3, 6, 9])
     layers = [heatmap.render_layer(np.full((4, 4), logit), (8, 8)) for logit in logits]
     assert all((layer == layer[0, 0]).all() for layer in layers)
@@ -234,31 +234,31 @@ def test_a_logit_has_one_colour_and_opacity_of_its_own() -> None:
         )
 
 
-@pytest.mark.parametrize("others", [-20.0, 0.0, 3.0, 500.0])
-def test_a_cell_is_painted_alike_whatever_the_others_hold(others: float) -> None:
+@pytest.mark.parametrize("background", [-20.0, 0.0, 3.0, 500.0])
+def test_cell_color_does_not_depend_on_other_cells(background: float) -> None:
     """Never each map scaled to itself: the middle of a cell has the colour of its own logit."""
     pixels = np.full((44, 44), 100, np.uint8)
-    cells = np.full((4, 4), others)
+    cells = np.full((4, 4), background)
     cells[1, 2] = 2**0.5  # the middle of a step
-    found = heatmap.overlay_heatmap(pixels, cells)
+    result = heatmap.overlay_heatmap(pixels, cells)
     (red, green, blue), opacity = heatmap.step_color(2)
-    assert found[16, 27].tolist() == [round(100 * (1 - opacity) + part * opacity) for part in (red, green, blue)]
+    assert result[16, 27].tolist() == [round(100 * (1 - opacity) + channel * opacity) for channel in (red, green, blue)]
     assert heatmap.step_color(0)[1] == 0
 
 
 @pytest.mark.parametrize("side", [2, 4, 7, 10])
-def test_a_map_has_no_blocks(side: int) -> None:
+def test_map_is_smooth(side: int) -> None:
     """The more pixels, the smaller the steps between two of them; between blocks they would stay."""
     cells = np.random.default_rng(side).normal(0, 4, (side, side))
 
     def largest_step(size: int) -> int:
-        found = heatmap.overlay_heatmap(np.full((size, size), 100, np.uint8), cells).astype(int)
-        return max(int(np.abs(np.diff(found, axis=axis)).max()) for axis in (0, 1))
+        result = heatmap.overlay_heatmap(np.full((size, size), 100, np.uint8), cells).astype(int)
+        return max(int(np.abs(np.diff(result, axis=axis)).max()) for axis in (0, 1))
 
     assert 1 <= largest_step(1600) <= 0.5 * largest_step(200)
 
 
-def test_opacity_is_that_of_the_steps_and_grows_with_the_logit() -> None:
+def test_opacity_increases_with_the_logit() -> None:
     middles = [2.0 ** (step - 1.5) for step in range(1, len(heatmap.OPACITY))]
     assert heatmap.opacity(np.array([0.0, *middles])) == pytest.approx(heatmap.OPACITY)
     logit = np.linspace(0, 40, 4001)
@@ -270,12 +270,12 @@ def test_opacity_is_that_of_the_steps_and_grows_with_the_logit() -> None:
     assert along[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
 
 
-@pytest.mark.parametrize(("shape", "shown"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
-def test_a_map_of_few_cells_is_not_shown(shape: tuple[int, int], shown: bool) -> None:
-    assert heatmap.drawable(np.zeros(shape)) == shown
+@pytest.mark.parametrize(("shape", "visible"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
+def test_map_of_few_cells_is_not_drawable(shape: tuple[int, int], visible: bool) -> None:
+    assert heatmap.drawable(np.zeros(shape)) == visible
 
 
-def test_a_cell_that_is_no_number_stays_clear() -> None:
+def test_nan_cell_is_transparent() -> None:
     cells = np.zeros((5, 5))
     cells[2, 2] = np.nan
     assert (heatmap.overlay_heatmap(np.full((50, 50), 7, np.uint8), cells) == 7).all()
@@ -287,82 +287,84 @@ def test_a_cell_that_is_no_number_stays_clear() -> None:
 
 
 @pytest.fixture(scope="module")
-def opened(shard_folder: Path) -> Shards:
+def open_shards(shard_folder: Path) -> Shards:
     return Shards.open(shard_folder)
 
 
-def sees(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def toy_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A toy at 64 px: 4 x 4 cells, from far below to far above 0."""
     cells = (images[:, 0].astype(np.float64).reshape(-1, 4, 16, 4, 16).mean(axis=(2, 4)) - 60) / 4
     return cells.mean(axis=(1, 2)), cells
 
 
-def called(shards: Shards, scores: Scores) -> pd.DataFrame:
+def with_calls(shards: Shards, scores: Scores) -> pd.DataFrame:
     studies = study_scores(shards, scores)
     return studies.assign(call=studies["probability"] > 0.5)
 
 
-def written(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
+def write_gallery(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
     rows = shards.rows("train")
-    logit, _ = saliency.compute_maps(sees, np.stack([shards.read_pixels(row) for row in rows]))
-    studies = called(shards, Scores(rows, logit, np.array([], np.int64)))
+    logit, _ = saliency.compute_maps(toy_forward, np.stack([shards.read_pixels(row) for row in rows]))
+    studies = with_calls(shards, Scores(rows, logit, np.array([], np.int64)))
     metrics = {"threshold": 0.5, "split": "train"}
-    return gallery.write(out, shards, studies, rows, subject=toy(sees, **more), options=options, metrics=metrics)
-
-
-@pytest.fixture(scope="module")
-def made(opened: Shards, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("gallery")
-    return out, written(
-        out, opened, GalleryOptions(num_sampled=16), title="a <b>", settings={"flip": True, "rotate_deg": 30}
+    return gallery.write(
+        out, shards, studies, rows, subject=toy_subject(toy_forward, **more), options=options, metrics=metrics
     )
 
 
-def test_the_page_shows_what_the_json_says(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
-    out, found = made
-    assert found == json.loads((out / "gallery.json").read_bytes())
+@pytest.fixture(scope="module")
+def written_gallery(open_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("gallery")
+    return out, write_gallery(
+        out, open_shards, GalleryOptions(num_sampled=16), title="a <b>", settings={"flip": True, "rotate_deg": 30}
+    )
+
+
+def test_page_matches_gallery_json(written_gallery: tuple[Path, dict[str, Any]], open_shards: Shards) -> None:
+    out, result = written_gallery
+    assert result == json.loads((out / "gallery.json").read_bytes())
     page = laws.local_only(out / "gallery.html")
-    frame = opened.manifest.frame
+    frame = open_shards.manifest.frame
     labels = [values["aria-label"] for tag, values in page.elements if tag == "svg"][1:]  # the first is the scale
-    for study in found["studies"]:
+    for study in result["studies"]:
         label, call = (
             ("normal", "abnormal")[study["label"]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
-        said = (
+        captured = (
             f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
         )
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
-        assert [one for one in labels if one.startswith(said)], said
+        assert [item for item in labels if item.startswith(captured)], captured
         assert study["study"] in page.text
         assert study["probability"] == pytest.approx(np.mean([view["probability"] for view in study["views"]]))
-    assert len(labels) == sum(len(study["views"]) for study in found["studies"]) > 4
+    assert len(labels) == sum(len(study["views"]) for study in result["studies"]) > 4
     assert "a <b>" in page.text
-    for words in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82"):
-        assert words in page.text, words
+    for arguments in ("4 x 4 cells", "does not outline a lesion", "AUPRC 0.44 to 0.59", "0.82"):
+        assert arguments in page.text, arguments
     assert "optimistic: the model was trained on both" in page.text
     assert "measured on computer drawings: the numbers do not hold for radiographs" in page.text
-    assert found["stability"]["mirror"]["num_radiographs"] == 16
+    assert result["stability"]["mirror"]["num_radiographs"] == 16
     assert not re.search(r"called normal|is normal", page.text)
     assert "-- " not in page.text
 
 
-def test_all_maps_of_the_page_are_of_one_scale(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
+def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[str, Any]], open_shards: Shards) -> None:
     """Over each radiograph lies the map of its own cells; the colour of a logit is the same in all of them."""
-    out, found = made
-    frame, wanted, radiographs = opened.manifest.frame, [], []
-    for study in found["studies"]:
+    out, result = written_gallery
+    frame, expected, radiographs = open_shards.manifest.frame, [], []
+    for study in result["studies"]:
         for row in frame.index[frame["study"] == study["study"]]:
-            radiographs.append(opened.read_pixels(row))
-            wanted.append(heatmap.render_layer(sees(radiographs[-1][None, None])[1][0], (60, 60)))
+            radiographs.append(open_shards.read_pixels(row))
+            expected.append(heatmap.render_layer(toy_forward(radiographs[-1][None, None])[1][0], (60, 60)))
     text = (out / "gallery.html").read_text()
     maps = [embedded(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
-    shown = [embedded(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)]
-    assert len(maps) == len(shown) == len(wanted) > 4
-    assert all((ours == theirs).all() for ours, theirs in zip(maps, wanted, strict=True))
-    for ours, theirs in zip(shown, radiographs, strict=True):  # a JPEG: alike to the eye
-        assert np.abs(ours.astype(int) - theirs).mean() < 4
-    assert len({tuple(pixel) for pixel in np.concatenate([one.reshape(-1, 4) for one in maps])}) > 50
+    visible = [embedded(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)]
+    assert len(maps) == len(visible) == len(expected) > 4
+    assert all((drawn == original).all() for drawn, original in zip(maps, expected, strict=True))
+    for drawn, original in zip(visible, radiographs, strict=True):  # a JPEG: alike to the eye
+        assert np.abs(drawn.astype(int) - original).mean() < 4
+    assert len({tuple(pixel) for pixel in np.concatenate([item.reshape(-1, 4) for item in maps])}) > 50
 
 
 def embedded(data: str) -> np.ndarray:
@@ -373,7 +375,7 @@ def embedded(data: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_a_layer_over_a_radiograph_is_the_painted_one() -> None:
+def test_layer_over_radiograph_equals_overlay() -> None:
     """What the browser lays over a radiograph is what a picture file holds."""
     rng = np.random.default_rng(0)
     pixels, cells = rng.integers(0, 256, (48, 48), np.uint8), rng.normal(0, 4, (6, 6))
@@ -386,17 +388,17 @@ def test_a_layer_over_a_radiograph_is_the_painted_one() -> None:
 # ---- pages
 
 
-def a_study(place: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.GalleryStudy:
+def build_study(index: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.GalleryStudy:
     """A study of noise, which compresses worst."""
-    rng = np.random.default_rng(place)
+    rng = np.random.default_rng(index)
     views = tuple(
         gallery_studies.GalleryView(
             number, 0.5, rng.integers(0, 256, (size, size), np.uint8), rng.normal(0, 4, (num_cells, num_cells))
         )
         for number in range(1, num_views + 1)
     )
-    kind = list(gallery_studies.KIND_STREAMS)[place * 4 // 60 % 4]
-    return gallery_studies.GalleryStudy(f"{kind}-{place}", f"valid/s{place}", "XR_HAND", 1, 0, 0.2, views, 0)
+    kind = list(gallery_studies.KIND_STREAMS)[index * 4 // 60 % 4]
+    return gallery_studies.GalleryStudy(f"{kind}-{index}", f"valid/s{index}", "XR_HAND", 1, 0, 0.2, views, 0)
 
 
 CONTENT: dict[str, Any] = {
@@ -418,36 +420,36 @@ CONTENT: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("num", "views", "size"), [(0, 0, 0), (1, 1, 64), (24, 3, 64), (25, 1, 64), (60, 2, 64), (30, 5, 320), (3, 40, 400)]
 )
-def test_pages_are_small_and_lead_to_each_other(num: int, views: int, size: int, tmp_path: Path) -> None:
-    studies = [a_study(place, views, size) for place in range(num)]
+def test_pages_are_small_and_linked(num: int, views: int, size: int, tmp_path: Path) -> None:
+    studies = [build_study(index, views, size) for index in range(num)]
     texts = gallery_page.render_pages(studies, CONTENT)
     (tmp_path / "gallery").mkdir()
     paths = [tmp_path / gallery_page.page_path(number) for number in range(1, len(texts) + 1)]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-    shown: list[str] = []
+    visible: list[str] = []
     for number, path in enumerate(paths, start=1):
         text = path.read_text()
         laws.local_only(path)
         assert path.stat().st_size < 3_000_000
         cards = re.findall(r"\(gallery/([\w-]+)\.png\)", text)
         assert len(cards) <= 24
-        shown += cards
+        visible += cards
         links = {(path.parent / href).resolve() for href in re.findall(r'<a href="([^"#][^"]*)"', text)}
         assert links == set(paths) - {path}
         named = dict(re.findall(r'<a href="([^"]*)">(previous|next)</a>', text))
         steps = {name: (path.parent / href).resolve() for href, name in named.items()}
         before, after = paths[number - 2 : number - 1] if number > 1 else [], paths[number : number + 1]
         assert steps == dict(zip(["previous"], before, strict=False)) | dict(zip(["next"], after, strict=False))
-    assert sorted(shown) == sorted(study.name for study in studies)
+    assert sorted(visible) == sorted(study.name for study in studies)
     if size < 320:
         assert len(paths) == max(1, -(-num // 24))
     if views > 12:
         assert f"{views - 12} more views: gallery/" in texts[0]
 
 
-def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
-    [text] = gallery_page.render_pages([a_study(0, 1, 64)], CONTENT)
+def test_missing_stability_is_a_sentence_without_tile() -> None:
+    [text] = gallery_page.render_pages([build_study(0, 1, 64)], CONTENT)
     assert text.count("<strong>0.60</strong>") == 1
     assert (
         "Stability of a radiograph rotated by ±10°: not measured, since 2 cells of its map stay within the canvas"
@@ -457,9 +459,9 @@ def test_a_number_that_was_not_measured_is_a_sentence_and_no_tile() -> None:
     assert not re.search(r"<strong>none</strong>|n = 0|None in this split", text)
 
 
-def test_maps_of_few_cells_are_not_shown() -> None:
+def test_maps_of_few_cells_are_omitted() -> None:
     """Neither on a page nor in a picture; a sentence says why."""
-    study = a_study(0, 2, 64, num_cells=3)
+    study = build_study(0, 2, 64, num_cells=3)
     [text] = map(
         html.unescape, gallery_page.render_pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}})
     )
@@ -472,15 +474,15 @@ def test_maps_of_few_cells_are_not_shown() -> None:
     assert not re.search("<use|image/png|One scale for all maps", text)
     pixels = gallery_picture.draw_picture(study)
     assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # grey, but for the words' ink
-    drawn = gallery_picture.draw_picture(a_study(0, 2, 64, num_cells=4))
+    drawn = gallery_picture.draw_picture(build_study(0, 2, 64, num_cells=4))
     assert (drawn[26:, :, 0] == drawn[26:, :, 2]).mean() < 0.9
 
 
-def test_pictures_are_files_marked_local(made: tuple[Path, dict[str, Any]]) -> None:
-    out, found = made
+def test_pictures_are_files_marked_local(written_gallery: tuple[Path, dict[str, Any]]) -> None:
+    out, result = written_gallery
     files = {f"gallery/{path.name}" for path in (out / "gallery").iterdir()}
-    assert files == {study["file"] for study in found["studies"]}
-    for study in found["studies"]:
+    assert files == {study["file"] for study in result["studies"]}
+    for study in result["studies"]:
         with Image.open(out / study["file"]) as image:
             assert "LOCAL ONLY" in image.info["Comment"]
             pixels = np.asarray(image)
@@ -488,49 +490,51 @@ def test_pictures_are_files_marked_local(made: tuple[Path, dict[str, Any]]) -> N
         assert (pixels[2] == banner).all()
         assert (pixels[:26] == 255).all(axis=2).sum() > 100  # the words on it
         assert pixels.shape[0] > 320 * -(-len(study["views"]) // (2 if len(study["views"]) > 2 else 1))
-    assert "LOCAL ONLY" in found["what"]
+    assert "LOCAL ONLY" in result["what"]
 
 
-def test_nothing_of_the_machine_is_told(made: tuple[Path, dict[str, Any]], opened: Shards) -> None:
-    out, _ = made
+def test_gallery_holds_no_machine_paths(written_gallery: tuple[Path, dict[str, Any]], open_shards: Shards) -> None:
+    out, _ = written_gallery
     for path in (out / "gallery.json", out / "gallery.html"):
-        assert str(opened.folder) not in path.read_text()
+        assert str(open_shards.folder) not in path.read_text()
         assert str(out) not in path.read_text()
 
 
-def test_an_earlier_gallery_is_taken_away(opened: Shards, tmp_path: Path) -> None:
-    written(tmp_path, opened, GalleryOptions(num_sampled=4))
+def test_earlier_gallery_is_deleted(open_shards: Shards, tmp_path: Path) -> None:
+    write_gallery(tmp_path, open_shards, GalleryOptions(num_sampled=4))
     stale = [tmp_path / "gallery" / name for name in ("missed-77.png", "page-2.html", "page-13.html")]
     for path in stale:
         path.write_bytes(b"of an earlier evaluation")
     mine = tmp_path / "gallery" / "notes.txt"
     mine.write_text("a person's")
-    written(tmp_path, opened, GalleryOptions(num_studies=4, num_sampled=4))
+    write_gallery(tmp_path, open_shards, GalleryOptions(num_studies=4, num_sampled=4))
     assert not any(path.exists() for path in stale)
     assert len(list((tmp_path / "gallery").glob("*.png"))) <= 4
     gallery.clear(tmp_path)
     assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == ["notes.txt"]
 
 
-def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
+def test_corrupt_view_is_noted(shard_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_folder, tmp_path / "shards")
-    sound = written(tmp_path / "a", Shards.open(tmp_path / "shards"), GalleryOptions(num_sampled=999))
-    study = next(one for one in sound["studies"] if len(one["views"]) > 1)
+    sound = write_gallery(tmp_path / "a", Shards.open(tmp_path / "shards"), GalleryOptions(num_sampled=999))
+    study = next(item for item in sound["studies"] if len(item["views"]) > 1)
     frame = Shards.open(tmp_path / "shards").manifest.frame
     row = frame.index[frame["study"] == study["study"]][0]
     shards = Shards.open(tmp_path / "shards")
     rows = shards.rows("train")
-    logit, _ = saliency.compute_maps(sees, np.stack([shards.read_pixels(one) for one in rows]))
+    logit, _ = saliency.compute_maps(toy_forward, np.stack([shards.read_pixels(item) for item in rows]))
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
-    left = rows != row
-    studies = called(shards, Scores(rows[left], logit[left], rows[~left]))
+    intact = rows != row
+    studies = with_calls(shards, Scores(rows[intact], logit[intact], rows[~intact]))
     options = GalleryOptions(num_studies=4 * len(studies), num_sampled=999)
-    found = gallery.write(tmp_path / "b", shards, studies, rows, subject=toy(sees), options=options, metrics={})
-    [told] = [one for one in found["studies"] if one["study"] == study["study"]]
-    assert (told["num_damaged"], len(told["views"])) == (1, len(study["views"]) - 1)
+    result = gallery.write(
+        tmp_path / "b", shards, studies, rows, subject=toy_subject(toy_forward), options=options, metrics={}
+    )
+    [entry] = [item for item in result["studies"] if item["study"] == study["study"]]
+    assert (entry["num_damaged"], len(entry["views"])) == (1, len(study["views"]) - 1)
     assert "1 of its views corrupt, skipped" in laws.local_only(tmp_path / "b" / "gallery.html").text
-    assert found["num_sampled"] == len(rows) - 1
+    assert result["num_sampled"] == len(rows) - 1
 
 
 @pytest.mark.parametrize(
@@ -543,7 +547,7 @@ def test_a_damaged_view_is_said(shard_folder: Path, tmp_path: Path) -> None:
         ({"flip": False, "rotate_deg": 0}, "the model was trained on neither"),
     ],
 )
-def test_flattery_is_told_as_it_was(settings: dict[str, Any], note: str) -> None:
+def test_stability_bias_follows_the_augmentation(settings: dict[str, Any], note: str) -> None:
     assert gallery.describe_stability_bias(settings) == note
 
 
@@ -559,68 +563,68 @@ def runs(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     return folder / "a", folder / "b"
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict[str, Any], str]:
+def run_evaluation(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], str]:
     """gallery.json, and what was said."""
-    assert main(["evaluate", *map(str, words)]) == DONE
-    said = capsys.readouterr()
-    [path] = re.findall(r"^gallery, LOCAL ONLY.*: (.*gallery\.html)$", said.out, flags=re.MULTILINE)
-    return json.loads((Path(path).parent / "gallery.json").read_bytes()), said.err
+    assert main(["evaluate", *map(str, arguments)]) == DONE
+    captured = capsys.readouterr()
+    [path] = re.findall(r"^gallery, LOCAL ONLY.*: (.*gallery\.html)$", captured.out, flags=re.MULTILINE)
+    return json.loads((Path(path).parent / "gallery.json").read_bytes()), captured.err
 
 
 @pytest.mark.filterwarnings("error:Mean of empty slice", "error:invalid value")
-def test_evaluate_makes_it_and_the_report_stays_clean(
+def test_evaluate_writes_gallery_and_report_holds_no_radiographs(
     runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys
 ) -> None:
-    one, _ = runs
-    found, said = evaluated(capsys, one, shard_folder, "--out", tmp_path)
-    assert re.search(r"gallery \(LOCAL ONLY\): \d+ studies, maps of \d+ radiographs, [\d.]+ s", said)
+    run, _ = runs
+    result, captured = run_evaluation(capsys, run, shard_folder, "--out", tmp_path)
+    assert re.search(r"gallery \(LOCAL ONLY\): \d+ studies, maps of \d+ radiographs, [\d.]+ s", captured)
     assert (
         "class activation maps have 2 x 2 cells here, too few to locate"
         in laws.local_only(tmp_path / "gallery.html").text
     )
     laws.holds_no_radiograph(tmp_path / "report.html")
-    shown = pd.read_csv(tmp_path / "studies.csv").set_index("study")
-    for study in found["studies"]:
-        assert study["probability"] == pytest.approx(shown.at[study["study"], "probability"])
-        assert study["call"] == shown.at[study["study"], "call"]
-    assert main(["evaluate", str(one), str(shard_folder), "--out", str(tmp_path), "--no-gallery"]) == DONE
+    visible = pd.read_csv(tmp_path / "studies.csv").set_index("study")
+    for study in result["studies"]:
+        assert study["probability"] == pytest.approx(visible.at[study["study"], "probability"])
+        assert study["call"] == visible.at[study["study"], "call"]
+    assert main(["evaluate", str(run), str(shard_folder), "--out", str(tmp_path), "--no-gallery"]) == DONE
     assert not [path.name for path in tmp_path.iterdir() if "gallery" in path.name]
     assert "gallery" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_an_onnx_file_and_a_list_have_galleries_too(
-    runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys
-) -> None:
-    one, other = runs
-    ours, _ = evaluated(capsys, one, shard_folder, "--out", tmp_path / "run")
-    assert main(["export", str(one), "--out", str(tmp_path / "m.onnx")]) == DONE
+def test_onnx_file_and_list_have_galleries(runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys) -> None:
+    run, second_run = runs
+    drawn, _ = run_evaluation(capsys, run, shard_folder, "--out", tmp_path / "run")
+    assert main(["export", str(run), "--out", str(tmp_path / "m.onnx")]) == DONE
     capsys.readouterr()
-    words = (tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--quiet")
-    theirs, said = evaluated(capsys, *words)
-    assert said == f"{TERMS}\n"
-    assert theirs["studies"][0]["views"][0]["logit"] == pytest.approx(ours["studies"][0]["views"][0]["logit"], abs=1e-4)
+    arguments = (tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--quiet")
+    original, captured = run_evaluation(capsys, *arguments)
+    assert captured == f"{TERMS}\n"
+    assert original["studies"][0]["views"][0]["logit"] == pytest.approx(
+        drawn["studies"][0]["views"][0]["logit"], abs=1e-4
+    )
     for number in ("mean", "median"):
-        assert theirs["stability"]["mirror"][number] == pytest.approx(ours["stability"]["mirror"][number], abs=1e-3)
-    assert main(["ensemble", str(one), str(other), "--out", str(tmp_path / "two.json"), "--top", "2"]) == DONE
+        assert original["stability"]["mirror"][number] == pytest.approx(drawn["stability"]["mirror"][number], abs=1e-3)
+    assert main(["ensemble", str(run), str(second_run), "--out", str(tmp_path / "two.json"), "--top", "2"]) == DONE
     capsys.readouterr()
-    members, _ = evaluated(capsys, tmp_path / "two.json", shard_folder)
+    members, _ = run_evaluation(capsys, tmp_path / "two.json", shard_folder)
     assert members["num_networks"] == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_radiographs_of_an_evaluation_are_its_owners_alone(
-    shared: bool, opened: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gallery_is_readable_by_its_owner_only(
+    shared: bool, open_shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
-    rows = opened.rows("valid")
-    logit, _ = saliency.compute_maps(sees, np.stack([opened.read_pixels(row) for row in rows]))
+    rows = open_shards.rows("valid")
+    logit, _ = saliency.compute_maps(toy_forward, np.stack([open_shards.read_pixels(row) for row in rows]))
     scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0), os.umask(0o022)
     try:
         options = EvaluateOptions(tmp_path / "out", gallery=GalleryOptions(8, 4), shared=shared)
         monkeypatch.setattr(gallery_page, "MAX_STUDIES_PER_PAGE", 3)  # several pages
-        results.write(opened, toy(sees), scores, options)
+        results.write(open_shards, toy_subject(toy_forward), scores, options)
     finally:
         os.umask(before)
     radiographs = {path for each in gallery.paths(tmp_path / "out") for path in (each, *each.rglob("*"))}

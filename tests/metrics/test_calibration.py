@@ -19,7 +19,7 @@ from mura_dist.metrics.summary import compute_metrics
 SHIFT = {"XR_HAND": 1.0, "XR_HUMERUS": 0.2, "XR_WRIST": -0.5}
 
 
-def simulated(counts: dict[str, int], seed: int = 0, slope: float = 1.6, intercept: float = 0.3) -> pd.DataFrame:
+def simulate_studies(counts: dict[str, int], seed: int = 0, slope: float = 1.6, intercept: float = 0.3) -> pd.DataFrame:
     """Studies whose true probability is known: the model's log odds are slope x true + intercept + the type's shift."""
     rng = np.random.default_rng(seed)
     study_type = np.repeat(list(counts), list(counts.values()))
@@ -27,9 +27,9 @@ def simulated(counts: dict[str, int], seed: int = 0, slope: float = 1.6, interce
     shift = np.array([SHIFT.get(name, 0.0) for name in study_type])
     frame = pd.DataFrame(
         {
-            "study": [f"study{place}" for place in range(len(true))],
+            "study": [f"study{index}" for index in range(len(true))],
             "study_type": study_type,
-            "patient": [f"patient{place // 2}" for place in range(len(true))],
+            "patient": [f"patient{index // 2}" for index in range(len(true))],
             "label": (rng.random(len(true)) < sigmoid(true)).astype(int),
             "probability": sigmoid(slope * true + intercept + shift),
             "true": sigmoid(true),
@@ -38,7 +38,7 @@ def simulated(counts: dict[str, int], seed: int = 0, slope: float = 1.6, interce
     return frame.sample(frac=1, random_state=seed).reset_index(drop=True)
 
 
-def by_scikit(label: np.ndarray, x: np.ndarray) -> tuple[float, float]:
+def fit_scikit(label: np.ndarray, x: np.ndarray) -> tuple[float, float]:
     """Unpenalised logistic regression on Platt's targets, each study twice: as much of a 1, and of a 0, as its target says."""
     positive, negative = label.sum(), (1 - label).sum()
     target = np.where(label == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
@@ -52,53 +52,55 @@ def by_scikit(label: np.ndarray, x: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_type_with_many_studies_has_its_own_fit(seed: int) -> None:
-    tune = simulated({"XR_HAND": 400, "XR_WRIST": 300}, seed)
-    found = calibration.fit(tune, SHIFT, list(SHIFT))
+def test_type_with_many_studies_has_its_own_fit(seed: int) -> None:
+    tune = simulate_studies({"XR_HAND": 400, "XR_WRIST": 300}, seed)
+    fitted = calibration.fit(tune, SHIFT, list(SHIFT))
     for name in ("XR_HAND", "XR_WRIST"):
-        part, one = tune[tune["study_type"] == name], found.by_study_type[name]
-        wanted = by_scikit(part["label"].to_numpy(), logit(part["probability"].to_numpy()))
-        assert not one.pooled
-        assert (one.intercept, one.slope) == pytest.approx(wanted, abs=1e-6)
-        assert (one.num_normal, one.num_abnormal) == ((part["label"] == 0).sum(), part["label"].sum())
+        subset, entry = tune[tune["study_type"] == name], fitted.by_study_type[name]
+        expected = fit_scikit(subset["label"].to_numpy(), logit(subset["probability"].to_numpy()))
+        assert not entry.pooled
+        assert (entry.intercept, entry.slope) == pytest.approx(expected, abs=1e-6)
+        assert (entry.num_normal, entry.num_abnormal) == ((subset["label"] == 0).sum(), subset["label"].sum())
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_type_with_few_studies_has_the_pools(seed: int) -> None:
-    tune = simulated({"XR_HAND": 200, "XR_WRIST": 150, "XR_HUMERUS": 30}, seed)
-    found = calibration.fit(tune, SHIFT, [*SHIFT, "XR_ELBOW"])
+def test_type_with_few_studies_uses_the_pool(seed: int) -> None:
+    tune = simulate_studies({"XR_HAND": 200, "XR_WRIST": 150, "XR_HUMERUS": 30}, seed)
+    fitted = calibration.fit(tune, SHIFT, [*SHIFT, "XR_ELBOW"])
     shift = tune["study_type"].map(SHIFT).to_numpy()
-    intercept, slope = by_scikit(tune["label"].to_numpy(), logit(tune["probability"].to_numpy()) - shift)
+    intercept, slope = fit_scikit(tune["label"].to_numpy(), logit(tune["probability"].to_numpy()) - shift)
     for name, num in (("XR_HUMERUS", 30), ("XR_ELBOW", 0)):  # of the latter tune has none at all
-        one = found.by_study_type[name]
-        assert one.pooled
-        assert one.num_normal + one.num_abnormal == num
-        assert (one.intercept, one.slope) == pytest.approx((intercept - slope * SHIFT.get(name, 0.0), slope), abs=1e-6)
-    assert (found.num_studies, found.num_patients) == (380, tune["patient"].nunique())
-    assert found.num_abnormal == tune["label"].sum()
+        entry = fitted.by_study_type[name]
+        assert entry.pooled
+        assert entry.num_normal + entry.num_abnormal == num
+        assert (entry.intercept, entry.slope) == pytest.approx(
+            (intercept - slope * SHIFT.get(name, 0.0), slope), abs=1e-6
+        )
+    assert (fitted.num_studies, fitted.num_patients) == (380, tune["patient"].nunique())
+    assert fitted.num_abnormal == tune["label"].sum()
 
 
 @pytest.mark.parametrize(("normal", "abnormal"), [(50, 50), (49, 50), (50, 49), (120, 49)])
-def test_where_the_pool_begins(normal: int, abnormal: int) -> None:
+def test_pool_is_used_below_min_own(normal: int, abnormal: int) -> None:
     label = np.repeat([0, 1, 0, 1], [normal, abnormal, 60, 60])
     name = np.repeat(["XR_HAND", "XR_WRIST"], [normal + abnormal, 120])
     probability = np.clip(0.4 * label + np.linspace(0.01, 0.55, len(label)), 0, 1)
     tune = pd.DataFrame({"study_type": name, "patient": "", "label": label, "probability": probability})
-    found = calibration.fit(tune, {}, ["XR_HAND", "XR_WRIST"])
-    assert found.by_study_type["XR_HAND"].pooled == (min(normal, abnormal) < calibration.MIN_OWN)
-    assert not found.by_study_type["XR_WRIST"].pooled
-    assert found.num_patients is None
+    fitted = calibration.fit(tune, {}, ["XR_HAND", "XR_WRIST"])
+    assert fitted.by_study_type["XR_HAND"].pooled == (min(normal, abnormal) < calibration.MIN_OWN)
+    assert not fitted.by_study_type["XR_WRIST"].pooled
+    assert fitted.num_patients is None
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_truth_is_recovered(pooled: bool) -> None:
+def test_calibration_recovers_true_probabilities(pooled: bool) -> None:
     """The true probability, from scores whose odds a weighted loss moved by another amount for each study type."""
-    each = 12_000 if not pooled else 40
-    tune = simulated({"XR_HAND": 12_000, "XR_WRIST": 12_000, "XR_HUMERUS": each}, seed=3)
-    fresh = simulated({"XR_HUMERUS": 4000}, seed=4)
-    found = calibration.fit(tune, SHIFT, list(SHIFT))
-    assert found.by_study_type["XR_HUMERUS"].pooled == pooled
-    calibrated = calibration.apply(found, fresh)["calibrated_probability"]
+    num_humerus = 12_000 if not pooled else 40
+    tune = simulate_studies({"XR_HAND": 12_000, "XR_WRIST": 12_000, "XR_HUMERUS": num_humerus}, seed=3)
+    fresh = simulate_studies({"XR_HUMERUS": 4000}, seed=4)
+    fitted = calibration.fit(tune, SHIFT, list(SHIFT))
+    assert fitted.by_study_type["XR_HUMERUS"].pooled == pooled
+    calibrated = calibration.apply(fitted, fresh)["calibrated_probability"]
     assert np.abs(calibrated - fresh["true"]).max() < 0.03
     assert np.abs(fresh["probability"] - fresh["true"]).max() > 0.1
     if pooled:  # without the known shift it would be that of the other types
@@ -109,7 +111,7 @@ def test_truth_is_recovered(pooled: bool) -> None:
 def test_slope_on_fresh_studies_is_near_one() -> None:
     slopes = []
     for seed in range(40):
-        tune, fresh = (simulated({"XR_HAND": 300, "XR_HUMERUS": 50}, 1000 * part + seed) for part in (1, 2))
+        tune, fresh = (simulate_studies({"XR_HAND": 300, "XR_HUMERUS": 50}, 1000 * subset + seed) for subset in (1, 2))
         calibrated = calibration.apply(calibration.fit(tune, SHIFT, list(SHIFT)), fresh)["calibrated_probability"]
         slopes.append(float(compute_calibration_slope(fresh["label"].to_numpy(), logit(calibrated.to_numpy()))))
     assert np.mean(slopes) == pytest.approx(1, abs=0.08)
@@ -121,41 +123,41 @@ def test_separated_studies_have_a_finite_fit() -> None:
     label = np.repeat([0, 1], 60)
     probability = np.where(label == 1, 1.0, 0.0)  # as far as a float64 goes
     tune = pd.DataFrame({"study_type": "XR_HAND", "patient": "p", "label": label, "probability": probability})
-    one = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
-    assert one.slope is not None
-    assert 0 < one.slope < 1
-    table = calibration.apply(FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": one}), tune)
-    wanted = np.where(label == 1, 61 / 62, 1 / 62)
-    np.testing.assert_allclose(table["calibrated_probability"], wanted, atol=1e-6)
+    entry = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
+    assert entry.slope is not None
+    assert 0 < entry.slope < 1
+    table = calibration.apply(FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": entry}), tune)
+    expected = np.where(label == 1, 61 / 62, 1 / 62)
+    np.testing.assert_allclose(table["calibrated_probability"], expected, atol=1e-6)
 
 
 # ---- where nothing is fitted
 
 
-def reason(tune: pd.DataFrame, name: str = "XR_HAND", what: str = "calibration") -> str:
+def missing_reason(tune: pd.DataFrame, name: str = "XR_HAND", what: str = "calibration") -> str:
     return calibration.fit(tune, SHIFT, list(SHIFT)).missing_reason(name, what)
 
 
-def test_reasons() -> None:
-    tune = simulated({"XR_HAND": 100})
+def test_missing_calibration_has_a_reason() -> None:
+    tune = simulate_studies({"XR_HAND": 100})
     few = tune.groupby("label").head(9)
-    assert "9 normal and 9 abnormal tune studies; at least 10" in reason(few)
-    assert "at least 10" in reason(few, what="sensitivity=0.95")
-    assert "0 normal and 0 abnormal tune studies" in reason(tune[:0])
-    assert "1 of 100 tune studies have no finite" in reason(tune.assign(probability=[math.nan] + [0.5] * 99))
-    assert "same probability" in reason(tune.assign(probability=0.25))
-    assert "none of the study types the model was trained on" in reason(tune, "XR_FOOT")
+    assert "9 normal and 9 abnormal tune studies; at least 10" in missing_reason(few)
+    assert "at least 10" in missing_reason(few, what="sensitivity=0.95")
+    assert "0 normal and 0 abnormal tune studies" in missing_reason(tune[:0])
+    assert "1 of 100 tune studies have no finite" in missing_reason(tune.assign(probability=[math.nan] + [0.5] * 99))
+    assert "same probability" in missing_reason(tune.assign(probability=0.25))
+    assert "none of the study types the model was trained on" in missing_reason(tune, "XR_FOOT")
     inverted = tune.assign(label=1 - tune["label"])
-    assert "slope is -" in reason(inverted)
+    assert "slope is -" in missing_reason(inverted)
     assert "sensitivity=0.95" in calibration.fit(inverted, SHIFT, list(SHIFT)).by_study_type["XR_HAND"].operating_points
 
 
-def test_study_types_that_are_not_the_models_own_do_not_enter() -> None:
-    tune = simulated({"XR_HAND": 200, "XR_HUMERUS": 40, "XR_FOOT": 300})
+def test_unknown_study_types_are_ignored() -> None:
+    tune = simulate_studies({"XR_HAND": 200, "XR_HUMERUS": 40, "XR_FOOT": 300})
     without = calibration.fit(tune[tune["study_type"] != "XR_FOOT"], SHIFT, list(SHIFT))
-    found = calibration.fit(tune, SHIFT, list(SHIFT))
-    assert found == without
-    table = calibration.apply(found, tune)
+    fitted = calibration.fit(tune, SHIFT, list(SHIFT))
+    assert fitted == without
+    table = calibration.apply(fitted, tune)
     foot = table["study_type"] == "XR_FOOT"
     assert table.loc[foot, "calibrated_probability"].isna().all()
     assert (table.loc[foot, "band"] == "").all()
@@ -167,25 +169,25 @@ def test_study_types_that_are_not_the_models_own_do_not_enter() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 19, 20, 21, 60])
 @pytest.mark.parametrize("values", [2, 3, 11, 10_000])
-def test_thresholds_obey_their_law(size: int, values: int) -> None:
+def test_thresholds_equal_exhaustive_search(size: int, values: int) -> None:
     rng = np.random.default_rng(size * values)
     label = np.concatenate([[0, 1], rng.integers(0, 2, 2 * size - 2)]) if size > 1 else np.array([0, 1])
     scores = rng.integers(0, values + 1, len(label)) / values
     candidates = np.unique(np.concatenate([scores, [0.0, 1.0]]))
     between = [(a + b) / 2 for a, b in itertools.pairwise(candidates)]
     for name in OPERATING_POINT_NAMES:
-        rate, wanted = name.split("=")
+        rate, expected = name.split("=")
         cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
         if rate == "sensitivity":
-            good = [t for t in between if (scores[label == 1] > t).mean() >= float(wanted) - 1e-12]
+            good = [t for t in between if (scores[label == 1] > t).mean() >= float(expected) - 1e-12]
             assert cut == (max(good) if good else None)
         else:
-            good = [t for t in [*between, 1.0] if (scores[label == 0] <= t).mean() >= float(wanted) - 1e-12]
+            good = [t for t in [*between, 1.0] if (scores[label == 0] <= t).mean() >= float(expected) - 1e-12]
             assert cut == min(good)
 
 
 @pytest.mark.parametrize("low", [0.3, 1e-300, 1 - 2**-53])
-def test_thresholds_between_neighbours(low: float) -> None:
+def test_thresholds_separate_adjacent_floats(low: float) -> None:
     scores, label = np.array([low, np.nextafter(low, 2)]), np.array([0, 1])
     for name in OPERATING_POINT_NAMES:
         cut = calibration.choose_threshold(name, label, scores, (0.0, 1.0))
@@ -194,28 +196,28 @@ def test_thresholds_between_neighbours(low: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pooled_thresholds_are_the_pools(seed: int) -> None:
-    tune = simulated({"XR_HAND": 200, "XR_HUMERUS": 40}, seed)
-    found = calibration.fit(tune, SHIFT, list(SHIFT))
+def test_pooled_thresholds_reach_their_rates_on_the_pool(seed: int) -> None:
+    tune = simulate_studies({"XR_HAND": 200, "XR_HUMERUS": 40}, seed)
+    fitted = calibration.fit(tune, SHIFT, list(SHIFT))
     positive, shift = tune["label"] == 1, tune["study_type"].map(SHIFT)
     for name in OPERATING_POINT_NAMES:
-        rate, wanted = name.split("=")
-        point = found.by_study_type["XR_HUMERUS"].operating_points[name]
+        rate, expected = name.split("=")
+        point = fitted.by_study_type["XR_HUMERUS"].operating_points[name]
         cut = logit(np.array([point.threshold]))[0] - SHIFT["XR_HUMERUS"]
         above = logit(tune["probability"].to_numpy()) - shift > cut
         assert (above[positive].mean(), (~above)[~positive].mean()) == pytest.approx(
             (point.sensitivity, point.specificity)
         )
-        assert getattr(point, rate) >= float(wanted) - 1e-12
+        assert getattr(point, rate) >= float(expected) - 1e-12
 
 
-def test_band() -> None:
-    tune = simulated({"XR_HAND": 400})
-    found = calibration.fit(tune, SHIFT, ["XR_HAND"])
-    one = found.by_study_type["XR_HAND"]
-    assert one.band is not None
-    low, high = (one.operating_points[name].threshold for name in BAND_OPERATING_POINTS)
-    assert (one.band.low, one.band.high) == (low, high)
+def test_band_boundaries() -> None:
+    tune = simulate_studies({"XR_HAND": 400})
+    fitted = calibration.fit(tune, SHIFT, ["XR_HAND"])
+    entry = fitted.by_study_type["XR_HAND"]
+    assert entry.band is not None
+    low, high = (entry.operating_points[name].threshold for name in BAND_OPERATING_POINTS)
+    assert (entry.band.low, entry.band.high) == (low, high)
     grid = [
         0.0,
         np.nextafter(low, 0),
@@ -226,7 +228,7 @@ def test_band() -> None:
         np.nextafter(high, 1),
         1.0,
     ]
-    table = calibration.apply(found, pd.DataFrame({"study_type": "XR_HAND", "probability": [*grid, math.nan]}))
+    table = calibration.apply(fitted, pd.DataFrame({"study_type": "XR_HAND", "probability": [*grid, math.nan]}))
     assert table["band"].tolist() == ["negative"] * 3 + ["uncertain"] * 3 + ["positive"] * 2 + [""]
     assert (np.diff(table["calibrated_probability"][:-1]) >= 0).all()
 
@@ -234,18 +236,19 @@ def test_band() -> None:
 def test_no_band_where_the_thresholds_cross() -> None:
     label = np.repeat([0, 1], 60)
     tune = pd.DataFrame({"study_type": "XR_HAND", "patient": "p", "label": label, "probability": 0.2 + label / 2})
-    one = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
-    assert one.band is None
-    assert one.reasons == {"band": one.reasons["band"]}
+    entry = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
+    assert entry.band is None
+    assert entry.reasons == {"band": entry.reasons["band"]}
     assert (
-        "cross (sensitivity=0.95 at 0.45, specificity=0.95 at 0.45): one threshold reaches both" in one.reasons["band"]
+        "cross (sensitivity=0.95 at 0.45, specificity=0.95 at 0.45): one threshold reaches both"
+        in entry.reasons["band"]
     )
 
 
 # ---- measured
 
 
-def rates(call: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def compute_rates(call: np.ndarray, label: np.ndarray) -> dict[str, float]:
     return {
         "sensitivity": call[label == 1].mean(),
         "specificity": (~call)[label == 0].mean(),
@@ -254,119 +257,130 @@ def rates(call: np.ndarray, label: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_measured_on_other_studies() -> None:
-    tune = simulated({"XR_HAND": 300, "XR_HUMERUS": 60}, 1)
-    found = calibration.fit(tune, SHIFT, ["XR_HAND", "XR_HUMERUS"])
-    valid = calibration.apply(found, simulated({"XR_HAND": 200, "XR_HUMERUS": 80, "XR_FOOT": 30}, 2))
-    told = calibration.compute_operating_points(found, valid, resamples=200)
-    assert told is not None
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["left_out"] == {"XR_FOOT": 30}
-    assert list(told["by_study_type"]) == ["XR_HAND", "XR_HUMERUS"]
-    ours = valid[valid["study_type"] != "XR_FOOT"]
+def test_operating_points_measured_on_fresh_studies() -> None:
+    tune = simulate_studies({"XR_HAND": 300, "XR_HUMERUS": 60}, 1)
+    fitted = calibration.fit(tune, SHIFT, ["XR_HAND", "XR_HUMERUS"])
+    valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 200, "XR_HUMERUS": 80, "XR_FOOT": 30}, 2))
+    measured = calibration.compute_operating_points(fitted, valid, resamples=200)
+    assert measured is not None
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    assert measured["left_out"] == {"XR_FOOT": 30}
+    assert list(measured["by_study_type"]) == ["XR_HAND", "XR_HUMERUS"]
+    known_types = valid[valid["study_type"] != "XR_FOOT"]
     for name in OPERATING_POINT_NAMES:
-        cut = ours["study_type"].map(found.thresholds(name))
-        for place, chosen in (("overall", slice(None)), ("XR_HUMERUS", ours["study_type"] == "XR_HUMERUS")):
-            part, group = ours[chosen], told["overall"] if place == "overall" else told["by_study_type"][place]
+        cut = known_types["study_type"].map(fitted.thresholds(name))
+        for group_name, chosen in (("overall", slice(None)), ("XR_HUMERUS", known_types["study_type"] == "XR_HUMERUS")):
+            subset, group = (
+                known_types[chosen],
+                measured["overall"] if group_name == "overall" else measured["by_study_type"][group_name],
+            )
             point = group["points"][name]
-            wanted = rates((part["probability"] > cut[chosen]).to_numpy(), part["label"].to_numpy())
-            assert {key: point[key] for key in wanted} == pytest.approx(wanted)
-            assert all(point[f"{key}_low"] < point[key] < point[f"{key}_high"] for key in wanted if 0 < point[key] < 1)
-            assert sum(point["confusion"].values()) == point["num_studies"] == len(part)
-    band = told["overall"]["band"]
-    sure = ours["band"] != "uncertain"
+            expected = compute_rates((subset["probability"] > cut[chosen]).to_numpy(), subset["label"].to_numpy())
+            assert {key: point[key] for key in expected} == pytest.approx(expected)
+            assert all(
+                point[f"{key}_low"] < point[key] < point[f"{key}_high"] for key in expected if 0 < point[key] < 1
+            )
+            assert sum(point["confusion"].values()) == point["num_studies"] == len(subset)
+    band = measured["overall"]["band"]
+    sure = known_types["band"] != "uncertain"
     assert band["num_uncertain"] == (~sure).sum()
     assert band["share_uncertain"] == pytest.approx((~sure).mean())
-    right = (ours["band"] == "positive") == (ours["label"] == 1)
+    right = (known_types["band"] == "positive") == (known_types["label"] == 1)
     assert band["accuracy_outside"] == pytest.approx(right[sure].mean())
     assert band["share_uncertain_low"] < band["share_uncertain"] < band["share_uncertain_high"]
     assert band["low"] is None
     assert band["reasons"]["low"] == "each study type has its own"
 
 
-def test_a_study_type_without_one_point_is_left_out_of_it_and_counted() -> None:
-    found = calibration.fit(simulated({"XR_HAND": 300, "XR_WRIST": 300}), SHIFT, ["XR_HAND", "XR_WRIST"])
-    wrist, name = found.by_study_type["XR_WRIST"], "sensitivity=0.98"
+def test_study_type_without_a_point_is_excluded_and_counted() -> None:
+    fitted = calibration.fit(simulate_studies({"XR_HAND": 300, "XR_WRIST": 300}), SHIFT, ["XR_HAND", "XR_WRIST"])
+    wrist, name = fitted.by_study_type["XR_WRIST"], "sensitivity=0.98"
     fewer = {key: value for key, value in wrist.operating_points.items() if key != name}
     wrist = wrist.model_copy(update={"operating_points": fewer, "band": None, "reasons": {name: "no", "band": "no"}})
-    found = found.model_copy(update={"by_study_type": found.by_study_type | {"XR_WRIST": wrist}})
-    valid = calibration.apply(found, simulated({"XR_HAND": 70, "XR_WRIST": 50}, 2))
-    told = calibration.compute_operating_points(found, valid, resamples=50)
-    assert told is not None
-    whole, of_hand, of_wrist = told["overall"], told["by_study_type"]["XR_HAND"], told["by_study_type"]["XR_WRIST"]
-    assert (whole["band"]["num_studies"], whole["band"]["num_without"]) == (70, 50)
-    assert whole["band"]["share_uncertain"] == of_hand["band"]["share_uncertain"]
-    overall, hand, wrists = (group["points"][name] for group in (whole, of_hand, of_wrist))
+    fitted = fitted.model_copy(update={"by_study_type": fitted.by_study_type | {"XR_WRIST": wrist}})
+    valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 70, "XR_WRIST": 50}, 2))
+    measured = calibration.compute_operating_points(fitted, valid, resamples=50)
+    assert measured is not None
+    all_types, of_hand, of_wrist = (
+        measured["overall"],
+        measured["by_study_type"]["XR_HAND"],
+        measured["by_study_type"]["XR_WRIST"],
+    )
+    assert (all_types["band"]["num_studies"], all_types["band"]["num_without"]) == (70, 50)
+    assert all_types["band"]["share_uncertain"] == of_hand["band"]["share_uncertain"]
+    overall, hand, wrists = (group["points"][name] for group in (all_types, of_hand, of_wrist))
     assert (overall["num_studies"], overall["num_without"]) == (70, 50)
     assert overall["confusion"] == hand["confusion"]
     assert (wrists["num_studies"], wrists["sensitivity"], wrists["reasons"]["sensitivity"]) == (0, None, "no")
-    assert told["overall"]["points"]["sensitivity=0.95"]["num_studies"] == 120
+    assert measured["overall"]["points"]["sensitivity=0.95"]["num_studies"] == 120
 
 
-def test_its_intervals_are_those_of_measure() -> None:
+def test_operating_point_intervals_equal_compute_metrics() -> None:
     """The same patients drawn, the same numbers: an operating point is measured as a threshold of its own would be."""
-    found = calibration.fit(simulated({"XR_HAND": 300}, 1), SHIFT, ["XR_HAND"])
-    valid = calibration.apply(found, simulated({"XR_HAND": 200}, 2))
-    told = calibration.compute_operating_points(found, valid, resamples=300, seed=5)
-    assert told is not None
+    fitted = calibration.fit(simulate_studies({"XR_HAND": 300}, 1), SHIFT, ["XR_HAND"])
+    valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 200}, 2))
+    measured = calibration.compute_operating_points(fitted, valid, resamples=300, seed=5)
+    assert measured is not None
     for name in OPERATING_POINT_NAMES:
-        cut = found.thresholds(name)["XR_HAND"]
-        wanted = compute_metrics(valid.assign(call=(valid["probability"] > cut) * 1), resamples=300, seed=5)["overall"]
-        point = told["overall"]["points"][name]
+        cut = fitted.thresholds(name)["XR_HAND"]
+        expected = compute_metrics(valid.assign(call=(valid["probability"] > cut) * 1), resamples=300, seed=5)[
+            "overall"
+        ]
+        point = measured["overall"]["points"][name]
         for key in ("sensitivity", "specificity", "ppv", "npv"):
             for end in ("", "_low", "_high"):
-                assert point[key + end] == wanted[key + end], (name, key + end)
+                assert point[key + end] == expected[key + end], (name, key + end)
 
 
-def test_nothing_measured_without_points() -> None:
-    valid = simulated({"XR_HAND": 100})
+def test_nothing_measured_without_thresholds() -> None:
+    valid = simulate_studies({"XR_HAND": 100})
     assert (
         calibration.compute_operating_points(FittedThresholds(), calibration.apply(FittedThresholds(), valid)) is None
     )
-    found = calibration.fit(valid, SHIFT, ["XR_HAND"])
-    assert calibration.compute_operating_points(found, calibration.apply(found, valid[:0])) is None
+    fitted = calibration.fit(valid, SHIFT, ["XR_HAND"])
+    assert calibration.compute_operating_points(fitted, calibration.apply(fitted, valid[:0])) is None
 
 
-def test_one_class_has_reasons() -> None:
-    found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
-    valid = calibration.apply(found, simulated({"XR_HAND": 50}, 7).assign(label=0))
-    told = calibration.compute_operating_points(found, valid, resamples=20)
-    assert told is not None
-    for group in (told["overall"], told["by_study_type"]["XR_HAND"]):
-        for part in (*group["points"].values(), group["band"]):
-            assert {key for key, value in part.items() if value is None} == set(part["reasons"])
+def test_one_class_has_a_reason_for_each_missing_rate() -> None:
+    fitted = calibration.fit(simulate_studies({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
+    valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 50}, 7).assign(label=0))
+    measured = calibration.compute_operating_points(fitted, valid, resamples=20)
+    assert measured is not None
+    for group in (measured["overall"], measured["by_study_type"]["XR_HAND"]):
+        for subset in (*group["points"].values(), group["band"]):
+            assert {key for key, value in subset.items() if value is None} == set(subset["reasons"])
         assert group["points"]["sensitivity=0.9"]["reasons"]["sensitivity"] == "no abnormal study"
 
 
 # ---- as data
 
 
-def test_points_travel() -> None:
-    found = calibration.fit(simulated({"XR_HAND": 300, "XR_HUMERUS": 40}), SHIFT, list(SHIFT), notes=["a note"])
-    assert FittedThresholds.model_validate_json(json.dumps(found.model_dump(mode="json"), allow_nan=False)) == found
+def test_fitted_thresholds_round_trip_through_json() -> None:
+    fitted = calibration.fit(simulate_studies({"XR_HAND": 300, "XR_HUMERUS": 40}), SHIFT, list(SHIFT), notes=["a note"])
+    assert FittedThresholds.model_validate_json(json.dumps(fitted.model_dump(mode="json"), allow_nan=False)) == fitted
     assert FittedThresholds.model_validate({}) == FittedThresholds()
     with pytest.raises(ValidationError):
         FittedThresholds.model_validate({"by_study_type": {"XR_HAND": {"slope": "steep"}}})
 
 
 @pytest.mark.parametrize(
-    ("word", "name"),
+    ("text", "name"),
     [("paper", "paper"), ("sensitivity=.95", "sensitivity=0.95"), ("specificity=0.80", "specificity=0.8")],
 )
-def test_names_of_operating_points(word: str, name: str) -> None:
-    assert operating_points.parse_operating_point(word) == name
+def test_parse_operating_point(text: str, name: str) -> None:
+    assert operating_points.parse_operating_point(text) == name
 
 
 @pytest.mark.parametrize(
-    "word", ["", "0.5", "sensitivity", "sensitivity=", "sensitivity=0.93", "ppv=0.9", "sensitivity=x"]
+    "text", ["", "0.5", "sensitivity", "sensitivity=", "sensitivity=0.93", "ppv=0.9", "sensitivity=x"]
 )
-def test_unknown_operating_points(word: str) -> None:
+def test_unknown_operating_point_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--operating-point .*paper, sensitivity=W .* 0\.8, 0\.9, 0\.95, 0\.98"):
-        operating_points.parse_operating_point(word)
+        operating_points.parse_operating_point(text)
 
 
-def test_an_operating_point_is_for_all_study_types_or_none() -> None:
-    found = calibration.fit(simulated({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
-    assert list(operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
+def test_thresholds_at_needs_every_study_type() -> None:
+    fitted = calibration.fit(simulate_studies({"XR_HAND": 300}), SHIFT, ["XR_HAND"])
+    assert list(operating_points.thresholds_at(fitted, "sensitivity=0.9", {"XR_HAND": 3})) == ["XR_HAND"]
     with pytest.raises(UserError, match=r"sensitivity=0\.9: .* for XR_FOOT \(4 studies\): XR_FOOT is none of.*paper"):
-        operating_points.thresholds_at(found, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})
+        operating_points.thresholds_at(fitted, "sensitivity=0.9", {"XR_HAND": 3, "XR_FOOT": 4})

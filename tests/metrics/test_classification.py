@@ -27,7 +27,7 @@ def weights(num: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 4, (3, num)).astype(float)
 
 
-def test_a_call_is_positive_strictly_above_its_threshold() -> None:
+def test_is_positive_is_strict() -> None:
     scores = np.array([0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 0), 0.0, 1.0, np.nan])
     expected = [False, True, False, False, True, False]
     for probability in (scores, pd.Series(scores, index=range(6, 0, -1))):
@@ -39,31 +39,31 @@ def test_a_call_is_positive_strictly_above_its_threshold() -> None:
     assert not classification.is_positive(1.0, 1.0)
 
 
-def test_kappa_is_scikit_learns() -> None:
+def test_kappa_equals_scikit_learn() -> None:
     label, probability = simulated()
     call = probability > 0.5
     assert classification.compute_kappa(classification.compute_confusion(label, call)) == pytest.approx(
         cohen_kappa_score(label, call), abs=1e-12
     )
     weight = weights(500)
-    expected = [cohen_kappa_score(label, call, sample_weight=one) for one in weight]
+    expected = [cohen_kappa_score(label, call, sample_weight=row) for row in weight]
     assert classification.compute_kappa(classification.compute_confusion(label, call, weight)) == pytest.approx(
         expected, abs=1e-12
     )
 
 
-def test_auroc_is_scikit_learns_with_ties_and_weights() -> None:
+def test_auroc_equals_scikit_learn_with_ties_and_weights() -> None:
     label, probability = simulated()
     assert len(np.unique(probability)) < 120
     assert classification.compute_auroc(label, probability) == pytest.approx(
         roc_auc_score(label, probability), abs=1e-12
     )
     weight = weights(500)
-    expected = [roc_auc_score(label, probability, sample_weight=one) for one in weight]
+    expected = [roc_auc_score(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_auroc(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
-def test_area_below_the_roc_curve_is_auroc() -> None:
+def test_area_under_roc_curve_equals_auroc() -> None:
     label, probability = simulated(300)
     false, true = classification.compute_roc_curve(label, probability)
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
@@ -80,7 +80,7 @@ def manifest_frame() -> pd.DataFrame:
     return frame.assign(label=[0, 0, 1, 1, 1, 1], path="").rename_axis("row")
 
 
-def test_study_table_means_views_in_any_order() -> None:
+def test_study_table_averages_views_in_any_order() -> None:
     rows, probability = np.array([5, 0, 3, 1, 4, 2]), np.array([0.9, 0.2, 0.6, 0.4, 0.3, 0.7])
     table = classification.build_study_table(rows, probability, manifest_frame())
     assert list(table.columns) == ["study", "study_type", "patient", "label", "num_views", "probability"]
@@ -94,7 +94,7 @@ def test_study_table_means_views_in_any_order() -> None:
     )
 
 
-def test_study_table_keeps_nan_and_refuses_a_row_twice() -> None:
+def test_study_table_keeps_nan_and_refuses_repeated_rows() -> None:
     table = classification.build_study_table(np.array([0, 1, 3]), np.array([0.2, np.nan, 0.5]), manifest_frame())
     assert np.isnan(table["probability"][0])
     assert table["num_views"].tolist() == [2, 1]
@@ -102,62 +102,62 @@ def test_study_table_keeps_nan_and_refuses_a_row_twice() -> None:
         classification.build_study_table(np.array([0, 0]), np.array([0.1, 0.2]), manifest_frame())
 
 
-def test_average_precision_is_scikit_learns_with_ties_and_weights() -> None:
+def test_average_precision_equals_scikit_learn() -> None:
     label, probability = simulated()
     assert classification.compute_average_precision(label, probability) == pytest.approx(
         average_precision_score(label, probability), abs=1e-12
     )
     weight = weights(500)
-    expected = [average_precision_score(label, probability, sample_weight=one) for one in weight]
+    expected = [average_precision_score(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_average_precision(label, probability, weight) == pytest.approx(expected, abs=1e-12)
     assert np.isnan(classification.compute_average_precision(np.ones(3, int), np.array([0.1, 0.2, 0.3])))
 
 
-def test_the_pr_curve_is_scikit_learns() -> None:
+def test_pr_curve_equals_scikit_learn() -> None:
     label, probability = simulated()
     precision, recall, _ = precision_recall_curve(label, probability)
-    ours = classification.compute_pr_curve(label, probability)
-    np.testing.assert_allclose(ours[0][::-1], recall[:-1], atol=1e-12)
-    np.testing.assert_allclose(ours[1][::-1], precision[:-1], atol=1e-12)
+    curve = classification.compute_pr_curve(label, probability)
+    np.testing.assert_allclose(curve[0][::-1], recall[:-1], atol=1e-12)
+    np.testing.assert_allclose(curve[1][::-1], precision[:-1], atol=1e-12)
 
 
-def test_brier_is_scikit_learns() -> None:
+def test_brier_score_equals_scikit_learn() -> None:
     label, probability = simulated()
     assert classification.compute_brier_score(label, probability) == pytest.approx(
         brier_score_loss(label, probability), abs=1e-12
     )
     weight = weights(500)
-    expected = [brier_score_loss(label, probability, sample_weight=one) for one in weight]
+    expected = [brier_score_loss(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_brier_score(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_slope_is_scikit_learns(seed: int) -> None:
+def test_calibration_slope_equals_scikit_learn(seed: int) -> None:
     label, probability = simulated(200, seed)
     logits = classification.logit(probability)
     assert np.abs(logits).max() <= classification.LOGIT_LIMIT  # of probabilities that are 0 and 1
     weight = weights(200, seed)
-    for one, found in zip(
+    for row, value in zip(
         [None, *weight], [None, *classification.compute_calibration_slope(label, logits, weight)], strict=True
     ):
         model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000)
-        expected = model.fit(logits[:, None], label, sample_weight=one).coef_[0, 0]
-        value = classification.compute_calibration_slope(label, logits) if found is None else found
+        expected = model.fit(logits[:, None], label, sample_weight=row).coef_[0, 0]
+        value = classification.compute_calibration_slope(label, logits) if value is None else value
         assert value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_intercept_solves_its_equation(seed: int) -> None:
+def test_calibration_intercept_solves_its_equation(seed: int) -> None:
     """At the maximum, probabilities add up to the number of abnormal ones."""
     label, probability = simulated(200, seed)
     logits = classification.logit(probability)
-    for weight, found in zip(
+    for weight, value in zip(
         weights(200), classification.compute_calibration_intercept(label, logits, weights(200)), strict=True
     ):
         expected = brentq(
             lambda a, w=weight: (w * (classification.sigmoid(a + logits) - label)).sum(), -60, 60, xtol=1e-13
         )
-        assert found == pytest.approx(expected, abs=1e-9)
+        assert value == pytest.approx(expected, abs=1e-9)
     assert classification.compute_calibration_intercept(label, logits) == pytest.approx(
         classification.compute_calibration_intercept(label, logits, np.ones((1, 200)))[0]
     )
@@ -182,7 +182,7 @@ def test_separated_logits_have_no_slope(logits: list[float]) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steep", [0.01, 1.0, 30.0])
-def test_extreme_scores_are_fitted_too(steep: float) -> None:
+def test_slope_of_extreme_scores_converges(steep: float) -> None:
     """One study among those of the other label: a maximum exists, far from where Newton's plain steps arrive."""
     rng = np.random.default_rng(3)
     label = np.repeat([0, 1], 30)
@@ -193,22 +193,22 @@ def test_extreme_scores_are_fitted_too(steep: float) -> None:
     assert slope == pytest.approx(np.full(5, model.coef_[0, 0]), rel=1e-3)
 
 
-def test_calibrated_scores_are_found_so_and_others_not() -> None:
+def test_miscalibration_is_measured() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, 40_000)
     label = (rng.random(40_000) < classification.sigmoid(logits)).astype(int)
     for shift, steep in ((0.0, 1.0), (1.0, 1.0), (0.0, 2.0)):
-        said = shift + steep * logits
-        error, method = classification.compute_calibration_error(label, classification.sigmoid(said))
-        assert classification.compute_calibration_slope(label, said) == pytest.approx(1 / steep, abs=0.05)
+        scaled = shift + steep * logits
+        error, method = classification.compute_calibration_error(label, classification.sigmoid(scaled))
+        assert classification.compute_calibration_slope(label, scaled) == pytest.approx(1 / steep, abs=0.05)
         assert (error < 0.012) == ((shift, steep) == (0.0, 1.0))
         assert method == "10 bins of equal number of studies"
         if steep == 1:
-            assert classification.compute_calibration_intercept(label, said) == pytest.approx(-shift, abs=0.05)
+            assert classification.compute_calibration_intercept(label, scaled) == pytest.approx(-shift, abs=0.05)
 
 
 @pytest.mark.parametrize(("num", "count"), [(1, 1), (9, 1), (10, 2), (49, 9), (500, 10)])
-def test_bins_hold_equal_numbers_each_study_once(num: int, count: int) -> None:
+def test_bins_hold_equal_numbers_of_studies(num: int, count: int) -> None:
     rng = np.random.default_rng(num)
     label, probability = rng.integers(0, 2, num), rng.random(num)
     bins = classification.bin_by_quantile(label, probability)

@@ -35,71 +35,73 @@ def plain(value: object) -> None:
     assert json.loads(json.dumps(value, allow_nan=False)) == value
 
 
-def test_differences_are_those_of_scikit_learn() -> None:
+def test_differences_equal_scikit_learn() -> None:
     a, b = sides()
-    found = compare_predictions(a, b, resamples=200)
-    plain(found)
+    comparison = compare_predictions(a, b, resamples=200)
+    plain(comparison)
     b = b.set_index("study").loc[a["study"]].reset_index()
     for name, chosen in [("overall", slice(None)), *((t, a["study_type"] == t) for t in ("XR_ELBOW", "XR_HAND"))]:
-        group = found["overall"] if name == "overall" else found["by_study_type"][name]
-        label, one, other = (part[chosen].to_numpy() for part in (a["label"], a["probability"], b["probability"]))
-        kappas = [cohen_kappa_score(label, score > 0.5) for score in (one, other)]
-        areas = [roc_auc_score(label, score) for score in (one, other)]
-        for key, (left, right) in (("kappa", kappas), ("auroc", areas)):
-            assert [group[key][part] for part in ("a", "b", "difference")] == pytest.approx(
-                [left, right, left - right], abs=1e-12
+        group = comparison["overall"] if name == "overall" else comparison["by_study_type"][name]
+        label, first, second = (
+            column[chosen].to_numpy() for column in (a["label"], a["probability"], b["probability"])
+        )
+        kappas = [cohen_kappa_score(label, score > 0.5) for score in (first, second)]
+        areas = [roc_auc_score(label, score) for score in (first, second)]
+        for key, (value_a, value_b) in (("kappa", kappas), ("auroc", areas)):
+            assert [group[key][column] for column in ("a", "b", "difference")] == pytest.approx(
+                [value_a, value_b, value_a - value_b], abs=1e-12
             )
             assert group[key]["low"] < group[key]["difference"] < group[key]["high"]
-        right = [(score > 0.5) == (label == 1) for score in (one, other)]
-        discordant = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+        value_b = [(score > 0.5) == (label == 1) for score in (first, second)]
+        discordant = int((value_b[0] & ~value_b[1]).sum()), int((value_b[1] & ~value_b[0]).sum())
         assert (group["mcnemar"]["a_only_right"], group["mcnemar"]["b_only_right"]) == discordant
         assert group["mcnemar"]["p_value"] == pytest.approx(binomtest(discordant[0], sum(discordant)).pvalue, abs=1e-12)
-    assert found["overall"]["kappa"]["low"] > 0  # the noisier side is worse, and 300 studies show it
-    assert found["confirmatory"] == "overall kappa difference"
-    assert "not two recipes" in found["note"]
+    assert comparison["overall"]["kappa"]["low"] > 0  # the noisier side is worse, and 300 studies show it
+    assert comparison["confirmatory"] == "overall kappa difference"
+    assert "not two recipes" in comparison["note"]
 
 
-def test_the_interval_is_the_paired_loop_over_patients() -> None:
+def test_interval_equals_paired_resampling_of_patients() -> None:
     a, b = sides(60, 15)
     b = b.set_index("study").loc[a["study"]].reset_index()
     patients = sorted(set(a["patient"]))
     raw = np.random.Philox(key=3).random_raw(80 * len(patients))
     drawn = np.array([(int(word) >> 32) * len(patients) >> 32 for word in raw]).reshape(80, -1)
     differences = []
-    for one in drawn:
-        rows = np.concatenate([np.flatnonzero(a["patient"] == patients[i]) for i in one])
+    for first in drawn:
+        rows = np.concatenate([np.flatnonzero(a["patient"] == patients[i]) for i in first])
         label = a["label"].to_numpy()[rows]
         if len(set(label)) == 2:
             kappas = [cohen_kappa_score(label, side["probability"].to_numpy()[rows] > 0.5) for side in (a, b)]
             differences.append(kappas[0] - kappas[1])
-    found = compare_predictions(a, b, resamples=80, seed=3)["overall"]["kappa"]
-    assert [found["low"], found["high"]] == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=1e-12)
+    comparison = compare_predictions(a, b, resamples=80, seed=3)["overall"]["kappa"]
+    assert [comparison["low"], comparison["high"]] == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=1e-12)
 
 
-def test_swapping_the_sides_mirrors_everything() -> None:
+def test_swapping_sides_negates_differences() -> None:
     a, b = sides()
-    one, other = (
+    first, second = (
         compare_predictions(a, b, resamples=100)["overall"],
         compare_predictions(b, a, resamples=100)["overall"],
     )
     for key in ("kappa", "auroc"):
-        assert one[key]["difference"] == pytest.approx(-other[key]["difference"], abs=1e-12)
-        assert one[key]["low"] == pytest.approx(-other[key]["high"], abs=1e-12)
-    assert one["delong"]["low"] == pytest.approx(-other["delong"]["high"], abs=1e-12)
-    assert one["delong"]["p_value"] == pytest.approx(other["delong"]["p_value"], abs=1e-12)
-    assert one["mcnemar"]["p_value"] == other["mcnemar"]["p_value"]
+        assert first[key]["difference"] == pytest.approx(-second[key]["difference"], abs=1e-12)
+        assert first[key]["low"] == pytest.approx(-second[key]["high"], abs=1e-12)
+    assert first["delong"]["low"] == pytest.approx(-second["delong"]["high"], abs=1e-12)
+    assert first["delong"]["p_value"] == pytest.approx(second["delong"]["p_value"], abs=1e-12)
+    assert first["mcnemar"]["p_value"] == second["mcnemar"]["p_value"]
 
 
-def test_a_side_against_itself_differs_in_nothing() -> None:
+def test_side_against_itself_has_no_difference() -> None:
     a, _ = sides()
-    found = compare_predictions(a, a, resamples=50)["overall"]
-    assert found["kappa"]["difference"] == found["auroc"]["difference"] == 0
-    assert found["kappa"]["low"] is found["delong"] is None
-    assert "rank the studies alike" in found["reasons"]["delong"]
-    assert found["mcnemar"] == {"a_only_right": 0, "b_only_right": 0, "p_value": 1.0}
+    comparison = compare_predictions(a, a, resamples=50)["overall"]
+    assert comparison["kappa"]["difference"] == comparison["auroc"]["difference"] == 0
+    assert comparison["kappa"]["low"] is comparison["delong"] is None
+    assert "rank the studies alike" in comparison["reasons"]["delong"]
+    assert comparison["mcnemar"] == {"a_only_right": 0, "b_only_right": 0, "p_value": 1.0}
 
 
-def test_delong_holds_its_level() -> None:
+def test_delong_p_values_are_uniform_under_the_null() -> None:
     """Two sides as good as each other: of 200 sets of independent studies about 5 % have a p-value below 0.05."""
     rng, low = np.random.default_rng(0), 0
     for _ in range(200):
@@ -120,13 +122,13 @@ def test_delong_holds_its_level() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_cannot_be_compared_says_why() -> None:
+def test_missing_comparisons_have_a_reason() -> None:
     a, b = sides(40)
     calls = b.assign(call=1).drop(columns="probability")
-    found = compare_predictions(a, calls, resamples=20)["overall"]
-    assert found["auroc"] is found["delong"] is None
-    assert found["reasons"]["auroc"].startswith("calls only")
-    assert found["kappa"]["b"] == 0
+    comparison = compare_predictions(a, calls, resamples=20)["overall"]
+    assert comparison["auroc"] is comparison["delong"] is None
+    assert comparison["reasons"]["auroc"].startswith("calls only")
+    assert comparison["kappa"]["b"] == 0
     one_class = compare_predictions(a.assign(label=1), b.assign(label=1), resamples=20)["overall"]
     plain(one_class)
     assert one_class["kappa"] is one_class["delong"] is None

@@ -18,14 +18,14 @@ NAMES = (
     *("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope"),
     *("ppv_at_prevalence", "npv_at_prevalence"),
 )
-BESIDE = (
+ASYMPTOTIC_NAMES = (
     *("kappa_fce", "kappa_official", "auroc_delong"),
     *("sensitivity_wilson", "specificity_wilson", "ppv_wilson", "npv_wilson"),
 )
 NOT_NULLABLE = {"num_studies", "interval_method", "num_resamples_dropped", "reasons"}
 KEYS = {
     *NAMES,
-    *(f"{name}_{end}" for name in (*NAMES, *BESIDE) for end in ("low", "high")),
+    *(f"{name}_{end}" for name in (*NAMES, *ASYMPTOTIC_NAMES) for end in ("low", "high")),
     *("num_patients", "confusion", "prevalence", "prevalence_assumed"),
     *("calibration_error", "calibration_error_method", "calibrated"),
     *(f"{name}_interval" for name in ("sensitivity", "specificity", "ppv", "npv")),
@@ -34,7 +34,7 @@ KEYS = {
 PAPER = (102, 13, 17, 75)  # tn, fp, fn, tp of arXiv 1712.06957 on the hidden test
 
 
-def of_confusion(cells: tuple[int, int, int, int], study_type: str = "XR_WRIST") -> pd.DataFrame:
+def studies_of_confusion(cells: tuple[int, int, int, int], study_type: str = "XR_WRIST") -> pd.DataFrame:
     """Studies, each of a patient of its own, that give this confusion."""
     label = np.repeat([0, 0, 1, 1], cells)
     probability = np.repeat([0.1, 0.9, 0.1, 0.9], cells)
@@ -49,7 +49,7 @@ def check_group(group: dict) -> None:
     assert nulls == set(group["reasons"])
     assert not nulls & NOT_NULLABLE
     assert all(isinstance(reason, str) and reason for reason in group["reasons"].values())
-    for name in (*NAMES, *BESIDE):
+    for name in (*NAMES, *ASYMPTOTIC_NAMES):
         low, high = group[f"{name}_low"], group[f"{name}_high"]
         assert (low is None) == (high is None)
         assert low is None or low <= high
@@ -62,13 +62,13 @@ def check_group(group: dict) -> None:
         assert group[f"{name}_low"] is None or -1 <= group[f"{name}_low"] < group[f"{name}_high"] <= 1
 
 
-def check(found: dict) -> dict:
+def check_metrics(metrics: dict) -> dict:
     """Contract of metrics.json; returns `overall`."""
-    assert set(found) == {"overall", "by_study_type", "macro", "interval_kinds"}
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    for group in summary.metrics_by_group(found).values():
+    assert set(metrics) == {"overall", "by_study_type", "macro", "interval_kinds"}
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    for group in summary.metrics_by_group(metrics).values():
         check_group(group)
-    return found["overall"]
+    return metrics["overall"]
 
 
 def test_official_vectors(shared: Path) -> None:
@@ -76,23 +76,23 @@ def test_official_vectors(shared: Path) -> None:
     assert len(submissions) == 20
     for submission in submissions:
         for name, cells in submission["confusion_tn_fp_fn_tp"].items():
-            group = check(summary.compute_metrics(of_confusion(cells), resamples=0))
-            found = [group[key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
-            assert found == pytest.approx(submission["official_kappa"][name], abs=1e-9), (submission["id"], name)
+            group = check_metrics(summary.compute_metrics(studies_of_confusion(cells), resamples=0))
+            metrics = [group[key] for key in ("kappa", "kappa_official_low", "kappa_official_high")]
+            assert metrics == pytest.approx(submission["official_kappa"][name], abs=1e-9), (submission["id"], name)
 
 
 def test_validation_vectors(shared: Path) -> None:
     rows = json.loads((shared / "vectors/validation_studies.json").read_text())["rows"]
     assert len(rows) == 24
     for row in rows:
-        group = check(summary.compute_metrics(of_confusion(row["tn_fp_fn_tp"]), resamples=0))
+        group = check_metrics(summary.compute_metrics(studies_of_confusion(row["tn_fp_fn_tp"]), resamples=0))
         assert group["kappa"] == pytest.approx(row["kappa"], abs=1e-9)
         assert group["balanced_accuracy"] == pytest.approx(row["balanced_accuracy_reported_as_roc_auc"], abs=1e-9)
         assert group["f1"] == pytest.approx(row["f1"], abs=1e-9)
 
 
-def test_the_paper() -> None:
-    group = check(summary.compute_metrics(of_confusion(PAPER)))
+def test_papers_kappa_and_interval() -> None:
+    group = check_metrics(summary.compute_metrics(studies_of_confusion(PAPER)))
     assert intervals.compute_fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
     assert [round(group[key], 3) for key in ("kappa", "kappa_fce_low", "kappa_fce_high")] == [0.705, 0.608, 0.803]
     assert [round(group[key], 3) for key in ("sensitivity", "specificity")] == [0.815, 0.887]
@@ -113,7 +113,7 @@ def draws(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
     return np.array([(int(word) >> 32) * num_clusters >> 32 for word in raw]).reshape(num_resamples, num_clusters)
 
 
-def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_equals_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intervals, "_MAX_WEIGHTS_PER_CHUNK", 100)  # several chunks
     studies = simulated(40, 12, seed=3)
     patients = sorted(set(studies["patient"]))
@@ -125,7 +125,7 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         kappas.append(cohen_kappa_score(sample["label"], sample["probability"] > 0.5))
         areas.append(roc_auc_score(sample["label"], sample["probability"]))
-    group = check(summary.compute_metrics(studies, resamples=60, seed=7))
+    group = check_metrics(summary.compute_metrics(studies, resamples=60, seed=7))
     assert [group["kappa_low"], group["kappa_high"]] == pytest.approx(np.quantile(kappas, (0.025, 0.975)), abs=1e-12)
     assert [group["auroc_low"], group["auroc_high"]] == pytest.approx(np.quantile(areas, (0.025, 0.975)), abs=1e-12)
     assert group["num_resamples_dropped"] == dropped
@@ -133,86 +133,89 @@ def test_bootstrap_is_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_class_resamples_are_dropped_and_counted() -> None:
-    studies = of_confusion((6, 1, 1, 1))
+    studies = studies_of_confusion((6, 1, 1, 1))
     expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in draws(400, 9, seed=0))
-    group = check(summary.compute_metrics(studies, resamples=400))
+    group = check_metrics(summary.compute_metrics(studies, resamples=400))
     assert 10 < expected < 200
     assert group["num_resamples_dropped"] == expected
     assert f"{expected} resamples of one class only dropped" in group["interval_method"]
     assert group["kappa_low"] is not None
 
 
-def test_deterministic_in_seed_and_free_of_order() -> None:
+def test_metrics_depend_on_seed_and_not_on_order() -> None:
     studies = simulated(200, 60)
-    found = summary.compute_metrics(studies, resamples=200, seed=1)
-    assert summary.compute_metrics(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == found
+    metrics = summary.compute_metrics(studies, resamples=200, seed=1)
+    assert summary.compute_metrics(studies.sample(frac=1, random_state=0), resamples=200, seed=1) == metrics
     assert (
-        summary.compute_metrics(studies, resamples=200, seed=2)["overall"]["kappa_low"] != found["overall"]["kappa_low"]
+        summary.compute_metrics(studies, resamples=200, seed=2)["overall"]["kappa_low"]
+        != metrics["overall"]["kappa_low"]
     )
 
 
 def test_clusters_widen_the_interval() -> None:
     """Every patient's studies are copies of one: the interval is that of one study each, and twice the naive."""
-    one = simulated(150, 10**6)
-    copies = pd.concat([one] * 4, ignore_index=True)
+    first = simulated(150, 10**6)
+    copies = pd.concat([first] * 4, ignore_index=True)
     naive = copies.assign(patient=None)
     width = {
-        name: found["kappa_high"] - found["kappa_low"]
-        for name, studies in (("one", one), ("clustered", copies), ("naive", naive))
-        for found in [check(summary.compute_metrics(studies, resamples=1000))]
+        name: metrics["kappa_high"] - metrics["kappa_low"]
+        for name, studies in (("one", first), ("clustered", copies), ("naive", naive))
+        for metrics in [check_metrics(summary.compute_metrics(studies, resamples=1000))]
     }
     assert width["clustered"] == pytest.approx(width["one"], rel=1e-9)
     assert width["clustered"] / width["naive"] == pytest.approx(2, rel=0.15)
 
 
-def test_unknown_patients_are_said() -> None:
+def test_unknown_patients_are_reported() -> None:
     studies = simulated(100, 50)
-    group = check(summary.compute_metrics(studies.assign(patient=None), resamples=100))
+    group = check_metrics(summary.compute_metrics(studies.assign(patient=None), resamples=100))
     assert group["num_patients"] is None
     assert "100 studies, clustering unknown" in group["interval_method"]
     studies.loc[:9, "patient"] = None
-    group = check(summary.compute_metrics(studies, resamples=100))
+    group = check_metrics(summary.compute_metrics(studies, resamples=100))
     assert group["num_patients"] == studies["patient"].nunique()
     assert "10 studies name none" in group["interval_method"]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("cells", "known"), [((5, 2, 0, 0), "specificity"), ((0, 0, 1, 0), "sensitivity")])
-def test_one_class(cells: tuple[int, int, int, int], known: str) -> None:
-    group = check(summary.compute_metrics(of_confusion(cells), resamples=50))
+@pytest.mark.parametrize(("cells", "rate"), [((5, 2, 0, 0), "specificity"), ((0, 0, 1, 0), "sensitivity")])
+def test_one_class(cells: tuple[int, int, int, int], rate: str) -> None:
+    group = check_metrics(summary.compute_metrics(studies_of_confusion(cells), resamples=50))
     assert group["kappa"] is group["auroc"] is None
     assert group["reasons"]["auroc"] == "one class only"
-    assert group[known] == pytest.approx(cells[0] / sum(cells) if known == "specificity" else 0)
+    assert group[rate] == pytest.approx(cells[0] / sum(cells) if rate == "specificity" else 0)
     assert sum(group["confusion"].values()) == sum(cells)
-    assert group[f"{known}_interval"] == "wilson"
-    successes, trials = (5, 7) if known == "specificity" else (0, 1)
-    assert (group[f"{known}_low"], group[f"{known}_high"]) == intervals.compute_wilson_interval(successes, trials)
+    assert group[f"{rate}_interval"] == "wilson"
+    successes, trials = (5, 7) if rate == "specificity" else (0, 1)
+    assert (group[f"{rate}_low"], group[f"{rate}_high"]) == intervals.compute_wilson_interval(successes, trials)
 
 
 @pytest.mark.filterwarnings("error")
-def test_empty_and_unlabelled() -> None:
-    empty = check(summary.compute_metrics(of_confusion((0, 0, 0, 0))))
+def test_empty_and_unlabeled_studies() -> None:
+    empty = check_metrics(summary.compute_metrics(studies_of_confusion((0, 0, 0, 0))))
     assert (empty["num_studies"], empty["num_patients"], empty["confusion"]) == (0, 0, None)
     assert empty["reasons"]["kappa"] == "no labeled studies"
-    studies = pd.concat([of_confusion((3, 1, 1, 3)), of_confusion((2, 0, 0, 2), "XR_LEG").assign(label=None)])
-    found = summary.compute_metrics(studies, resamples=10)
-    assert check(found)["num_studies"] == 8
-    assert found["by_study_type"]["XR_LEG"]["num_studies"] == 0
+    studies = pd.concat(
+        [studies_of_confusion((3, 1, 1, 3)), studies_of_confusion((2, 0, 0, 2), "XR_LEG").assign(label=None)]
+    )
+    metrics = summary.compute_metrics(studies, resamples=10)
+    assert check_metrics(metrics)["num_studies"] == 8
+    assert metrics["by_study_type"]["XR_LEG"]["num_studies"] == 0
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_diverged_network_measures_nothing() -> None:
+def test_nan_probabilities_are_not_measured() -> None:
     """NaN > threshold is False: left alone, it would count as a call of normal."""
-    studies = of_confusion((20, 5, 5, 20))
+    studies = studies_of_confusion((20, 5, 5, 20))
     studies.loc[3, "probability"] = np.nan
-    group = check(summary.compute_metrics(studies, resamples=10))
+    group = check_metrics(summary.compute_metrics(studies, resamples=10))
     assert group["kappa"] is None
     assert group["reasons"]["kappa"] == "1 of 50 studies have no finite probability"
 
 
 @pytest.mark.filterwarnings("error")
-def test_perfect_calls_claim_no_certainty() -> None:
-    group = check(summary.compute_metrics(of_confusion((20, 0, 0, 20)), resamples=100))
+def test_perfect_calls_have_no_zero_width_interval() -> None:
+    group = check_metrics(summary.compute_metrics(studies_of_confusion((20, 0, 0, 20)), resamples=100))
     assert group["kappa"] == group["auroc"] == 1
     assert group["kappa_low"] is group["kappa_fce_low"] is None
     assert "exactly 1" in group["reasons"]["kappa_fce_low"]
@@ -233,9 +236,9 @@ def test_perfect_calls_claim_no_certainty() -> None:
         (np.repeat([0.8, 0.2], 30), {"kappa_fce": -1, "auroc_delong": 0}),  # all wrong
     ],
 )
-def test_no_asymptotic_interval_is_without_width(probability: np.ndarray, missing: dict[str, float]) -> None:
-    studies = of_confusion((30, 0, 0, 30)).assign(probability=probability)
-    group = check(summary.compute_metrics(studies, resamples=20))
+def test_asymptotic_interval_of_zero_width_is_missing(probability: np.ndarray, missing: dict[str, float]) -> None:
+    studies = studies_of_confusion((30, 0, 0, 30)).assign(probability=probability)
+    group = check_metrics(summary.compute_metrics(studies, resamples=20))
     for kind in ("kappa_fce", "auroc_delong"):
         if kind in missing:
             assert group[f"{kind}_low"] is group[f"{kind}_high"] is None
@@ -245,19 +248,21 @@ def test_no_asymptotic_interval_is_without_width(probability: np.ndarray, missin
             assert group[f"{kind}_low"] < group[f"{kind}_high"]
 
 
-def test_few_of_a_class_have_no_asymptotic_interval() -> None:
-    assert check(summary.compute_metrics(of_confusion((30, 5, 3, 6))))["reasons"]["kappa_fce_low"].startswith(
-        "9 studies"
-    )
-    assert check(summary.compute_metrics(of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
+def test_few_studies_of_a_class_have_no_asymptotic_interval() -> None:
+    assert check_metrics(summary.compute_metrics(studies_of_confusion((30, 5, 3, 6))))["reasons"][
+        "kappa_fce_low"
+    ].startswith("9 studies")
+    assert check_metrics(summary.compute_metrics(studies_of_confusion((30, 5, 3, 7))))["kappa_fce_low"] is not None
 
 
 def test_asymptotic_interval_is_clipped() -> None:
-    assert check(summary.compute_metrics(of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
+    assert check_metrics(summary.compute_metrics(studies_of_confusion((10, 0, 1, 9))))["kappa_fce_high"] == 1
 
 
 def test_one_patient_has_no_interval() -> None:
-    group = check(summary.compute_metrics(of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20))
+    group = check_metrics(
+        summary.compute_metrics(studies_of_confusion((5, 2, 2, 5)).assign(patient="patient00001"), resamples=20)
+    )
     assert group["kappa"] is not None
     assert group["reasons"]["kappa_low"] == "one patient only"
     assert (group["sensitivity_low"], group["sensitivity_high"]) == intervals.compute_wilson_interval(5, 7)
@@ -273,7 +278,7 @@ def test_call_is_strictly_above_the_threshold() -> None:
 
 
 def test_summary_table_fits_the_terminal() -> None:
-    studies = pd.concat([simulated(300, 100), of_confusion((0, 0, 2, 1), "XR_SOMETHING_VERY_LONG")])
+    studies = pd.concat([simulated(300, 100), studies_of_confusion((0, 0, 2, 1), "XR_SOMETHING_VERY_LONG")])
     text = summary.format_summary_table(summary.compute_metrics(studies, resamples=50))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
@@ -291,90 +296,94 @@ def test_summary_table_fits_the_terminal() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_calls_only_have_no_numbers_of_probabilities() -> None:
+def test_calls_only_have_no_probability_metrics() -> None:
     studies = simulated(200, 80)
     calls = studies.assign(call=(studies["probability"] > 0.5).astype(int)).drop(columns="probability")
-    found, whole = (
-        check(summary.compute_metrics(calls, resamples=50)),
-        check(summary.compute_metrics(studies, resamples=50)),
+    metrics, with_probability = (
+        check_metrics(summary.compute_metrics(calls, resamples=50)),
+        check_metrics(summary.compute_metrics(studies, resamples=50)),
     )
     for name in ("auroc", "average_precision", "brier", "calibration_intercept", "calibration_slope"):
-        assert found[name] is found[f"{name}_low"] is None
-        assert found["reasons"][name] == "calls only: no probabilities"
-    assert found["calibration_error"] is found["auroc_delong_low"] is None
+        assert metrics[name] is metrics[f"{name}_low"] is None
+        assert metrics["reasons"][name] == "calls only: no probabilities"
+    assert metrics["calibration_error"] is metrics["auroc_delong_low"] is None
     for name in ("kappa", "kappa_low", "ppv", "npv_high", "kappa_fce_low", "f1"):
-        assert found[name] == whole[name]
+        assert metrics[name] == with_probability[name]
 
 
-def test_given_calls_win_over_the_threshold() -> None:
+def test_calls_in_the_table_override_the_threshold() -> None:
     studies = simulated(200, 80)
-    found = check(summary.compute_metrics(studies.assign(call=1 - studies["label"]), resamples=0))
-    assert found["kappa"] < -0.9
-    assert found["auroc"] == check(summary.compute_metrics(studies, resamples=0))["auroc"]
+    metrics = check_metrics(summary.compute_metrics(studies.assign(call=1 - studies["label"]), resamples=0))
+    assert metrics["kappa"] < -0.9
+    assert metrics["auroc"] == check_metrics(summary.compute_metrics(studies, resamples=0))["auroc"]
 
 
 @pytest.mark.parametrize("prevalence", [0.01, 0.1, 0.5])
-def test_bayes(prevalence: float) -> None:
+def test_predictive_values_follow_bayes(prevalence: float) -> None:
     """PPV and NPV at a prevalence are those of a set of that prevalence with the same rates; at the set's own, the set's."""
     studies = simulated(400, 150)
-    own = check(summary.compute_metrics(studies, resamples=100, prevalence=float(studies["label"].mean())))
+    own = check_metrics(summary.compute_metrics(studies, resamples=100, prevalence=float(studies["label"].mean())))
     for name in ("ppv", "npv"):
         assert own[f"{name}_at_prevalence"] == pytest.approx(own[name], abs=1e-12)
-    found = check(summary.compute_metrics(studies, resamples=100, prevalence=prevalence))
+    metrics = check_metrics(summary.compute_metrics(studies, resamples=100, prevalence=prevalence))
     abnormal, normal = 1e6 * prevalence, 1e6 * (1 - prevalence)
-    right, wrong = abnormal * found["sensitivity"], normal * (1 - found["specificity"])
-    assert found["ppv_at_prevalence"] == pytest.approx(right / (right + wrong), abs=1e-12)
-    assert found["ppv_at_prevalence_low"] < found["ppv_at_prevalence"] < found["ppv_at_prevalence_high"]
-    assert found["prevalence_assumed"] == prevalence
-    assert found["prevalence"] == studies["label"].mean()
+    right, wrong = abnormal * metrics["sensitivity"], normal * (1 - metrics["specificity"])
+    assert metrics["ppv_at_prevalence"] == pytest.approx(right / (right + wrong), abs=1e-12)
+    assert metrics["ppv_at_prevalence_low"] < metrics["ppv_at_prevalence"] < metrics["ppv_at_prevalence_high"]
+    assert metrics["prevalence_assumed"] == prevalence
+    assert metrics["prevalence"] == studies["label"].mean()
 
 
 def test_nothing_called_abnormal_has_no_ppv() -> None:
-    found = check(summary.compute_metrics(of_confusion((30, 0, 20, 0)), resamples=50))
-    assert found["ppv"] is found["ppv_low"] is found["ppv_wilson_low"] is None
-    assert found["reasons"]["ppv"] == "nothing was called abnormal"
-    assert found["npv"] == 0.6
+    metrics = check_metrics(summary.compute_metrics(studies_of_confusion((30, 0, 20, 0)), resamples=50))
+    assert metrics["ppv"] is metrics["ppv_low"] is metrics["ppv_wilson_low"] is None
+    assert metrics["reasons"]["ppv"] == "nothing was called abnormal"
+    assert metrics["npv"] == 0.6
 
 
-def test_a_number_undefined_in_many_resamples_has_no_bootstrap() -> None:
+def test_metric_undefined_in_many_resamples_has_no_bootstrap() -> None:
     """One call of abnormal among many patients: a third of the resamples have none, hence no PPV."""
-    found = check(summary.compute_metrics(of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1))
-    assert found["ppv"] == found["ppv_at_prevalence"] == 1
-    assert found["reasons"]["ppv_at_prevalence_low"].startswith("undefined in ")
-    assert (found["ppv_interval"], found["ppv_low"], found["ppv_high"]) == (
+    metrics = check_metrics(
+        summary.compute_metrics(studies_of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1)
+    )
+    assert metrics["ppv"] == metrics["ppv_at_prevalence"] == 1
+    assert metrics["reasons"]["ppv_at_prevalence_low"].startswith("undefined in ")
+    assert (metrics["ppv_interval"], metrics["ppv_low"], metrics["ppv_high"]) == (
         "wilson",
         *intervals.compute_wilson_interval(1, 1),
     )
 
 
-def test_calibrated_probabilities_are_measured_beside() -> None:
+def test_calibrated_probabilities_are_measured_too() -> None:
     studies = simulated(400, 150)
     logit = classification.logit(np.clip(studies["probability"].to_numpy(), 0.01, 0.99))
     studies["probability"] = classification.sigmoid(3 * logit + 1)
-    found = check(
+    metrics = check_metrics(
         summary.compute_metrics(studies.assign(calibrated_probability=classification.sigmoid(logit)), resamples=200)
     )
-    again = check(summary.compute_metrics(studies.assign(probability=classification.sigmoid(logit)), resamples=200))
-    assert found["calibrated"]["auroc"] == pytest.approx(found["auroc"], abs=1e-12)
+    again = check_metrics(
+        summary.compute_metrics(studies.assign(probability=classification.sigmoid(logit)), resamples=200)
+    )
+    assert metrics["calibrated"]["auroc"] == pytest.approx(metrics["auroc"], abs=1e-12)
     for name in ("brier", "calibration_slope", "calibration_intercept", "calibration_error", "brier_low", "brier_high"):
-        assert found["calibrated"][name] == pytest.approx(again[name], abs=1e-9)
-    assert found["calibrated"]["brier"] < found["brier"]
-    assert found["calibration_slope"] < found["calibrated"]["calibration_slope"]
-    part = studies.assign(calibrated_probability=classification.sigmoid(logit))
-    part.loc[3, "calibrated_probability"] = np.nan
-    assert check(summary.compute_metrics(part, resamples=0))["calibrated"] is None
-    alone = of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
-    reasons = check(summary.compute_metrics(alone, resamples=20))["calibrated"]["reasons"]
+        assert metrics["calibrated"][name] == pytest.approx(again[name], abs=1e-9)
+    assert metrics["calibrated"]["brier"] < metrics["brier"]
+    assert metrics["calibration_slope"] < metrics["calibrated"]["calibration_slope"]
+    incomplete = studies.assign(calibrated_probability=classification.sigmoid(logit))
+    incomplete.loc[3, "calibrated_probability"] = np.nan
+    assert check_metrics(summary.compute_metrics(incomplete, resamples=0))["calibrated"] is None
+    alone = studies_of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
+    reasons = check_metrics(summary.compute_metrics(alone, resamples=20))["calibrated"]["reasons"]
     assert {reasons[f"calibration_{name}"] for name in ("slope", "intercept")} == {"one class only"}
 
 
 def test_macro_is_the_mean_over_types_with_both_labels() -> None:
-    studies = pd.concat([simulated(300, 100), of_confusion((0, 0, 3, 4), "XR_HIP")])
-    found = summary.compute_metrics(studies, resamples=200)
-    check(found)
-    types = [found["by_study_type"][name] for name in ("XR_ELBOW", "XR_HAND")]
+    studies = pd.concat([simulated(300, 100), studies_of_confusion((0, 0, 3, 4), "XR_HIP")])
+    metrics = summary.compute_metrics(studies, resamples=200)
+    check_metrics(metrics)
+    types = [metrics["by_study_type"][name] for name in ("XR_ELBOW", "XR_HAND")]
     for name in HEADLINE_METRICS:
-        macro = found["macro"]
+        macro = metrics["macro"]
         assert macro[name] == pytest.approx(sum(group[name] for group in types) / 2, abs=1e-12)
         assert macro[f"{name}_low"] < macro[name] < macro[f"{name}_high"]
     assert (macro["num_study_types"], macro["left_out"]) == (2, ["XR_HIP"])
@@ -382,23 +391,23 @@ def test_macro_is_the_mean_over_types_with_both_labels() -> None:
     assert not [key for key in macro if key.endswith("_interval")], (
         "a mean of rates has no Wilson interval to tell apart"
     )
-    none = summary.compute_metrics(of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
+    none = summary.compute_metrics(studies_of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
     assert none["kappa"] is None
     assert none["reasons"]["kappa"] == "no study type has studies of both labels"
 
 
-def test_subgroups_cut_the_studies_once_each() -> None:
+def test_subgroups_partition_the_studies() -> None:
     studies = simulated(400, 150)
     rng = np.random.default_rng(5)
     studies = studies.assign(num_views=rng.integers(1, 8, 400), exposure=rng.normal(60, 15, 400))
-    found = summary.compute_subgroup_metrics(studies, resamples=20)
-    assert list(found["num_views"]) == ["1", "2", "3", "4 or more"]
-    assert [name.split(" (")[0] for name in found["exposure"]] == ["darkest third", "middle third", "brightest third"]
-    for groups in found.values():
+    metrics = summary.compute_subgroup_metrics(studies, resamples=20)
+    assert list(metrics["num_views"]) == ["1", "2", "3", "4 or more"]
+    assert [name.split(" (")[0] for name in metrics["exposure"]] == ["darkest third", "middle third", "brightest third"]
+    for groups in metrics.values():
         assert sum(group["num_studies"] for group in groups.values()) == 400
-    two = check(summary.compute_metrics(studies[studies["num_views"] == 2], resamples=20))
+    two = check_metrics(summary.compute_metrics(studies[studies["num_views"] == 2], resamples=20))
     for key in ("kappa", "kappa_low", "auroc", "auroc_high", "sensitivity"):
-        assert found["num_views"]["2"][key] == two[key]
+        assert metrics["num_views"]["2"][key] == two[key]
     assert summary.compute_subgroup_metrics(studies.drop(columns=["num_views", "exposure"])) == {}
     same = summary.compute_subgroup_metrics(studies.assign(exposure=7.0), resamples=0)["exposure"]
     assert [group["num_studies"] for group in same.values()] == [400]
@@ -407,13 +416,13 @@ def test_subgroups_cut_the_studies_once_each() -> None:
 # ---- intervals
 
 
-def test_delong_is_the_placements_double_loop() -> None:
+def test_delong_equals_double_loop_over_placements() -> None:
     studies = simulated(90, 90)
-    label, one = studies["label"].to_numpy(), studies["probability"].to_numpy()
-    other = np.round(np.clip(one + np.random.default_rng(2).normal(0, 0.2, 90), 0, 1), 1)
-    areas, covariance = intervals.compute_delong_covariance(label, np.stack([one, other]))
+    label, first = studies["label"].to_numpy(), studies["probability"].to_numpy()
+    second = np.round(np.clip(first + np.random.default_rng(2).normal(0, 0.2, 90), 0, 1), 1)
+    areas, covariance = intervals.compute_delong_covariance(label, np.stack([first, second]))
     above, below = [], []
-    for score in (one, other):
+    for score in (first, second):
         p, q = score[label == 1], score[label == 0]
         wins = (p[:, None] > q).astype(float) + (p[:, None] == q) / 2
         above.append(wins.mean(axis=1))
@@ -423,31 +432,31 @@ def test_delong_is_the_placements_double_loop() -> None:
     np.testing.assert_allclose(covariance, expected, atol=1e-14)
 
 
-def test_delong_and_the_bootstrap_agree_where_studies_are_independent() -> None:
-    found = check(summary.compute_metrics(simulated(500, 10**6), resamples=2000))
-    wide = found["auroc_high"] - found["auroc_low"]
-    assert found["auroc_delong_high"] - found["auroc_delong_low"] == pytest.approx(wide, rel=0.06)
+def test_delong_and_bootstrap_agree_for_independent_studies() -> None:
+    metrics = check_metrics(summary.compute_metrics(simulated(500, 10**6), resamples=2000))
+    wide = metrics["auroc_high"] - metrics["auroc_low"]
+    assert metrics["auroc_delong_high"] - metrics["auroc_delong_low"] == pytest.approx(wide, rel=0.06)
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 5), (3, 9), (40, 61)])
-def test_mcnemar_is_the_binomial_test(one: int, other: int) -> None:
-    expected = binomtest(one, one + other).pvalue if one + other else 1.0
-    assert intervals.compute_mcnemar_p_value(one, other) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (3, 9), (40, 61)])
+def test_mcnemar_equals_binomial_test(first: int, second: int) -> None:
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert intervals.compute_mcnemar_p_value(first, second) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_bootstrap_covers() -> None:
+def test_bootstrap_interval_coverage() -> None:
     """Of 80 sets of clustered studies, about 95 % of the intervals of sensitivity hold the truth; of Wilson's, too few."""
     rng = np.random.default_rng(0)
-    held = {"": 0, "_wilson": 0}
+    num_covered = {"": 0, "_wilson": 0}
     for _ in range(80):
         patient = np.repeat(np.arange(80), 4)
         easy = rng.beta(2, 0.5, 80)[patient]  # sensitivity differs from patient to patient, 0.8 on average
         label = np.tile([1, 1, 1, 0], 80)
         call = np.where(label == 1, rng.random(320) < easy, rng.random(320) < 0.2).astype(int)
-        names = [f"patient{one}" for one in patient]
+        names = [f"patient{first}" for first in patient]
         studies = pd.DataFrame({"study_type": "XR_HAND", "patient": names, "label": label, "call": call})
-        found = summary.compute_metrics(studies, resamples=200)["overall"]
-        for kind in held:
-            held[kind] += found[f"sensitivity{kind}_low"] <= 0.8 <= found[f"sensitivity{kind}_high"]
-    assert 70 <= held[""] <= 80
-    assert held["_wilson"] < held[""] - 3
+        metrics = summary.compute_metrics(studies, resamples=200)["overall"]
+        for kind in num_covered:
+            num_covered[kind] += metrics[f"sensitivity{kind}_low"] <= 0.8 <= metrics[f"sensitivity{kind}_high"]
+    assert 70 <= num_covered[""] <= 80
+    assert num_covered["_wilson"] < num_covered[""] - 3

@@ -37,7 +37,7 @@ def _roots(successes: int, trials: int) -> tuple[Decimal, Decimal]:
 
 
 @pytest.mark.parametrize("trials", TRIALS)
-def test_the_ends_are_the_roots_of_the_score_test(trials: int) -> None:
+def test_ends_are_roots_of_the_score_test(trials: int) -> None:
     for successes in {0, 1, trials // 3, trials // 2, trials - 1, trials} & set(range(trials + 1)):
         low, high = compute_wilson_interval(successes, trials)
         exact = _roots(successes, trials)
@@ -45,7 +45,7 @@ def test_the_ends_are_the_roots_of_the_score_test(trials: int) -> None:
 
 
 @pytest.mark.parametrize("trials", TRIALS)
-def test_laws(trials: int) -> None:
+def test_interval_is_symmetric_and_monotonic(trials: int) -> None:
     """It holds its estimate, lies in 0 .. 1, is exact at both ends, and mirrors with the outcome."""
     for successes in np.unique(np.linspace(0, trials, 41).astype(int)).tolist():
         low, high = compute_wilson_interval(successes, trials)
@@ -67,16 +67,16 @@ def _studies(normal: list[float], abnormal: list[float]) -> pd.DataFrame:
     """Return hand studies with these probabilities, each of a patient of its own."""
     probability = [*normal, *abnormal]
     label = [0] * len(normal) + [1] * len(abnormal)
-    patient = [f"patient{place}" for place in range(len(label))]
+    patient = [f"patient{index}" for index in range(len(label))]
     return pd.DataFrame({"study_type": "XR_HAND", "patient": patient, "label": label, "probability": probability})
 
 
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("num", [2, 4, 30])
-def test_a_degenerate_rate_has_wilsons(num: int, right: bool) -> None:
+def test_degenerate_rate_has_wilson_interval(num: int, right: bool) -> None:
     """All right or all wrong on one label: the bootstrap sees no spread there; on the other label it stays."""
-    others = [0.2, 0.3, 0.6, 0.7] * 10
-    group = summary.compute_metrics(_studies(others, [0.9 if right else 0.1] * num), resamples=200)["overall"]
+    mixed = [0.2, 0.3, 0.6, 0.7] * 10
+    group = summary.compute_metrics(_studies(mixed, [0.9 if right else 0.1] * num), resamples=200)["overall"]
     ends = group["sensitivity_low"], group["sensitivity_high"]
     assert ends == compute_wilson_interval(num if right else 0, num)
     assert group["sensitivity_interval"] == "wilson"
@@ -86,7 +86,7 @@ def test_a_degenerate_rate_has_wilsons(num: int, right: bool) -> None:
     assert (group["specificity_low"], group["specificity_high"]) != wilson_ends
 
 
-def test_a_clustered_bootstrap_stays_where_it_exists() -> None:
+def test_bootstrap_interval_is_kept_where_it_exists() -> None:
     studies = simulated(300, 90)
     for group in summary.metrics_by_group(summary.compute_metrics(studies, resamples=200)).values():
         assert {group[f"{name}_interval"] for name in ("sensitivity", "specificity", "ppv", "npv")} == {"bootstrap"}
@@ -100,19 +100,19 @@ def test_kappa_and_auroc_have_a_reason_and_no_interval() -> None:
         assert f"{name}_interval" not in group
 
 
-def test_subgroups_have_it_too() -> None:
+def test_subgroups_have_wilson_intervals() -> None:
     studies = _studies([0.1] * 6, [0.9] * 6).assign(num_views=[1, 2] * 6)
     for group in summary.compute_subgroup_metrics(studies, resamples=100)["num_views"].values():
         assert group["specificity_interval"] == "wilson"
         assert (group["specificity_low"], group["specificity_high"]) == compute_wilson_interval(3, 3)
 
 
-def test_every_point_of_a_curve_has_an_interval_and_its_kind() -> None:
+def test_every_curve_point_has_an_interval_and_its_method() -> None:
     studies = simulated(120, 60)
     for name, curve in summary.compute_threshold_curves(studies, resamples=100).items():
-        part = studies[studies["study_type"] == name]
+        entry = studies[studies["study_type"] == name]
         for rate, label in (("sensitivity", 1), ("specificity", 0)):
-            trials = int((part["label"] == label).sum())
+            trials = int((entry["label"] == label).sum())
             assert set(curve[f"{rate}_interval"]) == {"bootstrap", "wilson"}
             columns = (curve[key] for key in (rate, f"{rate}_low", f"{rate}_high", f"{rate}_interval"))
             for value, low, high, kind in zip(*columns, strict=True):
@@ -123,7 +123,7 @@ def test_every_point_of_a_curve_has_an_interval_and_its_kind() -> None:
                     assert low <= value <= high
 
 
-def test_operating_points_and_the_band_have_it() -> None:
+def test_operating_points_and_band_have_wilson_intervals() -> None:
     """On tune the labels are separated: at the fitted thresholds all of the reported studies are right."""
     normal, abnormal = np.linspace(0.05, 0.4, 60).tolist(), np.linspace(0.6, 0.95, 60).tolist()
     tune = _studies(normal + [0.7] * 6, abnormal + [0.3] * 6)
@@ -141,7 +141,7 @@ def test_operating_points_and_the_band_have_it() -> None:
     assert band["accuracy_outside_interval"] == "wilson"
 
 
-def test_the_kinds_are_named() -> None:
+def test_interval_kinds_are_described() -> None:
     kinds = summary.compute_metrics(_studies([0.1], [0.9]), resamples=0)["interval_kinds"]
     assert kinds[intervals.WILSON] == "Wilson's score interval; assumes independent studies"
     assert kinds[intervals.BOOTSTRAP].startswith("95 % percentile bootstrap over whole patients")

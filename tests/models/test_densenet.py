@@ -12,28 +12,28 @@ from mura_dist.core.errors import UserError
 from mura_dist.models import densenet
 
 
-def test_it_is_torchvisions_densenet169() -> None:
-    ours = densenet.build("densenet169", seed=3).eval()
-    theirs = torchvision.models.densenet169(num_classes=1).eval()
-    theirs.load_state_dict(ours.state_dict())  # key by key
+def test_logits_equal_torchvision_densenet169() -> None:
+    model = densenet.build("densenet169", seed=3).eval()
+    torchvision_model = torchvision.models.densenet169(num_classes=1).eval()
+    torchvision_model.load_state_dict(model.state_dict())  # key by key
     image = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
     published = torchvision.models.DenseNet169_Weights.IMAGENET1K_V1.transforms()  # how its weights want an image
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (published.mean, published.std))
     with torch.inference_mode():
-        logit, activation_map = ours(image)
-        wanted = theirs((image.expand(-1, 3, -1, -1) / 255 - mean) / deviation)[:, 0]
-    torch.testing.assert_close(logit, wanted, atol=1e-5, rtol=1e-5)
+        logit, activation_map = model(image)
+        expected = torchvision_model((image.expand(-1, 3, -1, -1) / 255 - mean) / deviation)[:, 0]
+    torch.testing.assert_close(logit, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(activation_map.mean(dim=(1, 2)), logit)
     assert activation_map.shape == (2, 2, 2)
 
 
-def test_the_seed_decides_the_weights() -> None:
+def test_weights_depend_on_the_seed() -> None:
     a, b, c = (densenet.build("tiny", seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
-def test_the_head_starts_at_the_base_rate() -> None:
+def test_head_starts_at_the_base_rate() -> None:
     assert torch.sigmoid(densenet.build("tiny", base_rate=0.25).classifier.bias).item() == pytest.approx(0.25)
 
 
@@ -64,7 +64,7 @@ def test_pretrained_weights_fill_the_whole_backbone(tmp_path: Path, change, suff
     assert torch.equal(network.classifier.weight, head)
 
 
-def test_pretrained_weights_that_do_not_fill_it_are_refused(tmp_path: Path) -> None:
+def test_incomplete_pretrained_weights_are_refused(tmp_path: Path) -> None:
     network = densenet.build("tiny")
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
@@ -99,7 +99,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
     ("architecture", "change"),
     [("densenet121", old_keys), pytest.param("densenet169", dict, marks=pytest.mark.nightly(part="training"))],
 )
-def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
+def test_imagenet_uses_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, architecture)
     path.parent.mkdir(parents=True)
     published = getattr(torchvision.models, architecture)()  # 1,000 classes
@@ -110,7 +110,7 @@ def test_imagenet_is_torchvisions_file(tmp_path: Path, monkeypatch, architecture
         assert key.startswith("classifier.") or torch.equal(value, published.state_dict()[key]), key
 
 
-def test_imagenet_without_a_file_or_a_network_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_imagenet_without_cache_or_network_is_refused(tmp_path: Path, monkeypatch) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, "densenet169")
     with pytest.raises(UserError, match=r"cannot download densenet169-\w+\.pth .* or set pretrained=FILE") as refusal:
         densenet.load_pretrained(densenet.build("densenet169"), "imagenet")
@@ -121,7 +121,7 @@ def test_imagenet_without_a_file_or_a_network_is_refused(tmp_path: Path, monkeyp
         densenet.load_pretrained(densenet.build("tiny"), "imagenet")
 
 
-def test_the_transition_pools_first_and_the_keys_are_torchvisions() -> None:
-    ours, theirs = densenet.build("densenet169"), torchvision.models.densenet169(num_classes=1)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert [name for name, _ in ours.features.transition2.named_children()] == ["norm", "relu", "pool", "conv"]
+def test_transition_pools_first_with_torchvision_keys() -> None:
+    model, torchvision_model = densenet.build("densenet169"), torchvision.models.densenet169(num_classes=1)
+    assert list(model.state_dict()) == list(torchvision_model.state_dict())
+    assert [name for name, _ in model.features.transition2.named_children()] == ["norm", "relu", "pool", "conv"]

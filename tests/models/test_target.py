@@ -30,25 +30,27 @@ def folder(tmp_path: Path) -> Path:
         ("labels.csv", "onnx"),
     ],
 )
-def test_kind(name: str, kind: str, folder: Path) -> None:
+def test_kind_from_path(name: str, kind: str, folder: Path) -> None:
     assert Target.parse(folder / name).kind == kind
 
 
-def test_name(folder: Path) -> None:
+def test_name_of_each_kind(folder: Path) -> None:
     names = [Target.parse(folder / name).name for name in ("run", "run.json", "list.json", "model.onnx")]
     assert names == ["run", "run.json", "list", "model.onnx"]
 
 
-def test_default_outputs(folder: Path) -> None:
+def test_default_output_paths(folder: Path) -> None:
     run, members = Target.parse(folder / "run"), Target.parse(folder / "list.json")
     assert (run.report_folder, run.onnx_file) == (folder / "run", folder / "run" / "model.onnx")
     assert (members.report_folder, members.onnx_file) == (folder / "list", folder / "list.onnx")
 
 
-def test_checkpoint_is_of_a_run_alone(folder: Path) -> None:
+def test_checkpoint_option_is_for_runs_only(folder: Path) -> None:
     Target.parse(folder / "run").check_checkpoint("last")
-    for name, what in (("list.json", "a list of checkpoints"), ("model.onnx", "one exported checkpoint")):
+    for name, description in (("list.json", "a list of checkpoints"), ("model.onnx", "one exported checkpoint")):
         target = Target.parse(folder / name)
         target.check_checkpoint("best")
-        with pytest.raises(UserError, match=rf"^--checkpoint last: .*{name} is {what}. Omit --checkpoint, or pass"):
+        with pytest.raises(
+            UserError, match=rf"^--checkpoint last: .*{name} is {description}. Omit --checkpoint, or pass"
+        ):
             target.check_checkpoint("last")
