@@ -53,14 +53,16 @@ def bare(syntax: str, first: str, value: Any) -> bytes:
     """A data set without its file meta, of which `first` is the first element."""
     dataset = pydicom.dcmread(io.BytesIO(drawn(syntax)))
     start = pydicom.tag.Tag(first)
-    kept = Dataset({element.tag: element for element in dataset if element.tag >= start or element.tag.group == 0x28})
-    put(kept, first, value, syntax)
-    put(kept, "Modality", "DX")
+    retained = Dataset(
+        {element.tag: element for element in dataset if element.tag >= start or element.tag.group == 0x28}
+    )
+    put(retained, first, value, syntax)
+    put(retained, "Modality", "DX")
     if start > pydicom.tag.Tag("Modality"):
-        put(kept, "Modality", None)
-        put(kept, "SOPClassUID", None) if "SOPClassUID" in kept else None
+        put(retained, "Modality", None)
+        put(retained, "SOPClassUID", None) if "SOPClassUID" in retained else None
     buffer = io.BytesIO()
-    kept.save_as(buffer, implicit_vr=syntax == IMPLICIT, little_endian=syntax != BIG_ENDIAN, overwrite=True)
+    retained.save_as(buffer, implicit_vr=syntax == IMPLICIT, little_endian=syntax != BIG_ENDIAN, overwrite=True)
     return buffer.getvalue()
 
 
@@ -131,10 +133,10 @@ def test_the_prefix_without_its_preamble(syntax: str) -> None:
 @pytest.mark.parametrize("uid", ["", " "])
 def test_an_empty_transfer_syntax(uid: str, syntax: str) -> None:
     data = drawn(syntax)
-    place = data.index(b"\2\0\x10\0UI") + 6
-    (length,) = struct.unpack_from("<H", data, place)
+    position = data.index(b"\2\0\x10\0UI") + 6
+    (length,) = struct.unpack_from("<H", data, position)
     value = uid.encode() * 2
-    data = data[:place] + struct.pack("<H", len(value)) + value + data[place + 2 + length :]
+    data = data[:position] + struct.pack("<H", len(value)) + value + data[position + 2 + length :]
     np.testing.assert_array_equal(decode(io.BytesIO(data)), GRAY)
 
 
@@ -169,8 +171,8 @@ def test_deflated_files_are_refused_with_and_without_preamble(start: int) -> Non
 def test_colors_however_they_are_spelt(name: str, spell: Any, shape: str) -> None:
     label = shape.format(spell(name)).encode()
     if name.startswith("MONOCHROME"):
-        wanted = 255 - GRAY if name == "MONOCHROME1" else GRAY
-        np.testing.assert_array_equal(decode(io.BytesIO(drawn(PhotometricInterpretation=label))), wanted)
+        expected = 255 - GRAY if name == "MONOCHROME1" else GRAY
+        np.testing.assert_array_equal(decode(io.BytesIO(drawn(PhotometricInterpretation=label))), expected)
         return
     byte = (VALUES % 256).astype(np.uint8)
     if name == "PALETTE COLOR":
@@ -199,8 +201,8 @@ def test_words_for_digital_radiography_that_are_no_modalities(modality: str) -> 
     """They count beside a class that says the same."""
     for sop_class in (CR, DX):
         np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
-    for other in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
-        assert "modality" in refusal(bare_class(modality, other))
+    for another in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
+        assert "modality" in refusal(bare_class(modality, another))
 
 
 def bare_class(modality: str, sop_class: str | None) -> bytes:
@@ -208,10 +210,10 @@ def bare_class(modality: str, sop_class: str | None) -> bytes:
     if sop_class is not None:
         return drawn(Modality=modality.encode(), SOPClassUID=sop_class)
     dataset = pydicom.dcmread(io.BytesIO(drawn()))
-    kept = Dataset({element.tag: element for element in dataset if element.keyword != "SOPClassUID"})
-    put(kept, "Modality", modality.encode())
+    retained = Dataset({element.tag: element for element in dataset if element.keyword != "SOPClassUID"})
+    put(retained, "Modality", modality.encode())
     buffer = io.BytesIO()
-    kept.save_as(buffer, implicit_vr=False, little_endian=True)
+    retained.save_as(buffer, implicit_vr=False, little_endian=True)
     return buffer.getvalue()
 
 

@@ -14,7 +14,7 @@ from helpers.dicoms import CR, EXPLICIT, IMPLICIT, J2K_LOSSLESS, dicom, put, wit
 from mura_dist.data import radiograph
 from mura_dist.data.radiograph import DicomIdentity, read_identity
 
-WANTED = DicomIdentity("1.2.9", "WRIST", "L")
+EXPECTED = DicomIdentity("1.2.9", "WRIST", "L")
 NAMES = {
     "StudyInstanceUID": "1.2.9",
     "BodyPartExamined": "WRIST",
@@ -57,15 +57,15 @@ def test_identity_wherever_it_stands(group: int, syntax: str, tmp_path: Path) ->
     for some in (data, without_meta(data)) if syntax != J2K_LOSSLESS else (data,):
         path = tmp_path / "image"
         path.write_bytes(some)
-        assert read_identity(path) == WANTED
+        assert read_identity(path) == EXPECTED
         file = Watched(some)
-        assert read_identity(file) == WANTED
+        assert read_identity(file) == EXPECTED
         assert file.num_bytes < 1.1 * MIB, "the private value is passed over"
 
 
 @pytest.mark.parametrize("size", [MIB - 200, MIB - 4, MIB, MIB + 2])
 def test_identity_at_the_edge_of_the_head(size: int) -> None:
-    assert read_identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == WANTED
+    assert read_identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == EXPECTED
 
 
 def test_annotation_beyond_the_head_counts() -> None:
@@ -78,20 +78,20 @@ def test_pixels_are_not_looked_at() -> None:
     large = dicom(np.zeros((6400, 6400), np.uint8), **NAMES)
     for data in (large, private(large, 0x0009, bytes(2 * MIB))):
         file = Watched(data)
-        assert read_identity(file) == WANTED
+        assert read_identity(file) == EXPECTED
         assert file.num_bytes < 1.1 * MIB
 
 
 def test_a_cut_header_beyond_the_head_promises_nothing() -> None:
     data = private(drawn(), 0x0019, bytes(3 * MIB))[: 2 * MIB]
-    found = read_identity(io.BytesIO(data))
-    assert found is not None
-    assert (found.study_uid, found.body_part) == ("", "WRIST")
+    actual = read_identity(io.BytesIO(data))
+    assert actual is not None
+    assert (actual.study_uid, actual.body_part) == ("", "WRIST")
 
 
 def elements(number: int) -> Iterator[bytes]:
-    for place in range(number):
-        yield struct.pack("<HH2sH4s", 0x0009, 0x1000 + place % 0xEFFF, b"SH", 4, b"text")
+    for position in range(number):
+        yield struct.pack("<HH2sH4s", 0x0009, 0x1000 + position % 0xEFFF, b"SH", 4, b"text")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -118,18 +118,18 @@ def test_a_header_without_end_is_given_up(nested: bool) -> None:
 def test_values_of_absurd_length_are_not_allocated() -> None:
     """A length of 4 GB for a value that is wanted."""
     data = bytearray(private(drawn(), 0x0009, bytes(2 * MIB)))
-    place = data.index(b"\x20\0\x0d\0UI")
-    data[place + 4 : place + 12] = b"UT\0\0\xfe\xff\xff\xff"
-    found = read_identity(io.BytesIO(bytes(data)))
-    assert found is not None
-    assert found.may_show_text
+    position = data.index(b"\x20\0\x0d\0UI")
+    data[position + 4 : position + 12] = b"UT\0\0\xfe\xff\xff\xff"
+    actual = read_identity(io.BytesIO(bytes(data)))
+    assert actual is not None
+    assert actual.may_show_text
 
 
 def test_identity_of_labels_in_items_is_not_the_image_s() -> None:
     item = pydicom.dataset.Dataset()
     put(item, "StudyInstanceUID", "9.9.9")
     data = private(drawn(ReferencedStudySequence=pydicom.sequence.Sequence([item])), 0x0009, bytes(2 * MIB))
-    assert read_identity(io.BytesIO(data)) == WANTED
+    assert read_identity(io.BytesIO(data)) == EXPECTED
 
 
 def test_of_what_is_no_dicom_there_is_none() -> None:

@@ -41,7 +41,7 @@ def stretched(values: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255 / (high - low)))
 
 
-def words(values: np.ndarray, bits: int, high_bit: int, allocated: int, noise: int = 0) -> np.ndarray:
+def phrases(values: np.ndarray, bits: int, high_bit: int, allocated: int, noise: int = 0) -> np.ndarray:
     """Values in words, noise in the bits that hold none."""
     mask, shift = (1 << bits) - 1, high_bit + 1 - bits
     unused = ((1 << allocated) - 1) & ~(mask << shift)
@@ -82,14 +82,14 @@ def test_values_wherever_they_lie_in_words(
     allocated: int, bits: int, high_bit: int, signed: bool, syntax: str, photometric: str
 ) -> None:
     values = drawn(*domain(bits, signed), seed=bits)
-    stored = words(values, bits, high_bit, allocated)
+    stored = phrases(values, bits, high_bit, allocated)
     if syntax == BIG_ENDIAN and allocated == 16:
         stored = stored.astype(">u2")
     labels: dict[str, Any] = {"BitsStored": bits, "HighBit": high_bit, "PixelRepresentation": int(signed)}
     labels["PhotometricInterpretation"] = photometric
     gray, notes = read(dicom(stored, bits=allocated, syntax=syntax, **labels))
-    wanted = values if bits == 8 and not signed else stretched(values)
-    np.testing.assert_array_equal(gray, 255 - wanted if photometric == "MONOCHROME1" else wanted)
+    expected = values if bits == 8 and not signed else stretched(values)
+    np.testing.assert_array_equal(gray, 255 - expected if photometric == "MONOCHROME1" else expected)
     assert notes == ()
 
 
@@ -99,7 +99,7 @@ def test_bits_around_the_values_mean_nothing(bits: int, high_bit: int, signed: b
     """Overlays of old, or whatever lay in memory."""
     values = drawn(*domain(bits, signed))
     noise = np.random.default_rng(1).integers(0, 0x10000, SHAPE)
-    stored = words(values, bits, high_bit, 16, noise)
+    stored = phrases(values, bits, high_bit, 16, noise)
     labels = {"BitsStored": bits, "HighBit": high_bit, "PixelRepresentation": int(signed)}
     np.testing.assert_array_equal(read(dicom(stored, bits=16, **labels))[0], stretched(values))
 
@@ -143,7 +143,7 @@ def test_a_signed_codestream_is_signed_whatever_the_header_says(low: int, high: 
 def test_a_signed_header_over_a_codestream_that_cannot_say_so(bits: int) -> None:
     """JPEG has no sign, and encoders of JPEG 2000 leave it out: the bits are those of signed values."""
     values = drawn(*domain(bits, signed=True))
-    stored = words(values, bits, bits - 1, 16)
+    stored = phrases(values, bits, bits - 1, 16)
     for data in (
         dicom(stored, bits=bits, syntax=J2K_LOSSLESS, PixelRepresentation=1),
         encapsulated(jpeg_lossless(stored, bits), JPEG_LOSSLESS, bits=bits, **size(stored), PixelRepresentation=1),
@@ -232,9 +232,9 @@ def test_planes_of_plain_colors(planar: int | None, notes: int) -> None:
     colors = colored()
     stored = np.moveaxis(colors, 2, 0) if planar == 1 else colors
     data = dicom(colors, PixelData=stored.tobytes(), PlanarConfiguration=planar)
-    gray, said = read(data)
+    gray, message = read(data)
     np.testing.assert_allclose(gray, colors @ LUMA, atol=0.51)
-    assert said == ("PlanarConfiguration unusable and ignored",) * notes
+    assert message == ("PlanarConfiguration unusable and ignored",) * notes
 
 
 @pytest.mark.parametrize("name", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"])
@@ -261,22 +261,24 @@ def test_colors_that_jpeg_2000_leaves_as_they_are(name: str) -> None:
     gray = drawn(0, 255).astype(np.uint8)
     alike, neutral = np.dstack([gray] * 3), np.dstack([gray, *[np.full_like(gray, 128)] * 2])
     for colors, num_notes in ((alike, 1), (neutral, 0)):
-        shown, notes = read(encapsulated(jpeg_2000(colors, transformed=False), J2K_LOSSLESS, **labels_of_colors(name)))
-        np.testing.assert_array_equal(shown, gray)
+        display, notes = read(
+            encapsulated(jpeg_2000(colors, transformed=False), J2K_LOSSLESS, **labels_of_colors(name))
+        )
+        np.testing.assert_array_equal(display, gray)
         assert notes == ("PhotometricInterpretation unusable and ignored",) * num_notes
     neither = encapsulated(jpeg_2000(colored(), transformed=False), J2K_LOSSLESS, **labels_of_colors(name))
     assert "PhotometricInterpretation" in refusal(neither)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_halved_chroma_by_label_and_by_length(whole: bool) -> None:
+@pytest.mark.parametrize("complete", [False, True])
+def test_halved_chroma_by_label_and_by_length(complete: bool) -> None:
     """A gray picture whose label says that two pixels share their colors; where there is a color for each, they do not."""
     gray = drawn(0, 255).astype(np.uint8)
     pairs = np.full((*SHAPE, 2), 128, np.uint8)
     pairs[..., 0] = gray
     pixels = np.dstack([gray, np.full_like(gray, 128), np.full_like(gray, 128)])
     halved = np.stack([gray[:, ::2], gray[:, 1::2], *[np.full((40, 25), 128, np.uint8)] * 2], axis=2)
-    data = dicom(pixels, PhotometricInterpretation="YBR_FULL_422", PixelData=(pixels if whole else halved).tobytes())
+    data = dicom(pixels, PhotometricInterpretation="YBR_FULL_422", PixelData=(pixels if complete else halved).tobytes())
     np.testing.assert_array_equal(read(data)[0], gray)
 
 
@@ -321,7 +323,7 @@ def test_a_table_of_two_frames_that_are_there_is_believed() -> None:
 def padded(bits: int, signed: bool, pattern: int) -> tuple[np.ndarray, np.ndarray]:
     """Words (H, W) uint16 of an image with the pattern on its last lines, and the gray wanted."""
     values = drawn(100, 900) - (500 if signed else 0)
-    stored = words(values, bits, bits - 1, 16)
+    stored = phrases(values, bits, bits - 1, 16)
     stored[35:] = pattern
     gray = stretched(values[:35])
     return stored, np.vstack([gray, np.zeros((5, SHAPE[1]))])
@@ -343,7 +345,7 @@ SIGNS += [(12, True, 0xF830), (12, True, 0x7830), (12, False, 4095), (10, False,
 @pytest.mark.parametrize(("bits", "signed", "pattern"), SIGNS)
 def test_padding_is_a_pattern_of_bits(bits: int, signed: bool, pattern: int, written: str, syntax: str) -> None:
     """Whatever the sign it is written with, and however few bits the values have."""
-    stored, wanted = padded(bits, signed, pattern)
+    stored, expected = padded(bits, signed, pattern)
     value = pattern - 0x10000 if written == "SS" and pattern > 0x7FFF else pattern
     for values in ([value], [value, value]):  # alone, and as a range of one
         labels: dict[str, Any] = dict(zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), values, strict=False))
@@ -355,7 +357,7 @@ def test_padding_is_a_pattern_of_bits(bits: int, signed: bool, pattern: int, wri
             data = data.replace(b"\x28\0\x20\x01US", b"\x28\0\x20\x01SS").replace(
                 b"\x28\0\x21\x01US", b"\x28\0\x21\x01SS"
             )
-        np.testing.assert_array_equal(read(data)[0], wanted)
+        np.testing.assert_array_equal(read(data)[0], expected)
 
 
 def test_a_range_of_padding_in_the_pixels_sign() -> None:
@@ -363,9 +365,9 @@ def test_a_range_of_padding_in_the_pixels_sign() -> None:
     stored = values.copy()
     stored[35:] = -2000
     stored[37:] = -1990
-    wanted = np.vstack([stretched(values[:35]), np.zeros((5, SHAPE[1]))])
+    expected = np.vstack([stretched(values[:35]), np.zeros((5, SHAPE[1]))])
     raw = {"PixelPaddingValue": (63536).to_bytes(2, "little"), "PixelPaddingRangeLimit": (63546).to_bytes(2, "little")}
-    np.testing.assert_array_equal(read(dicom(stored.astype(np.int16), bits=16, **raw))[0], wanted)
+    np.testing.assert_array_equal(read(dicom(stored.astype(np.int16), bits=16, **raw))[0], expected)
 
 
 @pytest.mark.parametrize(("signed", "pattern"), [(False, 65535), (True, 32767)])
@@ -373,7 +375,7 @@ def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> Non
     """A device's habitual value: no word has it, and what ends in its 12 bits, white or -1, is not made black."""
     values = drawn(*domain(12, signed))
     values[3] = -1 if signed else 4095
-    stored = words(values, 12, 11, 16)
+    stored = phrases(values, 12, 11, 16)
     gray, _ = read(dicom(stored, bits=12, PixelRepresentation=int(signed), PixelPaddingValue=pattern))
     np.testing.assert_array_equal(gray, stretched(values))
 
@@ -385,9 +387,9 @@ def test_padding_of_no_use(value: int | bytes, limit: bytes | None, note: str) -
     values = drawn(0, 4095)
     labels = {"PixelPaddingValue": value} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
     gray, notes = read(dicom(values.astype(np.uint16), bits=12, **labels))
-    seen = values[values > 0] if value == 0 else values
-    wanted = np.rint(np.clip(values - seen.min(), 0, None) * (255 / (4095 - seen.min())))
-    np.testing.assert_array_equal(gray, wanted)
+    visited = values[values > 0] if value == 0 else values
+    expected = np.rint(np.clip(values - visited.min(), 0, None) * (255 / (4095 - visited.min())))
+    np.testing.assert_array_equal(gray, expected)
     assert notes == (f"{note} unusable and ignored",)
 
 

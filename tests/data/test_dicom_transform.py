@@ -63,8 +63,8 @@ def test_a_table_of_any_entries(keyword: str, bits: int, container: str, vr: str
     tables = {keyword: table(entries.astype(container), 0, bits, vr=vr, order=order)}
     mapped = entries[VALUES].astype(float)
     gray, notes = read(drawn(syntax, **tables))
-    wanted = stretched(mapped) if keyword == "ModalityLUTSequence" else np.rint(mapped * 255 / entries.max())
-    np.testing.assert_array_equal(gray, wanted)
+    expected = stretched(mapped) if keyword == "ModalityLUTSequence" else np.rint(mapped * 255 / entries.max())
+    np.testing.assert_array_equal(gray, expected)
     assert notes == ()
 
 
@@ -166,8 +166,8 @@ def test_half_a_rescale_is_ignored(keyword: str) -> None:
 
 @pytest.mark.parametrize("word", NO_NUMBERS)
 def test_a_window_of_no_use_is_ignored(word: str) -> None:
-    for keyword, other in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
-        gray, notes = read(drawn(**{keyword: word.encode(), other: "2000"}))
+    for keyword, another in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
+        gray, notes = read(drawn(**{keyword: word.encode(), another: "2000"}))
         np.testing.assert_array_equal(gray, stretched(VALUES))
         assert notes == ignored(keyword)
         gray, notes = read(drawn(**{keyword: word.encode()}))
@@ -226,14 +226,14 @@ def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
 )
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_functions_however_they_are_spelt(function: str, notes: tuple[str, ...]) -> None:
-    gray, said = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
-    wanted = windowed(VALUES, 2000, 3000)
+    gray, message = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
+    expected = windowed(VALUES, 2000, 3000)
     if function == "linear_exact":
-        wanted = np.clip(np.rint((VALUES - 500) * (255 / 3000)), 0, 255)
+        expected = np.clip(np.rint((VALUES - 500) * (255 / 3000)), 0, 255)
     if function == "Sigmoid":
-        wanted = np.rint(255 / (1 + np.exp(-4 * (VALUES - 2000) / 3000)))
-    np.testing.assert_array_equal(gray, wanted)
-    assert said == notes
+        expected = np.rint(255 / (1 + np.exp(-4 * (VALUES - 2000) / 3000)))
+    np.testing.assert_array_equal(gray, expected)
+    assert message == notes
 
 
 # ---- functional groups
@@ -259,10 +259,10 @@ def test_one_frame_s_functional_groups_are_applied(name: str, frames: str | None
 
 
 def test_the_frame_s_own_window_before_the_shared_and_the_data_set_s_before_both() -> None:
-    other = sequence(WindowCenter="100", WindowWidth="200")
-    mine = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups("Shared", FrameVOILUTSequence=other)
+    another = sequence(WindowCenter="100", WindowWidth="200")
+    mine = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups("Shared", FrameVOILUTSequence=another)
     np.testing.assert_array_equal(read(drawn(**mine))[0], windowed(VALUES, 2000, 3000))
-    shared = groups("PerFrame", FrameVOILUTSequence=other) | WINDOW
+    shared = groups("PerFrame", FrameVOILUTSequence=another) | WINDOW
     np.testing.assert_array_equal(read(drawn(**shared))[0], windowed(VALUES, 2000, 3000))
 
 
@@ -312,7 +312,7 @@ def test_the_shape_of_the_presentation_counts(
     photometric: str, shape: str | None, inverted: bool, notes: tuple[str, ...], window: dict[str, str]
 ) -> None:
     labels = {} if shape is None else {"PresentationLUTShape": shape.encode()}
-    gray, said = read(drawn(PhotometricInterpretation=photometric, **labels, **window))
-    wanted = windowed(VALUES, 2000, 3000) if window else stretched(VALUES)
-    np.testing.assert_array_equal(gray, 255 - wanted if inverted else wanted)
-    assert said == notes
+    gray, message = read(drawn(PhotometricInterpretation=photometric, **labels, **window))
+    expected = windowed(VALUES, 2000, 3000) if window else stretched(VALUES)
+    np.testing.assert_array_equal(gray, 255 - expected if inverted else expected)
+    assert message == notes

@@ -168,9 +168,9 @@ def refusal(data: bytes) -> UnreadableFileError:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_file_is_refused_as_what_it_is(name: str) -> None:
-    make, code, words = KINDS[name]
+    make, code, phrases = KINDS[name]
     refused = refusal(make())
-    assert (refused.code, words in refused.reason) == (code, True), refused
+    assert (refused.code, phrases in refused.reason) == (code, True), refused
     assert len(refused.reason) < 100
     assert refused.reason.isprintable()
     assert not any(reason in refused.reason for reason in FALSE_REASONS)

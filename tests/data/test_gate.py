@@ -36,9 +36,9 @@ def counts(images: list[np.ndarray]) -> Counter[str]:
 @pytest.mark.shared
 @pytest.mark.parametrize("size", SIZES)
 def test_radiographs_pass_at_every_size(radiographs: dict[int, list[np.ndarray]], size: int) -> None:
-    found = counts(radiographs[size])
-    assert found["not_a_radiograph"] + found["blank"] == 0, found
-    assert found["inverted"] <= 2, found
+    actual = counts(radiographs[size])
+    assert actual["not_a_radiograph"] + actual["blank"] == 0, actual
+    assert actual["inverted"] <= 2, actual
 
 
 @pytest.mark.shared
@@ -46,15 +46,15 @@ def test_size_and_turn_hardly_matter(radiographs: dict[int, list[np.ndarray]]) -
     verdicts = [[gate.classify(image) for image in radiographs[size]] for size in SIZES]
     assert sum(len(set(each)) > 1 for each in zip(*verdicts, strict=True)) <= 2
     for image in radiographs[128]:
-        found = [gate.compute_scores(gate.compute_statistics(turned(image, turn))) for turn in TURNS]
-        assert np.ptp(found, axis=0).max() < 0.2  # Pillow rounds between its two passes
+        actual = [gate.compute_scores(gate.compute_statistics(turned(image, turn))) for turn in TURNS]
+        assert np.ptp(actual, axis=0).max() < 0.2  # Pillow rounds between its two passes
 
 
 @pytest.mark.shared
 def test_an_inverted_radiograph_warns_and_is_not_refused(radiographs: dict[int, list[np.ndarray]]) -> None:
-    found = counts([255 - image for image in radiographs[320]])
-    assert found["not_a_radiograph"] + found["blank"] == 0, found
-    assert found["inverted"] >= 0.9 * len(radiographs[320]), found
+    actual = counts([255 - image for image in radiographs[320]])
+    assert actual["not_a_radiograph"] + actual["blank"] == 0, actual
+    assert actual["inverted"] >= 0.9 * len(radiographs[320]), actual
 
 
 @pytest.mark.shared
@@ -66,14 +66,14 @@ def test_borders_and_exposures_of_radiographs_pass(radiographs: dict[int, list[n
         framed[:24], framed[:, -24:] = level, level
         dark, bright = (((image / 255) ** gamma * 255).astype(np.uint8) for gamma in (1.6, 0.6))
         varied += [framed, dark, bright, image[40:280, 40:280], (90 + image * 0.3).astype(np.uint8)]
-    found = counts(varied)
-    assert found["not_a_radiograph"] + found["blank"] <= 0.02 * len(varied), found
+    actual = counts(varied)
+    assert actual["not_a_radiograph"] + actual["blank"] <= 0.02 * len(varied), actual
 
 
 def test_phantoms_pass(phantoms: Path) -> None:
-    found = counts([radiograph.read(path, 64) for path in sorted(phantoms.rglob("*.png"))])
-    assert found["not_a_radiograph"] + found["blank"] <= 0.02 * found.total(), found
-    assert found["inverted"] <= 0.07 * found.total(), found
+    actual = counts([radiograph.read(path, 64) for path in sorted(phantoms.rglob("*.png"))])
+    assert actual["not_a_radiograph"] + actual["blank"] <= 0.02 * actual.total(), actual
+    assert actual["inverted"] <= 0.07 * actual.total(), actual
 
 
 # ---- unexposed borders: the field within them is judged
@@ -117,8 +117,8 @@ def bones(phantoms: Path) -> list[np.ndarray]:
 
 
 def inverted_share(images: list[np.ndarray]) -> float:
-    found = counts(images)
-    return found["inverted"] / found.total()
+    actual = counts(images)
+    return actual["inverted"] / actual.total()
 
 
 @pytest.mark.parametrize("level", [0, 255])
@@ -191,12 +191,12 @@ def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], 
     """By its colors; in gray both of these pass, as two thirds do (docs/gate.md)."""
     for path in photographs.values():
         image, colors, *_ = radiograph.read_details(path, size)
-        found = {
+        actual = {
             gate.classify(turned(each, turn), turned(their_colors, turn))
             for each, their_colors in ((image, colors), (255 - image, 255 - colors))
             for turn in TURNS
         }
-        assert found == {"not_a_radiograph"}
+        assert actual == {"not_a_radiograph"}
         assert gate.classify(image) not in gate.BLOCKING
 
 
@@ -246,9 +246,9 @@ def test_any_size_gets_a_verdict(size: int) -> None:
 def test_memory_layout_does_not_matter(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 128)
-        other = [np.asfortranarray(image), np.repeat(image, 2, 1)[:, ::2], image[::-1][::-1]]
+        another = [np.asfortranarray(image), np.repeat(image, 2, 1)[:, ::2], image[::-1][::-1]]
         image.flags.writeable = False
-        assert {gate.classify(each) for each in other} == {gate.classify(image)}
+        assert {gate.classify(each) for each in another} == {gate.classify(image)}
 
 
 def test_every_verdict_but_ok_has_words() -> None:
@@ -260,11 +260,11 @@ def test_every_verdict_but_ok_has_words() -> None:
 def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 64)  # no reduction: nothing is rounded
-        found, wanted = gate.compute_statistics(255 - image)[::-1], gate.compute_statistics(image)
+        actual, expected = gate.compute_statistics(255 - image)[::-1], gate.compute_statistics(image)
         np.testing.assert_allclose(
-            found, wanted, atol=0.05
+            actual, expected, atol=0.05
         )  # a level on the edge between two bins falls on either side
-        np.testing.assert_allclose(gate.compute_scores(found), gate.compute_scores(wanted), atol=0.2)
+        np.testing.assert_allclose(gate.compute_scores(actual), gate.compute_scores(expected), atol=0.2)
 
 
 def test_a_photograph_in_color_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
@@ -272,8 +272,8 @@ def test_a_photograph_in_color_is_refused(photographs: dict[str, Path], tmp_path
         Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
         for each in (path, tmp_path / f"{name}.jpg"):
             for size in SIZES:
-                found = radiograph.read_details(each, size)
-                assert gate.classify(found.image, found.colors) == "not_a_radiograph"
+                actual = radiograph.read_details(each, size)
+                assert gate.classify(actual.image, actual.colors) == "not_a_radiograph"
 
 
 TINTS = {
@@ -296,10 +296,10 @@ def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str
         for quality in (60, 95) if tint == "gray" or not loud else (95,):
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "JPEG", quality=quality)
-            found = radiograph.read_details(data, 64)
-            assert found.colors is not None
-            assert not gate.is_colored(found.colors)
-            assert gate.classify(found.image, found.colors) == gate.classify(found.image)
+            actual = radiograph.read_details(data, 64)
+            assert actual.colors is not None
+            assert not gate.is_colored(actual.colors)
+            assert gate.classify(actual.image, actual.colors) == gate.classify(actual.image)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17])
@@ -329,15 +329,15 @@ def test_predicts_column_is_the_verdict(
     (source / "notes.txt").write_text("none")
     summary = predict(model, source, tmp_path / "out")
     with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
-        found = {row["path"]: row["gate"] for row in csv.DictReader(file)}
+        actual = {row["path"]: row["gate"] for row in csv.DictReader(file)}
     size = summary["model"]["size"]
     looks = {path.name: radiograph.read_details(path, size) for path in sorted(source.glob("*.png"))}
-    assert found == {name: gate.classify(one.image, one.colors) for name, one in looks.items()}
-    assert (found["blank.png"], found["noise.png"], found["flower.png"]) == ("blank", *2 * ["not_a_radiograph"])
-    assert summary["radiographs_by_gate"] == {name: list(found.values()).count(name) for name in gate.NAMES}
-    told = [line for line in summary["warnings"] if "column gate" in line]
-    assert told == [
-        f"column gate of predictions is {name} for {number} of {len(found)} radiographs: {gate.MESSAGES[name]}"
+    assert actual == {name: gate.classify(item.image, item.colors) for name, item in looks.items()}
+    assert (actual["blank.png"], actual["noise.png"], actual["flower.png"]) == ("blank", *2 * ["not_a_radiograph"])
+    assert summary["radiographs_by_gate"] == {name: list(actual.values()).count(name) for name in gate.NAMES}
+    output = [line for line in summary["warnings"] if "column gate" in line]
+    assert output == [
+        f"column gate of predictions is {name} for {number} of {len(actual)} radiographs: {gate.MESSAGES[name]}"
         for name, number in summary["radiographs_by_gate"].items()
         if name != "ok" and number
     ]

@@ -27,13 +27,13 @@ def make(root: Path, *paths: str) -> Path:
     return root
 
 
-def refused(source: StoragePath, *words: str, labels: Path | None = None) -> None:
+def refused(source: StoragePath, *phrases: str, labels: Path | None = None) -> None:
     """A scan is refused in one line, with all of `words`."""
     with pytest.raises(UserError) as refusal:
         scan(source, labels)
-    said = str(refusal.value)
-    assert len(said.splitlines()) == 1, said
-    assert not [word for word in words if word not in said], said
+    message = str(refusal.value)
+    assert len(message.splitlines()) == 1, message
+    assert not [word for word in phrases if word not in message], message
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_junk_is_left_out_and_named(tmp_path: Path) -> None:
 
 
 def csv_text(lines: list[list[str]], header: str, end: str, comma: str, mark: str, quote: str) -> bytes:
-    rows = [*([header] if header else []), *(",".join(f"{quote}{part}{quote}" for part in line) for line in lines)]
+    rows = [*([header] if header else []), *(",".join(f"{quote}{piece}{quote}" for piece in line) for line in lines)]
     return (mark + "".join(f"{row}{comma}{end}" for row in rows)).encode()
 
 
@@ -151,9 +151,9 @@ class Listed:
         for split in ("train", "valid"):
             make(root, *self.images(split)[:-1], *[f"{path[:-4]}0.png" for path in self.images(split)[-1:]])
             lines = [[f"MURA-v1.1/{path}"] for path in self.images(split)]
-            told = [[f"MURA-v1.1/{s}/", str(label)] for s, label in self.studies.items() if s.startswith(split)]
+            output = [[f"MURA-v1.1/{s}/", str(label)] for s, label in self.studies.items() if s.startswith(split)]
             (csvs / f"{split}_image_paths.csv").write_bytes(csv_text(lines, *variant))
-            (csvs / f"{split}_labeled_studies.csv").write_bytes(csv_text(told, *variant))
+            (csvs / f"{split}_labeled_studies.csv").write_bytes(csv_text(output, *variant))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_csvs_are_the_truth(as_mura_writes_it: Scan) -> None:
 
 @pytest.mark.parametrize("quote", ["", '"'], ids=["bare", "quoted"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "BOM"])
-@pytest.mark.parametrize("place", ["", "MURA-v1.1/MURA-v1.1", "above"], ids=["plain", "nested", "above"])
+@pytest.mark.parametrize("position", ["", "MURA-v1.1/MURA-v1.1", "above"], ids=["plain", "nested", "above"])
 @pytest.mark.parametrize("comma", ["", ","], ids=["", "comma"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("header", ["", "Img_Path,Label", "path"], ids=["none", "Img_Path", "path"])
@@ -186,13 +186,13 @@ def test_csvs_in_the_wild_say_the_same(
     header: str,
     end: str,
     comma: str,
-    place: str,
+    position: str,
     mark: str,
     quote: str,
 ) -> None:
-    root = tmp_path / ("copy/MURA-v1.1" if place == "above" else place)
+    root = tmp_path / ("copy/MURA-v1.1" if position == "above" else position)
     root.mkdir(parents=True, exist_ok=True)
-    Listed().write(root, root.parent if place == "above" else root, header, end, comma, mark, quote)
+    Listed().write(root, root.parent if position == "above" else root, header, end, comma, mark, quote)
     scanned = scan(tmp_path)
     assert scanned.root == root.resolve()
     assert scanned.manifest.digest == as_mura_writes_it.manifest.digest
@@ -206,17 +206,17 @@ def test_an_index_and_empty_lines_are_no_harm(tmp_path: Path) -> None:
     assert scan(tmp_path).manifest.frame["label"].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("part", ["train", "train/XR_HAND", "valid"])
-def test_of_a_part_only_its_own_is_missing(tmp_path: Path, as_mura_writes_it: Scan, part: str) -> None:
+@pytest.mark.parametrize("piece", ["train", "train/XR_HAND", "valid"])
+def test_of_a_part_only_its_own_is_missing(tmp_path: Path, as_mura_writes_it: Scan, piece: str) -> None:
     Listed().write(tmp_path, tmp_path, "", "\n", "", "", "")
-    scanned, whole = scan(tmp_path / part), as_mura_writes_it
+    scanned, complete = scan(tmp_path / piece), as_mura_writes_it
     assert scanned.root == tmp_path.resolve()
-    mine = whole.manifest.frame[whole.manifest.frame["path"].str.startswith(part)]
+    mine = complete.manifest.frame[complete.manifest.frame["path"].str.startswith(piece)]
     assert scanned.manifest.frame["path"].tolist() == mine["path"].tolist()
     assert scanned.defects == {
-        name: [item for item in seen if item.startswith(part)]
-        for name, seen in whole.defects.items()
-        if any(item.startswith(part) for item in seen)
+        name: [item for item in visited if item.startswith(piece)]
+        for name, visited in complete.defects.items()
+        if any(item.startswith(piece) for item in visited)
     }
 
 
@@ -243,7 +243,7 @@ class Case:
     files: tuple[str, ...]
     shows: list[str]
     contents: dict[str, str] = field(default_factory=dict)
-    others: dict[str, list[str]] = field(default_factory=dict)  # defects that come along
+    remaining: dict[str, list[str]] = field(default_factory=dict)  # defects that come along
     links: dict[str, str] = field(default_factory=dict)  # path -> target; a store has none
 
     def make(self, root: Path) -> Path:
@@ -375,9 +375,9 @@ def test_each_defect_has_its_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_defect_alone(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    found = scan(case.make(tmp_path)).defects
-    assert found == {name: case.shows, **case.others}
-    assert list(found) == [one for one in DEFECTS if one in found]
+    actual = scan(case.make(tmp_path)).defects
+    assert actual == {name: case.shows, **case.remaining}
+    assert list(actual) == [single for single in DEFECTS if single in actual]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].links])
@@ -395,8 +395,8 @@ def test_a_store_says_what_a_folder_says(tmp_path: Path, memory: str, name: str)
 def test_a_part_of_a_store_is_enough(tmp_path: Path, memory: str) -> None:
     Listed().write(tmp_path, tmp_path, "", "\n", "", "", "")
     upload(tmp_path, memory)
-    for part in ("train", "train/XR_HAND"):
-        local, remote = scan(tmp_path / part), scan(f"{memory}/{part}")
+    for piece in ("train", "train/XR_HAND"):
+        local, remote = scan(tmp_path / piece), scan(f"{memory}/{piece}")
         assert remote.root == memory
         assert (remote.manifest.digest, remote.defects) == (local.manifest.digest, local.defects)
 
@@ -437,16 +437,16 @@ def test_a_first_line_with_a_label_is_no_header(tmp_path: Path) -> None:
 def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
     """Whatever byte differs; only what is equal to the last byte is a duplicate."""
     for size in (1, 4096, 4097, 9000):
-        whole = bytearray(os.urandom(size))
+        complete = bytearray(os.urandom(size))
         (tmp_path / f"{size}").mkdir()
         make(tmp_path / f"{size}", *(view(patient=n) for n in range(5)))
-        for n, place in enumerate((None, 0, size // 2, size - 1, None)):
-            other = bytearray(whole)
-            if place is not None:
-                other[place] ^= 1 << n
-            (tmp_path / f"{size}" / view(patient=n)).write_bytes(other)
-        found = scan(tmp_path / f"{size}")
-        assert found.duplicates == [(view(patient=0), view(patient=4))]
+        for n, position in enumerate((None, 0, size // 2, size - 1, None)):
+            another = bytearray(complete)
+            if position is not None:
+                another[position] ^= 1 << n
+            (tmp_path / f"{size}" / view(patient=n)).write_bytes(another)
+        actual = scan(tmp_path / f"{size}")
+        assert actual.duplicates == [(view(patient=0), view(patient=4))]
         assert scan(tmp_path / f"{size}", duplicates=False).defects == {}
 
 
@@ -499,11 +499,11 @@ def test_a_linked_folder_is_a_folder(linked: str, relative: bool, tmp_path: Path
     ]
     plain = scan(make(tmp_path / "plain", *paths))
     make(tmp_path / "set", *paths)
-    other = tmp_path / "disk" / "elsewhere"
-    other.parent.mkdir()
-    (tmp_path / "set" / linked).rename(other)
+    another = tmp_path / "disk" / "elsewhere"
+    another.parent.mkdir()
+    (tmp_path / "set" / linked).rename(another)
     (tmp_path / "set" / linked).symlink_to(
-        os.path.relpath(other, (tmp_path / "set" / linked).parent) if relative else other
+        os.path.relpath(another, (tmp_path / "set" / linked).parent) if relative else another
     )
     scanned = scan(tmp_path / "set")
     assert scanned.manifest.digest == plain.manifest.digest
@@ -515,7 +515,7 @@ def test_links_double_no_radiograph_whatever_the_file_systems_order(tmp_path: Pa
     """Two names of one folder: the first of the least depth counts, on every machine."""
     patients = [f"patient{n:05d}" for n in range(4)]
     make(tmp_path / "pool", *(f"{patient}/study1_positive/image1.png" for patient in patients))
-    seen = set()
+    visited = set()
     for number, names in enumerate((patients, patients[::-1])):
         root = make(tmp_path / f"{number}", view())
         for split in ("train", "valid") if number else ("valid", "train"):
@@ -531,8 +531,8 @@ def test_links_double_no_radiograph_whatever_the_file_systems_order(tmp_path: Pa
                 f"valid/XR_HAND/{patient} = train/XR_HAND/{patient}" for patient in patients
             ]
         }
-        seen.add(scanned.manifest.digest)
-    assert len(seen) == 1
+        visited.add(scanned.manifest.digest)
+    assert len(visited) == 1
 
 
 # ---- corrections
@@ -556,14 +556,18 @@ def test_corrections_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     make(tmp_path, view(), view(patient=2))
     labels = tmp_path / "labels.csv"
     refused(tmp_path, "--labels", "no such file", "Give a CSV of study,label lines", labels=labels)
-    for text, words in {
-        f"{study(patient=9)},0\nx/y,1\n": ("2 studies are not in the data", "patient00009", "Fix or remove these lines"),
+    for text, phrases in {
+        f"{study(patient=9)},0\nx/y,1\n": (
+            "2 studies are not in the data",
+            "patient00009",
+            "Fix or remove these lines",
+        ),
         f"study,label\n{study()},2\n": ("line 2", "is not study,label with a label of 0 or 1"),
         f"{study()}\n": ("line 1", "is not study,label with a label of 0 or 1"),
         f"{study()},0\n{study()}/,1\n": ("line 2", "has label 0 and label 1. Remove one of the lines"),
     }.items():
         labels.write_text(text)
-        refused(tmp_path, *words, labels=labels)
+        refused(tmp_path, *phrases, labels=labels)
 
 
 # ---- refusals
@@ -634,23 +638,23 @@ def test_counts_of_v1_1_add_up() -> None:
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tune_is_cut_by_patient(phantoms: Path, fraction: float, seed: int) -> None:
-    whole = scan(phantoms).manifest
-    cut = cut_tune(whole, fraction, seed)
+    complete = scan(phantoms).manifest
+    cut = cut_tune(complete, fraction, seed)
     patients = cut.frame.groupby("split")["patient"].agg(set)
     train, tune = patients["train"], patients.get("tune", set())
     assert not train & tune
     assert not tune & patients["valid"]
     assert abs(len(tune) - fraction * len(train | tune)) < 1
-    assert sorted(cut.frame["path"]) == sorted(whole.frame["path"])
-    assert cut.digest == cut_tune(whole, fraction, seed).digest
+    assert sorted(cut.frame["path"]) == sorted(complete.frame["path"])
+    assert cut.digest == cut_tune(complete, fraction, seed).digest
     if fraction:
-        assert cut.digest != cut_tune(whole, fraction, seed + 1).digest
+        assert cut.digest != cut_tune(complete, fraction, seed + 1).digest
 
 
 def drawn_lots() -> Iterator[str]:
     """Paths with several studies a patient, several study types, both labels; by arithmetic."""
     types = ("XR_ELBOW", "XR_HAND", "XR_WRIST")
-    for patient, k in ((one, k) for one in range(120) for k in range(1 + one % 3)):
+    for patient, k in ((single, k) for single in range(120) for k in range(1 + single % 3)):
         study_type = types[(patient + k) % 3] if patient % 4 else types[patient % 3]
         label = "positive" if (patient * 7 + k) % 5 < 2 else "negative"
         for image in range(1, 2 + (patient + k) % 3):
@@ -669,9 +673,9 @@ def drawn_lots() -> Iterator[str]:
 )
 def test_the_choice_of_tune_is_fixed(fraction: float, seed: int, digest: str, patients: list[int] | None) -> None:
     """As it was when these values were written down: shards made since, and runs on them, depend on it."""
-    whole = Manifest.from_radiographs(radiograph for path in drawn_lots() if (radiograph := mura.parse(path)))
-    assert len(whole.frame) == 480
-    cut = cut_tune(whole, fraction, seed)
+    complete = Manifest.from_radiographs(radiograph for path in drawn_lots() if (radiograph := mura.parse(path)))
+    assert len(complete.frame) == 480
+    cut = cut_tune(complete, fraction, seed)
     assert cut.digest.startswith(digest)
     tune = sorted(set(cut.frame.loc[cut.frame["split"] == "tune", "patient"]))
     assert patients is None or tune == [f"patient{number:05d}" for number in patients]
@@ -727,9 +731,9 @@ def test_a_manifest_of_impossible_values_is_refused(column: str, value: str, lim
     path.write_text("\n".join(",".join(line) for line in [names, *lines]))
     with pytest.raises(UserError) as refusal:
         Manifest.load(path)
-    said = str(refusal.value)
-    assert said.startswith(f"{path} row 1: {column} ")
-    assert said.endswith(f" ({limit}). Make the shards again.")
+    message = str(refusal.value)
+    assert message.startswith(f"{path} row 1: {column} ")
+    assert message.endswith(f" ({limit}). Make the shards again.")
 
 
 def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:
@@ -739,8 +743,8 @@ def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:
     assert scanned.manifest.frame["patient"].nunique() == 160
     # FracAtlas holds IMG0002790 a second time, as IMG0004151; our cut by patient could not know.
     twins = ("train/XR_LEG/patient00109", "valid/XR_LEG/patient00133")
-    one, other = (f"{patient}/study1_positive/image1.png" for patient in twins)
-    assert scanned.defects == {"duplicate across splits": [f"{one} = {other}"]}
+    single, another = (f"{patient}/study1_positive/image1.png" for patient in twins)
+    assert scanned.defects == {"duplicate across splits": [f"{single} = {another}"]}
     linked = tmp_path / "link"
     linked.symlink_to(shared / "radiographs" / "fracatlas-mura")
     assert scan(linked).manifest.digest == scanned.manifest.digest

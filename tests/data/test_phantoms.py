@@ -30,9 +30,9 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def parsed(out: Path) -> list[mura.Radiograph]:
-    found = [mura.parse(path.relative_to(out).as_posix()) for path in sorted(out.rglob("*.png"))]
-    assert None not in found
-    return [radiograph for radiograph in found if radiograph is not None]
+    actual = [mura.parse(path.relative_to(out).as_posix()) for path in sorted(out.rglob("*.png"))]
+    assert None not in actual
+    return [radiograph for radiograph in actual if radiograph is not None]
 
 
 def test_the_same_request_gives_the_same_bytes_whatever_the_number_of_processes(drawn: Path, tmp_path: Path) -> None:
@@ -47,41 +47,41 @@ def test_another_seed_draws_another_radiograph() -> None:
 
 def test_a_radiograph_does_not_depend_on_what_was_drawn_before(drawn: Path) -> None:
     study = next(study for study in phantoms.plan(140, 3) if study.num_views > 1)
-    with Image.open(drawn / study.folder / "image2.png") as there:
-        assert np.array_equal(np.asarray(there), np.asarray(phantoms.radiograph(study, 2, size=64, seed=3)))
+    with Image.open(drawn / study.folder / "image2.png") as existing:
+        assert np.array_equal(np.asarray(existing), np.asarray(phantoms.radiograph(study, 2, size=64, seed=3)))
 
 
 def test_summary_counts_what_was_drawn(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    visited: list[tuple[int, int]] = []
     counts = phantoms.draw(
-        tmp_path / "set", studies=12, size=64, progress=lambda done, total: seen.append((done, total))
+        tmp_path / "set", studies=12, size=64, progress=lambda done, total: visited.append((done, total))
     )
-    there = parsed(tmp_path / "set")
-    assert seen == [(done, 12) for done in range(1, 13)]
-    assert counts["studies"] == len({r.study for r in there}) == 12
-    assert counts["radiographs"] == len(there)
-    assert counts["patients"] == len({r.patient for r in there})
-    assert counts["positive_studies"] == len({r.study for r in there if r.label})
+    existing = parsed(tmp_path / "set")
+    assert visited == [(done, 12) for done in range(1, 13)]
+    assert counts["studies"] == len({r.study for r in existing}) == 12
+    assert counts["radiographs"] == len(existing)
+    assert counts["patients"] == len({r.patient for r in existing})
+    assert counts["positive_studies"] == len({r.study for r in existing if r.label})
     assert counts["train_studies"] + counts["valid_studies"] == 12
 
 
 def test_tables_agree_with_folders_as_mura_writes_them(drawn: Path) -> None:
     for split in ("train", "valid"):
-        there = [r for r in parsed(drawn) if r.split == split]
+        existing = [r for r in parsed(drawn) if r.split == split]
         paths = (drawn / f"{split}_image_paths.csv").read_text().splitlines()
-        assert sorted(paths) == sorted(f"MURA-v1.1/{r.path}" for r in there)
+        assert sorted(paths) == sorted(f"MURA-v1.1/{r.path}" for r in existing)
         with open(drawn / f"{split}_labeled_studies.csv", newline="") as file:
             rows = list(csv.reader(file))
         assert sorted(rows) == sorted(
-            [f"MURA-v1.1/{study}/", str(label)] for study, label in {(r.study, r.label) for r in there}
+            [f"MURA-v1.1/{study}/", str(label)] for study, label in {(r.study, r.label) for r in existing}
         )
 
 
 def test_each_patient_is_in_one_split_and_some_have_several_studies(drawn: Path) -> None:
-    there = parsed(drawn)
-    splits = {(r.patient, r.split) for r in there}
-    assert len(splits) == len({r.patient for r in there})
-    studies = {(r.patient, r.study_type, r.study, r.label) for r in there}
+    existing = parsed(drawn)
+    splits = {(r.patient, r.split) for r in existing}
+    assert len(splits) == len({r.patient for r in existing})
+    studies = {(r.patient, r.study_type, r.study, r.label) for r in existing}
     by_patient = [list(group) for _, group in itertools.groupby(sorted(studies), key=lambda study: study[0])]
     assert any(len({study[3] for study in group}) == 2 for group in by_patient)
     assert any(len({study[1] for study in group}) > 1 for group in by_patient)
@@ -100,8 +100,8 @@ def test_plan_has_both_labels_in_each_split(studies: int, seed: int) -> None:
 
 def test_a_larger_plan_has_both_labels_in_each_study_type_of_each_split() -> None:
     planned = phantoms.plan(400, 0)
-    found = {(study.split, study.study_type, study.label) for study in planned}
-    assert found == set(itertools.product(("train", "valid"), mura.STUDY_TYPES, (0, 1)))
+    actual = {(study.split, study.study_type, study.label) for study in planned}
+    assert actual == set(itertools.product(("train", "valid"), mura.STUDY_TYPES, (0, 1)))
     assert 0.75 <= sum(study.split == "train" for study in planned) / 400 <= 0.8
 
 
@@ -124,15 +124,15 @@ def test_files_vary_as_those_of_mura_do(drawn: Path) -> None:
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
 def test_a_break_moves_only_what_hangs_on_the_broken_bone(study_type: str) -> None:
-    whole = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, 0, 1))
-    broken = phantoms.break_bone(whole, study_type, phantoms.PhiloxRandom(0, 7, 1))
-    before = {bone.name: bone for bone in whole}
+    complete = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, 0, 1))
+    broken = phantoms.break_bone(complete, study_type, phantoms.PhiloxRandom(0, 7, 1))
+    before = {bone.name: bone for bone in complete}
     pieces = [bone for bone in broken if bone.cut]
-    assert len([bone for bone in broken if bone.name in before]) == len(whole) + 1
+    assert len([bone for bone in broken if bone.name in before]) == len(complete) + 1
     assert [piece.cut.side for piece in pieces if piece.cut] == [-1, 1]
     moved = {b.name for b in broken if b.name in before and not np.allclose(b.head, before[b.name].head)}
     hanging = {pieces[0].name}
-    for bone in whole:
+    for bone in complete:
         if bone.hangs_on in hanging:
             hanging.add(bone.name)
     assert moved == hanging
@@ -180,7 +180,7 @@ def test_a_half_drawn_set_is_completed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "phrases"),
     [
         ({"studies": 3}, ("studies=3", "at least 4", "--studies")),
         ({"size": 40}, ("size=40", "64 to 2048", "--size")),
@@ -188,10 +188,10 @@ def test_a_half_drawn_set_is_completed(tmp_path: Path) -> None:
         ({"seed": -1}, ("seed=-1", "0 to 2**64 - 1", "--seed")),
     ],
 )
-def test_a_wrong_request_is_refused(request_: dict[str, int], words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused(request_: dict[str, int], phrases: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         phantoms.draw(tmp_path / "set", **{"studies": 10, "size": 64, **request_})  # type: ignore[arg-type]
-    assert all(word in str(refused.value) for word in words)
+    assert all(word in str(refused.value) for word in phrases)
     assert not (tmp_path / "set").exists()
 
 

@@ -103,8 +103,8 @@ def animated_png() -> bytes:
 
 def white_is_zero(kind: str, values: np.ndarray) -> bytes:
     data = bytearray(saved(Image.fromarray(values), kind))
-    place = data.index(struct.pack("<HHI", 262, 3, 1))  # PhotometricInterpretation, a SHORT
-    data[place + 8] = 0
+    position = data.index(struct.pack("<HHI", 262, 3, 1))  # PhotometricInterpretation, a SHORT
+    data[position + 8] = 0
     return bytes(data)
 
 
@@ -203,7 +203,7 @@ def png(samples: np.ndarray, kind: int, depth: int, *, interlaced: bool = False,
     """A PNG of samples (H, W, C), `extra` chunks before its pixels."""
     height, width = samples.shape[:2]
     passes = [samples[y::dy, x::dx] for y, x, dy, dx in ADAM7] if interlaced else [samples]
-    lines = b"".join(png_lines(part, depth) for part in passes if part.size)
+    lines = b"".join(png_lines(piece, depth) for piece in passes if piece.size)
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlaced)
     chunks = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
@@ -239,21 +239,21 @@ def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[b
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("kind", "depth"), PNG_KINDS)
 def test_every_kind_of_png(kind: int, depth: int, interlaced: bool) -> None:
-    data, wanted = png_of(kind, depth, interlaced=interlaced)
+    data, expected = png_of(kind, depth, interlaced=interlaced)
     np.testing.assert_allclose(
-        decode(io.BytesIO(data)), wanted, atol=1.51 if kind in (GRAY_ALPHA, COLOR_ALPHA) else 1.01
+        decode(io.BytesIO(data)), expected, atol=1.51 if kind in (GRAY_ALPHA, COLOR_ALPHA) else 1.01
     )
 
 
 def test_12_bits_in_16_with_alpha_keep_their_steps() -> None:
     """Pillow alone would keep the high bytes: 16 steps of 0 to 15, black to the eye."""
     samples = np.stack([np.arange(4096).reshape(64, 64), np.full((64, 64), 0xFFFF)], axis=2)
-    wanted = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
+    expected = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
     for interlaced in (False, True):
-        np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GRAY_ALPHA, 16, interlaced=interlaced))), wanted)
-    for place in range(16, 33):  # the header is read with other eyes; its checksum is still looked at
+        np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GRAY_ALPHA, 16, interlaced=interlaced))), expected)
+    for position in range(16, 33):  # the header is read with other eyes; its checksum is still looked at
         data = bytearray(png(samples, GRAY_ALPHA, 16))
-        data[place] ^= 1
+        data[position] ^= 1
         assert refusal(bytes(data)).code == "unreadable"
 
 
@@ -285,9 +285,9 @@ def test_lossless_jpeg_in_dicom(bits: int, syntax: str, predictor: int) -> None:
     rng = np.random.default_rng(bits)
     stored = rng.integers(0, 1 << bits, (60, 45), dtype=np.uint16)
     stored.flat[:2] = 0, (1 << bits) - 1
-    wanted = np.rint(stored * (255 / ((1 << bits) - 1)))
+    expected = np.rint(stored * (255 / ((1 << bits) - 1)))
     data = encapsulated(jpeg_lossless(stored, bits, predictor), syntax, bits=bits)
-    np.testing.assert_array_equal(decode(io.BytesIO(data)), wanted)
+    np.testing.assert_array_equal(decode(io.BytesIO(data)), expected)
 
 
 @pytest.mark.parametrize("bits", [12, 16])
@@ -295,8 +295,8 @@ def test_lossless_jpeg_in_dicom(bits: int, syntax: str, predictor: int) -> None:
 def test_deep_dicom_however_compressed(syntax: str, bits: int) -> None:
     stored = np.random.default_rng(bits).integers(0, 1 << bits, (60, 45), dtype=np.uint16)
     low, high = int(stored.min()), int(stored.max())
-    wanted = np.rint((stored.astype(float) - low) * (255 / (high - low)))
-    np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=bits, syntax=syntax))), wanted)
+    expected = np.rint((stored.astype(float) - low) * (255 / (high - low)))
+    np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=bits, syntax=syntax))), expected)
 
 
 COMPRESSED = [str(uid) for uid in AllTransferSyntaxes if uid.is_encapsulated]
@@ -320,8 +320,8 @@ def test_jpeg_of_12_bits_in_dicom() -> None:
     stored = np.random.default_rng(0).integers(0, 4096, (6, 5))
     stored.flat[:2] = 0, 4095
     data = encapsulated(flat_jpeg(stored, 12), JPEG_EXTENDED, bits=12, Rows=48, Columns=40)
-    wanted = np.kron(np.rint(stored * (255 / 4095)), np.ones((8, 8)))
-    np.testing.assert_array_equal(decode(io.BytesIO(data)), wanted)
+    expected = np.kron(np.rint(stored * (255 / 4095)), np.ones((8, 8)))
+    np.testing.assert_array_equal(decode(io.BytesIO(data)), expected)
 
 
 @pytest.mark.shared
@@ -374,9 +374,9 @@ def test_colors_become_luma() -> None:
 
 def test_deep_values_are_scaled_never_saturated() -> None:
     values = np.random.default_rng(2).integers(300, 60000, (20, 30), dtype=np.uint16)
-    wanted = np.rint((values - values.min()) * 255.0 / (int(values.max()) - int(values.min())))
+    expected = np.rint((values - values.min()) * 255.0 / (int(values.max()) - int(values.min())))
     for data in (saved(Image.fromarray(values), "PNG"), dicom(values, bits=16)):
-        np.testing.assert_array_equal(decode(io.BytesIO(data)), wanted)
+        np.testing.assert_array_equal(decode(io.BytesIO(data)), expected)
     assert not decode(io.BytesIO(saved(Image.fromarray(np.full((5, 5), 40000, np.uint16)), "PNG"))).any()
     holes = np.array([[np.nan, 1, 2], [3, np.inf, -np.inf]], np.float32)
     np.testing.assert_array_equal(
@@ -390,8 +390,8 @@ def test_windows_agree_with_pydicom(function: str, width: str) -> None:
     ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     data = dicom(ramp, bits=12, Modality="DX", WindowCenter="1800", WindowWidth=width, VOILUTFunction=function)
     with np.errstate(over="ignore"):
-        theirs = apply_windowing(ramp, pydicom.dcmread(io.BytesIO(data))) / 4095 * 255
-    np.testing.assert_allclose(decode(io.BytesIO(data)), theirs, atol=0.51)
+        reference = apply_windowing(ramp, pydicom.dcmread(io.BytesIO(data))) / 4095 * 255
+    np.testing.assert_allclose(decode(io.BytesIO(data)), reference, atol=0.51)
 
 
 def test_lookup_tables() -> None:
@@ -403,12 +403,12 @@ def test_lookup_tables() -> None:
         12,
     ]  # 50 entries from 120 on, of which the last is 1000: white, whatever the 12 bits say
     table.add_new("LUTData", "US", [int(entry) for entry in np.linspace(0, 1000, 50)])
-    wanted = np.rint(np.array(table.LUTData)[np.clip(stored.astype(int) - 120, 0, 49)] * 255 / 1000)
+    expected = np.rint(np.array(table.LUTData)[np.clip(stored.astype(int) - 120, 0, 49)] * 255 / 1000)
     voi = dicom(stored, bits=16, VOILUTSequence=Sequence([table]))
-    np.testing.assert_array_equal(decode(io.BytesIO(voi)), wanted)
+    np.testing.assert_array_equal(decode(io.BytesIO(voi)), expected)
     table.LUTDescriptor = [50, 120, 16]
     modality = dicom(stored, bits=16, ModalityLUTSequence=Sequence([table]))
-    np.testing.assert_array_equal(decode(io.BytesIO(modality)), wanted)
+    np.testing.assert_array_equal(decode(io.BytesIO(modality)), expected)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -416,8 +416,8 @@ def test_padding_is_black_and_stretches_nothing(photometric: str) -> None:
     stored = 27500 - DEEP if photometric == "MONOCHROME1" else DEEP.copy()
     stored[50:] = 65535
     values: dict[str, Any] = {"PixelPaddingValue": 65535, "PhotometricInterpretation": photometric}
-    wanted = np.where(stored == 65535, 0, GRAY)
-    np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=16, **values))), wanted)
+    expected = np.where(stored == 65535, 0, GRAY)
+    np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=16, **values))), expected)
 
 
 def test_dicom_palette() -> None:
@@ -432,11 +432,11 @@ def test_dicom_palette() -> None:
 def test_read_is_decode_and_pillows_antialiased_bilinear(tmp_path: Path) -> None:
     path = tmp_path / "a wrist.jpg"  # a PNG all the same
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
-    wanted = np.asarray(GRAY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
+    expected = np.asarray(GRAY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
     file = io.BytesIO(path.read_bytes())
     file.seek(17)
     for source in (path, str(path), os.fsencode(path), file):
-        np.testing.assert_array_equal(read(source, 32), wanted)
+        np.testing.assert_array_equal(read(source, 32), expected)
     assert read(path, 32).dtype == np.uint8
 
 
@@ -559,7 +559,7 @@ SEEDS = {name: SAME[name]() for name in ("gray png", "16-bit png", "tiff", "lzw 
 def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where a copy that broke off left zeros behind, for all that carry checksums or end marks."""
     data = SEEDS[name]
-    whole, codes = decode(io.BytesIO(data)), set()
+    complete, codes = decode(io.BytesIO(data)), set()
     zeros_tell = "png" in name or "jpeg" in name
     first = (
         400 if "dicom" in name else 1
@@ -567,7 +567,7 @@ def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[s
     for end in range(first, len(data), max(1, len(data) // 60)):
         for tail in (0, len(data) - end) if zeros_tell else (0,):
             try:
-                np.testing.assert_array_equal(decode(io.BytesIO(data[:end] + bytes(tail))), whole)
+                np.testing.assert_array_equal(decode(io.BytesIO(data[:end] + bytes(tail))), complete)
             except UnreadableFileError as refused:
                 codes.add(refused.code)
     assert "unreadable" in codes
@@ -578,14 +578,14 @@ def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[s
 def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
     data = SEEDS["gray png"]
     start = data.index(b"IDAT") + 4
-    for place in range(start, len(data) - 12, 37):
-        assert refusal(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]).code == "unreadable"
+    for position in range(start, len(data) - 12, 37):
+        assert refusal(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]).code == "unreadable"
 
 
 # ---- identity, imports
 
 
-def told(tmp_path: Path, data: bytes) -> radiograph.DicomIdentity | None:
+def output(tmp_path: Path, data: bytes) -> radiograph.DicomIdentity | None:
     path = tmp_path / "image"
     path.write_bytes(data)
     return read_identity(path)
@@ -602,9 +602,9 @@ def region(scheme: str, code: str) -> Any:
 
 def raw(data: bytes, tag: bytes, kind: bytes, value: bytes) -> bytes:
     """The first element of that tag with another VR and value."""
-    place = data.index(tag)
-    (length,) = struct.unpack_from("<H", data, place + 6)
-    return data[: place + 4] + kind + struct.pack("<H", len(value)) + value + data[place + 8 + length :]
+    position = data.index(tag)
+    (length,) = struct.unpack_from("<H", data, position + 6)
+    return data[: position + 4] + kind + struct.pack("<H", len(value)) + value + data[position + 8 + length :]
 
 
 def test_identity(tmp_path: Path) -> None:
@@ -619,8 +619,8 @@ def test_identity(tmp_path: Path) -> None:
     assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
     assert read_identity(path) is None
-    found = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
-    assert pickle.loads(pickle.dumps(found)) == found
+    actual = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
+    assert pickle.loads(pickle.dumps(actual)) == actual
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
@@ -642,7 +642,7 @@ def test_identity(tmp_path: Path) -> None:
     ],
 )
 def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], body_part: str, laterality: str) -> None:
-    assert told(tmp_path, dicom(GRAY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
+    assert output(tmp_path, dicom(GRAY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -651,15 +651,15 @@ def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], bo
 def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, kind: bytes, value: bytes) -> None:
     names = {"StudyInstanceUID": "1.2.9", "BodyPartExamined": "HAND", "Laterality": "L"}
     sound = dicom(GRAY, **PLAIN, **names)
-    found = told(tmp_path, raw(sound, tag, kind, value))
-    assert found is not None
-    fields = (found.study_uid, found.body_part, found.laterality)
-    assert sum(one == other for one, other in zip(fields, names.values(), strict=True)) >= 2
+    actual = output(tmp_path, raw(sound, tag, kind, value))
+    assert actual is not None
+    fields = (actual.study_uid, actual.body_part, actual.laterality)
+    assert sum(single == another for single, another in zip(fields, names.values(), strict=True)) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 @pytest.mark.parametrize(
-    ("values", "wanted"),
+    ("values", "expected"),
     [
         ({}, False),
         ({"BurnedInAnnotation": "NO"}, False),
@@ -678,10 +678,10 @@ def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, 
         ({"ConversionType": "DF"}, True),
     ],
 )
-def test_pixels_that_may_show_text(tmp_path: Path, values: dict[str, Any], wanted: bool) -> None:
-    found = told(tmp_path, dicom(GRAY, **PLAIN | values))
-    assert found is not None
-    assert found.may_show_text is wanted
+def test_pixels_that_may_show_text(tmp_path: Path, values: dict[str, Any], expected: bool) -> None:
+    actual = output(tmp_path, dicom(GRAY, **PLAIN | values))
+    assert actual is not None
+    assert actual.may_show_text is expected
 
 
 def test_a_header_that_was_not_read_to_its_end_may_say_anything(
@@ -692,23 +692,25 @@ def test_a_header_that_was_not_read_to_its_end_may_say_anything(
     far = dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", ImageComments="x" * 5000, BurnedInAnnotation="YES")
     sound = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9")
     monkeypatch.setattr(radiograph, "HEADER_BYTES", 3000)
-    assert [told(tmp_path, data).may_show_text for data in (large, far, sound)] == [True, True, False]
+    assert [output(tmp_path, data).may_show_text for data in (large, far, sound)] == [True, True, False]
     for at in range(140, len(far), 97):  # wherever the head ends
         monkeypatch.setattr(radiograph, "HEADER_BYTES", at)
-        assert told(tmp_path, far).may_show_text, at
+        assert output(tmp_path, far).may_show_text, at
 
 
 def test_a_header_that_cannot_be_parsed_may_say_anything(tmp_path: Path) -> None:
     deflated = dicom(GRAY, syntax=DEFLATED, BurnedInAnnotation="YES")
-    assert told(tmp_path, deflated) == radiograph.DicomIdentity("", "", "", True)
+    assert output(tmp_path, deflated) == radiograph.DicomIdentity("", "", "", True)
 
 
 @pytest.mark.shared
 def test_identity_of_real_dicoms(shared: Path) -> None:
     """Ten hips of ten studies; their headers name no body part."""
-    found = [read_identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
-    assert len({one.study_uid for one in found if one}) == 10
-    assert {(one.body_part, one.laterality, one.may_show_text) for one in found if one} == {("", "", False)}
+    actual = [read_identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
+    assert len({single.study_uid for single in actual if single}) == 10
+    assert {(single.body_part, single.laterality, single.may_show_text) for single in actual if single} == {
+        ("", "", False)
+    }
 
 
 # ---- the body part
@@ -725,29 +727,29 @@ def test_the_seven_regions(study_type: str, shape: str) -> None:
     )
 
 
-WORDS = "CLAVICLE HIP KNEE ANKLE FOOT PELVIS CHEST ARM LEG FEMUR SKULL HANDWRIST JANE L S"
+VOCABULARY = "CLAVICLE HIP KNEE ANKLE FOOT PELVIS CHEST ARM LEG FEMUR SKULL HANDWRIST JANE L S"
 PHRASES = ["", "HAND\\WRIST", "NO HAND AT ALL", "HAND JANE", "DOE^JANE", "XR_JANE"]
 
 
-@pytest.mark.parametrize("words", [*PHRASES, *WORDS.split()])
-def test_other_words_are_no_study_type(words: str) -> None:
-    assert body_parts.find_study_type(words) is None
+@pytest.mark.parametrize("phrases", [*PHRASES, *VOCABULARY.split()])
+def test_other_words_are_no_study_type(phrases: str) -> None:
+    assert body_parts.find_study_type(phrases) is None
 
 
 def test_codes_are_the_standards_own() -> None:
     """pydicom's dictionaries: both schemes name the same regions, and call them as we do."""
     from pydicom.sr import _concepts_dict, _snomed_dict
 
-    for code, ours in body_parts._SRT.items():
+    for code, own in body_parts._SRT.items():
         concept = _snomed_dict.mapping["SRT"][code]
         assert (
             body_parts.body_part_of_code("SRT", code)
             == body_parts.body_part_of_code("SNM3", code)
             == body_parts.body_part_of_code("SCT", concept)
-            == ours
+            == own
         )
-        assert body_parts.find_study_type(ours), ours
-    assert {body_parts.find_study_type(ours) for ours in body_parts._SCT.values()} == set(mura.STUDY_TYPES)
+        assert body_parts.find_study_type(own), own
+    assert {body_parts.find_study_type(own) for own in body_parts._SCT.values()} == set(mura.STUDY_TYPES)
     concepts = _concepts_dict.concepts["SCT"]
     names = (
         "ElbowJoint",
@@ -761,11 +763,9 @@ def test_codes_are_the_standards_own() -> None:
         "UpperArm",
         "Shoulder",
     )
-    ours = [
-        body_parts.body_part_of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")
-    ]
-    wanted = "ELBOW FINGER THUMB FOREARM RADIUSULNA ULNA HAND HUMERUS UPPERARM SHOULDER WRIST WRIST"
-    assert ours == wanted.split()
+    own = [body_parts.body_part_of_code("SCT", next(iter(concepts[name]))) for name in (*names, "WristJoint", "Carpus")]
+    expected = "ELBOW FINGER THUMB FOREARM RADIUSULNA ULNA HAND HUMERUS UPPERARM SHOULDER WRIST WRIST"
+    assert own == expected.split()
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -881,8 +881,8 @@ HOSTILE: list[tuple[str, str, str]] = [
 
 def awaited(name: str) -> str:
     """The outcome that HOSTILE gives for a file."""
-    for code, _, words in HOSTILE:
-        if any(fnmatch.fnmatchcase(name, word) for word in words.split()):
+    for code, _, phrases in HOSTILE:
+        if any(fnmatch.fnmatchcase(name, word) for word in phrases.split()):
             return code
     raise AssertionError(f"{name} is in no group of HOSTILE")
 
@@ -901,22 +901,22 @@ def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
     for path in paths:
         refusal = None
         try:
-            wanted = radiograph.read(path, 32)
+            expected = radiograph.read(path, 32)
         except radiograph.UnreadableFileError as error:
             refusal = str(error)
         if refusal is not None:
             with pytest.raises(radiograph.UnreadableFileError, match=re.escape(refusal)):
                 radiograph.read_details(path, 32)
             continue
-        whole = radiograph.decode(path)
+        complete = radiograph.decode(path)
         for source in (path, io.BytesIO(path.read_bytes())):
-            found = radiograph.read_details(source, 32, 100)
-            np.testing.assert_array_equal(found.image, wanted)
-            assert found.display.dtype == np.uint8
-            assert max(found.display.shape) == min(100, max(whole.shape))
-            assert found.colors is None or found.colors.shape[2:] == (3,)
+            actual = radiograph.read_details(source, 32, 100)
+            np.testing.assert_array_equal(actual.image, expected)
+            assert actual.display.dtype == np.uint8
+            assert max(actual.display.shape) == min(100, max(complete.shape))
+            assert actual.colors is None or actual.colors.shape[2:] == (3,)
         assert radiograph.read_details(path, 32).display is None
-        num_colored += found.colors is not None
+        num_colored += actual.colors is not None
     assert 20 < num_colored < len(paths)
 
 
@@ -932,8 +932,8 @@ def test_hostile_files_each_with_its_outcome(hostile: Path) -> None:
 def test_every_word_of_the_hostile_table_names_a_file(hostile: Path) -> None:
     """Or a group would be a promise about nothing."""
     names = [path.relative_to(hostile).as_posix() for path in hostile.rglob("*")]
-    words = [word for _, _, group in HOSTILE for word in group.split()]
-    assert [word for word in words if not fnmatch.filter(names, word)] == []
+    phrases = [word for _, _, group in HOSTILE for word in group.split()]
+    assert [word for word in phrases if not fnmatch.filter(names, word)] == []
 
 
 @pytest.mark.shared
@@ -980,14 +980,14 @@ SAME_PIXELS = [
 @pytest.mark.shared
 @pytest.mark.parametrize("group", SAME_PIXELS)
 def test_same_pixels(group: str, hostile: Path) -> None:
-    first, *others = (decode(hostile / name) for name in group.split())
-    for other in others:
-        np.testing.assert_array_equal(other, first)
+    first, *remaining = (decode(hostile / name) for name in group.split())
+    for another in remaining:
+        np.testing.assert_array_equal(another, first)
 
 
-def difference(one: Path, other: Path) -> float:
+def difference(single: Path, another: Path) -> float:
     """Mean absolute difference, in gray levels."""
-    return float(np.abs(decode(one).astype(int) - decode(other)).mean())
+    return float(np.abs(decode(single).astype(int) - decode(another)).mean())
 
 
 @pytest.mark.shared

@@ -28,11 +28,11 @@ def test_other_names_stay_as_they_are(name: str) -> None:
 def test_numbers_of_a_table_stay_as_they_are(dtype: object) -> None:
     names = [*HOSTILE, *PLAIN, None]
     frame = pd.DataFrame({"path": pd.Series(names, dtype=dtype), "logit": -np.arange(len(names), dtype=np.float32)})
-    found = table_names.escape_formulas(frame)
-    assert list(found.columns) == ["path", "logit"]
-    assert found["path"].dropna().tolist() == [*map(table_names.escape_formula, names[:-1])]
-    assert found["path"].isna().tolist() == [False] * (len(names) - 1) + [True]
-    pd.testing.assert_series_equal(found["logit"], frame["logit"])
+    actual = table_names.escape_formulas(frame)
+    assert list(actual.columns) == ["path", "logit"]
+    assert actual["path"].dropna().tolist() == [*map(table_names.escape_formula, names[:-1])]
+    assert actual["path"].isna().tolist() == [False] * (len(names) - 1) + [True]
+    pd.testing.assert_series_equal(actual["logit"], frame["logit"])
     assert frame["path"].iloc[0] == "=1+1.png"  # not in place
     assert table_names.escape_formulas(frame.iloc[:0]).to_csv(index=False) == "path,logit\n"
 
@@ -41,4 +41,4 @@ def test_names_of_both_compositions_have_one_key() -> None:
     for name in ("Müller", "=Größe/å.png", "각", "ệ"):
         spelt = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
         assert len(spelt) == 2
-        assert {table_names.join_key(prefix + one) for one in spelt for prefix in ("", "./")} == {name}
+        assert {table_names.join_key(prefix + item) for item in spelt for prefix in ("", "./")} == {name}

@@ -83,8 +83,8 @@ def blocks(values: np.ndarray, layout: str) -> tuple[list[np.ndarray], dict[int,
     if layout == "tiles":
         high, wide = -(-len(values) // 16) * 16, -(-values.shape[1] // 32) * 32
         pad = [(0, high - len(values)), (0, wide - values.shape[1])] + [(0, 0)] * (values.ndim - 2)
-        whole = np.pad(values, pad, mode="edge")
-        tiles = [whole[y : y + 16, x : x + 32] for y in range(0, high, 16) for x in range(0, wide, 32)]
+        complete = np.pad(values, pad, mode="edge")
+        tiles = [complete[y : y + 16, x : x + 32] for y in range(0, high, 16) for x in range(0, wide, 32)]
         return tiles, {322: 32, 323: 16}
     rows = len(values) if layout == "strip" else 10
     return [values[y : y + rows] for y in range(0, len(values), rows)], {278: rows}
@@ -145,9 +145,9 @@ def tiff(*pages: Parts, order: str = "<", big: bool = False, sub_pages: tuple[Pa
             short = tag not in (254, 256, 257, 273, 278, 279, 324, 325, 330)
             body = struct.pack(f"{order}{len(values)}{'H' if short else 'I'}", *values)
             if len(body) > len(struct.pack(offset_format, 0)):
-                place = len(out)
+                position = len(out)
                 out.extend(body + b"\0" * (len(body) % 2))
-                body = struct.pack(offset_format, place)
+                body = struct.pack(offset_format, position)
             head = struct.pack(order + "HH", tag, 3 if short else 4) + struct.pack(offset_format, len(values))
             entries += head + body.ljust(len(struct.pack(offset_format, 0)), b"\0")
         struct.pack_into(offset_format, out, link, len(out))
@@ -253,13 +253,13 @@ def test_predictors_are_undone(predictor: int, order: str) -> None:
 def test_colors_in_planes_or_interleaved(bits: int) -> None:
     """Read right or refused. 16 bits keep their high bytes."""
     colors = np.random.default_rng(bits).integers(0, 1 << bits, (HEIGHT, WIDTH, 3)).astype(f"u{bits // 8}")
-    wanted, num_read = (colors >> (bits - 8)) @ np.array([0.299, 0.587, 0.114]), 0
+    expected, num_read = (colors >> (bits - 8)) @ np.array([0.299, 0.587, 0.114]), 0
     grid = itertools.product("<>", (1, 5, 8), ("strip", "strips", "tiles"), (1, 2), (1, 2))
     for order, compression, layout, planes, fill in grid:
         options = {"order": order, "compression": compression, "layout": layout, "planes": planes, "fill": fill}
         data = tiff(page(colors, UNSIGNED, bits, photometric=RGB, **options), order=order)
         try:
-            np.testing.assert_allclose(decode(io.BytesIO(data)), wanted, atol=1.01, err_msg=str(options))
+            np.testing.assert_allclose(decode(io.BytesIO(data)), expected, atol=1.01, err_msg=str(options))
             num_read += 1
         except UnreadableFileError:
             assert fill == 2 or (planes == 2 and bits == 16), options
@@ -305,12 +305,12 @@ def level_of(data: bytes) -> int:
 @pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
 def test_the_first_page_that_is_not_reduced_is_the_picture(order: str, big: bool) -> None:
     """By NewSubfileType (a copy, a mask, both) or the old SubfileType; whatever the size of the pages."""
-    for aside in ({"tag_254": REDUCED}, {"tag_254": MASK}, {"tag_254": REDUCED | MASK | 2}, {"tag_255": 2}):
-        for kept in ({}, {"tag_254": FULL}, {"tag_254": 2}, {"tag_255": 1}, {"tag_255": 3}):
-            behind = [of_level(99, order=order, **aside), of_level(100, order=order, **kept)]
+    for sideways in ({"tag_254": REDUCED}, {"tag_254": MASK}, {"tag_254": REDUCED | MASK | 2}, {"tag_255": 2}):
+        for retained in ({}, {"tag_254": FULL}, {"tag_254": 2}, {"tag_255": 1}, {"tag_255": 3}):
+            behind = [of_level(99, order=order, **sideways), of_level(100, order=order, **retained)]
             for num in range(4):
-                before = [of_level(10 + n, 20, order=order, **aside) for n in range(num)]
-                data = tiff(*before, of_level(200, order=order, **kept), *behind, order=order, big=big)
+                before = [of_level(10 + n, 20, order=order, **sideways) for n in range(num)]
+                data = tiff(*before, of_level(200, order=order, **retained), *behind, order=order, big=big)
                 assert level_of(data) == 200
 
 

@@ -17,9 +17,9 @@ from mura_dist.data.loaders.backend import choose_backend
 WITHOUT_DALI = "import sys; sys.modules['nvidia.dali'] = None\n"  # any import of it raises ModuleNotFoundError
 
 
-def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, *phrases: str) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter of its own, in which DALI cannot be imported."""
-    command = [sys.executable, "-c", WITHOUT_DALI + code, *words]
+    command = [sys.executable, "-c", WITHOUT_DALI + code, *phrases]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, **NO_GPU}, check=False
     )
@@ -82,11 +82,11 @@ print(*backend.choose_backend("resident", cuda))
 
 
 def test_dali_by_name_without_dali_is_refused_in_one_line(shard_folder: Path, tmp_path: Path) -> None:
-    words = ("train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "pipeline=dali")
-    result = python("from mura_dist.cli.main import main; raise SystemExit(main(sys.argv[1:]))", *words)
+    phrases = ("train", *TINY, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "pipeline=dali")
+    result = python("from mura_dist.cli.main import main; raise SystemExit(main(sys.argv[1:]))", *phrases)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     [line] = result.stderr.strip().splitlines()
     [extra] = extras_of("nvidia.dali.fn")
-    for part in ("pipeline=dali", "DALI cannot be imported", install_remedy(extra), "pipeline=cpu"):
-        assert part in line
+    for piece in ("pipeline=dali", "DALI cannot be imported", install_remedy(extra), "pipeline=cpu"):
+        assert piece in line

@@ -60,10 +60,10 @@ def limit_of(backend: str, shards: Shards) -> int:
 @pytest.mark.parametrize("backend", ["dali", "resident"])
 def test_the_backends_agree_within_a_few_gray_levels(opened: Shards, backend: str) -> None:
     micro_batches = micros_of(opened, rotate_deg=30, flip=True)
-    ours, theirs = (pixels_by(name, opened, micro_batches) for name in ("cpu", backend))
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype == np.uint8
-    assert (np.abs(ours.astype(int) - theirs) <= limit_of(backend, opened)).mean() >= 0.999
+    actual, reference = (pixels_by(name, opened, micro_batches) for name in ("cpu", backend))
+    assert actual.shape == reference.shape
+    assert actual.dtype == reference.dtype == np.uint8
+    assert (np.abs(actual.astype(int) - reference) <= limit_of(backend, opened)).mean() >= 0.999
 
 
 @pytest.mark.parametrize("backend", ["dali", "resident"])
@@ -72,10 +72,10 @@ def test_a_wrong_sign_or_center_would_be_seen(opened: Shards, backend: str) -> N
     if opened.encoding != "raw":
         pytest.skip("geometry does not depend on the encoding")
     micro_batches = micros_of(opened, rotate_deg=30, flip=True)
-    theirs = pixels_by(backend, opened, micro_batches)
+    reference = pixels_by(backend, opened, micro_batches)
     wrong = [sampler.MicroBatch(m.rows, -m.angles, m.flips, m.mask) for m in micro_batches]
-    ours = pixels_by("cpu", opened, wrong)
-    assert (np.abs(ours.astype(int) - theirs) <= 2).mean() < 0.9
+    actual = pixels_by("cpu", opened, wrong)
+    assert (np.abs(actual.astype(int) - reference) <= 2).mean() < 0.9
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -83,19 +83,19 @@ def test_without_augmentation_the_pixels_are_the_stored_ones(opened: Shards, bac
     rows = opened.rows("valid")
     micro_batches = sampler.evaluation_micro_batches(rows, micro_batch=4, rank=0, world_size=1)
     targets = RowTargets.from_shards(opened, "study_type")
-    seen = []
+    visited = []
     for batch in BatchLoader(opened, targets, CPU, backend, 4, workers=2).load(micro_batches):
         for row, image, real in zip(batch.row.tolist(), batch.image[:, 0].numpy(), batch.mask.tolist(), strict=True):
             if not real:
                 assert row == -1
                 assert not image.any()
                 continue
-            seen.append(row)
+            visited.append(row)
             difference = np.abs(image.astype(int) - opened.read_pixels(row))
             assert difference.max() <= (0 if opened.encoding != "jpeg" or backend != "dali" else 4)
         assert (batch.weight[~batch.mask] == 0).all()
         assert (batch.label == torch.from_numpy(targets.label)[batch.row] * batch.mask).all()
-    assert seen == rows.tolist()
+    assert visited == rows.tolist()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,16 +111,16 @@ def test_a_rank_that_has_only_padding_gets_black_batches(opened: Shards, backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_batches_from_any_number_of_threads(opened: Shards, backend: str) -> None:
     micro_batches = micros_of(opened, rotate_deg=30, flip=True)
-    one, four = (pixels_by(backend, opened, micro_batches, workers) for workers in (1, 4))
-    np.testing.assert_array_equal(one, four)
+    item, four = (pixels_by(backend, opened, micro_batches, workers) for workers in (1, 4))
+    np.testing.assert_array_equal(item, four)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_depends_on_nothing_that_was_loaded_before_it(opened: Shards, backend: str) -> None:
     """A run that resumes in mid-epoch, with other rows in memory, sees what an uninterrupted one would have seen."""
     micro_batches = micros_of(opened, rotate_deg=30, flip=True)
-    whole, resumed = pixels_by(backend, opened, micro_batches), pixels_by(backend, opened, micro_batches[5:])
-    np.testing.assert_array_equal(whole[5 * 5 :], resumed)
+    complete, resumed = pixels_by(backend, opened, micro_batches), pixels_by(backend, opened, micro_batches[5:])
+    np.testing.assert_array_equal(complete[5 * 5 :], resumed)
 
 
 def test_rotation_is_counter_clockwise_then_mirrored() -> None:
@@ -166,9 +166,9 @@ def test_the_consumer_does_not_run_dali(opened: Shards, monkeypatch: pytest.Monk
     """Pipeline.run calls external_source's Python, and waits: both in the thread that calls it."""
     runners, run = set(), Pipeline.run
 
-    def note_runner(self: Pipeline, *words: object) -> object:
+    def note_runner(self: Pipeline, *phrases: object) -> object:
         runners.add(threading.get_ident())
-        return run(self, *words)
+        return run(self, *phrases)
 
     monkeypatch.setattr(Pipeline, "run", note_runner)
     assert len(pixels_by("dali", opened, micros_of(opened, rotate_deg=30, flip=True))) > 50
@@ -194,9 +194,9 @@ def test_weights_balance_the_labels_of_what_they_are_counted_over(opened: Shards
     """Over all train radiographs, or over those of each study type, both labels pull equally hard."""
     assert (RowTargets.from_shards(opened).weight == 1).all()
     train = opened.manifest.frame.loc[opened.rows("train")]
-    whole, parts = [train], [part for _, part in train.groupby("study_type") if part["label"].nunique() == 2]
+    complete, parts = [train], [piece for _, piece in train.groupby("study_type") if piece["label"].nunique() == 2]
     assert len(parts) > 1
-    for loss_weights, groups in (("class", whole), ("study_type", parts)):
+    for loss_weights, groups in (("class", complete), ("study_type", parts)):
         weight = RowTargets.from_shards(opened, loss_weights).weight
         for group in groups:
             sums = [weight[group.index[group["label"] == label]].sum() for label in (0, 1)]
@@ -218,22 +218,22 @@ def test_a_damaged_sample_is_named_once_and_left_out(
     tar = laws.damage(Shards.open(folder), bad)
     broken, micro_batches = Shards.open(folder), micros_of(opened, rotate_deg=30, flip=True) * 2
     assert sum(bad in micro.rows for micro in micro_batches) == 2, "seen in both epochs"
-    whole = BatchLoader(opened, RowTargets.from_shards(opened, "study_type"), CPU, backend, 5, workers=2)
+    complete = BatchLoader(opened, RowTargets.from_shards(opened, "study_type"), CPU, backend, 5, workers=2)
     capfd.readouterr()
-    pairs = zip(whole.load(micro_batches), replace(whole, shards=broken).load(micro_batches), strict=True)
+    pairs = zip(complete.load(micro_batches), replace(complete, shards=broken).load(micro_batches), strict=True)
     for sound, batch in pairs:
-        here = batch.row == bad
-        assert (batch.mask == (sound.mask & ~here)).all()
-        assert not batch.image[here].any()
-        assert (batch.weight == torch.where(here, 0, sound.weight)).all()
+        is_current = batch.row == bad
+        assert (batch.mask == (sound.mask & ~is_current)).all()
+        assert not batch.image[is_current].any()
+        assert (batch.weight == torch.where(is_current, 0, sound.weight)).all()
         for name in ("image", "label"):
-            assert torch.equal(getattr(batch, name)[~here], getattr(sound, name)[~here])
+            assert torch.equal(getattr(batch, name)[~is_current], getattr(sound, name)[~is_current])
     [line] = [line for line in capfd.readouterr().err.splitlines() if "corrupt sample" in line]
     path = opened.manifest.frame.at[bad, "path"]
     assert line.startswith(f"corrupt sample: row {bad} ({path}) in {tar}: its CRC-32 differs")
     assert list(broken.corrupt) == [bad]
     with pytest.raises(RunError, match=rf"row {bad} .*strict=true\)\. Make its shard again"):
-        list(replace(whole, shards=Shards.open(folder), strict=True).load(micro_batches))
+        list(replace(complete, shards=Shards.open(folder), strict=True).load(micro_batches))
 
 
 def test_a_tar_that_shrinks_damages_samples_and_one_that_vanishes_none(opened: Shards, tmp_path: Path) -> None:
@@ -317,12 +317,12 @@ def test_an_index_that_contradicts_its_samples_is_refused_before_any_is_read(ope
     folder = tmp_path / "shards"
     shutil.copytree(opened.folder, folder)
     index = json.loads((folder / "index.json").read_bytes())
-    others = sorted({"raw", "png", "jpeg"} - {opened.encoding})
-    claims: list[tuple[dict[str, Any], str]] = [({"encoding": name}, f"encoding '{name}'") for name in others]
+    alternatives = sorted({"raw", "png", "jpeg"} - {opened.encoding})
+    claims: list[tuple[dict[str, Any], str]] = [({"encoding": name}, f"encoding '{name}'") for name in alternatives]
     claims += [({"size": 32}, "raw pixels of size 32")] if opened.encoding == "raw" else []
-    for change, words in claims:
+    for change, phrases in claims:
         (folder / "index.json").write_text(json.dumps(index | change))
-        with pytest.raises(UserError, match=rf"index.json has {words}, its .idx files have .*Make the shards again"):
+        with pytest.raises(UserError, match=rf"index.json has {phrases}, its .idx files have .*Make the shards again"):
             Shards.open(folder).check_tars("train")
 
 
@@ -337,16 +337,16 @@ def test_more_ranks_than_shards_and_none_waits(opened: Shards, world_size: int, 
     epoch = sampler.epoch_permutation(rows, 0, 0, rotate_deg=30, flip=True)
     sizes = {"global_batch": micro_batch * world_size, "micro_batch": micro_batch, "world_size": world_size}
     num_steps = sampler.steps_per_epoch(len(rows), sizes["global_batch"])
-    seen = []
+    visited = []
     for rank in range(world_size):
         micro_batches = (
             m for step in range(num_steps) for m in sampler.step_micro_batches(epoch, step, rank=rank, **sizes)
         )
-        made = list(loader.load(micro_batches))
-        assert len(made) == num_steps
-        seen += [row for batch in made for row in batch.row.tolist()]
-    assert len(seen) == len(set(seen)) == len(rows) - len(rows) % sizes["global_batch"]
-    assert set(seen) <= set(rows.tolist())
+        created = list(loader.load(micro_batches))
+        assert len(created) == num_steps
+        visited += [row for batch in created for row in batch.row.tolist()]
+    assert len(visited) == len(set(visited)) == len(rows) - len(rows) % sizes["global_batch"]
+    assert set(visited) <= set(rows.tolist())
 
 
 def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,11 +369,11 @@ def test_prefetch_threads_and_decoder_follow_the_machine(opened: Shards, monkeyp
         "64 MiB of these small pixels would be far more: sixteen a thread at most"
     )
     assert chosen(micro_batch=4096).prefetch == 2, "two a thread at least"
-    told = chosen(workers=3, prefetch=5, pipeline="dali", strict=True)
-    assert (told.workers, told.prefetch, told.backend, told.strict) == (3, 5, "dali", True)
-    assert "dali" in str(told)
+    output = chosen(workers=3, prefetch=5, pipeline="dali", strict=True)
+    assert (output.workers, output.prefetch, output.backend, output.strict) == (3, 5, "dali", True)
+    assert "dali" in str(output)
     assert "batches by resident" in str(chosen(pipeline="resident"))
-    assert "3 threads per rank, 5 micro-batches ahead" in str(told)
+    assert "3 threads per rank, 5 micro-batches ahead" in str(output)
 
 
 def test_larger_micro_batches_are_not_held_ahead_in_as_great_a_number(opened: Shards) -> None:
@@ -401,15 +401,15 @@ def test_dali_goes_on_from_epoch_to_epoch(opened: Shards, monkeypatch: pytest.Mo
     epochs = [micros_of(opened, rotate_deg=30, flip=True, micro_batch=size)[:count] for size, count in ((5, 9), (4, 3))]
     for _ in range(3):
         for micro_batches in epochs:
-            left = dali.load_images(opened, micro_batches, workers=2, device=CPU, prefetch=4)
-            next(left)
-            left.close()
-            ours, theirs = pixels_by("cpu", opened, micro_batches), pixels_by("dali", opened, micro_batches)
-            assert (np.abs(ours.astype(int) - theirs) <= limit_of("dali", opened)).mean() >= 0.999
-            one = [
-                made.rows.tolist()
-                for made in dali.load_images(opened, micro_batches[:1], workers=2, device=CPU, prefetch=4)
+            remaining = dali.load_images(opened, micro_batches, workers=2, device=CPU, prefetch=4)
+            next(remaining)
+            remaining.close()
+            actual, reference = pixels_by("cpu", opened, micro_batches), pixels_by("dali", opened, micro_batches)
+            assert (np.abs(actual.astype(int) - reference) <= limit_of("dali", opened)).mean() >= 0.999
+            item = [
+                created.rows.tolist()
+                for created in dali.load_images(opened, micro_batches[:1], workers=2, device=CPU, prefetch=4)
             ]
-            assert one == [micro_batches[0].rows.tolist()]
+            assert item == [micro_batches[0].rows.tolist()]
     assert all(graph.pipe is not None for graph in dali._graphs.values())
     assert len(dali._graphs) == 2, "one for each batch size"

@@ -50,8 +50,8 @@ def evaluation(rows: np.ndarray) -> list[sampler.MicroBatch]:
     return sampler.evaluation_micro_batches(rows, micro_batch=7, rank=0, world_size=1)
 
 
-def assert_same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def assert_same(actual: Iterator[Batch], reference: Iterator[Batch]) -> None:
+    for a, b in zip(actual, reference, strict=True):
         difference = (a.image.int() - b.image.int()).abs()
         assert (difference <= 1).float().mean() >= 0.999
         for name in ("label", "weight", "row", "mask"):
@@ -60,7 +60,7 @@ def assert_same(ours: Iterator[Batch], theirs: Iterator[Batch]) -> None:
 
 def test_each_radiograph_is_read_once_in_a_run(shards: Shards, num_reads: Counter[int]) -> None:
     """Over epochs and evaluations of other sizes, of splits apart and together; asked for again before it lies there."""
-    loader, other = loader_of(shards), loader_of(shards, "cpu")
+    loader, another = loader_of(shards), loader_of(shards, "cpu")
     both = np.union1d(shards.rows("valid"), shards.rows("tune"))
     tune = evaluation(shards.rows("tune"))
     streams = [tune * 2, training(shards, 0), training(shards, 1), evaluation(both)]
@@ -68,17 +68,17 @@ def test_each_radiograph_is_read_once_in_a_run(shards: Shards, num_reads: Counte
     assert set(both) | set(batches[1][0].row.tolist()) <= set(num_reads)
     assert set(num_reads.values()) == {1}
     for micro_batches, several in zip(streams, batches, strict=True):
-        assert_same(iter(several), other.load(micro_batches))
+        assert_same(iter(several), another.load(micro_batches))
 
 
 def test_streams_beside_each_other_and_left_early_lose_nothing(shards: Shards) -> None:
-    loader, other, micro_batches = loader_of(shards), loader_of(shards, "cpu"), training(shards, 0)
-    left, first, second = (loader.load(micro_batches) for _ in range(3))
-    next(left)
+    loader, another, micro_batches = loader_of(shards), loader_of(shards, "cpu"), training(shards, 0)
+    remaining, first, second = (loader.load(micro_batches) for _ in range(3))
+    next(remaining)
     batches = [batch for pair in zip(first, second, strict=True) for batch in pair]
-    left.close()
-    assert_same(iter(batches), other.load([micro for micro in micro_batches for _ in range(2)]))
-    assert_same(loader.load(training(shards, 1)), other.load(training(shards, 1)))
+    remaining.close()
+    assert_same(iter(batches), another.load([micro for micro in micro_batches for _ in range(2)]))
+    assert_same(loader.load(training(shards, 1)), another.load(training(shards, 1)))
 
 
 def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,23 +93,23 @@ def test_more_than_its_share_of_the_memory_is_refused(shards: Shards, monkeypatc
         list(loader.load(evaluation(shards.rows("tune"))))
     limit = (2 * needed["tune"] - 1) // 2
     line = str(caught.value)
-    for part in (
+    for piece in (
         "pipeline=resident",
         f"{needed['tune']:,} bytes",
         f"is {limit:,} (50%",
         "pipeline=dali",
         "pipeline=cpu",
     ):
-        assert part in line
+        assert piece in line
     assert "\n" not in line
 
 
 def test_free_memory_is_what_the_system_says_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resident.free_bytes(CPU)
-    assert 1 << 20 < whole < 1 << 50
+    complete = resident.free_bytes(CPU)
+    assert 1 << 20 < complete < 1 << 50
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert resident.free_bytes(CPU) < whole / 2
+    assert resident.free_bytes(CPU) < complete / 2
 
 
 def test_a_run_on_resident_radiographs_learns_as_the_cpu_backends_does(
@@ -119,9 +119,9 @@ def test_a_run_on_resident_radiographs_learns_as_the_cpu_backends_does(
     for epochs in (1, 2):
         result = train(1, shard_folder, tmp_path / "run", "pipeline=resident", f"epochs={epochs}")
         assert result.returncode == 0, result.stderr
-    ours, wanted = losses(tmp_path / "run"), losses(single_rank_run)
-    assert len(ours) == len(wanted) >= 10
-    assert ours[0] == pytest.approx(wanted[0], rel=1e-4)
-    assert ours[:9] == pytest.approx(wanted[:9], rel=1e-3)
-    assert ours == pytest.approx(wanted, rel=2e-2)  # pixels that differ by 1 grow, as any rounding does
+    actual, expected = losses(tmp_path / "run"), losses(single_rank_run)
+    assert len(actual) == len(expected) >= 10
+    assert actual[0] == pytest.approx(expected[0], rel=1e-4)
+    assert actual[:9] == pytest.approx(expected[:9], rel=1e-3)
+    assert actual == pytest.approx(expected, rel=2e-2)  # pixels that differ by 1 grow, as any rounding does
     assert json.loads((tmp_path / "run" / "environment.json").read_bytes())["pipeline"] == "resident"

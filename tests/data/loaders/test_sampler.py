@@ -51,10 +51,10 @@ def test_a_restart_in_mid_epoch_on_other_ranks(before: int, after: int, global_b
     sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
     num_steps = sampler.steps_per_epoch(len(ROWS), global_batch)
     worlds = [before if step < num_steps // 2 else after for step in range(num_steps)]
-    seen = [micro for step, ranks in enumerate(worlds) for micro in whole_step(epoch_of(), step, ranks, **sizes)]
+    visited = [micro for step, ranks in enumerate(worlds) for micro in whole_step(epoch_of(), step, ranks, **sizes)]
     never_stopped = [micro for step in range(num_steps) for micro in whole_step(epoch_of(), step, before, **sizes)]
-    laws.same_order(seen, never_stopped)
-    laws.once(ROWS, [seen], dropped=len(ROWS) % global_batch)
+    laws.same_order(visited, never_stopped)
+    laws.once(ROWS, [visited], dropped=len(ROWS) % global_batch)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -83,10 +83,10 @@ def test_an_evaluation_has_each_row_once(world_size: int, micro_batch: int) -> N
 def test_order_changes_with_epoch_and_seed_and_nothing_else() -> None:
     same = epoch_of()
     np.testing.assert_array_equal(epoch_of().rows, same.rows)
-    for other in (epoch_of(epoch=3), epoch_of(seed=4)):
-        assert sorted(other.rows) == sorted(same.rows)
-        assert (other.rows != same.rows).mean() > 0.9
-        assert (turns(other).angles != turns(same).angles).mean() > 0.9
+    for another in (epoch_of(epoch=3), epoch_of(seed=4)):
+        assert sorted(another.rows) == sorted(same.rows)
+        assert (another.rows != same.rows).mean() > 0.9
+        assert (turns(another).angles != turns(same).angles).mean() > 0.9
 
 
 def test_the_order_is_this_one_for_ever() -> None:
@@ -106,11 +106,11 @@ def test_an_order_of_any_length_is_a_permutation(num_rows: int) -> None:
 @pytest.mark.parametrize("size", [1, 3, 4, 8, 50])
 def test_a_place_is_turned_alike_whatever_is_cut_out_around_it(size: int) -> None:
     """Angles and flips are drawn for a micro-batch at a time: from any start, the same words of the stream."""
-    whole = turns(epoch_of())
+    complete = turns(epoch_of())
     for start in range(0, len(ROWS) - size, 5):
-        part = epoch_of().micro_batch(start, size)
+        piece = epoch_of().micro_batch(start, size)
         for name in ("rows", "angles", "flips"):
-            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[start : start + size])
+            np.testing.assert_array_equal(getattr(piece, name), getattr(complete, name)[start : start + size])
 
 
 def test_an_order_takes_one_array_of_its_length() -> None:
@@ -164,7 +164,7 @@ def test_the_shuffle_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "unit", "nearest"), [(10, 4, 8), (11, 4, 12), (1, 8, 8), (100, 24, 96), (24, 24, 24)]
+    ("inputs", "unit", "nearest"), [(10, 4, 8), (11, 4, 12), (1, 8, 8), (100, 24, 96), (24, 24, 24)]
 )
-def test_the_nearest_global_batch(given: int, unit: int, nearest: int) -> None:
-    assert sampler.nearest_global_batch(given, unit) == nearest
+def test_the_nearest_global_batch(inputs: int, unit: int, nearest: int) -> None:
+    assert sampler.nearest_global_batch(inputs, unit) == nearest

@@ -30,8 +30,8 @@ def test_labels_and_weights_are_looked_up_by_row_without_a_wait() -> None:
     with Operations() as operations:
         result = targets.look_up(rows, mask)
     assert [tensor.dtype for tensor in result] == [torch.float32, torch.float32, torch.int64, torch.bool]
-    wanted = (np.where(mask, label[rows], 0), np.where(mask, weight[rows], 0), rows, mask)
-    for tensor, array in zip(result, wanted, strict=True):
+    expected = (np.where(mask, label[rows], 0), np.where(mask, weight[rows], 0), rows, mask)
+    for tensor, array in zip(result, expected, strict=True):
         np.testing.assert_array_equal(tensor.numpy(), array)
     waiting = {"_local_scalar_dense", "nonzero", "masked_select", "index", "index_put_", "is_nonzero", "item"}
     assert operations.names

@@ -36,10 +36,10 @@ def by_torch(pixels: np.ndarray, slots: np.ndarray, angles: np.ndarray, flips: n
 def test_the_pixels_are_opencvs(size: int) -> None:
     """Within one gray level everywhere, edges and fill included; equal but for one in 2,000: OpenCV fuses multiply and add."""
     pixels, slots = random_radiographs(size)
-    wanted = np.empty((len(ANGLES), size, size), np.uint8)
+    expected = np.empty((len(ANGLES), size, size), np.uint8)
     for number, slot in enumerate(slots):
-        opencv.augment(pixels[slot], float(ANGLES[number]), bool(FLIPS[number]), wanted[number])
-    difference = np.abs(by_torch(pixels, slots, ANGLES, FLIPS).astype(int) - wanted)
+        opencv.augment(pixels[slot], float(ANGLES[number]), bool(FLIPS[number]), expected[number])
+    difference = np.abs(by_torch(pixels, slots, ANGLES, FLIPS).astype(int) - expected)
     assert difference.max() <= 1
     assert (difference == 0).mean() >= 0.9995
 
@@ -47,15 +47,21 @@ def test_the_pixels_are_opencvs(size: int) -> None:
 def test_quarter_turns_and_flips_move_pixels_unchanged() -> None:
     pixels, _ = random_radiographs(33)
     angles, flips = np.array([0, 0, 90, 180, 90], np.float32), np.array([0, 1, 0, 0, 1], bool)
-    ours = by_torch(pixels, np.arange(5, dtype=np.int32), angles, flips)
-    wanted = [pixels[0], pixels[1][:, ::-1], np.rot90(pixels[2]), np.rot90(pixels[3], 2), np.rot90(pixels[4])[:, ::-1]]
-    np.testing.assert_array_equal(ours, wanted)
+    actual = by_torch(pixels, np.arange(5, dtype=np.int32), angles, flips)
+    expected = [
+        pixels[0],
+        pixels[1][:, ::-1],
+        np.rot90(pixels[2]),
+        np.rot90(pixels[3], 2),
+        np.rot90(pixels[4])[:, ::-1],
+    ]
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_slot_of_minus_one_is_black() -> None:
     pixels, slots = np.full((2, 9, 9), 255, np.uint8), np.array([0, -1, 1], np.int32)
-    ours = by_torch(pixels, slots, np.zeros(3, np.float32), np.zeros(3, bool))
-    assert [image.max() for image in ours] == [255, 0, 255]
+    actual = by_torch(pixels, slots, np.zeros(3, np.float32), np.zeros(3, bool))
+    assert [image.max() for image in actual] == [255, 0, 255]
 
 
 HALVES = np.array([[1, 0, 0.5, 0, 1, 0]], np.float32)  # each pixel and its right neighbor, half of both

@@ -51,7 +51,7 @@ def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -60,8 +60,8 @@ def whole(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def path_of(whole: Path, row: int) -> str:
-    return str(Shards.open(whole).manifest.frame["path"][row])
+def path_of(complete: Path, row: int) -> str:
+    return str(Shards.open(complete).manifest.frame["path"][row])
 
 
 def times(out: Path) -> dict[str, int]:
@@ -73,23 +73,23 @@ def times(out: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(("error", "call"), [(errno.EIO, "read"), (errno.EMFILE, "open")])
 def test_a_fault_that_passes_leaves_no_trace(
-    error: int, call: str, phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+    error: int, call: str, phantoms: Path, complete: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
-    faults = read_faults(path_of(whole, 9), error=error, call=call, times=2)
+    faults = read_faults(path_of(complete, 9), error=error, call=call, times=2)
     with faults.in_children():
         convert(phantoms, tmp_path / "out", size=40, workers=1)
     assert faults.num_calls > 2
-    laws.same_bytes(whole, tmp_path / "out", leave_out=DIFFERS)
+    laws.same_bytes(complete, tmp_path / "out", leave_out=DIFFERS)
 
 
 def test_a_fault_that_lasts_is_listed_and_the_same_command_makes_that_shard_alone(
-    phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+    phantoms: Path, complete: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
-    out, path = tmp_path / "out", path_of(whole, 9)
-    said = (
+    out, path = tmp_path / "out", path_of(complete, 9)
+    message = (
         rf"^1 files could not be read \(io_error\), first {path}: cannot be read: stale file handle\. .*conversion.json"
     )
-    with read_faults(path, error=errno.ESTALE).in_children(), pytest.raises(RunError, match=said):
+    with read_faults(path, error=errno.ESTALE).in_children(), pytest.raises(RunError, match=message):
         convert(phantoms, out, size=40, workers=1)
     assert not (out / "index.json").exists()
     record = json.loads((out / "conversion.json").read_bytes())
@@ -97,57 +97,57 @@ def test_a_fault_that_lasts_is_listed_and_the_same_command_makes_that_shard_alon
     fault = {"row": 9, "path": path, "code": "io_error", "reason": "cannot be read: stale file handle"}
     assert record["faults"] == [fault]
     before = times(out)
-    assert before.keys() == times(whole).keys() - {"train-000001.tar"}
+    assert before.keys() == times(complete).keys() - {"train-000001.tar"}
     index = convert(phantoms, out, size=40, workers=1)
     assert index is not None
     assert index["unreadable"] == []
     assert before.items() <= times(out).items(), "finished shards are not made again"
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
 
 
 @pytest.mark.slow
 def test_a_fault_on_another_rank_lets_all_finish_and_the_first_one_says_so(
-    phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+    phantoms: Path, complete: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
     """Under torchrun a rank that fails would take the others with it."""
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
-    environment = read_faults(path_of(whole, 9)).environment
-    ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *words, cold=True) for r in (1, 0)]
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 1], told
-    assert "1 files could not be read (io_error)" in told[1][1]
-    assert times(out).keys() == times(whole).keys() - {"train-000001.tar"}
+    argv = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
+    environment = read_faults(path_of(complete, 9)).environment
+    ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *argv, cold=True) for r in (1, 0)]
+    output = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 1], output
+    assert "1 files could not be read (io_error)" in output[1][1]
+    assert times(out).keys() == times(complete).keys() - {"train-000001.tar"}
     assert convert(phantoms, out, size=40, workers=1) is not None
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
 
 
 @pytest.mark.slow
 def test_a_source_behind_a_url_is_read_again_too(
-    phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+    phantoms: Path, complete: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
     """There the main process reads."""
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = ("shards", f"file://{phantoms}", out, "--size", 40, "--workers", 1, "--quiet")
+    argv = ("shards", f"file://{phantoms}", out, "--size", 40, "--workers", 1, "--quiet")
     for more, status in (({"times": 2}, 0), ({}, 1)):
-        faults = read_faults(path_of(whole, 9), **more)
-        rank = start_rank(script, faults.environment, *words[:2], tmp_path / str(status), *words[3:], cold=True)
-        told = rank.communicate(timeout=120)
-        assert rank.returncode == status, told
-        assert ("1 files could not be read (io_error)" in told[1]) == bool(status)
-    laws.same_bytes(whole, tmp_path / "0", leave_out=DIFFERS)
+        faults = read_faults(path_of(complete, 9), **more)
+        rank = start_rank(script, faults.environment, *argv[:2], tmp_path / str(status), *argv[3:], cold=True)
+        output = rank.communicate(timeout=120)
+        assert rank.returncode == status, output
+        assert ("1 files could not be read (io_error)" in output[1]) == bool(status)
+    laws.same_bytes(complete, tmp_path / "0", leave_out=DIFFERS)
 
 
 @pytest.mark.slow
 def test_many_faults_in_a_row_end_the_run_early(
-    phantoms: Path, whole: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
+    phantoms: Path, complete: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
-    said = rf"^{MAX_CONSECUTIVE} consecutive files of {phantoms} could not be read \(last: cannot be read: .*not connected\)\. "
+    message = rf"^{MAX_CONSECUTIVE} consecutive files of {phantoms} could not be read \(last: .*not connected\)\. "
     with (
         read_faults("/valid/", error=errno.ENOTCONN).in_children(),
-        pytest.raises(RunError, match=said),
+        pytest.raises(RunError, match=message),
     ):
         convert(phantoms, tmp_path / "out", size=40, workers=8)
     assert not list((tmp_path / "out").glob("valid-*.tar"))
@@ -165,8 +165,8 @@ def test_faults_count_in_a_row_only(tmp_path: Path) -> None:
         faults.check("unreadable", "its PNG data is damaged")
 
 
-@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
-def test_a_source_that_goes_away_ends_the_run_early(left: str, phantoms: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remaining", ["nothing", "an empty mount point"])
+def test_a_source_that_goes_away_ends_the_run_early(remaining: str, phantoms: Path, tmp_path: Path) -> None:
     """Else every file that is left would be final, as one that does not exist."""
     source = tmp_path / "source"
     shutil.copytree(phantoms, source)
@@ -174,7 +174,7 @@ def test_a_source_that_goes_away_ends_the_run_early(left: str, phantoms: Path, t
     def take_away(done: int, total: int) -> None:
         if done > 0 and not (tmp_path / "away").exists():
             source.rename(tmp_path / "away")
-            if left != "nothing":
+            if remaining != "nothing":
                 source.mkdir()
 
     with pytest.raises(RunError, match=rf"^{source} is gone or empty\. Restore it"):
@@ -203,10 +203,10 @@ def test_a_share_that_another_process_has_is_refused(
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "holds\n"
-        said = (
+        message = (
             rf"^{out} is being written by process {first.pid} on .*\. Wait for it or stop it, or give another folder\.$"
         )
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             convert(phantoms, out, size=40, workers=1)
         assert first.stdin is not None
         first.stdin.close()
@@ -215,46 +215,50 @@ def test_a_share_that_another_process_has_is_refused(
 
 @pytest.mark.slow
 def test_a_second_start_of_the_same_share_is_refused(
-    phantoms: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantoms: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another share is not: jobs of an array, each a rank, share a conversion."""
     monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.3)
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
-    first = start_rank(script, {"SLOW_S": 0.2}, *words, cold=True)
+    argv = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
+    first = start_rank(script, {"SLOW_S": 0.2}, *argv, cold=True)
     while not (out / "train-000000.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
-    said = rf"^{out} is being written by process {first.pid} on .*\. Wait for it or stop it, or give another folder\.$"
-    with pytest.raises(UserError, match=said):
+    message = (
+        rf"^{out} is being written by process {first.pid} on .*\. Wait for it or stop it, or give another folder\.$"
+    )
+    with pytest.raises(UserError, match=message):
         convert(phantoms, out, size=40, workers=1)
     assert first.poll() is None
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert convert(phantoms, out, size=40, workers=1) is None
-    told = first.communicate(timeout=60)
-    assert first.returncode == 0, told
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    output = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
     assert not (out / converter.RANKS).exists()
 
 
 @pytest.mark.slow
-def test_a_second_start_that_waits_finds_the_conversion_finished(phantoms: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_second_start_that_waits_finds_the_conversion_finished(
+    phantoms: Path, complete: Path, tmp_path: Path
+) -> None:
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
-    starts = [start_rank(script, {"SLOW_S": 0.05}, *words, cold=True) for _ in range(3)]
-    told = [start.communicate(timeout=120) for start in starts]
-    assert [start.returncode for start in starts] == [0, 0, 0], told
-    assert sum("waiting up to" in err for _, err in told) == 2
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    argv = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
+    starts = [start_rank(script, {"SLOW_S": 0.05}, *argv, cold=True) for _ in range(3)]
+    output = [start.communicate(timeout=120) for start in starts]
+    assert [start.returncode for start in starts] == [0, 0, 0], output
+    assert sum("waiting up to" in err for _, err in output) == 2
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
 def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
-    phantoms: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantoms: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Had they gone on, it would be refused before they end: 6 s a shard, ten shards each."""
     monkeypatch.setenv("SLOW_S", "6")
@@ -273,13 +277,13 @@ def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
         40,
         "--quiet",
     )
-    left = killed_when((out / "train-000001.json").exists, out, *command, launcher_alone=True)
-    assert len(left) == 3
+    remaining = killed_when((out / "train-000001.json").exists, out, *command, launcher_alone=True)
+    assert len(remaining) == 3
     monkeypatch.setenv("SLOW_S", "0")
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert processes_of(out) == [], "the former ranks left by themselves"
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
 
 
 # ---- shards that are not what their marks say
@@ -307,17 +311,17 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_shard_that_is_not_what_its_mark_says_is_made_anew(
-    finished: bool, phantoms: Path, whole: Path, tmp_path: Path
+    finished: bool, phantoms: Path, complete: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    shutil.copytree(whole, out)
+    shutil.copytree(complete, out)
     before = times(out)
     for name, damage in BROKEN.items():
         damage(out / name)
     if not finished:
         (out / "index.json").unlink()
     convert(phantoms, out, size=40, workers=1)
-    laws.same_bytes(whole, out, leave_out=DIFFERS)
+    laws.same_bytes(complete, out, leave_out=DIFFERS)
     assert list(verify(out)) == []
     same = [name for name, time_ns in times(out).items() if before[name] == time_ns]
     assert len(same) == len(before) - len(BROKEN)

@@ -18,7 +18,7 @@ from helpers.ranks import DIFFERS, LAUNCHERS, start_rank
 from PIL import Image
 
 from mura_dist.core.errors import RunError
-from mura_dist.data.shards import convert as room
+from mura_dist.data.shards import convert as free_space
 from mura_dist.data.shards import writer
 from mura_dist.data.shards.convert import convert
 from mura_dist.data.shards.reader import Shards
@@ -29,7 +29,7 @@ from mura_dist.distributed.worker_pool import PoolLimits
 @pytest.fixture
 def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven radiographs a shard: some twenty shards of the phantoms."""
-    monkeypatch.setattr(room, "SAMPLES_PER_SHARD", 7)
+    monkeypatch.setattr(free_space, "SAMPLES_PER_SHARD", 7)
 
 
 RANKS = """
@@ -56,12 +56,12 @@ def test_ranks_share_a_conversion_with_the_same_bytes(
     convert(phantoms, tmp_path / "alone", size=40, workers=2)
     script = tmp_path / "shards.py"
     script.write_text(RANKS)
-    words = ("shards", phantoms, tmp_path / "shared", "--size", 40, "--workers", 1, "--quiet")
-    ranks = [start_rank(script, LAUNCHERS[launcher](rank, size), *words) for rank in reversed(range(size))]
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, told
+    argv = ("shards", phantoms, tmp_path / "shared", "--size", 40, "--workers", 1, "--quiet")
+    ranks = [start_rank(script, LAUNCHERS[launcher](rank, size), *argv) for rank in reversed(range(size))]
+    output = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, output
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
-    assert [bool(out) for out, _ in told] == [False] * (size - 1) + [True], "the first rank speaks for all"
+    assert [bool(out) for out, _ in output] == [False] * (size - 1) + [True], "the first rank speaks for all"
     assert json.loads((tmp_path / "shared" / "conversion.json").read_bytes())["ranks"] == size
 
 
@@ -69,8 +69,8 @@ def test_ranks_share_a_conversion_with_the_same_bytes(
 def test_torchrun_starts_the_ranks_killed_and_again(phantoms: Path, tmp_path: Path) -> None:
     convert(phantoms, tmp_path / "alone", size=40, workers=2)
     shared = tmp_path / "shared"
-    words = (ROOT / "tools/make_shards.py", phantoms, shared, "--size", 40, "--quiet")
-    command = ("torchrun", "--standalone", "--nproc-per-node", 3, *words)
+    argv = (ROOT / "tools/make_shards.py", phantoms, shared, "--size", 40, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 3, *argv)
     killed_when((shared / "conversion.json").exists, shared, *command)
     assert not (shared / "index.json").exists()
     done = run(*command)
@@ -79,25 +79,25 @@ def test_torchrun_starts_the_ranks_killed_and_again(phantoms: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly(part="kills"))]
+    "requested", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly(part="kills"))]
 )
 def test_asked_to_stop_it_says_so_and_the_same_command_goes_on(
-    asked: signal.Signals, phantoms: Path, tmp_path: Path, many_shards: None
+    requested: signal.Signals, phantoms: Path, tmp_path: Path, many_shards: None
 ) -> None:
     """By a scheduler or a person: exit status 3, one line; then the bytes of one that was never asked."""
     convert(phantoms, tmp_path / "whole", size=40, workers=2)
     script, out = tmp_path / "shards.py", tmp_path / "out"
     script.write_text(RANKS)
-    words = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
-    first = start_rank(script, {}, *words)
+    argv = ("shards", phantoms, out, "--size", 40, "--workers", 1, "--quiet")
+    first = start_rank(script, {}, *argv)
     while not (out / "train-000000.json").exists():
         assert first.poll() is None
-    first.send_signal(asked)
-    told = first.communicate(timeout=60)
-    assert first.returncode == 3, told
-    assert told[1].splitlines() == ["mura-dist: stopped. Finished shards stay, and the same command resumes."]
+    first.send_signal(requested)
+    output = first.communicate(timeout=60)
+    assert first.returncode == 3, output
+    assert output[1].splitlines() == ["mura-dist: stopped. Finished shards stay, and the same command resumes."]
     assert not (out / "index.json").exists()
-    again = start_rank(script, {}, *words)
+    again = start_rank(script, {}, *argv)
     assert again.communicate(timeout=60)
     assert again.returncode == 0
     laws.same_bytes(tmp_path / "whole", out, leave_out=DIFFERS)
@@ -107,8 +107,8 @@ def test_a_batch_script_of_slurm_is_one_process(phantoms: Path, tmp_path: Path) 
     """Outside srun Slurm tells of tasks that nobody started: whoever waited for them would wait for ever."""
     script = tmp_path / "shards.py"
     script.write_text(RANKS)
-    words = ("shards", phantoms, tmp_path / "out", "--size", 40, "--quiet")
-    alone = start_rank(script, {"SLURM_PROCID": 0, "SLURM_NTASKS": 8}, *words)
+    argv = ("shards", phantoms, tmp_path / "out", "--size", 40, "--quiet")
+    alone = start_rank(script, {"SLURM_PROCID": 0, "SLURM_NTASKS": 8}, *argv)
     assert alone.communicate(timeout=60)
     assert alone.returncode == 0
 
@@ -119,7 +119,7 @@ def test_what_a_silent_rank_left_undone_the_first_one_makes(
     convert(phantoms, tmp_path / "alone", size=40, workers=2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setattr(room, "SILENCE_S", 0.2)
+    monkeypatch.setattr(free_space, "SILENCE_S", 0.2)
     convert(phantoms, tmp_path / "shared", size=40, workers=2)
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
 
@@ -129,7 +129,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(room, "PLAN_WAIT_S", 0.3)
+    monkeypatch.setattr(free_space, "PLAN_WAIT_S", 0.3)
     with pytest.raises(RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*Check the output of rank 0"):
         convert(phantoms, tmp_path / "out", size=40)
 
@@ -150,9 +150,9 @@ def with_a_giant(phantoms: Path, tmp_path: Path) -> Path:
 
 
 def test_a_file_that_takes_too_long_or_too_much_is_one_failure_row(with_a_giant: Path, tmp_path: Path) -> None:
-    whole = convert(with_a_giant, tmp_path / "whole", size=40, workers=2)
-    assert whole is not None
-    assert whole["unreadable"] == []
+    complete = convert(with_a_giant, tmp_path / "whole", size=40, workers=2)
+    assert complete is not None
+    assert complete["unreadable"] == []
     for name, limits, code, reason in (
         ("slow", PoolLimits(processor_s=0.1), "unreadable", "its decoder did not finish within 0.1 s"),
         (
@@ -166,10 +166,10 @@ def test_a_file_that_takes_too_long_or_too_much_is_one_failure_row(with_a_giant:
         assert index is not None
         assert [(item["code"], item["reason"]) for item in index["unreadable"]] == [(code, reason)]
         assert list(verify(tmp_path / name)) == []
-        ours, theirs = Shards.open(tmp_path / name), Shards.open(tmp_path / "whole")
+        own, reference = Shards.open(tmp_path / name), Shards.open(tmp_path / "whole")
         for split in ("train", "tune"):
-            for row in ours.rows(split).tolist():
-                np.testing.assert_array_equal(ours.read_pixels(row), theirs.read_pixels(row))
+            for row in own.rows(split).tolist():
+                np.testing.assert_array_equal(own.read_pixels(row), reference.read_pixels(row))
 
 
 @contextlib.contextmanager
@@ -196,8 +196,8 @@ def workers_being_killed() -> Iterator[list[int]]:
 
 def children() -> list[int]:
     """This process's worker processes."""
-    found = [path.read_text().split() for path in Path(f"/proc/{os.getpid()}/task").glob("*/children")]
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pids in found for pid in pids}
+    actual = [path.read_text().split() for path in Path(f"/proc/{os.getpid()}/task").glob("*/children")]
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline") for pids in actual for pid in pids}
     with contextlib.suppress(OSError):  # one has ended meanwhile
         return [pid for pid, command in commands.items() if b"spawn_main" in command.read_bytes()]
     return []
@@ -268,9 +268,9 @@ def test_a_disk_that_is_really_full(phantoms: Path, tmp_path: Path) -> None:
         pytest.skip("this machine lets nobody mount")
     script = tmp_path / "shards.py"
     script.write_text(RANKS)
-    words = ("shards", phantoms, disk / "out", "--size", 100, "--workers", 2, "--quiet")
+    argv = ("shards", phantoms, disk / "out", "--size", 100, "--workers", 2, "--quiet")
     try:
-        full = run("python", script, *words)
+        full = run("python", script, *argv)
         assert full.returncode == 1, full.stderr
         assert "No space left on device" in full.stderr
         assert "Free some space, then run the same command." in full.stderr
@@ -278,11 +278,11 @@ def test_a_disk_that_is_really_full(phantoms: Path, tmp_path: Path) -> None:
         finished = {path.name: path.stat().st_mtime_ns for path in (disk / "out").glob("*-*.json")}
         assert finished
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        assert run("python", script, *words).returncode == 0
+        assert run("python", script, *argv).returncode == 0
         assert (
             finished.items() <= {path.name: path.stat().st_mtime_ns for path in (disk / "out").glob("*.json")}.items()
         )
-        assert run("python", script, *words[:2], tmp_path / "whole", *words[3:]).returncode == 0
+        assert run("python", script, *argv[:2], tmp_path / "whole", *argv[3:]).returncode == 0
         laws.same_bytes(tmp_path / "whole", disk / "out", leave_out=DIFFERS)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -72,14 +72,14 @@ def copy(shard_folder: Path, tmp_path: Path) -> Path:
 
 def test_no_name_of_a_url_writes_outside_the_mirror(shard_folder: Path, tmp_path: Path) -> None:
     """The tar is there, under the name it is called by, so that nothing but the check is in its way."""
-    place = storage.open_storage("memory://strangers")
+    position = storage.open_storage("memory://strangers")
     index = json.loads((shard_folder / "index.json").read_bytes())
     for name in ("manifest.csv",):
-        place.write(name, (shard_folder / name).read_bytes())
+        position.write(name, (shard_folder / name).read_bytes())
     for ending in (".tar", ".idx", ".crc"):
-        place.write(f"a/../../escape{ending}", (shard_folder / f"train-000000{ending}").read_bytes())
+        position.write(f"a/../../escape{ending}", (shard_folder / f"train-000000{ending}").read_bytes())
     shards_of(index)["name"] = "a/../../escape.tar"
-    place.write("index.json", json.dumps(index).encode())
+    position.write("index.json", json.dumps(index).encode())
     (tmp_path / "mirror").mkdir()
     with pytest.raises(UserError, match=r"^memory://strangers/index.json is corrupt \(splits.train.shards.0.name"):
         Shards.open("memory://strangers", tmp_path / "mirror")
@@ -113,15 +113,15 @@ def test_what_is_no_index_is_one_line(text: bytes, copy: Path) -> None:
 def test_nothing_is_read_outside_a_tar(where: str, copy: Path) -> None:
     idx, crc = copy / "train-000000.idx", copy / "train-000000.crc"
     header, first, *rest = idx.read_text().splitlines()
-    npy, offset, size, *words = first.split(" ")
+    npy, offset, size, *phrases = first.split(" ")
     row, digits = crc.read_text().split()[:2]
     changed = {
-        "offset": [header, " ".join([npy, str(-1), size, *words])],
-        "size": [header, " ".join([npy, offset, str(HUGE), *words])],
+        "offset": [header, " ".join([npy, str(-1), size, *phrases])],
+        "size": [header, " ".join([npy, offset, str(HUGE), *phrases])],
         "row": [header, first.replace(f"{int(row):09d}.", "999999999.")],
         "members": [header, " ".join(first.split(" ")[:8])],
         "header": [f"v1.2 {HUGE}", first],
-        "digits": [header, " ".join([npy, "9" * 5000, size, *words])],
+        "digits": [header, " ".join([npy, "9" * 5000, size, *phrases])],
         "empty": [],
     }
     if where in changed:
@@ -142,8 +142,8 @@ def test_a_sample_larger_than_a_radiograph_is_not_decoded(copy: Path) -> None:
     (copy / "index.json").write_text(json.dumps(index))
     idx = copy / "train-000000.idx"
     header, first, *rest = idx.read_text().splitlines()
-    suffix, offset, _, *words = first.split(" ")
-    idx.write_text("\n".join([header, " ".join([suffix, offset, str(2**38), *words]), *rest]) + "\n")
+    suffix, offset, _, *phrases = first.split(" ")
+    idx.write_text("\n".join([header, " ".join([suffix, offset, str(2**38), *phrases]), *rest]) + "\n")
     with pytest.raises(UserError, match=r"bytes \(at most 73,728\)"):
         Shards.open(copy).read_pixels(0)
 

@@ -46,10 +46,10 @@ def test_pixels_are_predicts_pixels(shared: Path, tmp_path: Path) -> None:
     raw, png, jpeg = (Shards.open(folder) for folder in folders.values())
     worst = 0.0
     for row in range(0, len(raw.manifest.frame), 7):
-        wanted = radiograph.read(source / raw.manifest.frame.at[row, "path"], 96)
-        np.testing.assert_array_equal(raw.read_pixels(row), wanted)
-        np.testing.assert_array_equal(png.read_pixels(row), wanted)
-        worst = max(worst, float(np.abs(jpeg.read_pixels(row).astype(int) - wanted).mean()))
+        expected = radiograph.read(source / raw.manifest.frame.at[row, "path"], 96)
+        np.testing.assert_array_equal(raw.read_pixels(row), expected)
+        np.testing.assert_array_equal(png.read_pixels(row), expected)
+        worst = max(worst, float(np.abs(jpeg.read_pixels(row).astype(int) - expected).mean()))
     assert 0 < worst < 2.5, worst  # gray levels, the mean over the worst radiograph
 
 
@@ -62,28 +62,28 @@ def test_webdataset_reads_them_without_us(
     lines = lines.replace('"npy"', f'"{codec.SUFFIX[encoding]}"')
     monkeypatch.chdir(tmp_path)
     convert(small, Path("shards/NAME"), size=48, encoding=encoding, workers=1)
-    ours = Shards.open(Path("shards/NAME"))
-    seen = []
-    for tar in ours.tar_names():
+    actual = Shards.open(Path("shards/NAME"))
+    visited = []
+    for tar in actual.tar_names():
         scope: dict[str, Any] = {}
         exec(lines.replace("train-000000.tar", tar), scope)
-        np.testing.assert_array_equal(scope["pixels"], ours.read_pixels(scope["row"]))
-        assert scope["label"] == ours.manifest.frame.at[scope["row"], "label"]
+        np.testing.assert_array_equal(scope["pixels"], actual.read_pixels(scope["row"]))
+        assert scope["label"] == actual.manifest.frame.at[scope["row"], "label"]
         for sample in scope["samples"]:
             row = sample["id"]
-            np.testing.assert_array_equal(sample[codec.SUFFIX[encoding]], ours.read_pixels(row))
-            assert sample["cls"] == ours.manifest.frame.at[row, "label"]
+            np.testing.assert_array_equal(sample[codec.SUFFIX[encoding]], actual.read_pixels(row))
+            assert sample["cls"] == actual.manifest.frame.at[row, "label"]
             assert sample["__key__"] == f"{row:09d}"  # a key tells the row, never the label
-            seen.append(row)
-    wanted = np.concatenate([ours.rows(split) for split in ("train", "tune", "valid")])
-    assert seen == wanted.tolist()
+            visited.append(row)
+    expected = np.concatenate([actual.rows(split) for split in ("train", "tune", "valid")])
+    assert visited == expected.tolist()
 
 
 def test_dalis_own_reader_takes_our_index(shard_folder: Path) -> None:
     from nvidia.dali import fn, pipeline_def
 
-    ours = Shards.open(shard_folder)
-    tars = [str(ours.folder / name) for name in ours.tar_names("valid")]
+    actual = Shards.open(shard_folder)
+    tars = [str(actual.folder / name) for name in actual.tar_names("valid")]
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def read():
@@ -98,11 +98,11 @@ def test_dalis_own_reader_takes_our_index(shard_folder: Path) -> None:
     pipe = read()
     pipe.build()
     rows = []
-    for _ in ours.rows("valid"):
-        label, row = (bytes(part.at(0)) for part in pipe.run())
+    for _ in actual.rows("valid"):
+        label, row = (bytes(piece.at(0)) for piece in pipe.run())
         rows.append(int(row))
-        assert int(label) == ours.manifest.frame.at[int(row), "label"]
-    assert sorted(rows) == ours.rows("valid").tolist()
+        assert int(label) == actual.manifest.frame.at[int(row), "label"]
+    assert sorted(rows) == actual.rows("valid").tolist()
 
 
 def test_the_bytes_do_not_depend_on_the_workers(small: Path, tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_what_are_no_shards_is_refused(small: Path, tmp_path: Path) -> None:
         Shards.open(tmp_path)
     convert(small, tmp_path / "out", size=48, workers=1, tune=0)
     path = tmp_path / "out" / "index.json"
-    whole = json.loads(path.read_bytes())
-    path.write_text(json.dumps(whole | {"format": 99}))
+    complete = json.loads(path.read_bytes())
+    path.write_text(json.dumps(complete | {"format": 99}))
     with pytest.raises(UserError, match=r"format 99.*reads format 1"):
         Shards.open(tmp_path / "out")
     path.write_text("{")
@@ -243,7 +243,7 @@ def test_what_are_no_shards_is_refused(small: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="not finished"):
         Shards.open(tmp_path / "out")
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(complete))
     with pytest.raises(UserError, match=r"split 'tune'.*is empty\. Give one of train, valid"):
         Shards.open(tmp_path / "out").rows("tune")
     manifest = tmp_path / "out" / "manifest.csv"
@@ -256,11 +256,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(small: Path, tmp_p
     """A file-size limit stands in for the full disk: the write fails as it would there."""
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); import signal; \
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from mura_dist.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    words = ["shards", str(small), str(tmp_path / "out"), "--size", "48", "--workers", "1"]
-    failed = subprocess.run([sys.executable, "-c", limited, *words], capture_output=True, text=True, check=False)
+    argv = ["shards", str(small), str(tmp_path / "out"), "--size", "48", "--workers", "1"]
+    failed = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, check=False)
     assert failed.returncode == 1, failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
     assert "too large" in failed.stderr
-    assert run("mura-dist", *words).returncode == 0
+    assert run("mura-dist", *argv).returncode == 0
     convert(small, tmp_path / "whole", size=48, workers=1)
     laws.same_bytes(tmp_path / "whole", tmp_path / "out", leave_out=DIFFERS)

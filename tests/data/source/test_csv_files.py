@@ -53,21 +53,21 @@ WAYS: dict[str, Callable[[list[tuple[str, int]]], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_labels_are_understood_however_they_are_saved(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", WAYS)
+def test_labels_are_understood_however_they_are_saved(route: str, tmp_path: Path) -> None:
     """In MURA's CSVs and in a file of corrections."""
     data_set(tmp_path / "set")
     pairs = [(f"MURA-v1.1/{study}/", label) for study, label in zip(STUDIES, LABELS, strict=True)]
-    (tmp_path / "labels.csv").write_bytes(WAYS[way](pairs))
+    (tmp_path / "labels.csv").write_bytes(WAYS[route](pairs))
     corrected = scan(tmp_path / "set", tmp_path / "labels.csv")
     assert corrected.manifest.frame["label"].tolist() == LABELS
     assert corrected.corrections == {STUDIES[0]: 1, STUDIES[2]: 1}
     for split in ("train", "valid"):
-        part = [pair for pair in pairs if f"/{split}/" in pair[0]]
-        (tmp_path / "set" / f"{split}_labeled_studies.csv").write_bytes(WAYS[way](part))
-    said = scan(tmp_path / "set")
-    assert said.manifest.frame["label"].tolist() == LABELS
-    assert said.defects == {"label differs between CSV and folder (CSV taken)": [STUDIES[0], STUDIES[2]]}
+        piece = [pair for pair in pairs if f"/{split}/" in pair[0]]
+        (tmp_path / "set" / f"{split}_labeled_studies.csv").write_bytes(WAYS[route](piece))
+    message = scan(tmp_path / "set")
+    assert message.manifest.frame["label"].tolist() == LABELS
+    assert message.defects == {"label differs between CSV and folder (CSV taken)": [STUDIES[0], STUDIES[2]]}
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_lists_of_images_too(as_saved: Callable[[str], bytes], tmp_path: Path) -
 def test_names_are_compared_composed(disk: str, tables: str, tmp_path: Path) -> None:
     """As macOS stores them and as Windows types them; the manifest has the disk's own."""
     study = "train/XR_WRIST/patientM\u00fcller/study1_negative"
-    on_disk, told = unicodedata.normalize(disk, study), unicodedata.normalize(tables, study)
+    on_disk, output = unicodedata.normalize(disk, study), unicodedata.normalize(tables, study)
     data_set(tmp_path / "set", [on_disk])
-    (tmp_path / "set" / "train_image_paths.csv").write_text(f"{told}/image1.png", encoding="utf-8")
-    (tmp_path / "set" / "train_labeled_studies.csv").write_text(f"{told}/,1", encoding="utf-8")
-    (tmp_path / "labels.csv").write_text(f"{told},0", encoding="utf-8")
-    said = scan(tmp_path / "set")
-    assert said.manifest.frame[["path", "label"]].values.tolist() == [[f"{on_disk}/image1.png", 1]]
-    assert said.defects == {"label differs between CSV and folder (CSV taken)": [on_disk]}
+    (tmp_path / "set" / "train_image_paths.csv").write_text(f"{output}/image1.png", encoding="utf-8")
+    (tmp_path / "set" / "train_labeled_studies.csv").write_text(f"{output}/,1", encoding="utf-8")
+    (tmp_path / "labels.csv").write_text(f"{output},0", encoding="utf-8")
+    message = scan(tmp_path / "set")
+    assert message.manifest.frame[["path", "label"]].values.tolist() == [[f"{on_disk}/image1.png", 1]]
+    assert message.defects == {"label differs between CSV and folder (CSV taken)": [on_disk]}
     assert scan(tmp_path / "set", tmp_path / "labels.csv").corrections == {on_disk: 0}
 
 
@@ -112,7 +112,7 @@ def test_of_two_spellings_on_disk_each_has_its_own_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "phrases"),
     [
         (b"", "it is empty"),
         (b"study,label\n", "it is empty"),
@@ -123,28 +123,28 @@ def test_of_two_spellings_on_disk_each_has_its_own_line(tmp_path: Path) -> None:
         (b"MURA-v1.1:train:XR_WRIST,1\n", f"{NAME} line 1: 'MURA-v1.1:train:XR_WRIST,1' is invalid"),
     ],
 )
-def test_labels_of_which_no_line_fits_are_refused(text: bytes, words: str, tmp_path: Path) -> None:
+def test_labels_of_which_no_line_fits_are_refused(text: bytes, phrases: str, tmp_path: Path) -> None:
     """Nobody who left a file of labels meant the names of the folders."""
     data_set(tmp_path)
     (tmp_path / "train_labeled_studies.csv").write_bytes(text)
     with pytest.raises(UserError) as refusal:
         scan(tmp_path)
     assert str(refusal.value) == (
-        f"train_labeled_studies.csv labels no study of train/ ({words}). Fix its lines (study,label with a label of 0 or 1, "
+        f"train_labeled_studies.csv labels no study of train/ ({phrases}). Fix its lines (study,label with a label of 0 or 1, "
         "normal or abnormal), or delete it to use the folders."
     )
 
 
 def test_labels_of_other_studies_are_refused(tmp_path: Path) -> None:
     data_set(tmp_path)
-    other = "train/XR_WRIST/patient1/study1_negative"
-    (tmp_path / "train_labeled_studies.csv").write_text(f"{other}/,1\n")
+    another = "train/XR_WRIST/patient1/study1_negative"
+    (tmp_path / "train_labeled_studies.csv").write_text(f"{another}/,1\n")
     with pytest.raises(
-        UserError, match=rf"labels none of the 2 studies of train/ on disk \(first in the file: {other}, "
+        UserError, match=rf"labels none of the 2 studies of train/ on disk \(first in the file: {another}, "
     ):
         scan(tmp_path)
     (tmp_path / "valid_labeled_studies.csv").write_text("valid/XR_WRIST/patient00009/study1_negative/,1\n")
-    (tmp_path / "train_labeled_studies.csv").write_text(f"{other}/,1\n{STUDIES[0]}/,1\n")
+    (tmp_path / "train_labeled_studies.csv").write_text(f"{another}/,1\n{STUDIES[0]}/,1\n")
     with pytest.raises(UserError, match=r"valid_labeled_studies\.csv labels none of the 1 studies of valid/ on disk"):
         scan(tmp_path)
     assert scan(tmp_path / "train").defects.keys() == {
@@ -177,7 +177,7 @@ def test_a_store_is_read_alike(tmp_path: Path) -> None:
         for study in STUDIES:
             store.pipe_file(f"/test-csv-files/{study}/image1.png", study.encode())
         store.pipe_file("/test-csv-files/train_labeled_studies.csv", saved)
-        said: Scan = scan("memory://test-csv-files")
+        message: Scan = scan("memory://test-csv-files")
     finally:
         store.rm("/test-csv-files", recursive=True)
-    assert said.manifest.frame["label"].tolist() == [1, 0, 0]
+    assert message.manifest.frame["label"].tolist() == [1, 0, 0]

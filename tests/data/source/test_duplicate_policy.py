@@ -145,8 +145,8 @@ def test_group_parts_no_duplicates(fraction: float) -> None:
     for seed in range(5):
         pairs = [(paths[int(a)], paths[int(b)]) for a, b in np.sort(rng.permutation(400)[:80].reshape(-1, 2))]
         pairs += [(paths[0], paths[n]) for n in range(200, 240)]  # a black picture that 41 patients have
-        whole = Scan(Path("x"), manifest, {}, False, {}, [], sorted(set(pairs)), sizes)
-        cut = cut_tune(manifest, fraction, seed, apply_policy(whole, "group").resolution.groups).frame
+        complete = Scan(Path("x"), manifest, {}, False, {}, [], sorted(set(pairs)), sizes)
+        cut = cut_tune(manifest, fraction, seed, apply_policy(complete, "group").resolution.groups).frame
         split = dict(zip(cut["path"], cut["split"], strict=True))
         assert [pair for pair in pairs if split[pair[0]] != split[pair[1]]] == []
         assert abs((cut["split"] == "tune").sum() - 400 * fraction) <= 41 * fraction + 12
@@ -210,7 +210,7 @@ def test_ranks_that_share_a_conversion_drop_the_same(pictures: Path, tmp_path: P
     convert(pictures, tmp_path / "alone", size=32, workers=1, duplicates="drop-train")
     script = tmp_path / "shards.py"
     script.write_text("from mura_dist.cli.main import main\nif __name__ == '__main__':\n    main()\n")
-    words = (
+    argv = (
         "shards",
         pictures,
         tmp_path / "shared",
@@ -222,9 +222,9 @@ def test_ranks_that_share_a_conversion_drop_the_same(pictures: Path, tmp_path: P
         "--duplicates",
         "drop-train",
     )
-    ranks = [start_rank(script, LAUNCHERS["Slurm"](rank, 2), *words) for rank in (1, 0)]
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    ranks = [start_rank(script, LAUNCHERS["Slurm"](rank, 2), *argv) for rank in (1, 0)]
+    output = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], output
     laws.same_bytes(tmp_path / "alone", tmp_path / "shared", leave_out=DIFFERS)
 
 
@@ -233,21 +233,21 @@ def test_another_choice_is_refused_into_the_same_folder(
 ) -> None:
     out = tmp_path / "out"
     index = convert(pictures, out, size=32, workers=1)
-    words = ["shards", pictures, out, "--size", "32", "--workers", "1", "--quiet", "--duplicates"]
+    argv = ["shards", pictures, out, "--size", "32", "--workers", "1", "--quiet", "--duplicates"]
     for policy in ("drop-train", "group"):
         differs = f"holds shards with duplicates=keep, this conversion has duplicates={policy}"
-        laws.refusal(capsys, [*words, policy], differs, "Give another folder")
+        laws.refusal(capsys, [*argv, policy], differs, "Give another folder")
     laws.refusal(
         capsys,
-        [*words, "drop"],
+        [*argv, "drop"],
         "--duplicates 'drop' (did you mean drop-train?): must be one of keep, drop-train, group",
     )
     for name in ("conversion.json", "report.json"):  # as an earlier version wrote them
-        found = json.loads((out / name).read_bytes())
-        del (found["plan"] if name == "conversion.json" else found)["duplicates"]
-        (out / name).write_text(json.dumps(found))
+        actual = json.loads((out / name).read_bytes())
+        del (actual["plan"] if name == "conversion.json" else actual)["duplicates"]
+        (out / name).write_text(json.dumps(actual))
     assert convert(pictures, out, size=32, workers=1) == index
-    laws.refusal(capsys, [*words, "group"], "duplicates=keep, this conversion has duplicates=group")
+    laws.refusal(capsys, [*argv, "group"], "duplicates=keep, this conversion has duplicates=group")
 
 
 def test_strict_takes_what_is_dropped_for_mended(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ def paths_of_v1_1() -> Iterator[str]:
     """As many radiographs, studies and patients as v1.1 has; who is who is ours, but patient07840 has an XR_WRIST."""
     patients = 0
     for split, types in mura.STUDIES_V1_1.items():
-        taken, studies = itertools.count(9000), Counter[tuple[int, str]]()
+        removed, studies = itertools.count(9000), Counter[tuple[int, str]]()
         for study_type, pair in types.items():
-            for label, number in ((one, number) for one in (0, 1) for number in range(pair[one])):
-                patient = patients + next(taken) % mura.PATIENTS_V1_1[split] + 1
+            for label, number in ((item, number) for item in (0, 1) for number in range(pair[item])):
+                patient = patients + next(removed) % mura.PATIENTS_V1_1[split] + 1
                 studies[patient, study_type] += 1
                 study = f"study{studies[patient, study_type]}_{('negative', 'positive')[label]}"
                 # The cell's radiographs, shared out evenly over its studies.
@@ -152,9 +152,9 @@ def write_csvs(root: Path, paths: list[str]) -> None:
     for split in ("train", "valid"):
         mine = [path for path in paths if path.startswith(split)]
         studies = dict.fromkeys(path.rpartition("/")[0] for path in mine)
-        told = (f"MURA-v1.1/{study}/,{int(study.endswith('positive'))}\n" for study in studies)
+        output = (f"MURA-v1.1/{study}/,{int(study.endswith('positive'))}\n" for study in studies)
         (root / f"{split}_image_paths.csv").write_text("".join(f"MURA-v1.1/{path}\n" for path in mine))
-        (root / f"{split}_labeled_studies.csv").write_text("".join(told))
+        (root / f"{split}_labeled_studies.csv").write_text("".join(output))
 
 
 @pytest.mark.nightly(part="files")
@@ -212,8 +212,8 @@ def test_v1_0_is_refused_by_its_count(v1_1: Path) -> None:
 def check_v1_0(root: Path) -> None:
     with pytest.raises(UserError) as refusal:
         scan(root)
-    said = str(refusal.value)
-    assert said == (
+    message = str(refusal.value)
+    assert message == (
         f"{root} has 40895 radiographs, as MURA-v1.0 had, which contained patient data and was withdrawn. Delete it and ask "
         "Stanford for MURA-v1.1."
     )
@@ -246,7 +246,7 @@ def test_a_report_holds_everything(tmp_path: Path) -> None:
         if len(set(map(split.get, pair.split(" = ")))) > 1
     ]
     assert report["duplicates_of_train_in_tune"] == apart != []
-    assert {name: part["num_radiographs"] for name, part in report["counts"]["splits"].items()} == {
+    assert {name: counts["num_radiographs"] for name, counts in report["counts"]["splits"].items()} == {
         "train": 16, "tune": 4, "valid": 1
     }  # fmt: skip
     text = audit.text(report).splitlines()
@@ -305,12 +305,12 @@ def test_a_page_counts_what_a_report_lists(tmp_path: Path, shared: Path, remote:
     if remote:
         store, folder = fsspec.filesystem("memory"), "memory://test-audit/fracatlas-mura"
         store.put(str(shared / "radiographs" / "fracatlas-mura"), "/test-audit/fracatlas-mura", recursive=True)
-    found = describe(folder, tmp_path / "page.html")
+    actual = describe(folder, tmp_path / "page.html")
     scanned = scan(folder)
     report = checked(scanned, scanned.manifest)
-    assert found["name"] == "fracatlas-mura"
-    assert found["defects"] == {name: len(seen) for name, seen in report["defects"].items()}
-    assert found["is_mura_v1_1"] is report["mura_v1_1"]["complete"] is False
-    assert found["num_radiographs"] == found["sizes"]["num_told"] == report["counts"]["num_radiographs"] == 386
+    assert actual["name"] == "fracatlas-mura"
+    assert actual["defects"] == {name: len(visited) for name, visited in report["defects"].items()}
+    assert actual["is_mura_v1_1"] is report["mura_v1_1"]["complete"] is False
+    assert actual["num_radiographs"] == actual["sizes"]["num_told"] == report["counts"]["num_radiographs"] == 386
     if remote:
         store.rm("/test-audit", recursive=True)
