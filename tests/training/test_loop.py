@@ -103,7 +103,7 @@ def test_missing_or_truncated_tar_is_refused_before_anything_is_written(
     arguments = ["train", *TINY, f"shards={shards}", f"run={tmp_path / 'run'}"]
     os.truncate(shards / "tune-000000.tar", 1000)
     laws.refusal(
-        capsys, arguments, "tune-000000.tar has 1,000 bytes, index.json:", "Delete tune-000000.json and index.json"
+        capsys, arguments, "tune-000000.tar has 1,000 bytes (index.json:", "Delete tune-000000.json and index.json"
     )
     (shards / "train-000000.tar").unlink()
     laws.refusal(capsys, arguments, "train-000000.tar is missing", "run the same `mura-dist shards` command again")
