@@ -142,16 +142,16 @@ class StudyModel:
         names: Sequence[str],
         identities: Sequence[DicomIdentity | None],
     ) -> str:
-        known = frozenset((*self.onnx_model.card.study_types, *self.onnx_model.card.thresholds))
+        model_types = frozenset((*self.onnx_model.card.study_types, *self.onnx_model.card.thresholds))
         if study_type is not None:
             study_type = study_types.normalize(study_type)
-            for warning in study_types.check(study_type, known):
+            for warning in study_types.check(study_type, model_types):
                 warnings.warn(warning, stacklevel=3)
             return study_type
         types = set()
         for source, name, identity in zip(sources, names, identities, strict=True):
             folder, file = os.path.split(os.path.abspath(name)) if isinstance(source, Path | str) else ("", name)
-            types.add(Grouping(Path(folder).as_posix(), "auto", None, known).study_type(file, identity))
+            types.add(Grouping(Path(folder).as_posix(), "auto", None, model_types).study_type(file, identity))
         return types.pop() if len(types) == 1 else grouping.UNKNOWN
 
     def _summarize(self, views: tuple[ViewResult, ...], study_type: str) -> StudyResult:

@@ -23,8 +23,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("table") / "walk.sqlite"
 
 
-def listed(found: FileList) -> list[ListedFile]:
-    return list(itertools.chain.from_iterable(found.chunks(range(found.num_chunks))))
+def listed(listing: FileList) -> list[ListedFile]:
+    return list(itertools.chain.from_iterable(listing.chunks(range(listing.num_chunks))))
 
 
 def paths(directory: Path, table: Path, exclude: Path | None = None) -> list[str]:
@@ -47,19 +47,19 @@ NAMES = [
 @pytest.mark.parametrize("size", [1, 2, 7, len(NAMES), 256])
 def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, size: int) -> None:
     make(tmp_path, *NAMES)
-    told: list[int] = []
-    found = file_list.list_files(tmp_path, table, chunk_size=size, progress=told.append)
-    assert told == sorted(told)
-    assert (found.num_files, found.num_chunks, told[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
-    there = listed(found)
-    assert [file.path for file in there] == sorted(NAMES, key=os.fsencode)
-    for file in there:
+    counts: list[int] = []
+    listing = file_list.list_files(tmp_path, table, chunk_size=size, progress=counts.append)
+    assert counts == sorted(counts)
+    assert (listing.num_files, listing.num_chunks, counts[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
+    files_in_list = listed(listing)
+    assert [file.path for file in files_in_list] == sorted(NAMES, key=os.fsencode)
+    for file in files_in_list:
         status = os.stat(tmp_path / file.path)
         assert (file.num_bytes, file.mtime_ns, file.failure) == (status.st_size, status.st_mtime_ns, None)
-    lines = (os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} None\n".encode() for file in there)
-    assert found.digest == hashlib.sha256(b"".join(lines)).hexdigest()
-    last = found.num_chunks - 1
-    assert [len(chunk) for chunk in found.chunks([last, 0])] == [len(NAMES) - last * size, min(size, len(NAMES))]
+    lines = (os.fsencode(file.path) + f"\0{file.num_bytes} {file.mtime_ns} None\n".encode() for file in files_in_list)
+    assert listing.digest == hashlib.sha256(b"".join(lines)).hexdigest()
+    last = listing.num_chunks - 1
+    assert [len(chunk) for chunk in listing.chunks([last, 0])] == [len(NAMES) - last * size, min(size, len(NAMES))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps names that are not UTF-8")
@@ -74,8 +74,8 @@ def test_times_beyond_what_a_database_counts(tmp_path: Path, table: Path) -> Non
     with contextlib.suppress(OSError):  # a disk that keeps no such time
         os.utime(tmp_path / "future", ns=(0, (1 << 63) + (1 << 60)))
     os.utime(tmp_path / "past", ns=(0, -1))
-    found = {file.path: file.mtime_ns for file in listed(file_list.list_files(tmp_path, table))}
-    assert found == {name: os.stat(tmp_path / name).st_mtime_ns for name in ("future", "past")}
+    listing = {file.path: file.mtime_ns for file in listed(file_list.list_files(tmp_path, table))}
+    assert listing == {name: os.stat(tmp_path / name).st_mtime_ns for name in ("future", "past")}
 
 
 def test_links(tmp_path: Path, table: Path) -> None:
@@ -98,10 +98,10 @@ def test_links(tmp_path: Path, table: Path) -> None:
         (root / name).symlink_to(target)
     (outer / "back").symlink_to(root)
     (outer / "sub" / "loop").symlink_to(outer)
-    found = {file.path: file.failure for file in listed(file_list.list_files(root, table))}
+    listing = {file.path: file.failure for file in listed(file_list.list_files(root, table))}
     good = ["a/real.png", "b/far.png", "b/sub/farther.png", "file.png", "z/deep/real.png"]
-    assert {path for path, failure in found.items() if failure is None} == set(good)
-    assert {path: failure[0] for path, failure in found.items() if failure} == {
+    assert {path for path, failure in listing.items() if failure is None} == set(good)
+    assert {path: failure[0] for path, failure in listing.items() if failure} == {
         "broken": "unreadable",
         "itself": "unreadable",
     }

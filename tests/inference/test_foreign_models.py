@@ -94,12 +94,12 @@ def test_another_graph_is_refused(change: dict[str, object], tmp_path: Path) -> 
     assert "\n" not in str(refusal.value)
 
 
-def outside(place: str, key: str = "location") -> onnx.TensorProto:
+def outside(location: str, key: str = "location") -> onnx.TensorProto:
     tensor = helper.make_tensor("channel", TensorProto.INT64, [1], [1])
     tensor.ClearField("int64_data")
     tensor.data_location = TensorProto.EXTERNAL
     entry = tensor.external_data.add()
-    entry.key, entry.value = key, place
+    entry.key, entry.value = key, location
     return tensor
 
 
@@ -110,7 +110,7 @@ def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
     return mean(nodes=[*MEAN, condition], initializer=[*AXES, helper.make_tensor("yes", TensorProto.BOOL, [], [True])])
 
 
-@pytest.mark.parametrize("place", ["../secret", "/etc/hostname", "weights.bin", ""])
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "weights.bin", ""])
 @pytest.mark.parametrize(
     "build",
     [
@@ -122,12 +122,12 @@ def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
     ],
 )
 def test_no_other_file_is_read(
-    build: Callable[[onnx.TensorProto], onnx.GraphProto], place: str, tmp_path: Path
+    build: Callable[[onnx.TensorProto], onnx.GraphProto], location: str, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_bytes(bytes(8))
     (tmp_path / "weights.bin").write_bytes(bytes(8))
-    path = saved(build(outside(place)), tmp_path / "m.onnx")
-    assert onnx_metadata.external_file(path.read_bytes()) == place
+    path = saved(build(outside(location)), tmp_path / "m.onnx")
+    assert onnx_metadata.external_file(path.read_bytes()) == location
     with pytest.raises(UserError, match="has its weights in another file"):
         OnnxModel.load(path)
 
@@ -154,7 +154,7 @@ def test_a_prediction_with_such_a_model_is_one_line(tmp_path: Path, capsys: pyte
     (tmp_path / "in").mkdir()
     Image.fromarray(noise(1)[0, 0]).save(tmp_path / "in/a.png")
     path = saved(endless(), tmp_path / "m.onnx")
-    words = [
+    arguments = [
         "predict",
         str(path),
         str(tmp_path / "in"),
@@ -164,9 +164,9 @@ def test_a_prediction_with_such_a_model_is_one_line(tmp_path: Path, capsys: pyte
         "1",
         "--quiet",
     ]
-    assert main(words) == FAILED
+    assert main(arguments) == FAILED
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert main([*words[:-2], "0"]) == INVALID
+    assert main([*arguments[:-2], "0"]) == INVALID
 
 
 STUCK = """

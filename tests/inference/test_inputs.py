@@ -50,11 +50,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("words", CASES, ids=" ".join)
-def test_inputs_are_read_below_their_deepest_common_folder(words: tuple[str, ...], ward: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", CASES, ids=" ".join)
+def test_inputs_are_read_below_their_deepest_common_folder(
+    arguments: tuple[str, ...], ward: Path, tmp_path: Path
+) -> None:
     """Law: each file once, by its path below that folder, whatever the order and form of the arguments."""
-    folder, paths = CASES[words]
-    for number, some in enumerate(itertools.permutations(words)):
+    folder, paths = CASES[arguments]
+    for number, some in enumerate(itertools.permutations(arguments)):
         inputs = Inputs.parse([Path(word) for word in some])
         assert inputs.directory.samefile(ward / folder)
         assert listed(inputs, tmp_path / f"list{number}") == paths
@@ -88,9 +90,9 @@ def test_what_is_no_input_is_refused(ward: Path) -> None:
             "s3://key:secret@bucket/a.png",
         ): r"^s3://\*\*\*@bucket/a\.png: predict reads only files of this machine\. Copy",
     }
-    for words, text in cases.items():
+    for arguments, text in cases.items():
         with pytest.raises(UserError, match=text):
-            Inputs.parse(words)
+            Inputs.parse(arguments)
 
 
 def table(out: Path, name: str = "predictions") -> dict[str, float]:
@@ -99,22 +101,22 @@ def table(out: Path, name: str = "predictions") -> dict[str, float]:
 
 def test_several_arguments_are_one_prediction(model: Path, ward: Path, tmp_path: Path, capsys) -> None:
     """The logits are those of the whole folder; in another order, from another place, it is the same finished prediction."""
-    whole = tmp_path / "whole"
-    predict(model, ward, whole)
-    out, words = tmp_path / "some", ["b.png", "x/y", "z/a.png"]
-    assert main(["predict", str(model), *words, "--out", str(out), "--overlays"]) == DONE
+    all_inputs = tmp_path / "whole"
+    predict(model, ward, all_inputs)
+    out, arguments = tmp_path / "some", ["b.png", "x/y", "z/a.png"]
+    assert main(["predict", str(model), *arguments, "--out", str(out), "--overlays"]) == DONE
     paths = {"b.png", "x/y/c.png", "x/y/d.png", "z/a.png"}
-    assert table(out) == {path: logit for path, logit in table(whole).items() if path in paths}
+    assert table(out) == {path: logit for path, logit in table(all_inputs).items() if path in paths}
     assert {path.relative_to(out / "overlays").as_posix() for path in out.rglob("*.png")} == {
         f"{path}.png" for path in paths
     }
     before = (out / "predict.json").read_bytes()
-    again = [str(ward / word) for word in reversed(words)]
+    again = [str(ward / word) for word in reversed(arguments)]
     assert main(["predict", str(model), *again, "--out", str(out), "--overlays"]) == DONE
     assert (out / "predict.json").read_bytes() == before
     capsys.readouterr()
     line = laws.refusal(
-        capsys, ["predict", model, *words, "a.png", "--out", out, "--overlays"], "holds a run with num_files=4"
+        capsys, ["predict", model, *arguments, "a.png", "--out", out, "--overlays"], "holds a run with num_files=4"
     )
     assert "this one has num_files=5" in line
 
@@ -137,29 +139,29 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
         predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs
 
 
-@pytest.mark.parametrize("words", [("a.png", "b.png", "x", "z"), ("a.png",), ("x",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("a.png", "b.png", "x", "z"), ("a.png",), ("x",)], ids=" ".join)
 def test_an_output_folder_that_a_shell_names_again_is_no_input(
-    words: tuple[str, ...], model: Path, ward: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], model: Path, ward: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second `predict M * --out predictions` finishes the first one, or has nothing to do: the bytes are the same."""
     out = Path("predictions")
-    assert main(["predict", str(model), *words, "--out", str(out)]) == DONE
+    assert main(["predict", str(model), *arguments, "--out", str(out)]) == DONE
     contents = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for again in ("predictions", "./predictions/", str(ward / "predictions")):
-        assert main(["predict", str(model), *words, again, "--out", str(out)]) == DONE
+        assert main(["predict", str(model), *arguments, again, "--out", str(out)]) == DONE
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == contents
     laws.refusal(capsys, ["predict", model, out, "--out", out], "is the directory of radiographs itself")
 
 
 def test_a_killed_prediction_resumes_where_a_shell_names_its_output(model: Path, ward: Path) -> None:
-    out, words = Path("predictions"), ["a.png", "b.png"]
-    predict(model, words, out)
+    out, arguments = Path("predictions"), ["a.png", "b.png"]
+    predict(model, arguments, out)
     (out / ".parts").mkdir()
     plan = json.loads((out / "predict.json").read_text())["plan"]
     (out / ".parts" / "plan.json").write_text(json.dumps(plan))
     (out / "predict.json").unlink()  # begun, not finished
-    predict(model, [*words, "predictions"], out)
-    assert set(table(out)) == set(words)
+    predict(model, [*arguments, "predictions"], out)
+    assert set(table(out)) == set(arguments)
 
 
 def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path: Path) -> None:
@@ -173,9 +175,9 @@ def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path:
 @pytest.mark.usefixtures("own_site_key")
 def test_pseudonyms_of_several_lead_back(model: Path, ward: Path, tmp_path: Path) -> None:
     """KEYTABLE may lie beside the files, not in a folder that is read."""
-    words = ["predict", str(model), "a.png", "x", "--out", str(tmp_path / "out"), "--pseudonyms"]
-    assert main([*words, "x/keys.csv"]) == 2
-    assert main([*words, "keys.csv"]) == DONE
+    arguments = ["predict", str(model), "a.png", "x", "--out", str(tmp_path / "out"), "--pseudonyms"]
+    assert main([*arguments, "x/keys.csv"]) == 2
+    assert main([*arguments, "keys.csv"]) == DONE
     keys = pd.read_csv(ward / "keys.csv").set_index("pseudonym")["path"]
     assert {keys[name] for name in table(tmp_path / "out")} == {"a.png", "x/a.png", "x/y/c.png", "x/y/d.png"}
     text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.*"))
@@ -184,9 +186,9 @@ def test_pseudonyms_of_several_lead_back(model: Path, ward: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_ranks_share_several_arguments(model: Path, ward: Path, tmp_path: Path) -> None:
-    words = ["a.png", "x", "z/a.png"]
-    predict(model, words, tmp_path / "one")
-    done = torchrun(3, "mura_dist.predict", model, *words, "--out", tmp_path / "three", cwd=ward)
+    arguments = ["a.png", "x", "z/a.png"]
+    predict(model, arguments, tmp_path / "one")
+    done = torchrun(3, "mura_dist.predict", model, *arguments, "--out", tmp_path / "three", cwd=ward)
     assert done.returncode == 0, done.stderr
     for name in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -19,7 +19,7 @@ from mura_dist.inference.predict import PredictOptions, predict
 
 CENTER, SLOPE = "WindowCenter unusable and ignored", "RescaleSlope unusable and ignored"
 SHAPE = "PresentationLUTShape contradicts PhotometricInterpretation and is followed"
-WANTED = {SHAPE: 1, SLOPE: 1, CENTER: 3}
+EXPECTED = {SHAPE: 1, SLOPE: 1, CENTER: 3}
 RANK = """
 import sys
 from mura_dist.cli.main import main
@@ -52,11 +52,11 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_notes_are_counted(model: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
-    said = capsys.readouterr().out
-    assert [line for line in said.splitlines() if line.startswith("note: ")] == [
-        f"note: {note} in {number} of 8 radiographs" for note, number in WANTED.items()
+    output = capsys.readouterr().out
+    assert [line for line in output.splitlines() if line.startswith("note: ")] == [
+        f"note: {note} in {number} of 8 radiographs" for note, number in EXPECTED.items()
     ]
-    assert json.loads((out / "predict.json").read_text())["radiographs_by_note"] == WANTED
+    assert json.loads((out / "predict.json").read_text())["radiographs_by_note"] == EXPECTED
     assert all("Doe" not in path.read_text() for path in out.iterdir())
     assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
     assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, "the finished command says it again"
@@ -79,7 +79,7 @@ def test_notes_of_a_resumed_prediction(model: Path, source: Path, tmp_path: Path
 
     with pytest.raises(_Killed):
         predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=progress)
-    assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == WANTED
+    assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == EXPECTED
 
 
 def test_parts_of_an_earlier_state_have_no_notes(tmp_path: Path) -> None:
@@ -96,5 +96,5 @@ def test_notes_of_two_ranks(model: Path, source: Path, tmp_path: Path) -> None:
     command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1)
     ranks = [start_rank(tmp_path / "rank.py", LAUNCHERS["Slurm"](rank, 2), *command) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
-    assert json.loads((tmp_path / "out/predict.json").read_text())["radiographs_by_note"] == WANTED
+    assert json.loads((tmp_path / "out/predict.json").read_text())["radiographs_by_note"] == EXPECTED
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")

@@ -40,7 +40,7 @@ def test_fields_of_all_kinds_are_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         (b"", "empty"),
         (b"not a model", "no protobuf field begins at byte"),
@@ -50,8 +50,8 @@ def test_fields_of_all_kinds_are_skipped() -> None:
         (b"\x80" * 11, "no protobuf number ends"),
     ],
 )
-def test_what_is_no_message_is_an_error(data: bytes, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_what_is_no_message_is_an_error(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         onnx_metadata.read(data, KEY)
 
 
@@ -59,8 +59,8 @@ def test_a_file_cut_anywhere_or_of_noise_ends_in_a_value_or_an_error(model: Path
     data, draw = model.read_bytes(), random.Random(1)
     cuts = [data[: draw.randrange(len(data))] for _ in range(200)]
     noise = [draw.randbytes(draw.randrange(1, 60)) for _ in range(2000)]
-    for part in cuts + noise:
+    for chunk in cuts + noise:
         try:
-            assert isinstance(onnx_metadata.read(part, KEY), str | None)
+            assert isinstance(onnx_metadata.read(chunk, KEY), str | None)
         except ValueError:
             continue

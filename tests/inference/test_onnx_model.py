@@ -35,12 +35,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, streams: int, threads: int) -> None:
     images = noise(23)
-    wanted = OnnxModel.load(model, session_config=SessionConfig(threads=1, streams=1)).outputs(images)
+    expected = OnnxModel.load(model, session_config=SessionConfig(threads=1, streams=1)).outputs(images)
     loaded = OnnxModel.load(model, session_config=SessionConfig(batch_size, streams, threads))
     batches = (images[at : at + batch_size] for at in range(0, len(images), batch_size))
-    found = [np.concatenate(parts) for parts in zip(*loaded.stream(batches, OUTPUTS), strict=True)]
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(one, other)
+    actual = [np.concatenate(parts) for parts in zip(*loaded.stream(batches, OUTPUTS), strict=True)]
+    for first, other_path in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(first, other_path)
 
 
 @pytest.mark.parametrize("provider", BOTH)
@@ -50,24 +50,24 @@ def test_batches_come_back_in_order(model: Path, provider: str, streams: int) ->
     sizes = [1, 5, 2, 9, 3, 20]
     starts = np.cumsum([0, *sizes[:-1]])
     batches = [images[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-    found = [logit for (logit,) in loaded.stream(batches)]
-    assert [len(logit) for logit in found] == sizes
-    np.testing.assert_allclose(np.concatenate(found), OnnxModel.load(model).logits(images), atol=1e-4)
+    actual = [logit for (logit,) in loaded.stream(batches)]
+    assert [len(logit) for logit in actual] == sizes
+    np.testing.assert_allclose(np.concatenate(actual), OnnxModel.load(model).logits(images), atol=1e-4)
     assert list(loaded.stream([])) == []
 
 
 def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
-    taken = 0
+    num_taken = 0
 
     def batches():
-        nonlocal taken
+        nonlocal num_taken
         for _ in range(20):
-            taken += 1
+            num_taken += 1
             yield noise(1)
 
     stream = OnnxModel.load(model, session_config=SessionConfig(streams=2)).stream(batches())
     next(stream)
-    assert taken <= 4
+    assert num_taken <= 4
     stream.close()
 
 
@@ -115,12 +115,12 @@ print(len(list(OnnxModel.load(Path(sys.argv[1]), "openvino", SessionConfig(strea
         assert done.stdout.strip() == "20"
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> None:
+@pytest.mark.parametrize("uses_package", [True, False])
+def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, uses_package: bool) -> None:
     """Its usage statistics begin with a file among the temporary ones: none is there. Without us one is."""
     code = (
         "from pathlib import Path; from mura_dist.inference.onnx_model import OnnxModel; OnnxModel.load(Path({0!r}))"
-        if ours
+        if uses_package
         else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
     )
     quiet = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
@@ -128,10 +128,10 @@ def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, ours: bool) -> N
     # In that process all addresses lead nowhere: the control shall tell nobody either.
     env |= dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     subprocess.run([sys.executable, "-c", code.format(str(model))], check=True, env=env, timeout=120)
-    left = [path.name for path in tmp_path.iterdir() if path.name != "cache"]
-    if ours:
-        assert left == []
-    elif not left:
+    leftovers = [path.name for path in tmp_path.iterdir() if path.name != "cache"]
+    if uses_package:
+        assert leftovers == []
+    elif not leftovers:
         pytest.skip("this build of ONNX Runtime writes no such file")
 
 
@@ -217,10 +217,10 @@ def test_the_fastest_way_is_measured_kept_and_found(
     assert best in ways
     assert autotune.describe(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
     assert autotune.load_tuned_config(OnnxModel.load(model, provider)) == best
-    kept = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
-    [entry] = kept.values()
+    cache = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
+    [entry] = cache.values()
     assert len(entry["measured"]) == len(ways)
-    assert str(model) not in json.dumps(kept)
+    assert str(model) not in json.dumps(cache)
 
 
 @pytest.mark.parametrize(("provider", "streams"), [("cuda", {1, 2, 3}), ("tensorrt", {1})])
@@ -229,16 +229,16 @@ def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> N
     usual = SessionConfig(64, 2, 8)
     ways = list(autotune.candidate_configs(usual, PROVIDERS[provider], 320))
     assert usual not in ways
-    assert {way.streams for way in ways} == streams
-    assert {way.batch_size for way in ways} == {16, 32, 64, 128}
+    assert {config.streams for config in ways} == streams
+    assert {config.batch_size for config in ways} == {16, 32, 64, 128}
 
 
 def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     autotune.tune(model, "cpu")
-    other = tmp_path / "other.onnx"
-    with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other)
-    assert autotune.load_tuned_config(OnnxModel.load(other)) is None
+    other_path = tmp_path / "other.onnx"
+    with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other_path)
+    assert autotune.load_tuned_config(OnnxModel.load(other_path)) is None
     assert autotune.load_tuned_config(OnnxModel.load(model)) is not None
     monkeypatch.setattr(autotune, "num_processors", lambda: 99)
     assert autotune.load_tuned_config(OnnxModel.load(model)) is None

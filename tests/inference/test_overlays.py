@@ -20,7 +20,7 @@ from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, draw_o
 from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.reports import heatmap, local_only
 
-LEFT, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
+LEFT_PX, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
 
 
 pytestmark = pytest.mark.usefixtures("own_site_key")
@@ -30,9 +30,9 @@ def parts(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """The radiograph and the painted one, (S, S, 3) each, out of a picture."""
     pixels, side = np.asarray(Image.open(path)), 5 * size
     tall = pixels[TOP : TOP + side]
-    one, two = tall[:, LEFT : LEFT + side], tall[:, LEFT + side + GAP : LEFT + 2 * side + GAP]
-    assert (one[::5] == one[4::5]).all()  # enlarged, not smoothed
-    return one[::5, ::5], two[::5, ::5]
+    overlay_item, two = tall[:, LEFT_PX : LEFT_PX + side], tall[:, LEFT_PX + side + GAP : LEFT_PX + 2 * side + GAP]
+    assert (overlay_item[::5] == overlay_item[4::5]).all()  # enlarged, not smoothed
+    return overlay_item[::5, ::5], two[::5, ::5]
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: 
     lines = rows(tmp_path / "out/predictions.csv")
     assert summary["num_overlays"] == len(lines) == 6
     assert summary["num_overlays_withheld"] == 0
-    wanted = {f"{line['path']}.png" for line in lines} - {"x.png/b.png"} | {"x.png_/b.png", NOTE}
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == wanted
+    expected = {f"{line['path']}.png" for line in lines} - {"x.png/b.png"} | {"x.png_/b.png", NOTE}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == expected
     for line in lines:
         image = radiograph.read(source / line["path"], 64)
         logit, cells = loaded.outputs(image[None, None])
         assert np.float32(line["logit"]) == logit[0]
-        alone, painted = parts(overlay_path(tmp_path / "out", line["path"]))
+        alone, overlaid = parts(overlay_path(tmp_path / "out", line["path"]))
         assert (alone == image[..., None]).all()
-        assert (painted == heatmap.overlay_heatmap(image, cells[0])).all()
+        assert (overlaid == heatmap.overlay_heatmap(image, cells[0])).all()
     assert (folder / NOTE).read_text().startswith("LOCAL ONLY: ")
     assert overlays.CAVEAT in (folder / NOTE).read_text()
 
@@ -106,16 +106,16 @@ def test_words_stay_within_the_picture(size: int) -> None:
     assert draw_overlay(image, np.zeros((2, 2)), 0.0).shape == draw_overlay(image, np.full((9, 7), 9.0), 9.0).shape
 
 
-@pytest.mark.parametrize("others", [-50.0, -1.0, 0.0, 1.0, 50.0])
-def test_a_logit_has_the_same_colour_beside_any_other(others: float) -> None:
+@pytest.mark.parametrize("other_logit", [-50.0, -1.0, 0.0, 1.0, 50.0])
+def test_logit_color_independent_of_other_logits(other_logit: float) -> None:
     """At its cell's middle: between the middles of two cells the map is interpolated."""
-    image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), others)
+    image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), other_logit)
     cells[21, 31] = 2**0.5
     pixels = draw_overlay(image, cells, 0.0)
-    colour, opacity = heatmap.step_color(2)
-    wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
-    y, x = TOP + 21 * 5 + 2, LEFT + 320 + GAP + 31 * 5 + 2
-    assert pixels[y, x].tolist() == wanted
+    color, opacity = heatmap.step_color(2)
+    expected = [round(90 * (1 - opacity) + channel * opacity) for channel in color]
+    y, x = TOP + 21 * 5 + 2, LEFT_PX + 320 + GAP + 31 * 5 + 2
+    assert pixels[y, x].tolist() == expected
 
 
 def test_a_model_trained_on_drawings_says_so() -> None:
@@ -132,9 +132,9 @@ def test_a_cell_that_is_no_number_stays_clear() -> None:
     cells[21, 31], cells[41, 11] = np.inf, -np.inf
     pixels = draw_overlay(image, cells, 0.0)
     for (row, column), step in (((21, 31), 5), ((41, 11), -5)):
-        colour, opacity = heatmap.step_color(step)
-        wanted = [round(90 * (1 - opacity) + part * opacity) for part in colour]
-        assert pixels[TOP + row * 5 + 2, LEFT + 320 + GAP + column * 5 + 2].tolist() == wanted
+        color, opacity = heatmap.step_color(step)
+        expected = [round(90 * (1 - opacity) + channel * opacity) for channel in color]
+        assert pixels[TOP + row * 5 + 2, LEFT_PX + 320 + GAP + column * 5 + 2].tolist() == expected
 
 
 # ---- names
@@ -142,7 +142,7 @@ def test_a_cell_that_is_no_number_stays_clear() -> None:
 
 def test_two_radiographs_never_share_a_file() -> None:
     """Nor does one's file lie where another's needs a folder; all below OUT/overlays, none over the note."""
-    words = [
+    arguments = [
         "a",
         "a.png",
         "a.png_",
@@ -155,14 +155,14 @@ def test_two_radiographs_never_share_a_file() -> None:
         "ü" * 250,
         "a\nb",
     ]
-    names = [*words, *("/".join(pair) for pair in itertools.product(words, words)), "a/a/a.png/a"]
+    names = [*arguments, *("/".join(pair) for pair in itertools.product(arguments, arguments)), "a/a/a.png/a"]
     files = [overlay_path(Path("out"), name) for name in names]
     assert len(set(files)) == len(names)
     folders = {parent for file in files for parent in file.parents}
     assert not folders & set(files)
     assert all(file.is_relative_to(f"out/{FOLDER}") and file.suffix == ".png" for file in files)
     assert Path("out", FOLDER, NOTE) not in {*files, *folders}
-    assert max(len(os.fsencode(f".{part}.partial")) for file in files for part in file.parts) <= 255
+    assert max(len(os.fsencode(f".{channel}.partial")) for file in files for channel in file.parts) <= 255
 
 
 def test_a_name_as_long_as_names_may_be(model: Path, tmp_path: Path) -> None:
@@ -223,10 +223,14 @@ def test_allowing_what_nobody_asked_for_is_said(model: Path, burned: Path, tmp_p
 
 
 def test_the_one_that_withholds() -> None:
-    shown, hidden = DicomIdentity("1", "HAND", "L"), DicomIdentity("1", "HAND", "L", True)
+    identified, hidden = DicomIdentity("1", "HAND", "L"), DicomIdentity("1", "HAND", "L", True)
     for allowed in (False, True):
-        one = Overlays(Path("out"), allow_pixels=allowed)
-        assert [one.withholds(identity) for identity in (None, shown, hidden)] == [False, False, not allowed]
+        overlay_item = Overlays(Path("out"), allow_pixels=allowed)
+        assert [overlay_item.withholds(identity) for identity in (None, identified, hidden)] == [
+            False,
+            False,
+            not allowed,
+        ]
 
 
 def test_overlays_of_another_run_are_not_mixed_with(model: Path, burned: Path, tmp_path: Path) -> None:
@@ -242,9 +246,9 @@ def test_the_command_says_what_lies_there(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["predict", str(model), str(burned), "--out", str(tmp_path / "out"), "--overlays", "--quiet"]) == 0
-    said = capsys.readouterr().out
-    assert "overlays (LOCAL ONLY): 3, 5 withheld\n" in said
-    assert "warning: no overlay of 5 radiographs" in said
+    output = capsys.readouterr().out
+    assert "overlays (LOCAL ONLY): 3, 5 withheld\n" in output
+    assert "warning: no overlay of 5 radiographs" in output
 
 
 def test_the_same_bytes_whoever_else_draws(tmp_path: Path) -> None:
@@ -256,12 +260,12 @@ def test_the_same_bytes_whoever_else_draws(tmp_path: Path) -> None:
     ]
     Overlays(tmp_path / "many").write_all(some)
     Overlays(tmp_path / "many").write_all([])
-    for one in some:
-        Overlays(tmp_path / "one").write_all([one])
+    for overlay_item in some:
+        Overlays(tmp_path / "one").write_all([overlay_item])
         assert (
-            overlay_path(tmp_path / "one", one.name).read_bytes()
-            == overlay_path(tmp_path / "many", one.name).read_bytes()
+            overlay_path(tmp_path / "one", overlay_item.name).read_bytes()
+            == overlay_path(tmp_path / "many", overlay_item.name).read_bytes()
         )
-        assert overlay_path(tmp_path / "one", one.name).read_bytes() == local_only.png(
-            draw_overlay(one.image, one.cells, one.logit)
+        assert overlay_path(tmp_path / "one", overlay_item.name).read_bytes() == local_only.png(
+            draw_overlay(overlay_item.image, overlay_item.cells, overlay_item.logit)
         )

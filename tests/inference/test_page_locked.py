@@ -36,11 +36,11 @@ def test_memory_is_freed_once_and_only_when_its_last_view_goes() -> None:
 @needs_libc
 def test_each_range_is_freed_once_when_addresses_return() -> None:
     """As when a dozen models come and go; libc gives the same pages again, NumPy's arrays in between take them too."""
-    runtime, kept = Runtime(), []
+    runtime, references = Runtime(), []
     for number in range(1, 13):
         array = page_locked.allocate((number, *SHAPE[1:]), runtime, 0)
         array[...] = number
-        kept.append(np.full((number, *SHAPE[1:]), 255, np.uint8))
+        references.append(np.full((number, *SHAPE[1:]), 255, np.uint8))
         assert (array == number).all()
         del array
     gc.collect()

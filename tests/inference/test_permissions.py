@@ -19,28 +19,29 @@ def modes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.lstat().st_mode & 0o7777 for path in paths if path.exists()}
 
 
-def owners_alone(found: dict[str, int], folder: Path) -> bool:
+def owners_alone(modes_by_name: dict[str, int], folder: Path) -> bool:
     return all(
-        mode == (0o700 if stat.S_ISDIR((folder / name).lstat().st_mode) else 0o600) for name, mode in found.items()
+        mode == (0o700 if stat.S_ISDIR((folder / name).lstat().st_mode) else 0o600)
+        for name, mode in modes_by_name.items()
     )
 
 
 @pytest.fixture
 def ward(tmp_path: Path) -> Path:
-    for place, pixels in enumerate(noise(3)):
-        (tmp_path / f"in/patient{place}").mkdir(parents=True)
-        Image.fromarray(pixels[0]).save(tmp_path / f"in/patient{place}/a.png")
+    for index, pixels in enumerate(noise(3)):
+        (tmp_path / f"in/patient{index}").mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / f"in/patient{index}/a.png")
     return tmp_path / "in"
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_it_is_its_owners_alone(model: Path, ward: Path, tmp_path: Path, umask: int, format: str) -> None:
-    out, before, seen = tmp_path / "above/out", os.umask(umask), []
+    out, before, observed = tmp_path / "above/out", os.umask(umask), []
 
     def look(done: int, total: int | None) -> None:
         if out.exists():
-            seen.append(owners_alone(modes(out), out))
+            observed.append(owners_alone(modes(out), out))
 
     try:
         predict(model, ward, out, PredictOptions(overlays=True, format=format, workers=1), progress=look)
@@ -48,8 +49,8 @@ def test_it_is_its_owners_alone(model: Path, ward: Path, tmp_path: Path, umask: 
         os.umask(before)
     assert len(modes(out)) > 10
     assert owners_alone(modes(out), out), {name: oct(mode) for name, mode in modes(out).items()}
-    assert seen
-    assert all(seen)
+    assert observed
+    assert all(observed)
     assert out.parent.stat().st_mode & 0o777 == 0o777 & ~umask, "what lies above is not ours to close"
 
 
@@ -62,6 +63,6 @@ def test_shared_it_is_as_the_umask_says_and_a_folder_stays_the_users(model: Path
     finally:
         os.umask(before)
     assert set(modes(tmp_path / "out").values()) == {0o750, 0o640}
-    found = modes(tmp_path / "mine")
-    assert found.pop(".") == 0o750
-    assert set(found.values()) == {0o600}
+    modes_by_name = modes(tmp_path / "mine")
+    assert modes_by_name.pop(".") == 0o750
+    assert set(modes_by_name.values()) == {0o600}

@@ -74,13 +74,13 @@ def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "elsewhere" / "far.png")
     (source / "outside").symlink_to(tmp_path / "elsewhere")
     (source / "deep" / "up").symlink_to(source)  # a loop: all it leads to has been seen
-    whole = (source / "a.png").read_bytes()
+    reference = (source / "a.png").read_bytes()
     bad = {
         ".DS_Store": b"\0\0\0\1Bud1",
         "._a.png": b"\0\x05\x16\x07\0\2\0\0",
         "labels.csv": b"path,label\n",
         "empty.png": b"",
-        "torn.png": whole[: len(whole) // 2],
+        "torn.png": reference[: len(reference) // 2],
         "notes.png": b"<html>404</html>",
     }
     for name, data in bad.items():
@@ -138,8 +138,8 @@ def test_names_that_a_spreadsheet_would_compute(model: Path, tmp_path: Path) -> 
     assert {row["path"] for row in rows(keys)} == {*written, "./=2.png"}
     labels = tmp_path / "labels.csv"
     labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
-    found = prediction_files.read_predictions(out / "studies.csv")
-    studies = prediction_files.join(found, prediction_files.read_labels(labels, files_are_studies=True))
+    actual = prediction_files.read_predictions(out / "studies.csv")
+    studies = prediction_files.join(actual, prediction_files.read_labels(labels, files_are_studies=True))
     assert studies["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
 
 
@@ -189,10 +189,10 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
     monkeypatch.setattr(chunks, "RadiographReader", faulty_reader.RadiographReader)
     options = PredictOptions(workers=2, limits=PoolLimits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
-    found = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
-    assert {path: code for path, (code, _) in found.items()} == bad
-    assert found["03_crash.png"][1] == found["07_crash.png"][1] == "its decoder crashed"
-    assert found["07_spin.png"][1] == "its decoder did not finish within 1 s"
+    actual = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
+    assert {path: code for path, (code, _) in actual.items()} == bad
+    assert actual["03_crash.png"][1] == actual["07_crash.png"][1] == "its decoder crashed"
+    assert actual["07_spin.png"][1] == "its decoder did not finish within 1 s"
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "sound" / "predictions.csv").read_bytes()
     assert summary is not None
     assert summary["failures_by_code"] == {"too_large": 1, "unreadable": 3}
@@ -222,11 +222,11 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
     loaded, logits = OnnxModel.load(model), {}
     for row in rows(tmp_path / "out" / "predictions.csv"):
         image = radiograph.read(layout / row["path"], 64)
-        wanted = loaded.logits(image[None, None])[0]
-        assert np.float32(row["logit"]) == wanted  # the shortest text that is this float32
+        expected = loaded.logits(image[None, None])[0]
+        assert np.float32(row["logit"]) == expected  # the shortest text that is this float32
         assert len(row["logit"]) <= 14
-        assert row["probability"] == repr(float(f"{1 / (1 + np.exp(-float(wanted))):.6g}"))
-        logits.setdefault(row["study"], []).append(float(wanted))
+        assert row["probability"] == repr(float(f"{1 / (1 + np.exp(-float(expected))):.6g}"))
+        logits.setdefault(row["study"], []).append(float(expected))
     assert len(set(map(tuple, logits.values()))) == 4  # not one answer for all
     for row in rows(tmp_path / "out" / "studies.csv"):
         probability = np.mean([1 / (1 + np.exp(-logit)) for logit in logits[row["study"]]])
@@ -236,8 +236,8 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
         assert row["call"] == ("" if threshold is None else str(int(probability > threshold)))
         assert row["calibrated_probability"] == row["band"] == ""
         assert row["trained_on"] == "radiographs"
-    told = [line for line in summary["warnings"] if "column gate" not in line]  # blotches are no radiographs
-    assert told == ["no threshold was evaluated for study type XR_HIP: no call for 1 of its studies"]
+    messages = [line for line in summary["warnings"] if "column gate" not in line]  # blotches are no radiographs
+    assert messages == ["no threshold was evaluated for study type XR_HIP: no call for 1 of its studies"]
     assert {row["gate"] for row in rows(tmp_path / "out" / "predictions.csv")} <= set(gate.NAMES)
     assert (summary["num_calls"], summary["num_studies"]) == (3, 4)
 
@@ -245,19 +245,21 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("version", [gate.VERSION, gate.VERSION - 1])
 def test_parts_of_another_gate_are_made_again(model: Path, layout: Path, tmp_path: Path, version: int) -> None:
     """Its words must not be mixed in a table. A finished prediction stays as it is."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    plan = predict(model, layout, whole)["plan"] | {"gate": version}
-    part = [
+    reference, out = tmp_path / "whole", tmp_path / "out"
+    plan = predict(model, layout, reference)["plan"] | {"gate": version}
+    corner = [
         [row["path"], row["study"], row["study_type"], float(row["logit"]), "blank"]
-        for row in rows(whole / "predictions.csv")
+        for row in rows(reference / "predictions.csv")
     ]
     overlays = {"num_overlays": 0, "num_overlays_withheld": 0}
     (out / ".parts").mkdir(parents=True)
     (out / ".parts/plan.json").write_text(json.dumps(plan))
-    (out / ".parts/000000.json").write_text(json.dumps({"predictions": part, "failures": [], "overlays": overlays}))
+    (out / ".parts/000000.json").write_text(json.dumps({"predictions": corner, "failures": [], "overlays": overlays}))
     assert predict(model, layout, out)["plan"]["gate"] == gate.VERSION
-    words = {row["gate"] for row in rows(out / "predictions.csv")}
-    assert words == ({"blank"} if version == gate.VERSION else {row["gate"] for row in rows(whole / "predictions.csv")})
+    arguments = {row["gate"] for row in rows(out / "predictions.csv")}
+    assert arguments == (
+        {"blank"} if version == gate.VERSION else {row["gate"] for row in rows(reference / "predictions.csv")}
+    )
     summary = json.loads((out / "predict.json").read_text())
     summary["plan"]["gate"] -= 1
     (out / "predict.json").write_text(json.dumps(summary))
@@ -268,15 +270,18 @@ def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
     predict(model, layout, tmp_path / "csv")
     predict(model, layout, tmp_path / "parquet", PredictOptions(format="parquet"))
     for name in tables.NAMES:
-        one = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
-        other = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
-        assert list(one.columns) == list(other.columns)
-        if "logit" in one:
-            assert other["logit"].dtype == np.float32
-            one["logit"] = one["logit"].astype(np.float32)
-        for column in one:
-            left, right = one[column].tolist(), other[column].tolist()
-            assert all((pd.isna(a) and pd.isna(b)) or a == b for a, b in zip(left, right, strict=True)), (name, column)
+        from_csv = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
+        second = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        assert list(from_csv.columns) == list(second.columns)
+        if "logit" in from_csv:
+            assert second["logit"].dtype == np.float32
+            from_csv["logit"] = from_csv["logit"].astype(np.float32)
+        for column in from_csv:
+            num_remaining, right = from_csv[column].tolist(), second[column].tolist()
+            assert all((pd.isna(a) and pd.isna(b)) or a == b for a, b in zip(num_remaining, right, strict=True)), (
+                name,
+                column,
+            )
 
 
 # ---- studies
@@ -291,8 +296,8 @@ def test_muras_studies_from_any_folder(model: Path, layout: Path, tmp_path: Path
         "valid/XR_WRIST/patient00001/study1_positive": ("XR_WRIST", "1"),
     }
     predict(model, layout / "valid" / "XR_HAND", tmp_path / "part")
-    wanted = {study: value for study, value in studies(tmp_path / "whole").items() if "XR_HAND" in study}
-    assert studies(tmp_path / "part") == wanted
+    expected = {study: value for study, value in studies(tmp_path / "whole").items() if "XR_HAND" in study}
+    assert studies(tmp_path / "part") == expected
 
 
 def test_muras_studies_without_their_split(model: Path, layout: Path, tmp_path: Path) -> None:
@@ -327,21 +332,21 @@ def test_study_by(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_dicom_studies_and_no_word_of_the_patient(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, uid, other = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
+    source, uid, second = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
     draw_dicom(source / "1.dcm", uid, "HAND", "L", 1)
     draw_dicom(source / "2", uid, "hand", "l", 2)  # the same: what a device writes varies in case
     draw_dicom(source / "3.dcm", uid, "HAND", "R", 3)
     draw_dicom(source / "4.dcm", uid, "THUMB", "L", 4)
-    draw_dicom(source / "5.dcm", other, "MISS JANE DOE", "L", 5)
+    draw_dicom(source / "5.dcm", second, "MISS JANE DOE", "L", 5)
     draw_dicom(source / "6.dcm", "", "WRIST", "L", 6)  # no study: its own
     predict(model, source, tmp_path / "out")
-    found = {row["path"]: (row["study"], row["study_type"]) for row in rows(tmp_path / "out" / "predictions.csv")}
-    assert found["1.dcm"] == found["2"]
-    assert len({study for study, _ in found.values()}) == 5
+    actual = {row["path"]: (row["study"], row["study_type"]) for row in rows(tmp_path / "out" / "predictions.csv")}
+    assert actual["1.dcm"] == actual["2"]
+    assert len({study for study, _ in actual.values()}) == 5
     types = ["XR_HAND", "XR_HAND", "XR_HAND", "XR_FINGER", "unknown", "XR_WRIST"]
-    assert [study_type for _, study_type in found.values()] == types
-    assert found["6.dcm"][0] == "6.dcm"
-    names = [study for path, (study, _) in found.items() if path != "6.dcm"]
+    assert [study_type for _, study_type in actual.values()] == types
+    assert actual["6.dcm"][0] == "6.dcm"
+    names = [study for path, (study, _) in actual.items() if path != "6.dcm"]
     assert all(name.startswith("dicom-") and len(name) == 22 and int(name[6:], 16) >= 0 for name in names)
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert not any(word in written.upper() for word in (b"1.2.276", b"JANE", b"4711"))
@@ -371,8 +376,8 @@ def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp
 
 
 def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
-    def types(name: str, given: str) -> Counter[str]:
-        predict(model, layout, tmp_path / name, PredictOptions(study_type=given))
+    def types(name: str, option_value: str) -> Counter[str]:
+        predict(model, layout, tmp_path / name, PredictOptions(study_type=option_value))
         return Counter(study_type for study_type, _ in studies(tmp_path / name).values())
 
     assert types("one", "hand") == {"XR_HAND": 4}
@@ -387,7 +392,7 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
     table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
     assert types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
-    with pytest.raises(UserError, match="is both XR_ELBOW and XR_HAND\. Keep one"):
+    with pytest.raises(UserError, match=r"is both XR_ELBOW and XR_HAND\. Keep one"):
         types("both", str(table))
     table.write_text("file,type\na,b\n")
     with pytest.raises(UserError, match="not a CSV with the columns path and study_type"):
@@ -399,7 +404,7 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
 # ---- the same bytes, whatever happens
 
 
-KILLS = pytest.mark.nightly(part="kills")
+KILLS = pytest.mark.nightly(corner="kills")
 NUM_MANY = 2 * CHUNK + 100
 
 
@@ -436,7 +441,7 @@ def test_killed_before_or_after_any_write(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:
     """Law of the torn write: kill -9 around each rename; the same command finds no half table and ends with the same bytes."""
-    source, wanted = many
+    source, expected = many
     driver = PREDICT + (
         "import os, signal\n"
         "rename, seen = os.replace, 0\n"
@@ -463,12 +468,12 @@ def test_killed_before_or_after_any_write(
     for moment in range(0, last, step):
         out = tmp_path / str(moment)
         for name in set(TABLES) & set(os.listdir(out)):
-            assert (out / name).read_bytes() == wanted[name]
+            assert (out / name).read_bytes() == expected[name]
         assert not (out / "predict.json").exists() or set(TABLES) < set(os.listdir(out))
-        seen: list[int] = []
-        predict(model, source, out, progress=lambda done, total, seen=seen: total and seen.append(done))
-        assert contents(out) == wanted, moment
-        assert not seen or seen[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
+        counts: list[int] = []
+        predict(model, source, out, progress=lambda done, total, counts=counts: total and counts.append(done))
+        assert contents(out) == expected, moment
+        assert not counts or counts[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
         assert sorted(os.listdir(out)) == FILES
 
 
@@ -512,7 +517,7 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, where: str, at: int, num_parts: int
 ) -> None:
     """kill -9 within the walk, within a chunk, within the tables: the finished chunks are not predicted again."""
-    source, wanted, out, notes = *many, tmp_path / "out", tmp_path / "notes"
+    source, expected, out, notes = *many, tmp_path / "out", tmp_path / "notes"
     command = [sys.executable, "-c", KILLED, str(model), str(source), str(out)]
     killed = subprocess.run([*command, where, str(at), str(notes)], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -522,9 +527,9 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
     again = subprocess.run([*command, "", "0", str(notes)], capture_output=True, text=True, check=False)
     assert (again.returncode, again.stdout) == (0, "")
     assert again.stderr.startswith("taking over a stale lock of process ")
-    assert contents(out) == wanted
-    left = wanted["predictions.csv"].count(b"\n") - 1 - sum(len(part["predictions"]) for part in parts)
-    assert sum(map(int, notes.read_text().split())) == left
+    assert contents(out) == expected
+    num_remaining = expected["predictions.csv"].count(b"\n") - 1 - sum(len(corner["predictions"]) for corner in parts)
+    assert sum(map(int, notes.read_text().split())) == num_remaining
     assert sorted(os.listdir(out)) == FILES
 
 
@@ -541,11 +546,11 @@ def test_a_signal_stops_in_good_order(
     phase: str,
 ) -> None:
     before, frames = signal.getsignal(number), tables.prediction_frame
-    asked: list[int] = []
+    requests: list[int] = []
 
     def ask(now: bool) -> None:
-        if now and not asked:
-            asked.append(1)
+        if now and not requests:
+            requests.append(1)
             signal.raise_signal(number)
 
     def progress(done: int, total: int | None) -> None:
@@ -554,12 +559,12 @@ def test_a_signal_stops_in_good_order(
     if phase == "tables":
         monkeypatch.setattr(tables, "BLOCK", 100)
         monkeypatch.setattr(tables, "prediction_frame", lambda rows: (ask(True), frames(rows))[1])
-    said = {
+    output = {
         "walk": r"^stopped while listing the files\. The same command resumes\.$",
         "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files\. The same command resumes\.$",
         "tables": r"^stopped while writing the tables\. Nothing is lost\. The same command resumes\.$",
     }
-    with pytest.raises(StopRequestedError, match=said[phase]):
+    with pytest.raises(StopRequestedError, match=output[phase]):
         predict(model, many[0], tmp_path / "out", progress=progress)
     assert signal.getsignal(number) is before
     assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
@@ -625,12 +630,12 @@ def test_another_run_in_the_same_out(
             UserError, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"
         ):
             predict(model, source, out, PredictOptions(**options))
-    other = tmp_path / "other.onnx"
+    second = tmp_path / "other.onnx"
     proto = onnx.load(model)
     proto.doc_string = "another"
-    onnx.save(proto, other)
+    onnx.save(proto, second)
     with pytest.raises(UserError, match=r"holds a run with model_sha256="):
-        predict(other, source, out)
+        predict(second, source, out)
     draw(source / "a.png", seed=9)
     with pytest.raises(UserError, match=r"holds a run with files_sha256="):
         predict(model, source, out)
@@ -685,16 +690,18 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
 def test_strict_ends_with_one_line_once_everything_is_written(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+    arguments = ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
     num = many[1]["failures.csv"].count(b"\n") - 1
     for _ in ("made", "found finished"):
-        assert main([*words, "--strict"]) == FAILED
-        said = capsys.readouterr().err
-        assert len(said.splitlines()) == 1
-        assert f"--strict: {num} of {NUM_MANY} files failed. {tmp_path / 'out'}/failures.csv gives the reasons" in said
+        assert main([*arguments, "--strict"]) == FAILED
+        output = capsys.readouterr().err
+        assert len(output.splitlines()) == 1
+        assert (
+            f"--strict: {num} of {NUM_MANY} files failed. {tmp_path / 'out'}/failures.csv gives the reasons" in output
+        )
         assert contents(tmp_path / "out") == many[1]
         assert (tmp_path / "out" / "predict.json").exists()
-    assert main(words) == DONE
+    assert main(arguments) == DONE
     assert f"{num} failures" in capsys.readouterr().out
     draw(tmp_path / "sound" / "a.png")
     assert main(["predict", str(model), str(tmp_path / "sound"), "--out", str(tmp_path / "s"), "--strict"]) == DONE
@@ -710,7 +717,7 @@ def test_an_output_held_open_loses_nothing(
     name: str,
 ) -> None:
     """Windows refuses to replace a file that a spreadsheet has open."""
-    replace, words = os.replace, ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
+    replace, arguments = os.replace, ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
 
     def held(source: Path, target: Path) -> None:
         if target.name == name:
@@ -718,15 +725,15 @@ def test_an_output_held_open_loses_nothing(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", held)
-    assert main(words) == FAILED
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
+    assert main(arguments) == FAILED
+    output = capsys.readouterr().err
+    assert len(output.splitlines()) == 1
     assert (
-        f"{tmp_path / 'out' / name} cannot be written (permission denied). Close the program that has it open" in said
+        f"{tmp_path / 'out' / name} cannot be written (permission denied). Close the program that has it open" in output
     )
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: pytest.fail("predicted again"))
-    assert main(words) == DONE
+    assert main(arguments) == DONE
     assert contents(tmp_path / "out") == many[1]
 
 
@@ -741,10 +748,10 @@ def test_a_model_that_gives_no_number_is_named(
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: pytest.CaptureFixture[str]) -> None:
     try:
-        said = OnnxModel.load(model, provider).provider.lower()
+        output = OnnxModel.load(model, provider).provider.lower()
     except UserError as refusal:
-        said = str(refusal)
-    assert re.match(rf"{provider}|--provider {provider}: \w+ does not start.* or give --provider cpu$", said)
+        output = str(refusal)
+    assert re.match(rf"{provider}|--provider {provider}: \w+ does not start.* or give --provider cpu\.$", output)
     assert capfd.readouterr() == ("", "")
 
 
@@ -783,7 +790,7 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.nightly(part="files")
+@pytest.mark.nightly(corner="files")
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
 def test_a_disk_that_is_really_full(
@@ -795,16 +802,16 @@ def test_a_disk_that_is_really_full(
     mounting = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "none", disk]
     if subprocess.run(mounting, capture_output=True, check=False).returncode:
         pytest.skip("this machine lets nobody mount")
-    words = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
+    arguments = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
     try:
-        full = run(*words)
+        full = run(*arguments)
         assert full.returncode == 1, (full.stdout, full.stderr)
         assert len(full.stderr.strip().splitlines()) == 1, full.stderr
         assert "No space left on device" in full.stderr
         assert "Free some space, then run the same command." in full.stderr
         parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        again = run(*words)
+        again = run(*arguments)
         assert (again.returncode, stderr_lines(again)) == (0, []), again.stderr
         assert contents(disk / "out") == many[1]
         assert len(parts) <= 3
@@ -829,7 +836,7 @@ def test_a_run_goes_on_as_it_began(
     folder.parts.mkdir(parents=True)
     (folder.summary_path if finished else folder.plan_path).write_text(json.dumps({"plan": plan} if finished else plan))
     monkeypatch.setattr(autotune, "load_tuned_config", lambda model: SessionConfig(16, 1, 1, "all"))
-    monkeypatch.setattr(autotune, "tune", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "tune", lambda *option_value: pytest.fail("measured"))
     for measure in (False, True):
         assert resolve(autotune=measure) == SessionConfig(3, 1, 1, "extended")
     assert resolve(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
@@ -846,13 +853,15 @@ def test_autotune_is_measured_kept_and_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     draw(tmp_path / "in" / "a.png")
-    words = ["predict", str(model), str(tmp_path / "in"), "--out"]
-    assert main([*words, str(tmp_path / "plain")]) == DONE
-    assert main([*words, str(tmp_path / "tuned"), "--autotune"]) == DONE
+    arguments = ["predict", str(model), str(tmp_path / "in"), "--out"]
+    assert main([*arguments, str(tmp_path / "plain")]) == DONE
+    assert main([*arguments, str(tmp_path / "tuned"), "--autotune"]) == DONE
     assert "radiographs/s  batch size" in capsys.readouterr().err
     assert contents(tmp_path / "plain").keys() == contents(tmp_path / "tuned").keys()
     assert (tmp_path / "cache" / "mura-dist" / "tuning.json").is_file()
-    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune", "--batch-size", "3"], "--autotune", "--batch-size 3")
+    laws.refusal(
+        capsys, [*arguments, tmp_path / "x", "--autotune", "--batch-size", "3"], "--autotune", "--batch-size 3"
+    )
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    laws.refusal(capsys, [*words, tmp_path / "x", "--autotune"], "--autotune", "without torchrun")
+    laws.refusal(capsys, [*arguments, tmp_path / "x", "--autotune"], "--autotune", "without torchrun")

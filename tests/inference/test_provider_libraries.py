@@ -20,9 +20,9 @@ BOTH = f"(cpu; cuda for an NVIDIA GPU). Install it: {install_remedy('cpu', 'cuda
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
-    def compiled(name: str, *words: str) -> Path:
+    def compiled(name: str, *arguments: str) -> Path:
         library = tmp_path / f"lib{name}.so"
-        command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", f"-Wl,-soname,lib{name}.so.10", *words]
+        command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", f"-Wl,-soname,lib{name}.so.10", *arguments]
         subprocess.run(command, input=f"int {name}(void) {{ return 1; }}", text=True, check=True)
         return library
 
@@ -36,7 +36,7 @@ def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "words"),
+    ("library", "arguments"),
     [
         ("libcurand.so.10", install_remedy("cuda")),
         ("libcudnn.so.9", install_remedy("cuda")),
@@ -45,8 +45,8 @@ def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
         ("libnvonnxparser.so.10", "TensorRT 10"),
     ],
 )
-def test_each_missing_library_has_a_remedy(library: str, words: str) -> None:
-    assert words in provider_libraries.remedy(library)
+def test_each_missing_library_has_a_remedy(library: str, arguments: str) -> None:
+    assert arguments in provider_libraries.remedy(library)
 
 
 # ---- without ONNX Runtime
@@ -67,25 +67,25 @@ def test_a_command_says_how_to_get_onnx_runtime(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = {
+    arguments = {
         "predict": [model, tmp_path, "--out", tmp_path / "out"],
         "page": [model],
         "evaluate": [model, halved, "--out", tmp_path / "out"],
         "export": [untrained, "--out", tmp_path / "exported.onnx"],
         "bench": ["predict", "--size", "32", "--radiographs", "16", "--quiet"],
     }
-    assert main([command, *map(str, words[command])]) == INVALID
+    assert main([command, *map(str, arguments[command])]) == INVALID
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith(BOTH)
 
 
 @pytest.mark.parametrize(
-    "words", [["-m", "mura_dist.predict"], [ROOT / "tools" / "predict.py"]], ids=["module", "script"]
+    "arguments", [["-m", "mura_dist.predict"], [ROOT / "tools" / "predict.py"]], ids=["module", "script"]
 )
-def test_a_script_says_how_to_get_onnx_runtime(words: list[object], model: Path, tmp_path: Path) -> None:
+def test_a_script_says_how_to_get_onnx_runtime(arguments: list[object], model: Path, tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('none', name='onnxruntime')")
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = run("python", *words, model, tmp_path, "--out", tmp_path / "out", env=env, cold=True)
+    done = run("python", *arguments, model, tmp_path, "--out", tmp_path / "out", env=env, cold=True)
     assert done.returncode == INVALID
     [line] = done.stderr.splitlines()
     assert line.endswith(BOTH)

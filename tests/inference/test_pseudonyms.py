@@ -19,7 +19,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from mura_dist.cli.main import FAILED, STOPPED, INVALID, main
+from mura_dist.cli.main import FAILED, INVALID, STOPPED, main
 from mura_dist.core import files as atomic
 from mura_dist.core.errors import UserError
 from mura_dist.data import mura
@@ -66,23 +66,23 @@ def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
             assert process.stdin
             process.stdin.write(b"x")
             process.stdin.flush()
-        found = {process.communicate()[0].strip() for process in started}
-        assert found == {Path(os.environ["MURA_DIST_SITE_KEY"]).read_bytes()}
+        actual = {process.communicate()[0].strip() for process in started}
+        assert actual == {Path(os.environ["MURA_DIST_SITE_KEY"]).read_bytes()}
 
 
 def test_whoever_comes_second_never_sees_half_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every moment of its making the key is not there, or whole; another one made meanwhile stays."""
     path = pseudonyms.key_path()
-    fsync, other = os.fsync, b"o" * 64
+    fsync, other_key = os.fsync, b"o" * 64
 
     def meanwhile(descriptor: int) -> None:
         fsync(descriptor)
         if not path.exists():
-            path.write_bytes(other)
+            path.write_bytes(other_key)
             path.chmod(0o600)
 
     monkeypatch.setattr(os, "fsync", meanwhile)
-    assert pseudonyms.site_key() == path.read_bytes() == other
+    assert pseudonyms.site_key() == path.read_bytes() == other_key
     assert os.listdir(path.parent) == ["site.key"]
 
 
@@ -109,8 +109,8 @@ def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypat
     out, directory = tmp_path / "out", tmp_path / "in"
     (directory / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(directory)
-    for place in (out / "k", out / "a/b/k", directory / "deep/k", tmp_path / "link/k", tmp_path / "x/../in/k"):
-        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(place))
+    for location in (out / "k", out / "a/b/k", directory / "deep/k", tmp_path / "link/k", tmp_path / "x/../in/k"):
+        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(location))
         with pytest.raises(
             UserError,
             match=r"^site key .*/k lies inside .*/(in|out)\. Keep it elsewhere, and name the file with MURA_DIST_SITE_KEY=",
@@ -124,8 +124,8 @@ def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypat
 def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir(mode=0o700)
-    for place, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
-        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / place))
+    for location, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
+        monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / location))
         with pytest.raises(
             UserError, match=rf"^site key .*: ({why})\. Name another file with MURA_DIST_SITE_KEY=PATH\.$"
         ):
@@ -175,12 +175,12 @@ def small(folder: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below, but for the wall-clock times of the mark."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    if mark := found.get("predict.json"):
+    actual = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if mark := actual.get("predict.json"):
         summary = json.loads(mark)
         del summary["seconds"], summary["throughput"]
-        found["predict.json"] = json.dumps(summary, ensure_ascii=False).encode()
-    return found
+        actual["predict.json"] = json.dumps(summary, ensure_ascii=False).encode()
+    return actual
 
 
 def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
@@ -195,11 +195,11 @@ def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
     assert len({line["pseudonym"] for line in lines}) == 7
     back = {line["pseudonym"]: line for line in lines}
     openly = {line["path"]: line for line in rows(tmp_path / "open/predictions.csv")}
-    found = rows(tmp_path / "out/predictions.csv")
-    assert len(found) == len(openly) == 6
-    for line in found:
-        way, same = back[line["path"]], openly[back[line["path"]]["path"]]
-        assert (way["study"], way["study_pseudonym"]) == (same["study"], line["study"])
+    actual = rows(tmp_path / "out/predictions.csv")
+    assert len(actual) == len(openly) == 6
+    for line in actual:
+        key_row, same = back[line["path"]], openly[back[line["path"]]["path"]]
+        assert (key_row["study"], key_row["study_pseudonym"]) == (same["study"], line["study"])
         assert {key: line[key] for key in ("study_type", "logit")} == {
             key: same[key] for key in ("study_type", "logit")
         }
@@ -209,7 +209,7 @@ def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
     studies = {by_name[line["study"]]: line for line in rows(tmp_path / "out/studies.csv")}
     for line in rows(tmp_path / "open/studies.csv"):
         assert {**studies[line["study"]], "study": ""} == {**line, "study": ""}
-    names = [line["path"] for line in found]
+    names = [line["path"] for line in actual]
     assert names == sorted(names) != sorted(names, key=lambda name: back[name]["path"])  # in no order of theirs
 
 
@@ -226,9 +226,9 @@ def test_names_are_the_same_in_every_run_of_a_site(
     )  # the same names: nothing to write
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
     predict(model, source, tmp_path / "elsewhere", PredictOptions(keytable=tmp_path / "elsewhere.csv"))
-    here, there = (rows(tmp_path / name / "predictions.csv") for name in ("one", "elsewhere"))
-    assert not {line[key] for line in here for key in ("path", "study")} & {
-        line[key] for line in there for key in ("path", "study")
+    local, elsewhere = (rows(tmp_path / name / "predictions.csv") for name in ("one", "elsewhere"))
+    assert not {line[key] for line in local for key in ("path", "study")} & {
+        line[key] for line in elsewhere for key in ("path", "study")
     }
 
 
@@ -236,16 +236,16 @@ def test_names_are_the_same_in_every_run_of_a_site(
 def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
     source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
     predict(model, source, tmp_path / "out", PredictOptions(keytable=table))
-    whole = table.read_text()
-    first, *others = whole.splitlines(keepends=True)
+    original = table.read_text()
+    first, *remaining_lines = original.splitlines(keepends=True)
     damaged = {
         "nothing": "",
         "another table": "a,b\n1,2\n",
-        "a line less": first + "".join(others[:-1]),
-        "a line more": whole + others[-1],
-        "another order": first + "".join(reversed(others)),
+        "a line less": first + "".join(remaining_lines[:-1]),
+        "a line more": original + remaining_lines[-1],
+        "another order": first + "".join(reversed(remaining_lines)),
         "no text": "\udcff\udcfe\0",
-        "another study": whole.replace('"1.dcm"', '"1.dcm"').replace("study2", "study3"),
+        "another study": original.replace('"1.dcm"', '"1.dcm"').replace("study2", "study3"),
     }
     for what, text in damaged.items():
         table.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -256,7 +256,7 @@ def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
         assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
         assert not (tmp_path / what / "predictions.csv").exists()
         predict(model, source, tmp_path / what, PredictOptions(keytable=tmp_path / f"{what}.csv"))  # the remedy
-    assert (tmp_path / "nothing.csv").read_text() == whole
+    assert (tmp_path / "nothing.csv").read_text() == original
 
 
 def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
     }
     if os.name == "posix":
         cases[tmp_path / "open.csv"] = r"has mode 0644: others than its owner may use it\. Run chmod 600 .*open\.csv"
-    for place, text in cases.items():
+    for location, text in cases.items():
         with pytest.raises(UserError, match=rf"^--pseudonyms .*{text}"):
-            predict(model, source, out, PredictOptions(keytable=place))
+            predict(model, source, out, PredictOptions(keytable=location))
     assert not out.exists()
 
 
@@ -288,7 +288,7 @@ def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: py
         predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "more.csv"))
 
 
-@pytest.mark.nightly(part="kills")
+@pytest.mark.nightly(section="kills")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
     """Law of the torn write, with overlays and a key table: kill -9 around each rename and each link. No name is left in OUT."""
@@ -302,7 +302,7 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
         tmp_path / "whole",
         PredictOptions(keytable=tmp_path / "whole.csv", overlays=True, allow_pixels=True),
     )
-    wanted, key_table = contents(tmp_path / "whole"), (tmp_path / "whole.csv").read_bytes()
+    patterns, key_table = contents(tmp_path / "whole"), (tmp_path / "whole.csv").read_bytes()
     driver = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -333,11 +333,11 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
     assert last >= 2 * (1 + 1 + 2 + 1 + 1 + 3 + 1)  # plan, note, overlays, part, key table, tables, mark
     for moment in range(last):
         table = out / f"{moment}.csv"
-        assert words(everything(out / str(moment))) == []
+        assert tokens(everything(out / str(moment))) == []
         assert not table.exists() or table.read_bytes() == key_table
         assert table.exists() or not (out / str(moment) / "predictions.csv").exists()
         predict(model, source, out / str(moment), PredictOptions(keytable=table, overlays=True, allow_pixels=True))
-        assert contents(out / str(moment)) == wanted, moment
+        assert contents(out / str(moment)) == patterns, moment
         assert table.read_bytes() == key_table
         assert not [path for path in out.iterdir() if path.name.startswith(f".{moment}.")]
 
@@ -356,7 +356,7 @@ TEXTS |= {
 }
 TEXTS |= {"AS": "481Y"}
 BYTES = dict.fromkeys(("OB", "UN", "OW"), f"{WORD}{NUMBER} ".encode())
-KEPT = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # what a radiograph needs to be read
+REQUIRED = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # what a radiograph needs to be read
 
 
 def with_canaries(path: Path, seed: int = 0) -> Path:
@@ -367,7 +367,7 @@ def with_canaries(path: Path, seed: int = 0) -> Path:
         if (
             tag >> 16 not in (8, 0x10, 0x18, 0x20, 0x32, 0x38, 0x40, 0x4008)
             or not keyword
-            or keyword in KEPT
+            or keyword in REQUIRED
             or retired
         ):
             continue
@@ -391,8 +391,10 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / f"PATH{WORD}"
     for seed in range(3):
         with_canaries(folder / f"{WORD} {seed}" / f"{seed}.dcm", seed)
-    whole = (folder / f"{WORD} 0" / "0.dcm").read_bytes()
-    for number, data in enumerate([whole[:300], whole[: len(whole) - 900], whole[:200] + b"\xff" * 300 + whole[500:]]):
+    original = (folder / f"{WORD} 0" / "0.dcm").read_bytes()
+    for number, data in enumerate(
+        [original[:300], original[: len(original) - 900], original[:200] + b"\xff" * 300 + original[500:]]
+    ):
         (folder / f"torn {WORD} {number}.dcm").write_bytes(data)
     draw(folder / f"XR_{WORD.upper()}" / f"{WORD}.{WORD}")
     draw(folder / f"valid/XR_{WORD.upper()}/patient{WORD}/study1_{WORD}/image1.png")
@@ -403,7 +405,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(result: subprocess.CompletedProcess[str]) -> bytes:
+def output_of(result: subprocess.CompletedProcess[str]) -> bytes:
     return (result.stdout + result.stderr).encode()
 
 
@@ -412,7 +414,7 @@ def everything(out: Path) -> bytes:
     return b"\n".join([*(path.read_bytes() for path in files), *(os.fsencode(path.relative_to(out)) for path in files)])
 
 
-def words(data: bytes) -> list[str]:
+def tokens(data: bytes) -> list[str]:
     """What of the canaries is in `data`, whatever its case; 16-bit text too."""
     text = data.lower().replace(b"\0", b"")
     return [word for word in (WORD.lower(), NUMBER, "481516", "pid-4711", "jane") if word.encode() in text]
@@ -435,8 +437,8 @@ def test_no_dicom_tag_reaches_an_output_or_a_log(model: Path, ward: Path, tmp_pa
     assert summary["num_overlays"] == summary["num_radiographs"]
     assert [name for name in summary["studies_by_type"] if name != "unknown"] == []
     assert any(line["study"].startswith("dicom-") for line in rows(tmp_path / "out/predictions.csv"))
-    assert words(everything(tmp_path / "out") + said(result)) == []
-    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + said(result)
+    assert tokens(everything(tmp_path / "out") + output_of(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + output_of(result)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -448,14 +450,14 @@ def test_with_pseudonyms_no_path_does_either(model: Path, ward: Path, tmp_path: 
     result = run(*command)
     assert result.returncode == 0, result.stderr
     assert "1 of 2 paths are not in DIRECTORY" in result.stdout
-    assert words(everything(tmp_path / "out") + said(result)) == []
-    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + said(result)
-    found = json.loads((tmp_path / "out/predict.json").read_bytes())
-    assert found["studies_by_type"] == {"XR_HAND": 2, "unknown": found["num_studies"] - 2}
+    assert tokens(everything(tmp_path / "out") + output_of(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + output_of(result)
+    actual = json.loads((tmp_path / "out/predict.json").read_bytes())
+    assert actual["studies_by_type"] == {"XR_HAND": 2, "unknown": actual["num_studies"] - 2}
     assert WORD in (tmp_path / "keys.csv").read_text()  # the way back, for the site
     assert NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
     again = run(*command)
-    assert (again.returncode, words(said(again))) == (0, [])
+    assert (again.returncode, tokens(output_of(again))) == (0, [])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -474,7 +476,7 @@ def test_what_is_on_disk_in_the_midst_of_a_run(
     with pytest.raises(Killed):
         predict(model, ward, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv", overlays=True))
     assert sorted(os.listdir(tmp_path / "out/.parts")) == ["000000.json", "plan.json"]
-    assert words(everything(tmp_path / "out")) == []
+    assert tokens(everything(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("directory", ["empty", "none", "several", "ward", "crash", "io", "strange", "table"])
@@ -516,15 +518,15 @@ def test_no_message_names_a_path(
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
     assert status == (FAILED if directory in ("crash", "io", "strange") else INVALID)
-    assert words((captured.out + captured.err).encode()) == []
+    assert tokens((captured.out + captured.err).encode()) == []
     assert len(captured.err.splitlines()) == 1
-    wanted = {
+    patterns = {
         "crash": r"KeyError in .*\.py, line \d+\. To see more, run the command without",
         "io": "Permission denied. Fix this",
     }
-    wanted["strange"] = wanted["crash"].replace("Key", "OS")
-    wanted["several"] = "input 2, input 3: no such file or folder"
-    assert re.search(wanted.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
+    patterns["strange"] = patterns["crash"].replace("Key", "OS")
+    patterns["several"] = "input 2, input 3: no such file or folder"
+    assert re.search(patterns.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
 
 
 def test_a_command_line_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
@@ -562,10 +564,10 @@ def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeyp
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_both_wrists_and_an_elbow_are_three_studies(model: Path, tmp_path: Path) -> None:
     source, uid = tmp_path / "in", "1.2.276.0.1"
-    for number, (part, side) in enumerate(
+    for number, (section, side) in enumerate(
         [("WRIST", "L"), ("wrist ", "left"), ("WRIST", "R"), ("WRIST", "R "), ("ELBOW", "R")]
     ):
-        draw_dicom(source / f"{number}.dcm", uid, part, side, number)
+        draw_dicom(source / f"{number}.dcm", uid, section, side, number)
     series = pydicom.dcmread(draw_dicom(source / "5.dcm", uid, "WRIST", "B", 5))
     series.ImageLaterality = "L"  # of a series that holds both sides
     series.save_as(source / "5.dcm")
@@ -577,7 +579,7 @@ def test_both_wrists_and_an_elbow_are_three_studies(model: Path, tmp_path: Path)
     predict(model, source, tmp_path / "out")
     study = {line["path"][0]: (line["study"], line["study_type"]) for line in rows(tmp_path / "out/predictions.csv")}
     groups = ("015", "23", "46")
-    assert [len({study[one] for one in group}) for group in groups] == [1, 1, 1]
+    assert [len({study[study_name] for study_name in group}) for group in groups] == [1, 1, 1]
     assert len(set(study.values())) == 3
     assert [study[group[0]][1] for group in groups] == ["XR_WRIST", "XR_WRIST", "XR_ELBOW"]
 
@@ -590,48 +592,53 @@ def test_an_unknown_study_type_has_no_call(model: Path, tmp_path: Path) -> None:
     draw_dicom(tmp_path / "in/b.dcm", "1.2.3", "CLAVICLE", "L")
     draw_dicom(tmp_path / "in/c.dcm", "1.2.4", "ELBOW", "L")  # MURA's, but this model has no threshold for it
     summary = predict(model, tmp_path / "in", tmp_path / "out")
-    found = {line["study_type"]: line for line in rows(tmp_path / "out/studies.csv")}
-    assert set(found) == {"unknown", "XR_ELBOW"}
-    assert all((line["threshold"], line["call"], line["band"]) == ("", "", "") for line in found.values())
-    told = [line for line in summary["warnings"] if "column gate" not in line]
-    assert (summary["num_calls"], len(told)) == (0, 2)
+    actual = {line["study_type"]: line for line in rows(tmp_path / "out/studies.csv")}
+    assert set(actual) == {"unknown", "XR_ELBOW"}
+    assert all((line["threshold"], line["call"], line["band"]) == ("", "", "") for line in actual.values())
+    warning_lines = [line for line in summary["warnings"] if "column gate" not in line]
+    assert (summary["num_calls"], len(warning_lines)) == (0, 2)
 
 
-KNOWN = ("XR_HAND", "XR_WRIST", "XR_HIP")
+VALID_TYPES = ("XR_HAND", "XR_WRIST", "XR_HIP")
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"),
+    ("typo", "suggestion"),
     [
         *(("XR_HANDS", "XR_HAND"), ("HANDS", "XR_HAND"), ("wrst", "XR_WRIST"), ("SHOULDR", "XR_SHOULDER")),
         *(("XR-WRISTS", "XR_WRIST"), ("xr_elbows", "XR_ELBOW"), ("HUMERAS", "XR_HUMERUS"), ("FOREAM", "XR_FOREARM")),
         *(("HIPS", "XR_HIP"), ("XR_FINGRE", "XR_FINGER")),
     ],
 )
-def test_a_likely_typo_is_refused(typo: str, meant: str) -> None:
-    for given in (study_types.read_override(typo), {"a": "XR_HAND", "b": study_types.normalize(typo)}):
+def test_a_likely_typo_is_refused(typo: str, suggestion: str) -> None:
+    for override in (study_types.read_override(typo), {"a": "XR_HAND", "b": study_types.normalize(typo)}):
         with pytest.raises(
-            UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {meant}\?\)\. Give one of"
+            UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {suggestion}\?\)\. Give one of"
         ):
-            study_types.check(given, KNOWN)
+            study_types.check(override, VALID_TYPES)
 
 
-OTHERS = "HEAD KNEE ANKLE FOOT TOE PELVIS CHEST RIBS SPINE SKULL CLAVICLE SCAPULA FEMUR TIBIA THUMB FOREFOOT ARM UPPERARM LEG"
+UNKNOWN_TYPES = "HEAD KNEE ANKLE FOOT TOE PELVIS CHEST SPINE SKULL CLAVICLE SCAPULA FEMUR TIBIA THUMB FOREFOOT ARM UPPERARM LEG"
 
 
-@pytest.mark.parametrize("name", OTHERS.split())
+@pytest.mark.parametrize("name", UNKNOWN_TYPES.split())
 def test_other_study_types_are_taken_with_a_word(name: str) -> None:
-    for given in (name, f"XR_{name}"):
-        (line,) = study_types.check(given, KNOWN)
+    for override in (name, f"XR_{name}"):
+        (line,) = study_types.check(override, VALID_TYPES)
         assert re.match(
-            rf"--study-type {given}: no study type of MURA or of this model( \(did.*\))?, so no call is made$", line
+            rf"--study-type {override}: no study type of MURA or of this model( \(did.*\))?, so no call is made$", line
         )
 
 
 def test_known_study_types_need_no_word() -> None:
-    for name in (*mura.STUDY_TYPES, *KNOWN):
-        assert study_types.check(study_types.read_override(name), KNOWN) == []
-    assert study_types.check(None, KNOWN) == study_types.check({}, KNOWN) == study_types.check({"a": ""}, KNOWN) == []
+    for name in (*mura.STUDY_TYPES, *VALID_TYPES):
+        assert study_types.check(study_types.read_override(name), VALID_TYPES) == []
+    assert (
+        study_types.check(None, VALID_TYPES)
+        == study_types.check({}, VALID_TYPES)
+        == study_types.check({"a": ""}, VALID_TYPES)
+        == []
+    )
 
 
 def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
@@ -664,13 +671,13 @@ def test_a_file_is_created_once(tmp_path: Path) -> None:
 
 def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
     names = ['a"b', "a,b", "a\nb", "a\rb", "a\r\nb", "", "\\xff", "é", "=1+1"]
-    lines = [(name, f"file-{place}", name, f"study-{place}") for place, name in enumerate(names)]
+    lines = [(name, f"file-{location}", name, f"study-{location}") for location, name in enumerate(names)]
     pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
     pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
     with open(tmp_path / "keys.csv", newline="", encoding="utf-8") as file:
-        found = [tuple(line) for line in csv.reader(file)]
+        actual = [tuple(line) for line in csv.reader(file)]
     formula = ("./=1+1", "file-8", "./=1+1", "study-8")
-    assert found == [pseudonyms.COLUMNS, *lines[:-1], formula]
+    assert actual == [pseudonyms.COLUMNS, *lines[:-1], formula]
     plain = (tmp_path / "keys.csv").read_bytes().replace(b"./", b"")  # as earlier versions wrote it
     (tmp_path / "keys.csv").write_bytes(plain)
     pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)

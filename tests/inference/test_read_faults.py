@@ -82,7 +82,7 @@ def test_no_read_of_a_dicom_fails_in_silence(
     tmp_path: Path,
 ) -> None:
     """Whichever of them fails for good: the file is read, with its study, or it is a failure."""
-    whole = {row["path"]: row["study"] for row in rows(tmp_path / "undisturbed" / "predictions.csv")}
+    reference = {row["path"]: row["study"] for row in rows(tmp_path / "undisturbed" / "predictions.csv")}
     for skip in range(3):
         out = tmp_path / str(skip)
         with read_faults("study0/04", skip=skip).in_children():
@@ -91,7 +91,7 @@ def test_no_read_of_a_dicom_fails_in_silence(
             except RunError:
                 assert {row["path"]: row["code"] for row in rows(out / "failures.csv")}["study0/04"] == "io_error"
             studies = {row["path"]: row["study"] for row in rows(out / "predictions.csv")}
-            assert studies.get("study0/04", whole["study0/04"]) == whole["study0/04"]
+            assert studies.get("study0/04", reference["study0/04"]) == reference["study0/04"]
 
 
 def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alone(
@@ -102,25 +102,25 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
     tmp_path: Path,
 ) -> None:
     out, options = tmp_path / "out", PredictOptions(workers=1, overlays=True)
-    said = r"^4 files could not be read \(io_error\), the first is study1/10: cannot be read: too many open files; .*same command"
+    message = r"^4 files could not be read \(io_error\), the first is study1/10: .*: too many open files\. .*same command"
     with (
         read_faults("study1/1", error=errno.EMFILE, call="open").in_children(),
-        pytest.raises(RunError, match=said),
+        pytest.raises(RunError, match=message),
     ):
         predict(model, directory, out, options)
     assert not (out / "predict.json").exists()
     codes = [row["code"] for row in rows(out / "failures.csv")]
     assert codes.count("io_error") == 4
     assert len(rows(out / "predictions.csv")) + len(codes) == 28
-    again, seen = read_faults("study", call="open", skip=1000), [0]
+    again, num_opens = read_faults("study", call="open", skip=1000), [0]
     with again.in_children():
-        summary = predict(model, directory, out, options, progress=lambda done, total: total and seen.append(done))
+        summary = predict(model, directory, out, options, progress=lambda done, total: total and num_opens.append(done))
     assert summary is not None
     assert contents(out) == undisturbed
     assert summary["num_overlays"] == summary["num_radiographs"]
     assert sorted(os.listdir(out)) == sorted([*FILES, "overlays"])
     assert again.num_calls == 4
-    assert seen[-1] == 28
+    assert num_opens[-1] == 28
 
 
 def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None:
@@ -135,18 +135,18 @@ def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None
         some = files if before is None else retries.select_retries(before, files)
         readings = [outcomes[int(f.path)] if rng.random() < share else failure_result("io_error", "") for f in some]
         lines = list(zip((file.path for file in some), readings, strict=True))
-        part = {
+        result = {
             "predictions": [[path] for path, reading in lines if reading.image is not None],
             "failures": [[path, *reading.failure] for path, reading in lines if reading.image is None],
             "overlays": overlay_counts(sum(reading.image is not None for reading in readings), 0),
         }
-        return retries.merge_retry(before, part, readings)
+        return retries.merge_retry(before, result, readings)
 
     for _ in range(20):
-        part = attempt(None, 0.3)
-        while retries.FILES in part:
-            part = attempt(json.loads(json.dumps(part)), 0.3)
-        assert part == attempt(None, 1.1)
+        result = attempt(None, 0.3)
+        while retries.FILES in result:
+            result = attempt(json.loads(json.dumps(result)), 0.3)
+        assert result == attempt(None, 1.1)
 
 
 @pytest.mark.slow
@@ -162,10 +162,10 @@ def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
     out = tmp_path / "out"
     with read_faults("study0/02").in_children(), pytest.raises(RunError, match=r"^1 files"):
         predict(model, directory, out, PredictOptions(workers=1))
-    for part in (out / ".parts").glob("000002.json"):
-        part.unlink()
-    said = rf"^5 consecutive files of {directory} could not be read \(last: cannot be read: input/output error\)\. "
-    with read_faults("study").in_children(), pytest.raises(RunError, match=said):
+    for result in (out / ".parts").glob("000002.json"):
+        result.unlink()
+    message = rf"^5 consecutive files of {directory} could not be read \(last: cannot be read: input/output error\)\. "
+    with read_faults("study").in_children(), pytest.raises(RunError, match=message):
         predict(model, directory, out, PredictOptions(workers=1))
     again = read_faults("study", call="open", skip=1000)
     with again.in_children():
@@ -174,8 +174,10 @@ def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
     assert contents(out) == undisturbed
 
 
-@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
-def test_a_directory_that_goes_away_ends_the_run_early(left: str, model: Path, directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remaining", ["nothing", "an empty mount point"])
+def test_a_directory_that_goes_away_ends_the_run_early(
+    remaining: str, model: Path, directory: Path, tmp_path: Path
+) -> None:
     """Else all that is left would be final, as files that do not exist."""
     source = tmp_path / "in"
     shutil.copytree(directory, source)
@@ -183,7 +185,7 @@ def test_a_directory_that_goes_away_ends_the_run_early(left: str, model: Path, d
     def take_away(done: int, total: int | None) -> None:
         if total is not None and not (tmp_path / "away").exists():
             source.rename(tmp_path / "away")
-            if left != "nothing":
+            if remaining != "nothing":
                 source.mkdir()
 
     with pytest.raises(RunError, match=rf"^{source} is gone or empty\. Restore it\. The same command resumes\.$"):
@@ -216,9 +218,9 @@ def test_a_fault_on_another_rank_lets_all_finish_and_the_first_one_says_so(
 ) -> None:
     script, out = tmp_path / "rank.py", tmp_path / "out"
     script.write_text(RANK)
-    words = ("predict", model, directory, "--out", out, "--workers", 1, "--quiet")
+    arguments = ("predict", model, directory, "--out", out, "--workers", 1, "--quiet")
     for environment, statuses in ((read_faults("study1/10").environment, [0, 1]), ({}, [0, 0])):
-        ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *words, cold=True) for r in (1, 0)]
-        told = [rank.communicate(timeout=120) for rank in ranks]
-        assert [rank.returncode for rank in ranks] == statuses, told
+        ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *arguments, cold=True) for r in (1, 0)]
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == statuses, outputs
     assert contents(out) == undisturbed

@@ -47,7 +47,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def given(cache: Cache, model: Path) -> tuple[Path, Path, Path, dict[str, bytes]]:
+def fixture_paths(cache: Cache, model: Path) -> tuple[Path, Path, Path, dict[str, bytes]]:
     """A script to run a rank by, a model, a directory of ten chunks, and its tables as one process makes them."""
     folder = cache.path("ten-chunks", functools.partial(_draw_ten_chunks, model))
     return folder / "rank.py", model, folder / "in", contents(folder / "out")
@@ -66,17 +66,17 @@ def _draw_ten_chunks(model: Path, folder: Path) -> None:
 
 @pytest.fixture
 def start(
-    given: tuple[Path, Path, Path, dict[str, bytes]], tmp_path: Path
+    fixture_paths: tuple[Path, Path, Path, dict[str, bytes]], tmp_path: Path
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start rank r of n in tmp_path/out; who is still there in the end is killed."""
-    script, model, source, _ = given
+    script, model, source, _ = fixture_paths
     started: list[subprocess.Popen[str]] = []
 
     def rank(
-        number: int, size: int, *words: object, launcher: str = "Slurm", cold: bool = False, **more: object
+        number: int, size: int, *arguments: object, launcher: str = "Slurm", cold: bool = False, **more: object
     ) -> subprocess.Popen[str]:
         environment = LAUNCHERS[launcher](number, size) | more
-        command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1, *words)
+        command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1, *arguments)
         started.append(start_rank(script, environment, *command, cold=cold))
         return started[-1]
 
@@ -87,8 +87,8 @@ def start(
         process.communicate()
 
 
-def predicted(told: str) -> int:
-    return int(told.rpartition("predicted ")[2])
+def predicted(outputs: str) -> int:
+    return int(outputs.rpartition("predicted ")[2])
 
 
 NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
@@ -99,107 +99,109 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
     [
         ("torchrun", 2, 5),
         pytest.param("Slurm", 3, 300, marks=pytest.mark.slow),
-        pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(part="launchers")),
+        pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(result="launchers")),
     ],
 )
 def test_ranks_share_a_directory_with_the_same_bytes(
-    launcher: str, size: int, batch_size: int, given: Any, start: Callable[..., Any], tmp_path: Path
+    launcher: str, size: int, batch_size: int, fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     ranks = [start(rank, size, "--batch-size", batch_size, launcher=launcher) for rank in reversed(range(size))]
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, told
-    assert contents(tmp_path / "out") == given[3]
-    assert [bool(out) for out, _ in told] == [False] * (size - 1) + [True], "the first rank speaks for all"
-    assert sum(predicted(err) for _, err in told) == NUM_RADIOGRAPHS, "nothing twice"
-    assert all(predicted(err) > 0 for _, err in told)
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, outputs
+    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert [bool(out) for out, _ in outputs] == [False] * (size - 1) + [True], "the first rank speaks for all"
+    assert sum(predicted(err) for _, err in outputs) == NUM_RADIOGRAPHS, "nothing twice"
+    assert all(predicted(err) > 0 for _, err in outputs)
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks_killed_and_again(given: Any, tmp_path: Path) -> None:
+def test_torchrun_starts_the_ranks_killed_and_again(fixture_paths: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ("-m", "mura_dist.predict", given[1], given[2], "--out", out, "--quiet")
-    command = ("torchrun", "--standalone", "--nproc-per-node", 2, *words)
+    arguments = ("-m", "mura_dist.predict", fixture_paths[1], fixture_paths[2], "--out", out, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, *arguments)
     killed_when(lambda: any(out.glob(".parts/*")), out, *command)
     assert not (out / "predict.json").exists()
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == given[3]
+    assert contents(tmp_path / "out") == fixture_paths[3]
     assert done.stdout.count("radiographs of") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
 def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
-    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture_paths: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Had they gone on, it would be refused before they end: 0.3 s a radiograph, a hundred left to each."""
     monkeypatch.setenv("SLOW_S", "0.3")
     out = tmp_path / "out"
-    words = ("predict", given[1], given[2], "--out", out, "--batch-size", 1, "--quiet")
-    command = ("torchrun", "--standalone", "--nproc-per-node", 2, given[0], *words)
+    arguments = ("predict", fixture_paths[1], fixture_paths[2], "--out", out, "--batch-size", 1, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, fixture_paths[0], *arguments)
     begun = [out / ".parts" / f"00000{number}.json" for number in (0, 1)]
-    left = killed_when(lambda: all(path.exists() for path in begun), out, *command, launcher_alone=True)
-    assert len(left) == 3
+    survivors = killed_when(lambda: all(path.exists() for path in begun), out, *command, launcher_alone=True)
+    assert len(survivors) == 3
     monkeypatch.setenv("SLOW_S", "0")
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert processes_of(out) == [], "the former ranks left by themselves"
-    assert contents(out) == given[3]
+    assert contents(out) == fixture_paths[3]
 
 
 def test_what_a_dead_rank_left_undone_the_first_one_makes(
-    given: Any, start: Callable[..., Any], tmp_path: Path
+    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Under srun nobody ends the others; two chunks of the dead one stay, the others are made by the first."""
     first, second = start(0, 2, SLOW_S=0.05), start(1, 2, DIES_AT=2 * CHUNK)
-    _, told = first.communicate(timeout=120)
+    _, outputs = first.communicate(timeout=120)
     assert second.wait() == -signal.SIGKILL
-    assert first.returncode == 0, told
-    assert contents(tmp_path / "out") == given[3]
-    assert predicted(told) < NUM_RADIOGRAPHS
+    assert first.returncode == 0, outputs
+    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert predicted(outputs) < NUM_RADIOGRAPHS
 
 
-def test_a_rank_that_is_refused_leaves_nobody_waiting(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_rank_that_is_refused_leaves_nobody_waiting(
+    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
+) -> None:
     first, second = start(0, 2), start(1, 2, "--study-by", "file")
-    _, told = second.communicate(timeout=120)
+    _, outputs = second.communicate(timeout=120)
     assert second.returncode == 2
-    assert "mura-dist: rank 1: --out" in told
-    assert "holds a run with study_by=auto, this one has study_by=file" in told
+    assert "mura-dist: rank 1: --out" in outputs
+    assert "holds a run with study_by=auto, this one has study_by=file" in outputs
     assert first.wait(timeout=120) == 0
-    assert contents(tmp_path / "out") == given[3]
+    assert contents(tmp_path / "out") == fixture_paths[3]
 
 
-@pytest.mark.nightly(part="kills")
+@pytest.mark.nightly(result="kills")
 def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
-    given: Any, start: Callable[..., Any], tmp_path: Path
+    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The others finish their share; the same command with one process, or three, makes what is missing and no more."""
     ranks = [start(0, 3, DIES_AT=CHUNK), start(1, 3), start(2, 3)]
-    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 0, 0]
     assert not (tmp_path / "out" / "predict.json").exists()
     parts = [json.loads(path.read_bytes()) for path in (tmp_path / "out" / ".parts").glob("0*.json")]
-    made = sum(len(part["predictions"]) for part in parts)
-    assert made >= sum(predicted(one) for one in told[1:])
+    num_made = sum(len(result["predictions"]) for result in parts)
+    assert num_made >= sum(predicted(output) for output in outputs[1:])
     ranks = [start(rank, 2) for rank in range(2)]
-    told = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    assert sum(predicted(one) for one in told) == NUM_RADIOGRAPHS - made
-    assert contents(tmp_path / "out") == given[3]
+    outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert sum(predicted(output) for output in outputs) == NUM_RADIOGRAPHS - num_made
+    assert contents(tmp_path / "out") == fixture_paths[3]
 
 
-@pytest.mark.nightly(part="launchers")
-def test_ranks_find_a_finished_run_finished(given: Any, start: Callable[..., Any], tmp_path: Path) -> None:
-    predict(given[1], given[2], tmp_path / "out")
+@pytest.mark.nightly(result="launchers")
+def test_ranks_find_a_finished_run_finished(fixture_paths: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
-    told = [rank.communicate(timeout=120) for rank in ranks]
-    assert [(rank.returncode, predicted(err)) for rank, (_, err) in zip(ranks, told, strict=True)] == [(0, 0)] * 2
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [(rank.returncode, predicted(err)) for rank, (_, err) in zip(ranks, outputs, strict=True)] == [(0, 0)] * 2
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 def test_a_rank_whose_first_one_never_comes_says_so(
-    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture_paths: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -207,7 +209,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
     with pytest.raises(
         RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*\. Look at the output of rank 0"
     ):
-        predict(given[1], given[2], tmp_path / "out")
+        predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -215,7 +217,7 @@ def test_a_rank_whose_first_one_never_comes_says_so(
 
 
 def test_a_second_start_is_refused_while_the_first_lives(
-    given: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.5)
     first = start(0, 1, SLOW_S=0.1, cold=True)
@@ -223,35 +225,35 @@ def test_a_second_start_is_refused_while_the_first_lives(
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     begun = time.monotonic()
-    said = rf"^--out .*out is being written by process {first.pid} on .*\. Wait for it or stop it, or give another --out\.$"
-    with pytest.raises(UserError, match=said):
-        predict(given[1], given[2], tmp_path / "out")
+    message = rf"^--out .*out is being written by process {first.pid} on .*\. Wait for it or stop it, or give another --out\.$"
+    with pytest.raises(UserError, match=message):
+        predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
     assert time.monotonic() - begun < 15
-    _, told = first.communicate(timeout=120)
-    assert first.returncode == 0, told
-    assert contents(tmp_path / "out") == given[3]
+    _, outputs = first.communicate(timeout=120)
+    assert first.returncode == 0, outputs
+    assert contents(tmp_path / "out") == fixture_paths[3]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(part="kills"))]
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(result="kills"))]
 )
 def test_children_end_with_their_parent(
-    given: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
+    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     first = start(0, 1, SLOW_S=0.1, cold=True)
     while not list((tmp_path / "out" / ".parts").glob("0*.json")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    told = [path.read_text().split() for path in Path(f"/proc/{first.pid}/task").glob("*/children")]
-    children = [int(pid) for pids in told for pid in pids]
+    outputs = [path.read_text().split() for path in Path(f"/proc/{first.pid}/task").glob("*/children")]
+    children = [int(pid) for pids in outputs for pid in pids]
     assert children
     first.send_signal(number)
-    _, said = first.communicate(timeout=60)
+    _, message = first.communicate(timeout=60)
     if number == signal.SIGINT:
         assert first.returncode == 3
-        assert said.startswith("mura-dist: stopped after ")
-        assert len(said.splitlines()) == 2  # and the script's own
+        assert message.startswith("mura-dist: stopped after ")
+        assert len(message.splitlines()) == 2  # and the script's own
     end = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < end

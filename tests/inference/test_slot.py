@@ -46,8 +46,8 @@ def test_batches_of_any_size_run_in_one_shape_with_the_same_outputs(session: Ses
     images = noise(number)
     logit, activation_map = slot_of(session).run(images, OUTPUTS)
     assert session.shapes == [(B,)] * max(1, -(-number // B))
-    for ours, theirs in zip((logit, activation_map), OnnxModel.load(model).outputs(images), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, expected in zip((logit, activation_map), OnnxModel.load(model).outputs(images), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_what_a_batch_left_does_not_reach_the_next(session: Session, model: Path) -> None:

@@ -28,14 +28,14 @@ def test_a_table_as_r_writes_it(tmp_path: Path) -> None:
 
 def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
-    wanted = {"Mü/a.png": "XR_HAND", "=1.png": "XR_WRIST"}
+    expected = {"Mü/a.png": "XR_HAND", "=1.png": "XR_WRIST"}
     for mark, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-16")):
         lines = ["path,study_type", "Mu\u0308/a.png,hand", "./=1.png,XR_WRIST"]
         path.write_bytes("\r\n".join(line.replace(",", mark) for line in lines).encode(encoding))
-        assert study_types.read_override(str(path)) == wanted
-    assert study_types.match(wanted, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
+        assert study_types.read_override(str(path)) == expected
+    assert study_types.match(expected, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
     path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
-    with pytest.raises(UserError, match="is both XR_HAND and XR_WRIST\. Keep one"):
+    with pytest.raises(UserError, match=r"is both XR_HAND and XR_WRIST\. Keep one"):
         study_types.read_override(str(path))
 
 
@@ -92,9 +92,9 @@ def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_p
         assert study_types.check(study_type, ()) == []
 
 
-@pytest.mark.parametrize("given", ["types.cvs", "no/types.csv", "types.txt", "tables/hand"])
-def test_a_file_that_is_not_there_is_no_study_type(given: str) -> None:
+@pytest.mark.parametrize("option_value", ["types.cvs", "no/types.csv", "types.txt", "tables/hand"])
+def test_a_file_that_is_not_there_is_no_study_type(option_value: str) -> None:
     with pytest.raises(
-        UserError, match=rf"^--study-type {given}: no such file or directory\. Give a study type, or a CSV"
+        UserError, match=rf"^--study-type {option_value}: no such file or directory\. Give a study type, or a CSV"
     ):
-        study_types.read_override(given)
+        study_types.read_override(option_value)

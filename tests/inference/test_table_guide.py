@@ -42,5 +42,5 @@ def test_the_documentation_has_the_same_lines() -> None:
     text = (ROOT / "docs/prediction.md").read_text()
     for table, columns in table_guide.TABLES.items():
         section = text.partition(f"| `{table}` |")[2].partition("\n\n")[0]
-        found = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
-        assert found == list(columns.items()), table
+        documented = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+        assert documented == list(columns.items()), table

@@ -29,8 +29,8 @@ from mura_dist.models.card import Card
 def apply_thresholds(folder: Path, parts: list[ChunkResult], card: Card) -> pd.DataFrame:
     """studies.csv as a frame."""
     with tables.open_study_accumulator(folder / "studies.sqlite") as studies:
-        for part in parts:
-            studies.add(part["predictions"])
+        for result in parts:
+            studies.add(result["predictions"])
         return pd.concat(studies.frames(card), ignore_index=True)
 
 
@@ -52,13 +52,13 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
     points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND, "XR_WRIST": wrist})
     logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
     views = [
-        [f"{kind}{place}"] * 2 + [kind, logit, "ok"]
+        [f"{kind}{position}"] * 2 + [kind, logit, "ok"]
         for kind in ("XR_HAND", "XR_WRIST")
-        for place, logit in enumerate(logits)
+        for position, logit in enumerate(logits)
     ]
-    part = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0, "ok"]], "failures": []}
+    result = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0, "ok"]], "failures": []}
     card = card_of().model_copy(update={"calibration": points})
-    frame = apply_thresholds(tmp_path, [part], card)
+    frame = apply_thresholds(tmp_path, [result], card)
     for kind, probability, calibrated, band in zip(
         *(frame[name] for name in ("study_type", "probability", "calibrated_probability", "band")), strict=True
     ):
@@ -75,31 +75,31 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
 
 def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path: Path) -> None:
     logits = np.random.default_rng(0).normal(0, 3, 5).astype(np.float32).tolist()
-    found = set()
+    actual = set()
     for order in itertools.permutations(logits):
-        part = {
-            "predictions": [[f"{place}", "a", "XR_HAND", logit, "ok"] for place, logit in enumerate(order)],
+        result = {
+            "predictions": [[f"{position}", "a", "XR_HAND", logit, "ok"] for position, logit in enumerate(order)],
             "failures": [],
         }
-        found.add(apply_thresholds(tmp_path, [part], card_of())["probability"][0])
-    assert len(found) == 1  # to the last bit
-    assert found.pop() == float(f"{np.mean(classification.sigmoid(np.array(logits))):.6g}")
+        actual.add(apply_thresholds(tmp_path, [result], card_of())["probability"][0])
+    assert len(actual) == 1  # to the last bit
+    assert actual.pop() == float(f"{np.mean(classification.sigmoid(np.array(logits))):.6g}")
 
 
 def test_a_model_of_drawings_makes_no_call_and_no_band(tmp_path: Path) -> None:
     parts: list[ChunkResult] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
     points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND})
-    found = {}
+    actual = {}
     for kind in ("phantoms", "radiographs"):
         card = card_of(kind=kind).model_copy(update={"calibration": points})
         tally = tables.write(tmp_path, lambda: parts, card, "csv", tmp_path / "aside")
-        [found[kind]] = rows_of(tmp_path / "studies.csv")
+        [actual[kind]] = rows_of(tmp_path / "studies.csv")
         assert (tally.num_calls, tally.num_positive) == ((0, 0) if kind == "phantoms" else (1, 1))
         assert tally.studies_by_band == ({} if kind == "phantoms" else {"positive": 1})
         assert not tally.unevaluated_by_type
-        assert found[kind].pop("trained_on") == kind
-    assert found["phantoms"] == found["radiographs"] | {"call": "", "band": ""}
-    assert found["phantoms"]["threshold"] == "0.5"
+        assert actual[kind].pop("trained_on") == kind
+    assert actual["phantoms"] == actual["radiographs"] | {"call": "", "band": ""}
+    assert actual["phantoms"]["threshold"] == "0.5"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -110,12 +110,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_a_studys_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
     cases = [order for num in (1, 2, 3) for order in itertools.permutations(gate.NAMES, num)]
     rows = [
-        [f"{i}", f"{case}", "XR_HAND", 0.0, word] for case, words in enumerate(cases) for i, word in enumerate(words)
+        [f"{i}", f"{case}", "XR_HAND", 0.0, word] for case, values in enumerate(cases) for i, word in enumerate(values)
     ]
     frame = apply_thresholds(
         tmp_path, [{"predictions": rows[:30], "failures": []}, {"predictions": rows[30:], "failures": []}], card_of()
     )
-    assert frame["gate"].tolist() == [max(words, key=gate.NAMES.index) for words in cases]
+    assert frame["gate"].tolist() == [max(values, key=gate.NAMES.index) for values in cases]
 
 
 # ---- 6 digits
@@ -158,16 +158,16 @@ def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format
     )
     tables.write(tmp_path, lambda: [{"predictions": rows, "failures": []}], card, format, tmp_path / "aside")
     path = tmp_path / f"studies.{format}"
-    found = pd.DataFrame(rows_of(path)) if format == "csv" else pd.read_parquet(path)
-    found = found.astype({"probability": float, "threshold": float, "call": int})
-    assert found["threshold"].tolist() == near.tolist()
-    assert found["call"].tolist() == (exact > near).astype(int).tolist()
-    assert set(found["call"]) == {0, 1}
-    assert ((found["probability"] > found["threshold"]) == (found["call"] == 1)).all()
-    assert ((found["probability"] <= near) == (found["band"] == "negative")).all()
+    actual = pd.DataFrame(rows_of(path)) if format == "csv" else pd.read_parquet(path)
+    actual = actual.astype({"probability": float, "threshold": float, "call": int})
+    assert actual["threshold"].tolist() == near.tolist()
+    assert actual["call"].tolist() == (exact > near).astype(int).tolist()
+    assert set(actual["call"]) == {0, 1}
+    assert ((actual["probability"] > actual["threshold"]) == (actual["call"] == 1)).all()
+    assert ((actual["probability"] <= near) == (actual["band"] == "negative")).all()
     for i in range(0, len(rows), 7):
         score = prediction_files.read_predictions(path, threshold=float(near[i])).frame
-        assert score["call"][i] == found["call"][i]
+        assert score["call"][i] == actual["call"][i]
 
 
 # ---- formulas
@@ -186,16 +186,16 @@ def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, format: str) -> None:
         ("failures", "path"),
     ):
         path = tmp_path / f"{table}.{format}"
-        found = [row[column] for row in rows_of(path)] if format == "csv" else pd.read_parquet(path)[column].tolist()
-        assert found == ([*(f"./{name}" for name in names[:-1]), names[-1]] if format == "csv" else names)
+        actual = [row[column] for row in rows_of(path)] if format == "csv" else pd.read_parquet(path)[column].tolist()
+        assert actual == ([*(f"./{name}" for name in names[:-1]), names[-1]] if format == "csv" else names)
     if format == "csv":
         assert {row["logit"] for row in rows_of(tmp_path / "predictions.csv")} == {"-1.0"}
 
 
 def test_sigmoid_at_its_ends() -> None:
     with np.errstate(all="raise", under="ignore"):
-        found = classification.sigmoid(np.array([-1e4, -30, 0, 30, 1e4], np.float32))
-    np.testing.assert_allclose(found, [0, 9.357622968839299e-14, 0.5, 1 - 9.357622968839299e-14, 1], rtol=1e-12)
+        actual = classification.sigmoid(np.array([-1e4, -30, 0, 30, 1e4], np.float32))
+    np.testing.assert_allclose(actual, [0, 9.357622968839299e-14, 0.5, 1 - 9.357622968839299e-14, 1], rtol=1e-12)
 
 
 # ---- the same bytes, however the rows come
@@ -206,14 +206,14 @@ def rows(num: int, seed: int = 0) -> list[list[Any]]:
     rng = np.random.default_rng(seed)
     types = ["XR_HAND", "XR_WRIST", "XR_HIP", "unknown"]
     studies = [(f"study {number}", types[number % 4]) for number in range(max(1, num // 3))]
-    found = []
+    actual = []
     for number in range(num):
         study, kind = studies[rng.integers(len(studies))]
         logit = float(np.float32(rng.normal(0, 10.0 ** rng.integers(-3, 3))))
         word = gate.NAMES[int(rng.integers(len(gate.NAMES)))]
         kind = types[number % 4] if number % 50 == 7 else kind
-        found.append([f'{number:05d} ü, "x".png', study, kind, logit, word])
-    return found
+        actual.append([f'{number:05d} ü, "x".png', study, kind, logit, word])
+    return actual
 
 
 def parts_of(views: list[list[Any]], size: int) -> list[ChunkResult]:
@@ -226,12 +226,12 @@ def oracle(views: list[list[Any]]) -> pd.DataFrame:
     """Studies by the plainest pandas."""
     frame = pd.DataFrame(views, columns=["path", "study", "study_type", "logit", "gate"])
     frame["probability"] = classification.sigmoid(frame["logit"].to_numpy(np.float32))
-    found = frame.groupby("study", sort=False).agg(
+    actual = frame.groupby("study", sort=False).agg(
         study_type=("study_type", lambda types: types.iloc[0] if types.nunique() == 1 else "unknown"),
         num_views=("path", "size"),
         probability=("probability", lambda p: float(f"{sum(sorted(p), 0.0) / len(p):.6g}")),
     )
-    return found.reset_index()
+    return actual.reset_index()
 
 
 @pytest.mark.parametrize("format", tables.FORMATS)
@@ -253,10 +253,10 @@ def test_blocks_and_parts_leave_no_trace(
             what: Any = path.read_bytes() if format == "csv" else pd.read_parquet(path).to_csv()
             assert written.setdefault(name, what) == what, (block, size, name)
     read = pd.read_csv if format == "csv" else pd.read_parquet
-    found, wanted = read(tmp_path / "10-7" / f"studies.{format}"), oracle(views)
-    for column in wanted:
-        assert found[column].tolist() == wanted[column].tolist(), column  # to the last bit
-    assert tally.num_studies == len(wanted)
+    actual, expected = read(tmp_path / "10-7" / f"studies.{format}"), oracle(views)
+    for column in expected:
+        assert actual[column].tolist() == expected[column].tolist(), column  # to the last bit
+    assert tally.num_studies == len(expected)
     predictions = read(tmp_path / "10-7" / f"predictions.{format}")
     assert predictions["gate"].tolist() == [row[4] for row in views]
     assert tally.radiographs_by_gate == Counter(row[4] for row in views)
@@ -285,8 +285,8 @@ def test_a_bare_carriage_return_anywhere_quotes_the_whole_file(
         with open(tmp_path / f"{name}.csv", newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
         assert len({len(line) for line in lines}) == 1
-    found = pd.read_csv(tmp_path / "predictions.csv", keep_default_na=False)
-    assert found["path"].tolist() == [row[0] for row in views]
+    actual = pd.read_csv(tmp_path / "predictions.csv", keep_default_na=False)
+    assert actual["path"].tolist() == [row[0] for row in views]
 
 
 # ---- what stands in the way
@@ -298,33 +298,33 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
     """Windows says PermissionError where another program has the file open, when it is to be replaced."""
-    place, replace, opens = tmp_path / f"{name}.csv", os.replace, os.open
+    position, replace, opens = tmp_path / f"{name}.csv", os.replace, os.open
     if how == "a folder":
-        place.mkdir()
+        position.mkdir()
 
     def refuse(act: Any, at: Path) -> Any:
-        def acting(*given: Any) -> Any:
-            if at.name in Path(given[-1] if act is replace else given[0]).name:
+        def acting(*arguments: Any) -> Any:
+            if at.name in Path(arguments[-1] if act is replace else arguments[0]).name:
                 raise PermissionError(13, "Permission denied")
-            return act(*given)
+            return act(*arguments)
 
         return acting
 
     if how == "open elsewhere":
-        monkeypatch.setattr(os, "replace", refuse(replace, place))
+        monkeypatch.setattr(os, "replace", refuse(replace, position))
     if how == "a folder nobody may write into":
-        monkeypatch.setattr(os, "open", refuse(opens, place))
+        monkeypatch.setattr(os, "open", refuse(opens, position))
     parts = parts_of(rows(20), 7)
     with pytest.raises(RunError) as failure:
         tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
-    assert str(place) in str(failure.value)
+    assert str(position) in str(failure.value)
     assert "Close the program that has it open" in str(failure.value)
     assert "The same command resumes" in str(failure.value)
     monkeypatch.undo()
     if how == "a folder":
-        place.rmdir()
+        position.rmdir()
     tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
-    assert sorted(os.listdir(tmp_path)) == [f"{one}.csv" for one in sorted(tables.NAMES)]
+    assert sorted(os.listdir(tmp_path)) == [f"{table_name}.csv" for table_name in sorted(tables.NAMES)]
 
 
 # ---- memory
@@ -355,20 +355,20 @@ def peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
     if sys.platform != "linux":
         pytest.skip("only Linux tells the peak of this process alone")
     for num, per_study, format in cases:
-        words = [card_of().model_dump_json(), str(folder), str(num), str(per_study), format]
-        done = subprocess.run([sys.executable, "-c", TABLES, *words], capture_output=True, text=True, check=True)
+        values = [card_of().model_dump_json(), str(folder), str(num), str(per_study), format]
+        done = subprocess.run([sys.executable, "-c", TABLES, *values], capture_output=True, text=True, check=True)
         peak, counted = json.loads(done.stdout)
         assert counted == num
         yield peak
 
 
-@pytest.mark.nightly(part="files")
+@pytest.mark.nightly(result="files")
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     few, many = peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
     assert many - few < 15, (few, many)
 
 
-@pytest.mark.nightly(part="files")
+@pytest.mark.nightly(result="files")
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("per_study", [1, 3, 200_000])
 def test_tables_of_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:

@@ -31,8 +31,8 @@ class Grid:
     step: np.ndarray
     origin: np.ndarray
 
-    def __add__(self, other: "Grid") -> "Grid":  # noqa: D105
-        return Grid(np.concatenate([self.step, other.step]), np.concatenate([self.origin, other.origin]))
+    def __add__(self, grid: "Grid") -> "Grid":
+        return Grid(np.concatenate([self.step, grid.step]), np.concatenate([self.origin, grid.origin]))
 
 
 def build_grid(statistics: ChannelStatistics, norms: Sequence[tuple[np.ndarray, np.ndarray]]) -> Grid:

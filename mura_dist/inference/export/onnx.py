@@ -459,8 +459,8 @@ def _compare(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: flo
         worst = np.unravel_index(np.nanargmax(np.where(np.isnan(difference), np.inf, difference)), difference.shape)
         raise RunError(
             f"{name} of the exported model is {actual[worst]:.6g}, torch computes {expected[worst]:.6g} (batch size "
-            f"{batch_size}, largest allowed difference {tolerance:g}). Nothing was written. Look for NaN in the checkpoint, try another "
-            "checkpoint, or report it with the versions of torch and onnxruntime."
+            f"{batch_size}, largest allowed difference {tolerance:g}). Nothing was written. Look for NaN in the checkpoint, "
+            "try another checkpoint, or report it with the versions of torch and onnxruntime."
         )
 
 

@@ -28,8 +28,8 @@ def _train(halved: Path, parent: Path) -> None:
         f"pretrained={parent / 'start.safetensors'}",
         f"deepspeed={parent / 'engine.json'}",
     )
-    words = (*TINY, f"shards={halved}", f"run={parent / 'run'}", "epochs=1", *paths)
-    for command in (("train", *words), ("evaluate", parent / "run", halved, "--no-gallery")):
+    arguments = (*TINY, f"shards={halved}", f"run={parent / 'run'}", "epochs=1", *paths)
+    for command in (("train", *arguments), ("evaluate", parent / "run", halved, "--no-gallery")):
         result = run("mura-dist", *command, "--quiet")
         assert result.returncode == 0, result.stderr
 

@@ -26,7 +26,7 @@ from mura_dist.cli.main import DONE, FAILED, STOPPED, main
 from mura_dist.core.errors import RunError, UserError
 from mura_dist.data import mura, radiograph
 from mura_dist.data.shards.reader import Shards
-from mura_dist.inference.export import onnx as room
+from mura_dist.inference.export import onnx as export_module
 from mura_dist.inference.export.onnx import BATCH_SIZES, OPSET, ExportReport, build_onnx, export, parity, probe_images
 from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.metrics.operating_points import PAPER_OPERATING_POINT, FittedThresholds
@@ -55,7 +55,7 @@ def test_onnx_runtime_agrees_with_torch(
     model, path, _ = exported
     images = noise(batch_size, seed=batch_size)
     with torch.inference_mode():
-        wanted_logit, wanted_map = (part.numpy() for part in model(torch.from_numpy(images)))
+        wanted_logit, wanted_map = (array.numpy() for array in model(torch.from_numpy(images)))
     logit, activation_map = OnnxModel.load(path).outputs(images)
     assert logit.shape == (batch_size,)
     assert logit.dtype == activation_map.dtype == np.float32
@@ -77,7 +77,7 @@ def test_progress_reaches_its_end(exported: tuple[densenet.DenseNet, Path, Expor
     assert steps == [(done, 5) for done in range(6)]  # the graph, four batch sizes
 
 
-@pytest.mark.nightly(part="training")
+@pytest.mark.nightly(array="training")
 def test_densenet169(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")
@@ -104,8 +104,8 @@ def test_file_is_valid_and_carries_nothing_of_this_machine(
     assert all(value.doc_string for value in (*proto.graph.input, *proto.graph.output))
     assert not [tensor.name for tensor in proto.graph.initializer if tensor.external_data]
     assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in proto.graph.initializer)
-    for place in (Path(torch.__file__).parents[1], Path(densenet.__file__).parent, Path.home()):
-        assert str(place).encode() + b"/" not in data
+    for secret_path in (Path(torch.__file__).parents[1], Path(densenet.__file__).parent, Path.home()):
+        assert str(secret_path).encode() + b"/" not in data
     inputs = [(entry.name, entry.type, entry.shape) for entry in onnxruntime.InferenceSession(data).get_inputs()]
     assert inputs == [("image", "tensor(uint8)", ["batch", 1, S, S])]
 
@@ -127,15 +127,15 @@ def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, Exp
     model, path, _ = exported
     images, data = probe_images(S), path.read_bytes()
     assert parity(model, data, images) <= 1e-4
-    other = tiny()
+    second_model = tiny()
     with torch.no_grad():
-        other.classifier.bias += 2e-3
+        second_model.classifier.bias += 2e-3
     with pytest.raises(
         RunError,
         match=r"^logit of the exported model is .*, torch computes .*largest allowed difference 0\.0001\)\. Nothing",
     ):
-        parity(other, data, images)
-    assert parity(other, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
+        parity(second_model, data, images)
+    assert parity(second_model, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
 
 
 def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
@@ -150,15 +150,16 @@ def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.De
 
 def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer images than a batch are taken again: a batch of 64 is one."""
-    model, seen = tiny(), []
+    model, batches = tiny(), []
     data, images = build_onnx(model, card_of()), np.concatenate([probe_images(S), noise(4)])
     outputs = OnnxModel.outputs
-    monkeypatch.setattr(OnnxModel, "outputs", lambda self, batch: (seen.append(batch), outputs(self, batch))[1])
+    monkeypatch.setattr(OnnxModel, "outputs", lambda self, batch: (batches.append(batch), outputs(self, batch))[1])
     parity(model, data, images)
-    assert {len(batch) for batch in seen} >= set(BATCH_SIZES) == {1, 2, 7, 64}
+    assert {len(batch) for batch in batches} >= set(BATCH_SIZES) == {1, 2, 7, 64}
     for image in images:
         assert all(
-            any((image == one).all() for batch in seen if len(batch) == size for one in batch) for size in (1, 64)
+            any((image == image_in_batch).all() for batch in batches if len(batch) == size for image_in_batch in batch)
+            for size in (1, 64)
         )
 
 
@@ -255,8 +256,8 @@ def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
 ) -> None:
     out = tmp_path / "new" / "folder" / "model.onnx"
     assert main(["export", str(folder), "--out", str(out)]) == DONE
-    said = capsys.readouterr().out
-    assert re.search(r"logits within \S+ of torch's on [1-9]\d* radiographs", said)
+    captured = capsys.readouterr().out
+    assert re.search(r"logits within \S+ of torch's on [1-9]\d* radiographs", captured)
     card = laws.self_describing(out, kind="phantoms", secrets=secrets(folder, halved, tmp_path, ROOT))
     assert card["calibration"]["fitted_on"] == "tune"
     assert any(fitted["band"] for fitted in card["calibration"]["by_study_type"].values())
@@ -270,10 +271,10 @@ def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tm
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     (copy / "metrics.json").write_text("[]")  # another program's
     assert main(["export", str(copy)]) == DONE
-    said = capsys.readouterr().out
+    captured = capsys.readouterr().out
     compared = "of torch's on drawn images alone (the run's shards are not where they were; --shards says where)"
-    assert any(line.endswith(compared) for line in said.splitlines()), said
-    assert "no thresholds, so" in said
+    assert any(line.endswith(compared) for line in captured.splitlines()), captured
+    assert "no thresholds, so" in captured
 
 
 def documented_lines() -> str:
@@ -299,11 +300,11 @@ def test_documented_lines_without_mura_dist_give_the_same_bits(
     )
     assert done.returncode == 0, done.stderr
     assert mura.TERMS in done.stdout
-    found = np.load(tmp_path / "found.npz")
-    wanted = OnnxModel.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
-    np.testing.assert_array_equal(found["logit"], wanted[0])
-    np.testing.assert_array_equal(found["cells"], wanted[1])
-    assert f"{1 / (1 + np.exp(-wanted[0][0])):.3f}" in done.stdout
+    arrays = np.load(tmp_path / "found.npz")
+    expected = OnnxModel.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
+    np.testing.assert_array_equal(arrays["logit"], expected[0])
+    np.testing.assert_array_equal(arrays["cells"], expected[1])
+    assert f"{1 / (1 + np.exp(-expected[0][0])):.3f}" in done.stdout
 
 
 # ---- what stops it
@@ -320,26 +321,28 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_wrong_requests_are_refused_before_the_work(what: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(room, "build_onnx", lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(export_module, "build_onnx", lambda *_: pytest.fail("it began to work"))
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "other" / "mura_dist").mkdir(parents=True)
     (tmp_path / "other" / "mura_dist" / "config.pbtxt").write_text('name: "mura_dist"')
-    words, says = REFUSED[what]
-    given = [word.format(tmp=tmp_path) for word in words]
-    laws.refusal(capsys, ["export", copy, *given], *(word.format(tmp=tmp_path) for word in says))
+    templates, messages = REFUSED[what]
+    arguments = [word.format(tmp=tmp_path) for word in templates]
+    laws.refusal(capsys, ["export", copy, *arguments], *(word.format(tmp=tmp_path) for word in messages))
     assert not list(tmp_path.rglob("*.onnx"))
 
 
 @pytest.mark.parametrize("option", ["--out", "--triton"])
 def test_a_place_that_cannot_be_written(option: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    place = tmp_path / "locked"
-    place.mkdir()
+    secret_path = tmp_path / "locked"
+    secret_path.mkdir()
     access = os.access  # root may write anywhere
     monkeypatch.setattr(
-        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == place) and access(path, mode)
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == secret_path) and access(path, mode)
     )
-    given = place / "model.onnx" if option == "--out" else place
-    laws.refusal(capsys, ["export", copy, option, given], f"{option}: {place} is not writable", "Give another path")
+    arguments = secret_path / "model.onnx" if option == "--out" else secret_path
+    laws.refusal(
+        capsys, ["export", copy, option, arguments], f"{option}: {secret_path} is not writable", "Give another path"
+    )
 
 
 def test_damaged_metrics_are_refused(copy: Path, capsys) -> None:
@@ -347,7 +350,7 @@ def test_damaged_metrics_are_refused(copy: Path, capsys) -> None:
     laws.refusal(capsys, ["export", copy], "metrics.json is invalid", "Run `mura-dist evaluate` again")
 
 
-def left(tmp_path: Path) -> list[str]:
+def leftovers(tmp_path: Path) -> list[str]:
     return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "onnx" in path.name)
 
 
@@ -362,7 +365,7 @@ def test_a_full_disk_leaves_the_old_file(copy: Path, tmp_path: Path, monkeypatch
     assert (
         capsys.readouterr().err == "mura-dist: No space left on device. Free some space, then run the same command.\n"
     )
-    assert left(tmp_path) == ["run/model.onnx"]
+    assert leftovers(tmp_path) == ["run/model.onnx"]
     assert (copy / "model.onnx").read_bytes() == b"the old one"
 
 
@@ -371,10 +374,10 @@ def test_ctrl_c_leaves_nothing(moment: str, copy: Path, tmp_path: Path, monkeypa
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, moment, interrupted)
+    monkeypatch.setattr(export_module, moment, interrupted)
     assert main(["export", str(copy), "--triton", str(tmp_path / "triton")]) == STOPPED
     assert capsys.readouterr().err.strip() == "mura-dist: stopped. The same command resumes."
-    assert left(tmp_path) == []
+    assert leftovers(tmp_path) == []
     assert not (tmp_path / "triton").exists()
 
 
@@ -393,7 +396,7 @@ def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_pa
     assert compared == [compared[0], compared[0] - 1]
 
 
-@pytest.mark.nightly(part="training")
+@pytest.mark.nightly(array="training")
 @pytest.mark.shared
 def test_gate_on_real_radiographs(shared: Path) -> None:
     """DenseNet-169, at the size it is trained at, BatchNorm having seen radiographs."""

@@ -26,13 +26,13 @@ from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(module="training"))])
 def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
     assert (
         main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
         == DONE
     )
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     path = copy / f"model-{precision}.onnx"
     assert [file.name for file in copy.glob("*.onnx")] == [path.name]
     onnx.checker.check_model(path, full_check=True)
@@ -45,7 +45,7 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
     assert change.num_studies >= 10
     assert 0 < change.mean_probability <= change.max_probability < 0.2
     assert (change.calibrated_on > 0) == (precision == "int8")
-    assert f"{precision} changes the probability of {change.num_radiographs} radiographs" in said.out
+    assert f"{precision} changes the probability of {change.num_radiographs} radiographs" in captured.out
     assert (tmp_path / "served" / "mura_dist" / "1" / "model.onnx").read_bytes() == path.read_bytes()
     assert main(["export", str(copy)]) == DONE
     plain = OnnxModel.load(copy / "model.onnx")
@@ -56,11 +56,11 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(module="training"))])
 def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
     """The numbers of the card, taken again from the two files and the split's pixels."""
-    for words in (["--precision", precision, "--allow-change"], []):
-        assert main(["export", str(copy), *words]) == DONE
+    for arguments in (["--precision", precision, "--allow-change"], []):
+        assert main(["export", str(copy), *arguments]) == DONE
     shards, models = (
         Shards.open(halved),
         [OnnxModel.load(copy / name) for name in ("model.onnx", f"model-{precision}.onnx")],
@@ -80,7 +80,7 @@ def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
         means = {study: view[studies == study].mean() for study in dict.fromkeys(studies)}
         calls.append([mean > models[0].card.thresholds.get(types[study], 0.5) for study, mean in means.items()])
     assert change.num_studies == len(calls[0])
-    assert change.num_changed_calls == sum(one != two for one, two in zip(*calls, strict=True))
+    assert change.num_changed_calls == sum(item != second for item, second in zip(*calls, strict=True))
 
 
 def change_of(mean: float, calls: int, studies: int = 400) -> PrecisionChange:
@@ -104,7 +104,7 @@ def test_limits(precision: str) -> None:
         change_of(0, most + 1),
         change_of(limit.mean_probability * 2, most + 5),
     ):
-        with pytest.raises(RunError, match=f"{precision} changes .* \(limit .*--allow-change"):
+        with pytest.raises(RunError, match=rf"{precision} changes .* \(limit .*--allow-change"):
             variants.check_limits(precision, change, False)
         assert variants.check_limits(precision, change, True)
     assert variants.check_limits(precision, change_of(0, 1, studies=3), False) == []  # one of a few may always change
@@ -116,14 +116,14 @@ def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(variants.LIMITS, "int8", variants.ChangeLimits(0.0, 0.0))
     (copy / "model-int8.onnx").write_text("an older one")
     assert main(["export", str(copy), "--precision", "int8"]) == FAILED
-    said = capsys.readouterr().err.splitlines()
-    assert "int8 changes a probability by" in said[-1]
-    assert "(limit 0" in said[-1]
+    captured = capsys.readouterr().err.splitlines()
+    assert "int8 changes a probability by" in captured[-1]
+    assert "(limit 0" in captured[-1]
     assert (copy / "model-int8.onnx").read_text() == "an older one"
     assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--quiet"]) == DONE
-    said = capsys.readouterr()
-    assert "warning: int8 changes a probability" in said.out
-    assert said.err == f"{mura.TERMS}\n"
+    captured = capsys.readouterr()
+    assert "warning: int8 changes a probability" in captured.out
+    assert captured.err == f"{mura.TERMS}\n"
 
 
 def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -137,10 +137,10 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
         "fp32, fp16, bf16, int8",
     )
     convert(phantoms, tmp_path / "other", size=32, workers=1)
-    for words in (["--precision", "int8"], []):
+    for arguments in (["--precision", "int8"], []):
         laws.refusal(
             capsys,
-            ["export", copy, *words, "--shards", tmp_path / "other"],
+            ["export", copy, *arguments, "--shards", tmp_path / "other"],
             "not the shards that this run was trained on",
             "--shards",
         )
@@ -169,14 +169,14 @@ def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, c
     assert main(["export", str(copy), "--precision", "int8", "--allow-change", "--shards", str(halved)]) == DONE
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
+@pytest.mark.parametrize("is_ensemble", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_half_precision_keeps_its_borders_in_fp32(is_ensemble: bool) -> None:
     """The image's normalisation, both outputs, and an ensemble's average; the original is left as it is."""
-    model = Ensemble([tiny(0), tiny(1)]).eval() if whole else tiny()
+    model = Ensemble([tiny(0), tiny(1)]).eval() if is_ensemble else tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     narrow = variants.to_half_precision(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    networks = [part for part in narrow.modules() if isinstance(part, DenseNet)]
+    networks = [module for module in narrow.modules() if isinstance(module, DenseNet)]
     assert all(network.mean.dtype == torch.float32 for network in networks)
     assert all(parameter.dtype == torch.float16 for parameter in narrow.parameters())
     proto = onnx.load_from_string(build_onnx(narrow, card_of().model_copy(update={"precision": "fp16"})))
@@ -184,7 +184,7 @@ def test_half_precision_keeps_its_borders_in_fp32(whole: bool) -> None:
     images = noise(9)
     logit, cells = OnnxModel.from_bytes(proto.SerializeToString(), "half").outputs(images)
     with torch.no_grad():
-        exact_logit, exact_cells = (part.numpy() for part in model(torch.from_numpy(images)))
+        exact_logit, exact_cells = (module.numpy() for module in model(torch.from_numpy(images)))
     np.testing.assert_allclose(logit, exact_logit, atol=0.01)
     np.testing.assert_allclose(cells, exact_cells, atol=0.05)
 
@@ -204,7 +204,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(part="training"))]
+    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(module="training"))]
 )
 def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> None:
     network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
@@ -252,7 +252,7 @@ def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: 
 
 def test_names_and_old_cards() -> None:
     assert default_out(Target.parse(Path("run")), "fp32") == Path("run/model.onnx")
-    assert {default_out(Target.parse(Path("a/five.json")), one).name for one in PRECISIONS[1:]} == {
+    assert {default_out(Target.parse(Path("a/five.json")), item).name for item in PRECISIONS[1:]} == {
         "five-fp16.onnx",
         "five-bf16.onnx",
         "five-int8.onnx",
