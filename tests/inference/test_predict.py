@@ -492,7 +492,7 @@ def count(self, image, outputs):
     return compute(self, image, outputs)
 OnnxRuntime.run = count
 if where == "tables":
-    tables.Studies.frames = die
+    tables.StudyAccumulator.frames = die
 def progress(done, total):
     if where == "walking" and total is None or where == "reading" and total and done == int(at):
         die()

@@ -102,7 +102,9 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
     tmp_path: Path,
 ) -> None:
     out, options = tmp_path / "out", PredictOptions(workers=1, overlays=True)
-    message = r"^4 files could not be read \(io_error\), the first is study1/10: .*: too many open files\. .*same command"
+    message = (
+        r"^4 files could not be read \(io_error\), the first is study1/10: .*: too many open files\. .*same command"
+    )
     with (
         read_faults("study1/1", error=errno.EMFILE, call="open").in_children(),
         pytest.raises(RunError, match=message),

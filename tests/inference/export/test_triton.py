@@ -25,7 +25,7 @@ def data(model: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def other() -> bytes:
+def other_model() -> bytes:
     """Of other weights, with another threshold."""
     return build_onnx(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
 
@@ -72,24 +72,27 @@ def stock_server_loads(folder: Path) -> Any:
         assert 0 < size <= config.max_batch_size
     for version in served:
         session = onnxruntime.InferenceSession(folder / str(version) / (config.default_model_filename or "model.onnx"))
-        for ours, theirs in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
-            there = {tensor.name: tensor for tensor in theirs}
-            assert {tensor.name for tensor in ours} == set(there)
-            for tensor in ours:
-                kind = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}[there[tensor.name].type]
+        for config_tensors, session_tensors in (
+            (config.input, session.get_inputs()),
+            (config.output, session.get_outputs()),
+        ):
+            by_name = {tensor.name: tensor for tensor in session_tensors}
+            assert {tensor.name for tensor in config_tensors} == set(by_name)
+            for tensor in config_tensors:
+                kind = {"tensor(uint8)": "TYPE_UINT8", "tensor(float)": "TYPE_FP32"}[by_name[tensor.name].type]
                 assert (
                     tensor.data_type
                     == tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name[kind].number
                 )
-                full = [-1 if isinstance(dim, str) else dim for dim in there[tensor.name].shape]
+                full = [-1 if isinstance(dim, str) else dim for dim in by_name[tensor.name].shape]
                 assert full == [-1, *shape_rules(tensor, config.max_batch_size)], "compared exactly, batch first"
     for warmup in config.model_warmup:
         assert 0 < warmup.batch_size <= config.max_batch_size
         assert warmup.inputs.keys() == {tensor.name for tensor in config.input}
         for tensor in config.input:
-            one = warmup.inputs[tensor.name]
-            assert (one.data_type, list(one.dims)) == (tensor.data_type, list(tensor.dims))
-            assert one.WhichOneof("input_data_type") in ("zero_data", "random_data"), "no file is needed"
+            warmup_input = warmup.inputs[tensor.name]
+            assert (warmup_input.data_type, list(warmup_input.dims)) == (tensor.data_type, list(tensor.dims))
+            assert warmup_input.WhichOneof("input_data_type") in ("zero_data", "random_data"), "no file is needed"
     return config
 
 
@@ -138,10 +141,10 @@ def test_an_unknown_field_is_an_error(repository: Path) -> None:
 
 def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -> None:
     model = OnnxModel.load(repository / "mura_dist" / "1" / "model.onnx")
-    told = json.loads(parsed(triton.config(data)).parameters["mura_dist"].string_value)
-    assert told.pop("model_sha256") == model.sha256
-    assert "metrics" not in told  # many kilobytes, in every answer about the configuration
-    for key, value in told.items():
+    card_fields = json.loads(parsed(triton.config(data)).parameters["mura_dist"].string_value)
+    assert card_fields.pop("model_sha256") == model.sha256
+    assert "metrics" not in card_fields  # many kilobytes, in every answer about the configuration
+    for key, value in card_fields.items():
         assert value == json.loads(model.card.to_json())[key]
 
 
@@ -149,27 +152,27 @@ def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -
 def test_quotes_and_backslashes_arrive(data: bytes) -> None:
     awkward = 'a "b" \\ é {0}\n'
     card = card_of().model_copy(update={"study_types": [awkward]})
-    told = json.loads(parsed(triton.config(build_onnx(tiny(), card))).parameters["mura_dist"].string_value)
-    assert told["study_types"] == [awkward]
+    card_fields = json.loads(parsed(triton.config(build_onnx(tiny(), card))).parameters["mura_dist"].string_value)
+    assert card_fields["study_types"] == [awkward]
 
 
 # ---- what is there already
 
 
-def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes, other: bytes) -> None:
+def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes, other_model: bytes) -> None:
     (repository / "theirs" / "1").mkdir(parents=True)
     (repository / "theirs" / "config.pbtxt").write_text("theirs")
     (repository / "mura_dist" / "2").mkdir()  # a higher version is not what was exported
-    triton.write(repository, other)
+    triton.write(repository, other_model)
     assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
     assert files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
-    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == other != data
+    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == other_model != data
     assert "version_policy { specific { versions: [ 1 ] } }" in (repository / "mura_dist" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
 def test_model_and_configuration_never_differ(
-    failing: str, repository: Path, data: bytes, other: bytes, monkeypatch: pytest.MonkeyPatch
+    failing: str, repository: Path, data: bytes, other_model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law of torn writes: after each write that may be the last, the old model or the new one, alone or with its own words."""
 
@@ -178,12 +181,14 @@ def test_model_and_configuration_never_differ(
 
     monkeypatch.setattr(atomic, failing, killed)
     with pytest.raises(KeyboardInterrupt):
-        triton.write(repository, other)
+        triton.write(repository, other_model)
     monkeypatch.undo()
     assert files(repository) == ["mura_dist/1/model.onnx"]
-    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == (data if failing == "write_bytes" else other)
-    triton.write(repository, other)
-    assert (repository / "mura_dist" / "config.pbtxt").read_text() == triton.config(other)
+    assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == (
+        data if failing == "write_bytes" else other_model
+    )
+    triton.write(repository, other_model)
+    assert (repository / "mura_dist" / "config.pbtxt").read_text() == triton.config(other_model)
 
 
 def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: bytes) -> None:
