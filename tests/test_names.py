@@ -95,7 +95,7 @@ def source_files(*folders: str) -> list[Path]:
 
 
 def names_of(path: Path) -> Iterator[Name]:
-    """Yield the names that a file defines: its own, classes, functions, parameters, variables, attributes of self, import aliases."""
+    """Yield the names that a file defines, and its own: classes, functions, parameters, variables, attributes, aliases."""
     yield path, 1, path.stem
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:

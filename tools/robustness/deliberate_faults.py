@@ -1,6 +1,6 @@
 """Insert faults into a copy of the package, one at a time, and check that a test of `tests/run.sh --all` fails.
 
-    python tools/robustness/deliberate_faults.py [NAME ...]      about a minute per fault; exit status 1 if a fault is not detected
+    python tools/robustness/deliberate_faults.py [NAME ...]      about a minute per fault; exit status 1 if one is not detected
     python tools/robustness/deliberate_faults.py --list          list the faults, and check that their texts are in the source
 
 A fault is one replacement in one file. If its text is no longer in the file, update the fault.

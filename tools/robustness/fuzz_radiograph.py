@@ -6,10 +6,10 @@ python tools/robustness/fuzz_radiograph.py [--files 20000] [--seed S] [--seeds F
 
 Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, some of what a DICOM may hold more, and
 those of --seeds. The child ends,
-stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Wanted of each file: a
-grey square or UnreadableFileError, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was found. The same
-seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the constants it finds
-there); a digest of them stands in the summary.
+stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Each file must
+give a gray square or UnreadableFileError, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was
+found. The same seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the
+constants it finds there). A digest of them stands in the summary.
 """
 
 import argparse
