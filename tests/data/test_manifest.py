@@ -469,7 +469,7 @@ def test_what_cannot_be_read_has_no_duplicate(tmp_path: Path) -> None:
             raise PermissionError(path)
         return "same"
 
-    assert duplicates._alike([["a", "c", "b"], ["d"]], key, 2) == [["a", "b"]]
+    assert duplicates._regroup([["a", "c", "b"], ["d"]], key, 2) == [["a", "b"]]
     make(tmp_path, view())
     for n in (2, 3):  # links to nowhere, and empty files
         make(tmp_path, view(patient=n))
@@ -588,7 +588,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, memory: str, remote: boo
 
 
 def test_a_protocol_nobody_knows_is_refused() -> None:
-    refused("nowhere-known://bucket/MURA-v1.1", "nowhere-known", "give a local folder, or a URL")
+    refused("nowhere-known://bucket/MURA-v1.1", "nowhere-known", "Give a local folder, or a URL")
 
 
 def test_the_command_line_says_so_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
