@@ -567,7 +567,7 @@ def run_evaluation(capsys: pytest.CaptureFixture[str], *arguments: object) -> tu
     """gallery.json, and what was said."""
     assert main(["evaluate", *map(str, arguments)]) == DONE
     captured = capsys.readouterr()
-    [path] = re.findall(r"^gallery, LOCAL ONLY.*: (.*gallery\.html)$", captured.out, flags=re.MULTILINE)
+    [path] = re.findall(r"^gallery \(LOCAL ONLY.*: (.*gallery\.html)$", captured.out, flags=re.MULTILINE)
     return json.loads((Path(path).parent / "gallery.json").read_bytes()), captured.err
 
 
