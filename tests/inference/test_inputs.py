@@ -135,7 +135,7 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
     assert set(table(ward)) == {"a.png", "b.png"}
     with pytest.raises(UserError, match=r"^--out x is one of the inputs. Give another folder.$"):
         predict(model, ["a.png", "x"], Path("x"))
-    with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself; give another folder$"):
+    with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself. Give another folder.$"):
         predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs
 
 
