@@ -125,7 +125,9 @@ def test_a_folder_of_the_user_is_named_or_below_home_or_refused(
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"HOME is not set and this user is unknown.*XDG_CACHE_HOME=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"HOME is not set and the system does not know this user.*XDG_CACHE_HOME=FOLDER"
+    ):
         files.user_folder("XDG_CACHE_HOME", ".cache")
     with pytest.raises(UserError, match="~/a: the home directory of ~ is unknown"):
         files.expand_user("~/a")
