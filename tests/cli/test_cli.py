@@ -133,9 +133,12 @@ WRONG_REQUESTS = {
     "ONNX without --out": (["evaluate", "{tmp}/other.onnx", "{shards}"], ["--out"]),
     "an ONNX file that is not ours": (
         ["predict", "{tmp}/other.onnx", "{tmp}/flat", "--out", "{tmp}/p"],
-        ["not a model exported by"],
+        ["was not exported by mura-dist"],
     ),
-    "evaluating it": (["evaluate", "{tmp}/other.onnx", "{shards}", "--out", "{tmp}/e"], ["not a model exported by"]),
+    "evaluating it": (
+        ["evaluate", "{tmp}/other.onnx", "{shards}", "--out", "{tmp}/e"],
+        ["was not exported by mura-dist"],
+    ),
     "a model that is not ONNX": (["predict", "{tmp}/bad.toml", "{tmp}/flat", "--out", "{tmp}/p"], ["bad.toml"]),
     "no model": (["predict", "{tmp}/none.onnx", "{tmp}/flat", "--out", "{tmp}/p"], ["none.onnx"]),
     "nothing to export": (["export", "{tmp}/flat"], ["is not a run"]),
@@ -224,5 +227,5 @@ def test_too_little_memory_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == FAILED
     assert re.fullmatch(
-        r"mura-dist: out of memory \(.*\); free some or raise the limit \(ulimit -v\), .*\n", done.stderr
+        r"mura-dist: out of memory \(.*\)\. Free some or raise the limit \(ulimit -v\), .*\n", done.stderr
     )
