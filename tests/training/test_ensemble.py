@@ -21,7 +21,7 @@ from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models import model_list
 from mura_dist.models.card import Card, EnsembleMember, TrainedOn
 from mura_dist.models.densenet import build
-from mura_dist.models.ensemble import Ensemble, mean_probability
+from mura_dist.models.ensemble import Ensemble, mean_probability_logit
 from mura_dist.models.model_list import ModelList
 from mura_dist.training.weights import ModelWeights
 
@@ -73,7 +73,7 @@ def card_of(num_members: int) -> Card:
 @pytest.mark.parametrize("num_members", [2, 3, 5])
 def test_ensemble_logit_is_that_of_the_mean_probability(num_members: int) -> None:
     grid = np.stack(np.meshgrid(*[EXTREMES] * num_members)).reshape(num_members, -1)
-    logit = mean_probability(torch.from_numpy(grid.astype(np.float32))).numpy()
+    logit = mean_probability_logit(torch.from_numpy(grid.astype(np.float32))).numpy()
     assert logit.dtype == np.float32
     np.testing.assert_allclose(logit, log_odds_of_mean(grid), rtol=1e-5, atol=1e-5)
 
