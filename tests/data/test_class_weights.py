@@ -1,4 +1,4 @@
-"""class_weights.py: the paper's weights, from the paper's counts; one pair for all study types."""
+"""Test class_weights.py: the weights of the MURA paper from its counts, and one pair of weights for all study types."""
 
 import numpy as np
 import pytest
@@ -11,14 +11,14 @@ STUDY_TYPE = np.concatenate([[name] * sum(pair) for name, pair in COUNTS.items()
 LABEL = np.concatenate([np.repeat([0, 1], pair) for pair in COUNTS.values()])
 
 
-def test_class_weights_are_the_papers() -> None:
+def test_class_weights_equal_the_mura_papers() -> None:
     weights = compute_class_weights("study_type", STUDY_TYPE, LABEL, COUNTS)
     assert weights["XR_ELBOW"] == pytest.approx((0.406814, 0.593186), abs=5e-7)
     assert weights["XR_HAND"] == pytest.approx((0.267725, 0.732275), abs=5e-7)
     assert weights["XR_WRIST"] == pytest.approx((0.408839, 0.591161), abs=5e-7)
 
 
-def test_one_pair_weighs_all_study_types() -> None:
+def test_one_pair_of_weights_covers_all_study_types() -> None:
     normal, abnormal = (sum(pair[label] for pair in COUNTS.values()) for label in (0, 1))
     weights = compute_class_weights("class", STUDY_TYPE, LABEL, [*COUNTS, "XR_NEW"])
     assert set(weights) == {*COUNTS, "XR_NEW"}
@@ -26,13 +26,13 @@ def test_one_pair_weighs_all_study_types() -> None:
         assert pair == pytest.approx((abnormal / (normal + abnormal), normal / (normal + abnormal)))
 
 
-def test_no_weights_are_ones() -> None:
+def test_weights_are_one_when_weighting_is_off() -> None:
     assert compute_class_weights("none", STUDY_TYPE, LABEL, ["XR_HAND"]) == {"XR_HAND": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize("loss_weights", ["class", "study_type"])
 @pytest.mark.parametrize("label", [[], [1, 1], [0]])
-def test_a_missing_label_weighs_as_much_as_the_other(loss_weights: LossWeights, label: list[int]) -> None:
-    """The formula would give the label that is there no weight at all."""
+def test_weights_are_equal_when_one_label_is_missing(loss_weights: LossWeights, label: list[int]) -> None:
+    """The paper's formula would give the label that is present a weight of zero."""
     study_type = np.array(["A"] * len(label))
     assert compute_class_weights(loss_weights, study_type, np.array(label), ["A"]) == {"A": (0.5, 0.5)}

@@ -1,4 +1,4 @@
-"""csv_lines.py: what pandas.read_csv does not keep of a file; encodings, delimiters, numbers and labels as people save them."""
+"""Test csv_lines.py: line numbers and widths, encodings, delimiters, quotes, numbers, labels and paths of CSV files."""
 
 import math
 
@@ -8,14 +8,14 @@ from mura_dist.core.errors import UserError
 from mura_dist.data.csv_lines import decode, find_delimiter, parse_label, parse_number, parse_path, read_lines
 
 
-def test_lines_keep_their_width_and_their_number() -> None:
+def test_lines_keep_width_and_line_number() -> None:
     text = '\n , \na, 1\r\nb\rc,,\n"d\ne",2\n\n"f""g",3'
     lines = [(3, ["a", " 1"]), (4, ["b"]), (5, ["c", "", ""]), (7, ["d\ne", "2"]), (9, ['f"g', "3"])]
     assert list(read_lines(text, "t.csv", "Fix it.")) == lines
     assert list(read_lines("", "t.csv", "Fix it.")) == []
 
 
-def test_quotes_are_read_as_the_caller_has_it() -> None:
+def test_quoting_follows_the_callers_option() -> None:
     assert list(read_lines('"a"b, "c"', "t.csv", "Fix it.")) == [(1, ["ab", ' "c"'])]
     assert list(read_lines('a, "c"', "t.csv", "Fix it.", strict=True, skipinitialspace=True)) == [(1, ["a", "c"])]
     with pytest.raises(UserError, match=r"^t\.csv line 2 is not CSV \(',' expected after '\"'\). Fix it\.$"):
@@ -28,7 +28,7 @@ def test_quotes_are_read_as_the_caller_has_it() -> None:
         list(read_lines("x" * 200_000, "t.csv", "Fix it."))
 
 
-def test_lines_before_a_broken_one_come_first() -> None:
+def test_lines_before_a_malformed_line_are_yielded() -> None:
     lines = read_lines('a,1\n"b', "t.csv", "Fix it.", strict=True)
     assert next(lines) == (1, ["a", "1"])
     with pytest.raises(UserError, match=r"^t\.csv line 2 "):
@@ -38,7 +38,7 @@ def test_lines_before_a_broken_one_come_first() -> None:
 # ---- bytes, delimiters, cells
 
 
-def test_a_byte_order_mark_tells_the_encoding() -> None:
+def test_byte_order_mark_selects_the_encoding() -> None:
     text = "M\u00fcller,1\n"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         assert decode(text.encode(encoding), "t.csv") == text
@@ -66,7 +66,7 @@ def test_a_byte_order_mark_tells_the_encoding() -> None:
         ),
     ],
 )
-def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:
+def test_binary_content_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         decode(data, "t.csv")
 
@@ -75,8 +75,8 @@ def test_bytes_of_no_text_are_refused(data: bytes, message: str) -> None:
 @pytest.mark.parametrize("header", ["study{0}probability\n", ""])
 @pytest.mark.parametrize("name", ["train/a", "a", '"a;b"', '"a,b"', '"a\tb"'])
 @pytest.mark.parametrize("number", ["0", "0.5", "0,5"])
-def test_the_delimiter_is_what_cuts_the_lines(mark: str, header: str, name: str, number: str) -> None:
-    """By the file's own writer: a cell that holds the delimiter is quoted."""
+def test_delimiter_is_detected_from_the_lines(mark: str, header: str, name: str, number: str) -> None:
+    """The csv module writes the file. It quotes a cell that contains the delimiter."""
     cell = f'"{number}"' if mark in number else number
     assert find_delimiter(header.format(mark) + f"{name}{mark}{cell}\n\n" * 3) == mark
 
@@ -93,13 +93,13 @@ def test_the_delimiter_is_what_cuts_the_lines(mark: str, header: str, name: str,
         ('a;1\n"' + "x" * 200_000, ";"),  # what breaks later
     ],
 )
-def test_a_mark_in_the_names_is_no_delimiter(text: str, mark: str) -> None:
+def test_delimiter_character_inside_a_name_is_not_a_delimiter(text: str, mark: str) -> None:
     assert find_delimiter(text) == mark
     if "x" not in text:
         assert {len(cells) for _, cells in read_lines(text, "t.csv", "Fix it.", delimiter=mark)} <= {1, 2}
 
 
-def test_a_number_has_a_point_or_a_comma() -> None:
+def test_number_accepts_decimal_point_or_comma() -> None:
     for text in ("0.25", "0,25", " .25", ",25", "25e-2", "2,5E-1"):
         assert parse_number(text) == 0.25
     assert parse_number("-inf") == -math.inf
@@ -108,7 +108,7 @@ def test_a_number_has_a_point_or_a_comma() -> None:
         assert parse_number(text) is None
 
 
-def test_a_label_is_a_number_or_a_word() -> None:
+def test_label_accepts_number_or_word() -> None:
     for text in ("1", "1.0", "1,0", "1.", "01", "+1", "1e0", " 1 ", "abnormal", "Positive", "POS", "True", "yes"):
         assert parse_label(text) == 1, text
     for text in ("0", "0.0", "0,0", "-0", "0E+00", "normal", "NEGATIVE", "neg", "FALSE", "No"):
@@ -117,8 +117,8 @@ def test_a_label_is_a_number_or_a_word() -> None:
         assert parse_label(text) is None, text
 
 
-def test_a_path_has_one_spelling() -> None:
-    """As Windows writes it, and as macOS composes its characters."""
+def test_path_is_normalized() -> None:
+    """Windows separators and the decomposed characters of macOS are normalized."""
     assert parse_path("MURA-v1.1\\train/XR_HAND\\patient1\\") == "MURA-v1.1/train/XR_HAND/patient1/"
     assert parse_path("Mu\u0308ller") == parse_path("M\u00fcller") == "M\u00fcller"
     assert parse_path("a\udcff") == "a\udcff"

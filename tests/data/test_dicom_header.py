@@ -1,4 +1,4 @@
-"""dicom_header.py and dicom.py's scope: what is known as a DICOM, and labels however they are spelt."""
+"""Test dicom_header.py and the scope of dicom.py: recognition of DICOM files, spelling of attributes, and notes."""
 
 import io
 import struct
@@ -50,7 +50,7 @@ def drawn(syntax: str = EXPLICIT, **labels: Any) -> bytes:
 
 
 def bare(syntax: str, first: str, value: Any) -> bytes:
-    """A data set without its file meta, of which `first` is the first element."""
+    """Return a data set without file meta information whose first element is `first`."""
     dataset = pydicom.dcmread(io.BytesIO(drawn(syntax)))
     start = pydicom.tag.Tag(first)
     retained = Dataset(
@@ -79,13 +79,13 @@ FIRST = {
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
 @pytest.mark.parametrize("first", FIRST)
-def test_a_bare_data_set_of_any_first_element(first: str, syntax: str) -> None:
+def test_data_set_without_file_meta_is_read(first: str, syntax: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(bare(syntax, first, FIRST[first]))), GRAY)
 
 
 @pytest.mark.parametrize("group", [0x0010, 0x0018, 0x0020, 0x0028, 0x0032, 0x0040, 0x0060])
-def test_a_bare_data_set_of_any_first_group_is_a_dicom(group: int) -> None:
-    """Whether it is in scope is another question, which its refusal answers."""
+def test_data_set_of_any_first_group_is_recognized(group: int) -> None:
+    """Recognition does not decide on the scope."""
     for data in (
         struct.pack("<HH2sH4s", group, 0x10, b"LO", 4, b"text") + bytes(200),
         struct.pack("<HHI4s", group, 0x10, 4, b"text") + bytes(200),
@@ -95,7 +95,7 @@ def test_a_bare_data_set_of_any_first_group_is_a_dicom(group: int) -> None:
         assert reader.is_dicom(data)
 
 
-def test_other_files_are_no_dicom() -> None:
+def test_other_files_are_not_recognized_as_dicom() -> None:
     for text in ("( a b c )", "  two blanks", "\x10\x20\x30\x40 control characters, and more"):
         assert not reader.is_dicom(text.encode("utf-16-le"))
         assert not reader.is_dicom(text.encode("utf-16-be"))
@@ -114,8 +114,8 @@ def test_other_files_are_no_dicom() -> None:
         assert not reader.is_dicom(buffer.getvalue()), kind
 
 
-def test_as_pydicom_saves_by_default(tmp_path: Path) -> None:
-    """Its file meta, and no preamble."""
+def test_file_meta_without_preamble_is_read(tmp_path: Path) -> None:
+    """pydicom writes such a file by default."""
     dataset = pydicom.dcmread(io.BytesIO(drawn()))
     dataset.preamble = None
     del dataset.file_meta["FileMetaInformationGroupLength"]
@@ -125,13 +125,13 @@ def test_as_pydicom_saves_by_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
-def test_the_prefix_without_its_preamble(syntax: str) -> None:
+def test_prefix_without_preamble_is_read(syntax: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(drawn(syntax)[128:])), GRAY)
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN])
 @pytest.mark.parametrize("uid", ["", " "])
-def test_an_empty_transfer_syntax(uid: str, syntax: str) -> None:
+def test_empty_transfer_syntax_is_read(uid: str, syntax: str) -> None:
     data = drawn(syntax)
     position = data.index(b"\2\0\x10\0UI") + 6
     (length,) = struct.unpack_from("<H", data, position)
@@ -140,7 +140,7 @@ def test_an_empty_transfer_syntax(uid: str, syntax: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(data)), GRAY)
 
 
-def test_compressed_pixels_under_a_syntax_that_is_not_are_refused_by_its_name() -> None:
+def test_compressed_pixels_under_an_uncompressed_syntax_are_refused() -> None:
     data = encapsulated(jpeg_lossless(VALUES, 12), JPEG_LOSSLESS, bits=12, Rows=20, Columns=30)
     assert "TransferSyntaxUID" in refusal(data.replace(JPEG_LOSSLESS.encode(), EXPLICIT.encode().ljust(22, b"\0")))
     assert "TransferSyntaxUID" in refusal(without_meta(data))
@@ -150,12 +150,12 @@ def test_compressed_pixels_under_a_syntax_that_is_not_are_refused_by_its_name() 
 
 
 @pytest.mark.parametrize("keyword", ["ImageComments", "SeriesDescription", "StudyInstanceUID"])
-def test_the_uid_of_deflation_in_a_text_is_a_text(keyword: str) -> None:
+def test_deflated_syntax_uid_in_a_text_attribute_is_ignored(keyword: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(drawn(**{keyword: DEFLATED}))), GRAY)
 
 
 @pytest.mark.parametrize("start", [0, 128, 132])
-def test_deflated_files_are_refused_with_and_without_preamble(start: int) -> None:
+def test_deflated_file_is_refused_with_and_without_preamble(start: int) -> None:
     assert refusal(drawn(DEFLATED)[start:]).startswith("out_of_scope: a deflated DICOM")
 
 
@@ -168,7 +168,7 @@ def test_deflated_files_are_refused_with_and_without_preamble(start: int) -> Non
 @pytest.mark.parametrize(
     "name", ["MONOCHROME1", "MONOCHROME2", "MONOCHROME 2", "RGB", "YBR_RCT", "PALETTE COLOR", "Ybr-Full"]
 )
-def test_colors_however_they_are_spelt(name: str, spell: Any, shape: str) -> None:
+def test_photometric_interpretation_ignores_case_and_padding(name: str, spell: Any, shape: str) -> None:
     label = shape.format(spell(name)).encode()
     if name.startswith("MONOCHROME"):
         expected = 255 - GRAY if name == "MONOCHROME1" else GRAY
@@ -192,13 +192,13 @@ def test_colors_however_they_are_spelt(name: str, spell: Any, shape: str) -> Non
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 @pytest.mark.parametrize("sop_class", [CR, DX, SC, None])
 @pytest.mark.parametrize("modality", ["dx", " Cr", "rg ", "DX\0", "sc", "Ot"])
-def test_modalities_however_they_are_spelt(modality: str, sop_class: str | None) -> None:
+def test_modality_ignores_case_and_padding(modality: str, sop_class: str | None) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
 
 
 @pytest.mark.parametrize("modality", ["DR", "dr", "XR"])
-def test_words_for_digital_radiography_that_are_no_modalities(modality: str) -> None:
-    """They count beside a class that says the same."""
+def test_nonstandard_modality_needs_a_radiography_sop_class(modality: str) -> None:
+    """DR and XR are accepted with a CR or DX class only."""
     for sop_class in (CR, DX):
         np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
     for another in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
@@ -206,7 +206,7 @@ def test_words_for_digital_radiography_that_are_no_modalities(modality: str) -> 
 
 
 def bare_class(modality: str, sop_class: str | None) -> bytes:
-    """Without its file meta, which names the class too, where there is none."""
+    """Return a file of this modality and SOP class. Without a class it has no file meta information, which would name one."""
     if sop_class is not None:
         return drawn(Modality=modality.encode(), SOPClassUID=sop_class)
     dataset = pydicom.dcmread(io.BytesIO(drawn()))
@@ -218,12 +218,12 @@ def bare_class(modality: str, sop_class: str | None) -> bytes:
 
 
 @pytest.mark.parametrize("modality", ["CT", "MG", "US", "IO", "PX", "RF", "XA", "MR", "radiograph"])
-def test_other_modalities_stay_out_of_scope(modality: str) -> None:
+def test_other_modality_is_out_of_scope(modality: str) -> None:
     assert refusal(drawn(Modality=modality.encode())).startswith("out_of_scope: its DICOM modality is none of")
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
-def test_for_processing_however_it_is_spelt() -> None:
+def test_for_processing_image_is_refused_in_any_case() -> None:
     assert "raw detector" in refusal(drawn(PresentationIntentType=b"for processing"))
     assert "raw detector" in refusal(drawn(SOPClassUID=DX_PROCESSING))
 
@@ -231,7 +231,7 @@ def test_for_processing_however_it_is_spelt() -> None:
 # ---- notes
 
 
-def test_notes_name_attributes_and_never_their_values() -> None:
+def test_notes_contain_attribute_names_and_no_values() -> None:
     labels = {
         "WindowCenter": b"Doe^Jane",
         "WindowWidth": b"4711",
@@ -244,7 +244,7 @@ def test_notes_name_attributes_and_never_their_values() -> None:
     assert "doe" not in " ".join(notes).lower()
 
 
-def test_what_is_sound_has_no_notes() -> None:
+def test_valid_attributes_cause_no_notes() -> None:
     assert (
         radiograph.read_details(io.BytesIO(drawn(WindowCenter="300", WindowWidth="600", PixelPaddingValue=0)), 8).notes
         == ()

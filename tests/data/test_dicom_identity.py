@@ -1,4 +1,4 @@
-"""dicom_identity.py: the identity wherever it stands, within bounds, and without a look at pixels."""
+"""Test dicom_identity.py: the identity is found at any position of the header, with bounded reads and without reading pixels."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ def drawn(syntax: str = EXPLICIT, **labels: Any) -> bytes:
 
 
 def private(data: bytes, group: int, value: bytes, element: int = 0x1001) -> bytes:
-    """With a private element before all of a higher group."""
+    """Insert a private element before all elements of a higher group."""
     dataset = pydicom.dcmread(io.BytesIO(data))
     dataset.add_new((group, 0x0010), "LO", "A DEVICE")
     dataset.add_new((group, element), "OB", value)
@@ -40,7 +40,7 @@ def private(data: bytes, group: int, value: bytes, element: int = 0x1001) -> byt
 
 
 class Watched(io.BytesIO):
-    """Counts the bytes that are read."""
+    """File that counts the bytes read."""
 
     num_bytes = 0
 
@@ -52,7 +52,7 @@ class Watched(io.BytesIO):
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, J2K_LOSSLESS])
 @pytest.mark.parametrize("group", [0x0009, 0x0011, 0x0019, 0x0029])
-def test_identity_wherever_it_stands(group: int, syntax: str, tmp_path: Path) -> None:
+def test_identity_is_read_at_any_position(group: int, syntax: str, tmp_path: Path) -> None:
     data = private(drawn(syntax, BurnedInAnnotation="NO"), group, bytes(3 * MIB))
     for some in (data, without_meta(data)) if syntax != J2K_LOSSLESS else (data,):
         path = tmp_path / "image"
@@ -64,17 +64,17 @@ def test_identity_wherever_it_stands(group: int, syntax: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [MIB - 200, MIB - 4, MIB, MIB + 2])
-def test_identity_at_the_edge_of_the_head(size: int) -> None:
+def test_identity_is_read_across_the_edge_of_the_first_block(size: int) -> None:
     assert read_identity(io.BytesIO(private(drawn(), 0x0009, bytes(size)))) == EXPECTED
 
 
-def test_annotation_beyond_the_head_counts() -> None:
+def test_annotation_behind_the_first_block_is_read() -> None:
     data = private(drawn(BurnedInAnnotation="YES"), 0x0019, bytes(2 * MIB))
     assert read_identity(io.BytesIO(data)) == DicomIdentity("1.2.9", "WRIST", "L", True)
 
 
-def test_pixels_are_not_looked_at() -> None:
-    """40 MiB of them, in a file whose header is beyond the head, and in one whose is not."""
+def test_pixels_are_not_read() -> None:
+    """The file has 40 MiB of pixels, with a header shorter or longer than the first block."""
     large = dicom(np.zeros((6400, 6400), np.uint8), **NAMES)
     for data in (large, private(large, 0x0009, bytes(2 * MIB))):
         file = Watched(data)
@@ -82,7 +82,7 @@ def test_pixels_are_not_looked_at() -> None:
         assert file.num_bytes < 1.1 * MIB
 
 
-def test_a_cut_header_beyond_the_head_promises_nothing() -> None:
+def test_truncated_long_header_gives_no_study_uid() -> None:
     data = private(drawn(), 0x0019, bytes(3 * MIB))[: 2 * MIB]
     actual = read_identity(io.BytesIO(data))
     assert actual is not None
@@ -95,8 +95,8 @@ def elements(number: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_header_without_end_is_given_up(nested: bool) -> None:
-    """Whatever its size; its pixels may show anything."""
+def test_endless_header_is_abandoned(nested: bool) -> None:
+    """Its pixels may show text."""
     head = b"\x08\0\x60\0CS\2\0CR" + b"\x08\0\x16\0UI" + struct.pack("<H", len(CR) + 1) + CR.encode() + b"\0"
     endless = b"".join(elements(120_000))
     if nested:
@@ -115,8 +115,7 @@ def test_a_header_without_end_is_given_up(nested: bool) -> None:
     assert file.num_bytes < 2 * MIB
 
 
-def test_values_of_absurd_length_are_not_allocated() -> None:
-    """A length of 4 GB for a value that is wanted."""
+def test_value_with_a_length_of_4_gb_is_not_allocated() -> None:
     data = bytearray(private(drawn(), 0x0009, bytes(2 * MIB)))
     position = data.index(b"\x20\0\x0d\0UI")
     data[position + 4 : position + 12] = b"UT\0\0\xfe\xff\xff\xff"
@@ -125,13 +124,13 @@ def test_values_of_absurd_length_are_not_allocated() -> None:
     assert actual.may_show_text
 
 
-def test_identity_of_labels_in_items_is_not_the_image_s() -> None:
+def test_attributes_in_sequence_items_are_not_the_identity() -> None:
     item = pydicom.dataset.Dataset()
     put(item, "StudyInstanceUID", "9.9.9")
     data = private(drawn(ReferencedStudySequence=pydicom.sequence.Sequence([item])), 0x0009, bytes(2 * MIB))
     assert read_identity(io.BytesIO(data)) == EXPECTED
 
 
-def test_of_what_is_no_dicom_there_is_none() -> None:
+def test_other_files_have_no_identity() -> None:
     assert read_identity(io.BytesIO(b"\x89PNG\r\n\x1a\n" + bytes(2 * MIB))) is None
     assert radiograph.read_identity(io.BytesIO(b"")) is None

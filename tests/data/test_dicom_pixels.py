@@ -1,4 +1,4 @@
-"""dicom_pixels.py and dicom_codestream.py: the stored values, however words, codestreams and labels hold them; by NumPy."""
+"""Test dicom_pixels.py and dicom_codestream.py against NumPy: stored values for all word layouts, codestreams and attributes."""
 
 import io
 from typing import Any
@@ -26,7 +26,7 @@ SHAPE = (40, 50)
 
 
 def drawn(low: int, high: int, seed: int = 0) -> np.ndarray:
-    """Values (H, W) int64 from low to high, both there."""
+    """Return random values (H, W) int64 that include both `low` and `high`."""
     values = np.random.default_rng(seed).integers(low, high + 1, SHAPE)
     values.flat[:2] = low, high
     return values
@@ -42,7 +42,7 @@ def stretched(values: np.ndarray) -> np.ndarray:
 
 
 def phrases(values: np.ndarray, bits: int, high_bit: int, allocated: int, noise: int = 0) -> np.ndarray:
-    """Values in words, noise in the bits that hold none."""
+    """Pack values into words; `noise` fills the unused bits."""
     mask, shift = (1 << bits) - 1, high_bit + 1 - bits
     unused = ((1 << allocated) - 1) & ~(mask << shift)
     return ((values & mask) << shift | noise & unused).astype(f"u{allocated // 8}")
@@ -78,7 +78,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, BIG_ENDIAN, RLE])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(("allocated", "bits", "high_bit"), LAYOUTS)
-def test_values_wherever_they_lie_in_words(
+def test_values_are_read_from_any_bit_position(
     allocated: int, bits: int, high_bit: int, signed: bool, syntax: str, photometric: str
 ) -> None:
     values = drawn(*domain(bits, signed), seed=bits)
@@ -95,8 +95,8 @@ def test_values_wherever_they_lie_in_words(
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(("bits", "high_bit"), [(12, 11), (12, 13), (10, 12)])
-def test_bits_around_the_values_mean_nothing(bits: int, high_bit: int, signed: bool) -> None:
-    """Overlays of old, or whatever lay in memory."""
+def test_unused_bits_are_ignored(bits: int, high_bit: int, signed: bool) -> None:
+    """Old overlays or uninitialized memory may fill these bits."""
     values = drawn(*domain(bits, signed))
     noise = np.random.default_rng(1).integers(0, 0x10000, SHAPE)
     stored = phrases(values, bits, high_bit, 16, noise)
@@ -105,8 +105,8 @@ def test_bits_around_the_values_mean_nothing(bits: int, high_bit: int, signed: b
 
 
 @pytest.mark.parametrize("high_bit", [10, 0, 16, 15])
-def test_a_high_bit_that_cannot_be_is_ignored(high_bit: int) -> None:
-    """Below the bits stored, above those allocated, or where the words show that it is not."""
+def test_impossible_high_bit_is_ignored(high_bit: int) -> None:
+    """It is below the bits stored, above the bits allocated, or contradicted by the words."""
     values = drawn(1, 4095)
     gray, notes = read(dicom(values.astype(np.uint16), bits=12, HighBit=high_bit))
     np.testing.assert_array_equal(gray, stretched(values))
@@ -114,16 +114,16 @@ def test_a_high_bit_that_cannot_be_is_ignored(high_bit: int) -> None:
 
 
 @pytest.mark.parametrize("keyword", ["BitsAllocated", "BitsStored", "PixelRepresentation", "Rows", "SamplesPerPixel"])
-def test_a_refusal_names_what_is_missing(keyword: str) -> None:
+def test_refusal_names_the_missing_attribute(keyword: str) -> None:
     assert f"no usable {keyword}" in refusal(dicom(drawn(0, 255).astype(np.uint8), **{keyword: b""}))
 
 
 @pytest.mark.parametrize(("keyword", "value"), [("BitsStored", 17), ("BitsStored", 0), ("PixelRepresentation", 2)])
-def test_a_refusal_names_what_cannot_be(keyword: str, value: int) -> None:
+def test_refusal_names_the_impossible_attribute(keyword: str, value: int) -> None:
     assert keyword in refusal(dicom(drawn(0, 4095).astype(np.uint16), bits=12, **{keyword: value}))
 
 
-def test_more_pixels_than_one_frame_s_are_no_frame() -> None:
+def test_surplus_pixel_data_is_refused() -> None:
     two = np.vstack([drawn(0, 255)] * 2).astype(np.uint8)
     assert "one frame" in refusal(dicom(two, Rows=SHAPE[0]))
 
@@ -133,15 +133,15 @@ def test_more_pixels_than_one_frame_s_are_no_frame() -> None:
 
 @pytest.mark.parametrize("claimed", [0, 1])
 @pytest.mark.parametrize(("low", "high"), [(-300, 1200), (0, 2047), (-2048, 2047)])
-def test_a_signed_codestream_is_signed_whatever_the_header_says(low: int, high: int, claimed: int) -> None:
+def test_sign_of_the_codestream_overrides_the_header(low: int, high: int, claimed: int) -> None:
     values = drawn(low, high)
     data = dicom(values.astype(np.int16), bits=12, syntax=J2K_LOSSLESS, PixelRepresentation=claimed)
     np.testing.assert_array_equal(read(data)[0], stretched(values))
 
 
 @pytest.mark.parametrize("bits", [12, 16])
-def test_a_signed_header_over_a_codestream_that_cannot_say_so(bits: int) -> None:
-    """JPEG has no sign, and encoders of JPEG 2000 leave it out: the bits are those of signed values."""
+def test_sign_of_the_header_applies_to_an_unsigned_codestream(bits: int) -> None:
+    """JPEG has no sign, and JPEG 2000 encoders may omit it. The bits are those of signed values."""
     values = drawn(*domain(bits, signed=True))
     stored = phrases(values, bits, bits - 1, 16)
     for data in (
@@ -156,8 +156,8 @@ def size(pixels: np.ndarray) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("extended", [False, True])
-def test_signed_values_of_12_bits_in_a_codestream_of_16(extended: bool) -> None:
-    """With the sign in all its bits, or in the twelfth alone."""
+def test_signed_12_bit_values_in_a_16_bit_codestream(extended: bool) -> None:
+    """The sign is extended to all bits, or is in bit 12 alone."""
     values = drawn(-2048, 2047)
     stored = (values & (0xFFFF if extended else 0xFFF)).astype(np.uint16)
     labels = {"PixelRepresentation": 1, "BitsAllocated": 16} | size(stored)
@@ -166,8 +166,8 @@ def test_signed_values_of_12_bits_in_a_codestream_of_16(extended: bool) -> None:
     )
 
 
-def test_a_codestream_s_precision_counts_not_the_header_s() -> None:
-    """Nothing is cut off where the header promises fewer bits."""
+def test_precision_of_the_codestream_overrides_the_header() -> None:
+    """No bits are lost where the header gives fewer."""
     values = drawn(0, 65535)
     for bits in (12, 16):
         data = encapsulated(jpeg_lossless(values, 16), JPEG_LOSSLESS, bits=bits, **size(values))
@@ -180,7 +180,7 @@ def test_a_codestream_s_precision_counts_not_the_header_s() -> None:
 @pytest.mark.parametrize("name", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "CMYK", "HSV", "ARGB"])
 @pytest.mark.parametrize("syntax", [EXPLICIT, RLE, J2K_LOSSLESS])
 @pytest.mark.parametrize("bits", [8, 12])
-def test_one_sample_is_gray_whatever_it_is_called(bits: int, syntax: str, name: str) -> None:
+def test_single_sample_image_is_gray_for_any_photometric_interpretation(bits: int, syntax: str, name: str) -> None:
     values = drawn(0, (1 << bits) - 1)
     stored = values.astype(np.uint8 if bits == 8 else np.uint16)
     gray, notes = read(dicom(stored, bits=bits, syntax=syntax, PhotometricInterpretation=name))
@@ -188,19 +188,19 @@ def test_one_sample_is_gray_whatever_it_is_called(bits: int, syntax: str, name: 
     assert notes == ("PhotometricInterpretation unusable and ignored",)
 
 
-def test_a_square_of_one_sample_is_no_row_of_colors() -> None:
+def test_single_sample_square_image_is_not_read_as_colors() -> None:
     values = np.random.default_rng(0).integers(0, 4096, (24, 24))
     data = dicom(values.astype(np.uint16), bits=12, PhotometricInterpretation="RGB")
     np.testing.assert_array_equal(read(data)[0], stretched(values))
 
 
 @pytest.mark.parametrize("name", ["", "MONOCHROME", "MONOCHROME3"])
-def test_a_gray_of_unknown_direction_is_refused(name: str) -> None:
+def test_gray_of_unknown_polarity_is_refused(name: str) -> None:
     assert "PhotometricInterpretation" in refusal(dicom(drawn(0, 255).astype(np.uint8), PhotometricInterpretation=name))
 
 
 @pytest.mark.parametrize("name", ["MONOCHROME2", "CMYK", "PALETTE COLOR", ""])
-def test_three_samples_that_are_no_colors_are_refused(name: str) -> None:
+def test_three_samples_with_a_gray_interpretation_are_refused(name: str) -> None:
     colors = np.zeros((*SHAPE, 3), np.uint8)
     assert "PhotometricInterpretation" in refusal(dicom(colors, PhotometricInterpretation=name))
 
@@ -215,7 +215,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 @pytest.mark.parametrize("planar", [0, 1, 7, None])
 @pytest.mark.parametrize("syntax", [RLE, J2K_LOSSLESS, JPEG])
-def test_planes_of_compressed_colors_are_the_decoder_s(syntax: str, planar: int | None) -> None:
+def test_planar_configuration_is_ignored_for_compressed_colors(syntax: str, planar: int | None) -> None:
     colors = colored()
     if syntax == JPEG:
         buffer = io.BytesIO()
@@ -228,7 +228,7 @@ def test_planes_of_compressed_colors_are_the_decoder_s(syntax: str, planar: int 
 
 
 @pytest.mark.parametrize(("planar", "notes"), [(None, 0), (0, 0), (1, 0), (7, 1)])
-def test_planes_of_plain_colors(planar: int | None, notes: int) -> None:
+def test_planar_configuration_of_uncompressed_colors(planar: int | None, notes: int) -> None:
     colors = colored()
     stored = np.moveaxis(colors, 2, 0) if planar == 1 else colors
     data = dicom(colors, PixelData=stored.tobytes(), PlanarConfiguration=planar)
@@ -238,14 +238,14 @@ def test_planes_of_plain_colors(planar: int | None, notes: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"])
-def test_colors_that_jpeg_2000_transforms_are_rgb_whatever_the_header_says(name: str) -> None:
+def test_jpeg_2000_with_color_transform_is_rgb_for_any_header(name: str) -> None:
     colors = colored()
     data = encapsulated(jpeg_2000(colors, transformed=True), J2K_LOSSLESS, **labels_of_colors(name))
     np.testing.assert_allclose(read(data)[0], colors @ LUMA, atol=0.51)
 
 
 def jpeg_2000(colors: np.ndarray, *, transformed: bool) -> bytes:
-    """A codestream, its components transformed or as they are."""
+    """Return a codestream with or without the component transform."""
     buffer = io.BytesIO()
     Image.fromarray(colors).save(buffer, "JPEG2000", no_jp2=True, mct=int(transformed))
     return buffer.getvalue()
@@ -256,8 +256,8 @@ def labels_of_colors(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["YBR_FULL", "YBR_FULL_422"])
-def test_colors_that_jpeg_2000_leaves_as_they_are(name: str) -> None:
-    """A gray picture shows which they are; a colored one does not, and is refused."""
+def test_jpeg_2000_without_color_transform_follows_the_header(name: str) -> None:
+    """A gray image shows which colors they are. A colored image does not and is refused."""
     gray = drawn(0, 255).astype(np.uint8)
     alike, neutral = np.dstack([gray] * 3), np.dstack([gray, *[np.full_like(gray, 128)] * 2])
     for colors, num_notes in ((alike, 1), (neutral, 0)):
@@ -271,8 +271,8 @@ def test_colors_that_jpeg_2000_leaves_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_halved_chroma_by_label_and_by_length(complete: bool) -> None:
-    """A gray picture whose label says that two pixels share their colors; where there is a color for each, they do not."""
+def test_subsampled_chroma_is_detected_by_interpretation_and_length(complete: bool) -> None:
+    """The interpretation declares one chroma sample for two pixels. Full-length data have one for each pixel."""
     gray = drawn(0, 255).astype(np.uint8)
     pairs = np.full((*SHAPE, 2), 128, np.uint8)
     pairs[..., 0] = gray
@@ -286,7 +286,7 @@ def test_halved_chroma_by_label_and_by_length(complete: bool) -> None:
 
 
 def fragmented(frame: bytes, table: bytes, num_fragments: int = 1) -> bytes:
-    """PixelData with a table of offsets of our own."""
+    """Return PixelData with an offset table of our own."""
     step = -(-len(frame) // num_fragments)
     step += step % 2
     pieces = [frame[start : start + step] for start in range(0, len(frame), step)]
@@ -298,7 +298,7 @@ def fragmented(frame: bytes, table: bytes, num_fragments: int = 1) -> bytes:
 @pytest.mark.parametrize(
     "table", ["", "00000000", "04000000", "ffffff7f", "0102", "0000000000000000", "0000000003000000"]
 )
-def test_one_frame_needs_no_table_of_offsets(table: str, num_fragments: int) -> None:
+def test_single_frame_ignores_the_offset_table(table: str, num_fragments: int) -> None:
     values = drawn(0, 255)
     frame = jpeg_lossless(values, 8)
     frame += b"\0" * (len(frame) % 2)
@@ -308,7 +308,7 @@ def test_one_frame_needs_no_table_of_offsets(table: str, num_fragments: int) -> 
     np.testing.assert_array_equal(read(data)[0], values)
 
 
-def test_a_table_of_two_frames_that_are_there_is_believed() -> None:
+def test_valid_offset_table_of_two_frames_is_used() -> None:
     frame = jpeg_lossless(drawn(0, 255), 8)
     frame += b"\0" * (len(frame) % 2)
     table = b"\0\0\0\0" + (len(frame) + 8).to_bytes(4, "little")
@@ -321,7 +321,7 @@ def test_a_table_of_two_frames_that_are_there_is_believed() -> None:
 
 
 def padded(bits: int, signed: bool, pattern: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words (H, W) uint16 of an image with the pattern on its last lines, and the gray wanted."""
+    """Return words (H, W) uint16 with the padding pattern on the last lines, and the expected gray."""
     values = drawn(100, 900) - (500 if signed else 0)
     stored = phrases(values, bits, bits - 1, 16)
     stored[35:] = pattern
@@ -343,8 +343,8 @@ SIGNS += [(12, True, 0xF830), (12, True, 0x7830), (12, False, 4095), (10, False,
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
 @pytest.mark.parametrize("written", ["US", "SS"])
 @pytest.mark.parametrize(("bits", "signed", "pattern"), SIGNS)
-def test_padding_is_a_pattern_of_bits(bits: int, signed: bool, pattern: int, written: str, syntax: str) -> None:
-    """Whatever the sign it is written with, and however few bits the values have."""
+def test_padding_matches_by_bit_pattern(bits: int, signed: bool, pattern: int, written: str, syntax: str) -> None:
+    """The sign of the attribute and the number of stored bits do not matter."""
     stored, expected = padded(bits, signed, pattern)
     value = pattern - 0x10000 if written == "SS" and pattern > 0x7FFF else pattern
     for values in ([value], [value, value]):  # alone, and as a range of one
@@ -360,7 +360,7 @@ def test_padding_is_a_pattern_of_bits(bits: int, signed: bool, pattern: int, wri
         np.testing.assert_array_equal(read(data)[0], expected)
 
 
-def test_a_range_of_padding_in_the_pixels_sign() -> None:
+def test_padding_range_uses_the_sign_of_the_pixels() -> None:
     values = drawn(0, 900)
     stored = values.copy()
     stored[35:] = -2000
@@ -371,8 +371,8 @@ def test_a_range_of_padding_in_the_pixels_sign() -> None:
 
 
 @pytest.mark.parametrize(("signed", "pattern"), [(False, 65535), (True, 32767)])
-def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> None:
-    """A device's habitual value: no word has it, and what ends in its 12 bits, white or -1, is not made black."""
+def test_16_bit_padding_value_does_not_match_12_bit_white(signed: bool, pattern: int) -> None:
+    """Some devices write such a value by default. No stored word equals it, and white or -1 must not turn black."""
     values = drawn(*domain(12, signed))
     values[3] = -1 if signed else 4095
     stored = phrases(values, 12, 11, 16)
@@ -383,7 +383,7 @@ def test_white_of_12_bits_is_no_padding_of_16(signed: bool, pattern: int) -> Non
 @pytest.mark.parametrize(
     ("value", "limit", "note"), [(0, b"", "PixelPaddingRangeLimit"), (b"", None, "PixelPaddingValue")]
 )
-def test_padding_of_no_use(value: int | bytes, limit: bytes | None, note: str) -> None:
+def test_unusable_padding_is_noted_and_ignored(value: int | bytes, limit: bytes | None, note: str) -> None:
     values = drawn(0, 4095)
     labels = {"PixelPaddingValue": value} | ({} if limit is None else {"PixelPaddingRangeLimit": limit})
     gray, notes = read(dicom(values.astype(np.uint16), bits=12, **labels))
@@ -393,7 +393,7 @@ def test_padding_of_no_use(value: int | bytes, limit: bytes | None, note: str) -
     assert notes == (f"{note} unusable and ignored",)
 
 
-def test_a_picture_is_not_all_padding() -> None:
+def test_padding_that_covers_all_pixels_is_ignored() -> None:
     values = drawn(0, 4095)
     gray, notes = read(dicom(values.astype(np.uint16), bits=12, PixelPaddingValue=0, PixelPaddingRangeLimit=4095))
     np.testing.assert_array_equal(gray, stretched(values))

@@ -1,4 +1,4 @@
-"""dicom_transform.py: tables, lines and windows from stored values to gray, by NumPy; and what is of no use."""
+"""Test dicom_transform.py against NumPy: lookup tables, rescale and windows from stored values to gray, and unusable ones."""
 
 import io
 from typing import Any
@@ -22,7 +22,7 @@ def read(data: bytes) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def drawn(syntax: str = EXPLICIT, values: np.ndarray = VALUES, bits: int = 12, **labels: Any) -> bytes:
-    """A DICOM of `values`, signed where some are negative."""
+    """Return a DICOM file of `values`, signed where some are negative."""
     stored = values.astype((">" if syntax == BIG_ENDIAN else "<") + ("i2" if values.min() < 0 else "u2"))
     return dicom(stored, bits=bits, syntax=syntax, SOPClassUID=CR, Modality="CR", **labels)
 
@@ -44,12 +44,12 @@ def ignored(*keywords: str) -> tuple[str, ...]:
 
 
 def curve(bits: int, num_entries: int = 4096) -> np.ndarray:
-    """The square root, in entries of `bits`; uint16."""
+    """Return a square root table with entries of `bits` bits, uint16."""
     return np.rint(np.sqrt(np.arange(num_entries) / (num_entries - 1)) * ((1 << bits) - 1)).astype(np.uint16)
 
 
 def as_white(mapped: np.ndarray, white: float) -> np.ndarray:
-    """The gray of what a VOI LUT gives; `white`: its largest entry."""
+    """Return the gray of the output of a VOI LUT; `white` is its largest entry."""
     return np.rint(mapped.astype(float) * (255 / white))
 
 
@@ -57,7 +57,7 @@ def as_white(mapped: np.ndarray, white: float) -> np.ndarray:
 @pytest.mark.parametrize("vr", ["OW", "US"])
 @pytest.mark.parametrize(("bits", "container"), [(8, "u1"), (8, "u2"), (10, "u2"), (12, "u2"), (14, "u2"), (16, "u2")])
 @pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
-def test_a_table_of_any_entries(keyword: str, bits: int, container: str, vr: str, syntax: str) -> None:
+def test_lookup_table_of_any_entry_size(keyword: str, bits: int, container: str, vr: str, syntax: str) -> None:
     entries = curve(bits)
     order = ">" if syntax == BIG_ENDIAN else "<"
     tables = {keyword: table(entries.astype(container), 0, bits, vr=vr, order=order)}
@@ -70,8 +70,8 @@ def test_a_table_of_any_entries(keyword: str, bits: int, container: str, vr: str
 
 @pytest.mark.parametrize("num_entries", [255, 256, 0x10000])
 @pytest.mark.parametrize("container", ["u1", "u2"])
-def test_a_table_of_any_length(num_entries: int, container: str) -> None:
-    """Odd ones are padded; 0 in the descriptor is 65536."""
+def test_lookup_table_of_any_length(num_entries: int, container: str) -> None:
+    """Odd lengths are padded. A descriptor of 0 means 65536 entries."""
     values = VALUES % 256 if num_entries < 0x10000 else VALUES
     entries = (np.arange(num_entries) * 255 // (num_entries - 1)).astype(container)
     mapped = entries[np.minimum(values, num_entries - 1)]
@@ -81,7 +81,7 @@ def test_a_table_of_any_length(num_entries: int, container: str) -> None:
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
 @pytest.mark.parametrize("first", [-1024, 64512])
 @pytest.mark.parametrize("source", ["stored", "rescaled"])
-def test_a_table_starts_below_0_where_its_values_do(source: str, first: int, syntax: str) -> None:
+def test_lookup_table_starts_at_a_negative_value(source: str, first: int, syntax: str) -> None:
     entries = curve(12)
     values = VALUES if source == "rescaled" else VALUES - 1024
     labels = {"RescaleSlope": "1", "RescaleIntercept": "-1024"} if source == "rescaled" else {}
@@ -90,20 +90,20 @@ def test_a_table_starts_below_0_where_its_values_do(source: str, first: int, syn
 
 
 @pytest.mark.parametrize("first", [40000, 40000 - 65536])
-def test_a_table_starts_above_32767_where_no_value_is_negative(first: int) -> None:
+def test_lookup_table_starts_above_32767(first: int) -> None:
     entries = curve(12)
     data = drawn(values=VALUES + 40000, bits=16, VOILUTSequence=table(entries, first, 12))
     np.testing.assert_array_equal(read(data)[0], as_white(entries[VALUES], 4095))
 
 
-def test_values_beyond_a_table_are_as_its_edges() -> None:
+def test_values_outside_a_lookup_table_are_clamped_to_its_ends() -> None:
     entries = curve(12, 1000)
     mapped = entries[np.clip(VALUES - 1000, 0, 999)]
     np.testing.assert_array_equal(read(drawn(VOILUTSequence=table(entries, 1000, 12)))[0], as_white(mapped, 4095))
 
 
-def test_a_modality_table_s_values_are_what_a_voi_table_looks_up() -> None:
-    """They are unsigned even of signed pixels."""
+def test_voi_table_is_applied_to_the_output_of_the_modality_table() -> None:
+    """The output of the modality table is unsigned even for signed pixels."""
     modality, voi = curve(16), curve(10, 0x10000)
     tables = {"ModalityLUTSequence": table(modality, -1024, 16), "VOILUTSequence": table(voi, 0, 10)}
     gray, _ = read(drawn(values=VALUES - 1024, bits=16, **tables))
@@ -123,15 +123,15 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
-def test_a_table_of_no_use_is_ignored(keyword: str, name: str) -> None:
-    """What comes after it counts: rescale, window."""
+def test_unusable_lookup_table_is_ignored(keyword: str, name: str) -> None:
+    """The rescale or window that follows still applies."""
     labels = {"RescaleSlope": "2", "RescaleIntercept": "10", "WindowCenter": "4000", "WindowWidth": "6000"}
     gray, notes = read(drawn(**labels, **{keyword: BROKEN[name]}))
     np.testing.assert_array_equal(gray, windowed(2 * VALUES + 10, 4000, 6000))
     assert notes == ignored(keyword)
 
 
-def test_the_first_table_that_can_be_used() -> None:
+def test_first_usable_lookup_table_is_applied() -> None:
     entries = curve(12)
     tables = Sequence([*BROKEN["flat"], *table(entries, 0, 12), *table(entries[::-1].copy(), 0, 12)])
     gray, notes = read(drawn(VOILUTSequence=tables))
@@ -146,7 +146,7 @@ NO_NUMBERS = ["nan", "inf", "-inf", "AUTO", "", "1e999", "1_0", "0x10", "1,024",
 
 @pytest.mark.parametrize("word", [*NO_NUMBERS, "0", "0.0", "-0", "0,0"])
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
-def test_a_rescale_of_no_use_is_ignored(syntax: str, word: str) -> None:
+def test_unusable_rescale_is_ignored(syntax: str, word: str) -> None:
     window = {"WindowCenter": "2000", "WindowWidth": "3000"}
     gray, notes = read(drawn(syntax, RescaleSlope=word.encode(), RescaleIntercept="5", **window))
     np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
@@ -158,14 +158,14 @@ def test_a_rescale_of_no_use_is_ignored(syntax: str, word: str) -> None:
 
 
 @pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept"])
-def test_half_a_rescale_is_ignored(keyword: str) -> None:
+def test_rescale_without_slope_or_intercept_is_ignored(keyword: str) -> None:
     gray, notes = read(drawn(**{keyword: "3"}, WindowCenter="2000", WindowWidth="3000"))
     np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes == ignored(keyword)
 
 
 @pytest.mark.parametrize("word", NO_NUMBERS)
-def test_a_window_of_no_use_is_ignored(word: str) -> None:
+def test_unusable_window_is_ignored(word: str) -> None:
     for keyword, another in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
         gray, notes = read(drawn(**{keyword: word.encode(), another: "2000"}))
         np.testing.assert_array_equal(gray, stretched(VALUES))
@@ -176,7 +176,7 @@ def test_a_window_of_no_use_is_ignored(word: str) -> None:
 
 
 @pytest.mark.parametrize("width", ["0", "-100", "0,0"])
-def test_a_window_of_no_width_is_ignored(width: str) -> None:
+def test_window_without_positive_width_is_ignored(width: str) -> None:
     gray, notes = read(drawn(WindowCenter="2000", WindowWidth=width.encode()))
     np.testing.assert_array_equal(gray, stretched(VALUES))
     assert "WindowWidth unusable and ignored" in notes
@@ -185,21 +185,21 @@ def test_a_window_of_no_width_is_ignored(width: str) -> None:
 @pytest.mark.parametrize(
     ("center", "width"), [("\\2000", "\\3000"), ("AUTO\\2000\\9", "4\\3000\\9"), ("9\\2000", "0\\3000")]
 )
-def test_the_first_window_that_can_be_used(center: str, width: str) -> None:
+def test_first_usable_window_is_applied(center: str, width: str) -> None:
     gray, notes = read(drawn(WindowCenter=center.encode(), WindowWidth=width.encode()))
     np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes
 
 
-def test_later_windows_are_not_looked_at() -> None:
+def test_later_windows_are_ignored() -> None:
     gray, notes = read(drawn(WindowCenter=b"2000\\AUTO", WindowWidth=b"3000\\"))
     np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
     assert notes == ()
 
 
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
-def test_a_decimal_comma_is_read_and_noted(syntax: str) -> None:
-    """As 2000.5, never as 20005; 1,024 is read neither way."""
+def test_decimal_comma_is_read_and_noted(syntax: str) -> None:
+    """2000,5 is read as 2000.5, never as 20005. 1,024 is ambiguous and not read."""
     labels = {"WindowCenter": b"2000,5", "WindowWidth": b"3000,0", "RescaleSlope": b"0,125", "RescaleIntercept": b"1,5"}
     gray, notes = read(drawn(syntax, **labels))
     np.testing.assert_array_equal(gray, windowed(VALUES * 0.125 + 1.5, 2000.5, 3000))
@@ -207,7 +207,7 @@ def test_a_decimal_comma_is_read_and_noted(syntax: str) -> None:
 
 
 @pytest.mark.parametrize(("word", "number"), [("+2.0E3", 2000), (" 2000 ", 2000), ("2000.", 2000), ("2000\0", 2000)])
-def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
+def test_decimal_strings_of_the_standard_are_read(word: str, number: float) -> None:
     gray, notes = read(drawn(WindowCenter=word.encode(), WindowWidth="3000"))
     np.testing.assert_array_equal(gray, windowed(VALUES, number, 3000))
     assert notes == ()
@@ -225,7 +225,7 @@ def test_numbers_as_the_standard_writes_them(word: str, number: float) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
-def test_functions_however_they_are_spelt(function: str, notes: tuple[str, ...]) -> None:
+def test_voi_lut_function_ignores_case_and_padding(function: str, notes: tuple[str, ...]) -> None:
     gray, message = read(drawn(WindowCenter="2000", WindowWidth="3000", VOILUTFunction=function.encode()))
     expected = windowed(VALUES, 2000, 3000)
     if function == "linear_exact":
@@ -248,7 +248,7 @@ def groups(name: str, **macros: Sequence) -> dict[str, Sequence]:
 
 @pytest.mark.parametrize("frames", ["1", None])
 @pytest.mark.parametrize("name", ["Shared", "PerFrame"])
-def test_one_frame_s_functional_groups_are_applied(name: str, frames: str | None) -> None:
+def test_functional_groups_of_a_single_frame_are_applied(name: str, frames: str | None) -> None:
     labels = {} if frames is None else {"NumberOfFrames": frames}
     window, rescale = sequence(**WINDOW), sequence(**RESCALE)
     gray, notes = read(drawn(**labels, **groups(name, FrameVOILUTSequence=window)))
@@ -258,7 +258,7 @@ def test_one_frame_s_functional_groups_are_applied(name: str, frames: str | None
     assert notes == ()
 
 
-def test_the_frame_s_own_window_before_the_shared_and_the_data_set_s_before_both() -> None:
+def test_window_precedence_is_data_set_then_frame_then_shared() -> None:
     another = sequence(WindowCenter="100", WindowWidth="200")
     mine = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups("Shared", FrameVOILUTSequence=another)
     np.testing.assert_array_equal(read(drawn(**mine))[0], windowed(VALUES, 2000, 3000))
@@ -266,7 +266,7 @@ def test_the_frame_s_own_window_before_the_shared_and_the_data_set_s_before_both
     np.testing.assert_array_equal(read(drawn(**shared))[0], windowed(VALUES, 2000, 3000))
 
 
-def test_a_window_of_no_use_gives_way_to_the_frame_s() -> None:
+def test_window_of_the_frame_replaces_an_unusable_one() -> None:
     data = drawn(WindowCenter=b"AUTO", WindowWidth=b"AUTO", **groups("Shared", FrameVOILUTSequence=sequence(**WINDOW)))
     gray, notes = read(data)
     np.testing.assert_array_equal(gray, windowed(VALUES, 2000, 3000))
@@ -274,7 +274,7 @@ def test_a_window_of_no_use_gives_way_to_the_frame_s() -> None:
 
 
 @pytest.mark.parametrize("broken", [Sequence([]), Sequence([Dataset()])])
-def test_groups_without_a_window_change_nothing(broken: Sequence) -> None:
+def test_functional_groups_without_a_window_are_ignored(broken: Sequence) -> None:
     data = drawn(SharedFunctionalGroupsSequence=broken, PerFrameFunctionalGroupsSequence=broken)
     gray, notes = read(data)
     np.testing.assert_array_equal(gray, stretched(VALUES))
@@ -308,7 +308,7 @@ def test_groups_without_a_window_change_nothing(broken: Sequence) -> None:
     ],
 )
 @pytest.mark.parametrize("window", [{}, WINDOW])
-def test_the_shape_of_the_presentation_counts(
+def test_presentation_lut_shape_is_applied(
     photometric: str, shape: str | None, inverted: bool, notes: tuple[str, ...], window: dict[str, str]
 ) -> None:
     labels = {} if shape is None else {"PresentationLUTShape": shape.encode()}

@@ -1,4 +1,4 @@
-"""file_kind.py: whatever lies in a folder of radiographs is refused as what it is, and nothing is called what it is not."""
+"""Test file_kind.py: an unsupported file is refused by its real kind, and a supported file is never taken for another kind."""
 
 import bz2
 import gzip
@@ -57,7 +57,7 @@ def database(path: Path = Path(":memory:")) -> bytes:
 
 
 def family(major: bytes, *compatible: bytes) -> bytes:
-    """The first boxes of a file of the ISO base media family."""
+    """Return the first boxes of a file of the ISO base media family."""
     body = b"ftyp" + major + bytes(4) + b"".join(compatible)
     return struct.pack(">I", len(body) + 4) + body + struct.pack(">I4s", 8, b"mdat") + bytes(200)
 
@@ -71,7 +71,7 @@ def nifti(magic: bytes) -> bytes:
 
 
 def jpeg_of(frame: int, bits: int = 8) -> bytes:
-    """Tables, a comment and the frame header of another process than Pillow's."""
+    """Return the tables, a comment and the frame header of a JPEG process that Pillow does not write."""
     head = b"\xff\xd8\xff\xfe\0\6CRCR\xff\xff\xdb" + struct.pack(">HB", 67, 0) + bytes(64)
     return head + b"\xff" + bytes([frame]) + struct.pack(">HBHHB", 11, bits, 24, 24, 1) + b"\1\x11\0" + bytes(99)
 
@@ -167,7 +167,7 @@ def refusal(data: bytes) -> UnreadableFileError:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_is_refused_as_what_it_is(name: str) -> None:
+def test_unsupported_file_is_refused_by_its_kind(name: str) -> None:
     make, code, phrases = KINDS[name]
     refused = refusal(make())
     assert (refused.code, phrases in refused.reason) == (code, True), refused
@@ -177,12 +177,12 @@ def test_a_file_is_refused_as_what_it_is(name: str) -> None:
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
-def test_an_avif_that_pillow_writes() -> None:
+def test_avif_written_by_pillow_is_refused_by_its_kind() -> None:
     assert refusal(by_pillow("AVIF")).reason.startswith("an AVIF picture")
 
 
-def test_a_jpeg_is_read_whatever_its_comment_spells() -> None:
-    """Canon's raw file is a TIFF that has CR where this has it."""
+def test_jpeg_comment_does_not_change_the_kind() -> None:
+    """A CR2 file is a TIFF with the letters CR at the position of this comment."""
     plain = by_pillow("JPEG")
     commented = plain[:2] + b"\xff\xfe\0\x08CRCR\2\0" + plain[2:]
     assert commented[8:10] == b"CR"
@@ -204,12 +204,12 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_table_is_not_called_what_its_first_letters_spell(text: str) -> None:
+def test_text_table_is_not_mistaken_for_a_binary_kind(text: str) -> None:
     assert refusal(text.encode()).reason == "its first bytes are not those of an image format"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 12, 64, 400])
-def test_whatever_its_first_bytes_are_a_file_gets_one_reason(size: int) -> None:
+def test_random_first_bytes_give_one_reason(size: int) -> None:
     random = np.random.default_rng(size)
     heads = [make()[:size] for make, _, _ in KINDS.values()]
     for data in [*heads, *(random.bytes(size) for _ in range(50))]:

@@ -1,4 +1,4 @@
-"""folder_kind.py: what kind of output folder a folder is, by what commands leave in it."""
+"""Test folder_kind.py: the kind of an output folder follows from the files that commands write into it."""
 
 from pathlib import Path
 
@@ -21,12 +21,12 @@ from mura_dist.data.folder_kind import OutputKind, find_output_kinds
         ),
     ],
 )
-def test_kinds_by_their_files(files: list[str], kinds: dict[OutputKind, str], tmp_path: Path) -> None:
+def test_kind_follows_from_the_files(files: list[str], kinds: dict[OutputKind, str], tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     assert list(find_output_kinds(tmp_path).items()) == list(kinds.items())
 
 
-def test_a_folder_that_is_not_there_is_of_no_kind(tmp_path: Path) -> None:
+def test_missing_folder_has_no_kind(tmp_path: Path) -> None:
     assert find_output_kinds(tmp_path / "none") == {}

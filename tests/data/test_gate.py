@@ -1,4 +1,4 @@
-"""gate.py: radiographs pass, photographs and drawings mostly do not, and predict's column is gate.classify's word."""
+"""Test gate.py: radiographs pass, most photographs and drawings do not, and predict's gate column equals gate.classify."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ def turned(image: np.ndarray, turn: tuple[int, int]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def radiographs(shared: Path) -> dict[int, list[np.ndarray]]:
-    """Every sixth of FracAtlas, by size."""
+    """Return every sixth radiograph of FracAtlas, by size."""
     paths = sorted((shared / "radiographs" / "fracatlas-mura").rglob("*.png"))[::6]
     return {size: [radiograph.read(path, size) for path in paths] for size in SIZES}
 
@@ -35,14 +35,14 @@ def counts(images: list[np.ndarray]) -> Counter[str]:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("size", SIZES)
-def test_radiographs_pass_at_every_size(radiographs: dict[int, list[np.ndarray]], size: int) -> None:
+def test_radiographs_pass_at_all_sizes(radiographs: dict[int, list[np.ndarray]], size: int) -> None:
     actual = counts(radiographs[size])
     assert actual["not_a_radiograph"] + actual["blank"] == 0, actual
     assert actual["inverted"] <= 2, actual
 
 
 @pytest.mark.shared
-def test_size_and_turn_hardly_matter(radiographs: dict[int, list[np.ndarray]]) -> None:
+def test_verdict_rarely_depends_on_size_and_orientation(radiographs: dict[int, list[np.ndarray]]) -> None:
     verdicts = [[gate.classify(image) for image in radiographs[size]] for size in SIZES]
     assert sum(len(set(each)) > 1 for each in zip(*verdicts, strict=True)) <= 2
     for image in radiographs[128]:
@@ -51,7 +51,7 @@ def test_size_and_turn_hardly_matter(radiographs: dict[int, list[np.ndarray]]) -
 
 
 @pytest.mark.shared
-def test_an_inverted_radiograph_warns_and_is_not_refused(radiographs: dict[int, list[np.ndarray]]) -> None:
+def test_inverted_radiograph_is_a_warning_only(radiographs: dict[int, list[np.ndarray]]) -> None:
     actual = counts([255 - image for image in radiographs[320]])
     assert actual["not_a_radiograph"] + actual["blank"] == 0, actual
     assert actual["inverted"] >= 0.9 * len(radiographs[320]), actual
@@ -59,7 +59,7 @@ def test_an_inverted_radiograph_warns_and_is_not_refused(radiographs: dict[int, 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("level", [0, 255])
-def test_borders_and_exposures_of_radiographs_pass(radiographs: dict[int, list[np.ndarray]], level: int) -> None:
+def test_radiographs_with_borders_or_other_exposure_pass(radiographs: dict[int, list[np.ndarray]], level: int) -> None:
     varied = []
     for image in radiographs[320]:
         framed = image.copy()
@@ -82,7 +82,7 @@ def test_phantoms_pass(phantoms: Path) -> None:
 def bordered(
     image: np.ndarray, level: int, turn: tuple[int, int], widths: tuple[float, ...], soft: float = 0
 ) -> np.ndarray:
-    """A border of one level along as many sides as `widths` has shares of a side; `soft`: the share over which it fades."""
+    """Add a border of one level; `widths` are shares of a side, and it fades over the share `soft`."""
     framed, size = np.ascontiguousarray(turned(image, turn)), len(image)
     for width in widths:
         framed = np.rot90(framed).copy()
@@ -94,7 +94,7 @@ def bordered(
 
 
 def round_field(image: np.ndarray, level: int, radius: float) -> np.ndarray:
-    """Round collimation. `radius`: a share of the side."""
+    """Apply round collimation; `radius` is a share of the side."""
     y, x = np.mgrid[: len(image), : len(image)] / (len(image) - 1) - 0.5
     return np.where(np.hypot(x, y) <= radius, image, np.uint8(level))
 
@@ -109,7 +109,7 @@ BORDERS = {
 
 @pytest.fixture(scope="module")
 def bones(phantoms: Path) -> list[np.ndarray]:
-    """Phantoms that neither look inverted nor, inverted, look right: what a border does to them is the border's doing."""
+    """Return phantoms that do not look inverted, and that look inverted once inverted. Any change is then due to the border."""
     images = [radiograph.read(path, 128) for path in sorted(phantoms.rglob("*.png"))[::3]]
     images = [image for image in images if (gate.classify(image), gate.classify(255 - image)) == ("ok", "inverted")]
     assert len(images) >= 30
@@ -123,8 +123,8 @@ def inverted_share(images: list[np.ndarray]) -> float:
 
 @pytest.mark.parametrize("level", [0, 255])
 @pytest.mark.parametrize("sides", BORDERS)
-def test_a_border_does_not_turn_the_verdict(bones: list[np.ndarray], sides: str, level: int) -> None:
-    """Neither a white one, as unexposed film of CR is, nor a black one; of a right picture nor of an inverted one."""
+def test_border_does_not_change_the_verdict(bones: list[np.ndarray], sides: str, level: int) -> None:
+    """White borders (unexposed CR film) and black borders, on original and inverted images."""
     framed = [
         bordered(image, level, TURNS[number % 8], widths, soft)
         for number, image in enumerate(bones)
@@ -137,7 +137,7 @@ def test_a_border_does_not_turn_the_verdict(bones: list[np.ndarray], sides: str,
 
 @pytest.mark.parametrize("level", [0, 255])
 @pytest.mark.parametrize("radius", [0.4, 0.45, 0.5])
-def test_round_collimation_does_not_turn_the_verdict(bones: list[np.ndarray], radius: float, level: int) -> None:
+def test_round_collimation_does_not_change_the_verdict(bones: list[np.ndarray], radius: float, level: int) -> None:
     framed = [round_field(image, level, radius) for image in bones]
     assert inverted_share(framed) <= 0.1
     assert inverted_share([255 - image for image in framed]) >= 0.4  # a square of a bone may say nothing
@@ -145,7 +145,9 @@ def test_round_collimation_does_not_turn_the_verdict(bones: list[np.ndarray], ra
 
 @pytest.mark.shared
 @pytest.mark.parametrize("level", [0, 255])
-def test_borders_of_radiographs_do_not_turn_the_verdict(radiographs: dict[int, list[np.ndarray]], level: int) -> None:
+def test_border_does_not_change_the_verdict_of_real_radiographs(
+    radiographs: dict[int, list[np.ndarray]], level: int
+) -> None:
     framed = [
         bordered(image, level, TURNS[number % 8], widths, soft)
         for number, image in enumerate(radiographs[320])
@@ -158,16 +160,16 @@ def test_borders_of_radiographs_do_not_turn_the_verdict(radiographs: dict[int, l
 
 
 @pytest.mark.shared
-def test_a_leg_between_unexposed_borders_is_right(shared: Path) -> None:
-    """Computed radiography: a dark field between two white borders, of which one fades."""
+def test_leg_between_unexposed_borders_is_not_inverted(shared: Path) -> None:
+    """Computed radiography: a dark field between two white borders, one of which fades."""
     leg = radiograph.read(shared / "hostile/dicom/RG3_J2KR.dcm", 320)
     assert gate.classify(leg) == "ok"
     assert gate.classify(255 - leg) == "inverted"
 
 
 @pytest.mark.parametrize("widths", [(0.45, 0, 0.45), (0.45,) * 4])
-def test_a_strip_between_borders_gets_a_verdict(bones: list[np.ndarray], widths: tuple[float, ...]) -> None:
-    """Too small a field for one of its own; and a field of one level."""
+def test_narrow_field_between_borders_gets_a_verdict(bones: list[np.ndarray], widths: tuple[float, ...]) -> None:
+    """The field is too small for statistics of its own, or has one level."""
     for image in bones[:5]:
         assert gate.classify(bordered(image, 255, (0, 1), widths)) in gate.NAMES
         assert gate.classify(bordered(np.full_like(image, 90), 255, (0, 1), widths)) in gate.NAMES
@@ -178,7 +180,7 @@ def test_a_strip_between_borders_gets_a_verdict(bones: list[np.ndarray], widths:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A palace, and a flower: in gray, many of such photographs with a soft dark ground pass (docs/gate.md)."""
+    """Return a palace and a flower. In gray, many photographs with a soft dark background pass (docs/gate.md)."""
     images = pytest.importorskip("sklearn.datasets").load_sample_images().images
     folder = tmp_path_factory.mktemp("photographs")
     for name, image in zip(("palace", "flower"), images, strict=True):
@@ -187,8 +189,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], size: int) -> None:
-    """By its colors; in gray both of these pass, as two thirds do (docs/gate.md)."""
+def test_photograph_is_refused_original_and_inverted(photographs: dict[str, Path], size: int) -> None:
+    """The colors decide. In gray both of these pass, as two thirds of photographs do (docs/gate.md)."""
     for path in photographs.values():
         image, colors, *_ = radiograph.read_details(path, size)
         actual = {
@@ -202,7 +204,7 @@ def test_a_photograph_is_refused_either_way_round(photographs: dict[str, Path], 
 
 @pytest.mark.parametrize("level", [0, 1, 127, 255])
 @pytest.mark.parametrize("size", [1, 2, 3, 64, 320])
-def test_one_level_is_blank(size: int, level: int) -> None:
+def test_image_of_one_level_is_blank(size: int, level: int) -> None:
     image = np.full((size, size), level, np.uint8)
     assert gate.classify(image) == "blank"
     image[0, 0] ^= 2  # a level or two apart
@@ -218,7 +220,7 @@ def test_noise_is_refused(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("turn", TURNS)
-def test_ramps_and_pages_are_refused(size: int, turn: tuple[int, int]) -> None:
+def test_ramps_and_text_pages_are_refused(size: int, turn: tuple[int, int]) -> None:
     y, x = np.mgrid[:size, :size] / (size - 1)
     ramps = [x, (x + y) / 2, np.hypot(x - 0.5, y - 0.5) / 0.71]
     for ramp in ramps:
@@ -237,7 +239,7 @@ def test_ramps_and_pages_are_refused(size: int, turn: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 63, 65])
-def test_any_size_gets_a_verdict(size: int) -> None:
+def test_image_of_any_size_gets_a_verdict(size: int) -> None:
     random = np.random.default_rng(size)
     for image in (random.integers(0, 256, (size, size), dtype=np.uint8), np.eye(size, dtype=np.uint8) * 255):
         assert gate.classify(image) in gate.NAMES
@@ -251,13 +253,13 @@ def test_memory_layout_does_not_matter(phantoms: Path) -> None:
         assert {gate.classify(each) for each in another} == {gate.classify(image)}
 
 
-def test_every_verdict_but_ok_has_words() -> None:
+def test_all_verdicts_except_ok_have_a_message() -> None:
     assert set(gate.MESSAGES) == set(gate.NAMES) - {"ok"}
     assert set(gate.BLOCKING) < set(gate.MESSAGES)
     assert all("not look like a bone radiograph" in gate.MESSAGES[name] for name in gate.BLOCKING)
 
 
-def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
+def test_statistics_of_the_inverse_are_swapped(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 64)  # no reduction: nothing is rounded
         actual, expected = gate.compute_statistics(255 - image)[::-1], gate.compute_statistics(image)
@@ -267,7 +269,7 @@ def test_the_inverse_is_measured_as_the_inverse(phantoms: Path) -> None:
         np.testing.assert_allclose(gate.compute_scores(actual), gate.compute_scores(expected), atol=0.2)
 
 
-def test_a_photograph_in_color_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
+def test_color_photograph_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
     for name, path in photographs.items():
         Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
         for each in (path, tmp_path / f"{name}.jpg"):
@@ -286,8 +288,8 @@ TINTS = {
 
 @pytest.mark.parametrize("tint", TINTS)
 @pytest.mark.parametrize("loud", [0.0, 0.03, 0.08])
-def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str, loud: float) -> None:
-    """JPEG; `loud`: the share of the picture that is pure red. Coarse JPEG smears that into a tint's color: not both at once."""
+def test_tint_or_red_arrow_is_not_a_photograph(phantoms: Path, tint: str, loud: float) -> None:
+    """JPEG; `loud` is the share of pure red pixels. Coarse JPEG smears red into a tint, so the two are not combined there."""
     for path in sorted(phantoms.rglob("*.png"))[:12]:
         gray = radiograph.decode(path).astype(np.float64) / 255
         pixels = np.rint(255 * np.stack(TINTS[tint](gray), -1)).astype(np.uint8)
@@ -303,7 +305,7 @@ def test_a_tint_or_an_arrow_does_not_make_a_photograph(phantoms: Path, tint: str
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17])
-def test_any_sample_of_colors_gets_an_answer(size: int) -> None:
+def test_color_sample_of_any_size_is_classified(size: int) -> None:
     random = np.random.default_rng(size)
     for colors in (
         random.integers(0, 256, (size, size, 3), dtype=np.uint8),
@@ -312,7 +314,7 @@ def test_any_sample_of_colors_gets_an_answer(size: int) -> None:
         assert gate.is_colored(colors) in (True, False)
 
 
-def test_predicts_column_is_the_verdict(
+def test_gate_column_of_predict_equals_classify(
     model: Path, phantoms: Path, photographs: dict[str, Path], tmp_path: Path
 ) -> None:
     source = tmp_path / "in"
