@@ -1,15 +1,16 @@
-"""Broken files by the thousand for `radiograph.read` and `identity`: no crash, no hang, no foreign exception, no noise.
+"""Fuzz `radiograph.read` and `read_identity` with mutated files.
 
 python tools/robustness/fuzz_radiograph.py [--files 20000] [--seed S] [--seeds FOLDER] [--keep DIR]
 
-    seed files -> Hypothesis draws a file and what befalls it -> bytes -> a child process reads them -> verdict
+    seed files -> Hypothesis draws a file and its mutations -> bytes -> a child process reads them -> verdict
 
-Seed files are all that tests/data/test_radiograph.py draws, the good and the refused, some of what a DICOM may hold more, and
-those of --seeds. The child ends,
-stalls or speaks without harm to the run: the case is told, kept below --keep, and a fresh child goes on. Each file must
-give a gray square or UnreadableFileError, within SECONDS and MEMORY_BYTES, and silence. Exit status: 0 all well, 1 something was
-found. The same seed, number and files give the same cases as long as the reader's code stays as it is (Hypothesis tries the
-constants it finds there). A digest of them stands in the summary.
+Seed files are the files that tests/data/test_radiograph.py draws, DICOM files with more attributes, and the files of --seeds.
+Each mutated file must give a gray square or UnreadableFileError, within SECONDS and MEMORY_BYTES, without output on stderr.
+Anything else is a finding, also a crash, a hang or another exception. The tool logs the case, copies the file into --keep, and
+starts a new child.
+
+Exit status: 0 no finding, 1 findings. The same seed, number and files give the same cases while the reader's code is unchanged,
+because Hypothesis tries the constants in that code. The summary has a digest of the cases.
 """
 
 import argparse
@@ -38,12 +39,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 5.0  # a file; the slowest good one of this size takes 0.05
-MEMORY_BYTES = (
-    1500 << 20
-)  # above the idle child; the dearest legal file takes 1,060: 50 million pixels of 16-bit RGB in RLE
-ADDRESSES_BYTES = 16 << 30  # a stop for what would take the machine with it
-SEED_BYTES = 1 << 20  # larger files of --seeds are left out: mutations would be lost in them
+SECONDS = 5.0  # limit per file; the slowest valid file of this size takes 0.05
+# Limit above the idle child. The most expensive legal file takes 1,060 MiB: 50 million pixels of 16-bit RGB in RLE.
+MEMORY_BYTES = 1500 << 20
+ADDRESSES_BYTES = 16 << 30  # limit of the address space, which protects the machine
+SEED_BYTES = 1 << 20  # larger files of --seeds are skipped: a mutation would rarely hit a header
 SIZE_PX = 24
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -55,7 +55,8 @@ DICOM_TAGS += [
     (0x28, element) for element in (0x1050, 0x1051, 0x1052, 0x1053, 0x1101, 0x1201, 0x3000, 0x3002, 0x3006, 0x3010)
 ]
 DICOM_TAGS += [(2, 0x10), (8, 0x16), (8, 0x60), (0x2050, 0x20), (0x5200, 0x9229), (0x7FE0, 0x10)]
-# Markers and names where a number decides something: frame, scan, tables, EXIF, JPEG 2000's boxes and segments, PNG's chunks.
+# Markers and names followed by a number that the decoder uses: frame, scan, tables, EXIF, JPEG 2000's boxes and segments, PNG's
+# chunks.
 ANCHORS = [
     b"\xff\xc0",
     b"\xff\xc1",
@@ -99,114 +100,117 @@ ANCHORS += [
 ]
 
 
-# ---- what befalls a file
+# ---- mutations
 
 
 @dataclass(frozen=True)
-class Blow:
-    """One change. `at` and `other_at` are shares of a length in 2**-16; `number` and `some` mean what `kind` makes of them."""
+class Mutation:
+    """One change of a file.
+
+    `at` and `donor_at` are shares of a length in 2**-16. The meaning of `number` and `payload` depends on `kind`.
+    """
 
     kind: str
     at: int
     number: int
-    some: bytes
-    other: str
-    other_at: int
+    payload: bytes
+    donor: str
+    donor_at: int
 
 
-def _flip(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
+def _flip(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
     if data:
-        data[min(place, len(data) - 1)] ^= 1 << blow.number % 8
+        data[min(offset, len(data) - 1)] ^= 1 << mutation.number % 8
 
 
-def _overwrite(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    data[place : place + len(blow.some)] = blow.some
+def _overwrite(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    data[offset : offset + len(mutation.payload)] = mutation.payload
 
 
-def _insert(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    data[place:place] = blow.some
+def _insert(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    data[offset:offset] = mutation.payload
 
 
-def _delete(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    del data[place : place + 1 + blow.number % 300]
+def _delete(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    del data[offset : offset + 1 + mutation.number % 300]
 
 
-def _duplicate(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    data[place:place] = data[place : place + 1 + blow.number % 3000]
+def _duplicate(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    data[offset:offset] = data[offset : offset + 1 + mutation.number % 3000]
 
 
-def _cut(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    del data[place:]
+def _cut(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    del data[offset:]
 
 
-def _zeros(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """As a copy that broke off leaves them."""
-    data[place:] = bytes(len(data) - place)
+def _zeros(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Replace the rest of the file by zeros, as an interrupted copy does."""
+    data[offset:] = bytes(len(data) - offset)
 
 
-def _splice(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """The head of one file, the tail of another."""
-    data[place:] = other[blow.other_at * len(other) >> 16 :]
+def _splice(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Join the head of this file and the tail of the donor."""
+    data[offset:] = donor[mutation.donor_at * len(donor) >> 16 :]
 
 
-def _transplant(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """A piece of another file, over as much of this."""
-    start = blow.other_at * len(other) >> 16
-    piece = other[start : start + 1 + blow.number % 500]
-    data[place : place + len(piece)] = piece
+def _transplant(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Overwrite bytes by as many bytes of the donor."""
+    start = mutation.donor_at * len(donor) >> 16
+    piece = donor[start : start + 1 + mutation.number % 500]
+    data[offset : offset + len(piece)] = piece
 
 
-def _number(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """A number that breaks programs, in any of six encodings, anywhere."""
-    _put(data, place, blow)
+def _number(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Write a boundary value in one of six encodings at any offset."""
+    _put(data, offset, mutation)
 
 
-def _header_number(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    _put(data, blow.at % max(1, min(len(data), 200)), blow)
+def _header_number(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    _put(data, mutation.at % max(1, min(len(data), 200)), mutation)
 
 
-def _anchored_number(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """A number within twelve bytes behind a marker or a name that this file has."""
+def _anchored_number(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Write a boundary value within twelve bytes after a marker or name of the file."""
     anchors = [anchor for anchor in ANCHORS if anchor in data]
     if anchors:
-        anchor = anchors[blow.at % len(anchors)]
-        _put(data, data.index(anchor) + len(anchor) + blow.other_at % 12, blow)
+        anchor = anchors[mutation.at % len(anchors)]
+        _put(data, data.index(anchor) + len(anchor) + mutation.donor_at % 12, mutation)
 
 
-def _put(data: bytearray, place: int, blow: Blow) -> None:
-    width = (1, 2, 4)[blow.other_at % 3]
-    number = NUMBERS[blow.number % len(NUMBERS)] % (1 << 8 * width)
-    data[place : place + width] = number.to_bytes(width, "big" if blow.other_at & 8 else "little")
+def _put(data: bytearray, offset: int, mutation: Mutation) -> None:
+    width = (1, 2, 4)[mutation.donor_at % 3]
+    number = NUMBERS[mutation.number % len(NUMBERS)] % (1 << 8 * width)
+    data[offset : offset + width] = number.to_bytes(width, "big" if mutation.donor_at & 8 else "little")
 
 
-def _dicom_element(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """The value, or now and then the length or the type, of an element that decides how pixels are read."""
+def _dicom_element(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Change the value, or sometimes the length or the type, of an element that decides how pixels are read."""
     tags = [tag for pair in DICOM_TAGS if (tag := struct.pack("<HH", *pair)) in data]
     if tags:
-        where = data.index(tags[blow.at % len(tags)]) + (8, 8, 8, 8, 8, 8, 6, 4)[blow.other_at % 8]
-        number = NUMBERS[blow.number % len(NUMBERS)] & 0xFFFF
-        data[where : where + 2] = struct.pack("<H", number)
+        start = data.index(tags[mutation.at % len(tags)]) + (8, 8, 8, 8, 8, 8, 6, 4)[mutation.donor_at % 8]
+        number = NUMBERS[mutation.number % len(NUMBERS)] & 0xFFFF
+        data[start : start + 2] = struct.pack("<H", number)
 
 
-def _png_chunks(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """A PNG's chunk twice, or gone, or elsewhere."""
+def _png_chunks(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Duplicate, delete or move a chunk of a PNG."""
     chunks = list(_chunks(data))
     if chunks:
-        chosen = chunks.pop(blow.at % len(chunks))
-        for _ in range(blow.number % 3):
-            chunks.insert(blow.other_at % (len(chunks) + 1), chosen)
+        chunk = chunks.pop(mutation.at % len(chunks))
+        for _ in range(mutation.number % 3):
+            chunks.insert(mutation.donor_at % (len(chunks) + 1), chunk)
         data[:] = PNG + b"".join(_chunk(name, body) for name, body in chunks)
 
 
-def _png_filtered(data: bytearray, place: int, blow: Blow, other: bytes) -> None:
-    """Behind a PNG's compression: its filtered lines change, its stream is sound."""
+def _png_filtered(data: bytearray, offset: int, mutation: Mutation, donor: bytes) -> None:
+    """Change the filtered lines of a PNG and compress them again, so that the stream is valid."""
     chunks = list(_chunks(data))
     pixels = b"".join(body for name, body in chunks if name == b"IDAT")
     with contextlib.suppress(zlib.error):
         lines = bytearray(zlib.decompressobj().decompress(pixels, 1 << 20))
-        start = blow.at * len(lines) >> 16
-        lines[start : start + len(blow.some)] = blow.some
-        if blow.number % 4 == 0:
+        start = mutation.at * len(lines) >> 16
+        lines[start : start + len(mutation.payload)] = mutation.payload
+        if mutation.number % 4 == 0:
             del lines[start:]
         keep = [(name, body) for name, body in chunks if name not in (b"IDAT", b"IEND")]
         data[:] = PNG + b"".join(
@@ -215,68 +219,76 @@ def _png_filtered(data: bytearray, place: int, blow: Blow, other: bytes) -> None
 
 
 def _chunks(data: bytes | bytearray) -> Iterator[tuple[bytes, bytes]]:
-    place = len(PNG)
-    while data.startswith(PNG) and place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        yield name, bytes(data[place + 8 : place + 8 + length])
-        place += 12 + length
+    offset = len(PNG)
+    while data.startswith(PNG) and offset + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, offset)
+        yield name, bytes(data[offset + 8 : offset + 8 + length])
+        offset += 12 + length
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I4s", len(body), name) + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-_BLOWS = [_flip, _overwrite, _insert, _delete, _duplicate, _cut, _zeros, _splice, _transplant, _number]
-_BLOWS += [_header_number, _anchored_number, _dicom_element, _png_chunks, _png_filtered]
-BLOWS: dict[str, Callable[[bytearray, int, Blow, bytes], None]] = {blow.__name__[1:]: blow for blow in _BLOWS}
+_MUTATIONS = [_flip, _overwrite, _insert, _delete, _duplicate, _cut, _zeros, _splice, _transplant, _number]
+_MUTATIONS += [_header_number, _anchored_number, _dicom_element, _png_chunks, _png_filtered]
+MUTATIONS: dict[str, Callable[[bytearray, int, Mutation, bytes], None]] = {
+    mutation.__name__[1:]: mutation for mutation in _MUTATIONS
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A seed file and what befalls it. `headed`: its first bytes are put back afterwards, or most cases would be no image at
-    all; `mended`: a PNG gets right checksums, so that the decoder sees the damage."""
+    """A seed file and its mutations.
+
+    `keep_header` restores the first bytes afterwards. Without it, most cases would not be images. `fix_checksums` corrects the
+    checksums of a PNG, so that the decoder reads the mutated bytes.
+    """
 
     name: str
-    blows: tuple[Blow, ...]
-    headed: bool
-    mended: bool
+    mutations: tuple[Mutation, ...]
+    keep_header: bool
+    fix_checksums: bool
 
     def data(self, seeds: dict[str, bytes]) -> bytes:
-        whole = seeds[self.name]
-        data = bytearray(whole)
-        for blow in self.blows:
-            BLOWS[blow.kind](data, blow.at * len(data) >> 16, blow, seeds[blow.other])
-        if self.headed:
-            signature = whole[: 132 if whole[128:132] == b"DICM" else 8]
+        original = seeds[self.name]
+        data = bytearray(original)
+        for mutation in self.mutations:
+            MUTATIONS[mutation.kind](data, mutation.at * len(data) >> 16, mutation, seeds[mutation.donor])
+        if self.keep_header:
+            signature = original[: 132 if original[128:132] == b"DICM" else 8]
             data[: len(signature)] = signature
-        return mended(bytes(data)) if self.mended else bytes(data)
+        return fix_checksums(bytes(data)) if self.fix_checksums else bytes(data)
 
     def __str__(self) -> str:
-        kinds = " ".join(blow.kind for blow in self.blows)
-        return f"{self.name}: {kinds}{' (headed)' * self.headed}{' (mended)' * self.mended}"
+        kinds = " ".join(mutation.kind for mutation in self.mutations)
+        return f"{self.name}: {kinds}{' (header kept)' * self.keep_header}{' (checksums fixed)' * self.fix_checksums}"
 
 
-def mended(data: bytes) -> bytes:
-    """A PNG with every whole chunk's checksum right; other files as they are."""
-    changed, place = bytearray(data), len(PNG)
-    while data.startswith(PNG) and place + 12 <= len(data):
-        end = place + 8 + struct.unpack_from(">I", data, place)[0]
+def fix_checksums(data: bytes) -> bytes:
+    """Return a PNG with the right checksum in each complete chunk. Return other files unchanged."""
+    changed, offset = bytearray(data), len(PNG)
+    while data.startswith(PNG) and offset + 12 <= len(data):
+        end = offset + 8 + struct.unpack_from(">I", data, offset)[0]
         if end + 4 <= len(data):
-            changed[end : end + 4] = struct.pack(">I", zlib.crc32(data[place + 4 : end]))
-        place = end + 4
+            changed[end : end + 4] = struct.pack(">I", zlib.crc32(data[offset + 4 : end]))
+        offset = end + 4
     return bytes(changed)
 
 
 def cases(names: list[str]) -> st.SearchStrategy[Case]:
-    share, some = st.integers(0, 0xFFFF), st.binary(min_size=1, max_size=12)
-    name, kind = st.sampled_from(names), st.sampled_from(sorted(BLOWS))
-    blow = st.builds(Blow, kind=kind, at=share, number=st.integers(0, 0xFFFF), some=some, other=name, other_at=share)
-    blows, often = st.lists(blow, min_size=1, max_size=6).map(tuple), st.sampled_from([True, True, True, False])
-    return st.builds(Case, name=name, blows=blows, headed=often, mended=often)
+    """Return a strategy that draws cases from the seed files of these names."""
+    share, payload = st.integers(0, 0xFFFF), st.binary(min_size=1, max_size=12)
+    name, kind = st.sampled_from(names), st.sampled_from(sorted(MUTATIONS))
+    mutation = st.builds(
+        Mutation, kind=kind, at=share, number=st.integers(0, 0xFFFF), payload=payload, donor=name, donor_at=share
+    )
+    mutations, often = st.lists(mutation, min_size=1, max_size=6).map(tuple), st.sampled_from([True, True, True, False])
+    return st.builds(Case, name=name, mutations=mutations, keep_header=often, fix_checksums=often)
 
 
-def each_case(names: list[str], num_files: int, start: int, visit: Callable[[Case], None]) -> None:
-    """Hypothesis draws `num_files` cases; the same for the same names, number and start."""
+def visit_cases(names: list[str], num_files: int, start: int, visit: Callable[[Case], None]) -> None:
+    """Call `visit` with `num_files` cases. The same names, number and start give the same cases."""
     checks = list(HealthCheck)
 
     @seed(start)
@@ -284,17 +296,17 @@ def each_case(names: list[str], num_files: int, start: int, visit: Callable[[Cas
         max_examples=num_files, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=checks
     )
     @given(cases(names))
-    def every(case: Case) -> None:
+    def visit_case(case: Case) -> None:
         visit(case)
 
-    every()
+    visit_case()
 
 
 # ---- seed files
 
 
-def drawn_seeds() -> dict[str, bytes]:
-    """Every file that the tests of the reader draw, but for those that are no images; and DICOMs of many attributes."""
+def build_seeds() -> dict[str, bytes]:
+    """Return by name the image files that the reader's tests draw, and DICOM files with many attributes."""
     sys.path.insert(0, str(ROOT / "tests"))
     path = ROOT / "tests/data/test_radiograph.py"
     spec = importlib.util.spec_from_file_location("drawn_radiographs", path)
@@ -302,13 +314,13 @@ def drawn_seeds() -> dict[str, bytes]:
     assert spec.loader is not None
     tests: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
-    refused = {name: make for name, (make, code, _) in tests.REFUSED.items() if code != "not_image"}
-    made = {**tests.SAME, **tests.LOSSY, **refused}
-    return {name: make() for name, make in made.items()} | _dicom_seeds()
+    refused = {name: build for name, (build, code, _) in tests.REFUSED.items() if code != "not_image"}
+    factories = {**tests.SAME, **tests.LOSSY, **refused}
+    return {name: build() for name, build in factories.items()} | _dicom_seeds()
 
 
 def _dicom_seeds() -> dict[str, bytes]:
-    """Tables, functional groups and padding, in words of odd layouts, and a signed codestream."""
+    """Return DICOM files with tables, functional groups, padding, unusual bit layouts and a signed codestream."""
     import numpy as np
 
     dicoms: Any = importlib.import_module("helpers.dicoms")
@@ -333,15 +345,19 @@ def _dicom_seeds() -> dict[str, bytes]:
 
 
 def folder_seeds(folder: Path) -> dict[str, bytes]:
+    """Return the files below a folder by relative path, without those larger than SEED_BYTES."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size <= SEED_BYTES)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-# ---- the child reads
+# ---- the child process, which reads
 
 
 def child() -> None:
-    """Answers each line, a path, with a line of JSON. File descriptors 1 and 2 are left to whoever speaks out of turn."""
+    """Answer each path on stdin with a line of JSON on the original stdout.
+
+    File descriptors 1 and 2 go to the noise file, so that output of a decoder is detected.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _limit_addresses()
@@ -349,7 +365,7 @@ def child() -> None:
 
     for line in sys.stdin:
         path = line.removesuffix("\n")
-        _forget_peak()
+        _reset_peak_memory()
         before, start = _memory("VmRSS"), time.monotonic()
         verdict = _verdict(radiograph, path)
         answer = {"verdict": verdict, "s": time.monotonic() - start, "bytes": max(0, _memory("VmHWM") - before)}
@@ -357,20 +373,22 @@ def child() -> None:
 
 
 def _verdict(radiograph: Any, path: str) -> str:
-    """ "read" or UnreadableFileError's code; anything else is a finding."""
+    """Return "read" or UnreadableFileError's code. Any other text is a finding."""
     try:
-        where = radiograph.read_identity(path)
-        if where is not None and not isinstance(where, radiograph.DicomIdentity):
-            return f"identity gave {type(where).__name__}"
-        grey = radiograph.read(path, SIZE_PX)
-    except radiograph.UnreadableFileError as refused:
-        if "memory" in refused.reason:
+        identity = radiograph.read_identity(path)
+        if identity is not None and not isinstance(identity, radiograph.DicomIdentity):
+            return f"read_identity returned {type(identity).__name__}"
+        image = radiograph.read(path, SIZE_PX)
+    except radiograph.UnreadableFileError as error:
+        if "memory" in error.reason:
             return "allocated without a bound"
-        plain = refused.reason.isprintable() and 0 < len(refused.reason) < 120
-        return str(refused.code) if plain else f"a reason that is not plain: {refused.reason!r}"
-    except BaseException as error:  # whatever it is, it is the finding
-        return f"{type(error).__name__} came out: {error}"
-    return "read" if (grey.shape, str(grey.dtype)) == ((SIZE_PX, SIZE_PX), "uint8") else f"{grey.dtype} {grey.shape}"
+        is_plain = error.reason.isprintable() and 0 < len(error.reason) < 120
+        return str(error.code) if is_plain else f"reason not printable or too long: {error.reason!r}"
+    except BaseException as error:  # any other exception is a finding
+        return f"raised {type(error).__name__}: {error}"
+    return (
+        "read" if (image.shape, str(image.dtype)) == ((SIZE_PX, SIZE_PX), "uint8") else f"{image.dtype} {image.shape}"
+    )
 
 
 VERDICTS = ("read", "not_image", "out_of_scope", "unreadable", "too_large")
@@ -384,33 +402,34 @@ def _limit_addresses() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _forget_peak() -> None:
+def _reset_peak_memory() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _memory(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes; 0 where the system does not tell."""
+    """Return VmRSS or VmHWM of this process in bytes, or 0 where unknown."""
     with contextlib.suppress(OSError):
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) << 10 if found else 0
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(match[1]) << 10 if match else 0
     return 0
 
 
-# ---- the parent watches
+# ---- the parent process
 
 
 @dataclass
 class Child:
-    """A process that reads files, started when needed; what it says on its own is found in `noise`."""
+    """A process that reads files, started when needed. Its unexpected output goes to the file `noise`."""
 
     folder: Path
     command: Sequence[str] = (sys.executable, __file__, "--child")
-    patience_s: float = 10 * SECONDS
+    patience_s: float = 10 * SECONDS  # time limit of an answer
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def noise(self) -> Path:
+        """The file of the child's stderr and stdout."""
         return self.folder / "noise"
 
     def __enter__(self) -> "Child":
@@ -422,6 +441,7 @@ class Child:
         self.end()
 
     def start(self) -> subprocess.Popen[bytes]:
+        """Start the process with an empty noise file."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.noise, "wb") as noise:
             return subprocess.Popen(
@@ -429,7 +449,7 @@ class Child:
             )
 
     def end(self) -> int:
-        """The exit status, once it is gone."""
+        """Kill the process and return its exit status, or 0 if none runs."""
         if self.process is None:
             return 0
         process, self.process = self.process, None
@@ -437,20 +457,20 @@ class Child:
             process.kill()
         return process.returncode
 
-    def judge(self, path: Path) -> tuple[str, float, int]:
-        """(verdict, seconds, bytes) of one file. Whatever is wrong ends the child: the next file meets a fresh one."""
-        verdict, seconds, taken = self._asked(path)
-        if verdict in VERDICTS and (said := self.noise.read_text(errors="replace")):
-            verdict = f"noise on stderr: {said.splitlines()[0][:100]}"
+    def check(self, path: Path) -> tuple[str, float, int]:
+        """Return (verdict, seconds, bytes) of a file. A finding ends the process, and the next file gets a new one."""
+        verdict, seconds, num_bytes = self._query(path)
+        if verdict in VERDICTS and (noise := self.noise.read_text(errors="replace")):
+            verdict = f"noise on stderr: {noise.splitlines()[0][:100]}"
         elif verdict in VERDICTS and seconds > SECONDS:
             verdict = f"took {seconds:.1f} s"
-        elif verdict in VERDICTS and taken > MEMORY_BYTES:
-            verdict = f"took {taken >> 20} MiB"
+        elif verdict in VERDICTS and num_bytes > MEMORY_BYTES:
+            verdict = f"took {num_bytes >> 20} MiB"
         if verdict not in VERDICTS:
             self.end()
-        return verdict, seconds, taken
+        return verdict, seconds, num_bytes
 
-    def _asked(self, path: Path) -> tuple[str, float, int]:
+    def _query(self, path: Path) -> tuple[str, float, int]:
         if self.process is None:
             self.process = self.start()
         stdin, stdout = self.process.stdin, self.process.stdout
@@ -465,15 +485,15 @@ class Child:
         line = stdout.readline()
         if not line:
             status = self.process.wait()
-            said = self.noise.read_text(errors="replace").strip().splitlines()
-            return f"the process ended with status {status}: {said[-1][:100] if said else ''}", 0.0, 0
+            noise = self.noise.read_text(errors="replace").strip().splitlines()
+            return f"the process exited with status {status}: {noise[-1][:100] if noise else ''}", 0.0, 0
         answer = json.loads(line)
         return answer["verdict"], answer["s"], answer["bytes"]
 
 
 @dataclass
 class Outcome:
-    """What a run found; `findings` are (number of the case, what, the case)."""
+    """The results of a run. `findings` are (number of the case, verdict, the case)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[tuple[int, str, str]] = field(default_factory=list)
@@ -492,7 +512,7 @@ def fuzz(
     log: Callable[[str], None] = print,
     command: Sequence[str] = Child.command,
 ) -> Outcome:
-    """Reads `num_files` broken files in a child process. Findings are said at once, and kept in `keep`."""
+    """Read `num_files` mutated files in a child process. Log each finding, and copy its file into `keep`."""
     outcome, digest = Outcome(), hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder, Child(Path(folder), command) as reader:
         path = Path(folder) / "a wrist.png"
@@ -501,20 +521,20 @@ def fuzz(
             data = case.data(seeds)
             digest.update(hashlib.sha256(data).digest())
             path.write_bytes(data)
-            verdict, seconds, taken = reader.judge(path)
+            verdict, seconds, num_bytes = reader.check(path)
             outcome.num_files += 1
-            outcome.slowest_s, outcome.most_bytes = max(outcome.slowest_s, seconds), max(outcome.most_bytes, taken)
-            outcome.counts[verdict if verdict in VERDICTS else "found"] += 1
+            outcome.slowest_s, outcome.most_bytes = max(outcome.slowest_s, seconds), max(outcome.most_bytes, num_bytes)
+            outcome.counts[verdict if verdict in VERDICTS else "finding"] += 1
             if verdict not in VERDICTS:
                 outcome.findings.append((outcome.num_files, verdict, str(case)))
-                log(f"case {outcome.num_files}: {verdict}: {case}{_kept(path, keep, outcome.num_files)}")
+                log(f"case {outcome.num_files}: {verdict}: {case}{_keep_file(path, keep, outcome.num_files)}")
 
-        each_case(sorted(seeds), num_files, start, visit)
+        visit_cases(sorted(seeds), num_files, start, visit)
     outcome.digest = digest.hexdigest()[:16]
     return outcome
 
 
-def _kept(path: Path, keep: Path | None, number: int) -> str:
+def _keep_file(path: Path, keep: Path | None, number: int) -> str:
     if keep is None:
         return ""
     keep.mkdir(parents=True, exist_ok=True)
@@ -522,6 +542,7 @@ def _kept(path: Path, keep: Path | None, number: int) -> str:
 
 
 def summary(outcome: Outcome, seconds: float) -> str:
+    """Return the line that a run prints at its end."""
     counts = ", ".join(f"{outcome.counts[name]:,} {name}" for name in VERDICTS)
     return (
         f"{outcome.num_files:,} files in {seconds:.0f} s: {counts}; {len(outcome.findings)} findings; "
@@ -529,23 +550,23 @@ def summary(outcome: Outcome, seconds: float) -> str:
     )
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Fuzz the reader of radiographs.")
     parser.add_argument("--files", type=int, default=20_000, help="mutated files to read (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same cases (%(default)s)")
-    parser.add_argument("--seeds", type=Path, help="a folder of more files to start from")
-    parser.add_argument("--keep", type=Path, help="a folder for the files that were found out")
+    parser.add_argument("--seeds", type=Path, help="a folder of more seed files")
+    parser.add_argument("--keep", type=Path, help="a folder for the files of findings")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.child:
         child()
         return 0
     if options.seeds is not None and not options.seeds.is_dir():
-        parser.error(f"--seeds {options.seeds} is not a folder; name one that holds files to start from")
+        parser.error(f"--seeds {options.seeds} is not a folder. Name a folder of seed files.")
     if options.files < 1:
-        parser.error(f"--files {options.files} is less than 1; give a number of files")
+        parser.error(f"--files {options.files} is less than 1. Give a number of files.")
     start = time.monotonic()
-    seeds = drawn_seeds() | (folder_seeds(options.seeds) if options.seeds else {})
+    seeds = build_seeds() | (folder_seeds(options.seeds) if options.seeds else {})
     outcome = fuzz(seeds, options.files, options.seed, keep=options.keep)
     print(summary(outcome, time.monotonic() - start))
     return 1 if outcome.findings else 0
