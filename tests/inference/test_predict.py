@@ -404,7 +404,7 @@ def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
 # ---- the same bytes, whatever happens
 
 
-KILLS = pytest.mark.nightly(corner="kills")
+KILLS = pytest.mark.nightly(part="kills")
 NUM_MANY = 2 * CHUNK + 100
 
 
@@ -790,7 +790,7 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.nightly(corner="files")
+@pytest.mark.nightly(part="files")
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
 def test_a_disk_that_is_really_full(

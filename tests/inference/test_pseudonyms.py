@@ -288,7 +288,7 @@ def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: py
         predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "more.csv"))
 
 
-@pytest.mark.nightly(section="kills")
+@pytest.mark.nightly(part="kills")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
     """Law of the torn write, with overlays and a key table: kill -9 around each rename and each link. No name is left in OUT."""

@@ -99,7 +99,7 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
     [
         ("torchrun", 2, 5),
         pytest.param("Slurm", 3, 300, marks=pytest.mark.slow),
-        pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(result="launchers")),
+        pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(part="launchers")),
     ],
 )
 def test_ranks_share_a_directory_with_the_same_bytes(
@@ -172,7 +172,7 @@ def test_a_rank_that_is_refused_leaves_nobody_waiting(
     assert contents(tmp_path / "out") == fixture_paths[3]
 
 
-@pytest.mark.nightly(result="kills")
+@pytest.mark.nightly(part="kills")
 def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -191,7 +191,7 @@ def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
     assert contents(tmp_path / "out") == fixture_paths[3]
 
 
-@pytest.mark.nightly(result="launchers")
+@pytest.mark.nightly(part="launchers")
 def test_ranks_find_a_finished_run_finished(fixture_paths: Any, start: Callable[..., Any], tmp_path: Path) -> None:
     predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
@@ -236,7 +236,7 @@ def test_a_second_start_is_refused_while_the_first_lives(
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(result="kills"))]
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(part="kills"))]
 )
 def test_children_end_with_their_parent(
     fixture_paths: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals

@@ -362,13 +362,13 @@ def peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
         yield peak
 
 
-@pytest.mark.nightly(result="files")
+@pytest.mark.nightly(part="files")
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     few, many = peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
     assert many - few < 15, (few, many)
 
 
-@pytest.mark.nightly(result="files")
+@pytest.mark.nightly(part="files")
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("per_study", [1, 3, 200_000])
 def test_tables_of_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:

@@ -77,7 +77,7 @@ def test_progress_reaches_its_end(exported: tuple[densenet.DenseNet, Path, Expor
     assert steps == [(done, 5) for done in range(6)]  # the graph, four batch sizes
 
 
-@pytest.mark.nightly(array="training")
+@pytest.mark.nightly(part="training")
 def test_densenet169(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")
@@ -396,7 +396,7 @@ def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_pa
     assert compared == [compared[0], compared[0] - 1]
 
 
-@pytest.mark.nightly(array="training")
+@pytest.mark.nightly(part="training")
 @pytest.mark.shared
 def test_gate_on_real_radiographs(shared: Path) -> None:
     """DenseNet-169, at the size it is trained at, BatchNorm having seen radiographs."""

@@ -26,7 +26,7 @@ from mura_dist.models.ensemble import Ensemble
 from mura_dist.models.target import Target
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(module="training"))])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
 def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
     assert (
         main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
@@ -56,7 +56,7 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(module="training"))])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
 def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
     """The numbers of the card, taken again from the two files and the split's pixels."""
     for arguments in (["--precision", precision, "--allow-change"], []):
@@ -204,7 +204,7 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(module="training"))]
+    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(part="training"))]
 )
 def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> None:
     network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
