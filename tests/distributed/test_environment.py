@@ -1,4 +1,4 @@
-"""LaunchEnv from the variables of each launcher, and trainings under mpirun and srun's variables."""
+"""Test LaunchEnv from the variables of each launcher, the rendezvous, and trainings under srun and mpirun."""
 
 import fcntl
 import itertools
@@ -152,7 +152,7 @@ def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch
 
 
 def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command with a controlling terminal; its output goes to pipes."""
+    """Run a command with a controlling terminal and return it with its output from pipes."""
     master, terminal = pty.openpty()
 
     def take_terminal() -> None:
@@ -180,7 +180,7 @@ def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.Com
 def test_srun_terminal_shell_of_several_tasks_is_refused(
     num_tasks: int, port: str, starts: str, is_refused: bool, tmp_path: Path
 ) -> None:
-    """A training in it would wait for the other tasks, which have ended."""
+    """A training in the shell would wait for the other tasks, which have exited."""
     parent = tmp_path / starts
     parent.write_text('#!/bin/sh\n"$@"\nexit $?\n')
     parent.chmod(0o755)
@@ -304,8 +304,10 @@ def test_late_rank_extends_only_the_first_meeting(late: int) -> None:
 
 
 @pytest.mark.slow
-def test_srun_tasks_train_as_torchrun_ranks(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
-    """With srun's variables alone (no RANK, no MASTER_ADDR) the losses equal those of torchrun's ranks."""
+def test_losses_identical_under_srun_and_torchrun(
+    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+) -> None:
+    """srun's variables alone suffice, without RANK and MASTER_ADDR."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}
     step = job | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     tasks = [
@@ -326,7 +328,9 @@ def test_srun_tasks_train_as_torchrun_ranks(whole: Callable[..., Path], shard_fo
 
 
 @pytest.mark.nightly(part="launchers")
-def test_mpirun_trains_as_torchrun(whole: Callable[..., Path], shard_folder: Path, tmp_path: Path) -> None:
+def test_losses_identical_under_mpirun_and_torchrun(
+    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
     command = [

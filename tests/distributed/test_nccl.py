@@ -1,4 +1,4 @@
-"""nccl.py: a late or lost rank is an exception in Python. Shown with gloo's collectives, whose handles say when they are done."""
+"""Test that a late or lost rank raises an exception. The handles of gloo's collectives stand in for CUDA events."""
 
 import re
 import sys
@@ -39,8 +39,8 @@ with process_group.join(60) as ranks:
 """
 
 
-def test_a_rank_that_does_not_come_is_waited_for_so_long() -> None:
-    """From the end of this rank's own work on; then it ends with the line that gloo's ranks end with."""
+def test_missing_rank_raises_after_the_timeout() -> None:
+    """The timeout starts when this rank's own work is done. The error is the one of gloo's ranks."""
     done = run("torchrun", "--standalone", "--nproc-per-node", 2, "--no-python", sys.executable, "-c", LATE)
     waited = re.findall(r"waited (\d+\.\d) s", done.stdout)
     assert len(waited) == 1, done.stderr
@@ -58,14 +58,14 @@ time.sleep(30)  # as a process does that hangs in NCCL on its way out
 """
 
 
-def test_a_process_that_hangs_on_its_way_out_is_ended() -> None:
-    """Also where nothing can be aborted."""
+def test_abandon_exits_a_process_that_hangs_at_exit() -> None:
+    """This holds also without a process group to abort."""
     done = run("python", "-c", EXIT)
     assert (done.returncode, done.stdout, done.stderr) == (1, "abandoned\n", "")
 
 
-def test_the_watchdog_only_takes_note_while_ranks_are_joined() -> None:
-    """torchrun asks it to abort its ranks."""
+def test_nccl_async_error_handling_is_off_while_joined() -> None:
+    """torchrun sets the variable so that NCCL's watchdog aborts its ranks. The process group restores it."""
     code = (
         "import os\nfrom mura_dist.distributed import process_group\nname = 'TORCH_NCCL_ASYNC_ERROR_HANDLING'\n"
         "before = os.environ[name]\nwith process_group.join(60):\n    os.write(1, f'{os.environ[name]}\\n'.encode())\n"
@@ -80,7 +80,7 @@ class Never:
         return False
 
 
-def test_this_ranks_own_work_is_not_waited_for_without_end() -> None:
-    """It may lie behind a collective of the step before, as ZeRO's do."""
+def test_wait_for_own_work_has_a_timeout() -> None:
+    """A rank's own work may wait for a collective of the previous step, as ZeRO's does."""
     with pytest.raises(RuntimeError, match=r"collective operation timeout: the other ranks did not join in 0\.5 s"):
         nccl.wait(Never(), 0.05, Never())

@@ -1,6 +1,7 @@
-"""signals.py: a signal asks to stop; a second one of prediction's does what it always did, training's SIGINT after a while.
+"""Test the stop event that signals set.
 
-Each law is held by a process of its own, in its main thread: a signal that is handled wrongly ends it, and not the suite.
+Without patience, a second signal has its default effect. With patience, a late second SIGINT interrupts. Each case runs
+in the main thread of its own process, since a signal that is handled wrongly kills the process.
 """
 
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-LAWS = {
+SCRIPTS = {
     "without patience a second signal does what it always did": """
 before = [signal.getsignal(number) for number in SIGNALS]
 with signals.stop_event(patience_s=0) as stop:
@@ -42,7 +43,7 @@ thread.join()
 assert handlers == [before]
 """,
 }
-COMMON = """
+PREAMBLE = """
 import signal, threading
 from mura_dist.distributed import signals
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -56,7 +57,7 @@ def interrupts_with(number):
 """
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_the_law_holds(law: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"{COMMON}{law}"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_stop_event_of_signals(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"{PREAMBLE}{script}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

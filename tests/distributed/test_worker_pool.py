@@ -1,4 +1,4 @@
-"""worker_pool.py: results in order, whatever the tasks do to their workers."""
+"""Test that the worker pool returns results in order, also when tasks crash, hang or use too much memory."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ QUICK = PoolLimits(processor_s=1.0, wall_s=3.0, memory_bytes=200 << 20)
 
 
 def worker(notes: Path) -> Callable[[Any], Any]:
-    """A task is (what, number): what its process does."""
+    """Return a function that runs a task (kind, number) and notes its process id in a file."""
 
     def do(task: tuple[str, int]) -> Any:
         what, number = task
@@ -55,13 +55,13 @@ def work(
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("num_tasks", [0, 1, 40])
-def test_results_come_in_the_order_of_the_tasks(tmp_path: Path, workers: int, num_tasks: int) -> None:
+def test_results_are_in_task_order(tmp_path: Path, workers: int, num_tasks: int) -> None:
     assert work(tmp_path, [("do", n) for n in range(num_tasks)], workers=workers) == list(range(num_tasks))
     assert all(len(path.read_text().split()) == 1 for path in tmp_path.iterdir()), "each task once"
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: int) -> None:
+def test_only_tasks_that_kill_their_worker_fail(tmp_path: Path, workers: int) -> None:
     bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
     tasks = [(bad.get(n, "do"), n) for n in range(20)]
     results = work(tmp_path, tasks, workers=workers)
@@ -74,36 +74,36 @@ def test_what_ends_its_worker_is_lost_and_nothing_else(tmp_path: Path, workers: 
     assert len(set((tmp_path / "crash-2").read_text().split())) == 2
 
 
-def test_one_that_waits_for_ever_is_lost(tmp_path: Path) -> None:
+def test_hanging_task_fails_after_its_wall_time_limit(tmp_path: Path) -> None:
     results = work(tmp_path, [("do", 0), ("wait", 1), ("do", 2)], workers=1, limits=PoolLimits(0.5, 1.0, 200 << 20))
     assert results == [0, TaskFailed("did not finish within 0.5 s"), 2]
 
 
-def test_an_exception_of_a_task_is_raised_here(tmp_path: Path) -> None:
+def test_exception_of_a_task_is_raised_in_the_caller(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="task 4"):
         work(tmp_path, [("raise" if n == 4 else "do", n) for n in range(9)], workers=2)
 
 
-def dies_at_once(notes: Path) -> Callable[[Any], Any]:
+def exiting_worker(notes: Path) -> Callable[[Any], Any]:
     os._exit(7)
 
 
-def test_a_worker_that_cannot_begin_is_a_failure(tmp_path: Path) -> None:
+def test_worker_that_exits_at_start_raises_run_error(tmp_path: Path) -> None:
     with (
-        start_pool(dies_at_once, (tmp_path,), workers=2, limits=QUICK) as pool,
+        start_pool(exiting_worker, (tmp_path,), workers=2, limits=QUICK) as pool,
         pytest.raises(RunError, match=r"exit before they are ready \(exit status 7\)"),
     ):
         list(pool.results([[1]]))
 
 
-def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> None:
-    handed_out = itertools.count()
-    chunks = ([("do", next(handed_out))] for _ in range(1000))
+def test_workers_prefetch_few_chunks_and_exit_with_the_block(tmp_path: Path) -> None:
+    task_numbers = itertools.count()
+    chunks = ([("do", next(task_numbers))] for _ in range(1000))
     with start_pool(worker, (tmp_path,), workers=2, limits=QUICK) as pool:
         stream = pool.results(chunks, ahead=4)
         assert next(stream) == 0
         time.sleep(0.5)
-        assert next(handed_out) <= 12, "never far ahead"
+        assert next(task_numbers) <= 12, "never far ahead"
     pids = {int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()}
     assert pids
     for pid in pids:
@@ -112,7 +112,7 @@ def test_workers_stay_a_little_ahead_and_end_with_the_block(tmp_path: Path) -> N
     assert not [thread for thread in threading.enumerate() if thread.name == "supervisor"]
 
 
-def test_a_crew_does_one_work_after_another(tmp_path: Path) -> None:
+def test_pool_is_reused_for_several_runs(tmp_path: Path) -> None:
     with start_pool(worker, (tmp_path,), workers=2, limits=QUICK) as pool:
         time.sleep(0.3)  # ready, and idle
         for start in (0, 100, 200):

@@ -1,4 +1,4 @@
-"""file_list.py: every file once, in the order of its path's bytes, each folder once, in bounded memory."""
+"""Test the file list: every file once, sorted by the bytes of its path, each folder once, in bounded memory."""
 
 import contextlib
 import hashlib
@@ -23,13 +23,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("table") / "walk.sqlite"
 
 
-def listed(listing: FileList) -> list[ListedFile]:
+def files_of(listing: FileList) -> list[ListedFile]:
     return list(itertools.chain.from_iterable(listing.chunks(range(listing.num_chunks))))
 
 
 def paths(directory: Path, table: Path, exclude: Path | None = None) -> list[str]:
     with files.scratch(table) as database:
-        return [file.path for file in listed(file_list.list_files(directory, database, exclude=exclude))]
+        return [file.path for file in files_of(file_list.list_files(directory, database, exclude=exclude))]
 
 
 def make(root: Path, *names: str) -> None:
@@ -45,13 +45,13 @@ NAMES = [
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, len(NAMES), 256])
-def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, size: int) -> None:
+def test_every_file_once_sorted_by_path_bytes(tmp_path: Path, table: Path, size: int) -> None:
     make(tmp_path, *NAMES)
     counts: list[int] = []
     listing = file_list.list_files(tmp_path, table, chunk_size=size, progress=counts.append)
     assert counts == sorted(counts)
     assert (listing.num_files, listing.num_chunks, counts[-1]) == (len(NAMES), -(-len(NAMES) // size), len(NAMES))
-    files_in_list = listed(listing)
+    files_in_list = files_of(listing)
     assert [file.path for file in files_in_list] == sorted(NAMES, key=os.fsencode)
     for file in files_in_list:
         status = os.stat(tmp_path / file.path)
@@ -63,23 +63,23 @@ def test_every_file_once_in_the_order_of_its_bytes(tmp_path: Path, table: Path, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps names that are not UTF-8")
-def test_names_that_are_not_utf8(tmp_path: Path, table: Path) -> None:
+def test_file_names_that_are_not_utf8(tmp_path: Path, table: Path) -> None:
     names = [os.fsdecode(name) for name in (b"\xff/\xfe", b"r\xf6ntgen", b"\xc3\xbc", b"\xed\xa0\x80")]
     make(tmp_path, *names)
     assert paths(tmp_path, table) == sorted(names, key=os.fsencode)
 
 
-def test_times_beyond_what_a_database_counts(tmp_path: Path, table: Path) -> None:
+def test_mtime_outside_int64_is_read(tmp_path: Path, table: Path) -> None:
     make(tmp_path, "future", "past")
     with contextlib.suppress(OSError):  # a disk that keeps no such time
         os.utime(tmp_path / "future", ns=(0, (1 << 63) + (1 << 60)))
     os.utime(tmp_path / "past", ns=(0, -1))
-    listing = {file.path: file.mtime_ns for file in listed(file_list.list_files(tmp_path, table))}
+    listing = {file.path: file.mtime_ns for file in files_of(file_list.list_files(tmp_path, table))}
     assert listing == {name: os.stat(tmp_path / name).st_mtime_ns for name in ("future", "past")}
 
 
-def test_links(tmp_path: Path, table: Path) -> None:
-    """Each folder once, by its real path where it has one below the directory, else by the link of the least depth."""
+def test_symlinked_folder_is_listed_once(tmp_path: Path, table: Path) -> None:
+    """Its path is the real one where that lies in the directory, else the link of the smallest depth."""
     root, outer = tmp_path / "in", tmp_path / "outer"
     make(root, "a/real.png", "z/deep/real.png")
     make(outer, "far.png", "sub/farther.png")
@@ -98,7 +98,7 @@ def test_links(tmp_path: Path, table: Path) -> None:
         (root / name).symlink_to(target)
     (outer / "back").symlink_to(root)
     (outer / "sub" / "loop").symlink_to(outer)
-    listing = {file.path: file.failure for file in listed(file_list.list_files(root, table))}
+    listing = {file.path: file.failure for file in files_of(file_list.list_files(root, table))}
     good = ["a/real.png", "b/far.png", "b/sub/farther.png", "file.png", "z/deep/real.png"]
     assert {path for path, failure in listing.items() if failure is None} == set(good)
     assert {path: failure[0] for path, failure in listing.items() if failure} == {
@@ -107,7 +107,7 @@ def test_links(tmp_path: Path, table: Path) -> None:
     }
 
 
-def test_a_folder_is_left_out_however_it_is_reached(tmp_path: Path, table: Path) -> None:
+def test_excluded_folder_is_skipped_also_through_links(tmp_path: Path, table: Path) -> None:
     make(tmp_path, "a", "out/predictions.csv", "out/.parts/0")
     (tmp_path / "link").symlink_to(tmp_path / "out")
     assert paths(tmp_path, table, tmp_path / "out") == ["a"]
@@ -115,8 +115,8 @@ def test_a_folder_is_left_out_however_it_is_reached(tmp_path: Path, table: Path)
 
 
 @contextlib.contextmanager
-def nobody() -> Iterator[None]:
-    """As a user whom permissions hold back."""
+def unprivileged_user() -> Iterator[None]:
+    """Run the block as a user whom permissions restrict."""
     user = os.geteuid()
     try:
         if user == 0:
@@ -127,9 +127,7 @@ def nobody() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="POSIX permissions")
-def test_a_folder_that_cannot_be_listed_is_a_failure(
-    tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_folder_is_a_failure(tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "in/a.png", "in/half/b.png")
     (tmp_path / "in" / "locked").mkdir(mode=0o000)
     (tmp_path / "in" / "half").chmod(0o444)  # may be listed, not entered
@@ -137,10 +135,10 @@ def test_a_folder_that_cannot_be_listed_is_a_failure(
         folder.chmod(0o755)
     table.parent.chmod(0o777)
     monkeypatch.chdir(tmp_path / "in")  # the folders above are closed to others
-    with open(table, "wb"), nobody():
+    with open(table, "wb"), unprivileged_user():
         folder = os.open(".", os.O_RDONLY)
         os.close(folder)
-        rows = list(_looked_into(Path(".")))
+        rows = list(_walk_rows(Path(".")))
     assert sorted(rows) == [
         (b"a.png", None),
         (b"half/b.png", "cannot be opened: permission denied"),
@@ -148,15 +146,15 @@ def test_a_folder_that_cannot_be_listed_is_a_failure(
     ]
 
 
-def _looked_into(directory: Path) -> Iterator[tuple[bytes, str | None]]:
-    """What a walk writes down, without its file: the folders above that are closed as well."""
+def _walk_rows(directory: Path) -> Iterator[tuple[bytes, str | None]]:
+    """Yield the rows of a walk from a database in memory, since the parent folders are not accessible."""
     table = sqlite3.connect(":memory:", isolation_level=None)
     table.executescript(file_list._SCHEMA)
     file_list._fill(table, directory, ("",), lambda num: None, lambda path: path)
     yield from table.execute("SELECT path, reason FROM file")
 
 
-def test_a_full_disk_is_said_as_the_system_says_it(tmp_path: Path) -> None:
+def test_full_database_raises_no_space_error(tmp_path: Path) -> None:
     def fill() -> None:
         with scratch_db.create(tmp_path / "t", "CREATE TABLE t (x BLOB);") as table:
             table.execute("PRAGMA max_page_count = 4")
@@ -172,16 +170,16 @@ from pathlib import Path
 from mura_dist.inference import file_list
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
-found = file_list.list_files(Path(sys.argv[1]), Path(sys.argv[2]))
-num = sum(len(chunk) for chunk in found.chunks(range(found.num_chunks)))
-print(json.dumps([before, peak(), found.num_files, num]))
+listing = file_list.list_files(Path(sys.argv[1]), Path(sys.argv[2]))
+num = sum(len(chunk) for chunk in listing.chunks(range(listing.num_chunks)))
+print(json.dumps([before, peak(), listing.num_files, num]))
 """
 
 
 @pytest.mark.nightly(part="files")
 @pytest.mark.parametrize("shape", ["flat", "tree"])
-def test_200_000_files_take_no_more_memory_than_a_cache(tmp_path: Path, table: Path, shape: str) -> None:
-    """Measured: 16 MiB above the imports, most of them SQLite's cache; a list of `File` takes 104."""
+def test_memory_is_bounded_for_200_000_files(tmp_path: Path, table: Path, shape: str) -> None:
+    """The walk used 16 MiB above the imports, most of it SQLite's cache. A list of `File` uses 104 MiB."""
     if sys.platform != "linux":
         pytest.skip("only Linux tells the peak of this process alone")
     for number in range(200_000 if shape == "flat" else 400):

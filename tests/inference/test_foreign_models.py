@@ -1,4 +1,4 @@
-"""An ONNX file may come from anywhere: what is no model of ours is refused, and one that never answers is left."""
+"""Test foreign ONNX files: a file that is not an exported model is refused, and a batch that takes too long fails."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import KEY
 
 
-def saved(graph: onnx.GraphProto, path: Path) -> Path:
+def save_model(graph: onnx.GraphProto, path: Path) -> Path:
     """Write a graph as an exported model with a card."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, {KEY: card_of().to_json()})
@@ -46,14 +46,14 @@ AXES = [
 ]
 
 
-def mean(**changes: object) -> onnx.GraphProto:
-    """A graph that answers with the mean grey level, but for `changes`."""
+def mean_graph(**changes: object) -> onnx.GraphProto:
+    """Return a graph whose outputs are mean gray levels, with `changes` to its arguments."""
     parts = {"nodes": MEAN, "name": "mean", "inputs": [IMAGE], "outputs": [LOGIT, MAP], "initializer": AXES}
     return helper.make_graph(**(parts | changes))
 
 
-def endless() -> onnx.GraphProto:
-    """A graph whose logit is there after 2**62 rounds."""
+def endless_graph() -> onnx.GraphProto:
+    """Return a graph that computes its logit in 2**62 iterations."""
     body = helper.make_graph(
         [helper.make_node("Identity", ["going"], ["goes_on"]), helper.make_node("Add", ["level", "one"], ["higher"])],
         "body",
@@ -63,12 +63,12 @@ def endless() -> onnx.GraphProto:
     )
     nodes = [*MEAN[:2], helper.make_node("ReduceMean", ["pixels", "all"], ["grey"], keepdims=0)]
     nodes.append(helper.make_node("Loop", ["trips", "", "grey"], ["logit"], body=body))
-    return mean(nodes=nodes, initializer=[*AXES, helper.make_tensor("trips", TensorProto.INT64, [], [2**62])])
+    return mean_graph(nodes=nodes, initializer=[*AXES, helper.make_tensor("trips", TensorProto.INT64, [], [2**62])])
 
 
-def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
-    """Else the refusals below would say nothing."""
-    logit, cells = OnnxModel.load(saved(mean(), tmp_path / "m.onnx")).outputs(images := noise(3))
+def test_graph_with_valid_signature_loads(tmp_path: Path) -> None:
+    """This shows that the refusals below are due to their changes."""
+    logit, cells = OnnxModel.load(save_model(mean_graph(), tmp_path / "m.onnx")).outputs(images := noise(3))
     np.testing.assert_allclose(logit, images.mean(axis=(1, 2, 3)), rtol=1e-5)
     assert cells.shape == (3, S, S)
 
@@ -88,13 +88,13 @@ def test_a_graph_of_the_right_shape_is_taken(tmp_path: Path) -> None:
         {"nodes": []},
     ],
 )
-def test_another_graph_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+def test_graph_with_invalid_signature_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a mura-dist model|not an ONNX model") as refusal:
-        OnnxModel.load(saved(mean(**change), tmp_path / "m.onnx"))
+        OnnxModel.load(save_model(mean_graph(**change), tmp_path / "m.onnx"))
     assert "\n" not in str(refusal.value)
 
 
-def outside(location: str, key: str = "location") -> onnx.TensorProto:
+def external_tensor(location: str, key: str = "location") -> onnx.TensorProto:
     tensor = helper.make_tensor("channel", TensorProto.INT64, [1], [1])
     tensor.ClearField("int64_data")
     tensor.data_location = TensorProto.EXTERNAL
@@ -103,42 +103,44 @@ def outside(location: str, key: str = "location") -> onnx.TensorProto:
     return tensor
 
 
-def in_a_subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
+def graph_with_subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
     constant = helper.make_node("Constant", [], ["inner"], value=tensor)
     inner = helper.make_graph([constant], "inner", [], [value("inner", TensorProto.INT64, 1)])
     condition = helper.make_node("If", ["yes"], ["ignored"], then_branch=inner, else_branch=inner)
-    return mean(nodes=[*MEAN, condition], initializer=[*AXES, helper.make_tensor("yes", TensorProto.BOOL, [], [True])])
+    return mean_graph(
+        nodes=[*MEAN, condition], initializer=[*AXES, helper.make_tensor("yes", TensorProto.BOOL, [], [True])]
+    )
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "weights.bin", ""])
 @pytest.mark.parametrize(
     "build",
     [
-        lambda tensor: mean(initializer=[tensor, AXES[1]]),
-        lambda tensor: mean(
+        lambda tensor: mean_graph(initializer=[tensor, AXES[1]]),
+        lambda tensor: mean_graph(
             nodes=[helper.make_node("Constant", [], ["channel"], value=tensor), *MEAN], initializer=AXES[1:]
         ),
-        in_a_subgraph,
+        graph_with_subgraph,
     ],
 )
-def test_no_other_file_is_read(
+def test_external_weights_are_refused(
     build: Callable[[onnx.TensorProto], onnx.GraphProto], location: str, tmp_path: Path
 ) -> None:
     (tmp_path / "secret").write_bytes(bytes(8))
     (tmp_path / "weights.bin").write_bytes(bytes(8))
-    path = saved(build(outside(location)), tmp_path / "m.onnx")
+    path = save_model(build(external_tensor(location)), tmp_path / "m.onnx")
     assert onnx_metadata.external_file(path.read_bytes()) == location
     with pytest.raises(UserError, match="has its weights in another file"):
         OnnxModel.load(path)
 
 
-def test_ours_names_no_other_file(model: Path) -> None:
+def test_exported_model_has_no_external_weights(model: Path) -> None:
     assert onnx_metadata.external_file(model.read_bytes()) is None
 
 
-def test_a_model_that_never_answers_is_left(tmp_path: Path) -> None:
+def test_batch_above_the_time_limit_raises_run_error(tmp_path: Path) -> None:
     model = OnnxModel.load(
-        saved(endless(), tmp_path / "m.onnx"), session_config=SessionConfig(batch_size=1), limit_s=0.3
+        save_model(endless_graph(), tmp_path / "m.onnx"), session_config=SessionConfig(batch_size=1), limit_s=0.3
     )
     started = time.monotonic()
     for _ in range(2):  # it may be asked again
@@ -150,10 +152,10 @@ def test_a_model_that_never_answers_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prediction_with_such_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_with_endless_model_prints_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(noise(1)[0, 0]).save(tmp_path / "in/a.png")
-    path = saved(endless(), tmp_path / "m.onnx")
+    path = save_model(endless_graph(), tmp_path / "m.onnx")
     arguments = [
         "predict",
         str(path),
@@ -178,7 +180,7 @@ with batch_limit.BatchLimit(0.2, "m.onnx").watched(lambda: None):
 """
 
 
-def test_an_engine_that_does_not_return_ends_the_process() -> None:
+def test_process_exits_when_the_engine_does_not_return() -> None:
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stderr.splitlines()) == (
         1,

@@ -1,4 +1,4 @@
-"""grouping.py: what a study is called, from wherever a directory is predicted."""
+"""Test that a study has the same name whichever folder is predicted."""
 
 import pytest
 
@@ -30,5 +30,5 @@ VALID = f"valid/{STUDY}"
         ("/data/valid", "XR_WRIST/image1.png", "XR_WRIST/image1.png"),
     ],
 )
-def test_a_study_is_called_as_the_evaluation_calls_it(directory: str, path: str, study: str) -> None:
+def test_study_name_equals_the_name_in_evaluation(directory: str, path: str, study: str) -> None:
     assert Grouping(directory, "auto").study_and_type(path, None)[0] == study

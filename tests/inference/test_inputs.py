@@ -1,4 +1,4 @@
-"""inputs.py: one folder, a file, several of either; which folder paths are relative to; and predictions of them."""
+"""Test the inputs of a prediction: folders, files, or several of both, and the folder that paths are relative to."""
 
 import itertools
 import json
@@ -19,8 +19,8 @@ from mura_dist.inference.predict import predict
 
 
 @pytest.fixture
-def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of 6 files on 3 levels, two of the same name; the working directory."""
+def source_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Create six files on three levels, two of them with one name, and make their folder the working directory."""
     names = ("a.png", "b.png", "x/a.png", "x/y/c.png", "x/y/d.png", "z/a.png")
     for number, name in enumerate(names):
         path = tmp_path / "ward" / name
@@ -31,7 +31,7 @@ def ward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "ward"
 
 
-def listed(inputs: Inputs, database: Path) -> set[str]:
+def relative_paths(inputs: Inputs, database: Path) -> set[str]:
     return set(file_list.list_files(inputs.directory, database, members=inputs.members).printable_paths())
 
 
@@ -51,38 +51,38 @@ CASES = {
 
 
 @pytest.mark.parametrize("arguments", CASES, ids=" ".join)
-def test_inputs_are_read_below_their_deepest_common_folder(
-    arguments: tuple[str, ...], ward: Path, tmp_path: Path
+def test_paths_are_relative_to_the_deepest_common_folder(
+    arguments: tuple[str, ...], source_folder: Path, tmp_path: Path
 ) -> None:
-    """Law: each file once, by its path below that folder, whatever the order and form of the arguments."""
+    """Each file occurs once, for all orders and forms of the arguments."""
     folder, paths = CASES[arguments]
     for number, some in enumerate(itertools.permutations(arguments)):
         inputs = Inputs.parse([Path(word) for word in some])
-        assert inputs.directory.samefile(ward / folder)
-        assert listed(inputs, tmp_path / f"list{number}") == paths
-        absolute = Inputs.parse([ward / word for word in some])
-        assert listed(absolute, tmp_path / f"absolute{number}") == paths
+        assert inputs.directory.samefile(source_folder / folder)
+        assert relative_paths(inputs, tmp_path / f"list{number}") == paths
+        absolute = Inputs.parse([source_folder / word for word in some])
+        assert relative_paths(absolute, tmp_path / f"absolute{number}") == paths
 
 
-def test_a_folder_by_itself_is_the_directory_as_it_is_written(ward: Path) -> None:
+def test_single_folder_keeps_its_spelling(source_folder: Path) -> None:
     assert Inputs.parse([Path("x/../x")]) == Inputs(Path("x/../x"), ("",))
 
 
-def test_two_dots_after_a_link_lead_where_the_system_says(ward: Path, tmp_path: Path) -> None:
-    """ward/x/y/.. by a link outside is ward/x, not the folder of the link."""
-    (tmp_path / "link").symlink_to(ward / "x" / "y")
-    inputs = Inputs.parse([tmp_path / "link" / ".." / "a.png", ward / "b.png"])
-    assert listed(inputs, tmp_path / "list") == {"x/a.png", "b.png"}
+def test_parent_of_a_link_is_resolved_as_the_system_does(source_folder: Path, tmp_path: Path) -> None:
+    """ward/x/y/.. through a link from outside is ward/x, not the folder of the link."""
+    (tmp_path / "link").symlink_to(source_folder / "x" / "y")
+    inputs = Inputs.parse([tmp_path / "link" / ".." / "a.png", source_folder / "b.png"])
+    assert relative_paths(inputs, tmp_path / "list") == {"x/a.png", "b.png"}
 
 
-def test_a_link_is_a_file_and_a_folder_under_its_own_name(ward: Path, tmp_path: Path) -> None:
-    (ward / "link.png").symlink_to("a.png")
-    (ward / "linked").symlink_to("x/y")
+def test_links_keep_their_own_names(source_folder: Path, tmp_path: Path) -> None:
+    (source_folder / "link.png").symlink_to("a.png")
+    (source_folder / "linked").symlink_to("x/y")
     inputs = Inputs.parse([Path("link.png"), Path("linked")])
-    assert listed(inputs, tmp_path / "list") == {"link.png", "linked/c.png", "linked/d.png"}
+    assert relative_paths(inputs, tmp_path / "list") == {"link.png", "linked/c.png", "linked/d.png"}
 
 
-def test_what_is_no_input_is_refused(ward: Path) -> None:
+def test_missing_and_remote_inputs_are_refused(source_folder: Path) -> None:
     cases = {
         ("no.png",): r"^no\.png: no such file or folder\. Give radiographs, or folders of them\.$",
         ("a.png", "1.png", "2.png", "3.png", "4.png"): r"^1\.png, 2\.png, 3\.png and 1 more: no such file or folder",
@@ -95,23 +95,23 @@ def test_what_is_no_input_is_refused(ward: Path) -> None:
             Inputs.parse(arguments)
 
 
-def table(out: Path, name: str = "predictions") -> dict[str, float]:
+def logits_by_path(out: Path, name: str = "predictions") -> dict[str, float]:
     return pd.read_csv(out / f"{name}.csv").set_index("path")["logit"].to_dict()
 
 
-def test_several_arguments_are_one_prediction(model: Path, ward: Path, tmp_path: Path, capsys) -> None:
-    """The logits are those of the whole folder; in another order, from another place, it is the same finished prediction."""
+def test_several_inputs_give_one_prediction(model: Path, source_folder: Path, tmp_path: Path, capsys) -> None:
+    """The logits equal those of the complete folder. Order and spelling of the inputs do not change the run."""
     all_inputs = tmp_path / "whole"
-    predict(model, ward, all_inputs)
+    predict(model, source_folder, all_inputs)
     out, arguments = tmp_path / "some", ["b.png", "x/y", "z/a.png"]
     assert main(["predict", str(model), *arguments, "--out", str(out), "--overlays"]) == DONE
     paths = {"b.png", "x/y/c.png", "x/y/d.png", "z/a.png"}
-    assert table(out) == {path: logit for path, logit in table(all_inputs).items() if path in paths}
+    assert logits_by_path(out) == {path: logit for path, logit in logits_by_path(all_inputs).items() if path in paths}
     assert {path.relative_to(out / "overlays").as_posix() for path in out.rglob("*.png")} == {
         f"{path}.png" for path in paths
     }
     before = (out / "predict.json").read_bytes()
-    again = [str(ward / word) for word in reversed(arguments)]
+    again = [str(source_folder / word) for word in reversed(arguments)]
     assert main(["predict", str(model), *again, "--out", str(out), "--overlays"]) == DONE
     assert (out / "predict.json").read_bytes() == before
     capsys.readouterr()
@@ -121,18 +121,18 @@ def test_several_arguments_are_one_prediction(model: Path, ward: Path, tmp_path:
     assert "this one has num_files=5" in line
 
 
-def test_a_file_that_is_no_radiograph_is_a_failure(model: Path, ward: Path, tmp_path: Path) -> None:
-    (ward / "note.txt").write_text("x")
+def test_input_that_is_no_image_is_a_failure(model: Path, source_folder: Path, tmp_path: Path) -> None:
+    (source_folder / "note.txt").write_text("x")
     summary = predict(model, ["note.txt", "a.png"], tmp_path / "out")
     assert summary is not None
     assert (summary["num_radiographs"], summary["failures_by_code"]) == (1, {"not_image": 1})
     assert list(pd.read_csv(tmp_path / "out" / "failures.csv")["path"]) == ["note.txt"]
 
 
-def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
-    """OUT is refused where it is a folder to be read, not where a file of it is."""
+def test_output_next_to_input_files_is_allowed(model: Path, source_folder: Path) -> None:
+    """OUT is refused where it is itself an input folder."""
     predict(model, ["a.png", "b.png"], Path("."))
-    assert set(table(ward)) == {"a.png", "b.png"}
+    assert set(logits_by_path(source_folder)) == {"a.png", "b.png"}
     with pytest.raises(UserError, match=r"^--out x is one of the inputs. Give another folder.$"):
         predict(model, ["a.png", "x"], Path("x"))
     with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself. Give another folder.$"):
@@ -140,20 +140,20 @@ def test_the_tables_may_lie_beside_the_files(model: Path, ward: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("a.png", "b.png", "x", "z"), ("a.png",), ("x",)], ids=" ".join)
-def test_an_output_folder_that_a_shell_names_again_is_no_input(
-    arguments: tuple[str, ...], model: Path, ward: Path, capsys: pytest.CaptureFixture[str]
+def test_output_folder_among_the_inputs_is_skipped(
+    arguments: tuple[str, ...], model: Path, source_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second `predict M * --out predictions` finishes the first one, or has nothing to do: the bytes are the same."""
+    """A second `predict M * --out predictions` resumes or finds the run finished, with the same bytes."""
     out = Path("predictions")
     assert main(["predict", str(model), *arguments, "--out", str(out)]) == DONE
     contents = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    for again in ("predictions", "./predictions/", str(ward / "predictions")):
+    for again in ("predictions", "./predictions/", str(source_folder / "predictions")):
         assert main(["predict", str(model), *arguments, again, "--out", str(out)]) == DONE
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == contents
     laws.refusal(capsys, ["predict", model, out, "--out", out], "is the directory of radiographs itself")
 
 
-def test_a_killed_prediction_resumes_where_a_shell_names_its_output(model: Path, ward: Path) -> None:
+def test_unfinished_prediction_resumes_with_output_among_inputs(model: Path, source_folder: Path) -> None:
     out, arguments = Path("predictions"), ["a.png", "b.png"]
     predict(model, arguments, out)
     (out / ".parts").mkdir()
@@ -161,10 +161,10 @@ def test_a_killed_prediction_resumes_where_a_shell_names_its_output(model: Path,
     (out / ".parts" / "plan.json").write_text(json.dumps(plan))
     (out / "predict.json").unlink()  # begun, not finished
     predict(model, [*arguments, "predictions"], out)
-    assert set(table(out)) == set(arguments)
+    assert set(logits_by_path(out)) == set(arguments)
 
 
-def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_files_of_one_study_keep_the_study_name(model: Path, phantoms: Path, tmp_path: Path) -> None:
     views = sorted(next(phantoms.rglob("valid/*/*/study1*")).iterdir())
     predict(model, views, tmp_path / "out")
     studies = pd.read_csv(tmp_path / "out" / "studies.csv")
@@ -173,22 +173,22 @@ def test_one_study_of_mura_keeps_its_name(model: Path, phantoms: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("own_site_key")
-def test_pseudonyms_of_several_lead_back(model: Path, ward: Path, tmp_path: Path) -> None:
-    """KEYTABLE may lie beside the files, not in a folder that is read."""
+def test_key_table_maps_pseudonyms_of_several_inputs(model: Path, source_folder: Path, tmp_path: Path) -> None:
+    """KEYTABLE may lie next to input files, but not in an input folder."""
     arguments = ["predict", str(model), "a.png", "x", "--out", str(tmp_path / "out"), "--pseudonyms"]
     assert main([*arguments, "x/keys.csv"]) == 2
     assert main([*arguments, "keys.csv"]) == DONE
-    keys = pd.read_csv(ward / "keys.csv").set_index("pseudonym")["path"]
-    assert {keys[name] for name in table(tmp_path / "out")} == {"a.png", "x/a.png", "x/y/c.png", "x/y/d.png"}
+    keys = pd.read_csv(source_folder / "keys.csv").set_index("pseudonym")["path"]
+    assert {keys[name] for name in logits_by_path(tmp_path / "out")} == {"a.png", "x/a.png", "x/y/c.png", "x/y/d.png"}
     text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.*"))
     assert "a.png" not in text
 
 
 @pytest.mark.slow
-def test_ranks_share_several_arguments(model: Path, ward: Path, tmp_path: Path) -> None:
+def test_tables_of_three_ranks_identical_for_several_inputs(model: Path, source_folder: Path, tmp_path: Path) -> None:
     arguments = ["a.png", "x", "z/a.png"]
     predict(model, arguments, tmp_path / "one")
-    done = torchrun(3, "mura_dist.predict", model, *arguments, "--out", tmp_path / "three", cwd=ward)
+    done = torchrun(3, "mura_dist.predict", model, *arguments, "--out", tmp_path / "three", cwd=source_folder)
     assert done.returncode == 0, done.stderr
     for name in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -1,4 +1,4 @@
-"""What reading ignored in DICOMs, counted: the same sum in one go, resumed, from parts of an earlier state, and on two ranks."""
+"""Test the counts of notes on ignored DICOM attributes: one run, a resumed run, old parts, two ranks."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("own_site_key")
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nine files, five chunks: sound ones, a PNG, junk, and five DICOMs whose headers hold what is of no use."""
+    """Create nine files in five chunks: valid ones, a PNG, a corrupt one, and five DICOMs with unusable attributes."""
     monkeypatch.setattr(predict_module, "CHUNK", 2)
     bad = {"WindowCenter": b"Doe^Jane", "WindowWidth": "9"}
     labels: list[dict[str, Any]] = [{}, bad, {}, bad | {"RescaleSlope": "0", "RescaleIntercept": "1"}, bad, {}]
@@ -49,7 +49,9 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_notes_are_counted(model: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_are_counted_and_printed(
+    model: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
     output = capsys.readouterr().out
@@ -62,27 +64,27 @@ def test_notes_are_counted(model: Path, source: Path, tmp_path: Path, capsys: py
     assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, "the finished command says it again"
 
 
-def test_the_page_hears_of_notes(source: Path) -> None:
+def test_upload_reader_returns_notes(source: Path) -> None:
     assert UploadReader(32)((source / "1.dcm").read_bytes()).notes == (CENTER,)
     assert UploadReader(32)((source / "0.dcm").read_bytes()).notes == ()
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
-def test_notes_of_a_resumed_prediction(model: Path, source: Path, tmp_path: Path, at: int) -> None:
+def test_notes_of_resumed_prediction_are_complete(model: Path, source: Path, tmp_path: Path, at: int) -> None:
     def progress(done: int, total: int | None) -> None:
         if total and done == at:
-            raise _Killed
+            raise _KilledError
 
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=progress)
     assert predict(model, source, tmp_path / "out")["radiographs_by_note"] == EXPECTED
 
 
-def test_parts_of_an_earlier_state_have_no_notes(tmp_path: Path) -> None:
+def test_parts_without_notes_are_read(tmp_path: Path) -> None:
     parts = [{"predictions": [[name, name, "XR_HAND", 0.0, "ok"]], "failures": []} for name in "abc"]
     parts[1] |= {"notes": {CENTER: 1}}
     tally = tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "studies.sqlite")
@@ -90,7 +92,7 @@ def test_parts_of_an_earlier_state_have_no_notes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_notes_of_two_ranks(model: Path, source: Path, tmp_path: Path) -> None:
+def test_notes_of_two_ranks_equal_one_process(model: Path, source: Path, tmp_path: Path) -> None:
     predict(model, source, tmp_path / "alone")
     (tmp_path / "rank.py").write_text(RANK)
     command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1)

@@ -1,4 +1,4 @@
-"""onnx_metadata: what the package onnx reads of a file's metadata, without it."""
+"""Test onnx_metadata, which reads a model's metadata without the package onnx."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ from mura_dist.inference.engine_onnxruntime import import_onnxruntime
 from mura_dist.models.card import KEY, Card
 
 
-def test_the_card_of_an_exported_file(model: Path) -> None:
+def test_card_equals_onnx_runtimes_metadata(model: Path) -> None:
     data = model.read_bytes()
     text = onnx_metadata.read(data, KEY)
     assert Card.parse(text, "the model").size == card_of().size
@@ -21,7 +21,7 @@ def test_the_card_of_an_exported_file(model: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "é", "x" * 300, "y" * 70_000], ids=["empty", "not ASCII", "long", "longer"])
-def test_any_value_among_others(value: str) -> None:
+def test_value_of_a_key_among_several(value: str) -> None:
     proto = onnx.ModelProto(ir_version=9, producer_name="z", domain="d", model_version=1 << 40)
     proto.graph.name = "g" * 200
     for key, text in (("other", "no"), ("wanted", value), ("wanted too", "no")):
@@ -31,7 +31,7 @@ def test_any_value_among_others(value: str) -> None:
     assert onnx_metadata.read(data, "want") is None
 
 
-def test_fields_of_all_kinds_are_skipped() -> None:
+def test_fields_of_all_wire_types_are_skipped() -> None:
     number, fixed64, fixed32 = b"\x08\x96\x01", b"\x11" + b"\xff" * 8, b"\x1d" + b"\xff" * 4
     proto = onnx.ModelProto()
     proto.metadata_props.add(key="k", value="v")
@@ -50,12 +50,12 @@ def test_fields_of_all_kinds_are_skipped() -> None:
         (b"\x80" * 11, "no protobuf number ends"),
     ],
 )
-def test_what_is_no_message_is_an_error(data: bytes, message: str) -> None:
+def test_invalid_protobuf_raises_value_error(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         onnx_metadata.read(data, KEY)
 
 
-def test_a_file_cut_anywhere_or_of_noise_ends_in_a_value_or_an_error(model: Path) -> None:
+def test_truncated_or_random_data_never_crashes(model: Path) -> None:
     data, draw = model.read_bytes(), random.Random(1)
     cuts = [data[: draw.randrange(len(data))] for _ in range(200)]
     noise = [draw.randbytes(draw.randrange(1, 60)) for _ in range(2000)]

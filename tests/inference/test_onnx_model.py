@@ -1,5 +1,4 @@
-"""runtime and tuning: one model, the same logits however it is run; a provider that is not there is refused; what was measured is
-found again."""
+"""Test OnnxModel and autotune: equal logits in every session configuration, refused providers, the tuning cache."""
 
 import importlib.util
 import json
@@ -33,19 +32,19 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("batch_size", "streams", "threads"),
     [(1, 1, 5), (1, 3, 2), (2, 2, 1), (2, 3, 5), (7, 1, 2), (7, 2, 5), (7, 3, 1), (16, 1, 1), (16, 2, 2)],
 )
-def test_however_it_is_run_the_bits_are_the_same(model: Path, batch_size: int, streams: int, threads: int) -> None:
+def test_outputs_identical_across_session_configs(model: Path, batch_size: int, streams: int, threads: int) -> None:
     images = noise(23)
     expected = OnnxModel.load(model, session_config=SessionConfig(threads=1, streams=1)).outputs(images)
     loaded = OnnxModel.load(model, session_config=SessionConfig(batch_size, streams, threads))
     batches = (images[at : at + batch_size] for at in range(0, len(images), batch_size))
     actual = [np.concatenate(parts) for parts in zip(*loaded.stream(batches, OUTPUTS), strict=True)]
-    for first, other_path in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(first, other_path)
+    for output, reference in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(output, reference)
 
 
 @pytest.mark.parametrize("provider", BOTH)
 @pytest.mark.parametrize("streams", [1, 2, 4])
-def test_batches_come_back_in_order(model: Path, provider: str, streams: int) -> None:
+def test_stream_keeps_batch_order(model: Path, provider: str, streams: int) -> None:
     loaded, images = OnnxModel.load(model, provider, SessionConfig(streams=streams)), noise(40)
     sizes = [1, 5, 2, 9, 3, 20]
     starts = np.cumsum([0, *sizes[:-1]])
@@ -56,28 +55,28 @@ def test_batches_come_back_in_order(model: Path, provider: str, streams: int) ->
     assert list(loaded.stream([])) == []
 
 
-def test_no_more_batches_are_taken_than_are_in_flight(model: Path) -> None:
-    num_taken = 0
+def test_stream_reads_few_batches_ahead(model: Path) -> None:
+    num_read = 0
 
     def batches():
-        nonlocal num_taken
+        nonlocal num_read
         for _ in range(20):
-            num_taken += 1
+            num_read += 1
             yield noise(1)
 
     stream = OnnxModel.load(model, session_config=SessionConfig(streams=2)).stream(batches())
     next(stream)
-    assert num_taken <= 4
+    assert num_read <= 4
     stream.close()
 
 
-def test_what_fails_in_a_batch_is_raised(model: Path) -> None:
+def test_failed_batch_raises_run_error(model: Path) -> None:
     with pytest.raises(RunError, match=r"failed on a batch of 1 .*image.*smaller --batch-size"):
         list(OnnxModel.load(model, session_config=SessionConfig(streams=2)).stream([noise(1), noise(1, size=S + 1)]))
 
 
 @needs_openvino
-def test_openvino_agrees_and_tells_nobody(model: Path) -> None:
+def test_openvino_agrees_and_loads_no_telemetry(model: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -97,8 +96,8 @@ print([name for name, module in sys.modules.items() if module and name.partition
 
 @pytest.mark.nightly(part="training")
 @needs_openvino
-def test_openvinos_first_batches_do_not_wait_for_each_other_for_ever(model: Path) -> None:
-    """Seen once: two threads in a fresh process, each holding the lock the other wanted."""
+def test_concurrent_first_openvino_batches_do_not_deadlock(model: Path) -> None:
+    """Two threads of a fresh process once held the lock that the other thread needed."""
     code = """
 import sys
 from pathlib import Path
@@ -116,15 +115,17 @@ print(len(list(OnnxModel.load(Path(sys.argv[1]), "openvino", SessionConfig(strea
 
 
 @pytest.mark.parametrize("uses_package", [True, False])
-def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, uses_package: bool) -> None:
-    """Its usage statistics begin with a file among the temporary ones: none is there. Without us one is."""
+def test_onnx_runtime_starts_no_telemetry(model: Path, tmp_path: Path, uses_package: bool) -> None:
+    """Its telemetry creates a temporary file. Without the package the file exists, with it there is none."""
     code = (
         "from pathlib import Path; from mura_dist.inference.onnx_model import OnnxModel; OnnxModel.load(Path({0!r}))"
         if uses_package
         else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
     )
-    quiet = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
-    env = {name: value for name, value in os.environ.items() if name not in quiet} | {"TMPDIR": str(tmp_path)}
+    disabling_variables = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
+    env = {name: value for name, value in os.environ.items() if name not in disabling_variables} | {
+        "TMPDIR": str(tmp_path)
+    }
     # In that process all addresses lead nowhere: the control shall tell nobody either.
     env |= dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     subprocess.run([sys.executable, "-c", code.format(str(model))], check=True, env=env, timeout=120)
@@ -135,14 +136,14 @@ def test_onnx_runtime_tells_nobody(model: Path, tmp_path: Path, uses_package: bo
         pytest.skip("this build of ONNX Runtime writes no such file")
 
 
-def test_without_openvino_it_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_openvino_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match=re.escape(install_remedy("openvino"))):
         OnnxModel.load(model, "openvino")
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
+def test_unavailable_gpu_provider_is_refused(model: Path, provider: str) -> None:
     available = engine_onnxruntime.import_onnxruntime().get_available_providers()
     if PROVIDERS[provider] not in available:
         with pytest.raises(UserError, match=r"computes on CPUs only. pip uninstall onnxruntime, .*'mura-dist\[cuda\]'"):
@@ -157,12 +158,12 @@ def test_no_silent_fall_to_the_cpu(model: Path, provider: str) -> None:
     assert str(refused.value).endswith(", or give --provider cpu.")
 
 
-def test_a_mistyped_provider(model: Path) -> None:
+def test_mistyped_provider_has_a_suggestion(model: Path) -> None:
     with pytest.raises(UserError, match=r"--provider cdua \(did you mean cuda\?\)"):
         OnnxModel.load(model, "cdua")
 
 
-def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) -> None:
+def test_bf16_is_refused_without_device_support(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bf16.onnx"
     with_card(model, card_of().model_copy(update={"precision": "bf16"}), path)
     with pytest.raises(UserError, match="bf16"):
@@ -173,20 +174,20 @@ def test_bf16_is_refused_where_nothing_computes_it(model: Path, tmp_path: Path) 
 
 
 @needs_openvino
-def test_openvino_refuses_what_is_no_model(model: Path, tmp_path: Path) -> None:
+def test_openvino_refuses_invalid_models(model: Path, tmp_path: Path) -> None:
     import onnx
 
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(UserError, match="not an ONNX model"):
         OnnxModel.load(tmp_path / "text.onnx", "openvino")
-    bare = onnx.load(model)
-    del bare.metadata_props[:]
-    (tmp_path / "bare.onnx").write_bytes(bare.SerializeToString())
+    without_metadata = onnx.load(model)
+    del without_metadata.metadata_props[:]
+    (tmp_path / "bare.onnx").write_bytes(without_metadata.SerializeToString())
     with pytest.raises(UserError, match="mura-dist export"):
         OnnxModel.load(tmp_path / "bare.onnx", "openvino")
 
 
-def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = SessionConfig().resolved(on_cpu=True)
     assert alone.threads == engine.num_processors()
     assert engine.pipelined_config(3).streams == min(2, engine.num_processors())
@@ -205,46 +206,48 @@ def test_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("provider", BOTH)
-def test_the_fastest_way_is_measured_kept_and_found(
+def test_fastest_config_is_measured_and_cached(
     model: Path, provider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     assert autotune.load_tuned_config(OnnxModel.load(model, provider)) is None
     lines: list[str] = []
     best = autotune.tune(model, provider, lines.append)
-    ways = list(autotune.candidates(model, provider))
-    assert len(lines) == len(ways) == len(set(ways))
-    assert best in ways
+    configs = list(autotune.candidates(model, provider))
+    assert len(lines) == len(configs) == len(set(configs))
+    assert best in configs
     assert autotune.describe(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
     assert autotune.load_tuned_config(OnnxModel.load(model, provider)) == best
     cache = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
     [entry] = cache.values()
-    assert len(entry["measured"]) == len(ways)
+    assert len(entry["measured"]) == len(configs)
     assert str(model) not in json.dumps(cache)
 
 
 @pytest.mark.parametrize(("provider", "streams"), [("cuda", {1, 2, 3}), ("tensorrt", {1})])
-def test_batches_of_tensorrt_do_not_queue(provider: str, streams: set[int]) -> None:
-    """The runs of its session take turns."""
-    usual = SessionConfig(64, 2, 8)
-    ways = list(autotune.candidate_configs(usual, PROVIDERS[provider], 320))
-    assert usual not in ways
-    assert {config.streams for config in ways} == streams
-    assert {config.batch_size for config in ways} == {16, 32, 64, 128}
+def test_tensorrt_candidates_have_one_stream(provider: str, streams: set[int]) -> None:
+    """The runs of a TensorRT session are sequential."""
+    default_config = SessionConfig(64, 2, 8)
+    configs = list(autotune.candidate_configs(default_config, PROVIDERS[provider], 320))
+    assert default_config not in configs
+    assert {config.streams for config in configs} == streams
+    assert {config.batch_size for config in configs} == {16, 32, 64, 128}
 
 
-def test_another_model_finds_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_config_depends_on_model_and_machine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     autotune.tune(model, "cpu")
-    other_path = tmp_path / "other.onnx"
-    with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other_path)
-    assert autotune.load_tuned_config(OnnxModel.load(other_path)) is None
+    other_model = tmp_path / "other.onnx"
+    with_card(model, card_of().model_copy(update={"checkpoint": "another"}), other_model)
+    assert autotune.load_tuned_config(OnnxModel.load(other_model)) is None
     assert autotune.load_tuned_config(OnnxModel.load(model)) is not None
     monkeypatch.setattr(autotune, "num_processors", lambda: 99)
     assert autotune.load_tuned_config(OnnxModel.load(model)) is None
 
 
-def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
+def test_tuning_is_used_when_the_cache_is_not_writable(
     model: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
@@ -261,7 +264,9 @@ def test_a_tuning_that_cannot_be_kept_is_used_all_the_same(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', "null"])
-def test_a_damaged_cache_is_no_harm(model: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrupt_tuning_cache_is_ignored(
+    model: Path, tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(autotune, "_SECONDS", 0.01)
     path = tmp_path / "cache" / "mura-dist" / autotune.FILE
     path.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Overlays: the radiograph and its map as the model saw and gave them, LOCAL ONLY, none whose pixels may name somebody."""
+"""Test the overlays of a prediction: pixels, LOCAL ONLY marks, file names, and DICOMs whose pixels may show a name."""
 
 import itertools
 import os
@@ -26,18 +26,18 @@ LEFT_PX, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 t
 pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
-def parts(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """The radiograph and the painted one, (S, S, 3) each, out of a picture."""
+def split_picture(path: Path, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Return the radiograph and its overlay, (S, S, 3) uint8 each, from a picture file."""
     pixels, side = np.asarray(Image.open(path)), 5 * size
     tall = pixels[TOP : TOP + side]
-    overlay_item, two = tall[:, LEFT_PX : LEFT_PX + side], tall[:, LEFT_PX + side + GAP : LEFT_PX + 2 * side + GAP]
-    assert (overlay_item[::5] == overlay_item[4::5]).all()  # enlarged, not smoothed
-    return overlay_item[::5, ::5], two[::5, ::5]
+    item, overlay = tall[:, LEFT_PX : LEFT_PX + side], tall[:, LEFT_PX + side + GAP : LEFT_PX + 2 * side + GAP]
+    assert (item[::5] == item[4::5]).all()  # enlarged, not smoothed
+    return item[::5, ::5], overlay[::5, ::5]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Radiographs in folders, a DICOM, what is no radiograph; a study of several views."""
+    """Create radiographs in folders, a DICOM, a text file, and a study in MURA's layout."""
     folder = tmp_path_factory.mktemp("source")
     names = ["a.png", "a", "deep/er/ü 1.PNG", "valid/XR_HAND/patient1/study1/image1.png", "x.png/b"]
     for seed, name in enumerate(names):
@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: Path) -> None:
+def test_each_predicted_radiograph_has_an_overlay(model: Path, source: Path, tmp_path: Path) -> None:
     summary = predict(model, source, tmp_path / "out", PredictOptions(overlays=True, batch_size=4))
     folder, loaded = tmp_path / "out" / FOLDER, OnnxModel.load(model)
     lines = rows(tmp_path / "out/predictions.csv")
@@ -59,14 +59,14 @@ def test_each_predicted_radiograph_has_one(model: Path, source: Path, tmp_path: 
         image = radiograph.read(source / line["path"], 64)
         logit, cells = loaded.outputs(image[None, None])
         assert np.float32(line["logit"]) == logit[0]
-        alone, overlaid = parts(overlay_path(tmp_path / "out", line["path"]))
-        assert (alone == image[..., None]).all()
+        plain, overlaid = split_picture(overlay_path(tmp_path / "out", line["path"]))
+        assert (plain == image[..., None]).all()
         assert (overlaid == heatmap.overlay_heatmap(image, cells[0])).all()
     assert (folder / NOTE).read_text().startswith("LOCAL ONLY: ")
     assert overlays.CAVEAT in (folder / NOTE).read_text()
 
 
-def test_the_tables_are_the_same_with_them_and_without(model: Path, source: Path, tmp_path: Path) -> None:
+def test_tables_identical_with_and_without_overlays(model: Path, source: Path, tmp_path: Path) -> None:
     first = predict(model, source, tmp_path / "with", PredictOptions(overlays=True))
     second = predict(model, source, tmp_path / "without")
     assert contents(tmp_path / "with") == contents(tmp_path / "without")
@@ -75,7 +75,7 @@ def test_the_tables_are_the_same_with_them_and_without(model: Path, source: Path
     assert first["warnings"] == second["warnings"]
 
 
-def test_a_file_says_local_only_and_nothing_else(model: Path, source: Path, tmp_path: Path) -> None:
+def test_overlay_metadata_is_local_only_comment(model: Path, source: Path, tmp_path: Path) -> None:
     predict(model, source, tmp_path / "out", PredictOptions(overlays=True, keytable=tmp_path / "keys.csv"))
     files = [path for path in (tmp_path / "out" / FOLDER).rglob("*") if path.name != NOTE]
     assert len(files) == 6
@@ -93,8 +93,8 @@ def test_a_file_says_local_only_and_nothing_else(model: Path, source: Path, tmp_
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # a logit that is no number
 @pytest.mark.parametrize("size", [32, 64, 224, 320, 512])
-def test_words_stay_within_the_picture(size: int) -> None:
-    """Banner, numbers, scale and caveat: dark on light, apart from the edges, whatever the model's size."""
+def test_text_stays_within_the_picture(size: int) -> None:
+    """Banner, numbers, scale and caveat are dark on light and apart from the edges, for every model size."""
     image = np.zeros((size, size), np.uint8)
     for logit in (0.0, -1234.5678, float("nan"), float("inf")):
         pixels = draw_overlay(image, np.full((2, 2), logit), logit)
@@ -108,7 +108,7 @@ def test_words_stay_within_the_picture(size: int) -> None:
 
 @pytest.mark.parametrize("other_logit", [-50.0, -1.0, 0.0, 1.0, 50.0])
 def test_logit_color_independent_of_other_logits(other_logit: float) -> None:
-    """At its cell's middle: between the middles of two cells the map is interpolated."""
+    """This holds at the center of the cell. The map is interpolated between the centers."""
     image, cells = np.full((320, 320), 90, np.uint8), np.full((64, 64), other_logit)
     cells[21, 31] = 2**0.5
     pixels = draw_overlay(image, cells, 0.0)
@@ -118,14 +118,14 @@ def test_logit_color_independent_of_other_logits(other_logit: float) -> None:
     assert pixels[y, x].tolist() == expected
 
 
-def test_a_model_trained_on_drawings_says_so() -> None:
+def test_banner_states_training_on_drawings() -> None:
     image = np.zeros((64, 64), np.uint8)
     assert (draw_overlay(image, np.zeros((2, 2)), 0.0) != draw_overlay(image, np.zeros((2, 2)), 0.0, drawings=True))[
         :26
     ].any()
 
 
-def test_a_cell_that_is_no_number_stays_clear() -> None:
+def test_nan_cell_is_transparent() -> None:
     image, cells = np.full((320, 320), 90, np.uint8), np.zeros((64, 64))
     cells[21, 31] = np.nan
     assert (draw_overlay(image, cells, 0.0) == draw_overlay(image, np.zeros((64, 64)), 0.0)).all()
@@ -140,8 +140,8 @@ def test_a_cell_that_is_no_number_stays_clear() -> None:
 # ---- names
 
 
-def test_two_radiographs_never_share_a_file() -> None:
-    """Nor does one's file lie where another's needs a folder; all below OUT/overlays, none over the note."""
+def test_overlay_paths_are_unique_and_never_folders() -> None:
+    """All of them lie below OUT/overlays, and none replaces the note."""
     arguments = [
         "a",
         "a.png",
@@ -162,10 +162,10 @@ def test_two_radiographs_never_share_a_file() -> None:
     assert not folders & set(files)
     assert all(file.is_relative_to(f"out/{FOLDER}") and file.suffix == ".png" for file in files)
     assert Path("out", FOLDER, NOTE) not in {*files, *folders}
-    assert max(len(os.fsencode(f".{channel}.partial")) for file in files for channel in file.parts) <= 255
+    assert max(len(os.fsencode(f".{component}.partial")) for file in files for component in file.parts) <= 255
 
 
-def test_a_name_as_long_as_names_may_be(model: Path, tmp_path: Path) -> None:
+def test_overlay_of_longest_file_name(model: Path, tmp_path: Path) -> None:
     for letter in "ab":
         draw(tmp_path / "in" / ("x" * 254 + letter))
     summary = predict(model, tmp_path / "in", tmp_path / "out", PredictOptions(overlays=True))
@@ -187,7 +187,7 @@ CLEAN = {"clean.dcm": {"BurnedInAnnotation": "NO"}, "silent.dcm": {}}
 
 
 @pytest.fixture(scope="module")
-def burned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def maybe_identifying(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("burned")
     for seed, (name, values) in enumerate((BURNED | CLEAN).items()):
         dicom = pydicom.dcmread(draw_dicom(folder / name, f"1.2.{seed}", "HAND", "L", seed))
@@ -198,74 +198,79 @@ def burned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_none_of_a_dicom_that_may_show_a_name(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", PredictOptions(overlays=True))
+def test_overlay_is_withheld_when_pixels_may_show_a_name(model: Path, maybe_identifying: Path, tmp_path: Path) -> None:
+    summary = predict(model, maybe_identifying, tmp_path / "out", PredictOptions(overlays=True))
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (3, len(BURNED))
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*CLEAN, "plain.png"}
-    (why,) = [line for line in summary["warnings"] if "overlay" in line]
-    assert why.startswith("no overlay of 5 radiographs: their pixels may show a name (BurnedInAnnotation, a secondary ")
-    assert "--allow-pixels" in why
+    (warning,) = [line for line in summary["warnings"] if "overlay" in line]
+    assert warning.startswith(
+        "no overlay of 5 radiographs: their pixels may show a name (BurnedInAnnotation, a secondary "
+    )
+    assert "--allow-pixels" in warning
     assert summary["num_radiographs"] == 8  # predicted all the same
 
 
-def test_allowed_all_are_written(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", PredictOptions(overlays=True, allow_pixels=True))
+def test_allow_pixels_writes_all_overlays(model: Path, maybe_identifying: Path, tmp_path: Path) -> None:
+    summary = predict(model, maybe_identifying, tmp_path / "out", PredictOptions(overlays=True, allow_pixels=True))
     assert (summary["num_overlays"], summary["num_overlays_withheld"]) == (8, 0)
     assert {path.stem for path in (tmp_path / "out" / FOLDER).glob("*.png")} == {*BURNED, *CLEAN, "plain.png"}
     assert not any("overlay" in line for line in summary["warnings"])
     with pytest.raises(UserError, match=r"holds a run with allow_pixels=True, this one has allow_pixels=False"):
-        predict(model, burned, tmp_path / "out", PredictOptions(overlays=True))
+        predict(model, maybe_identifying, tmp_path / "out", PredictOptions(overlays=True))
 
 
-def test_allowing_what_nobody_asked_for_is_said(model: Path, burned: Path, tmp_path: Path) -> None:
-    summary = predict(model, burned, tmp_path / "out", PredictOptions(allow_pixels=True))
+def test_allow_pixels_without_overlays_warns(model: Path, maybe_identifying: Path, tmp_path: Path) -> None:
+    summary = predict(model, maybe_identifying, tmp_path / "out", PredictOptions(allow_pixels=True))
     assert "--allow-pixels has no effect without --overlays" in summary["warnings"]
 
 
-def test_the_one_that_withholds() -> None:
-    identified, hidden = DicomIdentity("1", "HAND", "L"), DicomIdentity("1", "HAND", "L", True)
+def test_withholds_depends_on_identity_and_option() -> None:
+    clear, hidden = DicomIdentity("1", "HAND", "L"), DicomIdentity("1", "HAND", "L", True)
     for allowed in (False, True):
-        overlay_item = Overlays(Path("out"), allow_pixels=allowed)
-        assert [overlay_item.withholds(identity) for identity in (None, identified, hidden)] == [
+        item = Overlays(Path("out"), allow_pixels=allowed)
+        assert [item.withholds(identity) for identity in (None, clear, hidden)] == [
             False,
             False,
             not allowed,
         ]
 
 
-def test_overlays_of_another_run_are_not_mixed_with(model: Path, burned: Path, tmp_path: Path) -> None:
+def test_folder_with_foreign_overlays_is_refused(model: Path, maybe_identifying: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / FOLDER).mkdir(parents=True)
     with pytest.raises(UserError, match=r"out holds overlays of another origin\. Give another folder"):
-        predict(model, burned, tmp_path / "out")
+        predict(model, maybe_identifying, tmp_path / "out")
 
 
-def test_the_command_says_what_lies_there(
+def test_command_prints_overlay_counts(
     model: Path,
-    burned: Path,
+    maybe_identifying: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["predict", str(model), str(burned), "--out", str(tmp_path / "out"), "--overlays", "--quiet"]) == 0
+    assert (
+        main(["predict", str(model), str(maybe_identifying), "--out", str(tmp_path / "out"), "--overlays", "--quiet"])
+        == 0
+    )
     output = capsys.readouterr().out
     assert "overlays (LOCAL ONLY): 3, 5 withheld\n" in output
     assert "warning: no overlay of 5 radiographs" in output
 
 
-def test_the_same_bytes_whoever_else_draws(tmp_path: Path) -> None:
+def test_overlay_files_identical_for_one_and_many(tmp_path: Path) -> None:
     """Threads leave no trace."""
     rng = np.random.default_rng(0)
-    some = [
+    items = [
         Overlay(f"{number}", rng.integers(0, 256, (32, 32), dtype=np.uint8), rng.normal(0, 3, (3, 4)), 1.0)
         for number in range(12)
     ]
-    Overlays(tmp_path / "many").write_all(some)
+    Overlays(tmp_path / "many").write_all(items)
     Overlays(tmp_path / "many").write_all([])
-    for overlay_item in some:
-        Overlays(tmp_path / "one").write_all([overlay_item])
+    for item in items:
+        Overlays(tmp_path / "one").write_all([item])
         assert (
-            overlay_path(tmp_path / "one", overlay_item.name).read_bytes()
-            == overlay_path(tmp_path / "many", overlay_item.name).read_bytes()
+            overlay_path(tmp_path / "one", item.name).read_bytes()
+            == overlay_path(tmp_path / "many", item.name).read_bytes()
         )
-        assert overlay_path(tmp_path / "one", overlay_item.name).read_bytes() == local_only.png(
-            draw_overlay(overlay_item.image, overlay_item.cells, overlay_item.logit)
+        assert overlay_path(tmp_path / "one", item.name).read_bytes() == local_only.png(
+            draw_overlay(item.image, item.cells, item.logit)
         )

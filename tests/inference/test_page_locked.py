@@ -1,4 +1,4 @@
-"""page_locked: memory that CUDA allocates is freed once, when its last view goes; where CUDA refuses, plain memory serves."""
+"""Test page-locked memory: CUDA frees it once, with its last view, and plain memory is used where CUDA refuses."""
 
 import gc
 import sys
@@ -18,7 +18,7 @@ needs_libc = pytest.mark.skipif(sys.platform == "win32", reason="libc is loaded 
 
 
 @needs_libc
-def test_memory_is_freed_once_and_only_when_its_last_view_goes() -> None:
+def test_memory_is_freed_once_with_its_last_view() -> None:
     runtime = Runtime()
     array = page_locked.allocate(SHAPE, runtime, 2)
     array[...] = np.arange(60, dtype=np.uint8).reshape(SHAPE)
@@ -34,8 +34,8 @@ def test_memory_is_freed_once_and_only_when_its_last_view_goes() -> None:
 
 
 @needs_libc
-def test_each_range_is_freed_once_when_addresses_return() -> None:
-    """As when a dozen models come and go; libc gives the same pages again, NumPy's arrays in between take them too."""
+def test_reused_addresses_are_freed_once_each() -> None:
+    """libc returns the same pages for several models, and NumPy's arrays use them in between."""
     runtime, references = Runtime(), []
     for number in range(1, 13):
         array = page_locked.allocate((number, *SHAPE[1:]), runtime, 0)
@@ -52,7 +52,7 @@ def test_each_range_is_freed_once_when_addresses_return() -> None:
 
 
 @needs_libc
-def test_the_thread_that_drops_it_frees_it_on_its_own_gpu() -> None:
+def test_memory_is_freed_on_its_gpu_from_any_thread() -> None:
     runtime = Runtime()
     arrays = [page_locked.allocate(SHAPE, runtime, 3)]
     thread = threading.Thread(target=arrays.clear)
@@ -62,7 +62,7 @@ def test_the_thread_that_drops_it_frees_it_on_its_own_gpu() -> None:
     assert runtime.of("device") == [("device", 3)] * 2
 
 
-def test_where_cuda_refuses_plain_memory_serves_and_the_error_is_forgotten() -> None:
+def test_failed_cuda_allocation_uses_plain_memory_and_clears_the_error() -> None:
     runtime = Runtime(error=2)  # cudaErrorMemoryAllocation
     array = page_locked.allocate(SHAPE, runtime, 0)
     assert (array.shape, array.dtype) == (SHAPE, np.uint8)
@@ -71,12 +71,12 @@ def test_where_cuda_refuses_plain_memory_serves_and_the_error_is_forgotten() -> 
     assert runtime.calls == [("device", 0), ("refused", 0), ("forget", 2)]
 
 
-def test_without_a_runtime_plain_memory_serves() -> None:
+def test_missing_cuda_runtime_uses_plain_memory() -> None:
     assert page_locked.allocate(SHAPE, None, 0).shape == SHAPE
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
-def test_the_real_runtime_without_a_gpu_refuses_and_plain_memory_serves() -> None:
+def test_cuda_runtime_without_gpu_uses_plain_memory() -> None:
     from mura_dist.inference.engine_onnxruntime import import_onnxruntime
     from mura_dist.inference.provider_libraries import preload
 

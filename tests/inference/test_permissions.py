@@ -1,4 +1,4 @@
-"""A prediction's output is its owner's alone, at every moment, unless it is to be shared."""
+"""Test that only its owner can access a prediction's output, at every moment, unless it is shared."""
 
 import os
 import stat
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 
 
 def modes(folder: Path) -> dict[str, int]:
-    """Permissions of what lies below `folder`, by its path."""
+    """Return the permissions of a folder and of everything below it, by relative path."""
     paths = [folder, *folder.rglob("*")]
     return {str(path.relative_to(folder)): path.lstat().st_mode & 0o7777 for path in paths if path.exists()}
 
 
-def owners_alone(modes_by_name: dict[str, int], folder: Path) -> bool:
+def is_private(modes_by_name: dict[str, int], folder: Path) -> bool:
     return all(
         mode == (0o700 if stat.S_ISDIR((folder / name).lstat().st_mode) else 0o600)
         for name, mode in modes_by_name.items()
@@ -27,7 +27,7 @@ def owners_alone(modes_by_name: dict[str, int], folder: Path) -> bool:
 
 
 @pytest.fixture
-def ward(tmp_path: Path) -> Path:
+def source(tmp_path: Path) -> Path:
     for index, pixels in enumerate(noise(3)):
         (tmp_path / f"in/patient{index}").mkdir(parents=True)
         Image.fromarray(pixels[0]).save(tmp_path / f"in/patient{index}/a.png")
@@ -36,30 +36,30 @@ def ward(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])
 @pytest.mark.parametrize("format", ["csv", "parquet"])
-def test_it_is_its_owners_alone(model: Path, ward: Path, tmp_path: Path, umask: int, format: str) -> None:
+def test_output_is_private_at_every_moment(model: Path, source: Path, tmp_path: Path, umask: int, format: str) -> None:
     out, before, observed = tmp_path / "above/out", os.umask(umask), []
 
-    def look(done: int, total: int | None) -> None:
+    def check_modes(done: int, total: int | None) -> None:
         if out.exists():
-            observed.append(owners_alone(modes(out), out))
+            observed.append(is_private(modes(out), out))
 
     try:
-        predict(model, ward, out, PredictOptions(overlays=True, format=format, workers=1), progress=look)
+        predict(model, source, out, PredictOptions(overlays=True, format=format, workers=1), progress=check_modes)
     finally:
         os.umask(before)
     assert len(modes(out)) > 10
-    assert owners_alone(modes(out), out), {name: oct(mode) for name, mode in modes(out).items()}
+    assert is_private(modes(out), out), {name: oct(mode) for name, mode in modes(out).items()}
     assert observed
     assert all(observed)
     assert out.parent.stat().st_mode & 0o777 == 0o777 & ~umask, "what lies above is not ours to close"
 
 
-def test_shared_it_is_as_the_umask_says_and_a_folder_stays_the_users(model: Path, ward: Path, tmp_path: Path) -> None:
+def test_shared_output_follows_umask_and_existing_folder_keeps_mode(model: Path, source: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        predict(model, ward, tmp_path / "out", PredictOptions(overlays=True, shared=True, workers=1))
+        predict(model, source, tmp_path / "out", PredictOptions(overlays=True, shared=True, workers=1))
         (tmp_path / "mine").mkdir(mode=0o750)
-        predict(model, ward, tmp_path / "mine", PredictOptions(workers=1))
+        predict(model, source, tmp_path / "mine", PredictOptions(workers=1))
     finally:
         os.umask(before)
     assert set(modes(tmp_path / "out").values()) == {0o750, 0o640}

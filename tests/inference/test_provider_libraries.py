@@ -1,4 +1,4 @@
-"""provider_libraries: a library that cannot be opened has a name; a command without ONNX Runtime says how to get one."""
+"""Test the errors about missing provider libraries and about a missing ONNX Runtime."""
 
 import os
 import shutil
@@ -19,15 +19,15 @@ BOTH = f"(cpu; cuda for an NVIDIA GPU). Install it: {install_remedy('cpu', 'cuda
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_the_library_that_is_missing_has_its_name(tmp_path: Path) -> None:
-    def compiled(name: str, *arguments: str) -> Path:
+def test_missing_dependency_of_a_library_is_named(tmp_path: Path) -> None:
+    def compile_library(name: str, *arguments: str) -> Path:
         library = tmp_path / f"lib{name}.so"
         command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", f"-Wl,-soname,lib{name}.so.10", *arguments]
         subprocess.run(command, input=f"int {name}(void) {{ return 1; }}", text=True, check=True)
         return library
 
-    second = compiled("second")
-    first = compiled("first", "-x", "none", "-Wl,--no-as-needed", str(second))
+    second = compile_library("second")
+    first = compile_library("first", "-x", "none", "-Wl,--no-as-needed", str(second))
     assert (
         provider_libraries.find_unopenable(str(first)) == "libsecond.so.10"
     )  # the loader looks for the soname, and not here
@@ -59,7 +59,7 @@ def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_onnxruntime")
 @pytest.mark.parametrize("command", ["predict", "page", "evaluate", "export", "bench"])
-def test_a_command_says_how_to_get_onnx_runtime(
+def test_commands_without_onnx_runtime_name_the_extra(
     command: str,
     model: Path,
     untrained: Path,
@@ -82,7 +82,7 @@ def test_a_command_says_how_to_get_onnx_runtime(
 @pytest.mark.parametrize(
     "arguments", [["-m", "mura_dist.predict"], [ROOT / "tools" / "predict.py"]], ids=["module", "script"]
 )
-def test_a_script_says_how_to_get_onnx_runtime(arguments: list[object], model: Path, tmp_path: Path) -> None:
+def test_scripts_without_onnx_runtime_name_the_extra(arguments: list[object], model: Path, tmp_path: Path) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('none', name='onnxruntime')")
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = run("python", *arguments, model, tmp_path, "--out", tmp_path / "out", env=env, cold=True)
@@ -92,15 +92,15 @@ def test_a_script_says_how_to_get_onnx_runtime(arguments: list[object], model: P
 
 
 @pytest.mark.usefixtures("no_onnxruntime")
-def test_the_functions_say_how_to_get_onnx_runtime(model: Path, tmp_path: Path) -> None:
+def test_functions_without_onnx_runtime_raise_user_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ONNX Runtime is not installed"):
         OnnxModel.load(model)
     with pytest.raises(UserError, match="ONNX Runtime is not installed"):
         predict(model, tmp_path, tmp_path.with_name("out"))
 
 
-def test_what_one_uninstalled_twin_leaves_is_refused(model: Path, tmp_path: Path) -> None:
-    """pip takes the files of one of the two, and the folder that is left imports as a namespace."""
+def test_empty_onnxruntime_namespace_is_refused(model: Path, tmp_path: Path) -> None:
+    """Uninstalling onnxruntime or onnxruntime-gpu leaves a folder that imports as a namespace package."""
     (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
     code = "import sys; sys.path.insert(0, sys.argv[1]); from mura_dist.cli.main import entry; entry(sys.argv[2:])"
     site = tmp_path / "sitecustomize.py"

@@ -1,4 +1,4 @@
-"""provider_options: what GPUs are asked for, over precisions, batches and sizes; ONNX Runtime knows every name."""
+"""Test the options of the GPU providers over precisions, batch sizes and image sizes."""
 
 import itertools
 import mmap
@@ -16,7 +16,7 @@ GRID = list(itertools.product(("fp32", "fp16", "int8"), (1, 7, 64), (64, 320), (
 
 
 @pytest.mark.parametrize(("precision", "batch_size", "size", "device"), GRID)
-def test_cuda(precision: Precision, batch_size: int, size: int, device: int) -> None:
+def test_cuda_options(precision: Precision, batch_size: int, size: int, device: int) -> None:
     options = provider_options(PROVIDERS["cuda"], precision, (batch_size, 1, size, size), device, FOLDER)
     half = "1" if precision == "fp16" else "0"
     assert options == {
@@ -28,7 +28,7 @@ def test_cuda(precision: Precision, batch_size: int, size: int, device: int) -> 
 
 
 @pytest.mark.parametrize(("precision", "batch_size", "size", "device"), GRID)
-def test_tensorrt(precision: Precision, batch_size: int, size: int, device: int) -> None:
+def test_tensorrt_options(precision: Precision, batch_size: int, size: int, device: int) -> None:
     options = provider_options(PROVIDERS["tensorrt"], precision, (batch_size, 1, size, size), device, FOLDER)
     profiles = {options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")}
     assert profiles == {f"image:{batch_size}x1x{size}x{size}"}
@@ -37,13 +37,13 @@ def test_tensorrt(precision: Precision, batch_size: int, size: int, device: int)
 
 
 @pytest.mark.parametrize("provider", ["CPUExecutionProvider", "CoreMLExecutionProvider"])
-def test_others_are_asked_for_nothing(provider: str) -> None:
+def test_cpu_providers_have_no_options(provider: str) -> None:
     assert provider_options(provider, "fp32", (4, 1, 64, 64), 0, FOLDER) == {}
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_every_option_stands_in_the_provider(provider: str) -> None:
-    """ONNX Runtime refuses an option that it does not know, where the provider starts: not here."""
+def test_provider_library_contains_every_option_name(provider: str) -> None:
+    """ONNX Runtime refuses an unknown option where the provider starts, which needs a GPU."""
     folder = Path(import_onnxruntime().__file__).parent / "capi"
     library = folder / f"libonnxruntime_providers_{provider}.so"
     if not library.is_file():

@@ -1,4 +1,4 @@
-"""Predictions on a machine that fails to read: retried, listed as io_error, read again by the same command and nothing else."""
+"""Test predictions with read faults: files are retried, listed as io_error, and read again by the same command."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three chunks: PNGs, DICOMs of two studies, junk."""
+    """Create three chunks: PNGs, DICOMs of two studies, corrupt files."""
     folder = tmp_path_factory.mktemp("in")
     for number in range(28):
         path = folder / f"study{number // 7}" / f"{number:02d}"
@@ -55,15 +55,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def undisturbed(model: Path, directory: Path, own_site_key: None, tmp_path: Path) -> dict[str, bytes]:
+def reference_tables(model: Path, directory: Path, own_site_key: None, tmp_path: Path) -> dict[str, bytes]:
     predict(model, directory, tmp_path / "undisturbed")
     return contents(tmp_path / "undisturbed")
 
 
-def test_a_fault_that_passes_leaves_no_trace(
+def test_transient_fault_does_not_change_the_tables(
     model: Path,
     directory: Path,
-    undisturbed: dict[str, bytes],
+    reference_tables: dict[str, bytes],
     read_faults: Callable[..., ReadFaults],
     tmp_path: Path,
 ) -> None:
@@ -71,17 +71,17 @@ def test_a_fault_that_passes_leaves_no_trace(
     with faults.in_children():
         predict(model, directory, tmp_path / "out", PredictOptions(workers=1))
     assert faults.num_calls > 3
-    assert contents(tmp_path / "out") == undisturbed
+    assert contents(tmp_path / "out") == reference_tables
 
 
-def test_no_read_of_a_dicom_fails_in_silence(
+def test_every_dicom_read_fault_is_reported(
     model: Path,
     directory: Path,
-    undisturbed: dict[str, bytes],
+    reference_tables: dict[str, bytes],
     read_faults: Callable[..., ReadFaults],
     tmp_path: Path,
 ) -> None:
-    """Whichever of them fails for good: the file is read, with its study, or it is a failure."""
+    """For a persistent fault of each read, the file has its study or is a failure."""
     reference = {row["path"]: row["study"] for row in rows(tmp_path / "undisturbed" / "predictions.csv")}
     for skip in range(3):
         out = tmp_path / str(skip)
@@ -94,10 +94,10 @@ def test_no_read_of_a_dicom_fails_in_silence(
             assert studies.get("study0/04", reference["study0/04"]) == reference["study0/04"]
 
 
-def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alone(
+def test_rerun_reads_only_the_files_with_faults(
     model: Path,
     directory: Path,
-    undisturbed: dict[str, bytes],
+    reference_tables: dict[str, bytes],
     read_faults: Callable[..., ReadFaults],
     tmp_path: Path,
 ) -> None:
@@ -118,15 +118,15 @@ def test_faults_that_last_are_listed_and_the_same_command_reads_these_files_alon
     with again.in_children():
         summary = predict(model, directory, out, options, progress=lambda done, total: total and num_opens.append(done))
     assert summary is not None
-    assert contents(out) == undisturbed
+    assert contents(out) == reference_tables
     assert summary["num_overlays"] == summary["num_radiographs"]
     assert sorted(os.listdir(out)) == sorted([*FILES, "overlays"])
     assert again.num_calls == 4
     assert num_opens[-1] == 28
 
 
-def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None:
-    """Law: attempts that each read some of a chunk's files end in the part of one that read all."""
+def test_merged_retries_equal_one_complete_attempt() -> None:
+    """Attempts that each read some files of a chunk end in the result of an attempt that reads all of them."""
     rng = np.random.default_rng(4)
     image, files = np.zeros((2, 2), np.uint8), [ListedFile(str(number)) for number in range(40)]
     outcomes = [
@@ -134,9 +134,9 @@ def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None
     ]
 
     def attempt(before: tables.ChunkResult | None, share: float) -> tables.ChunkResult:
-        some = files if before is None else retries.select_retries(before, files)
-        readings = [outcomes[int(f.path)] if rng.random() < share else failure_result("io_error", "") for f in some]
-        lines = list(zip((file.path for file in some), readings, strict=True))
+        pending = files if before is None else retries.select_retries(before, files)
+        readings = [outcomes[int(f.path)] if rng.random() < share else failure_result("io_error", "") for f in pending]
+        lines = list(zip((file.path for file in pending), readings, strict=True))
         result = {
             "predictions": [[path] for path, reading in lines if reading.image is not None],
             "failures": [[path, *reading.failure] for path, reading in lines if reading.image is None],
@@ -152,10 +152,10 @@ def test_parts_are_the_same_however_often_some_files_could_not_be_read() -> None
 
 
 @pytest.mark.slow
-def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
+def test_consecutive_faults_stop_the_run_and_keep_results(
     model: Path,
     directory: Path,
-    undisturbed: dict[str, bytes],
+    reference_tables: dict[str, bytes],
     read_faults: Callable[..., ReadFaults],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -173,33 +173,31 @@ def test_many_faults_in_a_row_end_the_run_early_and_what_was_read_stays(
     with again.in_children():
         predict(model, directory, out, PredictOptions(workers=1))
     assert again.num_calls == 9, "one file of the first chunk, and the last chunk's eight"
-    assert contents(out) == undisturbed
+    assert contents(out) == reference_tables
 
 
 @pytest.mark.parametrize("remaining", ["nothing", "an empty mount point"])
-def test_a_directory_that_goes_away_ends_the_run_early(
-    remaining: str, model: Path, directory: Path, tmp_path: Path
-) -> None:
-    """Else all that is left would be final, as files that do not exist."""
+def test_missing_directory_stops_the_run(remaining: str, model: Path, directory: Path, tmp_path: Path) -> None:
+    """Otherwise all remaining files would be final failures."""
     source = tmp_path / "in"
     shutil.copytree(directory, source)
 
-    def take_away(done: int, total: int | None) -> None:
+    def remove_directory(done: int, total: int | None) -> None:
         if total is not None and not (tmp_path / "away").exists():
             source.rename(tmp_path / "away")
             if remaining != "nothing":
                 source.mkdir()
 
     with pytest.raises(RunError, match=rf"^{source} is gone or empty\. Restore it\. The same command resumes\.$"):
-        predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=take_away)
+        predict(model, source, tmp_path / "out", PredictOptions(workers=1), progress=remove_directory)
     assert not (tmp_path / "out" / "predict.json").exists()
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_listed_for_a_fault_ends_the_run_in_one_line(
+def test_listing_fault_stops_the_run_with_one_line(
     model: Path, directory: Path, read_faults: Callable[..., ReadFaults], tmp_path: Path
 ) -> None:
-    """Its files would be missing from the tables, and the run of the next command would be another one."""
+    """Otherwise the tables would lack the folder's files, and the next command would be another run."""
     faults = read_faults("study2", call="list")
     done = run(
         "mura-dist", "predict", model, directory, "--out", tmp_path, "--quiet", cold=True, env=faults.environment
@@ -211,10 +209,10 @@ def test_a_folder_that_cannot_be_listed_for_a_fault_ends_the_run_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_fault_on_another_rank_lets_all_finish_and_the_first_one_says_so(
+def test_rank_0_reports_faults_of_another_rank(
     model: Path,
     directory: Path,
-    undisturbed: dict[str, bytes],
+    reference_tables: dict[str, bytes],
     read_faults: Callable[..., ReadFaults],
     tmp_path: Path,
 ) -> None:
@@ -225,4 +223,4 @@ def test_a_fault_on_another_rank_lets_all_finish_and_the_first_one_says_so(
         ranks = [start_rank(script, LAUNCHERS["Slurm"](r, 2) | environment, *arguments, cold=True) for r in (1, 0)]
         outputs = [rank.communicate(timeout=120) for rank in ranks]
         assert [rank.returncode for rank in ranks] == statuses, outputs
-    assert contents(out) == undisturbed
+    assert contents(out) == reference_tables

@@ -1,4 +1,4 @@
-"""study_types.py: the table of --study-type; what becomes of its study types is in test_predict.py and test_pseudonyms.py."""
+"""Test the values of --study-type: a study type in any spelling, or a table of paths and study types."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mura_dist.data import mura
 from mura_dist.inference import study_types
 
 
-def test_a_table_as_people_save_it(tmp_path: Path) -> None:
+def test_table_with_bom_blank_lines_and_extra_columns(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.write_bytes(
         '\ufeffnumber,path,study_type\r\n1," a, b.png",hand\r\n,,\r\n2,c.png\r\n\r\n3,d.png,Knee \r\n'.encode()
@@ -19,19 +19,19 @@ def test_a_table_as_people_save_it(tmp_path: Path) -> None:
     assert study_types.read_override(str(path)) == {}
 
 
-def test_a_table_as_r_writes_it(tmp_path: Path) -> None:
-    """`write.table(..., sep = ",")` gives the row names no header."""
+def test_table_with_row_names_from_r(tmp_path: Path) -> None:
+    """`write.table(..., sep = ",")` writes no header for the row names."""
     path = tmp_path / "types.csv"
     path.write_text('"path","study_type"\n"1","a.png","hand"\n"2","b.png","XR_WRIST"\n')
     assert study_types.read_override(str(path)) == {"a.png": "XR_HAND", "b.png": "XR_WRIST"}
 
 
-def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
+def test_table_from_excel(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     expected = {"Mü/a.png": "XR_HAND", "=1.png": "XR_WRIST"}
-    for mark, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-16")):
+    for delimiter, encoding in ((",", "utf-8-sig"), (";", "utf-8"), ("\t", "utf-16")):
         lines = ["path,study_type", "Mu\u0308/a.png,hand", "./=1.png,XR_WRIST"]
-        path.write_bytes("\r\n".join(line.replace(",", mark) for line in lines).encode(encoding))
+        path.write_bytes("\r\n".join(line.replace(",", delimiter) for line in lines).encode(encoding))
         assert study_types.read_override(str(path)) == expected
     assert study_types.match(expected, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
     path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
@@ -39,7 +39,7 @@ def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
         study_types.read_override(str(path))
 
 
-NO_TABLES = {
+INVALID_TABLES = {
     "empty": b"",
     "blank": b"\n",
     "another column": b"study_type,paths\nhand,a.png\n",
@@ -52,8 +52,8 @@ NO_TABLES = {
 }
 
 
-@pytest.mark.parametrize("data", NO_TABLES.values(), ids=NO_TABLES)
-def test_what_is_no_such_table_is_refused(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", INVALID_TABLES.values(), ids=INVALID_TABLES)
+def test_invalid_table_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.write_bytes(data)
     with pytest.raises(UserError) as refusal:
@@ -62,7 +62,7 @@ def test_what_is_no_such_table_is_refused(data: bytes, tmp_path: Path) -> None:
     assert str(refusal.value) == f"--study-type {path}: {wrong}"
 
 
-def test_a_path_of_two_study_types_is_refused_by_its_number(tmp_path: Path) -> None:
+def test_path_with_two_study_types_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.write_text("path,study_type\na,hand\nb,wrist\na,XR_HAND\nb,hand\n")
     with pytest.raises(
@@ -71,7 +71,7 @@ def test_a_path_of_two_study_types_is_refused_by_its_number(tmp_path: Path) -> N
         study_types.read_override(str(path))
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
+def test_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "types.csv"
     path.mkdir()
     with pytest.raises(
@@ -81,8 +81,8 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
-def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_path: Path) -> None:
-    """Law: capitals, blanks around it, and XR_ with any separator or none make no difference, alone and in a table."""
+def test_study_type_has_many_spellings(study_type: str, tmp_path: Path) -> None:
+    """Case, surrounding blanks, and the XR_ prefix with any separator make no difference."""
     word = study_type.removeprefix("XR_")
     spellings = [study_type, word, f"XR {word}", f"XR-{word}", f"XR{word}", f"  {word} "]
     for spelling in [form(each) for each in spellings for form in (str.upper, str.lower, str.title)]:
@@ -93,7 +93,7 @@ def test_a_study_type_is_understood_however_it_is_written(study_type: str, tmp_p
 
 
 @pytest.mark.parametrize("option_value", ["types.cvs", "no/types.csv", "types.txt", "tables/hand"])
-def test_a_file_that_is_not_there_is_no_study_type(option_value: str) -> None:
+def test_missing_file_is_refused(option_value: str) -> None:
     with pytest.raises(
         UserError, match=rf"^--study-type {option_value}: no such file or directory\. Give a study type, or a CSV"
     ):

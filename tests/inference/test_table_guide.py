@@ -1,4 +1,4 @@
-"""table_guide.py: README.txt and docs/prediction.md say of every column of every table what it means."""
+"""Test that README.txt and docs/prediction.md describe every column of every table."""
 
 import re
 
@@ -10,7 +10,7 @@ from mura_dist.inference import table_guide, tables
 from mura_dist.metrics.operating_points import STUDY_COLUMNS
 
 
-def test_contract_columns_keep_names_and_order_and_new_ones_come_last() -> None:
+def test_contract_columns_come_first_in_order() -> None:
     contract = {
         "predictions": ["path", "study", "study_type", "logit", "probability", "gate"],
         "studies": list(STUDY_COLUMNS),
@@ -26,7 +26,7 @@ def test_contract_columns_keep_names_and_order_and_new_ones_come_last() -> None:
 
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("kind", ["phantoms", "radiographs"])
-def test_readme_has_a_line_for_every_column(kind: str, format: str) -> None:
+def test_readme_describes_every_column(kind: str, format: str) -> None:
     text = table_guide.readme(card_of(kind=kind), format)
     for table, columns in table_guide.TABLES.items():
         section = text.partition(f"{table}.{format}: ")[2].partition("\n\n")[0]
@@ -38,7 +38,7 @@ def test_readme_has_a_line_for_every_column(kind: str, format: str) -> None:
     assert max(map(len, text.splitlines())) <= 130
 
 
-def test_the_documentation_has_the_same_lines() -> None:
+def test_documentation_equals_the_readme() -> None:
     text = (ROOT / "docs/prediction.md").read_text()
     for table, columns in table_guide.TABLES.items():
         section = text.partition(f"| `{table}` |")[2].partition("\n\n")[0]

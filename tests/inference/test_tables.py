@@ -1,4 +1,4 @@
-"""tables.py: the same bytes however the rows come, the same memory however many, nothing half written."""
+"""Test the prediction tables: bytes independent of the order of rows, bounded memory, atomic writes."""
 
 import csv
 import itertools
@@ -27,14 +27,14 @@ from mura_dist.models.card import Card
 
 
 def apply_thresholds(folder: Path, parts: list[ChunkResult], card: Card) -> pd.DataFrame:
-    """studies.csv as a frame."""
+    """Return studies.csv as a frame."""
     with tables.open_study_accumulator(folder / "studies.sqlite") as studies:
         for result in parts:
             studies.add(result["predictions"])
         return pd.concat(studies.frames(card), ignore_index=True)
 
 
-def test_a_call_is_strict(tmp_path: Path) -> None:
+def test_call_is_strictly_above_the_threshold(tmp_path: Path) -> None:
     parts: list[dict[str, Any]] = [
         {"predictions": [["a", "a", "XR_HAND", 0.0, "ok"], ["b", "b", "XR_HAND", 1e-6, "blank"]], "failures": []}
     ]
@@ -43,18 +43,20 @@ def test_a_call_is_strict(tmp_path: Path) -> None:
     assert frame["call"].tolist() == [0, 1]
 
 
-FACTS = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
-HAND = StudyTypeThresholds(**FACTS, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
+COUNTS = {"num_normal": 60, "num_abnormal": 60, "pooled": False, "odds_shift": 0.0}
+HAND = StudyTypeThresholds(**COUNTS, slope=0.5, intercept=-1.0, band=Band(low=0.25, high=0.75))
 
 
-def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
-    wrist = StudyTypeThresholds(**FACTS, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"})
+def test_calibration_and_band_follow_the_card(tmp_path: Path) -> None:
+    wrist = StudyTypeThresholds(
+        **COUNTS, reasons={"calibration": "the slope is -1, not positive", "band": "they cross"}
+    )
     points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND, "XR_WRIST": wrist})
     logits = [-40.0, -np.log(3), -1.0, 1.0, np.log(3), 1.2, 40.0]
     views = [
-        [f"{kind}{position}"] * 2 + [kind, logit, "ok"]
+        [f"{kind}{index}"] * 2 + [kind, logit, "ok"]
         for kind in ("XR_HAND", "XR_WRIST")
-        for position, logit in enumerate(logits)
+        for index, logit in enumerate(logits)
     ]
     result = {"predictions": [*views, ["x", "x", "XR_HIP", 0.0, "ok"]], "failures": []}
     card = card_of().model_copy(update={"calibration": points})
@@ -73,12 +75,12 @@ def test_calibration_and_band_are_the_cards(tmp_path: Path) -> None:
     assert set(frame["band"].dropna()) == {"negative", "uncertain", "positive"}
 
 
-def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path: Path) -> None:
+def test_study_probability_identical_for_all_view_orders(tmp_path: Path) -> None:
     logits = np.random.default_rng(0).normal(0, 3, 5).astype(np.float32).tolist()
     actual = set()
     for order in itertools.permutations(logits):
         result = {
-            "predictions": [[f"{position}", "a", "XR_HAND", logit, "ok"] for position, logit in enumerate(order)],
+            "predictions": [[f"{index}", "a", "XR_HAND", logit, "ok"] for index, logit in enumerate(order)],
             "failures": [],
         }
         actual.add(apply_thresholds(tmp_path, [result], card_of())["probability"][0])
@@ -86,7 +88,7 @@ def test_a_studys_probability_does_not_depend_on_the_order_of_its_views(tmp_path
     assert actual.pop() == float(f"{np.mean(classification.sigmoid(np.array(logits))):.6g}")
 
 
-def test_a_model_of_drawings_makes_no_call_and_no_band(tmp_path: Path) -> None:
+def test_model_of_drawings_has_no_calls_and_bands(tmp_path: Path) -> None:
     parts: list[ChunkResult] = [{"predictions": [["a", "a", "XR_HAND", 3.0, "ok"]], "failures": []}]
     points = FittedThresholds(fitted_on="tune", by_study_type={"XR_HAND": HAND})
     actual = {}
@@ -107,13 +109,15 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_studys_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
+def test_study_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
     cases = [order for num in (1, 2, 3) for order in itertools.permutations(gate.NAMES, num)]
     rows = [
         [f"{i}", f"{case}", "XR_HAND", 0.0, word] for case, values in enumerate(cases) for i, word in enumerate(values)
     ]
     frame = apply_thresholds(
-        tmp_path, [{"predictions": rows[:30], "failures": []}, {"predictions": rows[30:], "failures": []}], card_of()
+        tmp_path,
+        [{"predictions": rows[:30], "failures": []}, {"predictions": rows[30:], "failures": []}],
+        card_of(),
     )
     assert frame["gate"].tolist() == [max(values, key=gate.NAMES.index) for values in cases]
 
@@ -121,8 +125,8 @@ def test_a_studys_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
 # ---- 6 digits
 
 
-def test_a_shortened_probability_stays_on_its_side_of_every_threshold() -> None:
-    """Probabilities and thresholds a hair's breadth apart, at all distances from one unit in the last place up."""
+def test_shortened_probability_stays_on_its_side_of_a_threshold() -> None:
+    """Distances from thresholds range from one unit in the last place upward."""
     rng = np.random.default_rng(0)
     threshold = np.repeat(np.concatenate([[0.5, 0.25, 1e-9, 0.123456, 0.1234565], rng.random(20)]), 106)
     ulps = np.tile([sign * 2.0**power for sign in (-1, 1) for power in (-np.inf, *range(52))], 25)
@@ -134,20 +138,20 @@ def test_a_shortened_probability_stays_on_its_side_of_every_threshold() -> None:
     assert digits.max() > 12
     plain = tables.shorten(probability)
     assert plain.tolist() == [float(f"{value:.6g}") for value in probability.tolist()]
-    sure = (plain > threshold) == (probability > threshold)
-    assert (short == plain)[sure].all(), "more digits than it takes"
-    assert 0.1 < sure.mean() < 0.9
+    unambiguous = (plain > threshold) == (probability > threshold)
+    assert (short == plain)[unambiguous].all(), "more digits than it takes"
+    assert 0.1 < unambiguous.mean() < 0.9
 
 
 @pytest.mark.parametrize("format", tables.FORMATS)
-def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format: str) -> None:
-    """A call is of the probability before it is shortened, and `score --threshold` makes the same of what is written."""
+def test_calls_and_bands_follow_from_the_table(tmp_path: Path, format: str) -> None:
+    """Calls use the unshortened probability. `score --threshold` gives the same calls from the table."""
     logits = np.repeat(np.random.default_rng(1).normal(0, 2, 40).astype(np.float32), 3)
     rows = [[f"s{i}", f"s{i}", f"type {i}", logit, "ok"] for i, logit in enumerate(logits.tolist())]
     exact = classification.sigmoid(logits)
     near = np.array([np.nextafter(exact[i], exact[i] + i % 3 - 1) for i in range(len(exact))])  # below, at, above
     points = {
-        f"type {i}": StudyTypeThresholds(**FACTS, band=Band(low=cut, high=min(1, cut + 1e-9)))
+        f"type {i}": StudyTypeThresholds(**COUNTS, band=Band(low=cut, high=min(1, cut + 1e-9)))
         for i, cut in enumerate(near.tolist())
     }
     card = card_of().model_copy(
@@ -174,7 +178,7 @@ def test_calls_and_bands_can_be_made_again_from_the_table(tmp_path: Path, format
 
 
 @pytest.mark.parametrize("format", tables.FORMATS)
-def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, format: str) -> None:
+def test_csv_cells_are_no_formulas(tmp_path: Path, format: str) -> None:
     names = ["=1+1.png", "+a.png", "-a/b.png", "@a.png", "\ta.png", "\ra.png", "a=.png"]
     rows = [[name, name, "XR_HAND", -1.0, "ok"] for name in names]
     parts: list[ChunkResult] = [{"predictions": rows, "failures": [[name, "unreadable", "why"] for name in names]}]
@@ -192,7 +196,7 @@ def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, format: str) -> None:
         assert {row["logit"] for row in rows_of(tmp_path / "predictions.csv")} == {"-1.0"}
 
 
-def test_sigmoid_at_its_ends() -> None:
+def test_sigmoid_of_extreme_logits() -> None:
     with np.errstate(all="raise", under="ignore"):
         actual = classification.sigmoid(np.array([-1e4, -30, 0, 30, 1e4], np.float32))
     np.testing.assert_allclose(actual, [0, 9.357622968839299e-14, 0.5, 1 - 9.357622968839299e-14, 1], rtol=1e-12)
@@ -201,8 +205,8 @@ def test_sigmoid_at_its_ends() -> None:
 # ---- the same bytes, however the rows come
 
 
-def rows(num: int, seed: int = 0) -> list[list[Any]]:
-    """Views of studies that lie anywhere; some disagree on their study type; floats of every length."""
+def random_views(num: int, seed: int = 0) -> list[list[Any]]:
+    """Return views of studies in random order. Some disagree on their study type, and logits vary in scale."""
     rng = np.random.default_rng(seed)
     types = ["XR_HAND", "XR_WRIST", "XR_HIP", "unknown"]
     studies = [(f"study {number}", types[number % 4]) for number in range(max(1, num // 3))]
@@ -222,8 +226,8 @@ def parts_of(views: list[list[Any]], size: int) -> list[ChunkResult]:
     return [{"predictions": views[at : at + size], "failures": failures[at : at + size]} for at in cuts]
 
 
-def oracle(views: list[list[Any]]) -> pd.DataFrame:
-    """Studies by the plainest pandas."""
+def reference_studies(views: list[list[Any]]) -> pd.DataFrame:
+    """Return studies computed with plain pandas."""
     frame = pd.DataFrame(views, columns=["path", "study", "study_type", "logit", "gate"])
     frame["probability"] = classification.sigmoid(frame["logit"].to_numpy(np.float32))
     actual = frame.groupby("study", sort=False).agg(
@@ -236,10 +240,10 @@ def oracle(views: list[list[Any]]) -> pd.DataFrame:
 
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("num", [0, 1, 500])
-def test_blocks_and_parts_leave_no_trace(
+def test_tables_identical_across_block_and_part_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, format: str
 ) -> None:
-    views, written = rows(num), {}
+    views, written = random_views(num), {}
     for block, size in itertools.product((10, 64, 16_384), (1, 7, 256)):
         monkeypatch.setattr(tables, "BLOCK", block)
         out = tmp_path / f"{block}-{size}"
@@ -250,10 +254,10 @@ def test_blocks_and_parts_leave_no_trace(
         assert sorted(os.listdir(out)) == [f"{name}.{format}" for name in sorted(tables.NAMES)]
         for name in tables.NAMES:
             path = out / f"{name}.{format}"
-            what: Any = path.read_bytes() if format == "csv" else pd.read_parquet(path).to_csv()
-            assert written.setdefault(name, what) == what, (block, size, name)
+            content: Any = path.read_bytes() if format == "csv" else pd.read_parquet(path).to_csv()
+            assert written.setdefault(name, content) == content, (block, size, name)
     read = pd.read_csv if format == "csv" else pd.read_parquet
-    actual, expected = read(tmp_path / "10-7" / f"studies.{format}"), oracle(views)
+    actual, expected = read(tmp_path / "10-7" / f"studies.{format}"), reference_studies(views)
     for column in expected:
         assert actual[column].tolist() == expected[column].tolist(), column  # to the last bit
     assert tally.num_studies == len(expected)
@@ -263,12 +267,12 @@ def test_blocks_and_parts_leave_no_trace(
 
 
 @pytest.mark.parametrize("where", ["path", "study", "failure", "nowhere"])
-def test_a_bare_carriage_return_anywhere_quotes_the_whole_file(
+def test_bare_carriage_return_quotes_the_complete_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """A return in the last part decides about the first line."""
+    """A carriage return in the last part changes the first line."""
     monkeypatch.setattr(tables, "BLOCK", 10)
-    views = rows(40)
+    views = random_views(40)
     if where in ("path", "study"):
         views[-1][0 if where == "path" else 1] += "\r"
     parts = parts_of(views, 7)
@@ -294,13 +298,13 @@ def test_a_bare_carriage_return_anywhere_quotes_the_whole_file(
 
 @pytest.mark.parametrize("name", tables.NAMES)
 @pytest.mark.parametrize("how", ["a folder", "open elsewhere", "a folder nobody may write into"])
-def test_a_table_that_cannot_be_replaced_is_one_line(
+def test_unreplaceable_table_raises_run_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
-    """Windows says PermissionError where another program has the file open, when it is to be replaced."""
-    position, replace, opens = tmp_path / f"{name}.csv", os.replace, os.open
+    """Windows raises PermissionError where another program has the file open."""
+    path, replace, opens = tmp_path / f"{name}.csv", os.replace, os.open
     if how == "a folder":
-        position.mkdir()
+        path.mkdir()
 
     def refuse(act: Any, at: Path) -> Any:
         def acting(*arguments: Any) -> Any:
@@ -311,18 +315,18 @@ def test_a_table_that_cannot_be_replaced_is_one_line(
         return acting
 
     if how == "open elsewhere":
-        monkeypatch.setattr(os, "replace", refuse(replace, position))
+        monkeypatch.setattr(os, "replace", refuse(replace, path))
     if how == "a folder nobody may write into":
-        monkeypatch.setattr(os, "open", refuse(opens, position))
-    parts = parts_of(rows(20), 7)
+        monkeypatch.setattr(os, "open", refuse(opens, path))
+    parts = parts_of(random_views(20), 7)
     with pytest.raises(RunError) as failure:
         tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
-    assert str(position) in str(failure.value)
+    assert str(path) in str(failure.value)
     assert "Close the program that has it open" in str(failure.value)
     assert "The same command resumes" in str(failure.value)
     monkeypatch.undo()
     if how == "a folder":
-        position.rmdir()
+        path.rmdir()
     tables.write(tmp_path, lambda: parts, card_of(), "csv", tmp_path / "aside")
     assert sorted(os.listdir(tmp_path)) == [f"{table_name}.csv" for table_name in sorted(tables.NAMES)]
 
@@ -350,8 +354,8 @@ print(json.dumps([peak() - before, tally.num_radiographs + tally.failures_by_cod
 """
 
 
-def peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
-    """MiB above the imports for each (files, views a study, format)."""
+def measure_peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
+    """Yield the peak memory in MiB above the imports for each case (files, views per study, format)."""
     if sys.platform != "linux":
         pytest.skip("only Linux tells the peak of this process alone")
     for num, per_study, format in cases:
@@ -363,14 +367,14 @@ def peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[float]:
 
 
 @pytest.mark.nightly(part="files")
-def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
-    few, many = peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
+def test_memory_is_independent_of_the_number_of_files(tmp_path: Path) -> None:
+    few, many = measure_peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
     assert many - few < 15, (few, many)
 
 
 @pytest.mark.nightly(part="files")
 @pytest.mark.parametrize("format", tables.FORMATS)
 @pytest.mark.parametrize("per_study", [1, 3, 200_000])
-def test_tables_of_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:
-    [peak] = peaks(tmp_path, [(200_000, per_study, format)])
+def test_memory_is_bounded_for_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:
+    [peak] = measure_peaks(tmp_path, [(200_000, per_study, format)])
     assert peak < 75, peak  # MiB; measured 38 to 57; whole in memory, as they were before, 108 to 155

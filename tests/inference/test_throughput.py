@@ -1,4 +1,4 @@
-"""throughput: which of decoding and computing limits a prediction, in its summary and in what the command prints."""
+"""Test the throughput summary: whether decoding or computing limits a prediction."""
 
 import json
 import threading
@@ -16,25 +16,25 @@ from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.inference.throughput import BusyTime, Throughput
 
 
-def test_the_side_that_waits_less_is_the_limit() -> None:
-    sums = Throughput(
+def test_stage_with_less_waiting_is_the_limit() -> None:
+    throughput = Throughput(
         num_processes=2, num_files=110, num_radiographs=100, reading_s=16.0, computing_s=2.0, elapsed_s=10.0
     )
-    assert sums.summary() == {
+    assert throughput.summary() == {
         "limited_by": "decoding",
         "decoding": {"files_per_s": 13.75, "waiting_s": 2.0, "num_processes": 2},
         "computing": {"radiographs_per_s": 50.0, "waiting_s": 8.0},
     }
-    sums.computing_s = 9.5
-    assert sums.summary()["limited_by"] == "computing"  # type: ignore[index]
+    throughput.computing_s = 9.5
+    assert throughput.summary()["limited_by"] == "computing"  # type: ignore[index]
 
 
-def test_nothing_computed_has_no_limit() -> None:
+def test_no_limit_without_computation() -> None:
     assert Throughput().summary() is None
     assert Throughput(num_files=3, reading_s=1.0, elapsed_s=2.0).summary() is None
 
 
-def test_time_of_threads_side_by_side_counts_once() -> None:
+def test_concurrent_busy_time_counts_once() -> None:
     busy = BusyTime()
 
     def work() -> None:
@@ -53,18 +53,18 @@ def test_time_of_threads_side_by_side_counts_once() -> None:
     assert 0.2 <= busy.seconds - first < 0.4
 
 
-def radiographs(folder: Path, number: int, size: int) -> Path:
+def draw_radiographs(folder: Path, number: int, size: int) -> Path:
     folder.mkdir()
-    draw = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for index in range(number):
-        Image.fromarray(draw.integers(0, 256, (size, size), dtype=np.uint8)).save(
+        Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(
             folder / f"{index}.png", compress_level=1
         )
     return folder
 
 
-def test_large_files_for_a_small_model_limit_by_decoding(model: Path, tmp_path: Path) -> None:
-    summary = predict(model, radiographs(tmp_path / "in", 8, 2500), tmp_path / "out", PredictOptions(workers=1))
+def test_large_files_are_limited_by_decoding(model: Path, tmp_path: Path) -> None:
+    summary = predict(model, draw_radiographs(tmp_path / "in", 8, 2500), tmp_path / "out", PredictOptions(workers=1))
     assert summary
     throughput = summary["throughput"]
     assert throughput["limited_by"] == "decoding"
@@ -73,7 +73,7 @@ def test_large_files_for_a_small_model_limit_by_decoding(model: Path, tmp_path: 
     assert json.loads((tmp_path / "out" / "predict.json").read_bytes())["throughput"] == throughput
 
 
-def test_a_slow_model_limits_by_computing_and_the_command_says_so(
+def test_slow_model_is_limited_by_computing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = OnnxRuntime.run
@@ -86,7 +86,7 @@ def test_a_slow_model_limits_by_computing_and_the_command_says_so(
     command = [
         "predict",
         str(model),
-        str(radiographs(tmp_path / "in", 16, 64)),
+        str(draw_radiographs(tmp_path / "in", 16, 64)),
         "--out",
         str(tmp_path / "out"),
         "--quiet",
@@ -101,7 +101,7 @@ def test_a_slow_model_limits_by_computing_and_the_command_says_so(
     assert (tmp_path / "out" / "predict.json").read_bytes() == before
 
 
-def test_a_command_that_computes_nothing_names_no_limit(
+def test_command_without_radiographs_prints_no_limit(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
