@@ -1,4 +1,4 @@
-"""mura.py and manifest.py: paths, scanning, CSVs in the wild, the tune split, class weights."""
+"""Test mura.py and manifest.py: paths, scans, the CSVs of MURA and their variants, the tune split, links and corrections."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from mura_dist.data.source.scan import DEFECTS, Scan, scan
 
 
 def make(root: Path, *paths: str) -> Path:
-    """Files that no two hold the same bytes: their own path. A scan decodes none."""
+    """Write files whose content is their path, so that no two are equal. A scan decodes none of them."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(os.fsencode(path))
@@ -28,7 +28,7 @@ def make(root: Path, *paths: str) -> Path:
 
 
 def refused(source: StoragePath, *phrases: str, labels: Path | None = None) -> None:
-    """A scan is refused in one line, with all of `words`."""
+    """Assert that a scan is refused in one line with all of `phrases`."""
     with pytest.raises(UserError) as refusal:
         scan(source, labels)
     message = str(refusal.value)
@@ -38,7 +38,7 @@ def refused(source: StoragePath, *phrases: str, labels: Path | None = None) -> N
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """A folder of a store that lies in this process's memory, through fsspec."""
+    """Return a folder of fsspec's in-memory store."""
     fsspec = pytest.importorskip("fsspec")
     store = fsspec.filesystem("memory")
     yield "memory://test-manifest/data"
@@ -73,7 +73,7 @@ def view(
 
 
 @pytest.mark.parametrize("before", ["", "MURA-v1.1/", "/data/train/MURA-v1.1/MURA-v1.1/", "./"])
-def test_a_path_says_everything(before: str) -> None:
+def test_path_gives_all_fields_of_a_radiograph(before: str) -> None:
     radiograph = mura.parse(before + view(image="image12.png"))
     assert radiograph == mura.Radiograph(
         "train",
@@ -89,17 +89,17 @@ def test_a_path_says_everything(before: str) -> None:
 @pytest.mark.parametrize(
     "path", ["image1.png", "train/WRIST/patient1/study1_positive/image1.png", "train/XR_WRIST/patient1/image1.png", ""]
 )
-def test_other_paths_say_nothing(path: str) -> None:
+def test_path_outside_the_layout_is_no_radiograph(path: str) -> None:
     assert mura.parse(path) is None
 
 
-def test_a_test_folder_has_no_label() -> None:
+def test_radiograph_of_the_test_split_has_no_label() -> None:
     radiograph = mura.parse("test/XR_HAND/patient00007/study2/image1.png")
     assert radiograph is not None
     assert radiograph.label is None
 
 
-def test_rows_do_not_depend_on_the_file_system(tmp_path: Path) -> None:
+def test_rows_are_independent_of_file_system_order(tmp_path: Path) -> None:
     paths = [
         view(patient=p, study=s, image=f"image{i}.png")
         for p in (2, 1)
@@ -112,12 +112,12 @@ def test_rows_do_not_depend_on_the_file_system(tmp_path: Path) -> None:
     assert a.frame["view"].tolist() == [1, 2, 10, 1, 2, 10]  # image10 after image2
 
 
-def test_a_subfolder_of_the_data_set_is_enough(tmp_path: Path) -> None:
+def test_subfolder_of_a_data_set_is_scanned(tmp_path: Path) -> None:
     make(tmp_path, view(), view("valid", patient=2))
     assert scan(tmp_path / "train").manifest.frame["path"].tolist() == [view()]
 
 
-def test_junk_is_left_out_and_named(tmp_path: Path) -> None:
+def test_junk_files_are_skipped_and_reported(tmp_path: Path) -> None:
     junk = [view(image=name) for name in ("._image1.png", "Thumbs.db", "notes.txt")]
     scanned = scan(make(tmp_path, view(), *junk))
     assert len(scanned.manifest.frame) == 1
@@ -134,7 +134,7 @@ def csv_text(lines: list[list[str]], header: str, end: str, comma: str, mark: st
 
 @dataclass
 class Listed:
-    """A small data set with CSVs; two labels are the CSV's alone, one file is listed by none, one is not on disk."""
+    """Small data set with CSVs. Two labels are in the CSV only, one file is in no CSV, one is missing on disk."""
 
     studies: dict[str, int] = field(
         default_factory=lambda: {
@@ -163,7 +163,7 @@ def as_mura_writes_it(tmp_path_factory: pytest.TempPathFactory) -> Scan:
     return scan(root)
 
 
-def test_csvs_are_the_truth(as_mura_writes_it: Scan) -> None:
+def test_csv_labels_take_precedence_over_folders(as_mura_writes_it: Scan) -> None:
     frame, hand = as_mura_writes_it.manifest.frame, "train/XR_HAND/patient00002/study1_positive"
     valid = "valid/XR_HAND/patient00003/study1"
     assert frame["label"].tolist() == [1, 1, 1, 1, 1, 0, 0]
@@ -180,7 +180,7 @@ def test_csvs_are_the_truth(as_mura_writes_it: Scan) -> None:
 @pytest.mark.parametrize("comma", ["", ","], ids=["", "comma"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 @pytest.mark.parametrize("header", ["", "Img_Path,Label", "path"], ids=["none", "Img_Path", "path"])
-def test_csvs_in_the_wild_say_the_same(
+def test_csv_variants_give_the_same_manifest(
     tmp_path: Path,
     as_mura_writes_it: Scan,
     header: str,
@@ -199,7 +199,7 @@ def test_csvs_in_the_wild_say_the_same(
     assert scanned.defects == as_mura_writes_it.defects
 
 
-def test_an_index_and_empty_lines_are_no_harm(tmp_path: Path) -> None:
+def test_index_column_and_empty_lines_are_ignored(tmp_path: Path) -> None:
     make(tmp_path, view(), view(patient=2))
     text = f",Img_Path,Label\n\n0,MURA-v1.1/{view().rpartition('/')[0]}/,0\n\n1,{view(patient=2).rpartition('/')[0]},1"
     (tmp_path / "train_labeled_studies.csv").write_text(text)
@@ -207,7 +207,7 @@ def test_an_index_and_empty_lines_are_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piece", ["train", "train/XR_HAND", "valid"])
-def test_of_a_part_only_its_own_is_missing(tmp_path: Path, as_mura_writes_it: Scan, piece: str) -> None:
+def test_scan_of_a_subfolder_reports_only_its_own_defects(tmp_path: Path, as_mura_writes_it: Scan, piece: str) -> None:
     Listed().write(tmp_path, tmp_path, "", "\n", "", "", "")
     scanned, complete = scan(tmp_path / piece), as_mura_writes_it
     assert scanned.root == tmp_path.resolve()
@@ -220,7 +220,7 @@ def test_of_a_part_only_its_own_is_missing(tmp_path: Path, as_mura_writes_it: Sc
     }
 
 
-def test_csvs_that_say_nothing_are_refused(tmp_path: Path) -> None:
+def test_csvs_that_match_no_file_are_refused(tmp_path: Path) -> None:
     make(tmp_path, view(), view("valid", patient=2))
     images = tmp_path / "train_image_paths.csv"
     for text in (b"", b"Img_Path\n", view("valid").encode(), "utf-16 text, of a spreadsheet/".encode("utf-16")):
@@ -238,7 +238,7 @@ def test_csvs_that_say_nothing_are_refused(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A folder: files (path -> content, their own path where None), and what a scan says of it."""
+    """Folder of files (path -> content, by default the path), and the defects that a scan reports."""
 
     files: tuple[str, ...]
     shows: list[str]
@@ -368,12 +368,12 @@ CASES = {
 }
 
 
-def test_each_defect_has_its_case() -> None:
+def test_every_defect_has_a_case() -> None:
     assert set(CASES) == set(DEFECTS)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_defect_alone(tmp_path: Path, name: str) -> None:
+def test_single_defect_is_reported(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     actual = scan(case.make(tmp_path)).defects
     assert actual == {name: case.shows, **case.remaining}
@@ -381,7 +381,7 @@ def test_a_defect_alone(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].links])
-def test_a_store_says_what_a_folder_says(tmp_path: Path, memory: str, name: str) -> None:
+def test_remote_scan_equals_local_scan(tmp_path: Path, memory: str, name: str) -> None:
     local = scan(CASES[name].make(tmp_path))
     for above in ("", "/deeper/MURA-v1.1"):
         upload(tmp_path, f"{memory}{above}")
@@ -392,7 +392,7 @@ def test_a_store_says_what_a_folder_says(tmp_path: Path, memory: str, name: str)
         delete(memory)
 
 
-def test_a_part_of_a_store_is_enough(tmp_path: Path, memory: str) -> None:
+def test_subfolder_of_a_remote_data_set_is_scanned(tmp_path: Path, memory: str) -> None:
     Listed().write(tmp_path, tmp_path, "", "\n", "", "", "")
     upload(tmp_path, memory)
     for piece in ("train", "train/XR_HAND"):
@@ -401,13 +401,13 @@ def test_a_part_of_a_store_is_enough(tmp_path: Path, memory: str) -> None:
         assert (remote.manifest.digest, remote.defects) == (local.manifest.digest, local.defects)
 
 
-def test_csvs_name_both_labels_of_a_study_too(tmp_path: Path) -> None:
+def test_study_under_both_labels_in_a_study_csv_is_reported(tmp_path: Path) -> None:
     make(tmp_path, view())
     (tmp_path / "train_labeled_studies.csv").write_text(f"{study()}/,1\n{study(study=N)}/,0\n")
     assert scan(tmp_path).defects["study under both labels"] == ["train/XR_WRIST/patient00001/study1"]
 
 
-def test_so_does_a_list_of_images(tmp_path: Path) -> None:
+def test_study_under_both_labels_in_an_image_csv_is_reported(tmp_path: Path) -> None:
     make(tmp_path, view())
     (tmp_path / "train_image_paths.csv").write_text(f"{view()}\n{view(study=N)}\n")
     assert scan(tmp_path).defects == {
@@ -416,14 +416,14 @@ def test_so_does_a_list_of_images(tmp_path: Path) -> None:
     }
 
 
-def test_junk_that_a_csv_lists_is_junk(tmp_path: Path) -> None:
-    """As in CSVs made by listing a folder: it is there, and it is no radiograph."""
+def test_junk_listed_in_a_csv_is_reported_as_junk(tmp_path: Path) -> None:
+    """Some people make such a CSV by listing a folder. The file exists but is no radiograph."""
     make(tmp_path, view(), view(image="._image1.png"))
     (tmp_path / "train_image_paths.csv").write_text(f"{view(image='._image1.png')}\n{view()}\n")
     assert scan(tmp_path).defects == {"not a radiograph": [view(image="._image1.png")]}
 
 
-def test_a_first_line_with_a_label_is_no_header(tmp_path: Path) -> None:
+def test_first_line_with_a_label_is_not_a_header(tmp_path: Path) -> None:
     make(tmp_path, view())
     (tmp_path / "train_labeled_studies.csv").write_text(f"patient00001,1\n{study()},1\n")
     assert scan(tmp_path).defects == {
@@ -434,8 +434,7 @@ def test_a_first_line_with_a_label_is_no_header(tmp_path: Path) -> None:
 # ---- duplicates
 
 
-def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
-    """Whatever byte differs; only what is equal to the last byte is a duplicate."""
+def test_only_byte_identical_files_are_duplicates(tmp_path: Path) -> None:
     for size in (1, 4096, 4097, 9000):
         complete = bytearray(os.urandom(size))
         (tmp_path / f"{size}").mkdir()
@@ -450,7 +449,7 @@ def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
         assert scan(tmp_path / f"{size}", duplicates=False).defects == {}
 
 
-def test_few_bytes_are_read(tmp_path: Path) -> None:
+def test_duplicate_search_reads_few_bytes(tmp_path: Path) -> None:
     counter = Path("/proc/self/io")
     if not counter.is_file():
         pytest.skip("needs /proc/self/io, which counts the bytes a process reads")
@@ -463,7 +462,7 @@ def test_few_bytes_are_read(tmp_path: Path) -> None:
     assert int(counter.read_text().split()[1]) - before < 20 * 4096 + (1 << 18)
 
 
-def test_what_cannot_be_read_has_no_duplicate(tmp_path: Path) -> None:
+def test_unreadable_and_empty_files_are_no_duplicates(tmp_path: Path) -> None:
     def key(path: str) -> str:
         if path == "c":
             raise PermissionError(path)
@@ -489,8 +488,8 @@ def test_what_cannot_be_read_has_no_duplicate(tmp_path: Path) -> None:
     "linked", ["valid", "train/XR_HAND", "train/XR_HAND/patient00002", "train/XR_HAND/patient00002/study1_positive"]
 )
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_linked_folder_is_a_folder(linked: str, relative: bool, tmp_path: Path) -> None:
-    """Whichever it is: radiographs lie on several disks. A row's identity is the path, not what it leads to."""
+def test_linked_folder_is_scanned(linked: str, relative: bool, tmp_path: Path) -> None:
+    """Radiographs may lie on several disks. The identity of a row is its path, not the target of the link."""
     paths = [
         view(),
         view("train", "XR_HAND", 2),
@@ -511,8 +510,8 @@ def test_a_linked_folder_is_a_folder(linked: str, relative: bool, tmp_path: Path
     assert scanned.defects == plain.defects == {}
 
 
-def test_links_double_no_radiograph_whatever_the_file_systems_order(tmp_path: Path) -> None:
-    """Two names of one folder: the first of the least depth counts, on every machine."""
+def test_folder_linked_twice_is_scanned_once_in_any_file_system_order(tmp_path: Path) -> None:
+    """Of two names of one folder, the first of the least depth counts, on every machine."""
     patients = [f"patient{n:05d}" for n in range(4)]
     make(tmp_path / "pool", *(f"{patient}/study1_positive/image1.png" for patient in patients))
     visited = set()
@@ -538,7 +537,7 @@ def test_links_double_no_radiograph_whatever_the_file_systems_order(tmp_path: Pa
 # ---- corrections
 
 
-def test_corrections_are_applied_and_recorded(tmp_path: Path) -> None:
+def test_label_corrections_are_applied_and_recorded(tmp_path: Path) -> None:
     make(
         tmp_path, view(), view(patient=2), view(patient=2, image="image2.png"), view("test", patient=3, study="study1")
     )
@@ -552,7 +551,7 @@ def test_corrections_are_applied_and_recorded(tmp_path: Path) -> None:
     assert scanned.defects == {}
 
 
-def test_corrections_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_invalid_label_corrections_are_refused(tmp_path: Path) -> None:
     make(tmp_path, view(), view(patient=2))
     labels = tmp_path / "labels.csv"
     refused(tmp_path, "--labels", "no such file", "Give a CSV of study,label lines", labels=labels)
@@ -574,7 +573,7 @@ def test_corrections_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "memory"])
-def test_what_is_no_data_set_is_refused(tmp_path: Path, memory: str, remote: bool) -> None:
+def test_folder_without_a_data_set_is_refused(tmp_path: Path, memory: str, remote: bool) -> None:
     def at(name: str, *paths: str) -> StoragePath:
         folder = make(tmp_path / name, *paths)
         return upload(folder, f"{memory}/{name}") if remote else folder
@@ -587,11 +586,13 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, memory: str, remote: boo
     refused(at("three", *(f"{n}/{view()}" for n in "abc")), "holds 3 data sets", ", ...", "Give one of them")
 
 
-def test_a_protocol_nobody_knows_is_refused() -> None:
+def test_unknown_url_protocol_is_refused() -> None:
     refused("nowhere-known://bucket/MURA-v1.1", "nowhere-known", "Give a local folder, or a URL")
 
 
-def test_the_command_line_says_so_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_refuses_an_invalid_data_set_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     laws.refusal(capsys, ["shards", tmp_path / "nowhere", out], "nowhere: no such folder. Give the folder that holds")
     make(tmp_path / "set", view())
@@ -607,15 +608,15 @@ def test_the_command_line_says_so_in_a_line(tmp_path: Path, capsys: pytest.Captu
 # ---- names
 
 
-def test_a_long_number_is_no_view() -> None:
-    """A DICOM named by its UID: the last number would not fit into int64."""
+def test_number_beyond_int64_is_no_view() -> None:
+    """The file name is a DICOM UID."""
     radiograph = mura.parse(view(image=f"2.25.{'9' * 39}.dcm"))
     assert radiograph is not None
     assert radiograph.view == 0
     assert Manifest.from_radiographs([radiograph]).frame["view"].tolist() == [0]
 
 
-def test_names_may_hold_anything(tmp_path: Path) -> None:
+def test_file_names_may_contain_any_byte(tmp_path: Path) -> None:
     names = [b"image1.png", b"image\xff2.png", b"image\n3.png"]
     root = os.fsencode(tmp_path / "line\nbreak") + b"/" + os.fsencode(view(image=""))
     os.makedirs(root)
@@ -626,7 +627,7 @@ def test_names_may_hold_anything(tmp_path: Path) -> None:
     assert len(scanned.manifest.digest) == 64
 
 
-def test_counts_of_v1_1_add_up() -> None:
+def test_counts_of_mura_v1_1_are_consistent() -> None:
     train, valid = (np.array(list(mura.IMAGES_V1_1[split].values())) for split in ("train", "valid"))
     studies = {split: np.sum(list(types.values()), axis=0).tolist() for split, types in mura.STUDIES_V1_1.items()}
     assert studies == {"train": [8_280, 5_177], "valid": [661, 538]}
@@ -637,7 +638,7 @@ def test_counts_of_v1_1_add_up() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_tune_is_cut_by_patient(phantoms: Path, fraction: float, seed: int) -> None:
+def test_tune_split_is_cut_by_patient(phantoms: Path, fraction: float, seed: int) -> None:
     complete = scan(phantoms).manifest
     cut = cut_tune(complete, fraction, seed)
     patients = cut.frame.groupby("split")["patient"].agg(set)
@@ -652,7 +653,7 @@ def test_tune_is_cut_by_patient(phantoms: Path, fraction: float, seed: int) -> N
 
 
 def drawn_lots() -> Iterator[str]:
-    """Paths with several studies a patient, several study types, both labels; by arithmetic."""
+    """Yield paths by arithmetic: several studies a patient, several study types, both labels."""
     types = ("XR_ELBOW", "XR_HAND", "XR_WRIST")
     for patient, k in ((single, k) for single in range(120) for k in range(1 + single % 3)):
         study_type = types[(patient + k) % 3] if patient % 4 else types[patient % 3]
@@ -671,8 +672,10 @@ def drawn_lots() -> Iterator[str]:
         (0.25, 0, "29452643e9b4cc48", None),
     ],
 )
-def test_the_choice_of_tune_is_fixed(fraction: float, seed: int, digest: str, patients: list[int] | None) -> None:
-    """As it was when these values were written down: shards made since, and runs on them, depend on it."""
+def test_tune_split_equals_the_recorded_one(
+    fraction: float, seed: int, digest: str, patients: list[int] | None
+) -> None:
+    """Existing shards, and runs on them, depend on this choice."""
     complete = Manifest.from_radiographs(radiograph for path in drawn_lots() if (radiograph := mura.parse(path)))
     assert len(complete.frame) == 480
     cut = cut_tune(complete, fraction, seed)
@@ -687,7 +690,7 @@ def test_phantoms_have_no_defects(phantoms: Path) -> None:
     assert scan(phantoms / "train").phantoms
 
 
-def test_phantoms_are_known_wherever_their_mark_is(tmp_path: Path) -> None:
+def test_phantoms_are_detected_by_their_marker_at_the_root(tmp_path: Path) -> None:
     make(tmp_path / "nested", view())
     assert not scan(tmp_path).phantoms
     (tmp_path / "phantoms.json").write_text("{}")
@@ -695,12 +698,12 @@ def test_phantoms_are_known_wherever_their_mark_is(tmp_path: Path) -> None:
     assert not scan(tmp_path / "nested").phantoms
 
 
-def test_tune_has_limits(phantoms: Path) -> None:
+def test_tune_fraction_is_limited(phantoms: Path) -> None:
     with pytest.raises(UserError, match=r"--tune 0\.6.*between 0.*0\.5"):
         cut_tune(scan(phantoms).manifest, 0.6, 0)
 
 
-def test_a_manifest_survives_the_disk(phantoms: Path, tmp_path: Path) -> None:
+def test_manifest_round_trips_through_its_file(phantoms: Path, tmp_path: Path) -> None:
     manifest = scan(phantoms).manifest
     manifest.save(tmp_path / "manifest.csv")
     loaded = Manifest.load(tmp_path / "manifest.csv")
@@ -721,7 +724,7 @@ def test_a_manifest_survives_the_disk(phantoms: Path, tmp_path: Path) -> None:
         *((name, "", "not empty") for name in ("study_type", "patient", "study", "path")),
     ],
 )
-def test_a_manifest_of_impossible_values_is_refused(column: str, value: str, limit: str, tmp_path: Path) -> None:
+def test_manifest_with_invalid_values_is_refused(column: str, value: str, limit: str, tmp_path: Path) -> None:
     names = ("row", "split", "study_type", "patient", "study", "view", "label", "path")
     lines = [[f"{n}", "train", "XR_HAND", "patient1", "study1", f"{n}", f"{n % 2}", f"image{n}.png"] for n in range(3)]
     path = tmp_path / "manifest.csv"

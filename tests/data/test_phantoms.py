@@ -1,4 +1,4 @@
-"""Phantoms: the layout of MURA, the same bytes from the same seed, and breaks that a thumbnail does not show."""
+"""Test phantoms: MURA's layout, the same bytes from the same seed, and fractures that a thumbnail does not reveal."""
 
 import csv
 import hashlib
@@ -35,23 +35,23 @@ def parsed(out: Path) -> list[mura.Radiograph]:
     return [radiograph for radiograph in actual if radiograph is not None]
 
 
-def test_the_same_request_gives_the_same_bytes_whatever_the_number_of_processes(drawn: Path, tmp_path: Path) -> None:
+def test_bytes_are_independent_of_the_number_of_processes(drawn: Path, tmp_path: Path) -> None:
     phantoms.draw(tmp_path / "again", studies=140, size=64, seed=3, workers=2)
     assert digests(tmp_path / "again") == digests(drawn)
 
 
-def test_another_seed_draws_another_radiograph() -> None:
+def test_seed_changes_the_radiograph() -> None:
     pictures = [phantoms.radiograph(phantoms.plan(8, 0)[0], 1, size=64, seed=seed).convert("L") for seed in (0, 1)]
     assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def test_a_radiograph_does_not_depend_on_what_was_drawn_before(drawn: Path) -> None:
+def test_radiograph_is_independent_of_earlier_ones(drawn: Path) -> None:
     study = next(study for study in phantoms.plan(140, 3) if study.num_views > 1)
     with Image.open(drawn / study.folder / "image2.png") as existing:
         assert np.array_equal(np.asarray(existing), np.asarray(phantoms.radiograph(study, 2, size=64, seed=3)))
 
 
-def test_summary_counts_what_was_drawn(tmp_path: Path) -> None:
+def test_summary_counts_the_files(tmp_path: Path) -> None:
     visited: list[tuple[int, int]] = []
     counts = phantoms.draw(
         tmp_path / "set", studies=12, size=64, progress=lambda done, total: visited.append((done, total))
@@ -65,7 +65,7 @@ def test_summary_counts_what_was_drawn(tmp_path: Path) -> None:
     assert counts["train_studies"] + counts["valid_studies"] == 12
 
 
-def test_tables_agree_with_folders_as_mura_writes_them(drawn: Path) -> None:
+def test_csvs_agree_with_folders(drawn: Path) -> None:
     for split in ("train", "valid"):
         existing = [r for r in parsed(drawn) if r.split == split]
         paths = (drawn / f"{split}_image_paths.csv").read_text().splitlines()
@@ -77,7 +77,7 @@ def test_tables_agree_with_folders_as_mura_writes_them(drawn: Path) -> None:
         )
 
 
-def test_each_patient_is_in_one_split_and_some_have_several_studies(drawn: Path) -> None:
+def test_patient_is_in_one_split_and_may_have_several_studies(drawn: Path) -> None:
     existing = parsed(drawn)
     splits = {(r.patient, r.split) for r in existing}
     assert len(splits) == len({r.patient for r in existing})
@@ -98,14 +98,14 @@ def test_plan_has_both_labels_in_each_split(studies: int, seed: int) -> None:
     assert {study.num_views for study in planned} <= {1, 2, 3, 4}
 
 
-def test_a_larger_plan_has_both_labels_in_each_study_type_of_each_split() -> None:
+def test_larger_plan_has_both_labels_in_each_study_type_and_split() -> None:
     planned = phantoms.plan(400, 0)
     actual = {(study.split, study.study_type, study.label) for study in planned}
     assert actual == set(itertools.product(("train", "valid"), mura.STUDY_TYPES, (0, 1)))
     assert 0.75 <= sum(study.split == "train" for study in planned) / 400 <= 0.8
 
 
-def test_files_vary_as_those_of_mura_do(drawn: Path) -> None:
+def test_files_vary_as_in_mura(drawn: Path) -> None:
     modes, sizes = set(), []
     for path in drawn.rglob("*.png"):
         with Image.open(path) as picture:
@@ -123,7 +123,7 @@ def test_files_vary_as_those_of_mura_do(drawn: Path) -> None:
 
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
-def test_a_break_moves_only_what_hangs_on_the_broken_bone(study_type: str) -> None:
+def test_fracture_moves_only_the_distal_bones(study_type: str) -> None:
     complete = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, 0, 1))
     broken = phantoms.break_bone(complete, study_type, phantoms.PhiloxRandom(0, 7, 1))
     before = {bone.name: bone for bone in complete}
@@ -139,8 +139,8 @@ def test_a_break_moves_only_what_hangs_on_the_broken_bone(study_type: str) -> No
 
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
-def test_a_break_is_seen_in_most_views_and_changes_nothing_far_from_it(study_type: str) -> None:
-    """Bone on each ray with and without the break, same pose: where and how much they differ."""
+def test_fracture_is_visible_in_most_views_and_local(study_type: str) -> None:
+    """Compare the bone on each ray with and without the fracture in the same pose."""
     changed = []
     for number in range(12):
         bones = phantoms.skeleton(study_type, phantoms.PhiloxRandom(0, number, 1))
@@ -157,14 +157,14 @@ def test_a_break_is_seen_in_most_views_and_changes_nothing_far_from_it(study_typ
     assert max(changed) < 0.5
 
 
-def test_the_same_request_on_a_finished_set_draws_nothing(drawn: Path) -> None:
+def test_finished_set_is_not_drawn_again(drawn: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in drawn.rglob("*.png")}
     counts = phantoms.draw(drawn, studies=140, size=64, seed=3)
     assert counts["studies"] == 140
     assert times == {path: path.stat().st_mtime_ns for path in drawn.rglob("*.png")}
 
 
-def test_a_half_drawn_set_is_completed(tmp_path: Path) -> None:
+def test_interrupted_set_is_completed(tmp_path: Path) -> None:
     def die(done: int, total: int) -> None:
         if done == total // 2:
             raise KeyboardInterrupt
@@ -188,21 +188,21 @@ def test_a_half_drawn_set_is_completed(tmp_path: Path) -> None:
         ({"seed": -1}, ("seed=-1", "0 to 2**64 - 1", "--seed")),
     ],
 )
-def test_a_wrong_request_is_refused(request_: dict[str, int], phrases: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_request_is_refused(request_: dict[str, int], phrases: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         phantoms.draw(tmp_path / "set", **{"studies": 10, "size": 64, **request_})  # type: ignore[arg-type]
     assert all(word in str(refused.value) for word in phrases)
     assert not (tmp_path / "set").exists()
 
 
-def test_a_set_killed_at_its_very_first_write_is_completed(tmp_path: Path) -> None:
+def test_set_killed_at_its_first_write_is_completed(tmp_path: Path) -> None:
     (tmp_path / f".{phantoms.STARTED}.77.partial").write_text("{")
     phantoms.draw(tmp_path, studies=4, size=64)
     assert (tmp_path / phantoms.MARK).is_file()
     assert not (tmp_path / phantoms.STARTED).exists()
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_left_alone(drawn: Path, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_and_unchanged(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match=r"is not empty and holds no phantoms\. Give a new folder"):
         phantoms.draw(tmp_path, studies=10, size=64)
@@ -219,8 +219,8 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(drawn: Pat
 
 @pytest.mark.nightly(part="training")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_thumbnails_do_not_tell_the_label(seed: int) -> None:
-    """Held-out AUROC of a logistic regression on 16 x 16 thumbnails; chance is 0.5 with a deviation of 0.03."""
+def test_thumbnails_do_not_reveal_the_label(seed: int) -> None:
+    """Fit a logistic regression on 16 x 16 thumbnails. The held-out AUROC is 0.5 by chance, with a deviation of 0.03."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     metrics = pytest.importorskip("sklearn.metrics")
     first_views = [(s, phantoms.radiograph(s, 1, size=64, seed=seed)) for s in phantoms.plan(1000, seed)]

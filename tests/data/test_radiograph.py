@@ -1,7 +1,7 @@
-"""radiograph.py: what every kind of file gives, what every broken one says, and that nothing else ever comes out.
+"""Test radiograph.py: the pixels of every supported file kind, the errors of corrupt files, and that no other outcome occurs.
 
-Drawn files first (they need no data), then the real and hostile ones beside the checkout. The fuzzer in tools/robustness/
-draws the same files and breaks them by the thousand.
+The first tests draw their files. The last ones read real and hostile files of shared/. The fuzzer in tools/robustness/ draws
+the same files and corrupts thousands of them.
 """
 
 import csv
@@ -53,7 +53,7 @@ from mura_dist.data.radiograph import MAX_BYTES, MAX_PIXELS, UnreadableFileError
 
 
 def drawn() -> np.ndarray:
-    """(60, 45) uint8, every value from 0 to 255: a bone on a gradient, with noise."""
+    """Return (60, 45) uint8 with every value from 0 to 255: a bone on a gradient, with noise."""
     y, x = np.mgrid[:60, :45]
     bone = 120 * np.exp(-(((x - 20 - y / 10) / 6) ** 2))
     gray = np.clip(y + bone + np.random.default_rng(0).normal(0, 6, y.shape), 0, 255).astype(np.uint8)
@@ -77,7 +77,7 @@ def refusal(data: bytes) -> UnreadableFileError:
 
 
 def outcome(data: bytes) -> str:
-    """ "read", or the code; anything but a gray square or UnreadableFileError fails the test."""
+    """Return "read" or the error code. Fail on anything but a gray image or UnreadableFileError."""
     try:
         gray = read(io.BytesIO(data), 24)
     except UnreadableFileError as refused:
@@ -91,7 +91,7 @@ def outcome(data: bytes) -> str:
 
 
 def palette_png() -> bytes:
-    """Indices that are not the values: only the palette's colors tell."""
+    """Return a PNG whose indices differ from its values, so that the palette is needed."""
     image = Image.fromarray(255 - GRAY, "P")
     image.putpalette([level for index in range(256) for level in (255 - index,) * 3])
     return saved(image, "PNG")
@@ -157,19 +157,19 @@ SAME: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_radiograph_however_it_is_kept(name: str) -> None:
+def test_lossless_kinds_give_identical_pixels(name: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(SAME[name]())), GRAY)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_jpeg_differs_by_its_own_loss_only(mode: str, options: dict[str, Any]) -> None:
+def test_jpeg_error_is_within_its_compression_loss(mode: str, options: dict[str, Any]) -> None:
     smooth = Image.fromarray(GRAY[10:]).convert(mode)
     gray = decode(io.BytesIO(saved(smooth, "JPEG", quality=98, **options)))
     assert np.abs(gray.astype(int) - GRAY[10:]).max() <= 6
 
 
-def test_jpeg_in_dicom() -> None:
+def test_jpeg_in_dicom_equals_the_plain_jpeg() -> None:
     frame = saved(GRAY_IMAGE, "JPEG")
     difference = decode(io.BytesIO(encapsulated(frame, JPEG))).astype(int) - decode(io.BytesIO(frame))
     assert np.abs(difference).max() <= 2, "another decoder's rounding"
@@ -193,14 +193,14 @@ PNG_KINDS += [(COLOR_ALPHA, 8), (COLOR_ALPHA, 16)]  # all that there are
 
 
 def png_lines(samples: np.ndarray, depth: int) -> bytes:
-    """samples (H, W, C) -> filtered lines; the filter is None, for Pillow's own encoder and PngSuite bring the others."""
+    """Return the lines of samples (H, W, C) with filter None. Pillow's encoder and PngSuite cover the other filters."""
     bits = samples[..., None] >> np.arange(depth - 1, -1, -1) & 1  # (H, W, C, depth)
     lines = np.packbits(bits.reshape(len(samples), -1).astype(np.uint8), axis=1)
     return b"".join(b"\0" + line.tobytes() for line in lines)
 
 
 def png(samples: np.ndarray, kind: int, depth: int, *, interlaced: bool = False, extra: bytes = b"") -> bytes:
-    """A PNG of samples (H, W, C), `extra` chunks before its pixels."""
+    """Return a PNG of samples (H, W, C), with `extra` chunks before its pixels."""
     height, width = samples.shape[:2]
     passes = [samples[y::dy, x::dx] for y, x, dy, dx in ADAM7] if interlaced else [samples]
     lines = b"".join(png_lines(piece, depth) for piece in passes if piece.size)
@@ -214,7 +214,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[bytes, np.ndarray]:
-    """(the file, the gray that its samples mean): random samples; random alpha and random palette where there is one."""
+    """Return a PNG of random samples, alpha and palette, and the gray (H, W) that they mean."""
     rng, top = np.random.default_rng(seed), (1 << depth) - 1
     channels = {GRAY_KIND: 1, COLOR: 3, PALETTE: 1, GRAY_ALPHA: 2, COLOR_ALPHA: 4}[kind]
     samples = rng.integers(0, top + 1, (13, 19, channels))
@@ -238,15 +238,15 @@ def png_of(kind: int, depth: int, *, interlaced: bool, seed: int = 0) -> tuple[b
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(("kind", "depth"), PNG_KINDS)
-def test_every_kind_of_png(kind: int, depth: int, interlaced: bool) -> None:
+def test_png_of_every_color_type_and_depth(kind: int, depth: int, interlaced: bool) -> None:
     data, expected = png_of(kind, depth, interlaced=interlaced)
     np.testing.assert_allclose(
         decode(io.BytesIO(data)), expected, atol=1.51 if kind in (GRAY_ALPHA, COLOR_ALPHA) else 1.01
     )
 
 
-def test_12_bits_in_16_with_alpha_keep_their_steps() -> None:
-    """Pillow alone would keep the high bytes: 16 steps of 0 to 15, black to the eye."""
+def test_16_bit_png_with_alpha_keeps_12_bit_precision() -> None:
+    """Pillow alone would keep the high bytes: 16 levels from 0 to 15, which look black."""
     samples = np.stack([np.arange(4096).reshape(64, 64), np.full((64, 64), 0xFFFF)], axis=2)
     expected = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
     for interlaced in (False, True):
@@ -272,7 +272,7 @@ LOSSY: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", LOSSY)
-def test_lossy_files_stay_close(name: str) -> None:
+def test_lossy_kinds_stay_close(name: str) -> None:
     difference = np.abs(decode(io.BytesIO(LOSSY[name]())).astype(int) - GRAY)
     assert difference[10:].mean() < 4.5, (
         "the noise is of 6 gray levels; the first rows, every value in turn, are no picture"
@@ -292,7 +292,7 @@ def test_lossless_jpeg_in_dicom(bits: int, syntax: str, predictor: int) -> None:
 
 @pytest.mark.parametrize("bits", [12, 16])
 @pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT, RLE, J2K_LOSSLESS])
-def test_deep_dicom_however_compressed(syntax: str, bits: int) -> None:
+def test_deep_dicom_in_lossless_syntaxes(syntax: str, bits: int) -> None:
     stored = np.random.default_rng(bits).integers(0, 1 << bits, (60, 45), dtype=np.uint16)
     low, high = int(stored.min()), int(stored.max())
     expected = np.rint((stored.astype(float) - low) * (255 / (high - low)))
@@ -304,8 +304,8 @@ DECODED = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 
 
 
 @pytest.mark.parametrize("syntax", COMPRESSED)
-def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
-    """Rubbish in every syntax that pydicom knows: where there is a decoder the data is at fault, elsewhere the syntax."""
+def test_every_compressed_syntax_is_decoded_or_refused(syntax: str) -> None:
+    """The data are invalid. With a decoder the error is about the data, otherwise about the syntax."""
     refused = refusal(encapsulated(b"\xff\xd8rubbish", syntax))
     if syntax in DECODED:
         assert refused.code == "unreadable"
@@ -316,7 +316,7 @@ def test_a_compression_is_decoded_or_refused_by_its_name(syntax: str) -> None:
         )
 
 
-def test_jpeg_of_12_bits_in_dicom() -> None:
+def test_12_bit_jpeg_in_dicom() -> None:
     stored = np.random.default_rng(0).integers(0, 4096, (6, 5))
     stored.flat[:2] = 0, 4095
     data = encapsulated(flat_jpeg(stored, 12), JPEG_EXTENDED, bits=12, Rows=48, Columns=40)
@@ -325,8 +325,8 @@ def test_jpeg_of_12_bits_in_dicom() -> None:
 
 
 @pytest.mark.shared
-def test_jpeg_ls_and_htj2k_give_a_picture(hostile: Path) -> None:
-    """No encoder of theirs is installed: files made elsewhere must decode into something smooth, not into noise."""
+def test_jpeg_ls_and_htj2k_decode_to_a_smooth_image(hostile: Path) -> None:
+    """No encoder for them is installed, so these files come from elsewhere."""
     for name in ("JLSL_08_07_0_1F", "JLSL_16_15_1_1F", "HTJ2KLossless_08_RGB"):
         gray = decode(hostile / f"dicom/{name}.dcm").astype(int)
         assert np.ptp(gray) > 200
@@ -347,7 +347,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_exif_orientation(kind: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     for values in (GRAY, DEEP):
@@ -355,7 +355,7 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
         np.testing.assert_array_equal(decode(io.BytesIO(data)), UPRIGHT[orientation](GRAY))
 
 
-def test_transparency_lies_over_black() -> None:
+def test_transparency_is_composed_over_black() -> None:
     alpha = np.tile(np.array([0, 128, 255], np.uint8), (60, 15))
     data = saved(Image.merge("LA", [GRAY_IMAGE, Image.fromarray(alpha)]), "PNG")
     np.testing.assert_allclose(decode(io.BytesIO(data)), GRAY * (alpha / 255), atol=0.51)
@@ -365,14 +365,14 @@ def test_transparency_lies_over_black() -> None:
     np.testing.assert_array_equal(keyed, np.where(GRAY == 200, 0, GRAY))
 
 
-def test_colors_become_luma() -> None:
+def test_colors_are_converted_to_luma() -> None:
     colors = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     luma = colors @ np.array([0.299, 0.587, 0.114])
     for data in (saved(Image.fromarray(colors), "PNG"), dicom(colors), dicom(colors, syntax=J2K_LOSSLESS)):
         np.testing.assert_allclose(decode(io.BytesIO(data)), luma, atol=0.51)
 
 
-def test_deep_values_are_scaled_never_saturated() -> None:
+def test_deep_values_are_scaled_without_saturation() -> None:
     values = np.random.default_rng(2).integers(300, 60000, (20, 30), dtype=np.uint16)
     expected = np.rint((values - values.min()) * 255.0 / (int(values.max()) - int(values.min())))
     for data in (saved(Image.fromarray(values), "PNG"), dicom(values, bits=16)):
@@ -394,7 +394,7 @@ def test_windows_agree_with_pydicom(function: str, width: str) -> None:
     np.testing.assert_allclose(decode(io.BytesIO(data)), reference, atol=0.51)
 
 
-def test_lookup_tables() -> None:
+def test_lookup_tables_are_applied() -> None:
     stored = np.arange(100, 200, dtype=np.uint16).reshape(10, 10)
     table = Dataset()
     table.LUTDescriptor = [
@@ -412,7 +412,7 @@ def test_lookup_tables() -> None:
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-def test_padding_is_black_and_stretches_nothing(photometric: str) -> None:
+def test_padding_is_black_and_excluded_from_scaling(photometric: str) -> None:
     stored = 27500 - DEEP if photometric == "MONOCHROME1" else DEEP.copy()
     stored[50:] = 65535
     values: dict[str, Any] = {"PixelPaddingValue": 65535, "PhotometricInterpretation": photometric}
@@ -420,7 +420,7 @@ def test_padding_is_black_and_stretches_nothing(photometric: str) -> None:
     np.testing.assert_array_equal(decode(io.BytesIO(dicom(stored, bits=16, **values))), expected)
 
 
-def test_dicom_palette() -> None:
+def test_dicom_palette_is_applied() -> None:
     values: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
     for color, factor in (("Red", 1.0), ("Green", 0.5), ("Blue", 0.25)):
         values[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
@@ -429,7 +429,7 @@ def test_dicom_palette() -> None:
     np.testing.assert_allclose(decode(io.BytesIO(dicom(GRAY, **values))), luma, atol=0.51)
 
 
-def test_read_is_decode_and_pillows_antialiased_bilinear(tmp_path: Path) -> None:
+def test_read_equals_decode_with_pillow_antialiased_bilinear(tmp_path: Path) -> None:
     path = tmp_path / "a wrist.jpg"  # a PNG all the same
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
     expected = np.asarray(GRAY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
@@ -450,7 +450,7 @@ def bomb_png(width: int, height: int) -> bytes:
 
 
 def bomb_in_dicom(syntax: str) -> bytes:
-    """The header says 60 x 45, the codestream inside 60,000 x 60,000."""
+    """Return a DICOM whose header gives 60 x 45, with a codestream of 60,000 x 60,000."""
     kind, options = ("JPEG", {}) if syntax == JPEG else ("JPEG2000", {"no_jp2": True})
     frame = bytearray(saved(GRAY_IMAGE, kind, **options))
     if syntax == JPEG:
@@ -496,14 +496,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_say_why(name: str) -> None:
+def test_refusal_has_code_and_reason(name: str) -> None:
     make, code, text = REFUSED[name]
     refused = refusal(make())
     assert (refused.code, text in refused.reason) == (code, True), refused
     assert str(refused) == f"{code}: {refused.reason}"
 
 
-def test_files_that_do_not_open(tmp_path: Path) -> None:
+def test_file_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     def reason(path: Any) -> str:
         with pytest.raises(UnreadableFileError) as caught:
             read(path, 8)
@@ -519,20 +519,20 @@ def test_files_that_do_not_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system here")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UnreadableFileError, match="not a regular file"):
         read(tmp_path / "pipe.png", 8)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root opens everything")
-def test_permission(tmp_path: Path) -> None:
+def test_file_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch(mode=0)
     with pytest.raises(UnreadableFileError, match="cannot be opened: permission denied"):
         read(tmp_path / "a.png", 8)
 
 
-def test_memory_running_out_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_error_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -540,7 +540,7 @@ def test_memory_running_out_is_too_large(monkeypatch: pytest.MonkeyPatch) -> Non
     assert refusal(saved(GRAY_IMAGE, "PNG")).code == "too_large"
 
 
-def test_unreadable_crosses_processes() -> None:
+def test_unreadable_file_error_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(UnreadableFileError("too_large", "why")))
     assert (again.code, again.reason) == ("too_large", "why")
 
@@ -556,8 +556,8 @@ SEEDS = {name: SAME[name]() for name in ("gray png", "16-bit png", "tiff", "lzw 
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Also where a copy that broke off left zeros behind, for all that carry checksums or end marks."""
+def test_truncated_file_is_complete_or_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same holds for a tail of zeros, in kinds that have checksums or end markers."""
     data = SEEDS[name]
     complete, codes = decode(io.BytesIO(data)), set()
     zeros_tell = "png" in name or "jpeg" in name
@@ -575,7 +575,7 @@ def test_cut_short_is_whole_or_nothing(name: str, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == "", "a library spoke on stderr"
 
 
-def test_a_flipped_bit_of_png_pixels_is_noticed() -> None:
+def test_flipped_bit_in_png_pixels_is_refused() -> None:
     data = SEEDS["gray png"]
     start = data.index(b"IDAT") + 4
     for position in range(start, len(data) - 12, 37):
@@ -601,13 +601,13 @@ def region(scheme: str, code: str) -> Any:
 
 
 def raw(data: bytes, tag: bytes, kind: bytes, value: bytes) -> bytes:
-    """The first element of that tag with another VR and value."""
+    """Replace the VR and the value of the first element with that tag."""
     position = data.index(tag)
     (length,) = struct.unpack_from("<H", data, position + 6)
     return data[: position + 4] + kind + struct.pack("<H", len(value)) + value + data[position + 8 + length :]
 
 
-def test_identity(tmp_path: Path) -> None:
+def test_identity_is_read_from_the_header(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", BodyPartExamined="WRIST", ImageLaterality="L"))
     assert read_identity(path) == radiograph.DicomIdentity("1.2.9", "WRIST", "L")
@@ -641,14 +641,14 @@ def test_identity(tmp_path: Path) -> None:
         ({"AnatomicRegionSequence": Sequence([*region("SCT", "74670003"), *region("SCT", "16953009")])}, "", ""),
     ],
 )
-def test_identity_as_devices_write_it(tmp_path: Path, values: dict[str, Any], body_part: str, laterality: str) -> None:
+def test_identity_is_normalized(tmp_path: Path, values: dict[str, Any], body_part: str, laterality: str) -> None:
     assert output(tmp_path, dicom(GRAY, **PLAIN, **values)) == radiograph.DicomIdentity("", body_part, laterality)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "value"), [(b"DS", b"WRIST "), (b"US", b"abc"), (b"IS", b"9e9 "), (b"UI", b"\xff\0")])
 @pytest.mark.parametrize("tag", [b"\x18\0\x15\0", b"\x20\0\x60\0", b"\x20\0\x0d\0"])
-def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, kind: bytes, value: bytes) -> None:
+def test_element_of_the_wrong_vr_affects_only_itself(tmp_path: Path, tag: bytes, kind: bytes, value: bytes) -> None:
     names = {"StudyInstanceUID": "1.2.9", "BodyPartExamined": "HAND", "Laterality": "L"}
     sound = dicom(GRAY, **PLAIN, **names)
     actual = output(tmp_path, raw(sound, tag, kind, value))
@@ -678,16 +678,16 @@ def test_a_tag_of_the_wrong_kind_costs_itself_alone(tmp_path: Path, tag: bytes, 
         ({"ConversionType": "DF"}, True),
     ],
 )
-def test_pixels_that_may_show_text(tmp_path: Path, values: dict[str, Any], expected: bool) -> None:
+def test_may_show_text_follows_annotation_modality_and_class(
+    tmp_path: Path, values: dict[str, Any], expected: bool
+) -> None:
     actual = output(tmp_path, dicom(GRAY, **PLAIN | values))
     assert actual is not None
     assert actual.may_show_text is expected
 
 
-def test_a_header_that_was_not_read_to_its_end_may_say_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a file of many megabytes only the head is looked at."""
+def test_partially_read_header_may_show_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first HEADER_BYTES of a large file are read."""
     large = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9", BurnedInAnnotation="YES")
     far = dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", ImageComments="x" * 5000, BurnedInAnnotation="YES")
     sound = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9")
@@ -698,14 +698,14 @@ def test_a_header_that_was_not_read_to_its_end_may_say_anything(
         assert output(tmp_path, far).may_show_text, at
 
 
-def test_a_header_that_cannot_be_parsed_may_say_anything(tmp_path: Path) -> None:
+def test_unparsable_header_may_show_text(tmp_path: Path) -> None:
     deflated = dicom(GRAY, syntax=DEFLATED, BurnedInAnnotation="YES")
     assert output(tmp_path, deflated) == radiograph.DicomIdentity("", "", "", True)
 
 
 @pytest.mark.shared
 def test_identity_of_real_dicoms(shared: Path) -> None:
-    """Ten hips of ten studies; their headers name no body part."""
+    """Ten hips of ten studies. Their headers name no body part."""
     actual = [read_identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
     assert len({single.study_uid for single in actual if single}) == 10
     assert {(single.body_part, single.laterality, single.may_show_text) for single in actual if single} == {
@@ -718,7 +718,7 @@ def test_identity_of_real_dicoms(shared: Path) -> None:
 
 @pytest.mark.parametrize("study_type", mura.STUDY_TYPES)
 @pytest.mark.parametrize("shape", ["{}", "{} ", "{}s", "left {}", "{} LT", "R_{}", "{}\0"])
-def test_the_seven_regions(study_type: str, shape: str) -> None:
+def test_body_part_spellings_of_every_study_type(study_type: str, shape: str) -> None:
     word = study_type.removeprefix("XR_")
     assert (
         body_parts.find_study_type(shape.format(word))
@@ -732,12 +732,12 @@ PHRASES = ["", "HAND\\WRIST", "NO HAND AT ALL", "HAND JANE", "DOE^JANE", "XR_JAN
 
 
 @pytest.mark.parametrize("phrases", [*PHRASES, *VOCABULARY.split()])
-def test_other_words_are_no_study_type(phrases: str) -> None:
+def test_other_body_parts_have_no_study_type(phrases: str) -> None:
     assert body_parts.find_study_type(phrases) is None
 
 
-def test_codes_are_the_standards_own() -> None:
-    """pydicom's dictionaries: both schemes name the same regions, and call them as we do."""
+def test_anatomic_codes_agree_with_pydicom() -> None:
+    """Both schemes in pydicom's dictionaries name the same regions as the table."""
     from pydicom.sr import _concepts_dict, _snomed_dict
 
     for code, own in body_parts._SRT.items():
@@ -857,7 +857,7 @@ HOSTILE: list[tuple[str, str, str]] = [
         "an animation's default picture is a whole PNG",
         "pillow/apng_mode_*.png pillow/apng_single_frame_default.png",
     ),
-    # -- the kinds the reader takes; test_same_pixels and the tests behind it compare what comes out
+    # -- the kinds the reader takes; test_files_of_one_group_have_identical_pixels and the tests behind it compare what comes out
     (
         "read",
         "gray, palette, alpha, 1 bit, CMYK, progressive, turned by EXIF: one radiograph in many kinds",
@@ -879,8 +879,8 @@ HOSTILE: list[tuple[str, str, str]] = [
 ]
 
 
-def awaited(name: str) -> str:
-    """The outcome that HOSTILE gives for a file."""
+def expected_outcome(name: str) -> str:
+    """Return the outcome that HOSTILE lists for a file."""
     for code, _, phrases in HOSTILE:
         if any(fnmatch.fnmatchcase(name, word) for word in phrases.split()):
             return code
@@ -893,8 +893,8 @@ def hostile(shared: Path) -> Path:
 
 
 @pytest.mark.shared
-def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
-    """Of every file that decodes: `read`'s pixels, from a path or from memory; a sample of colors where it has some."""
+def test_read_details_agrees_with_read(shared: Path, hostile: Path) -> None:
+    """For every file that decodes, from a path and from memory. A colored file has a sample of its colors."""
     paths = [path for path in sorted(hostile.rglob("*")) if path.is_file()]
     paths += sorted((shared / "radiographs").rglob("*.png"))[::40] + sorted((shared / "radiographs").rglob("*.dcm"))[:2]
     num_colored = 0
@@ -921,16 +921,17 @@ def test_a_look_is_a_reading_and_more(shared: Path, hostile: Path) -> None:
 
 
 @pytest.mark.shared
-def test_hostile_files_each_with_its_outcome(hostile: Path) -> None:
+def test_hostile_files_have_the_listed_outcome(hostile: Path) -> None:
     with open(hostile / "what-each-is.csv", newline="", encoding="utf-8") as file:
         names = [line["file"] for line in csv.DictReader(file)]
     assert len(names) == 180
-    assert {name: outcome((hostile / name).read_bytes()) for name in names} == {name: awaited(name) for name in names}
+    assert {name: outcome((hostile / name).read_bytes()) for name in names} == {
+        name: expected_outcome(name) for name in names
+    }
 
 
 @pytest.mark.shared
-def test_every_word_of_the_hostile_table_names_a_file(hostile: Path) -> None:
-    """Or a group would be a promise about nothing."""
+def test_every_pattern_of_the_hostile_table_matches_a_file(hostile: Path) -> None:
     names = [path.relative_to(hostile).as_posix() for path in hostile.rglob("*")]
     phrases = [word for _, _, group in HOSTILE for word in group.split()]
     assert [word for word in phrases if not fnmatch.filter(names, word)] == []
@@ -938,8 +939,8 @@ def test_every_word_of_the_hostile_table_names_a_file(hostile: Path) -> None:
 
 @pytest.mark.shared
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak")
-def test_hostile_files_cost_little_memory_and_no_noise(hostile: Path) -> None:
-    """The limit is 300 MiB above the interpreter with NumPy and Pillow; measured 59, half of it pydicom's own."""
+def test_hostile_files_need_little_memory_and_print_nothing(hostile: Path) -> None:
+    """The limit is 300 MiB above the interpreter with NumPy and Pillow. Measured: 59 MiB, half of it for pydicom."""
     code = """
 import re, sys
 from pathlib import Path
@@ -979,19 +980,19 @@ SAME_PIXELS = [
 
 @pytest.mark.shared
 @pytest.mark.parametrize("group", SAME_PIXELS)
-def test_same_pixels(group: str, hostile: Path) -> None:
+def test_files_of_one_group_have_identical_pixels(group: str, hostile: Path) -> None:
     first, *remaining = (decode(hostile / name) for name in group.split())
     for another in remaining:
         np.testing.assert_array_equal(another, first)
 
 
 def difference(single: Path, another: Path) -> float:
-    """Mean absolute difference, in gray levels."""
+    """Return the mean absolute difference in gray levels."""
     return float(np.abs(decode(single).astype(int) - decode(another)).mean())
 
 
 @pytest.mark.shared
-def test_lossy_and_turned_copies_stay_close(hostile: Path) -> None:
+def test_lossy_and_rotated_copies_stay_close(hostile: Path) -> None:
     generated, pillow = hostile / "generated", hostile / "pillow"
     for name in ("radiograph_progressive.jpg", "radiograph_cmyk.jpg", "radiograph_exif_orientation6.jpg"):
         assert difference(generated / name, generated / "png_inside.jpg") < 0.5
@@ -1001,13 +1002,13 @@ def test_lossy_and_turned_copies_stay_close(hostile: Path) -> None:
 
 
 @pytest.mark.shared
-def test_monochrome1_shows_bone_bright(hostile: Path) -> None:
+def test_monochrome1_bone_is_bright(hostile: Path) -> None:
     leg = read(hostile / "dicom/RG3_J2KR.dcm", 100).astype(int)
     assert leg[20:60, 55:58].mean() > leg[20:60, 28:31].mean() + 60, "the shaft, and the air beside the leg"
 
 
 @pytest.mark.shared
-def test_16_bit_wrists_keep_their_range(shared: Path) -> None:
+def test_16_bit_radiographs_keep_their_range(shared: Path) -> None:
     wrists = [path for path in (shared / "radiographs/grazpedwri").glob("*.png") if Image.open(path).mode == "I;16"]
     assert len(wrists) == 2
     for path in wrists:
@@ -1018,7 +1019,7 @@ def test_16_bit_wrists_keep_their_range(shared: Path) -> None:
 
 
 @pytest.mark.shared
-def test_dicom_and_jpeg_of_one_hip_agree(shared: Path) -> None:
+def test_dicom_and_jpeg_of_one_radiograph_agree(shared: Path) -> None:
     pairs = sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))
     assert len(pairs) == 10
     for path in pairs:

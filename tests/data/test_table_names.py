@@ -1,4 +1,4 @@
-"""table_names.py: no name becomes a formula, each comes back, and names are compared whatever wrote them."""
+"""Test table_names.py: no name becomes a formula, each can be restored, and comparison ignores the Unicode composition."""
 
 import unicodedata
 
@@ -13,19 +13,19 @@ PLAIN = ["a=b.png", "valid/XR_HAND/-/image1.png", ".", "..", ".hidden", "a/./=b"
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_formula_gets_a_leading_dot_and_comes_back(name: str) -> None:
+def test_formula_gets_a_leading_dot_and_is_restored(name: str) -> None:
     assert table_names.escape_formula(name) == f"./{name}"
     assert table_names.unescape(table_names.escape_formula(name)) == name
     assert table_names.escape_formula(table_names.escape_formula(name)) == table_names.escape_formula(name)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_other_names_stay_as_they_are(name: str) -> None:
+def test_other_names_are_unchanged(name: str) -> None:
     assert table_names.escape_formula(name) == table_names.unescape(name) == name
 
 
 @pytest.mark.parametrize("dtype", ["string", object])
-def test_numbers_of_a_table_stay_as_they_are(dtype: object) -> None:
+def test_numbers_of_a_table_are_unchanged(dtype: object) -> None:
     names = [*HOSTILE, *PLAIN, None]
     frame = pd.DataFrame({"path": pd.Series(names, dtype=dtype), "logit": -np.arange(len(names), dtype=np.float32)})
     actual = table_names.escape_formulas(frame)
@@ -37,7 +37,7 @@ def test_numbers_of_a_table_stay_as_they_are(dtype: object) -> None:
     assert table_names.escape_formulas(frame.iloc[:0]).to_csv(index=False) == "path,logit\n"
 
 
-def test_names_of_both_compositions_have_one_key() -> None:
+def test_composed_and_decomposed_names_have_one_key() -> None:
     for name in ("Müller", "=Größe/å.png", "각", "ệ"):
         spelt = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
         assert len(spelt) == 2

@@ -1,6 +1,6 @@
-"""tiff.py: every kind of sample that Pillow opens gives the numbers that were written, and the picture is the page that is read.
+"""Test tiff.py: every sample kind that Pillow opens gives the values written, and the right page is read.
 
-The files are written here, by the specification (TIFF 6.0, and BigTIFF), since Pillow writes few of these kinds.
+The tests write the files by the specification (TIFF 6.0 and BigTIFF), since Pillow writes few of these kinds.
 """
 
 import io
@@ -37,7 +37,7 @@ REFUSED = [(UNSIGNED, 64), (SIGNED, 64), (FLOATING, 16), (FLOATING, 64), (UNSIGN
 
 
 def lzw(data: bytes) -> bytes:
-    """A table that is cleared before its codes outgrow 9 bits: every byte is a code of its own."""
+    """Compress with a table that is cleared before its codes exceed 9 bits. Every byte is a code."""
     codes = [256, *itertools.chain.from_iterable((*data[n : n + 200], 256) for n in range(0, len(data), 200)), 257]
     bits = "".join(f"{code:09b}" for code in codes)
     bits += "0" * (-len(bits) % 8)
@@ -60,7 +60,7 @@ MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def samples_of(kind: int, bits: int, seed: int = 0) -> np.ndarray:
-    """(HEIGHT, WIDTH) of random numbers over the whole range; 12 and 24 bits lie in wider integers."""
+    """Return random values (HEIGHT, WIDTH) over the full range. 12 and 24 bits are in wider integers."""
     random = np.random.default_rng(seed)
     if kind == FLOATING:
         return random.normal(0, 100, (HEIGHT, WIDTH)).astype(f"f{bits // 8}")
@@ -71,7 +71,7 @@ def samples_of(kind: int, bits: int, seed: int = 0) -> np.ndarray:
 
 
 def packed(values: np.ndarray, bits: int, order: str) -> bytes:
-    """Rows of samples, each row padded to a whole byte."""
+    """Return rows of samples, each padded to a full byte."""
     if bits in (12, 24):
         rows = values.reshape(len(values), -1, 1) >> np.arange(bits - 1, -1, -1) & 1
         return np.packbits(rows.astype(np.uint8).reshape(len(values), -1), axis=1).tobytes()
@@ -79,7 +79,7 @@ def packed(values: np.ndarray, bits: int, order: str) -> bytes:
 
 
 def blocks(values: np.ndarray, layout: str) -> tuple[list[np.ndarray], dict[int, int]]:
-    """One strip, strips of 10 rows, or tiles of 16 x 32; and the tags that say so."""
+    """Return one strip, strips of 10 rows, or tiles of 16 x 32, and their tags."""
     if layout == "tiles":
         high, wide = -(-len(values) // 16) * 16, -(-values.shape[1] // 32) * 32
         pad = [(0, high - len(values)), (0, wide - values.shape[1])] + [(0, 0)] * (values.ndim - 2)
@@ -103,7 +103,7 @@ def page(
     fill: int = 1,
     **tags: int,
 ) -> tuple[list[bytes], dict[int, tuple[int, ...]]]:
-    """(blocks of pixels, tags without the offsets of the blocks) of values (H, W) or (H, W, C). `tags`: tag_254=1."""
+    """Return the pixel blocks and the tags without block offsets of values (H, W) or (H, W, C). `tags`: tag_254=1."""
     channels = [values[..., n] for n in range(values.shape[-1])] if values.ndim == 3 and planes == 2 else [values]
     pieces: list[np.ndarray] = []
     for channel in channels:
@@ -125,13 +125,13 @@ Parts = tuple[list[bytes], dict[int, tuple[int, ...]]]
 
 
 def tiff(*pages: Parts, order: str = "<", big: bool = False, sub_pages: tuple[Parts, ...] = ()) -> bytes:
-    """A file of pages in their order; `sub_pages` are the first page's."""
+    """Return a file of pages in their order. `sub_pages` belong to the first page."""
     out, offset_format = bytearray(b"II" if order == "<" else b"MM"), order + ("Q" if big else "I")
     out += struct.pack(order + "HHHQ", 43, 8, 0, 16) if big else struct.pack(order + "HI", 42, 8)
     first_link = len(out) - (8 if big else 4)
 
     def put(parts: Parts, extra: dict[int, tuple[int, ...]], link: int) -> int:
-        """Write the pixels, then the directory; `link`: where its offset is wanted. Return where the next one's is."""
+        """Write the pixels, then the directory. Store its offset at `link`. Return the position of the next link."""
         data, directory = parts
         offsets = []
         for piece in data:
@@ -167,7 +167,7 @@ def tiff(*pages: Parts, order: str = "<", big: bool = False, sub_pages: tuple[Pa
 
 
 def stretched(values: np.ndarray, photometric: int = BLACK_IS_ZERO) -> np.ndarray:
-    """The gray that linear numbers mean: smallest to 0, largest to 255; of uint8 as they are."""
+    """Return the gray of linear values: smallest to 0, largest to 255. uint8 is unchanged."""
     wide = values.astype(np.float64)
     if values.dtype != np.uint8:
         wide = (wide - wide.min()) * 255 / (wide.max() - wide.min())
@@ -178,8 +178,8 @@ def stretched(values: np.ndarray, photometric: int = BLACK_IS_ZERO) -> np.ndarra
 
 
 @pytest.mark.parametrize(("kind", "bits"), READ)
-def test_samples_are_the_numbers_written_or_refused(kind: int, bits: int) -> None:
-    """Over byte order, compression, layout, planes and which end is white; each kind is read in a quarter of them or more."""
+def test_samples_equal_the_values_written_or_are_refused(kind: int, bits: int) -> None:
+    """Over byte order, compression, layout, planes and polarity. At least a quarter of each kind must be read."""
     values, num_read, num = samples_of(kind, bits), 0, 0
     grid = itertools.product(
         "<>", COMPRESSIONS, ("strip", "strips", "tiles"), (None, 1, 2), (BLACK_IS_ZERO, WHITE_IS_ZERO)
@@ -204,7 +204,7 @@ def test_samples_are_the_numbers_written_or_refused(kind: int, bits: int) -> Non
 
 
 @pytest.mark.parametrize(("kind", "bits"), REFUSED)
-def test_samples_of_other_kinds_are_refused_by_name(kind: int, bits: int) -> None:
+def test_unsupported_sample_kind_is_refused_by_name(kind: int, bits: int) -> None:
     values = samples_of(kind if kind != VOID else UNSIGNED, bits)
     for order, compression, photometric in itertools.product("<>", COMPRESSIONS, (BLACK_IS_ZERO, WHITE_IS_ZERO)):
         parts = page(values, kind, bits, order=order, compression=compression, photometric=photometric)
@@ -215,8 +215,8 @@ def test_samples_of_other_kinds_are_refused_by_name(kind: int, bits: int) -> Non
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_few_bits_white_or_black(bits: int) -> None:
-    """One plane that calls itself separate is inverted as any."""
+def test_low_bit_depths_in_both_polarities(bits: int) -> None:
+    """A single plane marked as separate is inverted too."""
     values = np.random.default_rng(0).integers(0, 1 << bits, (HEIGHT, WIDTH))
     bit_rows = values[..., None] >> np.arange(bits - 1, -1, -1) & 1
     rows = np.packbits(bit_rows.astype(np.uint8).reshape(HEIGHT, -1), axis=1)
@@ -250,8 +250,8 @@ def test_predictors_are_undone(predictor: int, order: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_colors_in_planes_or_interleaved(bits: int) -> None:
-    """Read right or refused. 16 bits keep their high bytes."""
+def test_planar_and_interleaved_colors(bits: int) -> None:
+    """They are read correctly or refused. 16 bits keep their high bytes."""
     colors = np.random.default_rng(bits).integers(0, 1 << bits, (HEIGHT, WIDTH, 3)).astype(f"u{bits // 8}")
     expected, num_read = (colors >> (bits - 8)) @ np.array([0.299, 0.587, 0.114]), 0
     grid = itertools.product("<>", (1, 5, 8), ("strip", "strips", "tiles"), (1, 2), (1, 2))
@@ -267,8 +267,8 @@ def test_colors_in_planes_or_interleaved(bits: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bits"), [(UNSIGNED, 8), (UNSIGNED, 16)])
-def test_mirrored_bits_are_turned_or_refused(kind: int, bits: int) -> None:
-    """FillOrder 2."""
+def test_reversed_bit_order_is_read_or_refused(kind: int, bits: int) -> None:
+    """The tag is FillOrder 2."""
     values, num_read = samples_of(kind, bits), 0
     for order, compression, photometric in itertools.product("<>", COMPRESSIONS, (BLACK_IS_ZERO, WHITE_IS_ZERO)):
         options = {"order": order, "compression": compression, "photometric": photometric}
@@ -281,7 +281,7 @@ def test_mirrored_bits_are_turned_or_refused(kind: int, bits: int) -> None:
     assert num_read >= 6
 
 
-def test_the_largest_uint32_is_white() -> None:
+def test_largest_uint32_is_white() -> None:
     values = np.array([[0, 1 << 31, (1 << 32) - 1]], np.uint32)
     np.testing.assert_array_equal(decode(io.BytesIO(tiff(page(values, UNSIGNED, 32)))), [[0, 128, 255]])
     values = np.array([[-128, 0, 127]], np.int8)
@@ -292,7 +292,7 @@ def test_the_largest_uint32_is_white() -> None:
 
 
 def of_level(level: int, side: int = 6, **tags: int) -> Parts:
-    """A page of one level, so that the picture says which page it is."""
+    """Return a page of one level, which identifies the page."""
     return page(np.full((side, side), level, np.uint8), UNSIGNED, 8, **tags)
 
 
@@ -303,8 +303,8 @@ def level_of(data: bytes) -> int:
 
 
 @pytest.mark.parametrize(("order", "big"), [("<", False), (">", False), ("<", True)])
-def test_the_first_page_that_is_not_reduced_is_the_picture(order: str, big: bool) -> None:
-    """By NewSubfileType (a copy, a mask, both) or the old SubfileType; whatever the size of the pages."""
+def test_first_full_resolution_page_is_read(order: str, big: bool) -> None:
+    """By NewSubfileType (reduced, mask, both) or the old SubfileType, for any page size."""
     for sideways in ({"tag_254": REDUCED}, {"tag_254": MASK}, {"tag_254": REDUCED | MASK | 2}, {"tag_255": 2}):
         for retained in ({}, {"tag_254": FULL}, {"tag_254": 2}, {"tag_255": 1}, {"tag_255": 3}):
             behind = [of_level(99, order=order, **sideways), of_level(100, order=order, **retained)]
@@ -314,12 +314,12 @@ def test_the_first_page_that_is_not_reduced_is_the_picture(order: str, big: bool
                 assert level_of(data) == 200
 
 
-def test_a_big_endian_bigtiff_is_refused_by_name() -> None:
+def test_big_endian_bigtiff_is_refused_by_name() -> None:
     with pytest.raises(UnreadableFileError, match="a big-endian BigTIFF is not read; save it as a TIFF"):
         decode(io.BytesIO(tiff(of_level(200, order=">"), order=">", big=True)))
 
 
-def test_where_all_pages_are_reduced_the_largest_is_read() -> None:
+def test_largest_page_is_read_when_all_are_reduced() -> None:
     for sides in itertools.permutations((4, 8, 16)):
         pages = [of_level(10 * side, side, tag_254=REDUCED) for side in sides]
         assert level_of(tiff(*pages)) == 160
@@ -327,16 +327,16 @@ def test_where_all_pages_are_reduced_the_largest_is_read() -> None:
     assert level_of(tiff(of_level(7, tag_254=REDUCED))) == 7
 
 
-def test_a_sub_page_may_be_the_picture() -> None:
-    """As cameras and scanners store it: a thumbnail, and the picture below it. And the other way round, a pyramid."""
+def test_sub_page_may_be_the_full_resolution_image() -> None:
+    """Cameras and scanners store a thumbnail with the image below it. A pyramid is the other way round."""
     thumbnail, picture, last = of_level(1, 3, tag_254=REDUCED), of_level(200, 9), of_level(90, 9)
     assert level_of(tiff(thumbnail, last, sub_pages=(of_level(2, 4, tag_254=REDUCED), picture))) == 200
     assert level_of(tiff(thumbnail, last, sub_pages=(of_level(2, 4, tag_254=REDUCED),))) == 90
     assert level_of(tiff(picture, last, sub_pages=(thumbnail,))) == 200
 
 
-def test_the_picture_is_read_as_its_own_tags_say() -> None:
-    """Samples, orientation and size are the page's, not the thumbnail's before it."""
+def test_selected_page_is_read_by_its_own_tags() -> None:
+    """Samples, orientation and size are those of the page, not of the thumbnail before it."""
     values = samples_of(SIGNED, 16)
     for order, compression in itertools.product("<>", COMPRESSIONS):
         options = {"order": order, "compression": compression}
@@ -345,7 +345,7 @@ def test_the_picture_is_read_as_its_own_tags_say() -> None:
         assert np.abs(decode(io.BytesIO(data)) - np.rot90(stretched(values), -1)).max() <= 0.51
 
 
-def test_a_ring_or_a_crowd_of_pages_ends() -> None:
+def test_cyclic_or_very_long_page_chain_terminates() -> None:
     thumbnail = of_level(5, tag_254=REDUCED)
     data = bytearray(tiff(thumbnail))
     struct.pack_into("<I", data, len(data) - 4, struct.unpack_from("<I", data, 4)[0])
@@ -355,8 +355,8 @@ def test_a_ring_or_a_crowd_of_pages_ends() -> None:
         decode(io.BytesIO(tiff(*[thumbnail] * 100, of_level(9))))
 
 
-def test_a_chain_cut_short_before_the_picture_is_refused() -> None:
-    """The thumbnail alone is no radiograph; what comes behind the picture does not matter."""
+def test_page_chain_truncated_before_the_image_is_refused() -> None:
+    """The thumbnail alone is no radiograph. Data behind the image do not matter."""
     data = tiff(of_level(5, tag_254=REDUCED), of_level(9))
     assert level_of(data) == 9
     for end in range(len(data) - 4, len(data) - 100, -7):
@@ -367,7 +367,7 @@ def test_a_chain_cut_short_before_the_picture_is_refused() -> None:
     assert level_of(bytes(behind)) == 9
 
 
-def test_pillows_own_files_are_read() -> None:
+def test_files_written_by_pillow_are_read() -> None:
     values = samples_of(UNSIGNED, 16)
     data = io.BytesIO()
     Image.fromarray(values).save(
