@@ -1,4 +1,4 @@
-"""config.py: defaults, recipe, command line; what is refused."""
+"""Test config.py: the precedence of defaults, recipe and command line, the help text, and refused settings."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from mura_dist.core.errors import UserError
 NEEDED = ["shards=s", "run=r"]
 
 
-def test_later_wins(tmp_path: Path) -> None:
+def test_command_line_overrides_recipe_and_defaults(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('shards = "a"\nrun = "b"\nepochs = 3\nlearning_rate = 1e-3\n')
     settings = config.load(recipe, ["epochs=5", "run=some/where else", "flip=false"])
@@ -23,7 +23,7 @@ def test_later_wins(tmp_path: Path) -> None:
     assert (settings.learning_rate, settings.flip, settings.seed) == (1e-3, False, 0)
 
 
-def test_a_text_needs_no_quotes() -> None:
+def test_text_value_needs_no_quotes() -> None:
     settings = config.load(None, ["shards=2024-05-01", "run=7"])
     assert (settings.shards, settings.run) == ("2024-05-01", "7")
     assert config.load(None, ["shards='a b'", 'run="c"']).model_dump(include={"shards", "run"}) == {
@@ -32,7 +32,7 @@ def test_a_text_needs_no_quotes() -> None:
     }
 
 
-def test_settings_survive_their_file(tmp_path: Path) -> None:
+def test_settings_round_trip_through_a_recipe(tmp_path: Path) -> None:
     settings = config.load(
         None, [*NEEDED, "learning_rate=3e-5", 'pretrained=C:\\w\\"x"\n.pth', "flip=false", "epochs=7"]
     )
@@ -64,7 +64,7 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
         (["architecture=densnet169"], "architecture='densnet169' (did you mean densenet169?): input should be"),
     ],
 )
-def test_a_wrong_setting_is_named(arguments: list[str], says: str) -> None:
+def test_invalid_setting_is_named(arguments: list[str], says: str) -> None:
     with pytest.raises(UserError) as refusal:
         config.load(None, [*NEEDED, *arguments])
     assert says in str(refusal.value)
@@ -116,7 +116,7 @@ VALID = {"architecture": "tiny", "optimizer": "sgd", "precision": "fp32", "run":
 
 
 @pytest.mark.parametrize("key", SYNONYMS)
-def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> None:
+def test_synonym_of_a_setting_is_suggested(key: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     text = VALID.get(SYNONYMS[key], "3")
     recipe.write_text(f"{key} = {text if text == '3' else json.dumps(text)}\n")
@@ -143,8 +143,8 @@ def test_a_name_of_another_trainer_is_understood(key: str, tmp_path: Path) -> No
         ),
     ],
 )
-def test_the_value_of_a_synonym_is_checked_too(arguments: list[str], faults: list[str]) -> None:
-    """Law: what one start refuses, the next one does not."""
+def test_value_of_a_synonym_is_checked(arguments: list[str], faults: list[str]) -> None:
+    """All faults are named at the first start, not one after another."""
     with pytest.raises(UserError) as refusal:
         config.load(None, [*([] if "data=8" in arguments else NEEDED), *arguments])
     line = str(refusal.value)
@@ -152,12 +152,12 @@ def test_the_value_of_a_synonym_is_checked_too(arguments: list[str], faults: lis
     assert all(fault in line for fault in faults)
 
 
-def test_a_name_like_no_other_gets_no_advice() -> None:
+def test_unknown_setting_without_a_similar_name_gets_no_suggestion() -> None:
     with pytest.raises(UserError, match=r"^command line: unknown setting 'qqqq'\. See mura-dist train --help\.$"):
         config.load(None, [*NEEDED, "qqqq=1"])
 
 
-def test_synonyms_name_settings_and_are_none() -> None:
+def test_synonyms_refer_to_settings_and_are_unambiguous() -> None:
     for synonym, names in setting_names._BY_SYNONYM.items():
         assert set(names) <= config.Settings.model_fields.keys(), synonym
     keys = [*setting_names._BY_SYNONYM, *setting_names._REMEDIES]
@@ -166,8 +166,8 @@ def test_synonyms_name_settings_and_are_none() -> None:
     assert sum(map(len, setting_names._SYNONYMS)) == len(setting_names._BY_SYNONYM), "a name has one meaning"
 
 
-def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) -> None:
-    """Law: the line names each wrong key and value once, under the source it comes from, and what is missing."""
+def test_all_invalid_settings_are_named_at_once_with_their_source(tmp_path: Path) -> None:
+    """The line names each invalid key and value once, under its source, and each missing setting."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('lerning_rate = 1\nepochs = -1\nrotate_deg = 400\nseed = "x"\n')
     with pytest.raises(UserError) as refusal:
@@ -187,7 +187,7 @@ def test_all_wrong_settings_are_named_at_once_with_their_source(tmp_path: Path) 
     assert "seed" not in line
 
 
-def test_a_typo_on_the_command_line_is_not_blamed_on_the_recipe() -> None:
+def test_typo_on_the_command_line_is_attributed_to_it() -> None:
     recipe = ROOT / "launch" / "recipes" / "mura.toml"
     with pytest.raises(UserError) as refusal:
         config.load(recipe, ["lr=3e-4"])
@@ -195,7 +195,7 @@ def test_a_typo_on_the_command_line_is_not_blamed_on_the_recipe() -> None:
     assert "mura.toml" not in str(refusal.value)
 
 
-def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
+def test_invalid_recipe_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such recipe"):
         config.load(tmp_path / "none.toml")
     with pytest.raises(UserError, match="is a folder"):
@@ -207,13 +207,13 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch" / "recipes").glob("*.toml")), ids=lambda path: path.name)
-def test_our_recipes_load_and_say_what_they_claim(recipe: Path) -> None:
+def test_shipped_recipes_load_and_have_a_header(recipe: Path) -> None:
     config.load(recipe)
     header = recipe.read_text().split("\n\n")[0]
     assert all(word in header for word in ("command", "cost", "claims", "evidence"))
 
 
-def test_the_papers_recipe_is_the_papers() -> None:
+def test_mura_recipe_has_the_settings_of_the_paper() -> None:
     settings = config.load(ROOT / "launch" / "recipes" / "mura.toml")
     paper = {
         "architecture": "densenet169",
@@ -227,8 +227,8 @@ def test_the_papers_recipe_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("width", [78, 108])
-def test_the_help_has_every_setting_under_its_group(width: int) -> None:
-    """Law: each setting has exactly one group, and is listed under its heading, whole, in lines that fit."""
+def test_help_lists_every_setting_under_its_group(width: int) -> None:
+    """Each setting has exactly one group. Its entry is complete and its lines fit the width."""
     text = config.help_text(width)
     assert max(map(len, text.splitlines())) <= width
     blocks = dict(block.split("\n", 1) for block in text.split("\n\n"))
@@ -246,14 +246,14 @@ def test_the_help_has_every_setting_under_its_group(width: int) -> None:
         assert all(str(choice) in entry for choice in get_args(field.annotation))
 
 
-def test_descriptions_align_and_hang() -> None:
+def test_descriptions_of_settings_are_aligned() -> None:
     lines = [line for line in config.help_text(78).splitlines() if line.startswith("  ")]
     starts = {re.match(r"  \S+ +|  +", line).end() for line in lines}  # type: ignore[union-attr]
     assert starts == {24}
 
 
-def other_value(name: str) -> Any:
-    """A value of a setting that `NEEDED` and the defaults do not give it."""
+def different_value(name: str) -> Any:
+    """Return a value of a setting that differs from the default and from `NEEDED`."""
     field = config.Settings.model_fields[name]
     if choices := get_args(field.annotation):
         return next(choice for choice in choices if choice != field.default)
@@ -265,9 +265,9 @@ def other_value(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", config.Settings.model_fields)
-def test_a_setting_does_what_its_traits_say(name: str) -> None:
-    """Law: a setting identifies the run, is the same on all ranks and may leave this machine, but for what its traits say."""
-    field, value = config.Settings.model_fields[name], other_value(name)
+def test_setting_behaves_as_its_traits_declare(name: str) -> None:
+    """By default a setting identifies the run, is equal on all ranks and may leave this machine. Traits are the exceptions."""
+    field, value = config.Settings.model_fields[name], different_value(name)
     traits = {trait for trait in Trait if trait in field.metadata}
     settings = config.load(None, NEEDED)
     changed = settings.model_copy(update={name: value})
@@ -283,7 +283,7 @@ def test_a_setting_does_what_its_traits_say(name: str) -> None:
     assert config.shareable(changed).get(name) == (None if Trait.PATH in traits else public_value)
 
 
-def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
+def test_automatic_micro_batch_does_not_identify_a_run() -> None:
     assert "micro_batch" not in config.identity(config.load(None, [*NEEDED, "micro_batch=auto"]))
     assert "micro_batch" in config.identity(config.load(None, NEEDED))
 
@@ -298,9 +298,7 @@ def test_a_micro_batch_to_be_settled_identifies_no_run() -> None:
         (["step=compile", "compile=reduce-overhead"], "compile", "reduce-overhead"),
     ],
 )
-def test_step_and_compile_complete_each_other(
-    tmp_path: Path, arguments: list[str], step: str, mode: str | None
-) -> None:
+def test_step_and_compile_imply_each_other(tmp_path: Path, arguments: list[str], step: str, mode: str | None) -> None:
     settings = config.load(None, [*NEEDED, *arguments])
     assert (settings.step, settings.compile_mode) == (step, mode)
     (tmp_path / "recipe.toml").write_text(config.to_toml(settings))
@@ -308,6 +306,6 @@ def test_step_and_compile_complete_each_other(
 
 
 @pytest.mark.parametrize("step", ["eager", "graph"])
-def test_a_step_that_compiles_nothing_with_a_mode_is_refused(step: str) -> None:
+def test_compile_mode_with_an_uncompiled_step_is_refused(step: str) -> None:
     with pytest.raises(UserError, match=f"compile='default' contradicts step='{step}', which compiles nothing"):
         config.load(None, [*NEEDED, f"step={step}", "compile=default"])

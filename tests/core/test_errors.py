@@ -1,4 +1,4 @@
-"""Which errors are the machine's: of reading, of memory."""
+"""Test errors.py: classification of errors as I/O faults of the machine and as out of memory."""
 
 import errno
 
@@ -28,12 +28,12 @@ def test_errors_of_disk_network_and_process_are_io_faults(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILE)
-def test_errors_of_a_file_or_its_name_are_none(name: str) -> None:
+def test_errors_of_a_file_or_its_name_are_no_io_faults(name: str) -> None:
     assert not is_io_fault(OSError(getattr(errno, name), "said by the system"))
 
 
-def test_errors_without_a_number_go_by_their_kind() -> None:
-    """What fsspec's stores raise."""
+def test_errors_without_errno_are_classified_by_class() -> None:
+    """fsspec's stores raise such errors."""
     assert is_io_fault(TimeoutError())
     assert is_io_fault(ConnectionResetError("by peer"))
     assert not is_io_fault(OSError("image file is truncated"))
@@ -41,7 +41,7 @@ def test_errors_without_a_number_go_by_their_kind() -> None:
     assert not is_io_fault(ValueError("embedded null byte"))
 
 
-def test_libraries_say_in_words_that_there_is_no_memory() -> None:
+def test_out_of_memory_is_detected_in_messages_of_libraries() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("can't start new thread"))
     assert is_out_of_memory(ImportError("libx.so: failed to map segment from shared object"))

@@ -1,4 +1,4 @@
-"""Files are whole or absent, under names that nobody can guess."""
+"""Test files.py: files are complete or absent, under temporary names that nobody can guess, with the right permissions."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="processes that fork, link
 
 
 def killed_inside(path: Path, write: str) -> None:
-    """Leave what a process leaves that is killed in the block of `write`."""
+    """Leave the files of a process that is killed inside the block of `write`."""
     if (child := os.fork()) == 0:
         with getattr(files, write)(path) as file:
             if not isinstance(file, Path):
@@ -24,7 +24,7 @@ def killed_inside(path: Path, write: str) -> None:
     os.waitpid(child, 0)
 
 
-def test_two_writers_of_one_name_share_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_of_one_file_are_independent(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with files.replacing(path) as first:
         first.write(b"first")
@@ -35,7 +35,7 @@ def test_two_writers_of_one_name_share_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_names_cannot_be_guessed(tmp_path: Path) -> None:
+def test_temporary_names_are_random(tmp_path: Path) -> None:
     names = set()
     for _ in range(8):
         with files.replacing(tmp_path / "a"):
@@ -44,8 +44,8 @@ def test_names_cannot_be_guessed(tmp_path: Path) -> None:
 
 
 @posix
-def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a name has been guessed: it is refused, and the file behind the link stays."""
+def test_symlink_at_a_guessed_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write is refused, and the target of the link is unchanged."""
     monkeypatch.setattr(files.secrets, "token_hex", lambda length: "0" * 2 * length)
     victim, path = tmp_path / "victim", tmp_path / "folder" / "a"
     victim.write_bytes(b"intact")
@@ -63,7 +63,7 @@ def test_no_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @posix
 @pytest.mark.parametrize("write", ["replacing", "creating", "scratch"])
-def test_what_a_killed_writer_leaves_is_deleted_and_a_living_ones_is_not(write: str, tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_deleted_and_of_a_live_one_are_not(write: str, tmp_path: Path) -> None:
     killed_inside(tmp_path / "a", write)
     assert len(os.listdir(tmp_path)) == 1
     with files.replacing(tmp_path / "alive") as living:
@@ -75,8 +75,8 @@ def test_what_a_killed_writer_leaves_is_deleted_and_a_living_ones_is_not(write: 
     assert (tmp_path / "alive").read_bytes() == b"whole"
 
 
-def test_another_machines_file_is_stale_when_it_is_old(tmp_path: Path) -> None:
-    """Nobody here can tell whether its writer lives: only that a scratch file may well be read for days."""
+def test_file_of_another_machine_is_stale_by_age(tmp_path: Path) -> None:
+    """Its writer cannot be checked from this machine. A scratch file may be read for days."""
     ages_days = {".a.0123abcd-0123456789abcdef.partial": 2, ".b.0123abcd-0123456789abcdef.partial": 0.5}
     ages_days |= {".c.0123abcd-0123456789abcdef.scratch": 2, ".d.0123abcd-0123456789abcdef.scratch": 31}
     foreign = {".e.partial": 99, ".git": 99, "f.0123abcd-0123456789abcdef.partial": 99}
@@ -88,14 +88,14 @@ def test_another_machines_file_is_stale_when_it_is_old(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == {*list(ages_days)[1:3], *foreign}
 
 
-def test_a_file_whose_name_is_as_long_as_names_may_be(tmp_path: Path) -> None:
+def test_file_name_of_maximum_length_is_written(tmp_path: Path) -> None:
     path = tmp_path / ("é" * 127)
     files.write_bytes(path, b"whole")
     assert path.read_bytes() == b"whole"
 
 
 @posix
-def test_permissions_hold_from_the_first_byte(tmp_path: Path) -> None:
+def test_permissions_are_set_before_the_first_byte(tmp_path: Path) -> None:
     for mode, umask in (
         (files.PRIVATE, 0o000),
         (files.PRIVATE, 0o277),
@@ -112,9 +112,7 @@ def test_permissions_hold_from_the_first_byte(tmp_path: Path) -> None:
         assert (unfinished, (tmp_path / "a").stat().st_mode & 0o777) == (expected, expected)
 
 
-def test_a_folder_of_the_user_is_named_or_below_home_or_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_user_folder_is_from_the_variable_or_below_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert files.user_folder("XDG_CACHE_HOME", ".cache") == tmp_path / ".cache"
@@ -124,7 +122,7 @@ def test_a_folder_of_the_user_is_named_or_below_home_or_refused(
 
 
 @pytest.mark.usefixtures("homeless")
-def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> None:
+def test_missing_home_is_refused_with_the_variable_to_set(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"HOME is not set and the system does not know this user.*XDG_CACHE_HOME=FOLDER"
     ):
@@ -136,7 +134,7 @@ def test_without_a_home_the_variables_that_name_one_are_said(tmp_path: Path) -> 
 
 @posix
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
-def test_what_is_private_is_its_owners_alone_and_nothing_else_is(umask: int, tmp_path: Path) -> None:
+def test_only_private_folders_are_restricted_to_their_owner(umask: int, tmp_path: Path) -> None:
     before, modes = os.umask(umask), {}
     try:
         files_of = {"out": tmp_path / "out/deep/a", "beside": tmp_path / "beside/a", "like it": tmp_path / "outer/a"}
@@ -159,7 +157,7 @@ def test_what_is_private_is_its_owners_alone_and_nothing_else_is(umask: int, tmp
 
 
 @posix
-def test_a_folder_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
+def test_existing_folder_keeps_its_permissions(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out").chmod(0o755)
     with files.private(tmp_path / "out"):
@@ -167,8 +165,8 @@ def test_a_folder_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "out", tmp_path / "out/a")] == [0o755, 0o600]
 
 
-def test_reading_json_takes_memory_for_the_file_alone(tmp_path: Path) -> None:
-    """And a file that never ends is a damaged one."""
+def test_reading_json_allocates_the_size_of_the_file(tmp_path: Path) -> None:
+    """An endless file is invalid."""
     files.write_json(tmp_path / "a.json", {"a": 1})
     tracemalloc.start()
     try:

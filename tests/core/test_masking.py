@@ -1,4 +1,4 @@
-"""No secret of a URL is printed or kept, wherever the URL goes."""
+"""Test that no secret of a URL is printed or stored, in any message, file or setting."""
 
 import http.server
 import json
@@ -45,7 +45,7 @@ def check(text: str) -> None:
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_url_is_known_without_its_secrets(url: str) -> None:
+def test_secrets_of_a_url_are_masked(url: str) -> None:
     assert mask_url(url) == URLS[url] == mask_url(mask_url(url))
     text = f"cannot read {url}: it is gone; see '{url}', ({url}), <{url}>."
     masked = URLS[url]
@@ -53,12 +53,12 @@ def test_a_url_is_known_without_its_secrets(url: str) -> None:
 
 
 @pytest.mark.parametrize("text", INNOCENT)
-def test_what_holds_no_secret_stays(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert mask_url(text) == text
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_no_error_recipe_status_or_line_holds_a_secret(
+def test_errors_recipes_status_and_output_hold_no_secret(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (UserError, RunError, StopRequestedError):
@@ -88,7 +88,7 @@ def test_no_error_recipe_status_or_line_holds_a_secret(
 
 
 class _Forbidding(http.server.BaseHTTPRequestHandler):
-    """A store that lets nobody in, and says what was asked of it."""
+    """Server that refuses every request and repeats the path in the error."""
 
     def do_GET(self) -> None:
         self.send_error(403 if "403" in self.path else 404, self.path)
@@ -114,7 +114,7 @@ def raised(contents: list[bytes | OSError]) -> None:
 
 
 @pytest.mark.parametrize("path", ["403", "404", "403?token=sigsigsig", "404?token=sigsigsig"])
-def test_what_a_store_says_is_masked_too(
+def test_messages_of_a_store_are_masked(
     path: str, server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("aiohttp")
@@ -135,7 +135,7 @@ def test_what_a_store_says_is_masked_too(
 
 
 @pytest.mark.slow
-def test_nothing_of_a_conversion_keeps_a_secret(
+def test_conversion_stores_and_prints_no_secret(
     phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = f"memory://{KEY}:hunter2@ward", f"memory://{KEY}:hunter2@shards"

@@ -1,4 +1,4 @@
-"""Former names of settings work in recipes, on the command line and in check(), and mean the new setting."""
+"""Test that former names of settings still work in recipes, on the command line and in check()."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ NEEDED = ["shards=s", "run=r"]
 VALUES = {"optimiser": "sgd", "wait_s": 7.5, "timeout_s": 33.0}
 
 
-def test_each_former_name_has_a_value_here() -> None:
+def test_every_former_name_is_covered() -> None:
     assert VALUES.keys() == RENAMED.keys()
     assert not RENAMED.keys() & config.Settings.model_fields.keys()
     assert set(RENAMED.values()) <= config.Settings.model_fields.keys()

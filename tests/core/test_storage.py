@@ -1,4 +1,4 @@
-"""storage.py and cache.py: the same folder on this machine, in memory and behind an S3 server (moto's, on this machine)."""
+"""Test storage.py and cache.py: a folder behaves equally on disk, in memory and on an S3 server (moto on this machine)."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return storage.open_storage(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
 
 
-def test_a_folder_is_the_same_wherever_it_lies(folder: Storage, tmp_path: Path) -> None:
+def test_folder_operations_are_equal_for_all_stores(folder: Storage, tmp_path: Path) -> None:
     assert folder.names() == set()
     for name, data in FILES.items():
         folder.write(name, data)
@@ -59,22 +59,21 @@ def test_a_folder_is_the_same_wherever_it_lies(folder: Storage, tmp_path: Path) 
         assert again.read("deep/er/b.bin") == FILES["deep/er/b.bin"]
 
 
-def test_a_write_that_breaks_off_leaves_the_old_file(folder: Storage) -> None:
-    """Law of torn writes, the same for a disk and an object store."""
+def test_interrupted_write_keeps_the_old_file(folder: Storage) -> None:
     folder.write("x", b"old")
 
-    def break_off() -> None:
+    def write_interrupted() -> None:
         with folder.writing("x") as file:
             file.write(b"half of the n")
             raise RuntimeError("broke off")
 
     with pytest.raises(RuntimeError, match="broke off"):
-        break_off()
+        write_interrupted()
     assert folder.read("x") == b"old"
     assert folder.names() == {"x"}
 
 
-def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
+def test_hidden_folders_are_skipped(tmp_path: Path) -> None:
     for name in (".hidden/x", "a/x", "a/.y", "a/.hidden/x"):
         storage.open_storage(tmp_path).write(name, b"1")
     (tmp_path / ".link").symlink_to("a")
@@ -85,8 +84,8 @@ def test_hidden_folders_are_left_out(tmp_path: Path) -> None:
     assert sorted(storage.open_storage(tmp_path).files()) == files
 
 
-def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
-    """Real folders come first, then the least deep link; what a link leads to again is named, and loops end."""
+def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
+    """Real folders come first, then the link of the least depth. Repeated targets are reported, and loops end."""
     for name in ("in/real/x", "out/b/x", "out/b/deep/y", "out/c/z"):
         storage.open_storage(tmp_path).write(name, b"1")
     links = {
@@ -115,13 +114,13 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path: Path) -> None:
     ("url", "parts"),
     [("nonsense://x/y", ("nonsense://x/y", "a URL that fsspec supports")), ("gs://x/y", ("gs://x/y", "not installed"))],
 )
-def test_a_url_nobody_knows_is_refused(url: str, parts: tuple[str, ...], tmp_path: Path, capsys) -> None:
+def test_unsupported_url_is_refused(url: str, parts: tuple[str, ...], tmp_path: Path, capsys) -> None:
     laws.refusal(capsys, ["shards", url, tmp_path / "out"], *parts)
     laws.refusal(capsys, ["shards", tmp_path, url], *parts)
 
 
 @pytest.mark.slow
-def test_a_store_that_does_not_answer_is_one_line(s3: str, tmp_path: Path) -> None:
+def test_unreachable_store_is_a_one_line_error(s3: str, tmp_path: Path) -> None:
     done = run("mura-dist", "shards", f"{s3}-which-is-not/x", tmp_path / "out", "--quiet")
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -133,7 +132,7 @@ def test_a_store_that_does_not_answer_is_one_line(s3: str, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def whole(cache: Cache, phantoms: Path) -> Path:
+def converted_shards(cache: Cache, phantoms: Path) -> Path:
     return cache.path("shards-48", lambda folder: convert(phantoms, folder, size=48, workers=2))
 
 
@@ -150,8 +149,8 @@ def upload(source: Path, target: Storage) -> None:
         pytest.param("from", marks=pytest.mark.nightly(part="files")),
     ],
 )
-def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
-    direction: str, folder: Storage, phantoms: Path, whole: Path, tmp_path: Path
+def test_conversion_from_and_to_a_url_gives_identical_bytes(
+    direction: str, folder: Storage, phantoms: Path, converted_shards: Path, tmp_path: Path
 ) -> None:
     source, out = phantoms, tmp_path / "out"
     if direction != "to":
@@ -166,30 +165,30 @@ def test_a_conversion_from_and_to_a_url_gives_the_same_bytes(
     converted.mkdir()
     for name in storage.open_storage(out).names():
         storage.open_storage(out).copy_to(name, converted / name)
-    laws.same_bytes(whole, converted, leave_out=("conversion.json",))
+    laws.same_bytes(converted_shards, converted, leave_out=("conversion.json",))
     assert list(verify(out)) == []
 
 
-def test_a_conversion_to_a_url_resumes(s3: str, phantoms: Path, whole: Path, tmp_path: Path) -> None:
+def test_conversion_to_a_url_resumes(s3: str, phantoms: Path, converted_shards: Path, tmp_path: Path) -> None:
     out = storage.open_storage(f"{s3}/{tmp_path.name}/out")
     convert(phantoms, str(out), size=48, workers=2)
     for name in ("index.json", "valid-000000.json", "valid-000000.tar"):
         out.remove(name)
-    size = (whole / "train-000000.tar").stat().st_size
+    size = (converted_shards / "train-000000.tar").stat().st_size
     out.write("train-000000.tar", b"not to be made again: its size is right".ljust(size))
     out.write("tune-000000.tar", b"to be made again: its size is not the mark's")
     convert(phantoms, str(out), size=48, workers=1)
     for name in ("valid-000000.tar", "tune-000000.tar"):
-        assert out.read(name) == (whole / name).read_bytes()
+        assert out.read(name) == (converted_shards / name).read_bytes()
     assert out.read("train-000000.tar").startswith(b"not to be")
     with pytest.raises(RunError, match=r"train-000000\.tar differs from its SHA-256 in index\.json \(2 attempts\)"):
         Shards.open(str(out), mirror=tmp_path / "mirror")
 
 
-def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: Path) -> None:
+def test_remote_shards_are_mirrored_once(s3: str, converted_shards: Path, tmp_path: Path) -> None:
     remote = storage.open_storage(f"{s3}/{tmp_path.name}")
-    upload(whole, remote)
-    opened, local = Shards.open(str(remote), mirror=tmp_path / "mirror"), Shards.open(whole)
+    upload(converted_shards, remote)
+    opened, local = Shards.open(str(remote), mirror=tmp_path / "mirror"), Shards.open(converted_shards)
     for row in local.rows("valid").tolist():
         np.testing.assert_array_equal(opened.read_pixels(row), local.read_pixels(row))
     for name in remote.names():
@@ -201,11 +200,13 @@ def test_shards_behind_a_url_are_mirrored_once(s3: str, whole: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> None:
-    """Also of a local folder, a slow disk for example: three processes at once, one copy, no half of one."""
+def test_one_process_of_a_node_copies_for_all_others(converted_shards: Path, tmp_path: Path) -> None:
+    """Three processes open a local folder at once. There is one complete copy."""
     context = multiprocessing.get_context("spawn")
     opened = context.Queue()
-    ranks = [context.Process(target=open_mirrored, args=(whole, tmp_path / "mirror", opened)) for _ in range(3)]
+    ranks = [
+        context.Process(target=open_mirrored, args=(converted_shards, tmp_path / "mirror", opened)) for _ in range(3)
+    ]
     for rank in ranks:
         rank.start()
     folders = {opened.get(timeout=60) for _ in ranks}
@@ -214,23 +215,23 @@ def test_one_process_of_a_node_copies_for_all(whole: Path, tmp_path: Path) -> No
     assert len(folders) == 1
     [folder] = (tmp_path / "mirror").iterdir()
     assert not [path for path in folder.iterdir() if path.name.endswith(".partial")]
-    assert {path.name for path in folder.glob("*.tar")} == {path.name for path in whole.glob("*.tar")}
+    assert {path.name for path in folder.glob("*.tar")} == {path.name for path in converted_shards.glob("*.tar")}
 
 
-def test_a_mirror_that_was_cut_short_goes_on(whole: Path, tmp_path: Path) -> None:
-    folder = cache.local_folder(whole, tmp_path / "mirror")
+def test_interrupted_mirror_is_completed(converted_shards: Path, tmp_path: Path) -> None:
+    folder = cache.local_folder(converted_shards, tmp_path / "mirror")
     (folder / "index.json").unlink()
     (folder / "train-000000.tar").unlink()
     (folder / ".train-000000.tar.partial").write_bytes(b"half")
     modified_ns = (folder / "valid-000000.tar").stat().st_mtime_ns
-    assert cache.local_folder(whole, tmp_path / "mirror") == folder
+    assert cache.local_folder(converted_shards, tmp_path / "mirror") == folder
     assert list(verify(folder)) == []
     assert (folder / "valid-000000.tar").stat().st_mtime_ns == modified_ns
 
 
-def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: Path) -> None:
+def test_mirror_without_free_space_is_refused_before_copying(converted_shards: Path, tmp_path: Path) -> None:
     source = tmp_path / "huge"
-    shutil.copytree(whole, source)
+    shutil.copytree(converted_shards, source)
     index = json.loads((source / "index.json").read_bytes())
     index["splits"]["train"]["shards"][0]["bytes"] = 10**16
     (source / "index.json").write_text(json.dumps(index))
@@ -241,7 +242,7 @@ def test_no_room_for_a_mirror_is_said_before_it_is_tried(whole: Path, tmp_path: 
     assert not list((tmp_path / "mirror").rglob("*.tar"))
 
 
-def test_what_are_no_shards_behind_a_url_is_refused(tmp_path: Path) -> None:
+def test_url_without_valid_shards_is_refused(tmp_path: Path) -> None:
     remote = storage.open_storage(f"memory://{tmp_path.name}")
     with pytest.raises(UserError, match=r"memory://.*holds no shards \(no index\.json\)\. Make them with"):
         Shards.open(str(remote))
