@@ -1,4 +1,4 @@
-"""bench: every WHAT at a size of seconds, the clock on contenders of known speed, loaders against each other, what is refused."""
+"""Test bench: every benchmark at a size of seconds, the clock on contenders of known speed, the loaders, and refused requests."""
 
 import itertools
 import json
@@ -46,13 +46,13 @@ def load_of(folder: Path, scratch: Path, paths: list[str], *, workers: int = 2) 
 
 
 @pytest.fixture
-def nothing(tmp_path: Path) -> Load:
+def empty_load(tmp_path: Path) -> Load:
     return load_of(tmp_path, tmp_path, [], workers=1)
 
 
 @pytest.fixture(scope="module")
 def small(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """24 radiographs, their raw shards and the tar of their bytes, where the contenders of `pipeline` look for them."""
+    """Return a load of 24 radiographs, with their raw shards and the tar of their bytes for `pipeline`."""
     options = Options(data=phantoms)
     load = workload.prepare(options, tmp_path_factory.mktemp("small"), size=S, number=24)
     convert(load.folder, load.scratch / "shards", size=S, workers=1)
@@ -69,7 +69,7 @@ def spreads(measured: Any) -> Iterator[dict[str, float]]:
 
 
 def check(measured: dict[str, Any], what: str) -> None:
-    """What `run` documents: the keys, the contenders, every number finite and (but for changes of memory) positive."""
+    """Assert what `run` documents: the keys, the contenders, and finite numbers, positive except for changes of memory."""
     keys = {"what", "command", "hardware", "versions", "workload", "rounds", "contenders", "ratios"}
     assert set(measured) == keys | MORE.get(what, set())
     assert (measured["what"], measured["rounds"], measured["workload"]["radiographs"]) == (what, 1, 24)
@@ -107,13 +107,13 @@ def measure(what: str, options: Options, scratch: Path, monkeypatch: pytest.Monk
     assert sum(line.startswith("round 1 of 1: ") for line in lines) == sum(NUM_CONTENDERS[what])
     assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     check(measured, what)
-    assert not list(scratch.glob("mura-dist-*"))  # nothing of own stays behind
+    assert not list(scratch.glob("mura-dist-*"))  # no temporary folder remains
     return measured
 
 
 @pytest.mark.nightly(part="training")
 @pytest.mark.parametrize("what", ["predict", "train", "ranks"])
-def test_every_bench_gives_the_documented_numbers(
+def test_benchmark_gives_the_documented_numbers(
     what: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = measure(what, options_of(phantoms), tmp_path, monkeypatch)
@@ -125,7 +125,7 @@ def test_every_bench_gives_the_documented_numbers(
 
 
 @pytest.mark.nightly(part="training")
-def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
+def test_pipeline_measures_rates_and_the_cost_of_a_start(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "WORKER_COUNTS", (1, 2))
@@ -149,7 +149,9 @@ def test_pipeline_gives_rates_of_all_and_what_a_start_costs(
 
 
 @pytest.mark.nightly(part="training")
-def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encodings_measures_the_change_of_the_probability(
+    phantoms: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     measured = measure("encodings", options_of(phantoms, size=None, model=model), tmp_path, monkeypatch)
@@ -172,7 +174,7 @@ def test_encodings_with_a_model(phantoms: Path, model: Path, tmp_path: Path, mon
     assert "not measured (give --model MODEL.onnx)" in runner.table(measured)
 
 
-def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: Path, tmp_path: Path) -> None:
+def test_probability_change_equals_the_difference_of_model_outputs(small: Load, model: Path, tmp_path: Path) -> None:
     from mura_dist.inference.onnx_model import OnnxModel
 
     load = load_of(small.folder, tmp_path, small.paths)
@@ -191,7 +193,7 @@ def test_the_change_of_the_probability_is_that_of_the_model(small: Load, model: 
 
 
 @pytest.mark.slow
-def test_the_command_prints_json_and_nothing_else_on_stdout_and_draws(phantoms: Path, tmp_path: Path) -> None:
+def test_command_prints_only_json_on_stdout_and_draws_a_plot(phantoms: Path, tmp_path: Path) -> None:
     sizes = ("--size", S, "--radiographs", 24, "--rounds", 1)
     picture = tmp_path / "bench.png"
     done = command("mura-dist", "bench", "shards", "--data", phantoms, *sizes, "--json", "--plot", picture)
@@ -211,13 +213,13 @@ def play(contenders: list[Contender], load: Load, rounds: int, seconds: float, l
     return clock.play(contenders, load, rounds=rounds, seconds=seconds, log=log)
 
 
-def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
+def test_contenders_are_timed_in_turns(empty_load: Load, capfd: pytest.CaptureFixture[str]) -> None:
     contenders = [
         Contender("quick", partial(toys.sleeper, 0.01), is_own=True),
         Contender("slow", partial(toys.sleeper, 0.1)),
     ]
     lines: list[str] = []
-    measured = play(contenders, nothing, 3, 0.15, lines.append)
+    measured = play(contenders, empty_load, 3, 0.15, lines.append)
     quick, slow = measured["contenders"]
     assert quick["images_per_s"]["max"] <= 100  # a sleep lasts as long as asked or longer: only upper bounds are sure
     assert slow["images_per_s"]["max"] <= 10
@@ -231,11 +233,13 @@ def test_the_clock_and_the_turns(nothing: Load, capfd: pytest.CaptureFixture[str
     assert "talks" in err  # stdout is for the result
 
 
-def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
+def test_peer_uses_its_fastest_number_of_workers(empty_load: Load) -> None:
     pauses = {1: 0.1, 2: 0.005, 4: 0.05}
     peer = Contender("peer", partial(toys.by_workers, pauses), worker_counts=(1, 2, 4))
     lines: list[str] = []
-    measured = play([Contender("own", partial(toys.sleeper, 0.01), is_own=True), peer], nothing, 1, 0.2, lines.append)
+    measured = play(
+        [Contender("own", partial(toys.sleeper, 0.01), is_own=True), peer], empty_load, 1, 0.2, lines.append
+    )
     own, peer_results = measured["contenders"]
     assert (own["workers"], own["tried"]) == (1, {})
     assert peer_results["workers"] == 2
@@ -245,20 +249,20 @@ def test_a_peer_takes_the_workers_that_serve_it_best(nothing: Load) -> None:
     assert "workers of peer: 2; images/s with 1: " in lines[0]
 
 
-def test_what_a_queue_held_at_the_start_of_a_turn_does_not_count(nothing: Load) -> None:
+def test_items_queued_before_a_turn_are_not_counted(empty_load: Load) -> None:
     neighbor = Contender("neighbor", partial(toys.sleeper, 0.8), is_own=True)
     for is_stream, most in ((True, 1 / 0.05), (False, math.inf)):
-        measured = play([neighbor, Contender("queue", toys.queue, is_stream=is_stream)], nothing, 2, 0.0)
+        measured = play([neighbor, Contender("queue", toys.queue, is_stream=is_stream)], empty_load, 2, 0.0)
         rates = measured["contenders"][1]["images_per_s"]
         assert rates["max"] <= most
         assert is_stream or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
 
 
-def test_a_contender_that_fails_says_so(nothing: Load) -> None:
+def test_failed_contender_is_an_error(empty_load: Load) -> None:
     with pytest.raises(RunError, match="a contender's process died"):
-        play([Contender("dies", toys.dier)], nothing, 1, 0)
+        play([Contender("dies", toys.exiting_contender)], empty_load, 1, 0)
     with pytest.raises(UserError, match="a contender's own words"):
-        play([Contender("quarrels", toys.quarreller)], nothing, 1, 0)
+        play([Contender("quarrels", toys.failing_contender)], empty_load, 1, 0)
 
 
 # ---- the loaders
@@ -271,8 +275,8 @@ def test_a_contender_that_fails_says_so(nothing: Load) -> None:
         *(pytest.param(peer, marks=pytest.mark.nightly(part="training")) for peer in peers.IMPORTS),
     ],
 )
-def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> None:
-    """Each batch is of 8; an epoch shows many radiographs; undone, the mean brightness is that of the files."""
+def test_loaders_augment_the_same_radiographs(name: str, small: Load) -> None:
+    """Batches have 8 images, an epoch has many different ones, and the mean brightness of the center is that of the files."""
     folder = small.scratch / "shards"
     own: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
     own |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
@@ -290,7 +294,7 @@ def test_every_loader_augments_the_same_radiographs(name: str, small: Load) -> N
     assert turned_dark >= 0  # the corners turn in from outside: fill 0
 
 
-def test_the_tar_of_original_bytes_has_each_file_at_its_place(small: Load) -> None:
+def test_tar_of_original_bytes_matches_its_index(small: Load) -> None:
     tar, lines = (small.scratch / f"files.{suffix}" for suffix in ("tar", "idx"))
     data, (header, *rest) = tar.read_bytes(), lines.read_text().splitlines()
     assert header == f"v1.2 {len(small.paths)}"
@@ -299,7 +303,7 @@ def test_the_tar_of_original_bytes_has_each_file_at_its_place(small: Load) -> No
         assert data[int(offset) : int(offset) + int(size)] == (small.folder / path).read_bytes()
 
 
-def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path) -> None:
+def test_file_that_opencv_cannot_decode_is_named(small: Load, tmp_path: Path) -> None:
     folder, name = tmp_path / "radiographs", small.paths[0]
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_bytes(b"no image at all")
@@ -313,10 +317,12 @@ def test_a_file_that_opencv_does_not_decode_is_named(small: Load, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_its_growth_are_measured(empty_load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-    loader = Loader("hoarder", partial(toys.hoarder, 4), ("torch", "helpers.contenders"), 16, grows=True, is_own=True)
-    (row,) = footprint.measure([loader], [nothing], 2, print)
+    loader = Loader(
+        "hoarder", partial(toys.growing_loader, 4), ("torch", "helpers.contenders"), 16, grows=True, is_own=True
+    )
+    (row,) = footprint.measure([loader], [empty_load], 2, print)
     assert (row["name"], row["num_processes"], row["images_an_epoch"]) == ("hoarder", 2, 16)
     assert 8 <= row["private_mib"]["median"] < 8 + 16  # two batches an epoch, 4 MiB each
     assert 9 * 8 <= row["growth_mib"]["median"] < 9 * 8 + 16
@@ -328,15 +334,15 @@ def test_memory_and_its_growth_are_seen(nothing: Load, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_loader_that_fails_says_so(nothing: Load, capfd: pytest.CaptureFixture[str]) -> None:
-    loader = Loader("the failing loader", partial(pipeline.batches, nothing.folder, "cpu"), ("torch",), 8)
+def test_failed_loader_is_an_error(empty_load: Load, capfd: pytest.CaptureFixture[str]) -> None:
+    loader = Loader("the failing loader", partial(pipeline.batches, empty_load.folder, "cpu"), ("torch",), 8)
     with pytest.raises(RunError, match="the process of the failing loader exited with status 1"):
-        footprint.measure([loader], [nothing], 1, print)
+        footprint.measure([loader], [empty_load], 1, print)
     assert "holds no shards" in capfd.readouterr().err
 
 
-def test_a_start_is_not_burdened_with_what_it_does_not_need() -> None:
-    """Who measures the start of others must not add to it."""
+def test_measuring_process_imports_no_heavy_package() -> None:
+    """Its imports would add to the measured start of the contenders."""
     texts = "import sys; import mura_dist.bench.footprint, mura_dist.bench.peers; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", texts], capture_output=True, text=True, check=True)
     heavy = {"numpy", "pandas", "pydantic", "torch", "PIL", "cv2", "nvidia", "webdataset", "matplotlib", "deepspeed"}
@@ -347,7 +353,7 @@ def test_a_start_is_not_burdened_with_what_it_does_not_need() -> None:
 
 
 @pytest.mark.parametrize("number", [16, 500])
-def test_the_workload_has_as_many_radiographs_as_wanted(number: int, phantoms: Path, tmp_path: Path) -> None:
+def test_workload_has_the_requested_number_of_radiographs(number: int, phantoms: Path, tmp_path: Path) -> None:
     total = len(scan(phantoms).manifest.frame)
     assert 16 < total < 500 < 5 * total
     load = workload.prepare(Options(data=phantoms), tmp_path, size=S, number=number)
@@ -362,7 +368,7 @@ def test_the_workload_has_as_many_radiographs_as_wanted(number: int, phantoms: P
     assert all(mura.parse(path).label == mura.parse(str((load.folder / path).resolve())).label for path in load.paths)
 
 
-def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Path) -> None:
+def test_files_that_not_every_contender_reads_are_skipped(phantoms: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(phantoms, source)
     broken, renamed, *_ = (source / path for path in scan(source).manifest.frame["path"])
@@ -380,7 +386,7 @@ def test_what_not_every_contender_reads_is_left_out(phantoms: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("what", ["shards", "pipeline"])
-def test_real_radiographs_are_repeated_to_3000(what: str, tmp_path: Path) -> None:
+def test_default_workload_of_real_radiographs_is_3000(what: str, tmp_path: Path) -> None:
     assert runner._size_and_number(what, Options(data=tmp_path)) == (320, 3000)
     assert runner._size_and_number(what, Options())[1] < 3000
     assert runner._size_and_number(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
@@ -389,7 +395,7 @@ def test_real_radiographs_are_repeated_to_3000(what: str, tmp_path: Path) -> Non
 # ---- pictures and refusals
 
 
-def test_a_plot_shows_every_number(tmp_path: Path) -> None:
+def test_plot_shows_every_number(tmp_path: Path) -> None:
     def spread(middle: float) -> dict[str, float]:
         return {"median": middle, "min": middle / 2, "max": 2 * middle}
 
@@ -418,7 +424,7 @@ def test_a_plot_shows_every_number(tmp_path: Path) -> None:
     assert {(0x1F, 0x6F, 0x8B), (0xB8, 0xB8, 0xB8)} <= colors  # a bar of each side
 
 
-def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     whats = "shards, pipeline, encodings, train, ranks, predict"
     laws.refusal(capsys, ["bench", "trian"], "'trian'", "did you mean train?", whats)
     laws.refusal(capsys, ["bench", "shards", "--rounds", 0], "--rounds", "0 is not in the range x>=1")
@@ -428,7 +434,7 @@ def test_wrong_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path
     laws.refusal(capsys, ["bench", "pipeline", "--radiographs", 16, "--batch", 17], *texts)
 
 
-def test_a_model_that_does_not_serve_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+def test_unsuitable_model_is_refused(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     arguments = ["bench", "encodings", "--model", model.with_name("none.onnx")]
     laws.refusal(capsys, arguments, "none.onnx: no such file", "Give the model.onnx that `mura-dist export` wrote")
     arguments[-1] = model
@@ -438,9 +444,7 @@ def test_a_model_that_does_not_serve_is_refused(capsys: pytest.CaptureFixture[st
     laws.refusal(capsys, ["bench", "pipeline", "--model", model], *texts)
 
 
-def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_unwritable_plot_is_refused_before_measuring(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     for name, texts in {
         "plot.svg": ("plot.svg", "the plot is a PNG", "a name that ends in .png."),
@@ -450,14 +454,14 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
         laws.refusal(capsys, ["bench", "shards", "--plot", tmp_path / name], f"--plot {tmp_path / name}", *texts)
 
 
-def test_what_is_kept_leaves_out_the_weights() -> None:
+def test_activation_bytes_exclude_the_weights() -> None:
     linear, image = torch.nn.Linear(100, 1, bias=False), torch.ones(3, 100, requires_grad=True)
     assert activation_bytes(linear, image) == 3 * 100 * 4
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
-def test_two_ranks_want_a_gpu_each(num_gpus: int) -> None:
-    """NCCL refuses two ranks of one GPU, one of them after minutes; on a CPU they share it."""
+def test_two_ranks_need_a_gpu_each(num_gpus: int) -> None:
+    """NCCL refuses two ranks on one GPU, one of them after minutes. On a CPU they share it."""
     if num_gpus == 1:
         with pytest.raises(UserError, match=r"2 ranks need a GPU each, and 1 is visible.*CUDA_VISIBLE_DEVICES"):
             ranks.check_devices(num_gpus)

@@ -1,4 +1,4 @@
-"""The command line: complete help, exit statuses, one line for each wrong request."""
+"""Test the command line: complete help, exit statuses, and a one-line error for each invalid request."""
 
 import json
 import re
@@ -22,12 +22,12 @@ COMMANDS = (
 )
 
 
-def test_the_commands_are_the_contracts() -> None:
+def test_commands_are_the_documented_ones() -> None:
     assert set(cli.commands) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_complete(command: str, capsys) -> None:
+def test_help_describes_every_parameter(command: str, capsys) -> None:
     assert main([command, "--help"]) == DONE
     text = capsys.readouterr().out
     for parameter in cli.commands[command].params:
@@ -46,19 +46,19 @@ def test_help_of_train_lists_every_setting(capsys) -> None:
     assert all(re.search(rf"^  +{name} ", text, re.MULTILINE) for name in Settings.model_fields)
 
 
-def test_version(capsys) -> None:
+def test_version_option_prints_the_version(capsys) -> None:
     assert main(["--version"]) == DONE
     assert __version__ in capsys.readouterr().out
 
 
-def test_no_command_shows_the_commands(capsys) -> None:
+def test_missing_command_lists_the_commands(capsys) -> None:
     assert main([]) == INVALID
     assert "phantoms" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def trained(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint, of one epoch."""
+    """Return a run of one epoch with a checkpoint."""
     return Path(shutil.copytree(reference_run(1, *SHORT), tmp_path_factory.mktemp("cli") / "run"))
 
 
@@ -149,7 +149,7 @@ WRONG_REQUESTS = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained: Path) -> dict[str, Path]:
+def request_paths(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained: Path) -> dict[str, Path]:
     from onnx import TensorProto, helper, save
 
     folder = tmp_path_factory.mktemp("wrong")
@@ -169,19 +169,21 @@ def places(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, trained
 
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)
-def test_a_wrong_request_is_one_line(what: str, places: dict[str, Path], capsys) -> None:
+def test_invalid_request_is_a_one_line_error(what: str, request_paths: dict[str, Path], capsys) -> None:
     arguments, says = WRONG_REQUESTS[what]
-    laws.refusal(capsys, [word.format(**places) for word in arguments], *says)
+    laws.refusal(capsys, [word.format(**request_paths) for word in arguments], *says)
 
 
-def test_a_wrong_request_loses_nothing(places: dict[str, Path], trained: Path, shard_folder: Path, capsys) -> None:
+def test_invalid_request_changes_no_file(
+    request_paths: dict[str, Path], trained: Path, shard_folder: Path, capsys
+) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
     laws.refusal(capsys, ["train", *TINY, f"shards={shard_folder}", f"run={trained}", "seed=9"], "seed=9")
     laws.refusal(capsys, ["evaluate", trained, shard_folder, "--split", "test"], "is empty")
     assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
 
 
-def test_damaged_shards_are_a_failure(shard_folder: Path, tmp_path: Path, capsys) -> None:
+def test_verify_fails_on_a_missing_shard(shard_folder: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(shard_folder, tmp_path / "bad")
     (tmp_path / "bad" / "valid-000000.tar").unlink()
     assert main(["verify", str(tmp_path / "bad")]) == FAILED
@@ -191,8 +193,10 @@ def test_damaged_shards_are_a_failure(shard_folder: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_evaluation_of_a_run_and_of_its_model_agree(trained: Path, shard_folder: Path, tmp_path: Path, capsys) -> None:
-    """Law of parity, from end to end: torch's metrics are the exported file's."""
+def test_evaluation_of_a_run_and_of_its_exported_model_agree(
+    trained: Path, shard_folder: Path, tmp_path: Path, capsys
+) -> None:
+    """The torch metrics equal those of the exported ONNX file."""
     import pandas as pd
 
     assert main(["evaluate", str(trained), str(shard_folder), "--quiet"]) == DONE
@@ -214,15 +218,17 @@ def test_evaluation_of_a_run_and_of_its_model_agree(trained: Path, shard_folder:
     assert reference["note"] is None
 
 
-def test_the_split_that_chose_is_stamped(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
+def test_evaluation_on_the_selection_split_is_marked_optimistic(
+    trained: Path, shard_folder: Path, tmp_path: Path
+) -> None:
     assert main(["evaluate", str(trained), str(shard_folder), "--split", "tune", "--out", str(tmp_path)]) == DONE
     stamp = "optimistic: this split chose the model"
     assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == stamp
     assert stamp in (tmp_path / "report.html").read_text()
 
 
-def test_too_little_memory_is_one_line(tmp_path: Path) -> None:
-    """torch cannot be loaded into 1 GB of addresses; the error says so in its text alone."""
+def test_out_of_memory_is_a_one_line_error(tmp_path: Path) -> None:
+    """torch cannot be loaded into 1 GB of address space. Only the text of its error says so."""
     command = f"ulimit -v 1000000; exec {sys.executable} -m mura_dist train shards=none run={tmp_path / 'run'}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == FAILED

@@ -1,4 +1,4 @@
-"""The extras: which of them installs a missing package, what they bring, and every name of one in the package's own texts."""
+"""Test the extras: which extra installs a missing package, what each installs, and that texts name existing extras only."""
 
 import re
 import shutil
@@ -45,16 +45,16 @@ def test_extra_of_each_module(extra: str, modules: tuple[str, ...]) -> None:
     assert [extras.extras_of(module) for module in modules] == [[extra]] * len(modules)
 
 
-def test_either_extra_of_onnx_runtime() -> None:
+def test_onnx_runtime_is_in_both_sibling_extras() -> None:
     assert extras.extras_of("onnxruntime.capi") == ["cpu", "cuda"]
 
 
 @pytest.mark.parametrize("module", ["numpy", "json", "mura_dist.nothing", ""])
-def test_no_extra_installs_it(module: str) -> None:
+def test_module_outside_the_extras_has_no_extra(module: str) -> None:
     assert extras.extras_of(module) == []
 
 
-def test_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extras_are_read_from_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)
 
@@ -62,12 +62,12 @@ def test_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
     assert extras.extras_of("torch") == []
 
 
-def test_renamed_distributions_are_required_by_an_extra() -> None:
+def test_distributions_with_another_import_name_are_in_an_extra() -> None:
     required = set().union(*map(distributions, OF_EXTRA.values()))
     assert set().union(*extras._DISTRIBUTIONS.values()) <= required
 
 
-def test_packages_named_in_environment_json_are_required() -> None:
+def test_packages_recorded_in_environment_json_are_required() -> None:
     extras = distributions([*OF_EXTRA["train"], *OF_EXTRA["cuda"], *OF_EXTRA["cpu"]])
     assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | extras
 
@@ -91,7 +91,7 @@ def test_texts_name_extras_that_exist() -> None:
 
 
 def test_no_text_installs_mura_dist_from_an_index() -> None:
-    """The name is nobody's there: whoever registers it would be installed. The file of the project may name its own extras."""
+    """The name is not registered, so another package could be installed. pyproject.toml may name its own extras."""
     asks = re.compile(r"mura[-_]dist\[|(pip|uv|pipx)( tool)?( install| add| run)[^\n`]* '?mura[-_]dist\b")
     hits = {path for path, text in texts().items() if asks.search(text)} - {"tests/cli/test_extras.py"}
     assert hits == {"pyproject.toml", "tests/launch/test_lock.py"}  # the requirement of train, and what strips it
@@ -121,7 +121,7 @@ def test_cpu_and_cuda_are_siblings_and_the_base_has_neither() -> None:
     assert "mura-dist[cuda]" in OF_EXTRA["train"]
 
 
-def test_no_wheel_for_gpus_is_asked_for_on_a_mac() -> None:
+def test_gpu_wheel_is_not_required_on_macos() -> None:
     [requirement] = [Requirement(text) for text in OF_EXTRA["cuda"]]
     assert requirement.marker
     assert not requirement.marker.evaluate({"sys_platform": "darwin"})
@@ -130,7 +130,7 @@ def test_no_wheel_for_gpus_is_asked_for_on_a_mac() -> None:
 
 
 def installed_by(requirements: list[str]) -> tuple[set[str], set[str]]:
-    """Names of the files that these requirements install with all that they require, and the distributions that are missing."""
+    """Return the file names that these requirements install, dependencies included, and the missing distributions."""
     pending, lines = [Requirement(text) for text in requirements], set()
     files: set[str] = set()
     absent: set[str] = set()
@@ -152,8 +152,8 @@ def installed_by(requirements: list[str]) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.skipif(find_spec("onnxruntime") is None, reason="ONNX Runtime is not installed")
-def test_cuda_brings_every_library_that_its_provider_opens() -> None:
-    """By the metadata of what the extra requires: what another extra happens to bring does not count."""
+def test_cuda_extra_installs_every_library_of_its_provider() -> None:
+    """By the metadata of the extra's own requirements, without those of other extras."""
     import onnxruntime
 
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"

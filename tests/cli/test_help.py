@@ -1,4 +1,4 @@
-"""Every --help: readable at two widths, and it ends with examples whose arguments parse, and which work."""
+"""Test every --help: it is readable at two widths and ends with examples, which parse and work."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def example_lines() -> list[str]:
 @pytest.mark.parametrize("columns", [80, 110])
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_ends_with_examples_and_fits(command: str, columns: int, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: no line is wider than the terminal, but for a name that cannot be broken; the last section is the examples."""
+    """No line is wider than the terminal, except for an unbreakable name. The last section is the examples."""
     monkeypatch.setenv("COLUMNS", str(columns))
     text = help_text(capsys, *command.split())
     examples = examples_of(text)
@@ -59,8 +59,8 @@ def test_help_of_train_shows_usage_groups_and_examples(capsys, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("line", example_lines())
-def test_an_example_parses(line: str) -> None:
-    """Its command and options exist, its values convert, its settings are settings, its recipe is there."""
+def test_example_parses(line: str) -> None:
+    """Its command and options exist, its values convert, its settings are valid, and its recipe exists."""
     program, name, *arguments = shlex.split(line)
     assert program == "mura-dist"
     command = cli.commands[name]
@@ -83,7 +83,7 @@ def test_an_example_parses(line: str) -> None:
     ],
     ids=lambda value: None if isinstance(value, str) else Path(str(value[-1])).name,
 )
-def test_every_way_to_a_command_has_its_help(arguments: tuple[object, ...], command: str, capsys) -> None:
+def test_every_entry_point_has_the_help_of_its_command(arguments: tuple[object, ...], command: str, capsys) -> None:
     done = run(*arguments, "--help", env={"COLUMNS": "80"}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     os.environ["COLUMNS"] = "80"
@@ -110,10 +110,10 @@ NOT_RUN = {
 
 
 @pytest.mark.slow
-def test_the_examples_work(
+def test_examples_work(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, model: Path, reference_run: Callable[..., Path]
 ) -> None:
-    """The story of `mura-dist --help`, in one folder, then every other example that needs no more than it left there."""
+    """Run the examples of `mura-dist --help` in one folder, then every other example that needs only their files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
 
@@ -137,5 +137,5 @@ def test_the_examples_work(
         works(line)
 
 
-def test_what_is_not_run_is_an_example() -> None:
+def test_every_exception_matches_an_example() -> None:
     assert all(any(word in line for line in example_lines()) for word in NOT_RUN)

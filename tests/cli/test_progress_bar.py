@@ -1,4 +1,4 @@
-"""The progress bar: on a terminal alone, whatever is redirected while it stands."""
+"""Test the progress bar: it is visible on a terminal only, also while a stream is redirected."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
     ("stream", "quiet", "visible"), [(Terminal, False, True), (Terminal, True, False), (io.StringIO, False, False)]
 )
 @pytest.mark.parametrize("redirect", [contextlib.nullcontext, lambda: contextlib.redirect_stderr(io.StringIO())])
-def test_a_bar_is_on_a_terminal_alone(stream, quiet, visible, redirect, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_progress_bar_is_visible_on_a_terminal_only(stream, quiet, visible, redirect, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", stderr := stream())
     with progress_bar("counting", quiet) as progress, redirect():

@@ -1,4 +1,4 @@
-"""The terms of use: once per command that makes a model, a metric, a prediction or data for them, last, on stderr."""
+"""Test the terms of use: each command that writes data, a model, metrics or predictions prints them once, last, on stderr."""
 
 import os
 import shutil
@@ -22,22 +22,22 @@ WITHOUT_TERMS = {"phantoms", "verify", "describe", "bench"}
 
 
 def has_terms(done: subprocess.CompletedProcess[str]) -> None:
-    """Law: the terms stand once, as the last line of stderr, and not on stdout, but in the metrics.json that score prints."""
+    """Assert that the terms are the last line of stderr, once. On stdout they are only in the metrics.json that score prints."""
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(mura.TERMS) == 1
     assert [line for line in done.stdout.splitlines() if mura.TERMS in line and '  "terms": ' not in line] == []
     assert done.stderr.splitlines()[-1] == mura.TERMS, done.stderr
 
 
-def test_each_command_is_of_one_kind() -> None:
+def test_every_command_has_a_policy_for_the_terms() -> None:
     assert set(cli.commands) == WITH_TERMS | WITHOUT_TERMS
     declared = {name for name, command in cli.commands.items() if command.terms}  # type: ignore[attr-defined]
     assert declared == WITH_TERMS - {"page"}, "the page says them once it listens"
 
 
 @dataclass(frozen=True)
-class Places:
-    """What the commands read, and the folder they write to."""
+class CommandPaths:
+    """Inputs of the commands and their output folder."""
 
     data: Path
     shards: Path
@@ -46,7 +46,7 @@ class Places:
     out: Path
 
 
-COMMANDS: dict[str, Callable[[Places], list[object]]] = {
+COMMANDS: dict[str, Callable[[CommandPaths], list[object]]] = {
     "shards": lambda at: ["shards", at.data, at.out / "s", "--size", "32"],
     "train": lambda at: ["train", *TINY, "epochs=0", f"shards={at.shards}", f"run={at.out / 'r'}"],
     "ensemble": lambda at: ["ensemble", at.trained, "--out", at.out / "list.json", "--top", "1"],
@@ -60,11 +60,11 @@ COMMANDS: dict[str, Callable[[Places], list[object]]] = {
 
 
 @pytest.mark.slow
-def test_every_command_says_the_terms_once_and_last(
+def test_commands_print_the_terms_once_and_last(
     phantoms: Path, halved: Path, untrained: Path, reference_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In order, since some read what others wrote; then a finished one again, where with --quiet they are all of stderr."""
-    at = Places(phantoms, halved, untrained, reference_run(1, *SHORT), tmp_path)
+    """In order, since some commands read the output of others. With --quiet, the terms are all of stderr."""
+    at = CommandPaths(phantoms, halved, untrained, reference_run(1, *SHORT), tmp_path)
     for arguments in COMMANDS.values():
         has_terms(run("mura-dist", *arguments(at)))
     for name in ("train", "predict", "score"):
@@ -75,12 +75,12 @@ def test_every_command_says_the_terms_once_and_last(
     assert (done.returncode, mura.TERMS in done.stdout + done.stderr) == (0, False)
 
 
-def test_a_page_of_several_commands_prints_them_itself(phantoms: Path, tmp_path: Path) -> None:
+def test_terms_are_not_printed_when_the_caller_prints_them(phantoms: Path, tmp_path: Path) -> None:
     done = run("mura-dist", "shards", phantoms, tmp_path / "s", "--size", "32", env={"MURA_DIST_TERMS": "end"})
     assert (done.returncode, mura.TERMS in done.stdout + done.stderr) == (0, False)
 
 
-def test_a_command_that_fails_says_its_error_alone(tmp_path: Path) -> None:
+def test_failed_command_prints_its_error_only(tmp_path: Path) -> None:
     done = run("mura-dist", "predict", tmp_path / "none.onnx", tmp_path, "--out", tmp_path / "p")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -88,7 +88,7 @@ def test_a_command_that_fails_says_its_error_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_several_ranks_the_first_one_says_them(model: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_rank_0_alone_prints_the_terms(model: Path, phantoms: Path, tmp_path: Path) -> None:
     done = torchrun(3, "mura_dist.predict", model, phantoms / "valid", "--out", tmp_path / "p", "--quiet")
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).count(mura.TERMS) == 1 == done.stderr.count(mura.TERMS)
@@ -96,10 +96,10 @@ def test_of_several_ranks_the_first_one_says_them(model: Path, phantoms: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("known_drawings", [None, True, False])
-def test_the_page_says_them_last_once_it_listens(
+def test_page_prints_the_terms_once_it_listens(
     model: Path, phantoms: Path, tmp_path: Path, known_drawings: bool | None
 ) -> None:
-    """Without examples, with some, and with a warning that none of them is answered."""
+    """Without examples, with some, and with a warning that no example is a known drawing."""
     pytest.importorskip("streamlit")
     trained_on_phantoms, arguments = with_card(model, card_of(kind="phantoms"), tmp_path / "model.onnx"), []
     if known_drawings is not None:

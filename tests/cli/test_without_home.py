@@ -1,4 +1,4 @@
-"""Every command for a user whom the system does not know, without HOME, as a container may start them."""
+"""Test every command for a user unknown to the system and without HOME, as a container may start them."""
 
 import http.client
 import os
@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of that user's, which it can reach."""
+    """Return a folder that this user owns and can reach."""
     for parent in tmp_path.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o055)
     os.chown(tmp_path, USER, USER)
@@ -41,7 +41,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_from_training_to_predictions(shard_folder: Path, phantoms: Path, folder: Path) -> None:
+def test_training_to_prediction_without_home(shard_folder: Path, phantoms: Path, folder: Path) -> None:
     train = ("train", *TINY, *SHORT, f"shards={shard_folder}", "run=run", "--quiet")
     predict = ("predict", "run/model.onnx", phantoms / "valid", "--out", "out")
     for arguments in (
@@ -58,7 +58,7 @@ def test_from_training_to_predictions(shard_folder: Path, phantoms: Path, folder
 
 
 def is_answered(port: int) -> bool:
-    """Ask for the page; no proxy of the environment stands between."""
+    """Request the page without a proxy of the environment."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/")
@@ -69,7 +69,7 @@ def is_answered(port: int) -> bool:
         connection.close()
 
 
-def test_the_page(model: Path, folder: Path) -> None:
+def test_page_without_home(model: Path, folder: Path) -> None:
     port = free_port()
     process = start(folder, "page", model, "--port", port)
     deadline_s = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""Contenders of known speed for bench's clock, and of known memory; light, since each one's process imports this file."""
+"""Contenders of known speed and memory for bench. The module is light, since the process of each contender imports it."""
 
 import os
 import time
@@ -28,7 +28,7 @@ def by_workers(pauses_s: dict[int, float], load: Load) -> Callable[[Path], int]:
 
 
 def queue(load: Load) -> Callable[[Path], int]:
-    """Its first work of a turn is done already, as of a loader whose queues filled while others worked."""
+    """Return a contender whose first item of a turn takes no time, like a loader that filled its queue meanwhile."""
     last = [0.0]
 
     def work(out: Path) -> int:
@@ -40,16 +40,16 @@ def queue(load: Load) -> Callable[[Path], int]:
     return work
 
 
-def dier(load: Load) -> Callable[[Path], int]:
+def exiting_contender(load: Load) -> Callable[[Path], int]:
     os._exit(7)
 
 
-def quarreller(load: Load) -> Callable[[Path], int]:
+def failing_contender(load: Load) -> Callable[[Path], int]:
     raise UserError("a contender's own words")
 
 
-def hoarder(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
-    """A loader that keeps `step_mib` of memory for each batch."""
+def growing_loader(step_mib: int, load: Load) -> Callable[[], Iterator[Any]]:
+    """Return a loader that keeps `step_mib` of memory for each batch."""
     import torch
 
     buffers = []
