@@ -20,7 +20,9 @@ def test_two_seeds_are_trained_and_compared(shard_folder: Path, tmp_path: Path) 
     result = run("python", ROOT / "tools/bench/learning.py", shard_folder, *settings, "tensorboard=false")
     assert result.returncode == 0, result.stderr
     *epochs, means, difference = result.stdout.splitlines()
-    matches = [re.match(r"seed (\d), epoch (\d): ours (\S+) .*, plain loop (\S+) ", line).groups() for line in epochs]
+    matches = [
+        re.match(r"seed (\d), epoch (\d): mura-dist (\S+) .*, plain loop (\S+) ", line).groups() for line in epochs
+    ]
     assert [(seed, epoch) for seed, epoch, *_ in matches] == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
     last = np.array([[float(mura), float(plain)] for _, epoch, mura, plain in matches if epoch == "2"])
     printed = [float(number) for number in re.findall(r"[-+]?\d\.\d+", means + difference)]

@@ -139,7 +139,7 @@ def test_auroc_is_no_lower_than_a_plain_loop(tmp_path: Path, monkeypatch: pytest
     trained, plain = [], []
     for seed in range(3):
         folder = tmp_path / f"run-{seed}"
-        *_, (trained_auroc, plain_auroc) = learning.compare(shards, recipe, seed, folder, split="valid", words=[])
+        *_, (trained_auroc, plain_auroc) = learning.compare(shards, recipe, seed, folder, split="valid", overrides=[])
         trained.append(trained_auroc[0])
         plain.append(plain_auroc[0])
     assert np.mean(plain) > 0.75, "the test would see nothing"

@@ -1,13 +1,13 @@
-"""Count the operations and bytes of a training step: what a GPU would launch and move, counted on a CPU.
+"""Count on a CPU the kernels that a training step would launch on a GPU, and the bytes it would move.
 
     python tools/bench/operations.py [--size 320] [--batch 2] [--precision bf16] [--json FILE]
 
     network, engine -> one step under TorchDispatchMode -> calls that compute (a GPU launches a kernel or more for each),
-        calls that make views (Python's time only), bytes read and written -> a line for each of ours and torchvision's
+        calls that create views (Python's time only), bytes read and written -> a line for mura-dist and for torchvision
 
-Every BatchNorm gets one negative weight, so that the dense blocks take the way they always take on a GPU. The counts do not
-depend on the machine. Bytes are those of the operands as each call names them: a cache may save some, a convolution's
-workspace adds some.
+Every BatchNorm gets one negative weight, so that the dense blocks run the code that they run on a GPU. The counts do not depend
+on the machine. Bytes are the sizes of each call's operands. A cache may save some of them, and a convolution's workspace adds
+some.
 """
 
 import argparse
@@ -38,7 +38,7 @@ _NO_KERNEL = ("empty", "detach", "is_same_size", "_has_compatible_shallow_copy_t
 
 @dataclass
 class Count:
-    """What a piece of work asks of a device. `views`: calls without a kernel."""
+    """Number of kernels and bytes of a computation. `views` counts calls without a kernel."""
 
     kernels: int = 0
     views: int = 0
@@ -66,14 +66,14 @@ class OperationCounter(TorchDispatchMode):
 
 
 @contextmanager
-def counted(counts: dict[str, Count], what: str) -> Iterator[None]:
+def count_operations(counts: dict[str, Count], what: str) -> Iterator[None]:
     """Put the block's count into `counts`."""
     with OperationCounter() as counter:
         yield
     counts[what] = counter.count
 
 
-def with_negative_weights(network: nn.Module) -> nn.Module:
+def set_negative_weights(network: nn.Module) -> nn.Module:
     """Give each BatchNorm one negative weight."""
     with torch.no_grad():
         for module in network.modules():
@@ -88,18 +88,18 @@ def count_network(
     """Count forward and backward of a micro-batch."""
     counts: dict[str, Count] = {}
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
-    with counted(counts, "forward"), torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32"):
+    with count_operations(counts, "forward"), torch.autocast("cpu", dtype=dtype, enabled=precision != "fp32"):
         logit = logit_of(network(image))
     loss = nn.functional.binary_cross_entropy_with_logits(logit.float(), torch.ones(len(logit)))
-    with counted(counts, "backward"):
+    with count_operations(counts, "backward"):
         loss.backward()
     return counts
 
 
 def count_engine(architecture: str, image: Tensor, precision: str) -> dict[str, Count]:
-    """Count a whole step of the engine with one micro-batch, from its second step on.
+    """Count a step of the engine with one micro-batch, after the first step.
 
-    `graph`: the same with step=graph, without what its two recordings hold.
+    The count "graph" is with step=graph, without the operations inside its two recordings.
     """
     number = len(image)
     values = {"shards": "", "run": "", "architecture": architecture, "precision": precision}
@@ -108,19 +108,20 @@ def count_engine(architecture: str, image: Tensor, precision: str) -> dict[str, 
         for step, what in (("eager", "engine"), ("graph", "graph")):
             sizes = {"global_batch": number, "micro_batch": number, "step": step}
             settings = config.check(values | sizes, "operations")
-            engine = Engine(with_negative_weights(densenet.build(architecture)), settings, world)
-            ones = torch.ones(number)
-            batch = Batch(image, ones, ones, ones.long(), ones.bool())
+            engine = Engine(set_negative_weights(densenet.build(architecture)), settings, world)
+            all_ones = torch.ones(number)
+            batch = Batch(image, all_ones, all_ones, all_ones.long(), all_ones.bool())
             engine.step([batch], 1e-6)
             for recording in engine.network.networks if isinstance(engine.network, CheckedNetwork) else []:
                 assert isinstance(recording, Recording)
                 recording.replay_forward = recording.replay_backward = lambda: None
-            with counted(counts, what):
+            with count_operations(counts, what):
                 engine.step([batch], 1e-6)
     return counts
 
 
 def main() -> None:
+    """Count both networks and the engine, and print or write the counts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--architecture", default="densenet169", choices=sorted(densenet.ARCHITECTURES))
     parser.add_argument("--size", type=int, default=320, help="pixels of a side (default 320)")
@@ -130,14 +131,14 @@ def main() -> None:
     options = parser.parse_args()
     image = torch.randint(0, 256, (options.batch, 1, options.size, options.size), dtype=torch.uint8)
     normalized = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
-    ours = with_negative_weights(own_densenet(options.architecture)).train()
-    theirs = (
-        with_negative_weights(torchvision_densenet(options.architecture)).to(memory_format=torch.channels_last).train()
+    package_network = set_negative_weights(own_densenet(options.architecture)).train()
+    torchvision_network = (
+        set_negative_weights(torchvision_densenet(options.architecture)).to(memory_format=torch.channels_last).train()
     )
     results = {
-        "mura-dist": count_network(ours, image, options.precision, lambda outputs: outputs[0])
+        "mura-dist": count_network(package_network, image, options.precision, lambda outputs: outputs[0])
         | count_engine(options.architecture, image, options.precision),
-        "torchvision": count_network(theirs, normalized, options.precision, lambda outputs: outputs[:, 0]),
+        "torchvision": count_network(torchvision_network, normalized, options.precision, lambda outputs: outputs[:, 0]),
     }
     for name, counts in results.items():
         for what, count in counts.items():

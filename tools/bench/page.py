@@ -1,10 +1,10 @@
-"""How long the page takes to answer, for one session and for many at once, in a real browser.
+"""Measure how long the page takes to answer in a browser, for one session and for several at once.
 
 python tools/bench/page.py MODEL.onnx FOLDER [--sessions 10] [--views 4] [--rounds 3]
 
-FOLDER is in MURA's layout; its first study types' radiographs are taken, `--views` of them as one study. A session's time runs
-from handing the browser the files to the answer and all pictures being there. Sessions at once start together. Needs the extras
-page and dev, and Chromium.
+FOLDER is in MURA's layout. The first `--views` radiographs of its first study type form one study. The time of a session starts
+when the browser gets the files, and ends when the page shows the answer and all pictures. Concurrent sessions start together. The
+tool needs the extras page and dev, and Chromium.
 """
 
 import argparse
@@ -24,57 +24,59 @@ from typing import Any
 from mura_dist.data import mura
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MOST_S = 120.0
+TIMEOUT_S = 120.0
 
 
 def main() -> None:
+    """Start the page, run the sessions and print their times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sessions", type=int, default=10)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
-    files = study(asked.folder, asked.views)
-    with socket.create_server(("127.0.0.1", 0)) as trial:
-        port = trial.getsockname()[1]
-    command = [sys.executable, "-m", "mura_dist", "page", str(asked.model), "--port", str(port)]
+    options = parser.parse_args()
+    files = study(options.folder, options.views)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "mura_dist", "page", str(options.model), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"
-        wait(process, f"{address}/_stcore/health")
-        for sessions in (1, asked.sessions):
-            taken = [asyncio.run(at_once(address, files, sessions)) for _ in range(asked.rounds)]
-            told = {
+        wait_until_healthy(process, f"{address}/_stcore/health")
+        for sessions in (1, options.sessions):
+            seconds = [asyncio.run(run_sessions(address, files, sessions)) for _ in range(options.rounds)]
+            result = {
                 "sessions": sessions,
                 "views": len(files),
-                "rounds": asked.rounds,
-                "median_s": round(statistics.median(one for some in taken for one in some), 2),
-                "worst_s": round(max(max(some) for some in taken), 2),
+                "rounds": options.rounds,
+                "median_s": round(statistics.median(second for session in seconds for second in session), 2),
+                "worst_s": round(max(map(max, seconds)), 2),
                 "server_mib": memory_mib(process.pid),
             }
-            print(json.dumps(told), flush=True)
+            print(json.dumps(result), flush=True)
     finally:
         process.terminate()
         process.wait()
 
 
 def study(folder: Path, views: int) -> list[dict[str, Any]]:
-    """Files as a browser is given them, their names telling one study type."""
+    """Return the files of one study as Playwright uploads them. Their names contain the study type."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".dcm"))
     study_type = next(name for name in mura.STUDY_TYPES if any(name in path.parts for path in paths))
-    some = [path for path in paths if study_type in path.parts][:views]
+    paths_of_type = [path for path in paths if study_type in path.parts][:views]
     return [
         {
-            "name": f"{study_type}_{place}{path.suffix}",
+            "name": f"{study_type}_{index}{path.suffix}",
             "mimeType": "application/octet-stream",
             "buffer": path.read_bytes(),
         }
-        for place, path in enumerate(some)
+        for index, path in enumerate(paths_of_type)
     ]
 
 
-async def at_once(address: str, files: list[dict[str, Any]], sessions: int) -> list[float]:
+async def run_sessions(address: str, files: list[dict[str, Any]], sessions: int) -> list[float]:
+    """Return the seconds of concurrent sessions, each with a browser context of its own."""
     from playwright.async_api import async_playwright
 
     program = next(path for name in BROWSERS if (path := shutil.which(name)))
@@ -83,21 +85,23 @@ async def at_once(address: str, files: list[dict[str, Any]], sessions: int) -> l
         pages = [await (await browser.new_context()).new_page() for _ in range(sessions)]
         for page in pages:
             await page.goto(address)
-            await page.locator("input[type=file]").wait_for(state="attached", timeout=1000 * MOST_S)
-        taken = await asyncio.gather(*(answer(page, files) for page in pages))
+            await page.locator("input[type=file]").wait_for(state="attached", timeout=1000 * TIMEOUT_S)
+        seconds = await asyncio.gather(*(time_answer(page, files) for page in pages))
         await browser.close()
-    return taken
+    return seconds
 
 
-async def answer(page: Any, files: list[dict[str, Any]]) -> float:
+async def time_answer(page: Any, files: list[dict[str, Any]]) -> float:
+    """Upload the files and return the seconds until the page shows the answer and all pictures."""
     started = time.perf_counter()
     await page.locator("input[type=file]").set_input_files(files)
-    await page.locator("section.outcome").wait_for(timeout=1000 * MOST_S)
-    await page.locator("img[alt^='Radiograph']").nth(len(files) - 1).wait_for(timeout=1000 * MOST_S)
+    await page.locator("section.outcome").wait_for(timeout=1000 * TIMEOUT_S)
+    await page.locator("img[alt^='Radiograph']").nth(len(files) - 1).wait_for(timeout=1000 * TIMEOUT_S)
     return time.perf_counter() - started
 
 
-def wait(process: subprocess.Popen[bytes], url: str) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
+    """Wait until the server answers, at most 60 s. Exit if it does not."""
     end = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < end:
         try:
@@ -109,13 +113,13 @@ def wait(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def memory_mib(process: int) -> int:
-    """The server's and its children's proportional set size."""
-    total, todo = 0, [process]
-    while todo:
-        one = todo.pop()
-        for task in os.listdir(f"/proc/{one}/task"):
-            todo += map(int, Path(f"/proc/{one}/task/{task}/children").read_text().split())
-        rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+    """Return the proportional set size of a process and its descendants in MiB."""
+    total, pending = 0, [process]
+    while pending:
+        parent = pending.pop()
+        for task in os.listdir(f"/proc/{parent}/task"):
+            pending += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text().split())
+        rollup = Path(f"/proc/{parent}/smaps_rollup").read_text()
         total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
     return total >> 10
 

@@ -1,11 +1,14 @@
-"""What a precision below fp32 changes, on drawings that nobody trained on: probabilities, calls, kappa.
+"""Compare models of lower precision with the fp32 model: probabilities, calls and kappa on new phantoms.
 
 python tools/bench/precision.py FP32.onnx OTHER.onnx [OTHER.onnx ...] [--provider openvino] [--studies 900] [--px 128]
 
-Draws phantoms (900 studies: over 2,000 radiographs) as the demo does, but of another seed; reads them as predict does; one model
-after the other over the same pixels. The first is the measure, computed by ONNX Runtime on the CPU; --provider computes the
-others. Prints AUROC and kappa of each at a threshold of 1/2, and against the first: mean and largest change of a radiograph's
-probability, studies whose call changed, the difference of kappa with its paired interval (bootstrap over patients).
+The tool draws phantoms (900 studies, over 2,000 radiographs) with a seed that the demo does not use, and reads them as predict
+does. Each model gets the same pixels. The first model is the reference, computed by ONNX Runtime on the CPU. --provider computes
+the other models.
+
+It prints AUROC and kappa of each model at a threshold of 1/2. Against the reference it prints the mean and the largest change of
+a radiograph's probability, the number of studies whose call changed, and the difference of kappa with its paired interval
+(bootstrap over patients).
 """
 
 import argparse
@@ -26,41 +29,42 @@ THRESHOLD, BATCH = 0.5, 64
 
 
 def probabilities(model: OnnxModel, images: np.ndarray) -> np.ndarray:
-    """A view's, float64 (N,)."""
-    batches = (images[at : at + BATCH] for at in range(0, len(images), BATCH))
+    """Return the probability of each radiograph, float64 (N,)."""
+    batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
     return classification.sigmoid(np.concatenate([logit for (logit,) in model.stream(batches)]))
 
 
-def measured(studies: pd.DataFrame) -> tuple[float, float]:
-    """AUROC, kappa."""
+def compute_auroc_and_kappa(studies: pd.DataFrame) -> tuple[float, float]:
+    """Return AUROC and kappa at THRESHOLD."""
     label, probability = studies["label"].to_numpy(), studies["probability"].to_numpy()
     confusion = classification.compute_confusion(label, probability > THRESHOLD)
     return float(classification.compute_auroc(label, probability)), float(classification.compute_kappa(confusion))
 
 
 def main() -> None:
+    """Draw the phantoms, run each model and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--studies", type=int, default=900)
     parser.add_argument("--px", type=int, default=128)
     parser.add_argument("--seed", type=int, default=777)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     models = [
-        OnnxModel.load(path, asked.provider if place else "cpu", pipelined_config(BATCH))
-        for place, path in enumerate(asked.models)
+        OnnxModel.load(path, options.provider if index else "cpu", pipelined_config(BATCH))
+        for index, path in enumerate(options.models)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        phantoms.draw(Path(folder) / "drawn", studies=asked.studies, size=asked.px, seed=asked.seed)
+        phantoms.draw(Path(folder) / "drawn", studies=options.studies, size=options.px, seed=options.seed)
         scanned = scan(Path(folder) / "drawn")
         frame = scanned.manifest.frame
         images = np.stack([radiograph.read(scanned.root / path, models[0].size) for path in frame["path"]])[:, None]
     rows = frame.index.to_numpy(np.int64)
     views = [probabilities(model, images) for model in models]
     studies = [classification.build_study_table(rows, view, frame) for view in views]
-    print(f"{len(rows)} radiographs of {len(studies[0])} studies, drawn at {asked.px} px with seed {asked.seed}")
-    for path, model, view, table in zip(asked.models, models, views, studies, strict=True):
-        auroc, kappa = measured(table)
+    print(f"{len(rows)} radiographs of {len(studies[0])} studies, drawn at {options.px} px with seed {options.seed}")
+    for path, model, view, table in zip(options.models, models, views, studies, strict=True):
+        auroc, kappa = compute_auroc_and_kappa(table)
         print(f"{path.name} ({model.card.precision}, {model.provider}): AUROC {auroc:.4f}, kappa {kappa:.4f}")
         if model is not models[0]:
             difference = np.abs(view - views[0])
