@@ -1,4 +1,4 @@
-"""predict: every file once, the same bytes whatever happens, studies as the field means them, nothing of a patient."""
+"""Test predict: every file in one table, identical bytes after kills and resumptions, study names, no patient data."""
 
 import functools
 import json
@@ -46,18 +46,18 @@ model, source, out = map(Path, sys.argv[1:4])
 pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
-def accounted(out: Path) -> Counter[str]:
+def count_rows(out: Path) -> Counter[str]:
     return Counter(row["path"] for name in ("predictions.csv", "failures.csv") for row in rows(out / name))
 
 
-def studies(out: Path) -> dict[str, tuple[str, str]]:
+def studies_of(out: Path) -> dict[str, tuple[str, str]]:
     return {row["study"]: (row["study_type"], row["num_views"]) for row in rows(out / "studies.csv")}
 
 
 # ---- every file once
 
 
-def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
+def test_every_file_is_in_one_table(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     good = [
         "a.png",
@@ -90,7 +90,7 @@ def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
     os.mkfifo(source / "pipe.png")
     summary = predict(model, source, tmp_path / "out")
     good += ["linked.png", "outside/far.png"]
-    assert accounted(tmp_path / "out") == Counter([*good, *bad, "broken_link.png", "itself.png", "pipe.png"])
+    assert count_rows(tmp_path / "out") == Counter([*good, *bad, "broken_link.png", "itself.png", "pipe.png"])
     assert {row["path"] for row in rows(tmp_path / "out" / "predictions.csv")} == set(good)
     codes = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
     assert codes["torn.png"][0] == codes["broken_link.png"][0] == codes["itself.png"][0] == "unreadable"
@@ -105,19 +105,19 @@ def test_every_file_ends_in_one_table(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps names that are not UTF-8")
-def test_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "in" / os.fsdecode(b"r\xf6ntgen\xff.png"))
     draw(tmp_path / "in" / os.fsdecode(b"\xe4rm/valid/XR_HAND/patient1/study1/image1.png"))
     predict(model, tmp_path / "in", tmp_path / "out")
-    assert accounted(tmp_path / "out") == Counter(
+    assert count_rows(tmp_path / "out") == Counter(
         ["r\\xf6ntgen\\xff.png", "\\xe4rm/valid/XR_HAND/patient1/study1/image1.png"]
     )
-    assert "\\xe4rm/valid/XR_HAND/patient1/study1" in studies(tmp_path / "out")
+    assert "\\xe4rm/valid/XR_HAND/patient1/study1" in studies_of(tmp_path / "out")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps both compositions and any character")
-def test_names_that_a_spreadsheet_would_compute(model: Path, tmp_path: Path) -> None:
-    """They have a leading ./ in every CSV, and no join minds: --study-type, the key table, score."""
+def test_formula_like_names_have_a_prefix(model: Path, tmp_path: Path) -> None:
+    """They have a leading ./ in every CSV. --study-type, the key table and score accept both forms."""
     names = ["=1+1.png", "-2.png", "@a/+b.png", "\t.png", "Mu\u0308.png", "plain.png"]
     for seed, name in enumerate(names):
         draw(tmp_path / "in" / name, seed)
@@ -139,18 +139,18 @@ def test_names_that_a_spreadsheet_would_compute(model: Path, tmp_path: Path) -> 
     labels = tmp_path / "labels.csv"
     labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
     actual = prediction_files.read_predictions(out / "studies.csv")
-    studies = prediction_files.join(actual, prediction_files.read_labels(labels, files_are_studies=True))
-    assert studies["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
+    joined = prediction_files.join(actual, prediction_files.read_labels(labels, files_are_studies=True))
+    assert joined["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
 
 
-def test_out_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
+def test_output_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     first = predict(model, tmp_path, tmp_path / "out")
-    assert accounted(tmp_path / "out") == Counter(["a.png"])
+    assert count_rows(tmp_path / "out") == Counter(["a.png"])
     assert predict(model, tmp_path, tmp_path / "out") == first  # its own tables changed nothing
 
 
-def test_nothing_readable(model: Path, tmp_path: Path) -> None:
+def test_no_readable_file_gives_empty_tables(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("none")
     assert predict(model, tmp_path / "in", tmp_path / "out")["num_studies"] == 0
@@ -160,10 +160,10 @@ def test_nothing_readable(model: Path, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "out" / "failures.csv")) == 1
 
 
-def test_hostile_files(model: Path, tmp_path: Path, shared: Path) -> None:
+def test_hostile_files_are_in_one_table_each(model: Path, tmp_path: Path, shared: Path) -> None:
     predict(model, shared / "hostile", tmp_path / "out")
     files = [str(path.relative_to(shared / "hostile")) for path in (shared / "hostile").rglob("*") if path.is_file()]
-    assert accounted(tmp_path / "out") == Counter(files)
+    assert count_rows(tmp_path / "out") == Counter(files)
     assert len(rows(tmp_path / "out" / "predictions.csv")) > 100
 
 
@@ -171,10 +171,10 @@ def test_hostile_files(model: Path, tmp_path: Path, shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_harms_its_reader_is_a_failure_and_nothing_else(
+def test_file_that_crashes_its_reader_is_a_failure(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the run would end there, and each restart as well."""
+    """Otherwise the run and each restart would stop there."""
     for number in range(20):
         draw(tmp_path / "in" / f"{number:02d}.png", number)
     predict(model, tmp_path / "in", tmp_path / "sound")
@@ -203,7 +203,7 @@ def test_what_harms_its_reader_is_a_failure_and_nothing_else(
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MURA's layout: a study of three views, one of one, one of another study type, one of a type unknown to the card."""
+    """Create MURA's layout: studies of one and three views, other study types, one of them without a threshold."""
     root = tmp_path_factory.mktemp("MURA")
     hand, wrist, hip = "XR_HAND/patient00001", "XR_WRIST/patient00001", "XR_HIP/patient00002"
     names = [f"{hand}/study1_positive/image{view}.png" for view in (1, 2, 3)]
@@ -217,7 +217,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> None:
+def test_probabilities_and_calls_follow_the_model(model: Path, layout: Path, tmp_path: Path) -> None:
     summary = predict(model, layout, tmp_path / "out")
     loaded, logits = OnnxModel.load(model), {}
     for row in rows(tmp_path / "out" / "predictions.csv"):
@@ -243,21 +243,23 @@ def test_probabilities_and_calls(model: Path, layout: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("version", [gate.VERSION, gate.VERSION - 1])
-def test_parts_of_another_gate_are_made_again(model: Path, layout: Path, tmp_path: Path, version: int) -> None:
-    """Its words must not be mixed in a table. A finished prediction stays as it is."""
+def test_parts_of_another_gate_version_are_recomputed(model: Path, layout: Path, tmp_path: Path, version: int) -> None:
+    """A table has gate values of one version only. A finished prediction does not change."""
     reference, out = tmp_path / "whole", tmp_path / "out"
     plan = predict(model, layout, reference)["plan"] | {"gate": version}
-    corner = [
+    predictions = [
         [row["path"], row["study"], row["study_type"], float(row["logit"]), "blank"]
         for row in rows(reference / "predictions.csv")
     ]
     overlays = {"num_overlays": 0, "num_overlays_withheld": 0}
     (out / ".parts").mkdir(parents=True)
     (out / ".parts/plan.json").write_text(json.dumps(plan))
-    (out / ".parts/000000.json").write_text(json.dumps({"predictions": corner, "failures": [], "overlays": overlays}))
+    (out / ".parts/000000.json").write_text(
+        json.dumps({"predictions": predictions, "failures": [], "overlays": overlays})
+    )
     assert predict(model, layout, out)["plan"]["gate"] == gate.VERSION
-    arguments = {row["gate"] for row in rows(out / "predictions.csv")}
-    assert arguments == (
+    gates = {row["gate"] for row in rows(out / "predictions.csv")}
+    assert gates == (
         {"blank"} if version == gate.VERSION else {row["gate"] for row in rows(reference / "predictions.csv")}
     )
     summary = json.loads((out / "predict.json").read_text())
@@ -271,73 +273,70 @@ def test_parquet_equals_csv(model: Path, layout: Path, tmp_path: Path) -> None:
     predict(model, layout, tmp_path / "parquet", PredictOptions(format="parquet"))
     for name in tables.NAMES:
         from_csv = pd.read_csv(tmp_path / "csv" / f"{name}.csv")
-        second = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
-        assert list(from_csv.columns) == list(second.columns)
+        from_parquet = pd.read_parquet(tmp_path / "parquet" / f"{name}.parquet")
+        assert list(from_csv.columns) == list(from_parquet.columns)
         if "logit" in from_csv:
-            assert second["logit"].dtype == np.float32
+            assert from_parquet["logit"].dtype == np.float32
             from_csv["logit"] = from_csv["logit"].astype(np.float32)
         for column in from_csv:
-            num_remaining, right = from_csv[column].tolist(), second[column].tolist()
-            assert all((pd.isna(a) and pd.isna(b)) or a == b for a, b in zip(num_remaining, right, strict=True)), (
-                name,
-                column,
-            )
+            pairs = zip(from_csv[column].tolist(), from_parquet[column].tolist(), strict=True)
+            assert all((pd.isna(a) and pd.isna(b)) or a == b for a, b in pairs), (name, column)
 
 
 # ---- studies
 
 
-def test_muras_studies_from_any_folder(model: Path, layout: Path, tmp_path: Path) -> None:
+def test_mura_study_names_from_any_folder(model: Path, layout: Path, tmp_path: Path) -> None:
     predict(model, layout, tmp_path / "whole")
-    assert studies(tmp_path / "whole") == {
+    assert studies_of(tmp_path / "whole") == {
         "valid/XR_HAND/patient00001/study1_positive": ("XR_HAND", "3"),
         "valid/XR_HAND/patient00001/study2_negative": ("XR_HAND", "1"),
         "valid/XR_HIP/patient00002/study1_negative": ("XR_HIP", "1"),
         "valid/XR_WRIST/patient00001/study1_positive": ("XR_WRIST", "1"),
     }
     predict(model, layout / "valid" / "XR_HAND", tmp_path / "part")
-    expected = {study: value for study, value in studies(tmp_path / "whole").items() if "XR_HAND" in study}
-    assert studies(tmp_path / "part") == expected
+    expected = {study: value for study, value in studies_of(tmp_path / "whole").items() if "XR_HAND" in study}
+    assert studies_of(tmp_path / "part") == expected
 
 
-def test_muras_studies_without_their_split(model: Path, layout: Path, tmp_path: Path) -> None:
-    """Copied out of train or valid, a study's folder is a study still."""
+def test_mura_study_names_without_a_split_folder(model: Path, layout: Path, tmp_path: Path) -> None:
+    """A study's folder outside train and valid is still a study."""
     hands = {"patient00001/study1_positive": ("XR_HAND", "3"), "patient00001/study2_negative": ("XR_HAND", "1")}
     (tmp_path / "ward").mkdir()
     (tmp_path / "ward" / "XR_HAND").symlink_to(layout / "valid" / "XR_HAND")
     predict(model, tmp_path / "ward", tmp_path / "ward's")
-    assert studies(tmp_path / "ward's") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+    assert studies_of(tmp_path / "ward's") == {f"XR_HAND/{name}": value for name, value in hands.items()}
     predict(model, tmp_path / "ward" / "XR_HAND" / "patient00001", tmp_path / "one")
-    assert studies(tmp_path / "one") == {f"XR_HAND/{name}": value for name, value in hands.items()}
+    assert studies_of(tmp_path / "one") == {f"XR_HAND/{name}": value for name, value in hands.items()}
 
 
-def test_two_copies_of_a_study_stay_two(model: Path, tmp_path: Path) -> None:
+def test_copies_of_a_study_are_separate_studies(model: Path, tmp_path: Path) -> None:
     for site in ("north", "south"):
         draw(tmp_path / "in" / site / "valid/XR_HAND/patient00001/study1/image1.png")
     predict(model, tmp_path / "in", tmp_path / "out")
     names = [f"{site}/valid/XR_HAND/patient00001/study1" for site in ("north", "south")]
-    assert studies(tmp_path / "out") == dict.fromkeys(names, ("XR_HAND", "1"))
+    assert studies_of(tmp_path / "out") == dict.fromkeys(names, ("XR_HAND", "1"))
 
 
-def test_study_by(model: Path, tmp_path: Path) -> None:
+def test_study_by_groups_files_or_folders(model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(["a.png", "b.png", "XR_WRIST/c.png", "XR_WRIST/d.png"]):
         draw(tmp_path / "in" / name, seed)
     for study_by in grouping.STUDY_BY:
         predict(model, tmp_path / "in", tmp_path / study_by, PredictOptions(study_by=study_by))
     by_file = {"a.png": ("unknown", "1"), "b.png": ("unknown", "1")}
     by_file |= {f"XR_WRIST/{name}.png": ("XR_WRIST", "1") for name in "cd"}
-    assert studies(tmp_path / "file") == studies(tmp_path / "auto") == by_file
-    assert studies(tmp_path / "folder") == {".": ("unknown", "2"), "XR_WRIST": ("XR_WRIST", "2")}
+    assert studies_of(tmp_path / "file") == studies_of(tmp_path / "auto") == by_file
+    assert studies_of(tmp_path / "folder") == {".": ("unknown", "2"), "XR_WRIST": ("XR_WRIST", "2")}
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
-def test_dicom_studies_and_no_word_of_the_patient(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, uid, second = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
+def test_dicom_study_names_hold_no_patient_data(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, uid, other_uid = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
     draw_dicom(source / "1.dcm", uid, "HAND", "L", 1)
     draw_dicom(source / "2", uid, "hand", "l", 2)  # the same: what a device writes varies in case
     draw_dicom(source / "3.dcm", uid, "HAND", "R", 3)
     draw_dicom(source / "4.dcm", uid, "THUMB", "L", 4)
-    draw_dicom(source / "5.dcm", second, "MISS JANE DOE", "L", 5)
+    draw_dicom(source / "5.dcm", other_uid, "MISS JANE DOE", "L", 5)
     draw_dicom(source / "6.dcm", "", "WRIST", "L", 6)  # no study: its own
     predict(model, source, tmp_path / "out")
     actual = {row["path"]: (row["study"], row["study_type"]) for row in rows(tmp_path / "out" / "predictions.csv")}
@@ -360,10 +359,10 @@ def test_dicom_studies_and_no_word_of_the_patient(model: Path, tmp_path: Path, m
     assert key.read_bytes() == before
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
     predict(model, source, tmp_path / "elsewhere")
-    assert not {name for name in studies(tmp_path / "elsewhere") if name in studies(tmp_path / "out")} - {"6.dcm"}
+    assert not {name for name in studies_of(tmp_path / "elsewhere") if name in studies_of(tmp_path / "out")} - {"6.dcm"}
 
 
-def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp_path: Path) -> None:
+def test_site_key_is_created_for_dicom_only(model: Path, tmp_path: Path) -> None:
     key = Path(os.environ["MURA_DIST_SITE_KEY"])
     draw(tmp_path / "in" / "a.png")
     predict(model, tmp_path / "in", tmp_path / "out")
@@ -375,30 +374,30 @@ def test_site_key_is_made_for_dicom_only_and_refused_when_short(model: Path, tmp
         pseudonyms.site_key()
 
 
-def test_study_type_given(model: Path, layout: Path, tmp_path: Path) -> None:
-    def types(name: str, option_value: str) -> Counter[str]:
+def test_study_type_option_overrides_folders(model: Path, layout: Path, tmp_path: Path) -> None:
+    def count_types(name: str, option_value: str) -> Counter[str]:
         predict(model, layout, tmp_path / name, PredictOptions(study_type=option_value))
-        return Counter(study_type for study_type, _ in studies(tmp_path / name).values())
+        return Counter(study_type for study_type, _ in studies_of(tmp_path / name).values())
 
-    assert types("one", "hand") == {"XR_HAND": 4}
-    assert types("unheard", "KNEE") == {"KNEE": 4}
+    assert count_types("one", "hand") == {"XR_HAND": 4}
+    assert count_types("unheard", "KNEE") == {"KNEE": 4}
     assert all(row["call"] == "" for row in rows(tmp_path / "unheard" / "studies.csv"))
     table = tmp_path / "types.csv"
     view = "valid/XR_HAND/patient00001/study1_positive/image1.png"
     table.write_text(
         "\ufeffpath,study_type\nvalid/XR_HIP/patient00002/study1_negative/image1.png,elbow\n", encoding="utf-8"
     )
-    assert types("table", str(table)) == {"XR_HAND": 2, "XR_ELBOW": 1, "XR_WRIST": 1}
+    assert count_types("table", str(table)) == {"XR_HAND": 2, "XR_ELBOW": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
-    assert types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
+    assert count_types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
     with pytest.raises(UserError, match=r"is both XR_ELBOW and XR_HAND\. Keep one"):
-        types("both", str(table))
+        count_types("both", str(table))
     table.write_text("file,type\na,b\n")
     with pytest.raises(UserError, match="not a CSV with the columns path and study_type"):
-        types("columns", str(table))
+        count_types("columns", str(table))
     with pytest.raises(UserError, match=r"missing\.csv: no such file or directory\. Give a study type"):
-        types("missing", str(tmp_path / "missing.csv"))
+        count_types("missing", str(tmp_path / "missing.csv"))
 
 
 # ---- the same bytes, whatever happens
@@ -410,7 +409,7 @@ NUM_MANY = 2 * CHUNK + 100
 
 @pytest.fixture(scope="module")
 def many(cache: Cache, model: Path) -> tuple[Path, dict[str, bytes]]:
-    """A directory of two chunks and a half, a seventh of it junk, and its tables made in one go."""
+    """Return a directory of two and a half chunks, one seventh of it corrupt files, and the tables of one run."""
     folder = cache.path("many", functools.partial(_draw_many, model))
     return folder / "in", contents(folder / "out")
 
@@ -427,7 +426,7 @@ def _draw_many(model: Path, folder: Path) -> None:
     ("batch_size", "workers"),
     [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (300, 2)))],
 )
-def test_batches_and_threads_leave_no_trace(
+def test_tables_identical_across_batch_sizes_and_workers(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, batch_size: int, workers: int
 ) -> None:
     predict(model, many[0], tmp_path, PredictOptions(batch_size=batch_size, workers=workers))
@@ -437,10 +436,10 @@ def test_batches_and_threads_leave_no_trace(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [5, pytest.param(1, marks=KILLS)])
-def test_killed_before_or_after_any_write(
+def test_kill_around_any_rename_resumes_to_identical_bytes(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, step: int
 ) -> None:
-    """Law of the torn write: kill -9 around each rename; the same command finds no half table and ends with the same bytes."""
+    """No table is incomplete after the kill, and no finished chunk is predicted again."""
     source, expected = many
     driver = PREDICT + (
         "import os, signal\n"
@@ -513,10 +512,10 @@ predict(model, source, out, PredictOptions(workers=2), progress=progress)
         ("tables", 0, 3),
     ],
 )
-def test_killed_at_any_point_and_nothing_predicted_twice(
+def test_killed_run_resumes_without_predicting_twice(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, where: str, at: int, num_parts: int
 ) -> None:
-    """kill -9 within the walk, within a chunk, within the tables: the finished chunks are not predicted again."""
+    """The kill comes in the walk, in a chunk, or while the tables are written."""
     source, expected, out, notes = *many, tmp_path / "out", tmp_path / "notes"
     command = [sys.executable, "-c", KILLED, str(model), str(source), str(out)]
     killed = subprocess.run([*command, where, str(at), str(notes)], capture_output=True, check=False)
@@ -528,7 +527,7 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
     assert (again.returncode, again.stdout) == (0, "")
     assert again.stderr.startswith("taking over a stale lock of process ")
     assert contents(out) == expected
-    num_remaining = expected["predictions.csv"].count(b"\n") - 1 - sum(len(corner["predictions"]) for corner in parts)
+    num_remaining = expected["predictions.csv"].count(b"\n") - 1 - sum(len(chunk["predictions"]) for chunk in parts)
     assert sum(map(int, notes.read_text().split())) == num_remaining
     assert sorted(os.listdir(out)) == FILES
 
@@ -537,7 +536,7 @@ def test_killed_at_any_point_and_nothing_predicted_twice(
     ("phase", "number"),
     [("walk", signal.SIGINT), ("chunk", signal.SIGTERM), ("tables", signal.SIGTERM)],
 )
-def test_a_signal_stops_in_good_order(
+def test_signal_stops_a_run_that_resumes(
     model: Path,
     many: tuple[Path, dict[str, bytes]],
     tmp_path: Path,
@@ -548,17 +547,17 @@ def test_a_signal_stops_in_good_order(
     before, frames = signal.getsignal(number), tables.prediction_frame
     requests: list[int] = []
 
-    def ask(now: bool) -> None:
+    def raise_signal_once(now: bool) -> None:
         if now and not requests:
             requests.append(1)
             signal.raise_signal(number)
 
     def progress(done: int, total: int | None) -> None:
-        ask(phase == "walk" if total is None else phase == "chunk" and done == CHUNK)
+        raise_signal_once(phase == "walk" if total is None else phase == "chunk" and done == CHUNK)
 
     if phase == "tables":
         monkeypatch.setattr(tables, "BLOCK", 100)
-        monkeypatch.setattr(tables, "prediction_frame", lambda rows: (ask(True), frames(rows))[1])
+        monkeypatch.setattr(tables, "prediction_frame", lambda rows: (raise_signal_once(True), frames(rows))[1])
     output = {
         "walk": r"^stopped while listing the files\. The same command resumes\.$",
         "chunk": rf"^stopped after {CHUNK} of {NUM_MANY} files\. The same command resumes\.$",
@@ -573,10 +572,10 @@ def test_a_signal_stops_in_good_order(
     assert contents(tmp_path / "out") == many[1]
 
 
-def test_chunks_without_a_radiograph_are_finished_as_they_come(
+def test_chunks_without_radiographs_are_written_at_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No logits come for them; else a million such files would wait in memory for the first radiograph."""
+    """Otherwise a million such files would wait in memory for the first radiograph."""
     monkeypatch.setattr(predict_module, "CHUNK", 10)
     (tmp_path / "in").mkdir()
     for number in range(95):
@@ -594,7 +593,7 @@ def test_chunks_without_a_radiograph_are_finished_as_they_come(
     assert (summary["num_files"], summary["num_failures"]) == (95, 95)
 
 
-def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
+def test_finished_command_writes_nothing_again(model: Path, layout: Path, tmp_path: Path) -> None:
     first = predict(model, layout, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert (
@@ -604,7 +603,7 @@ def test_finished_command_does_nothing_again(model: Path, layout: Path, tmp_path
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_run_in_the_same_out(
+def test_different_run_in_the_same_output_is_refused(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, finished: bool
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
@@ -630,12 +629,12 @@ def test_another_run_in_the_same_out(
             UserError, match=rf"^--out .* holds a run with {key}=.*, this one has {key}=.* another --out"
         ):
             predict(model, source, out, PredictOptions(**options))
-    second = tmp_path / "other.onnx"
+    other_model = tmp_path / "other.onnx"
     proto = onnx.load(model)
     proto.doc_string = "another"
-    onnx.save(proto, second)
+    onnx.save(proto, other_model)
     with pytest.raises(UserError, match=r"holds a run with model_sha256="):
-        predict(second, source, out)
+        predict(other_model, source, out)
     draw(source / "a.png", seed=9)
     with pytest.raises(UserError, match=r"holds a run with files_sha256="):
         predict(model, source, out)
@@ -647,7 +646,7 @@ def test_another_run_in_the_same_out(
 # ---- refusals
 
 
-def test_wrong_requests(model: Path, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(model: Path, tmp_path: Path) -> None:
     source = draw(tmp_path / "in" / "a.png").parent
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
@@ -687,7 +686,7 @@ def test_wrong_requests(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "foreign" / "studies.csv").read_text() == "mine"
 
 
-def test_strict_ends_with_one_line_once_everything_is_written(
+def test_strict_fails_after_all_tables_are_written(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
@@ -708,7 +707,7 @@ def test_strict_ends_with_one_line_once_everything_is_written(
 
 
 @pytest.mark.parametrize("name", ["studies.csv", "predict.json"])
-def test_an_output_held_open_loses_nothing(
+def test_output_open_in_another_program_resumes(
     model: Path,
     many: tuple[Path, dict[str, bytes]],
     tmp_path: Path,
@@ -719,12 +718,12 @@ def test_an_output_held_open_loses_nothing(
     """Windows refuses to replace a file that a spreadsheet has open."""
     replace, arguments = os.replace, ["predict", str(model), str(many[0]), "--out", str(tmp_path / "out")]
 
-    def held(source: Path, target: Path) -> None:
+    def replace_unless_open(source: Path, target: Path) -> None:
         if target.name == name:
             raise PermissionError(13, "Permission denied", str(source))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(os, "replace", replace_unless_open)
     assert main(arguments) == FAILED
     output = capsys.readouterr().err
     assert len(output.splitlines()) == 1
@@ -737,16 +736,16 @@ def test_an_output_held_open_loses_nothing(
     assert contents(tmp_path / "out") == many[1]
 
 
-def test_a_model_that_gives_no_number_is_named(
-    model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_logit_raises_run_error(model: Path, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntime, "run", lambda self, image, outputs: [np.full(len(image), np.nan, np.float32)])
     with pytest.raises(RunError, match=r"image1\.png: the model's logit is nan\. Export the model again"):
         predict(model, layout, tmp_path)
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unavailable_provider_never_falls_back_to_cpu(
+    model: Path, provider: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     try:
         output = OnnxModel.load(model, provider).provider.lower()
     except UserError as refusal:
@@ -755,17 +754,15 @@ def test_a_provider_never_falls_to_the_cpu(model: Path, provider: str, capfd: py
     assert capfd.readouterr() == ("", "")
 
 
-def test_damaged_plan_is_named(model: Path, layout: Path, tmp_path: Path) -> None:
+def test_corrupt_plan_is_refused(model: Path, layout: Path, tmp_path: Path) -> None:
     (tmp_path / "predict.json").write_text("{")
     with pytest.raises(UserError, match=r"predict\.json is invalid \(.*\)\. Give another --out"):
         predict(model, layout, tmp_path)
 
 
 @pytest.mark.slow
-def test_full_disk_leaves_the_run_to_be_resumed(
-    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
-    """A limit on the size of a file stands for the disk: the second part does not fit, as nothing of it may."""
+def test_run_resumes_after_a_file_size_limit(model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk. The second part exceeds it."""
     driver = PREDICT + (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -781,7 +778,7 @@ def test_full_disk_leaves_the_run_to_be_resumed(
     assert contents(tmp_path) == many[1]
 
 
-def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
+def test_predict_imports_base_packages_only(model: Path, layout: Path, tmp_path: Path) -> None:
     heavy = "{'torch', 'torchvision', 'cv2', 'matplotlib', 'onnx', 'sklearn', 'pyarrow'}"
     driver = PREDICT + f"predict(model, source, out); print(sorted({heavy} & set(sys.modules)))"
     command = [sys.executable, "-c", driver, str(model), str(layout), str(tmp_path / "out")]
@@ -793,10 +790,10 @@ def test_base_imports_only(model: Path, layout: Path, tmp_path: Path) -> None:
 @pytest.mark.nightly(part="files")
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("room_kib", [12, 40, 72, 108, 132, 160])
-def test_a_disk_that_is_really_full(
+def test_run_resumes_after_a_full_disk(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, room_kib: int
 ) -> None:
-    """Within the walk, the parts or the tables: one line says why; with room again the same command, the same bytes."""
+    """The disk is full during the walk, the parts or the tables. One line states it, and the same command resumes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", f"size={room_kib}k", "none", disk]
@@ -804,11 +801,11 @@ def test_a_disk_that_is_really_full(
         pytest.skip("this machine lets nobody mount")
     arguments = ("mura-dist", "predict", model, many[0], "--out", disk / "out", "--quiet")
     try:
-        full = run(*arguments)
-        assert full.returncode == 1, (full.stdout, full.stderr)
-        assert len(full.stderr.strip().splitlines()) == 1, full.stderr
-        assert "No space left on device" in full.stderr
-        assert "Free some space, then run the same command." in full.stderr
+        failed = run(*arguments)
+        assert failed.returncode == 1, (failed.stdout, failed.stderr)
+        assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+        assert "No space left on device" in failed.stderr
+        assert "Free some space, then run the same command." in failed.stderr
         parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
         again = run(*arguments)
@@ -823,13 +820,13 @@ def test_a_disk_that_is_really_full(
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_run_goes_on_as_it_began(
+def test_resumed_run_keeps_its_session_config(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
-    """Whatever was measured on this machine in between; and nothing is measured for it."""
+    """Later measurements on this machine have no effect, and the resumed run measures nothing."""
     loaded, folder = OnnxModel.load(model, session_config=pipelined_config()), OutputFolder(tmp_path / "out", 0, 1)
 
-    def resolve(**options: Any) -> SessionConfig:
+    def resolve_config(**options: Any) -> SessionConfig:
         return predict_module._resolve_session_config(folder, loaded, model, PredictOptions(**options), print)
 
     plan = {"model_sha256": loaded.sha256, "provider": loaded.provider, "optimisation": "extended", "batch_size": 3}
@@ -838,16 +835,16 @@ def test_a_run_goes_on_as_it_began(
     monkeypatch.setattr(autotune, "load_tuned_config", lambda model: SessionConfig(16, 1, 1, "all"))
     monkeypatch.setattr(autotune, "tune", lambda *option_value: pytest.fail("measured"))
     for measure in (False, True):
-        assert resolve(autotune=measure) == SessionConfig(3, 1, 1, "extended")
-    assert resolve(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
+        assert resolve_config(autotune=measure) == SessionConfig(3, 1, 1, "extended")
+    assert resolve_config(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
     (folder.summary_path if finished else folder.plan_path).write_text("{}")  # another model's
-    assert resolve() == SessionConfig(16, 1, 1, "all")
+    assert resolve_config() == SessionConfig(16, 1, 1, "all")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolve() == loaded.session_config
+    assert resolve_config() == loaded.session_config
 
 
-def test_autotune_is_measured_kept_and_used(
+def test_autotune_is_cached_and_used(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Pseudonyms: one key a site, names that lead back for the site alone, and not a word of a patient anywhere else."""
+"""Test pseudonyms: one key per site, a key table only for the site, and no patient data in any output or message."""
 
 import csv
 import itertools
@@ -28,7 +28,7 @@ from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.inference.pseudonyms import Pseudonymizer
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
-WORD, NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's name and number
+CANARY, CANARY_NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's name and number
 
 
 pytestmark = pytest.mark.usefixtures("own_site_key")
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
 @POSIX
-def test_the_key_is_made_once_for_its_owner_alone() -> None:
+def test_site_key_is_created_once_and_private() -> None:
     path = pseudonyms.key_path()
     assert path == Path(os.environ["MURA_DIST_SITE_KEY"])
     key = pseudonyms.site_key()
@@ -47,14 +47,14 @@ def test_the_key_is_made_once_for_its_owner_alone() -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_default_place_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_key_path_is_in_the_user_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MURA_DIST_SITE_KEY")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("APPDATA", str(tmp_path))
     assert pseudonyms.key_path() == tmp_path / "mura-dist" / "site.key"
 
 
-def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
+def test_concurrent_processes_share_one_key(tmp_path: Path) -> None:
     code = (
         "import sys; from mura_dist.inference.pseudonyms import site_key\nsys.stdin.read(1); print(site_key().decode())"
     )
@@ -70,25 +70,25 @@ def test_processes_that_need_it_at_once_get_the_same(tmp_path: Path) -> None:
         assert actual == {Path(os.environ["MURA_DIST_SITE_KEY"]).read_bytes()}
 
 
-def test_whoever_comes_second_never_sees_half_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every moment of its making the key is not there, or whole; another one made meanwhile stays."""
+def test_key_of_a_concurrent_process_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key file is missing or complete at every moment, and a key that another process wrote stays."""
     path = pseudonyms.key_path()
     fsync, other_key = os.fsync, b"o" * 64
 
-    def meanwhile(descriptor: int) -> None:
+    def create_other_key(descriptor: int) -> None:
         fsync(descriptor)
         if not path.exists():
             path.write_bytes(other_key)
             path.chmod(0o600)
 
-    monkeypatch.setattr(os, "fsync", meanwhile)
+    monkeypatch.setattr(os, "fsync", create_other_key)
     assert pseudonyms.site_key() == path.read_bytes() == other_key
     assert os.listdir(path.parent) == ["site.key"]
 
 
 @POSIX
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o777, 0o601])
-def test_a_key_that_others_may_use_is_refused(mode: int) -> None:
+def test_key_accessible_to_others_is_refused(mode: int) -> None:
     pseudonyms.site_key()
     pseudonyms.key_path().chmod(mode)
     with pytest.raises(
@@ -99,13 +99,13 @@ def test_a_key_that_others_may_use_is_refused(mode: int) -> None:
 
 @POSIX
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o700])
-def test_a_key_of_its_owner_alone_is_taken(mode: int) -> None:
+def test_private_key_is_accepted(mode: int) -> None:
     key = pseudonyms.site_key()
     pseudonyms.key_path().chmod(mode)
     assert pseudonyms.site_key() == key
 
 
-def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_inside_input_or_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, directory = tmp_path / "out", tmp_path / "in"
     (directory / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(directory)
@@ -121,13 +121,13 @@ def test_a_key_never_lies_where_it_would_be_given_away(tmp_path: Path, monkeypat
     assert len(pseudonyms.site_key(out, directory)) == 64
 
 
-def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inaccessible_key_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir(mode=0o700)
-    for location, why in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
+    for location, reason in (("file/k", "not a directory|file exists"), ("folder", "is a directory|permission denied")):
         monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / location))
         with pytest.raises(
-            UserError, match=rf"^site key .*: ({why})\. Name another file with MURA_DIST_SITE_KEY=PATH\.$"
+            UserError, match=rf"^site key .*: ({reason})\. Name another file with MURA_DIST_SITE_KEY=PATH\.$"
         ):
             pseudonyms.site_key()
 
@@ -135,7 +135,7 @@ def test_a_key_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- names
 
 
-def test_a_name_depends_on_key_kind_and_parts_alone() -> None:
+def test_pseudonym_depends_on_key_kind_and_parts_only() -> None:
     parts = [("",), ("a",), ("b",), ("a", ""), ("", "a"), ("a", "b"), ("ab",), ("\udcff",), ("é",)]
     cases = list(itertools.product((b"1" * 32, b"2" * 32), ("file", "study", "dicom"), parts))
     names = [pseudonyms.pseudonym(key, kind, *some) for key, kind, some in cases]
@@ -145,7 +145,7 @@ def test_a_name_depends_on_key_kind_and_parts_alone() -> None:
     assert 1e6**2 / 2 / 16**pseudonyms.DIGITS < 1e-7  # two of a million alike
 
 
-def test_without_a_key_everything_goes_by_its_own_name() -> None:
+def test_pseudonymizer_without_key_returns_names() -> None:
     names = Pseudonymizer()
     assert (names.file("a/b.png"), names.study("a"), names.digest("0f"), names.fingerprint) == (
         "a/b.png",
@@ -159,8 +159,8 @@ def test_without_a_key_everything_goes_by_its_own_name() -> None:
 # ---- a run under pseudonyms
 
 
-def small(folder: Path) -> Path:
-    """Two studies in MURA's layout, loose files, a DICOM study of two views, and one file that is none."""
+def create_source(folder: Path) -> Path:
+    """Create two studies in MURA's layout, loose files, a DICOM study of two views, and a text file."""
     layout = folder / "valid/XR_HAND/patient00001"
     for seed, path in enumerate(
         [layout / "study1_positive/image1.png", layout / "study2/image1.png", folder / "loose.png"]
@@ -174,7 +174,7 @@ def small(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below, but for the wall-clock times of the mark."""
+    """Return every file of a folder, without the wall-clock times of predict.json."""
     actual = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if mark := actual.get("predict.json"):
         summary = json.loads(mark)
@@ -183,8 +183,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return actual
 
 
-def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
-    source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
+def test_key_table_maps_pseudonyms_to_names(model: Path, tmp_path: Path) -> None:
+    source, table = create_source(tmp_path / "in"), tmp_path / "keys.csv"
     predict(model, source, tmp_path / "open")
     summary = predict(model, source, tmp_path / "out", PredictOptions(keytable=table))
     if os.name == "posix":
@@ -193,30 +193,36 @@ def test_the_key_table_leads_back(model: Path, tmp_path: Path) -> None:
     assert list(lines[0]) == list(pseudonyms.COLUMNS)
     assert len(lines) == summary["num_files"] == 7
     assert len({line["pseudonym"] for line in lines}) == 7
-    back = {line["pseudonym"]: line for line in lines}
-    openly = {line["path"]: line for line in rows(tmp_path / "open/predictions.csv")}
+    key_rows = {line["pseudonym"]: line for line in lines}
+    open_rows = {line["path"]: line for line in rows(tmp_path / "open/predictions.csv")}
     actual = rows(tmp_path / "out/predictions.csv")
-    assert len(actual) == len(openly) == 6
+    assert len(actual) == len(open_rows) == 6
     for line in actual:
-        key_row, same = back[line["path"]], openly[back[line["path"]]["path"]]
-        assert (key_row["study"], key_row["study_pseudonym"]) == (same["study"], line["study"])
+        key_row = key_rows[line["path"]]
+        open_row = open_rows[key_row["path"]]
+        assert (key_row["study"], key_row["study_pseudonym"]) == (open_row["study"], line["study"])
         assert {key: line[key] for key in ("study_type", "logit")} == {
-            key: same[key] for key in ("study_type", "logit")
+            key: open_row[key] for key in ("study_type", "logit")
         }
     (failure,) = rows(tmp_path / "out/failures.csv")
-    assert back[failure["path"]] == {**back[failure["path"]], "path": "notes.txt", "study": "", "study_pseudonym": ""}
+    assert key_rows[failure["path"]] == {
+        **key_rows[failure["path"]],
+        "path": "notes.txt",
+        "study": "",
+        "study_pseudonym": "",
+    }
     by_name = {line["study_pseudonym"]: line["study"] for line in lines}
     studies = {by_name[line["study"]]: line for line in rows(tmp_path / "out/studies.csv")}
     for line in rows(tmp_path / "open/studies.csv"):
         assert {**studies[line["study"]], "study": ""} == {**line, "study": ""}
     names = [line["path"] for line in actual]
-    assert names == sorted(names) != sorted(names, key=lambda name: back[name]["path"])  # in no order of theirs
+    assert names == sorted(names) != sorted(names, key=lambda name: key_rows[name]["path"])  # in no order of theirs
 
 
-def test_names_are_the_same_in_every_run_of_a_site(
+def test_pseudonyms_identical_in_all_runs_of_a_site(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = small(tmp_path / "in")
+    source = create_source(tmp_path / "in")
     for name in ("one", "two"):
         predict(model, source, tmp_path / name, PredictOptions(keytable=tmp_path / f"{name}.csv"))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -233,12 +239,12 @@ def test_names_are_the_same_in_every_run_of_a_site(
 
 
 @pytest.mark.slow
-def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
-    source, table = small(tmp_path / "in"), tmp_path / "keys.csv"
+def test_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
+    source, table = create_source(tmp_path / "in"), tmp_path / "keys.csv"
     predict(model, source, tmp_path / "out", PredictOptions(keytable=table))
     original = table.read_text()
     first, *remaining_lines = original.splitlines(keepends=True)
-    damaged = {
+    invalid_tables = {
         "nothing": "",
         "another table": "a,b\n1,2\n",
         "a line less": first + "".join(remaining_lines[:-1]),
@@ -247,20 +253,20 @@ def test_a_key_table_is_never_overwritten(model: Path, tmp_path: Path) -> None:
         "no text": "\udcff\udcfe\0",
         "another study": original.replace('"1.dcm"', '"1.dcm"').replace("study2", "study3"),
     }
-    for what, text in damaged.items():
+    for case, text in invalid_tables.items():
         table.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(
             UserError, match=r"^--pseudonyms .*keys\.csv, line \d+: names of another run\. Give another file\.$"
         ):
-            predict(model, source, tmp_path / what, PredictOptions(keytable=table))
+            predict(model, source, tmp_path / case, PredictOptions(keytable=table))
         assert table.read_bytes() == text.encode("utf-8", "surrogateescape")
-        assert not (tmp_path / what / "predictions.csv").exists()
-        predict(model, source, tmp_path / what, PredictOptions(keytable=tmp_path / f"{what}.csv"))  # the remedy
+        assert not (tmp_path / case / "predictions.csv").exists()
+        predict(model, source, tmp_path / case, PredictOptions(keytable=tmp_path / f"{case}.csv"))  # the remedy
     assert (tmp_path / "nothing.csv").read_text() == original
 
 
-def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
-    source, out = small(tmp_path / "in"), tmp_path / "out"
+def test_invalid_key_table_paths_are_refused(model: Path, tmp_path: Path) -> None:
+    source, out = create_source(tmp_path / "in"), tmp_path / "out"
     (tmp_path / "folder").mkdir()
     (tmp_path / "open.csv").write_text("")
     (tmp_path / "open.csv").chmod(0o644)
@@ -278,8 +284,8 @@ def test_key_tables_in_wrong_places(model: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = small(tmp_path / "in")
+def test_run_with_another_key_is_not_resumed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = create_source(tmp_path / "in")
     predict(model, source, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv"))
     with pytest.raises(UserError, match=r"holds a run with .*=.*, this one has"):
         predict(model, source, tmp_path / "out")
@@ -290,12 +296,12 @@ def test_another_key_does_not_go_on(model: Path, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.nightly(part="kills")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    """Law of the torn write, with overlays and a key table: kill -9 around each rename and each link. No name is left in OUT."""
+def test_kill_around_any_rename_or_link_resumes_to_identical_bytes(model: Path, tmp_path: Path) -> None:
+    """The run has overlays and a key table. After a kill, no name is in OUT."""
     source, out = tmp_path / "in", tmp_path / "runs"
-    draw(source / f"valid/XR_HAND/{WORD}/study1_positive/image1.png")
-    draw_dicom(source / f"{WORD}.dcm", "1.2.276.0.1", "WRIST", "L")
-    (source / f"{WORD}.txt").write_text("none")
+    draw(source / f"valid/XR_HAND/{CANARY}/study1_positive/image1.png")
+    draw_dicom(source / f"{CANARY}.dcm", "1.2.276.0.1", "WRIST", "L")
+    (source / f"{CANARY}.txt").write_text("none")
     predict(
         model,
         source,
@@ -333,7 +339,7 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
     assert last >= 2 * (1 + 1 + 2 + 1 + 1 + 3 + 1)  # plan, note, overlays, part, key table, tables, mark
     for moment in range(last):
         table = out / f"{moment}.csv"
-        assert tokens(everything(out / str(moment))) == []
+        assert canaries_in(all_bytes(out / str(moment))) == []
         assert not table.exists() or table.read_bytes() == key_table
         assert table.exists() or not (out / str(moment) / "predictions.csv").exists()
         predict(model, source, out / str(moment), PredictOptions(keytable=table, overlays=True, allow_pixels=True))
@@ -342,26 +348,26 @@ def test_killed_anywhere_the_same_bytes(model: Path, tmp_path: Path) -> None:
         assert not [path for path in out.iterdir() if path.name.startswith(f".{moment}.")]
 
 
-# ---- not a word of a patient
+# ---- no patient data
 
 
-TEXTS = dict.fromkeys(("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"), WORD)
+TEXTS = dict.fromkeys(("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"), CANARY)
 TEXTS |= {
-    "UI": f"1.2.{NUMBER}",
+    "UI": f"1.2.{CANARY_NUMBER}",
     "DA": "19481516",
     "TM": "154816",
-    "DT": f"{NUMBER}",
+    "DT": f"{CANARY_NUMBER}",
     "IS": "481516234",
     "DS": "4815162342",
 }
 TEXTS |= {"AS": "481Y"}
-BYTES = dict.fromkeys(("OB", "UN", "OW"), f"{WORD}{NUMBER} ".encode())
+BYTES = dict.fromkeys(("OB", "UN", "OW"), f"{CANARY}{CANARY_NUMBER} ".encode())
 REQUIRED = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # what a radiograph needs to be read
 
 
-def with_canaries(path: Path, seed: int = 0) -> Path:
-    """A DICOM that names its patient in every tag of the groups that name things, in private ones and in sequences."""
-    draw_dicom(path, f"1.2.{NUMBER}", WORD, WORD, seed)
+def draw_canary_dicom(path: Path, seed: int = 0) -> Path:
+    """Write a DICOM that names its patient in every descriptive tag, in private tags and in sequences."""
+    draw_dicom(path, f"1.2.{CANARY_NUMBER}", CANARY, CANARY, seed)
     dicom = pydicom.dcmread(path)
     for tag, (kind, multiplicity, _, retired, keyword) in DicomDictionary.items():
         if (
@@ -375,33 +381,33 @@ def with_canaries(path: Path, seed: int = 0) -> Path:
         if value is not None and multiplicity in ("1", "1-n"):
             setattr(dicom, keyword, value)
     item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning, item.PatientName = WORD, "SRT", WORD, WORD
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning, item.PatientName = CANARY, "SRT", CANARY, CANARY
     dicom.AnatomicRegionSequence = Sequence([item])
     for kind, value in (*TEXTS.items(), *BYTES.items()):
-        dicom.private_block(9, f"{WORD} {kind}", create=True).add_new(1, kind, value)
-    dicom.ImageComments = WORD
+        dicom.private_block(9, f"{CANARY} {kind}", create=True).add_new(1, kind, value)
+    dicom.ImageComments = CANARY
     dicom.save_as(path, enforce_file_format=True)
     return path
 
 
 @pytest.fixture(scope="module")
-def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder called after a patient, and all that may lie in one."""
+def canary_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a folder named after a patient, with files of every kind."""
     root = tmp_path_factory.mktemp("ward")
-    folder = root / f"PATH{WORD}"
+    folder = root / f"PATH{CANARY}"
     for seed in range(3):
-        with_canaries(folder / f"{WORD} {seed}" / f"{seed}.dcm", seed)
-    original = (folder / f"{WORD} 0" / "0.dcm").read_bytes()
+        draw_canary_dicom(folder / f"{CANARY} {seed}" / f"{seed}.dcm", seed)
+    original = (folder / f"{CANARY} 0" / "0.dcm").read_bytes()
     for number, data in enumerate(
         [original[:300], original[: len(original) - 900], original[:200] + b"\xff" * 300 + original[500:]]
     ):
-        (folder / f"torn {WORD} {number}.dcm").write_bytes(data)
-    draw(folder / f"XR_{WORD.upper()}" / f"{WORD}.{WORD}")
-    draw(folder / f"valid/XR_{WORD.upper()}/patient{WORD}/study1_{WORD}/image1.png")
-    draw(folder / f"valid/XR_HAND/patient{WORD}/study1_positive/image1.png")
-    (folder / f"{WORD}.txt").write_text(WORD)
-    (folder / f"{WORD}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + WORD.encode() * 40)
-    (folder / f"gone {WORD}").symlink_to(f"no {WORD}")
+        (folder / f"torn {CANARY} {number}.dcm").write_bytes(data)
+    draw(folder / f"XR_{CANARY.upper()}" / f"{CANARY}.{CANARY}")
+    draw(folder / f"valid/XR_{CANARY.upper()}/patient{CANARY}/study1_{CANARY}/image1.png")
+    draw(folder / f"valid/XR_HAND/patient{CANARY}/study1_positive/image1.png")
+    (folder / f"{CANARY}.txt").write_text(CANARY)
+    (folder / f"{CANARY}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + CANARY.encode() * 40)
+    (folder / f"gone {CANARY}").symlink_to(f"no {CANARY}")
     return folder
 
 
@@ -409,22 +415,22 @@ def output_of(result: subprocess.CompletedProcess[str]) -> bytes:
     return (result.stdout + result.stderr).encode()
 
 
-def everything(out: Path) -> bytes:
+def all_bytes(out: Path) -> bytes:
     files = [path for path in out.rglob("*") if path.is_file()]
     return b"\n".join([*(path.read_bytes() for path in files), *(os.fsencode(path.relative_to(out)) for path in files)])
 
 
-def tokens(data: bytes) -> list[str]:
-    """What of the canaries is in `data`, whatever its case; 16-bit text too."""
+def canaries_in(data: bytes) -> list[str]:
+    """Return the canaries that `data` contains, in any case, also as 16-bit text."""
     text = data.lower().replace(b"\0", b"")
-    return [word for word in (WORD.lower(), NUMBER, "481516", "pid-4711", "jane") if word.encode() in text]
+    return [word for word in (CANARY.lower(), CANARY_NUMBER, "481516", "pid-4711", "jane") if word.encode() in text]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_dicom_tag_reaches_an_output_or_a_log(model: Path, ward: Path, tmp_path: Path) -> None:
-    """Without pseudonyms paths are in the tables, as they are to be: then the folder goes by other names."""
+def test_outputs_and_logs_hold_no_dicom_tags(model: Path, canary_folder: Path, tmp_path: Path) -> None:
+    """Without pseudonyms the tables contain paths. The test therefore copies the files under neutral names."""
     source = tmp_path / "plain"
-    for number, path in enumerate(sorted(ward.rglob("*"))):
+    for number, path in enumerate(sorted(canary_folder.rglob("*"))):
         if path.is_file():
             (source / f"{number}").parent.mkdir(exist_ok=True)
             (source / f"{number}").write_bytes(path.read_bytes())
@@ -437,70 +443,79 @@ def test_no_dicom_tag_reaches_an_output_or_a_log(model: Path, ward: Path, tmp_pa
     assert summary["num_overlays"] == summary["num_radiographs"]
     assert [name for name in summary["studies_by_type"] if name != "unknown"] == []
     assert any(line["study"].startswith("dicom-") for line in rows(tmp_path / "out/predictions.csv"))
-    assert tokens(everything(tmp_path / "out") + output_of(result)) == []
-    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + output_of(result)
+    assert canaries_in(all_bytes(tmp_path / "out") + output_of(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in all_bytes(tmp_path / "out") + output_of(result)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_with_pseudonyms_no_path_does_either(model: Path, ward: Path, tmp_path: Path) -> None:
+def test_pseudonymous_outputs_and_logs_hold_no_paths(model: Path, canary_folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "types.csv"
-    table.write_text(f"path,study_type\nXR_{WORD.upper()}/{WORD}.{WORD},hand\n{WORD} of yesterday.png,hand\n")
-    command = ["mura-dist", "predict", model, ward, "--out", tmp_path / "out", "--pseudonyms", tmp_path / "keys.csv"]
+    table.write_text(f"path,study_type\nXR_{CANARY.upper()}/{CANARY}.{CANARY},hand\n{CANARY} of yesterday.png,hand\n")
+    command = [
+        "mura-dist",
+        "predict",
+        model,
+        canary_folder,
+        "--out",
+        tmp_path / "out",
+        "--pseudonyms",
+        tmp_path / "keys.csv",
+    ]
     command += ["--overlays", "--allow-pixels", "--study-type", table]
     result = run(*command)
     assert result.returncode == 0, result.stderr
     assert "1 of 2 paths are not in DIRECTORY" in result.stdout
-    assert tokens(everything(tmp_path / "out") + output_of(result)) == []
-    assert pseudonyms.key_path().read_bytes() not in everything(tmp_path / "out") + output_of(result)
+    assert canaries_in(all_bytes(tmp_path / "out") + output_of(result)) == []
+    assert pseudonyms.key_path().read_bytes() not in all_bytes(tmp_path / "out") + output_of(result)
     actual = json.loads((tmp_path / "out/predict.json").read_bytes())
     assert actual["studies_by_type"] == {"XR_HAND": 2, "unknown": actual["num_studies"] - 2}
-    assert WORD in (tmp_path / "keys.csv").read_text()  # the way back, for the site
-    assert NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
+    assert CANARY in (tmp_path / "keys.csv").read_text()  # the way back, for the site
+    assert CANARY_NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
     again = run(*command)
-    assert (again.returncode, tokens(output_of(again))) == (0, [])
+    assert (again.returncode, canaries_in(output_of(again))) == (0, [])
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_on_disk_in_the_midst_of_a_run(
-    model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unfinished_run_holds_no_names(
+    model: Path, canary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a kill -9: the parts and the plan hold no name either."""
+    """After a kill -9, parts and plan contain no names either."""
 
-    class Killed(BaseException):
+    class KilledError(BaseException):
         pass
 
-    def kill(keytable: Path, lines: Any) -> None:
-        raise Killed
+    def raise_killed(keytable: Path, lines: Any) -> None:
+        raise KilledError
 
-    monkeypatch.setattr(pseudonyms, "write_keytable", kill)
-    with pytest.raises(Killed):
-        predict(model, ward, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv", overlays=True))
+    monkeypatch.setattr(pseudonyms, "write_keytable", raise_killed)
+    with pytest.raises(KilledError):
+        predict(model, canary_folder, tmp_path / "out", PredictOptions(keytable=tmp_path / "keys.csv", overlays=True))
     assert sorted(os.listdir(tmp_path / "out/.parts")) == ["000000.json", "plan.json"]
-    assert tokens(everything(tmp_path / "out")) == []
+    assert canaries_in(all_bytes(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("directory", ["empty", "none", "several", "ward", "crash", "io", "strange", "table"])
-def test_no_message_names_a_path(
+def test_messages_hold_no_paths(
     directory: str,
     model: Path,
-    ward: Path,
+    canary_folder: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Refusals, failures of ours and of the system's, and what nobody foresaw."""
-    folder = tmp_path / f"of {WORD}"
+    """The messages are refusals, run errors, system errors and unexpected exceptions."""
+    folder = tmp_path / f"of {CANARY}"
     folder.mkdir()
     table = tmp_path / "types.csv"
-    table.write_text(f"path,study_type\n{WORD}.png,hand\n{WORD}.png,elbow\n")
-    source, options = ward, ["--study-type", "hand"]
-    more = [str(folder / f"{WORD}1.png"), str(folder / f"{WORD}2.png")] if directory == "several" else []
+    table.write_text(f"path,study_type\n{CANARY}.png,hand\n{CANARY}.png,elbow\n")
+    source, options = canary_folder, ["--study-type", "hand"]
+    more = [str(folder / f"{CANARY}1.png"), str(folder / f"{CANARY}2.png")] if directory == "several" else []
 
-    def broken(error: Exception) -> Callable[..., Any]:
-        def raises(*arguments: Any, **options: Any) -> Any:
+    def raiser(error: Exception) -> Callable[..., Any]:
+        def raise_error(*arguments: Any, **options: Any) -> Any:
             raise error
 
-        return raises
+        return raise_error
 
     if directory in ("empty", "none"):
         source = {"empty": folder, "none": folder / "none"}[directory]
@@ -509,16 +524,18 @@ def test_no_message_names_a_path(
     elif directory == "table":
         options = ["--study-type", str(table)]
     elif directory == "crash":
-        monkeypatch.setattr(file_list, "list_files", broken(KeyError(f"{ward}/{WORD}")))
+        monkeypatch.setattr(file_list, "list_files", raiser(KeyError(f"{canary_folder}/{CANARY}")))
     elif directory == "io":
-        monkeypatch.setattr(file_list, "list_files", broken(PermissionError(13, "Permission denied", f"{ward}/{WORD}")))
+        monkeypatch.setattr(
+            file_list, "list_files", raiser(PermissionError(13, "Permission denied", f"{canary_folder}/{CANARY}"))
+        )
     elif directory == "strange":
-        monkeypatch.setattr(file_list, "list_files", broken(OSError(f"cannot identify {ward}/{WORD}")))
+        monkeypatch.setattr(file_list, "list_files", raiser(OSError(f"cannot identify {canary_folder}/{CANARY}")))
     command = ["predict", str(model), str(source), *more, "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
     assert status == (FAILED if directory in ("crash", "io", "strange") else INVALID)
-    assert tokens((captured.out + captured.err).encode()) == []
+    assert canaries_in((captured.out + captured.err).encode()) == []
     assert len(captured.err.splitlines()) == 1
     patterns = {
         "crash": r"KeyError in .*\.py, line \d+\. To see more, run the command without",
@@ -529,17 +546,19 @@ def test_no_message_names_a_path(
     assert re.search(patterns.get(directory, "DIRECTORY|is both XR_HAND and XR_ELBOW"), captured.err)
 
 
-def test_a_command_line_is_not_repeated(capfd: pytest.CaptureFixture[str]) -> None:
-    """What a shell makes of DIRECTORY/*, given to an option that does not exist."""
-    command = ["verify", "in", *(f"in/{WORD}{number}.png" for number in range(3))]
+def test_usage_error_does_not_repeat_the_command_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """A shell expands DIRECTORY/* after an option that does not exist."""
+    command = ["verify", "in", *(f"in/{CANARY}{number}.png" for number in range(3))]
     for option in (["--pseudonyms", "keys.csv"], ["--pseudonyms=keys.csv"]):
         assert main([*command, "--", *option]) == INVALID
         assert capfd.readouterr() == ("", "mura-dist: Got unexpected extra arguments. See mura-dist verify --help.\n")
     assert main(command) == INVALID
-    assert f"extra arguments (in/{WORD}0.png" in capfd.readouterr().err
+    assert f"extra arguments (in/{CANARY}0.png" in capfd.readouterr().err
 
 
-def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_under_pseudonyms_keeps_its_exit_status(
+    model: Path, canary_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mura_dist.core.errors import StopRequestedError
 
     def stop(*arguments: Any, **options: Any) -> Any:
@@ -549,7 +568,7 @@ def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeyp
     command = [
         "predict",
         str(model),
-        str(ward),
+        str(canary_folder),
         "--out",
         str(tmp_path / "out"),
         "--pseudonyms",
@@ -562,12 +581,12 @@ def test_a_stop_is_still_a_stop(model: Path, ward: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
-def test_both_wrists_and_an_elbow_are_three_studies(model: Path, tmp_path: Path) -> None:
+def test_dicom_study_is_split_by_body_part_and_side(model: Path, tmp_path: Path) -> None:
     source, uid = tmp_path / "in", "1.2.276.0.1"
-    for number, (section, side) in enumerate(
+    for number, (body_part, side) in enumerate(
         [("WRIST", "L"), ("wrist ", "left"), ("WRIST", "R"), ("WRIST", "R "), ("ELBOW", "R")]
     ):
-        draw_dicom(source / f"{number}.dcm", uid, section, side, number)
+        draw_dicom(source / f"{number}.dcm", uid, body_part, side, number)
     series = pydicom.dcmread(draw_dicom(source / "5.dcm", uid, "WRIST", "B", 5))
     series.ImageLaterality = "L"  # of a series that holds both sides
     series.save_as(source / "5.dcm")
@@ -587,7 +606,7 @@ def test_both_wrists_and_an_elbow_are_three_studies(model: Path, tmp_path: Path)
 # ---- study types
 
 
-def test_an_unknown_study_type_has_no_call(model: Path, tmp_path: Path) -> None:
+def test_unknown_study_type_has_no_call(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "in/a.png")
     draw_dicom(tmp_path / "in/b.dcm", "1.2.3", "CLAVICLE", "L")
     draw_dicom(tmp_path / "in/c.dcm", "1.2.4", "ELBOW", "L")  # MURA's, but this model has no threshold for it
@@ -610,7 +629,7 @@ VALID_TYPES = ("XR_HAND", "XR_WRIST", "XR_HIP")
         *(("HIPS", "XR_HIP"), ("XR_FINGRE", "XR_FINGER")),
     ],
 )
-def test_a_likely_typo_is_refused(typo: str, suggestion: str) -> None:
+def test_likely_typo_of_a_study_type_is_refused(typo: str, suggestion: str) -> None:
     for override in (study_types.read_override(typo), {"a": "XR_HAND", "b": study_types.normalize(typo)}):
         with pytest.raises(
             UserError, match=rf"^--study-type {typo}: no such study type \(did you mean {suggestion}\?\)\. Give one of"
@@ -624,7 +643,7 @@ UNKNOWN_TYPES = (
 
 
 @pytest.mark.parametrize("name", UNKNOWN_TYPES.split())
-def test_other_study_types_are_taken_with_a_word(name: str) -> None:
+def test_foreign_study_type_is_accepted_with_a_warning(name: str) -> None:
     for override in (name, f"XR_{name}"):
         (line,) = study_types.check(override, VALID_TYPES)
         assert re.match(
@@ -632,7 +651,7 @@ def test_other_study_types_are_taken_with_a_word(name: str) -> None:
         )
 
 
-def test_known_study_types_need_no_word() -> None:
+def test_known_study_type_has_no_warning() -> None:
     for name in (*mura.STUDY_TYPES, *VALID_TYPES):
         assert study_types.check(study_types.read_override(name), VALID_TYPES) == []
     assert (
@@ -643,8 +662,8 @@ def test_known_study_types_need_no_word() -> None:
     )
 
 
-def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
-    source, table = small(tmp_path / "in"), tmp_path / "types.csv"
+def test_study_type_table_without_matching_paths_is_refused(model: Path, tmp_path: Path) -> None:
+    source, table = create_source(tmp_path / "in"), tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{source}/loose.png,hand\nelsewhere.png,hand\n")
     with pytest.raises(UserError, match=r"^--study-type: none of its 2 paths is in DIRECTORY\. Write them relative to"):
         predict(model, source, tmp_path / "out", PredictOptions(study_type=str(table)))
@@ -656,10 +675,10 @@ def test_a_table_that_names_no_file(model: Path, tmp_path: Path) -> None:
     assert study_types.match(study_types.read_override(str(table)), [file_list.printable_path("loose.png")]) == []
 
 
-# ---- files made once
+# ---- files
 
 
-def test_a_file_is_created_once(tmp_path: Path) -> None:
+def test_creating_never_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with atomic.creating(path, mode=0o600) as file:
         file.write(b"first")
@@ -671,7 +690,7 @@ def test_a_file_is_created_once(tmp_path: Path) -> None:
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"first", ["a"])
 
 
-def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
+def test_key_table_quotes_all_names(tmp_path: Path) -> None:
     names = ['a"b', "a,b", "a\nb", "a\rb", "a\r\nb", "", "\\xff", "é", "=1+1"]
     lines = [(name, f"file-{location}", name, f"study-{location}") for location, name in enumerate(names)]
     pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
@@ -685,16 +704,16 @@ def test_the_key_table_is_a_table_whatever_the_names(tmp_path: Path) -> None:
     pseudonyms.write_keytable(tmp_path / "keys.csv", lambda: lines)
 
 
-def test_the_list_of_files_is_its_owners_alone(model: Path, tmp_path: Path) -> None:
-    """It names every file, and a kill leaves it."""
+def test_scratch_file_list_is_private(model: Path, tmp_path: Path) -> None:
+    """The list contains every file name, and a killed run leaves it behind."""
     draw(tmp_path / "in" / "a.png")
     (tmp_path / "private").mkdir()
     modes: set[int] = set()
 
-    def look(done: int, total: int | None) -> None:
+    def record_modes(done: int, total: int | None) -> None:
         modes.update(path.stat().st_mode & 0o777 for path in (tmp_path / "private").glob(".*.scratch"))
 
     options = PredictOptions(keytable=tmp_path / "private" / "keys.csv")
-    predict(model, tmp_path / "in", tmp_path / "out", options, progress=look)
+    predict(model, tmp_path / "in", tmp_path / "out", options, progress=record_modes)
     assert modes == {0o600}
     assert [path.name for path in (tmp_path / "private").iterdir()] == ["keys.csv"]

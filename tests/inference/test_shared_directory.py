@@ -1,4 +1,4 @@
-"""Ranks that share a directory through OUT alone: the same tables as one process, whoever dies; and one writer at a time."""
+"""Test ranks that share a prediction through OUT: the tables equal one process, and one process writes at a time."""
 
 import functools
 import json
@@ -47,8 +47,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def fixture_paths(cache: Cache, model: Path) -> tuple[Path, Path, Path, dict[str, bytes]]:
-    """A script to run a rank by, a model, a directory of ten chunks, and its tables as one process makes them."""
+def ten_chunks(cache: Cache, model: Path) -> tuple[Path, Path, Path, dict[str, bytes]]:
+    """Return a script that runs a rank, a model, a directory of ten chunks, and the tables of one process."""
     folder = cache.path("ten-chunks", functools.partial(_draw_ten_chunks, model))
     return folder / "rank.py", model, folder / "in", contents(folder / "out")
 
@@ -66,10 +66,10 @@ def _draw_ten_chunks(model: Path, folder: Path) -> None:
 
 @pytest.fixture
 def start(
-    fixture_paths: tuple[Path, Path, Path, dict[str, bytes]], tmp_path: Path
+    ten_chunks: tuple[Path, Path, Path, dict[str, bytes]], tmp_path: Path
 ) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start rank r of n in tmp_path/out; who is still there in the end is killed."""
-    script, model, source, _ = fixture_paths
+    """Return a function that starts rank r of n with output tmp_path/out. Kill the remaining ranks at the end."""
+    script, model, source, _ = ten_chunks
     started: list[subprocess.Popen[str]] = []
 
     def rank(
@@ -87,7 +87,7 @@ def start(
         process.communicate()
 
 
-def predicted(outputs: str) -> int:
+def parse_num_predicted(outputs: str) -> int:
     return int(outputs.rpartition("predicted ")[2])
 
 
@@ -102,144 +102,140 @@ NUM_RADIOGRAPHS = sum(number % 7 != 0 for number in range(NUM))
         pytest.param("Slurm", 2, 1, marks=pytest.mark.nightly(part="launchers")),
     ],
 )
-def test_ranks_share_a_directory_with_the_same_bytes(
-    launcher: str, size: int, batch_size: int, fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
+def test_tables_of_ranks_identical_to_one_process(
+    launcher: str, size: int, batch_size: int, ten_chunks: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     ranks = [start(rank, size, "--batch-size", batch_size, launcher=launcher) for rank in reversed(range(size))]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
-    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert contents(tmp_path / "out") == ten_chunks[3]
     assert [bool(out) for out, _ in outputs] == [False] * (size - 1) + [True], "the first rank speaks for all"
-    assert sum(predicted(err) for _, err in outputs) == NUM_RADIOGRAPHS, "nothing twice"
-    assert all(predicted(err) > 0 for _, err in outputs)
+    assert sum(parse_num_predicted(err) for _, err in outputs) == NUM_RADIOGRAPHS, "nothing twice"
+    assert all(parse_num_predicted(err) > 0 for _, err in outputs)
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks_killed_and_again(fixture_paths: Any, tmp_path: Path) -> None:
+def test_killed_torchrun_ranks_resume(ten_chunks: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ("-m", "mura_dist.predict", fixture_paths[1], fixture_paths[2], "--out", out, "--quiet")
+    arguments = ("-m", "mura_dist.predict", ten_chunks[1], ten_chunks[2], "--out", out, "--quiet")
     command = ("torchrun", "--standalone", "--nproc-per-node", 2, *arguments)
     killed_when(lambda: any(out.glob(".parts/*")), out, *command)
     assert not (out / "predict.json").exists()
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert contents(tmp_path / "out") == ten_chunks[3]
     assert done.stdout.count("radiographs of") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds ranks in /proc")
-def test_ranks_end_with_a_killed_launcher_and_the_next_start_waits_for_them(
-    fixture_paths: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_exit_with_a_killed_launcher_and_the_next_run_resumes(
+    ten_chunks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Had they gone on, it would be refused before they end: 0.3 s a radiograph, a hundred left to each."""
+    """The next run would be refused while the former ranks live, which have 30 s of work each."""
     monkeypatch.setenv("SLOW_S", "0.3")
     out = tmp_path / "out"
-    arguments = ("predict", fixture_paths[1], fixture_paths[2], "--out", out, "--batch-size", 1, "--quiet")
-    command = ("torchrun", "--standalone", "--nproc-per-node", 2, fixture_paths[0], *arguments)
-    begun = [out / ".parts" / f"00000{number}.json" for number in (0, 1)]
-    survivors = killed_when(lambda: all(path.exists() for path in begun), out, *command, launcher_alone=True)
+    arguments = ("predict", ten_chunks[1], ten_chunks[2], "--out", out, "--batch-size", 1, "--quiet")
+    command = ("torchrun", "--standalone", "--nproc-per-node", 2, ten_chunks[0], *arguments)
+    chunk_files = [out / ".parts" / f"00000{number}.json" for number in (0, 1)]
+    survivors = killed_when(lambda: all(path.exists() for path in chunk_files), out, *command, launcher_alone=True)
     assert len(survivors) == 3
     monkeypatch.setenv("SLOW_S", "0")
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert processes_of(out) == [], "the former ranks left by themselves"
-    assert contents(out) == fixture_paths[3]
+    assert contents(out) == ten_chunks[3]
 
 
-def test_what_a_dead_rank_left_undone_the_first_one_makes(
-    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Under srun nobody ends the others; two chunks of the dead one stay, the others are made by the first."""
+def test_rank_0_predicts_the_chunks_of_a_lost_rank(ten_chunks: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    """srun does not stop the other ranks. Two chunks of the lost rank are finished."""
     first, second = start(0, 2, SLOW_S=0.05), start(1, 2, DIES_AT=2 * CHUNK)
     _, outputs = first.communicate(timeout=120)
     assert second.wait() == -signal.SIGKILL
     assert first.returncode == 0, outputs
-    assert contents(tmp_path / "out") == fixture_paths[3]
-    assert predicted(outputs) < NUM_RADIOGRAPHS
+    assert contents(tmp_path / "out") == ten_chunks[3]
+    assert parse_num_predicted(outputs) < NUM_RADIOGRAPHS
 
 
-def test_a_rank_that_is_refused_leaves_nobody_waiting(
-    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_refused_rank_does_not_block_rank_0(ten_chunks: Any, start: Callable[..., Any], tmp_path: Path) -> None:
     first, second = start(0, 2), start(1, 2, "--study-by", "file")
     _, outputs = second.communicate(timeout=120)
     assert second.returncode == 2
     assert "mura-dist: rank 1: --out" in outputs
     assert "holds a run with study_by=auto, this one has study_by=file" in outputs
     assert first.wait(timeout=120) == 0
-    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert contents(tmp_path / "out") == ten_chunks[3]
 
 
 @pytest.mark.nightly(part="kills")
-def test_the_first_rank_dies_and_the_run_goes_on_with_another_number(
-    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path
+def test_run_resumes_with_another_world_size_after_losing_rank_0(
+    ten_chunks: Any, start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The others finish their share; the same command with one process, or three, makes what is missing and no more."""
+    """The other ranks finish their share. The next run predicts the missing radiographs only."""
     ranks = [start(0, 3, DIES_AT=CHUNK), start(1, 3), start(2, 3)]
     outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 0, 0]
     assert not (tmp_path / "out" / "predict.json").exists()
     parts = [json.loads(path.read_bytes()) for path in (tmp_path / "out" / ".parts").glob("0*.json")]
-    num_made = sum(len(result["predictions"]) for result in parts)
-    assert num_made >= sum(predicted(output) for output in outputs[1:])
+    num_finished = sum(len(result["predictions"]) for result in parts)
+    assert num_finished >= sum(parse_num_predicted(output) for output in outputs[1:])
     ranks = [start(rank, 2) for rank in range(2)]
     outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert sum(predicted(output) for output in outputs) == NUM_RADIOGRAPHS - num_made
-    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert sum(parse_num_predicted(output) for output in outputs) == NUM_RADIOGRAPHS - num_finished
+    assert contents(tmp_path / "out") == ten_chunks[3]
 
 
 @pytest.mark.nightly(part="launchers")
-def test_ranks_find_a_finished_run_finished(fixture_paths: Any, start: Callable[..., Any], tmp_path: Path) -> None:
-    predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
+def test_ranks_of_a_finished_run_predict_nothing(ten_chunks: Any, start: Callable[..., Any], tmp_path: Path) -> None:
+    predict(ten_chunks[1], ten_chunks[2], tmp_path / "out")
     ranks = [start(rank, 2) for rank in range(2)]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert [(rank.returncode, predicted(err)) for rank, (_, err) in zip(ranks, outputs, strict=True)] == [(0, 0)] * 2
+    assert [(rank.returncode, parse_num_predicted(err)) for rank, (_, err) in zip(ranks, outputs, strict=True)] == [
+        (0, 0)
+    ] * 2
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
-def test_a_rank_whose_first_one_never_comes_says_so(
-    fixture_paths: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_without_rank_0_raises_run_error(ten_chunks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(output_folder, "PLAN_WAIT_S", 0.3)
     with pytest.raises(
         RunError, match=r"rank 1 of 2 waited 0 s for rank 0 to begin in .*\. Look at the output of rank 0"
     ):
-        predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
+        predict(ten_chunks[1], ten_chunks[2], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 # ---- one writer
 
 
-def test_a_second_start_is_refused_while_the_first_lives(
-    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_second_process_is_refused_while_the_first_runs(
+    ten_chunks: Any, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat, "LOCK_WAIT_S", 0.5)
     first = start(0, 1, SLOW_S=0.1, cold=True)
     while not (tmp_path / "out" / ".parts" / "plan.json").exists():
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
-    begun = time.monotonic()
+    start_s = time.monotonic()
     message = rf"^--out .*out is being written by process {first.pid} on .*\. Wait for it or stop it, or give another --out\.$"
     with pytest.raises(UserError, match=message):
-        predict(fixture_paths[1], fixture_paths[2], tmp_path / "out")
-    assert time.monotonic() - begun < 15
+        predict(ten_chunks[1], ten_chunks[2], tmp_path / "out")
+    assert time.monotonic() - start_s < 15
     _, outputs = first.communicate(timeout=120)
     assert first.returncode == 0, outputs
-    assert contents(tmp_path / "out") == fixture_paths[3]
+    assert contents(tmp_path / "out") == ten_chunks[3]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds children in /proc")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly(part="kills"))]
 )
-def test_children_end_with_their_parent(
-    fixture_paths: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
+def test_child_processes_exit_with_their_parent(
+    ten_chunks: Any, start: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     first = start(0, 1, SLOW_S=0.1, cold=True)
     while not list((tmp_path / "out" / ".parts").glob("0*.json")):
@@ -260,10 +256,10 @@ def test_children_end_with_their_parent(
         time.sleep(0.1)
 
 
-# ---- hearts
+# ---- heartbeats
 
 
-def test_a_heart_is_heard_by_our_own_clock(tmp_path: Path) -> None:
+def test_heartbeat_age_uses_the_local_clock(tmp_path: Path) -> None:
     path, monitor = tmp_path / "rank-1", heartbeat.HeartbeatMonitor()
     path.touch()
     os.utime(path, (0, 0))  # the other machine's clock is not ours
@@ -277,7 +273,7 @@ def test_a_heart_is_heard_by_our_own_clock(tmp_path: Path) -> None:
     assert monitor.seconds_since_beat(path) >= 0.2
 
 
-def test_a_rank_beats_while_it_lives_and_takes_its_heart_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_file_is_updated_and_deleted_at_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
     folder = tmp_path / "new" / "out" / ".parts"
     with heartbeat.join_folder(folder, 3, lock.LockOptions("", "", 0), threading.Event()):
