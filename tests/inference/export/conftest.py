@@ -1,4 +1,4 @@
-"""A trained, evaluated run to export."""
+"""Provide a trained and evaluated run to export."""
 
 import functools
 import shutil
@@ -13,7 +13,7 @@ from mura_dist.models import densenet
 
 @pytest.fixture(scope="session")
 def folder(cache: Cache, halved: Path) -> Path:
-    """A run whose recipe is full of this machine's paths, trained for an epoch and evaluated."""
+    """Return a run of one epoch, evaluated, whose recipe contains paths of this machine."""
     return cache.path("secret-place", functools.partial(_train, halved)) / "run"
 
 
@@ -36,5 +36,5 @@ def _train(halved: Path, parent: Path) -> None:
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """The run, to be exported and harmed."""
+    """Return a copy of the run that a test may change."""
     return Path(shutil.copytree(folder, tmp_path / "run"))

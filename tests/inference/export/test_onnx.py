@@ -1,4 +1,4 @@
-"""export: the graph, the gate, the card, the documented lines, what stops it."""
+"""Test the export to ONNX: the graph, the comparison with torch, the card, the documented code, and failures."""
 
 import errno
 import getpass
@@ -40,7 +40,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[densenet.DenseNe
     return model, path, export(model, card_of(), path)
 
 
-def test_export_says_what_it_measured(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
+def test_export_report(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     _, path, report = exported
     assert (report.card, report.num_radiographs, report.change) == (card_of(), 0, None)
     assert 0 <= report.max_logit_difference <= 1e-4
@@ -55,30 +55,30 @@ def test_onnx_runtime_agrees_with_torch(
     model, path, _ = exported
     images = noise(batch_size, seed=batch_size)
     with torch.inference_mode():
-        wanted_logit, wanted_map = (array.numpy() for array in model(torch.from_numpy(images)))
+        expected_logit, expected_map = (array.numpy() for array in model(torch.from_numpy(images)))
     logit, activation_map = OnnxModel.load(path).outputs(images)
     assert logit.shape == (batch_size,)
     assert logit.dtype == activation_map.dtype == np.float32
-    np.testing.assert_allclose(logit, wanted_logit, atol=1e-4)
-    np.testing.assert_allclose(activation_map, wanted_map, atol=1e-4)
+    np.testing.assert_allclose(logit, expected_logit, atol=1e-4)
+    np.testing.assert_allclose(activation_map, expected_map, atol=1e-4)
     np.testing.assert_allclose(activation_map.mean(axis=(1, 2)), logit, atol=1e-5)
-    assert np.ptp(wanted_map) > 1e-3  # a map that is one value everywhere would agree with anything
+    assert np.ptp(expected_map) > 1e-3  # a map that is one value everywhere would agree with anything
     np.testing.assert_array_equal(OnnxModel.load(path).logits(images), logit)
 
 
-def test_nothing_in_nothing_out(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
+def test_empty_batch_gives_empty_outputs(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     logit, activation_map = OnnxModel.load(exported[1]).outputs(noise(0))
     assert (logit.shape, activation_map.shape[0]) == ((0,), 0)
 
 
-def test_progress_reaches_its_end(exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path) -> None:
+def test_export_progress_is_complete(exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path) -> None:
     steps: list[tuple[int, int | None]] = []
     export(exported[0], card_of(), tmp_path / "model.onnx", progress=lambda *step: steps.append(step))
     assert steps == [(done, 5) for done in range(6)]  # the graph, four batch sizes
 
 
 @pytest.mark.nightly(part="training")
-def test_densenet169(tmp_path: Path) -> None:
+def test_densenet169_export_agrees_with_torch(tmp_path: Path) -> None:
     model = densenet.build("densenet169").eval()
     report = export(model, card_of(), tmp_path / "model.onnx")
     assert report.max_logit_difference <= 1e-4
@@ -90,7 +90,7 @@ def test_densenet169(tmp_path: Path) -> None:
         )
 
 
-def test_file_is_valid_and_carries_nothing_of_this_machine(
+def test_file_is_valid_and_holds_no_machine_paths(
     exported: tuple[densenet.DenseNet, Path, ExportReport],
 ) -> None:
     data = exported[1].read_bytes()
@@ -110,20 +110,20 @@ def test_file_is_valid_and_carries_nothing_of_this_machine(
     assert inputs == [("image", "tensor(uint8)", ["batch", 1, S, S])]
 
 
-def test_card_comes_back(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
+def test_card_round_trips(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     model = OnnxModel.load(exported[1])
     assert model.card == card_of().model_copy(update={"opset": OPSET})
     assert (model.size, model.card.terms, model.card.licence) == (S, mura.TERMS, mura.LICENSE)
 
 
-def test_graph_is_the_same_twice_and_made_in_silence(
+def test_graph_is_deterministic_and_prints_nothing(
     exported: tuple[densenet.DenseNet, Path, ExportReport], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert build_onnx(tiny(), card_of()) == exported[1].read_bytes()
     assert capfd.readouterr() == ("", "")
 
 
-def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
+def test_parity_fails_for_another_model(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     model, path, _ = exported
     images, data = probe_images(S), path.read_bytes()
     assert parity(model, data, images) <= 1e-4
@@ -138,7 +138,7 @@ def test_gate_refuses_another_model(exported: tuple[densenet.DenseNet, Path, Exp
     assert parity(second_model, data, images, tolerance=4e-3) == pytest.approx(2e-3, rel=0.01)
 
 
-def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
+def test_parity_compares_map_cells(exported: tuple[densenet.DenseNet, Path, ExportReport]) -> None:
     class Transposed(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             logit, activation_map = exported[0](image)
@@ -148,8 +148,8 @@ def test_gate_sees_a_map_that_only_the_average_hides(exported: tuple[densenet.De
         parity(Transposed(), exported[1].read_bytes(), probe_images(S))
 
 
-def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer images than a batch are taken again: a batch of 64 is one."""
+def test_parity_runs_all_batch_sizes_on_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch larger than the number of images repeats them."""
     model, batches = tiny(), []
     data, images = build_onnx(model, card_of()), np.concatenate([probe_images(S), noise(4)])
     outputs = OnnxModel.outputs
@@ -163,7 +163,7 @@ def test_gate_runs_every_batch_size_on_the_radiographs_too(monkeypatch: pytest.M
         )
 
 
-def test_gate_sees_what_only_a_large_batch_shows(
+def test_parity_fails_for_large_batches_only(
     exported: tuple[densenet.DenseNet, Path, ExportReport], monkeypatch
 ) -> None:
     outputs = OnnxModel.outputs
@@ -177,7 +177,7 @@ def test_gate_sees_what_only_a_large_batch_shows(
         parity(exported[0], exported[1].read_bytes(), probe_images(S))
 
 
-def test_gate_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_parity_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the old one")
     broken = tiny()
@@ -209,7 +209,7 @@ def _with_metadata(path: Path, out: Path, properties: dict[str, str]) -> Path:
         ({KEY: json.dumps({"format": 1, "size": 0})}, r"has corrupt mura_dist metadata \(size: .*greater"),
     ],
 )
-def test_files_that_are_not_ours(
+def test_files_without_valid_metadata_are_refused(
     exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path, properties: dict[str, str], text: str
 ) -> None:
     path = _with_metadata(exported[1], tmp_path / "other.onnx", properties)
@@ -217,14 +217,14 @@ def test_files_that_are_not_ours(
         OnnxModel.load(path)
 
 
-def test_newer_keys_are_ignored_and_nan_is_refused() -> None:
+def test_card_ignores_unknown_keys_and_refuses_nan() -> None:
     fields = json.loads(card_of().to_json()) | {"from_the_future": 1}
     assert Card.parse(json.dumps(fields), "model.onnx") == card_of()
     with pytest.raises(ValueError, match="Out of range float"):
         card_of().model_copy(update={"recipe": {"learning_rate": float("nan")}}).to_json()
 
 
-def test_cards_of_before_there_was_calibration() -> None:
+def test_cards_without_calibration_load() -> None:
     fields = json.loads(card_of().to_json())
     for key in ("calibration", "operating_point"):
         del fields[key]
@@ -234,7 +234,7 @@ def test_cards_of_before_there_was_calibration() -> None:
         assert card.calibration.bands == {}
 
 
-def test_damaged_points_are_refused() -> None:
+def test_card_with_invalid_calibration_is_refused() -> None:
     fields = json.loads(card_of().to_json()) | {"calibration": {"by_study_type": {"XR_HAND": {"num_normal": -1}}}}
     with pytest.raises(
         UserError, match=r"corrupt mura_dist metadata \(calibration\.by_study_type\.XR_HAND\.num_normal: "
@@ -245,20 +245,18 @@ def test_damaged_points_are_refused() -> None:
 # ---- a run's own model
 
 
-def secrets(*places: Path) -> list[str]:
-    """What tells of this machine; names that are short words would be found by chance."""
+def secret_texts(*paths: Path) -> list[str]:
+    """Return texts that identify this machine. Short names are excluded, since they may occur by chance."""
     names = [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]
-    return [*map(str, places), str(Path.home()) + "/", "secret-place", *names]
+    return [*map(str, paths), str(Path.home()) + "/", "secret-place", *names]
 
 
-def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
-    folder: Path, halved: Path, tmp_path: Path, capsys
-) -> None:
+def test_exported_run_has_complete_card_and_no_secrets(folder: Path, halved: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "folder" / "model.onnx"
     assert main(["export", str(folder), "--out", str(out)]) == DONE
     captured = capsys.readouterr().out
     assert re.search(r"logits within \S+ of torch's on [1-9]\d* radiographs", captured)
-    card = laws.self_describing(out, kind="phantoms", secrets=secrets(folder, halved, tmp_path, ROOT))
+    card = laws.self_describing(out, kind="phantoms", secrets=secret_texts(folder, halved, tmp_path, ROOT))
     assert card["calibration"]["fitted_on"] == "tune"
     assert any(fitted["band"] for fitted in card["calibration"]["by_study_type"].values())
     assert card["metrics"] == json.loads((folder / "metrics.json").read_bytes())
@@ -266,7 +264,7 @@ def test_the_file_says_all_of_itself_and_nothing_of_this_machine(
     assert not {"shards", "run", "mirror"} & card["recipe"].keys()
 
 
-def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+def test_export_states_comparison_without_radiographs(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     (copy / "metrics.json").write_text("[]")  # another program's
@@ -277,37 +275,44 @@ def test_it_is_said_when_no_radiograph_was_compared(copy: Path, halved: Path, tm
     assert "no thresholds, so" in captured
 
 
-def documented_lines() -> str:
-    """The code block of docs/api.md that imports onnxruntime."""
+def documented_code() -> str:
+    """Return the code block of docs/api.md that imports onnxruntime."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M | re.S)
     [code] = [block for block in blocks if "import onnxruntime" in block]
     return code
 
 
 @pytest.mark.parametrize(("mode", "shape"), [("L", (90, 70)), ("L", (40, 30)), ("RGB", (90, 70))])
-def test_documented_lines_without_mura_dist_give_the_same_bits(
+def test_documented_code_gives_identical_outputs_without_mura_dist(
     mode: str, shape: tuple[int, int], exported: tuple[densenet.DenseNet, Path, ExportReport], tmp_path: Path
 ) -> None:
     """Copied as they stand, in a process without mura_dist, they give the very bits that predict gives."""
-    code = documented_lines()
+    code = documented_code()
     assert len([line for line in code.splitlines() if line]) == 10
     shutil.copy(exported[1], tmp_path / "model.onnx")
     pixels = np.random.default_rng(3).integers(0, 256, (*shape, len(mode)), dtype=np.uint8)
     Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "radiograph.png")
-    keep = "\nimport sys\nassert 'mura_dist' not in sys.modules\nnp.savez('found', logit=logit, cells=activation_map)\n"
+    save_outputs = (
+        "\nimport sys\nassert 'mura_dist' not in sys.modules\nnp.savez('outputs', logit=logit, cells=activation_map)\n"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code + keep], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code + save_outputs],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert mura.TERMS in done.stdout
-    arrays = np.load(tmp_path / "found.npz")
+    arrays = np.load(tmp_path / "outputs.npz")
     expected = OnnxModel.load(exported[1]).outputs(radiograph.read(tmp_path / "radiograph.png", S)[None, None])
     np.testing.assert_array_equal(arrays["logit"], expected[0])
     np.testing.assert_array_equal(arrays["cells"], expected[1])
     assert f"{1 / (1 + np.exp(-expected[0][0])):.3f}" in done.stdout
 
 
-# ---- what stops it
+# ---- failures
 
 
 REFUSED = {
@@ -320,7 +325,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_wrong_requests_are_refused_before_the_work(what: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_invalid_options_are_refused_before_the_export(
+    what: str, copy: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(export_module, "build_onnx", lambda *_: pytest.fail("it began to work"))
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "other" / "mura_dist").mkdir(parents=True)
@@ -332,57 +339,57 @@ def test_wrong_requests_are_refused_before_the_work(what: str, copy: Path, tmp_p
 
 
 @pytest.mark.parametrize("option", ["--out", "--triton"])
-def test_a_place_that_cannot_be_written(option: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    secret_path = tmp_path / "locked"
-    secret_path.mkdir()
+def test_unwritable_path_is_refused(option: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
     access = os.access  # root may write anywhere
     monkeypatch.setattr(
-        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == secret_path) and access(path, mode)
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == locked) and access(path, mode)
     )
-    arguments = secret_path / "model.onnx" if option == "--out" else secret_path
+    arguments = locked / "model.onnx" if option == "--out" else locked
     laws.refusal(
-        capsys, ["export", copy, option, arguments], f"{option}: {secret_path} is not writable", "Give another path"
+        capsys, ["export", copy, option, arguments], f"{option}: {locked} is not writable", "Give another path"
     )
 
 
-def test_damaged_metrics_are_refused(copy: Path, capsys) -> None:
+def test_corrupt_metrics_are_refused(copy: Path, capsys) -> None:
     (copy / "metrics.json").write_text("{")
     laws.refusal(capsys, ["export", copy], "metrics.json is invalid", "Run `mura-dist evaluate` again")
 
 
-def leftovers(tmp_path: Path) -> list[str]:
+def leftover_names(tmp_path: Path) -> list[str]:
     return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "onnx" in path.name)
 
 
-def test_a_full_disk_leaves_the_old_file(copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_full_disk_keeps_the_old_file(copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     (copy / "model.onnx").write_bytes(b"the old one")
 
-    def full(descriptor: int) -> None:
+    def raise_no_space(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", raise_no_space)
     assert main(["export", str(copy)]) == FAILED
     assert (
         capsys.readouterr().err == "mura-dist: No space left on device. Free some space, then run the same command.\n"
     )
-    assert leftovers(tmp_path) == ["run/model.onnx"]
+    assert leftover_names(tmp_path) == ["run/model.onnx"]
     assert (copy / "model.onnx").read_bytes() == b"the old one"
 
 
 @pytest.mark.parametrize("moment", ["graph", "parity"])
-def test_ctrl_c_leaves_nothing(moment: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_interrupted_export_leaves_no_files(moment: str, copy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def raise_interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_module, moment, interrupted)
+    monkeypatch.setattr(export_module, moment, raise_interrupt)
     assert main(["export", str(copy), "--triton", str(tmp_path / "triton")]) == STOPPED
     assert capsys.readouterr().err.strip() == "mura-dist: stopped. The same command resumes."
-    assert leftovers(tmp_path) == []
+    assert leftover_names(tmp_path) == []
     assert not (tmp_path / "triton").exists()
 
 
 @pytest.mark.slow
-def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_path: Path, capsys) -> None:
+def test_corrupt_radiograph_is_not_compared(folder: Path, halved: Path, tmp_path: Path, capsys) -> None:
     shards = Path(shutil.copytree(halved, tmp_path / "shards"))
     moved = Path(shutil.copytree(folder, tmp_path / "run"))
     recipe = (moved / "recipe.toml").read_text()
@@ -398,8 +405,8 @@ def test_a_damaged_radiograph_is_not_compared(folder: Path, halved: Path, tmp_pa
 
 @pytest.mark.nightly(part="training")
 @pytest.mark.shared
-def test_gate_on_real_radiographs(shared: Path) -> None:
-    """DenseNet-169, at the size it is trained at, BatchNorm having seen radiographs."""
+def test_parity_of_densenet169_on_radiographs(shared: Path) -> None:
+    """The network has its training resolution and BatchNorm statistics of radiographs."""
     files = sorted((shared / "radiographs" / "fracatlas-mura" / "valid").rglob("*.png"))
     images = np.stack([radiograph.read(path, 320) for path in files[:: max(1, len(files) // 16)][:16]])[:, None]
     model = densenet.build("densenet169")

@@ -1,4 +1,4 @@
-"""variants: fewer bits are measured before they are written, refused above their limits, and told in the card."""
+"""Test exports of reduced precision: the change is measured before the file is written, and recorded in the card."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ from mura_dist.models.target import Target
 
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
-def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
+def test_reduced_precision_export_records_its_change(copy: Path, precision: str, capsys, tmp_path: Path) -> None:
     assert (
         main(["export", str(copy), "--precision", precision, "--allow-change", "--triton", str(tmp_path / "served")])
         == DONE
@@ -57,8 +57,8 @@ def test_a_variant_is_measured_and_tells_what_it_changes(copy: Path, precision: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.nightly(part="training"))])
-def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
-    """The numbers of the card, taken again from the two files and the split's pixels."""
+def test_recorded_change_equals_recomputed_change(copy: Path, halved: Path, precision: str) -> None:
+    """The test recomputes the change from the two files and the split's pixels."""
     for arguments in (["--precision", precision, "--allow-change"], []):
         assert main(["export", str(copy), *arguments]) == DONE
     shards, models = (
@@ -80,7 +80,7 @@ def test_what_is_told_is_so(copy: Path, halved: Path, precision: str) -> None:
         means = {study: view[studies == study].mean() for study in dict.fromkeys(studies)}
         calls.append([mean > models[0].card.thresholds.get(types[study], 0.5) for study, mean in means.items()])
     assert change.num_studies == len(calls[0])
-    assert change.num_changed_calls == sum(item != second for item, second in zip(*calls, strict=True))
+    assert change.num_changed_calls == sum(before != after for before, after in zip(*calls, strict=True))
 
 
 def change_of(mean: float, calls: int, studies: int = 400) -> PrecisionChange:
@@ -95,14 +95,14 @@ def change_of(mean: float, calls: int, studies: int = 400) -> PrecisionChange:
 
 
 @pytest.mark.parametrize("precision", sorted(LIMITS))
-def test_limits(precision: str) -> None:
+def test_change_above_limits_fails_unless_allowed(precision: str) -> None:
     limit = LIMITS[precision]
-    most = int(limit.changed_calls * 400)
-    assert variants.check_limits(precision, change_of(limit.mean_probability, most), False) == []
+    max_calls = int(limit.changed_calls * 400)
+    assert variants.check_limits(precision, change_of(limit.mean_probability, max_calls), False) == []
     for change in (
         change_of(limit.mean_probability * 1.01, 0),
-        change_of(0, most + 1),
-        change_of(limit.mean_probability * 2, most + 5),
+        change_of(0, max_calls + 1),
+        change_of(limit.mean_probability * 2, max_calls + 5),
     ):
         with pytest.raises(RunError, match=rf"{precision} changes .* \(limit .*--allow-change"):
             variants.check_limits(precision, change, False)
@@ -112,7 +112,7 @@ def test_limits(precision: str) -> None:
 
 
 @pytest.mark.slow
-def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_export_above_the_limits_keeps_the_old_file(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(variants.LIMITS, "int8", variants.ChangeLimits(0.0, 0.0))
     (copy / "model-int8.onnx").write_text("an older one")
     assert main(["export", str(copy), "--precision", "int8"]) == FAILED
@@ -126,7 +126,7 @@ def test_above_its_limit_nothing_is_written(copy: Path, monkeypatch: pytest.Monk
     assert captured.err == f"{mura.TERMS}\n"
 
 
-def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_invalid_options_are_refused(copy: Path, phantoms: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     from mura_dist.data.shards.convert import convert
 
     laws.refusal(
@@ -151,7 +151,7 @@ def test_wrong_requests(copy: Path, phantoms: Path, tmp_path: Path, capsys, monk
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="the openvino extra is not installed")
-def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
+def test_bf16_export_needs_device_support(copy: Path, capsys) -> None:
     if not engine_openvino.supports_bf16():
         laws.refusal(capsys, ["export", copy, "--precision", "bf16"], "no instructions for it", "--precision int8")
         return
@@ -162,7 +162,7 @@ def test_bf16_is_made_where_it_can_be_measured(copy: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
+def test_missing_shards_are_named_and_can_be_replaced(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
     laws.refusal(capsys, ["export", copy, "--precision", "int8"], str(tmp_path / "gone"))
@@ -170,28 +170,28 @@ def test_shards_that_moved_are_named(copy: Path, halved: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("is_ensemble", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_half_precision_keeps_its_borders_in_fp32(is_ensemble: bool) -> None:
-    """The image's normalisation, both outputs, and an ensemble's average; the original is left as it is."""
+def test_half_precision_keeps_inputs_and_outputs_in_fp32(is_ensemble: bool) -> None:
+    """fp32 remains for normalization, both outputs and an ensemble's average. The original model does not change."""
     model = Ensemble([tiny(0), tiny(1)]).eval() if is_ensemble else tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    narrow = variants.to_half_precision(model)
+    half = variants.to_half_precision(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    networks = [module for module in narrow.modules() if isinstance(module, DenseNet)]
+    networks = [module for module in half.modules() if isinstance(module, DenseNet)]
     assert all(network.mean.dtype == torch.float32 for network in networks)
-    assert all(parameter.dtype == torch.float16 for parameter in narrow.parameters())
-    proto = onnx.load_from_string(build_onnx(narrow, card_of().model_copy(update={"precision": "fp16"})))
+    assert all(parameter.dtype == torch.float16 for parameter in half.parameters())
+    proto = onnx.load_from_string(build_onnx(half, card_of().model_copy(update={"precision": "fp16"})))
     assert {output.type.tensor_type.elem_type for output in proto.graph.output} == {onnx.TensorProto.FLOAT}
     images = noise(9)
     logit, cells = OnnxModel.from_bytes(proto.SerializeToString(), "half").outputs(images)
     with torch.no_grad():
-        exact_logit, exact_cells = (module.numpy() for module in model(torch.from_numpy(images)))
+        exact_logit, exact_cells = (array.numpy() for array in model(torch.from_numpy(images)))
     np.testing.assert_allclose(logit, exact_logit, atol=0.01)
     np.testing.assert_allclose(cells, exact_cells, atol=0.05)
 
 
 @pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (1e6, False)])
-def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
-    """ONNX Runtime computes fp16 in fp32 on a CPU: there an overflow would not be seen."""
+def test_activations_above_the_fp16_range_are_refused(scale: float, fits: bool) -> None:
+    """ONNX Runtime computes fp16 in fp32 on a CPU, which hides an overflow."""
     model = tiny()
     with torch.no_grad():
         model.features.norm0.weight *= scale
@@ -203,56 +203,54 @@ def test_what_fp16_cannot_hold_is_refused(scale: float, fits: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "broken", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(part="training"))]
-)
-def test_no_number_is_no_variant(model: Path, halved: Path, broken: float) -> None:
+@pytest.mark.parametrize("bias", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.nightly(part="training"))])
+def test_non_finite_logits_are_refused(model: Path, halved: Path, bias: float) -> None:
     network, card = tiny(), card_of().model_copy(update={"precision": "int8"})
     with torch.no_grad():
-        network.classifier.bias += broken
+        network.classifier.bias += bias
     with pytest.raises(RunError, match=r"differs by nan|is NaN or infinite for .* of .* radiographs"):
         variants.measure_change(card, model.read_bytes(), build_onnx(network, card), Shards.open(halved), print)
 
 
-def test_a_logit_that_moves_with_its_batch_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_depend_on_batch_size_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = OnnxModel.load(model)
     sizes: list[int] = []
 
-    def of_batch_size(number: int) -> OnnxModel:
+    def load_for_batch_size(number: int) -> OnnxModel:
         sizes.append(number)
         return loaded
 
-    variants._check_batch_invariance(of_batch_size, 1e-4)
+    variants._check_batch_invariance(load_for_batch_size, 1e-4)
     assert sizes == [1, 2, 7, 64]
     monkeypatch.setattr(OnnxModel, "logits", lambda self, image: np.full(len(image), len(image) / 1000, np.float32))
     with pytest.raises(RunError, match=r"differs by 0\.001 \(limit 0\.0001\) between batch sizes"):
-        variants._check_batch_invariance(of_batch_size, 1e-4)
+        variants._check_batch_invariance(load_for_batch_size, 1e-4)
     with pytest.raises(RunError, match=r"differs by 0\.063 \(limit 0\.02\) between batch sizes"):
-        variants._check_batch_invariance(of_batch_size, 2e-2)
+        variants._check_batch_invariance(load_for_batch_size, 2e-2)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("provider", ["cpu", "openvino", "CPUExecutionProvider", "cuda", "CUDA", "tensorrt"])
-def test_only_fp16_on_a_gpu_may_move_more_with_its_batch(precision: str, provider: str) -> None:
-    rounded = precision == "fp16" and provider in ("cuda", "CUDA", "tensorrt")
-    assert variants.batch_limit(precision, provider) == (2e-2 if rounded else 1e-4)
+def test_batch_limit_is_larger_for_fp16_on_gpus_only(precision: str, provider: str) -> None:
+    is_rounded = precision == "fp16" and provider in ("cuda", "CUDA", "tensorrt")
+    assert variants.batch_limit(precision, provider) == (2e-2 if is_rounded else 1e-4)
 
 
-def test_of_a_large_split_whole_studies_are_measured(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_of_a_large_split_has_complete_studies(halved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards.open(halved)
-    every = shards.rows("train")
-    assert np.array_equal(variants._sample_studies(shards, "train"), every)
-    monkeypatch.setattr(variants, "NUM_MEASURED", len(every) // 3)
-    some = variants._sample_studies(shards, "train")
-    assert len(every) // 6 < len(some) < len(every) // 2
+    all_rows = shards.rows("train")
+    assert np.array_equal(variants._sample_studies(shards, "train"), all_rows)
+    monkeypatch.setattr(variants, "NUM_MEASURED", len(all_rows) // 3)
+    sampled_rows = variants._sample_studies(shards, "train")
+    assert len(all_rows) // 6 < len(sampled_rows) < len(all_rows) // 2
     studies = shards.manifest.frame["study"]
-    assert set(every[studies[every].isin(studies[some])]) == set(some)
+    assert set(all_rows[studies[all_rows].isin(studies[sampled_rows])]) == set(sampled_rows)
     assert np.array_equal(variants.sample_images(shards, "train", 7).shape, (7, 1, shards.size, shards.size))
 
 
-def test_names_and_old_cards() -> None:
+def test_default_file_names_and_cards_without_precision() -> None:
     assert default_out(Target.parse(Path("run")), "fp32") == Path("run/model.onnx")
-    assert {default_out(Target.parse(Path("a/five.json")), item).name for item in PRECISIONS[1:]} == {
+    assert {default_out(Target.parse(Path("a/five.json")), precision).name for precision in PRECISIONS[1:]} == {
         "five-fp16.onnx",
         "five-bf16.onnx",
         "five-int8.onnx",

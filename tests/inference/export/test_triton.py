@@ -1,4 +1,4 @@
-"""triton: a repository that a stock server loads. Its rules are those of the server's own source and documentation, restated."""
+"""Test the Triton model repository against the server's rules, restated from its source and documentation."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from mura_dist.inference.onnx_model import OnnxModel
 from mura_dist.models.card import Card
 from mura_dist.models.ensemble import Ensemble
 
-WHY = "needs tritonclient, of the dev extra: it carries the published schema"
+SCHEMA_REASON = "needs tritonclient, of the dev extra: it carries the published schema"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def data(model: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def other_model() -> bytes:
-    """Of other weights, with another threshold."""
+    """Return a model with other weights and another threshold."""
     return build_onnx(tiny(seed=1), card_of().model_copy(update={"thresholds": {"XR_HAND": 0.75}}))
 
 
@@ -36,20 +36,20 @@ def repository(data: bytes, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def files(folder: Path) -> list[str]:
+def relative_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def parsed(text: str) -> Any:
-    """The published ModelConfig; an unknown field is an error."""
-    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=WHY)
+def parse_config(text: str) -> Any:
+    """Parse a configuration by the published ModelConfig, where an unknown field is an error."""
+    schema = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=SCHEMA_REASON)
     from google.protobuf import text_format
 
     return text_format.Parse(text, schema.ModelConfig())
 
 
-def shape_rules(tensor: Any, max_batch_size: int) -> list[int]:
-    """What the server checks of an input or output alone; returns the shape the model must have without its batch."""
+def model_shape(tensor: Any, max_batch_size: int) -> list[int]:
+    """Check the server's rules for one tensor, and return the model's shape of it without the batch."""
     assert tensor.dims, "no empty dims"
     assert all(dim == -1 or dim >= 1 for dim in tensor.dims)
     if not tensor.HasField("reshape"):
@@ -59,9 +59,9 @@ def shape_rules(tensor: Any, max_batch_size: int) -> list[int]:
     return shape
 
 
-def stock_server_loads(folder: Path) -> Any:
-    """The rules of core and of its ONNX Runtime backend, over a model's folder; returns the configuration."""
-    config = parsed((folder / "config.pbtxt").read_text())
+def check_repository(folder: Path) -> Any:
+    """Check the rules of the server and its ONNX Runtime backend for a model's folder, and return its configuration."""
+    config = parse_config((folder / "config.pbtxt").read_text())
     assert config.name in ("", folder.name)
     assert (config.backend, config.platform) == ("onnxruntime", "onnxruntime_onnx")
     versions = [int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
@@ -85,7 +85,7 @@ def stock_server_loads(folder: Path) -> Any:
                     == tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name[kind].number
                 )
                 full = [-1 if isinstance(dim, str) else dim for dim in by_name[tensor.name].shape]
-                assert full == [-1, *shape_rules(tensor, config.max_batch_size)], "compared exactly, batch first"
+                assert full == [-1, *model_shape(tensor, config.max_batch_size)], "compared exactly, batch first"
     for warmup in config.model_warmup:
         assert 0 < warmup.batch_size <= config.max_batch_size
         assert warmup.inputs.keys() == {tensor.name for tensor in config.input}
@@ -97,13 +97,13 @@ def stock_server_loads(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("num_members", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_stock_server_would_load_it(num_members: int, data: bytes, tmp_path: Path) -> None:
+def test_repository_follows_the_servers_rules(num_members: int, data: bytes, tmp_path: Path) -> None:
     if num_members == 2:
         data = build_onnx(Ensemble([tiny(0), tiny(1)]).eval(), card_of())
     triton.write(tmp_path, data)
-    assert files(tmp_path) == ["mura_dist/1/model.onnx", "mura_dist/config.pbtxt"]
+    assert relative_files(tmp_path) == ["mura_dist/1/model.onnx", "mura_dist/config.pbtxt"]
     assert (tmp_path / "mura_dist" / "1" / "model.onnx").read_bytes() == data
-    config = stock_server_loads(tmp_path / "mura_dist")
+    config = check_repository(tmp_path / "mura_dist")
     assert config.HasField("dynamic_batching")
     assert config.max_batch_size == max(BATCH_SIZES)  # none is served that was not compared with torch
     [accelerator] = config.optimization.execution_accelerators.gpu_execution_accelerator
@@ -123,25 +123,25 @@ def test_a_stock_server_would_load_it(num_members: int, data: bytes, tmp_path: P
         (f"dims: [ 1, {S}, {S} ] zero_data", f"dims: [ {S}, {S} ] zero_data"),
     ],
 )
-def test_the_rules_see_a_mistake(old: str, new: str, repository: Path) -> None:
+def test_invalid_configuration_breaks_a_rule(old: str, new: str, repository: Path) -> None:
     path = repository / "mura_dist" / "config.pbtxt"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
     with pytest.raises(AssertionError):
-        stock_server_loads(path.parent)
+        check_repository(path.parent)
 
 
-def test_an_unknown_field_is_an_error(repository: Path) -> None:
+def test_unknown_configuration_field_is_an_error(repository: Path) -> None:
     text = (repository / "mura_dist" / "config.pbtxt").read_text()
-    parsed(text)
+    parse_config(text)
     with pytest.raises(Exception, match=r"no field named .max_batchsize"):
-        parsed(text.replace("max_batch_size", "max_batchsize"))
+        parse_config(text.replace("max_batch_size", "max_batchsize"))
 
 
-def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -> None:
+def test_configuration_holds_card_fields(repository: Path, data: bytes) -> None:
     model = OnnxModel.load(repository / "mura_dist" / "1" / "model.onnx")
-    card_fields = json.loads(parsed(triton.config(data)).parameters["mura_dist"].string_value)
+    card_fields = json.loads(parse_config(triton.config(data)).parameters["mura_dist"].string_value)
     assert card_fields.pop("model_sha256") == model.sha256
     assert "metrics" not in card_fields  # many kilobytes, in every answer about the configuration
     for key, value in card_fields.items():
@@ -149,41 +149,41 @@ def test_clients_are_told_what_the_answers_mean(repository: Path, data: bytes) -
 
 
 @pytest.mark.slow
-def test_quotes_and_backslashes_arrive(data: bytes) -> None:
-    awkward = 'a "b" \\ é {0}\n'
-    card = card_of().model_copy(update={"study_types": [awkward]})
-    card_fields = json.loads(parsed(triton.config(build_onnx(tiny(), card))).parameters["mura_dist"].string_value)
-    assert card_fields["study_types"] == [awkward]
+def test_configuration_escapes_quotes_and_backslashes(data: bytes) -> None:
+    study_type = 'a "b" \\ é {0}\n'
+    card = card_of().model_copy(update={"study_types": [study_type]})
+    card_fields = json.loads(parse_config(triton.config(build_onnx(tiny(), card))).parameters["mura_dist"].string_value)
+    assert card_fields["study_types"] == [study_type]
 
 
 # ---- what is there already
 
 
-def test_other_models_are_left_alone_and_ours_is_replaced(repository: Path, data: bytes, other_model: bytes) -> None:
+def test_write_replaces_the_exported_model_only(repository: Path, data: bytes, other_model: bytes) -> None:
     (repository / "theirs" / "1").mkdir(parents=True)
     (repository / "theirs" / "config.pbtxt").write_text("theirs")
     (repository / "mura_dist" / "2").mkdir()  # a higher version is not what was exported
     triton.write(repository, other_model)
     assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
-    assert files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
+    assert relative_files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]
     assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == other_model != data
     assert "version_policy { specific { versions: [ 1 ] } }" in (repository / "mura_dist" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
-def test_model_and_configuration_never_differ(
+def test_killed_write_never_mixes_model_and_configuration(
     failing: str, repository: Path, data: bytes, other_model: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law of torn writes: after each write that may be the last, the old model or the new one, alone or with its own words."""
+    """After each write that may be the last, the model has no configuration but its own."""
 
-    def killed(*_: object) -> None:
+    def raise_interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, failing, killed)
+    monkeypatch.setattr(atomic, failing, raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
         triton.write(repository, other_model)
     monkeypatch.undo()
-    assert files(repository) == ["mura_dist/1/model.onnx"]
+    assert relative_files(repository) == ["mura_dist/1/model.onnx"]
     assert (repository / "mura_dist" / "1" / "model.onnx").read_bytes() == (
         data if failing == "write_bytes" else other_model
     )
@@ -191,7 +191,7 @@ def test_model_and_configuration_never_differ(
     assert (repository / "mura_dist" / "config.pbtxt").read_text() == triton.config(other_model)
 
 
-def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: bytes) -> None:
+def test_foreign_configuration_is_not_overwritten(tmp_path: Path, data: bytes) -> None:
     config = tmp_path / "mura_dist" / "config.pbtxt"
     config.parent.mkdir()
     config.write_text('name: "mura_dist"\n')
@@ -199,10 +199,10 @@ def test_another_models_configuration_is_not_overwritten(tmp_path: Path, data: b
         UserError, match=r"^--triton .*config\.pbtxt was not written by mura-dist, .*\. Give another folder, or move"
     ):
         triton.write(tmp_path, data)
-    assert files(tmp_path) == ["mura_dist/config.pbtxt"]
+    assert relative_files(tmp_path) == ["mura_dist/config.pbtxt"]
 
 
-def test_what_is_no_model_of_ours(data: bytes) -> None:
+def test_model_without_metadata_is_refused(data: bytes) -> None:
     import onnx
 
     model = onnx.load_from_string(data)
