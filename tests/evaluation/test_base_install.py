@@ -1,4 +1,4 @@
-"""evaluate MODEL.onnx on the base install, without torch: the same files as from the full install, to the bit."""
+"""Test `evaluate MODEL.onnx` on the base install, without torch: files identical to those of the full install."""
 
 import json
 import zlib
@@ -43,14 +43,14 @@ def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: py
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What an evaluation wrote, but for the report and the summary of it, which name the environment and the seconds."""
+    """Return the files of an evaluation without the report and without measured seconds."""
     written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     content = {name: path.read_bytes() for name, path in written.items() if name not in ("report.html", "report.json")}
     content["gallery.json"] = json.dumps({**json.loads(content["gallery.json"]), "seconds": 0}).encode()
     return content
 
 
-def plots(report: Path) -> list[str]:
+def svg_plots(report: Path) -> list[str]:
     return [path.partition("</svg>")[0] for path in report.read_text().split("<svg")[1:]]
 
 
@@ -65,18 +65,18 @@ def test_base_and_full_install_write_identical_files(
     result = base.run(*EVALUATE, model, encoded, "--out", tmp_path / "base", "--quiet")
     assert (result.returncode, stderr_lines(result)) == (DONE, [])
     assert main(["evaluate", str(model), str(encoded), "--out", str(tmp_path / "full"), "--quiet"]) == DONE
-    own_files, full = files_of(tmp_path / "base"), files_of(tmp_path / "full")
-    assert {"metrics.json", "predictions.csv", "studies.csv", "gallery.html", "gallery.json"} <= own_files.keys()
-    assert any(name.startswith("gallery/") for name in own_files)
-    assert [name for name in full if own_files.get(name) != full[name]] == []
-    assert own_files.keys() == full.keys()
-    drawn = plots(tmp_path / "base" / "report.html")
-    assert len(drawn) > 3
-    assert drawn == plots(tmp_path / "full" / "report.html")
+    base_files, full_files = files_of(tmp_path / "base"), files_of(tmp_path / "full")
+    assert {"metrics.json", "predictions.csv", "studies.csv", "gallery.html", "gallery.json"} <= base_files.keys()
+    assert any(name.startswith("gallery/") for name in base_files)
+    assert [name for name in full_files if base_files.get(name) != full_files[name]] == []
+    assert base_files.keys() == full_files.keys()
+    base_plots = svg_plots(tmp_path / "base" / "report.html")
+    assert len(base_plots) > 3
+    assert base_plots == svg_plots(tmp_path / "full" / "report.html")
 
 
-def test_base_install_scores_equal_training_loader(base: BaseInstall, encoded: Path) -> None:
-    """CRC-32 of each radiograph's pixels, as the base decodes them and as a training's loader gives them."""
+def test_base_install_decodes_the_training_loaders_pixels(base: BaseInstall, encoded: Path) -> None:
+    """The test compares the CRC-32 of each radiograph's pixels."""
     code = (
         "import sys, zlib; from pathlib import Path; from mura_dist.data.shards.reader import Shards; "
         "shards = Shards.open(Path(sys.argv[1])); "
@@ -90,7 +90,9 @@ def test_base_install_scores_equal_training_loader(base: BaseInstall, encoded: P
     assert json.loads(base.run("-c", code, encoded).stdout) == [zlib.crc32(pixels.tobytes()) for pixels in batch]
 
 
-def test_shards_behind_a_url(base: BaseInstall, s3: str, shard_folder: Path, model: Path, tmp_path: Path) -> None:
+def test_shards_are_read_from_a_url(
+    base: BaseInstall, s3: str, shard_folder: Path, model: Path, tmp_path: Path
+) -> None:
     store = storage.open_storage(f"{s3}/shards")
     for path in shard_folder.iterdir():
         store.write(path.name, path.read_bytes())
@@ -106,7 +108,7 @@ def test_shards_behind_a_url(base: BaseInstall, s3: str, shard_folder: Path, mod
     assert (tmp_path / "url" / "metrics.json").read_bytes() == (tmp_path / "here" / "metrics.json").read_bytes()
 
 
-def test_only_the_first_rank_evaluates(base: BaseInstall, shard_folder: Path, model: Path, tmp_path: Path) -> None:
+def test_only_rank_0_evaluates_an_onnx_file(base: BaseInstall, shard_folder: Path, model: Path, tmp_path: Path) -> None:
     arguments = (*EVALUATE, model, shard_folder, "--no-gallery", "--out")
     first, second = (
         base.run(*arguments, tmp_path / str(rank), env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
@@ -119,7 +121,7 @@ def test_only_the_first_rank_evaluates(base: BaseInstall, shard_folder: Path, mo
     assert not (tmp_path / "1").exists()
 
 
-def test_a_run_needs_the_extra_train(base: BaseInstall, shard_folder: Path, tmp_path: Path) -> None:
+def test_evaluating_a_run_without_torch_names_the_extra(base: BaseInstall, shard_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(f'shards = "{shard_folder}"\nrun = "{tmp_path}"\n')
     result = base.run(*EVALUATE, tmp_path, shard_folder, "--out", tmp_path / "out")
     assert result.returncode == INVALID

@@ -1,4 +1,4 @@
-"""evaluate.py: over ranks, laws `once` and `metric`; what is fitted on tune, and that nothing else is."""
+"""Test evaluate: metrics for any ranks and batch size, thresholds fitted on tune only, agreement with predict."""
 
 import dataclasses
 import json
@@ -68,11 +68,11 @@ def test_metrics_do_not_depend_on_ranks_or_batch(
         laws.same_metrics(logits[0], logits_of_ranks)
 
 
-# ---- what is fitted on tune
+# ---- thresholds fitted on tune
 
 
 def start_run(folder: Path, shards: Path, *settings: str) -> Path:
-    """An untrained network, which says something all the same: of this seed, by chance, slightly more of abnormal studies."""
+    """Create an untrained run. With this seed, abnormal studies have slightly higher probabilities by chance."""
     arguments = (*TINY, "epochs=0", "seed=3", *settings, f"shards={shards}", f"run={folder}")
     result = run("mura-dist", "train", *arguments, "--quiet")
     assert result.returncode == 0, result.stderr
@@ -85,7 +85,7 @@ def run_evaluation(target: Path, shards: Path, out: Path, *arguments: str) -> di
 
 
 @pytest.fixture(scope="module")
-def measured(untrained: Path) -> dict[str, Any]:
+def untrained_metrics(untrained: Path) -> dict[str, Any]:
     return json.loads((untrained / "metrics.json").read_bytes())
 
 
@@ -96,24 +96,24 @@ def exported(untrained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def of_radiographs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, said to be of radiographs: one of drawings makes no calls."""
+    """Return the model with a card that states training on radiographs, since a model of drawings makes no calls."""
     card = OnnxModel.load(exported).card
     trained_on = card.trained_on.model_copy(update={"kind": "radiographs"})
     target = tmp_path_factory.mktemp("radiographs") / "model.onnx"
     return with_card(exported, card.model_copy(update={"trained_on": trained_on}), target)
 
 
-def logits(model: Path, shards: Shards, split: str) -> Scores:
+def split_scores(model: Path, shards: Shards, split: str) -> Scores:
     rows = shards.rows(split)
     images = np.stack([shards.read_pixels(int(row)) for row in rows])[:, None]
     return Scores.from_split(rows, OnnxModel.load(model).logits(images), np.ones(len(rows), bool))
 
 
-def test_thresholds_are_fitted_on_tune(exported: Path, halved: Path, measured: dict[str, Any]) -> None:
+def test_thresholds_are_fitted_on_tune(exported: Path, halved: Path, untrained_metrics: dict[str, Any]) -> None:
     shards = Shards.open(halved)
-    tune = study_scores(shards, logits(exported, shards, "tune"))
+    tune = study_scores(shards, split_scores(exported, shards, "tune"))
     expected = calibration.fit(tune, {}, sorted(tune["study_type"].unique()))
-    metrics = FittedThresholds.model_validate(measured["calibration"])
+    metrics = FittedThresholds.model_validate(untrained_metrics["calibration"])
     assert (metrics.num_studies, metrics.num_patients) == (len(tune), tune["patient"].nunique())
     assert metrics.fitted_on == "tune"
     assert metrics.notes == []
@@ -126,41 +126,43 @@ def test_thresholds_are_fitted_on_tune(exported: Path, halved: Path, measured: d
         )  # logits to 1e-5
         for point in OPERATING_POINT_NAMES:
             assert metrics.thresholds(point)[name] == pytest.approx(expected.thresholds(point)[name], abs=1e-4)
-    assert measured["operating_points"]["overall"]["num_studies"] == measured["overall"]["num_studies"]
-    assert measured["overall"]["calibrated"]["brier"] is not None
-    assert set(measured["subgroups"]) == {"num_views", "exposure"}
+    assert (
+        untrained_metrics["operating_points"]["overall"]["num_studies"] == untrained_metrics["overall"]["num_studies"]
+    )
+    assert untrained_metrics["overall"]["calibrated"]["brier"] is not None
+    assert set(untrained_metrics["subgroups"]) == {"num_views", "exposure"}
 
 
 def test_valid_split_does_not_affect_the_fit(
-    untrained: Path, halved: Path, measured: dict[str, Any], tmp_path: Path
+    untrained: Path, halved: Path, untrained_metrics: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The labels of valid turned round: the same points; those of one tune study: others."""
-    for split, same in (("valid", True), ("tune", False)):
+    """Inverted labels of valid keep the fit. An inverted tune study changes it."""
+    for split, is_same_fit in (("valid", True), ("tune", False)):
         shards, folder = tmp_path / f"{split}-shards", tmp_path / f"{split}-run"
         shutil.copytree(halved, shards)
         shutil.copytree(untrained, folder)
         manifest = Manifest.load(shards / "manifest.csv")
         frame = manifest.frame
         study = frame.loc[frame["split"] == split, "study"]
-        turned = frame["study"].isin(study if split == "valid" else study[:1])
-        frame.loc[turned, "label"] = 1 - frame.loc[turned, "label"]
+        is_inverted = frame["study"].isin(study if split == "valid" else study[:1])
+        frame.loc[is_inverted, "label"] = 1 - frame.loc[is_inverted, "label"]
         manifest.save(shards / "manifest.csv")
         for path in (shards / "index.json", folder / "data.json"):
-            text = path.read_text().replace(measured["manifest_sha256"], manifest.digest)
+            text = path.read_text().replace(untrained_metrics["manifest_sha256"], manifest.digest)
             path.write_text(text)
         metrics = run_evaluation(folder, shards, tmp_path / f"{split}-out")
-        assert metrics["manifest_sha256"] == manifest.digest != measured["manifest_sha256"]
-        assert (metrics["calibration"] == measured["calibration"]) == same
-        turned_overall = metrics["overall"]["confusion"] != measured["overall"]["confusion"]
-        assert turned_overall == (split == "valid")
+        assert metrics["manifest_sha256"] == manifest.digest != untrained_metrics["manifest_sha256"]
+        assert (metrics["calibration"] == untrained_metrics["calibration"]) == is_same_fit
+        is_changed = metrics["overall"]["confusion"] != untrained_metrics["overall"]["confusion"]
+        assert is_changed == (split == "valid")
 
 
-def test_predict_and_evaluate_agree(
+def test_studies_of_predict_and_evaluate_are_equal(
     exported: Path,
     of_radiographs: Path,
     halved: Path,
     untrained: Path,
-    measured: dict[str, Any],
+    untrained_metrics: dict[str, Any],
     phantoms: Path,
     tmp_path: Path,
 ) -> None:
@@ -168,7 +170,7 @@ def test_predict_and_evaluate_agree(
         main(["predict", str(of_radiographs), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
     )
     onnx_metrics = run_evaluation(exported, halved, tmp_path / "e")
-    assert onnx_metrics["calibration"] == measured["calibration"]  # the card's
+    assert onnx_metrics["calibration"] == untrained_metrics["calibration"]  # the card's
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
     assert tuple(predicted.columns) == (*STUDY_COLUMNS, "gate", "trained_on")
     for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
@@ -178,15 +180,15 @@ def test_predict_and_evaluate_agree(
         views = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
         worst = views.groupby("study")["gate"].agg(lambda arguments: max(arguments, key=gate.NAMES.index))
         assert table["gate"].tolist() == worst[table["study"]].tolist()
-        both = table.merge(predicted, on="study", suffixes=("", "_predicted"))
-        assert len(both) == len(predicted) == len(table) > 0
+        merged = table.merge(predicted, on="study", suffixes=("", "_predicted"))
+        assert len(merged) == len(predicted) == len(table) > 0
         for name in ("probability", "calibrated_probability"):
-            actual, reference = (both[f"{name}{end}"].astype(float) for end in ("", "_predicted"))
+            actual, reference = (merged[f"{name}{end}"].astype(float) for end in ("", "_predicted"))
             np.testing.assert_allclose(actual, reference, atol=tolerance)
-        assert (both["band"] == both["band_predicted"]).all()
-        called = both[both["call_predicted"] != ""]
-        assert len(called)
-        assert (called["call"] == called["call_predicted"]).all()
+        assert (merged["band"] == merged["band_predicted"]).all()
+        with_calls = merged[merged["call_predicted"] != ""]
+        assert len(with_calls)
+        assert (with_calls["call"] == with_calls["call_predicted"]).all()
     assert {"uncertain", "negative"} <= set(predicted["band"])
 
 
@@ -196,8 +198,8 @@ def test_fitted_operating_point_makes_the_calls(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(untrained, folder)
-    word = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
-    metrics = run_evaluation(folder, halved, folder, *word)
+    options = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
+    metrics = run_evaluation(folder, halved, folder, *options)
     points = FittedThresholds.model_validate(metrics["calibration"])
     cut = points.thresholds("specificity=0.9")
     assert (metrics["operating_point"], metrics["threshold"]) == ("specificity=0.9", None)
@@ -266,28 +268,28 @@ def test_other_results_are_not_overwritten(
 
 
 def test_odds_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
-    """log(N/A) of the training radiographs that the loss's weights were counted over."""
+    """The shift is log(N/A) over the training radiographs that the loss weights counted."""
     weights, shards = ModelWeights.from_run(untrained, "last"), Shards.open(halved)
     train = shards.manifest.frame.query("split == 'train'")
     names = sorted(set(shards.manifest.frame["study_type"]))
     table = compute_class_weights("study_type", train["study_type"].to_numpy(), train["label"].to_numpy(), names)
     assert set(compute_odds_shift(weights, shards).values()) == {0.0}
-    [only] = weights.runs
-    weighted, alike = (
-        dataclasses.replace(only, settings=only.settings.model_copy(update={"loss_weights": counted}))
+    [only_run] = weights.runs
+    weighted, unweighted = (
+        dataclasses.replace(only_run, settings=only_run.settings.model_copy(update={"loss_weights": counted}))
         for counted in ("study_type", "class")
     )
     metrics = compute_odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
     normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))
     for name, (w0, w1) in table.items():
-        both = name in normal.index and name in abnormal.index
-        assert metrics[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if both else 0)
+        has_both_labels = name in normal.index and name in abnormal.index
+        assert metrics[name] == pytest.approx(np.log(normal[name] / abnormal[name]) if has_both_labels else 0)
         assert metrics[name] == pytest.approx(np.log(w1 / w0))
     of_all = np.log((train["label"] == 0).sum() / (train["label"] == 1).sum())
-    assert compute_odds_shift(dataclasses.replace(weights, runs=(alike,)), shards) == pytest.approx(
+    assert compute_odds_shift(dataclasses.replace(weights, runs=(unweighted,)), shards) == pytest.approx(
         dict.fromkeys(names, of_all)
     )
-    mixed = dataclasses.replace(weights, runs=(weighted, only))
+    mixed = dataclasses.replace(weights, runs=(weighted, only_run))
     assert compute_odds_shift(mixed, shards) == pytest.approx({name: value / 2 for name, value in metrics.items()})
 
 

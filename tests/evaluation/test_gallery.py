@@ -1,4 +1,4 @@
-"""gallery.py and saliency.py: the surest errors, how stable maps are, one scale, LOCAL ONLY."""
+"""Test the gallery and saliency maps: selected studies, stability of maps, one color scale, LOCAL ONLY marks."""
 
 import base64
 import html
@@ -32,14 +32,14 @@ CELLS = 10
 
 
 def block_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A toy that sees what there is: the mean grey level of each cell, as logits. Mirrored radiograph, mirrored map."""
+    """Return the mean gray level of each cell as its logit, so that a mirrored radiograph has a mirrored map."""
     side = images.shape[-1] // CELLS
     cells = images[:, 0].astype(np.float64).reshape(-1, CELLS, side, CELLS, side).mean(axis=(2, 4)) / 32 - 4
     return cells.mean(axis=(1, 2)), cells
 
 
 def positional_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A toy that looks at places, not at the radiograph."""
+    """Return maps that depend on the position only, not on the image."""
     cells = np.broadcast_to(np.random.default_rng(5).normal(size=(CELLS, CELLS)), (len(images), CELLS, CELLS))
     return cells.mean(axis=(1, 2)), cells
 
@@ -49,7 +49,7 @@ def toy_subject(outputs: saliency.ForwardFunction, **more: Any) -> EvaluationSub
 
 
 def smooth_images(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
-    """Images (n, S, S) uint8 of a few soft blobs on black: a turn loses nothing beyond the canvas."""
+    """Return images (n, S, S) uint8 of a few soft blobs on black, which stay on the canvas when rotated."""
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[:size, :size] / size
     images = np.zeros((num, size, size))
     for image in images:
@@ -60,11 +60,11 @@ def smooth_images(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> list[float]:
-    """The oracle, a pair of maps at a time."""
+    """Return NumPy's correlation of each pair of maps."""
     return [float(np.corrcoef(first.ravel(), second.ravel())[0, 1]) for first, second in zip(a, b, strict=True)]
 
 
-# ---- which studies
+# ---- selection of studies
 
 
 def studies_table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFrame:
@@ -78,27 +78,27 @@ def studies_table(seed: int, num: int = 90, threshold: float = 0.5) -> pd.DataFr
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
-def test_most_confident_errors_are_chosen(seed: int, threshold: float) -> None:
+def test_most_confident_errors_are_selected(seed: int, threshold: float) -> None:
     studies = studies_table(seed, threshold=threshold)
-    chosen = gallery_studies.choose_studies(studies, 24, seed)
+    selected = gallery_studies.choose_studies(studies, 24, seed)
     of_kind: dict[str, list[Any]] = {}
-    for name, line, call in chosen:
+    for name, line, call in selected:
         of_kind.setdefault(name.rpartition("-")[0], []).append(line)
         assert call == int(studies.at[line, "probability"] > threshold)
-    missed, false = [], []
+    missed, false_alarms = [], []
     for line, study in studies.iterrows():
         if study["label"] == 1 and study["probability"] <= threshold:
             missed.append((study["probability"], line))
         if study["label"] == 0 and study["probability"] > threshold:
-            false.append((-study["probability"], line))
+            false_alarms.append((-study["probability"], line))
     assert of_kind["missed"] == [line for _, line in sorted(missed)[:6]]
-    assert of_kind["false-alarm"] == [line for _, line in sorted(false)[:6]]
+    assert of_kind["false-alarm"] == [line for _, line in sorted(false_alarms)[:6]]
     for kind, label in (("hit-abnormal", 1), ("hit-normal", 0)):
         hits = studies.loc[of_kind[kind]]
         assert len(hits) == 6
         assert hits["label"].eq(label).all()
         assert (hits["probability"] > threshold).eq(label == 1).all()
-    assert len({line for _, line, _ in chosen}) == len(chosen) == len({name for name, _, _ in chosen})
+    assert len({line for _, line, _ in selected}) == len(selected) == len({name for name, _, _ in selected})
 
 
 def test_correct_studies_depend_on_the_seed() -> None:
@@ -110,19 +110,19 @@ def test_correct_studies_depend_on_the_seed() -> None:
 
 
 def test_call_column_overrides_probability() -> None:
-    """With thresholds by study type the table says who is called; few errors make few pictures."""
+    """Thresholds by study type are in the calls of the table. The selection is small where errors are few."""
     studies = studies_table(0).iloc[10:40].assign(call=1)
     kinds = {name.rpartition("-")[0] for name, _, _ in gallery_studies.choose_studies(studies, 24, 0)}
     assert kinds == {"false-alarm", "hit-abnormal"}
     assert gallery_studies.choose_studies(studies.iloc[:0], 24, 0) == []
 
 
-# ---- the numbers
+# ---- stability of maps
 
 
 @pytest.mark.parametrize("angle_deg", [10.0, -10.0, 3.5, -30.0, 90.0, 0.0])
 def test_maps_rotate_as_radiographs_do(angle_deg: float) -> None:
-    """OpenCV's bilinear weights have 5 bits: a grey level or two."""
+    """OpenCV's bilinear weights have 5 bits, which allows differences of two gray levels."""
     image = smooth_images(1, 81)[0]
     expected = np.empty_like(image)
     augment(image, angle_deg, False, expected)
@@ -154,10 +154,11 @@ def test_map_of_positions_is_unstable() -> None:
 def test_rotation_in_the_wrong_direction_is_unstable() -> None:
     images = smooth_images()
     _, cells = saliency.compute_maps(block_forward, images)
-    _, turned = saliency.compute_maps(block_forward, saliency._rotate_images(images, saliency.ANGLE_DEG))
-    right, wrong = (saliency.rotate(turned, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
+    _, rotated_cells = saliency.compute_maps(block_forward, saliency._rotate_images(images, saliency.ANGLE_DEG))
+    aligned, misaligned = (saliency.rotate(rotated_cells, angle) for angle in (-saliency.ANGLE_DEG, saliency.ANGLE_DEG))
     assert (
-        saliency.compute_correlation(cells, *right).mean() > saliency.compute_correlation(cells, *wrong).mean() + 0.05
+        saliency.compute_correlation(cells, *aligned).mean()
+        > saliency.compute_correlation(cells, *misaligned).mean() + 0.05
     )
 
 
@@ -189,18 +190,18 @@ def test_map_without_contrast_has_no_correlation() -> None:
     assert np.isnan(result[1:]).all()
     entry = saliency.summarize_correlations(result, ["a", "b", "c"], 0)
     assert (entry["num_radiographs"], entry["num_without_contrast"], entry["num_patients"]) == (1, 2, 1)
-    nothing = saliency.summarize_correlations(np.full(3, np.nan), ["a", "b", "c"], 0)
-    assert (nothing["mean"], nothing["mean_low"], nothing["num_without_contrast"]) == (None, None, 3)
-    assert json.dumps([entry, nothing], allow_nan=False)
+    empty = saliency.summarize_correlations(np.full(3, np.nan), ["a", "b", "c"], 0)
+    assert (empty["mean"], empty["mean_low"], empty["num_without_contrast"]) == (None, None, 3)
+    assert json.dumps([entry, empty], allow_nan=False)
 
 
 def test_interval_resamples_patients() -> None:
-    """Ten radiographs of one patient are not ten patients."""
+    """Ten radiographs of one patient do not count as ten patients."""
     values = np.repeat(np.random.default_rng(0).normal(size=8), 10)
-    by_patient, alone = (
+    by_patient, by_radiograph = (
         saliency.summarize_correlations(values, [str(i // size) for i in range(len(values))], 0) for size in (10, 1)
     )
-    widths = [entry["mean_high"] - entry["mean_low"] for entry in (by_patient, alone)]
+    widths = [entry["mean_high"] - entry["mean_low"] for entry in (by_patient, by_radiograph)]
     assert widths[0] == pytest.approx(widths[1] * np.sqrt(10), rel=0.15)
     assert by_patient["mean"] == pytest.approx(values.mean())
     assert by_patient["mean_low"] < values.mean() < by_patient["mean_high"]
@@ -236,7 +237,7 @@ def test_logit_determines_color_and_opacity() -> None:
 
 @pytest.mark.parametrize("background", [-20.0, 0.0, 3.0, 500.0])
 def test_cell_color_does_not_depend_on_other_cells(background: float) -> None:
-    """Never each map scaled to itself: the middle of a cell has the colour of its own logit."""
+    """No map is scaled to itself. The center of a cell has the color of its own logit."""
     pixels = np.full((44, 44), 100, np.uint8)
     cells = np.full((4, 4), background)
     cells[1, 2] = 2**0.5  # the middle of a step
@@ -248,7 +249,7 @@ def test_cell_color_does_not_depend_on_other_cells(background: float) -> None:
 
 @pytest.mark.parametrize("side", [2, 4, 7, 10])
 def test_map_is_smooth(side: int) -> None:
-    """The more pixels, the smaller the steps between two of them; between blocks they would stay."""
+    """More pixels give smaller steps between neighbors. Blocks would keep their steps."""
     cells = np.random.default_rng(side).normal(0, 4, (side, side))
 
     def largest_step(size: int) -> int:
@@ -264,10 +265,10 @@ def test_opacity_increases_with_the_logit() -> None:
     logit = np.linspace(0, 40, 4001)
     assert (np.diff(heatmap.opacity(logit)) >= 0).all()
     assert (heatmap.opacity(-logit) == heatmap.opacity(logit)).all()
-    along = heatmap.scale_logits(1100)
-    assert (np.diff(along) > 0).all()
-    assert np.abs(np.diff(heatmap.opacity(along))).max() < 0.01  # nowhere a jump
-    assert along[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
+    logits = heatmap.scale_logits(1100)
+    assert (np.diff(logits) > 0).all()
+    assert np.abs(np.diff(heatmap.opacity(logits))).max() < 0.01  # nowhere a jump
+    assert logits[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
 
 
 @pytest.mark.parametrize(("shape", "visible"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
@@ -283,7 +284,7 @@ def test_nan_cell_is_transparent() -> None:
     assert heatmap.overlay_heatmap(np.full((55, 55), 7, np.uint8), cells)[27, 27].tolist() == [171, 93, 23]
 
 
-# ---- the gallery as a whole
+# ---- the complete gallery
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def open_shards(shard_folder: Path) -> Shards:
 
 
 def toy_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A toy at 64 px: 4 x 4 cells, from far below to far above 0."""
+    """Return maps of 4 x 4 cells, from far below to far above 0, for images of 64 px."""
     cells = (images[:, 0].astype(np.float64).reshape(-1, 4, 16, 4, 16).mean(axis=(2, 4)) - 60) / 4
     return cells.mean(axis=(1, 2)), cells
 
@@ -350,7 +351,7 @@ def test_page_matches_gallery_json(written_gallery: tuple[Path, dict[str, Any]],
 
 
 def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[str, Any]], open_shards: Shards) -> None:
-    """Over each radiograph lies the map of its own cells; the colour of a logit is the same in all of them."""
+    """Each radiograph has the map of its own cells, and a logit has one color in all maps."""
     out, result = written_gallery
     frame, expected, radiographs = open_shards.manifest.frame, [], []
     for study in result["studies"]:
@@ -358,8 +359,10 @@ def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[st
             radiographs.append(open_shards.read_pixels(row))
             expected.append(heatmap.render_layer(toy_forward(radiographs[-1][None, None])[1][0], (60, 60)))
     text = (out / "gallery.html").read_text()
-    maps = [embedded(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
-    visible = [embedded(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)]
+    maps = [decode_image(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
+    visible = [
+        decode_image(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)
+    ]
     assert len(maps) == len(visible) == len(expected) > 4
     assert all((drawn == original).all() for drawn, original in zip(maps, expected, strict=True))
     for drawn, original in zip(visible, radiographs, strict=True):  # a JPEG: alike to the eye
@@ -367,8 +370,8 @@ def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[st
     assert len({tuple(pixel) for pixel in np.concatenate([item.reshape(-1, 4) for item in maps])}) > 50
 
 
-def embedded(data: str) -> np.ndarray:
-    """A picture of a page, which says inside that it is LOCAL ONLY."""
+def decode_image(data: str) -> np.ndarray:
+    """Decode an image of a page, and check that its metadata states LOCAL ONLY."""
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         comment = image.info.get("Comment") or image.info["comment"].decode()
         assert "LOCAL ONLY" in comment
@@ -376,20 +379,20 @@ def embedded(data: str) -> np.ndarray:
 
 
 def test_layer_over_radiograph_equals_overlay() -> None:
-    """What the browser lays over a radiograph is what a picture file holds."""
+    """The browser's blend of radiograph and layer equals the picture file."""
     rng = np.random.default_rng(0)
     pixels, cells = rng.integers(0, 256, (48, 48), np.uint8), rng.normal(0, 4, (6, 6))
-    above = heatmap.render_layer(cells, (48, 48)).astype(float)
-    share = above[..., 3:] / 255
-    mixed = pixels[..., None] * (1 - share) + above[..., :3] * share
-    assert np.abs(mixed - heatmap.overlay_heatmap(pixels, cells)).max() <= 1.5
+    layer = heatmap.render_layer(cells, (48, 48)).astype(float)
+    share = layer[..., 3:] / 255
+    blended = pixels[..., None] * (1 - share) + layer[..., :3] * share
+    assert np.abs(blended - heatmap.overlay_heatmap(pixels, cells)).max() <= 1.5
 
 
 # ---- pages
 
 
 def build_study(index: int, num_views: int, size: int, num_cells: int = 10) -> gallery_studies.GalleryStudy:
-    """A study of noise, which compresses worst."""
+    """Return a study of noise, which compresses poorly."""
     rng = np.random.default_rng(index)
     views = tuple(
         gallery_studies.GalleryView(
@@ -448,7 +451,7 @@ def test_pages_are_small_and_linked(num: int, views: int, size: int, tmp_path: P
         assert f"{views - 12} more views: gallery/" in texts[0]
 
 
-def test_missing_stability_is_a_sentence_without_tile() -> None:
+def test_missing_stability_has_a_sentence_and_no_tile() -> None:
     [text] = gallery_page.render_pages([build_study(0, 1, 64)], CONTENT)
     assert text.count("<strong>0.60</strong>") == 1
     assert (
@@ -460,7 +463,7 @@ def test_missing_stability_is_a_sentence_without_tile() -> None:
 
 
 def test_maps_of_few_cells_are_omitted() -> None:
-    """Neither on a page nor in a picture; a sentence says why."""
+    """They are neither on a page nor in a picture. A sentence states the reason."""
     study = build_study(0, 2, 64, num_cells=3)
     [text] = map(
         html.unescape, gallery_page.render_pages([study], CONTENT | {"map": {"cells": [3, 3], "caveat": "a caveat"}})
@@ -505,8 +508,8 @@ def test_earlier_gallery_is_deleted(open_shards: Shards, tmp_path: Path) -> None
     stale = [tmp_path / "gallery" / name for name in ("missed-77.png", "page-2.html", "page-13.html")]
     for path in stale:
         path.write_bytes(b"of an earlier evaluation")
-    mine = tmp_path / "gallery" / "notes.txt"
-    mine.write_text("a person's")
+    user_file = tmp_path / "gallery" / "notes.txt"
+    user_file.write_text("a person's")
     write_gallery(tmp_path, open_shards, GalleryOptions(num_studies=4, num_sampled=4))
     assert not any(path.exists() for path in stale)
     assert len(list((tmp_path / "gallery").glob("*.png"))) <= 4
@@ -516,8 +519,8 @@ def test_earlier_gallery_is_deleted(open_shards: Shards, tmp_path: Path) -> None
 
 def test_corrupt_view_is_noted(shard_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_folder, tmp_path / "shards")
-    sound = write_gallery(tmp_path / "a", Shards.open(tmp_path / "shards"), GalleryOptions(num_sampled=999))
-    study = next(item for item in sound["studies"] if len(item["views"]) > 1)
+    complete = write_gallery(tmp_path / "a", Shards.open(tmp_path / "shards"), GalleryOptions(num_sampled=999))
+    study = next(item for item in complete["studies"] if len(item["views"]) > 1)
     frame = Shards.open(tmp_path / "shards").manifest.frame
     row = frame.index[frame["study"] == study["study"]][0]
     shards = Shards.open(tmp_path / "shards")
@@ -525,8 +528,8 @@ def test_corrupt_view_is_noted(shard_folder: Path, tmp_path: Path) -> None:
     logit, _ = saliency.compute_maps(toy_forward, np.stack([shards.read_pixels(item) for item in rows]))
     laws.damage(shards, row)
     shards = Shards.open(tmp_path / "shards")
-    intact = rows != row
-    studies = with_calls(shards, Scores(rows[intact], logit[intact], rows[~intact]))
+    is_intact = rows != row
+    studies = with_calls(shards, Scores(rows[is_intact], logit[is_intact], rows[~is_intact]))
     options = GalleryOptions(num_studies=4 * len(studies), num_sampled=999)
     result = gallery.write(
         tmp_path / "b", shards, studies, rows, subject=toy_subject(toy_forward), options=options, metrics={}
@@ -556,7 +559,7 @@ def test_stability_bias_follows_the_augmentation(settings: dict[str, Any], note:
 
 @pytest.fixture(scope="module")
 def runs(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two runs that differ in their seed."""
+    """Return two runs that differ in their seed."""
     folder = tmp_path_factory.mktemp("runs")
     for name, seed in (("a", ()), ("b", ("seed=1",))):
         shutil.copytree(reference_run(1, *SHORT, *seed), folder / name)
@@ -564,7 +567,7 @@ def runs(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 
 
 def run_evaluation(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, Any], str]:
-    """gallery.json, and what was said."""
+    """Run evaluate, and return the content of gallery.json and the captured stderr."""
     assert main(["evaluate", *map(str, arguments)]) == DONE
     captured = capsys.readouterr()
     [path] = re.findall(r"^gallery \(LOCAL ONLY.*: (.*gallery\.html)$", captured.out, flags=re.MULTILINE)
@@ -614,10 +617,10 @@ def test_onnx_file_and_list_have_galleries(runs: tuple[Path, Path], shard_folder
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 @pytest.mark.parametrize("shared", [False, True])
-def test_gallery_is_readable_by_its_owner_only(
+def test_gallery_is_private_unless_shared(
     shared: bool, open_shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report beside them holds none; the folder, a run's for example, is not theirs to close."""
+    """The report has no radiographs. The folder, which may be a run's, keeps its mode."""
     rows = open_shards.rows("valid")
     logit, _ = saliency.compute_maps(toy_forward, np.stack([open_shards.read_pixels(row) for row in rows]))
     scores, before = SplitScores(Scores(rows, logit, np.array([], np.int64)), FittedThresholds(), 1.0), os.umask(0o022)

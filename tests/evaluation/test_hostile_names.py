@@ -1,4 +1,4 @@
-"""What runs, models, patients and files are called is text in a report and in a gallery, whatever they are called."""
+"""Test that names of runs, models, patients and files are shown as text in reports and galleries."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +16,13 @@ from mura_dist.training.scores import Scores
 
 
 def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A toy at 64 px: 4 x 4 cells."""
+    """Return logits and maps of 4 x 4 cells for images of 64 px."""
     cells = (images[:, 0].astype(np.float64).reshape(-1, 4, 16, 4, 16).mean(axis=(2, 4)) - 60) / 4
     return cells.mean(axis=(1, 2)), cells
 
 
 def subject(rename: Callable[[str], str]) -> EvaluationSubject:
-    """A model, or the ensemble of two, whose every text is a stranger's."""
+    """Return a model, with two ensemble members, whose texts are all renamed."""
     member: dict[str, Any] = {
         "checkpoint": rename("step-1"),
         "architecture": rename("tiny"),
@@ -46,7 +46,7 @@ def subject(rename: Callable[[str], str]) -> EvaluationSubject:
 
 
 @pytest.mark.slow
-def test_no_name_is_markup_in_a_report_and_a_gallery(shard_folder: Path, tmp_path: Path) -> None:
+def test_names_are_escaped_in_report_and_gallery(shard_folder: Path, tmp_path: Path) -> None:
     def write(rename: Callable[[str], str], out: Path) -> list[Path]:
         shards = Shards.open(renamed_shards(shard_folder, out / "shards", rename))
         rows = shards.rows("train")

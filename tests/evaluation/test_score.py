@@ -1,4 +1,4 @@
-"""score.py and prediction_files.py: published kappas from files, many spellings of one table, a message for each wrong file."""
+"""Test score: published kappas from files, tables in many formats, and one error message for each invalid file."""
 
 import csv
 import hashlib
@@ -33,7 +33,7 @@ def write(path: Path, lines: Sequence[Sequence[object]]) -> Path:
 
 
 def tables_of_confusions(confusions: dict[str, Sequence[int]], split: str = "test") -> tuple[list[Line], list[Line]]:
-    """(predictions, labels) in the official format, two studies a patient, that give these confusions."""
+    """Return predictions and labels in the official format, two studies per patient, with these confusion matrices."""
     predictions: list[Line] = []
     labels: list[Line] = []
     for name, cells in confusions.items():
@@ -51,7 +51,7 @@ SMALL = {"wrist": (14, 3, 2, 12), "hand": (12, 2, 4, 13)}
 
 
 def score_json(capsys, *arguments: object) -> dict:
-    """What `score ... --json` prints: nothing else is on stdout."""
+    """Return the JSON that `score ... --json` prints as its only stdout."""
     capsys.readouterr()
     status = main(["score", *map(str, arguments), "--json"])
     out, err = capsys.readouterr()
@@ -62,7 +62,7 @@ def score_json(capsys, *arguments: object) -> dict:
 # ---- published numbers
 
 
-def test_official_vectors_through_the_command(
+def test_command_reproduces_official_vectors(
     shared: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score, "RESAMPLES", 0)
@@ -100,34 +100,34 @@ def test_official_test_is_recognized_by_its_counts() -> None:
 # ---- spellings
 
 
-def as_text(lines: Sequence[Sequence[object]], end: str = "\n") -> bytes:
+def join_lines(lines: Sequence[Sequence[object]], end: str = "\n") -> bytes:
     return "".join(",".join(map(str, line)) + end for line in lines).encode()
 
 
-def paths_as(change: Callable[[str], str], lines: Sequence[Line]) -> list[Line]:
+def change_paths(change: Callable[[str], str], lines: Sequence[Line]) -> list[Line]:
     return [(change(study), value) for study, value in lines]
 
 
 SPELLINGS: dict[str, Callable[[list[Line]], bytes]] = {
-    "as it is": as_text,
-    "CRLF": lambda lines: as_text(lines, "\r\n"),
-    "old Mac": lambda lines: as_text(lines, "\r"),
-    "a byte-order mark": lambda lines: b"\xef\xbb\xbf" + as_text(lines),
-    "trailing commas": lambda lines: as_text(lines, ",\n"),
-    "some trailing commas": lambda lines: as_text(lines[:9], ",,\n") + as_text(lines[9:]),
-    "empty lines": lambda lines: b"\n" + as_text(lines, "\n\n,\n"),
-    "quotes": lambda lines: as_text([(f'"{study}"', f' "{value}"') for study, value in lines]),
-    "no trailing slash": lambda lines: as_text(paths_as(lambda path: path.rstrip("/"), lines)),
-    "from the split on": lambda lines: as_text(paths_as(lambda path: path.removeprefix("MURA-v1.1/"), lines)),
-    "nested": lambda lines: as_text(paths_as(lambda path: f"MURA-v1.1/{path}", lines)),
-    "absolute": lambda lines: as_text(paths_as(lambda path: f"/data/x ray/{path}", lines)),
-    "backslashes": lambda lines: as_text(paths_as(lambda path: "D:\\" + path.replace("/", "\\"), lines)),
-    "decimals": lambda lines: as_text([(study, float(str(value))) for study, value in lines]),
-    "semicolons": lambda lines: as_text(lines).replace(b",", b";"),
-    "tabs in UTF-16": lambda lines: as_text(lines).decode().replace(",", "\t").encode("utf-16"),
-    "decimal commas": lambda lines: as_text([(study, f"{value},0") for study, value in lines]).replace(b"/,", b"/;"),
-    "a leading ./": lambda lines: as_text(paths_as(lambda path: f"./{path}", lines)),
-    "the other way round": lambda lines: as_text(lines[::-1]),
+    "as it is": join_lines,
+    "CRLF": lambda lines: join_lines(lines, "\r\n"),
+    "old Mac": lambda lines: join_lines(lines, "\r"),
+    "a byte-order mark": lambda lines: b"\xef\xbb\xbf" + join_lines(lines),
+    "trailing commas": lambda lines: join_lines(lines, ",\n"),
+    "some trailing commas": lambda lines: join_lines(lines[:9], ",,\n") + join_lines(lines[9:]),
+    "empty lines": lambda lines: b"\n" + join_lines(lines, "\n\n,\n"),
+    "quotes": lambda lines: join_lines([(f'"{study}"', f' "{value}"') for study, value in lines]),
+    "no trailing slash": lambda lines: join_lines(change_paths(lambda path: path.rstrip("/"), lines)),
+    "from the split on": lambda lines: join_lines(change_paths(lambda path: path.removeprefix("MURA-v1.1/"), lines)),
+    "nested": lambda lines: join_lines(change_paths(lambda path: f"MURA-v1.1/{path}", lines)),
+    "absolute": lambda lines: join_lines(change_paths(lambda path: f"/data/x ray/{path}", lines)),
+    "backslashes": lambda lines: join_lines(change_paths(lambda path: "D:\\" + path.replace("/", "\\"), lines)),
+    "decimals": lambda lines: join_lines([(study, float(str(value))) for study, value in lines]),
+    "semicolons": lambda lines: join_lines(lines).replace(b",", b";"),
+    "tabs in UTF-16": lambda lines: join_lines(lines).decode().replace(",", "\t").encode("utf-16"),
+    "decimal commas": lambda lines: join_lines([(study, f"{value},0") for study, value in lines]).replace(b"/,", b"/;"),
+    "a leading ./": lambda lines: join_lines(change_paths(lambda path: f"./{path}", lines)),
+    "the other way round": lambda lines: join_lines(lines[::-1]),
 }
 HEADERS = {
     "predictions": ["study,prediction", "Study,Call", "path, PREDICTION", "\ufeffstudy,call"],
@@ -135,10 +135,10 @@ HEADERS = {
 }
 
 
-def test_every_spelling_of_a_table_gives_the_same_studies(tmp_path: Path) -> None:
-    """Law: predictions and labels, each in every spelling, give the same studies."""
+def test_studies_identical_for_all_table_formats(tmp_path: Path) -> None:
+    """Predictions and labels, each in every format, give the same studies."""
     predictions, labels = tables_of_confusions(SMALL)
-    plain = {"predictions": as_text(predictions), "labels": as_text(labels)}
+    plain = {"predictions": join_lines(predictions), "labels": join_lines(labels)}
     lines = {"predictions": predictions, "labels": labels}
 
     def studies(**changed: bytes) -> pd.DataFrame:
@@ -159,14 +159,14 @@ def test_every_spelling_of_a_table_gives_the_same_studies(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("header", [[], [("Study", "Rad1", "Rad2", "Rad3")]])
-def test_label_is_the_majority_of_three_radiologists(header: list, tmp_path: Path) -> None:
+def test_label_is_the_majority_of_three_votes(header: list, tmp_path: Path) -> None:
     votes = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
     path = write(tmp_path / "l.csv", [*header, *((f"s{index}", *vote) for index, vote in enumerate(votes))])
     assert prediction_files.read_labels(path).frame["label"].tolist() == [int(sum(vote) >= 2) for vote in votes]
 
 
 def test_names_outside_muras_layout_match_by_text(tmp_path: Path) -> None:
-    """No layout, commas and umlauts in names: matched by the text; study types and patients are the label file's."""
+    """Names contain commas and umlauts. Study types and patients come from the label file."""
     rows = [("Müller, left", 0, "p1", "XR_HAND"), ("b/", 1, "p1", ""), ("c", 1, "", "XR_HAND"), ("d", 0, "p2", "")]
     labels = write(tmp_path / "l.csv", [("study", "label", "patient", "study_type"), *rows])
     lines = [("study", "study_type", "probability")]
@@ -179,7 +179,7 @@ def test_names_outside_muras_layout_match_by_text(tmp_path: Path) -> None:
     assert studies["call"].tolist() == [0, 1, 0, 0]  # 0.5 is not above 0.5
 
 
-def test_patient_is_shared_over_study_types_and_split_is_common(tmp_path: Path) -> None:
+def test_patients_are_matched_across_study_types(tmp_path: Path) -> None:
     names = ["valid/XR_HAND/patient00001/study1_negative", "valid/XR_WRIST/patient00001/study1_positive", "other"]
     lines = [(name, index % 2) for index, name in enumerate(names)]
     studies = joined(write(tmp_path / "p.csv", lines), write(tmp_path / "l.csv", lines))
@@ -189,8 +189,8 @@ def test_patient_is_shared_over_study_types_and_split_is_common(tmp_path: Path) 
     assert prediction_files.common_split(studies.iloc[:2]) == "valid"
 
 
-def test_windows_1252_is_read_where_nothing_else_fits(tmp_path: Path, capsys) -> None:
-    """A German Excel's plain CSV; and what predict writes of a folder of macOS."""
+def test_windows_1252_is_the_fallback_encoding(tmp_path: Path, capsys) -> None:
+    """A German Excel writes such CSVs. predict on macOS writes decomposed names."""
     labels, predictions = tmp_path / "l.csv", tmp_path / "p.csv"
     labels.write_bytes("study;label;patient\nMüller – 1;normal;=a\nMüller 2;Abnormal;b\n=3;1,0;b\n".encode("cp1252"))
     predictions.write_text("study,probability,trained_on\nMu\u0308ller – 1,0.1,phantoms\nMüller 2,0.9,\n./=3,0.8,\n")
@@ -207,7 +207,7 @@ def test_windows_1252_is_read_where_nothing_else_fits(tmp_path: Path, capsys) ->
     assert again["overall"] == metrics["overall"]
 
 
-def test_labels_may_be_words_without_a_header(tmp_path: Path) -> None:
+def test_labels_as_words_without_header_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "l.csv", [("s1", "abnormal"), ("s2", "Normal"), ("s3", "positive"), ("s4", "NEGATIVE")])
     frame = prediction_files.read_labels(path).frame
     assert (frame["study"].tolist(), frame["label"].tolist()) == (["s1", "s2", "s3", "s4"], [1, 0, 1, 0])
@@ -225,8 +225,8 @@ def test_unknown_patients_are_reported(tmp_path: Path, capsys) -> None:
 # ---- studies.csv
 
 
-def own_table(call: Sequence[object], threshold: object = 0.3) -> list[list[object]]:
-    """studies.csv as predict writes it, of four studies whose labels are 0, 0, 1, 1."""
+def predict_table(call: Sequence[object], threshold: object = 0.3) -> list[list[object]]:
+    """Return studies.csv as predict writes it, with four studies whose labels are 0, 0, 1, 1."""
     header = ["study", "study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band"]
     values, more = (0.2, 0.4, 0.6, 0.25), ("ok", "radiographs")
     lines = ([f"s{i}", "XR_HAND", 2, values[i], "", threshold, call[i], "", *more] for i in range(4))
@@ -251,10 +251,10 @@ LABELLED = [("study", "label"), ("s0", 0), ("s1", 0), ("s2", 1), ("s3", 1)]
         ([0, 1, 1, 0], 0.22, [0, 1, 1, 1], 0.22, "calls are probability > 0.22"),
     ],
 )
-def test_calls_are_the_tables_or_the_thresholds(
+def test_calls_come_from_the_table_or_a_threshold(
     call: list, option: float | None, calls: list[int], threshold: float, note: str, tmp_path: Path, capsys
 ) -> None:
-    predictions = write(tmp_path / "studies.csv", own_table(call))
+    predictions = write(tmp_path / "studies.csv", predict_table(call))
     labels = write(tmp_path / "l.csv", LABELLED)
     options = [] if option is None else ["--threshold", option]
     assert joined(predictions, labels, **({} if option is None else {"threshold": option}))["call"].tolist() == calls
@@ -266,8 +266,8 @@ def test_calls_are_the_tables_or_the_thresholds(
 
 @pytest.mark.parametrize("value", ["", "2.5", "-1", "nan", "1e30", "many"])
 def test_invalid_optional_columns_are_ignored(value: str, tmp_path: Path, capsys) -> None:
-    """Cells beside the prediction that make no sense are as if they were not there."""
-    table = own_table([0, 1, 1, 0], threshold=value if value != "2.5" else 7)
+    """Invalid values in other columns have no effect."""
+    table = predict_table([0, 1, 1, 0], threshold=value if value != "2.5" else 7)
     table[2][2] = value
     predictions, labels = write(tmp_path / "studies.csv", table), write(tmp_path / "l.csv", LABELLED)
     assert "num_views" not in joined(predictions, labels)
@@ -278,7 +278,7 @@ def test_invalid_optional_columns_are_ignored(value: str, tmp_path: Path, capsys
 
 def test_parquet_equals_csv(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    table = own_table([0, 1, 1, None])
+    table = predict_table([0, 1, 1, None])
     frame = pd.DataFrame(table[1:], columns=table[0]).astype({"call": "Int64", "study": "string"})
     frame["probability"] = [1 / 3, 2 / 7, 0.6, np.nextafter(0.5, 1)]
     frame["calibrated_probability"] = np.nan
@@ -290,7 +290,7 @@ def test_parquet_equals_csv(tmp_path: Path) -> None:
     assert first["probability"].tolist() == frame["probability"].tolist()
 
 
-def test_zeros_and_ones_are_calls_unless_named_probabilities(tmp_path: Path) -> None:
+def test_zeros_and_ones_are_calls_unless_named_probability(tmp_path: Path) -> None:
     lines = [("a", 0), ("b", 1), ("c", "1.0")]
     for header, probabilities in (([], False), (["prediction"], False), (["call"], False), (["probability"], True)):
         path = write(tmp_path / "p.csv", [*(("study", name) for name in header), *lines])
@@ -301,17 +301,19 @@ def test_zeros_and_ones_are_calls_unless_named_probabilities(tmp_path: Path) -> 
     assert prediction_files.read_predictions(path).frame["probability"].tolist() == [0, 1, 0.999]
 
 
-def test_labels_in_the_table_of_predictions_are_ignored(tmp_path: Path) -> None:
-    table = pd.DataFrame(own_table([0, 1, 1, 0])[1:], columns=own_table([0] * 4)[0]).assign(patient="q", label=1)
+def test_label_column_of_predictions_is_ignored(tmp_path: Path) -> None:
+    table = pd.DataFrame(predict_table([0, 1, 1, 0])[1:], columns=predict_table([0] * 4)[0]).assign(
+        patient="q", label=1
+    )
     table.to_csv(tmp_path / "studies.csv", index=False)
     studies = joined(tmp_path / "studies.csv", write(tmp_path / "l.csv", LABELLED))
     assert studies["label"].tolist() == [0, 0, 1, 1]
     assert studies["patient"].isna().all()
 
 
-def test_study_may_be_named_by_its_file(tmp_path: Path) -> None:
-    """predict over a flat folder names a study by its file: scored, if the labels do so too."""
-    table = own_table([0, 1, 1, 0])
+def test_studies_named_by_file_are_matched(tmp_path: Path) -> None:
+    """predict names the studies of a flat folder by file. Labels may use these names."""
+    table = predict_table([0, 1, 1, 0])
     table[1:] = [[f"{line[0]}.png", *line[1:]] for line in table[1:]]
     labels = write(tmp_path / "l.csv", [LABELLED[0], *((f"{study}.png", label) for study, label in LABELLED[1:])])
     assert len(joined_of_files(write(tmp_path / "studies.csv", table), labels)) == 4
@@ -431,14 +433,14 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("what", PREDICTIONS)
-def test_invalid_predictions_are_refused(what: str, tmp_path: Path, capsys) -> None:
-    check_refused(tmp_path, capsys, PREDICTIONS[what][0], GOOD, PREDICTIONS[what][1:])
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_invalid_predictions_are_refused(case: str, tmp_path: Path, capsys) -> None:
+    check_refused(tmp_path, capsys, PREDICTIONS[case][0], GOOD, PREDICTIONS[case][1:])
 
 
-@pytest.mark.parametrize("what", LABELS)
-def test_invalid_labels_are_refused(what: str, tmp_path: Path, capsys) -> None:
-    check_refused(tmp_path, capsys, GOOD, LABELS[what][0], LABELS[what][1:])
+@pytest.mark.parametrize("case", LABELS)
+def test_invalid_labels_are_refused(case: str, tmp_path: Path, capsys) -> None:
+    check_refused(tmp_path, capsys, GOOD, LABELS[case][0], LABELS[case][1:])
 
 
 def check_refused(folder: Path, capsys, predictions: str | bytes, labels: str | bytes, phrases: Sequence[str]) -> None:
@@ -448,7 +450,7 @@ def check_refused(folder: Path, capsys, predictions: str | bytes, labels: str | 
     assert sorted(path.name for path in folder.iterdir()) == ["l.csv", "p.csv"]
 
 
-def test_each_refusal_has_its_own_message() -> None:
+def test_error_messages_are_unique() -> None:
     messages = [value[1] for value in PREDICTIONS.values()]
     assert len(set(messages)) > 0.8 * len(messages)
 
@@ -491,7 +493,7 @@ def inverted_tables(tmp_path: Path, confusion: Sequence[int], patients: int | No
 
 
 @pytest.mark.parametrize(
-    ("confusion", "patients", "wrong"),
+    ("confusion", "patients", "is_refused"),
     [
         ((10, 40, 40, 10), None, True),
         ((0, 20, 20, 0), None, True),  # exactly -1, which has no asymptotic bound
@@ -504,13 +506,13 @@ def inverted_tables(tmp_path: Path, confusion: Sequence[int], patients: int | No
     ],
 )
 def test_inverted_calls_are_refused(
-    confusion: Sequence[int], patients: int | None, wrong: bool, tmp_path: Path, capsys
+    confusion: Sequence[int], patients: int | None, is_refused: bool, tmp_path: Path, capsys
 ) -> None:
     paths = inverted_tables(tmp_path, confusion, patients)
-    if wrong:
+    if is_refused:
         phrases = ("looks inverted", "kappa is -", "Make 1 mean abnormal", "--allow-inverted")
         laws.refusal(capsys, ["score", *paths, "--json"], *phrases)
-    metrics = score_json(capsys, *paths, *(["--allow-inverted"] if wrong else []))
+    metrics = score_json(capsys, *paths, *(["--allow-inverted"] if is_refused else []))
     assert metrics["overall"]["confusion"] == dict(zip(("tn", "fp", "fn", "tp"), confusion, strict=True))
 
 
@@ -521,7 +523,7 @@ def test_inverted_second_file_is_refused(tmp_path: Path, capsys) -> None:
     laws.refusal(capsys, ["score", good, labels, "--against", bad], "b.csv looks inverted: kappa is -0.6")
 
 
-# ---- what is written
+# ---- output files
 
 
 def tables_with_probabilities(
@@ -559,7 +561,7 @@ def test_score_writes_a_folder(tmp_path: Path, capsys) -> None:
 
 
 def test_report_of_calls_only(tmp_path: Path, capsys) -> None:
-    """The official format has no probabilities: the report does without, and says so."""
+    """The official format has no probabilities. The report states this."""
     predictions, labels = tables_of_confusions(SMALL)
     paths = write(tmp_path / "p.csv", predictions), write(tmp_path / "l.csv", labels)
     assert main(["score", *map(str, paths)]) == DONE
@@ -623,18 +625,18 @@ def test_inputs_are_not_overwritten(tmp_path: Path, capsys) -> None:
 
 
 def test_predictive_values_at_a_prevalence(tmp_path: Path, capsys) -> None:
-    """Bayes, by hand: of 1,000 studies, 100 abnormal."""
+    """The expected values are Bayes' rule for 1,000 studies, 100 of them abnormal."""
     metrics = score_json(capsys, *tables_with_probabilities(tmp_path), "--prevalence", "0.1")["overall"]
-    caught, false = 100 * metrics["sensitivity"], 900 * (1 - metrics["specificity"])
-    assert metrics["ppv_at_prevalence"] == pytest.approx(caught / (caught + false))
-    assert metrics["npv_at_prevalence"] == pytest.approx((900 - false) / (900 - false + 100 - caught))
+    hits, false_alarms = 100 * metrics["sensitivity"], 900 * (1 - metrics["specificity"])
+    assert metrics["ppv_at_prevalence"] == pytest.approx(hits / (hits + false_alarms))
+    assert metrics["npv_at_prevalence"] == pytest.approx((900 - false_alarms) / (900 - false_alarms + 100 - hits))
     assert metrics["prevalence_assumed"] == 0.1
 
 
 # ---- against
 
 
-def test_comparison_of_two_files(tmp_path: Path, capsys) -> None:
+def test_comparison_of_two_prediction_files(tmp_path: Path, capsys) -> None:
     a, labels = tables_with_probabilities(tmp_path, "a.csv", seed=1)
     b, _ = tables_with_probabilities(tmp_path, "b.csv", seed=2, noise=3)
     write(b, [line.split(",") for line in b.read_text().splitlines()[::-1]])  # another order
@@ -681,7 +683,7 @@ def test_second_file_is_validated_as_the_first(tmp_path: Path, capsys) -> None:
 
 
 def test_evaluate_predictions_equals_the_command(tmp_path: Path, capsys) -> None:
-    """Frames, paths and strings give the metrics that `score` prints; only the names of the files differ."""
+    """Frames, paths and strings give the metrics that `score` prints, apart from file names."""
     predictions, labels = tables_with_probabilities(tmp_path)
     frames = [
         pd.read_csv(path, header=None, names=["study", name])
