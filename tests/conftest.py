@@ -1,4 +1,4 @@
-"""What several tests start from: the shared data, drawn phantoms, shards of them, trained runs; the order of the tests."""
+"""Shared fixtures: the shared data, drawn phantoms, their shards, and trained runs. Also the order of the tests."""
 
 import atexit
 import functools
@@ -48,7 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> schedulin
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real radiographs and hostile files, beside the checkout; the test skips where they are not."""
+    """Return the folder of real radiographs and hostile files beside the checkout. Skip the test where it is missing."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip(f"needs the shared data beside the checkout ({folder} is not there)")
@@ -57,14 +57,14 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """What all workers of the session share."""
+    """Return the cache that all workers of the session share."""
     folder = tmp_path_factory.getbasetemp()
     return Cache((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
 
 
 @pytest.fixture(scope="session")
 def phantoms(cache: Cache) -> Path:
-    """A drawn data set in MURA's layout: 60 studies."""
+    """Return a data set of 60 drawn studies in MURA's layout."""
     from mura_dist.data.phantoms import draw
 
     return cache.path("phantoms", lambda folder: draw(folder, studies=60, size=128, seed=1))
@@ -72,7 +72,7 @@ def phantoms(cache: Cache) -> Path:
 
 @pytest.fixture(scope="session")
 def shard_folder(cache: Cache, phantoms: Path) -> Path:
-    """Raw shards of the phantoms at 64 px."""
+    """Return raw shards of the phantoms at 64 px."""
     from mura_dist.data.shards.convert import convert
 
     return cache.path("shards", lambda folder: convert(phantoms, folder, size=64, workers=2))
@@ -80,7 +80,7 @@ def shard_folder(cache: Cache, phantoms: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def halved(cache: Cache, phantoms: Path) -> Path:
-    """Shards whose tune split is large enough to fit something on: half of the train patients."""
+    """Return shards with half of the train patients in the tune split, enough to fit calibration and thresholds."""
     from mura_dist.data.shards.convert import convert
 
     return cache.path("halved", lambda folder: convert(phantoms, folder, size=64, workers=2, tune=0.5))
@@ -88,7 +88,7 @@ def halved(cache: Cache, phantoms: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model(cache: Cache) -> Path:
-    """A small exported model of 64 px, of random weights."""
+    """Return a small exported model of 64 px with random weights."""
     from helpers.models import card_of, tiny
 
     from mura_dist.inference.export.onnx import export
@@ -98,7 +98,7 @@ def model(cache: Cache) -> Path:
 
 @pytest.fixture
 def read_faults(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ReadFaults]:
-    """Errors of reading, as ReadFaults has them, for processes that get their `environment`."""
+    """Return a function that creates ReadFaults. They apply to processes with their `environment`."""
     library, folder = cache.path("read_faults.so", compile_library), tmp_path_factory.mktemp("read-faults")
 
     def inject(path: str, **more: Any) -> ReadFaults:
@@ -111,7 +111,7 @@ def read_faults(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server; the URL of a bucket in it. Everything finds it by environment variables, as a user's would be found."""
+    """Start an S3 server and yield the URL of a bucket. Clients find the server by environment variables."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -140,7 +140,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user: no HOME, and a user id that the system does not know."""
+    """Run as a container's user may: without HOME, and with a user id that the system does not know."""
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
     pwd = pytest.importorskip("pwd")
@@ -153,13 +153,13 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own_site_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's own key to name DICOM studies by, not made yet."""
+    """Set the path of a site key of the test's own, which does not exist yet."""
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path_factory.mktemp("site") / "new" / "site.key"))
 
 
 @pytest.fixture(scope="session")
 def reference_run(cache: Cache, shard_folder: Path) -> Callable[..., Path]:
-    """The run of these ranks and settings, two epochs if they name no number, never interrupted."""
+    """Return a function that trains without interruption, with these ranks and settings, for two epochs by default."""
 
     def trained(ranks: int, *arguments: str) -> Path:
         def make(folder: Path) -> None:
@@ -174,9 +174,9 @@ def reference_run(cache: Cache, shard_folder: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def untrained(cache: Cache, halved: Path) -> Path:
-    """A run of no epoch, evaluated on valid, into the run, where export finds it; and exported.
+    """Return a run of zero epochs, evaluated on valid and exported.
 
-    It says something all the same: of this seed, by chance, slightly more of abnormal studies.
+    Its probabilities are not random: with this seed they are slightly higher for abnormal studies.
     """
 
     def make(folder: Path) -> None:
@@ -189,5 +189,5 @@ def untrained(cache: Cache, halved: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def single_rank_run(reference_run: Callable[..., Path]) -> Path:
-    """The run of one rank."""
+    """Return the reference run of one rank."""
     return reference_run(1)

@@ -55,11 +55,11 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_archive_is_small() -> None:
+def test_archive_is_small() -> None:
     assert ARCHIVE.stat().st_size < 2_000_000
 
 
-def test_shards_are_verified_and_written_again_byte_for_byte(copy: Path) -> None:
+def test_shards_are_valid_and_converted_again_byte_for_byte(copy: Path) -> None:
     succeed(copy, "verify", "shards")
     succeed(copy, "shards", "set", "again", "--size", "32", "--quiet")
     for path in sorted((copy / "shards").iterdir()):
@@ -93,7 +93,7 @@ def test_stopped_run_resumes(copy: Path) -> None:
 
 
 def test_checkpoint_and_list_export(copy: Path) -> None:
-    """The exported model gives the outputs of version 0.1.0's."""
+    """The exported model gives the outputs of the one that version 0.1.0 exported."""
     for target, out in (("run-done", "again.onnx"), ("list.json", "list.onnx")):
         succeed(copy, "export", target, "--out", out, "--quiet")
         succeed(copy, "predict", out, "set/valid", "--out", f"{out}-predictions", "--quiet")

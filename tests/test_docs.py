@@ -1,7 +1,7 @@
-"""README.md and docs/: limits, links, the site, and every snippet that a reader may copy.
+"""Test README.md and docs/: limits, links, the site, and every snippet that a reader may copy.
 
 Snippets: `<!-- run -->` before a sh block of docs/getting-started.md marks commands that run in an empty folder. All Python
-blocks of the pages in PYTHON_PAGES run after them in the same folder, those of a page as one script.
+blocks of the pages in PYTHON_PAGES run after them in the same folder. The blocks of a page run as one script.
 """
 
 import os
@@ -74,7 +74,7 @@ def test_readme_has_the_two_commands() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
 def test_quick_start_shows_the_lines_that_the_demo_prints(page: str) -> None:
-    """The numbers are those of docs/benchmarks.md. The words are the demo's own."""
+    """The numbers are those of docs/benchmarks.md. The text is printed by the demo's own function."""
     overall = {
         "auroc": 0.960,
         "auroc_low": 0.933,
@@ -91,7 +91,7 @@ def test_quick_start_shows_the_lines_that_the_demo_prints(page: str) -> None:
     assert "6 min 2 s" in measured
 
 
-def test_every_result_of_readme_is_in_the_benchmarks() -> None:
+def test_results_of_readme_are_in_the_benchmarks() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.partition("## Results")[2].partition("\n## ")[0].splitlines()[4:]]
     results = [row[1] for row in rows if len(row) == 3]
@@ -104,7 +104,7 @@ def test_every_result_of_readme_is_in_the_benchmarks() -> None:
 # ---- links
 
 
-def test_every_relative_link_leads_to_a_file_and_a_heading() -> None:
+def test_relative_links_lead_to_files_and_headings() -> None:
     missing = []
     for page, target in relative_links():
         name, _, fragment = target.partition("#")
@@ -114,21 +114,21 @@ def test_every_relative_link_leads_to_a_file_and_a_heading() -> None:
     assert missing == []
 
 
-def test_every_file_of_docs_is_used() -> None:
+def test_every_picture_of_docs_is_linked() -> None:
     linked = {(page.parent / target.partition("#")[0]).resolve() for page, target in relative_links()}
     assert [path.name for path in sorted(DOCS.glob("*.png")) if path not in linked] == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-def test_a_page_has_one_title_and_no_machine_paths(page: Path) -> None:
+def test_page_has_one_title_and_no_machine_paths(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^# ", _FENCE.sub("", text), re.MULTILINE)) == 1
     assert re.findall(r"/(?:root|work|opt|tmp/h)/", text) == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
-def test_prose_is_made_of_short_sentences(page: Path) -> None:
-    """Colons and semicolons are rarer than one in three sentences. Tables and code do not count."""
+def test_prose_has_few_colons_and_semicolons(page: Path) -> None:
+    """At most one in three sentences has a colon or a semicolon. Tables and code are not counted."""
     text = re.sub(r"\]\([^)]*\)", "]", without_code(page.read_text(encoding="utf-8")))
     prose = " ".join(line for line in text.splitlines() if not line.startswith(("#", "|", "!", "<")))
     sentences = len(re.findall(r"[.!?](?:\s|$)", prose))
@@ -139,7 +139,7 @@ def test_prose_is_made_of_short_sentences(page: Path) -> None:
 
 
 class _Resources(HTMLParser):
-    """The addresses that a browser loads by itself to show a page."""
+    """Addresses that a browser loads automatically to show a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_site_builds_without_warnings_and_loads_no_remote_resource(site: Path) -> None:
     pages = sorted(site.glob("*.html"))
     assert {page.stem for page in pages} == {page.stem for page in PAGES} | {"404"}
     remote = {
@@ -200,11 +200,11 @@ def test_site_lists_every_setting_command_and_public_name(site: Path) -> None:
         ("[Train](training.md#stop)", "[Train](training.md#stop)"),
     ],
 )
-def test_a_link_out_of_docs_becomes_a_file_name_on_the_site(markdown: str, rendered: str) -> None:
+def test_link_out_of_docs_becomes_a_file_name_on_the_site(markdown: str, rendered: str) -> None:
     assert hooks.on_page_markdown(markdown) == rendered
 
 
-def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
+def test_list_of_errors_is_complete() -> None:
     folders = {path.parent.name for path in (ROOT / "mura_dist").glob("*/__init__.py")}
     assert folders == hooks.AREAS.keys()
     table = hooks.errors_markdown()
@@ -225,7 +225,7 @@ def test_every_error_is_in_the_list_of_errors_with_its_folder() -> None:
         ("stopped at a step", ("stopped at a step", "")),
     ],
 )
-def test_a_message_is_split_into_problem_and_remedy(text: str, message: tuple[str, str]) -> None:
+def test_message_is_split_into_problem_and_remedy(text: str, message: tuple[str, str]) -> None:
     assert hooks.split_message(text) == message
 
 
@@ -237,8 +237,8 @@ def blocks(page: Path, pattern: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the commands of docs/getting-started.md have run."""
+def snippet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the commands of docs/getting-started.md have run."""
     folder = tmp_path_factory.mktemp("snippets")
     [commands] = blocks(DOCS / "getting-started.md", "<!-- run -->\n```sh")
     script = commands.replace("source .venv/bin/activate\n", "")
@@ -260,17 +260,17 @@ def run_script(command: list[str], folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_python_snippets_of_a_page_run_in_order(page: str, workplace: Path) -> None:
-    """They run as one plain script, which starts processes without a guard by __name__."""
+def test_python_snippets_of_a_page_run_in_order(page: str, snippet_folder: Path) -> None:
+    """They run as one plain script, which starts processes without a main guard."""
     snippets = blocks(DOCS / page, "```python")
     assert snippets
-    script = workplace / f"{page.removesuffix('.md')}.py"
+    script = snippet_folder / f"{page.removesuffix('.md')}.py"
     script.write_text("\n".join(snippets), encoding="utf-8")
-    run_script([sys.executable, str(script)], workplace)
+    run_script([sys.executable, str(script)], snippet_folder)
 
 
-def test_every_runnable_page_is_tested() -> None:
-    """A page with Python that nothing runs is one of those that another test runs."""
+def test_every_page_with_python_is_tested() -> None:
+    """Each page with Python blocks runs in this file or in the test named below."""
     elsewhere = {"data.md"}  # tests/data/shards/test_shards.py
     assert {page.name for page in PAGES if blocks(page, "```python")} == {*PYTHON_PAGES, *elsewhere}
 
@@ -297,7 +297,7 @@ def test_issue_forms_ask_for_the_environment_and_refuse_radiographs() -> None:
     assert all("Attach no radiograph" in texts[name] for name in ("bug", "idea"))
 
 
-def test_hooks_of_pre_commit_exist() -> None:
+def test_pre_commit_hooks_exist() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     entries = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"] if "entry" in hook]
     scripts = [word for entry in entries for word in entry.split() if word.endswith(".py")]
@@ -305,7 +305,7 @@ def test_hooks_of_pre_commit_exist() -> None:
     assert (ROOT / scripts[0]).is_file()
 
 
-def test_citation_names_the_version_and_no_invented_address() -> None:
+def test_citation_has_the_version_and_no_address() -> None:
     import mura_dist
 
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
@@ -315,7 +315,7 @@ def test_citation_names_the_version_and_no_invented_address() -> None:
     assert not {"url", "repository-code", "doi"} & citation.keys()
 
 
-def test_changelog_has_the_form_of_keep_a_changelog() -> None:
+def test_changelog_follows_keep_a_changelog() -> None:
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
     versions = [line for line in lines if line.startswith("## ")]
     assert versions[0] == "## [Unreleased]"

@@ -92,7 +92,7 @@ def test_scan_train_evaluate_export_predict(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.nightly(part="system")
-def test_demo_plan_fits_small_folders(folder: Path, tmp_path: Path) -> None:
+def test_demo_plan_fits_a_small_folder(folder: Path, tmp_path: Path) -> None:
     succeed("mura-dist", "shards", folder, tmp_path / "shards", "--size", 64)
     plan = run("python", ROOT / "tools/demo/plan.py", tmp_path / "shards", folder, cwd=ROOT)
     assert plan.returncode == 0, plan.stderr

@@ -97,7 +97,7 @@ OPENED_BY: dict[str, tuple[tuple[str, ...], ...]] = {
 
 @pytest.fixture(scope="module")
 def artifacts(cache: Cache, single_rank_run: Path, shard_folder: Path, phantoms: Path, model: Path) -> Path:
-    """One of each artifact that the commands write."""
+    """Return a folder with one of each artifact that the commands write."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -157,11 +157,11 @@ def check(command: tuple[str, ...], capsys: pytest.CaptureFixture[str], *statuse
 
 @pytest.mark.slow
 @pytest.mark.parametrize("artifact", OPENED_BY)
-def test_a_damaged_file_is_one_line_in_every_command_that_opens_it(
+def test_corrupt_file_is_a_one_line_error_in_every_command_that_opens_it(
     artifact: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if artifact.startswith("out/.parts"):
-        unfinished(folder)
+        make_unfinished(folder)
     for what, change in BYTES.items():
         for command in OPENED_BY[artifact]:
             with changed(folder.glob(artifact), change):
@@ -170,8 +170,8 @@ def test_a_damaged_file_is_one_line_in_every_command_that_opens_it(
                 check(command, capsys, *(DONE, INVALID) if harmless else (INVALID,))
 
 
-def unfinished(folder: Path) -> None:
-    """Make a prediction look as after a kill, with one finished chunk."""
+def make_unfinished(folder: Path) -> None:
+    """Turn a finished prediction into one that was killed after its first chunk."""
     plan = json.loads((folder / "out/predict.json").read_bytes())["plan"]
     (folder / "out/predict.json").unlink()
     (folder / "out/.parts").mkdir()
@@ -182,7 +182,7 @@ def unfinished(folder: Path) -> None:
     (folder / "out/.parts/000000.json").write_text(json.dumps(chunk))
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def value_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the path of each value of a JSON document, at most two for each list."""
     if path:
         yield path
@@ -190,7 +190,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )[:40]:
         if not isinstance(value, list) or key < 2:
-            yield from places(child, (*path, key))
+            yield from value_paths(child, (*path, key))
 
 
 def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -208,13 +208,13 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     ("artifact", "command"),
     [("run/data.json", ENSEMBLE), ("out/predict.json", PREDICT_AGAIN), ("out/.parts/000000.json", PREDICT_AGAIN)],
 )
-def test_a_value_of_another_type_is_one_line(
+def test_value_of_another_type_is_a_one_line_error(
     artifact: str, command: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if artifact.startswith("out/.parts"):
-        unfinished(folder)
+        make_unfinished(folder)
     content = json.loads((folder / artifact).read_bytes())
-    for path in places(content):
+    for path in value_paths(content):
         for value in VALUES:
             (folder / "new.json").unlink(missing_ok=True)
             with changed([folder / artifact], lambda data, p=path, v=value: json.dumps(put(content, p, v)).encode()):
@@ -222,10 +222,10 @@ def test_a_value_of_another_type_is_one_line(
 
 
 def test_checkpoint_state_of_another_type_is_refused() -> None:
-    """The saved state is accepted. With any other value it is a state or a UserError."""
+    """The saved state loads. With any other value, loading gives a state or a UserError."""
     saved = json.loads(json.dumps(State(step=3, select_loss=0.5, damaged=[1, 2]).to_json()))
     assert State.from_json(saved).to_json() == saved
-    for path in places(saved):
+    for path in value_paths(saved):
         for value in VALUES:
             with contextlib.suppress(UserError):
                 assert isinstance(State.from_json(put(saved, path, value)).step, int)
@@ -237,7 +237,7 @@ def test_checkpoint_state_of_another_type_is_refused() -> None:
 def test_card_field_of_another_type_is_refused() -> None:
     card = json.loads(card_of().to_json())
     refused = 0
-    for path in places(card):
+    for path in value_paths(card):
         for value in VALUES:
             try:
                 assert 0 < Card.parse(json.dumps(put(card, path, value)), "m").size <= 2048

@@ -1,4 +1,4 @@
-"""The architecture: folders are floors, imports run downward, heavy packages stay where they belong, the base needs no extra."""
+"""Test the architecture: imports run downward between folders, heavy packages are confined, and the base needs no extra."""
 
 import ast
 import re
@@ -11,8 +11,9 @@ from helpers.commands import ROOT, run
 
 PACKAGE = ROOT / "mura_dist"
 
-# Folders from the ground up; a folder's subfolders share its floor. Modules directly in the package are entry points, on top.
-FLOORS = (
+# Folders from the lowest layer up. Subfolders share the layer of their folder. Modules directly in the package are entry
+# points, in the top layer.
+LAYERS = (
     {"core"},
     {"metrics", "distributed"},
     {"data"},
@@ -22,9 +23,9 @@ FLOORS = (
     {"evaluation", "bench"},
     {"cli"},
 )
-TOP = len(FLOORS)
+TOP = len(LAYERS)
 
-# Which modules may import a heavy package: a path without .py, or a folder. `bench` measures ours against it.
+# The modules that may import a heavy package: a path without .py, or a folder. `bench` compares the package with it.
 CONFINED = {
     "nvidia": {"data/loaders/dali", "bench"},
     "deepspeed": {"training/engine"},
@@ -55,7 +56,7 @@ EXTRAS = (
     *("torch", "torchvision", "cv2", "matplotlib", "onnx", "onnxruntime", "deepspeed", "nvidia", "safetensors"),
     *("webdataset", "openvino"),
 )
-# What a plain PC imports without an extra: whole folders, but for the modules that torch may enter.
+# The folders that import without an extra, except for the modules that may import torch.
 BASE = ("core", "metrics", "data", "reports", "inference", "evaluation", "cli")
 
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -66,11 +67,11 @@ def folder_of(name: str) -> str:
     return name.partition("/")[0] if "/" in name else ""
 
 
-def floor_of(name: str) -> int:
+def layer_of(name: str) -> int:
     folder = folder_of(name)
     if not folder:
         return -1 if name == "__init__" else TOP
-    return next(floor for floor, folders in enumerate(FLOORS) if folder in folders)
+    return next(layer for layer, folders in enumerate(LAYERS) if folder in folders)
 
 
 def belongs(name: str, homes: set[str]) -> bool:
@@ -78,13 +79,13 @@ def belongs(name: str, homes: set[str]) -> bool:
 
 
 def module_named(dotted: str) -> str | None:
-    """The module of ours of a dotted name, as MODULES knows it."""
+    """Return the module of the package that a dotted name means, as a key of MODULES."""
     path = dotted.replace(".", "/")
     return path if path in MODULES else f"{path}/__init__" if f"{path}/__init__" in MODULES else None
 
 
-def resolved(name: str, node: ast.ImportFrom) -> str:
-    """The absolute module that an import of a module of ours names."""
+def absolute_name(name: str, node: ast.ImportFrom) -> str:
+    """Return the absolute name of the module that an import names."""
     if not node.level:
         return node.module or ""
     package = ["mura_dist", *name.split("/")[:-1]]
@@ -93,28 +94,29 @@ def resolved(name: str, node: ast.ImportFrom) -> str:
 
 @cache
 def imports(name: str, everywhere: bool = True) -> tuple[frozenset[str], frozenset[str]]:
-    """(modules of ours, packages of others) that a module imports; `everywhere`: inside functions too.
+    """Return the own modules and the external packages that a module imports.
 
-    The package's `__init__` names the public objects of all floors for type checkers, and imports them when they are used.
+    `everywhere` includes imports inside functions. The package's `__init__` names the public objects of all folders for type
+    checkers and imports them on use.
     """
-    ours, others = set(), set()
+    own, external = set(), set()
     for node in ast.walk(TREES[name]) if everywhere and name != "__init__" else top_level(TREES[name]):
         if isinstance(node, ast.Import):
-            others |= {alias.name.partition(".")[0] for alias in node.names}
+            external |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = resolved(name, node)
+            base = absolute_name(name, node)
             if base.partition(".")[0] != "mura_dist":
-                others.add(base.partition(".")[0])
+                external.add(base.partition(".")[0])
                 continue
             inside = base.partition(".")[2]
             for alias in node.names:
-                one = module_named(f"{inside}.{alias.name}".strip(".")) or module_named(inside) or "__init__"
-                ours.add(one)
-    return frozenset(ours - {name}), frozenset(others)
+                module = module_named(f"{inside}.{alias.name}".strip(".")) or module_named(inside) or "__init__"
+                own.add(module)
+    return frozenset(own - {name}), frozenset(external)
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
-    """What runs when the module is imported; not what only a type checker reads."""
+    """Yield the statements that run on import, without those for type checkers only."""
     for node in tree.body:
         if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
             yield from node.body
@@ -123,59 +125,58 @@ def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
 
 @cache
 def loaded_with(name: str) -> frozenset[str]:
-    """Packages of others that are loaded when a module is imported, by it or by what it imports."""
-    found, waiting, seen = set(), [name], set()
-    while waiting:
-        if (one := waiting.pop()) in seen:
+    """Return the external packages that the import of a module loads, directly or indirectly."""
+    packages, pending, visited = set(), [name], set()
+    while pending:
+        if (module := pending.pop()) in visited:
             continue
-        seen.add(one)
-        ours, others = imports(one, everywhere=False)
-        found |= others
-        waiting += ours
-    return frozenset(found)
+        visited.add(module)
+        own, external = imports(module, everywhere=False)
+        packages |= external
+        pending += own
+    return frozenset(packages)
 
 
-def test_every_folder_has_a_floor() -> None:
+def test_every_folder_has_a_layer() -> None:
     folders = {folder_of(name) for name in MODULES} - {""}
-    assert folders == set().union(*FLOORS)
+    assert folders == set().union(*LAYERS)
 
 
-def test_the_package_itself_imports_no_module_of_its_own() -> None:
+def test_package_init_imports_no_module() -> None:
     assert not imports("__init__")[0]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_run_downward(name: str) -> None:
-    up = {other for other in imports(name)[0] if floor_of(other) > floor_of(name)}
-    assert not up, f"{name} imports {up}, which lie above it"
+    above = {module for module in imports(name)[0] if layer_of(module) > layer_of(name)}
+    assert not above, f"{name} imports {above} of a higher layer"
 
 
-def test_files_import_each_other_in_no_cycle() -> None:
+def test_modules_have_no_import_cycle() -> None:
     list(TopologicalSorter({name: imports(name)[0] for name in MODULES}).static_order())  # raises CycleError naming it
 
 
-def test_folders_import_each_other_in_no_cycle() -> None:
-    """Subfolders too: data/shards must not lean on data/loaders where that leans on it."""
+def test_folders_have_no_import_cycle() -> None:
+    """Subfolders count: data/shards must not import data/loaders if that imports data/shards."""
     edges: dict[str, set[str]] = {}
     for name in MODULES:
         folder = name.rpartition("/")[0]
-        edges.setdefault(folder, set()).update(other.rpartition("/")[0] for other in imports(name)[0])
-    for folder, others in edges.items():
-        others.discard(folder)
-        others.discard("")  # the package itself: its version
-        edges[folder] = others
+        edges.setdefault(folder, set()).update(module.rpartition("/")[0] for module in imports(name)[0])
+    for folder, targets in edges.items():
+        targets.discard(folder)
+        targets.discard("")  # the package itself: its version
     list(TopologicalSorter(edges).static_order())
 
 
 @pytest.mark.parametrize("package", sorted(CONFINED))
-def test_heavy_packages_stay_where_they_belong(package: str) -> None:
+def test_heavy_packages_are_confined(package: str) -> None:
     users = {name for name in MODULES if package in imports(name)[1]}
     strangers = {name for name in users if not belongs(name, CONFINED[package])}
     assert not strangers
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if folder_of(name) in BASE))
-def test_the_base_imports_without_the_extras(name: str) -> None:
+def test_base_module_imports_without_the_extras(name: str) -> None:
     if not belongs(name, CONFINED["torch"]):
         assert not loaded_with(name) & set(EXTRAS)
 
@@ -186,24 +187,28 @@ def test_predict_loads_no_torch() -> None:
     assert run("python", "-c", code).stdout.strip() == "[]"
 
 
-def test_no_file_is_named_for_nothing() -> None:
+def test_no_module_has_a_catch_all_name() -> None:
     assert not {"utils", "common", "helpers", "misc"} & {name.rpartition("/")[2] for name in MODULES}
 
 
-def test_nothing_of_this_machine_is_in_the_files() -> None:
+def test_files_contain_no_machine_path_or_package_index() -> None:
     host = re.compile(
         "|".join(["py" + "pi", "python" + "hosted", "npm" + "js"]) + r"|/(?:home|root|work)/\w", re.IGNORECASE
     )
     for folder in ("mura_dist", "tools", "launch", "tests", "docs", "shards"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".sh", ".toml", ".md") and "/shards/demo" not in path.as_posix():
-                found = host.search(path.read_text())
-                assert not found, f"{path}: {found and found[0]}"
+                match = host.search(path.read_text())
+                assert not match, f"{path}: {match and match[0]}"
 
 
 def test_no_test_imports_another_test() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom | ast.Import):
-                named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
-                assert not any(re.match(r"(test_|conftest)", part) for name in named for part in name.split(".")), path
+                named = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                )
+                assert not any(re.match(r"(test_|conftest)", piece) for name in named for piece in name.split(".")), (
+                    path
+                )

@@ -1,6 +1,6 @@
-"""Names are the field's words: no filler, no metaphor, one public class a name, exceptions end in `Error`.
+"""Test names: no filler, metaphor or British spelling, unique public classes, and exceptions that end in `Error`.
 
-`python tests/test_names.py FOLDER` lists what breaks the rules in the files of a folder.
+`python tests/test_names.py FOLDER` lists the names of a folder that break these rules.
 """
 
 import ast
@@ -95,7 +95,7 @@ def source_files(*folders: str) -> list[Path]:
 
 
 def names_of(path: Path) -> Iterator[Name]:
-    """Yield the names that a file defines, and its own: classes, functions, parameters, variables, attributes, aliases."""
+    """Yield the names that a file defines: its own, classes, functions, parameters, variables, attributes and aliases."""
     yield path, 1, path.stem
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
@@ -114,7 +114,7 @@ def names_of(path: Path) -> Iterator[Name]:
 
 
 def is_denied(name: str) -> bool:
-    return name.strip("_").lower() in DENIED or any(part in name.lower() for part in BRITISH)
+    return name.strip("_").lower() in DENIED or any(spelling in name.lower() for spelling in BRITISH)
 
 
 def denied_names(path: Path) -> list[str]:
@@ -165,7 +165,7 @@ def test_exceptions_end_in_error() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"), [("found", True), ("_told", True), ("optimiser", True), ("foundation", False)]
 )
-def test_the_rule_sees_whole_names(name: str, expected: bool) -> None:
+def test_deny_list_applies_to_full_names(name: str, expected: bool) -> None:
     assert is_denied(name) is expected
 
 

@@ -1,4 +1,4 @@
-"""The Python API, as users type it: in a plain script without a main guard, in one process after another, lazily imported."""
+"""Test the Python API as users call it: lazy imports, plain scripts without a main guard, notebooks, and typed functions."""
 
 import inspect
 import subprocess
@@ -21,9 +21,9 @@ HEAVY = ("torch", "numpy", "pandas", "onnxruntime", "pydantic", "PIL")
 
 
 def run_script(folder: Path, text: str, *, stdin: bool = False) -> str:
-    """Run a script as a user does, from its own folder; return its standard output.
+    """Run a script from its own folder and return its standard output.
 
-    `stdin`: as a notebook runs its cells, where `__main__` has no file.
+    `stdin` runs it as a notebook runs its cells, where `__main__` has no file.
     """
     script = folder / "script.py"
     script.write_text(text)
@@ -36,7 +36,7 @@ def run_script(folder: Path, text: str, *, stdin: bool = False) -> str:
 
 
 def views_of(folder: Path) -> list[Path]:
-    """Return the files of the first study of two views or more below a folder."""
+    """Return the files of the first study with at least two views below a folder."""
     studies = sorted({path.parent for path in folder.rglob("*.png")})
     return next(files for study in studies if len(files := sorted(study.glob("*.png"))) > 1)
 
@@ -82,7 +82,7 @@ def test_public_functions_are_typed_and_list_their_arguments(name: str) -> None:
         assert f"{parameter.name}:" in (function.__doc__ or ""), parameter
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = mura_dist.lod
 
@@ -90,7 +90,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 # ---- load, predict
 
 
-def test_a_study_has_the_numbers_of_the_tables(
+def test_study_result_equals_the_tables(
     study_model: "mura_dist.StudyModel", tables: "mura_dist.PredictionTables", phantoms: Path
 ) -> None:
     for study, lines in list(tables.predictions.groupby("study"))[:5]:
@@ -106,7 +106,7 @@ def test_a_study_has_the_numbers_of_the_tables(
             assert value is None or value == line[name] or value == pytest.approx(line[name], abs=1e-5)
 
 
-def test_the_mean_of_an_activation_map_is_the_logit(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
+def test_mean_of_the_activation_map_is_the_logit(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
     result = study_model.predict(views_of(phantoms))
     assert result.activation_map.dtype == np.float32
     assert len(result.activation_map) == len(result.views) > 1
@@ -114,7 +114,7 @@ def test_the_mean_of_an_activation_map_is_the_logit(study_model: "mura_dist.Stud
         assert activation_map.mean() == pytest.approx(view.logit, abs=1e-4)
 
 
-def test_path_content_and_pixels_give_one_logit(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
+def test_path_content_and_pixels_give_the_same_logit(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
     path = views_of(phantoms)[0]
     pixels = np.asarray(Image.open(path))
     logits = [
@@ -124,9 +124,9 @@ def test_path_content_and_pixels_give_one_logit(study_model: "mura_dist.StudyMod
     assert logits == [logits[0]] * len(logits)
 
 
-def test_the_study_type_given_wins_over_the_folder(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
+def test_study_type_argument_overrides_the_folder(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
     views = views_of(phantoms)
-    assert study_model.predict(views).study_type in {part for part in views[0].parts if part.startswith("XR_")}
+    assert study_model.predict(views).study_type in {name for name in views[0].parts if name.startswith("XR_")}
     assert study_model.predict(views, study_type="shoulder").study_type == "XR_SHOULDER"
     assert study_model.predict(np.asarray(Image.open(views[0]))).study_type == "unknown"
 
@@ -142,18 +142,20 @@ def test_the_study_type_given_wins_over_the_folder(study_model: "mura_dist.Study
         (np.zeros((4, 4, 4), np.uint8), r"view 1: an array of shape \(4, 4, 4\)"),
     ],
 )
-def test_wrong_views_are_refused_in_one_line(study_model: "mura_dist.StudyModel", views: object, message: str) -> None:
+def test_invalid_views_are_refused_in_one_line(
+    study_model: "mura_dist.StudyModel", views: object, message: str
+) -> None:
     with pytest.raises(UserError, match=message) as refused:
         study_model.predict(views)  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
 
 
-def test_a_mistyped_study_type_is_refused(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
+def test_unknown_study_type_is_refused(study_model: "mura_dist.StudyModel", phantoms: Path) -> None:
     with pytest.raises(UserError, match="XR_HANDS"):
         study_model.predict(views_of(phantoms), study_type="XR_HANDS")
 
 
-def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+def test_missing_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         mura_dist.load(tmp_path / "none.onnx")
 
@@ -171,7 +173,7 @@ def test_frames_have_one_line_per_radiograph_study_and_failure(
     assert tables.predictions["logit"].dtype == np.float64
 
 
-def test_names_survive_the_tables(model: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_file_names_are_unchanged_in_the_tables(model: Path, phantoms: Path, tmp_path: Path) -> None:
     names = ["=1+1.png", "NA.png", 'a, "b".png', "-x.png"]
     (tmp_path / "in").mkdir()
     for name in names:
@@ -193,13 +195,13 @@ def test_parquet_and_csv_give_the_same_frames(model: Path, phantoms: Path, tmp_p
         pd.testing.assert_frame_equal(getattr(a, name), getattr(b, name), check_dtype=False)
 
 
-def test_an_unknown_option_is_a_type_error(model: Path, phantoms: Path, tmp_path: Path) -> None:
+def test_unknown_option_is_a_type_error(model: Path, phantoms: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="batchsize"):
         mura_dist.predict_directory(phantoms, model=model, out=tmp_path / "out", batchsize=3)
 
 
 @pytest.mark.parametrize("caller", ["script", "thread", "notebook"])
-def test_a_plain_script_needs_no_main_guard(model: Path, phantoms: Path, tmp_path: Path, caller: str) -> None:
+def test_predict_directory_needs_no_main_guard(model: Path, phantoms: Path, tmp_path: Path, caller: str) -> None:
     folder = next((phantoms / "valid").iterdir())
     call = f"tables = mura_dist.predict_directory({str(folder)!r}, model={str(model)!r}, out='out', workers=2)\n"
     if caller == "thread":
@@ -214,7 +216,7 @@ def test_a_plain_script_needs_no_main_guard(model: Path, phantoms: Path, tmp_pat
 
 
 @pytest.mark.parametrize("size", [1, 64, 320])
-def test_read_radiograph_is_what_training_reads(phantoms: Path, size: int) -> None:
+def test_read_radiograph_equals_the_reader_of_training(phantoms: Path, size: int) -> None:
     path = views_of(phantoms)[0]
     image = mura_dist.read_radiograph(path, size=size)
     assert image.dtype == np.uint8
@@ -222,14 +224,14 @@ def test_read_radiograph_is_what_training_reads(phantoms: Path, size: int) -> No
     assert (image == radiograph.read(path, size)).all()
 
 
-def test_the_stored_sample_is_what_read_radiograph_reads(phantoms: Path, shard_folder: Path) -> None:
+def test_stored_sample_equals_read_radiograph(phantoms: Path, shard_folder: Path) -> None:
     shards = Shards.open(shard_folder)
     for row in shards.rows("train")[:5]:
         image = mura_dist.read_radiograph(phantoms / shards.manifest.frame.at[row, "path"], size=64)
         assert (shards.read_pixels(int(row)) == image).all()
 
 
-def test_read_radiograph_refuses_in_one_line(tmp_path: Path) -> None:
+def test_read_radiograph_refuses_invalid_input(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"text\.png: .+\. Give a radiograph"):
         mura_dist.read_radiograph(tmp_path / "text.png")
@@ -240,8 +242,8 @@ def test_read_radiograph_refuses_in_one_line(tmp_path: Path) -> None:
 # ---- data_loader
 
 
-def test_batches_are_those_of_training(shard_folder: Path) -> None:
-    """Rows, order and number of batches of two epochs are the sampler's."""
+def test_batches_follow_the_training_sampler(shard_folder: Path) -> None:
+    """Rows, order and number of batches of two epochs equal the sampler's."""
     loader = mura_dist.data_loader(shard_folder, micro_batch=8, seed=3, device="cpu", pipeline="cpu")
     rows = Shards.open(shard_folder).rows("train")
     for epoch in range(2):
@@ -254,7 +256,7 @@ def test_batches_are_those_of_training(shard_folder: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "tune", "valid"])
 @pytest.mark.parametrize("micro_batch", [1, 7, 64])
-def test_without_shuffle_each_radiograph_comes_once(shard_folder: Path, split: str, micro_batch: int) -> None:
+def test_unshuffled_loader_yields_each_radiograph_once(shard_folder: Path, split: str, micro_batch: int) -> None:
     loader = mura_dist.data_loader(
         shard_folder, split=split, micro_batch=micro_batch, shuffle=False, device="cpu", pipeline="cpu"
     )
@@ -267,8 +269,8 @@ def test_without_shuffle_each_radiograph_comes_once(shard_folder: Path, split: s
     assert (first.image[0, 0].numpy() == shards.read_pixels(int(first.row[0]))).all()
 
 
-def test_a_state_resumes_to_the_bit(shard_folder: Path) -> None:
-    """Law of resumption: the batches after a saved state are those of a loader that was never stopped."""
+def test_loader_state_resumes_bit_for_bit(shard_folder: Path) -> None:
+    """The batches after a saved state equal those of a loader that was never stopped."""
 
     def loader() -> "mura_dist.DataLoader":
         return mura_dist.data_loader(shard_folder, micro_batch=8, device="cpu", pipeline="cpu", workers=2)
@@ -290,14 +292,14 @@ def test_a_state_resumes_to_the_bit(shard_folder: Path) -> None:
             assert (batch.image == twin.image).all()
 
 
-def test_set_epoch_begins_that_epoch(shard_folder: Path) -> None:
+def test_set_epoch_selects_the_epoch(shard_folder: Path) -> None:
     a, b = (mura_dist.data_loader(shard_folder, micro_batch=8, device="cpu", pipeline="cpu") for _ in range(2))
     list(a)
     b.set_epoch(1)
     assert (next(iter(a)).row == next(iter(b)).row).all()
 
 
-def test_ranks_share_an_epoch(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_split_an_epoch(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
@@ -309,7 +311,7 @@ def test_ranks_share_an_epoch(shard_folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"micro_batch": 10_000}, "micro_batch=10000: a step takes 10000"),
@@ -318,16 +320,16 @@ def test_ranks_share_an_epoch(shard_folder: Path, monkeypatch: pytest.MonkeyPatc
         ({"rotate_deg": 200}, "rotate_deg=200"),
     ],
 )
-def test_wrong_loader_options_are_refused(shard_folder: Path, words: dict[str, object], message: str) -> None:
+def test_invalid_loader_options_are_refused(shard_folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        mura_dist.data_loader(shard_folder, **{"device": "cpu", **words})  # type: ignore[arg-type]
+        mura_dist.data_loader(shard_folder, **{"device": "cpu", **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("state", [{"epoch": -1, "step": 0}, {"epoch": 0, "step": 10_000}, {"epoch": 0, "step": "1"}])
-def test_a_wrong_state_is_refused(shard_folder: Path, state: dict[str, int]) -> None:
+def test_invalid_loader_state_is_refused(shard_folder: Path, state: dict[str, int]) -> None:
     with pytest.raises(UserError, match="data loader"):
         mura_dist.data_loader(shard_folder, micro_batch=8, device="cpu").load_state_dict(state)
 
 
-def test_the_package_is_marked_as_typed() -> None:
+def test_package_is_marked_as_typed() -> None:
     assert (ROOT / "mura_dist" / "py.typed").is_file()

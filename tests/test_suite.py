@@ -1,4 +1,4 @@
-"""The suite itself: what becomes of the other tests when one of them ends its worker."""
+"""Test the scheduling of the suite: a test that crashes its worker does not stop the others."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_it(number):
 
 
 @pytest.mark.slow
-def test_a_crashed_worker_costs_the_suite_one_test(tmp_path: Path) -> None:
+def test_crashed_worker_fails_one_test(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     for file in range(6):
         (tmp_path / f"test_{file}.py").write_text(TESTS.format(crashes=file == 3))

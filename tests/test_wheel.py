@@ -1,4 +1,4 @@
-"""The wheel in an empty environment: the base says what predicting needs; the extra cpu predicts and evaluates, without torch."""
+"""Test the wheel in an empty environment: the base names the extras for prediction; the extra cpu predicts without torch."""
 
 import os
 import re
@@ -34,17 +34,25 @@ for name in ("data_loader", "load_network"):
 """
 
 
-def call(*words: object, cwd: Path | None = None) -> str:
+def call(*arguments: object, cwd: Path | None = None) -> str:
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [str(word) for word in words], cwd=cwd, capture_output=True, text=True, env=env, check=False, timeout=600
+        [str(argument) for argument in arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.nightly(part="system")
-def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untrained: Path, tmp_path: Path) -> None:
+def test_wheel_with_extra_cpu_predicts_and_evaluates(
+    phantoms: Path, halved: Path, untrained: Path, tmp_path: Path
+) -> None:
     model = untrained / "model.onnx"
     call(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT)
     call(sys.executable, "-m", "venv", tmp_path / "venv")
@@ -56,8 +64,8 @@ def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untr
     install = (python, "-m", "pip", "install", "--quiet", "--constraint", pins)
     call(*install, wheel)
     command = tmp_path / "venv" / "bin" / "mura-dist"
-    words = ("predict", model, phantoms / "valid", "--out", tmp_path / "base")
-    refused = subprocess.run([command, *words], capture_output=True, text=True, check=False)
+    arguments = ("predict", model, phantoms / "valid", "--out", tmp_path / "base")
+    refused = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     [line] = refused.stderr.splitlines()
     assert "pip install '.[cpu]' or pip install '.[cuda]' in the checkout" in line
@@ -68,7 +76,7 @@ def test_the_extra_cpu_predicts_and_evaluates(phantoms: Path, halved: Path, untr
         f"\n{name}" in f"\n{installed}"
         for name in ("torch", "opencv", "matplotlib", "onnx==", "onnxruntime-gpu", "deepspeed", "nvidia")
     )
-    call(command, *words, cwd=tmp_path)
+    call(command, *arguments, cwd=tmp_path)
     assert run("mura-dist", "predict", model, phantoms / "valid", "--out", tmp_path / "full", cold=True).returncode == 0
     for table in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "base" / table).read_bytes() == (tmp_path / "full" / table).read_bytes()
