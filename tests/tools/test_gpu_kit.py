@@ -42,7 +42,7 @@ def test_every_name_it_takes_from_the_package_is_there() -> None:
 
 
 @pytest.mark.nightly(part="system")
-def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) -> None:
+def test_stages_end_ok_or_skipped_and_write_their_measurements(tmp_path: Path) -> None:
     arguments = ("--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--stages", "graph,roofline,proto")
     done = run("python", SCRIPT, *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,9 +53,9 @@ def test_stages_end_ok_or_left_out_and_leave_their_measurements(tmp_path: Path) 
     ]
     written = json.loads((tmp_path / "out/gpu_check.json").read_text())
     assert written["stages"] == {
-        "graph": "left out: CUDA graphs need CUDA",
+        "graph": "skipped: CUDA graphs need CUDA",
         "roofline": "ok",
-        "proto": f"left out: no raw shards in {tmp_path / 'scratch'}; stage data makes them",
+        "proto": f"skipped: no raw shards in {tmp_path / 'scratch'}. Run stage data first.",
     }
     assert any(line["what"] == "matmul 128 bfloat16" and line["tflops"] > 0 for line in written["measurements"])
     assert "matmul 128 bfloat16" in done.stdout.partition("in all; ")[2]
@@ -66,14 +66,14 @@ def test_a_stage_that_fails_or_stalls_is_told(tmp_path: Path, capsys: pytest.Cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpu.STAGES, "env", gpu.Stage(lambda record, options: 1 / 0, 1.0))
         assert gpu.run_stage(options) == 1
-    assert gpu.lines_of(options)[-1]["state"] == "failed: ZeroDivisionError('division by zero')"
+    assert gpu.read_lines(options)[-1]["state"] == "failed: ZeroDivisionError('division by zero')"
     for code, state in (
         ("import time; time.sleep(60)", "stopped after 1 s"),
-        ("raise SystemExit(3)", "failed: ended with status 3"),
+        ("raise SystemExit(3)", "failed: exited with status 3"),
     ):
         process = subprocess.Popen([sys.executable, "-S", "-c", code], start_new_session=True)
         assert gpu.wait_for(process, "data", 1.0 if "sleep" in code else 60.0, options) == state
-        assert gpu.is_bad(state)
+        assert gpu.has_failed(state)
 
 
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_all_of_it_at_its_tiny_size(tmp_path: Path) -> None:
     states = json.loads((tmp_path / "out/gpu_check.json").read_text())["stages"]
     assert done.returncode == 0, states
     assert states.keys() == gpu.STAGES.keys()  # in the order in which they ended: one runs beside another
-    assert all(state == "ok" or state.startswith("left out: ") for state in states.values())
+    assert all(state == "ok" or state.startswith("skipped: ") for state in states.values())
 
 
 @pytest.mark.nightly(part="system")

@@ -1,14 +1,16 @@
-"""Measure what a GPU makes of mura_dist, stage by stage; without CUDA the same code at a tiny size, to see that it runs.
+"""Measure mura_dist on a GPU in stages, or run the same code without CUDA at a tiny size.
 
 python tools/bench/gpu.py [--out DIR] [--stages env,data,...] [--budget 480] [--data FOLDER] [--scratch FOLDER] [--tests WORDS]
 
-    stages, each a process with a limit of seconds -> DIR/gpu_check.jsonl, a line a measurement, at once
-        -> DIR/gpu_check.json, all of it; DIR/logs.log, the tests' output and that of stages that failed -> a table
+    stages, each a process with a time limit -> DIR/gpu_check.jsonl, a line per measurement, written at once
+        -> DIR/gpu_check.json, all measurements; DIR/logs.log, output of the tests and of failed stages -> a table
 
-Runs from the root of a checkout and needs no network. A stage that is killed keeps what it measured, and the next one runs. It
-ends "ok", "left out: reason", "failed: error" or "stopped after N s"; what DALI, DeepSpeed or ONNX Runtime's CUDA provider is
-needed for is left out where that is missing. On a GPU a part that fails is recorded and the stage goes on; on a CPU it ends the
-stage, so that no part is broken unseen. Exit status: 0 every stage ok or left out; 1 otherwise.
+The tool runs from the root of a checkout and needs no network. A killed stage keeps its measurements, and the next stage runs.
+The state of a stage is "ok", "skipped: reason", "failed: error" or "stopped after N s". A stage that needs DeepSpeed is
+skipped if it is not installed. Measurements that need DALI or ONNX Runtime's CUDA provider are skipped if these are missing.
+
+On a GPU, an error in a measurement is recorded and the stage continues. On a CPU, it ends the stage, so that a rehearsal detects
+it. Exit status: 0 if every stage is ok or skipped, else 1.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
 
-if TYPE_CHECKING:  # imported where they are used: a stage whose imports fail does not keep the others from running
+if TYPE_CHECKING:  # each stage imports what it uses, so that a failing import affects one stage only
     from mura_dist.data.loaders.loader import Batch, RowTargets
     from mura_dist.data.loaders.sampler import MicroBatch
     from mura_dist.data.shards.reader import Shards
@@ -53,19 +55,19 @@ ARCHITECTURE, SIZE = ("densenet169", 320) if CUDA else ("tiny", 64)  # SIZE: px
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROTATE_DEG = 30.0
 ENCODINGS = ("raw", "jpeg", "png")
-BUDGET_S, SLOW_CPU = 480.0, 10  # of all stages; how many times as long a stage may take without CUDA
-WARM_WAIT_S, REST_S = 60.0, 150.0  # `warm` is waited for as long, as far as the budget leaves REST_S for others
+BUDGET_S, SLOW_CPU = 480.0, 10  # of all stages; factor on a stage's limit without CUDA
+WARM_WAIT_S, REST_S = 60.0, 150.0  # longest wait for `warm`, if the budget then has REST_S for the stages after it
 
 
 # ---- what every stage needs
 
 
-class LeftOutError(Exception):
-    """Ends a stage that cannot run here; its text is the reason."""
+class SkippedError(Exception):
+    """The stage cannot run on this machine. The text is the reason."""
 
 
 class Recorder:
-    """Append a line a measurement to a file, at once, and print it."""
+    """Writer that appends each measurement to a file at once and prints it."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
@@ -78,7 +80,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Record an error and go on, with CUDA; without, let it end the stage."""
+        """Record an error and continue with CUDA. Without CUDA, raise it."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -102,7 +104,7 @@ def is_installed(name: str) -> bool:
 
 @functools.cache
 def imports_dali() -> bool:
-    """Import it in a process of its own: that a folder has its name is not enough."""
+    """Return whether DALI imports, tried in a new process. An installed folder of that name is not enough."""
     code = "import nvidia.dali.fn, nvidia.dali.plugin.pytorch"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
@@ -124,7 +126,10 @@ def peak_gb() -> float | None:
 
 
 class Timing(NamedTuple):
-    """Milliseconds of a call: on the device (median), by the wall clock, until it returns to the host (median)."""
+    """Milliseconds of a call.
+
+    `ms`: median on the device. `wall_ms`: mean by the wall clock. `host_ms`: median until the call returns to the host.
+    """
 
     ms: float
     wall_ms: float
@@ -132,7 +137,7 @@ class Timing(NamedTuple):
 
 
 def measure(call: Callable[[], object], seconds: float = 1.0, *, num_warmup: int = 3) -> Timing:
-    """Call it as often as `seconds` allow, at most 400 times; without CUDA once."""
+    """Time a call repeated for `seconds`, at most 400 times. Without CUDA, time it once."""
     for _ in range(num_warmup if CUDA else 1):
         call()
     synchronize()
@@ -150,21 +155,21 @@ def measure(call: Callable[[], object], seconds: float = 1.0, *, num_warmup: int
             events[-1][1].record()
     synchronize()
     wall_ms = 1e3 * (time.perf_counter() - started) / len(host_ms)
-    device_ms = [first.elapsed_time(last) for first, last in events] if CUDA else host_ms
+    device_ms = [start.elapsed_time(end) for start, end in events] if CUDA else host_ms
     return Timing(statistics.median(device_ms), wall_ms, statistics.median(host_ms))
 
 
 def record_rate(
     record: Recorder, what: str, number: int, call: Callable[[], object], seconds: float = 0.8, **values: Any
 ) -> None:
-    """Measure a call that works on `number` images."""
+    """Measure a call that processes `number` images, and record images/s."""
     timing = measure(call, seconds)
     rate = 1e3 * number / timing.wall_ms
     record(what, images_per_s=rate, ms=timing.ms, host_ms=timing.host_ms, peak_gb=peak_gb(), **values)
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """(the call as one CUDA graph, its output, which each replay fills anew)."""
+def capture_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Return the call as one CUDA graph, and its output, which each replay overwrites."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -181,11 +186,11 @@ def random_images(number: int) -> Tensor:
     return torch.randint(0, 256, (number, 1, SIZE, SIZE), dtype=torch.uint8, device=DEVICE)  # (B, 1, S, S) uint8
 
 
-def both_labels(number: int) -> Tensor:
+def alternating_labels(number: int) -> Tensor:
     return (torch.arange(number, device=DEVICE) % 2).float()  # (B,) float32
 
 
-def our_network() -> nn.Module:
+def package_network() -> nn.Module:
     from mura_dist.models import densenet
 
     return densenet.build(ARCHITECTURE).to(DEVICE).train()
@@ -206,10 +211,10 @@ def autocast(precision: str, *, cache: bool = True) -> torch.autocast:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a training step (zero, forward, backward, Adam) is done, outside the engine.
+    """Options of a training step (zero, forward, backward, Adam) outside the engine.
 
-    flat: all parameters as one vector, as the engine has them. capturable: as a CUDA graph wants it. compiled: a mode of
-    torch.compile, "" for none.
+    flat: all parameters as one vector, as in the engine. capturable: for a CUDA graph. compiled: a mode of torch.compile, "" for
+    none.
     """
 
     network: str  # ours or torchvision
@@ -226,14 +231,16 @@ class StepOptions:
 
 
 class Trainer:
-    """A network and its optimizer; `step` gives a training step on any batch."""
+    """A network and its optimizer. `step` returns a training step on any batch."""
 
     def __init__(self, options: StepOptions) -> None:
         from mura_dist.training.flat_parameters import FlatParameters
 
         self.options = options
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
-        network = our_network() if options.network == "ours" else torchvision_network().to(memory_format=self.layout)
+        network = (
+            package_network() if options.network == "ours" else torchvision_network().to(memory_format=self.layout)
+        )
         fused: dict[str, Any] = {"lr": 1e-4, "fused": CUDA or options.flat, "capturable": options.capturable}
         self.zero: Callable[[], object]
         if options.flat:
@@ -244,17 +251,19 @@ class Trainer:
             self.zero = self.optimizer.zero_grad
         self.network: Callable[[Tensor], Any] = network
         if options.compiled:
-            how: dict[str, Any] = {"mode": options.compiled} if CUDA else {"backend": "aot_eager"}  # no C++ compiler
-            self.network = torch.compile(network, dynamic=False, **how)
+            compile_options: dict[str, Any] = (
+                {"mode": options.compiled} if CUDA else {"backend": "aot_eager"}  # needs no C++ compiler
+            )
+            self.network = torch.compile(network, dynamic=False, **compile_options)
 
     def example(self, number: int) -> Tensor:
-        """A batch of what the network takes."""
+        """Return a random batch of the network's input."""
         if self.options.network == "ours":
             return random_images(number)
         return torch.randn(number, 3, SIZE, SIZE, device=DEVICE).to(memory_format=self.layout)
 
     def step(self, image_of: Callable[[], Tensor], label_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """A function that does one step and returns its loss."""
+        """Return a function that takes one step and returns its loss."""
 
         def step() -> Tensor:
             self.zero()
@@ -272,7 +281,8 @@ class Trainer:
         return step
 
     def step_on_example(self, number: int) -> Callable[[], Tensor]:
-        image, label = self.example(number), both_labels(number)
+        """Return a step on one random batch."""
+        image, label = self.example(number), alternating_labels(number)
         return self.step(lambda: image, lambda: label)
 
 
@@ -280,7 +290,7 @@ class Trainer:
 
 
 def stage_env(record: Recorder, options: argparse.Namespace) -> None:
-    """Versions, the device, what can be imported."""
+    """Record versions, the device, and which modules import."""
     record("python", version=sys.version.split()[0], executable=sys.executable)
     names = (
         "torch torchvision triton numpy pandas deepspeed onnx onnxruntime onnxruntime-gpu pydantic cupy-cuda13x "
@@ -288,7 +298,7 @@ def stage_env(record: Recorder, options: argparse.Namespace) -> None:
         "tensorrt pytest-xdist"
     )
     versions = dict.fromkeys(names.split(), "NO")
-    for name in versions:  # not imported: that takes seconds
+    for name in versions:  # without imports, which take seconds
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     record("packages", **versions)
@@ -304,7 +314,7 @@ def stage_env(record: Recorder, options: argparse.Namespace) -> None:
         record("onnxruntime providers", providers=",".join(onnxruntime.get_available_providers()))
     modules = ("mura_dist.train", "mura_dist.inference.export.onnx", "mura_dist.data.loaders.dali")
     commands = {name: [sys.executable, "-c", f"import {name}"] for name in modules}
-    imports = {name: subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for name, words in commands.items()}
+    imports = {name: subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for name, command in commands.items()}
     for name, process in imports.items():
         error = process.communicate()[1].strip().splitlines()[-1:]
         with record.attempt(f"import {name}"):
@@ -315,7 +325,7 @@ def stage_env(record: Recorder, options: argparse.Namespace) -> None:
 
 def record_device(record: Recorder) -> None:
     if not CUDA:
-        record("gpu", name="none: everything below is tiny")
+        record("gpu", name="none: everything runs at a tiny size")
         return
     properties = torch.cuda.get_device_properties(0)
     record(
@@ -337,7 +347,7 @@ def record_device(record: Recorder) -> None:
 
 
 def stage_roofline(record: Recorder, options: argparse.Namespace) -> None:
-    """What the device does at best: copies, products of matrices, the network's two kinds of convolution, launches."""
+    """Measure the limits of the device: copies, matrix products, the network's two kinds of convolution, launches."""
     num_bytes = 2**32 if CUDA else 2**22
     source = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8, device=DEVICE)
     ms = measure(functools.partial(torch.empty_like(source).copy_, source), 0.5).ms
@@ -349,7 +359,7 @@ def stage_roofline(record: Recorder, options: argparse.Namespace) -> None:
         a, b = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
         ms = measure(functools.partial(torch.matmul, a, b), 0.4).ms
         record(f"matmul {side} {dtype}".replace("torch.", ""), tflops=2 * side**3 / ms / 1e9)
-    # Of block 3, 20x20 cells, bf16, channels-last: what cuDNN gives of that peak.
+    # Convolutions of block 3 (20x20 cells) in bf16, channels-last, by cuDNN.
     batch = 256 if CUDA else 2
     for name, (channels, out, kernel) in {"1x1 768->128": (768, 128, 1), "3x3 128->32": (128, 32, 3)}.items():
         x, weight = (
@@ -371,8 +381,8 @@ def stage_roofline(record: Recorder, options: argparse.Namespace) -> None:
     device = torch.empty_like(host, device=DEVICE, pin_memory=False)
     ms = measure(lambda: device.copy_(host, non_blocking=True), 0.3).ms
     record("host to device, pinned", gb_per_s=host.numel() / ms / 1e6)
-    one = torch.zeros(1, device=DEVICE)
-    wall_ms = measure(lambda: [one.add_(1) for _ in range(200)], 0.3).wall_ms
+    counter = torch.zeros(1, device=DEVICE)
+    wall_ms = measure(lambda: [counter.add_(1) for _ in range(200)], 0.3).wall_ms
     record("a small kernel, launched from Python", us=1e3 * wall_ms / 200)
 
 
@@ -380,7 +390,7 @@ def stage_roofline(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def stage_data(record: Recorder, options: argparse.Namespace) -> None:
-    """Shards for the stages after it, of --data's radiographs again and again, or of phantoms."""
+    """Convert shards for the later stages, from repeated radiographs of --data or from phantoms."""
     from mura_dist.bench.workload import Options, prepare
     from mura_dist.data.shards.convert import convert
 
@@ -402,32 +412,32 @@ def stage_data(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def stage_tests(record: Recorder, options: argparse.Namespace) -> None:
-    """tests/gpu, several at once: they share the GPU, it is not about speed. --tests: pytest's -k."""
-    words = options.tests
+    """Run tests/gpu in parallel processes that share the GPU. --tests: pytest's -k."""
+    expression = options.tests
     if not is_installed("deepspeed"):
-        record("left out", why="no DeepSpeed: no training")
-        words = f"({words}) and not training" if words else "not training"
+        record("skipped", why="training tests need DeepSpeed")
+        expression = f"({expression}) and not training" if expression else "not training"
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "--durations=12", "-rA"]
     if is_installed("xdist") and CUDA:
         command += ["-n", "9"]
-    command += ["-k", words] if words else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (options.out / "test_gpu.log").write_text(done.stdout[-200_000:] + done.stderr[-50_000:])
-    for line in done.stdout.splitlines():
+    command += ["-k", expression] if expression else []
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    (options.out / "test_gpu.log").write_text(result.stdout[-200_000:] + result.stderr[-50_000:])
+    for line in result.stdout.splitlines():
         summary = " in " in line and any(word in line for word in ("passed", "skipped", "failed"))
         if summary or line.startswith(("PASSED", "FAILED", "ERROR", "SKIPPED")):
             record("pytest", line=line[:200])
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with status {done.returncode}; its output is in logs.log")
+    if result.returncode:
+        raise RuntimeError(f"pytest exited with status {result.returncode}. Its output is in logs.log.")
 
 
 # ---- the training step
 
 
 def stage_engine(record: Recorder, options: argparse.Namespace) -> None:
-    """The engine with one rank, eager and recorded: precision, images/s, waits for the GPU, what the host does in a step."""
+    """Measure the engine with one rank, eager and as a graph: precision, images/s, waits for the GPU, host time."""
     if not is_installed("deepspeed"):
-        raise LeftOutError("DeepSpeed is not installed")
+        raise SkippedError("DeepSpeed is not installed")
     from mura_dist.distributed import process_group
 
     with process_group.join(120.0) as world:
@@ -437,7 +447,7 @@ def stage_engine(record: Recorder, options: argparse.Namespace) -> None:
                     measure_engine(record, step, number, world)
 
 
-def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
+def measure_engine(record: Recorder, mode: str, number: int, world: Any) -> None:
     from mura_dist.core import config
     from mura_dist.data.loaders.loader import Batch
     from mura_dist.models import densenet
@@ -445,18 +455,18 @@ def measure_engine(record: Recorder, how: str, number: int, world: Any) -> None:
     from mura_dist.training.engine import Engine
 
     free_memory()
-    values = {"shards": "", "run": "", "architecture": ARCHITECTURE, "precision": "bf16", "step": how}
+    values = {"shards": "", "run": "", "architecture": ARCHITECTURE, "precision": "bf16", "step": mode}
     settings = config.check(values | {"global_batch": number, "micro_batch": number}, "gpu.py")
-    engine, ones = Engine(densenet.build(ARCHITECTURE), settings, world), torch.ones(number, device=DEVICE)
-    batch = Batch(random_images(number), both_labels(number), ones, ones.long(), ones.bool())
+    engine, all_ones = Engine(densenet.build(ARCHITECTURE), settings, world), torch.ones(number, device=DEVICE)
+    batch = Batch(random_images(number), alternating_labels(number), all_ones, all_ones.long(), all_ones.bool())
 
     def step() -> Any:
         return engine.step([batch], 1e-4)
 
-    what = f"engine {how} batch {number}"
+    what = f"engine {mode} batch {number}"
     dtypes: set[str] = set()
-    first = engine.model.get_submodule("features.conv0")
-    hook = first.register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
+    conv0 = engine.model.get_submodule("features.conv0")
+    hook = conv0.register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
     step()
     hook.remove()
     record(f"{what}: conv0 computes in", dtype=",".join(sorted(dtypes)), as_asked=dtypes == {"torch.bfloat16"})
@@ -484,30 +494,34 @@ def host_ms(call: Callable[[], object]) -> float:
 
 
 def record_waits(record: Recorder, what: str, step: Callable[[], object]) -> None:
-    """How often the host waits for the GPU in a step, and where."""
+    """Record how often the host waits for the GPU in a step, and in which lines."""
     with (
-        mock.patch.object(torch.cuda, "synchronize", mock.Mock(wraps=torch.cuda.synchronize)) as counted,
+        mock.patch.object(torch.cuda, "synchronize", mock.Mock(wraps=torch.cuda.synchronize)) as synchronize,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         step()
         torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
-    places = sorted({f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits})
-    record(f"{what}: waits", synchronize_calls=counted.call_count, others=len(waits), where=",".join(places))
+    sync_warnings = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+    locations = sorted({f"{Path(warning.filename).name}:{warning.lineno}" for warning in sync_warnings})
+    record(
+        f"{what}: waits", synchronize_calls=synchronize.call_count, others=len(sync_warnings), where=",".join(locations)
+    )
 
 
 def stage_blocks(record: Recorder, options: argparse.Namespace) -> None:
-    """Our dense blocks against torchvision's layers with the same weights: fp64 as a proof, fp32 and bf16 as they are."""
+    """Compare the package's dense blocks with torchvision's layers for the same weights, in fp64, fp32 and bf16."""
     from mura_dist.models import densenet
 
     number = 16 if CUDA else 4
-    image, label = random_images(number), both_labels(number)
+    image, label = random_images(number), alternating_labels(number)
 
-    def gradient_of(network: nn.Module, logit_of: Callable[[], Tensor], precision: str) -> tuple[Tensor, Tensor]:
+    def gradient_of(
+        network: nn.Module, inputs: Tensor, logit_of: Callable[[Any], Tensor], precision: str
+    ) -> tuple[Tensor, Tensor]:
         with autocast(precision):
-            logit = logit_of()
+            logit = logit_of(network(inputs))
         dtype = torch.float64 if precision == "fp64" else torch.float32
         binary_cross_entropy_with_logits(logit.to(dtype), label.to(dtype)).backward()
         gradients = [
@@ -515,29 +529,33 @@ def stage_blocks(record: Recorder, options: argparse.Namespace) -> None:
         ]
         return logit.detach().double(), torch.cat(gradients)
 
-    exact = torch.empty(0)
+    exact_gradient = torch.empty(0)
     for precision in ("fp64", "fp32", "bf16"):
-        ours = densenet.build(ARCHITECTURE).to(DEVICE, memory_format=torch.channels_last).train()
-        theirs = torchvision_network().to(memory_format=torch.channels_last)
-        theirs.load_state_dict(ours.state_dict())
+        block_network = densenet.build(ARCHITECTURE).to(DEVICE, memory_format=torch.channels_last).train()
+        layer_network = torchvision_network().to(memory_format=torch.channels_last)
+        layer_network.load_state_dict(block_network.state_dict())
         if precision == "fp64":
-            ours, theirs = ours.double(), theirs.double()
-        pixels = ((image.to(ours.mean.dtype) - ours.mean) * ours.scale).to(memory_format=torch.channels_last)
-        logit, gradient = gradient_of(ours, lambda ours=ours: ours(image)[0], precision)  # type: ignore[misc]
-        wanted, plain = gradient_of(theirs, lambda theirs=theirs, x=pixels: theirs(x)[:, 0], precision)  # type: ignore[misc]
-        exact = plain if precision == "fp64" else exact
+            block_network, layer_network = block_network.double(), layer_network.double()
+        pixels = ((image.to(block_network.mean.dtype) - block_network.mean) * block_network.scale).to(
+            memory_format=torch.channels_last
+        )
+        logit, gradient = gradient_of(block_network, image, lambda outputs: outputs[0], precision)
+        layer_logit, layer_gradient = gradient_of(layer_network, pixels, lambda outputs: outputs[:, 0], precision)
+        exact_gradient = layer_gradient if precision == "fp64" else exact_gradient
         record(
             f"blocks against layers, {precision}",
-            logit=float((logit - wanted).abs().max()),
-            gradient=float((gradient - plain).norm() / plain.norm()),
-            ours_to_fp64=float((gradient - exact).norm() / exact.norm()),
-            theirs_to_fp64=float((plain - exact).norm() / exact.norm()),
+            logit=float((logit - layer_logit).abs().max()),
+            gradient=float((gradient - layer_gradient).norm() / layer_gradient.norm()),
+            ours_to_fp64=float((gradient - exact_gradient).norm() / exact_gradient.norm()),
+            theirs_to_fp64=float((layer_gradient - exact_gradient).norm() / exact_gradient.norm()),
             finite=bool(gradient.isfinite().all()),
         )
 
 
 EAGER = (8, 64, 256)
-STEPS: tuple[tuple[StepOptions, tuple[int, ...], tuple[int, ...]], ...] = (  # batches; those with cuDNN's benchmark too
+STEPS: tuple[
+    tuple[StepOptions, tuple[int, ...], tuple[int, ...]], ...
+] = (  # batch sizes; batch sizes with cuDNN's benchmark too
     (StepOptions("ours", "bf16"), EAGER, (256,)),
     (StepOptions("torchvision", "bf16", flat=False), EAGER, (256,)),
     (StepOptions("torchvision", "fp32", channels_last=False, flat=False), (64,), ()),
@@ -546,14 +564,14 @@ STEPS: tuple[tuple[StepOptions, tuple[int, ...], tuple[int, ...]], ...] = (  # b
 
 
 def stage_step(record: Recorder, options: argparse.Namespace) -> None:
-    """A training step, eager. `host_ms` near `ms`: the processor is the limit, not the GPU."""
-    for how, batches, benchmarked in STEPS:
+    """Measure an eager training step. If `host_ms` is near `ms`, the CPU is the limit, not the GPU."""
+    for step_options, batches, benchmarked in STEPS:
         free_memory()
-        trainer = Trainer(how)
+        trainer = Trainer(step_options)
         for benchmark, sizes in ((False, batches), (True, benchmarked)):
             torch.backends.cudnn.benchmark = benchmark
             for number in sizes if CUDA or not sizes else (2,):
-                what = f"{how} batch {number}{' benchmark' if benchmark else ''}"
+                what = f"{step_options} batch {number}{' benchmark' if benchmark else ''}"
                 free_memory()
                 with record.attempt(what):
                     record_rate(record, what, number, trainer.step_on_example(number))
@@ -561,27 +579,29 @@ def stage_step(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def stage_graph(record: Recorder, options: argparse.Namespace) -> None:
-    """The whole step as one CUDA graph: what is left when the processor is out of the way."""
+    """Measure the training step as one CUDA graph, which removes the CPU's share."""
     if not CUDA:
-        raise LeftOutError("CUDA graphs need CUDA")
+        raise SkippedError("CUDA graphs need CUDA")
     torch.backends.cudnn.benchmark = True
     for network in ("ours", "torchvision"):
         for number in (8, 64, 256):
             what = f"{network} bf16 graph batch {number}"
             free_memory()
             with record.attempt(what):
-                replay, loss = captured(Trainer(StepOptions(network, "bf16", capturable=True)).step_on_example(number))
+                replay, loss = capture_graph(
+                    Trainer(StepOptions(network, "bf16", capturable=True)).step_on_example(number)
+                )
                 record_rate(record, what, number, replay, loss=float(loss))
                 del replay, loss
 
 
 def stage_warm(record: Recorder, options: argparse.Namespace) -> None:
-    """Fill Inductor's cache for `compiled`, beside `tests`; nobody waits for it."""
+    """Fill Inductor's cache for `compiled`. The stage runs in parallel with `tests`."""
     compile_steps(record, only_first=True)
 
 
 def stage_compiled(record: Recorder, options: argparse.Namespace) -> None:
-    """The step with torch.compile."""
+    """Measure the training step with torch.compile."""
     compile_steps(record, only_first=False)
 
 
@@ -612,7 +632,7 @@ def open_shards(options: argparse.Namespace, encoding: str = "raw") -> tuple[Sha
 
     folder = options.scratch / f"shards-{encoding}"
     if not (folder / "index.json").is_file():
-        raise LeftOutError(f"no {encoding} shards in {options.scratch}; stage data makes them")
+        raise SkippedError(f"no {encoding} shards in {options.scratch}. Run stage data first.")
     shards = Shards.open(folder)
     return shards, RowTargets.from_shards(shards)
 
@@ -621,43 +641,44 @@ def backends() -> tuple[str, ...]:
     return ("dali", "cpu", "resident") if imports_dali() else ("cpu", "resident")
 
 
-def micros_of(rows: np.ndarray, number: int, count: int) -> list[MicroBatch]:
-    """`count` micro-batches of `number` radiographs, of one epoch's again and again."""
+def draw_micro_batches(rows: np.ndarray, number: int, count: int) -> list[MicroBatch]:
+    """Return `count` micro-batches of `number` radiographs from one epoch, repeated if needed."""
     from mura_dist.data.loaders import sampler
 
     epoch = sampler.epoch_permutation(rows, 0, 0, rotate_deg=ROTATE_DEG, flip=True)
-    return [epoch.micro_batch(place % (len(rows) // number) * number, number) for place in range(count)]
+    return [epoch.micro_batch(index % (len(rows) // number) * number, number) for index in range(count)]
 
 
 def stage_loader(record: Recorder, options: argparse.Namespace) -> None:
-    """Augmented batches on the device: their pixels, images/s, and ms of the training thread a micro-batch.
+    """Measure augmented batches on the device: pixels, images/s, and ms of the training thread per micro-batch.
 
-    raw shards need no decoding, jpeg shards are decoded by nvJPEG (dali), png shards by the host: of those the pixels alone.
+    Raw shards need no decoding. nvJPEG decodes jpeg shards (dali). The host decodes png shards, so that only their
+    pixels are compared.
     """
     from mura_dist.data.loaders.loader import BatchLoader
 
     for encoding in ENCODINGS:
         shards, targets = open_shards(options, encoding)
         compare_pixels(record, shards, targets)
-        if encoding == "png":  # decoded by the host, as bench pipeline measures
+        if encoding == "png":  # decoded by the host, which `bench pipeline` measures
             continue
         for number in ((16, 64, 256) if encoding == "raw" else (64, 256)) if CUDA else (4,):
-            micros = micros_of(shards.rows("train"), number, max(2, (20_000 if CUDA else 32) // number))
+            micro_batches = draw_micro_batches(shards.rows("train"), number, max(2, (20_000 if CUDA else 32) // number))
             for backend in backends():
                 for workers in ((8, 15) if encoding == "raw" and backend == "cpu" else (8,)) if CUDA else (2,):
                     what = f"{backend} {encoding} batch {number} workers {workers}"
                     with record.attempt(what):
                         loader = BatchLoader(shards, targets, DEVICE, backend, number, workers, prefetch=4 * workers)
                         if backend == "resident":
-                            record_filling(record, what, loader)
-                        record_stream(record, what, number, loader.load(micros))
+                            record_first_epoch(record, what, loader)
+                        record_stream(record, what, number, loader.load(micro_batches))
     record_warp(record)
 
 
-def record_filling(record: Recorder, what: str, loader: Any) -> None:
-    """How long the first epoch's radiographs take into the device's memory."""
+def record_first_epoch(record: Recorder, what: str, loader: Any) -> None:
+    """Record the time in which the first epoch loads the radiographs into the device's memory."""
     rows, started = loader.shards.rows("train"), time.perf_counter()
-    for _ in loader.load(micros_of(rows, min(64, len(rows)), -(-len(rows) // min(64, len(rows))))):
+    for _ in loader.load(draw_micro_batches(rows, min(64, len(rows)), -(-len(rows) // min(64, len(rows))))):
         pass
     synchronize()
     seconds = time.perf_counter() - started
@@ -666,7 +687,7 @@ def record_filling(record: Recorder, what: str, loader: Any) -> None:
 
 
 def record_warp(record: Recorder) -> None:
-    """The kernel of the resident backend alone, and the same by torch operations."""
+    """Measure the resident backend's kernel alone, and the equivalent torch operations."""
     from mura_dist.data.loaders.warp import inverse_maps, select_warp, warp_by_torch
 
     number, rng = 256 if CUDA else 4, np.random.default_rng(0)
@@ -681,40 +702,40 @@ def record_warp(record: Recorder) -> None:
 
 
 def compare_pixels(record: Recorder, shards: Shards, targets: RowTargets) -> None:
-    """The law: the pixels of every backend are those of the cpu backend, within 2 levels in 99.9 %."""
+    """Record how far each backend's pixels are from the cpu backend's. Allowed are 2 levels in 99.9 % of them."""
     from mura_dist.data.loaders.loader import BatchLoader
 
     number = min(32, len(shards.rows("train")))
-    micro = micros_of(shards.rows("train"), number, 1)[0]
-    [wanted] = BatchLoader(shards, targets, torch.device("cpu"), "cpu", number, workers=2).load([micro])
+    micro = draw_micro_batches(shards.rows("train"), number, 1)[0]
+    [reference] = BatchLoader(shards, targets, torch.device("cpu"), "cpu", number, workers=2).load([micro])
     for backend in backends():
         what = f"pixels, {backend} {shards.encoding} against the CPU"
         with record.attempt(what):
             [batch] = BatchLoader(shards, targets, DEVICE, backend, number, workers=2).load([micro])
-            off = (batch.image.cpu().int() - wanted.image.int()).abs()
-            record(what, within_2=float((off <= 2).float().mean()), worst=int(off.max()))
+            difference = (batch.image.cpu().int() - reference.image.int()).abs()
+            record(what, within_2=float((difference <= 2).float().mean()), worst=int(difference.max()))
 
 
 def record_stream(record: Recorder, what: str, number: int, batches: Iterator[Batch]) -> None:
-    """Take batches for 1.5 s, the first not counted."""
+    """Record the rate of batches over 1.5 s, without the first batch."""
     next(batches)
     synchronize()
-    started, held_s, num_batches = time.perf_counter(), 0.0, 0
+    started, data_wait_s, num_batches = time.perf_counter(), 0.0, 0
     while True:
         wait_started = time.perf_counter()
         if next(batches, None) is None or time.perf_counter() - started > 1.5:
             break
-        held_s += time.perf_counter() - wait_started
+        data_wait_s += time.perf_counter() - wait_started
         num_batches += 1
     synchronize()
     seconds = time.perf_counter() - started
-    record(what, images_per_s=num_batches * number / seconds, ms_a_micro=1e3 * held_s / max(num_batches, 1))
+    record(what, images_per_s=num_batches * number / seconds, ms_a_micro=1e3 * data_wait_s / max(num_batches, 1))
 
 
 def stage_proto(record: Recorder, options: argparse.Namespace) -> None:
-    """The design end to end: resident batches, recorded steps, DeepSpeed's engine, a fresh order each epoch."""
+    """Measure training without its commands: resident batches, graph steps, DeepSpeed's engine, a new order each epoch."""
     if not is_installed("deepspeed"):
-        raise LeftOutError("DeepSpeed is not installed")
+        raise SkippedError("DeepSpeed is not installed")
     from mura_dist.distributed import process_group
 
     shards, targets = open_shards(options)
@@ -739,25 +760,25 @@ def train_resident(record: Recorder, what: str, number: int, shards: Shards, tar
     engine = Engine(densenet.build(ARCHITECTURE), settings, world)
     loader = BatchLoader(shards, targets, DEVICE, "resident", number, 8 if CUDA else 2)
     losses: list[float] = []
-    started, num_timed, held_s = time.perf_counter(), 0, 0.0
-    for number_of_epoch in range(20):
-        epoch = sampler.epoch_permutation(rows, 0, number_of_epoch, rotate_deg=ROTATE_DEG, flip=True)
-        batches = loader.load(epoch.micro_batch(place * number, number) for place in range(len(rows) // number))
+    started, num_timed, data_wait_s = time.perf_counter(), 0, 0.0
+    for epoch_index in range(20):
+        epoch = sampler.epoch_permutation(rows, 0, epoch_index, rotate_deg=ROTATE_DEG, flip=True)
+        batches = loader.load(epoch.micro_batch(index * number, number) for index in range(len(rows) // number))
         while True:
             wait_started = time.perf_counter()
             if (batch := next(batches, None)) is None:
                 break
-            held_s += time.perf_counter() - wait_started
+            data_wait_s += time.perf_counter() - wait_started
             losses.append(engine.step([batch], 1e-4).loss)
             num_timed += 1
-        if number_of_epoch == 0:  # radiographs are read and the step is recorded in it
-            started, num_timed, held_s = time.perf_counter(), 0, 0.0
+        if epoch_index == 0:  # the first epoch reads the radiographs and captures the graph
+            started, num_timed, data_wait_s = time.perf_counter(), 0, 0.0
         elif time.perf_counter() - started > (5 if CUDA else 0.3):
             break
     seconds = time.perf_counter() - started
     ends = {"first": losses[0], "last": losses[-1]}
     rate = num_timed * number / seconds
-    record(what, images_per_s=rate, steps=len(losses), data_wait=held_s / seconds, **ends, peak_gb=peak_gb())
+    record(what, images_per_s=rate, steps=len(losses), data_wait=data_wait_s / seconds, **ends, peak_gb=peak_gb())
     record(f"{what}: recorded", fell_back=getattr(engine.network, "fell_back", None))
 
 
@@ -765,9 +786,9 @@ def train_resident(record: Recorder, what: str, number: int, shards: Shards, tar
 
 
 def stage_train(record: Recorder, options: argparse.Namespace) -> None:
-    """`mura_dist.train` as a user runs it: images/s of the second half of its steps, waiting for data, overhead."""
+    """Run `mura_dist.train` and record images/s of the second half of its steps, the wait for data and the overhead."""
     if not is_installed("deepspeed"):
-        raise LeftOutError("DeepSpeed is not installed")
+        raise SkippedError("DeepSpeed is not installed")
     open_shards(options)
     default = "dali" if imports_dali() else "cpu"
     runs = [(default, "eager", 256), ("resident", "graph", 256), ("resident", "graph", 8), (default, "eager", 8)]
@@ -780,10 +801,10 @@ def stage_train(record: Recorder, options: argparse.Namespace) -> None:
         settings |= {"log_every": 4 if CUDA else 1, "tensorboard": "false"}
         command = [sys.executable, "-m", "mura_dist.train", *(f"{key}={value}" for key, value in settings.items())]
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         with record.attempt(what):
-            if done.returncode:
-                raise RuntimeError(done.stderr[-400:].replace("\n", " "))
+            if result.returncode:
+                raise RuntimeError(result.stderr[-400:].replace("\n", " "))
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             rates = [line["images_per_s"] for line in lines if line["kind"] == "step"]
             epoch = [line for line in lines if line["kind"] == "epoch"][-1]
@@ -799,13 +820,13 @@ def stage_train(record: Recorder, options: argparse.Namespace) -> None:
 
 
 def stage_infer(record: Recorder, options: argparse.Namespace) -> None:
-    """The network in eval mode by torch, eager and as a graph; evaluation is fp32 today."""
+    """Measure the network in eval mode by torch, eager and as a graph. The package evaluates in fp32."""
     torch.backends.cudnn.benchmark = True
-    probe, wanted = random_images(32 if CUDA else 2), torch.empty(0)
+    probe, reference = random_images(32 if CUDA else 2), torch.empty(0)
     kinds = [("fp32", False), ("tf32", False), ("bf16", False), ("fp16", False), ("bf16", True), ("fp16", True)]
-    for precision, graphed in kinds if CUDA else [("fp32", False), ("bf16", False)]:
+    for precision, is_graph in kinds if CUDA else [("fp32", False), ("bf16", False)]:
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        network = our_network().to(memory_format=torch.channels_last).eval()
+        network = package_network().to(memory_format=torch.channels_last).eval()
         if precision == "fp16":
             for name in ("features", "classifier"):
                 network.get_submodule(name).half()
@@ -817,19 +838,19 @@ def stage_infer(record: Recorder, options: argparse.Namespace) -> None:
 
         with torch.inference_mode():
             logit = forward(probe).float()
-            wanted = wanted if len(wanted) else logit
-            record(f"{precision} against fp32", logit=float((logit - wanted).abs().max()))
-            for number in ((1, 64, 256) if graphed else (1, 8, 64, 256)) if CUDA else (1,):
-                what = f"torch {precision}{' graph' if graphed else ''} batch {number}"
+            reference = reference if len(reference) else logit
+            record(f"{precision} against fp32", logit=float((logit - reference).abs().max()))
+            for number in ((1, 64, 256) if is_graph else (1, 8, 64, 256)) if CUDA else (1,):
+                what = f"torch {precision}{' graph' if is_graph else ''} batch {number}"
                 with record.attempt(what):
                     call: Callable[[], object] = functools.partial(forward, random_images(number))
-                    if graphed:
-                        call, _ = captured(call)  # type: ignore[arg-type]
+                    if is_graph:
+                        call, _ = capture_graph(call)  # type: ignore[arg-type]
                     record_rate(record, what, number, call, 0.4)
 
 
 def stage_ort(record: Recorder, options: argparse.Namespace) -> None:
-    """ONNX Runtime as `mura-dist predict` runs it; parity with torch."""
+    """Measure ONNX Runtime as `mura-dist predict` runs it, and its difference from torch."""
     import onnxruntime
 
     from mura_dist.inference.engine import PROVIDERS, SessionConfig
@@ -850,44 +871,50 @@ def stage_ort(record: Recorder, options: argparse.Namespace) -> None:
     files["fp16"] = onnx.build_onnx(precision.to_half_precision(network), card.model_copy(update={"precision": "fp16"}))
     probe = np.random.default_rng(0).integers(0, 256, (7, 1, SIZE, SIZE), dtype=np.uint8)
     with torch.inference_mode():
-        wanted = network(torch.from_numpy(probe))[0].numpy()
-    ways = {"cuda": ((1, 1), (64, 1), (64, 2), (256, 2)), "tensorrt": ((64, 1),), "cpu": ((2, 1),)}  # batch, streams
+        reference = network(torch.from_numpy(probe))[0].numpy()
+    batches_and_streams = {
+        "cuda": ((1, 1), (64, 1), (64, 2), (256, 2)),
+        "tensorrt": ((64, 1),),
+        "cpu": ((2, 1),),
+    }  # batch, streams
     for provider in providers:
         for name, data in files.items():
-            by_two = np.empty(0)
+            logits_of_two = np.empty(0)
             with record.attempt(f"ort {provider} {name} batch 2"):
-                by_two = OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(batch_size=2)).logits(
-                    probe
-                )
-            for number, streams in ways[provider] if CUDA else ways["cpu"]:
+                logits_of_two = OnnxModel.from_bytes(
+                    data, "the exported model", provider, SessionConfig(batch_size=2)
+                ).logits(probe)
+            for number, streams in batches_and_streams[provider] if CUDA else batches_and_streams["cpu"]:
                 what = f"ort {provider} {name} batch {number} streams {streams}"
                 with record.attempt(what):
                     model = OnnxModel.from_bytes(data, "the exported model", provider, SessionConfig(number, streams))
                     logits = model.logits(probe)
-                    moved = float(np.abs(logits - by_two).max()) if len(by_two) else None
-                    rate = predicted_per_s(model, number)
-                    off = float(np.abs(logits - wanted).max())
-                    record(what, images_per_s=rate, logit=off, logit_by_batch_size=moved)
+                    change_by_batch_size = float(np.abs(logits - logits_of_two).max()) if len(logits_of_two) else None
+                    rate = measure_prediction_rate(model, number)
+                    difference = float(np.abs(logits - reference).max())
+                    record(what, images_per_s=rate, logit=difference, logit_by_batch_size=change_by_batch_size)
 
 
-def predicted_per_s(model: Any, number: int) -> float:
-    """Images/s of batches of `number`, after three that are not counted."""
+def measure_prediction_rate(model: Any, number: int) -> float:
+    """Return images/s of batches of `number`, after three warm-up batches."""
     batch = np.random.default_rng(1).integers(0, 256, (number, 1, SIZE, SIZE), dtype=np.uint8)
     list(model.stream([batch] * 3))
-    turns, started = (30 if CUDA else 2), time.perf_counter()
-    list(model.stream([batch] * turns))
-    return turns * number / (time.perf_counter() - started)
+    num_batches_timed, started = (30 if CUDA else 2), time.perf_counter()
+    list(model.stream([batch] * num_batches_timed))
+    return num_batches_timed * number / (time.perf_counter() - started)
 
 
-# ---- the one that starts them
+# ---- the process that starts the stages
 
 
 class Stage(NamedTuple):
+    """A stage and its time limit with CUDA."""
+
     run: Callable[[Recorder, argparse.Namespace], None]
     limit_s: float
 
 
-STAGES = {  # in an order in which a budget that does not reach the end has measured most
+STAGES = {  # the most important first, in case the budget ends early
     "env": Stage(stage_env, 40),
     "data": Stage(stage_data, 60),
     "engine": Stage(stage_engine, 80),
@@ -907,14 +934,14 @@ STAGES = {  # in an order in which a budget that does not reach the end has meas
 
 
 def run_stage(options: argparse.Namespace) -> int:
-    """In the stage's process."""
+    """Run a stage in this process. Return the exit status."""
     record, started = Recorder(options.out / "gpu_check.jsonl", options.stage), time.perf_counter()
     torch.backends.cudnn.allow_tf32 = False
     try:
         STAGES[options.stage].run(record, options)
-        state = f"failed: {record.num_failed} of its parts" if record.num_failed else "ok"
-    except LeftOutError as error:
-        state = f"left out: {error}"
+        state = f"failed: {record.num_failed} measurements" if record.num_failed else "ok"
+    except SkippedError as error:
+        state = f"skipped: {error}"
     except BaseException as error:
         traceback.print_exc()
         state = f"failed: {repr(error)[:300]}"
@@ -923,30 +950,41 @@ def run_stage(options: argparse.Namespace) -> int:
 
 
 def start_stage(name: str, options: argparse.Namespace) -> subprocess.Popen[bytes]:
-    words = ["--stage", name, "--out", str(options.out), "--scratch", str(options.scratch), "--tests", options.tests]
-    words += ["--data", str(options.data)] if options.data is not None else []
+    arguments = [
+        "--stage",
+        name,
+        "--out",
+        str(options.out),
+        "--scratch",
+        str(options.scratch),
+        "--tests",
+        options.tests,
+    ]
+    arguments += ["--data", str(options.data)] if options.data is not None else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "ORT_DISABLE_TELEMETRY": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(options.scratch / "inductor")
     environment["TRITON_CACHE_DIR"] = str(options.scratch / "triton")
     if not CUDA:
         environment.setdefault("OMP_NUM_THREADS", "1")
-        environment |= {"TRITON_INTERPRET": "1"} if name == "loader" else {}  # its kernel too runs on a CPU
+        environment |= (
+            {"TRITON_INTERPRET": "1"} if name == "loader" else {}
+        )  # Triton's interpreter runs the kernel on a CPU
     with (options.out / f"{name}.log").open("wb") as log:
-        stdout = log if name == "warm" else None  # it speaks while others do
-        command = [sys.executable, str(Path(__file__).resolve()), *words]
+        stdout = log if name == "warm" else None  # it runs in parallel with another stage
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=stdout, stderr=log)
 
 
 def end_stage(process: subprocess.Popen[bytes]) -> None:
-    """End it, and what it started."""
+    """Kill a stage's process and the processes it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def wait_for(process: subprocess.Popen[bytes], name: str, limit_s: float, options: argparse.Namespace) -> str:
-    """How the stage ended; it is ended after `limit_s`, or where this process is."""
+    """Wait for a stage, at most `limit_s`, and return its state. Kill it then, also if this process exits."""
     timed_out = False
     try:
         process.wait(max(0.0, limit_s))
@@ -954,74 +992,74 @@ def wait_for(process: subprocess.Popen[bytes], name: str, limit_s: float, option
         timed_out = True
     finally:
         end_stage(process)
-    ends = [line for line in lines_of(options) if line["stage"] == name and line["what"] == "end"]
+    ends = [line for line in read_lines(options) if line["stage"] == name and line["what"] == "end"]
     if ends:
         return str(ends[-1]["state"])
-    return f"stopped after {limit_s:.0f} s" if timed_out else f"failed: ended with status {process.returncode}"
+    return f"stopped after {limit_s:.0f} s" if timed_out else f"failed: exited with status {process.returncode}"
 
 
-def lines_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+def read_lines(options: argparse.Namespace) -> list[dict[str, Any]]:
     path = options.out / "gpu_check.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def run_stages(names: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
-    """Stage -> how it ended; gpu_check.json is written anew after each."""
+    """Run stages and return the state of each. Write gpu_check.json after each stage."""
     states: dict[str, str] = {}
-    ends = time.perf_counter() + options.budget
-    warming: subprocess.Popen[bytes] | None = None
+    deadline_s = time.perf_counter() + options.budget
+    warm_process: subprocess.Popen[bytes] | None = None
     try:
         for name in names:
-            if ends - time.perf_counter() < 5:
+            if deadline_s - time.perf_counter() < 5:
                 states[name] = "stopped: no time left"
                 continue
             if name == "warm":
-                warming = start_stage(name, options)
+                warm_process = start_stage(name, options)
                 continue
-            if warming is not None and name != "tests":  # what is timed wants the processors for itself
-                left_s = ends - time.perf_counter()
+            if warm_process is not None and name != "tests":  # a timed stage needs all CPU cores
+                remaining_s = deadline_s - time.perf_counter()
                 states["warm"] = wait_for(
-                    warming, "warm", min(WARM_WAIT_S, left_s - REST_S) if CUDA else left_s, options
+                    warm_process, "warm", min(WARM_WAIT_S, remaining_s - REST_S) if CUDA else remaining_s, options
                 )
-                warming = None
-            limit_s = min(STAGES[name].limit_s * (1 if CUDA else SLOW_CPU), max(0.0, ends - time.perf_counter()))
+                warm_process = None
+            limit_s = min(STAGES[name].limit_s * (1 if CUDA else SLOW_CPU), max(0.0, deadline_s - time.perf_counter()))
             print(f"== {name}: at most {limit_s:.0f} s", flush=True)
             states[name] = wait_for(start_stage(name, options), name, limit_s, options)
             write_results(states, options)
             if states[name].startswith("failed"):
                 for line in (options.out / f"{name}.log").read_text(errors="replace").splitlines()[-3:]:
                     print("   ", line[:200])
-        if warming is not None:
-            states["warm"] = wait_for(warming, "warm", STAGES["warm"].limit_s, options)
-            warming = None
+        if warm_process is not None:
+            states["warm"] = wait_for(warm_process, "warm", STAGES["warm"].limit_s, options)
+            warm_process = None
     finally:
-        if warming is not None:
-            end_stage(warming)
+        if warm_process is not None:
+            end_stage(warm_process)
     write_results(states, options)
     return states
 
 
 def write_results(states: dict[str, str], options: argparse.Namespace) -> None:
-    results = {"stages": states, "measurements": lines_of(options)}
+    results = {"stages": states, "measurements": read_lines(options)}
     (options.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
 
 
 def join_logs(states: dict[str, str], options: argparse.Namespace) -> None:
-    """One file of the tests' output and of the logs of stages that did not end well."""
+    """Join the tests' output and the logs of failed stages into one file, and delete the logs."""
     texts = []
     for log in sorted(path for path in options.out.glob("*.log") if path.name != "logs.log"):
-        if log.stem == "test_gpu" or is_bad(states.get(log.stem, "")):
+        if log.stem == "test_gpu" or has_failed(states.get(log.stem, "")):
             texts.append(f"==== {log.name}\n{log.read_text(errors='replace')[-100_000:]}\n")
         log.unlink()
     (options.out / "logs.log").write_text("".join(texts))
 
 
-def is_bad(state: str) -> bool:
-    return state != "ok" and not state.startswith("left out")
+def has_failed(state: str) -> bool:
+    return state != "ok" and not state.startswith("skipped")
 
 
 def print_table(options: argparse.Namespace) -> None:
-    for line in lines_of(options):
+    for line in read_lines(options):
         if line.keys() & {"images_per_s", "within_2", "tflops", "tb_per_s"}:
             cells = (f"{key[:9]}={short(value)}" for key, value in line.items() if key not in ("stage", "what"))
             print(f"{line['stage'][:7]:8}{line['what'][:52]:53}" + " ".join(cells))
@@ -1033,21 +1071,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=default_out, help="a folder for the results (default $OUT, or gpu_out)"
     )
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"some of {','.join(STAGES)} (default all)")
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help=f"stages to run, of {','.join(STAGES)} (default all)"
+    )
     budget_s = BUDGET_S if CUDA else BUDGET_S * SLOW_CPU
-    parser.add_argument("--budget", type=float, default=budget_s, help=f"seconds of all stages (default {budget_s:g})")
+    parser.add_argument("--budget", type=float, default=budget_s, help=f"seconds for all stages (default {budget_s:g})")
     parser.add_argument("--data", type=Path, help="a folder in MURA's layout (default: phantoms)")
     scratch = Path(tempfile.gettempdir()) / "gpu_check"
     parser.add_argument(
-        "--scratch", type=Path, default=scratch, help="a folder for shards, runs, caches; kept for the next call"
+        "--scratch", type=Path, default=scratch, help="a folder for shards, runs, caches; not deleted at the end"
     )
-    parser.add_argument("--tests", default="", help="pytest's -k of stage tests")
+    parser.add_argument("--tests", default="", help="pytest's -k for stage tests")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     return parser
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     names = options.stages.split(",")
     if unknown := set(names) - set(STAGES):
         print(f"gpu.py: --stages {','.join(sorted(unknown))}: must be some of {','.join(STAGES)}", file=sys.stderr)
@@ -1058,13 +1098,13 @@ def main(words: Sequence[str] | None = None) -> int:
     for folder in (options.out, options.scratch):
         folder.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu_check.jsonl").unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # stages end with this process
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # the finally of run_stages kills the stages
     started = time.perf_counter()
     states = run_stages(names, options)
     join_logs(states, options)
     print(f"\n==== {time.perf_counter() - started:.0f} s in all; " + "; ".join(f"{k}: {v}" for k, v in states.items()))
     print_table(options)
-    return int(any(map(is_bad, states.values())))
+    return int(any(map(has_failed, states.values())))
 
 
 if __name__ == "__main__":
