@@ -1,4 +1,4 @@
-"""Calibration, thresholds and the band: against scikit-learn, against loops anyone can check by eye, on simulated truth."""
+"""Test calibration, fitted thresholds and the band against scikit-learn, exhaustive search and simulated studies."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ SHIFT = {"XR_HAND": 1.0, "XR_HUMERUS": 0.2, "XR_WRIST": -0.5}
 
 
 def simulate_studies(counts: dict[str, int], seed: int = 0, slope: float = 1.6, intercept: float = 0.3) -> pd.DataFrame:
-    """Studies whose true probability is known: the model's log odds are slope x true + intercept + the type's shift."""
+    """Return studies whose true probabilities are known. Log odds are slope x true + intercept + the type's shift."""
     rng = np.random.default_rng(seed)
     study_type = np.repeat(list(counts), list(counts.values()))
     true = rng.normal(0, 2, len(study_type)) - 0.3
@@ -39,7 +39,7 @@ def simulate_studies(counts: dict[str, int], seed: int = 0, slope: float = 1.6, 
 
 
 def fit_scikit(label: np.ndarray, x: np.ndarray) -> tuple[float, float]:
-    """Unpenalised logistic regression on Platt's targets, each study twice: as much of a 1, and of a 0, as its target says."""
+    """Return an unpenalized logistic regression on Platt's targets, with each study as a weighted 1 and 0."""
     positive, negative = label.sum(), (1 - label).sum()
     target = np.where(label == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
     model = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000)
@@ -94,7 +94,7 @@ def test_pool_is_used_below_min_own(normal: int, abnormal: int) -> None:
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_calibration_recovers_true_probabilities(pooled: bool) -> None:
-    """The true probability, from scores whose odds a weighted loss moved by another amount for each study type."""
+    """A weighted loss shifts the odds of each study type by another amount."""
     num_humerus = 12_000 if not pooled else 40
     tune = simulate_studies({"XR_HAND": 12_000, "XR_WRIST": 12_000, "XR_HUMERUS": num_humerus}, seed=3)
     fresh = simulate_studies({"XR_HUMERUS": 4000}, seed=4)
@@ -316,7 +316,7 @@ def test_study_type_without_a_point_is_excluded_and_counted() -> None:
 
 
 def test_operating_point_intervals_equal_compute_metrics() -> None:
-    """The same patients drawn, the same numbers: an operating point is measured as a threshold of its own would be."""
+    """Both resample the same patients."""
     fitted = calibration.fit(simulate_studies({"XR_HAND": 300}, 1), SHIFT, ["XR_HAND"])
     valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 200}, 2))
     measured = calibration.compute_operating_points(fitted, valid, resamples=300, seed=5)
@@ -332,7 +332,7 @@ def test_operating_point_intervals_equal_compute_metrics() -> None:
                 assert point[key + end] == expected[key + end], (name, key + end)
 
 
-def test_nothing_measured_without_thresholds() -> None:
+def test_no_metrics_without_thresholds() -> None:
     valid = simulate_studies({"XR_HAND": 100})
     assert (
         calibration.compute_operating_points(FittedThresholds(), calibration.apply(FittedThresholds(), valid)) is None

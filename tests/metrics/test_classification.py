@@ -1,4 +1,4 @@
-"""classification.py against scikit-learn, SciPy, and loops that anyone can check by eye."""
+"""Test the classification metrics against scikit-learn, SciPy and plain loops."""
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,14 @@ from sklearn.metrics import (
 from mura_dist.metrics import classification
 
 
-def simulated(num: int = 500, seed: int = 0, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """label, probability (n,): rounded to many ties, and to 0 and 1 too."""
+def simulate_scores(num: int = 500, seed: int = 0, decimals: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Return label and probability (n,), with many ties, zeros and ones."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 2, num)
     return label, np.round(classification.sigmoid(1.5 * (2 * label - 1) + rng.normal(0, 1.7, num)), decimals)
 
 
-def weights(num: int, seed: int = 1) -> np.ndarray:
+def random_weights(num: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 4, (3, num)).astype(float)
 
 
@@ -40,12 +40,12 @@ def test_is_positive_is_strict() -> None:
 
 
 def test_kappa_equals_scikit_learn() -> None:
-    label, probability = simulated()
+    label, probability = simulate_scores()
     call = probability > 0.5
     assert classification.compute_kappa(classification.compute_confusion(label, call)) == pytest.approx(
         cohen_kappa_score(label, call), abs=1e-12
     )
-    weight = weights(500)
+    weight = random_weights(500)
     expected = [cohen_kappa_score(label, call, sample_weight=row) for row in weight]
     assert classification.compute_kappa(classification.compute_confusion(label, call, weight)) == pytest.approx(
         expected, abs=1e-12
@@ -53,18 +53,18 @@ def test_kappa_equals_scikit_learn() -> None:
 
 
 def test_auroc_equals_scikit_learn_with_ties_and_weights() -> None:
-    label, probability = simulated()
+    label, probability = simulate_scores()
     assert len(np.unique(probability)) < 120
     assert classification.compute_auroc(label, probability) == pytest.approx(
         roc_auc_score(label, probability), abs=1e-12
     )
-    weight = weights(500)
+    weight = random_weights(500)
     expected = [roc_auc_score(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_auroc(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
 def test_area_under_roc_curve_equals_auroc() -> None:
-    label, probability = simulated(300)
+    label, probability = simulate_scores(300)
     false, true = classification.compute_roc_curve(label, probability)
     assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
     assert np.diff(false) @ (true[1:] + true[:-1]) / 2 == pytest.approx(
@@ -73,7 +73,7 @@ def test_area_under_roc_curve_equals_auroc() -> None:
 
 
 def manifest_frame() -> pd.DataFrame:
-    """Three studies of two, one and three views."""
+    """Return the manifest of three studies of two, one and three views."""
     study = ["a", "a", "b", "c", "c", "c"]
     patient = ["p", "p", "p", "q", "q", "q"]
     frame = pd.DataFrame({"split": "valid", "study_type": "XR_HAND", "patient": patient, "study": study, "view": 1})
@@ -103,18 +103,18 @@ def test_study_table_keeps_nan_and_refuses_repeated_rows() -> None:
 
 
 def test_average_precision_equals_scikit_learn() -> None:
-    label, probability = simulated()
+    label, probability = simulate_scores()
     assert classification.compute_average_precision(label, probability) == pytest.approx(
         average_precision_score(label, probability), abs=1e-12
     )
-    weight = weights(500)
+    weight = random_weights(500)
     expected = [average_precision_score(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_average_precision(label, probability, weight) == pytest.approx(expected, abs=1e-12)
     assert np.isnan(classification.compute_average_precision(np.ones(3, int), np.array([0.1, 0.2, 0.3])))
 
 
 def test_pr_curve_equals_scikit_learn() -> None:
-    label, probability = simulated()
+    label, probability = simulate_scores()
     precision, recall, _ = precision_recall_curve(label, probability)
     curve = classification.compute_pr_curve(label, probability)
     np.testing.assert_allclose(curve[0][::-1], recall[:-1], atol=1e-12)
@@ -122,21 +122,21 @@ def test_pr_curve_equals_scikit_learn() -> None:
 
 
 def test_brier_score_equals_scikit_learn() -> None:
-    label, probability = simulated()
+    label, probability = simulate_scores()
     assert classification.compute_brier_score(label, probability) == pytest.approx(
         brier_score_loss(label, probability), abs=1e-12
     )
-    weight = weights(500)
+    weight = random_weights(500)
     expected = [brier_score_loss(label, probability, sample_weight=row) for row in weight]
     assert classification.compute_brier_score(label, probability, weight) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_calibration_slope_equals_scikit_learn(seed: int) -> None:
-    label, probability = simulated(200, seed)
+    label, probability = simulate_scores(200, seed)
     logits = classification.logit(probability)
     assert np.abs(logits).max() <= classification.LOGIT_LIMIT  # of probabilities that are 0 and 1
-    weight = weights(200, seed)
+    weight = random_weights(200, seed)
     for row, value in zip(
         [None, *weight], [None, *classification.compute_calibration_slope(label, logits, weight)], strict=True
     ):
@@ -148,11 +148,13 @@ def test_calibration_slope_equals_scikit_learn(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_calibration_intercept_solves_its_equation(seed: int) -> None:
-    """At the maximum, probabilities add up to the number of abnormal ones."""
-    label, probability = simulated(200, seed)
+    """At the maximum likelihood, the probabilities add up to the number of abnormal studies."""
+    label, probability = simulate_scores(200, seed)
     logits = classification.logit(probability)
     for weight, value in zip(
-        weights(200), classification.compute_calibration_intercept(label, logits, weights(200)), strict=True
+        random_weights(200),
+        classification.compute_calibration_intercept(label, logits, random_weights(200)),
+        strict=True,
     ):
         expected = brentq(
             lambda a, w=weight: (w * (classification.sigmoid(a + logits) - label)).sum(), -60, 60, xtol=1e-13
@@ -183,7 +185,7 @@ def test_separated_logits_have_no_slope(logits: list[float]) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("steep", [0.01, 1.0, 30.0])
 def test_slope_of_extreme_scores_converges(steep: float) -> None:
-    """One study among those of the other label: a maximum exists, far from where Newton's plain steps arrive."""
+    """One study lies among those of the other label. The maximum exists, far from the steps of plain Newton."""
     rng = np.random.default_rng(3)
     label = np.repeat([0, 1], 30)
     logits = np.clip(steep * (6 * label - 3 + rng.normal(0, 0.5, 60)), -30, 30)
@@ -193,7 +195,7 @@ def test_slope_of_extreme_scores_converges(steep: float) -> None:
     assert slope == pytest.approx(np.full(5, model.coef_[0, 0]), rel=1e-3)
 
 
-def test_miscalibration_is_measured() -> None:
+def test_calibration_error_of_miscalibrated_scores() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, 40_000)
     label = (rng.random(40_000) < classification.sigmoid(logits)).astype(int)

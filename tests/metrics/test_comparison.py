@@ -1,4 +1,4 @@
-"""comparison.py: differences against loops, SciPy, and what must hold by symmetry."""
+"""Test the comparison of two sets of predictions against plain loops, SciPy and symmetry."""
 
 import json
 
@@ -13,7 +13,7 @@ from mura_dist.metrics.comparison import compare_predictions
 
 
 def sides(num: int = 300, num_patients: int = 90, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two scores of the same studies, the second one noisier."""
+    """Return two scores of the same studies, the second with more noise."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 2, num)
     shared = 2.4 * label - 1.2 + rng.normal(0, 1, num)
@@ -102,7 +102,7 @@ def test_side_against_itself_has_no_difference() -> None:
 
 
 def test_delong_p_values_are_uniform_under_the_null() -> None:
-    """Two sides as good as each other: of 200 sets of independent studies about 5 % have a p-value below 0.05."""
+    """Of 200 sets of independent studies, about 5 % have a p-value below 0.05."""
     rng, low = np.random.default_rng(0), 0
     for _ in range(200):
         label = rng.integers(0, 2, 120)

@@ -1,4 +1,4 @@
-"""summary.py and intervals.py against published numbers, scikit-learn, and loops that anyone can check by eye."""
+"""Test the metrics summary and its intervals against published numbers, scikit-learn and plain loops."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ PAPER = (102, 13, 17, 75)  # tn, fp, fn, tp of arXiv 1712.06957 on the hidden te
 
 
 def studies_of_confusion(cells: tuple[int, int, int, int], study_type: str = "XR_WRIST") -> pd.DataFrame:
-    """Studies, each of a patient of its own, that give this confusion."""
+    """Return studies with this confusion matrix, each of its own patient."""
     label = np.repeat([0, 0, 1, 1], cells)
     probability = np.repeat([0.1, 0.9, 0.1, 0.9], cells)
     patient = [f"patient{i:05}" for i in range(len(label))]
@@ -43,7 +43,7 @@ def studies_of_confusion(cells: tuple[int, int, int, int], study_type: str = "XR
 
 
 def check_group(group: dict) -> None:
-    """What holds for every group whatsoever."""
+    """Check the rules that hold for every group of metrics.json."""
     assert set(group) == KEYS
     nulls = {key for key, value in group.items() if value is None}
     assert nulls == set(group["reasons"])
@@ -63,7 +63,7 @@ def check_group(group: dict) -> None:
 
 
 def check_metrics(metrics: dict) -> dict:
-    """Contract of metrics.json; returns `overall`."""
+    """Check the rules of metrics.json, and return the group `overall`."""
     assert set(metrics) == {"overall", "by_study_type", "macro", "interval_kinds"}
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     for group in summary.metrics_by_group(metrics).values():
@@ -71,7 +71,7 @@ def check_metrics(metrics: dict) -> dict:
     return metrics["overall"]
 
 
-def test_official_vectors(shared: Path) -> None:
+def test_official_kappa_of_vectors(shared: Path) -> None:
     submissions = json.loads((shared / "vectors/official_kappa.json").read_text())["submissions"]
     assert len(submissions) == 20
     for submission in submissions:
@@ -81,7 +81,7 @@ def test_official_vectors(shared: Path) -> None:
             assert metrics == pytest.approx(submission["official_kappa"][name], abs=1e-9), (submission["id"], name)
 
 
-def test_validation_vectors(shared: Path) -> None:
+def test_kappa_of_validation_vectors(shared: Path) -> None:
     rows = json.loads((shared / "vectors/validation_studies.json").read_text())["rows"]
     assert len(rows) == 24
     for row in rows:
@@ -91,7 +91,7 @@ def test_validation_vectors(shared: Path) -> None:
         assert group["f1"] == pytest.approx(row["f1"], abs=1e-9)
 
 
-def test_papers_kappa_and_interval() -> None:
+def test_kappa_and_interval_of_the_paper() -> None:
     group = check_metrics(summary.compute_metrics(studies_of_confusion(PAPER)))
     assert intervals.compute_fce_standard_error(np.array(PAPER)) == pytest.approx(0.049683, abs=5e-7)
     assert [round(group[key], 3) for key in ("kappa", "kappa_fce_low", "kappa_fce_high")] == [0.705, 0.608, 0.803]
@@ -101,14 +101,14 @@ def test_papers_kappa_and_interval() -> None:
 
 
 def test_asymptotic_error_is_the_spread_of_kappa() -> None:
-    """On tables drawn from one true table, kappa scatters as the formula says."""
+    """The standard deviation of kappa over sampled tables equals the formula."""
     tables = np.random.default_rng(0).multinomial(600, [0.5, 0.1, 0.15, 0.25], size=20_000)
     predicted = intervals.compute_fce_standard_error(np.array([300, 60, 90, 150]))
     assert np.std(classification.compute_kappa(tables)) == pytest.approx(predicted, rel=0.02)
 
 
-def draws(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
-    """The documented draw, spelled out: the upper 32 bits of each Philox word, scaled to 0 .. num_clusters - 1."""
+def resample_indices(num_resamples: int, num_clusters: int, seed: int) -> np.ndarray:
+    """Return the documented resamples: the upper 32 bits of each Philox word, scaled to 0 .. num_clusters - 1."""
     raw = np.random.Philox(key=seed).random_raw(num_resamples * num_clusters)
     return np.array([(int(word) >> 32) * num_clusters >> 32 for word in raw]).reshape(num_resamples, num_clusters)
 
@@ -118,7 +118,7 @@ def test_bootstrap_equals_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     studies = simulated(40, 12, seed=3)
     patients = sorted(set(studies["patient"]))
     kappas, areas, dropped = [], [], 0
-    for drawn in draws(60, len(patients), seed=7):
+    for drawn in resample_indices(60, len(patients), seed=7):
         sample = pd.concat([studies[studies["patient"] == patients[i]] for i in drawn])
         if sample["label"].nunique() < 2:
             dropped += 1
@@ -134,7 +134,7 @@ def test_bootstrap_equals_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_class_resamples_are_dropped_and_counted() -> None:
     studies = studies_of_confusion((6, 1, 1, 1))
-    expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in draws(400, 9, seed=0))
+    expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in resample_indices(400, 9, seed=0))
     group = check_metrics(summary.compute_metrics(studies, resamples=400))
     assert 10 < expected < 200
     assert group["num_resamples_dropped"] == expected
@@ -153,7 +153,7 @@ def test_metrics_depend_on_seed_and_not_on_order() -> None:
 
 
 def test_clusters_widen_the_interval() -> None:
-    """Every patient's studies are copies of one: the interval is that of one study each, and twice the naive."""
+    """All studies of a patient are copies. The interval equals that of one study each, twice the naive one."""
     first = simulated(150, 10**6)
     copies = pd.concat([first] * 4, ignore_index=True)
     naive = copies.assign(patient=None)
@@ -179,7 +179,7 @@ def test_unknown_patients_are_reported() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("cells", "rate"), [((5, 2, 0, 0), "specificity"), ((0, 0, 1, 0), "sensitivity")])
-def test_one_class(cells: tuple[int, int, int, int], rate: str) -> None:
+def test_metrics_of_one_class(cells: tuple[int, int, int, int], rate: str) -> None:
     group = check_metrics(summary.compute_metrics(studies_of_confusion(cells), resamples=50))
     assert group["kappa"] is group["auroc"] is None
     assert group["reasons"]["auroc"] == "one class only"
@@ -205,7 +205,7 @@ def test_empty_and_unlabeled_studies() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_nan_probabilities_are_not_measured() -> None:
-    """NaN > threshold is False: left alone, it would count as a call of normal."""
+    """NaN > threshold is False, which would count as a normal call."""
     studies = studies_of_confusion((20, 5, 5, 20))
     studies.loc[3, "probability"] = np.nan
     group = check_metrics(summary.compute_metrics(studies, resamples=10))
@@ -320,7 +320,7 @@ def test_calls_in_the_table_override_the_threshold() -> None:
 
 @pytest.mark.parametrize("prevalence", [0.01, 0.1, 0.5])
 def test_predictive_values_follow_bayes(prevalence: float) -> None:
-    """PPV and NPV at a prevalence are those of a set of that prevalence with the same rates; at the set's own, the set's."""
+    """PPV and NPV at a prevalence equal those of a set with that prevalence and the same rates."""
     studies = simulated(400, 150)
     own = check_metrics(summary.compute_metrics(studies, resamples=100, prevalence=float(studies["label"].mean())))
     for name in ("ppv", "npv"):
@@ -342,7 +342,7 @@ def test_nothing_called_abnormal_has_no_ppv() -> None:
 
 
 def test_metric_undefined_in_many_resamples_has_no_bootstrap() -> None:
-    """One call of abnormal among many patients: a third of the resamples have none, hence no PPV."""
+    """With one abnormal call among many patients, a third of the resamples have no PPV."""
     metrics = check_metrics(
         summary.compute_metrics(studies_of_confusion((30, 0, 19, 1)), resamples=400, prevalence=0.1)
     )
@@ -354,7 +354,7 @@ def test_metric_undefined_in_many_resamples_has_no_bootstrap() -> None:
     )
 
 
-def test_calibrated_probabilities_are_measured_too() -> None:
+def test_calibrated_probabilities_have_metrics() -> None:
     studies = simulated(400, 150)
     logit = classification.logit(np.clip(studies["probability"].to_numpy(), 0.01, 0.99))
     studies["probability"] = classification.sigmoid(3 * logit + 1)
@@ -445,7 +445,7 @@ def test_mcnemar_equals_binomial_test(first: int, second: int) -> None:
 
 
 def test_bootstrap_interval_coverage() -> None:
-    """Of 80 sets of clustered studies, about 95 % of the intervals of sensitivity hold the truth; of Wilson's, too few."""
+    """About 95 % of the bootstrap intervals contain the true sensitivity, of 80 sets. Wilson's contain it less often."""
     rng = np.random.default_rng(0)
     num_covered = {"": 0, "_wilson": 0}
     for _ in range(80):

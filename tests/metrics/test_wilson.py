@@ -1,4 +1,4 @@
-"""Wilson's interval: published values, laws, and where metrics.json has it in place of the bootstrap."""
+"""Test Wilson's interval against published values and its equation, and its use in metrics.json."""
 
 from decimal import Decimal, getcontext
 
@@ -46,7 +46,7 @@ def test_ends_are_roots_of_the_score_test(trials: int) -> None:
 
 @pytest.mark.parametrize("trials", TRIALS)
 def test_interval_is_symmetric_and_monotonic(trials: int) -> None:
-    """It holds its estimate, lies in 0 .. 1, is exact at both ends, and mirrors with the outcome."""
+    """The interval contains its estimate, lies in 0 .. 1, and is mirrored for the complement."""
     for successes in np.unique(np.linspace(0, trials, 41).astype(int)).tolist():
         low, high = compute_wilson_interval(successes, trials)
         assert 0 <= low <= successes / trials <= high <= 1
@@ -64,7 +64,7 @@ def test_interval_is_symmetric_and_monotonic(trials: int) -> None:
 
 
 def _studies(normal: list[float], abnormal: list[float]) -> pd.DataFrame:
-    """Return hand studies with these probabilities, each of a patient of its own."""
+    """Return studies of the hand with these probabilities, each of its own patient."""
     probability = [*normal, *abnormal]
     label = [0] * len(normal) + [1] * len(abnormal)
     patient = [f"patient{index}" for index in range(len(label))]
@@ -74,7 +74,7 @@ def _studies(normal: list[float], abnormal: list[float]) -> pd.DataFrame:
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("num", [2, 4, 30])
 def test_degenerate_rate_has_wilson_interval(num: int, right: bool) -> None:
-    """All right or all wrong on one label: the bootstrap sees no spread there; on the other label it stays."""
+    """For a rate of 0 or 1 the bootstrap has no spread. The other rate keeps its bootstrap interval."""
     mixed = [0.2, 0.3, 0.6, 0.7] * 10
     group = summary.compute_metrics(_studies(mixed, [0.9 if right else 0.1] * num), resamples=200)["overall"]
     ends = group["sensitivity_low"], group["sensitivity_high"]
@@ -86,7 +86,7 @@ def test_degenerate_rate_has_wilson_interval(num: int, right: bool) -> None:
     assert (group["specificity_low"], group["specificity_high"]) != wilson_ends
 
 
-def test_bootstrap_interval_is_kept_where_it_exists() -> None:
+def test_other_rates_have_bootstrap_intervals() -> None:
     studies = simulated(300, 90)
     for group in summary.metrics_by_group(summary.compute_metrics(studies, resamples=200)).values():
         assert {group[f"{name}_interval"] for name in ("sensitivity", "specificity", "ppv", "npv")} == {"bootstrap"}
@@ -124,7 +124,7 @@ def test_every_curve_point_has_an_interval_and_its_method() -> None:
 
 
 def test_operating_points_and_band_have_wilson_intervals() -> None:
-    """On tune the labels are separated: at the fitted thresholds all of the reported studies are right."""
+    """The labels of tune are separated, so that all calls at the fitted thresholds are correct."""
     normal, abnormal = np.linspace(0.05, 0.4, 60).tolist(), np.linspace(0.6, 0.95, 60).tolist()
     tune = _studies(normal + [0.7] * 6, abnormal + [0.3] * 6)
     points = calibration.fit(tune, {}, ["XR_HAND"])

@@ -1,4 +1,4 @@
-"""densenet.py: torchvision's network, its weights, fresh and pretrained."""
+"""Test DenseNet against torchvision: logits, initial weights, pretrained weights."""
 
 import urllib.request
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_head_starts_at_the_base_rate() -> None:
 
 
 def pretrained(tmp_path: Path, change, suffix: str = ".pth") -> Path:
-    """A file as ImageNet training leaves it: 1,000 classes."""
+    """Write a file of ImageNet weights with 1,000 classes, and return its path."""
     growth, blocks, stem = densenet.ARCHITECTURES["tiny"]
     network = torchvision.models.DenseNet(growth, blocks, stem)
     state = change({key: torch.full_like(value, 0.5) for key, value in network.state_dict().items()})
@@ -48,13 +48,13 @@ def pretrained(tmp_path: Path, change, suffix: str = ".pth") -> Path:
 
 
 def old_keys(state: dict) -> dict:
-    """`denselayer1.norm1.weight` was `denselayer1.norm.1.weight` in 2017."""
+    """Return the state with keys of 2017, such as `denselayer1.norm.1.weight`."""
     return {k.replace("norm1", "norm.1").replace("norm2", "norm.2").replace("conv1", "conv.1").replace("conv2", "conv.2"): v
             for k, v in state.items() if not k.endswith("num_batches_tracked")}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "suffix"), [(dict, ".pth"), (old_keys, ".pth"), (dict, ".safetensors")])
-def test_pretrained_weights_fill_the_whole_backbone(tmp_path: Path, change, suffix: str) -> None:
+def test_pretrained_weights_fill_the_backbone(tmp_path: Path, change, suffix: str) -> None:
     network = densenet.build("tiny")
     head = network.classifier.weight.clone()
     densenet.load_pretrained(network, pretrained(tmp_path, change, suffix))
@@ -68,11 +68,11 @@ def test_incomplete_pretrained_weights_are_refused(tmp_path: Path) -> None:
     network = densenet.build("tiny")
     before = {key: value.clone() for key, value in network.state_dict().items()}
 
-    def lacking(state: dict) -> dict:
+    def drop_key(state: dict) -> dict:
         return {key: value for key, value in state.items() if "denseblock3" not in key}
 
     with pytest.raises(UserError, match=r"fills \d+ of \d+ backbone tensors.*denseblock3"):
-        densenet.load_pretrained(network, pretrained(tmp_path, lacking))
+        densenet.load_pretrained(network, pretrained(tmp_path, drop_key))
     with pytest.raises(UserError, match="no such file"):
         densenet.load_pretrained(network, tmp_path / "none.pth")
     (tmp_path / "bad.pth").write_bytes(b"<html>")
@@ -85,7 +85,7 @@ DIGESTS = {"densenet121": "a639ec97", "densenet169": "b2777c0a"}  # in the names
 
 
 def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> Path:
-    """Where torch.hub would keep torchvision's file; and no way out, so that nothing is fetched."""
+    """Direct torch.hub to a folder, block downloads, and return the path of the cached weights."""
     monkeypatch.setenv("TORCH_HOME", str(folder))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -99,7 +99,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
     ("architecture", "change"),
     [("densenet121", old_keys), pytest.param("densenet169", dict, marks=pytest.mark.nightly(part="training"))],
 )
-def test_imagenet_uses_torchvisions_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
+def test_imagenet_uses_the_cached_file(tmp_path: Path, monkeypatch, architecture: str, change) -> None:
     path = imagenet_cache(tmp_path, monkeypatch, architecture)
     path.parent.mkdir(parents=True)
     published = getattr(torchvision.models, architecture)()  # 1,000 classes

@@ -1,4 +1,4 @@
-"""target.py: run, list or ONNX file by the path alone, and where their results go."""
+"""Test Target: whether a path is a run, an ensemble list or an ONNX file, and its default output paths."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""describe's numbers beside its page, and the contact sheet: only on request, stratified, seeded, LOCAL ONLY."""
+"""Test describe: the JSON next to its page, and the contact sheet (optional, stratified, seeded, LOCAL ONLY)."""
 
 import base64
 import io
@@ -105,7 +105,7 @@ def test_contact_sheet_depends_on_seed_only(shard_folder: Path, tmp_path: Path) 
 
 
 def test_select_thumbnails_one_per_study_and_counts_skipped() -> None:
-    """Against the pixels themselves: each is a picture of its own row, of a study of its own."""
+    """Each thumbnail equals the pixels of its row, and each row is of another study."""
     frame = pd.DataFrame(
         [("train", "XR_HIP", f"p{i // 3}", f"s{i // 3}", i % 3, 1, f"f{i}") for i in range(60)],
         columns=["split", "study_type", "patient", "study", "view", "label", "path"],

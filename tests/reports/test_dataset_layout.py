@@ -1,4 +1,4 @@
-"""describe's pages as a person sees them in Chromium: short on a desktop, whole on a phone."""
+"""Test describe's pages in Chromium: their length on a desktop, and no clipped text at any width."""
 
 from collections.abc import Iterator
 from pathlib import Path

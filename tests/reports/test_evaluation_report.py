@@ -1,4 +1,4 @@
-"""evaluation.py and dataset.py: pages that say what they must, load nothing and stay well-formed."""
+"""Test the pages of evaluate and describe: their content, no external resources, valid markup."""
 
 import json
 import re
@@ -218,10 +218,10 @@ def write_report(out: Path, **changes: Any) -> Page:
 def read_report_json(out: Path) -> dict[str, Any]:
     """Read report.json. Raises AssertionError where it is not standard JSON."""
 
-    def refuse(word: str) -> float:
+    def raise_on_constant(word: str) -> float:
         raise AssertionError(word)
 
-    return json.loads((out / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    return json.loads((out / "report.json").read_text(encoding="utf-8"), parse_constant=raise_on_constant)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The report as a person sees it in Chromium: short on a desktop, whole on a phone, unfolded on paper."""
+"""Test the report in Chromium: its length on a desktop, no clipped text at any width, all details visible in print."""
 
 import json
 import re
@@ -19,7 +19,7 @@ MAX_PX = 4500  # below the first screen, at 1280 px, for seven study types
 
 
 def studies(num: int, seed: int) -> pd.DataFrame:
-    """Return studies of MURA's seven study types; of the humerus all abnormal ones are called so."""
+    """Return studies of MURA's seven study types. All abnormal humerus studies are called abnormal."""
     rng = np.random.default_rng(seed)
     study_type = np.array(mura.STUDY_TYPES)[np.arange(num) % len(mura.STUDY_TYPES)]
     label = rng.integers(0, 2, num)
@@ -34,8 +34,8 @@ def studies(num: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(frame | {"num_views": np.arange(num) % 4 + 1, "exposure": rng.uniform(20, 90, num)})
 
 
-def write(out: Path, tune: int = 100) -> Path:
-    """Write the report of a run as evaluate does, from tune studies that were really fitted to."""
+def write_report(out: Path, tune: int = 100) -> Path:
+    """Write the report of a run as evaluate does, with thresholds fitted to the tune studies."""
     points = calibration.fit(studies(tune, 1), {}, mura.STUDY_TYPES)
     table = calibration.apply(points, studies(280, 0))
     table = table.assign(call=(table["probability"] > 0.5).astype(int))
@@ -80,7 +80,7 @@ def write(out: Path, tune: int = 100) -> Path:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("report"))
+    return write_report(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_footnote_letter_links_to_footnote(chromium: Any, report: Path) -> None:
 
 @pytest.mark.parametrize(("tune", "wide"), [(60, True), (1500, False)])
 def test_wide_band_of_few_tune_studies_has_note(tune: int, wide: bool, tmp_path: Path) -> None:
-    path = write(tmp_path, tune)
+    path = write_report(tmp_path, tune)
     content = json.loads((tmp_path / "report.json").read_bytes())
     band = content["metrics"]["operating_points"]["overall"]["band"]
     assert band["share_uncertain"] > 0.25  # of many tune studies too: then the model is why, not their number
