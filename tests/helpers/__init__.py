@@ -1,1 +1,1 @@
-"""What several tests share: commands, laws, drawn files, models, runs. No test imports another test."""
+"""Code that several tests share: commands, checks, drawn files, models and runs. No test imports another test."""

@@ -1,6 +1,7 @@
-"""An environment that holds the base install and named extras only: links to this environment's packages.
+"""An environment with the base install and selected extras only, made of links to the packages of this environment.
 
-requirements of pyproject.toml -> all that they require, by metadata -> FOLDER/site: a link each -> python -S, which sees no other
+It resolves the requirements of pyproject.toml by metadata and links each package into FOLDER/site. `python -S` then finds no
+other package.
 """
 
 import os
@@ -19,7 +20,7 @@ _SAME_MODULES = {"onnxruntime": "onnxruntime-gpu"}
 
 
 class BaseInstall:
-    """An environment without the packages of the other extras. `run` runs a command of it."""
+    """Environment without the packages of the other extras."""
 
     def __init__(self, folder: Path, *extras: str) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -33,7 +34,7 @@ class BaseInstall:
                     link.symlink_to(Path(str(distribution.locate_file(top))))
 
     def run(self, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run Python with these words, which finds this environment's packages and the checkout, no others."""
+        """Run Python with these arguments. It finds only this environment's packages and the checkout."""
         environment = {**os.environ, **NO_GPU, "PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}", **(env or {})}
         command = [sys.executable, "-S", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=240)
@@ -44,7 +45,7 @@ def _of_extra(project: dict, extra: str) -> list[str]:
 
 
 def _closure(requirements: list[str]) -> list[metadata.Distribution]:
-    """Return the distributions that these requirements install, and mura-dist's own, whose metadata names the extras."""
+    """Return the distributions that these requirements install, and mura-dist's own, whose metadata lists the extras."""
     distributions = {"mura-dist": metadata.distribution("mura-dist")}
     pending = [Requirement(text) for text in requirements]
     while pending:

@@ -1,4 +1,4 @@
-"""Make files once in a session, for all workers of pytest-xdist: in a folder beside their temporary ones, under a file lock.
+"""Files made once in a session for all workers of pytest-xdist, beside their temporary folders and under a file lock.
 
 This is the recipe in pytest-xdist's documentation ("Making session-scoped fixtures execute only once").
 """
@@ -18,7 +18,7 @@ class Cache:
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the path of `name`, which `make(path)` has written; only the first caller of the session waits for that."""
+        """Return the path of `name`. The first caller of the session writes it with `make(path)`; the others wait."""
         path, done = self.root / name, self.root / f"{name}.done"
         with FileLock(self.root / f"{name}.lock"):
             if not done.exists():

@@ -1,4 +1,4 @@
-"""What one step sends, as torch's own profiler saw it: a rank of torchrun; the first one prints JSON.
+"""Print the communication of one training step as JSON, recorded by torch's profiler. Run it as a rank of torchrun.
 
 ARCHITECTURE PRECISION ZERO_STAGE -> [[operation, [shape], type], ...] in order
 """

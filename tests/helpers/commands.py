@@ -1,4 +1,4 @@
-"""Run a command of this environment, warm or from nothing, on one rank or several."""
+"""Run a command of this environment, in a warm or a new process, on one rank or several."""
 
 import contextlib
 import os
@@ -22,14 +22,14 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on now."""
+    """Return an unused port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def deepspeed(ranks: int) -> list[str]:
-    """Return DeepSpeed's launcher of so many ranks, which meet at a port that no other test has."""
+    """Return the command of DeepSpeed's launcher for this number of ranks, with a free port."""
     meeting = ("--master_port", free_port(), "--num_accelerators", ranks)
     return ["deepspeed", *map(str, meeting), "--module", "mura_dist.train"]
 
@@ -40,17 +40,17 @@ NO_GPU = {
 
 
 def stderr_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """Return the lines of a command's stderr but for the terms of use, which end it."""
+    """Return the lines of a command's stderr without the terms of use at its end."""
     return [line for line in result.stderr.splitlines() if TERMS not in line]
 
 
 def warm_python() -> str:
-    """Return the executable of the session's server (warm.py), which conftest.py starts."""
+    """Return the executable of the session's warm server (warm.py), which conftest.py starts."""
     return os.environ["MURA_DIST_WARM_PYTHON"]
 
 
 def warm_script(name: str) -> list[str]:
-    """Return the first words of a command that runs a script of this environment warm."""
+    """Return the start of a command line that runs a script of this environment warm."""
     return [warm_python(), str(BIN / name)]
 
 
@@ -61,10 +61,10 @@ def run(
     env: dict[str, str] | None = None,
     cold: bool = False,
 ):
-    """Run a command of this environment to its end; its output as text.
+    """Run a command of this environment and return its output as text.
 
-    mura-dist, the launchers and their ranks are forks of a process that has imported torch (warm.py). `cold`: started from
-    nothing, as a user does; for what the environment says to a library as it is loaded.
+    mura-dist, the launchers and their ranks are forks of a process that has imported torch (warm.py). `cold` starts a new
+    process, as a user does. It is needed where a library reads the environment when it is loaded.
     """
     name, *rest = (str(word) for word in arguments)
     warmed = not cold and name in ("mura-dist", "torchrun", "deepspeed")
@@ -80,12 +80,12 @@ def run(
 def torchrun(
     ranks: int, *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, cold: bool = False
 ):
-    """`torchrun` on this machine with a free port; the module's words follow."""
+    """Run a module under `torchrun` on this machine with a free port."""
     return run("torchrun", "--standalone", "--nproc-per-node", ranks, "-m", *arguments, cwd=cwd, env=env, cold=cold)
 
 
 def processes_of(path: Path) -> list[int]:
-    """Return the processes whose command line has `path` as a word."""
+    """Return the ids of the processes with `path` as an argument."""
     pids = []
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended meanwhile
@@ -95,9 +95,10 @@ def processes_of(path: Path) -> list[int]:
 
 
 def killed_when(begun: Callable[[], bool], names: Path, *arguments: object, launcher_alone: bool = False) -> list[int]:
-    """Start a command, and when `begun` kill -9 it and all it started: every process whose command line has the path `names`.
+    """Start a command and kill -9 it and its children once `begun` returns True.
 
-    `launcher_alone`: kill the command alone. Returns all these processes.
+    The children are the processes with the path `names` as an argument. `launcher_alone` kills only the command. Returns the
+    ids of all these processes.
     """
     command = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -130,6 +131,6 @@ SHORT = ("epochs=1", "micro_batch=4")
 
 
 def train(ranks: int, shards: Path, folder: Path, *arguments: str):
-    """A TINY run with these words too: several ranks under torchrun, one without a launcher."""
+    """Train a TINY run with these settings, under torchrun for several ranks and without a launcher for one."""
     settings = (*TINY, f"shards={shards}", f"run={folder}", *arguments, "--quiet")
     return run("mura-dist", "train", *settings) if ranks == 1 else torchrun(ranks, "mura_dist.train", *settings)

@@ -1,10 +1,10 @@
-"""The CUDA runtime's functions for page-locked memory, on a machine without a GPU."""
+"""A stand-in for the CUDA runtime's functions for page-locked memory, on a machine without a GPU."""
 
 import ctypes
 
 
 class Runtime:
-    """The functions of the CUDA runtime on libc's memory, and a log of the calls: (name, address or device)."""
+    """CUDA runtime functions on libc's memory, with a log of the calls: (name, address or device)."""
 
     def __init__(self, error: int = 0) -> None:
         self.error, self.calls = error, list[tuple[str, int]]()

@@ -1,4 +1,4 @@
-"""DICOM files, drawn: pixels, as they are or compressed, under a header that tests may falsify.
+"""DICOM files drawn for tests: pixels, plain or compressed, under a header that tests may falsify.
 
 pixels (H, W) or (H, W, 3) -> dicom -> bytes of a file          codestream -> encapsulated -> bytes of a file
 values (H, W) -> jpeg_lossless, flat_jpeg -> codestream         values by keyword -> table, group -> items of sequences
@@ -25,8 +25,10 @@ JPEG_EXTENDED, JPEG_LOSSLESS, JPEG_LOSSLESS_SV1 = (f"1.2.840.10008.1.2.4.{n}" fo
 
 
 def dicom(pixels: np.ndarray, *, bits: int = 8, syntax: str = EXPLICIT, **values: Any) -> bytes:
-    """A secondary capture of `pixels` ((H, W) or (H, W, 3)), `values` set last; None takes an element out, bytes are written as
-    they are, whatever they mean."""
+    """Return a secondary capture of `pixels` ((H, W) or (H, W, 3)).
+
+    `values` are set last. None removes an element, and bytes are written unchanged, even if invalid.
+    """
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax if syntax in (IMPLICIT, BIG_ENDIAN, DEFLATED) else EXPLICIT
@@ -62,7 +64,7 @@ def put(dataset: Dataset, name: str, value: Any, syntax: str = EXPLICIT) -> None
 
 
 def sequence(**values: Any) -> Sequence:
-    """A sequence of one item."""
+    """Return a sequence of one item."""
     item = Dataset()
     for name, value in values.items():
         put(item, name, value)
@@ -70,7 +72,10 @@ def sequence(**values: Any) -> Sequence:
 
 
 def table(entries: np.ndarray, first: int, bits: int, *, vr: str = "OW", order: str = "<") -> Sequence:
-    """A modality or VOI LUT: entries (n,) uint8 as bytes, two in a word, or uint16 as words; `first`: a word, or negative."""
+    """Return a modality or VOI LUT.
+
+    `entries` (n,) are uint8 (bytes, two in a word) or uint16 (words). `first` is an unsigned word, or negative.
+    """
     data = entries.tobytes() + b"\0" * (entries.nbytes % 2)
     values_16 = np.frombuffer(data, "<u2")
     item = Dataset()
@@ -80,7 +85,7 @@ def table(entries: np.ndarray, first: int, bits: int, *, vr: str = "OW", order: 
 
 
 def encapsulated(frame: bytes, syntax: str, *, bits: int = 8, **values: Any) -> bytes:
-    """A DICOM that says 60 x 45, if `values` do not say otherwise, with `frame` in it."""
+    """Return a DICOM that contains `frame`. Its header gives 60 x 45 unless `values` say otherwise."""
     drawn = np.zeros((60, 45), np.uint8 if bits <= 8 else np.uint16)
     dataset = pydicom.dcmread(io.BytesIO(dicom(drawn, bits=bits, **values)))
     dataset.file_meta.TransferSyntaxUID = syntax
@@ -91,8 +96,11 @@ def encapsulated(frame: bytes, syntax: str, *, bits: int = 8, **values: Any) -> 
 
 
 def jpeg_lossless(values: np.ndarray, precision: int, predictor: int = 1) -> bytes:
-    """Process 14, the lossless JPEG of most CR and DX: differences to the pixel before (1) or above (2), Huffman codes of
-    five bits for their 17 lengths."""
+    """Compress by JPEG process 14, the lossless JPEG of most CR and DX.
+
+    It codes differences to the previous pixel (predictor 1) or the one above (2), with Huffman codes of five bits for their 17
+    lengths.
+    """
     table = b"\xff\xc4" + struct.pack(">HB16B", 36, 0, 0, 0, 0, 0, 17, *[0] * 11) + bytes(range(17))
     frame = b"\xff\xc3" + struct.pack(">HBHHB", 11, precision, *values.shape, 1) + b"\1\x11\0"
     scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + bytes([1, 0, predictor, 0, 0])
@@ -108,7 +116,7 @@ def jpeg_lossless(values: np.ndarray, precision: int, predictor: int = 1) -> byt
 
 
 def _coded(differences: np.ndarray, end: str = "") -> bytes:
-    """JPEG's entropy-coded data: each difference, then `end`."""
+    """Return JPEG's entropy-coded data: each difference, then `end`."""
     bits = "".join(_difference_bits(int(difference)) + end for difference in differences.flat)
     bits += "1" * (-len(bits) % 8)
     return int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
@@ -122,7 +130,7 @@ def _difference_bits(difference: int) -> str:
 
 
 def flat_jpeg(values: np.ndarray, precision: int) -> bytes:
-    """JPEG's extended process: blocks of 8 x 8 pixels of one value each, so that nothing is lost. values: (H / 8, W / 8)."""
+    """Compress by JPEG's extended process. Blocks of 8 x 8 equal pixels lose nothing. values: (H / 8, W / 8)."""
     height, width = (8 * side for side in values.shape)
     quantization = b"\xff\xdb" + struct.pack(">HB", 67, 0) + b"\1" * 64
     frame = b"\xff\xc1" + struct.pack(">HBHHB", 11, precision, height, width, 1) + b"\1\x11\0"

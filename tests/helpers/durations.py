@@ -1,8 +1,8 @@
-"""The recorded duration of every test, which orders them (conftest.py).
+"""The recorded duration of each test, which determines the order of the tests (conftest.py).
 
     python tests/helpers/durations.py < LOG > tests/durations.tsv
 
-LOG is what `pytest --durations=0 --durations-min=0.05` printed; the table's head says where and how it was made.
+LOG is the output of `pytest --durations=0 --durations-min=0.05`. The head of the table names the command and the hardware.
 """
 
 import re
@@ -15,7 +15,7 @@ LINE = re.compile(r"\s*(\d+\.\d+)s (setup|call|teardown)\s+(\S+::.*?)(@[^@\]]*)?
 
 
 def read() -> Counter[str]:
-    """Return the seconds of each test, its setup and teardown included, by its name without the file: files move."""
+    """Return the seconds of each test, with setup and teardown, by its name without the file, since files move."""
     seconds: Counter[str] = Counter()
     for line in TABLE.read_text().splitlines():
         if not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""What an ELF file says of itself, without binutils."""
+"""Read ELF files without binutils."""
 
 import mmap
 import struct

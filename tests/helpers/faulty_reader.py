@@ -1,4 +1,4 @@
-"""A reader for predict.py's workers that does to its process what a file's name says; light, since every worker imports it."""
+"""A reader for predict.py's workers that fails as the file name says. The module is light, since every worker imports it."""
 
 import os
 from pathlib import Path

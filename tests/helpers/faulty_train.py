@@ -1,11 +1,11 @@
 """`mura-dist train` with a fault: at the FAULT_CALLs (1-based, comma-separated) of FAULT_RANK's training forward, FAULT happens.
 
-nan       the logits are NaN              gradient  the logits are sound, their gradient is infinite
+nan       the logits are NaN              gradient  the logits are valid, their gradient is infinite
 memory    torch.OutOfMemoryError          error     another exception
 evaluation  the logits are NaN, at calls of its forward in evaluations instead
-bf16      the rank's processor computes bf16, the others' do not
+bf16      the rank's processor supports bf16, the others' do not
 
-FAULT_LEAVE_S: seconds that it takes each rank to leave the others.
+FAULT_LEAVE_S: seconds that each rank needs to leave the process group.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A reader for the page's workers that fails on one content, as ours must not; light, since every worker imports it."""
+"""A reader for the page's workers that raises on one content. The module is light, since every worker imports it."""
 
 from mura_dist.inference.page import study
 

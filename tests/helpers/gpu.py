@@ -1,6 +1,6 @@
-"""What the tests of tests/gpu share: where they run, and a rehearsal of them on a CPU.
+"""Code that the tests of tests/gpu share: their device, and a rehearsal of them on a CPU.
 
-REHEARSE_GPU_TESTS=1 runs their code on a CPU, small, to see that it runs; what it compares is then the same device twice.
+REHEARSE_GPU_TESTS=1 runs their code on a CPU at a small size. A comparison of devices then uses the same device twice.
 """
 
 import os
@@ -22,14 +22,14 @@ MARKS = [
 
 
 def python(*arguments: object, hide_gpu: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run this interpreter, started from nothing. Needs no installed script: a machine may run the checkout as it lies."""
+    """Run this interpreter in a new process. No installed script is needed."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if hide_gpu else "0"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 def host_waits(call: Callable[[], object]) -> list[str]:
-    """Return where the host waits for the GPU while `call` runs, a "file:line" for each time."""
+    """Return a "file:line" for each time that the host waits for the GPU while `call` runs."""
     places: list[str] = []
     synchronize = torch.cuda.synchronize
 

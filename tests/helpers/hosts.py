@@ -1,11 +1,11 @@
-"""Hosts on this machine: network namespaces at one switch, each with an address, names, process numbers and mounts of its own.
+"""Hosts on this machine: network namespaces on one bridge, each with its own address, names, process ids and mounts.
 
     host1 10.99.0.1 -- veth --+
     host2 10.99.0.2 -- veth --+-- bridge (a namespace of its own)        needs root and iproute2
     ...                       +
 
-Nothing of it reaches the network of the machine. What is started on a host sees its own hostname and only its own processes;
-`power_off` takes the link away and then kills all of them, so that nobody hears of their end.
+The namespaces do not reach the network of the machine. A process on a host sees its own hostname and only the host's processes.
+`power_off` removes the link and then kills all of them, so that no peer is notified.
 """
 
 import contextlib
@@ -29,7 +29,10 @@ def ip(*arguments: object) -> None:
 
 
 class Hosts:
-    """`num` hosts, numbered from 1; `slow`: tools/robustness/slow_link.py's words for some. Made and taken away by `hosts`."""
+    """`num` hosts, numbered from 1, that the function `hosts` creates and removes.
+
+    `slow` maps a host to arguments of tools/robustness/slow_link.py.
+    """
 
     def __init__(self, num: int, slow: Mapping[int, Sequence[object]]) -> None:
         self.numbers, self.slow = range(1, num + 1), slow
@@ -45,7 +48,7 @@ class Hosts:
         return f"{self._tag}s"
 
     def etc(self, number: int) -> Path:
-        """What lies here is /etc of the host (`ip netns exec` mounts it there)."""
+        """Return the folder that `ip netns exec` mounts as the host's /etc."""
         return Path("/etc/netns") / self.space(number)
 
     def build(self) -> None:
@@ -97,7 +100,10 @@ class Hosts:
     def start(
         self, number: int, *arguments: object, log: Path, env: Mapping[str, str] | None = None, first: str = ""
     ) -> subprocess.Popen[str]:
-        """A command on a host, its output appended to `log`. `first`: shell words before it, such as mounts of the host's own."""
+        """Start a command on a host and append its output to `log`.
+
+        `first` is a shell command before it, for example a mount on that host only.
+        """
         inside = f'hostname host{number} && {first or ":"} && exec "$@"'
         apart = (
             "unshare",
@@ -137,7 +143,7 @@ class Hosts:
             process.wait()
 
     def cut(self, number: int) -> None:
-        """The host's link, without a word to anybody."""
+        """Take the host's link down without notifying any peer."""
         ip("-n", self._switch, "link", "set", f"p{number}", "down")
 
     def mend(self, number: int) -> None:
@@ -150,7 +156,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def hosts(num: int, slow: Mapping[int, Sequence[object]] | None = None) -> Iterator[Hosts]:
-    """Skips where there can be none."""
+    """Create hosts and remove them at the end. Skip the test where namespaces are unavailable."""
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("hosts of our own need root, iproute2 and util-linux: run as root, apt-get install iproute2")
     created = Hosts(num, slow or {})

@@ -1,4 +1,4 @@
-"""The laws of the house, each a function that several tests call over a grid."""
+"""Properties that several tests check over a grid, one function each."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from mura_dist.data.shards.reader import Shards, read_index
 
 
 def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.MicroBatch]], *, dropped: int = 0) -> None:
-    """Over all ranks each of `rows` is there exactly once, up to `dropped` of them; every rank has as many micro-batches."""
+    """Assert that over all ranks each of `rows` occurs once, except for `dropped`, with equally many micro-batches a rank."""
     assert len({len(micros) for micros in micros_of_ranks}) == 1
     trained_rows = np.concatenate([micro.rows[micro.mask] for micros in micros_of_ranks for micro in micros])
     assert len(trained_rows) == len(rows) - dropped
@@ -25,7 +25,7 @@ def once(rows: np.ndarray, micros_of_ranks: Sequence[Sequence[sampler.MicroBatch
 
 
 def same_order(a: Sequence[sampler.MicroBatch], b: Sequence[sampler.MicroBatch]) -> None:
-    """Two ways to the same micro-batches: rows, angles, flips and masks equal bit for bit."""
+    """Assert that two lists of micro-batches are equal bit for bit: rows, angles, flips and masks."""
     assert len(a) == len(b)
     for first, second in zip(a, b, strict=True):
         for name in ("rows", "angles", "flips", "mask"):
@@ -33,7 +33,7 @@ def same_order(a: Sequence[sampler.MicroBatch], b: Sequence[sampler.MicroBatch])
 
 
 def same_metrics(a: dict[int, float], b: dict[int, float], threshold: float = 0.5) -> None:
-    """Logits by row within 1e-4; calls equal unless that near the threshold."""
+    """Assert that logits by row agree within 1e-4, and calls too unless a logit is that near the threshold."""
     assert a.keys() == b.keys()
     x, y = np.array(list(a.values())), np.array([b[row] for row in a])
     np.testing.assert_allclose(x, y, atol=1e-4, rtol=0)
@@ -43,7 +43,7 @@ def same_metrics(a: dict[int, float], b: dict[int, float], threshold: float = 0.
 
 
 def same_bytes(a: Path, b: Path, *, leave_out: Sequence[str] = ()) -> None:
-    """Two folders hold the same files with the same bytes, but for `leave_out`."""
+    """Assert that two folders contain the same files with the same bytes, except for `leave_out`."""
 
     def contents(folder: Path) -> dict[str, bytes]:
         files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in leave_out)
@@ -55,9 +55,9 @@ def same_bytes(a: Path, b: Path, *, leave_out: Sequence[str] = ()) -> None:
 
 
 def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: Sequence[int]) -> None:
-    """Killed at each of `moments` (the number of the write), then started again: `check` finds the new state, whole.
+    """Kill the work at each of `moments` (the number of a write), run it again, and `check` the complete new state.
 
-    `work(moment)` runs the work in a process that is killed at that write (0: never); it returns the exit status.
+    `work(moment)` runs the work in a process that is killed at that write (0: never) and returns the exit status.
     """
     for moment in moments:
         assert work(moment) == -9, f"write {moment} was never reached"
@@ -66,7 +66,7 @@ def torn_write(work: Callable[[int], int], check: Callable[[], None], moments: S
 
 
 def refusal(capsys, arguments: Sequence[object], *texts: str) -> str:
-    """The command line is refused: status 2, one line on stderr with all of `words`, no traceback. Returns the line."""
+    """Assert that a command line is refused: status 2 and one line on stderr with all of `texts`. Return the line."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
@@ -79,9 +79,9 @@ def refusal(capsys, arguments: Sequence[object], *texts: str) -> str:
 
 
 def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[str, Any]:
-    """The ONNX file of an evaluated model says all of itself to one who has plain ONNX Runtime and JSON, and none of `secrets`.
+    """Assert that an evaluated ONNX file describes itself to plain ONNX Runtime and JSON and contains none of `secrets`.
 
-    Returns the card. `kind`: what it was trained on, phantoms or radiographs.
+    `kind` is what the model was trained on, phantoms or radiographs. Returns the card.
     """
     session = onnxruntime.InferenceSession(path.read_bytes())
     metadata = session.get_modelmeta()
@@ -134,7 +134,7 @@ def self_describing(path: Path, *, kind: str, secrets: Sequence[str]) -> dict[st
 
 
 def damage(shards: Shards, row: int) -> str:
-    """Flip a bit in the pixels of a row's sample; returns the name of its tar."""
+    """Flip a bit in the pixels of a row's sample and return the name of its tar."""
     for name in shards.tar_names():
         for image, *_ in read_index((shards.folder / name).with_suffix(".idx")):
             if image.row == row:
@@ -148,7 +148,7 @@ def damage(shards: Shards, row: int) -> str:
 
 
 class Markup(HTMLParser):
-    """Fails where tags do not nest; keeps elements and text."""
+    """Parser that fails where tags do not nest, and collects elements and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -174,9 +174,9 @@ class Markup(HTMLParser):
 
 
 def local_only(path: Path) -> Markup:
-    """A page with radiographs says LOCAL ONLY where one looks (first lines, title, banner), holds all it shows, loads nothing.
+    """Assert that a page with radiographs says LOCAL ONLY in its first lines, title and banner, and loads no resource.
 
-    Its only links lead to the other pages of the same gallery, which are there.
+    Its only links lead to existing pages of the same gallery.
     """
     text = path.read_text(encoding="utf-8")
     assert "LOCAL ONLY" in "".join(text.splitlines()[:2]), text[:200]
@@ -200,7 +200,7 @@ def local_only(path: Path) -> Markup:
 
 
 def holds_no_radiograph(path: Path) -> None:
-    """A page that may leave the machine: no picture but drawn lines."""
+    """Assert that a page that may leave the machine has no picture except drawn lines."""
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"<img|<image|data:image|<canvas|<object|<embed", text)
     assert "LOCAL ONLY" not in re.sub(r"gallery[^<]*LOCAL ONLY[^<]*", "", text)

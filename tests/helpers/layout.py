@@ -1,4 +1,4 @@
-"""How a page lies in a browser: its height, and the text that leaves its box or the window."""
+"""The layout of a page in a browser: its height, and text that leaves its box or the window."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _CUT = """() => {
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """Start Chromium; skip the test where there is none."""
+    """Start Chromium. Skip the test where there is none."""
     program = chromium()
     from playwright.sync_api import sync_playwright
 
@@ -47,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened(started: Any, path: Path, width: int) -> Iterator[Any]:
-    """Open a file in a window of this width, without script of its own."""
+    """Open a file in a window of this width."""
     page = started.new_page(viewport={"width": width, "height": 844})
     page.goto(path.resolve().as_uri())
     yield page
@@ -55,15 +55,15 @@ def opened(started: Any, path: Path, width: int) -> Iterator[Any]:
 
 
 def height(page: Any) -> int:
-    """Return the height of the whole page, px."""
+    """Return the full height of the page in px."""
     return int(page.evaluate("document.documentElement.scrollHeight"))
 
 
 def unfold(page: Any) -> None:
-    """Open all that is folded."""
+    """Open all folded details."""
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
 
 
 def cut_text(page: Any) -> list[str]:
-    """Return the texts that leave their box or the window, and the tables that have to be scrolled."""
+    """Return the texts that leave their box or the window, and the tables that need scrolling."""
     return list(page.evaluate(_CUT))

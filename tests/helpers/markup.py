@@ -1,4 +1,4 @@
-"""The law of every page: what data are called changes its text, never its elements, attributes or addresses."""
+"""A check for every page: names in the data change its text, never its elements, attributes or addresses."""
 
 import json
 from collections.abc import Callable
@@ -48,9 +48,10 @@ class _Skeleton(HTMLParser):
 
 
 def check_names_are_text(write: Callable[[Callable[[str], str], Path], list[Path]], folder: Path) -> None:
-    """`write(rename, out)` -> pages of data whose every name went through `rename`: hostile names make no markup.
+    """Assert that hostile names create no markup.
 
-    Names are as long and sort as they did, so that nothing else about the pages differs.
+    `write(rename, out)` returns pages of data with every name passed through `rename`. Harmless and hostile names have the same
+    length and order, so that the pages do not differ otherwise.
     """
     pages = {}
     for kind, ending in (("harmless", "a" * len(HOSTILE)), ("hostile", HOSTILE)):
@@ -64,7 +65,7 @@ def check_names_are_text(write: Callable[[Callable[[str], str], Path], list[Path
 
 
 def renamed_shards(shards: Path, target: Path, rename: Callable[[str], str]) -> Path:
-    """Write a copy of a shard folder whose study types, patients, studies, paths, defects and files go by other names."""
+    """Write a copy of a shard folder with renamed study types, patients, studies, paths, defects and files."""
     frame = Manifest.load(shards / "manifest.csv").frame
     for column in ("study_type", "patient", "study", "path"):
         frame[column] = frame[column].map(rename).astype(object)

@@ -1,4 +1,4 @@
-"""Open shards by their mirror, in a process of its own; light, since every such process imports it."""
+"""Open mirrored shards in a process of its own. The module is light, since every such process imports it."""
 
 from multiprocessing.queues import Queue
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real MLflow server on this machine, and a proxy before it that fails as networks and servers do."""
+"""A real MLflow server on this machine, and a proxy that injects network and server faults."""
 
 import contextlib
 import http.client
@@ -62,7 +62,7 @@ def _is_healthy(address: str) -> bool:
 
 
 class Proxy:
-    """Forwards to `server` what `fault` says of each request; `authorization`: the header of each."""
+    """Proxy to `server` that applies `fault()` to each request and records the `authorization` header of each."""
 
     def __init__(self, server: str, fault: Callable[[], Fault]) -> None:
         self.authorization: list[str | None] = []

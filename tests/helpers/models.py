@@ -1,4 +1,4 @@
-"""Small models and the images to try them on."""
+"""Small models and images for them."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def card_of(size: int = S, kind: str = "radiographs") -> Card:
 
 
 def tiny(seed: int = 0) -> densenet.DenseNet:
-    """Not as it was born: BatchNorm has seen data, so its statistics matter."""
+    """Build a model whose BatchNorm statistics differ from their initial values."""
     model = densenet.build("tiny", seed=seed)
     with torch.no_grad():
         for _ in range(3):

@@ -20,7 +20,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def chromium() -> str:
-    """Return the browser's program; skip the test where there is none."""
+    """Return the path of Chromium. Skip the test where there is none."""
     program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if program is None:
         if os.environ.get(NEED_BROWSER):
@@ -33,7 +33,7 @@ def chromium() -> str:
 def served(
     model: Path, *arguments: object, env: dict[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start `mura-dist page` with these words; yield its address and process once it answers."""
+    """Start `mura-dist page` with these arguments. Yield its address and process once it answers."""
     port = free_port()
     command = [str(BIN / "mura-dist"), "page", str(model), "--port", str(port), *map(str, arguments)]
     process = subprocess.Popen(
@@ -73,14 +73,14 @@ def until(true: Any, timeout_s: float = 60) -> None:
 
 
 def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
-    """Hand files to the page's uploader, by path or as (name, content)."""
+    """Give files to the page's uploader, by path or as (name, content)."""
     named = [file if isinstance(file, tuple) else (file.name, file.read_bytes()) for file in files]
     sent = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in named]
     page.locator("input[type=file]").set_input_files(sent)
 
 
 def choose(page: Any, label: str, option: str) -> None:
-    """Choose an option by typing: a long list holds only those options that are in sight."""
+    """Choose an option by typing, since a long list contains only its visible options."""
     box = page.get_by_role("combobox", name=label)
     box.click()
     box.fill(option)

@@ -14,7 +14,7 @@ DIFFERS = ("conversion.json",)
 def start_rank(
     script: Path, environment: dict[str, Any], *arguments: object, cold: bool = False
 ) -> subprocess.Popen[str]:
-    """Start a rank; `cold` where its process number or its children are looked at (warm.py)."""
+    """Start a rank. `cold` starts a new process, for tests that look at its process id or children (warm.py)."""
     variables = {name: str(value) for name, value in environment.items()}
     command = [sys.executable if cold else warm_python(), str(script), *map(str, arguments)]
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

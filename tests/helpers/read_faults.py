@@ -1,4 +1,4 @@
-"""Make reads fail in the processes that a test starts, through tools/robustness/read_faults.c under LD_PRELOAD."""
+"""Inject read errors into the processes that a test starts, by tools/robustness/read_faults.c under LD_PRELOAD."""
 
 import contextlib
 import errno
@@ -18,10 +18,10 @@ SOURCE = ROOT / "tools/robustness/read_faults.c"
 
 @dataclass(frozen=True)
 class ReadFaults:
-    """Errors to come, counted over all processes that have `environment`.
+    """Errors to inject, counted over all processes that have `environment`.
 
-    path: a text in the path of what fails; call: read, open or list (of a folder); skip: calls that succeed first; times: calls
-    that fail then, None: all.
+    path: a text in the path of a failing call; call: read, open or list (of a folder); skip: number of calls that succeed first;
+    times: number of calls that fail then, None for all.
     """
 
     library: Path
@@ -40,7 +40,7 @@ class ReadFaults:
 
     @contextlib.contextmanager
     def in_children(self) -> Iterator[None]:
-        """Let reads fail in the processes that this one starts from nothing while the block runs."""
+        """Inject the errors into processes that start during the block."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
@@ -48,12 +48,12 @@ class ReadFaults:
 
     @property
     def num_calls(self) -> int:
-        """How many such calls there were, failed or not."""
+        """Number of matching calls, failed or not."""
         return int.from_bytes(self.counter.read_bytes(), sys.byteorder)
 
 
 def compile_library(path: Path) -> None:
-    """Compile the library as `path`; skip the test where that cannot be."""
+    """Compile the library as `path`. Skip the test where that is impossible."""
     compiler = shutil.which("cc")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("errors of reading are injected on Linux, by a library that needs a C compiler (cc)")

@@ -1,4 +1,4 @@
-"""What a training left, to be compared."""
+"""The results of a training run, for comparison."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ WALL_CLOCK = {"time_s", "evaluation_s", "images_per_s", "data_wait_share", "limi
 
 
 def logged_metrics(folder: Path) -> list[dict[str, object]]:
-    """metrics.jsonl but for its wall-clock fields."""
+    """Return metrics.jsonl without its wall-clock fields."""
     lines = metrics_log.read(folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in lines]
 
 
 def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Everything a checkpoint holds, model and optimiser."""
+    """Return all tensors of a checkpoint, of the model and the optimizer."""
     paths = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
     tensors_by_name = {f"{path.name}:{key}": value for path in paths for key, value in load_file(path).items()}
     assert len(tensors_by_name) > 100, tensors_by_name.keys()

@@ -1,6 +1,6 @@
-"""Hand tests to the workers of pytest-xdist: long ones one by one, the others by file, what takes longest first.
+"""A scheduler for pytest-xdist: long tests one by one, the others by file, the longest first.
 
-A scheduler of our own: `--dist loadgroup` of xdist 3.8 marks groups in an attribute that pytest 9.2 no longer reads.
+`--dist loadgroup` of xdist 3.8 does not work: it marks groups in an attribute that pytest 9.2 no longer reads.
 """
 
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ UNSPLIT = ("tests/inference/page/test_page.py",)  # one browser and one server f
 
 
 def scope_of(nodeid: str, seconds: Counter[str]) -> str:
-    """Return what is handed out at once: the test alone, or its file."""
+    """Return the scope of a test, which one worker runs: the test alone, or its file."""
     file, _, test = nodeid.partition("::")
     return nodeid if seconds[test] > LONG_S and file not in UNSPLIT else file
 
@@ -32,7 +32,7 @@ def order(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 class LongestFirst(LoadScopeScheduling):
-    """Scopes in the order of the tests."""
+    """Scheduler of the scopes in the order of the tests."""
 
     def __init__(self, config: pytest.Config, log: object = None) -> None:
         super().__init__(config, log)
@@ -40,9 +40,9 @@ class LongestFirst(LoadScopeScheduling):
         self.seconds = durations.read()
 
     def remove_node(self, node: WorkerController) -> str | None:
-        """Give what a crashed worker had left to the others; return the test that it crashed in, which is not tried again.
+        """Give the remaining tests of a crashed worker to the others. Return the test that crashed, which is not repeated.
 
-        xdist's own gives them the finished tests too: a worker that is sent none of a file waits for ever.
+        The scheduler of xdist would send finished tests too, and a worker without a test of a file would wait forever.
         """
         remaining = {
             scope: {test: False for test, is_done in unit.items() if not is_done}

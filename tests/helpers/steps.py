@@ -1,4 +1,4 @@
-"""Settings and batches of an engine's step, small enough for moments."""
+"""Settings and batches for an engine's step of a fraction of a second."""
 
 import torch
 
@@ -9,7 +9,7 @@ NUM_MICROS, SIZE = 3, 4  # micro-batches of a step, radiographs of one
 
 
 def settings(**values: object) -> config.Settings:
-    """Return the settings of such a step, `values` before the defaults."""
+    """Return settings for a short step. `values` override the defaults."""
     defaults = {"shards": "", "run": "", "architecture": "tiny", "precision": "fp32", "global_batch": NUM_MICROS * SIZE}
     return config.check({**defaults, "micro_batch": SIZE, "learning_rate": 1e-2, **values}, "test")
 

@@ -1,4 +1,4 @@
-"""Simulate the studies of an evaluation."""
+"""Simulated studies for evaluations."""
 
 import numpy as np
 import pandas as pd

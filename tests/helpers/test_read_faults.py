@@ -1,4 +1,4 @@
-"""The injected errors: these calls fail, so often, and no others; a test that counts on them may."""
+"""Test the injected errors: exactly these calls fail, as often as set."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ print(json.dumps([[attempt(call) for call in calls] for _ in range(2)]))
         ({"call": "list"}, [[0, 0, 0, errno.EIO]] * 2),
     ],
 )
-def test_these_calls_fail_and_no_others(
+def test_only_the_selected_calls_fail(
     more: dict[str, int], expected: list[list[int]], tmp_path: Path, read_faults: Callable[..., ReadFaults]
 ) -> None:
     bad, good = tmp_path / "bad" / "image.png", tmp_path / "good.png"

@@ -1,4 +1,4 @@
-"""The suite's own: a fork of a process that has imported torch is to whoever starts it what a new process would be."""
+"""Test that a fork of the warm server behaves like a new process."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ ENDS = {
 
 @pytest.mark.parametrize("kind", ["script", "module"])
 @pytest.mark.parametrize("end", ENDS)
-def test_it_ends_as_a_process_does(end: str, kind: str, tmp_path: Path) -> None:
+def test_warm_process_exits_like_a_new_process(end: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "of_the_test.py").write_text(ENDS[end])
     arguments = ["-m", "of_the_test"] if kind == "module" else ["of_the_test.py"]
     env = {**os.environ, "OF_THE_TEST": "heard"}
@@ -42,7 +42,7 @@ def test_it_ends_as_a_process_does(end: str, kind: str, tmp_path: Path) -> None:
 
 
 def started(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
-    """A fork that has begun, and its number."""
+    """Return a running fork and its process id."""
     (folder / "code.py").write_text("import os, signal, sys, time\n" + code)
     process = subprocess.Popen([warm_python(), folder / "code.py"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -50,14 +50,14 @@ def started(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_it_hears_signals(name: str, tmp_path: Path) -> None:
+def test_warm_process_receives_signals(name: str, tmp_path: Path) -> None:
     code = f"signal.signal(signal.{name}, lambda *_: os._exit(9))\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
     process, _ = started(tmp_path, code)
     process.send_signal(getattr(signal, name))
     assert process.wait(20) == 9
 
 
-def test_it_ends_with_who_was_started(tmp_path: Path) -> None:
+def test_fork_exits_with_its_client(tmp_path: Path) -> None:
     process, fork = started(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)\n")
     assert fork != process.pid
     process.kill()

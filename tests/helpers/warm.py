@@ -1,14 +1,14 @@
-"""Python processes that need not import torch and DeepSpeed again: forks of one that has, 0.1 s of processor time instead of 6.
+"""Python processes that need not import torch and DeepSpeed: forks of one that has, 0.1 s of processor time instead of 6.
 
-    warm.py NUMBER   serves the listening socket that is its file of this number, until its parent ends
-    start(folder)    starts a server; returns an executable that takes the words of `python`
+    warm.py NUMBER   serves the listening socket with this file descriptor until its parent exits
+    start(folder)    starts a server and returns an executable that takes the arguments of `python`
 
 One server serves all workers of a session (conftest.py). It imports nothing before the first client connects.
 
-The executable is a real process to whoever starts it: it hands its words, environment, folder and open files to the server,
-passes signals on to the fork, ends as the fork ends, and the fork dies with it. The fork runs `python -m MODULE`, `python -c
-CODE` or `python SCRIPT` with nothing replaced. Not for what this would hide: what a start imports, what the environment says to
-a library as it is loaded (OMP_NUM_THREADS), who the parent is, how much memory a process has.
+The executable is a real process. It sends its arguments, environment, folder and open files to the server, forwards signals to
+the fork and exits as the fork exits. The fork dies with it. The fork runs `python -m MODULE`, `python -c CODE` or
+`python SCRIPT` without replacements. Do not use it to test imports at a start, variables that a library reads as it is loaded
+(OMP_NUM_THREADS), the parent process, or the memory of a process.
 """
 
 import atexit
@@ -32,33 +32,33 @@ import types
 from pathlib import Path
 from typing import Any
 
-HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Only the standard library, and little of it: it starts in 20 ms.
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Few modules, of the standard library only: it starts in 20 ms.
 CLIENT = """#!{python} -IS
 import os, signal, socket, sys
-known = [name for name in {heard}]
-signal.pthread_sigmask(signal.SIG_BLOCK, known)
+forwarded = [name for name in {signals}]
+signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)
 import json
-words = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-socket.send_fds(server, [len(words).to_bytes(8, "big")], [0, 1, 2])
-server.sendall(words)
+socket.send_fds(server, [len(request).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(request)
 answers = server.makefile("rb")
 fork = int(answers.readline() or sys.exit("the warm server is gone"))
-for name in known:
+for name in forwarded:
     signal.signal(name, lambda number, _: os.kill(fork, number))
-signal.pthread_sigmask(signal.SIG_UNBLOCK, known)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
 status = int(answers.readline() or sys.exit("the warm server is gone"))
 if os.WIFSIGNALED(status):
-    for name in known:
+    for name in forwarded:
         signal.signal(name, signal.SIG_DFL)
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.kill(os.getpid(), os.WTERMSIG(status))
 os._exit(os.waitstatus_to_exitcode(status))
 """
-ALLOCATOR = "jemalloc_bg_thd"  # pyarrow's, which starts it anew in a fork
+ALLOCATOR = "jemalloc_bg_thd"  # a thread of pyarrow, which restarts in a fork
 IMPORTED = (
     "deepspeed",
     "matplotlib.backends.backend_agg",
@@ -68,32 +68,32 @@ IMPORTED = (
     "mura_dist.inference.predict",
     "mura_dist.training.loop",
     "pydicom",
-    "torch._dynamo",  # by any optimiser
+    "torch._dynamo",  # by any optimizer
     "torch.distributed.run",
 )
 PARENTS_END = 1  # prctl(2): PR_SET_PDEATHSIG
 
 
 def start(folder: Path) -> Path:
-    """A server that lives as long as this process; returns the executable."""
+    """Start a server that lives as long as this process. Return the executable."""
     path, client = folder / "socket", folder / "python"
-    client.write_text(CLIENT.format(python=sys.executable, heard=[int(name) for name in HEARD], path=str(path)))
+    client.write_text(CLIENT.format(python=sys.executable, signals=[int(name) for name in FORWARDED], path=str(path)))
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
-    listening.listen(64)  # before it has imported anything: the first to come wait
+    listening.listen(64)  # clients wait here until the server has imported its packages
     subprocess.Popen([sys.executable, __file__, str(listening.fileno())], pass_fds=[listening.fileno()])
     listening.close()
     return client
 
 
 def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
-    """Forks for each who asks, for ever. Returns in the fork: its words, folder and environment."""
+    """Fork for each client, forever. Return in the fork: its arguments, folder and environment."""
     waiting = selectors.DefaultSelector()
     waiting.register(listening, selectors.EVENT_READ)
     while True:
         for key, _ in waiting.select():
-            if waiting.get_map().get(key.fd) is not key:  # its other half was seen to in this round
+            if waiting.get_map().get(key.fd) is not key:  # its counterpart was handled in this round
                 continue
             if key.data is not None:
                 _end(waiting, key.fileobj, *key.data)
@@ -101,7 +101,7 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
             client, _ = listening.accept()
             try:
                 request, files = _receive_request(client)
-            except (OSError, ValueError):  # it ended meanwhile
+            except (OSError, ValueError):  # the client exited meanwhile
                 client.close()
                 continue
             fork = os.fork()
@@ -115,7 +115,7 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
                 return request
             for file in files:
                 os.close(file)
-            with contextlib.suppress(OSError):  # then the client says no more, below
+            with contextlib.suppress(OSError):  # the client has exited; handled below
                 client.sendall(b"%d\n" % fork)
             ended = os.pidfd_open(fork)
             for source in (client, ended):
@@ -123,7 +123,7 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
 
 
 def _end(waiting: selectors.BaseSelector, of: object, fork: int, client: socket.socket, ended: int) -> None:
-    """`of` the client: it ended, and so does its fork. Of the fork: its client hears how."""
+    """Handle the exit of the client, which kills its fork, or of the fork, whose status goes to its client."""
     if of is client:
         os.kill(fork, signal.SIGKILL)
     _, status = os.waitpid(fork, 0)
@@ -138,7 +138,7 @@ def _end(waiting: selectors.BaseSelector, of: object, fork: int, client: socket.
 def _receive_request(client: socket.socket) -> tuple[Any, list[int]]:
     length, files, _, _ = socket.recv_fds(client, 8, 3)
     if len(files) != 3:
-        raise OSError("it sent no files")
+        raise OSError("the client sent no files")
     with client.makefile("rb") as sent:
         return json.loads(sent.read(int.from_bytes(length, "big"))), files
 
@@ -147,31 +147,31 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PARENTS_END, signal.SIGKILL)
     listening = socket.socket(fileno=int(sys.argv[1]))
     select.select([listening], [], [])
-    imported()
+    import_packages()
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("[0-9]*/comm")]
-    assert sum(name != ALLOCATOR for name in threads) == 1, f"{threads}: a fork would miss all but one"
-    gc.freeze()  # a fork that collects would write to, and so copy, all of it
+    assert sum(name != ALLOCATOR for name in threads) == 1, f"{threads}: a fork has one thread only"
+    gc.freeze()  # garbage collection in a fork would write to, and so copy, all of it
     arguments, folder, environment = serve(listening)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     ctypes.CDLL(None).prctl(PARENTS_END, signal.SIGKILL)  # the server's end
     if Path(arguments[0]).name == "deepspeed" or "deepspeed.launcher.launch" in arguments:
-        sys.executable = environment["PYTHON_EXEC"]  # what starts its launcher, and its ranks
-    status = ran(arguments[1:] if arguments[0] == "-u" else arguments, folder)
+        sys.executable = environment["PYTHON_EXEC"]  # starts its launcher and its ranks
+    status = run_python(arguments[1:] if arguments[0] == "-u" else arguments, folder)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # to take all modules apart takes 2 s
+    os._exit(status)  # the teardown of all modules takes 2 s
 
 
-def ran(arguments: list[str], folder: str) -> int:
-    """The exit status of `python WORDS`."""
+def run_python(arguments: list[str], folder: str) -> int:
+    """Run `python ARGUMENTS` in this process and return its exit status."""
     try:
         if arguments[0] == "-m":
             sys.argv, sys.path[0] = arguments[1:], folder
-            sys.modules.pop(arguments[1], None)  # as it is in a new process
+            sys.modules.pop(arguments[1], None)  # as in a new process
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         elif arguments[0] == "-c":
             sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
@@ -191,8 +191,8 @@ def ran(arguments: list[str], folder: str) -> int:
     return 0
 
 
-def imported() -> None:
-    """What a training imports, as engine.py does."""
+def import_packages() -> None:
+    """Import what a training run imports, as engine.py does."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for name in IMPORTED:
