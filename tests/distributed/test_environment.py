@@ -305,7 +305,7 @@ def test_late_rank_extends_only_the_first_meeting(late: int) -> None:
 
 @pytest.mark.slow
 def test_losses_identical_under_srun_and_torchrun(
-    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+    reference_run: Callable[..., Path], shard_folder: Path, tmp_path: Path
 ) -> None:
     """srun's variables alone suffice, without RANK and MASTER_ADDR."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "nowhere"}
@@ -324,12 +324,12 @@ def test_losses_identical_under_srun_and_torchrun(
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert outputs[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
     assert outputs[1][0] == "", "the first one speaks"
-    assert losses(tmp_path / "run") == losses(whole(2))
+    assert losses(tmp_path / "run") == losses(reference_run(2))
 
 
 @pytest.mark.nightly(part="launchers")
 def test_losses_identical_under_mpirun_and_torchrun(
-    whole: Callable[..., Path], shard_folder: Path, tmp_path: Path
+    reference_run: Callable[..., Path], shard_folder: Path, tmp_path: Path
 ) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs OpenMPI: apt-get install openmpi-bin")
@@ -345,4 +345,4 @@ def test_losses_identical_under_mpirun_and_torchrun(
     ]
     done = run(*command, f"shards={shard_folder}", f"run={tmp_path / 'run'}", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == losses(whole(2))
+    assert losses(tmp_path / "run") == losses(reference_run(2))

@@ -21,7 +21,7 @@ from mura_dist.inference.page.study_input import example_title
 
 @pytest.fixture(scope="module")
 def drawn(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the phantoms' valid split and their mark, to change."""
+    """Return a copy of the phantoms' valid split and their marker file, which a test may change."""
     folder = tmp_path_factory.mktemp("drawn")
     shutil.copytree(phantoms / "valid", folder / "valid")
     shutil.copy(phantoms / MARK, folder)
@@ -66,7 +66,7 @@ def examples_by_seed(tmp_path: Path) -> dict[int, tuple[Example, ...]]:
 
 
 def test_example_number_does_not_reveal_label(tmp_path: Path) -> None:
-    """In every set, both labels occur at even and odd numbers. Over all sets, they occur at each position within a type."""
+    """In every set, both labels occur at even and odd numbers. Over all sets, they occur at each index within a type."""
     turns: dict[int, set[str]] = {}
     positions: dict[int, set[str]] = {}
     types_in_turns, counts_of_types = set(), set()

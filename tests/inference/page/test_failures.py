@@ -1,4 +1,4 @@
-"""Why a file gives no picture: every way it can end has plain words and something to do."""
+"""Test the sentences about files that give no picture: each code has a problem and a remedy in plain words."""
 
 import re
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_failure_sentence_of_invalid_files(data: bytes, text: str) -> None:
 
 @pytest.mark.shared
 def test_hostile_files_get_readable_messages(shared: Path) -> None:
-    """No library's words, no path, no number in hexadecimal, whatever the file."""
+    """No message contains a library's error, a path or a hexadecimal number."""
     reader, codes = study.UploadReader(SIDE), set()
     for path in sorted(
         path for path in (shared / "hostile").rglob("*") if path.is_file() and path.stat().st_size < 1 << 20

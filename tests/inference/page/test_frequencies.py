@@ -1,4 +1,4 @@
-"""Counts in words: no share of few studies, no rounding of something to nothing, an interval that says what it assumes."""
+"""Test the sentences about frequencies: percentages only of many studies, no rounding to 0 or 100 %, named intervals."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ SHARES = ("none", "one", "half", "all but one", "all")
 
 
 def count(share: str, total: int) -> int:
-    """How many of `total` are `share`."""
+    """Return the number out of `total` that `share` names."""
     return min(total, {"none": 0, "one": 1, "half": total // 2, "all but one": max(0, total - 1), "all": total}[share])
 
 
@@ -79,7 +79,7 @@ def test_bootstrap_interval_is_quoted() -> None:
 
 
 def card_with(wrong: dict[str, int], right: dict[str, int], *, kinds: bool) -> Card:
-    """A card whose metrics count so many studies of a label; kinds: as of a version that names its intervals."""
+    """Return a card with these counts of wrong and right calls per label, and `kinds` as its named intervals."""
     group: dict[str, object] = {"num_studies": 9, "reasons": {}}
     group["confusion"] = {
         "fn": wrong["abnormal"],

@@ -96,8 +96,8 @@ class Client:
         """Return (status, headers by lower-case name, body), or (0, {}, "") where the connection is closed."""
         data = b""
         with contextlib.suppress(ConnectionResetError):
-            while b"\r\n\r\n" not in data and (piece := self.socket.recv(65536)):
-                data += piece
+            while b"\r\n\r\n" not in data and (chunk := self.socket.recv(65536)):
+                data += chunk
         if not data:
             return 0, {}, ""
         head, _, body = data.partition(b"\r\n\r\n")
@@ -114,10 +114,10 @@ def request(method: str = "GET", target: str = "/", host: str | None = "localhos
     return "\r\n".join([f"{method} {target} HTTP/1.1", *rows, "", ""])
 
 
-def send_request(port: int, *pieces: str | bytes) -> tuple[int, dict[str, str], str]:
+def send_request(port: int, *chunks: str | bytes) -> tuple[int, dict[str, str], str]:
     with Client(port) as client:
-        for piece in pieces:
-            client.send(piece)
+        for chunk in chunks:
+            client.send(chunk)
         return client.answer()
 
 
@@ -227,15 +227,15 @@ def test_disconnected_client_releases_its_bytes(port: int, guard: Guard) -> None
 # ---- how long it waits
 
 
-@pytest.mark.parametrize("pieces", [[], ["GET / HT"], [request()[:-2]]])
-def test_missing_headers_close_the_connection(port: int, pieces: list[str]) -> None:
+@pytest.mark.parametrize("chunks", [[], ["GET / HT"], [request()[:-2]]])
+def test_missing_headers_close_the_connection(port: int, chunks: list[str]) -> None:
     start_s = time.monotonic()
-    assert send_request(port, *pieces) == (0, {}, "")
+    assert send_request(port, *chunks) == (0, {}, "")
     assert 0.5 < time.monotonic() - start_s < 5
 
 
 def test_trickled_headers_close_the_connection(port: int) -> None:
-    """Also those of a connection's second request. Each byte on its own does not extend the time."""
+    """This includes a connection's second request. A single byte does not extend the time."""
     with Client(port) as client:
         client.send(request())
         assert client.answer()[0] == 200

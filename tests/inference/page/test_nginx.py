@@ -1,4 +1,4 @@
-"""The page behind launch/nginx.conf, as Debian's nginx reads it: TLS, login, WebSocket, path, no upload on a disk."""
+"""Test the page behind launch/nginx.conf in Debian's nginx: TLS, login, WebSocket, path, and uploads kept in memory."""
 
 import base64
 import os
@@ -34,7 +34,7 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nginx's: a certificate for NAME, a password for USER."""
+    """Return nginx's folder, with a certificate for NAME and a password for USER."""
     folder = tmp_path_factory.mktemp("nginx")
     folder.chmod(0o755)
     arguments = ("-nodes", "-days", "2", "-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME},IP:127.0.0.1")
@@ -62,7 +62,7 @@ def page_address(untrained: Path, phantoms: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(folder: Path, page_address: str) -> Iterator[str]:
-    """https://NAME:PORT/bones/, which the example serves; nothing of it but its ports and the folder of its files is changed."""
+    """Yield https://NAME:PORT/bones/ as served by the example, in which only ports and the file folder are changed."""
     program = nginx()
     port, plain = free_port(), free_port()
     text = EXAMPLE.read_text()
@@ -94,7 +94,7 @@ def address(folder: Path, page_address: str) -> Iterator[str]:
 
 
 def get(url: str, folder: Path, user: str = "", host: str = "") -> tuple[int, dict[str, str]]:
-    """(status, headers) of a GET; (0, {}) where nothing answers."""
+    """Return (status, headers) of a GET, or (0, {}) without a response."""
     context = ssl.create_default_context(cafile=folder / "page.crt")
     headers = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
     get_request = urllib.request.Request(url, headers=headers | ({"Host": host} if host else {}))
@@ -126,7 +126,7 @@ def test_page_needs_the_password(address: str, folder: Path) -> None:
 
 
 def test_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None:
-    """Log in, upload over TLS below the path, read the answer by the WebSocket; no byte of it in nginx's temporary files."""
+    """Log in, upload over TLS, and read the result by WebSocket. nginx writes no byte to temporary files."""
     from playwright.sync_api import sync_playwright
 
     views = sorted(next(path.parent for path in sorted(phantoms.rglob("image1.png"))).iterdir())
@@ -161,7 +161,7 @@ def test_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None
 
 
 def enlarge(source: Path, target: Path) -> None:
-    """Write a TIFF of 9 MB, which nginx would buffer on a disk."""
+    """Write a TIFF of 9 MB, which nginx would buffer on a disk by default."""
     from PIL import Image
 
     Image.open(source).convert("L").resize((3000, 3000)).save(target)
