@@ -133,7 +133,7 @@ def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch
     }
     rank_variables = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
     num_several = num_alone = num_refused = 0
-    for values in itertools.product(*((None, *each) for each in grid.values())):
+    for values in itertools.product(*((None, *values_of_name) for values_of_name in grid.values())):
         variables = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
         monkeypatch.setattr(os, "environ", variables)
         try:
@@ -145,9 +145,9 @@ def test_several_ranks_only_with_a_launcher_rank(monkeypatch: pytest.MonkeyPatch
         num_several += env.world_size > 1
         num_alone += env.world_size == 1
         assert env.world_size == 1 or any(variables.get(name) == str(env.rank) for name in rank_variables), variables
-    assert num_several + num_alone + num_refused == math.prod(1 + len(each) for each in grid.values()), (
-        "each names a variable"
-    )
+    assert num_several + num_alone + num_refused == math.prod(
+        1 + len(values_of_name) for values_of_name in grid.values()
+    ), "each names a variable"
     assert min(num_several, num_refused) > 1000
 
 
@@ -260,10 +260,10 @@ def test_failed_rendezvous_names_endpoint_and_reason(monkeypatch: pytest.MonkeyP
             RunError, match=rf"rank {rank} of 2 could not meet the other ranks at 127.0.0.1:{free} within 1 s \("
         ):
             join(rank, free)
-    begin = time.monotonic()
+    start_s = time.monotonic()
     with pytest.raises(RunError, match=r"within 3 s \("):
         join(1, free, patience_s=2)
-    assert time.monotonic() - begin > 3, "rank 0 may come later"
+    assert time.monotonic() - start_s > 3, "rank 0 may come later"
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(RunError, match=r"within 1 s \("):
         join(1, free, patience_s=60)  # torchrun listened before its ranks began

@@ -21,24 +21,24 @@ def worker(notes: Path) -> Callable[[Any], Any]:
     """Return a function that runs a task (kind, number) and notes its process id in a file."""
 
     def do(task: tuple[str, int]) -> Any:
-        what, number = task
-        with open(notes / f"{what}-{number}", "a") as file:
+        kind, number = task
+        with open(notes / f"{kind}-{number}", "a") as file:
             file.write(f"{os.getpid()}\n")
-        if what == "crash":
+        if kind == "crash":
             os.abort()
-        elif what == "once" and len((notes / f"{what}-{number}").read_text().split()) == 1:
+        elif kind == "once" and len((notes / f"{kind}-{number}").read_text().split()) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        elif what == "spin":
+        elif kind == "spin":
             while True:
                 pass
-        elif what == "wait":
+        elif kind == "wait":
             time.sleep(1000)
-        elif what == "eat":
+        elif kind == "eat":
             try:
                 return len(bytearray(400 << 20))
             except MemoryError:
                 return "no memory"
-        elif what == "raise":
+        elif kind == "raise":
             raise ValueError(f"task {number}")
         return number
 
@@ -62,8 +62,8 @@ def test_results_are_in_task_order(tmp_path: Path, workers: int, num_tasks: int)
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_only_tasks_that_kill_their_worker_fail(tmp_path: Path, workers: int) -> None:
-    bad = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
-    tasks = [(bad.get(n, "do"), n) for n in range(20)]
+    kinds = {2: "crash", 7: "spin", 8: "crash", 12: "eat", 15: "once"}
+    tasks = [(kinds.get(n, "do"), n) for n in range(20)]
     results = work(tmp_path, tasks, workers=workers)
     assert results[2] == results[8] == TaskFailed("crashed")
     assert results[7] == TaskFailed("did not finish within 1 s")

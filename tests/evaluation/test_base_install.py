@@ -44,8 +44,8 @@ def encoded(request: pytest.FixtureRequest, phantoms: Path, tmp_path_factory: py
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Return the files of an evaluation without the report and without measured seconds."""
-    written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    content = {name: path.read_bytes() for name, path in written.items() if name not in ("report.html", "report.json")}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    content = {name: path.read_bytes() for name, path in paths.items() if name not in ("report.html", "report.json")}
     content["gallery.json"] = json.dumps({**json.loads(content["gallery.json"]), "seconds": 0}).encode()
     return content
 

@@ -201,12 +201,12 @@ def test_fitted_operating_point_makes_the_calls(
     options = ("--operating-point", "specificity=.9", "--prevalence", "0.1")
     metrics = run_evaluation(folder, halved, folder, *options)
     points = FittedThresholds.model_validate(metrics["calibration"])
-    cut = points.thresholds("specificity=0.9")
+    thresholds = points.thresholds("specificity=0.9")
     assert (metrics["operating_point"], metrics["threshold"]) == ("specificity=0.9", None)
-    assert metrics["thresholds"] == {name: cut[name] for name in metrics["by_study_type"]}
+    assert metrics["thresholds"] == {name: thresholds[name] for name in metrics["by_study_type"]}
     assert metrics["overall"]["prevalence_assumed"] == 0.1
     table = pd.read_csv(folder / "studies.csv")
-    assert (table["threshold"] == table["study_type"].map(cut)).all()
+    assert (table["threshold"] == table["study_type"].map(thresholds)).all()
     assert ((table["probability"] > table["threshold"]) == (table["call"] == 1)).all()
     assert table["call"].nunique() == 2
     confusion = metrics["overall"]["confusion"]
@@ -216,7 +216,7 @@ def test_fitted_operating_point_makes_the_calls(
     assert main(["export", str(folder)]) == DONE
     card = OnnxModel.load(folder / "model.onnx").card
     assert card.operating_point == "specificity=0.9"
-    assert card.thresholds == {name: cut[name] for name in card.thresholds}
+    assert card.thresholds == {name: thresholds[name] for name in card.thresholds}
     assert set(card.thresholds) == {
         name for name, group in metrics["by_study_type"].items() if group["kappa"] is not None
     }
@@ -276,8 +276,8 @@ def test_odds_shift_of_the_weighted_loss(untrained: Path, halved: Path) -> None:
     assert set(compute_odds_shift(weights, shards).values()) == {0.0}
     [only_run] = weights.runs
     weighted, unweighted = (
-        dataclasses.replace(only_run, settings=only_run.settings.model_copy(update={"loss_weights": counted}))
-        for counted in ("study_type", "class")
+        dataclasses.replace(only_run, settings=only_run.settings.model_copy(update={"loss_weights": loss_weights_kind}))
+        for loss_weights_kind in ("study_type", "class")
     )
     metrics = compute_odds_shift(dataclasses.replace(weights, runs=(weighted,)), shards)
     normal, abnormal = ((train[train["label"] == label].groupby("study_type").size()) for label in (0, 1))

@@ -44,8 +44,8 @@ def positional_forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cells.mean(axis=(1, 2)), cells
 
 
-def toy_subject(outputs: saliency.ForwardFunction, **more: Any) -> EvaluationSubject:
-    return EvaluationSubject(more.pop("title", "a title"), "toy", outputs, "step-1", "radiographs", **more)
+def toy_subject(outputs: saliency.ForwardFunction, **fields: Any) -> EvaluationSubject:
+    return EvaluationSubject(fields.pop("title", "a title"), "toy", outputs, "step-1", "radiographs", **fields)
 
 
 def smooth_images(num: int = 12, size: int = 160, seed: int = 0) -> np.ndarray:
@@ -103,10 +103,10 @@ def test_most_confident_errors_are_selected(seed: int, threshold: float) -> None
 
 def test_correct_studies_depend_on_the_seed() -> None:
     studies = studies_table(0)
-    again, reseeded = (gallery_studies.choose_studies(studies, 24, seed) for seed in (1, 2))
-    assert again == gallery_studies.choose_studies(studies, 24, 1)
-    assert [item for item in again if "hit" in item[0]] != [item for item in reseeded if "hit" in item[0]]
-    assert [item for item in again if "hit" not in item[0]] == [item for item in reseeded if "hit" not in item[0]]
+    selected, reseeded = (gallery_studies.choose_studies(studies, 24, seed) for seed in (1, 2))
+    assert selected == gallery_studies.choose_studies(studies, 24, 1)
+    assert [item for item in selected if "hit" in item[0]] != [item for item in reseeded if "hit" in item[0]]
+    assert [item for item in selected if "hit" not in item[0]] == [item for item in reseeded if "hit" not in item[0]]
 
 
 def test_call_column_overrides_probability() -> None:
@@ -271,9 +271,9 @@ def test_opacity_increases_with_the_logit() -> None:
     assert logits[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
 
 
-@pytest.mark.parametrize(("shape", "visible"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
-def test_map_of_few_cells_is_not_drawable(shape: tuple[int, int], visible: bool) -> None:
-    assert heatmap.drawable(np.zeros(shape)) == visible
+@pytest.mark.parametrize(("shape", "is_drawable"), [((4, 4), True), ((10, 10), True), ((3, 9), False), ((2, 2), False)])
+def test_map_of_few_cells_is_not_drawable(shape: tuple[int, int], is_drawable: bool) -> None:
+    assert heatmap.drawable(np.zeros(shape)) == is_drawable
 
 
 def test_nan_cell_is_transparent() -> None:
@@ -303,13 +303,13 @@ def with_calls(shards: Shards, scores: Scores) -> pd.DataFrame:
     return studies.assign(call=studies["probability"] > 0.5)
 
 
-def write_gallery(out: Path, shards: Shards, options: GalleryOptions, **more: Any) -> dict[str, Any]:
+def write_gallery(out: Path, shards: Shards, options: GalleryOptions, **fields: Any) -> dict[str, Any]:
     rows = shards.rows("train")
     logit, _ = saliency.compute_maps(toy_forward, np.stack([shards.read_pixels(row) for row in rows]))
     studies = with_calls(shards, Scores(rows, logit, np.array([], np.int64)))
     metrics = {"threshold": 0.5, "split": "train"}
     return gallery.write(
-        out, shards, studies, rows, subject=toy_subject(toy_forward, **more), options=options, metrics=metrics
+        out, shards, studies, rows, subject=toy_subject(toy_forward, **fields), options=options, metrics=metrics
     )
 
 
@@ -332,11 +332,11 @@ def test_page_matches_gallery_json(written_gallery: tuple[Path, dict[str, Any]],
             ("normal", "abnormal")[study["label"]],
             ("no abnormality flagged", "called abnormal")[study["call"]],
         )
-        captured = (
+        description = (
             f"{display_name(study['study_type'])}, labelled {label}, {call} at probability {study['probability']:.3f}"
         )
         assert len(study["views"]) == (frame["study"] == study["study"]).sum()
-        assert [item for item in labels if item.startswith(captured)], captured
+        assert [item for item in labels if item.startswith(description)], description
         assert study["study"] in page.text
         assert study["probability"] == pytest.approx(np.mean([view["probability"] for view in study["views"]]))
     assert len(labels) == sum(len(study["views"]) for study in result["studies"]) > 4
@@ -360,13 +360,13 @@ def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[st
             expected.append(heatmap.render_layer(toy_forward(radiographs[-1][None, None])[1][0], (60, 60)))
     text = (out / "gallery.html").read_text()
     maps = [decode_image(data) for data in re.findall(r'<image href="data:image/png;base64,([^"]*)" x=', text)]
-    visible = [
+    backgrounds = [
         decode_image(data) for data in re.findall(r'<image id="[^"]*" href="data:image/jpeg;base64,([^"]*)"', text)
     ]
-    assert len(maps) == len(visible) == len(expected) > 4
-    assert all((drawn == original).all() for drawn, original in zip(maps, expected, strict=True))
-    for drawn, original in zip(visible, radiographs, strict=True):  # a JPEG: alike to the eye
-        assert np.abs(drawn.astype(int) - original).mean() < 4
+    assert len(maps) == len(backgrounds) == len(expected) > 4
+    assert all((actual == original).all() for actual, original in zip(maps, expected, strict=True))
+    for actual, original in zip(backgrounds, radiographs, strict=True):  # a JPEG: alike to the eye
+        assert np.abs(actual.astype(int) - original).mean() < 4
     assert len({tuple(pixel) for pixel in np.concatenate([item.reshape(-1, 4) for item in maps])}) > 50
 
 
@@ -430,21 +430,21 @@ def test_pages_are_small_and_linked(num: int, views: int, size: int, tmp_path: P
     paths = [tmp_path / gallery_page.page_path(number) for number in range(1, len(texts) + 1)]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-    visible: list[str] = []
+    card_names: list[str] = []
     for number, path in enumerate(paths, start=1):
         text = path.read_text()
         laws.local_only(path)
         assert path.stat().st_size < 3_000_000
         cards = re.findall(r"\(gallery/([\w-]+)\.png\)", text)
         assert len(cards) <= 24
-        visible += cards
+        card_names += cards
         links = {(path.parent / href).resolve() for href in re.findall(r'<a href="([^"#][^"]*)"', text)}
         assert links == set(paths) - {path}
         named = dict(re.findall(r'<a href="([^"]*)">(previous|next)</a>', text))
         steps = {name: (path.parent / href).resolve() for href, name in named.items()}
         before, after = paths[number - 2 : number - 1] if number > 1 else [], paths[number : number + 1]
         assert steps == dict(zip(["previous"], before, strict=False)) | dict(zip(["next"], after, strict=False))
-    assert sorted(visible) == sorted(study.name for study in studies)
+    assert sorted(card_names) == sorted(study.name for study in studies)
     if size < 320:
         assert len(paths) == max(1, -(-num // 24))
     if views > 12:
@@ -477,8 +477,8 @@ def test_maps_of_few_cells_are_omitted() -> None:
     assert not re.search("<use|image/png|One scale for all maps", text)
     pixels = gallery_picture.draw_picture(study)
     assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # grey, but for the words' ink
-    drawn = gallery_picture.draw_picture(build_study(0, 2, 64, num_cells=4))
-    assert (drawn[26:, :, 0] == drawn[26:, :, 2]).mean() < 0.9
+    pixels_with_map = gallery_picture.draw_picture(build_study(0, 2, 64, num_cells=4))
+    assert (pixels_with_map[26:, :, 0] == pixels_with_map[26:, :, 2]).mean() < 0.9
 
 
 def test_pictures_are_files_marked_local(written_gallery: tuple[Path, dict[str, Any]]) -> None:
@@ -586,10 +586,10 @@ def test_evaluate_writes_gallery_and_report_holds_no_radiographs(
         in laws.local_only(tmp_path / "gallery.html").text
     )
     laws.holds_no_radiograph(tmp_path / "report.html")
-    visible = pd.read_csv(tmp_path / "studies.csv").set_index("study")
+    studies = pd.read_csv(tmp_path / "studies.csv").set_index("study")
     for study in result["studies"]:
-        assert study["probability"] == pytest.approx(visible.at[study["study"], "probability"])
-        assert study["call"] == visible.at[study["study"], "call"]
+        assert study["probability"] == pytest.approx(studies.at[study["study"], "probability"])
+        assert study["call"] == studies.at[study["study"], "call"]
     assert main(["evaluate", str(run), str(shard_folder), "--out", str(tmp_path), "--no-gallery"]) == DONE
     assert not [path.name for path in tmp_path.iterdir() if "gallery" in path.name]
     assert "gallery" not in capsys.readouterr().out
@@ -598,17 +598,19 @@ def test_evaluate_writes_gallery_and_report_holds_no_radiographs(
 @pytest.mark.slow
 def test_onnx_file_and_list_have_galleries(runs: tuple[Path, Path], shard_folder: Path, tmp_path: Path, capsys) -> None:
     run, second_run = runs
-    drawn, _ = run_evaluation(capsys, run, shard_folder, "--out", tmp_path / "run")
+    run_gallery, _ = run_evaluation(capsys, run, shard_folder, "--out", tmp_path / "run")
     assert main(["export", str(run), "--out", str(tmp_path / "m.onnx")]) == DONE
     capsys.readouterr()
     arguments = (tmp_path / "m.onnx", shard_folder, "--out", tmp_path / "onnx", "--quiet")
-    original, captured = run_evaluation(capsys, *arguments)
+    onnx_gallery, captured = run_evaluation(capsys, *arguments)
     assert captured == f"{TERMS}\n"
-    assert original["studies"][0]["views"][0]["logit"] == pytest.approx(
-        drawn["studies"][0]["views"][0]["logit"], abs=1e-4
+    assert onnx_gallery["studies"][0]["views"][0]["logit"] == pytest.approx(
+        run_gallery["studies"][0]["views"][0]["logit"], abs=1e-4
     )
     for number in ("mean", "median"):
-        assert original["stability"]["mirror"][number] == pytest.approx(drawn["stability"]["mirror"][number], abs=1e-3)
+        assert onnx_gallery["stability"]["mirror"][number] == pytest.approx(
+            run_gallery["stability"]["mirror"][number], abs=1e-3
+        )
     assert main(["ensemble", str(run), str(second_run), "--out", str(tmp_path / "two.json"), "--top", "2"]) == DONE
     capsys.readouterr()
     members, _ = run_evaluation(capsys, tmp_path / "two.json", shard_folder)

@@ -97,7 +97,7 @@ def test_official_test_is_recognized_by_its_counts() -> None:
     assert not mura.is_official_test(studies.iloc[:0])
 
 
-# ---- spellings
+# ---- table formats
 
 
 def join_lines(lines: Sequence[Sequence[object]], end: str = "\n") -> bytes:
@@ -200,11 +200,11 @@ def test_windows_1252_is_the_fallback_encoding(tmp_path: Path, capsys) -> None:
     metrics = score_json(capsys, predictions, labels, "--out", tmp_path / "out")
     notes = "p.csv: the model was trained on drawings (phantoms); p.csv: calls are probability > 0.5; "
     assert metrics["note"] == f"{notes}l.csv: not UTF-8: read as Windows-1252"
-    written = pd.read_csv(tmp_path / "out" / "studies.csv")
-    assert written["study"].tolist() == ["Müller – 1", "Müller 2", "./=3"]
-    assert written["patient"].tolist() == ["./=a", "b", "b"]
-    again = score_json(capsys, tmp_path / "out" / "studies.csv", labels)
-    assert again["overall"] == metrics["overall"]
+    scored = pd.read_csv(tmp_path / "out" / "studies.csv")
+    assert scored["study"].tolist() == ["Müller – 1", "Müller 2", "./=3"]
+    assert scored["patient"].tolist() == ["./=a", "b", "b"]
+    rescored = score_json(capsys, tmp_path / "out" / "studies.csv", labels)
+    assert rescored["overall"] == metrics["overall"]
 
 
 def test_labels_as_words_without_header_are_read(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_unknown_patients_are_reported(tmp_path: Path, capsys) -> None:
 def predict_table(call: Sequence[object], threshold: object = 0.3) -> list[list[object]]:
     """Return studies.csv as predict writes it, with four studies whose labels are 0, 0, 1, 1."""
     header = ["study", "study_type", "num_views", "probability", "calibrated_probability", "threshold", "call", "band"]
-    values, more = (0.2, 0.4, 0.6, 0.25), ("ok", "radiographs")
-    lines = ([f"s{i}", "XR_HAND", 2, values[i], "", threshold, call[i], "", *more] for i in range(4))
+    values, constants = (0.2, 0.4, 0.6, 0.25), ("ok", "radiographs")
+    lines = ([f"s{i}", "XR_HAND", 2, values[i], "", threshold, call[i], "", *constants] for i in range(4))
     return [[*header, "gate", "trained_on"], *lines]
 
 
@@ -517,10 +517,10 @@ def test_inverted_calls_are_refused(
 
 
 def test_inverted_second_file_is_refused(tmp_path: Path, capsys) -> None:
-    bad, labels = inverted_tables(tmp_path, (10, 40, 40, 10))
-    bad = bad.rename(tmp_path / "b.csv")
+    inverted, labels = inverted_tables(tmp_path, (10, 40, 40, 10))
+    inverted = inverted.rename(tmp_path / "b.csv")
     good = write(tmp_path / "p.csv", [(f"s{i}", int(i >= 50)) for i in range(100)])
-    laws.refusal(capsys, ["score", good, labels, "--against", bad], "b.csv looks inverted: kappa is -0.6")
+    laws.refusal(capsys, ["score", good, labels, "--against", inverted], "b.csv looks inverted: kappa is -0.6")
 
 
 # ---- output files
@@ -633,7 +633,7 @@ def test_predictive_values_at_a_prevalence(tmp_path: Path, capsys) -> None:
     assert metrics["prevalence_assumed"] == 0.1
 
 
-# ---- against
+# ---- comparison
 
 
 def test_comparison_of_two_prediction_files(tmp_path: Path, capsys) -> None:
@@ -644,11 +644,11 @@ def test_comparison_of_two_prediction_files(tmp_path: Path, capsys) -> None:
     out, _ = capsys.readouterr()
     metrics = json.loads((tmp_path / "a-score" / "metrics.json").read_bytes())
     comparison = metrics["comparison"]
-    alone = {path: score_json(capsys, path, labels) for path in (a, b)}
-    assert metrics["overall"] == alone[a]["overall"]
+    separate = {path: score_json(capsys, path, labels) for path in (a, b)}
+    assert metrics["overall"] == separate[a]["overall"]
     assert metrics["against"]["file"] == "b.csv"
     for key in ("kappa", "auroc"):
-        sides = [alone[path]["overall"][key] for path in (a, b)]
+        sides = [separate[path]["overall"][key] for path in (a, b)]
         assert [comparison["overall"][key][side] for side in "ab"] == pytest.approx(sides)
         assert comparison["overall"][key]["difference"] == pytest.approx(sides[0] - sides[1])
         assert (

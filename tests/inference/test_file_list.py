@@ -187,8 +187,8 @@ def test_memory_is_bounded_for_200_000_files(tmp_path: Path, table: Path, shape:
             os.close(os.open(f"{tmp_path}/{number:07d} a name of some length.png", os.O_CREAT))
         else:
             (tmp_path / f"{number}").mkdir()
-            for each in range(500):
-                os.close(os.open(f"{tmp_path}/{number}/{each}", os.O_CREAT))
+            for index in range(500):
+                os.close(os.open(f"{tmp_path}/{number}/{index}", os.O_CREAT))
     done = subprocess.run(
         [sys.executable, "-c", WALK, str(tmp_path), str(table)], capture_output=True, text=True, check=True
     )

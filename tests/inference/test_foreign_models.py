@@ -142,13 +142,13 @@ def test_batch_above_the_time_limit_raises_run_error(tmp_path: Path) -> None:
     model = OnnxModel.load(
         save_model(endless_graph(), tmp_path / "m.onnx"), session_config=SessionConfig(batch_size=1), limit_s=0.3
     )
-    started = time.monotonic()
+    start_s = time.monotonic()
     for _ in range(2):  # it may be asked again
         with pytest.raises(
             RunError, match=r"m\.onnx: a batch took more than 0\.3 s\. Give a smaller --batch-size or a longer"
         ):
             model.logits(noise(1))
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - start_s < 8
 
 
 @pytest.mark.slow

@@ -56,11 +56,11 @@ def test_paths_are_relative_to_the_deepest_common_folder(
 ) -> None:
     """Each file occurs once, for all orders and forms of the arguments."""
     folder, paths = CASES[arguments]
-    for number, some in enumerate(itertools.permutations(arguments)):
-        inputs = Inputs.parse([Path(word) for word in some])
+    for number, ordered in enumerate(itertools.permutations(arguments)):
+        inputs = Inputs.parse([Path(word) for word in ordered])
         assert inputs.directory.samefile(source_folder / folder)
         assert relative_paths(inputs, tmp_path / f"list{number}") == paths
-        absolute = Inputs.parse([source_folder / word for word in some])
+        absolute = Inputs.parse([source_folder / word for word in ordered])
         assert relative_paths(absolute, tmp_path / f"absolute{number}") == paths
 
 
@@ -111,8 +111,8 @@ def test_several_inputs_give_one_prediction(model: Path, source_folder: Path, tm
         f"{path}.png" for path in paths
     }
     before = (out / "predict.json").read_bytes()
-    again = [str(source_folder / word) for word in reversed(arguments)]
-    assert main(["predict", str(model), *again, "--out", str(out), "--overlays"]) == DONE
+    same_inputs = [str(source_folder / word) for word in reversed(arguments)]
+    assert main(["predict", str(model), *same_inputs, "--out", str(out), "--overlays"]) == DONE
     assert (out / "predict.json").read_bytes() == before
     capsys.readouterr()
     line = laws.refusal(
@@ -147,8 +147,8 @@ def test_output_folder_among_the_inputs_is_skipped(
     out = Path("predictions")
     assert main(["predict", str(model), *arguments, "--out", str(out)]) == DONE
     contents = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    for again in ("predictions", "./predictions/", str(source_folder / "predictions")):
-        assert main(["predict", str(model), *arguments, again, "--out", str(out)]) == DONE
+    for spelling in ("predictions", "./predictions/", str(source_folder / "predictions")):
+        assert main(["predict", str(model), *arguments, spelling, "--out", str(out)]) == DONE
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == contents
     laws.refusal(capsys, ["predict", model, out, "--out", out], "is the directory of radiographs itself")
 
@@ -192,5 +192,5 @@ def test_tables_of_three_ranks_identical_for_several_inputs(model: Path, source_
     assert done.returncode == 0, done.stderr
     for name in ("predictions.csv", "studies.csv", "failures.csv"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    plans = [json.loads((tmp_path / each / "predict.json").read_bytes())["plan"] for each in ("one", "three")]
+    plans = [json.loads((tmp_path / name / "predict.json").read_bytes())["plan"] for name in ("one", "three")]
     assert plans[0] == plans[1]

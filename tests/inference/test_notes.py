@@ -36,15 +36,22 @@ pytestmark = pytest.mark.usefixtures("own_site_key")
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Create nine files in five chunks: valid ones, a PNG, a corrupt one, and five DICOMs with unusable attributes."""
     monkeypatch.setattr(predict_module, "CHUNK", 2)
-    bad = {"WindowCenter": b"Doe^Jane", "WindowWidth": "9"}
-    labels: list[dict[str, Any]] = [{}, bad, {}, bad | {"RescaleSlope": "0", "RescaleIntercept": "1"}, bad, {}]
+    unusable = {"WindowCenter": b"Doe^Jane", "WindowWidth": "9"}
+    labels: list[dict[str, Any]] = [
+        {},
+        unusable,
+        {},
+        unusable | {"RescaleSlope": "0", "RescaleIntercept": "1"},
+        unusable,
+        {},
+    ]
     labels.append({"PresentationLUTShape": "INVERSE"})
     folder = tmp_path / "in"
     draw(folder / "9.png")
     (folder / "8.dcm").write_bytes(b"junk")
     pixels = np.random.default_rng(0).integers(0, 4096, (40, 48), dtype=np.uint16)
-    for number, each in enumerate(labels):
-        data = dicom(pixels, bits=12, Modality="CR", SOPClassUID=CR, StudyInstanceUID=f"1.2.{number}", **each)
+    for number, attributes in enumerate(labels):
+        data = dicom(pixels, bits=12, Modality="CR", SOPClassUID=CR, StudyInstanceUID=f"1.2.{number}", **attributes)
         (folder / f"{number}.dcm").write_bytes(data)
     return folder
 

@@ -188,8 +188,8 @@ def test_openvino_refuses_invalid_models(model: Path, tmp_path: Path) -> None:
 
 
 def test_local_ranks_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = SessionConfig().resolved(on_cpu=True)
-    assert alone.threads == engine.num_processors()
+    config = SessionConfig().resolved(on_cpu=True)
+    assert config.threads == engine.num_processors()
     assert engine.pipelined_config(3).streams == min(2, engine.num_processors())
     for name, value in {
         "RANK": 0,

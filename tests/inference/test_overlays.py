@@ -88,7 +88,7 @@ def test_overlay_metadata_is_local_only_comment(model: Path, source: Path, tmp_p
             assert not image.getexif()
 
 
-# ---- one scale, one caveat
+# ---- scale and caveat
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # a logit that is no number
@@ -137,7 +137,7 @@ def test_nan_cell_is_transparent() -> None:
         assert pixels[TOP + row * 5 + 2, LEFT_PX + 320 + GAP + column * 5 + 2].tolist() == expected
 
 
-# ---- names
+# ---- file names
 
 
 def test_overlay_paths_are_unique_and_never_folders() -> None:

@@ -75,7 +75,7 @@ def test_every_file_is_in_one_table(model: Path, tmp_path: Path) -> None:
     (source / "outside").symlink_to(tmp_path / "elsewhere")
     (source / "deep" / "up").symlink_to(source)  # a loop: all it leads to has been seen
     reference = (source / "a.png").read_bytes()
-    bad = {
+    contents_of_bad = {
         ".DS_Store": b"\0\0\0\1Bud1",
         "._a.png": b"\0\x05\x16\x07\0\2\0\0",
         "labels.csv": b"path,label\n",
@@ -83,14 +83,16 @@ def test_every_file_is_in_one_table(model: Path, tmp_path: Path) -> None:
         "torn.png": reference[: len(reference) // 2],
         "notes.png": b"<html>404</html>",
     }
-    for name, data in bad.items():
+    for name, data in contents_of_bad.items():
         (source / name).write_bytes(data)
     (source / "broken_link.png").symlink_to("nowhere")
     (source / "itself.png").symlink_to("itself.png")
     os.mkfifo(source / "pipe.png")
     summary = predict(model, source, tmp_path / "out")
     good += ["linked.png", "outside/far.png"]
-    assert count_rows(tmp_path / "out") == Counter([*good, *bad, "broken_link.png", "itself.png", "pipe.png"])
+    assert count_rows(tmp_path / "out") == Counter(
+        [*good, *contents_of_bad, "broken_link.png", "itself.png", "pipe.png"]
+    )
     assert {row["path"] for row in rows(tmp_path / "out" / "predictions.csv")} == set(good)
     codes = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
     assert codes["torn.png"][0] == codes["broken_link.png"][0] == codes["itself.png"][0] == "unreadable"
@@ -127,15 +129,15 @@ def test_formula_like_names_have_a_prefix(model: Path, tmp_path: Path) -> None:
     out, keys = tmp_path / "out", tmp_path / "keys.csv"
     options = PredictOptions(study_type=str(table), study_by="file")
     predict(model, tmp_path / "in", out, options)
-    written = [f"./{name}" for name in names[:4]] + names[4:]
-    assert {row["path"] for row in rows(out / "predictions.csv")} == set(written)
+    expected_names = [f"./{name}" for name in names[:4]] + names[4:]
+    assert {row["path"] for row in rows(out / "predictions.csv")} == set(expected_names)
     assert [row["path"] for row in rows(out / "failures.csv")] == ["./=2.png"]
     hands = {row["study"] for row in rows(out / "studies.csv") if row["study_type"] == "XR_HAND"}
     assert hands == {"./=1+1.png", "./-2.png", "Mu\u0308.png"}
     for _ in ("made", "found"):
         predict(model, tmp_path / "in", tmp_path / "hidden", replace(options, keytable=keys))
         shutil.rmtree(tmp_path / "hidden")
-    assert {row["path"] for row in rows(keys)} == {*written, "./=2.png"}
+    assert {row["path"] for row in rows(keys)} == {*expected_names, "./=2.png"}
     labels = tmp_path / "labels.csv"
     labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
     actual = prediction_files.read_predictions(out / "studies.csv")
@@ -167,7 +169,7 @@ def test_hostile_files_are_in_one_table_each(model: Path, tmp_path: Path, shared
     assert len(rows(tmp_path / "out" / "predictions.csv")) > 100
 
 
-# ---- files that harm their reader
+# ---- files that crash their reader
 
 
 @pytest.mark.slow
@@ -178,19 +180,19 @@ def test_file_that_crashes_its_reader_is_a_failure(
     for number in range(20):
         draw(tmp_path / "in" / f"{number:02d}.png", number)
     predict(model, tmp_path / "in", tmp_path / "sound")
-    bad = {
+    expected_codes = {
         "03_crash.png": "unreadable",
         "07_spin.png": "unreadable",
         "07_crash.png": "unreadable",
         "12_eat.png": "too_large",
     }
-    for name in bad:
+    for name in expected_codes:
         draw(tmp_path / "in" / name)
     monkeypatch.setattr(chunks, "RadiographReader", faulty_reader.RadiographReader)
     options = PredictOptions(workers=2, limits=PoolLimits(processor_s=1, memory_bytes=300 << 20))
     summary = predict(model, tmp_path / "in", tmp_path / "out", options)
     actual = {row["path"]: (row["code"], row["reason"]) for row in rows(tmp_path / "out" / "failures.csv")}
-    assert {path: code for path, (code, _) in actual.items()} == bad
+    assert {path: code for path, (code, _) in actual.items()} == expected_codes
     assert actual["03_crash.png"][1] == actual["07_crash.png"][1] == "its decoder crashed"
     assert actual["07_spin.png"][1] == "its decoder did not finish within 1 s"
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "sound" / "predictions.csv").read_bytes()
@@ -198,7 +200,7 @@ def test_file_that_crashes_its_reader_is_a_failure(
     assert summary["failures_by_code"] == {"too_large": 1, "unreadable": 3}
 
 
-# ---- numbers
+# ---- probabilities and calls
 
 
 @pytest.fixture(scope="module")
@@ -347,8 +349,8 @@ def test_dicom_study_names_hold_no_patient_data(model: Path, tmp_path: Path, mon
     assert actual["6.dcm"][0] == "6.dcm"
     names = [study for path, (study, _) in actual.items() if path != "6.dcm"]
     assert all(name.startswith("dicom-") and len(name) == 22 and int(name[6:], 16) >= 0 for name in names)
-    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert not any(word in written.upper() for word in (b"1.2.276", b"JANE", b"4711"))
+    all_bytes = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(word in all_bytes.upper() for word in (b"1.2.276", b"JANE", b"4711"))
 
     key = Path(os.environ["MURA_DIST_SITE_KEY"])
     if os.name == "posix":
@@ -400,7 +402,7 @@ def test_study_type_option_overrides_folders(model: Path, layout: Path, tmp_path
         count_types("missing", str(tmp_path / "missing.csv"))
 
 
-# ---- the same bytes, whatever happens
+# ---- resumption
 
 
 KILLS = pytest.mark.nightly(part="kills")
@@ -424,7 +426,7 @@ def _draw_many(model: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "workers"),
-    [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (300, 2)))],
+    [(7, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (300, 2)))],
 )
 def test_tables_identical_across_batch_sizes_and_workers(
     model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, batch_size: int, workers: int
@@ -502,7 +504,7 @@ predict(model, source, out, PredictOptions(workers=2), progress=progress)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 @pytest.mark.parametrize(
-    ("where", "at", "num_parts"),
+    ("phase", "at", "num_parts"),
     [
         pytest.param("walking", 0, 0, marks=KILLS),
         pytest.param("reading", 1, 0, marks=KILLS),
@@ -513,19 +515,19 @@ predict(model, source, out, PredictOptions(workers=2), progress=progress)
     ],
 )
 def test_killed_run_resumes_without_predicting_twice(
-    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, where: str, at: int, num_parts: int
+    model: Path, many: tuple[Path, dict[str, bytes]], tmp_path: Path, phase: str, at: int, num_parts: int
 ) -> None:
     """The kill comes in the walk, in a chunk, or while the tables are written."""
     source, expected, out, notes = *many, tmp_path / "out", tmp_path / "notes"
     command = [sys.executable, "-c", KILLED, str(model), str(source), str(out)]
-    killed = subprocess.run([*command, where, str(at), str(notes)], capture_output=True, check=False)
+    killed = subprocess.run([*command, phase, str(at), str(notes)], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     parts = [json.loads((out / ".parts" / f"{number:06d}.json").read_bytes()) for number in range(num_parts)]
     assert len(list((out / ".parts").glob("0*.json"))) == num_parts
     notes.write_text("")
-    again = subprocess.run([*command, "", "0", str(notes)], capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stdout) == (0, "")
-    assert again.stderr.startswith("taking over a stale lock of process ")
+    resumed = subprocess.run([*command, "", "0", str(notes)], capture_output=True, text=True, check=False)
+    assert (resumed.returncode, resumed.stdout) == (0, "")
+    assert resumed.stderr.startswith("taking over a stale lock of process ")
     assert contents(out) == expected
     num_remaining = expected["predictions.csv"].count(b"\n") - 1 - sum(len(chunk["predictions"]) for chunk in parts)
     assert sum(map(int, notes.read_text().split())) == num_remaining
@@ -808,15 +810,15 @@ def test_run_resumes_after_a_full_disk(
         assert "Free some space, then run the same command." in failed.stderr
         parts = {path: path.stat().st_mtime_ns for path in (disk / "out" / ".parts").glob("0*.json")}
         subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
-        again = run(*arguments)
-        assert (again.returncode, stderr_lines(again)) == (0, []), again.stderr
+        resumed = run(*arguments)
+        assert (resumed.returncode, stderr_lines(resumed)) == (0, []), resumed.stderr
         assert contents(disk / "out") == many[1]
         assert len(parts) <= 3
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
-# ---- how it is run
+# ---- session configuration
 
 
 @pytest.mark.parametrize("finished", [False, True])

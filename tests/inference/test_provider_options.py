@@ -30,7 +30,7 @@ def test_cuda_options(precision: Precision, batch_size: int, size: int, device: 
 @pytest.mark.parametrize(("precision", "batch_size", "size", "device"), GRID)
 def test_tensorrt_options(precision: Precision, batch_size: int, size: int, device: int) -> None:
     options = provider_options(PROVIDERS["tensorrt"], precision, (batch_size, 1, size, size), device, FOLDER)
-    profiles = {options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")}
+    profiles = {options[f"trt_profile_{bound}_shapes"] for bound in ("min", "opt", "max")}
     assert profiles == {f"image:{batch_size}x1x{size}x{size}"}
     assert options["trt_fp16_enable"] == ("1" if precision == "fp16" else "0")
     assert (options["device_id"], options["trt_engine_cache_path"]) == (str(device), "engines")

@@ -34,7 +34,7 @@ CANARY, CANARY_NUMBER = "Kanarienvogel", "4815162342"  # stand for a patient's n
 pytestmark = pytest.mark.usefixtures("own_site_key")
 
 
-# ---- the site's key
+# ---- site key
 
 
 @POSIX
@@ -138,8 +138,8 @@ def test_inaccessible_key_path_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_pseudonym_depends_on_key_kind_and_parts_only() -> None:
     parts = [("",), ("a",), ("b",), ("a", ""), ("", "a"), ("a", "b"), ("ab",), ("\udcff",), ("é",)]
     cases = list(itertools.product((b"1" * 32, b"2" * 32), ("file", "study", "dicom"), parts))
-    names = [pseudonyms.pseudonym(key, kind, *some) for key, kind, some in cases]
-    assert names == [pseudonyms.pseudonym(key, kind, *some) for key, kind, some in cases]
+    names = [pseudonyms.pseudonym(key, kind, *parts_of_name) for key, kind, parts_of_name in cases]
+    assert names == [pseudonyms.pseudonym(key, kind, *parts_of_name) for key, kind, parts_of_name in cases]
     assert len({name.partition("-")[2] for name in names}) == len(names)
     assert all(re.fullmatch(rf"{kind}-[0-9a-f]{{16}}", name) for name, (_, kind, _) in zip(names, cases, strict=True))
     assert 1e6**2 / 2 / 16**pseudonyms.DIGITS < 1e-7  # two of a million alike
@@ -156,7 +156,7 @@ def test_pseudonymizer_without_key_returns_names() -> None:
     assert "1111" not in repr(Pseudonymizer(b"1" * 32))
 
 
-# ---- a run under pseudonyms
+# ---- pseudonymous runs
 
 
 def create_source(folder: Path) -> Path:
@@ -471,8 +471,8 @@ def test_pseudonymous_outputs_and_logs_hold_no_paths(model: Path, canary_folder:
     assert actual["studies_by_type"] == {"XR_HAND": 2, "unknown": actual["num_studies"] - 2}
     assert CANARY in (tmp_path / "keys.csv").read_text()  # the way back, for the site
     assert CANARY_NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
-    again = run(*command)
-    assert (again.returncode, canaries_in(output_of(again))) == (0, [])
+    rerun = run(*command)
+    assert (rerun.returncode, canaries_in(output_of(rerun))) == (0, [])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -509,7 +509,7 @@ def test_messages_hold_no_paths(
     table = tmp_path / "types.csv"
     table.write_text(f"path,study_type\n{CANARY}.png,hand\n{CANARY}.png,elbow\n")
     source, options = canary_folder, ["--study-type", "hand"]
-    more = [str(folder / f"{CANARY}1.png"), str(folder / f"{CANARY}2.png")] if directory == "several" else []
+    further_inputs = [str(folder / f"{CANARY}1.png"), str(folder / f"{CANARY}2.png")] if directory == "several" else []
 
     def raiser(error: Exception) -> Callable[..., Any]:
         def raise_error(*arguments: Any, **options: Any) -> Any:
@@ -531,7 +531,7 @@ def test_messages_hold_no_paths(
         )
     elif directory == "strange":
         monkeypatch.setattr(file_list, "list_files", raiser(OSError(f"cannot identify {canary_folder}/{CANARY}")))
-    command = ["predict", str(model), str(source), *more, "--out", str(tmp_path / "out"), *options]
+    command = ["predict", str(model), str(source), *further_inputs, "--out", str(tmp_path / "out"), *options]
     status = main([*command, "--pseudonyms", str(tmp_path / "keys.csv")])
     captured = capfd.readouterr()
     assert status == (FAILED if directory in ("crash", "io", "strange") else INVALID)
@@ -577,7 +577,7 @@ def test_stop_under_pseudonyms_keeps_its_exit_status(
     assert main(command) == STOPPED
 
 
-# ---- one DICOM UID, several studies
+# ---- studies of one DICOM UID
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")

@@ -114,14 +114,14 @@ def test_rerun_reads_only_the_files_with_faults(
     codes = [row["code"] for row in rows(out / "failures.csv")]
     assert codes.count("io_error") == 4
     assert len(rows(out / "predictions.csv")) + len(codes) == 28
-    again, num_opens = read_faults("study", call="open", skip=1000), [0]
-    with again.in_children():
+    faults, num_opens = read_faults("study", call="open", skip=1000), [0]
+    with faults.in_children():
         summary = predict(model, directory, out, options, progress=lambda done, total: total and num_opens.append(done))
     assert summary is not None
     assert contents(out) == reference_tables
     assert summary["num_overlays"] == summary["num_radiographs"]
     assert sorted(os.listdir(out)) == sorted([*FILES, "overlays"])
-    assert again.num_calls == 4
+    assert faults.num_calls == 4
     assert num_opens[-1] == 28
 
 
@@ -169,10 +169,10 @@ def test_consecutive_faults_stop_the_run_and_keep_results(
     message = rf"^5 consecutive files of {directory} could not be read \(last: cannot be read: input/output error\)\. "
     with read_faults("study").in_children(), pytest.raises(RunError, match=message):
         predict(model, directory, out, PredictOptions(workers=1))
-    again = read_faults("study", call="open", skip=1000)
-    with again.in_children():
+    faults = read_faults("study", call="open", skip=1000)
+    with faults.in_children():
         predict(model, directory, out, PredictOptions(workers=1))
-    assert again.num_calls == 9, "one file of the first chunk, and the last chunk's eight"
+    assert faults.num_calls == 9, "one file of the first chunk, and the last chunk's eight"
     assert contents(out) == reference_tables
 
 

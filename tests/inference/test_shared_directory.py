@@ -73,9 +73,9 @@ def start(
     started: list[subprocess.Popen[str]] = []
 
     def rank(
-        number: int, size: int, *arguments: object, launcher: str = "Slurm", cold: bool = False, **more: object
+        number: int, size: int, *arguments: object, launcher: str = "Slurm", cold: bool = False, **variables: object
     ) -> subprocess.Popen[str]:
-        environment = LAUNCHERS[launcher](number, size) | more
+        environment = LAUNCHERS[launcher](number, size) | variables
         command = ("predict", model, source, "--out", tmp_path / "out", "--workers", 1, *arguments)
         started.append(start_rank(script, environment, *command, cold=cold))
         return started[-1]

@@ -85,7 +85,7 @@ def test_study_type_has_many_spellings(study_type: str, tmp_path: Path) -> None:
     """Case, surrounding blanks, and the XR_ prefix with any separator make no difference."""
     word = study_type.removeprefix("XR_")
     spellings = [study_type, word, f"XR {word}", f"XR-{word}", f"XR{word}", f"  {word} "]
-    for spelling in [form(each) for each in spellings for form in (str.upper, str.lower, str.title)]:
+    for spelling in [form(text) for text in spellings for form in (str.upper, str.lower, str.title)]:
         assert study_types.read_override(spelling) == study_type
         (tmp_path / "types.csv").write_text(f"path,study_type\na.png,{spelling}\n")
         assert study_types.read_override(str(tmp_path / "types.csv")) == {"a.png": study_type}

@@ -122,7 +122,7 @@ def test_study_gate_is_the_worst_of_its_views(tmp_path: Path) -> None:
     assert frame["gate"].tolist() == [max(values, key=gate.NAMES.index) for values in cases]
 
 
-# ---- 6 digits
+# ---- shortened probabilities
 
 
 def test_shortened_probability_stays_on_its_side_of_a_threshold() -> None:
@@ -202,7 +202,7 @@ def test_sigmoid_of_extreme_logits() -> None:
     np.testing.assert_allclose(actual, [0, 9.357622968839299e-14, 0.5, 1 - 9.357622968839299e-14, 1], rtol=1e-12)
 
 
-# ---- the same bytes, however the rows come
+# ---- blocks and parts
 
 
 def random_views(num: int, seed: int = 0) -> list[list[Any]]:
@@ -243,7 +243,7 @@ def reference_studies(views: list[list[Any]]) -> pd.DataFrame:
 def test_tables_identical_across_block_and_part_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, format: str
 ) -> None:
-    views, written = random_views(num), {}
+    views, first_contents = random_views(num), {}
     for block, size in itertools.product((10, 64, 16_384), (1, 7, 256)):
         monkeypatch.setattr(tables, "BLOCK", block)
         out = tmp_path / f"{block}-{size}"
@@ -255,7 +255,7 @@ def test_tables_identical_across_block_and_part_sizes(
         for name in tables.NAMES:
             path = out / f"{name}.{format}"
             content: Any = path.read_bytes() if format == "csv" else pd.read_parquet(path).to_csv()
-            assert written.setdefault(name, content) == content, (block, size, name)
+            assert first_contents.setdefault(name, content) == content, (block, size, name)
     read = pd.read_csv if format == "csv" else pd.read_parquet
     actual, expected = read(tmp_path / "10-7" / f"studies.{format}"), reference_studies(views)
     for column in expected:
@@ -293,7 +293,7 @@ def test_bare_carriage_return_quotes_the_complete_file(
     assert actual["path"].tolist() == [row[0] for row in views]
 
 
-# ---- what stands in the way
+# ---- write errors
 
 
 @pytest.mark.parametrize("name", tables.NAMES)
@@ -361,15 +361,15 @@ def measure_peaks(folder: Path, cases: list[tuple[int, int, str]]) -> Iterator[f
     for num, per_study, format in cases:
         values = [card_of().model_dump_json(), str(folder), str(num), str(per_study), format]
         done = subprocess.run([sys.executable, "-c", TABLES, *values], capture_output=True, text=True, check=True)
-        peak, counted = json.loads(done.stdout)
-        assert counted == num
+        peak, num_rows = json.loads(done.stdout)
+        assert num_rows == num
         yield peak
 
 
 @pytest.mark.nightly(part="files")
 def test_memory_is_independent_of_the_number_of_files(tmp_path: Path) -> None:
-    few, many = measure_peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
-    assert many - few < 15, (few, many)
+    small, large = measure_peaks(tmp_path, [(40_000, 3, "csv"), (120_000, 3, "csv")])
+    assert large - small < 15, (small, large)
 
 
 @pytest.mark.nightly(part="files")

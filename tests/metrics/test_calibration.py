@@ -43,12 +43,12 @@ def fit_scikit(label: np.ndarray, x: np.ndarray) -> tuple[float, float]:
     positive, negative = label.sum(), (1 - label).sum()
     target = np.where(label == 1, (positive + 1) / (positive + 2), 1 / (negative + 2))
     model = LogisticRegression(C=np.inf, tol=1e-12, max_iter=10_000)
-    both, weight = np.repeat([1, 0], len(x)), np.concatenate([target, 1 - target])
-    model.fit(np.concatenate([x, x])[:, None], both, weight)
+    labels, weight = np.repeat([1, 0], len(x)), np.concatenate([target, 1 - target])
+    model.fit(np.concatenate([x, x])[:, None], labels, weight)
     return float(model.intercept_[0]), float(model.coef_[0, 0])
 
 
-# ---- the line
+# ---- fit
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -131,18 +131,18 @@ def test_separated_studies_have_a_finite_fit() -> None:
     np.testing.assert_allclose(table["calibrated_probability"], expected, atol=1e-6)
 
 
-# ---- where nothing is fitted
+# ---- missing fits
 
 
-def missing_reason(tune: pd.DataFrame, name: str = "XR_HAND", what: str = "calibration") -> str:
-    return calibration.fit(tune, SHIFT, list(SHIFT)).missing_reason(name, what)
+def missing_reason(tune: pd.DataFrame, name: str = "XR_HAND", key: str = "calibration") -> str:
+    return calibration.fit(tune, SHIFT, list(SHIFT)).missing_reason(name, key)
 
 
 def test_missing_calibration_has_a_reason() -> None:
     tune = simulate_studies({"XR_HAND": 100})
-    few = tune.groupby("label").head(9)
-    assert "9 normal and 9 abnormal tune studies; at least 10" in missing_reason(few)
-    assert "at least 10" in missing_reason(few, what="sensitivity=0.95")
+    small = tune.groupby("label").head(9)
+    assert "9 normal and 9 abnormal tune studies; at least 10" in missing_reason(small)
+    assert "at least 10" in missing_reason(small, key="sensitivity=0.95")
     assert "0 normal and 0 abnormal tune studies" in missing_reason(tune[:0])
     assert "1 of 100 tune studies have no finite" in missing_reason(tune.assign(probability=[math.nan] + [0.5] * 99))
     assert "same probability" in missing_reason(tune.assign(probability=0.25))
@@ -245,7 +245,7 @@ def test_no_band_where_the_thresholds_cross() -> None:
     )
 
 
-# ---- measured
+# ---- operating points
 
 
 def compute_rates(call: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -282,11 +282,11 @@ def test_operating_points_measured_on_fresh_studies() -> None:
             )
             assert sum(point["confusion"].values()) == point["num_studies"] == len(subset)
     band = measured["overall"]["band"]
-    sure = known_types["band"] != "uncertain"
-    assert band["num_uncertain"] == (~sure).sum()
-    assert band["share_uncertain"] == pytest.approx((~sure).mean())
+    is_certain = known_types["band"] != "uncertain"
+    assert band["num_uncertain"] == (~is_certain).sum()
+    assert band["share_uncertain"] == pytest.approx((~is_certain).mean())
     right = (known_types["band"] == "positive") == (known_types["label"] == 1)
-    assert band["accuracy_outside"] == pytest.approx(right[sure].mean())
+    assert band["accuracy_outside"] == pytest.approx(right[is_certain].mean())
     assert band["share_uncertain_low"] < band["share_uncertain"] < band["share_uncertain_high"]
     assert band["low"] is None
     assert band["reasons"]["low"] == "each study type has its own"
@@ -295,8 +295,10 @@ def test_operating_points_measured_on_fresh_studies() -> None:
 def test_study_type_without_a_point_is_excluded_and_counted() -> None:
     fitted = calibration.fit(simulate_studies({"XR_HAND": 300, "XR_WRIST": 300}), SHIFT, ["XR_HAND", "XR_WRIST"])
     wrist, name = fitted.by_study_type["XR_WRIST"], "sensitivity=0.98"
-    fewer = {key: value for key, value in wrist.operating_points.items() if key != name}
-    wrist = wrist.model_copy(update={"operating_points": fewer, "band": None, "reasons": {name: "no", "band": "no"}})
+    remaining = {key: value for key, value in wrist.operating_points.items() if key != name}
+    wrist = wrist.model_copy(
+        update={"operating_points": remaining, "band": None, "reasons": {name: "no", "band": "no"}}
+    )
     fitted = fitted.model_copy(update={"by_study_type": fitted.by_study_type | {"XR_WRIST": wrist}})
     valid = calibration.apply(fitted, simulate_studies({"XR_HAND": 70, "XR_WRIST": 50}, 2))
     measured = calibration.compute_operating_points(fitted, valid, resamples=50)
@@ -352,7 +354,7 @@ def test_one_class_has_a_reason_for_each_missing_rate() -> None:
         assert group["points"]["sensitivity=0.9"]["reasons"]["sensitivity"] == "no abnormal study"
 
 
-# ---- as data
+# ---- serialization
 
 
 def test_fitted_thresholds_round_trip_through_json() -> None:

@@ -66,9 +66,9 @@ def test_interval_equals_paired_resampling_of_patients() -> None:
     b = b.set_index("study").loc[a["study"]].reset_index()
     patients = sorted(set(a["patient"]))
     raw = np.random.Philox(key=3).random_raw(80 * len(patients))
-    drawn = np.array([(int(word) >> 32) * len(patients) >> 32 for word in raw]).reshape(80, -1)
+    resamples = np.array([(int(word) >> 32) * len(patients) >> 32 for word in raw]).reshape(80, -1)
     differences = []
-    for first in drawn:
+    for first in resamples:
         rows = np.concatenate([np.flatnonzero(a["patient"] == patients[i]) for i in first])
         label = a["label"].to_numpy()[rows]
         if len(set(label)) == 2:

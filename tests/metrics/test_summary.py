@@ -118,8 +118,8 @@ def test_bootstrap_equals_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     studies = simulated(40, 12, seed=3)
     patients = sorted(set(studies["patient"]))
     kappas, areas, dropped = [], [], 0
-    for drawn in resample_indices(60, len(patients), seed=7):
-        sample = pd.concat([studies[studies["patient"] == patients[i]] for i in drawn])
+    for indices in resample_indices(60, len(patients), seed=7):
+        sample = pd.concat([studies[studies["patient"] == patients[i]] for i in indices])
         if sample["label"].nunique() < 2:
             dropped += 1
             continue
@@ -134,7 +134,7 @@ def test_bootstrap_equals_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_class_resamples_are_dropped_and_counted() -> None:
     studies = studies_of_confusion((6, 1, 1, 1))
-    expected = sum((drawn < 7).all() or (drawn >= 7).all() for drawn in resample_indices(400, 9, seed=0))
+    expected = sum((indices < 7).all() or (indices >= 7).all() for indices in resample_indices(400, 9, seed=0))
     group = check_metrics(summary.compute_metrics(studies, resamples=400))
     assert 10 < expected < 200
     assert group["num_resamples_dropped"] == expected
@@ -242,8 +242,8 @@ def test_asymptotic_interval_of_zero_width_is_missing(probability: np.ndarray, m
     for kind in ("kappa_fce", "auroc_delong"):
         if kind in missing:
             assert group[f"{kind}_low"] is group[f"{kind}_high"] is None
-            why = f"is exactly {missing[kind]:g}: its asymptotic standard error is 0"
-            assert group["reasons"][f"{kind}_low"] == f"{kind.partition('_')[0]} {why}"
+            reason = f"is exactly {missing[kind]:g}: its asymptotic standard error is 0"
+            assert group["reasons"][f"{kind}_low"] == f"{kind.partition('_')[0]} {reason}"
         else:
             assert group[f"{kind}_low"] < group[f"{kind}_high"]
 
@@ -292,7 +292,7 @@ def test_summary_table_fits_the_terminal() -> None:
     assert "303" in lines[1]
 
 
-# ---- beside the headline
+# ---- further metrics
 
 
 @pytest.mark.filterwarnings("error")
@@ -361,19 +361,19 @@ def test_calibrated_probabilities_have_metrics() -> None:
     metrics = check_metrics(
         summary.compute_metrics(studies.assign(calibrated_probability=classification.sigmoid(logit)), resamples=200)
     )
-    again = check_metrics(
+    recomputed = check_metrics(
         summary.compute_metrics(studies.assign(probability=classification.sigmoid(logit)), resamples=200)
     )
     assert metrics["calibrated"]["auroc"] == pytest.approx(metrics["auroc"], abs=1e-12)
     for name in ("brier", "calibration_slope", "calibration_intercept", "calibration_error", "brier_low", "brier_high"):
-        assert metrics["calibrated"][name] == pytest.approx(again[name], abs=1e-9)
+        assert metrics["calibrated"][name] == pytest.approx(recomputed[name], abs=1e-9)
     assert metrics["calibrated"]["brier"] < metrics["brier"]
     assert metrics["calibration_slope"] < metrics["calibrated"]["calibration_slope"]
     incomplete = studies.assign(calibrated_probability=classification.sigmoid(logit))
     incomplete.loc[3, "calibrated_probability"] = np.nan
     assert check_metrics(summary.compute_metrics(incomplete, resamples=0))["calibrated"] is None
-    alone = studies_of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
-    reasons = check_metrics(summary.compute_metrics(alone, resamples=20))["calibrated"]["reasons"]
+    one_class = studies_of_confusion((4, 5, 0, 0)).assign(calibrated_probability=np.linspace(0.1, 0.9, 9))
+    reasons = check_metrics(summary.compute_metrics(one_class, resamples=20))["calibrated"]["reasons"]
     assert {reasons[f"calibration_{name}"] for name in ("slope", "intercept")} == {"one class only"}
 
 
@@ -405,12 +405,12 @@ def test_subgroups_partition_the_studies() -> None:
     assert [name.split(" (")[0] for name in metrics["exposure"]] == ["darkest third", "middle third", "brightest third"]
     for groups in metrics.values():
         assert sum(group["num_studies"] for group in groups.values()) == 400
-    two = check_metrics(summary.compute_metrics(studies[studies["num_views"] == 2], resamples=20))
+    of_two_views = check_metrics(summary.compute_metrics(studies[studies["num_views"] == 2], resamples=20))
     for key in ("kappa", "kappa_low", "auroc", "auroc_high", "sensitivity"):
-        assert metrics["num_views"]["2"][key] == two[key]
+        assert metrics["num_views"]["2"][key] == of_two_views[key]
     assert summary.compute_subgroup_metrics(studies.drop(columns=["num_views", "exposure"])) == {}
-    same = summary.compute_subgroup_metrics(studies.assign(exposure=7.0), resamples=0)["exposure"]
-    assert [group["num_studies"] for group in same.values()] == [400]
+    constant = summary.compute_subgroup_metrics(studies.assign(exposure=7.0), resamples=0)["exposure"]
+    assert [group["num_studies"] for group in constant.values()] == [400]
 
 
 # ---- intervals
@@ -434,8 +434,8 @@ def test_delong_equals_double_loop_over_placements() -> None:
 
 def test_delong_and_bootstrap_agree_for_independent_studies() -> None:
     metrics = check_metrics(summary.compute_metrics(simulated(500, 10**6), resamples=2000))
-    wide = metrics["auroc_high"] - metrics["auroc_low"]
-    assert metrics["auroc_delong_high"] - metrics["auroc_delong_low"] == pytest.approx(wide, rel=0.06)
+    bootstrap_width = metrics["auroc_high"] - metrics["auroc_low"]
+    assert metrics["auroc_delong_high"] - metrics["auroc_delong_low"] == pytest.approx(bootstrap_width, rel=0.06)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (3, 9), (40, 61)])

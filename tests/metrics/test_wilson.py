@@ -60,7 +60,7 @@ def test_interval_is_symmetric_and_monotonic(trials: int) -> None:
     assert np.isnan(compute_wilson_interval(0, 0)).all()
 
 
-# ---- in metrics.json
+# ---- intervals in metrics.json
 
 
 def _studies(normal: list[float], abnormal: list[float]) -> pd.DataFrame:

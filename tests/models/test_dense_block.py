@@ -184,7 +184,10 @@ def test_half_precision_is_as_accurate_as_torchvision(dtype: torch.dtype, change
             torch.cat([gradient.flatten().double() for gradient in named.values()])
             for named in (
                 exact_gradients,
-                *(gradients(*both) for both in zip((model, torchvision_model), logits, strict=True)),
+                *(
+                    gradients(*network_and_logit)
+                    for network_and_logit in zip((model, torchvision_model), logits, strict=True)
+                ),
             )
         )
         return tuple(relative_distance(gradient, exact) for gradient in actual)

@@ -110,10 +110,10 @@ def test_select_thumbnails_one_per_study_and_counts_skipped() -> None:
         [("train", "XR_HIP", f"p{i // 3}", f"s{i // 3}", i % 3, 1, f"f{i}") for i in range(60)],
         columns=["split", "study_type", "patient", "study", "view", "label", "path"],
     )
-    broken = {row for row in frame.index if row // 3 < 15}  # all views of 15 of the 20 studies
+    corrupt_rows = {row for row in frame.index if row // 3 < 15}  # all views of 15 of the 20 studies
 
     def pixels(row: int) -> np.ndarray:
-        if row in broken:
+        if row in corrupt_rows:
             raise UnreadableFileError("unreadable", "torn")
         return np.full((400, 200), row, np.uint8)
 

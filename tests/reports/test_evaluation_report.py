@@ -332,8 +332,8 @@ def test_report_sentences(complete_report: tuple[Path, Page]) -> None:
 def footnotes(page: Page) -> dict[str, str]:
     """Return the page's footnotes by letter. Each is referenced, and explained once."""
     notes = dict(re.findall(r'<li id="note-(\w+)"><sup>\w+</sup> ([^<]*)</li>', page.markup))
-    used = re.findall(r'<sup class="mark"><a href="#note-(\w+)"', page.markup)
-    assert list(dict.fromkeys(used)) == list(notes)
+    letters = re.findall(r'<sup class="mark"><a href="#note-(\w+)"', page.markup)
+    assert list(dict.fromkeys(letters)) == list(notes)
     assert len(set(notes.values())) == len(notes)
     return {letter: text.replace("&#x27;", "'") for letter, text in notes.items()}
 
@@ -686,17 +686,19 @@ def test_curves_and_calls_are_drawn_at_their_values() -> None:
     """Three studies with a threshold between the second and the third: the dot of the calls is a vertex of both curves."""
     label, probability = np.array([1, 0, 1]), np.array([0.9, 0.5, 0.1])
     group = {"confusion": {"tn": 0, "fp": 1, "fn": 1, "tp": 1}, "sensitivity": 0.5, "specificity": 0.0, "ppv": 0.5}
-    absent = dict.fromkeys(("scores", "reliability", "reliability_calibrated", "band"))
+    missing = dict.fromkeys(("scores", "reliability", "reliability_calibrated", "band"))
     plot_data = {"roc": plots.roc_points(label, probability), "precision_recall": plots.pr_points(label, probability)}
-    plot_data |= absent | {"scores": plots.score_histogram(label, probability)}
-    drawn = {picture.name: picture for picture in figures._group_pictures("XR_HAND", "XR_HAND", group, plot_data, 0.3)}
+    plot_data |= missing | {"scores": plots.score_histogram(label, probability)}
+    pictures = {
+        picture.name: picture for picture in figures._group_pictures("XR_HAND", "XR_HAND", group, plot_data, 0.3)
+    }
     corners = {
         "roc": [(0, 0), (0, 0.5), (1, 0.5), (1, 1)],
         "pr": [(0, 1), (0.5, 1), (0.5, 0.5), (0.5, 2 / 3), (1, 2 / 3)],
     }
     dots = {"roc": (1, 0.5), "pr": (0.5, 0.5)}
     for kind, expected in corners.items():
-        root = ElementTree.fromstring(drawn[f"{kind}-XR_HAND"].file())
+        root = ElementTree.fromstring(pictures[f"{kind}-XR_HAND"].file())
         assert polyline(root) == to_pixels(*expected), kind
         [dot] = [node.attrib for node in root.iter() if node.tag.endswith("}circle")]
         assert [(float(dot["cx"]), float(dot["cy"]))] == to_pixels(dots[kind])

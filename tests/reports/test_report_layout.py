@@ -24,8 +24,8 @@ def studies(num: int, seed: int) -> pd.DataFrame:
     study_type = np.array(mura.STUDY_TYPES)[np.arange(num) % len(mura.STUDY_TYPES)]
     label = rng.integers(0, 2, num)
     logit = 2.0 * label - 1 + rng.normal(0, 2, num)
-    sure = (study_type == "XR_HUMERUS") & (label == 1)
-    logit[sure] = np.abs(logit[sure]) + 0.01
+    is_separable = (study_type == "XR_HUMERUS") & (label == 1)
+    logit[is_separable] = np.abs(logit[is_separable]) + 0.01
     frame = {
         "study": [f"s{index}" for index in range(num)],
         "patient": [f"p{seed}-{index // 2}" for index in range(num)],

@@ -129,8 +129,8 @@ def count_optimized_operators(int8_model: onnx.ModelProto, options: onnxruntime.
 @pytest.mark.parametrize("number", [1, 7])
 def test_logits_identical_across_batch_sizes(number: int) -> None:
     int8_model, images = int8.build_int8_graph(trained(), blotches(32)), blotches(64, 3)
-    alone = np.concatenate([run_onnx(int8_model, images[at : at + number])[0] for at in range(0, 64, number)])
-    np.testing.assert_allclose(alone, run_onnx(int8_model, images)[0], atol=1e-6)
+    small_batches = np.concatenate([run_onnx(int8_model, images[at : at + number])[0] for at in range(0, 64, number)])
+    np.testing.assert_allclose(small_batches, run_onnx(int8_model, images)[0], atol=1e-6)
 
 
 def test_ensemble_averages_probabilities() -> None:
@@ -189,16 +189,16 @@ def test_rectified_bytes_equal_norm_and_relu(slope: float, intercept: float) -> 
     """The bytes mean relu(slope * x + intercept), to half a step, for a cut below, in and above the range."""
     grid = Grid(np.array([0.1]), np.array([-5.0]))
     graph = GraphBuilder("")
-    cut = graph.rectify("x", np.array([slope]), np.array([intercept]), grid)
+    rectified_grid = graph.rectify("x", np.array([slope]), np.array([intercept]), grid)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.tensors}
-    stored = np.arange(256)
-    through = stored.astype(np.float64)
+    levels = np.arange(256)
+    through = levels.astype(np.float64)
     for node in graph.nodes:
         through = {"Max": np.maximum, "Min": np.minimum}[node.op_type](through, constants[node.input[1]].item())
-    rectified = cut.scale * (through - cut.zero) + cut.constant
-    exact = np.maximum(slope * (grid.origin + grid.step * stored) + intercept, 0)
+    rectified = rectified_grid.scale * (through - rectified_grid.zero) + rectified_grid.constant
+    exact = np.maximum(slope * (grid.origin + grid.step * levels) + intercept, 0)
     assert np.abs(rectified - exact).max() <= abs(slope) * 0.1 / 2 + 1e-9
-    weight, bias = cut.fold(np.array([[0.5]]))
+    weight, bias = rectified_grid.fold(np.array([[0.5]]))
     np.testing.assert_allclose(weight[0] * through + bias, 0.5 * rectified)
 
 
@@ -213,8 +213,8 @@ def test_grid_covers_observed_values_above_the_cut() -> None:
 
 
 def test_int8_graph_is_deterministic() -> None:
-    first, again = (int8.build_int8_graph(trained(), blotches(16)).SerializeToString() for _ in range(2))
-    assert first == again
+    first, second = (int8.build_int8_graph(trained(), blotches(16)).SerializeToString() for _ in range(2))
+    assert first == second
 
 
 needs_openvino = pytest.mark.skipif(

@@ -242,7 +242,7 @@ def test_card_with_invalid_calibration_is_refused() -> None:
         Card.parse(json.dumps(fields), "model.onnx")
 
 
-# ---- a run's own model
+# ---- models of runs
 
 
 def secret_texts(*paths: Path) -> list[str]:
@@ -324,15 +324,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("case", REFUSED)
 def test_invalid_options_are_refused_before_the_export(
-    what: str, copy: Path, tmp_path: Path, monkeypatch, capsys
+    case: str, copy: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(export_module, "build_onnx", lambda *_: pytest.fail("it began to work"))
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "other" / "mura_dist").mkdir(parents=True)
     (tmp_path / "other" / "mura_dist" / "config.pbtxt").write_text('name: "mura_dist"')
-    templates, messages = REFUSED[what]
+    templates, messages = REFUSED[case]
     arguments = [word.format(tmp=tmp_path) for word in templates]
     laws.refusal(capsys, ["export", copy, *arguments], *(word.format(tmp=tmp_path) for word in messages))
     assert not list(tmp_path.rglob("*.onnx"))

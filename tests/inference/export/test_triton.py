@@ -65,12 +65,12 @@ def check_repository(folder: Path) -> Any:
     assert config.name in ("", folder.name)
     assert (config.backend, config.platform) == ("onnxruntime", "onnxruntime_onnx")
     versions = [int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
-    served = list(config.version_policy.specific.versions) or [max(versions)]
-    assert set(served) <= set(versions)
+    versions_served = list(config.version_policy.specific.versions) or [max(versions)]
+    assert set(versions_served) <= set(versions)
     assert config.max_batch_size > 0
     for size in config.dynamic_batching.preferred_batch_size:
         assert 0 < size <= config.max_batch_size
-    for version in served:
+    for version in versions_served:
         session = onnxruntime.InferenceSession(folder / str(version) / (config.default_model_filename or "model.onnx"))
         for config_tensors, session_tensors in (
             (config.input, session.get_inputs()),
@@ -156,7 +156,7 @@ def test_configuration_escapes_quotes_and_backslashes(data: bytes) -> None:
     assert card_fields["study_types"] == [study_type]
 
 
-# ---- what is there already
+# ---- existing files
 
 
 def test_write_replaces_the_exported_model_only(repository: Path, data: bytes, other_model: bytes) -> None:

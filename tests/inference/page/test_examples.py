@@ -67,9 +67,9 @@ def examples_by_seed(tmp_path: Path) -> dict[int, tuple[Example, ...]]:
 
 def test_example_number_does_not_reveal_label(tmp_path: Path) -> None:
     """In every set, both labels occur at even and odd numbers. Over all sets, they occur at each index within a type."""
-    turns: dict[int, set[str]] = {}
-    positions: dict[int, set[str]] = {}
-    types_in_turns, counts_of_types = set(), set()
+    labels_by_number: dict[int, set[str]] = {}
+    labels_by_index: dict[int, set[str]] = {}
+    type_orders, counts_of_types = set(), set()
     for seed, selection in examples_by_seed(tmp_path).items():
         assert len(selection) == EXAMPLES_PER_TYPE * len(mura.STUDY_TYPES)
         for odd in (0, 1):
@@ -80,16 +80,16 @@ def test_example_number_does_not_reveal_label(tmp_path: Path) -> None:
         for study_type in mura.STUDY_TYPES:
             of_type = [label_of(example) for example in selection if example.study_type == study_type]
             counts_of_types.add(of_type.count("positive"))
-            for position, label in enumerate(of_type):
-                positions.setdefault(position, set()).add(label)
+            for index, label in enumerate(of_type):
+                labels_by_index.setdefault(index, set()).add(label)
         for example in selection:
-            turns.setdefault(example.number, set()).add(label_of(example))
-        types_in_turns |= {
+            labels_by_number.setdefault(example.number, set()).add(label_of(example))
+        type_orders |= {
             tuple(example.study_type for example in selection[start : start + 7]) for start in range(0, 28, 7)
         }
-    assert set(map(frozenset, positions.values())) == {frozenset({"positive", "negative"})}
-    assert sum(len(labels) == 2 for labels in turns.values()) >= 0.9 * len(turns)
-    assert len(types_in_turns) > 4, "the study types have no fixed order"
+    assert set(map(frozenset, labels_by_index.values())) == {frozenset({"positive", "negative"})}
+    assert sum(len(labels) == 2 for labels in labels_by_number.values()) >= 0.9 * len(labels_by_number)
+    assert len(type_orders) > 4, "the study types have no fixed order"
     assert len(counts_of_types) > 1, "no study type has a fixed number of each label"
 
 
@@ -203,11 +203,11 @@ def test_changed_file_is_not_a_known_drawing(drawn: Path) -> None:
         "no picture": b"GIF89a",
     }
     try:
-        for what, data in contents.items():
+        for case, data in contents.items():
             target.write_bytes(data)
             digests = examples.drawing_digests(drawn, selection)
-            assert hashlib.sha256(data).hexdigest() not in digests or what == "another drawing of the set", what
-            assert len(digests) == sum(len(example.files) for example in selection) - 1, what
+            assert hashlib.sha256(data).hexdigest() not in digests or case == "another drawing of the set", case
+            assert len(digests) == sum(len(example.files) for example in selection) - 1, case
     finally:
         target.write_bytes(before)
 
@@ -219,9 +219,9 @@ def test_drawing_may_differ_by_one_gray_level(drawn: Path) -> None:
     path = examples.find_examples(drawn)[0].files[0]
     with Image.open(path) as image:
         pixels = np.asarray(image).astype(int)
-    for off, same in ((1, True), (2, False)):
-        moved = np.where(pixels > 128, pixels - off, pixels + off).astype(np.uint8)
-        assert selection.holds(path.relative_to(drawn).as_posix(), png_bytes(Image.fromarray(moved))) == same
+    for difference, is_known in ((1, True), (2, False)):
+        moved = np.where(pixels > 128, pixels - difference, pixels + difference).astype(np.uint8)
+        assert selection.holds(path.relative_to(drawn).as_posix(), png_bytes(Image.fromarray(moved))) == is_known
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_bootstrap_interval_is_quoted() -> None:
     )
 
 
-# ---- out of a model's card
+# ---- frequencies of a card
 
 
 def card_with(wrong: dict[str, int], right: dict[str, int], *, kinds: bool) -> Card:

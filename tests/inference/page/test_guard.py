@@ -66,14 +66,14 @@ def guard() -> Guard:
 @pytest.fixture(scope="module")
 def port(guard: Guard) -> Iterator[int]:
     config = uvicorn.Config(guard, http=ImpatientConnection, ws="websockets-sansio", log_level="critical")
-    running = uvicorn.Server(config)
+    uvicorn_server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
         thread.start()
-        while not running.started:
+        while not uvicorn_server.started:
             time.sleep(0.01)
         yield listener.getsockname()[1]
-        running.should_exit = running.force_exit = True
+        uvicorn_server.should_exit = uvicorn_server.force_exit = True
         thread.join(10)
 
 
@@ -121,7 +121,7 @@ def send_request(port: int, *chunks: str | bytes) -> tuple[int, dict[str, str], 
         return client.answer()
 
 
-# ---- whom it answers
+# ---- hosts and origins
 
 
 @pytest.mark.parametrize(
@@ -191,22 +191,25 @@ def until(true: Any) -> None:
 
 def test_unfinished_uploads_share_a_limit(port: int, guard: Guard) -> None:
     """A request above the limit is refused, with or without Content-Length. Refused and finished requests do not count."""
-    half = LIMITS.uploads_bytes // 2
+    half_bytes = LIMITS.uploads_bytes // 2
     guard.app.state.released.clear()
     with Client(port) as first, Client(port) as second:
         for client in (first, second):
-            client.send(request("PUT", "/?hold", content_length=half) + "x" * half)
-        until(lambda: guard.unfinished_bytes == 2 * half)
+            client.send(request("PUT", "/?hold", content_length=half_bytes) + "x" * half_bytes)
+        until(lambda: guard.unfinished_bytes == 2 * half_bytes)
         status, headers, body = send_request(port, request("PUT", content_length=9), "x" * 9)
         assert (status, body, headers["retry-after"]) == (503, UPLOADS_FULL, "60")
         chunked = request("PUT", transfer_encoding="chunked") + "9\r\nxxxxxxxxx\r\n0\r\n\r\n"
         assert send_request(port, chunked)[::2] == (503, UPLOADS_FULL)
         assert send_request(port, request())[0] == 200, "what brings nothing is answered"
-        assert guard.unfinished_bytes == 2 * half
+        assert guard.unfinished_bytes == 2 * half_bytes
         guard.app.state.released.set()
-        assert [client.answer()[::2] for client in (first, second)] == [(200, str(half))] * 2
+        assert [client.answer()[::2] for client in (first, second)] == [(200, str(half_bytes))] * 2
     until(lambda: guard.unfinished_bytes == 0)
-    assert send_request(port, request("PUT", content_length=2 * half), "x" * 2 * half)[::2] == (200, str(2 * half))
+    assert send_request(port, request("PUT", content_length=2 * half_bytes), "x" * 2 * half_bytes)[::2] == (
+        200,
+        str(2 * half_bytes),
+    )
 
 
 def test_too_large_upload_is_refused_after_reading_it(port: int, guard: Guard) -> None:
@@ -224,7 +227,7 @@ def test_disconnected_client_releases_its_bytes(port: int, guard: Guard) -> None
     until(lambda: guard.unfinished_bytes == 0)
 
 
-# ---- how long it waits
+# ---- timeouts
 
 
 @pytest.mark.parametrize("chunks", [[], ["GET / HT"], [request()[:-2]]])
@@ -314,11 +317,11 @@ def test_policy_allows_scripts_by_hash() -> None:
     assert "default-src 'none'" in policy
 
 
-# ---- the names of a page
+# ---- allowed host names
 
 
 @pytest.mark.parametrize(
-    ("address", "more", "names"),
+    ("address", "allowed", "names"),
     [
         ("127.0.0.1", (), {"localhost"}),
         ("::1", ("Page.Example.",), {"localhost", "page.example"}),
@@ -326,8 +329,8 @@ def test_policy_allows_scripts_by_hash() -> None:
         ("ward7", ("x",), {"localhost", "ward7", "x", socket.gethostname().lower()}),
     ],
 )
-def test_allowed_hosts_of_an_address(address: str, more: tuple[str, ...], names: set[str]) -> None:
-    assert server._hosts(address, more).names == names
+def test_allowed_hosts_of_an_address(address: str, allowed: tuple[str, ...], names: set[str]) -> None:
+    assert server._hosts(address, allowed).names == names
 
 
 @pytest.mark.parametrize("name", ["https://x.example", "x.example:8501", "*", "*.example", "a b", "", "x/y", "-x"])

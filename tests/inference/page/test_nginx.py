@@ -84,8 +84,8 @@ def address(folder: Path, page_address: str) -> Iterator[str]:
         f"http {{\n  access_log off;\n{temporary}  include {folder}/page.conf;\n}}\n"
     )
     command = [program, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
-    tried = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
-    assert tried.returncode == 0, tried.stderr
+    result = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     with subprocess.Popen([*command, "-g", "daemon off;"]) as process:
         until(lambda: status(f"https://127.0.0.1:{port}/bones/", folder) == 401)
         yield f"https://{NAME}:{port}/bones/"
@@ -139,9 +139,9 @@ def test_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None
             ignore_https_errors=True, http_credentials={"username": USER, "password": PASSWORD}
         )
         page = context.new_page()
-        requested: list[str] = []
+        urls: list[str] = []
         sockets: list[Any] = []
-        page.on("request", lambda request: requested.append(request.url))
+        page.on("request", lambda request: urls.append(request.url))
         page.on("websocket", lambda opened: sockets.append(opened))
         page.goto(address.rstrip("/"))
         page.get_by_role("heading", level=1).wait_for(timeout=60_000)
@@ -153,7 +153,7 @@ def test_study_through_nginx(address: str, folder: Path, phantoms: Path) -> None
             page.get_by_role("button", name="Study (CSV)").click()
         assert Path(coming.value.path()).read_text().startswith("study,")
         assert [socket.url for socket in sockets] == [f"{address.replace('https', 'wss')}_stcore/stream"]
-        assert [url for url in requested if not url.startswith((address.rstrip("/"), "data:", "blob:"))] == []
+        assert [url for url in urls if not url.startswith((address.rstrip("/"), "data:", "blob:"))] == []
         browser.close()
     temporary_files = [path for path in (folder / "temporary").rglob("*") if path.is_file()]
     assert temporary_files == []

@@ -167,8 +167,8 @@ def test_result_equals_predict(
     for name, page_frame in (("studies", result.studies), ("predictions", result.predictions)):
         expected_frame = pd.read_csv(tmp_path / "out" / f"{name}.csv", dtype=str).drop(columns="study")
         assert len(expected_frame) > 0
-        again = pd.read_csv(io.StringIO(page_frame.to_csv(index=False)), dtype=str).drop(columns="study")
-        pd.testing.assert_frame_equal(again, expected_frame)
+        from_csv = pd.read_csv(io.StringIO(page_frame.to_csv(index=False)), dtype=str).drop(columns="study")
+        pd.testing.assert_frame_equal(from_csv, expected_frame)
 
 
 @pytest.mark.parametrize(("study_type", "outcome"), OUTCOMES.items())
@@ -633,15 +633,15 @@ def test_study_of_several_views(
 @pytest.mark.slow
 def test_bad_files_next_to_good_ones(page: Any, views: list[Path], tmp_path: Path) -> None:
     """Each bad file gets a message, the result uses the others, and a name with markup is shown as text."""
-    evil = ("<b>**bold** :red[x].png", b"no picture at all")
-    cut = ("cut.png", views[0].read_bytes()[:3000])
+    markup_file = ("<b>**bold** :red[x].png", b"no picture at all")
+    truncated_file = ("cut.png", views[0].read_bytes()[:3000])
     black = io.BytesIO()
     Image.new("L", (64, 64), 0).save(black, "PNG")
     blank = ("blank.png", black.getvalue())
     photograph = io.BytesIO()
     Image.fromarray(load_sample_image("flower.jpg")).save(photograph, "JPEG")
     flower = ("flower.jpg", photograph.getvalue())
-    upload(page, views[0], evil, cut, blank, flower)
+    upload(page, views[0], markup_file, truncated_file, blank, flower)
     choose(page, "Study type", "Wrist")
     page.locator("section.outcome").wait_for()
     assert "4 of the files are not used" in page.locator("section.outcome").inner_text()
@@ -705,10 +705,10 @@ def test_too_many_and_too_large_files_are_refused(page: Any, views: list[Path], 
     until(lambda: num_pictures(page) == study.MAX_FILES)  # the others were refused
     page.reload()
     page.get_by_role("heading", level=1).wait_for()
-    big = tmp_path / "big.png"
-    with open(big, "wb") as file:
+    large_file = tmp_path / "big.png"
+    with open(large_file, "wb") as file:
         file.truncate((study.MAX_UPLOAD_MB << 20) + 1)
-    page.locator("input[type=file]").set_input_files(big)
+    page.locator("input[type=file]").set_input_files(large_file)
     page.get_by_text(failures.UPLOAD_REFUSED).wait_for()
     assert page.get_by_text("AxiosError").count() == 0
 
@@ -726,9 +726,9 @@ def test_uploads_stay_in_memory_and_end_with_session(
     def written_bytes() -> int:
         return int(re.search(r"^write_bytes: (\d+)", Path(f"/proc/{process}/io").read_text(), re.M)[1])
 
-    def cached_bytes(what: str = "UploadedFileManager") -> int:
+    def cached_bytes(kind: str = "UploadedFileManager") -> int:
         with urllib.request.urlopen(f"{address}/_stcore/metrics", timeout=5) as reply:
-            result = re.findall(rf'^cache_memory_bytes\{{cache_type="{what}".*\}} (\d+)', reply.read().decode(), re.M)
+            result = re.findall(rf'^cache_memory_bytes\{{cache_type="{kind}".*\}} (\d+)', reply.read().decode(), re.M)
         return sum(map(int, result))
 
     until(lambda: cached_bytes() == 0, 60)
@@ -758,8 +758,8 @@ def test_server_listens_on_loopback_and_loads_no_torch(server: tuple[str, int, P
     lines = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"]
     assert [line for line in lines if line.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
     assert "libtorch" not in Path(f"/proc/{server[1]}/maps").read_text()
-    six = Path("/proc/net/tcp6")
-    assert not six.exists() or f":{port:04X} " not in six.read_text()
+    tcp6 = Path("/proc/net/tcp6")
+    assert not tcp6.exists() or f":{port:04X} " not in tcp6.read_text()
 
 
 @pytest.mark.slow
@@ -882,7 +882,7 @@ def assert_covers_nothing(page: Any, bar: str) -> None:
 @pytest.mark.slow
 def test_keyboard_and_screen_reader(page: Any, phantoms: Path) -> None:
     """Tab reaches every control in order, each has a name, pictures have alternative texts, heading levels have no gaps."""
-    reached: list[str] = []
+    names: list[str] = []
 
     def tab_to(name: str) -> None:
         for _ in range(40):
@@ -890,10 +890,10 @@ def test_keyboard_and_screen_reader(page: Any, phantoms: Path) -> None:
             name_of_focus = page.evaluate(
                 "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
             )
-            reached.append(name_of_focus)
+            names.append(name_of_focus)
             if name_of_focus == name or name_of_focus.endswith(f"\n{name}"):  # an icon's name may stand before it
                 return
-        pytest.fail(f"Tab never reached {name}: {reached}")
+        pytest.fail(f"Tab never reached {name}: {names}")
 
     tab_to("Upload")
     tab_to(example_of(phantoms, "XR_WRIST"))
@@ -929,7 +929,7 @@ def test_demo_page_answers_examples_only(
 ) -> None:
     """An example and an upload of its bytes get a result, other pictures no call. No label and no percentage appears."""
     example = next(item for item in examples.find_examples(phantoms) if item.study_type == "XR_HAND")
-    same = [(f"XR_HAND_{index}.png", example.content(index)) for index in range(len(example.files))]
+    example_files = [(f"XR_HAND_{index}.png", example.content(index)) for index in range(len(example.files))]
     flipped = io.BytesIO()
     Image.open(example.files[0]).convert("L").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(flipped, "PNG")
     with served(trained_on_phantoms, "--examples", phantoms / "valid" / "..") as (address, process):
@@ -965,7 +965,7 @@ def test_demo_page_answers_examples_only(
             if source == "example":
                 page.get_by_role("button", name="Choose another study").click()
                 page.get_by_role("button", name=example_title(example)).wait_for()
-                upload(page, *same)
+                upload(page, *example_files)
         for text in texts:
             assert re.search("(posi|nega)tive|study[0-9]|patient[0-9]", re.sub(r"study1?,|of_study", "", text)) is None
         upload(page, ("XR_HAND_9.png", flipped.getvalue()))
