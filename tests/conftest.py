@@ -19,7 +19,7 @@ from helpers.read_faults import ReadFaults, compile_library
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the suite's processes share two cores
 
-# What is started in the background inherits that SIGINT is ignored, and so would all that tests start and send it to.
+# A background process inherits that SIGINT is ignored. The processes that tests interrupt would inherit it too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -127,10 +127,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.update(settings)
     import s3fs
 
-    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # the process keeps its content
+    s3fs.S3FileSystem().makedirs("bucket", exist_ok=True)  # moto keeps its content in this process
     yield "s3://bucket"
     server.stop()
-    s3fs.S3FileSystem.clear_instance_cache()  # they know this server
+    s3fs.S3FileSystem.clear_instance_cache()  # the instances refer to this server
     for name, value in before.items():
         if value is None:
             del os.environ[name]
@@ -182,7 +182,7 @@ def untrained(cache: Cache, halved: Path) -> Path:
     def make(folder: Path) -> None:
         done = [train(1, halved, folder, "epochs=0", "seed=3", "loss_weights=none")]
         done += [run("mura-dist", *arguments) for arguments in (("evaluate", folder, halved), ("export", folder))]
-        assert [each.returncode for each in done] == [0, 0, 0], [each.stderr for each in done]
+        assert [result.returncode for result in done] == [0, 0, 0], [result.stderr for result in done]
 
     return cache.path("untrained", make)
 

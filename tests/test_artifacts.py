@@ -63,7 +63,7 @@ def test_shards_are_valid_and_converted_again_byte_for_byte(copy: Path) -> None:
     succeed(copy, "verify", "shards")
     succeed(copy, "shards", "set", "again", "--size", "32", "--quiet")
     for path in sorted((copy / "shards").iterdir()):
-        if path.name not in ("conversion.json", "report.json"):  # they name this machine and the source's path
+        if path.name not in ("conversion.json", "report.json"):  # they contain this machine's name and the source path
             assert (copy / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -73,7 +73,7 @@ def test_finished_run_is_left_unchanged_and_evaluates_equally(copy: Path) -> Non
     assert (copy / "run-done/metrics.jsonl").read_bytes() == before
     succeed(copy, "evaluate", "run-done", "shards", "--out", "evaluated", "--no-gallery", "--quiet")
     again = metrics_of(copy / "evaluated")
-    methods = {f"{name}_interval" for name in ("sensitivity", "specificity", "ppv", "npv")}  # came later
+    methods = {f"{name}_interval" for name in ("sensitivity", "specificity", "ppv", "npv")}  # added later
     assert again.keys() == evaluated.keys() | methods
     for name in ("auroc", "kappa", "sensitivity", "specificity"):
         assert again[name] == pytest.approx(evaluated[name], abs=1e-6), name
@@ -97,13 +97,13 @@ def test_checkpoint_and_list_export(copy: Path) -> None:
     for target, out in (("run-done", "again.onnx"), ("list.json", "list.onnx")):
         succeed(copy, "export", target, "--out", out, "--quiet")
         succeed(copy, "predict", out, "set/valid", "--out", f"{out}-predictions", "--quiet")
-        calls = target == "run-done"  # nobody evaluated the list, so its model has no threshold
+        calls = target == "run-done"  # the list was not evaluated, so its model has no threshold
         same_probabilities(copy / f"{out}-predictions", copy / "predictions", calls=calls)
 
 
 def test_model_predicts_equally(copy: Path) -> None:
     summary = succeed(copy, "predict", "model.onnx", "set/valid", "--out", "again", "--quiet")
-    assert " studies, no calls, " in summary  # of drawings
+    assert " studies, no calls, " in summary  # trained on drawings
     same_probabilities(copy / "again", copy / "predictions")
     assert (copy / "again/failures.csv").read_bytes() == (copy / "predictions/failures.csv").read_bytes()
 

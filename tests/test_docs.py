@@ -275,7 +275,7 @@ def test_every_page_with_python_is_tested() -> None:
     assert {page.name for page in PAGES if blocks(page, "```python")} == {*PYTHON_PAGES, *elsewhere}
 
 
-# ---- what else a project has
+# ---- project files
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -59,7 +59,7 @@ def test_scan_train_evaluate_export_predict(folder: Path, tmp_path: Path) -> Non
         assert result.returncode == 0, result.stderr
     succeed("mura-dist", "evaluate", runs, shards, "--checkpoint", "step-0", "--out", runs / "untrained")
     table = succeed("mura-dist", "evaluate", runs, shards)
-    assert "one class only" in table  # XR_ELBOW's reason, not a warning and not a crash
+    assert "one class only" in table  # the reason for XR_ELBOW
 
     metrics = json.loads((runs / "metrics.json").read_bytes())
     frame = pd.read_csv(shards / "manifest.csv")
@@ -68,7 +68,7 @@ def test_scan_train_evaluate_export_predict(folder: Path, tmp_path: Path) -> Non
     assert metrics["by_study_type"]["XR_ELBOW"]["kappa"] is None
     assert metrics["by_study_type"]["XR_ELBOW"]["reasons"]["kappa"] == "one class only"
     page = (runs / "report.html").read_text()
-    assert "do not hold for radiographs" not in page  # no phantoms.json here: for all we know these are radiographs
+    assert "do not hold for radiographs" not in page  # without phantoms.json they count as radiographs
     assert "not a medical device" in page
 
     succeed("mura-dist", "export", runs)

@@ -165,7 +165,7 @@ def test_corrupt_file_is_a_one_line_error_in_every_command_that_opens_it(
     for what, change in BYTES.items():
         for command in OPENED_BY[artifact]:
             with changed(folder.glob(artifact), change):
-                # Another program's, or another evaluation's: there is no metrics.json of this run then.
+                # The file is of another program or evaluation, so the run counts as not evaluated.
                 harmless = artifact == "run/metrics.json" and what in FOREIGN
                 check(command, capsys, *(DONE, INVALID) if harmless else (INVALID,))
 

@@ -287,9 +287,9 @@ def test_loader_state_resumes_bit_for_bit(shard_folder: Path) -> None:
         while len(batches) < len(expected):
             batches += list(second)
         assert len(batches) == len(expected)
-        for batch, twin in zip(batches, expected, strict=True):
-            assert (batch.row == twin.row).all()
-            assert (batch.image == twin.image).all()
+        for batch, reference in zip(batches, expected, strict=True):
+            assert (batch.row == reference.row).all()
+            assert (batch.image == reference.image).all()
 
 
 def test_set_epoch_selects_the_epoch(shard_folder: Path) -> None:

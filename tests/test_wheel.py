@@ -59,7 +59,7 @@ def test_wheel_with_extra_cpu_predicts_and_evaluates(
     [wheel] = (tmp_path / "dist").glob("*.whl")
     assert "mura_dist/py.typed" in zipfile.ZipFile(wheel).namelist()
     python = tmp_path / "venv" / "bin" / "python"
-    pins = tmp_path / "constraints.txt"  # a user's install; with the hashes pip would refuse the wheel, which has none
+    pins = tmp_path / "constraints.txt"  # without hashes, since pip would refuse the wheel, which has none
     pins.write_text("\n".join(re.findall(r"^\S+==\S+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)))
     install = (python, "-m", "pip", "install", "--quiet", "--constraint", pins)
     call(*install, wheel)

@@ -76,9 +76,7 @@ def check(measured: dict[str, Any], what: str) -> None:
     assert measured["command"].startswith(f"mura-dist bench {what} --data ")
     own, peer_results = ([c["name"] for c in measured["contenders"] if c["ours"] is side] for side in (True, False))
     assert (len(own), len(peer_results)) == NUM_CONTENDERS[what]
-    alike: Callable[
-        [str], Any
-    ] = {  # what is compared at all: ranks of one precision, files with files, pixels with pixels
+    alike: Callable[[str], Any] = {  # comparable contenders only: ranks of one precision, pixels with pixels
         "ranks": lambda name: name[-4:],
         "predict": lambda name: name.startswith("pixels"),
     }.get(what, lambda name: None)
@@ -87,8 +85,8 @@ def check(measured: dict[str, Any], what: str) -> None:
     rates = [*(row["images_per_s"] for row in measured["contenders"]), *measured["ratios"].values()]
     assert all(spread["min"] > 0 for spread in rates)
     assert all(s["min"] <= s["median"] <= s["max"] and all(map(math.isfinite, s.values())) for s in spreads(measured))
-    least = {"train": 8, "ranks": 16}.get(what, 24)
-    assert all(row["num_images"] >= least for row in measured["contenders"])
+    min_images = {"train": 8, "ranks": 16}.get(what, 24)
+    assert all(row["num_images"] >= min_images for row in measured["contenders"])
     text = runner.table(measured)
     assert all(name in text for name in (*own, *peer_results, *measured["ratios"]))
     titles = [panel.title for panel in plots.panels(measured)]
@@ -133,7 +131,7 @@ def test_pipeline_measures_rates_and_the_cost_of_a_start(
     for row in measured["contenders"]:
         assert set(row["tried"]) == (set() if row["ours"] else {"1", "2"}), row["name"]
         assert row["workers"] == 2 if row["ours"] else row["tried"][str(row["workers"])] == max(row["tried"].values())
-    first, second = list(measured["ratios"])[:2]  # the honest like for like stands beside the first
+    first, second = list(measured["ratios"])[:2]  # the second ratio compares like with like
     assert (first, second) == (f"{pipeline.CPU} / {peers.FILES}", f"{pipeline.ORIGINAL} / {peers.FILES}")
     assert [row["name"] for row in measured["start"]] == STARTED
     for row in measured["start"]:
@@ -221,9 +219,9 @@ def test_contenders_are_timed_in_turns(empty_load: Load, capfd: pytest.CaptureFi
     lines: list[str] = []
     measured = play(contenders, empty_load, 3, 0.15, lines.append)
     quick, slow = measured["contenders"]
-    assert quick["images_per_s"]["max"] <= 100  # a sleep lasts as long as asked or longer: only upper bounds are sure
+    assert quick["images_per_s"]["max"] <= 100  # a sleep may last longer, so only upper bounds hold
     assert slow["images_per_s"]["max"] <= 10
-    assert 3 <= slow["num_images"] <= 3 * 2  # two make 0.15 s, on a busy machine one may; the warm-up does not count
+    assert 3 <= slow["num_images"] <= 3 * 2  # two items fill 0.15 s, one on a busy machine; the warm-up is not counted
     assert (
         1 < measured["ratios"]["quick / slow"]["median"] <= quick["images_per_s"]["max"] / slow["images_per_s"]["min"]
     )
@@ -245,17 +243,17 @@ def test_peer_uses_its_fastest_number_of_workers(empty_load: Load) -> None:
     assert peer_results["workers"] == 2
     assert set(peer_results["tried"]) == {"1", "2", "4"}
     assert all(peer_results["tried"][str(count)] <= 1 / pause for count, pause in pauses.items())
-    assert peer_results["images_per_s"]["median"] > 1 / pauses[4]  # the rounds run with those it chose
+    assert peer_results["images_per_s"]["median"] > 1 / pauses[4]  # the rounds use the chosen number of workers
     assert "workers of peer: 2; images/s with 1: " in lines[0]
 
 
 def test_items_queued_before_a_turn_are_not_counted(empty_load: Load) -> None:
     neighbor = Contender("neighbor", partial(toys.sleeper, 0.8), is_own=True)
-    for is_stream, most in ((True, 1 / 0.05), (False, math.inf)):
+    for is_stream, max_rate in ((True, 1 / 0.05), (False, math.inf)):
         measured = play([neighbor, Contender("queue", toys.queue, is_stream=is_stream)], empty_load, 2, 0.0)
         rates = measured["contenders"][1]["images_per_s"]
-        assert rates["max"] <= most
-        assert is_stream or rates["min"] > 1 / 0.05  # and without it, what it held is all that is seen
+        assert rates["max"] <= max_rate
+        assert is_stream or rates["min"] > 1 / 0.05  # otherwise only the queued items are measured
 
 
 def test_failed_contender_is_an_error(empty_load: Load) -> None:
@@ -281,17 +279,17 @@ def test_loaders_augment_the_same_radiographs(name: str, small: Load) -> None:
     own: dict[str, Any] = {kind: partial(pipeline.batches, folder, kind) for kind in ("cpu", "dali", "resident")}
     own |= {"originals": partial(pipeline.originals, small.scratch / "files.tar")}
     build = (own | pipeline._peers(small))[name]
-    with processes.start_workers(1) as pool:  # as bench has them: a loader that forks may end the process that made it
+    with processes.start_workers(1) as pool:  # as in bench: a loader that forks may end the process that created it
         batches = pool.submit(toys.batches, build, small, 3).result()
     assert all(batch.shape == (8, 1, S, S) and batch.dtype == np.uint8 for batch in batches)
     images = np.concatenate(batches)
     assert len(images) >= 3 * 24
-    assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.9 * len(images)  # turned anew each time
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) > 0.9 * len(images)  # a new rotation each time
     files = np.stack([radiograph.read(small.folder / path, S) for path in small.paths])
-    middle = (slice(None), slice(S // 4, -S // 4), slice(S // 4, -S // 4))  # what a rotation cannot turn out of sight
+    middle = (slice(None), slice(S // 4, -S // 4), slice(S // 4, -S // 4))  # stays in view under any rotation
     assert images[:, 0][middle].mean() == pytest.approx(files[middle].mean(), rel=0.1)
     turned_dark = (images[:, 0, :2, :2] == 0).all(axis=(1, 2)).mean() - (files[:, :2, :2] == 0).all(axis=(1, 2)).mean()
-    assert turned_dark >= 0  # the corners turn in from outside: fill 0
+    assert turned_dark >= 0  # corners rotated in from outside are filled with 0
 
 
 def test_tar_of_original_bytes_matches_its_index(small: Load) -> None:
@@ -361,7 +359,7 @@ def test_workload_has_the_requested_number_of_radiographs(number: int, phantoms:
     assert sorted(scanned.manifest.frame["path"]) == sorted(load.paths)
     assert len(set(load.paths)) == number
     assert set(scanned.manifest.frame["split"]) == {"train", "valid"}
-    # Copies are other patients', on the side of the original; of a study some views may be left out.
+    # Copies belong to new patients of the same split. Some views of a study may be missing.
     assert set(scanned.defects) <= {"gap in image numbers"}
     assert load.num_files == min(number, total)
     assert len({(load.folder / path).resolve() for path in load.paths[: load.num_files]}) == load.num_files
@@ -392,7 +390,7 @@ def test_default_workload_of_real_radiographs_is_3000(what: str, tmp_path: Path)
     assert runner._size_and_number(what, Options(data=tmp_path, radiographs=99, size=64)) == (64, 99)
 
 
-# ---- pictures and refusals
+# ---- plots and refusals
 
 
 def test_plot_shows_every_number(tmp_path: Path) -> None:

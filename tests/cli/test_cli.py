@@ -170,8 +170,8 @@ def request_paths(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, 
 
 @pytest.mark.parametrize("what", WRONG_REQUESTS)
 def test_invalid_request_is_a_one_line_error(what: str, request_paths: dict[str, Path], capsys) -> None:
-    arguments, says = WRONG_REQUESTS[what]
-    laws.refusal(capsys, [word.format(**request_paths) for word in arguments], *says)
+    arguments, texts = WRONG_REQUESTS[what]
+    laws.refusal(capsys, [word.format(**request_paths) for word in arguments], *texts)
 
 
 def test_invalid_request_changes_no_file(
@@ -218,9 +218,7 @@ def test_evaluation_of_a_run_and_of_its_exported_model_agree(
     assert reference["note"] is None
 
 
-def test_evaluation_on_the_selection_split_is_marked_optimistic(
-    trained: Path, shard_folder: Path, tmp_path: Path
-) -> None:
+def test_evaluation_on_the_selection_split_is_marked(trained: Path, shard_folder: Path, tmp_path: Path) -> None:
     assert main(["evaluate", str(trained), str(shard_folder), "--split", "tune", "--out", str(tmp_path)]) == DONE
     stamp = "optimistic: this split chose the model"
     assert json.loads((tmp_path / "metrics.json").read_bytes())["note"] == stamp

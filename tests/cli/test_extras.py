@@ -19,7 +19,7 @@ from mura_dist.training.run import _PACKAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OF_EXTRA = PROJECT["optional-dependencies"]
-# The driver's library, which no package can bring, and what every system with glibc has.
+# The driver's library, which no package contains, and the libraries of every system with glibc.
 SYSTEM = re.compile(r"(libcuda|libdl|librt|libpthread|libstdc\+\+|libm|libgcc_s|libc|ld-linux[\w-]*)\.so\.\d+")
 
 
@@ -72,7 +72,7 @@ def test_packages_recorded_in_environment_json_are_required() -> None:
     assert set(_PACKAGES) <= distributions(PROJECT["dependencies"]) | extras
 
 
-# ---- how they are installed
+# ---- installation
 
 
 def texts() -> dict[str, str]:
@@ -85,9 +85,9 @@ def texts() -> dict[str, str]:
 
 def test_texts_name_extras_that_exist() -> None:
     pattern = re.compile(r"(?:\.\[|bash launch/setup\.sh |install_remedy\([\"'])(\w[\w,]*)(?=\]'|[\"')\s`])")
-    named = {name for path, text in texts().items() if not path.startswith("tests/") for name in pattern.findall(text)}
-    assert len(named) > 5
-    assert {extra for name in named for extra in name.split(",")} <= set(OF_EXTRA)
+    names = {name for path, text in texts().items() if not path.startswith("tests/") for name in pattern.findall(text)}
+    assert len(names) > 5
+    assert {extra for name in names for extra in name.split(",")} <= set(OF_EXTRA)
 
 
 def test_no_text_installs_mura_dist_from_an_index() -> None:
@@ -109,7 +109,7 @@ def test_remedy_fits_the_environment(
     assert install_remedy(*extras_named) == " or ".join(commands) + " in the checkout"
 
 
-# ---- ONNX Runtime: two siblings
+# ---- the two extras of ONNX Runtime
 
 
 def test_cpu_and_cuda_are_siblings_and_the_base_has_neither() -> None:
@@ -161,7 +161,11 @@ def test_cuda_extra_installs_every_library_of_its_provider() -> None:
         pytest.skip("this environment has the extra cpu")
     files, absent = installed_by(OF_EXTRA["cuda"])
     needed = {name for name in elf.needed(provider) if not SYSTEM.fullmatch(name)}
-    assert {name.partition(".")[0] for name in needed} >= {"libcublas", "libcudart", "libcurand"}  # or nothing was read
+    assert {name.partition(".")[0] for name in needed} >= {
+        "libcublas",
+        "libcudart",
+        "libcurand",
+    }  # otherwise the ELF file was not read
     assert needed <= files, f"not installed: {absent}"
     for opened_later in ("libcudnn.so.", "libcufft.so.", "libnvrtc.so."):
         assert any(name.startswith(opened_later) for name in files), opened_later

@@ -32,7 +32,7 @@ def has_terms(done: subprocess.CompletedProcess[str]) -> None:
 def test_every_command_has_a_policy_for_the_terms() -> None:
     assert set(cli.commands) == WITH_TERMS | WITHOUT_TERMS
     declared = {name for name, command in cli.commands.items() if command.terms}  # type: ignore[attr-defined]
-    assert declared == WITH_TERMS - {"page"}, "the page says them once it listens"
+    assert declared == WITH_TERMS - {"page"}, "the page prints them once it listens"
 
 
 @dataclass(frozen=True)

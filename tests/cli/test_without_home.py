@@ -11,7 +11,7 @@ import pytest
 from helpers.commands import BIN, NO_GPU, SHORT, TINY, free_port
 
 USER = 12345
-# The environment's Python may be one that only root may read.
+# Only root may be able to read the environment's Python.
 BECOME = [*("setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups")]
 BECOME += [*("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")]
 HOMES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
@@ -54,7 +54,7 @@ def test_training_to_prediction_without_home(shard_folder: Path, phantoms: Path,
         process = start(folder, *arguments)
         _, err = process.communicate(timeout=120)
         assert (process.returncode, "Traceback" in err) == (0, False), err
-    assert sorted(path.name for path in folder.iterdir()) == ["out", "run"], "nothing called ~"
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "run"], "no folder is named ~"
 
 
 def is_answered(port: int) -> bool:

@@ -41,7 +41,7 @@ def test_settings_round_trip_through_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "text"),
     [
         (["epoch=3"], "unknown setting 'epoch' (did you mean epochs?)"),
         (["lerning_rate=1"], "did you mean learning_rate?"),
@@ -64,10 +64,10 @@ def test_settings_round_trip_through_a_recipe(tmp_path: Path) -> None:
         (["architecture=densnet169"], "architecture='densnet169' (did you mean densenet169?): input should be"),
     ],
 )
-def test_invalid_setting_is_named(arguments: list[str], says: str) -> None:
+def test_invalid_setting_is_named(arguments: list[str], text: str) -> None:
     with pytest.raises(UserError) as refusal:
         config.load(None, [*NEEDED, *arguments])
-    assert says in str(refusal.value)
+    assert text in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -132,7 +132,7 @@ def test_synonym_of_a_setting_is_suggested(key: str, tmp_path: Path) -> None:
     [
         (["lr=x"], ["learning_rate='x': input should be a valid number"]),
         (["lerning_rate=-1"], ["learning_rate=-1: input should be greater than 0"]),
-        (["lr=x", "learning_rate=1"], []),  # what is named well counts
+        (["lr=x", "learning_rate=1"], []),  # the correct name counts
         (["learning_rate=1", "lr=x"], []),
         (["--lr x"], ["learning_rate='x': input should be a valid number"]),
         (["batch_size=x"], []),  # two meanings
@@ -183,7 +183,7 @@ def test_all_invalid_settings_are_named_at_once_with_their_source(tmp_path: Path
         following = [index for index in at.values() if index > at[source]]
         section = line[at[source] : min(following, default=len(line))]
         assert all(section.count(text) == 1 == line.count(text) for text in texts), (source, section)
-    assert "epochs=-1" not in line, "the command line wins"
+    assert "epochs=-1" not in line, "the command line overrides it"
     assert "seed" not in line
 
 
@@ -274,7 +274,7 @@ def test_setting_behaves_as_its_traits_declare(name: str) -> None:
     is_path = field.annotation is str and any(word in str(field.description) for word in ("folder", "file", "address"))
     assert is_path == bool(traits & {Trait.PATH, Trait.FILE})
     assert is_path or Trait.BY_CONTENT not in traits
-    assert is_path or Trait.CHANGEABLE in traits or Trait.PER_RANK not in traits, "it decides what is learnt"
+    assert is_path or Trait.CHANGEABLE in traits or Trait.PER_RANK not in traits, "it affects the training result"
     assert (config.identity(settings) == config.identity(changed)) == bool(
         traits & {Trait.CHANGEABLE, Trait.BY_CONTENT}
     )
@@ -293,7 +293,7 @@ def test_automatic_micro_batch_does_not_identify_a_run() -> None:
     [
         ([], "eager", None),
         (["step=graph"], "graph", None),
-        (["compile=max-autotune"], "compile", "max-autotune"),  # as recipes had it before there was step
+        (["compile=max-autotune"], "compile", "max-autotune"),  # in recipes older than the setting step
         (["step=compile"], "compile", "default"),
         (["step=compile", "compile=reduce-overhead"], "compile", "reduce-overhead"),
     ],

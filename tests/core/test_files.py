@@ -55,7 +55,7 @@ def test_symlink_at_a_guessed_temporary_name_is_not_followed(tmp_path: Path, mon
         name.symlink_to(victim)
         with pytest.raises(FileExistsError), write(path):
             raise AssertionError("a link was followed")
-        assert name.is_symlink(), "it is not ours to remove"
+        assert name.is_symlink(), "a foreign link is not removed"
         name.unlink()
         path.unlink(missing_ok=True)
     assert victim.read_bytes() == b"intact"
@@ -66,11 +66,11 @@ def test_symlink_at_a_guessed_temporary_name_is_not_followed(tmp_path: Path, mon
 def test_files_of_a_killed_writer_are_deleted_and_of_a_live_one_are_not(write: str, tmp_path: Path) -> None:
     killed_inside(tmp_path / "a", write)
     assert len(os.listdir(tmp_path)) == 1
-    with files.replacing(tmp_path / "alive") as living:
-        killed_inside(tmp_path / "a", write)  # this process has looked before; the child, which writes, looks again
+    with files.replacing(tmp_path / "alive") as live_file:
+        killed_inside(tmp_path / "a", write)  # this process has swept before; the child sweeps again
         files.sweep.cache_clear()
         files.write_bytes(tmp_path / "b", b"")
-        living.write(b"whole")
+        live_file.write(b"whole")
     assert sorted(os.listdir(tmp_path)) == ["alive", "b"]
     assert (tmp_path / "alive").read_bytes() == b"whole"
 
@@ -142,7 +142,7 @@ def test_only_private_folders_are_restricted_to_their_owner(umask: int, tmp_path
             pass
         with files.private(tmp_path / "out"):
             for name, path in files_of.items():
-                if umask != 0o777 or name == "out":  # nobody could write into the others then
+                if umask != 0o777 or name == "out":  # with this umask the others are not writable
                     files.write_bytes(path, b"a")
                     modes[name] = path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777
             with files.scratch(tmp_path / "out/b") as name:

@@ -77,7 +77,7 @@ def test_errors_recipes_status_and_output_hold_no_secret(
     )
     (tmp_path / "recipe.toml").write_text(recipe)
     loaded = config.load(tmp_path / "recipe.toml")
-    assert config.identity(loaded) == config.identity(settings), "what makes a run does not depend on secrets"
+    assert config.identity(loaded) == config.identity(settings), "the identity of a run does not depend on secrets"
     with pytest.raises(UserError, match="the credentials are masked"):
         storage.open_storage(loaded.shards)
     assert main(["shards", url, url]) == INVALID

@@ -28,7 +28,7 @@ def test_former_name_is_an_alias(old: str, tmp_path: Path) -> None:
         config.check({"shards": "s", "run": "r", old: VALUES[old]}, "here"),
     ):
         assert getattr(settings, RENAMED[old]) == VALUES[old]
-    assert config.read_recipe(recipe)[RENAMED[old]] == VALUES[old], "a run that v0.1.0 began is compared by it"
+    assert config.read_recipe(recipe)[RENAMED[old]] == VALUES[old], "a run of v0.1.0 is compared by this name"
     assert old not in config.to_toml(config.load(recipe)).split()
 
 

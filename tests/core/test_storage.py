@@ -92,7 +92,7 @@ def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
         "in/again": "real",
         "in/b": "../out/b",
         "in/real/c": "../../out/c",
-        "in/whole": "../out",  # holds b, which is listed; and c, whose link is deeper
+        "in/whole": "../out",  # contains b, listed already, and c, whose other link is deeper
         "out/b/loop": "..",
         "out/c/up": "../../in",
     }

@@ -146,7 +146,7 @@ def test_compressed_pixels_under_an_uncompressed_syntax_are_refused() -> None:
     assert "TransferSyntaxUID" in refusal(without_meta(data))
 
 
-# ---- deflated ones
+# ---- deflated files
 
 
 @pytest.mark.parametrize("keyword", ["ImageComments", "SeriesDescription", "StudyInstanceUID"])
@@ -159,7 +159,7 @@ def test_deflated_file_is_refused_with_and_without_preamble(start: int) -> None:
     assert refusal(drawn(DEFLATED)[start:]).startswith("out_of_scope: a deflated DICOM")
 
 
-# ---- labels
+# ---- attributes
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
@@ -181,7 +181,7 @@ def test_photometric_interpretation_ignores_case_and_padding(name: str, spell: A
             ramp[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
             ramp[f"{color}PaletteColorLookupTableData"] = bytes(range(256))
         data = dicom(byte, PhotometricInterpretation=label, **ramp)
-    elif name == "Ybr-Full":  # another word: no color that the standard knows
+    elif name == "Ybr-Full":  # no interpretation of the standard
         assert "PhotometricInterpretation" in refusal(dicom(np.dstack([byte] * 3), PhotometricInterpretation=label))
         return
     else:
@@ -201,8 +201,8 @@ def test_nonstandard_modality_needs_a_radiography_sop_class(modality: str) -> No
     """DR and XR are accepted with a CR or DX class only."""
     for sop_class in (CR, DX):
         np.testing.assert_array_equal(decode(io.BytesIO(bare_class(modality, sop_class))), GRAY)
-    for another in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
-        assert "modality" in refusal(bare_class(modality, another))
+    for sop_class in (None, "1.2.840.10008.5.1.4.1.1.2"):  # CT
+        assert "modality" in refusal(bare_class(modality, sop_class))
 
 
 def bare_class(modality: str, sop_class: str | None) -> bytes:

@@ -60,7 +60,7 @@ def test_identity_is_read_at_any_position(group: int, syntax: str, tmp_path: Pat
         assert read_identity(path) == EXPECTED
         file = Watched(some)
         assert read_identity(file) == EXPECTED
-        assert file.num_bytes < 1.1 * MIB, "the private value is passed over"
+        assert file.num_bytes < 1.1 * MIB, "the private value is skipped"
 
 
 @pytest.mark.parametrize("size", [MIB - 200, MIB - 4, MIB, MIB + 2])

@@ -282,7 +282,7 @@ def test_subsampled_chroma_is_detected_by_interpretation_and_length(complete: bo
     np.testing.assert_array_equal(read(data)[0], gray)
 
 
-# ---- the table of offsets
+# ---- offset tables
 
 
 def fragmented(frame: bytes, table: bytes, num_fragments: int = 1) -> bytes:
@@ -347,7 +347,7 @@ def test_padding_matches_by_bit_pattern(bits: int, signed: bool, pattern: int, w
     """The sign of the attribute and the number of stored bits do not matter."""
     stored, expected = padded(bits, signed, pattern)
     value = pattern - 0x10000 if written == "SS" and pattern > 0x7FFF else pattern
-    for values in ([value], [value, value]):  # alone, and as a range of one
+    for values in ([value], [value, value]):  # a single value, and a range of one value
         labels: dict[str, Any] = dict(zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), values, strict=False))
         raw = {name: (value & 0xFFFF).to_bytes(2, "little") for name, value in labels.items()}
         data = dicom(

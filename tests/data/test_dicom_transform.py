@@ -166,8 +166,8 @@ def test_rescale_without_slope_or_intercept_is_ignored(keyword: str) -> None:
 
 @pytest.mark.parametrize("word", NO_NUMBERS)
 def test_unusable_window_is_ignored(word: str) -> None:
-    for keyword, another in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
-        gray, notes = read(drawn(**{keyword: word.encode(), another: "2000"}))
+    for keyword, counterpart in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
+        gray, notes = read(drawn(**{keyword: word.encode(), counterpart: "2000"}))
         np.testing.assert_array_equal(gray, stretched(VALUES))
         assert notes == ignored(keyword)
         gray, notes = read(drawn(**{keyword: word.encode()}))
@@ -259,10 +259,12 @@ def test_functional_groups_of_a_single_frame_are_applied(name: str, frames: str 
 
 
 def test_window_precedence_is_data_set_then_frame_then_shared() -> None:
-    another = sequence(WindowCenter="100", WindowWidth="200")
-    mine = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups("Shared", FrameVOILUTSequence=another)
-    np.testing.assert_array_equal(read(drawn(**mine))[0], windowed(VALUES, 2000, 3000))
-    shared = groups("PerFrame", FrameVOILUTSequence=another) | WINDOW
+    other_window = sequence(WindowCenter="100", WindowWidth="200")
+    frame_first = groups("PerFrame", FrameVOILUTSequence=sequence(**WINDOW)) | groups(
+        "Shared", FrameVOILUTSequence=other_window
+    )
+    np.testing.assert_array_equal(read(drawn(**frame_first))[0], windowed(VALUES, 2000, 3000))
+    shared = groups("PerFrame", FrameVOILUTSequence=other_window) | WINDOW
     np.testing.assert_array_equal(read(drawn(**shared))[0], windowed(VALUES, 2000, 3000))
 
 
@@ -281,7 +283,7 @@ def test_functional_groups_without_a_window_are_ignored(broken: Sequence) -> Non
     assert notes == ()
 
 
-# ---- which end is white
+# ---- polarity
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mura_dist.data.folder_kind import OutputKind, find_output_kinds
     ("files", "kinds"),
     [
         ([], {}),
-        (["studies.csv", "metrics.json"], {}),  # a score's own
+        (["studies.csv", "metrics.json"], {}),  # written by score
         (["recipe.toml"], {"run": "recipe.toml"}),
         (["predictions.csv", "recipe.toml"], {"run": "recipe.toml", "evaluation": "predictions.csv"}),
         ([".parts/plan.json"], {"prediction": ".parts/plan.json"}),

@@ -44,7 +44,7 @@ def test_radiographs_pass_at_all_sizes(radiographs: dict[int, list[np.ndarray]],
 @pytest.mark.shared
 def test_verdict_rarely_depends_on_size_and_orientation(radiographs: dict[int, list[np.ndarray]]) -> None:
     verdicts = [[gate.classify(image) for image in radiographs[size]] for size in SIZES]
-    assert sum(len(set(each)) > 1 for each in zip(*verdicts, strict=True)) <= 2
+    assert sum(len(set(by_size)) > 1 for by_size in zip(*verdicts, strict=True)) <= 2
     for image in radiographs[128]:
         actual = [gate.compute_scores(gate.compute_statistics(turned(image, turn))) for turn in TURNS]
         assert np.ptp(actual, axis=0).max() < 0.2  # Pillow rounds between its two passes
@@ -76,7 +76,7 @@ def test_phantoms_pass(phantoms: Path) -> None:
     assert actual["inverted"] <= 0.07 * actual.total(), actual
 
 
-# ---- unexposed borders: the field within them is judged
+# ---- unexposed borders: the field inside decides
 
 
 def bordered(
@@ -140,7 +140,7 @@ def test_border_does_not_change_the_verdict(bones: list[np.ndarray], sides: str,
 def test_round_collimation_does_not_change_the_verdict(bones: list[np.ndarray], radius: float, level: int) -> None:
     framed = [round_field(image, level, radius) for image in bones]
     assert inverted_share(framed) <= 0.1
-    assert inverted_share([255 - image for image in framed]) >= 0.4  # a square of a bone may say nothing
+    assert inverted_share([255 - image for image in framed]) >= 0.4  # a square crop of a bone may be undecided
 
 
 @pytest.mark.shared
@@ -175,7 +175,7 @@ def test_narrow_field_between_borders_gets_a_verdict(bones: list[np.ndarray], wi
         assert gate.classify(bordered(np.full_like(image, 90), 255, (0, 1), widths)) in gate.NAMES
 
 
-# ---- what is no radiograph
+# ---- other images
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_photograph_is_refused_original_and_inverted(photographs: dict[str, Path
     for path in photographs.values():
         image, colors, *_ = radiograph.read_details(path, size)
         actual = {
-            gate.classify(turned(each, turn), turned(their_colors, turn))
-            for each, their_colors in ((image, colors), (255 - image, 255 - colors))
+            gate.classify(turned(pixels, turn), turned(pixel_colors, turn))
+            for pixels, pixel_colors in ((image, colors), (255 - image, 255 - colors))
             for turn in TURNS
         }
         assert actual == {"not_a_radiograph"}
@@ -235,7 +235,7 @@ def test_ramps_and_text_pages_are_refused(size: int, turn: tuple[int, int]) -> N
     assert gate.classify(turned(255 - page, turn)) in gate.BLOCKING
 
 
-# ---- what it is asked
+# ---- interface
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 63, 65])
@@ -248,9 +248,9 @@ def test_image_of_any_size_gets_a_verdict(size: int) -> None:
 def test_memory_layout_does_not_matter(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 128)
-        another = [np.asfortranarray(image), np.repeat(image, 2, 1)[:, ::2], image[::-1][::-1]]
+        layouts = [np.asfortranarray(image), np.repeat(image, 2, 1)[:, ::2], image[::-1][::-1]]
         image.flags.writeable = False
-        assert {gate.classify(each) for each in another} == {gate.classify(image)}
+        assert {gate.classify(layout) for layout in layouts} == {gate.classify(image)}
 
 
 def test_all_verdicts_except_ok_have_a_message() -> None:
@@ -263,18 +263,16 @@ def test_statistics_of_the_inverse_are_swapped(phantoms: Path) -> None:
     for path in sorted(phantoms.rglob("*.png"))[:20]:
         image = radiograph.read(path, 64)  # no reduction: nothing is rounded
         actual, expected = gate.compute_statistics(255 - image)[::-1], gate.compute_statistics(image)
-        np.testing.assert_allclose(
-            actual, expected, atol=0.05
-        )  # a level on the edge between two bins falls on either side
+        np.testing.assert_allclose(actual, expected, atol=0.05)  # a level on the edge of two bins may be in either
         np.testing.assert_allclose(gate.compute_scores(actual), gate.compute_scores(expected), atol=0.2)
 
 
 def test_color_photograph_is_refused(photographs: dict[str, Path], tmp_path: Path) -> None:
     for name, path in photographs.items():
         Image.open(path).save(tmp_path / f"{name}.jpg", quality=70)
-        for each in (path, tmp_path / f"{name}.jpg"):
+        for file in (path, tmp_path / f"{name}.jpg"):
             for size in SIZES:
-                actual = radiograph.read_details(each, size)
+                actual = radiograph.read_details(file, size)
                 assert gate.classify(actual.image, actual.colors) == "not_a_radiograph"
 
 

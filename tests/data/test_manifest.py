@@ -124,7 +124,7 @@ def test_junk_files_are_skipped_and_reported(tmp_path: Path) -> None:
     assert sorted(scanned.defects["not a radiograph"]) == sorted(junk)
 
 
-# ---- CSVs in the wild
+# ---- variants of the CSVs
 
 
 def csv_text(lines: list[list[str]], header: str, end: str, comma: str, mark: str, quote: str) -> bytes:
@@ -211,8 +211,8 @@ def test_scan_of_a_subfolder_reports_only_its_own_defects(tmp_path: Path, as_mur
     Listed().write(tmp_path, tmp_path, "", "\n", "", "", "")
     scanned, complete = scan(tmp_path / piece), as_mura_writes_it
     assert scanned.root == tmp_path.resolve()
-    mine = complete.manifest.frame[complete.manifest.frame["path"].str.startswith(piece)]
-    assert scanned.manifest.frame["path"].tolist() == mine["path"].tolist()
+    expected = complete.manifest.frame[complete.manifest.frame["path"].str.startswith(piece)]
+    assert scanned.manifest.frame["path"].tolist() == expected["path"].tolist()
     assert scanned.defects == {
         name: [item for item in visited if item.startswith(piece)]
         for name, visited in complete.defects.items()
@@ -233,7 +233,7 @@ def test_csvs_that_match_no_file_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "train_image_paths.csv line 1 is not CSV", "field larger", "Fix or delete the file")
 
 
-# ---- defects, each one alone
+# ---- single defects
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Case:
     files: tuple[str, ...]
     shows: list[str]
     contents: dict[str, str] = field(default_factory=dict)
-    remaining: dict[str, list[str]] = field(default_factory=dict)  # defects that come along
+    remaining: dict[str, list[str]] = field(default_factory=dict)  # further defects that the case causes
     links: dict[str, str] = field(default_factory=dict)  # path -> target; a store has none
 
     def make(self, root: Path) -> Path:
@@ -377,7 +377,7 @@ def test_single_defect_is_reported(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     actual = scan(case.make(tmp_path)).defects
     assert actual == {name: case.shows, **case.remaining}
-    assert list(actual) == [single for single in DEFECTS if single in actual]
+    assert list(actual) == [defect for defect in DEFECTS if defect in actual]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].links])
@@ -440,10 +440,10 @@ def test_only_byte_identical_files_are_duplicates(tmp_path: Path) -> None:
         (tmp_path / f"{size}").mkdir()
         make(tmp_path / f"{size}", *(view(patient=n) for n in range(5)))
         for n, position in enumerate((None, 0, size // 2, size - 1, None)):
-            another = bytearray(complete)
+            changed = bytearray(complete)
             if position is not None:
-                another[position] ^= 1 << n
-            (tmp_path / f"{size}" / view(patient=n)).write_bytes(another)
+                changed[position] ^= 1 << n
+            (tmp_path / f"{size}" / view(patient=n)).write_bytes(changed)
         actual = scan(tmp_path / f"{size}")
         assert actual.duplicates == [(view(patient=0), view(patient=4))]
         assert scan(tmp_path / f"{size}", duplicates=False).defects == {}
@@ -498,11 +498,11 @@ def test_linked_folder_is_scanned(linked: str, relative: bool, tmp_path: Path) -
     ]
     plain = scan(make(tmp_path / "plain", *paths))
     make(tmp_path / "set", *paths)
-    another = tmp_path / "disk" / "elsewhere"
-    another.parent.mkdir()
-    (tmp_path / "set" / linked).rename(another)
+    target = tmp_path / "disk" / "elsewhere"
+    target.parent.mkdir()
+    (tmp_path / "set" / linked).rename(target)
     (tmp_path / "set" / linked).symlink_to(
-        os.path.relpath(another, (tmp_path / "set" / linked).parent) if relative else another
+        os.path.relpath(target, (tmp_path / "set" / linked).parent) if relative else target
     )
     scanned = scan(tmp_path / "set")
     assert scanned.manifest.digest == plain.manifest.digest
@@ -655,7 +655,7 @@ def test_tune_split_is_cut_by_patient(phantoms: Path, fraction: float, seed: int
 def drawn_lots() -> Iterator[str]:
     """Yield paths by arithmetic: several studies a patient, several study types, both labels."""
     types = ("XR_ELBOW", "XR_HAND", "XR_WRIST")
-    for patient, k in ((single, k) for single in range(120) for k in range(1 + single % 3)):
+    for patient, k in ((number, k) for number in range(120) for k in range(1 + number % 3)):
         study_type = types[(patient + k) % 3] if patient % 4 else types[patient % 3]
         label = "positive" if (patient * 7 + k) % 5 < 2 else "negative"
         for image in range(1, 2 + (patient + k) % 3):
@@ -744,10 +744,10 @@ def test_real_radiographs_in_muras_layout(shared: Path, tmp_path: Path) -> None:
     assert len(scanned.manifest.frame) == 386
     assert scanned.manifest.frame["study"].nunique() == 193
     assert scanned.manifest.frame["patient"].nunique() == 160
-    # FracAtlas holds IMG0002790 a second time, as IMG0004151; our cut by patient could not know.
-    twins = ("train/XR_LEG/patient00109", "valid/XR_LEG/patient00133")
-    single, another = (f"{patient}/study1_positive/image1.png" for patient in twins)
-    assert scanned.defects == {"duplicate across splits": [f"{single} = {another}"]}
+    # FracAtlas contains IMG0002790 again as IMG0004151, so the cut by patient did not detect it.
+    duplicate_patients = ("train/XR_LEG/patient00109", "valid/XR_LEG/patient00133")
+    first, second = (f"{patient}/study1_positive/image1.png" for patient in duplicate_patients)
+    assert scanned.defects == {"duplicate across splits": [f"{first} = {second}"]}
     linked = tmp_path / "link"
     linked.symlink_to(shared / "radiographs" / "fracatlas-mura")
     assert scan(linked).manifest.digest == scanned.manifest.digest

@@ -87,7 +87,7 @@ def outcome(data: bytes) -> str:
     return "read"
 
 
-# ---- the same radiograph, however it is kept
+# ---- lossless kinds of one radiograph
 
 
 def palette_png() -> bytes:
@@ -140,7 +140,7 @@ SAME: dict[str, Callable[[], bytes]] = {
     "lossless jpeg dicom": lambda: encapsulated(jpeg_lossless(GRAY, 8), JPEG_LOSSLESS_SV1),
     "big-endian dicom": lambda: dicom(
         DEEP.astype(">u2"), bits=16, syntax=BIG_ENDIAN
-    ),  # retired; archives still hold it
+    ),  # retired, but present in archives
     "rgb dicom": lambda: dicom(np.dstack([GRAY] * 3)),
     "jpeg 2000 rgb dicom": lambda: dicom(np.dstack([GRAY] * 3), syntax=J2K_LOSSLESS),
     "16-bit rgb dicom": lambda: dicom(np.dstack([DEEP] * 3), bits=16),
@@ -189,7 +189,7 @@ ADAM7 = [
 GRAY_KIND, COLOR, PALETTE, GRAY_ALPHA, COLOR_ALPHA = 0, 2, 3, 4, 6
 PNG_KINDS = [(GRAY_KIND, 1), (GRAY_KIND, 2), (GRAY_KIND, 4), (GRAY_KIND, 8), (GRAY_KIND, 16), (COLOR, 8), (COLOR, 16)]
 PNG_KINDS += [(PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8), (GRAY_ALPHA, 8), (GRAY_ALPHA, 16)]
-PNG_KINDS += [(COLOR_ALPHA, 8), (COLOR_ALPHA, 16)]  # all that there are
+PNG_KINDS += [(COLOR_ALPHA, 8), (COLOR_ALPHA, 16)]  # all kinds of PNG
 
 
 def png_lines(samples: np.ndarray, depth: int) -> bytes:
@@ -251,13 +251,13 @@ def test_16_bit_png_with_alpha_keeps_12_bit_precision() -> None:
     expected = np.rint(np.arange(4096) * 255 / 4095).reshape(64, 64)
     for interlaced in (False, True):
         np.testing.assert_array_equal(decode(io.BytesIO(png(samples, GRAY_ALPHA, 16, interlaced=interlaced))), expected)
-    for position in range(16, 33):  # the header is read with other eyes; its checksum is still looked at
+    for position in range(16, 33):  # another parser reads this header, and still checks its checksum
         data = bytearray(png(samples, GRAY_ALPHA, 16))
         data[position] ^= 1
         assert refusal(bytes(data)).code == "unreadable"
 
 
-# ---- lossy kinds, and what DICOM compresses with
+# ---- lossy kinds and the compressions of DICOM
 
 LOSSY: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: saved(GRAY_IMAGE, "JPEG"),
@@ -401,7 +401,7 @@ def test_lookup_tables_are_applied() -> None:
         50,
         120,
         12,
-    ]  # 50 entries from 120 on, of which the last is 1000: white, whatever the 12 bits say
+    ]  # 50 entries from 120 on; the last one, 1000, is white although entries have 12 bits
     table.add_new("LUTData", "US", [int(entry) for entry in np.linspace(0, 1000, 50)])
     expected = np.rint(np.array(table.LUTData)[np.clip(stored.astype(int) - 120, 0, 49)] * 255 / 1000)
     voi = dicom(stored, bits=16, VOILUTSequence=Sequence([table]))
@@ -430,7 +430,7 @@ def test_dicom_palette_is_applied() -> None:
 
 
 def test_read_equals_decode_with_pillow_antialiased_bilinear(tmp_path: Path) -> None:
-    path = tmp_path / "a wrist.jpg"  # a PNG all the same
+    path = tmp_path / "a wrist.jpg"  # a PNG, despite its name
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
     expected = np.asarray(GRAY_IMAGE.resize((32, 32), Image.Resampling.BILINEAR))
     file = io.BytesIO(path.read_bytes())
@@ -545,7 +545,7 @@ def test_unreadable_file_error_can_be_pickled() -> None:
     assert (again.code, again.reason) == ("too_large", "why")
 
 
-# ---- damage
+# ---- corrupt files
 
 SEEDS = {name: SAME[name]() for name in ("gray png", "16-bit png", "tiff", "lzw tiff", "jpeg 2000", "dicom")} | {
     "jpeg": saved(GRAY_IMAGE, "JPEG"),
@@ -561,9 +561,7 @@ def test_truncated_file_is_complete_or_refused(name: str, capfd: pytest.CaptureF
     data = SEEDS[name]
     complete, codes = decode(io.BytesIO(data)), set()
     zeros_tell = "png" in name or "jpeg" in name
-    first = (
-        400 if "dicom" in name else 1
-    )  # a UID cut in half is another UID: in its first lines a DICOM is "out of scope"
+    first = 400 if "dicom" in name else 1  # a truncated UID is a different UID, so a very short DICOM is "out of scope"
     for end in range(first, len(data), max(1, len(data) // 60)):
         for tail in (0, len(data) - end) if zeros_tell else (0,):
             try:
@@ -572,7 +570,7 @@ def test_truncated_file_is_complete_or_refused(name: str, capfd: pytest.CaptureF
                 codes.add(refused.code)
     assert "unreadable" in codes
     assert codes <= {"not_image", "unreadable"}
-    assert capfd.readouterr().err == "", "a library spoke on stderr"
+    assert capfd.readouterr().err == "", "a library printed on stderr"
 
 
 def test_flipped_bit_in_png_pixels_is_refused() -> None:
@@ -616,7 +614,7 @@ def test_identity_is_read_from_the_header(tmp_path: Path) -> None:
         "the image's own before its series'"
     )
     path.write_bytes(dicom(GRAY, **PLAIN, StudyInstanceUID="1.2.9", syntax=J2K_LOSSLESS)[:-900])
-    assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is whole"
+    assert read_identity(str(path)) == radiograph.DicomIdentity("1.2.9", "", ""), "the header is complete"
     path.write_bytes(saved(GRAY_IMAGE, "PNG"))
     assert read_identity(path) is None
     actual = radiograph.DicomIdentity("1.2.9", "WRIST", "L", True)
@@ -654,7 +652,7 @@ def test_element_of_the_wrong_vr_affects_only_itself(tmp_path: Path, tag: bytes,
     actual = output(tmp_path, raw(sound, tag, kind, value))
     assert actual is not None
     fields = (actual.study_uid, actual.body_part, actual.laterality)
-    assert sum(single == another for single, another in zip(fields, names.values(), strict=True)) >= 2
+    assert sum(value == expected for value, expected in zip(fields, names.values(), strict=True)) >= 2
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
@@ -693,7 +691,7 @@ def test_partially_read_header_may_show_text(tmp_path: Path, monkeypatch: pytest
     sound = dicom(np.zeros((400, 400), np.uint8), **PLAIN, StudyInstanceUID="1.2.9")
     monkeypatch.setattr(radiograph, "HEADER_BYTES", 3000)
     assert [output(tmp_path, data).may_show_text for data in (large, far, sound)] == [True, True, False]
-    for at in range(140, len(far), 97):  # wherever the head ends
+    for at in range(140, len(far), 97):  # any end of the first block
         monkeypatch.setattr(radiograph, "HEADER_BYTES", at)
         assert output(tmp_path, far).may_show_text, at
 
@@ -707,8 +705,8 @@ def test_unparsable_header_may_show_text(tmp_path: Path) -> None:
 def test_identity_of_real_dicoms(shared: Path) -> None:
     """Ten hips of ten studies. Their headers name no body part."""
     actual = [read_identity(path) for path in sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))]
-    assert len({single.study_uid for single in actual if single}) == 10
-    assert {(single.body_part, single.laterality, single.may_show_text) for single in actual if single} == {
+    assert len({identity.study_uid for identity in actual if identity}) == 10
+    assert {(identity.body_part, identity.laterality, identity.may_show_text) for identity in actual if identity} == {
         ("", "", False)
     }
 
@@ -788,10 +786,10 @@ radiograph.read(sys.argv[2], 8); print(heavy())
 
 # ---- real and hostile files
 
-# Every file of shared/hostile: (outcome, why that is right, the files). A file is of the first group that one of its words
-# matches, so that exceptions stand before the kinds they belong to.
+# Every file of shared/hostile: (outcome, reason, patterns of files). The first group with a matching pattern counts, so
+# exceptions precede their kind.
 HOSTILE: list[tuple[str, str, str]] = [
-    # -- no image at all
+    # -- no images
     ("not_image", "macOS's notes about another file, under that file's name", "appledouble/*"),
     ("not_image", "no bytes", "generated/zero_byte.png"),
     ("not_image", "a server's page, saved under a picture's name", "generated/html_error_page.png"),
@@ -801,7 +799,7 @@ HOSTILE: list[tuple[str, str, str]] = [
         "a transfer as text has changed or dropped bytes of the signature, which is there to tell just that",
         "pngsuite/xs1n0g01.png pngsuite/xs4n0g01.png pngsuite/xcrn0g04.png pillow/pngtest_bad.png.bin",
     ),
-    # -- another thing than a radiograph
+    # -- images that are no radiographs
     ("out_of_scope", "ultrasound (US)", "dicom/JPGLosslessP14SV1_1s_1f_8b.dcm dicom/OBXXXX1A_rle.dcm"),
     ("out_of_scope", "magnetic resonance, ten frames", "dicom/emri_small_jpeg_*.dcm"),
     (
@@ -809,13 +807,13 @@ HOSTILE: list[tuple[str, str, str]] = [
         "GIF and icon: nobody keeps radiographs so; whatever size they promise",
         "pillow/*.gif pillow/*.ico",
     ),
-    # -- more pixels promised than MAX_PIXELS
+    # -- more declared pixels than MAX_PIXELS
     (
         "too_large",
         "900, 3,600 and 10,000 million pixels in the header, behind a file of 200 to 900,000 bytes",
         "generated/bomb_30000x30000_gray8.png generated/bomb_60000x60000_1bit.png generated/bomb_header_100000x100000.png",
     ),
-    # -- pixels are missing or wrong: a radiograph of which half is black or noise would be judged as if it were whole
+    # -- missing or wrong pixels: a radiograph with a black or noisy half would be classified as if it were complete
     ("unreadable", "the signature and nothing behind it", "generated/header_only_8_bytes.png"),
     (
         "unreadable",
@@ -833,7 +831,7 @@ HOSTILE: list[tuple[str, str, str]] = [
         "pngsuite/xc1n0g08.png pngsuite/xd0n2c08.png pngsuite/xd9n2c08.png pngsuite/xhdn0g08.png",
     ),
     ("unreadable", "JPEG of 12 bits outside of DICOM: Pillow has no decoder for it", "libjpeg_turbo/monkey12.jpg"),
-    # -- oddities around whole pixels: the pixels count
+    # -- oddities around complete pixels: the pixels count
     ("read", "all pixels are there, only the end mark is cut off", "generated/truncated_last_12_bytes.png"),
     (
         "read",
@@ -857,7 +855,7 @@ HOSTILE: list[tuple[str, str, str]] = [
         "an animation's default picture is a whole PNG",
         "pillow/apng_mode_*.png pillow/apng_single_frame_default.png",
     ),
-    # -- the kinds the reader takes; test_files_of_one_group_have_identical_pixels and the tests behind it compare what comes out
+    # -- supported kinds; test_files_of_one_group_have_identical_pixels and the tests below it compare the pixels
     (
         "read",
         "gray, palette, alpha, 1 bit, CMYK, progressive, turned by EXIF: one radiograph in many kinds",
@@ -945,7 +943,7 @@ def test_hostile_files_need_little_memory_and_print_nothing(hostile: Path) -> No
 import re, sys
 from pathlib import Path
 from mura_dist.data import radiograph
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss has the parent's, too
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss includes the parent's
 before = peak()
 for path in sorted(Path(sys.argv[1]).rglob("*.*")):
     radiograph.read_identity(path)
@@ -982,13 +980,13 @@ SAME_PIXELS = [
 @pytest.mark.parametrize("group", SAME_PIXELS)
 def test_files_of_one_group_have_identical_pixels(group: str, hostile: Path) -> None:
     first, *remaining = (decode(hostile / name) for name in group.split())
-    for another in remaining:
-        np.testing.assert_array_equal(another, first)
+    for image in remaining:
+        np.testing.assert_array_equal(image, first)
 
 
-def difference(single: Path, another: Path) -> float:
+def difference(first: Path, second: Path) -> float:
     """Return the mean absolute difference in gray levels."""
-    return float(np.abs(decode(single).astype(int) - decode(another)).mean())
+    return float(np.abs(decode(first).astype(int) - decode(second)).mean())
 
 
 @pytest.mark.shared
@@ -996,7 +994,7 @@ def test_lossy_and_rotated_copies_stay_close(hostile: Path) -> None:
     generated, pillow = hostile / "generated", hostile / "pillow"
     for name in ("radiograph_progressive.jpg", "radiograph_cmyk.jpg", "radiograph_exif_orientation6.jpg"):
         assert difference(generated / name, generated / "png_inside.jpg") < 0.5
-    for orientation in range(2, 9):  # not turned upright, it is 40 and more
+    for orientation in range(2, 9):  # without the rotation it is at least 40
         assert difference(pillow / f"hopper_orientation_{orientation}.jpg", pillow / "hopper.png") < 4
     assert difference(hostile / "dicom/RG3_J2KI.dcm", hostile / "dicom/RG3_J2KR.dcm") < 0.5
 
@@ -1023,7 +1021,5 @@ def test_dicom_and_jpeg_of_one_radiograph_agree(shared: Path) -> None:
     pairs = sorted((shared / "radiographs/jordan-hip-dicom").glob("*.dcm"))
     assert len(pairs) == 10
     for path in pairs:
-        if (
-            path.stem != "331_DDH_1"
-        ):  # another exposure as published: Pillow's own reading of its codestream says so too
+        if path.stem != "331_DDH_1":  # a different exposure as published: Pillow decodes its codestream equally
             assert difference(path, path.with_suffix(".jpg")) < 1.2

@@ -33,7 +33,7 @@ def test_numbers_of_a_table_are_unchanged(dtype: object) -> None:
     assert actual["path"].dropna().tolist() == [*map(table_names.escape_formula, names[:-1])]
     assert actual["path"].isna().tolist() == [False] * (len(names) - 1) + [True]
     pd.testing.assert_series_equal(actual["logit"], frame["logit"])
-    assert frame["path"].iloc[0] == "=1+1.png"  # not in place
+    assert frame["path"].iloc[0] == "=1+1.png"  # the input is unchanged
     assert table_names.escape_formulas(frame.iloc[:0]).to_csv(index=False) == "path,logit\n"
 
 

@@ -22,7 +22,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 HEIGHT, WIDTH = 21, 37
 FULL, REDUCED, MASK = 0, 1, 4
 
-# (SampleFormat, BitsPerSample): those that are read, and those that are refused by name, whatever else is said.
+# (SampleFormat, BitsPerSample): supported kinds, and kinds refused by name regardless of the other tags.
 READ = [
     (UNSIGNED, 8),
     (UNSIGNED, 12),

@@ -23,7 +23,7 @@ class Cache:
         with FileLock(self.root / f"{name}.lock"):
             if not done.exists():
                 if path.is_dir():
-                    shutil.rmtree(path)  # of a maker that failed
+                    shutil.rmtree(path)  # left by a failed call
                 make(path)
                 done.touch()
         return path

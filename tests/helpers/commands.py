@@ -36,7 +36,7 @@ def deepspeed(ranks: int) -> list[str]:
 
 NO_GPU = {
     "CUDA_VISIBLE_DEVICES": ""
-}  # ranks outnumber GPUs, and bit for bit is a promise of the CPU; test_gpu.py overrides
+}  # ranks outnumber GPUs, and only the CPU is exact bit for bit; tests/gpu overrides it
 
 
 def stderr_lines(result: subprocess.CompletedProcess[str]) -> list[str]:
@@ -71,7 +71,7 @@ def run(
     command = [*(warm_script(name) if warmed else [str(BIN / name)]), *rest]
     environment = {**os.environ, **NO_GPU, **(env or {})}
     if warmed:
-        environment["PYTHON_EXEC"] = warm_python()  # what starts the ranks
+        environment["PYTHON_EXEC"] = warm_python()  # starts the ranks
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False
     )
@@ -88,7 +88,7 @@ def processes_of(path: Path) -> list[int]:
     """Return the ids of the processes with `path` as an argument."""
     pids = []
     for command in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
+        with contextlib.suppress(OSError):  # the process exited meanwhile
             if str(path).encode() in command.read_bytes().split(b"\0"):
                 pids.append(int(command.parent.name))
     return pids
@@ -103,12 +103,12 @@ def killed_when(begun: Callable[[], bool], names: Path, *arguments: object, laun
     command = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not begun():
-        assert process.poll() is None, "it ended before it began"
+        assert process.poll() is None, "the command exited too early"
         time.sleep(0.01)
     processes = processes_of(names)
-    for each in [process.pid] if launcher_alone else processes:
+    for pid in [process.pid] if launcher_alone else processes:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     return processes
 
@@ -116,18 +116,18 @@ def killed_when(begun: Callable[[], bool], names: Path, *arguments: object, laun
 TINY = (
     "architecture=tiny",
     "global_batch=12",
-    "micro_batch=6",  # of at most two ranks; three want micro_batch=2 or 4
+    "micro_batch=6",  # for at most two ranks; three need micro_batch=2 or 4
     "learning_rate=1e-3",
     "epochs=2",
     "log_every=1",
     "tensorboard=false",
     "precision=fp32",
 )
-"""Settings of a run that takes seconds: a small DenseNet of the same class, in the precision the laws are stated for."""
+"""Settings of a run that takes seconds: a small DenseNet of the same class, in the precision of the exact comparisons."""
 
 
 SHORT = ("epochs=1", "micro_batch=4")
-"""A shorter one, of one rank or three, for tests that want any trained run."""
+"""Settings of a shorter run, of one rank or three, for tests that need any trained run."""
 
 
 def train(ranks: int, shards: Path, folder: Path, *arguments: str):

@@ -124,7 +124,7 @@ def _coded(differences: np.ndarray, end: str = "") -> bytes:
 
 def _difference_bits(difference: int) -> str:
     length = abs(difference).bit_length()
-    if length in (0, 16):  # -32768: its length says it all
+    if length in (0, 16):  # 0, or -32768: the length determines the value
         return f"{length:05b}"
     return f"{length:05b}{difference if difference > 0 else difference + (1 << length) - 1:0{length}b}"
 

@@ -59,7 +59,9 @@ def check_names_are_text(write: Callable[[Callable[[str], str], Path], list[Path
         paths = write(lambda name, e=ending: name + e, folder / kind)
         pages[kind] = [(path.suffix, path.read_text("utf-8")) for path in paths]
     for (_, harmless), (suffix, hostile) in zip(pages["harmless"], pages["hostile"], strict=True):
-        assert "alert(1)" in hostile or suffix != ".html", "no name of ours is on this page: the test would see nothing"
+        assert "alert(1)" in hostile or suffix != ".html", (
+            "the page contains no hostile name, so the test would check nothing"
+        )
         assert not CONTROLS & set(hostile)
         assert _Skeleton(hostile).parts == _Skeleton(harmless).parts
 
@@ -70,7 +72,7 @@ def renamed_shards(shards: Path, target: Path, rename: Callable[[str], str]) -> 
     for column in ("study_type", "patient", "study", "path"):
         frame[column] = frame[column].map(rename).astype(object)
     manifest = Manifest.from_radiographs(Radiograph(**line) for line in frame[list(COLUMNS[1:])].to_dict("records"))
-    pd.testing.assert_series_equal(manifest.frame["label"], frame["label"])  # the order of the rows stayed
+    pd.testing.assert_series_equal(manifest.frame["label"], frame["label"])  # the order of the rows is unchanged
     target.mkdir()
     for path in shards.iterdir():
         (target / path.name).symlink_to(path)

@@ -15,7 +15,7 @@ import pytest
 
 from helpers.commands import BIN, NO_GPU, free_port
 
-NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # set where a missing one is a failure, not a skip
+NEED_BROWSER = "MURA_DIST_NEED_BROWSER"  # if set, a missing browser is a failure, not a skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -64,19 +64,19 @@ def _answers(url: str) -> bool:
         return False
 
 
-def until(true: Any, timeout_s: float = 60) -> None:
+def until(condition: Any, timeout_s: float = 60) -> None:
     """Wait for a condition."""
     end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.1)
 
 
 def upload(page: Any, *files: Path | tuple[str, bytes]) -> None:
     """Give files to the page's uploader, by path or as (name, content)."""
-    named = [file if isinstance(file, tuple) else (file.name, file.read_bytes()) for file in files]
-    sent = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in named]
-    page.locator("input[type=file]").set_input_files(sent)
+    contents = [file if isinstance(file, tuple) else (file.name, file.read_bytes()) for file in files]
+    payloads = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in contents]
+    page.locator("input[type=file]").set_input_files(payloads)
 
 
 def choose(page: Any, label: str, option: str) -> None:

@@ -13,7 +13,7 @@ from mura_dist.inference import tables
 from mura_dist.inference.output_folder import README
 
 TABLES = [f"{name}.csv" for name in tables.NAMES]
-FILES = sorted([*TABLES, README, PREDICT_SUMMARY])  # all that a finished prediction leaves
+FILES = sorted([*TABLES, README, PREDICT_SUMMARY])  # all files of a finished prediction
 
 
 def draw(path: Path, seed: int = 0) -> Path:

@@ -11,7 +11,7 @@ from xdist.workermanage import WorkerController
 
 from helpers import durations
 
-LONG_S = 8.0  # a test that takes longer is handed out by itself
+LONG_S = 8.0  # a longer test is a scope of its own
 UNSPLIT = ("tests/inference/page/test_page.py",)  # one browser and one server for all its tests
 
 
