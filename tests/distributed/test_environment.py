@@ -173,8 +173,8 @@ def run_in_terminal(*command: str | Path, env: dict[str, str]) -> subprocess.Com
     [
         (4, "44152", "bash", True),
         (1, "44152", "bash", False),
-        (4, "", "bash", False),  # no step of a terminal: a task's own script
-        (4, "44152", "slurmstepd", False),  # a task itself, of `srun --pty mura-dist ...`
+        (4, "", "bash", False),  # a script within a task, without a terminal
+        (4, "44152", "slurmstepd", False),  # a task of `srun --pty mura-dist ...`
     ],
 )
 def test_srun_terminal_shell_of_several_tasks_is_refused(
@@ -220,9 +220,9 @@ def test_rendezvous_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     job = slurm(7, 1, 3) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
     address, port = meet(job)
     assert address == "gpu07"
-    assert 20000 <= port < 29000, "not one that Linux gives to anybody who asks"
-    assert meet(slurm(0, 0, 0) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}) == (address, port), "the same for all"
-    assert meet(job | {"SLURM_STEP_ID": "1"})[1] != port, "steps of a job may run beside each other"
+    assert 20000 <= port < 29000, "outside Linux's ephemeral ports"
+    assert meet(slurm(0, 0, 0) | {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}) == (address, port), "equal on all ranks"
+    assert meet(job | {"SLURM_STEP_ID": "1"})[1] != port, "steps of a job may run at the same time"
     assert meet(job | {"MASTER_ADDR": "ib0-gpu07", "MASTER_PORT": "1234"}) == ("ib0-gpu07", 1234)
     assert meet(openmpi(1, 2, 1, 2))[0] == "127.0.0.1", "all on this machine"
     assert meet({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}) == ("a", 29500)
@@ -248,7 +248,7 @@ def test_failed_rendezvous_names_endpoint_and_reason(monkeypatch: pytest.MonkeyP
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
         with process_group.join(1.0, patience_s=patience_s):
-            raise AssertionError("nobody is there")
+            raise AssertionError("no other rank exists")
 
     with pytest.raises(
         RankLocalUserError, match=rf"port {used_port} of 127.0.0.1 is in use by another program.*MASTER_PORT=29501"
@@ -323,7 +323,7 @@ def test_losses_identical_under_srun_and_torchrun(
     outputs = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert outputs[0][0].startswith(f"{tmp_path / 'run'}: 2 epochs")
-    assert outputs[1][0] == "", "the first one speaks"
+    assert outputs[1][0] == "", "only rank 0 prints"
     assert losses(tmp_path / "run") == losses(reference_run(2))
 
 

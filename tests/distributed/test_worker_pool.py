@@ -68,7 +68,7 @@ def test_only_tasks_that_kill_their_worker_fail(tmp_path: Path, workers: int) ->
     assert results[2] == results[8] == TaskFailed("crashed")
     assert results[7] == TaskFailed("did not finish within 1 s")
     assert results[12] == "no memory"
-    assert results[15] == 15, "killed from outside: tried again, no trace"
+    assert results[15] == 15, "a killed task is retried"
     assert [results[n] for n in range(20) if n not in (2, 7, 8, 12)] == [n for n in range(20) if n not in (2, 7, 8, 12)]
     assert len((tmp_path / "crash-2").read_text().split()) == 2, "tried twice, in two processes"
     assert len(set((tmp_path / "crash-2").read_text().split())) == 2
@@ -103,7 +103,7 @@ def test_workers_prefetch_few_chunks_and_exit_with_the_block(tmp_path: Path) -> 
         stream = pool.results(chunks, ahead=4)
         assert next(stream) == 0
         time.sleep(0.5)
-        assert next(task_numbers) <= 12, "never far ahead"
+        assert next(task_numbers) <= 12, "few tasks ahead"
     pids = {int(pid) for path in tmp_path.iterdir() for pid in path.read_text().split()}
     assert pids
     for pid in pids:

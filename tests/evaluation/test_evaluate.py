@@ -54,7 +54,7 @@ def test_metrics_do_not_depend_on_ranks_or_batch(
             ranks, "evaluate_ranks", folder, shard_folder, out, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
         )
         assert result.returncode == 0, result.stderr
-        table = pd.read_csv(out / "predictions.csv")  # law once: the split's rows, in order, each one time
+        table = pd.read_csv(out / "predictions.csv")  # each row of the split once, in order
         assert set(table["gate"]) <= set(gate.NAMES)
         assert (
             table["path"].tolist()
@@ -123,7 +123,7 @@ def test_thresholds_are_fitted_on_tune(exported: Path, halved: Path, untrained_m
         assert actual.slope is not None
         assert (actual.slope, actual.intercept) == pytest.approx(
             (reference.slope, reference.intercept), rel=1e-2
-        )  # logits to 1e-5
+        )  # logits agree to 1e-5
         for point in OPERATING_POINT_NAMES:
             assert metrics.thresholds(point)[name] == pytest.approx(expected.thresholds(point)[name], abs=1e-4)
     assert (
@@ -170,10 +170,10 @@ def test_studies_of_predict_and_evaluate_are_equal(
         main(["predict", str(of_radiographs), str(phantoms / "valid"), "--out", str(tmp_path / "p"), "--quiet"]) == DONE
     )
     onnx_metrics = run_evaluation(exported, halved, tmp_path / "e")
-    assert onnx_metrics["calibration"] == untrained_metrics["calibration"]  # the card's
+    assert onnx_metrics["calibration"] == untrained_metrics["calibration"]  # from the card
     predicted = pd.read_csv(tmp_path / "p" / "studies.csv", keep_default_na=False, dtype=str)
     assert tuple(predicted.columns) == (*STUDY_COLUMNS, "gate", "trained_on")
-    for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # the same file; torch in its stead
+    for folder, tolerance in ((tmp_path / "e", 1e-6), (untrained, 1e-4)):  # ONNX Runtime, then torch
         table = pd.read_csv(folder / "studies.csv", keep_default_na=False, dtype=str)
         assert tuple(table.columns) == (*STUDY_COLUMNS, "label", "patient", "exposure", "gate", "trained_on")
         assert set(table["trained_on"]) == {"phantoms"}

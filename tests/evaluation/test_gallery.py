@@ -267,7 +267,7 @@ def test_opacity_increases_with_the_logit() -> None:
     assert (heatmap.opacity(-logit) == heatmap.opacity(logit)).all()
     logits = heatmap.scale_logits(1100)
     assert (np.diff(logits) > 0).all()
-    assert np.abs(np.diff(heatmap.opacity(logits))).max() < 0.01  # nowhere a jump
+    assert np.abs(np.diff(heatmap.opacity(logits))).max() < 0.01  # no jumps
     assert logits[[99, 1000]].tolist() == pytest.approx([-8, 8], rel=0.01)
 
 
@@ -365,7 +365,7 @@ def test_all_maps_of_a_page_share_one_scale(written_gallery: tuple[Path, dict[st
     ]
     assert len(maps) == len(backgrounds) == len(expected) > 4
     assert all((actual == original).all() for actual, original in zip(maps, expected, strict=True))
-    for actual, original in zip(backgrounds, radiographs, strict=True):  # a JPEG: alike to the eye
+    for actual, original in zip(backgrounds, radiographs, strict=True):  # JPEG is lossy
         assert np.abs(actual.astype(int) - original).mean() < 4
     assert len({tuple(pixel) for pixel in np.concatenate([item.reshape(-1, 4) for item in maps])}) > 50
 
@@ -476,7 +476,7 @@ def test_maps_of_few_cells_are_omitted() -> None:
     assert "a caveat" not in text
     assert not re.search("<use|image/png|One scale for all maps", text)
     pixels = gallery_picture.draw_picture(study)
-    assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # grey, but for the words' ink
+    assert (pixels[26:, :, 0] == pixels[26:, :, 2]).mean() > 0.97  # gray, apart from the text
     pixels_with_map = gallery_picture.draw_picture(build_study(0, 2, 64, num_cells=4))
     assert (pixels_with_map[26:, :, 0] == pixels_with_map[26:, :, 2]).mean() < 0.9
 
@@ -491,7 +491,7 @@ def test_pictures_are_files_marked_local(written_gallery: tuple[Path, dict[str, 
             pixels = np.asarray(image)
         banner = np.array([0x8A, 0x3C, 0x00])
         assert (pixels[2] == banner).all()
-        assert (pixels[:26] == 255).all(axis=2).sum() > 100  # the words on it
+        assert (pixels[:26] == 255).all(axis=2).sum() > 100  # its text
         assert pixels.shape[0] > 320 * -(-len(study["views"]) // (2 if len(study["views"]) > 2 else 1))
     assert "LOCAL ONLY" in result["what"]
 

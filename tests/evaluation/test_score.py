@@ -297,7 +297,7 @@ def test_zeros_and_ones_are_calls_unless_named_probability(tmp_path: Path) -> No
         table = prediction_files.read_predictions(path)
         assert ("probability" in table.frame, table.threshold) == (probabilities, 0.5 if probabilities else None)
         assert table.frame["call"].tolist() == [0, 1, 1]
-    path = write(tmp_path / "p.csv", [*lines[:2], ("c", 0.999)])  # one that is neither: all are probabilities
+    path = write(tmp_path / "p.csv", [*lines[:2], ("c", 0.999)])  # one other value makes all of them probabilities
     assert prediction_files.read_predictions(path).frame["probability"].tolist() == [0, 1, 0.999]
 
 
@@ -497,11 +497,11 @@ def inverted_tables(tmp_path: Path, confusion: Sequence[int], patients: int | No
     [
         ((10, 40, 40, 10), None, True),
         ((0, 20, 20, 0), None, True),  # exactly -1, which has no asymptotic bound
-        ((0, 1, 1, 0), None, False),  # chance does that to two studies
+        ((0, 1, 1, 0), None, False),  # too few studies
         ((4, 7, 6, 4), None, False),  # -0.23, the upper bound above 0
-        ((440, 560, 560, 440), None, False),  # -0.12, surely below 0
+        ((440, 560, 560, 440), None, False),  # -0.12, the upper bound below 0
         ((10, 40, 40, 10), 1, True),  # no bootstrap of one patient: the asymptotic bound
-        ((2, 5, 5, 2), 1, False),  # nor an asymptotic one: not sure of anything
+        ((2, 5, 5, 2), 1, False),  # no asymptotic bound either
         ((0, 0, 9, 1), None, False),  # one class: no kappa
     ],
 )
@@ -554,9 +554,9 @@ def test_score_writes_a_folder(tmp_path: Path, capsys) -> None:
         assert metrics[role] == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     for path in folder.rglob("*"):
         assert path.is_dir() or str(tmp_path) not in path.read_text()
-    assert main(["score", str(predictions), str(labels), "--quiet"]) == DONE  # again, over its own
+    assert main(["score", str(predictions), str(labels), "--quiet"]) == DONE  # the command replaces its own output
     assert capsys.readouterr().err == f"{mura.TERMS}\n"
-    # What was scored can be scored.
+    # The written studies.csv can be scored.
     assert score_json(capsys, folder / "studies.csv", labels)["overall"] == metrics["overall"]
 
 
@@ -587,7 +587,7 @@ def test_report_needs_no_matplotlib(tmp_path: Path, capsys, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert score_json(capsys, *paths)["overall"]["num_studies"] == 120
     assert main(["score", *map(str, paths)]) == DONE
-    assert (tmp_path / "p-score" / "report.html").exists()  # its plots are drawn with no package
+    assert (tmp_path / "p-score" / "report.html").exists()  # its plots need no package
 
 
 def test_metrics_json_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

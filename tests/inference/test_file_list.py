@@ -71,7 +71,7 @@ def test_file_names_that_are_not_utf8(tmp_path: Path, table: Path) -> None:
 
 def test_mtime_outside_int64_is_read(tmp_path: Path, table: Path) -> None:
     make(tmp_path, "future", "past")
-    with contextlib.suppress(OSError):  # a disk that keeps no such time
+    with contextlib.suppress(OSError):  # the file system does not store such a time
         os.utime(tmp_path / "future", ns=(0, (1 << 63) + (1 << 60)))
     os.utime(tmp_path / "past", ns=(0, -1))
     listing = {file.path: file.mtime_ns for file in files_of(file_list.list_files(tmp_path, table))}
@@ -84,11 +84,11 @@ def test_symlinked_folder_is_listed_once(tmp_path: Path, table: Path) -> None:
     make(root, "a/real.png", "z/deep/real.png")
     make(outer, "far.png", "sub/farther.png")
     links = {
-        "0": root / "a",  # a real folder, entered as what it is
+        "0": root / "a",  # listed by its real path
         "a/up": root,  # a loop
         "a/out": outer,
         "b": outer,  # at less depth than a/out
-        "c": outer / "sub",  # has been entered by way of b
+        "c": outer / "sub",  # listed through b
         "z/deep/self": root / "z" / "deep",
         "broken": tmp_path / "nowhere",
         "itself": root / "itself",
@@ -134,7 +134,7 @@ def test_unreadable_folder_is_a_failure(tmp_path: Path, table: Path, monkeypatch
     for folder in (tmp_path, tmp_path / "in"):
         folder.chmod(0o755)
     table.parent.chmod(0o777)
-    monkeypatch.chdir(tmp_path / "in")  # the folders above are closed to others
+    monkeypatch.chdir(tmp_path / "in")  # other users cannot enter the parent folders
     with open(table, "wb"), unprivileged_user():
         folder = os.open(".", os.O_RDONLY)
         os.close(folder)

@@ -143,7 +143,7 @@ def test_batch_above_the_time_limit_raises_run_error(tmp_path: Path) -> None:
         save_model(endless_graph(), tmp_path / "m.onnx"), session_config=SessionConfig(batch_size=1), limit_s=0.3
     )
     start_s = time.monotonic()
-    for _ in range(2):  # it may be asked again
+    for _ in range(2):  # a second call fails in the same way
         with pytest.raises(
             RunError, match=r"m\.onnx: a batch took more than 0\.3 s\. Give a smaller --batch-size or a longer"
         ):

@@ -11,7 +11,7 @@ VALID = f"valid/{STUDY}"
 @pytest.mark.parametrize(
     ("directory", "path", "study"),
     [
-        # A split's folder at or above the directory, or just below it: what the manifest, hence an evaluation, calls it.
+        # A split's folder at, above or just below the directory: the name in the manifest.
         ("/data/MURA-v1.1", f"{VALID}/image1.png", VALID),
         ("/data/MURA-v1.1/valid", f"{STUDY}/image1.png", VALID),
         ("/data/MURA-v1.1/valid/XR_WRIST", "patient00006/study1_positive/image1.png", VALID),
@@ -21,7 +21,7 @@ VALID = f"valid/{STUDY}"
         ("/data", f"b/{VALID}/image1.png", f"b/{VALID}"),
         ("/data/valid", f"a/{VALID}/image1.png", f"a/{VALID}"),
         ("/data/valid", f"a/{STUDY}/image1.png", f"a/{STUDY}"),
-        # Copied out of train or valid: a study still.
+        # Without the split's folder: still a study.
         ("/data", f"{STUDY}/image1.png", STUDY),
         ("/data/" + STUDY, "image1.png", STUDY),
         ("/data/XR_WRIST", "patient00006/study1_positive/image1.png", STUDY),

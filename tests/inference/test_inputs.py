@@ -136,7 +136,7 @@ def test_output_next_to_input_files_is_allowed(model: Path, source_folder: Path)
     with pytest.raises(UserError, match=r"^--out x is one of the inputs. Give another folder.$"):
         predict(model, ["a.png", "x"], Path("x"))
     with pytest.raises(UserError, match=r"^--out \. is the directory of radiographs itself. Give another folder.$"):
-        predict(model, [".", "x/a.png"], Path("."))  # which holds a prediction, and the radiographs
+        predict(model, [".", "x/a.png"], Path("."))  # holds a prediction and the radiographs
 
 
 @pytest.mark.parametrize("arguments", [("a.png", "b.png", "x", "z"), ("a.png",), ("x",)], ids=" ".join)
@@ -159,7 +159,7 @@ def test_unfinished_prediction_resumes_with_output_among_inputs(model: Path, sou
     (out / ".parts").mkdir()
     plan = json.loads((out / "predict.json").read_text())["plan"]
     (out / ".parts" / "plan.json").write_text(json.dumps(plan))
-    (out / "predict.json").unlink()  # begun, not finished
+    (out / "predict.json").unlink()  # not finished
     predict(model, [*arguments, "predictions"], out)
     assert set(logits_by_path(out)) == set(arguments)
 

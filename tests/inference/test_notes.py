@@ -68,7 +68,9 @@ def test_notes_are_counted_and_printed(
     assert json.loads((out / "predict.json").read_text())["radiographs_by_note"] == EXPECTED
     assert all("Doe" not in path.read_text() for path in out.iterdir())
     assert main(["predict", str(model), str(source), "--out", str(out), "--quiet"]) == DONE
-    assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, "the finished command says it again"
+    assert f"note: {CENTER} in 3 of 8 radiographs" in capsys.readouterr().out, (
+        "the finished command prints the notes again"
+    )
 
 
 def test_upload_reader_returns_notes(source: Path) -> None:

@@ -122,11 +122,11 @@ def test_onnx_runtime_starts_no_telemetry(model: Path, tmp_path: Path, uses_pack
         if uses_package
         else "import onnxruntime; onnxruntime.InferenceSession({0!r})"
     )
-    disabling_variables = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what keeps it still anyway
+    disabling_variables = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # each of them disables telemetry
     env = {name: value for name, value in os.environ.items() if name not in disabling_variables} | {
         "TMPDIR": str(tmp_path)
     }
-    # In that process all addresses lead nowhere: the control shall tell nobody either.
+    # The proxy refuses all connections, so that the control sends nothing either.
     env |= dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     subprocess.run([sys.executable, "-c", code.format(str(model))], check=True, env=env, timeout=120)
     leftovers = [path.name for path in tmp_path.iterdir() if path.name != "cache"]
@@ -216,7 +216,9 @@ def test_fastest_config_is_measured_and_cached(
     configs = list(autotune.candidates(model, provider))
     assert len(lines) == len(configs) == len(set(configs))
     assert best in configs
-    assert autotune.describe(best) in lines[0] or float(lines[0].split()[0]) >= 0  # sorted by a median of more turns
+    assert (
+        autotune.describe(best) in lines[0] or float(lines[0].split()[0]) >= 0
+    )  # sorted by the median of further runs
     assert autotune.load_tuned_config(OnnxModel.load(model, provider)) == best
     cache = json.loads((tmp_path / "cache" / "mura-dist" / autotune.FILE).read_bytes())
     [entry] = cache.values()

@@ -20,7 +20,7 @@ from mura_dist.inference.overlays import FOLDER, NOTE, Overlay, Overlays, draw_o
 from mura_dist.inference.predict import PredictOptions, predict
 from mura_dist.reports import heatmap, local_only
 
-LEFT_PX, TOP, GAP = 8, 34, 8  # where the first picture lies, at 64 px shown 5 times as large
+LEFT_PX, TOP, GAP = 8, 34, 8  # position of the radiograph, 64 px enlarged 5 times
 
 
 pytestmark = pytest.mark.usefixtures("own_site_key")
@@ -91,7 +91,7 @@ def test_overlay_metadata_is_local_only_comment(model: Path, source: Path, tmp_p
 # ---- scale and caveat
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # a logit that is no number
+@pytest.mark.filterwarnings("ignore:invalid value")  # a NaN logit
 @pytest.mark.parametrize("size", [32, 64, 224, 320, 512])
 def test_text_stays_within_the_picture(size: int) -> None:
     """Banner, numbers, scale and caveat are dark on light and apart from the edges, for every model size."""
@@ -101,7 +101,7 @@ def test_text_stays_within_the_picture(size: int) -> None:
         caveat = pixels[-26:]
         assert (caveat[:, :7] == 255).all()
         assert (caveat[:, -7:] == 255).all()
-        assert (caveat != 255).any(axis=(0, 2)).sum() > 400  # a line of words
+        assert (caveat != 255).any(axis=(0, 2)).sum() > 400  # a line of text
         assert (caveat[-2:] == 255).all()
     assert draw_overlay(image, np.zeros((2, 2)), 0.0).shape == draw_overlay(image, np.full((9, 7), 9.0), 9.0).shape
 
@@ -207,7 +207,7 @@ def test_overlay_is_withheld_when_pixels_may_show_a_name(model: Path, maybe_iden
         "no overlay of 5 radiographs: their pixels may show a name (BurnedInAnnotation, a secondary "
     )
     assert "--allow-pixels" in warning
-    assert summary["num_radiographs"] == 8  # predicted all the same
+    assert summary["num_radiographs"] == 8  # all radiographs are predicted
 
 
 def test_allow_pixels_writes_all_overlays(model: Path, maybe_identifying: Path, tmp_path: Path) -> None:

@@ -86,4 +86,4 @@ def test_cuda_runtime_without_gpu_uses_plain_memory() -> None:
     array = page_locked.allocate(SHAPE, runtime, 0)
     array[...] = 7
     assert (array == 7).all()
-    assert array.base is None  # NumPy's own
+    assert array.base is None  # allocated by NumPy

@@ -51,7 +51,7 @@ def test_output_is_private_at_every_moment(model: Path, source: Path, tmp_path: 
     assert is_private(modes(out), out), {name: oct(mode) for name, mode in modes(out).items()}
     assert observed
     assert all(observed)
-    assert out.parent.stat().st_mode & 0o777 == 0o777 & ~umask, "what lies above is not ours to close"
+    assert out.parent.stat().st_mode & 0o777 == 0o777 & ~umask, "the parent folder keeps its mode"
 
 
 def test_shared_output_follows_umask_and_existing_folder_keeps_mode(model: Path, source: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_every_file_is_in_one_table(model: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     draw(tmp_path / "elsewhere" / "far.png")
     (source / "outside").symlink_to(tmp_path / "elsewhere")
-    (source / "deep" / "up").symlink_to(source)  # a loop: all it leads to has been seen
+    (source / "deep" / "up").symlink_to(source)  # a loop
     reference = (source / "a.png").read_bytes()
     contents_of_bad = {
         ".DS_Store": b"\0\0\0\1Bud1",
@@ -142,14 +142,14 @@ def test_formula_like_names_have_a_prefix(model: Path, tmp_path: Path) -> None:
     labels.write_text("study,label\n" + "".join(f'"{name}",1\n' for name in [*names[:4], "Mü.png"]) + "plain.png,0\n")
     actual = prediction_files.read_predictions(out / "studies.csv")
     joined = prediction_files.join(actual, prediction_files.read_labels(labels, files_are_studies=True))
-    assert joined["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score knows no blanks at the ends
+    assert joined["study"].tolist() == [*names[:3], ".png", "Mü.png", "plain.png"]  # score strips blanks
 
 
 def test_output_inside_the_directory_is_not_read(model: Path, tmp_path: Path) -> None:
     draw(tmp_path / "a.png")
     first = predict(model, tmp_path, tmp_path / "out")
     assert count_rows(tmp_path / "out") == Counter(["a.png"])
-    assert predict(model, tmp_path, tmp_path / "out") == first  # its own tables changed nothing
+    assert predict(model, tmp_path, tmp_path / "out") == first  # its own tables are not inputs
 
 
 def test_no_readable_file_gives_empty_tables(model: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_probabilities_and_calls_follow_the_model(model: Path, layout: Path, tmp
         assert len(row["logit"]) <= 14
         assert row["probability"] == repr(float(f"{1 / (1 + np.exp(-float(expected))):.6g}"))
         logits.setdefault(row["study"], []).append(float(expected))
-    assert len(set(map(tuple, logits.values()))) == 4  # not one answer for all
+    assert len(set(map(tuple, logits.values()))) == 4  # the logits differ
     for row in rows(tmp_path / "out" / "studies.csv"):
         probability = np.mean([1 / (1 + np.exp(-logit)) for logit in logits[row["study"]]])
         assert row["probability"] == repr(float(f"{probability:.6g}"))
@@ -335,11 +335,11 @@ def test_study_by_groups_files_or_folders(model: Path, tmp_path: Path) -> None:
 def test_dicom_study_names_hold_no_patient_data(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, uid, other_uid = tmp_path / "in", "1.2.276.0.1", "1.2.276.0.2"
     draw_dicom(source / "1.dcm", uid, "HAND", "L", 1)
-    draw_dicom(source / "2", uid, "hand", "l", 2)  # the same: what a device writes varies in case
+    draw_dicom(source / "2", uid, "hand", "l", 2)  # the same study: devices differ in case
     draw_dicom(source / "3.dcm", uid, "HAND", "R", 3)
     draw_dicom(source / "4.dcm", uid, "THUMB", "L", 4)
     draw_dicom(source / "5.dcm", other_uid, "MISS JANE DOE", "L", 5)
-    draw_dicom(source / "6.dcm", "", "WRIST", "L", 6)  # no study: its own
+    draw_dicom(source / "6.dcm", "", "WRIST", "L", 6)  # a study of its own
     predict(model, source, tmp_path / "out")
     actual = {row["path"]: (row["study"], row["study_type"]) for row in rows(tmp_path / "out" / "predictions.csv")}
     assert actual["1.dcm"] == actual["2"]
@@ -390,7 +390,7 @@ def test_study_type_option_overrides_folders(model: Path, layout: Path, tmp_path
         "\ufeffpath,study_type\nvalid/XR_HIP/patient00002/study1_negative/image1.png,elbow\n", encoding="utf-8"
     )
     assert count_types("table", str(table)) == {"XR_HAND": 2, "XR_ELBOW": 1, "XR_WRIST": 1}
-    table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three: which study is it of?
+    table.write_text(f"path,study_type\n{view},elbow\n")  # one view of three, which makes the study type unknown
     assert count_types("split", str(table)) == {"unknown": 1, "XR_HAND": 1, "XR_HIP": 1, "XR_WRIST": 1}
     table.write_text(f"path,study_type\n{view},elbow\n{view},hand\n")
     with pytest.raises(UserError, match=r"is both XR_ELBOW and XR_HAND\. Keep one"):
@@ -474,7 +474,9 @@ def test_kill_around_any_rename_resumes_to_identical_bytes(
         counts: list[int] = []
         predict(model, source, out, progress=lambda done, total, counts=counts: total and counts.append(done))
         assert contents(out) == expected, moment
-        assert not counts or counts[0] == min(NUM_MANY, CHUNK * max(0, (moment - 1) // 2))  # nothing made twice
+        assert not counts or counts[0] == min(
+            NUM_MANY, CHUNK * max(0, (moment - 1) // 2)
+        )  # no chunk is predicted twice
         assert sorted(os.listdir(out)) == FILES
 
 
@@ -568,7 +570,7 @@ def test_signal_stops_a_run_that_resumes(
     with pytest.raises(StopRequestedError, match=output[phase]):
         predict(model, many[0], tmp_path / "out", progress=progress)
     assert signal.getsignal(number) is before
-    assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not begun leaves nothing"
+    assert (tmp_path / "out").exists() == (phase != "walk"), "a run that has not started leaves no files"
     assert not (tmp_path / "out" / "predict.json").exists()
     predict(model, many[0], tmp_path / "out")
     assert contents(tmp_path / "out") == many[1]
@@ -785,7 +787,10 @@ def test_predict_imports_base_packages_only(model: Path, layout: Path, tmp_path:
     driver = PREDICT + f"predict(model, source, out); print(sorted({heavy} & set(sys.modules)))"
     command = [sys.executable, "-c", driver, str(model), str(layout), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.replace("'", '"')) in ([], ["pyarrow"])  # pandas takes pyarrow where it is installed
+    assert json.loads(done.stdout.replace("'", '"')) in (
+        [],
+        ["pyarrow"],
+    )  # pandas imports pyarrow where it is installed
     assert done.stderr == ""
 
 
@@ -839,7 +844,7 @@ def test_resumed_run_keeps_its_session_config(
     for measure in (False, True):
         assert resolve_config(autotune=measure) == SessionConfig(3, 1, 1, "extended")
     assert resolve_config(batch_size=5) == replace(loaded.session_config, optimization="extended", batch_size=5)
-    (folder.summary_path if finished else folder.plan_path).write_text("{}")  # another model's
+    (folder.summary_path if finished else folder.plan_path).write_text("{}")  # of another model
     assert resolve_config() == SessionConfig(16, 1, 1, "all")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -30,7 +30,7 @@ def test_missing_dependency_of_a_library_is_named(tmp_path: Path) -> None:
     first = compile_library("first", "-x", "none", "-Wl,--no-as-needed", str(second))
     assert (
         provider_libraries.find_unopenable(str(first)) == "libsecond.so.10"
-    )  # the loader looks for the soname, and not here
+    )  # the loader searches for the soname elsewhere
     assert provider_libraries.find_unopenable(str(second)) is None
     assert provider_libraries.find_unopenable("libthird.so.7") == "libthird.so.7"
 

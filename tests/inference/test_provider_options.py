@@ -21,7 +21,7 @@ def test_cuda_options(precision: Precision, batch_size: int, size: int, device: 
     half = "1" if precision == "fp16" else "0"
     assert options == {
         "device_id": str(device),
-        "use_tf32": half,  # off wherever fp32 is computed
+        "use_tf32": half,  # off for fp32
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "prefer_nhwc": half,
     }

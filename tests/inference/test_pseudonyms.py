@@ -142,7 +142,7 @@ def test_pseudonym_depends_on_key_kind_and_parts_only() -> None:
     assert names == [pseudonyms.pseudonym(key, kind, *parts_of_name) for key, kind, parts_of_name in cases]
     assert len({name.partition("-")[2] for name in names}) == len(names)
     assert all(re.fullmatch(rf"{kind}-[0-9a-f]{{16}}", name) for name, (_, kind, _) in zip(names, cases, strict=True))
-    assert 1e6**2 / 2 / 16**pseudonyms.DIGITS < 1e-7  # two of a million alike
+    assert 1e6**2 / 2 / 16**pseudonyms.DIGITS < 1e-7  # collision probability of a million names
 
 
 def test_pseudonymizer_without_key_returns_names() -> None:
@@ -216,7 +216,9 @@ def test_key_table_maps_pseudonyms_to_names(model: Path, tmp_path: Path) -> None
     for line in rows(tmp_path / "open/studies.csv"):
         assert {**studies[line["study"]], "study": ""} == {**line, "study": ""}
     names = [line["path"] for line in actual]
-    assert names == sorted(names) != sorted(names, key=lambda name: key_rows[name]["path"])  # in no order of theirs
+    assert (
+        names == sorted(names) != sorted(names, key=lambda name: key_rows[name]["path"])
+    )  # the order does not reveal names
 
 
 def test_pseudonyms_identical_in_all_runs_of_a_site(
@@ -229,7 +231,7 @@ def test_pseudonyms_identical_in_all_runs_of_a_site(
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
     predict(
         model, source, tmp_path / "three", PredictOptions(keytable=tmp_path / "one.csv")
-    )  # the same names: nothing to write
+    )  # equal names: the key table stays
     monkeypatch.setenv("MURA_DIST_SITE_KEY", str(tmp_path / "another.key"))
     predict(model, source, tmp_path / "elsewhere", PredictOptions(keytable=tmp_path / "elsewhere.csv"))
     local, elsewhere = (rows(tmp_path / name / "predictions.csv") for name in ("one", "elsewhere"))
@@ -362,7 +364,7 @@ TEXTS |= {
 }
 TEXTS |= {"AS": "481Y"}
 BYTES = dict.fromkeys(("OB", "UN", "OW"), f"{CANARY}{CANARY_NUMBER} ".encode())
-REQUIRED = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # what a radiograph needs to be read
+REQUIRED = ("SpecificCharacterSet", "SOPClassUID", "Modality")  # required to read a radiograph
 
 
 def draw_canary_dicom(path: Path, seed: int = 0) -> Path:
@@ -469,8 +471,8 @@ def test_pseudonymous_outputs_and_logs_hold_no_paths(model: Path, canary_folder:
     assert pseudonyms.key_path().read_bytes() not in all_bytes(tmp_path / "out") + output_of(result)
     actual = json.loads((tmp_path / "out/predict.json").read_bytes())
     assert actual["studies_by_type"] == {"XR_HAND": 2, "unknown": actual["num_studies"] - 2}
-    assert CANARY in (tmp_path / "keys.csv").read_text()  # the way back, for the site
-    assert CANARY_NUMBER not in (tmp_path / "keys.csv").read_text()  # no DICOM tag even there
+    assert CANARY in (tmp_path / "keys.csv").read_text()  # the key table maps back
+    assert CANARY_NUMBER not in (tmp_path / "keys.csv").read_text()  # not even the key table holds DICOM tags
     rerun = run(*command)
     assert (rerun.returncode, canaries_in(output_of(rerun))) == (0, [])
 
@@ -588,7 +590,7 @@ def test_dicom_study_is_split_by_body_part_and_side(model: Path, tmp_path: Path)
     ):
         draw_dicom(source / f"{number}.dcm", uid, body_part, side, number)
     series = pydicom.dcmread(draw_dicom(source / "5.dcm", uid, "WRIST", "B", 5))
-    series.ImageLaterality = "L"  # of a series that holds both sides
+    series.ImageLaterality = "L"  # the series holds both sides
     series.save_as(source / "5.dcm")
     coded = pydicom.dcmread(draw_dicom(source / "6.dcm", uid, "", "R", 6))
     item = Dataset()

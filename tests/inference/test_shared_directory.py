@@ -109,8 +109,8 @@ def test_tables_of_ranks_identical_to_one_process(
     outputs = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, outputs
     assert contents(tmp_path / "out") == ten_chunks[3]
-    assert [bool(out) for out, _ in outputs] == [False] * (size - 1) + [True], "the first rank speaks for all"
-    assert sum(parse_num_predicted(err) for _, err in outputs) == NUM_RADIOGRAPHS, "nothing twice"
+    assert [bool(out) for out, _ in outputs] == [False] * (size - 1) + [True], "only rank 0 prints"
+    assert sum(parse_num_predicted(err) for _, err in outputs) == NUM_RADIOGRAPHS, "no radiograph is predicted twice"
     assert all(parse_num_predicted(err) > 0 for _, err in outputs)
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
@@ -144,7 +144,7 @@ def test_ranks_exit_with_a_killed_launcher_and_the_next_run_resumes(
     monkeypatch.setenv("SLOW_S", "0")
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert processes_of(out) == [], "the former ranks left by themselves"
+    assert processes_of(out) == [], "the former ranks exited"
     assert contents(out) == ten_chunks[3]
 
 
@@ -249,7 +249,7 @@ def test_child_processes_exit_with_their_parent(
     if number == signal.SIGINT:
         assert first.returncode == 3
         assert message.startswith("mura-dist: stopped after ")
-        assert len(message.splitlines()) == 2  # and the script's own
+        assert len(message.splitlines()) == 2  # and the line of the script
     end = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children):
         assert time.monotonic() < end
@@ -262,7 +262,7 @@ def test_child_processes_exit_with_their_parent(
 def test_heartbeat_age_uses_the_local_clock(tmp_path: Path) -> None:
     path, monitor = tmp_path / "rank-1", heartbeat.HeartbeatMonitor()
     path.touch()
-    os.utime(path, (0, 0))  # the other machine's clock is not ours
+    os.utime(path, (0, 0))  # clocks of machines differ
     assert monitor.seconds_since_beat(path) < 0.1
     time.sleep(0.3)
     assert monitor.seconds_since_beat(path) >= 0.3

@@ -57,7 +57,7 @@ def test_unused_rows_are_zero_after_a_larger_batch(session: RecordingSession, mo
     np.testing.assert_array_equal(
         gpu_batch.run(images[B : B + 1], OUTPUTS[:1])[0], OnnxModel.load(model).logits(images[B : B + 1])
     )
-    assert not gpu_batch.host[1:].any()  # zeros, of which none can be one of another patient's radiographs
+    assert not gpu_batch.host[1:].any()  # no pixels of another patient's radiograph remain
 
 
 def test_image_of_wrong_size_raises_value_error(session: RecordingSession) -> None:

@@ -33,7 +33,7 @@ def test_table_from_excel(tmp_path: Path) -> None:
         lines = ["path,study_type", "Mu\u0308/a.png,hand", "./=1.png,XR_WRIST"]
         path.write_bytes("\r\n".join(line.replace(",", delimiter) for line in lines).encode(encoding))
         assert study_types.read_override(str(path)) == expected
-    assert study_types.match(expected, ["=1.png", "Mu\u0308/a.png"]) == []  # as a disk of macOS has it
+    assert study_types.match(expected, ["=1.png", "Mu\u0308/a.png"]) == []  # macOS decomposes names
     path.write_text("path,study_type\nM\xfc,hand\nMu\u0308,wrist\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"is both XR_HAND and XR_WRIST\. Keep one"):
         study_types.read_override(str(path))

@@ -139,7 +139,7 @@ def test_shortened_probability_stays_on_its_side_of_a_threshold() -> None:
     plain = tables.shorten(probability)
     assert plain.tolist() == [float(f"{value:.6g}") for value in probability.tolist()]
     unambiguous = (plain > threshold) == (probability > threshold)
-    assert (short == plain)[unambiguous].all(), "more digits than it takes"
+    assert (short == plain)[unambiguous].all(), "more digits than needed"
     assert 0.1 < unambiguous.mean() < 0.9
 
 
@@ -377,4 +377,4 @@ def test_memory_is_independent_of_the_number_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("per_study", [1, 3, 200_000])
 def test_memory_is_bounded_for_200_000_files(tmp_path: Path, format: str, per_study: int) -> None:
     [peak] = measure_peaks(tmp_path, [(200_000, per_study, format)])
-    assert peak < 75, peak  # MiB; measured 38 to 57; whole in memory, as they were before, 108 to 155
+    assert peak < 75, peak  # MiB, measured 38 to 57

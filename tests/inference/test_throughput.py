@@ -48,7 +48,7 @@ def test_concurrent_busy_time_counts_once() -> None:
         thread.join()
     first = busy.seconds
     assert 0.2 <= first < 0.5
-    time.sleep(0.05)  # nobody is inside
+    time.sleep(0.05)  # no thread is busy
     work()
     assert 0.2 <= busy.seconds - first < 0.4
 
@@ -97,7 +97,7 @@ def test_slow_model_is_limited_by_computing(
     assert throughput["computing"]["radiographs_per_s"] < 30
     assert "limited by computing: " in capsys.readouterr().out
     before = (tmp_path / "out" / "predict.json").read_bytes()
-    assert main(command) == 0  # finished: nothing is measured anew
+    assert main(command) == 0  # finished: no new measurement
     assert (tmp_path / "out" / "predict.json").read_bytes() == before
 
 

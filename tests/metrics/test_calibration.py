@@ -69,7 +69,7 @@ def test_type_with_few_studies_uses_the_pool(seed: int) -> None:
     fitted = calibration.fit(tune, SHIFT, [*SHIFT, "XR_ELBOW"])
     shift = tune["study_type"].map(SHIFT).to_numpy()
     intercept, slope = fit_scikit(tune["label"].to_numpy(), logit(tune["probability"].to_numpy()) - shift)
-    for name, num in (("XR_HUMERUS", 30), ("XR_ELBOW", 0)):  # of the latter tune has none at all
+    for name, num in (("XR_HUMERUS", 30), ("XR_ELBOW", 0)):  # tune has no study of the latter
         entry = fitted.by_study_type[name]
         assert entry.pooled
         assert entry.num_normal + entry.num_abnormal == num
@@ -103,7 +103,7 @@ def test_calibration_recovers_true_probabilities(pooled: bool) -> None:
     calibrated = calibration.apply(fitted, fresh)["calibrated_probability"]
     assert np.abs(calibrated - fresh["true"]).max() < 0.03
     assert np.abs(fresh["probability"] - fresh["true"]).max() > 0.1
-    if pooled:  # without the known shift it would be that of the other types
+    if pooled:  # without the known shift it would equal that of the other types
         blind = calibration.apply(calibration.fit(tune, {}, list(SHIFT)), fresh)["calibrated_probability"]
         assert np.abs(blind - fresh["true"]).max() > 2 * np.abs(calibrated - fresh["true"]).max()
 
@@ -121,7 +121,7 @@ def test_slope_on_fresh_studies_is_near_one() -> None:
 
 def test_separated_studies_have_a_finite_fit() -> None:
     label = np.repeat([0, 1], 60)
-    probability = np.where(label == 1, 1.0, 0.0)  # as far as a float64 goes
+    probability = np.where(label == 1, 1.0, 0.0)  # to the precision of float64
     tune = pd.DataFrame({"study_type": "XR_HAND", "patient": "p", "label": label, "probability": probability})
     entry = calibration.fit(tune, {}, ["XR_HAND"]).by_study_type["XR_HAND"]
     assert entry.slope is not None

@@ -171,7 +171,7 @@ def test_calibration_intercept_solves_its_equation(seed: int) -> None:
     [
         [-3.0, -1.0, 1.0, 2.0],  # separated
         [-3.0, 1.0, 1.0, 2.0],  # they touch
-        [3.0, 1.0, -1.0, -2.0],  # the wrong way round
+        [3.0, 1.0, -1.0, -2.0],  # inverted
         [1.0, 1.0, 1.0, 1.0],
     ],
 )

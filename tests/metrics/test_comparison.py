@@ -56,7 +56,7 @@ def test_differences_equal_scikit_learn() -> None:
         discordant = int((value_b[0] & ~value_b[1]).sum()), int((value_b[1] & ~value_b[0]).sum())
         assert (group["mcnemar"]["a_only_right"], group["mcnemar"]["b_only_right"]) == discordant
         assert group["mcnemar"]["p_value"] == pytest.approx(binomtest(discordant[0], sum(discordant)).pvalue, abs=1e-12)
-    assert comparison["overall"]["kappa"]["low"] > 0  # the noisier side is worse, and 300 studies show it
+    assert comparison["overall"]["kappa"]["low"] > 0  # the noisier side is significantly worse
     assert comparison["confirmatory"] == "overall kappa difference"
     assert "not two recipes" in comparison["note"]
 

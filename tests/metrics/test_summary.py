@@ -58,7 +58,7 @@ def check_group(group: dict) -> None:
         assert (group[f"{name}_interval"] is None) == (group[name] is None) == (None in ends)
         if group[f"{name}_interval"] == "wilson":
             assert ends == [group[f"{name}_wilson_{end}"] for end in ("low", "high")]
-    for name in HEADLINE_METRICS:  # an interval of no width is no interval
+    for name in HEADLINE_METRICS:  # no interval has width 0
         assert group[f"{name}_low"] is None or -1 <= group[f"{name}_low"] < group[f"{name}_high"] <= 1
 
 
@@ -231,7 +231,7 @@ def test_perfect_calls_have_no_zero_width_interval() -> None:
 @pytest.mark.parametrize(
     ("probability", "missing"),
     [
-        (np.full(60, 0.7), {"kappa_fce": 0, "auroc_delong": 0.5}),  # all called abnormal, none told from another
+        (np.full(60, 0.7), {"kappa_fce": 0, "auroc_delong": 0.5}),  # all called abnormal, with equal probabilities
         (np.tile(np.linspace(0.1, 0.4, 30), 2), {"kappa_fce": 0}),  # nothing called abnormal
         (np.repeat([0.8, 0.2], 30), {"kappa_fce": -1, "auroc_delong": 0}),  # all wrong
     ],
@@ -288,7 +288,7 @@ def test_summary_table_fits_the_terminal() -> None:
         "1 number has no bootstrap interval: too few studies, or all right or all wrong; see the report",
         "3 numbers are missing (-): see the report",
     ]
-    assert len(lines) <= 9  # a line a group, the header, the method in at most two, the notes
+    assert len(lines) <= 9  # one line per group, the header, at most two lines on the method, the notes
     assert "303" in lines[1]
 
 
@@ -388,9 +388,7 @@ def test_macro_is_the_mean_over_types_with_both_labels() -> None:
         assert macro[f"{name}_low"] < macro[name] < macro[f"{name}_high"]
     assert (macro["num_study_types"], macro["left_out"]) == (2, ["XR_HIP"])
     assert macro["method"] == "unweighted mean over study types"
-    assert not [key for key in macro if key.endswith("_interval")], (
-        "a mean of rates has no Wilson interval to tell apart"
-    )
+    assert not [key for key in macro if key.endswith("_interval")], "a mean of rates has no Wilson interval"
     none = summary.compute_metrics(studies_of_confusion((0, 0, 3, 4)), resamples=10)["macro"]
     assert none["kappa"] is None
     assert none["reasons"]["kappa"] == "no study type has studies of both labels"

@@ -91,7 +91,7 @@ def assert_same_step(model: nn.Module, torchvision_model: nn.Module, image: torc
 def test_training_step_equals_torchvision(architecture: str, batch: int, size: int, change: Callable) -> None:
     model, torchvision_model = (network.double() for network in matching_pair(architecture, change))
     assert_same_step(model, torchvision_model, smooth_images(batch, size))
-    for name, value in torchvision_model.state_dict().items():  # running statistics and counters among them
+    for name, value in torchvision_model.state_dict().items():  # including running statistics and counters
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 

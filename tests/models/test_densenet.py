@@ -17,7 +17,7 @@ def test_logits_equal_torchvision_densenet169() -> None:
     torchvision_model = torchvision.models.densenet169(num_classes=1).eval()
     torchvision_model.load_state_dict(model.state_dict())  # key by key
     image = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
-    published = torchvision.models.DenseNet169_Weights.IMAGENET1K_V1.transforms()  # how its weights want an image
+    published = torchvision.models.DenseNet169_Weights.IMAGENET1K_V1.transforms()  # the normalization of its weights
     mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in (published.mean, published.std))
     with torch.inference_mode():
         logit, activation_map = model(image)
@@ -91,7 +91,7 @@ def imagenet_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, architecture: 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it would keep these proxies for the tests that follow
+    monkeypatch.setattr(urllib.request, "_opener", None)  # otherwise it would keep these proxies for later tests
     return folder / "hub" / "checkpoints" / f"{architecture}-{DIGESTS[architecture]}.pth"
 
 

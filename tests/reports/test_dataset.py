@@ -29,7 +29,7 @@ def test_describe_writes_page_and_json(kind: str, phantoms: Path, shard_folder: 
     description = dataset.describe(phantoms if kind == "folder" else shard_folder, tmp_path / "a.b.html")
     numbers = json.loads((tmp_path / "a.b.json").read_bytes())
     assert numbers == description | {"terms": mura.TERMS}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.html", "a.b.json"]  # no contact sheet unasked
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.html", "a.b.json"]  # no contact sheet by default
     laws.holds_no_radiograph(tmp_path / "a.b.html")
     assert "This page holds no radiograph." in (tmp_path / "a.b.html").read_text()
 

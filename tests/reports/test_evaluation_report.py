@@ -449,7 +449,9 @@ def test_pictures_are_files_and_inline_svg(complete_report: tuple[Path, Page]) -
         assert root.find("{http://www.w3.org/2000/svg}title") is not None
         width, height = (float(root.attrib[key]) for key in ("width", "height"))
         assert_inside(root, width, height)
-    assert svg_tools.PAPER_INK not in page.markup.split("</style>", 1)[1]  # a plot takes the page's ink, dark or light
+    assert (
+        svg_tools.PAPER_INK not in page.markup.split("</style>", 1)[1]
+    )  # a plot has the page's text color, dark or light
 
 
 def assert_inside(root: ElementTree.Element, width: float, height: float) -> None:

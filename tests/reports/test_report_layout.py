@@ -135,7 +135,7 @@ def test_wide_band_of_few_tune_studies_has_note(tune: int, wide: bool, tmp_path:
     path = write_report(tmp_path, tune)
     content = json.loads((tmp_path / "report.json").read_bytes())
     band = content["metrics"]["operating_points"]["overall"]["band"]
-    assert band["share_uncertain"] > 0.25  # of many tune studies too: then the model is why, not their number
+    assert band["share_uncertain"] > 0.25  # also with many tune studies, where the model is the reason
     if not wide:
         assert content["wide_band"] is None
         return

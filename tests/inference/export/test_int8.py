@@ -45,7 +45,7 @@ def trained(seed: int = 0) -> DenseNet:
 def run_onnx(model: onnx.ModelProto, images: np.ndarray, *, optimized: bool = True) -> tuple[np.ndarray, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if not optimized:  # every node as it stands: integers only where bytes are stored
+    if not optimized:  # no fusion: integers only where bytes are stored
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     logit, activation_map = session.run(["logit", "activation_map"], {"image": images})
@@ -109,7 +109,7 @@ def test_optimized_graph_uses_integer_operators() -> None:
     op_counts = count_optimized_operators(int8_model, options)
     model = trained()
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    assert op_counts["QLinearConv"] == convolutions + 3  # the pools too
+    assert op_counts["QLinearConv"] == convolutions + 3  # including the pools
     assert op_counts["Conv"] + op_counts["FusedConv"] == 1  # the head
     assert op_counts["QuantizeLinear"] == 0
     assert op_counts["DequantizeLinear"] <= 1
@@ -209,7 +209,7 @@ def test_grid_covers_observed_values_above_the_cut() -> None:
     grid = build_grid(statistics, [member_a, member_b])
     np.testing.assert_allclose(grid.origin, [-1, -4, -4, 2])
     np.testing.assert_allclose(grid.origin[:3] + 255 * grid.step[:3], [4, 4, 3])
-    assert 0 < grid.step[3] < 1e-3  # a channel that never moved
+    assert 0 < grid.step[3] < 1e-3  # a constant channel
 
 
 def test_int8_graph_is_deterministic() -> None:

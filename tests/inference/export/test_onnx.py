@@ -45,7 +45,7 @@ def test_export_report(exported: tuple[densenet.DenseNet, Path, ExportReport]) -
     assert (report.card, report.num_radiographs, report.change) == (card_of(), 0, None)
     assert 0 <= report.max_logit_difference <= 1e-4
     assert report.num_bytes == path.stat().st_size
-    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # self-contained: nothing beside it
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]  # self-contained, without external data
 
 
 @pytest.mark.parametrize("batch_size", [*range(1, 10), 16, 64])
@@ -62,7 +62,7 @@ def test_onnx_runtime_agrees_with_torch(
     np.testing.assert_allclose(logit, expected_logit, atol=1e-4)
     np.testing.assert_allclose(activation_map, expected_map, atol=1e-4)
     np.testing.assert_allclose(activation_map.mean(axis=(1, 2)), logit, atol=1e-5)
-    assert np.ptp(expected_map) > 1e-3  # a map that is one value everywhere would agree with anything
+    assert np.ptp(expected_map) > 1e-3  # a constant map would not show transposed cells
     np.testing.assert_array_equal(OnnxModel.load(path).logits(images), logit)
 
 
@@ -267,7 +267,7 @@ def test_exported_run_has_complete_card_and_no_secrets(folder: Path, halved: Pat
 def test_export_states_comparison_without_radiographs(copy: Path, halved: Path, tmp_path: Path, capsys) -> None:
     recipe = (copy / "recipe.toml").read_text()
     (copy / "recipe.toml").write_text(recipe.replace(str(halved), str(tmp_path / "gone")))
-    (copy / "metrics.json").write_text("[]")  # another program's
+    (copy / "metrics.json").write_text("[]")  # of another program
     assert main(["export", str(copy)]) == DONE
     captured = capsys.readouterr().out
     compared = "of torch's on drawn images alone (the run's shards are not where they were; --shards says where)"

@@ -55,7 +55,9 @@ def model_shape(tensor: Any, max_batch_size: int) -> list[int]:
     if not tensor.HasField("reshape"):
         return list(tensor.dims)
     shape = list(tensor.reshape.shape)
-    assert shape or (max_batch_size > 0 and list(tensor.dims) == [1]), "an empty reshape is of one value, in a batch"
+    assert shape or (max_batch_size > 0 and list(tensor.dims) == [1]), (
+        "an empty reshape needs one value and a batch dimension"
+    )
     return shape
 
 
@@ -105,7 +107,7 @@ def test_repository_follows_the_servers_rules(num_members: int, data: bytes, tmp
     assert (tmp_path / "mura_dist" / "1" / "model.onnx").read_bytes() == data
     config = check_repository(tmp_path / "mura_dist")
     assert config.HasField("dynamic_batching")
-    assert config.max_batch_size == max(BATCH_SIZES)  # none is served that was not compared with torch
+    assert config.max_batch_size == max(BATCH_SIZES)  # larger batches were not compared with torch
     [accelerator] = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
 
@@ -114,7 +116,7 @@ def test_repository_follows_the_servers_rules(num_members: int, data: bytes, tmp
     ("old", "new"),
     [
         ('name: "mura_dist"', 'name: "other"'),
-        ("dims: [ 1 ] reshape { shape: [ ] }", "dims: [ 1 ]"),  # the model gives (N,), not (N, 1)
+        ("dims: [ 1 ] reshape { shape: [ ] }", "dims: [ 1 ]"),  # the model's output is (N,), not (N, 1)
         ("dims: [ 1 ] reshape { shape: [ ] }", "dims: [ ]"),
         ("TYPE_UINT8", "TYPE_FP32"),
         ("max_batch_size: 64", "max_batch_size: 0"),
@@ -143,7 +145,7 @@ def test_configuration_holds_card_fields(repository: Path, data: bytes) -> None:
     model = OnnxModel.load(repository / "mura_dist" / "1" / "model.onnx")
     card_fields = json.loads(parse_config(triton.config(data)).parameters["mura_dist"].string_value)
     assert card_fields.pop("model_sha256") == model.sha256
-    assert "metrics" not in card_fields  # many kilobytes, in every answer about the configuration
+    assert "metrics" not in card_fields  # many kilobytes in every configuration response
     for key, value in card_fields.items():
         assert value == json.loads(model.card.to_json())[key]
 
@@ -162,7 +164,7 @@ def test_configuration_escapes_quotes_and_backslashes(data: bytes) -> None:
 def test_write_replaces_the_exported_model_only(repository: Path, data: bytes, other_model: bytes) -> None:
     (repository / "theirs" / "1").mkdir(parents=True)
     (repository / "theirs" / "config.pbtxt").write_text("theirs")
-    (repository / "mura_dist" / "2").mkdir()  # a higher version is not what was exported
+    (repository / "mura_dist" / "2").mkdir()  # a version that was not exported
     triton.write(repository, other_model)
     assert (repository / "theirs" / "config.pbtxt").read_text() == "theirs"
     assert relative_files(repository / "mura_dist") == ["1/model.onnx", "config.pbtxt"]

@@ -146,7 +146,7 @@ def test_other_host_is_refused(port: int, host: str, method: str) -> None:
 
 
 def test_missing_or_duplicate_host_is_refused(port: int) -> None:
-    assert send_request(port, request(host=None))[0] == 400, "HTTP itself wants one"
+    assert send_request(port, request(host=None))[0] == 400, "HTTP requires one"
     assert send_request(port, request(HOST="evil.example"))[0] in (400, 421)
 
 
@@ -201,7 +201,7 @@ def test_unfinished_uploads_share_a_limit(port: int, guard: Guard) -> None:
         assert (status, body, headers["retry-after"]) == (503, UPLOADS_FULL, "60")
         chunked = request("PUT", transfer_encoding="chunked") + "9\r\nxxxxxxxxx\r\n0\r\n\r\n"
         assert send_request(port, chunked)[::2] == (503, UPLOADS_FULL)
-        assert send_request(port, request())[0] == 200, "what brings nothing is answered"
+        assert send_request(port, request())[0] == 200, "requests without a body get a response"
         assert guard.unfinished_bytes == 2 * half_bytes
         guard.app.state.released.set()
         assert [client.answer()[::2] for client in (first, second)] == [(200, str(half_bytes))] * 2

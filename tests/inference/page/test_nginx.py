@@ -78,7 +78,7 @@ def address(folder: Path, page_address: str) -> Iterator[str]:
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = "".join(f"  {kind}_temp_path {folder}/temporary/{kind};\n" for kind in kinds)
     (folder / "temporary").mkdir()
-    user = "user root;\n" if os.geteuid() == 0 else ""  # nobody else sees pytest's folders
+    user = "user root;\n" if os.geteuid() == 0 else ""  # nginx's user cannot enter pytest's folders
     (folder / "nginx.conf").write_text(
         f"{user}pid {folder}/pid;\nerror_log {folder}/error.log warn;\nevents {{}}\n"
         f"http {{\n  access_log off;\n{temporary}  include {folder}/page.conf;\n}}\n"
