@@ -19,7 +19,7 @@ ARCHIVE = ROOT / "tests/data/v0.1.0.tar.xz"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked archive. No test writes into it."""
+    """Return the unpacked archive. No test writes into it."""
     folder = tmp_path_factory.mktemp("v0.1.0")
     with tarfile.open(ARCHIVE) as archive:
         if hasattr(tarfile, "data_filter"):  # from Python 3.11.4 on
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(written: Path, tmp_path: Path) -> Path:
-    """A copy of the folder for one test, with the same modification times."""
+    """Copy the folder for one test, with the same modification times."""
     return Path(shutil.copytree(written, tmp_path / "v"))
 
 
@@ -80,7 +80,7 @@ def test_finished_run_is_left_unchanged_and_evaluates_equally(copy: Path) -> Non
 
 
 def test_stopped_run_resumes(copy: Path) -> None:
-    """It has the settings of the finished run and ends equal to it, up to rounding on another processor."""
+    """It has the settings of the finished run and ends equal to it, except for rounding on another processor."""
     folder = copy / "run-stopped"
     before = (folder / "metrics.jsonl").read_text()
     succeed(copy, "train", "run-stopped/recipe.toml", "--quiet")

@@ -154,7 +154,7 @@ class _Resources(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site."""
+    """Build the site and return its folder."""
     program = shutil.which("mkdocs", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("needs mkdocs: bash launch/setup.sh docs")

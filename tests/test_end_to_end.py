@@ -13,7 +13,10 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def folder(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An irregular folder: nested, no CSVs, JPEG, RGB and upper case, an unknown study type, one with one label, junk."""
+    """Return an irregular folder.
+
+    It is nested, without CSVs, with JPEG, RGB and upper-case files, an unknown study type, a study type with one label, and junk.
+    """
     root = tmp_path_factory.mktemp("folder") / "MURA-v1.1" / "MURA-v1.1"
     for split in ("train", "valid"):
         shutil.copytree(phantoms / split, root / split)

@@ -94,15 +94,17 @@ def processes_of(path: Path) -> list[int]:
     return pids
 
 
-def killed_when(begun: Callable[[], bool], names: Path, *arguments: object, launcher_alone: bool = False) -> list[int]:
-    """Start a command and kill -9 it and its children once `begun` returns True.
+def killed_when(
+    is_ready: Callable[[], bool], names: Path, *arguments: object, launcher_alone: bool = False
+) -> list[int]:
+    """Start a command and kill -9 it and its children once `is_ready` returns True.
 
     The children are the processes with the path `names` as an argument. `launcher_alone` kills only the command. Returns the
     ids of all these processes.
     """
     command = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not begun():
+    while not is_ready():
         assert process.poll() is None, "the command exited too early"
         time.sleep(0.01)
     processes = processes_of(names)

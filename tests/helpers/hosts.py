@@ -142,15 +142,16 @@ class Hosts:
                 process.send_signal(signal.SIGKILL)
             process.wait()
 
-    def cut(self, number: int) -> None:
+    def disconnect(self, number: int) -> None:
         """Take the host's link down without notifying any peer."""
         ip("-n", self._switch, "link", "set", f"p{number}", "down")
 
-    def mend(self, number: int) -> None:
+    def reconnect(self, number: int) -> None:
+        """Bring the host's link up again."""
         ip("-n", self._switch, "link", "set", f"p{number}", "up")
 
     def power_off(self, number: int) -> None:
-        self.cut(number)
+        self.disconnect(number)
         self._kill(number)
 
 

@@ -17,7 +17,7 @@ FILES = sorted([*TABLES, README, PREDICT_SUMMARY])  # all files of a finished pr
 
 
 def draw(path: Path, seed: int = 0) -> Path:
-    """A PNG of its own: blotches as large as the seed says."""
+    """Draw a PNG whose content depends on the seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (3 + seed % 5, 4), dtype=np.uint8)
     Image.fromarray(coarse).resize((48, 40)).save(path, format="PNG")
@@ -45,5 +45,5 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Of the files that are the same however often the command was killed."""
+    """Return the content of the files that do not depend on interruptions of the command."""
     return {name: (out / name).read_bytes() for name in (*TABLES, README)}

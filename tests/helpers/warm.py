@@ -89,14 +89,14 @@ def start(folder: Path) -> Path:
 
 def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
     """Fork for each client, forever. Return in the fork: its arguments, folder and environment."""
-    waiting = selectors.DefaultSelector()
-    waiting.register(listening, selectors.EVENT_READ)
+    selector = selectors.DefaultSelector()
+    selector.register(listening, selectors.EVENT_READ)
     while True:
-        for key, _ in waiting.select():
-            if waiting.get_map().get(key.fd) is not key:  # its counterpart was handled in this round
+        for key, _ in selector.select():
+            if selector.get_map().get(key.fd) is not key:  # its counterpart was handled in this round
                 continue
             if key.data is not None:
-                _end(waiting, key.fileobj, *key.data)
+                _end(selector, key.fileobj, *key.data)
                 continue
             client, _ = listening.accept()
             try:
@@ -108,39 +108,41 @@ def serve(listening: socket.socket) -> tuple[list[str], str, dict[str, str]]:
             if not fork:
                 for number, file in enumerate(files):
                     os.dup2(file, number)
-                for number in (*files, client.detach(), *waiting.get_map()):
+                for number in (*files, client.detach(), *selector.get_map()):
                     os.close(number)
-                waiting.close()
+                selector.close()
                 listening.detach()
                 return request
             for file in files:
                 os.close(file)
             with contextlib.suppress(OSError):  # the client has exited; handled below
                 client.sendall(b"%d\n" % fork)
-            ended = os.pidfd_open(fork)
-            for source in (client, ended):
-                waiting.register(source, selectors.EVENT_READ, (fork, client, ended))
+            exit_fd = os.pidfd_open(fork)
+            for source in (client, exit_fd):
+                selector.register(source, selectors.EVENT_READ, (fork, client, exit_fd))
 
 
-def _end(waiting: selectors.BaseSelector, of: object, fork: int, client: socket.socket, ended: int) -> None:
+def _end(
+    selector: selectors.BaseSelector, event_source: object, fork: int, client: socket.socket, exit_fd: int
+) -> None:
     """Handle the exit of the client, which kills its fork, or of the fork, whose status goes to its client."""
-    if of is client:
+    if event_source is client:
         os.kill(fork, signal.SIGKILL)
     _, status = os.waitpid(fork, 0)
-    for source in (client, ended):
-        waiting.unregister(source)
+    for source in (client, exit_fd):
+        selector.unregister(source)
     with contextlib.suppress(OSError):
         client.sendall(b"%d\n" % status)
     client.close()
-    os.close(ended)
+    os.close(exit_fd)
 
 
 def _receive_request(client: socket.socket) -> tuple[Any, list[int]]:
     length, files, _, _ = socket.recv_fds(client, 8, 3)
     if len(files) != 3:
         raise OSError("the client sent no files")
-    with client.makefile("rb") as sent:
-        return json.loads(sent.read(int.from_bytes(length, "big"))), files
+    with client.makefile("rb") as stream:
+        return json.loads(stream.read(int.from_bytes(length, "big"))), files
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def test_run_resumes_after_a_cut_link(site, reference_run) -> None:
     with site(2) as cluster:
         started = cluster.static()
         cluster.until_it_trains(started)
-        cluster.net.cut(2)
+        cluster.net.disconnect(2)
         begin = time.monotonic()
         assert all(cluster.end(started, 10 + 40)), cluster.output()
         assert time.monotonic() - begin < 10 + 40
@@ -195,7 +195,7 @@ def test_run_resumes_after_a_cut_link(site, reference_run) -> None:
                 == 1
             ), log
         cluster.is_sound()
-        cluster.net.mend(2)
+        cluster.net.reconnect(2)
         assert cluster.end(cluster.static()) == [0, 0], cluster.output()
         assert chaos.differences(reference_run(2), cluster.run) == []
 
