@@ -62,20 +62,20 @@ def trained(reference_run: Callable[..., Path], tmp_path_factory: pytest.TempPat
     return Path(shutil.copytree(reference_run(1, *SHORT), tmp_path_factory.mktemp("cli") / "run"))
 
 
-WRONG_REQUESTS = {
+INVALID_REQUESTS = {
     "a mistyped command": (["shrads"], ["shrads", "did you mean shards?"]),
     "a mistyped option": (
         ["shards", "a", "b", "--sise", "3"],
         ["no option --sise (did you mean --size?). See mura-dist shards --help."],
     ),
-    "no number": (["shards", "a", "b", "--size", "big"], ["--size", "big"]),
+    "an invalid number": (["shards", "a", "b", "--size", "big"], ["--size", "big"]),
     "a missing argument": (["predict", "a"], ["FILE_OR_FOLDER...", "mura-dist predict --help"]),
     "a missing folder": (["shards", "{tmp}/none", "{tmp}/out"], ["none: no such folder"]),
     "no such list": (["evaluate", "{tmp}/none.json", "{shards}"], ["none.json: no such file"]),
     "not MURA's layout": (["shards", "{tmp}/flat", "{tmp}/out"], ["not in MURA's layout", "imageN.png"]),
     "no shards": (["verify", "{tmp}/flat"], ["holds no shards", "mura-dist shards"]),
     "shards of another version": (["verify", "{tmp}/future"], ["format 99", "reads format 1"]),
-    "training on them": (["train", "shards={tmp}/future", "run={tmp}/r"], ["format 99"]),
+    "training on shards of another version": (["train", "shards={tmp}/future", "run={tmp}/r"], ["format 99"]),
     "an unknown setting": (["train", "shards=a", "run=b", "epoch=3"], ["'epoch'", "did you mean epochs?"]),
     "a setting as an option": (["train", "a.toml", "--epochs", "3"], ["a.toml: no such recipe"]),
     "a setting as an option of this recipe": (
@@ -114,7 +114,7 @@ WRONG_REQUESTS = {
         ["predict", "m.onnx", "s3://b/x", "--out", "{tmp}/p"],
         ["s3://b/x: predict reads only files of"],
     ),
-    "nothing there to predict": (
+    "nothing to predict": (
         ["predict", "m.onnx", "{tmp}/none", "--out", "{tmp}/p"],
         ["none: no such file or folder"],
     ),
@@ -131,11 +131,11 @@ WRONG_REQUESTS = {
         ["step-9999", "best, last, step-"],
     ),
     "ONNX without --out": (["evaluate", "{tmp}/other.onnx", "{shards}"], ["--out"]),
-    "an ONNX file that is not ours": (
+    "a foreign ONNX file": (
         ["predict", "{tmp}/other.onnx", "{tmp}/flat", "--out", "{tmp}/p"],
         ["was not exported by mura-dist"],
     ),
-    "evaluating it": (
+    "evaluation of a foreign ONNX file": (
         ["evaluate", "{tmp}/other.onnx", "{shards}", "--out", "{tmp}/e"],
         ["was not exported by mura-dist"],
     ),
@@ -168,9 +168,9 @@ def request_paths(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, 
     return {"tmp": folder, "run": trained, "shards": shard_folder, "demo": demo}
 
 
-@pytest.mark.parametrize("what", WRONG_REQUESTS)
+@pytest.mark.parametrize("what", INVALID_REQUESTS)
 def test_invalid_request_is_a_one_line_error(what: str, request_paths: dict[str, Path], capsys) -> None:
-    arguments, texts = WRONG_REQUESTS[what]
+    arguments, texts = INVALID_REQUESTS[what]
     laws.refusal(capsys, [word.format(**request_paths) for word in arguments], *texts)
 
 

@@ -76,7 +76,7 @@ def jpeg_of(frame: int, bits: int = 8) -> bytes:
     return head + b"\xff" + bytes([frame]) + struct.pack(">HBHHB", 11, bits, 24, 24, 1) + b"\1\x11\0" + bytes(99)
 
 
-# name: (the file, its code, words of its reason)
+# name: (the file, the error code, a part of the reason)
 EXPORT = "; export the radiograph as DICOM or PNG"
 KINDS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "heic": (lambda: family(b"heic", b"mif1", b"heic"), "out_of_scope", "a HEIC picture, as phones take them" + EXPORT),

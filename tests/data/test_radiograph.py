@@ -793,10 +793,10 @@ HOSTILE: list[tuple[str, str, str]] = [
     ("not_image", "macOS's notes about another file, under that file's name", "appledouble/*"),
     ("not_image", "no bytes", "generated/zero_byte.png"),
     ("not_image", "a server's page, saved under a picture's name", "generated/html_error_page.png"),
-    ("not_image", "the text that Git LFS keeps in the place of a file", "generated/git_lfs_pointer.png"),
+    ("not_image", "a Git LFS pointer", "generated/git_lfs_pointer.png"),
     (
         "not_image",
-        "a transfer as text has changed or dropped bytes of the signature, which is there to tell just that",
+        "a transfer as text has changed or dropped bytes of the signature, which exists to detect this",
         "pngsuite/xs1n0g01.png pngsuite/xs4n0g01.png pngsuite/xcrn0g04.png pillow/pngtest_bad.png.bin",
     ),
     # -- images that are no radiographs
@@ -804,7 +804,7 @@ HOSTILE: list[tuple[str, str, str]] = [
     ("out_of_scope", "magnetic resonance, ten frames", "dicom/emri_small_jpeg_*.dcm"),
     (
         "out_of_scope",
-        "GIF and icon: nobody keeps radiographs so; whatever size they promise",
+        "GIF and icon: no formats of radiographs, for any declared size",
         "pillow/*.gif pillow/*.ico",
     ),
     # -- more declared pixels than MAX_PIXELS
@@ -823,7 +823,7 @@ HOSTILE: list[tuple[str, str, str]] = [
     ("unreadable", "cut within the head of a chunk, before the pixels' end", "pillow/truncated_end_chunk.png"),
     ("unreadable", "the signature, and noise behind it", "pillow/broken.png"),
     ("unreadable", "an animation of no frame: a header without pixels", "pillow/apng_syntax_num_frames_zero.png"),
-    ("unreadable", "damage in its pixels' compressed stream", "pillow/broken_data_stream.png"),
+    ("unreadable", "corruption in the compressed stream of the pixels", "pillow/broken_data_stream.png"),
     ("unreadable", "a width or height of 0", "pillow/zero_height.j2k"),
     (
         "unreadable",
@@ -832,27 +832,27 @@ HOSTILE: list[tuple[str, str, str]] = [
     ),
     ("unreadable", "JPEG of 12 bits outside of DICOM: Pillow has no decoder for it", "libjpeg_turbo/monkey12.jpg"),
     # -- oddities around complete pixels: the pixels count
-    ("read", "all pixels are there, only the end mark is cut off", "generated/truncated_last_12_bytes.png"),
+    ("read", "all pixels are present, only the end marker is missing", "generated/truncated_last_12_bytes.png"),
     (
         "read",
-        "whole, and bytes behind the end or between the chunks that no decoder looks at",
+        "complete, with bytes behind the end or between the chunks that decoders ignore",
         "generated/trailing_garbage.png pillow/hopper_idat_after_image_end.png",
     ),
-    ("read", "the first bytes say what a file is, not its name", "generated/*_inside.*"),
+    ("read", "the first bytes determine the kind, not the name", "generated/*_inside.*"),
     ("read", "the name has a space, an accent, capitals", "generated/image1?copy*.PNG"),
     (
         "read",
-        "legal sizes at the edge: a single pixel, 4000 x 3, one value throughout",
+        "valid extreme sizes: a single pixel, 4000 x 3, one value throughout",
         "generated/one_pixel.png generated/extreme_aspect_4000x3.png generated/all_black.png pillow/tRNS_null_1x1.png",
     ),
     (
         "read",
-        "EXIF, XMP, Adobe segment, color profile or quantisation tables broken or odd; the pixels beside them are whole",
+        "EXIF, XMP, Adobe segment, color profile or quantization tables corrupt or odd; the pixels are complete",
         "pillow/*exif* pillow/truncated_app14.jpg pillow/icc_profile_big.jpg pillow/hopper_16bit_qtables.jpg pillow/xmp_*",
     ),
     (
         "read",
-        "an animation's default picture is a whole PNG",
+        "an animation's default picture is a complete PNG",
         "pillow/apng_mode_*.png pillow/apng_single_frame_default.png",
     ),
     # -- supported kinds; test_files_of_one_group_have_identical_pixels and the tests below it compare the pixels

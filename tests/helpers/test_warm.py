@@ -11,16 +11,16 @@ import pytest
 
 from helpers.commands import warm_python
 
-TELLS = "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ['OF_THE_TEST'], sys.stdin.read())\n"
+PRINT = "import os, sys\nprint(__name__, sys.argv[1:], os.getcwd(), os.environ['OF_THE_TEST'], sys.stdin.read())\n"
 ENDS = {
-    "well": TELLS,
-    "with a status": TELLS + "sys.exit(7)\n",
-    "with words": TELLS + "sys.exit('no such thing')\n",
-    "with an error": TELLS + "raise ValueError('a fault of the test')\n",
-    "in a library": TELLS + "sys.stdout.flush()\nos._exit(5)\n",
-    "killed": TELLS + "sys.stdout.flush()\nos.kill(os.getpid(), 9)\n",
-    "ended": TELLS + "sys.stdout.flush()\nos.kill(os.getpid(), 15)\n",
-    "at its exit": TELLS + "import atexit\natexit.register(print, 'last words')\n",
+    "normal": PRINT,
+    "with a status": PRINT + "sys.exit(7)\n",
+    "with a message": PRINT + "sys.exit('no such thing')\n",
+    "with an error": PRINT + "raise ValueError('a fault of the test')\n",
+    "in a library": PRINT + "sys.stdout.flush()\nos._exit(5)\n",
+    "killed": PRINT + "sys.stdout.flush()\nos.kill(os.getpid(), 9)\n",
+    "terminated": PRINT + "sys.stdout.flush()\nos.kill(os.getpid(), 15)\n",
+    "at its exit": PRINT + "import atexit\natexit.register(print, 'at exit')\n",
 }
 
 
@@ -41,8 +41,8 @@ def test_warm_process_exits_like_a_new_process(end: str, kind: str, tmp_path: Pa
     assert "__main__ ['a', 'b c']" in warm.stdout
 
 
-def started(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
-    """Return a running fork and its process id."""
+def start(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
+    """Return a running client and the process id of its fork."""
     (folder / "code.py").write_text("import os, signal, sys, time\n" + code)
     process = subprocess.Popen([warm_python(), folder / "code.py"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -52,13 +52,13 @@ def started(folder: Path, code: str) -> tuple["subprocess.Popen[str]", int]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_warm_process_receives_signals(name: str, tmp_path: Path) -> None:
     code = f"signal.signal(signal.{name}, lambda *_: os._exit(9))\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
-    process, _ = started(tmp_path, code)
+    process, _ = start(tmp_path, code)
     process.send_signal(getattr(signal, name))
     assert process.wait(20) == 9
 
 
 def test_fork_exits_with_its_client(tmp_path: Path) -> None:
-    process, fork = started(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    process, fork = start(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(60)\n")
     assert fork != process.pid
     process.kill()
     process.wait()
