@@ -73,7 +73,9 @@ METAPHORS = [
 ]
 BRITISH = (
     "normalis",
-    "optimis",
+    "optimisa",
+    "optimise",
+    "optimising",
     "quantis",
     "initialis",
     "serialis",

@@ -1,5 +1,6 @@
 """Test the scheduling of the suite: a test that crashes its worker does not stop the others."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,15 @@ def test_crashed_worker_fails_one_test(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert "crashed while running 'test_3.py::test_it[2]'" in done.stdout, done.stdout
     assert "1 failed, 35 passed" in done.stdout
+
+
+def test_every_nightly_test_belongs_to_a_part_of_the_nightly_script() -> None:
+    script = (ROOT / "tests" / "nightly.sh").read_text()
+    parts = set(re.search(r"^parts=\((.*)\)$", script, re.MULTILINE)[1].split())  # type: ignore[index]
+    marks = [
+        mark
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for mark in re.findall(r"mark\.nightly\((.*?)\)", path.read_text())
+    ]
+    assert len(marks) > 50
+    assert {mark for mark in marks} == {f'part="{part}"' for part in parts}
